@@ -1,0 +1,14 @@
+"""A tour of pytest_dcp: the suite that one of its users might write, on gloo, CPU and local disk.
+
+    python -m pytest -p pytest_dcp --pyargs pytest_dcp.demo -v
+
+Read the files in this order; all shard the small model of `model.py`:
+
+1. `test_worlds.py`: a test in many processes, and the fixtures it finds there;
+2. `test_tensor_parallel.py`: a sharded model against the plain one, and its checkpoint;
+3. `test_fsdp.py`: a training step, saved by four ranks and loaded by two;
+4. `test_meta_device.py`: a model built without memory and filled from a checkpoint;
+5. `test_fault.py`: a rank that cannot write, and a rank that dies.
+
+Until the package's own engine lands, the tour saves and loads with `torch.distributed.checkpoint`.
+"""

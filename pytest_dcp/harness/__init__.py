@@ -1,0 +1,1 @@
+"""The harness: test item -> world -> ranks -> outcome."""

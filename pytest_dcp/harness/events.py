@@ -1,0 +1,226 @@
+"""What ranks and the controller tell each other, and the wire codec.
+
+Enters: message values. Leaves: frames on a stream socket, and back. A frame is two big-endian
+u32 lengths, a JSON object, and raw bytes:
+
+    u32 json_bytes | u32 payload_bytes | json | payload
+
+The JSON names the message's class and its fields; only `payload` is binary, and nobody but the
+process that it is meant for unpickles it. A frame that does not decode is a `WireError`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from pytest_dcp.errors import DcpError
+
+Phase = Literal["boot", "setup", "call", "teardown", "finish"]
+RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
+
+HEADER = struct.Struct(">II")
+MAX_FRAME_BYTES = 1 << 30
+"""A longer frame is a broken peer, not a message."""
+
+
+class WireError(DcpError):
+    """Bytes that are no message of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Rank -> controller: a phase ended here, in this way."""
+
+    phase: Phase
+    outcome: RankOutcome
+    at_s: float
+    """CLOCK_MONOTONIC seconds at the end."""
+    duration_s: float = 0.0
+    exception: tuple[str, str] | None = None
+    """Module and qualified name of the exception's class."""
+    text: str = ""
+    """The exception's one-line text, or the reason of a skip, xfail or exit."""
+    report: dict[str, Any] | None = None
+    """pytest's serialised report, when there is something to show."""
+    sections: tuple[tuple[str, str, str], ...] = ()
+    """Captured output since the last phase: (when, stdout | stderr | log ..., text)."""
+    properties: tuple[tuple[str, Any], ...] = ()
+    """user_properties that the phase added."""
+    warnings: tuple[dict[str, Any], ...] = ()
+    """Only in `finish`: warnings recorded while the item ran."""
+    imported: tuple[str, ...] = ()
+    """Only in `finish`: modules that the rank had to import itself."""
+    threads: tuple[str, ...] = ()
+    """Only in `finish`: names of the threads that the test left running."""
+    reusable: bool = True
+    """Only in `finish`: whether a warm world can go on with this rank."""
+    payload: bytes = b""
+    """Only for a function's call: its pickled result."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubReport:
+    """Rank -> controller: the report of a subtest."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Rank -> controller: meet all ranks at `operation`, with a value for them; wait for `Met`."""
+
+    operation: str
+    """What is met at, `barrier()` for one; all ranks must name the same."""
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class DebugAsk:
+    """Rank -> controller: may this rank have the terminal? Wait for `DebugAnswer`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DebugDone:
+    """Rank -> controller: the terminal is free again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunItem:
+    """Controller -> rank: begin an item's setup; phases follow with `Go`."""
+
+    index: int
+    """In the session's items, as they were when the zygote was forked; -1: find it by name."""
+    nodeid: str
+    seed: int
+    checkpoint_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Controller -> rank: run this phase."""
+
+    phase: Phase
+    next_index: int = -1
+    """Only for teardown: the item whose fixtures may stay; -1 for none."""
+    next_nodeid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Controller -> rank: run the pickled function in `payload`."""
+
+    seed: int
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Controller -> rank: all ranks met; the payloads' lengths in rank order, or an error."""
+
+    sizes: tuple[int, ...] = ()
+    error: str = ""
+    payload: bytes = b""
+
+    def values(self) -> list[bytes]:
+        """The payload of each rank, in rank order."""
+        out, start = [], 0
+        for size in self.sizes:
+            out.append(self.payload[start : start + size])
+            start += size
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class DebugAnswer:
+    """Controller -> rank: take the terminal, or go on without; `error` says why there is none."""
+
+    granted: bool
+    group: int = 0
+    """The controller's process group, which may read the terminal."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Controller -> rank: end with exit code 0."""
+
+
+Up = Done | SubReport | Exchange | DebugAsk | DebugDone
+Down = RunItem | Go | Call | Met | DebugAnswer | Leave
+Message = Up | Down
+
+_CLASSES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        Done, SubReport, Exchange, DebugAsk, DebugDone, RunItem, Go, Call, Met, DebugAnswer, Leave,
+    )
+}  # fmt: skip
+
+
+def encode(message: Message) -> bytes:
+    """The message as one frame."""
+    body = {f.name: getattr(message, f.name) for f in fields(message)}
+    payload: bytes = body.pop("payload", b"")
+    text = json.dumps([type(message).__name__, body], default=repr).encode("ascii")
+    if len(text) + len(payload) > MAX_FRAME_BYTES:
+        raise WireError(
+            f"a {type(message).__name__} of {len(text) + len(payload)} bytes is longer than "
+            f"{MAX_FRAME_BYTES}"
+        )
+    return HEADER.pack(len(text), len(payload)) + text + payload
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Bytes as they come -> whole messages. Sans-I/O; one per stream."""
+
+    buffer: bytearray = field(default_factory=bytearray)
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes. Raises `WireError` on anything else."""
+        self.buffer += data
+        messages = []
+        while (message := self._take()) is not None:
+            messages.append(message)
+        return messages
+
+    def _take(self) -> Message | None:
+        if len(self.buffer) < HEADER.size:
+            return None
+        text_bytes, payload_bytes = HEADER.unpack_from(self.buffer)
+        if text_bytes + payload_bytes > MAX_FRAME_BYTES:
+            raise WireError(f"a frame claims {text_bytes + payload_bytes} bytes")
+        end = HEADER.size + text_bytes + payload_bytes
+        if len(self.buffer) < end:
+            return None
+        text = bytes(self.buffer[HEADER.size : HEADER.size + text_bytes])
+        payload = bytes(self.buffer[HEADER.size + text_bytes : end])
+        del self.buffer[:end]
+        return _build(text, payload)
+
+
+def _build(text: bytes, payload: bytes) -> Message:
+    try:
+        name, body = json.loads(text)
+        cls = _CLASSES[name]
+        if payload:
+            body["payload"] = payload
+        tuples = {f.name for f in fields(cls) if str(f.type).startswith("tuple")}
+        message: Message = cls(
+            **{key: _tuples(value) if key in tuples else value for key, value in body.items()}
+        )
+    except (ValueError, KeyError, TypeError) as exc:
+        raise WireError(f"not a message: {text[:200]!r}: {exc}") from exc
+    return message
+
+
+def _tuples(value: Any) -> Any:
+    """JSON arrays -> tuples, two levels deep: what our messages hold."""
+    if not isinstance(value, list):
+        return value
+    return tuple(tuple(part) if isinstance(part, list) else part for part in value)

@@ -1,0 +1,107 @@
+"""The fixtures that tests ask for. In a rank they tell of it; `worlds` starts worlds of its own.
+
+No torch at import: a suite without worlds pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_dcp.harness.rank import Rank, current
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp.harness.worlds import Worlds
+
+
+def _rank_of(request: pytest.FixtureRequest) -> Rank:
+    rank = current()
+    if rank is None:
+        pytest.fail(
+            f"{request.node.nodeid}: the fixture {request.fixturename!r} exists inside a world: "
+            "mark the test with @pytest.mark.world_size(n)",
+            pytrace=False,
+        )
+    return rank
+
+
+@pytest.fixture
+def rank(request: pytest.FixtureRequest) -> int:
+    """This process's rank, 0 to world_size - 1."""
+    return _rank_of(request).order.rank
+
+
+@pytest.fixture
+def local_rank(request: pytest.FixtureRequest) -> int:
+    """This process's rank on this machine; equal to `rank`, since a world is on one machine."""
+    return _rank_of(request).order.rank
+
+
+@pytest.fixture
+def world_size(request: pytest.FixtureRequest) -> int:
+    """The number of ranks."""
+    return _rank_of(request).order.size
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """This rank's device: cpu, or the GPU that was leased to it."""
+    import torch
+
+    return torch.device(_rank_of(request).order.device)
+
+
+@pytest.fixture
+def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
+    """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    order = _rank_of(request).order
+    return init_device_mesh(
+        order.device.partition(":")[0], order.mesh, mesh_dim_names=order.mesh_dim_names
+    )
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> RankWorld:
+    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed."""
+    from pytest_dcp.harness.lockstep_world import RankWorld
+
+    return RankWorld(_rank_of(request))
+
+
+@pytest.fixture
+def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
+    """An empty folder, the same in every rank; in a test without a world, below its tmp_path.
+
+    Kept or removed after the test as tmp_path is (tmp_path_retention_policy), by the controller,
+    when every rank is gone.
+    """
+    one = current()
+    if one is None:
+        tmp_path: Path = request.getfixturevalue("tmp_path")
+        folder = tmp_path / "checkpoint"
+    else:
+        folder = Path(one.checkpoint_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
+    """Starts worlds inside one test: `with worlds(4) as w: results = w.run(function, *args)`."""
+    from pytest_dcp.harness.session import harness_of
+    from pytest_dcp.harness.worlds import Worlds
+
+    started = Worlds(harness_of(request.config), request.node.nodeid)
+    try:
+        yield started
+    finally:
+        started.close()

@@ -1,0 +1,299 @@
+"""A marked item in the controller: stays an ordinary pytest item, but each phase runs on all ranks.
+
+Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown by one
+lockstep phase each; whatever pytest and its plugins do around them (xfail, reruns, -x, durations,
+junit, xdist) needs no special code. Leaves: one report per phase, made by pytest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_dcp.harness import report
+from pytest_dcp.harness.events import Go, Phase, RunItem
+from pytest_dcp.harness.outcome import Outcome, combine, is_echo, ranks_text
+from pytest_dcp.harness.session import Harness
+from pytest_dcp.harness.spec import WorldSpec
+from pytest_dcp.harness.world import World
+
+ITEM_KEY = pytest.StashKey["MarkedItem"]()
+WIND_DOWN_S = 2.0
+"""For the fixtures of ranks that outlived their peers: enough to close what they hold."""
+EXPECTED_STRAYS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+"""Helpers of the standard library that end by themselves when their rank does."""
+
+_folders = itertools.count()
+
+
+class LeftBehindWarning(pytest.PytestWarning):
+    """A rank left processes behind; they were killed."""
+
+
+@dataclass(slots=True)
+class MarkedItem:
+    """The controller's memory of one item while it runs."""
+
+    item: pytest.Item
+    index: int
+    """In the session's items at the time of the fork."""
+    spec: WorldSpec
+    explicit_limit: bool
+    """Whether the marker itself names a time limit."""
+    harness: Harness
+    world: World | None = None
+    nextitem: pytest.Item | None = None
+    limit_s: float = 0.0
+    failed: bool = False
+    raised: BaseException | None = None
+    """What the last failed phase raised, and its outcome."""
+    outcome: Outcome | None = None
+    checkpoint_dir: Path = field(default_factory=Path)
+
+    def begin(self, nextitem: pytest.Item | None) -> None:
+        """The item's protocol starts."""
+        self.nextitem = nextitem
+        self.limit_s = self.spec.timeout_s
+
+    def limit(self, timeout_s: float) -> None:
+        """pytest-timeout's limit: in the place of the default, the lower one of two explicit."""
+        self.limit_s = min(timeout_s, self.spec.timeout_s) if self.explicit_limit else timeout_s
+        if self.world is not None:
+            self.world.restart_clock(self.limit_s)
+
+    # The three phases, in the place of the item's own.
+
+    def setup(self) -> None:
+        """Start or take a world, and set the item up in every rank."""
+        self.failed, self.raised, self.outcome, self.world = False, None, None, None
+        seed = self.harness.seed_of(self.item.nodeid)
+        self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
+        self.world = self._take_warm()
+        if self.world is None:
+            self.world, booted = self.harness.open(self.spec, seed)
+            self._conclude(booted, "setup")
+        self.world.restart_clock(self.limit_s)
+        order = RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
+        self._conclude(self.world.run("setup", order), "setup")
+
+    def runtest(self) -> None:
+        """Call the test in every rank."""
+        assert self.world is not None
+        self._conclude(self.world.run("call", Go("call")), "call")
+
+    def teardown(self) -> None:
+        """Tear the item down in every rank, and the world unless it is kept warm."""
+        if self.world is None:
+            return
+        try:
+            if self.world.whole:
+                self._tear_down_whole(self.world)
+            elif not self.world.ended:
+                self._wind_down(self.world)
+        finally:
+            world, self.world = self.world, None
+            if world not in self.harness.warm.values():
+                world.kill()
+            self._warn_of_strays(world)
+            self._drop_checkpoint_dir()
+
+    def _tear_down_whole(self, world: World) -> None:
+        keep = self._keeps_warm()
+        nextitem = self.nextitem if keep else None
+        go = Go("teardown", _index_of(nextitem), nextitem.nodeid if nextitem is not None else "")
+        torn = world.run("teardown", go)
+        self._absorb(torn, "teardown")
+        if world.whole:
+            finished = world.run("finish", Go("finish"))
+            reusable = self._absorb_finish(finished)
+            if keep and torn.kind == "passed" and finished.kind == "passed" and reusable:
+                self.harness.warm[self._warm_key()] = world
+            elif torn.kind == "passed":
+                torn = finished if finished.kind != "passed" else world.close()
+            else:
+                world.close()
+        self._raise_for(torn, "teardown")
+
+    def _wind_down(self, world: World) -> None:
+        failures = [f for f in world.wind_down(Go("teardown"), WIND_DOWN_S) if not is_echo(f)]
+        failures = [f for f in failures if f.kind == "failed"]
+        if failures:
+            self._raise_for(combine(0, {}, failures), "teardown")
+
+    # Warm worlds.
+
+    def _warm_key(self) -> tuple[str, WorldSpec]:
+        return _module_of(self.item), self.spec
+
+    def _take_warm(self) -> World | None:
+        self.harness.close_warm(but_module=_module_of(self.item))
+        world = self.harness.warm.pop(self._warm_key(), None)
+        if world is not None and not world.whole:
+            world.kill()
+            return None
+        return world
+
+    def _keeps_warm(self) -> bool:
+        return (
+            self.spec.isolation == "module"
+            and not self.failed
+            and self.nextitem is not None
+            and _module_of(self.nextitem) == _module_of(self.item)
+        )
+
+    # What the ranks said.
+
+    def _conclude(self, outcome: Outcome, when: Phase) -> None:
+        self._absorb(outcome, when)
+        self._raise_for(outcome, when)
+
+    def _absorb(self, outcome: Outcome, when: Phase) -> None:
+        """Take over the captured output, the properties and the subtests of a phase."""
+        world = self.world
+        assert world is not None
+        shown = report.shown_ranks(outcome, self.spec.size, self.harness.options.report_ranks)
+        for part in report.merged_sections(
+            (s for s in self._sections(world, outcome, when) if s[0] in shown), self.spec.size
+        ):
+            self.item.add_report_section(*part)
+        self.item.user_properties += _properties(outcome)
+        self._log_subtests(world)
+
+    def _sections(
+        self, world: World, outcome: Outcome, when: Phase
+    ) -> Iterable[tuple[int, str, str, str]]:
+        for rank in range(self.spec.size):
+            if rank in outcome.done:
+                for part in outcome.done[rank].sections:
+                    yield (rank, *part)
+            elif not world.ended:
+                for name, text in world.output(rank):
+                    yield rank, when, name, text
+
+    def _raise_for(self, outcome: Outcome, when: Phase) -> None:
+        if outcome.kind == "passed":
+            return
+        if outcome.kind in ("failed", "exit", "interrupt"):
+            self.failed = True
+        self.outcome = outcome
+        self.raised = report.exception_for(outcome, self.item.nodeid)
+        raise self.raised
+
+    def _log_subtests(self, world: World) -> None:
+        reports, world.sub_reports = world.sub_reports, []
+        if reports:
+            from pytest_dcp.harness import subtests
+
+            subtests.log(self.item, reports)
+
+    def _absorb_finish(self, outcome: Outcome) -> bool:
+        """Warn again of what ranks warned of, once; whether the world can be kept."""
+        self.harness.launcher().preload(
+            sorted({name for done in outcome.done.values() for name in done.imported})
+        )
+        told: dict[tuple[str, ...], dict[str, Any]] = {}
+        for done in outcome.done.values():
+            for warning in done.warnings:
+                told.setdefault(tuple(map(str, warning.values())), warning)
+        for warning in told.values():
+            category = _warning_class(warning["category"])
+            warnings.warn_explicit(
+                warning["text"], category, warning["filename"], warning["lineno"]
+            )
+        return all(done.reusable for done in outcome.done.values())
+
+    def _warn_of_strays(self, world: World) -> None:
+        for rank, stray in world.strays:
+            if not any(expected in stray for expected in EXPECTED_STRAYS):
+                warnings.warn(
+                    LeftBehindWarning(
+                        f"{self.item.nodeid}: rank {rank} left process {stray} behind; it was "
+                        "killed. Wait for it in the test, or end it."
+                    ),
+                    stacklevel=2,
+                )
+
+    def _drop_checkpoint_dir(self) -> None:
+        """By pytest's own retention policy for tmp_path, when every rank is gone."""
+        policy = self.item.config.getini("tmp_path_retention_policy")
+        if policy == "none" or (policy == "failed" and not self.failed):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.checkpoint_dir)
+
+    # The report.
+
+    def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
+        """Show the ranks' own failure in the place of the controller's."""
+        outcome = self.outcome
+        if call.excinfo is None or call.excinfo.value is not self.raised or outcome is None:
+            return
+        if outcome.kind == "skipped":
+            rep.longrepr = self._skip_location(outcome)
+        elif outcome.kind == "failed":
+            options = self.harness.options
+            seed = self.harness.seed_of(self.item.nodeid)
+            override = options.defaults.world_size is not None
+            rerun = report.rerun_line(self.item.nodeid, seed, self.spec.size, override)
+            path = str(getattr(self.item, "path", ""))
+            rep.longrepr = report.longrepr_for(
+                outcome, self.item.config, self.spec.size, path, rerun
+            )
+
+    def _skip_location(self, outcome: Outcome) -> tuple[str, int, str]:
+        for done in outcome.done.values():
+            longrepr = (done.report or {}).get("longrepr")
+            if isinstance(longrepr, list | tuple) and len(longrepr) == 3:
+                return str(longrepr[0]), int(longrepr[1]), str(longrepr[2])
+        path, line, _ = self.item.reportinfo()
+        return str(path), (line or 0) + 1, outcome.reason
+
+
+def attach(item: pytest.Item, marked: MarkedItem) -> None:
+    """Have the item's phases run in a world."""
+    item.stash[ITEM_KEY] = marked
+    item.setup = marked.setup  # type: ignore[method-assign]  # this item only, not its class
+    item.runtest = marked.runtest  # type: ignore[method-assign]
+    item.teardown = marked.teardown  # type: ignore[method-assign]
+
+
+def _module_of(item: pytest.Item) -> str:
+    module = item.getparent(pytest.Module)
+    return module.nodeid if module is not None else item.nodeid
+
+
+def _index_of(item: pytest.Item | None) -> int:
+    if item is None:
+        return -1
+    marked = item.stash.get(ITEM_KEY, None)
+    return marked.index if marked is not None else item.session.items.index(item)
+
+
+def _properties(outcome: Outcome) -> list[tuple[str, object]]:
+    """user_properties of all ranks: those that agree once, others with the rank's name."""
+    by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
+    for rank, done in sorted(outcome.done.items()):
+        for name, value in done.properties:
+            by_property.setdefault((name, repr(value)), (value, []))[1].append(rank)
+    size = len(outcome.done)
+    return [
+        (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
+        for (name, _), (value, ranks) in by_property.items()
+    ]
+
+
+def _warning_class(name: Iterable[str]) -> type[Warning]:
+    module, qualname = name
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
+

@@ -1,0 +1,110 @@
+"""The contract between a world and whatever starts its ranks.
+
+A launcher starts processes, reports how they end, and kills them with everything they started.
+It knows nothing of tests: what a rank is to do travels over its own socket, which the launcher only
+hands down.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+STACKS_SIGNAL = signal.SIGRTMAX - 2
+"""Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2 themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """All that a rank needs to know to come up."""
+
+    world: int
+    """Unique within the controller."""
+    rank: int
+    size: int
+    backend: str
+    device: str
+    """cpu, or cuda:<index into the outer CUDA_VISIBLE_DEVICES>."""
+    mesh: tuple[int, ...]
+    mesh_dim_names: tuple[str, ...] | None
+    store: str
+    """Path of the file store that the ranks meet at."""
+    master_port: int
+    """A port that is reserved for this world, for code that wants env:// of its own."""
+    seed: int
+    basetemp: str
+    """The rank's own base for tmp_path; not made yet."""
+
+    def to_json(self) -> str:
+        """As text for the wire; `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Order:
+        """Inverse of `to_json`."""
+        raw = json.loads(text)
+        raw["mesh"] = tuple(raw["mesh"])
+        if raw["mesh_dim_names"] is not None:
+            raw["mesh_dim_names"] = tuple(raw["mesh_dim_names"])
+        return Order(**raw)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFds:
+    """A rank's inherited descriptors, in the order in which they are handed down.
+
+    All but the socket are memfds that the controller keeps, so that what a killed rank wrote is
+    still there.
+    """
+
+    socket: int
+    out: int
+    err: int
+    trace: int
+    """Stacks, on request and on a fatal signal."""
+
+    def all(self) -> list[int]:
+        """In the order of the fields."""
+        return [self.socket, self.out, self.err, self.trace]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a rank's process ended."""
+
+    rank: int
+    status: int
+    """The exit code, or minus the signal."""
+    strays: tuple[str, ...] = ()
+    """Processes that it left behind, as `pid (command)`; they were killed."""
+
+
+class Launcher(Protocol):
+    """Starts, signals and reaps the processes of ranks."""
+
+    name: str
+    """fork or spawn."""
+
+    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+        """Start one process per order. Raises `WorldError` when that is impossible."""
+
+    def fileno(self) -> int:
+        """Readable when `exits` has something to tell."""
+
+    def exits(self, world: int) -> list[Exit]:
+        """Ends of this world's ranks since the last call. Does not wait."""
+
+    def stacks(self, world: int, rank: int) -> None:
+        """Have the rank write the stacks of all its threads to its trace descriptor."""
+
+    def kill(self, world: int, rank: int) -> None:
+        """SIGKILL the rank and its process group."""
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Modules that later ranks are likely to import: a hint."""
+
+    def close(self) -> None:
+        """End everything that was started; bounded in time."""

@@ -1,0 +1,120 @@
+"""The few Linux calls that Python's standard library does not have, through ctypes.
+
+Each is a no-op or a clear OSError where the kernel does not know it; nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import signal
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
+OMP_PAUSE_HARD = 2  # omp.h
+HUGE_PAGE_BYTES = 2 << 20
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc().prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send `signum` to this process when its parent thread ends.
+
+    Ends the process at once when `parent` is gone already: the request came too late then.
+    """
+    _prctl(PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent ends."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def children() -> list[int]:
+    """Process ids of this single-threaded process's children, zombies included."""
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    try:
+        return [int(pid) for pid in path.read_text().split()]
+    except OSError:
+        return _children_by_scan()
+
+
+def _children_by_scan() -> list[int]:
+    """For kernels without CONFIG_PROC_CHILDREN."""
+    mine = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(after_name[1]) == os.getpid():
+                mine.append(int(entry.name))
+    return mine
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, or its name, or '?' when it is gone."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        text = raw.replace(b"\0", b" ").decode(errors="replace").strip()
+        return text or Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "?"
+
+
+def state_of(pid: int) -> str:
+    """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def collapse_memory() -> int:
+    """Back this process's private heap with huge pages; returns the bytes covered.
+
+    A fork then copies one page-table entry where it copied 512, which is most of what forking a
+    process with torch loaded costs.
+    """
+    madvise = _libc().madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    covered = 0
+    line_shape = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 +(\[heap\])?$")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        match = line_shape.match(line.rstrip())
+        if not match:
+            continue
+        low = -(-int(match[1], 16) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        high = int(match[2], 16) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        if high > low and madvise(low, high - low, MADV_COLLAPSE) == 0:
+            covered += high - low
+    return covered
+
+
+def pause_openmp() -> None:
+    """End the worker threads of every OpenMP runtime in this process.
+
+    A child forked while they exist would wait for threads that it does not have.
+    """
+    maps = Path("/proc/self/maps").read_text()
+    for path in sorted(set(re.findall(r"(/\S*lib(?:g|i)?omp[^/\s]*\.so\S*)", maps))):
+        try:
+            ctypes.CDLL(path).omp_pause_resource_all(OMP_PAUSE_HARD)
+        except (OSError, AttributeError):  # an OpenMP before 5.0 lacks the call
+            continue

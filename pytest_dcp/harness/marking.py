@@ -1,0 +1,137 @@
+"""Markers -> marked items: parametrization, checks, and the start and end of the harness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+from pytest_dcp.harness import items as items_
+from pytest_dcp.harness.options import Options
+from pytest_dcp.harness.session import HARNESS_KEY, Harness
+from pytest_dcp.harness.spec import MarkerValues, WorldSpec, read_marker, resolve
+
+WORLD_FIXTURE = "worlds"
+
+
+def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
+    """One test per size when the marker holds a list; wrong lists are left to `check`."""
+    mark = metafunc.definition.get_closest_marker(options.marker)
+    if mark is None:
+        return
+    values = read_marker(mark.args, mark.kwargs)
+    if not values.is_list or values.problems or _parametrizes_size(metafunc.definition):
+        return
+    override = options.defaults.world_size
+    sizes = values.sizes if override is None else (override,)
+    if "world_size" not in metafunc.fixturenames:
+        metafunc.fixturenames.append("world_size")
+    metafunc.parametrize("world_size", sizes, ids=[f"world_size={n}" for n in sizes])
+
+
+def _parametrizes_size(definition: pytest.Item) -> bool:
+    for mark in definition.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs.get("argnames", "")
+        listed = names.split(",") if isinstance(names, str) else names
+        if "world_size" in [name.strip() for name in listed]:
+            return True
+    return False
+
+
+def check(items: Sequence[pytest.Item], options: Options) -> None:
+    """Raise one `pytest.UsageError` that names every test whose marker is wrong, and why."""
+    problems = []
+    for item in items:
+        _, wrong = spec_of(item, options)
+        problems += [f"{item.nodeid}: @pytest.mark.{options.marker} {text}" for text in wrong]
+    if problems:
+        shown = problems[:50]
+        if len(problems) > len(shown):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        raise pytest.UsageError("\n".join(shown))
+
+
+def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tuple[str, ...]]:
+    """The world that an item asks for and what is wrong; (None, ()) without a marker."""
+    mark = item.get_closest_marker(options.marker) if options.marker else None
+    if mark is None:
+        return None, ()
+    values = read_marker(mark.args, mark.kwargs)
+    if values.problems:
+        return None, values.problems
+    if not isinstance(item, pytest.Function):
+        return None, (f"cannot run a {type(item).__name__} in a world, only a test function",)
+    if hasattr(item.obj, "hypothesis"):
+        return None, (
+            "cannot run an @given test: independent draws on each rank would differ. "
+            "Use @given on an ordinary test, and open worlds in it with the `worlds` fixture",
+        )
+    size, problem = _size_of(item, values)
+    if problem:
+        return None, (problem,)
+    own_size = _is_parametrized(item) and not values.is_list
+    defaults = options.defaults
+    if own_size or values.is_list:
+        defaults = type(defaults)(defaults.backend, defaults.timeout_s, None)
+    return resolve(values, size, defaults)
+
+
+def _is_parametrized(item: pytest.Function) -> bool:
+    size = item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
+    return isinstance(size, int) and not isinstance(size, bool)
+
+
+def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
+    if _is_parametrized(item):
+        size = item.callspec.params["world_size"]
+        if not size >= 1:
+            return 0, f"takes a size >= 1; the parametrization gave {size!r}"
+        return size, ""
+    if not values.sizes:
+        return 0, "takes a size, as in world_size(4), or a parametrization of `world_size`"
+    if values.is_list:
+        return 0, (
+            "holds a list of sizes in a place that cannot be parametrised by it "
+            "(pytest.param or a unittest.TestCase): give one size"
+        )
+    return values.sizes[0], ""
+
+
+def needs_worlds(items: Iterable[pytest.Item], options: Options) -> bool:
+    """Whether any test to be run needs the harness."""
+    return any(
+        (options.marker and item.get_closest_marker(options.marker) is not None)
+        or WORLD_FIXTURE in getattr(item, "fixturenames", ())
+        for item in items
+    )
+
+
+def begin(session: pytest.Session, options: Options) -> Harness:
+    """The session's harness, its launcher started, its items attached."""
+    harness = Harness(session, options)
+    session.config.stash[HARNESS_KEY] = harness
+    harness.launcher()
+    for note in harness.notes:
+        _tell(session.config, note)
+    for index, item in enumerate(session.items):
+        spec, _ = spec_of(item, options)
+        if spec is not None:
+            mark = item.get_closest_marker(options.marker)
+            explicit = mark is not None and mark.kwargs.get("timeout") is not None
+            items_.attach(item, items_.MarkedItem(item, index, spec, explicit, harness))
+    return harness
+
+
+def end(harness: Harness) -> None:
+    """End every world and the launcher."""
+    harness.config.stash[HARNESS_KEY].close()
+
+
+def _tell(config: pytest.Config, line: str) -> None:
+    """One line for the user: on the terminal, or through xdist to the one that has it."""
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    if terminal is not None:
+        terminal.ensure_newline()
+        terminal.write_line(line)
+    elif hasattr(config, "workeroutput"):
+        config.workeroutput.setdefault("dcp_notes", []).append(line)

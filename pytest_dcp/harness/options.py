@@ -1,0 +1,161 @@
+"""The command line's and the ini file's say: options -> `Options`. Each option has an ini twin.
+
+Light on purpose: this is imported by every session, also one without a single world.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from pytest_dcp.harness.spec import BACKENDS, MAX_WORLD_SIZE, Defaults
+
+ReportRanks = Literal["all", "failed", "first"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a session was told, checked."""
+
+    marker: str
+    """The marker's name; empty: the plugin leaves every marker alone."""
+    launch: str
+    """auto, fork or spawn."""
+    defaults: Defaults
+    grace_s: float
+    """How long the peers of a failed rank may go on."""
+    report_ranks: ReportRanks
+    pdb_rank: int | None
+    """None: the first that asks."""
+    require_gpus: bool
+    max_procs: int
+    """Rank processes at a time on this machine, over all sessions; 0: by the number of cores."""
+    output_limit_bytes: int
+    """Captured output of one rank in one phase; more is a failure."""
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    name: str
+    """--dcp-<name>; the ini twin has underscores."""
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+    flag: bool = False
+
+
+OPTIONS = (
+    _Option("marker", "world_size", "name of the marker that runs a test in a world; empty: none"),
+    _Option("launch", "auto", "how ranks are started", ("auto", "fork", "spawn")),
+    _Option("world-size", "", "run every world with this many ranks"),
+    _Option("backend", "auto", "backend of worlds whose marker names none", BACKENDS),
+    _Option("timeout", "120", "seconds from all ranks ready to the end of teardown; 0: no limit"),
+    _Option("grace", "1", "seconds that the peers of a failed rank may go on"),
+    _Option("report-ranks", "all", "whose output a report shows", ("all", "failed", "first")),
+    _Option("pdb-rank", "first", "the rank that gets the terminal for pdb; first: who asks first"),
+    _Option("require-gpus", "", "fail, not skip, a test whose GPUs are missing", flag=True),
+    _Option("max-procs", "0", "rank processes at a time on this machine; 0: by its cores"),
+    _Option("output-limit", "256", "MiB that one rank may print in one phase"),
+    _Option("seed", "", "seed of every rank; by default from the test's name"),
+)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register all options and their ini twins."""
+    group = parser.getgroup("dcp", "worlds of ranks (pytest_dcp)")
+    for option in OPTIONS:
+        kwargs: dict[str, Any] = {"dest": _key(option), "default": None}
+        if option.flag:
+            kwargs |= {"action": "store_const", "const": "true"}
+        elif option.choices:
+            kwargs["choices"] = option.choices
+        else:
+            kwargs["metavar"] = option.name.rpartition("-")[2].upper()
+        shown = f" (default: {option.default})" if option.default else ""
+        group.addoption(f"--dcp-{option.name}", help=option.help + shown, **kwargs)
+        parser.addini(_key(option), f"{option.help}; as --dcp-{option.name}", default=None)
+
+
+def read_options(config: pytest.Config) -> Options:
+    """The session's options. Raises `pytest.UsageError` naming every wrong one."""
+    raw = {option.name: _value(config, option) for option in OPTIONS}
+    problems: list[str] = []
+    for option in OPTIONS:
+        if option.choices and raw[option.name] not in option.choices:
+            problems.append(
+                f"--dcp-{option.name} takes {', '.join(option.choices)}; got {raw[option.name]!r}"
+            )
+    world_size = _number(raw, "world-size", problems, low=1, high=MAX_WORLD_SIZE)
+    timeout = _number(raw, "timeout", problems, low=0) or float("inf")
+    grace = _number(raw, "grace", problems, low=0)
+    output = _number(raw, "output-limit", problems, low=0)
+    max_procs = _number(raw, "max-procs", problems, low=0)
+    seed = _number(raw, "seed", problems, low=0, high=2**63 - 1)
+    pdb_rank = None
+    if raw["pdb-rank"] != "first":
+        pdb_rank = _number(raw, "pdb-rank", problems, low=0)
+    if problems:
+        raise pytest.UsageError("; ".join(problems))
+    return Options(
+        marker=raw["marker"],
+        launch=raw["launch"],
+        defaults=Defaults(
+            backend=raw["backend"],
+            timeout_s=float(timeout),
+            world_size=None if world_size is None else int(world_size),
+        ),
+        grace_s=float(grace or 0),
+        report_ranks=raw["report-ranks"],  # type: ignore[arg-type]  # checked above
+        pdb_rank=None if pdb_rank is None else int(pdb_rank),
+        require_gpus=raw["require-gpus"].lower() in ("true", "1", "yes", "on"),
+        max_procs=int(max_procs or 0),
+        output_limit_bytes=int(output or 0) << 20,
+        seed=None if seed is None else int(seed),
+    )
+
+
+def _key(option: _Option) -> str:
+    return f"dcp_{option.name.replace('-', '_')}"
+
+
+def _value(config: pytest.Config, option: _Option) -> str:
+    given = config.getoption(_key(option))
+    if given is None:
+        given = config.getini(_key(option))
+    return option.default if given is None else str(given).strip()
+
+
+INTEGERS = frozenset({"world-size", "max-procs", "seed", "pdb-rank"})
+
+
+def _number(
+    raw: dict[str, str],
+    name: str,
+    problems: list[str],
+    *,
+    low: float,
+    high: float = float("inf"),
+) -> float | None:
+    text = raw[name]
+    if not text:
+        return None
+    kind = "a whole number" if name in INTEGERS else "a number"
+    try:
+        value: float = int(text) if name in INTEGERS else float(text)
+    except ValueError:
+        problems.append(f"--dcp-{name} takes {kind}; got {text!r}")
+        return None
+    if not low <= value <= high:
+        bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        problems.append(f"--dcp-{name} takes {kind} {bounds}; got {text!r}")
+        return None
+    return value
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

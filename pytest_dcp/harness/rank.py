@@ -1,0 +1,352 @@
+"""A rank's life: boot, orders, end.
+
+Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit code 0,
+which only a rank that was told to leave returns. Everything that pytest knows of a rank is in
+`rank_items`; here is what any rank does, also one that only runs functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from pytest_dcp.errors import DcpError, DivergedError
+from pytest_dcp.harness.events import (
+    Call,
+    Decoder,
+    Done,
+    Exchange,
+    Go,
+    Leave,
+    Message,
+    Met,
+    RankOutcome,
+    RunItem,
+    encode,
+)
+from pytest_dcp.harness.launch import STACKS_SIGNAL, Order, RankFds
+
+RECEIVE_BYTES = 1 << 16
+M = TypeVar("M", bound=Message)
+
+
+class ControllerGoneError(DcpError):
+    """The report socket reached its end: nobody waits for this rank any more."""
+
+
+class Channel:
+    """A rank's end of the report socket: send, and wait for the reply."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._decoder = Decoder()
+        self._pending: list[Message] = []
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+
+    def send(self, message: Message) -> None:
+        """Send one message. Raises `DcpError` in a process forked from the rank."""
+        if os.getpid() != self._pid:
+            raise DcpError(
+                f"process {os.getpid()} was forked from rank process {self._pid} and cannot "
+                "speak for the rank: use the world's fixtures in the rank itself"
+            )
+        with self._lock:
+            self._socket.sendall(encode(message))
+
+    def receive(self) -> Message:
+        """The next message; waits for it."""
+        with self._lock:
+            while not self._pending:
+                data = self._socket.recv(RECEIVE_BYTES)
+                if not data:
+                    raise ControllerGoneError("the controller closed the report socket")
+                self._pending = self._decoder.feed(data)
+            return self._pending.pop(0)
+
+    def ask(self, message: Message, reply: type[M]) -> M:
+        """Send a message and wait for its reply."""
+        with self._lock:
+            self.send(message)
+            got = self.receive()
+        if not isinstance(got, reply):
+            raise DcpError(f"expected {reply.__name__} from the controller, got {got!r}")
+        return got
+
+
+@dataclass(slots=True)
+class Rank:
+    """This process, as a rank of its world."""
+
+    order: Order
+    channel: Channel
+    fds: RankFds
+    seed: int = 0
+    checkpoint_dir: str = ""
+    threads: frozenset[threading.Thread] = frozenset()
+    """Those that were there before the first test."""
+    modules: frozenset[str] = frozenset()
+    """Likewise."""
+    capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
+        default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
+    )
+    """Captures output around work that is no item's phase; yields sections to fill."""
+
+    def meet(self, operation: str, payload: bytes = b"") -> list[bytes]:
+        """Every rank's payload, in rank order; waits for all ranks. Collective.
+
+        Raises `DivergedError` when a peer asked for something else or will not come.
+        """
+        met = self.channel.ask(Exchange(operation, payload), Met)
+        if met.error:
+            raise DivergedError(f"rank {self.order.rank}: {met.error}")
+        return met.values()
+
+    def reseed(self, seed: int) -> None:
+        """Seed random, numpy and torch alike on every rank."""
+        import torch
+
+        self.seed = seed
+        random.seed(seed)
+        numpy_random = sys.modules.get("numpy.random")
+        if numpy_random is not None:
+            numpy_random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+
+_current: Rank | None = None
+
+
+def current() -> Rank | None:
+    """This process's rank, or None in a process that is none."""
+    return _current
+
+
+def run(
+    order: Order,
+    fds: RankFds,
+    prepare: Callable[[Rank], Callable[[RunItem], None]],
+) -> NoReturn:
+    """A rank's whole process. `prepare` readies the session and returns what runs an item."""
+    global _current
+    code = 1
+    try:
+        channel = Channel(fds.socket)
+        rank = _current = Rank(order, channel, fds, seed=order.seed)
+        _watch_faults(fds.trace)
+        run_item = prepare(rank)
+        if _boot(rank):
+            _serve(rank, run_item)
+            code = 0
+    except ControllerGoneError:
+        code = 1
+    except BaseException:  # noqa: BLE001 - the last frame of the process: say it and end
+        with contextlib.suppress(BaseException):
+            os.write(fds.err, traceback.format_exc().encode(errors="replace"))
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+        with contextlib.suppress(BaseException):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _watch_faults(trace_fd: int) -> None:
+    faulthandler.enable(file=trace_fd, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, file=trace_fd, all_threads=True, chain=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL})
+
+
+def _boot(rank: Rank) -> bool:
+    """Join the process group and say so; False when that failed (and was said)."""
+    started = time.perf_counter()
+    sections: list[tuple[str, str, str]] = []
+    try:
+        with rank.capture() as sections:
+            _set_environment(rank.order)
+            _init_process_group(rank.order)
+            rank.reseed(rank.order.seed)
+    except Exception as exc:  # noqa: BLE001 - reported to the controller, whatever it is
+        rank.channel.send(
+            Done(
+                "boot",
+                "failed",
+                time.monotonic(),
+                time.perf_counter() - started,
+                exception=_class_of(exc),
+                text=one_line(exc),
+                report={"text": traceback.format_exc()},
+                sections=tuple(sections or ()),
+            )
+        )
+        rank.channel.receive()  # stay until killed: a peer may still need this process to end its init
+        return False
+    rank.threads = frozenset(threading.enumerate())
+    rank.modules = frozenset(sys.modules)
+    duration_s = time.perf_counter() - started
+    rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s))
+    return True
+
+
+def environment(order: Order) -> dict[str, str]:
+    """The standard variables of torch's launchers. Pure (no I/O)."""
+    return {
+        "RANK": str(order.rank),
+        "LOCAL_RANK": str(order.rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(order.size),
+        "LOCAL_WORLD_SIZE": str(order.size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(order.master_port),
+    }
+
+
+def _set_environment(order: Order) -> None:
+    os.environ.update(environment(order))
+    # Reverse look-ups of the host's own name took gloo seconds; ranks are on one machine.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _init_process_group(order: Order) -> None:
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device(order.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(order.store, order.size)
+    dist.init_process_group(
+        order.backend,
+        store=store,
+        rank=order.rank,
+        world_size=order.size,
+        device_id=device if order.backend == "nccl" else None,
+    )
+
+
+def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
+    """Orders, one after the other, until `Leave`."""
+    while True:
+        order = rank.channel.receive()
+        match order:
+            case RunItem():
+                rank.checkpoint_dir = order.checkpoint_dir
+                rank.reseed(order.seed)
+                run_item(order)
+            case Call():
+                rank.reseed(order.seed)
+                rank.channel.send(_call(rank, order.payload))
+            case Leave():
+                _leave(rank)
+                return
+            case Go():
+                raise DcpError(f"told to run {order.phase}, but no item was begun")
+            case _:
+                raise DcpError(f"unexpected order {order!r}")
+
+
+def _leave(rank: Rank) -> None:
+    save_coverage()
+    if rank.order.backend == "nccl":
+        import torch.distributed as dist
+
+        if dist.is_initialized():  # NCCL's threads outlive os._exit's patience otherwise
+            dist.destroy_process_group()
+
+
+def save_coverage() -> None:
+    """Write what coverage.py measured in this process, if it measures; `os._exit` would lose it."""
+    coverage = sys.modules.get("coverage")
+    if coverage is None:
+        return
+    measuring = coverage.Coverage.current()
+    if measuring is not None:
+        measuring.stop()
+        measuring.save()
+        measuring.start()
+
+
+def _call(rank: Rank, payload: bytes) -> Done:
+    """Run a pickled `(function, args, kwargs)`; its result travels back pickled."""
+    import cloudpickle
+
+    started = time.perf_counter()
+    outcome: RankOutcome = "passed"
+    result, error, sections = b"", None, []
+    with rank.capture() as sections:
+        try:
+            function, args, kwargs = cloudpickle.loads(payload)
+            value = function(*args, **kwargs)
+            result = _dump_result(value)
+        except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
+            outcome, error = _outcome_of(exc), exc
+    return Done(
+        "call",
+        outcome,
+        time.monotonic(),
+        time.perf_counter() - started,
+        exception=_class_of(error) if error is not None else None,
+        text=one_line(error) if error is not None else "",
+        report={"text": _own_traceback(error)} if error is not None else None,
+        sections=tuple(sections or ()),
+        payload=result,
+    )
+
+
+def _dump_result(value: object) -> bytes:
+    import cloudpickle
+
+    try:
+        dumped: bytes = cloudpickle.dumps(value)
+    except Exception as exc:
+        raise TypeError(
+            f"the function's result, a {type(value).__qualname__}, cannot be pickled: {exc}"
+        ) from exc
+    return dumped
+
+
+def _own_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this module."""
+    tb: TracebackType | None = error.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    return "".join(traceback.format_exception(type(error), error, tb))
+
+
+def _outcome_of(error: BaseException) -> RankOutcome:
+    """By the names that pytest gives its control-flow exceptions."""
+    names: dict[str, RankOutcome] = {
+        "Skipped": "skipped",
+        "SkipTest": "skipped",
+        "XFailed": "xfailed",
+        "Exit": "exit",
+        "KeyboardInterrupt": "interrupt",
+    }
+    return names.get(type(error).__name__, "failed")
+
+
+def _class_of(error: BaseException) -> tuple[str, str]:
+    return type(error).__module__, type(error).__qualname__
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: text`, without line breaks, even when the exception's own `__str__` is broken."""
+    try:
+        text = str(error)
+    except Exception as exc:  # noqa: BLE001 - user code: whatever it raises is only text here
+        text = f"<its __str__ raised {type(exc).__name__}>"
+    text = " ".join(text.split())
+    name = type(error).__name__
+    return f"{name}: {text[:2000]}" if text else name

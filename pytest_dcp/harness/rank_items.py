@@ -1,0 +1,402 @@
+"""A pytest item inside a rank: its own setup, call and teardown, by pytest's own runner.
+
+Enters: the collected session that the rank inherited. Leaves: one `Done` for each phase, in lockstep
+with the other ranks: after each phase the rank waits for the controller's word.
+
+The session's reporting plugins are taken out first (`silence`): a rank reports to the controller
+and to nobody else. Whether an xfail marker makes a failure expected is decided once, by the controller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.runner import check_interactive_exception
+
+from pytest_dcp.errors import DcpError
+from pytest_dcp.harness.events import (
+    DebugAnswer,
+    DebugAsk,
+    DebugDone,
+    Done,
+    Go,
+    Phase,
+    RankOutcome,
+    RunItem,
+    SubReport,
+)
+from pytest_dcp.harness.rank import Rank, one_line, save_coverage
+
+RANK_KEY = pytest.StashKey[Rank]()
+SECTION_CHARS = 1 << 18
+"""A captured section longer than this keeps its two ends."""
+
+
+def silence(config: pytest.Config) -> None:
+    """Take the reporting plugins out of a session that ranks will run.
+
+    Whoever listens to reports writes them somewhere: to the terminal, a file, xdist's channel. The
+    session itself stays, for --maxfail among subtests, and the terminal stays known by its name.
+    """
+    manager = config.pluginmanager
+    terminal = manager.getplugin("terminalreporter")
+    listeners = {
+        impl.plugin
+        for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded)
+        for impl in hook.get_hookimpls()
+    }
+    for plugin in listeners:
+        if not isinstance(plugin, pytest.Session):
+            manager.unregister(plugin)
+    if terminal is not None:
+        manager.register(_QuietTerminal(terminal), "terminalreporter")
+
+
+class _QuietTerminal:
+    """Stands for the terminal reporter where plugins look it up; hears no report."""
+
+    def __init__(self, terminal: Any) -> None:
+        object.__setattr__(self, "_terminal", terminal)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("pytest_"):
+            raise AttributeError(name)
+        return getattr(self._terminal, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._terminal, name, value)
+
+    def __dir__(self) -> list[str]:
+        return []
+
+
+def enlist(rank: Rank, session: pytest.Session) -> Callable[[RunItem], None]:
+    """Make the session this rank's; returns what runs an item of it."""
+    config = session.config
+    config.stash[RANK_KEY] = rank
+    rank.capture = lambda: _captured(config)
+    _redirect_capture(config, rank)
+    _base_of_tmp_path(config, Path(rank.order.basetemp))
+    plugin = RankPlugin(rank, session, _Terminal(config, muted=rank.order.rank != 0))
+    config.pluginmanager.register(plugin, "pytest_dcp.rank")
+    plugin.take_over_pdb()
+    return plugin.run
+
+
+def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
+    """Let the rank's capture write to its own memfds: the inherited files share their offset."""
+    manager: Any = config.pluginmanager.getplugin("capturemanager")
+    capturing = getattr(manager, "_global_capturing", None)
+    streams = ((1, "out", rank.fds.out), (2, "err", rank.fds.err))
+    for _, name, fd in streams:
+        stream = getattr(capturing, name, None)
+        file = getattr(stream, "tmpfile", None)
+        with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
+            os.dup2(fd, file.fileno(), inheritable=False)
+
+
+def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
+    factory: Any = getattr(config, "_tmp_path_factory", None)
+    if factory is not None:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        factory._basetemp = base
+
+
+class _Terminal:
+    """The terminal as a rank sees it: closed, until the rank is granted it for a debugger.
+
+    A rank is not in the terminal's foreground process group, so reading from it would stop the process; and
+    only rank 0 writes what plugins write while a test runs (--setup-show, live logs).
+    """
+
+    def __init__(self, config: pytest.Config, *, muted: bool) -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+        self._writer: Any = getattr(reporter, "_tw", None)
+        self._file = getattr(self._writer, "_file", None)
+        if muted and self._writer is not None:
+            self._writer._file = os.fdopen(os.dup(null), "w")
+        capture: Any = config.pluginmanager.getplugin("capturemanager")
+        self._stdin = -1
+        if capture is None or not capture.is_globally_capturing():
+            self._stdin = os.dup(0)
+            os.dup2(null, 0)
+        os.close(null)
+
+    def open(self) -> None:
+        """Let this process read and write it from now on."""
+        if self._writer is not None:
+            self._writer._file = self._file
+        if self._stdin >= 0:
+            os.dup2(self._stdin, 0)
+
+
+@contextlib.contextmanager
+def _captured(config: pytest.Config) -> Iterator[list[tuple[str, str, str]]]:
+    manager: Any = config.pluginmanager.getplugin("capturemanager")
+    sections: list[tuple[str, str, str]] = []
+    if manager is None or not manager.is_globally_capturing():
+        yield sections
+        return
+    manager.resume_global_capture()
+    try:
+        yield sections
+    finally:
+        manager.suspend_global_capture(in_=False)
+        out, err = manager.read_global_capture()
+        sections += [("call", n, clip(t)) for n, t in (("stdout", out), ("stderr", err)) if t]
+
+
+def clip(text: str) -> str:
+    """The text, or its two ends when it is very long. Pure (no I/O)."""
+    if len(text) <= SECTION_CHARS:
+        return text
+    half = SECTION_CHARS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+class RankPlugin:
+    """pytest's view of a rank: runs items in phases and hears what the session has to say."""
+
+    def __init__(self, rank: Rank, session: pytest.Session, terminal: _Terminal) -> None:
+        self._terminal = terminal
+        self.rank = rank
+        self.session = session
+        self.config = session.config
+        self.warnings: list[dict[str, Any]] = []
+        self._xfail_off = bool(self.config.option.runxfail)
+        self._pdb_invoke: Any = None
+        self._debugging = False
+
+    # Items.
+
+    def run(self, order: RunItem) -> None:
+        """One item from setup to teardown, then the `finish` message."""
+        item = self._find(order.index, order.nodeid)
+        if item is None:
+            raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
+        self.warnings = []
+        before = frozenset(sys.modules) | self.rank.modules
+        stack = self.session._setupstate.stack
+        if stack and not set(stack) <= set(item.listchain()):
+            self.session._setupstate.teardown_exact(item)
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        go = self.rank.channel.receive()
+        if not (isinstance(go, Go) and go.phase == "finish"):
+            raise DcpError(f"expected to finish {order.nodeid!r}, was told {go!r}")
+        save_coverage()
+        self.rank.channel.send(self._finished(before))
+
+    def _find(self, index: int, nodeid: str) -> pytest.Item | None:
+        items = self.session.items
+        if 0 <= index < len(items):
+            return items[index]
+        return next((item for item in items if item.nodeid == nodeid), None)
+
+    def _finished(self, before: frozenset[str]) -> Done:
+        threads = [t for t in threading.enumerate() if t not in self.rank.threads]
+        imported = [
+            name
+            for name in sys.modules
+            if name not in before and name.partition(".")[0] in ("torch", "numpy")
+        ]
+        return Done(
+            "finish",
+            "passed",
+            time.monotonic(),
+            warnings=tuple(self.warnings),
+            imported=tuple(imported),
+            threads=tuple(t.name for t in threads),
+            reusable=not threads and _process_group_is_ours(self.rank),
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
+        """The item's phases, each when the controller says so."""
+        any_item: Any = item
+        has_request = hasattr(item, "_request")
+        if has_request and not any_item._request:
+            any_item._initrequest()
+        self._phase(item, "setup")
+        while True:
+            go = self.rank.channel.receive()
+            if not isinstance(go, Go):
+                raise DcpError(f"expected a phase of {item.nodeid!r}, was told {go!r}")
+            if go.phase == "teardown":
+                nextitem = self._find(go.next_index, go.next_nodeid)
+                self._phase(item, "teardown", nextitem=nextitem)
+                break
+            self._phase(item, go.phase)
+        if has_request:
+            any_item._request = False
+            any_item.funcargs = None
+        return True
+
+    def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> None:
+        hook = getattr(item.ihook, f"pytest_runtest_{phase}")
+        seen_sections, seen_properties = len(item._report_sections), len(item.user_properties)
+        seen_marks = len(list(item.iter_markers("xfail")))
+        call = pytest.CallInfo.from_call(
+            lambda: hook(item=item, **kwargs),
+            when=phase,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
+            reraise=None,
+        )
+        ended = time.monotonic()
+        # A marker that the test added itself is known only here, so it is judged here.
+        added = len(list(item.iter_markers("xfail"))) > seen_marks
+        self.config.option.runxfail = self._xfail_off or not added
+        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        if check_interactive_exception(call, report):
+            item.ihook.pytest_exception_interact(node=item, call=call, report=report)
+        outcome, text = _judge(call, report)
+        error = call.excinfo.value if call.excinfo is not None else None
+        self.rank.channel.send(
+            Done(
+                phase,
+                outcome,
+                ended,
+                call.duration,
+                exception=(type(error).__module__, type(error).__qualname__) if error else None,
+                text=text,
+                report=None if outcome == "passed" else self._serialise(report),
+                sections=tuple(
+                    (when, name, clip(content))
+                    for when, name, content in item._report_sections[seen_sections:]
+                ),
+                properties=tuple(item.user_properties[seen_properties:]),
+            )
+        )
+
+    def _serialise(self, report: pytest.TestReport) -> dict[str, Any]:
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        data["sections"], data["user_properties"], data["keywords"] = [], [], {}
+        serialised: dict[str, Any] = data
+        return serialised
+
+    # What else the session says.
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Only subtests log in a rank: their reports go to the controller."""
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        data["keywords"] = {}
+        self.rank.channel.send(SubReport(data))
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
+        """Kept for `finish`: the controller warns again, once for all ranks."""
+        category = warning_message.category
+        self.warnings.append(
+            {
+                "text": str(warning_message.message),
+                "category": [category.__module__, category.__qualname__],
+                "filename": warning_message.filename,
+                "lineno": warning_message.lineno,
+            }
+        )
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_set_timer(self) -> bool:
+        """pytest-timeout's limit is the controller's business."""
+        return True
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_cancel_timer(self) -> bool:
+        """See `pytest_timeout_set_timer`."""
+        return True
+
+    # The debugger.
+
+    def take_over_pdb(self) -> None:
+        """Have pytest's debugger ask the controller for the terminal first.
+
+        Wraps `pytestPDB._init_pdb`, through which every way into pytest's debugger leads; there is no
+        public place. Can go when pytest has a hook that may refuse a debugger.
+        """
+        from _pytest.debugging import pytestPDB
+
+        self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
+        original = pytestPDB._init_pdb
+
+        def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
+            if not self._debugging and not self._ask_for_terminal(method):
+                return _NoPdb()
+            return original(method, *args, **kwargs)
+
+        pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign,assignment]  # see above
+
+    def _ask_for_terminal(self, reason: str) -> bool:
+        answer = self.rank.channel.ask(DebugAsk(reason), DebugAnswer)
+        if answer.error:
+            pytest.fail(f"rank {self.rank.order.rank}: {answer.error}", pytrace=False)
+        if answer.granted:
+            self._debugging = True
+            # Reading a terminal from a background process group stops the process.
+            with contextlib.suppress(OSError):
+                os.setpgid(0, answer.group)
+            self._terminal.open()
+        return answer.granted
+
+    def _give_terminal_back(self) -> None:
+        if self._debugging:
+            self._debugging = False
+            with contextlib.suppress(OSError):
+                os.setpgid(0, 0)
+            self.rank.channel.send(DebugDone())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        """--pdb: post mortem in the rank that gets the terminal."""
+        if self._pdb_invoke is None or not self._ask_for_terminal("post_mortem"):
+            return
+        try:
+            self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
+        finally:
+            self._give_terminal_back()
+
+    def pytest_leave_pdb(self) -> None:
+        """`continue` at a breakpoint."""
+        self._give_terminal_back()
+
+
+class _NoPdb:
+    """What a rank without the terminal gets for a debugger: nothing happens."""
+
+    def set_trace(self, frame: object = None) -> None:
+        """Go on."""
+
+    def runcall(self, function: Callable[[], object]) -> object:
+        """Just call it."""
+        return function()
+
+
+def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[RankOutcome, str]:
+    """The rank's outcome of a phase, and its one line of text."""
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, pytest.exit.Exception):
+        return "exit", str(error.msg)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupt", "KeyboardInterrupt"
+    if isinstance(error, pytest.xfail.Exception):
+        return "xfailed", str(error.msg)
+    if report.skipped:
+        if hasattr(report, "wasxfail"):
+            return "xfailed", str(report.wasxfail)
+        longrepr = report.longrepr
+        return "skipped", str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
+    if report.passed:
+        return "passed", ""
+    return "failed", one_line(error) if error is not None else str(report.longrepr)
+
+
+def _process_group_is_ours(rank: Rank) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() == rank.order.size

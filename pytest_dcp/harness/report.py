@@ -1,0 +1,182 @@
+"""A world's outcome -> what pytest shows: one report, the first cause on top.
+
+Enters: an `Outcome`. Leaves: an exception to raise in the controller, of the rank's own type where
+that is known here, and the `longrepr` and the sections of its report. Only pytest's own serialisable
+classes are used, so that reports survive xdist.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+from _pytest._code.code import (
+    ExceptionChainRepr,
+    ExceptionRepr,
+    ReprEntryNative,
+    ReprFileLocation,
+    ReprTraceback,
+)
+
+from pytest_dcp.errors import WorldError
+from pytest_dcp.harness.events import Done
+from pytest_dcp.harness.options import ReportRanks
+from pytest_dcp.harness.outcome import Group, Outcome, ranks_text
+from pytest_dcp.harness.stacks import doing
+
+TRACE_CHARS = 20_000
+"""Of one rank's stacks in a report."""
+
+
+def exception_for(outcome: Outcome, where: str) -> BaseException:
+    """What the controller raises for an outcome that did not pass, in the place of the test."""
+    if outcome.kind == "skipped":
+        return pytest.skip.Exception(outcome.reason)
+    if outcome.kind == "xfailed":
+        return pytest.xfail.Exception(outcome.reason)
+    if outcome.kind == "exit":
+        return pytest.exit.Exception(f"{where}: {outcome.reason}")
+    if outcome.kind == "interrupt":
+        return KeyboardInterrupt(f"{where}: {outcome.reason}")
+    first = outcome.first
+    assert first is not None
+    done = outcome.done.get(first.failure.rank)
+    text = outcome.reason
+    if first.failure.kind == "failed" and done is not None and done.exception is not None:
+        error = _like(done.exception, done.text.partition(": ")[2])
+        if error is not None:
+            return error
+    failures = tuple(group.failure for group in outcome.groups)
+    return WorldError(text, failures)
+
+
+def _like(class_name: tuple[str, str], text: str) -> Exception | None:
+    """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
+
+    It is made without its `__init__`, whose arguments nobody knows here; None when the class is not
+    to be found in this process or is no ordinary exception.
+    """
+    found: Any = sys.modules.get(class_name[0])
+    for part in class_name[1].split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return None
+    if found is pytest.fail.Exception:
+        return pytest.fail.Exception(text, pytrace=False)
+    try:
+        error = found.__new__(found)
+        error.args = (text,)
+        str(error)
+    except Exception:  # noqa: BLE001 - a class of the user's: any refusal means plain WorldError
+        return None
+    return error
+
+
+def longrepr_for(
+    outcome: Outcome, config: pytest.Config, size: int, path: str, rerun: str
+) -> ExceptionRepr:
+    """The failure representation: headline, the first cause's own traceback, then its peers."""
+    first = outcome.first
+    assert first is not None
+    repr_ = _own_repr(first, outcome.done.get(first.failure.rank), config)
+    lines = [outcome.reason, *_folded(outcome.groups[1:])]
+    if repr_ is None:
+        detail = _clip(first.failure.detail)
+        crash = ReprFileLocation(path, 0, outcome.reason)
+        entries = ReprTraceback([ReprEntryNative([detail])] if detail else [], None, "native")
+        repr_ = ExceptionChainRepr([(entries, crash, None)])
+    head = ReprEntryNative([f"{line}\n" for line in lines])
+    for traceback, crash_, _ in repr_.chain[-1:]:
+        traceback.reprentries.insert(0, head)
+        if crash_ is not None:
+            crash_.message = outcome.reason
+    if repr_.reprcrash is not None:
+        repr_.reprcrash.message = outcome.reason
+    for group in outcome.groups[1:]:
+        if not group.echo:
+            text = _text_of(group, outcome.done.get(group.failure.rank), config)
+            repr_.addsection(f"{ranks_text(group.ranks)} also failed", text)
+    table = _table(outcome)
+    if table:
+        repr_.addsection("what the ranks that did not end were doing", table)
+    repr_.addsection("to rerun just this", rerun, "-")
+    return repr_
+
+
+def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> ExceptionChainRepr | None:
+    """The traceback that the rank itself made, with its assertion introspection."""
+    if done is None or done.report is None or "longrepr" not in done.report:
+        return None
+    if group.failure.kind != "failed":
+        return None
+    report = config.hook.pytest_report_from_serializable(config=config, data=dict(done.report))
+    longrepr = report.longrepr
+    if isinstance(longrepr, ExceptionChainRepr):
+        return longrepr
+    text = str(longrepr)
+    crash = ReprFileLocation("", 0, text.partition("\n")[0])
+    entries = ReprTraceback([ReprEntryNative([text])], None, "native")
+    return ExceptionChainRepr([(entries, crash, None)])
+
+
+def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
+    repr_ = _own_repr(group, done, config)
+    return str(repr_) if repr_ is not None else group.failure.detail or group.failure.summary
+
+
+def _folded(groups: Sequence[Group]) -> Iterable[str]:
+    """One line for each group of peers."""
+    for group in groups:
+        kind = {"blocked": "was waiting and was killed: ", "timeout": "time limit: "}.get(
+            group.failure.kind, ""
+        )
+        yield f"  {ranks_text(group.ranks)}: {kind}{group.failure.summary[:300]}"
+
+
+def _table(outcome: Outcome) -> str:
+    """Rank by rank, the stacks of those that were killed at a limit, equal ones once."""
+    rows: dict[str, list[int]] = {}
+    for group in outcome.groups:
+        if group.failure.kind in ("blocked", "timeout"):
+            for rank in group.ranks:
+                rows.setdefault(_clip(group.failure.detail), []).append(rank)
+    parts = []
+    for trace, ranks in rows.items():
+        what = doing(trace) if trace else "no stack: the process was stopped, or deep in C code"
+        parts.append(f"{ranks_text(ranks)}: {what}\n{trace}")
+    return "\n".join(parts)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= TRACE_CHARS else text[:TRACE_CHARS] + "\n[... left out ...]"
+
+
+def rerun_line(nodeid: str, seed: int, size: int, override: bool) -> str:
+    """The command that runs just this world again. Pure (no I/O)."""
+    line = f"pytest {shlex.quote(nodeid)} --dcp-seed={seed}"
+    return f"{line} --dcp-world-size={size}" if override else line
+
+
+def shown_ranks(outcome: Outcome, size: int, which: ReportRanks) -> set[int]:
+    """The ranks whose output a report shows."""
+    if which == "all" or not outcome.groups:
+        return set(range(size))
+    groups = outcome.groups[:1] if which == "first" else [g for g in outcome.groups if not g.echo]
+    return {rank for group in groups for rank in group.ranks}
+
+
+def merged_sections(
+    sections: Iterable[tuple[int, str, str, str]], size: int
+) -> list[tuple[str, str, str]]:
+    """(rank, when, name, text) -> (when, `name [ranks ...]`, text), equal texts once."""
+    merged: dict[tuple[str, str, str], list[int]] = {}
+    for rank, when, name, text in sections:
+        if text:
+            merged.setdefault((when, name, text), []).append(rank)
+    return [
+        (when, f"{name} [{ranks_text(sorted(set(ranks)))}]", text)
+        for (when, name, text), ranks in merged.items()
+    ]

@@ -1,0 +1,195 @@
+"""What all worlds of one pytest session share: the launcher, the leases, the warm worlds.
+
+Lives in the controller only. Enters: the collected session. Leaves: started worlds. `close` ends
+everything that was started, whatever state it is in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_dcp.errors import WorldError
+from pytest_dcp.harness.launch import Launcher
+from pytest_dcp.harness.leases import (
+    GpusUnavailable,
+    Lease,
+    LeasePool,
+    LeaseRequest,
+    default_max_processes,
+    visible_gpus,
+)
+from pytest_dcp.harness.options import Options, cpu_count
+from pytest_dcp.harness.outcome import Outcome
+from pytest_dcp.harness.rank import current
+from pytest_dcp.harness.spec import WorldSpec
+from pytest_dcp.harness.supervise import Terminal
+from pytest_dcp.harness.world import World, WorldSettings
+
+LEASE_S = 600.0
+"""How long a world may wait for others on the machine to end."""
+HARMLESS_THREADS = frozenset({"execnet", "pytest_rerunfailures"})
+"""Packages of pytest's world whose threads only wait on sockets of their own, which ranks let go of."""
+HARNESS_KEY = pytest.StashKey["Harness"]()
+
+
+class Harness:
+    """The controller's state. One per session."""
+
+    def __init__(self, session: pytest.Session, options: Options) -> None:
+        self.session = session
+        self.config = session.config
+        self.options = options
+        self.notes: list[str] = []
+        """Lines for the user, said once."""
+        self.warm: dict[tuple[str, WorldSpec], World] = {}
+        """Worlds kept between the tests of a module, by the module's nodeid."""
+        self.folders_made = 0
+        self._launcher: Launcher | None = None
+        self._pool: LeasePool | None = None
+        self._open: dict[int, World] = {}
+        factory: Any = self.config._tmp_path_factory  # type: ignore[attr-defined]  # what tmp_path itself uses
+        # Made here, before any rank: ranks that made it would race for its number.
+        self.basetemp: Path = factory.getbasetemp()
+        self.folder = self.basetemp / "dcp"
+        self.folder.mkdir(exist_ok=True, mode=0o700)
+        self.settings = WorldSettings(
+            folder=self.folder,
+            grace_s=options.grace_s,
+            output_limit_bytes=options.output_limit_bytes,
+            terminal=self._terminal(),
+            launcher=self.launcher,
+        )
+
+    def _terminal(self) -> Terminal:
+        if hasattr(self.config, "workerinput"):
+            missing = "pytest-xdist's workers have no terminal for a debugger; run with -n0"
+            return Terminal(missing=missing)
+        return Terminal(group=os.getpgrp(), rank=self.options.pdb_rank)
+
+    # Worlds.
+
+    def launcher(self) -> Launcher:
+        """What starts ranks; itself started on first use."""
+        if self._launcher is None:
+            reason = self._unsafe_to_fork()
+            if self.options.launch == "fork" and reason:
+                raise WorldError(f"--dcp-launch=fork, but forking is unsafe here: {reason}")
+            if self.options.launch == "spawn" or reason:
+                from pytest_dcp.harness.spawn import SpawnLauncher
+
+                if reason:
+                    self.notes.append(f"pytest_dcp: ranks are spawned, not forked: {reason}")
+                self._launcher = SpawnLauncher.start(self.session)
+            else:
+                from pytest_dcp.harness.fork import start_zygote
+
+                self._launcher = start_zygote(self.session)
+        return self._launcher
+
+    def _unsafe_to_fork(self) -> str:
+        if sys.platform != "linux":
+            return f"{sys.platform} cannot fork a process that has torch loaded"
+        cuda: Any = sys.modules.get("torch.cuda")
+        if cuda is not None and cuda.is_initialized():
+            return "CUDA was initialised at collection"
+        extra = [thread for thread in threading.enumerate() if not _may_be_forked(thread)]
+        if extra:
+            names = ", ".join(repr(thread.name) for thread in extra)
+            return f"threads were started at collection ({names})"
+        return ""
+
+    def open(self, spec: WorldSpec, seed: int) -> tuple[World, Outcome]:
+        """A started world and how its boot went. Skips or fails where GPUs are missing."""
+        lease = self._lease(spec)
+        world: World | None = None
+
+        def end() -> None:
+            lease.release()
+            if world is not None:
+                self._open.pop(world.number, None)
+
+        try:
+            world = World(spec, self.settings, seed=seed, gpus=lease.gpus, on_end=end)
+            self._open[world.number] = world
+            return world, world.start()
+        except BaseException:
+            if world is not None:
+                world.kill()
+            lease.release()
+            raise
+
+    def _lease(self, spec: WorldSpec) -> Lease:
+        gpus = 0
+        if spec.device == "cuda":
+            # NCCL refuses two ranks on one device; gloo ranks may share a card.
+            gpus = spec.size if spec.backend == "nccl" else 1
+        try:
+            request = LeaseRequest(processes=spec.size, gpus=gpus)
+            return self._leases(needs_gpus=gpus > 0).acquire(request, LEASE_S)
+        except GpusUnavailable as exc:
+            if self.options.require_gpus:
+                pytest.fail(f"--dcp-require-gpus: {exc}", pytrace=False)
+            pytest.skip(str(exc))
+
+    def _leases(self, *, needs_gpus: bool) -> LeasePool:
+        if self._pool is None or needs_gpus:
+            budget = self.options.max_procs or default_max_processes(cpu_count())
+            gpus = visible_gpus(os.environ, _gpu_count()) if needs_gpus else ()
+            self._pool = LeasePool(max_processes=budget, visible_gpus=gpus)
+        return self._pool
+
+    def seed_of(self, name: str) -> int:
+        """The seed of a test: the option's, or one that its name always gives."""
+        if self.options.seed is not None:
+            return self.options.seed
+        return zlib.crc32(name.encode())
+
+    def close_warm(self, *, but_module: str = "") -> None:
+        """End the warm worlds of every module but this one."""
+        for key in [key for key in self.warm if key[0] != but_module]:
+            self.warm.pop(key).close()
+
+    def close(self) -> None:
+        """End every world and the launcher."""
+        self.warm.clear()
+        for world in list(self._open.values()):
+            world.kill()
+        if self._launcher is not None:
+            self._launcher.close()
+            self._launcher = None
+
+
+def harness_of(config: pytest.Config) -> Harness:
+    """The session's harness. Raises where there is none: inside a rank."""
+    harness = config.stash.get(HARNESS_KEY, None)
+    if harness is None or current() is not None:
+        raise WorldError("worlds are started by the controller, not inside a rank")
+    return harness
+
+
+def with_size(spec: WorldSpec, size: int) -> WorldSpec:
+    """The same world with another number of ranks, in one dimension."""
+    return replace(spec, size=size, mesh=(size,), mesh_dim_names=None)
+
+
+def _may_be_forked(thread: threading.Thread) -> bool:
+    """Whether a thread is known to hold nothing that a forked child would need."""
+    target: Any = getattr(thread, "_target", None)
+    modules = (type(thread).__module__, str(getattr(target, "__module__", "")))
+    return thread is threading.main_thread() or any(
+        module.partition(".")[0] in HARMLESS_THREADS for module in modules
+    )
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()

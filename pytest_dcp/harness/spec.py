@@ -1,0 +1,194 @@
+"""The marker's values: what the user wrote -> a `WorldSpec`, or every problem with it.
+
+Pure (no I/O), and no torch: reading markers must cost an unmarked suite nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Isolation = Literal["test", "module"]
+
+BACKENDS = ("auto", "gloo", "nccl")
+KEYWORDS = ("backend", "device", "mesh", "mesh_dim_names", "timeout", "isolation")
+MAX_WORLD_SIZE = 1024
+"""A larger world on one machine is a typing error: each rank is a process."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSpec:
+    """One world, ready to be launched."""
+
+    size: int
+    """Ranks, >= 1; all on this machine."""
+    backend: str
+    """gloo or nccl."""
+    device: str
+    """cpu or cuda."""
+    mesh: tuple[int, ...]
+    """Shape of the device mesh; its product is `size`."""
+    mesh_dim_names: tuple[str, ...] | None
+    timeout_s: float
+    """Seconds from all ranks ready to the end of teardown; inf for none."""
+    isolation: Isolation
+    """test: new ranks for every test; module: ranks kept between the tests of a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What options and ini values say where a marker is silent."""
+
+    backend: str = "auto"
+    timeout_s: float = 120.0
+    world_size: int | None = None
+    """Overrides every marker's size when set."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkerValues:
+    """One `world_size(...)` marker, as written and checked."""
+
+    sizes: tuple[int, ...]
+    """Empty when the marker leaves the size to a parametrization of `world_size`."""
+    is_list: bool
+    keywords: Mapping[str, object]
+    problems: tuple[str, ...]
+    """Sentences; empty when the marker is right."""
+
+
+def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerValues:
+    """The values of one marker together with all its problems. Pure (no I/O)."""
+    problems: list[str] = []
+    if len(args) > 1:
+        problems.append(
+            f"takes one positional argument, a size or a list of sizes; got {len(args)}: {args!r}"
+        )
+    is_list = bool(args) and isinstance(args[0], list | tuple)
+    given: Sequence[object] = ()
+    if args:
+        given = args[0] if isinstance(args[0], list | tuple) else (args[0],)
+        if is_list and not given:
+            problems.append("was given an empty list of sizes")
+    sizes = [size for size in given if _check_size(size, problems)]
+    if is_list and len(set(given)) != len(given):
+        problems.append(f"lists a size twice: {list(given)!r}")
+    problems += [
+        f"has no keyword {name!r}; it takes {', '.join(KEYWORDS)}"
+        for name in kwargs
+        if name not in KEYWORDS
+    ]
+    problems += _keyword_problems(kwargs)
+    return MarkerValues(tuple(sizes), is_list, dict(kwargs), tuple(problems))  # type: ignore[arg-type]  # _check_size let only ints through
+
+
+def _check_size(size: object, problems: list[str]) -> bool:
+    if isinstance(size, bool) or not isinstance(size, int):
+        problems.append(f"takes an int or a list of ints; got {size!r}")
+        return False
+    if not 1 <= size <= MAX_WORLD_SIZE:
+        problems.append(f"takes a size from 1 to {MAX_WORLD_SIZE}; got {size!r}")
+        return False
+    return True
+
+
+def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
+    problems = []
+    backend = kwargs.get("backend", "auto")
+    if backend not in BACKENDS:
+        problems.append(f"backend= takes one of {', '.join(BACKENDS)}; got {backend!r}")
+    device = kwargs.get("device", "auto")
+    if device not in ("auto", "cpu", "cuda"):
+        problems.append(f"device= takes auto, cpu or cuda; got {device!r}")
+    if backend == "nccl" and device == "cpu":
+        problems.append("backend='nccl' needs device='cuda'; got device='cpu'")
+    isolation = kwargs.get("isolation", "test")
+    if isolation not in get_args(Isolation):
+        problems.append(f"isolation= takes test or module; got {isolation!r}")
+    timeout = kwargs.get("timeout")
+    if timeout is not None and not _is_positive_number(timeout):
+        problems.append(f"timeout= takes seconds > 0, or None; got {timeout!r}")
+    return problems + _mesh_problems(kwargs)
+
+
+def _is_positive_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value > 0
+        and not math.isnan(value)
+    )
+
+
+def _mesh_problems(kwargs: Mapping[str, object]) -> list[str]:
+    mesh, names = kwargs.get("mesh"), kwargs.get("mesh_dim_names")
+    if mesh is not None and not (
+        isinstance(mesh, list | tuple)
+        and mesh
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in mesh)
+    ):
+        return [f"mesh= takes a shape such as (2, 2), of ints >= 1; got {mesh!r}"]
+    if names is None:
+        return []
+    if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        return [f"mesh_dim_names= takes names such as ('dp', 'tp'); got {names!r}"]
+    if len(set(names)) != len(names):
+        return [f"mesh_dim_names= has a name twice: {names!r}"]
+    dims = len(mesh) if isinstance(mesh, list | tuple) else 1
+    if len(names) != dims:
+        return [
+            f"mesh_dim_names={names!r} has {len(names)} names "
+            f"for a mesh of {dims} dimension{'s' * (dims != 1)}"
+        ]
+    return []
+
+
+def resolve(
+    values: MarkerValues, size: int, defaults: Defaults
+) -> tuple[WorldSpec | None, tuple[str, ...]]:
+    """The world of `size` ranks that a marker asks for, or None and why not. Pure (no I/O)."""
+    given = values.keywords
+    if values.problems:
+        return None, values.problems
+    wanted = size
+    size = defaults.world_size or size
+    raw_mesh = given.get("mesh")
+    mesh = tuple(raw_mesh) if isinstance(raw_mesh, list | tuple) else (size,)
+    if math.prod(mesh) != size:
+        if size == wanted:
+            return None, (f"mesh={mesh!r} has {math.prod(mesh)} ranks, but the size is {size}",)
+        return None, (
+            f"mesh={mesh!r} has {math.prod(mesh)} ranks and cannot take the size {size} "
+            f"that --dcp-world-size asks for",
+        )
+    names = given.get("mesh_dim_names")
+    backend, device = _resolve_device(
+        str(given.get("backend", "auto")), str(given.get("device", "auto")), defaults.backend
+    )
+    timeout = given.get("timeout", defaults.timeout_s)
+    spec = WorldSpec(
+        size=size,
+        backend=backend,
+        device=device,
+        mesh=mesh,
+        mesh_dim_names=tuple(map(str, names)) if isinstance(names, list | tuple) else None,
+        timeout_s=float(timeout) if isinstance(timeout, int | float) else math.inf,
+        isolation="module" if given.get("isolation") == "module" else "test",
+    )
+    return spec, ()
+
+
+def _resolve_device(backend: str, device: str, default_backend: str) -> tuple[str, str]:
+    """The backend and the device type; what the marker says wins over the option.
+
+    Where both are silent a world is gloo on the CPU, so that a suite does the same everywhere.
+    """
+    if backend == "auto" and not (default_backend == "nccl" and device == "cpu"):
+        backend = default_backend
+    if device == "auto":
+        device = "cuda" if backend == "nccl" else "cpu"
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    return backend, device

@@ -1,0 +1,68 @@
+"""What faulthandler wrote -> what a rank was doing. Pure (no I/O).
+
+The format is that of `faulthandler.dump_traceback`: a heading per thread, most recent call first,
+the signalled thread headed `Current thread`, then `  File "...", line N in name` per frame.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
+LIBRARY = re.compile(r"(/site-packages/|/lib/python3\.\d+/|<frozen )")
+DISTRIBUTED = re.compile(r"/torch/(distributed/|_C/_distributed)")
+COLLECTIVES = frozenset(
+    """all_reduce all_gather all_gather_into_tensor all_gather_object all_to_all all_to_all_single
+    barrier batch_isend_irecv broadcast broadcast_object_list destroy_process_group gather
+    gather_object init_process_group irecv isend monitored_barrier new_group recv reduce
+    reduce_scatter reduce_scatter_tensor scatter scatter_object_list send split_group
+    init_device_mesh wait_tensor""".split()
+)
+OURS = {"meet": "the world's exchange"}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a stack."""
+
+    file: str
+    line: int
+    name: str
+
+
+def main_thread(trace: str) -> list[Frame]:
+    """The frames of the signalled thread, innermost first."""
+    frames: list[Frame] = []
+    inside = False
+    for line in trace.splitlines():
+        if line.startswith(("Current thread", "Thread 0x")):
+            if inside and frames:
+                break
+            inside = line.startswith("Current thread")
+            continue
+        match = FRAME.match(line)
+        if inside and match:
+            frames.append(Frame(match["file"], int(match["line"]), match["name"]))
+    return frames
+
+
+def doing(trace: str) -> str:
+    """What a rank was doing: its collective, if it was in one, and the line of user code."""
+    frames = main_thread(trace)
+    if not frames:
+        return "its main thread had no Python frame"
+    user = next((f for f in frames if not LIBRARY.search(f.file) and not _harness(f)), None)
+    where = f"at {user.file}:{user.line} in {user.name}" if user else f"in {frames[0].name}"
+    inner = frames[: frames.index(user)] if user else frames
+    collective = next(
+        (f.name for f in reversed(inner) if f.name in COLLECTIVES and DISTRIBUTED.search(f.file)),
+        None,
+    )
+    if collective is None and any(f.name in OURS and _harness(f) for f in inner):
+        collective = OURS["meet"]
+    return f"in {collective}, {where}" if collective else where
+
+
+def _harness(frame: Frame) -> bool:
+    return "/pytest_dcp/harness/" in frame.file

@@ -1,0 +1,365 @@
+"""Decides what to do with a world's ranks: (state, event, now) -> actions.
+
+Pure (no I/O): time is an argument, and actions are values that `world.World` carries out. Enters:
+what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in the end
+for every rank either a `Done` or a `RankFailure`.
+
+Rules that hold inside:
+
+- Every rank that was told to go is accounted for: it answers, dies, or is killed; each wait has a
+  bound.
+- When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
+- While a rank holds the terminal every clock stands still.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pytest_dcp.errors import FailureKind, RankFailure
+from pytest_dcp.harness.events import (
+    DebugAnswer,
+    DebugAsk,
+    DebugDone,
+    Done,
+    Down,
+    Exchange,
+    Go,
+    Leave,
+    Met,
+    Phase,
+    Up,
+)
+
+STACKS_S = 0.2
+"""How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
+machine may take its time to schedule it."""
+CLOSED_S = 0.25
+"""How long after its socket closed a rank's exit may still come, and name the real cause."""
+LOST_S = 10.0
+"""How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
+
+
+class RankState(enum.Enum):
+    """Where a rank is in its life."""
+
+    IDLE = "idle"
+    """Waits for the next order."""
+    RUNNING = "running"
+    MEETING = "meeting"
+    """Inside a phase, waits for its peers at an exchange."""
+    DEBUGGING = "debugging"
+    """Inside a phase, has the terminal."""
+    LEAVING = "leaving"
+    """Was told to end."""
+    KILLED = "killed"
+    """Was sent SIGKILL, is not reaped yet."""
+    GONE = "gone"
+
+
+S = RankState
+TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
+    (S.IDLE, Go): S.RUNNING,
+    (S.IDLE, Leave): S.LEAVING,
+    (S.RUNNING, Done): S.IDLE,
+    (S.RUNNING, Exchange): S.MEETING,
+    (S.MEETING, Met): S.RUNNING,
+    (S.RUNNING, DebugAsk): S.DEBUGGING,
+    (S.DEBUGGING, DebugDone): S.RUNNING,
+}
+BUSY = frozenset({S.RUNNING, S.MEETING, S.DEBUGGING, S.LEAVING})
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this to the rank."""
+
+    rank: int
+    message: Down
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """Have the rank write the stacks of all its threads."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL the rank and what it started."""
+
+    rank: int
+
+
+Action = Send | Dump | Kill
+
+
+@dataclass(slots=True)
+class Terminal:
+    """Who may have the terminal for a debugger."""
+
+    missing: str = ""
+    """Why there is none, for the user; empty when there is one."""
+    group: int = 0
+    """The process group that may read it."""
+    rank: int | None = None
+    """The rank that gets it; None: the first that asks, and then always that one."""
+
+
+def exit_text(status: int) -> str:
+    """How a process ended, in words: a negative `status` is the signal that killed it."""
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "unknown signal"
+    return f"was killed by signal {-status} ({name})"
+
+
+class Supervisor:
+    """The state of one world's ranks. See the module's docstring for the rules."""
+
+    def __init__(self, size: int, *, grace_s: float, terminal: Terminal) -> None:
+        self.size = size
+        self.grace_s = grace_s
+        self.terminal = terminal
+        self.states = dict.fromkeys(range(size), S.RUNNING)
+        self.phase: Phase = "boot"
+        self.done: dict[int, Done] = {}
+        self.failures: list[RankFailure] = []
+        self._meeting: dict[int, Exchange] = {}
+        self._deadline = float("inf")
+        self._reap_at = float("inf")
+        self._kill_at = float("inf")
+        self._lost_at = float("inf")
+        self._closed: dict[int, float] = {}
+        self._timed_out = False
+        self._paused_at: float | None = None
+
+    # What the world asks.
+
+    @property
+    def busy(self) -> list[int]:
+        """Ranks that owe an answer."""
+        return [rank for rank, state in self.states.items() if state in BUSY]
+
+    @property
+    def settled(self) -> bool:
+        """Whether every rank has answered or is gone."""
+        return not any(s in BUSY or s is S.KILLED for s in self.states.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank is alive and none failed in this phase."""
+        return not self.failures and S.GONE not in self.states.values()
+
+    @property
+    def idle(self) -> list[int]:
+        """Ranks that wait for an order."""
+        return [rank for rank, state in self.states.items() if state is S.IDLE]
+
+    @property
+    def paused(self) -> bool:
+        """Whether a rank has the terminal, and so the clocks stand still."""
+        return self._paused_at is not None
+
+    def wake_at(self) -> float:
+        """When `tick` has something to do if nothing happens before; inf for never."""
+        if self._paused_at is not None:
+            return float("inf")
+        closed = [at + CLOSED_S for at in self._closed.values()]
+        deadline = self._deadline if self.busy else float("inf")
+        return min([deadline, self._reap_at, self._kill_at, self._lost_at, *closed])
+
+    # What the world tells.
+
+    def boot(self, deadline: float) -> None:
+        """All ranks were started; each owes a `Done("boot")` before `deadline`."""
+        self._deadline = deadline
+
+    def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
+        """Start a phase on the ranks of `orders`, which must be idle."""
+        self.phase = phase
+        self.done = {}
+        self.failures = []
+        self._meeting = {}
+        self._deadline = deadline
+        self._reap_at = self._kill_at = float("inf")
+        self._timed_out = False
+        for rank, order in orders.items():
+            kind = Leave if isinstance(order, Leave) else Go
+            self.states[rank] = TRANSITIONS[self.states[rank], kind]
+        return [Send(rank, order) for rank, order in orders.items()]
+
+    def heard(self, rank: int, message: Up, now: float) -> list[Action]:
+        """A rank said something."""
+        state = self.states[rank]
+        if state in (S.KILLED, S.GONE):
+            return []
+        nxt = TRANSITIONS.get((state, type(message)))
+        if nxt is None:
+            return self._violate(rank, message, now)
+        self.states[rank] = nxt
+        match message:
+            case Done():
+                self.done[rank] = message
+                if message.outcome == "failed":
+                    self._fail(rank, "failed", message.text, message.at_s, now)
+            case Exchange():
+                self._meeting[rank] = message
+            case DebugAsk():
+                return self._debug_asked(rank, now)
+            case DebugDone():
+                self._resume(now)
+        return self._meet()
+
+    def exited(self, rank: int, status: int, now: float) -> list[Action]:
+        """A rank's process ended; `status` is negative for a signal."""
+        state = self.states[rank]
+        self._closed.pop(rank, None)
+        self._meeting.pop(rank, None)
+        self.states[rank] = S.GONE
+        if S.KILLED not in self.states.values():
+            self._lost_at = float("inf")
+        if state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
+            return []
+        if state is S.DEBUGGING:
+            self._resume(now)
+        after = " after its verdict" if state is S.LEAVING else ""
+        where = f" in {self.phase}" if state in BUSY and state is not S.LEAVING else after
+        text = f"{exit_text(status)}{where}, without a verdict"
+        self._fail(rank, "crashed", text if not after else exit_text(status) + after, now, now)
+        return self._meet()
+
+    def closed(self, rank: int, now: float) -> list[Action]:
+        """A rank's report socket reached its end; most often its exit follows at once."""
+        if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
+            self._closed.setdefault(rank, now)
+        return []
+
+    def flooded(self, rank: int, size_bytes: int, now: float) -> list[Action]:
+        """A rank's captured output passed the limit."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        text = f"printed {size_bytes} bytes in {self.phase}, more than the limit"
+        return self._kill(rank, "flooded", text, now)
+
+    def interrupt(self, now: float) -> list[Action]:
+        """Kill everything now: the session is being stopped."""
+        return [a for rank in self.states for a in self._kill(rank, "blocked", "stopped", now)]
+
+    def tick(self, now: float) -> list[Action]:
+        """What is due by now."""
+        if self._paused_at is not None:
+            return []
+        actions: list[Action] = []
+        for rank, at in list(self._closed.items()):
+            if now >= at + CLOSED_S:
+                text = f"closed its report socket in {self.phase}, and lives"
+                actions += self._kill(rank, "closed", text, now)
+        if now >= self._deadline and self.busy and not self._timed_out:
+            self._timed_out = True
+            self._reap_at = now
+        if now >= self._reap_at:
+            self._reap_at = float("inf")
+            actions += [Dump(rank) for rank in self.busy]
+            self._kill_at = now + STACKS_S
+        if now >= self._kill_at:
+            self._kill_at = float("inf")
+            actions += self._reap(now)
+        if now >= self._lost_at:
+            self._lost_at = float("inf")
+            for rank, state in self.states.items():
+                if state is S.KILLED:
+                    self.states[rank] = S.GONE
+                    text = f"did not go away within {LOST_S:g} s of SIGKILL"
+                    self._fail(rank, "lost", text, now, now)
+        return actions
+
+    # Inside.
+
+    def _reap(self, now: float) -> list[Action]:
+        busy = self.busy
+        actions: list[Action] = []
+        for rank in busy:
+            if self._timed_out:
+                actions += self._kill(rank, "timeout", f"was still in {self.phase}", now)
+            else:
+                actions += self._kill(rank, "blocked", f"was still in {self.phase}", now)
+        return actions
+
+    def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:
+        self.failures.append(RankFailure(rank, kind, self.phase, at_s, text))
+        if self._kill_at == float("inf") and not self._timed_out:
+            self._reap_at = min(self._reap_at, now + self.grace_s)
+
+    def _kill(self, rank: int, kind: FailureKind, text: str, now: float) -> list[Action]:
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        if self.states[rank] is S.DEBUGGING:
+            self._resume(now)
+        self._closed.pop(rank, None)
+        self._meeting.pop(rank, None)
+        self.states[rank] = S.KILLED
+        self._lost_at = now + LOST_S
+        self._fail(rank, kind, text, now, now)
+        return [Kill(rank), *self._meet()]
+
+    def _violate(self, rank: int, message: Up, now: float) -> list[Action]:
+        state = self.states[rank].value
+        text = f"sent {type(message).__name__} while {state}: another thread used its socket?"
+        return self._kill(rank, "closed", text, now)
+
+    def _debug_asked(self, rank: int, now: float) -> list[Action]:
+        terminal = self.terminal
+        if terminal.rank is None:
+            terminal.rank = rank
+        if terminal.missing or terminal.rank != rank:
+            self.states[rank] = S.RUNNING
+            return [Send(rank, DebugAnswer(granted=False, error=terminal.missing))]
+        self._paused_at = now
+        return [Send(rank, DebugAnswer(granted=True, group=terminal.group))]
+
+    def _resume(self, now: float) -> None:
+        if self._paused_at is None:
+            return
+        pause_s = now - self._paused_at
+        self._paused_at = None
+        self._deadline += pause_s
+        self._reap_at += pause_s
+        self._kill_at += pause_s
+
+    def _meet(self) -> list[Action]:
+        """Answer the ranks that wait at an exchange, if all are there or never will be."""
+        if not self._meeting:
+            return []
+        if error := self._meeting_error():
+            return self._answer(self._meeting, Met(error=error))
+        if len(self._meeting) < self.size:
+            return []
+        payloads = [self._meeting[rank].payload for rank in range(self.size)]
+        met = Met(sizes=tuple(map(len, payloads)), payload=b"".join(payloads))
+        return self._answer(self._meeting, met)
+
+    def _meeting_error(self) -> str:
+        there = ", ".join(f"rank {r}: {self._meeting[r].operation}" for r in sorted(self._meeting))
+        if len({exchange.operation for exchange in self._meeting.values()}) > 1:
+            return f"ranks asked the world for different things ({there})"
+        left = [r for r, s in self.states.items() if s in (S.IDLE, S.GONE, S.KILLED, S.LEAVING)]
+        if left:
+            how = {f.rank: f.summary for f in self.failures}
+            gone = ", ".join(f"rank {r} ({how.get(r, f'ended {self.phase}')})" for r in left)
+            return f"waited in vain ({there}): {gone} will not come"
+        return ""
+
+    def _answer(self, ranks: Iterable[int], met: Met) -> list[Action]:
+        asked = list(ranks)
+        self._meeting = {}
+        for rank in asked:
+            self.states[rank] = TRANSITIONS[self.states[rank], Met]
+        return [Send(rank, met) for rank in asked]

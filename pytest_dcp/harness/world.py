@@ -1,0 +1,394 @@
+"""One world in the controller: joins a launcher, the supervisor and the ranks' sockets.
+
+Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in `_settle`
+carries out what `supervise` decides; every wait in it is bounded by the supervisor's own clock, and
+the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pytest_dcp.errors import RankFailure
+from pytest_dcp.harness import stacks
+from pytest_dcp.harness.events import (
+    DebugAnswer,
+    Decoder,
+    Down,
+    Leave,
+    Phase,
+    SubReport,
+    WireError,
+    encode,
+)
+from pytest_dcp.harness.launch import Launcher, Order, RankFds
+from pytest_dcp.harness.outcome import Outcome, combine
+from pytest_dcp.harness.spec import WorldSpec
+from pytest_dcp.harness.supervise import Action, Dump, Kill, Send, Supervisor, Terminal
+
+BOOT_S = 120.0
+"""For starting processes and joining the process group; a loaded machine imports torch slowly."""
+LEAVE_S = 20.0
+"""For a rank's exit once it was told to leave."""
+LOOK_S = 0.25
+"""How often the captured output's size is looked at."""
+SEND_S = 5.0
+"""A rank that takes no byte for so long is stopped or broken."""
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSettings:
+    """What the session says about all its worlds."""
+
+    folder: Path
+    """For rendezvous files and the ranks' tmp_path; on this machine."""
+    grace_s: float
+    output_limit_bytes: int
+    terminal: Terminal
+    launcher: Callable[[], Launcher]
+
+
+class _Rank:
+    """The controller's ends of one rank."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(SEND_S)
+        self.socket = ours
+        self.decoder = Decoder()
+        self.out, self.err, self.trace = (
+            os.memfd_create(name) for name in ("dcp-out", "dcp-err", "dcp-trace")
+        )
+        self.theirs = theirs
+        self.dead = ""
+
+    def fds(self) -> RankFds:
+        """What the rank inherits."""
+        return RankFds(self.theirs.fileno(), self.out, self.err, self.trace)
+
+    def read(self, fd: int) -> str:
+        """What is in one of the memfds."""
+        size = os.fstat(fd).st_size
+        return os.pread(fd, size, 0).decode(errors="replace")
+
+    def close(self) -> None:
+        """Every descriptor."""
+        self.socket.close()
+        self.theirs.close()
+        for fd in (self.out, self.err, self.trace):
+            os.close(fd)
+
+
+class World:
+    """A running world. Not thread-safe: one thread drives it."""
+
+    def __init__(
+        self,
+        spec: WorldSpec,
+        settings: WorldSettings,
+        *,
+        seed: int,
+        gpus: Sequence[int] = (),
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.number = next(_numbers)
+        self.spec = spec
+        self.seed = seed
+        self.sub_reports: list[tuple[int, dict[str, object]]] = []
+        self.strays: list[tuple[int, str]] = []
+        """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
+        self.ended = False
+        self._settings = settings
+        self._gpus = gpus
+        self._launcher = settings.launcher()
+        terminal = replace(settings.terminal)
+        self._supervisor = Supervisor(spec.size, grace_s=settings.grace_s, terminal=terminal)
+        self._ranks: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+        self._store = settings.folder / f"store-{os.getpid()}-{self.number}"
+        self._port = socket.socket()
+        self._interrupts = _InterruptsIgnored()
+        self._on_end = on_end
+        self._deadline = float("inf")
+        self._look_at = 0.0
+
+    # Life.
+
+    def start(self) -> Outcome:
+        """Launch the ranks and wait until all joined the process group."""
+        try:
+            # Bound, not listening: the number stays ours, and a rank may still listen on it.
+            self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._port.bind(("127.0.0.1", 0))
+            self._ranks = [_Rank() for _ in range(self.spec.size)]
+            for rank, one in enumerate(self._ranks):
+                self._selector.register(one.socket, selectors.EVENT_READ, rank)
+            self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
+            self._supervisor.boot(time.monotonic() + BOOT_S)
+            self._launcher.launch(
+                [self._order(rank) for rank in range(self.spec.size)],
+                [one.fds() for one in self._ranks],
+            )
+            for one in self._ranks:
+                one.theirs.close()
+            outcome = self._settle()
+        except BaseException:
+            self.kill()
+            raise
+        self.restart_clock(self.spec.timeout_s)
+        return outcome
+
+    def restart_clock(self, limit_s: float) -> None:
+        """The time limit counts from here."""
+        self._deadline = time.monotonic() + limit_s
+
+    @property
+    def whole(self) -> bool:
+        """Whether all ranks are alive, idle and unharmed."""
+        return not self.ended and len(self._supervisor.idle) == self.spec.size
+
+    def run(self, phase: Phase, order: Down) -> Outcome:
+        """One phase on every rank; fails at once when a rank has died since the last."""
+        with self._guarded():
+            self._drain()
+            if not self._supervisor.failures or self.whole:
+                orders = dict.fromkeys(range(self.spec.size), order)
+                self._act(self._supervisor.begin(phase, orders, self._deadline))
+            return self._settle()
+
+    def wind_down(self, order: Down, within_s: float) -> Sequence[RankFailure]:
+        """A last phase on the ranks that outlived a failure; returns what failed in it.
+
+        Their fixtures may hold things outside this machine; their peers are dead, so they get only
+        `within_s`.
+        """
+        with self._guarded():
+            self._drain()
+            orders = dict.fromkeys(self._supervisor.idle, order)
+            deadline = time.monotonic() + within_s
+            self._act(self._supervisor.begin("teardown", orders, deadline))
+            while not self._supervisor.settled:
+                self._step()
+            failures = self._explained()
+            self.kill()
+            return failures
+
+    def close(self) -> Outcome:
+        """Have every rank leave; an outcome other than passed names those that did not exit with 0."""
+        with self._guarded():
+            if self.ended:
+                return combine(0, {}, ())
+            self._drain()
+            if self.whole:
+                orders: dict[int, Down] = dict.fromkeys(range(self.spec.size), Leave())
+                deadline = time.monotonic() + LEAVE_S
+                self._act(self._supervisor.begin("finish", orders, deadline))
+            while not self._supervisor.settled:
+                self._step()
+            outcome = combine(0, {}, self._explained())
+            self.kill()
+            return outcome
+
+    def kill(self) -> None:
+        """End everything now."""
+        if self.ended:
+            return
+        try:
+            self._act(self._supervisor.interrupt(time.monotonic()))
+            while not self._supervisor.settled:
+                self._step()
+        finally:
+            self._release()
+
+    def output(self, rank: int) -> list[tuple[str, str]]:
+        """(stdout | stderr, text) that a rank wrote and did not live to report. Until `close`."""
+        one = self._ranks[rank]
+        texts = (("stdout", one.read(one.out)), ("stderr", one.read(one.err)))
+        return [(name, text) for name, text in texts if text]
+
+    def trace(self, rank: int) -> str:
+        """The stacks that a rank wrote, on request or when it crashed."""
+        return self._ranks[rank].read(self._ranks[rank].trace)
+
+    # Inside.
+
+    def _order(self, rank: int) -> Order:
+        spec = self.spec
+        device = spec.device
+        if device == "cuda":
+            device = f"cuda:{self._gpus[rank % len(self._gpus)]}"
+        return Order(
+            world=self.number,
+            rank=rank,
+            size=spec.size,
+            backend=spec.backend,
+            device=device,
+            mesh=spec.mesh,
+            mesh_dim_names=spec.mesh_dim_names,
+            store=str(self._store),
+            master_port=self._port.getsockname()[1],
+            seed=self.seed,
+            basetemp=str(self._settings.folder / f"w{self.number}" / f"rank{rank}"),
+        )
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Whatever ends the session, Ctrl-C above all, ends the world first."""
+        try:
+            yield
+        except BaseException:
+            self.kill()
+            raise
+
+    def _settle(self) -> Outcome:
+        """Loop until every rank has answered, died or been killed."""
+        while not self._supervisor.settled:
+            self._step()
+        return combine(self.spec.size, self._supervisor.done, self._explained())
+
+    def _explained(self) -> list[RankFailure]:
+        """The supervisor's failures, with tracebacks and stacks from the ranks."""
+        return [replace(f, **self._explain(f)) for f in self._supervisor.failures]
+
+    def _explain(self, failure: RankFailure) -> dict[str, str]:
+        done = self._supervisor.done.get(failure.rank)
+        if failure.kind == "failed" and done is not None:
+            return {"detail": str((done.report or {}).get("text", ""))}
+        trace = self.trace(failure.rank)
+        if failure.kind in ("timeout", "blocked"):
+            where = stacks.doing(trace) if trace else "wrote no stack (stopped, or deep in C code)"
+            return {"summary": f"{failure.summary}, {where}", "detail": trace}
+        return {"detail": trace}
+
+    def _step(self) -> None:
+        """Wait for one thing to happen, and handle it."""
+        now = time.monotonic()
+        wake = min(self._supervisor.wake_at() - now, LOOK_S)
+        for key, _ in self._selector.select(max(0.0, wake)):
+            if key.data < 0:
+                self._hear_exits()
+            else:
+                self._hear(key.data)
+        now = time.monotonic()
+        self._act(self._supervisor.tick(now))
+        if not self._supervisor.paused:
+            self._interrupts.set(ignored=False)
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._look_at_output(now)
+
+    def _drain(self) -> None:
+        """What happened while nobody listened: a rank that died between phases."""
+        for key, _ in self._selector.select(0):
+            if key.data < 0:
+                self._hear_exits()
+            else:
+                self._hear(key.data)
+
+    def _hear_exits(self) -> None:
+        for exit_ in self._launcher.exits(self.number):
+            self._hear_last_words(exit_.rank)
+            self.strays += [(exit_.rank, stray) for stray in exit_.strays]
+            now = time.monotonic()
+            self._act(self._supervisor.exited(exit_.rank, exit_.status, now))
+
+    def _hear_last_words(self, rank: int) -> None:
+        """A rank may have answered and died before anybody looked: the answer counts."""
+        with contextlib.suppress(KeyError):
+            sock = self._ranks[rank].socket
+            self._selector.get_key(sock)
+            sock.setblocking(False)
+            while self._hear(rank):
+                pass
+            sock.settimeout(SEND_S)
+
+    def _hear(self, rank: int) -> bool:
+        """Read what a rank sent; False when there is nothing (more)."""
+        one = self._ranks[rank]
+        now = time.monotonic()
+        try:
+            data = one.socket.recv(1 << 20)
+        except (BlockingIOError, TimeoutError):
+            return False
+        except OSError:
+            data = b""
+        try:
+            if not data:
+                self._selector.unregister(one.socket)
+                self._act(self._supervisor.closed(rank, now))
+                return False
+            for message in one.decoder.feed(data):
+                if isinstance(message, SubReport):
+                    self.sub_reports.append((rank, message.report))
+                else:
+                    self._act(self._supervisor.heard(rank, message, now))  # type: ignore[arg-type]  # the wire carries ranks' messages only this way
+        except WireError:
+            self._selector.unregister(one.socket)
+            self._act(self._supervisor.closed(rank, now))
+            return False
+        return True
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(rank, message):
+                    if isinstance(message, DebugAnswer) and message.granted:
+                        self._interrupts.set(ignored=True)
+                    try:
+                        self._ranks[rank].socket.sendall(encode(message))
+                    except OSError:
+                        self._act(self._supervisor.closed(rank, time.monotonic()))
+                case Dump(rank):
+                    os.ftruncate(self._ranks[rank].trace, 0)
+                    self._launcher.stacks(self.number, rank)
+                case Kill(rank):
+                    self._launcher.kill(self.number, rank)
+
+    def _look_at_output(self, now: float) -> None:
+        for rank, one in enumerate(self._ranks):
+            size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
+            if size > self._settings.output_limit_bytes:
+                self._act(self._supervisor.flooded(rank, size, now))
+
+    def _release(self) -> None:
+        self.ended = True
+        self._interrupts.set(ignored=False)
+        self._selector.close()
+        self._port.close()
+        for one in self._ranks:
+            one.close()
+        forget = getattr(self._launcher, "forget", None)
+        if forget is not None:
+            forget(self.number)
+        self._store.unlink(missing_ok=True)
+        self._on_end()
+
+
+class _InterruptsIgnored:
+    """Ctrl-C is the debugger's, not the controller's, while a rank has the terminal."""
+
+    def __init__(self) -> None:
+        self._previous: Any = None
+
+    def set(self, ignored: bool) -> None:
+        """Ignore SIGINT, or handle it as before."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if ignored and self._previous is None:
+            self._previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        elif not ignored and self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

@@ -1,0 +1,402 @@
+"""The preloaded parent that ranks are forked from, and the controller's handle on it.
+
+The zygote is forked from the controller once, after collection and before the first test: it
+holds the collected session, imports torch, and from then on only forks, signals and reaps. It runs no
+test and starts no thread. Ranks are its children, so only it can reap them, and no kill can hit
+a recycled process id.
+
+Control messages are JSON datagrams on a SEQPACKET socket pair; a rank's descriptors ride along
+with its order (SCM_RIGHTS). End of file means that the controller is gone: everything is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pytest_dcp.errors import WorldError
+from pytest_dcp.harness import linux
+from pytest_dcp.harness.launch import STACKS_SIGNAL, Exit, Order, RankFds
+
+CLOSE_S = 5.0
+MESSAGE_BYTES = 1 << 16
+PRELOAD = (
+    "numpy.random",
+    "torch",
+    "torch.distributed",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.parallel",
+    "torch._dynamo",
+)
+"""What tests of distributed code import; some of it torch imports lazily, on the first DTensor."""
+NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
+"""Importing these starts processes or threads."""
+
+RankMain = Callable[[Order, RankFds], NoReturn]
+
+
+class ZygoteLauncher:
+    """The controller's side: a `launch.Launcher` that has ranks forked."""
+
+    name = "fork"
+
+    def __init__(self, control: socket.socket, pid: int) -> None:
+        self._control = control
+        self._pid = pid
+        self._owner = os.getpid()
+        self._exits: dict[int, list[Exit]] = {}
+        self._pids: dict[tuple[int, int], int] = {}
+        self._preloaded: set[str] = set()
+
+    @classmethod
+    def start(cls, rank_main: RankMain, prepare: Callable[[], None], detach: bool) -> ZygoteLauncher:
+        """Fork the zygote of this process.
+
+        `prepare` runs in the zygote before its first fork, `rank_main` in every rank. `detach` drops
+        the inherited pipes and sockets, which belong to xdist.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        linux.pause_openmp()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any thread; `plugin` has looked at them, and xdist's is safe.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parent = os.getpid()
+            pid = os.fork()
+        if pid == 0:
+            ours.close()
+            _zygote_main(theirs, parent, rank_main, prepare, detach)
+        theirs.close()
+        return cls(ours, pid)
+
+    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+        """Have one process forked per order."""
+        for order, rank_fds in zip(orders, fds, strict=True):
+            self._exits.setdefault(order.world, [])
+            self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
+
+    def fileno(self) -> int:
+        """Readable when the zygote has something to say."""
+        return self._control.fileno()
+
+    def exits(self, world: int) -> list[Exit]:
+        """Ends of this world's ranks since the last call."""
+        while self._readable():
+            data = self._control.recv(MESSAGE_BYTES)
+            if not data:
+                raise WorldError(f"the zygote (process {self._pid}) is gone: {self._how_it_ended()}")
+            said = json.loads(data)
+            exit_ = Exit(said["rank"], said["status"], tuple(said["strays"]))
+            self._exits.setdefault(said["world"], []).append(exit_)
+        out = self._exits.get(world, [])
+        self._exits[world] = []
+        return out
+
+    def forget(self, world: int) -> None:
+        """Drop what is kept for a world that has ended."""
+        self._exits.pop(world, None)
+
+    def stacks(self, world: int, rank: int) -> None:
+        """Have the rank write its stacks."""
+        self._send({"op": "signal", "world": world, "rank": rank, "signum": STACKS_SIGNAL})
+
+    def kill(self, world: int, rank: int) -> None:
+        """SIGKILL the rank and its process group."""
+        self._send({"op": "signal", "world": world, "rank": rank, "signum": signal.SIGKILL})
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Import these in the zygote, so that later ranks have them."""
+        new = [name for name in modules if name not in self._preloaded]
+        self._preloaded.update(new)
+        for start in range(0, len(new), 200):
+            self._send({"op": "preload", "modules": new[start : start + 200]})
+
+    def close(self) -> None:
+        """End the zygote and all its ranks; bounded in time."""
+        if os.getpid() != self._owner or self._control.fileno() < 0:
+            return
+        self._control.close()
+        deadline = time.monotonic() + CLOSE_S
+        while time.monotonic() < deadline:
+            pid, _ = self._wait(os.WNOHANG)
+            if pid:
+                return
+            time.sleep(0.001)
+        os.kill(self._pid, signal.SIGKILL)
+        self._wait(0)
+
+    def _wait(self, flags: int) -> tuple[int, int]:
+        try:
+            return os.waitpid(self._pid, flags)
+        except ChildProcessError:  # a test waited for any child, and got ours
+            return self._pid, 0
+
+    def _how_it_ended(self) -> str:
+        _, status = self._wait(0)
+        code = os.waitstatus_to_exitcode(status)
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+    def _readable(self) -> bool:
+        return bool(select.select([self._control], [], [], 0)[0])
+
+    def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        try:
+            socket.send_fds(self._control, [json.dumps(message).encode()], fds)
+        except OSError as exc:
+            raise WorldError(
+                f"the zygote (process {self._pid}) is gone ({exc}); it ended with "
+                f"{self._how_it_ended()}"
+            ) from exc
+
+
+def _zygote_main(
+    control: socket.socket,
+    parent: int,
+    rank_main: RankMain,
+    prepare: Callable[[], None],
+    detach: bool,
+) -> NoReturn:
+    """The zygote's whole life; never returns into the frames that it was forked in."""
+    code = 1
+    try:
+        zygote = _Zygote(control, rank_main)
+        zygote.settle(parent, detach)
+        prepare()
+        zygote.warm_up()
+        zygote.serve()
+        code = 0
+    except SystemExit:
+        code = 0
+    except BaseException:  # noqa: BLE001 - the frames below belong to the controller's session
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+class _Zygote:
+    """Forks, signals and reaps, on request."""
+
+    def __init__(self, control: socket.socket, rank_main: RankMain) -> None:
+        self.control = control
+        self.rank_main = rank_main
+        self.ranks: dict[int, tuple[int, int]] = {}
+        """Process id -> (world, rank), of those not reaped yet."""
+        self.wake_r, self.wake_w = socket.socketpair()
+        self.wake_r.setblocking(False)
+        self.wake_w.setblocking(False)
+
+    def settle(self, parent: int, detach: bool) -> None:
+        """Leave the controller's process group, signals and pipes."""
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _on_term)
+        linux.die_with_parent(parent, signal.SIGTERM)
+        linux.adopt_orphans()
+        if detach:
+            _detach({self.control.fileno(), self.wake_r.fileno(), self.wake_w.fileno()})
+        signal.signal(signal.SIGCHLD, _on_child)
+        signal.set_wakeup_fd(self.wake_w.fileno(), warn_on_full_buffer=False)
+
+    def warm_up(self) -> None:
+        """Import what ranks need, and make forking cheap."""
+        self.preload(PRELOAD)
+        import torch
+
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Keep the collector off what exists, and put it on huge pages."""
+        gc.collect()
+        gc.freeze()
+        linux.collapse_memory()
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Import modules; one that fails here will fail in the rank, with its reason."""
+        for name in modules:
+            if not name.startswith(NEVER_PRELOAD) and name not in sys.modules:
+                with contextlib.suppress(Exception), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(name)
+
+    def serve(self) -> None:
+        """Until the controller closes its end."""
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        poll.register(self.wake_r, select.POLLIN)
+        try:
+            while True:
+                ready = {fd for fd, _ in poll.poll()}
+                if self.wake_r.fileno() in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        self.wake_r.recv(4096)
+                    self.reap()
+                if self.control.fileno() in ready and not self.obey():
+                    return
+        finally:
+            self.end()
+
+    def obey(self) -> bool:
+        """Carry out one request; False at end of file."""
+        data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 8)
+        if not data:
+            return False
+        asked = json.loads(data)
+        match asked["op"]:
+            case "fork":
+                self.fork(Order.from_json(asked["order"]), RankFds(*fds))
+            case "signal":
+                self.signal(asked["world"], asked["rank"], asked["signum"])
+            case "preload":
+                self.preload(asked["modules"])
+                self.freeze()
+        return True
+
+    def fork(self, order: Order, fds: RankFds) -> None:
+        """Fork a rank; in the child this never returns."""
+        zygote = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                for signum in (signal.SIGCHLD, signal.SIGTERM):
+                    signal.signal(signum, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.setpgid(0, 0)
+                linux.die_with_parent(zygote)
+                for ours in (self.control, self.wake_r, self.wake_w):
+                    ours.close()
+                self.rank_main(order, fds)
+            finally:
+                os._exit(70)  # rank_main does not return; never unwind into the zygote's loop
+        with contextlib.suppress(OSError):  # the child did it, or is gone
+            os.setpgid(pid, pid)
+        self.ranks[pid] = (order.world, order.rank)
+        for fd in fds.all():
+            os.close(fd)
+
+    def signal(self, world: int, rank: int, signum: int) -> None:
+        """Signal a rank that is not reaped yet; SIGKILL goes to its process group too."""
+        for pid, who in self.ranks.items():
+            if who == (world, rank):
+                if signum == signal.SIGKILL:
+                    _kill_group(pid)
+                os.kill(pid, signum)
+
+    def reap(self) -> None:
+        """Reap what ended, with the processes that it left behind, and tell the controller."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            pid = ended.si_pid
+            if pid not in self.ranks:
+                os.waitpid(pid, 0)
+                continue
+            # Not reaped yet: its process id, and so its group's, cannot be another's.
+            strays = self.strays_of(pid)
+            _kill_group(pid)
+            _, status = os.waitpid(pid, 0)
+            world, rank = self.ranks.pop(pid)
+            self.tell(world, rank, os.waitstatus_to_exitcode(status), strays)
+
+    def strays_of(self, rank_pid: int) -> list[str]:
+        """Kill the orphans of a rank that ended; returns them as `pid (command)`."""
+        found: list[str] = []
+        while True:
+            orphans = [
+                pid
+                for pid in linux.children()
+                if pid not in self.ranks and linux.state_of(pid) not in ("Z", "X", "")
+                and (len(self.ranks) == 1 or _group_of(pid) == rank_pid)
+            ]  # fmt: skip
+            if not orphans:
+                return found
+            for pid in orphans:
+                found.append(f"{pid} ({linux.command_of(pid)})")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+    def tell(self, world: int, rank: int, status: int, strays: list[str]) -> None:
+        """Report an exit."""
+        said = {"world": world, "rank": rank, "status": status, "strays": strays[:20]}
+        with contextlib.suppress(OSError):  # the controller is gone: end() follows
+            self.control.send(json.dumps(said).encode())
+
+    def end(self) -> None:
+        """Kill and reap everything."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for pid in self.ranks:
+            _kill_group(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + CLOSE_S
+        while (left := linux.children()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.0005)
+
+
+def _on_child(signum: int, frame: object) -> None:
+    """Nothing: the wake-up descriptor is what matters."""
+
+
+def _on_term(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _detach(keep: set[int]) -> None:
+    """Point the inherited pipes and sockets at /dev/null.
+
+    Closing them would let a later file take their numbers while xdist's objects still hold them.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd in keep or fd == null or fd <= 2:
+            continue
+        with contextlib.suppress(OSError):
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                os.dup2(null, fd, inheritable=False)
+    os.close(null)

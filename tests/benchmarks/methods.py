@@ -1,0 +1,166 @@
+"""The methods that are compared, and how each is timed once.
+
+A `Case` says what is timed and is the key of its results; `measure` runs it in processes of its own
+and returns a `Timing`. Nothing here knows about rounds, medians or targets.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import processes
+import suites
+
+SPAWN = "MultiProcessTestCase"
+FORK = "bare fork"
+FORK_TUNED = "bare fork, huge pages"
+FRESH = 'isolation="test"'
+WARM = 'isolation="module"'
+WITHOUT = "without the plugin"
+WITH = "with the plugin"
+IMPORT = "import"
+
+PEERS = (SPAWN, FORK, FORK_TUNED)
+ISOLATIONS = {FRESH: "test", WARM: "module"}
+SWITCHES = {WITHOUT: "no:pytest_dcp", WITH: "pytest_dcp"}
+
+TARGET_SIZE = 4
+"""The number of ranks that the targets are about; torch's harness is timed at this size only."""
+START_TESTS = 1
+ORDINARY_TESTS = 1_000
+
+IMPORT_SCRIPT = """\
+import json, pathlib, sys, time
+import pytest
+started_s = time.perf_counter()
+import pytest_dcp, pytest_dcp.plugin
+elapsed_ms = (time.perf_counter() - started_s) * 1e3
+notes = {"torch_imported": "torch" in sys.modules}
+pathlib.Path("out.json").write_text(json.dumps({"each_ms": [elapsed_ms], "notes": notes}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing that is timed."""
+
+    method: str
+    """How: one of the names above."""
+    workload: str
+    """What a world does (a name in `workloads.WORKLOADS`), or `ordinary`: tests without a world."""
+    size: int
+    """The number of ranks; the number of tests in the session where the workload is `ordinary`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one run of a case told."""
+
+    each_ms: list[float]
+    """One duration per world, test or session; the first world is not among them."""
+    first_ms: float | None = None
+    """The duration of the first world, which pays what is paid once; None where nothing is."""
+    notes: dict[str, object] = field(default_factory=dict)
+    """Facts to keep beside the durations."""
+
+
+def cases(sizes: list[int], session_runs: int, *, peers_only: bool = False) -> list[Case]:
+    """The cases of a round, in order, those that are compared side by side. Pure (no I/O).
+
+    The sessions of ordinary tests come `session_runs` times, since what the plugin adds to them is
+    little. With `peers_only` only what needs no plugin of ours is left.
+    """
+    switches = (WITHOUT, WITH)
+    found = [
+        Case(SPAWN, "all_reduce", TARGET_SIZE),
+        *(
+            Case(method, "all_reduce", size)
+            for size in sizes
+            for method in (FORK, FORK_TUNED, FRESH, WARM)
+        ),
+        *(
+            Case(method, workload, TARGET_SIZE)
+            for workload in ("dtensor", "fsdp2")
+            for method in (FORK, FORK_TUNED, FRESH)
+        ),
+        *[Case(method, "ordinary", ORDINARY_TESTS) for method in switches] * session_runs,
+        *[Case(method, "ordinary", START_TESTS) for method in (*switches, IMPORT)] * session_runs,
+    ]
+    return [case for case in found if case.method in PEERS] if peers_only else found
+
+
+def measure(case: Case, worlds: int, spawn_tests: int) -> Timing:
+    """The timing of one run of the case, in fresh processes.
+
+    `worlds` is how many worlds one run times, `spawn_tests` how many torch's slow harness runs.
+    Raises SampleFailed when a process of the run failed or a test did not pass.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        scratch = Path(name)
+        if case.method == SPAWN:
+            return _measure_script(scratch, "peer_spawn.py", "--tests", str(spawn_tests))
+        if case.method in (FORK, FORK_TUNED):
+            return _measure_fork(scratch, case, worlds)
+        if case.method == IMPORT:
+            processes.run([sys.executable, "-c", IMPORT_SCRIPT], scratch)
+            return _read_timing(scratch)
+        if case.method in SWITCHES:
+            return _measure_ordinary(scratch, case)
+        return _measure_worlds(scratch, case, worlds)
+
+
+def _measure_script(scratch: Path, script: str, *options: str) -> Timing:
+    """What a script of this folder wrote to its `--out` file."""
+    path = str(processes.BENCHMARKS / script)
+    # What pytest_dcp sets for its own ranks: a peer must not lose time in looking up its host name.
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "OPENBLAS_NUM_THREADS": "1"}
+    argv = [sys.executable, path, *options, "--out", "out.json"]
+    processes.run(argv, scratch, settings=settings)
+    return _read_timing(scratch)
+
+
+def _measure_fork(scratch: Path, case: Case, worlds: int) -> Timing:
+    """The timing of bare forked worlds: the first one and `worlds` others."""
+    options = ["--workload", case.workload, "--size", str(case.size), "--worlds", str(worlds + 1)]
+    if case.method == FORK_TUNED:
+        options.append("--huge-pages")
+    return _measure_script(scratch, "peer_fork.py", *options)
+
+
+def _measure_worlds(scratch: Path, case: Case, worlds: int) -> Timing:
+    """The timing of our worlds: the first one and `worlds` others."""
+    tests = worlds + 2  # the first test and the last are not counted
+    suite = suites.world_suite(case.workload, case.size, ISOLATIONS[case.method], tests)
+    times, _ = _run_session(scratch, suite, tests, "pytest_dcp")
+    return Timing(each_ms=times.each_ms(), first_ms=times.first_ms())
+
+
+def _measure_ordinary(scratch: Path, case: Case) -> Timing:
+    """The timing of one whole session of ordinary tests, from its start to its exit."""
+    suite = suites.plain_suite(case.size)
+    times, wall_ms = _run_session(scratch, suite, case.size, SWITCHES[case.method])
+    return Timing(each_ms=[wall_ms], notes={"torch_imported": times.torch_imported})
+
+
+def _run_session(
+    scratch: Path, suite: str, tests: int, switch: str
+) -> tuple[suites.SessionTimes, float]:
+    """What the session's conftest wrote, and the session's wall time in ms.
+
+    Raises SampleFailed unless every test passed.
+    """
+    suites.write(scratch, suite)
+    argv = [sys.executable, "-m", "pytest", "-p", switch, "-p", "no:cacheprovider", "-q"]
+    wall_ms = processes.run(argv, scratch)
+    times = suites.read_times(scratch)
+    if times.passed != tests or len(times.starts_s) != tests:
+        output = (scratch / "output.txt").read_text(errors="replace")
+        raise processes.SampleFailed(f"{times.passed} of {tests} tests passed:\n{output}")
+    return times, wall_ms
+
+
+def _read_timing(scratch: Path) -> Timing:
+    """The timing that a script wrote to `out.json`."""
+    return Timing(**json.loads((scratch / "out.json").read_text()))

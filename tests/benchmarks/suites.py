@@ -1,0 +1,111 @@
+"""The sample suites: what pytest is given to run, and what its sessions tell about their timing.
+
+A suite is a folder with an empty `pytest.ini` (so that no other configuration is found), a
+`conftest.py` that writes the controller's clock to `times.json`, and one test file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFTEST = '''\
+"""Writes to times.json when each test started and ended, as the controller saw it."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+controller = os.getpid()  # forked ranks inherit these hooks and must not write
+starts_s = []
+ends_s = []
+passed = []
+
+
+def pytest_runtest_logstart(nodeid):
+    if os.getpid() == controller:
+        starts_s.append(time.perf_counter())
+
+
+def pytest_runtest_logfinish(nodeid):
+    if os.getpid() == controller:
+        ends_s.append(time.perf_counter())
+
+
+def pytest_runtest_logreport(report):
+    if os.getpid() == controller and report.when == "call" and report.passed:
+        passed.append(report.nodeid)
+
+
+def pytest_sessionfinish():
+    if os.getpid() == controller:
+        times = {
+            "starts_s": starts_s,
+            "ends_s": ends_s,
+            "passed": len(passed),
+            "torch_imported": "torch" in sys.modules,
+        }
+        Path(__file__).with_name("times.json").write_text(json.dumps(times))
+'''
+
+WORLDS = """\
+import pytest
+import workloads
+
+pytestmark = pytest.mark.world_size({size}, isolation="{isolation}")
+
+
+@pytest.mark.parametrize("number", range({tests}))
+def test_{workload}(number, device_mesh):
+    workloads.{workload}(device_mesh)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTimes:
+    """What one session's conftest wrote."""
+
+    starts_s: list[float]
+    """Start of each test, on the controller's monotonic clock, in order."""
+    ends_s: list[float]
+    """End of each test, on the same clock."""
+    passed: int
+    """How many tests passed."""
+    torch_imported: bool
+    """Whether the controller had imported torch when the session finished."""
+
+    def first_ms(self) -> float:
+        """The duration of the first test: of the first world, with all that is started once."""
+        return (self.ends_s[0] - self.starts_s[0]) * 1e3
+
+    def each_ms(self) -> list[float]:
+        """From one test's start to the next one's, but for the first test and the last.
+
+        So whatever happens between two tests counts too. The last is left out: the end of its
+        module is no cost of a test.
+        """
+        pairs = zip(self.starts_s[1:-1], self.starts_s[2:], strict=True)
+        return [(after - before) * 1e3 for before, after in pairs]
+
+
+def world_suite(workload: str, size: int, isolation: str, tests: int) -> str:
+    """The test file of `tests` tests, each the workload in `size` ranks. Pure (no I/O)."""
+    return WORLDS.format(workload=workload, size=size, isolation=isolation, tests=tests)
+
+
+def plain_suite(tests: int) -> str:
+    """The test file of `tests` ordinary tests that do nothing. Pure (no I/O)."""
+    return "\n\n".join(f"def test_{number}():\n    pass\n" for number in range(tests))
+
+
+def write(folder: Path, tests: str) -> None:
+    """Writes the suite with the given test file into an existing folder."""
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "test_sample.py").write_text(tests)
+
+
+def read_times(folder: Path) -> SessionTimes:
+    """What the session that ran in `folder` wrote."""
+    return SessionTimes(**json.loads((folder / "times.json").read_text()))
