@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+RANK_VARIABLE = "PYTEST_DCP_RANK"
+"""`<world>:<rank>` in every rank's environment, and so in that of every program it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2 themselves."""
 

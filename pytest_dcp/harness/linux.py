@@ -78,6 +78,17 @@ def command_of(pid: int) -> str:
         return "?"
 
 
+def variable_of(pid: int, name: str) -> str:
+    """A variable of the environment that a process was started with; '' when there is none."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return ""
+    prefix = f"{name}=".encode()
+    found = (part for part in raw.split(b"\0") if part.startswith(prefix))
+    return next(found, prefix)[len(prefix) :].decode(errors="replace")
+
+
 def state_of(pid: int) -> str:
     """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' when it is gone."""
     try:

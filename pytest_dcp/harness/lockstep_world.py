@@ -41,10 +41,12 @@ class RankWorld:
 
         Raises `DivergedError` when a rank ended, or asked the world for something else.
         """
+        __tracebackhide__ = True
         self._rank.meet("barrier()")
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are pickled."""
+        __tracebackhide__ = True
         import cloudpickle
 
         values = self._rank.meet("gather()", cloudpickle.dumps(value))
@@ -52,6 +54,7 @@ class RankWorld:
 
     def broadcast(self, value: T, src: int = 0) -> T:
         """The value that rank `src` gave; what the others give is ignored. Values are pickled."""
+        __tracebackhide__ = True
         import cloudpickle
 
         if not 0 <= src < self.size:
@@ -66,6 +69,7 @@ class RankWorld:
 
         When rank 0 raises in it, the others raise `DivergedError`.
         """
+        __tracebackhide__ = True
         if self.rank == 0:
             yield
             self._rank.meet("rank0_first()")

@@ -26,7 +26,8 @@ ECHO = re.compile(
 )
 """What gloo, NCCL, c10d stores and our exchange say when a peer went away."""
 
-KIND_ORDER = ("failed", "crashed", "closed", "flooded", "diverged", "timeout", "lost", "blocked")
+WAITING = re.compile(r", in (the world's exchange|\w+), at ")
+"""How `stacks.doing` names a rank that was in a collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]
         failures = [*_divergence(size, done)]
     if failures:
         groups = _group(failures)
-        return Outcome("failed", headline(groups[0], size), groups, done)
+        return Outcome("failed", headline(groups[0]), groups, done)
     for kind in ("skipped", "xfailed"):
         for _rank, one in sorted(done.items()):
             if one.outcome == kind:
@@ -108,9 +109,9 @@ def is_echo(failure: RankFailure) -> bool:
 
 def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     """Failures merged by what they say, the first cause first, then by time, echoes last."""
-    causes = [f for f in failures if not is_echo(f)] or [_earliest(failures)]
+    causes = [f for f in failures if not is_echo(f)] or [min(failures, key=_first_cause_first)]
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
-    for failure in sorted(failures, key=lambda f: (KIND_ORDER.index(f.kind) > 4, f.at_s)):
+    for failure in sorted(failures, key=_first_cause_first):
         echo = failure not in causes
         merged.setdefault((echo, failure.kind, failure.summary), []).append(failure)
     groups = [
@@ -120,19 +121,34 @@ def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     return tuple(sorted(groups, key=lambda g: g.echo))
 
 
-def _earliest(failures: Sequence[RankFailure]) -> RankFailure:
-    return min(failures, key=lambda f: (KIND_ORDER.index(f.kind) > 4, f.at_s))
+def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
+    """By time; but who reached the limit comes last, and there who waited for a peer comes last."""
+    late = failure.kind in ("timeout", "lost", "blocked")
+    return late, late and WAITING.search(failure.summary) is not None, failure.at_s
 
 
-def headline(group: Group, size: int) -> str:
+def headline(group: Group) -> str:
     """One line that names the ranks of the first cause and what became of them."""
-    who = ranks_text(group.ranks)
-    failure = group.failure
-    text = failure.summary
-    if failure.kind == "timeout":
-        every = len(group.ranks) == size
-        text = f"{text} at the time limit" + ("" if every else "; the others had ended")
-    return text if failure.kind == "diverged" else f"{who}: {text}"
+    text = group.failure.summary
+    return text if group.failure.kind == "diverged" else f"{ranks_text(group.ranks)}: {text}"
+
+
+def peers(outcome: Outcome) -> list[str]:
+    """A line for each other group of ranks: what became of them, and how much later."""
+    first = outcome.first
+    if first is None:
+        return []
+    lines = []
+    for group in outcome.groups[1:]:
+        later_s = group.failure.at_s - first.failure.at_s
+        killed = "; killed" if group.failure.kind == "blocked" else ""
+        when = f", {later_s:.2f} s later" if group.failure.kind != "timeout" else ""
+        lines.append(f"{ranks_text(group.ranks)}: {group.failure.summary[:300]}{when}{killed}")
+    if first.failure.kind == "timeout":
+        ended = [rank for rank, done in outcome.done.items() if done.phase == first.failure.phase]
+        if ended:
+            lines.append(f"{ranks_text(ended)}: had ended {first.failure.phase}")
+    return lines
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

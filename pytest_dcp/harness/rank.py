@@ -36,7 +36,7 @@ from pytest_dcp.harness.events import (
     RunItem,
     encode,
 )
-from pytest_dcp.harness.launch import STACKS_SIGNAL, Order, RankFds
+from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
 
 RECEIVE_BYTES = 1 << 16
 M = TypeVar("M", bound=Message)
@@ -109,9 +109,10 @@ class Rank:
 
         Raises `DivergedError` when a peer asked for something else or will not come.
         """
+        __tracebackhide__ = True
         met = self.channel.ask(Exchange(operation, payload), Met)
         if met.error:
-            raise DivergedError(f"rank {self.order.rank}: {met.error}")
+            raise DivergedError(met.error)
         return met.values()
 
     def reseed(self, seed: int) -> None:
@@ -210,6 +211,7 @@ def environment(order: Order) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(order.size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(order.master_port),
+        RANK_VARIABLE: f"{order.world}:{order.rank}",
     }
 
 

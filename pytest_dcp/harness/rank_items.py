@@ -37,7 +37,7 @@ from pytest_dcp.harness.events import (
 from pytest_dcp.harness.rank import Rank, one_line, save_coverage
 
 RANK_KEY = pytest.StashKey[Rank]()
-SECTION_CHARS = 1 << 18
+SECTION_CHARS = 1 << 16
 """A captured section longer than this keeps its two ends."""
 
 

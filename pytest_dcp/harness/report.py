@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from _pytest._code.code import (
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Done
 from pytest_dcp.harness.options import ReportRanks
-from pytest_dcp.harness.outcome import Group, Outcome, ranks_text
+from pytest_dcp.harness.outcome import Group, Outcome, peers, ranks_text
 from pytest_dcp.harness.stacks import doing
 
 TRACE_CHARS = 20_000
@@ -82,9 +82,10 @@ def longrepr_for(
     first = outcome.first
     assert first is not None
     repr_ = _own_repr(first, outcome.done.get(first.failure.rank), config)
-    lines = [outcome.reason, *_folded(outcome.groups[1:])]
+    lines = [outcome.reason, *(f"  {line}" for line in peers(outcome))]
     if repr_ is None:
-        detail = _clip(first.failure.detail)
+        limited = first.failure.kind in ("blocked", "timeout")
+        detail = "" if limited else _clip(first.failure.detail)
         crash = ReprFileLocation(path, 0, outcome.reason)
         entries = ReprTraceback([ReprEntryNative([detail])] if detail else [], None, "native")
         repr_ = ExceptionChainRepr([(entries, crash, None)])
@@ -96,7 +97,7 @@ def longrepr_for(
     if repr_.reprcrash is not None:
         repr_.reprcrash.message = outcome.reason
     for group in outcome.groups[1:]:
-        if not group.echo:
+        if not group.echo and group.failure.kind not in ("blocked", "timeout"):
             text = _text_of(group, outcome.done.get(group.failure.rank), config)
             repr_.addsection(f"{ranks_text(group.ranks)} also failed", text)
     table = _table(outcome)
@@ -127,15 +128,6 @@ def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
     return str(repr_) if repr_ is not None else group.failure.detail or group.failure.summary
 
 
-def _folded(groups: Sequence[Group]) -> Iterable[str]:
-    """One line for each group of peers."""
-    for group in groups:
-        kind = {"blocked": "was waiting and was killed: ", "timeout": "time limit: "}.get(
-            group.failure.kind, ""
-        )
-        yield f"  {ranks_text(group.ranks)}: {kind}{group.failure.summary[:300]}"
-
-
 def _table(outcome: Outcome) -> str:
     """Rank by rank, the stacks of those that were killed at a limit, equal ones once."""
     rows: dict[str, list[int]] = {}
@@ -145,8 +137,8 @@ def _table(outcome: Outcome) -> str:
                 rows.setdefault(_clip(group.failure.detail), []).append(rank)
     parts = []
     for trace, ranks in rows.items():
-        what = doing(trace) if trace else "no stack: the process was stopped, or deep in C code"
-        parts.append(f"{ranks_text(ranks)}: {what}\n{trace}")
+        what = doing(trace) if trace else "no stack: stopped, or deep in C code"
+        parts.append(f"{ranks_text(ranks)}: {what}\n{trace}".rstrip())
     return "\n".join(parts)
 
 

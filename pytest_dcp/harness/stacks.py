@@ -19,6 +19,7 @@ COLLECTIVES = frozenset(
     reduce_scatter reduce_scatter_tensor scatter scatter_object_list send split_group
     init_device_mesh wait_tensor""".split()
 )
+MACHINERY = re.compile(r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$")
 OURS = {"meet": "the world's exchange"}
 
 
@@ -45,6 +46,21 @@ def main_thread(trace: str) -> list[Frame]:
         if inside and match:
             frames.append(Frame(match["file"], int(match["line"]), match["name"]))
     return frames
+
+
+def trimmed(trace: str) -> str:
+    """The stacks without the frames that run every test: pytest's and ours."""
+    lines: list[str] = []
+    skipping = False
+    for line in trace.splitlines():
+        match = FRAME.match(line)
+        if match is None:
+            skipping = False
+        elif MACHINERY.search(match["file"]):
+            skipping = True
+        if not skipping:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def doing(trace: str) -> str:

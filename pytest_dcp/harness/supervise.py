@@ -287,10 +287,8 @@ class Supervisor:
         busy = self.busy
         actions: list[Action] = []
         for rank in busy:
-            if self._timed_out:
-                actions += self._kill(rank, "timeout", f"was still in {self.phase}", now)
-            else:
-                actions += self._kill(rank, "blocked", f"was still in {self.phase}", now)
+            kind: FailureKind = "timeout" if self._timed_out else "blocked"
+            actions += self._kill(rank, kind, f"still in {self.phase}", now)
         return actions
 
     def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:

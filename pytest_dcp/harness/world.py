@@ -43,6 +43,8 @@ LEAVE_S = 20.0
 """For a rank's exit once it was told to leave."""
 LOOK_S = 0.25
 """How often the captured output's size is looked at."""
+END_BYTES = 1 << 15
+NO_STACK = "and wrote no stack: stopped, or deep in C code"
 SEND_S = 5.0
 """A rank that takes no byte for so long is stopped or broken."""
 
@@ -80,9 +82,18 @@ class _Rank:
         return RankFds(self.theirs.fileno(), self.out, self.err, self.trace)
 
     def read(self, fd: int) -> str:
-        """What is in one of the memfds."""
+        """What is in one of the memfds; of much, the two ends."""
         size = os.fstat(fd).st_size
-        return os.pread(fd, size, 0).decode(errors="replace")
+        if size <= 2 * END_BYTES:
+            return os.pread(fd, size, 0).decode(errors="replace")
+        head, tail = os.pread(fd, END_BYTES, 0), os.pread(fd, END_BYTES, size - END_BYTES)
+        left_out = f"\n[... {size - 2 * END_BYTES} bytes left out ...]\n"
+        return head.decode(errors="replace") + left_out + tail.decode(errors="replace")
+
+    def unwatch(self, selector: selectors.BaseSelector) -> None:
+        """Listen to the socket no more."""
+        with contextlib.suppress(KeyError):
+            selector.unregister(self.socket)
 
     def close(self) -> None:
         """Every descriptor."""
@@ -122,6 +133,7 @@ class World:
         self._port = socket.socket()
         self._interrupts = _InterruptsIgnored()
         self._on_end = on_end
+        self._limit_s = BOOT_S
         self._deadline = float("inf")
         self._look_at = 0.0
 
@@ -153,6 +165,7 @@ class World:
 
     def restart_clock(self, limit_s: float) -> None:
         """The time limit counts from here."""
+        self._limit_s = limit_s
         self._deadline = time.monotonic() + limit_s
 
     @property
@@ -269,9 +282,10 @@ class World:
             return {"detail": str((done.report or {}).get("text", ""))}
         trace = self.trace(failure.rank)
         if failure.kind in ("timeout", "blocked"):
-            where = stacks.doing(trace) if trace else "wrote no stack (stopped, or deep in C code)"
-            return {"summary": f"{failure.summary}, {where}", "detail": trace}
-        return {"detail": trace}
+            limit = f" at the time limit of {self._limit_s:g} s" if failure.kind == "timeout" else ""
+            where = stacks.doing(trace) if trace else NO_STACK
+            return {"summary": f"{failure.summary}{limit}, {where}", "detail": stacks.trimmed(trace)}
+        return {"detail": stacks.trimmed(trace)}
 
     def _step(self) -> None:
         """Wait for one thing to happen, and handle it."""
@@ -327,7 +341,7 @@ class World:
             data = b""
         try:
             if not data:
-                self._selector.unregister(one.socket)
+                one.unwatch(self._selector)
                 self._act(self._supervisor.closed(rank, now))
                 return False
             for message in one.decoder.feed(data):
@@ -336,7 +350,7 @@ class World:
                 else:
                     self._act(self._supervisor.heard(rank, message, now))  # type: ignore[arg-type]  # the wire carries ranks' messages only this way
         except WireError:
-            self._selector.unregister(one.socket)
+            one.unwatch(self._selector)
             self._act(self._supervisor.closed(rank, now))
             return False
         return True

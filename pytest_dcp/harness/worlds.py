@@ -16,7 +16,7 @@ import pytest
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call
-from pytest_dcp.harness.outcome import Outcome, ranks_text
+from pytest_dcp.harness.outcome import Outcome, peers, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import read_marker, resolve
 from pytest_dcp.harness.world import World
@@ -61,8 +61,7 @@ class FunctionWorld:
         if outcome.kind == "interrupt":
             return KeyboardInterrupt(outcome.reason)
         parts = [f"{name} in a world of {self.size}: {outcome.reason}"]
-        for group in outcome.groups[1:]:
-            parts.append(f"  {ranks_text(group.ranks)}: {group.failure.summary[:300]}")
+        parts += [f"  {line}" for line in peers(outcome)]
         for group in outcome.groups:
             if group.failure.detail and not group.echo:
                 parts.append(f"--- {ranks_text(group.ranks)} ---\n{group.failure.detail.rstrip()}")

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import linux
-from pytest_dcp.harness.launch import STACKS_SIGNAL, Exit, Order, RankFds
+from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
 
 CLOSE_S = 5.0
 MESSAGE_BYTES = 1 << 16
@@ -330,9 +330,10 @@ class _Zygote:
             orphans = [
                 pid
                 for pid in linux.children()
-                if pid not in self.ranks and linux.state_of(pid) not in ("Z", "X", "")
-                and (len(self.ranks) == 1 or _group_of(pid) == rank_pid)
-            ]  # fmt: skip
+                if pid not in self.ranks
+                and linux.state_of(pid) not in ("Z", "X", "")
+                and self.belongs(pid, rank_pid)
+            ]
             if not orphans:
                 return found
             for pid in orphans:
@@ -340,6 +341,15 @@ class _Zygote:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+    def belongs(self, orphan: int, rank_pid: int) -> bool:
+        """Whether an orphan came from this rank; with the last rank go all that are left."""
+        world, rank = self.ranks[rank_pid]
+        return (
+            len(self.ranks) == 1
+            or _group_of(orphan) == rank_pid
+            or linux.variable_of(orphan, RANK_VARIABLE) == f"{world}:{rank}"
+        )
 
     def tell(self, world: int, rank: int, status: int, strays: list[str]) -> None:
         """Report an exit."""
