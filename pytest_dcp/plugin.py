@@ -14,6 +14,7 @@ from pytest_dcp.harness import options as options_
 from pytest_dcp.harness.options import Options
 
 OPTIONS_KEY = pytest.StashKey[Options]()
+NOTES_KEY = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,53 +61,32 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Fork the zygote between collection and the first test, and end everything after the last."""
     options = session.config.stash[OPTIONS_KEY]
-    harness = None
-    if not session.config.option.collectonly:
-        from pytest_dcp.harness import marking
+    if session.config.option.collectonly or not _needs_worlds(session.items, options.marker):
+        return (yield)
+    from pytest_dcp.harness import marking
 
-        if marking.needs_worlds(session.items, options):
-            harness = marking.begin(session, options)
+    harness = marking.begin(session, options)
     try:
         return (yield)
     finally:
-        if harness is not None:
-            marking.end(harness)
+        harness.close()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(
-    item: pytest.Item, nextitem: pytest.Item | None
-) -> Generator[None, object, object]:
-    """Tell a marked item what comes after it."""
-    from pytest_dcp.harness.items import ITEM_KEY
-
-    marked = item.stash.get(ITEM_KEY, None)
-    if marked is not None:
-        marked.begin(nextitem)
-    return (yield)
+def _needs_worlds(items: list[pytest.Item], marker: str) -> bool:
+    return any(
+        (marker and item.get_closest_marker(marker) is not None)
+        or "worlds" in getattr(item, "fixturenames", ())
+        for item in items
+    )
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show the ranks' failure, not the controller's."""
-    from pytest_dcp.harness.items import ITEM_KEY
-
-    rep = yield
-    marked = item.stash.get(ITEM_KEY, None)
-    if marked is not None:
-        marked.amend(call, rep)
-    return rep
-
-
-@pytest.hookimpl(optionalhook=True, tryfirst=True)
-def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
-    """pytest-timeout's limit becomes the world's."""
-    from pytest_dcp.harness.items import ITEM_KEY
-
-    marked = item.stash.get(ITEM_KEY, None)
-    if marked is None:
-        return None
-    marked.limit(settings.timeout)
-    return True
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What xdist's workers have to say, once."""
+    terminal = node.config.pluginmanager.getplugin("terminalreporter")
+    said = node.config.stash.setdefault(NOTES_KEY, set())
+    for note in getattr(node, "workeroutput", {}).get("dcp_notes", ()):
+        if note not in said and terminal is not None:
+            said.add(note)
+            terminal.ensure_newline()
+            terminal.write_line(note)

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_dcp.harness.rank import Rank, current
-
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
     from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp.harness.rank import Rank
     from pytest_dcp.harness.worlds import Worlds
 
 
 def _rank_of(request: pytest.FixtureRequest) -> Rank:
+    from pytest_dcp.harness.rank import current
+
     rank = current()
     if rank is None:
         pytest.fail(
@@ -84,6 +85,8 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
     Kept or removed after the test as tmp_path is (tmp_path_retention_policy), by the controller,
     when every rank is gone.
     """
+    from pytest_dcp.harness.rank import current
+
     one = current()
     if one is None:
         tmp_path: Path = request.getfixturevalue("tmp_path")

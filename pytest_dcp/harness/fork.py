@@ -8,17 +8,18 @@ import pytest
 
 from pytest_dcp.harness import rank, rank_items
 from pytest_dcp.harness.launch import Order, RankFds
-from pytest_dcp.harness.zygote import ZygoteLauncher
+from pytest_dcp.harness.zygote import RankMain, ZygoteLauncher
 
 
 def start_zygote(session: pytest.Session) -> ZygoteLauncher:
     """Fork a zygote that holds this session as it is now."""
 
-    def rank_main(order: Order, fds: RankFds) -> NoReturn:
-        rank.run(order, fds, lambda one: rank_items.enlist(one, session))
+    def prepare() -> RankMain:
+        plugin = rank_items.prepare(session)
 
-    return ZygoteLauncher.start(
-        rank_main,
-        lambda: rank_items.silence(session.config),
-        detach=hasattr(session.config, "workerinput"),
-    )
+        def rank_main(order: Order, fds: RankFds) -> NoReturn:
+            rank.run(order, fds, lambda one: rank_items.enlist(one, plugin))
+
+        return rank_main
+
+    return ZygoteLauncher.start(prepare, detach=hasattr(session.config, "workerinput"))

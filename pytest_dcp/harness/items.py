@@ -12,7 +12,7 @@ import itertools
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,37 @@ def attach(item: pytest.Item, marked: MarkedItem) -> None:
     item.setup = marked.setup  # type: ignore[method-assign]  # this item only, not its class
     item.runtest = marked.runtest  # type: ignore[method-assign]
     item.teardown = marked.teardown  # type: ignore[method-assign]
+
+
+class ItemHooks:
+    """What pytest's hooks tell marked items; registered only in sessions that have some."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Tell a marked item what comes after it."""
+        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
+            marked.begin(nextitem)
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Show the ranks' failure, not the controller's."""
+        rep = yield
+        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
+            marked.amend(call, rep)
+        return rep
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
+        """pytest-timeout's limit becomes the world's."""
+        if (marked := item.stash.get(ITEM_KEY, None)) is None:
+            return None
+        marked.limit(settings.timeout)
+        return True
 
 
 def _module_of(item: pytest.Item) -> str:

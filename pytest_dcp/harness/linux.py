@@ -106,7 +106,7 @@ def collapse_memory() -> int:
     madvise = _libc().madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     covered = 0
-    line_shape = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 +(\[heap\])?$")
+    line_shape = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ 00:00 0(\s+\[heap\])?$")
     for line in Path("/proc/self/maps").read_text().splitlines():
         match = line_shape.match(line.rstrip())
         if not match:

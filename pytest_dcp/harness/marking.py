@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,9 +10,6 @@ from pytest_dcp.harness import items as items_
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
 from pytest_dcp.harness.spec import MarkerValues, WorldSpec, read_marker, resolve
-
-WORLD_FIXTURE = "worlds"
-
 
 def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
     """One test per size when the marker holds a list; wrong lists are left to `check`."""
@@ -97,20 +94,12 @@ def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     return values.sizes[0], ""
 
 
-def needs_worlds(items: Iterable[pytest.Item], options: Options) -> bool:
-    """Whether any test to be run needs the harness."""
-    return any(
-        (options.marker and item.get_closest_marker(options.marker) is not None)
-        or WORLD_FIXTURE in getattr(item, "fixturenames", ())
-        for item in items
-    )
-
-
 def begin(session: pytest.Session, options: Options) -> Harness:
     """The session's harness, its launcher started, its items attached."""
     harness = Harness(session, options)
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
+    session.config.pluginmanager.register(items_.ItemHooks(), "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)
     for index, item in enumerate(session.items):
@@ -120,11 +109,6 @@ def begin(session: pytest.Session, options: Options) -> Harness:
             explicit = mark is not None and mark.kwargs.get("timeout") is not None
             items_.attach(item, items_.MarkedItem(item, index, spec, explicit, harness))
     return harness
-
-
-def end(harness: Harness) -> None:
-    """End every world and the launcher."""
-    harness.config.stash[HARNESS_KEY].close()
 
 
 def _tell(config: pytest.Config, line: str) -> None:

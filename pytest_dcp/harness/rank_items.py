@@ -10,6 +10,7 @@ and to nobody else. Whether an xfail marker makes a failure expected is decided 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -36,7 +37,6 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.rank import Rank, one_line, save_coverage
 
-RANK_KEY = pytest.StashKey[Rank]()
 SECTION_CHARS = 1 << 16
 """A captured section longer than this keeps its two ends."""
 
@@ -79,16 +79,22 @@ class _QuietTerminal:
         return []
 
 
-def enlist(rank: Rank, session: pytest.Session) -> Callable[[RunItem], None]:
+def prepare(session: pytest.Session) -> RankPlugin:
+    """Ready a session for ranks, of which it will know none yet; what can be done before the fork."""
+    silence(session.config)
+    plugin = RankPlugin(session, _Terminal(session.config))
+    session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
+    plugin.take_over_pdb()
+    return plugin
+
+
+def enlist(rank: Rank, plugin: RankPlugin) -> Callable[[RunItem], None]:
     """Make the session this rank's; returns what runs an item of it."""
-    config = session.config
-    config.stash[RANK_KEY] = rank
+    config = plugin.config
     rank.capture = lambda: _captured(config)
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
-    plugin = RankPlugin(rank, session, _Terminal(config, muted=rank.order.rank != 0))
-    config.pluginmanager.register(plugin, "pytest_dcp.rank")
-    plugin.take_over_pdb()
+    plugin.join(rank)
     return plugin.run
 
 
@@ -96,8 +102,7 @@ def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
     """Let the rank's capture write to its own memfds: the inherited files share their offset."""
     manager: Any = config.pluginmanager.getplugin("capturemanager")
     capturing = getattr(manager, "_global_capturing", None)
-    streams = ((1, "out", rank.fds.out), (2, "err", rank.fds.err))
-    for _, name, fd in streams:
+    for name, fd in (("out", rank.fds.out), ("err", rank.fds.err)):
         stream = getattr(capturing, name, None)
         file = getattr(stream, "tmpfile", None)
         with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
@@ -105,10 +110,10 @@ def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
 
 
 def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
+    """Let the factory make its folder here, when a test first asks for one."""
     factory: Any = getattr(config, "_tmp_path_factory", None)
     if factory is not None:
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        factory._basetemp = base
+        factory._basetemp, factory._given_basetemp = None, base
 
 
 class _Terminal:
@@ -118,19 +123,23 @@ class _Terminal:
     only rank 0 writes what plugins write while a test runs (--setup-show, live logs).
     """
 
-    def __init__(self, config: pytest.Config, *, muted: bool) -> None:
-        null = os.open(os.devnull, os.O_RDWR)
+    def __init__(self, config: pytest.Config) -> None:
+        self._null = os.open(os.devnull, os.O_RDWR)
+        self._nowhere = os.fdopen(os.dup(self._null), "w")
         reporter: Any = config.pluginmanager.getplugin("terminalreporter")
         self._writer: Any = getattr(reporter, "_tw", None)
         self._file = getattr(self._writer, "_file", None)
-        if muted and self._writer is not None:
-            self._writer._file = os.fdopen(os.dup(null), "w")
         capture: Any = config.pluginmanager.getplugin("capturemanager")
+        self._stdin_is_captured = capture is not None and capture.is_globally_capturing()
         self._stdin = -1
-        if capture is None or not capture.is_globally_capturing():
+
+    def shut(self, *, muted: bool) -> None:
+        """Do not read it, and when `muted` do not write it either."""
+        if muted and self._writer is not None:
+            self._writer._file = self._nowhere
+        if not self._stdin_is_captured:
             self._stdin = os.dup(0)
-            os.dup2(null, 0)
-        os.close(null)
+            os.dup2(self._null, 0)
 
     def open(self) -> None:
         """Let this process read and write it from now on."""
@@ -167,15 +176,21 @@ def clip(text: str) -> str:
 class RankPlugin:
     """pytest's view of a rank: runs items in phases and hears what the session has to say."""
 
-    def __init__(self, rank: Rank, session: pytest.Session, terminal: _Terminal) -> None:
+    rank: Rank
+
+    def __init__(self, session: pytest.Session, terminal: _Terminal) -> None:
         self._terminal = terminal
-        self.rank = rank
         self.session = session
         self.config = session.config
         self.warnings: list[dict[str, Any]] = []
         self._xfail_off = bool(self.config.option.runxfail)
         self._pdb_invoke: Any = None
         self._debugging = False
+
+    def join(self, rank: Rank) -> None:
+        """This process is that rank from here on."""
+        self.rank = rank
+        self._terminal.shut(muted=rank.order.rank != 0)
 
     # Items.
 
@@ -185,7 +200,6 @@ class RankPlugin:
         if item is None:
             raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
         self.warnings = []
-        before = frozenset(sys.modules) | self.rank.modules
         stack = self.session._setupstate.stack
         if stack and not set(stack) <= set(item.listchain()):
             self.session._setupstate.teardown_exact(item)
@@ -194,7 +208,7 @@ class RankPlugin:
         if not (isinstance(go, Go) and go.phase == "finish"):
             raise DcpError(f"expected to finish {order.nodeid!r}, was told {go!r}")
         save_coverage()
-        self.rank.channel.send(self._finished(before))
+        self.rank.channel.send(self._finished())
 
     def _find(self, index: int, nodeid: str) -> pytest.Item | None:
         items = self.session.items
@@ -202,13 +216,12 @@ class RankPlugin:
             return items[index]
         return next((item for item in items if item.nodeid == nodeid), None)
 
-    def _finished(self, before: frozenset[str]) -> Done:
+    def _finished(self) -> Done:
         threads = [t for t in threading.enumerate() if t not in self.rank.threads]
-        imported = [
-            name
-            for name in sys.modules
-            if name not in before and name.partition(".")[0] in ("torch", "numpy")
-        ]
+        # Only the new names are looked at: touching an object here copies its page.
+        new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
+        imported = [name for name in new if name.partition(".")[0] in ("torch", "numpy")]
+        imported.reverse()
         return Done(
             "finish",
             "passed",

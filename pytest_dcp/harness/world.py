@@ -254,7 +254,7 @@ class World:
             store=str(self._store),
             master_port=self._port.getsockname()[1],
             seed=self.seed,
-            basetemp=str(self._settings.folder / f"w{self.number}" / f"rank{rank}"),
+            basetemp=str(self._settings.folder / f"world{self.number}-rank{rank}"),
         )
 
     @contextlib.contextmanager

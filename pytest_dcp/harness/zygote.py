@@ -65,11 +65,11 @@ class ZygoteLauncher:
         self._preloaded: set[str] = set()
 
     @classmethod
-    def start(cls, rank_main: RankMain, prepare: Callable[[], None], detach: bool) -> ZygoteLauncher:
+    def start(cls, prepare: Callable[[], RankMain], *, detach: bool) -> ZygoteLauncher:
         """Fork the zygote of this process.
 
-        `prepare` runs in the zygote before its first fork, `rank_main` in every rank. `detach` drops
-        the inherited pipes and sockets, which belong to xdist.
+        `prepare` runs once in the zygote and returns what runs in every rank. `detach` drops the
+        inherited pipes and sockets, which belong to xdist.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         linux.pause_openmp()
@@ -82,7 +82,7 @@ class ZygoteLauncher:
             pid = os.fork()
         if pid == 0:
             ours.close()
-            _zygote_main(theirs, parent, rank_main, prepare, detach)
+            _zygote_main(theirs, parent, prepare, detach)
         theirs.close()
         return cls(ours, pid)
 
@@ -169,16 +169,14 @@ class ZygoteLauncher:
 def _zygote_main(
     control: socket.socket,
     parent: int,
-    rank_main: RankMain,
-    prepare: Callable[[], None],
+    prepare: Callable[[], RankMain],
     detach: bool,
 ) -> NoReturn:
     """The zygote's whole life; never returns into the frames that it was forked in."""
     code = 1
     try:
-        zygote = _Zygote(control, rank_main)
+        zygote = _Zygote(control, prepare)
         zygote.settle(parent, detach)
-        prepare()
         zygote.warm_up()
         zygote.serve()
         code = 0
@@ -195,9 +193,11 @@ def _zygote_main(
 class _Zygote:
     """Forks, signals and reaps, on request."""
 
-    def __init__(self, control: socket.socket, rank_main: RankMain) -> None:
+    rank_main: RankMain
+
+    def __init__(self, control: socket.socket, prepare: Callable[[], RankMain]) -> None:
         self.control = control
-        self.rank_main = rank_main
+        self.prepare = prepare
         self.ranks: dict[int, tuple[int, int]] = {}
         """Process id -> (world, rank), of those not reaped yet."""
         self.wake_r, self.wake_w = socket.socketpair()
@@ -223,6 +223,7 @@ class _Zygote:
 
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
+        self.rank_main = self.prepare()
         self.freeze()
 
     def freeze(self) -> None:

@@ -79,8 +79,9 @@ def measure_rounds(options: argparse.Namespace, console: Console) -> Iterator[ta
     """The samples of all rounds, each as soon as it is measured."""
     cases = methods.cases(options.sizes, options.session_runs, peers_only=options.peers_only)
     if not options.peers_only:
-        # Once, untimed: it leaves the plugin's compiled files behind.
-        methods.measure(methods.Case(methods.WITH, "ordinary", 1), 1, 1)
+        for method, workload in ((methods.WITH, "ordinary"), (methods.FRESH, "all_reduce")):
+            # Once, untimed: it leaves the plugin's compiled files behind.
+            methods.measure(methods.Case(method, workload, 1), worlds=1, spawn_tests=1)
     for number in range(options.rounds):
         for case in cases:
             timing = methods.measure(case, options.worlds, options.spawn_tests)

@@ -46,9 +46,11 @@ def become_subreaper() -> None:
 def environment(scratch: Path) -> dict[str, str]:
     """The environment of every process: no other pytest plugin, temporary files in `scratch`.
 
-    `pytest_dcp` is the installed one, or the checkout's where none is installed.
+    `pytest_dcp` is the installed one, or the checkout's where none is installed. Modules are kept
+    compiled, as an installed package's are.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
     paths = [str(BENCHMARKS)]
     if importlib.util.find_spec("pytest_dcp") is None:
         paths.append(str(CHECKOUT))
