@@ -5,6 +5,7 @@ Everything that costs is imported when the first marked test is met.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -61,7 +62,11 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Fork the zygote between collection and the first test, and end everything after the last."""
     options = session.config.stash[OPTIONS_KEY]
-    if session.config.option.collectonly or not _needs_worlds(session.items, options.marker):
+    if (
+        session.config.option.collectonly
+        or _in_a_rank()
+        or not _needs_worlds(session.items, options.marker)
+    ):
         return (yield)
     from pytest_dcp.harness import marking
 
@@ -70,6 +75,12 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         return (yield)
     finally:
         harness.close()
+
+
+def _in_a_rank() -> bool:
+    """A spawned rank has a session of its own, which must not start worlds in turn."""
+    rank = sys.modules.get("pytest_dcp.harness.rank")
+    return rank is not None and rank.current() is not None
 
 
 def _needs_worlds(items: list[pytest.Item], marker: str) -> bool:

@@ -29,6 +29,8 @@ from pytest_dcp.harness.world import World
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
 WIND_DOWN_S = 2.0
 """For the fixtures of ranks that outlived their peers: enough to close what they hold."""
+COLLECT_S = 120.0
+"""For a spawned rank to collect its test before it sets it up."""
 EXPECTED_STRAYS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Helpers of the standard library that end by themselves when their rank does."""
 
@@ -81,9 +83,12 @@ class MarkedItem:
         if self.world is None:
             self.world, booted = self.harness.open(self.spec, seed)
             self._conclude(booted, "setup")
-        self.world.restart_clock(self.limit_s)
+        spawned = self.harness.launcher().name == "spawn"
+        self.world.restart_clock(self.limit_s + (COLLECT_S if spawned else 0.0))
         order = RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
         self._conclude(self.world.run("setup", order), "setup")
+        if spawned:
+            self.world.restart_clock(self.limit_s)
 
     def runtest(self) -> None:
         """Call the test in every rank."""

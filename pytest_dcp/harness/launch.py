@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 RANK_VARIABLE = "PYTEST_DCP_RANK"
-"""`<world>:<rank>` in every rank's environment, and so in that of every program it starts."""
+"""`Order.token` in every rank's environment, and so in that of every program it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2 themselves."""
 
@@ -23,8 +23,10 @@ STACKS_SIGNAL = signal.SIGRTMAX - 2
 class Order:
     """All that a rank needs to know to come up."""
 
+    session: str
+    """Unique among all sessions on the machine."""
     world: int
-    """Unique within the controller."""
+    """Unique within the session."""
     rank: int
     size: int
     backend: str
@@ -39,6 +41,11 @@ class Order:
     seed: int
     basetemp: str
     """The rank's own base for tmp_path; not made yet."""
+
+    @property
+    def token(self) -> str:
+        """Names this rank among all processes of the machine."""
+        return f"{self.session}:{self.world}:{self.rank}"
 
     def to_json(self) -> str:
         """As text for the wire; `from_json` reads it."""

@@ -57,15 +57,19 @@ def children() -> list[int]:
 def _children_by_scan() -> list[int]:
     """For kernels without CONFIG_PROC_CHILDREN."""
     mine = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(after_name[1]) == os.getpid():
-                mine.append(int(entry.name))
+    for pid in processes():
+        try:
+            after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(after_name[1]) == os.getpid():
+            mine.append(pid)
     return mine
+
+
+def processes() -> list[int]:
+    """Process ids of everything that runs on this machine."""
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def command_of(pid: int) -> str:

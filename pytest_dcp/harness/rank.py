@@ -213,7 +213,7 @@ def environment(order: Order) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(order.size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(order.master_port),
-        RANK_VARIABLE: f"{order.world}:{order.rank}",
+        RANK_VARIABLE: order.token,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import uuid
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,7 @@ class Harness:
         self.folder = self.basetemp / "dcp"
         self.folder.mkdir(exist_ok=True, mode=0o700)
         self.settings = WorldSettings(
+            session=uuid.uuid4().hex,
             folder=self.folder,
             grace_s=options.grace_s,
             output_limit_bytes=options.output_limit_bytes,

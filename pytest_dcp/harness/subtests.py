@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -29,7 +30,28 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
             crash.message = f"{ranks_text(ranks)}: {crash.message}"
         if rep.failed:
             item.config.stash[failed_subtests_key][item.id] += 1  # type: ignore[attr-defined]  # pytest >= 9.1; keyed as pytest keys it
-        item.ihook.pytest_runtest_logreport(report=rep)
+        rep.context.kwargs.update({k: _Said(v) for k, v in rep.context.kwargs.items()})
+        with _capture_suspended(item.config):
+            item.ihook.pytest_runtest_logreport(report=rep)
+
+
+class _Said:
+    """A value that is known only by its repr, which the rank made."""
+
+    def __init__(self, text: object) -> None:
+        self.text = str(text)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _capture_suspended(config: pytest.Config) -> AbstractContextManager[None]:
+    """Subtests are logged in the middle of a test: what that writes is not the test's output."""
+    manager: Any = config.pluginmanager.getplugin("capturemanager")
+    if manager is None:
+        return nullcontext()
+    disabled: AbstractContextManager[None] = manager.global_and_fixture_disabled()
+    return disabled
 
 
 def _severity(data: dict[str, Any]) -> int:

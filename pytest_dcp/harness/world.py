@@ -55,6 +55,8 @@ _numbers = itertools.count()
 class WorldSettings:
     """What the session says about all its worlds."""
 
+    session: str
+    """Unique among all sessions on the machine."""
     folder: Path
     """For rendezvous files and the ranks' tmp_path; on this machine."""
     grace_s: float
@@ -244,6 +246,7 @@ class World:
         if device == "cuda":
             device = f"cuda:{self._gpus[rank % len(self._gpus)]}"
         return Order(
+            session=self._settings.session,
             world=self.number,
             rank=rank,
             size=spec.size,

@@ -198,8 +198,8 @@ class _Zygote:
     def __init__(self, control: socket.socket, prepare: Callable[[], RankMain]) -> None:
         self.control = control
         self.prepare = prepare
-        self.ranks: dict[int, tuple[int, int]] = {}
-        """Process id -> (world, rank), of those not reaped yet."""
+        self.ranks: dict[int, Order] = {}
+        """By process id, those not reaped yet."""
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
         self.wake_w.setblocking(False)
@@ -292,14 +292,14 @@ class _Zygote:
                 os._exit(70)  # rank_main does not return; never unwind into the zygote's loop
         with contextlib.suppress(OSError):  # the child did it, or is gone
             os.setpgid(pid, pid)
-        self.ranks[pid] = (order.world, order.rank)
+        self.ranks[pid] = order
         for fd in fds.all():
             os.close(fd)
 
     def signal(self, world: int, rank: int, signum: int) -> None:
         """Signal a rank that is not reaped yet; SIGKILL goes to its process group too."""
-        for pid, who in self.ranks.items():
-            if who == (world, rank):
+        for pid, order in self.ranks.items():
+            if (order.world, order.rank) == (world, rank):
                 if signum == signal.SIGKILL:
                     _kill_group(pid)
                 os.kill(pid, signum)
@@ -321,8 +321,7 @@ class _Zygote:
             strays = self.strays_of(pid)
             _kill_group(pid)
             _, status = os.waitpid(pid, 0)
-            world, rank = self.ranks.pop(pid)
-            self.tell(world, rank, os.waitstatus_to_exitcode(status), strays)
+            self.tell(self.ranks.pop(pid), os.waitstatus_to_exitcode(status), strays)
 
     def strays_of(self, rank_pid: int) -> list[str]:
         """Kill the orphans of a rank that ended; returns them as `pid (command)`."""
@@ -345,16 +344,20 @@ class _Zygote:
 
     def belongs(self, orphan: int, rank_pid: int) -> bool:
         """Whether an orphan came from this rank; with the last rank go all that are left."""
-        world, rank = self.ranks[rank_pid]
         return (
             len(self.ranks) == 1
             or _group_of(orphan) == rank_pid
-            or linux.variable_of(orphan, RANK_VARIABLE) == f"{world}:{rank}"
+            or linux.variable_of(orphan, RANK_VARIABLE) == self.ranks[rank_pid].token
         )
 
-    def tell(self, world: int, rank: int, status: int, strays: list[str]) -> None:
+    def tell(self, order: Order, status: int, strays: list[str]) -> None:
         """Report an exit."""
-        said = {"world": world, "rank": rank, "status": status, "strays": strays[:20]}
+        said = {
+            "world": order.world,
+            "rank": order.rank,
+            "status": status,
+            "strays": [stray[:200] for stray in strays[:20]],
+        }
         with contextlib.suppress(OSError):  # the controller is gone: end() follows
             self.control.send(json.dumps(said).encode())
 

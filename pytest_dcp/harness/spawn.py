@@ -1,0 +1,236 @@
+"""Ranks as fresh interpreters: the same contract as the zygote's, where forking is unsafe.
+
+Slower by the imports and the collection that each rank does anew: a rank collects only the tests of
+the worlds that it is started for, by name, with the command line that the session was started with.
+Every rank is a child of the controller, in a process group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import pytest
+
+from pytest_dcp.harness import linux, rank, rank_items
+from pytest_dcp.harness.events import RunItem
+from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
+
+PROGRAM = "from pytest_dcp.harness.spawn import main; main()"
+WAIT_S = 10.0
+
+
+class SpawnLauncher:
+    """A `launch.Launcher` that starts interpreters."""
+
+    name = "spawn"
+
+    def __init__(self, session: dict[str, Any]) -> None:
+        self._session = session
+        self._running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
+        self._ended: dict[int, list[Exit]] = {}
+        self._lock = threading.Lock()
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._waiters: list[threading.Thread] = []
+
+    @classmethod
+    def start(cls, session: pytest.Session) -> SpawnLauncher:
+        """A launcher of ranks that collect with this session's command line."""
+        config = session.config
+        return cls(
+            {
+                "args": [str(arg) for arg in config.invocation_params.args],
+                "cwd": str(config.invocation_params.dir),
+                "rootdir": str(config.rootpath),
+                "path": sys.path,
+                "captures": config.getoption("capture") != "no",
+            }
+        )
+
+    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+        """Start one interpreter per order."""
+        for order, rank_fds in zip(orders, fds, strict=True):
+            told = {
+                "order": order.to_json(),
+                "fds": rank_fds.all(),
+                "session": self._session,
+                "parent": os.getpid(),
+            }
+            # What a rank's own pytest session says of itself is nobody's output.
+            output = subprocess.DEVNULL if self._session["captures"] else None
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, json.dumps(told)],
+                pass_fds=rank_fds.all(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                cwd=self._session["cwd"],
+                env={**os.environ, **rank.environment(order)},
+            )
+            self._running[order.world, order.rank] = process
+            waiter = threading.Thread(
+                target=self._wait, args=(order, process), name="dcp-wait", daemon=True
+            )
+            self._waiters.append(waiter)
+            waiter.start()
+
+    def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
+        # Look before reaping: until then the process id, and so its group's, cannot be another's.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with self._lock:
+            del self._running[order.world, order.rank]
+            strays = self._strays(order, process.pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+            self._ended.setdefault(order.world, []).append(Exit(order.rank, status, strays))
+        with contextlib.suppress(OSError):
+            self._wake_w.send(b"x")
+
+    def _strays(self, order: Order, pid: int) -> tuple[str, ...]:
+        found = []
+        for other in linux.processes():
+            if other != pid and linux.variable_of(other, RANK_VARIABLE) == order.token:
+                found.append(f"{other} ({linux.command_of(other)})")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+        return tuple(found)
+
+    def fileno(self) -> int:
+        """Readable when a rank has ended."""
+        return self._wake_r.fileno()
+
+    def exits(self, world: int) -> list[Exit]:
+        """Ends of this world's ranks since the last call."""
+        while select.select([self._wake_r], [], [], 0)[0]:
+            self._wake_r.recv(4096)
+        with self._lock:
+            return self._ended.pop(world, [])
+
+    def forget(self, world: int) -> None:
+        """Drop what is kept for a world that has ended."""
+        with self._lock:
+            self._ended.pop(world, None)
+
+    def stacks(self, world: int, rank: int) -> None:
+        """Have the rank write its stacks."""
+        self._signal(world, rank, STACKS_SIGNAL)
+
+    def kill(self, world: int, rank: int) -> None:
+        """SIGKILL the rank and its process group."""
+        self._signal(world, rank, signal.SIGKILL)
+
+    def _signal(self, world: int, rank: int, signum: int) -> None:
+        with self._lock:
+            process = self._running.get((world, rank))
+            if process is None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                if signum == signal.SIGKILL:
+                    os.killpg(process.pid, signum)
+                else:
+                    os.kill(process.pid, signum)
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Nothing: every interpreter imports anew."""
+
+    def close(self) -> None:
+        """End every rank; bounded in time."""
+        for world, one in list(self._running):
+            self.kill(world, one)
+        for waiter in self._waiters:
+            waiter.join(WAIT_S)
+        self._wake_r.close()
+        self._wake_w.close()
+
+
+def main() -> NoReturn:
+    """A spawned rank's entry: its order is the first argument."""
+    told = json.loads(sys.argv[1])
+    linux.die_with_parent(told["parent"])
+    sys.path[:] = told["session"]["path"]
+    fds = RankFds(*told["fds"])
+    for fd in fds.all():
+        os.set_inheritable(fd, False)
+    order = Order.from_json(told["order"])
+    rank.run(order, fds, lambda one: _Collecting(one, told["session"]).run)
+
+
+class _Collecting:
+    """Runs items by collecting them first, one pytest session per item."""
+
+    def __init__(self, one: rank.Rank, session: dict[str, Any]) -> None:
+        self.rank = one
+        self.session = session
+        if session["captures"]:
+            one.capture = lambda: _captured(one.fds)
+
+    def run(self, order: RunItem) -> None:
+        """Collect the item, then run it as a forked rank does."""
+        from _pytest.config import _prepareconfig
+
+        os.chdir(self.session["cwd"])
+        config = _prepareconfig([*self.session["args"], "-p", "no:cacheprovider"])
+        _alone(config, self.rank.order.basetemp)
+        config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
+        config.pluginmanager.register(_Serving(self.rank, order), "pytest_dcp.serving")
+        config.hook.pytest_cmdline_main(config=config)
+
+
+@contextlib.contextmanager
+def _captured(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
+    """Have standard output and error written to the memfds; yields sections to fill."""
+    sections: list[tuple[str, str, str]] = []
+    saved = {1: os.dup(1), 2: os.dup(2)}
+    os.dup2(fds.out, 1)
+    os.dup2(fds.err, 2)
+    try:
+        yield sections
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, fd, name in ((1, fds.out, "stdout"), (2, fds.err, "stderr")):
+            os.dup2(saved[target], target)
+            os.close(saved[target])
+            text = os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.ftruncate(fd, 0)
+            if text:
+                sections.append(("call", name, rank_items.clip(text)))
+
+
+def _alone(config: pytest.Config, basetemp: str) -> None:
+    """Undo what distributes, repeats or reports: this session is one rank's."""
+    for name, value in (
+        ("numprocesses", None), ("dist", "no"), ("tx", []), ("looponfail", False),
+        ("basetemp", basetemp), ("xmlpath", None), ("lf", False), ("failedfirst", False),
+        ("stepwise", False), ("maxfail", 0), ("deselect", None),
+    ):  # fmt: skip
+        if hasattr(config.option, name):
+            setattr(config.option, name, value)
+
+
+class _Serving:
+    """Takes over a spawned rank's session when it has collected."""
+
+    def __init__(self, one: rank.Rank, order: RunItem) -> None:
+        self.rank = one
+        self.order = order
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run the one item in the controller's lockstep."""
+        plugin = rank_items.prepare(session)
+        run: Callable[[RunItem], None] = rank_items.enlist(self.rank, plugin)
+        run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
+        return True
