@@ -23,10 +23,10 @@ class DcpError(Exception):
 class RankFailure:
     """What went wrong in one rank.
 
-    `failed`: an exception; `crashed`: the process ended without its verdict; `closed`: it closed its
-    report socket; `flooded`: it printed more than the limit; `timeout`: it was running at the time
-    limit; `blocked`: it was still running when the grace after a peer's failure ended; `diverged`:
-    it skipped or passed where its peers did not; `lost`: it could not be killed.
+    `failed`: an exception; `crashed`: the process ended without its verdict; `closed`: it closed
+    its report socket; `flooded`: it printed more than the limit; `timeout`: it was running at the
+    time limit; `blocked`: it was still running when the grace after a peer's failure ended;
+    `diverged`: it skipped or passed where its peers did not; `lost`: it could not be killed.
     """
 
     rank: int
@@ -54,4 +54,4 @@ class WorldError(DcpError):
 
 
 class DivergedError(DcpError):
-    """Ranks left lockstep: they asked the world for different things, or a peer had already left."""
+    """Ranks left lockstep: they asked for different things, or a peer had already left."""

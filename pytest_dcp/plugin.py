@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line(
             "markers",
             f"{options.marker}(n_or_list, backend='auto', device='auto', mesh=None, "
-            "mesh_dim_names=None, timeout=None, isolation='test'): run the test in a fresh world of "
-            "n ranks; a list parametrises. With no n, the size is the parametrization of world_size.",
+            "mesh_dim_names=None, timeout=None, isolation='test'): run the test in a fresh world "
+            "of n ranks; a list parametrises; without n, a parametrization of world_size decides.",
         )
 
 

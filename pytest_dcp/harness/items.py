@@ -1,8 +1,8 @@
 """A marked item in the controller: stays an ordinary pytest item, but each phase runs on all ranks.
 
-Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown by one
-lockstep phase each; whatever pytest and its plugins do around them (xfail, reruns, -x, durations,
-junit, xdist) needs no special code. Leaves: one report per phase, made by pytest.
+Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown
+by one lockstep phase each; whatever pytest and its plugins do around them (xfail, reruns, -x,
+durations, junit, xdist) needs no special code. Leaves: one report per phase, made by pytest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
 from pytest_dcp.harness.outcome import Outcome, combine, is_echo, ranks_text
@@ -82,18 +83,22 @@ class MarkedItem:
         self.world = self._take_warm()
         if self.world is None:
             self.world, booted = self.harness.open(self.spec, seed)
-            self._conclude(booted, "setup")
+            self._absorb(self.world, booted, "setup")
+            if booted.kind != "passed":
+                self.world.kill()  # no item was begun in it: there is nothing to tear down
+            self._raise_for(booted)
         spawned = self.harness.launcher().name == "spawn"
         self.world.restart_clock(self.limit_s + (COLLECT_S if spawned else 0.0))
         order = RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
-        self._conclude(self.world.run("setup", order), "setup")
+        self._conclude(self.world, self.world.run("setup", order), "setup")
         if spawned:
             self.world.restart_clock(self.limit_s)
 
     def runtest(self) -> None:
         """Call the test in every rank."""
-        assert self.world is not None
-        self._conclude(self.world.run("call", Go("call")), "call")
+        if self.world is None:
+            raise WorldError(f"{self.item.nodeid}: called, but its setup started no world")
+        self._conclude(self.world, self.world.run("call", Go("call")), "call")
 
     def teardown(self) -> None:
         """Tear the item down in every rank, and the world unless it is kept warm."""
@@ -116,7 +121,7 @@ class MarkedItem:
         nextitem = self.nextitem if keep else None
         go = Go("teardown", _index_of(nextitem), nextitem.nodeid if nextitem is not None else "")
         torn = world.run("teardown", go)
-        self._absorb(torn, "teardown")
+        self._absorb(world, torn, "teardown")
         if world.whole:
             finished = world.run("finish", Go("finish"))
             reusable = self._absorb_finish(finished)
@@ -126,13 +131,13 @@ class MarkedItem:
                 torn = finished if finished.kind != "passed" else world.close()
             else:
                 world.close()
-        self._raise_for(torn, "teardown")
+        self._raise_for(torn)
 
     def _wind_down(self, world: World) -> None:
         failures = [f for f in world.wind_down(Go("teardown"), WIND_DOWN_S) if not is_echo(f)]
         failures = [f for f in failures if f.kind == "failed"]
         if failures:
-            self._raise_for(combine(0, {}, failures), "teardown")
+            self._raise_for(combine(0, {}, failures))
 
     # Warm worlds.
 
@@ -157,17 +162,15 @@ class MarkedItem:
 
     # What the ranks said.
 
-    def _conclude(self, outcome: Outcome, when: Phase) -> None:
-        self._absorb(outcome, when)
-        self._raise_for(outcome, when)
+    def _conclude(self, world: World, outcome: Outcome, when: Phase) -> None:
+        self._absorb(world, outcome, when)
+        self._raise_for(outcome)
 
-    def _absorb(self, outcome: Outcome, when: Phase) -> None:
+    def _absorb(self, world: World, outcome: Outcome, when: Phase) -> None:
         """Take over the captured output, the properties and the subtests of a phase."""
-        world = self.world
-        assert world is not None
         shown = report.shown_ranks(outcome, self.spec.size, self.harness.options.report_ranks)
         for part in report.merged_sections(
-            (s for s in self._sections(world, outcome, when) if s[0] in shown), self.spec.size
+            s for s in self._sections(world, outcome, when) if s[0] in shown
         ):
             self.item.add_report_section(*part)
         self.item.user_properties += _properties(outcome)
@@ -184,7 +187,7 @@ class MarkedItem:
                 for name, text in world.output(rank):
                     yield rank, when, name, text
 
-    def _raise_for(self, outcome: Outcome, when: Phase) -> None:
+    def _raise_for(self, outcome: Outcome) -> None:
         if outcome.kind == "passed":
             return
         if outcome.kind in ("failed", "exit", "interrupt"):
@@ -243,14 +246,13 @@ class MarkedItem:
             return
         if outcome.kind == "skipped":
             rep.longrepr = self._skip_location(outcome)
-        elif outcome.kind == "failed":
+        elif outcome.first is not None:
             options = self.harness.options
             seed = self.harness.seed_of(self.item.nodeid)
             override = options.defaults.world_size is not None
             rerun = report.rerun_line(self.item.nodeid, seed, self.spec.size, override)
-            path = str(getattr(self.item, "path", ""))
             rep.longrepr = report.longrepr_for(
-                outcome, self.item.config, self.spec.size, path, rerun
+                outcome, outcome.first, self.item.config, str(self.item.path), rerun
             )
 
     def _skip_location(self, outcome: Outcome) -> tuple[str, int, str]:
@@ -332,4 +334,3 @@ def _warning_class(name: Iterable[str]) -> type[Warning]:
     for part in qualname.split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
-

@@ -16,7 +16,8 @@ from typing import Protocol
 RANK_VARIABLE = "PYTEST_DCP_RANK"
 """`Order.token` in every rank's environment, and so in that of every program it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
-"""Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2 themselves."""
+"""Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2
+themselves."""
 
 
 @dataclass(frozen=True, slots=True)

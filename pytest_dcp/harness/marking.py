@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from pytest_dcp.harness import items as items_
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
 from pytest_dcp.harness.spec import MarkerValues, WorldSpec, read_marker, resolve
+
 
 def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
     """One test per size when the marker holds a list; wrong lists are left to `check`."""
@@ -66,22 +68,23 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
     size, problem = _size_of(item, values)
     if problem:
         return None, (problem,)
-    own_size = _is_parametrized(item) and not values.is_list
     defaults = options.defaults
-    if own_size or values.is_list:
-        defaults = type(defaults)(defaults.backend, defaults.timeout_s, None)
+    if _parametrized_size(item) is not None:
+        # The test is told this size: an override went into the parametrization, or is not ours.
+        defaults = replace(defaults, world_size=None)
     return resolve(values, size, defaults)
 
 
-def _is_parametrized(item: pytest.Function) -> bool:
+def _parametrized_size(item: pytest.Function) -> int | None:
+    """The whole number that a parametrization of `world_size` gives this test, if it does."""
     size = item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
-    return isinstance(size, int) and not isinstance(size, bool)
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
 def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
-    if _is_parametrized(item):
-        size = item.callspec.params["world_size"]
-        if not size >= 1:
+    size = _parametrized_size(item)
+    if size is not None:
+        if size < 1:
             return 0, f"takes a size >= 1; the parametrization gave {size!r}"
         return size, ""
     if not values.sizes:

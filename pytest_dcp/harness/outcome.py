@@ -19,10 +19,11 @@ OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interru
 
 ECHO = re.compile(
     r"^(RuntimeError|ConnectionError|ConnectionResetError|BrokenPipeError|DivergedError"
-    r"|Dist(Backend|Network|Store)?Error).*"
-    r"(closed by peer|reset by peer|Broken pipe|Connection refused|Connection was likely closed"
-    r"|Socket closed|waited in vain|different things|Application timeout caused pair closure)",
-    re.DOTALL,
+    r"|Dist(Backend|Network|Store)?Error).*?"
+    r"(?P<cause>(connection )?closed by peer|(connection )?reset by peer|broken pipe"
+    r"|connection refused|connection was likely closed|socket closed|waited in vain"
+    r"|different things|application timeout caused pair closure)",
+    re.DOTALL | re.IGNORECASE,
 )
 """What gloo, NCCL, c10d stores and our exchange say when a peer went away."""
 
@@ -40,6 +41,8 @@ class Group:
     """Of the first of them in time."""
     echo: bool
     """Whether it only follows from the first cause."""
+    members: tuple[RankFailure, ...]
+    """Every rank's own, in the order of time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ class Outcome:
     """What each rank said of itself, of those that did."""
 
     @property
+    def failures(self) -> tuple[RankFailure, ...]:
+        """Every rank's failure, the first cause first, echoes last."""
+        return tuple(failure for group in self.groups for failure in group.members)
+
+    @property
     def first(self) -> Group | None:
         """The first cause."""
         return self.groups[0] if self.groups else None
@@ -62,19 +70,21 @@ class Outcome:
 
 def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> Outcome:
     """The outcome of a phase from the ranks' own words and from what became of them."""
-    for kind in ("interrupt", "exit"):
+    stopping: tuple[OutcomeKind, ...] = ("interrupt", "exit")
+    for kind in stopping:
         for rank, one in sorted(done.items()):
             if one.outcome == kind:
-                return Outcome(kind, f"rank {rank}: {one.text}", (), done)  # type: ignore[arg-type]  # kind is one of the two literals
+                return Outcome(kind, f"rank {rank}: {one.text}", (), done)
     if not failures:
         failures = [*_divergence(size, done)]
     if failures:
         groups = _group(failures)
-        return Outcome("failed", headline(groups[0]), groups, done)
-    for kind in ("skipped", "xfailed"):
+        return Outcome("failed", _mismatch(groups) + headline(groups[0]), groups, done)
+    expected: tuple[OutcomeKind, ...] = ("skipped", "xfailed")
+    for kind in expected:
         for _rank, one in sorted(done.items()):
             if one.outcome == kind:
-                return Outcome(kind, one.text, (), done)  # type: ignore[arg-type]  # kind is one of the two literals
+                return Outcome(kind, one.text, (), done)
     return Outcome("passed", "", (), done)
 
 
@@ -113,9 +123,12 @@ def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
     for failure in sorted(failures, key=_first_cause_first):
         echo = failure not in causes
-        merged.setdefault((echo, failure.kind, failure.summary), []).append(failure)
+        said = failure.summary
+        if echo and failure.kind == "failed" and (match := ECHO.search(said)):
+            said = match["cause"]
+        merged.setdefault((echo, failure.kind, said), []).append(failure)
     groups = [
-        Group(tuple(sorted(f.rank for f in alike)), min(alike, key=lambda f: f.at_s), echo)
+        Group(tuple(sorted({f.rank for f in alike})), alike[0], echo, tuple(alike))
         for (echo, _, _), alike in merged.items()
     ]
     return tuple(sorted(groups, key=lambda g: g.echo))
@@ -133,6 +146,20 @@ def headline(group: Group) -> str:
     return text if group.failure.kind == "diverged" else f"{ranks_text(group.ranks)}: {text}"
 
 
+def _mismatch(groups: Sequence[Group]) -> str:
+    """Says so when every rank that hangs waits in a collective, and not all in the same one."""
+    waiting: dict[str, list[int]] = {}
+    for group in groups:
+        match = WAITING.search(group.failure.summary)
+        if group.failure.kind != "timeout" or match is None:
+            return ""
+        waiting.setdefault(match[1], []).extend(group.ranks)
+    if len(waiting) < 2:
+        return ""
+    which = ", ".join(f"{ranks_text(ranks)}: {name}" for name, ranks in waiting.items())
+    return f"ranks wait in different collectives ({which}); "
+
+
 def peers(outcome: Outcome) -> list[str]:
     """A line for each other group of ranks: what became of them, and how much later."""
     first = outcome.first
@@ -140,15 +167,25 @@ def peers(outcome: Outcome) -> list[str]:
         return []
     lines = []
     for group in outcome.groups[1:]:
-        later_s = group.failure.at_s - first.failure.at_s
+        # A death is noticed after the peers' errors that it caused: never "earlier".
+        later_s = max(0.0, group.failure.at_s - first.failure.at_s)
         killed = "; killed" if group.failure.kind == "blocked" else ""
         when = f", {later_s:.2f} s later" if group.failure.kind != "timeout" else ""
-        lines.append(f"{ranks_text(group.ranks)}: {group.failure.summary[:300]}{when}{killed}")
+        lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
     if first.failure.kind == "timeout":
         ended = [rank for rank, done in outcome.done.items() if done.phase == first.failure.phase]
         if ended:
             lines.append(f"{ranks_text(ended)}: had ended {first.failure.phase}")
     return lines
+
+
+def _short(group: Group) -> str:
+    """What became of a group, without the peers' addresses that gloo adds to an echo."""
+    summary = group.failure.summary
+    match = ECHO.search(summary) if group.echo and group.failure.kind == "failed" else None
+    if match is None or summary.startswith("DivergedError"):
+        return summary[:300]
+    return f"{match[1]}: {match['cause']}"
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

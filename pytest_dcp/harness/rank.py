@@ -1,8 +1,8 @@
 """A rank's life: boot, orders, end.
 
-Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit code 0,
-which only a rank that was told to leave returns. Everything that pytest knows of a rank is in
-`rank_items`; here is what any rank does, also one that only runs functions.
+Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit
+code 0, which only a rank that was told to leave returns. Everything that pytest knows of a rank
+is in `rank_items`; here is what any rank does, also one that only runs functions.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def _boot(rank: Rank) -> bool:
                 sections=tuple(sections or ()),
             )
         )
-        rank.channel.receive()  # stay until killed: a peer may still need this process to end its init
+        # Stay until killed: a peer may need this process to end its own init.
+        rank.channel.receive()
         return False
     rank.threads = frozenset(threading.enumerate())
     rank.modules = len(sys.modules)
@@ -230,7 +231,7 @@ def _init_process_group(order: Order) -> None:
     device = torch.device(order.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.FileStore(order.store, order.size)
+    store = dist.FileStore(order.store, order.size)  # type: ignore[attr-defined]  # public, not in __all__
     dist.init_process_group(
         order.backend,
         store=store,
@@ -288,7 +289,7 @@ def _call(rank: Rank, payload: bytes) -> Done:
 
     started = time.perf_counter()
     outcome: RankOutcome = "passed"
-    result, error, sections = b"", None, []
+    result, error = b"", None
     with rank.capture() as sections:
         try:
             function, args, kwargs = cloudpickle.loads(payload)

@@ -1,10 +1,11 @@
 """A pytest item inside a rank: its own setup, call and teardown, by pytest's own runner.
 
-Enters: the collected session that the rank inherited. Leaves: one `Done` for each phase, in lockstep
-with the other ranks: after each phase the rank waits for the controller's word.
+Enters: the collected session that the rank inherited. Leaves: one `Done` for each phase, in
+lockstep with the other ranks: after each phase the rank waits for the controller's word.
 
 The session's reporting plugins are taken out first (`silence`): a rank reports to the controller
-and to nobody else. Whether an xfail marker makes a failure expected is decided once, by the controller.
+and to nobody else. Whether an xfail marker makes a failure expected is decided once, by the
+controller.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class _QuietTerminal:
 
 
 def prepare(session: pytest.Session) -> RankPlugin:
-    """Ready a session for ranks, of which it will know none yet; what can be done before the fork."""
+    """Ready a session for ranks, of which it will know none yet; what can be done before the
+    fork."""
     silence(session.config)
     plugin = RankPlugin(session, _Terminal(session.config))
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
@@ -104,7 +106,7 @@ def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
     capturing = getattr(manager, "_global_capturing", None)
     for name, fd in (("out", rank.fds.out), ("err", rank.fds.err)):
         stream = getattr(capturing, name, None)
-        file = getattr(stream, "tmpfile", None)
+        file: Any = getattr(stream, "tmpfile", None)
         with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
             os.dup2(fd, file.fileno(), inheritable=False)
 
@@ -119,8 +121,9 @@ def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
 class _Terminal:
     """The terminal as a rank sees it: closed, until the rank is granted it for a debugger.
 
-    A rank is not in the terminal's foreground process group, so reading from it would stop the process; and
-    only rank 0 writes what plugins write while a test runs (--setup-show, live logs).
+    A rank is not in the terminal's foreground process group, so reading from it would stop the
+    process; and only rank 0 writes what plugins write while a test runs (--setup-show, live
+    logs).
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -330,20 +333,20 @@ class RankPlugin:
     def take_over_pdb(self) -> None:
         """Have pytest's debugger ask the controller for the terminal first.
 
-        Wraps `pytestPDB._init_pdb`, through which every way into pytest's debugger leads; there is no
-        public place. Can go when pytest has a hook that may refuse a debugger.
+        Wraps `pytestPDB._init_pdb`, through which every way into pytest's debugger leads; there
+        is no public place. Can go when pytest has a hook that may refuse a debugger.
         """
         from _pytest.debugging import pytestPDB
 
         self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
-        original = pytestPDB._init_pdb
+        original: Callable[..., Any] = pytestPDB._init_pdb
 
         def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
             if not self._debugging and not self._ask_for_terminal(method):
                 return _NoPdb()
             return original(method, *args, **kwargs)
 
-        pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign,assignment]  # see above
+        pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign]  # see above
 
     def _ask_for_terminal(self, reason: str) -> bool:
         answer = self.rank.channel.ask(DebugAsk(reason), DebugAnswer)

@@ -1,8 +1,8 @@
 """A world's outcome -> what pytest shows: one report, the first cause on top.
 
-Enters: an `Outcome`. Leaves: an exception to raise in the controller, of the rank's own type where
-that is known here, and the `longrepr` and the sections of its report. Only pytest's own serialisable
-classes are used, so that reports survive xdist.
+Enters: an `Outcome`. Leaves: an exception to raise in the controller, of the rank's own type
+where that is known here, and the `longrepr` and the sections of its report. Only pytest's own
+serialisable classes are used, so that reports survive xdist.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def exception_for(outcome: Outcome, where: str) -> BaseException:
         return pytest.exit.Exception(f"{where}: {outcome.reason}")
     if outcome.kind == "interrupt":
         return KeyboardInterrupt(f"{where}: {outcome.reason}")
-    first = outcome.first
-    assert first is not None
-    done = outcome.done.get(first.failure.rank)
     text = outcome.reason
+    if outcome.first is None:
+        return WorldError(text)
+    first = outcome.first
+    done = outcome.done.get(first.failure.rank)
     if first.failure.kind == "failed" and done is not None and done.exception is not None:
         error = _like(done.exception, done.text.partition(": ")[2])
         if error is not None:
             return error
-    failures = tuple(group.failure for group in outcome.groups)
-    return WorldError(text, failures)
+    return WorldError(text, outcome.failures)
 
 
-def _like(class_name: tuple[str, str], text: str) -> Exception | None:
+def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
     """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
 
     It is made without its `__init__`, whose arguments nobody knows here; None when the class is not
@@ -62,10 +62,10 @@ def _like(class_name: tuple[str, str], text: str) -> Exception | None:
     found: Any = sys.modules.get(class_name[0])
     for part in class_name[1].split("."):
         found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        return None
     if found is pytest.fail.Exception:
         return pytest.fail.Exception(text, pytrace=False)
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return None
     try:
         error = found.__new__(found)
         error.args = (text,)
@@ -76,11 +76,9 @@ def _like(class_name: tuple[str, str], text: str) -> Exception | None:
 
 
 def longrepr_for(
-    outcome: Outcome, config: pytest.Config, size: int, path: str, rerun: str
+    outcome: Outcome, first: Group, config: pytest.Config, path: str, rerun: str
 ) -> ExceptionRepr:
-    """The failure representation: headline, the first cause's own traceback, then its peers."""
-    first = outcome.first
-    assert first is not None
+    """The failure representation: headline, the traceback of the `first` cause, then its peers."""
     repr_ = _own_repr(first, outcome.done.get(first.failure.rank), config)
     lines = [outcome.reason, *(f"  {line}" for line in peers(outcome))]
     if repr_ is None:
@@ -91,7 +89,7 @@ def longrepr_for(
         repr_ = ExceptionChainRepr([(entries, crash, None)])
     head = ReprEntryNative([f"{line}\n" for line in lines])
     for traceback, crash_, _ in repr_.chain[-1:]:
-        traceback.reprentries.insert(0, head)
+        traceback.reprentries = [head, *traceback.reprentries]
         if crash_ is not None:
             crash_.message = outcome.reason
     if repr_.reprcrash is not None:
@@ -161,7 +159,7 @@ def shown_ranks(outcome: Outcome, size: int, which: ReportRanks) -> set[int]:
 
 
 def merged_sections(
-    sections: Iterable[tuple[int, str, str, str]], size: int
+    sections: Iterable[tuple[int, str, str, str]],
 ) -> list[tuple[str, str, str]]:
     """(rank, when, name, text) -> (when, `name [ranks ...]`, text), equal texts once."""
     merged: dict[tuple[str, str, str], list[int]] = {}

@@ -37,7 +37,8 @@ from pytest_dcp.harness.world import World, WorldSettings
 LEASE_S = 600.0
 """How long a world may wait for others on the machine to end."""
 HARMLESS_THREADS = frozenset({"execnet", "pytest_rerunfailures"})
-"""Packages of pytest's world whose threads only wait on sockets of their own, which ranks let go of."""
+"""Packages of pytest's world whose threads only wait on sockets of their own, which ranks let go
+of."""
 HARNESS_KEY = pytest.StashKey["Harness"]()
 
 

@@ -13,12 +13,15 @@ FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$
 LIBRARY = re.compile(r"(/site-packages/|/lib/python3\.\d+/|<frozen )")
 DISTRIBUTED = re.compile(r"/torch/(distributed/|_C/_distributed)")
 COLLECTIVES = frozenset(
-    """all_reduce all_gather all_gather_into_tensor all_gather_object all_to_all all_to_all_single
-    barrier batch_isend_irecv broadcast broadcast_object_list destroy_process_group gather
-    gather_object init_process_group irecv isend monitored_barrier new_group recv reduce
-    reduce_scatter reduce_scatter_tensor scatter scatter_object_list send split_group
-    init_device_mesh wait_tensor""".split()
-)
+    (
+        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all",
+        "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list",
+        "destroy_process_group", "gather", "gather_object", "init_process_group", "irecv",
+        "isend", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter",
+        "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "split_group",
+        "init_device_mesh", "wait_tensor",
+    )
+)  # fmt: skip
 MACHINERY = re.compile(r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$")
 OURS = {"meet": "the world's exchange"}
 

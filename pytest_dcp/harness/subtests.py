@@ -1,9 +1,9 @@
-"""The ranks' subtests -> pytest's: each subtest once for all ranks, failed when any rank failed it."""
+"""The ranks' subtests -> pytest's: each once for all ranks, failed when any rank failed it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,10 +29,17 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
         if crash is not None:
             crash.message = f"{ranks_text(ranks)}: {crash.message}"
         if rep.failed:
-            item.config.stash[failed_subtests_key][item.id] += 1  # type: ignore[attr-defined]  # pytest >= 9.1; keyed as pytest keys it
-        rep.context.kwargs.update({k: _Said(v) for k, v in rep.context.kwargs.items()})
+            item.config.stash[failed_subtests_key][item.id] += 1
+        rep.context.kwargs.update(_as_said(item.config, data["_subtest.context"]["kwargs"]))
         with _capture_suspended(item.config):
             item.ihook.pytest_runtest_logreport(report=rep)
+
+
+def _as_said(config: pytest.Config, kwargs: Mapping[str, str]) -> dict[str, object]:
+    """A subtest's values as the rank wrote them, ready to be shown, or to be sent by xdist."""
+    if hasattr(config, "workerinput"):
+        return dict(kwargs)
+    return {name: _Said(text) for name, text in kwargs.items()}
 
 
 class _Said:

@@ -1,8 +1,8 @@
 """One world in the controller: joins a launcher, the supervisor and the ranks' sockets.
 
-Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in `_settle`
-carries out what `supervise` decides; every wait in it is bounded by the supervisor's own clock, and
-the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
+Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in
+`_settle` carries out what `supervise` decides; every wait in it is bounded by the supervisor's
+own clock, and the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
 """
 
 from __future__ import annotations
@@ -202,18 +202,23 @@ class World:
             return failures
 
     def close(self) -> Outcome:
-        """Have every rank leave; an outcome other than passed names those that did not exit with 0."""
+        """Have every rank leave; an outcome other than passed names those that did not exit with 0.
+
+        What an earlier phase has reported is not told again.
+        """
         with self._guarded():
             if self.ended:
                 return combine(0, {}, ())
+            told = len(self._supervisor.failures)
             self._drain()
             if self.whole:
                 orders: dict[int, Down] = dict.fromkeys(range(self.spec.size), Leave())
                 deadline = time.monotonic() + LEAVE_S
                 self._act(self._supervisor.begin("finish", orders, deadline))
+                told = 0
             while not self._supervisor.settled:
                 self._step()
-            outcome = combine(0, {}, self._explained())
+            outcome = combine(0, {}, self._explained()[told:])
             self.kill()
             return outcome
 
@@ -277,18 +282,21 @@ class World:
 
     def _explained(self) -> list[RankFailure]:
         """The supervisor's failures, with tracebacks and stacks from the ranks."""
-        return [replace(f, **self._explain(f)) for f in self._supervisor.failures]
+        return [self._explain(failure) for failure in self._supervisor.failures]
 
-    def _explain(self, failure: RankFailure) -> dict[str, str]:
+    def _explain(self, failure: RankFailure) -> RankFailure:
         done = self._supervisor.done.get(failure.rank)
         if failure.kind == "failed" and done is not None:
-            return {"detail": str((done.report or {}).get("text", ""))}
+            return replace(failure, detail=str((done.report or {}).get("text", "")))
         trace = self.trace(failure.rank)
         if failure.kind in ("timeout", "blocked"):
-            limit = f" at the time limit of {self._limit_s:g} s" if failure.kind == "timeout" else ""
+            limit = (
+                f" at the time limit of {self._limit_s:g} s" if failure.kind == "timeout" else ""
+            )
             where = stacks.doing(trace) if trace else NO_STACK
-            return {"summary": f"{failure.summary}{limit}, {where}", "detail": stacks.trimmed(trace)}
-        return {"detail": stacks.trimmed(trace)}
+            summary = f"{failure.summary}{limit}, {where}"
+            return replace(failure, summary=summary, detail=stacks.trimmed(trace))
+        return replace(failure, detail=stacks.trimmed(trace))
 
     def _step(self) -> None:
         """Wait for one thing to happen, and handle it."""

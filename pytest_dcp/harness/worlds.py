@@ -7,6 +7,7 @@ rank, or one `WorldError` that carries what went wrong in every rank.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call
 from pytest_dcp.harness.outcome import Outcome, peers, ranks_text
+from pytest_dcp.harness.report import merged_sections
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import read_marker, resolve
 from pytest_dcp.harness.world import World
@@ -37,18 +39,24 @@ class FunctionWorld:
     def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """`function(*args, **kwargs)` in every rank; the results in rank order.
 
-        Function, arguments and results are pickled (cloudpickle: closures and lambdas too), so ranks
-        work on copies. The time limit counts anew for each call. Raises `WorldError` when any rank
-        fails; the world goes on if all its ranks are still there.
+        Function, arguments and results are pickled (cloudpickle: closures and lambdas too), so
+        ranks work on copies. The time limit counts anew for each call. Raises `WorldError` when
+        any rank fails; the world goes on if all its ranks are still there.
         """
         if self._world.ended or not self._world.whole:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         payload = cloudpickle.dumps((function, args, kwargs))
         self._world.restart_clock(self._world.spec.timeout_s)
         outcome = self._world.run("call", Call(self._seed, payload))
+        self._print_output(outcome)
         if outcome.kind != "passed":
             raise self._error(outcome, function)
         return [cloudpickle.loads(outcome.done[rank].payload) for rank in range(self.size)]
+
+    def check_boot(self, outcome: Outcome) -> None:
+        """Raise `WorldError` when the world did not come up."""
+        if outcome.kind != "passed":
+            raise self._error(outcome, _boot)
 
     def _error(self, outcome: Outcome, function: Callable[..., Any]) -> BaseException:
         name = getattr(function, "__qualname__", repr(function))
@@ -65,15 +73,21 @@ class FunctionWorld:
         for group in outcome.groups:
             if group.failure.detail and not group.echo:
                 parts.append(f"--- {ranks_text(group.ranks)} ---\n{group.failure.detail.rstrip()}")
-        parts += self._outputs(outcome)
-        return WorldError("\n".join(parts), tuple(group.failure for group in outcome.groups))
+        return WorldError("\n".join(parts), outcome.failures)
 
-    def _outputs(self, outcome: Outcome) -> Iterator[str]:
+    def _print_output(self, outcome: Outcome) -> None:
+        """What the ranks printed becomes the test's own output, with the ranks before each line."""
+        sections: list[tuple[int, str, str, str]] = []
         for rank in range(self.size):
             done = outcome.done.get(rank)
-            sections = [(n, t) for _, n, t in done.sections] if done else self._world.output(rank)
-            for name, text in sections:
-                yield f"--- captured {name} of rank {rank} ---\n{text.rstrip()}"
+            if done is not None:
+                sections += [(rank, *part) for part in done.sections]
+            else:
+                sections += [(rank, "call", *part) for part in self._world.output(rank)]
+        for _, name, text in merged_sections(sections):
+            stream = sys.stderr if name.startswith("stderr") else sys.stdout
+            who = name.partition(" ")[2]
+            stream.writelines(f"{who} {line}\n" for line in text.splitlines())
 
 
 class Worlds:
@@ -88,8 +102,8 @@ class Worlds:
     def __call__(self, size: int, /, **keywords: object) -> Iterator[FunctionWorld]:
         """A fresh world of `size` ranks until the block ends; keywords as those of the marker.
 
-        Raises `pytest.UsageError` for wrong values, `WorldError` when the world does not come up or a rank
-        does not leave with exit code 0.
+        Raises `pytest.UsageError` for wrong values, `WorldError` when the world does not come up
+        or a rank does not leave with exit code 0.
         """
         values = read_marker((size,), keywords)
         defaults = replace(self._harness.options.defaults, world_size=None)
@@ -101,15 +115,14 @@ class Worlds:
         self._open.append(world)
         one = FunctionWorld(world, seed)
         try:
-            if booted.kind != "passed":
-                raise one._error(booted, _boot)
+            one.check_boot(booted)
             yield one
         except BaseException:
             world.kill()
             raise
         left = world.close()
         if left.kind != "passed":
-            raise WorldError(left.reason, tuple(group.failure for group in left.groups))
+            raise WorldError(left.reason, left.failures)
 
     def close(self) -> None:
         """End what a test left open."""

@@ -1,9 +1,9 @@
 """The preloaded parent that ranks are forked from, and the controller's handle on it.
 
 The zygote is forked from the controller once, after collection and before the first test: it
-holds the collected session, imports torch, and from then on only forks, signals and reaps. It runs no
-test and starts no thread. Ranks are its children, so only it can reap them, and no kill can hit
-a recycled process id.
+holds the collected session, imports torch, and from then on only forks, signals and reaps. It
+runs no test and starts no thread. Ranks are its children, so only it can reap them, and no kill
+can hit a recycled process id.
 
 Control messages are JSON datagrams on a SEQPACKET socket pair; a rank's descriptors ride along
 with its order (SCM_RIGHTS). End of file means that the controller is gone: everything is killed.
@@ -101,7 +101,9 @@ class ZygoteLauncher:
         while self._readable():
             data = self._control.recv(MESSAGE_BYTES)
             if not data:
-                raise WorldError(f"the zygote (process {self._pid}) is gone: {self._how_it_ended()}")
+                raise WorldError(
+                    f"the zygote (process {self._pid}) is gone: {self._how_it_ended()}"
+                )
             said = json.loads(data)
             exit_ = Exit(said["rank"], said["status"], tuple(said["strays"]))
             self._exits.setdefault(said["world"], []).append(exit_)
