@@ -5,6 +5,7 @@ Everything that costs is imported when the first marked test is met.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -27,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
     from pytest_dcp.harness import fixtures
 
+    # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     options = options_.read_options(config)
     config.stash[OPTIONS_KEY] = options
     config.pluginmanager.register(fixtures, "pytest_dcp.fixtures")

@@ -50,13 +50,13 @@ class Done:
     properties: tuple[tuple[str, Any], ...] = ()
     """user_properties that the phase added."""
     warnings: tuple[dict[str, Any], ...] = ()
-    """Only in `finish`: warnings recorded while the item ran."""
+    """Only at an item's teardown: warnings recorded while the item ran."""
     imported: tuple[str, ...] = ()
-    """Only in `finish`: modules that the rank had to import itself."""
+    """Only at an item's teardown: modules that the rank had to import itself."""
     threads: tuple[str, ...] = ()
-    """Only in `finish`: names of the threads that the test left running."""
+    """Only at an item's teardown: names of the threads that the test left running."""
     reusable: bool = True
-    """Only in `finish`: whether a warm world can go on with this rank."""
+    """Only at an item's teardown: whether a warm world can go on with this rank."""
     payload: bytes = b""
     """Only for a function's call: its pickled result."""
 

@@ -122,15 +122,13 @@ class MarkedItem:
         go = Go("teardown", _index_of(nextitem), nextitem.nodeid if nextitem is not None else "")
         torn = world.run("teardown", go)
         self._absorb(world, torn, "teardown")
-        if world.whole:
-            finished = world.run("finish", Go("finish"))
-            reusable = self._absorb_finish(finished)
-            if keep and torn.kind == "passed" and finished.kind == "passed" and reusable:
-                self.harness.warm[self._warm_key()] = world
-            elif torn.kind == "passed":
-                torn = finished if finished.kind != "passed" else world.close()
-            else:
-                world.close()
+        reusable = world.whole and self._absorb_whole_item(torn)
+        if torn.kind == "passed" and keep and reusable:
+            self.harness.warm[self._warm_key()] = world
+        elif torn.kind == "passed":
+            torn = world.close()
+        else:
+            world.close()
         self._raise_for(torn)
 
     def _wind_down(self, world: World) -> None:
@@ -203,7 +201,7 @@ class MarkedItem:
 
             subtests.log(self.item, reports)
 
-    def _absorb_finish(self, outcome: Outcome) -> bool:
+    def _absorb_whole_item(self, outcome: Outcome) -> bool:
         """Warn again of what ranks warned of, once; whether the world can be kept."""
         self.harness.launcher().preload(
             sorted({name for done in outcome.done.values() for name in done.imported})

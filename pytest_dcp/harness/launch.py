@@ -40,6 +40,8 @@ class Order:
     master_port: int
     """A port that is reserved for this world, for code that wants env:// of its own."""
     seed: int
+    isolation: str
+    """module: the rank runs several tests, and is reset between them."""
     basetemp: str
     """The rank's own base for tmp_path; not made yet."""
 

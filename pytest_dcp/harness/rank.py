@@ -243,16 +243,21 @@ def _init_process_group(order: Order) -> None:
 
 def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
     """Orders, one after the other, until `Leave`."""
+    before = _Surroundings() if rank.order.isolation == "module" else None
     while True:
         order = rank.channel.receive()
         match order:
             case RunItem():
+                if before is not None:
+                    before.restore()
                 rank.checkpoint_dir = order.checkpoint_dir
                 rank.reseed(order.seed)
                 run_item(order)
             case Call():
                 rank.reseed(order.seed)
-                rank.channel.send(_call(rank, order.payload))
+                done = _call(rank, order.payload)
+                save_coverage()  # a world whose test fails is killed
+                rank.channel.send(done)
             case Leave():
                 _leave(rank)
                 return
@@ -260,6 +265,28 @@ def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
                 raise DcpError(f"told to run {order.phase}, but no item was begun")
             case _:
                 raise DcpError(f"unexpected order {order!r}")
+
+
+class _Surroundings:
+    """What a test may change for the next one in a warm world, as it was before the first."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._environ = dict(os.environ)
+        self._cwd = os.getcwd()
+        self._dtype = torch.get_default_dtype()
+
+    def restore(self) -> None:
+        """Environment, working folder, torch's default dtype and gradient mode."""
+        import torch
+
+        if dict(os.environ) != self._environ:
+            os.environ.clear()
+            os.environ.update(self._environ)
+        os.chdir(self._cwd)
+        torch.set_default_dtype(self._dtype)
+        torch.set_grad_enabled(True)
 
 
 def _leave(rank: Rank) -> None:

@@ -18,11 +18,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.runner import check_interactive_exception
+from _pytest.skipping import evaluate_xfail_marks
 
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness.events import (
@@ -93,7 +94,7 @@ def prepare(session: pytest.Session) -> RankPlugin:
 def enlist(rank: Rank, plugin: RankPlugin) -> Callable[[RunItem], None]:
     """Make the session this rank's; returns what runs an item of it."""
     config = plugin.config
-    rank.capture = lambda: _captured(config)
+    rank.capture = plugin.capturing
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
@@ -141,7 +142,8 @@ class _Terminal:
         if muted and self._writer is not None:
             self._writer._file = self._nowhere
         if not self._stdin_is_captured:
-            self._stdin = os.dup(0)
+            if self._stdin < 0:
+                self._stdin = os.dup(0)
             os.dup2(self._null, 0)
 
     def open(self) -> None:
@@ -180,6 +182,7 @@ class RankPlugin:
     """pytest's view of a rank: runs items in phases and hears what the session has to say."""
 
     rank: Rank
+    _torn_down: Done
 
     def __init__(self, session: pytest.Session, terminal: _Terminal) -> None:
         self._terminal = terminal
@@ -198,7 +201,11 @@ class RankPlugin:
     # Items.
 
     def run(self, order: RunItem) -> None:
-        """One item from setup to teardown, then the `finish` message."""
+        """One item from setup to teardown.
+
+        What the session says of the whole item (its warnings) comes after pytest's protocol, so the
+        answer to teardown waits for that.
+        """
         item = self._find(order.index, order.nodeid)
         if item is None:
             raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
@@ -207,11 +214,7 @@ class RankPlugin:
         if stack and not set(stack) <= set(item.listchain()):
             self.session._setupstate.teardown_exact(item)
         item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
-        go = self.rank.channel.receive()
-        if not (isinstance(go, Go) and go.phase == "finish"):
-            raise DcpError(f"expected to finish {order.nodeid!r}, was told {go!r}")
-        save_coverage()
-        self.rank.channel.send(self._finished())
+        self.rank.channel.send(self._concluded(self._torn_down))
 
     def _find(self, index: int, nodeid: str) -> pytest.Item | None:
         items = self.session.items
@@ -219,21 +222,29 @@ class RankPlugin:
             return items[index]
         return next((item for item in items if item.nodeid == nodeid), None)
 
-    def _finished(self) -> Done:
+    def _concluded(self, done: Done) -> Done:
+        """The answer to teardown, with what is known of the whole item."""
         threads = [t for t in threading.enumerate() if t not in self.rank.threads]
         # Only the new names are looked at: touching an object here copies its page.
         new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
         imported = [name for name in new if name.partition(".")[0] in ("torch", "numpy")]
         imported.reverse()
-        return Done(
-            "finish",
-            "passed",
-            time.monotonic(),
+        return replace(
+            done,
             warnings=tuple(self.warnings),
             imported=tuple(imported),
             threads=tuple(t.name for t in threads),
             reusable=not threads and _process_group_is_ours(self.rank),
         )
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[tuple[str, str, str]]]:
+        """For `Rank.capture`."""
+        with _captured(self.config) as sections:
+            try:
+                yield sections
+            finally:
+                self._give_terminal_back()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
@@ -242,22 +253,22 @@ class RankPlugin:
         has_request = hasattr(item, "_request")
         if has_request and not any_item._request:
             any_item._initrequest()
-        self._phase(item, "setup")
+        self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive()
             if not isinstance(go, Go):
                 raise DcpError(f"expected a phase of {item.nodeid!r}, was told {go!r}")
             if go.phase == "teardown":
                 nextitem = self._find(go.next_index, go.next_nodeid)
-                self._phase(item, "teardown", nextitem=nextitem)
+                self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
                 break
-            self._phase(item, go.phase)
+            self.rank.channel.send(self._phase(item, go.phase))
         if has_request:
             any_item._request = False
             any_item.funcargs = None
         return True
 
-    def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> None:
+    def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
         hook = getattr(item.ihook, f"pytest_runtest_{phase}")
         seen_sections, seen_properties = len(item._report_sections), len(item.user_properties)
         seen_marks = len(list(item.iter_markers("xfail")))
@@ -271,26 +282,36 @@ class RankPlugin:
         added = len(list(item.iter_markers("xfail"))) > seen_marks
         self.config.option.runxfail = self._xfail_off or not added
         report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        if check_interactive_exception(call, report):
-            item.ihook.pytest_exception_interact(node=item, call=call, report=report)
         outcome, text = _judge(call, report)
         error = call.excinfo.value if call.excinfo is not None else None
-        self.rank.channel.send(
-            Done(
-                phase,
-                outcome,
-                ended,
-                call.duration,
-                exception=(type(error).__module__, type(error).__qualname__) if error else None,
-                text=text,
-                report=None if outcome == "passed" else self._serialise(report),
-                sections=tuple(
-                    (when, name, clip(content))
-                    for when, name, content in item._report_sections[seen_sections:]
-                ),
-                properties=tuple(item.user_properties[seen_properties:]),
-            )
+        if outcome in ("failed", "interrupt") and not self._is_expected(item, error):
+            try:
+                item.ihook.pytest_exception_interact(node=item, call=call, report=report)
+            except pytest.exit.Exception as left:  # `quit` in the debugger
+                outcome, text = "exit", str(left.msg)
+        self._give_terminal_back()
+        if phase == "teardown":  # the last that a rank hears of when its peers are lost
+            save_coverage()
+        return Done(
+            phase,
+            outcome,
+            ended,
+            call.duration,
+            exception=(type(error).__module__, type(error).__qualname__) if error else None,
+            text=text,
+            report=None if outcome == "passed" else self._serialise(report),
+            sections=tuple(
+                (when, name, clip(content))
+                for when, name, content in item._report_sections[seen_sections:]
+            ),
+            properties=tuple(item.user_properties[seen_properties:]),
         )
+
+    def _is_expected(self, item: pytest.Item, error: BaseException | None) -> bool:
+        """Whether an xfail mark expects it: the controller judges that, but after the debugger."""
+        xfailed = None if self._xfail_off else evaluate_xfail_marks(item)
+        raises = xfailed.raises if xfailed is not None else ()
+        return raises is None or (isinstance(raises, type | tuple) and isinstance(error, raises))
 
     def _serialise(self, report: pytest.TestReport) -> dict[str, Any]:
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
@@ -307,7 +328,7 @@ class RankPlugin:
         self.rank.channel.send(SubReport(data))
 
     def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
-        """Kept for `finish`: the controller warns again, once for all ranks."""
+        """Kept for the answer to teardown: the controller warns again, once for all ranks."""
         category = warning_message.category
         self.warnings.append(
             {
@@ -344,9 +365,21 @@ class RankPlugin:
         def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
             if not self._debugging and not self._ask_for_terminal(method):
                 return _NoPdb()
-            return original(method, *args, **kwargs)
+            pdb = original(method, *args, **kwargs)
+            pdb.setup = self._asking_again(pdb.setup)
+            return pdb
 
         pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign]  # see above
+
+    def _asking_again(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+        """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is gone."""
+
+        def ask_and_setup(*args: Any) -> Any:
+            if not self._debugging:
+                self._ask_for_terminal("breakpoint")
+            return setup(*args)
+
+        return ask_and_setup
 
     def _ask_for_terminal(self, reason: str) -> bool:
         answer = self.rank.channel.ask(DebugAsk(reason), DebugAnswer)
@@ -360,9 +393,13 @@ class RankPlugin:
             self._terminal.open()
         return answer.granted
 
-    def _give_terminal_back(self) -> None:
+    def _give_terminal_back(self, *, tracing: bool = False) -> None:
+        """At the latest when a phase ends; a debugger that is to stop again asks again."""
         if self._debugging:
             self._debugging = False
+            if not tracing:  # who stepped to the end of a test left the tracing on
+                sys.settrace(None)
+            self._terminal.shut(muted=self.rank.order.rank != 0)
             with contextlib.suppress(OSError):
                 os.setpgid(0, 0)
             self.rank.channel.send(DebugDone())
@@ -379,7 +416,7 @@ class RankPlugin:
 
     def pytest_leave_pdb(self) -> None:
         """`continue` at a breakpoint."""
-        self._give_terminal_back()
+        self._give_terminal_back(tracing=True)
 
 
 class _NoPdb:

@@ -162,6 +162,7 @@ def main() -> NoReturn:
     fds = RankFds(*told["fds"])
     for fd in fds.all():
         os.set_inheritable(fd, False)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     order = Order.from_json(told["order"])
     rank.run(order, fds, lambda one: _Collecting(one, told["session"]).run)
 

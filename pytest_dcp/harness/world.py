@@ -262,6 +262,7 @@ class World:
             store=str(self._store),
             master_port=self._port.getsockname()[1],
             seed=self.seed,
+            isolation=spec.isolation,
             basetemp=str(self._settings.folder / f"world{self.number}-rank{rank}"),
         )
 
