@@ -24,6 +24,7 @@ from pytest_dcp.harness.leases import (
     Lease,
     LeasePool,
     LeaseRequest,
+    LeaseTimeout,
     default_max_processes,
     visible_gpus,
 )
@@ -115,28 +116,40 @@ class Harness:
         world: World | None = None
 
         def end() -> None:
-            lease.release()
+            if lease is not None:
+                lease.release()
             if world is not None:
                 self._open.pop(world.number, None)
 
         try:
-            world = World(spec, self.settings, seed=seed, gpus=lease.gpus, on_end=end)
+            gpus = lease.gpus if lease is not None else ()
+            world = World(spec, self.settings, seed=seed, gpus=gpus, on_end=end)
             self._open[world.number] = world
             return world, world.start()
         except BaseException:
             if world is not None:
                 world.kill()
-            lease.release()
+            end()
             raise
 
-    def _lease(self, spec: WorldSpec) -> Lease:
+    def _lease(self, spec: WorldSpec) -> Lease | None:
+        """What the world needs of the machine; None for a second world that goes on without.
+
+        A test that opens a world inside another must not wait while it holds slots itself: two such
+        tests would wait for each other. Only GPUs are worth that, and the wait is bounded.
+        """
         gpus = 0
         if spec.device == "cuda":
             # NCCL refuses two ranks on one device; gloo ranks may share a card.
             gpus = spec.size if spec.backend == "nccl" else 1
+        wait_s = 0.0 if self._open and not gpus else LEASE_S
         try:
             request = LeaseRequest(processes=spec.size, gpus=gpus)
-            return self._leases(needs_gpus=gpus > 0).acquire(request, LEASE_S)
+            return self._leases(needs_gpus=gpus > 0).acquire(request, wait_s)
+        except LeaseTimeout:
+            if wait_s:
+                raise
+            return None
         except GpusUnavailable as exc:
             if self.options.require_gpus:
                 pytest.fail(f"--dcp-require-gpus: {exc}", pytrace=False)

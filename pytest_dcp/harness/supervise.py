@@ -53,6 +53,8 @@ class RankState(enum.Enum):
     """Inside a phase, waits for its peers at an exchange."""
     DEBUGGING = "debugging"
     """Inside a phase, has the terminal."""
+    DEBUGGING_MEETING = "debugging at an exchange"
+    """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
     LEAVING = "leaving"
     """Was told to end."""
     KILLED = "killed"
@@ -69,8 +71,11 @@ TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
     (S.MEETING, Met): S.RUNNING,
     (S.RUNNING, DebugAsk): S.DEBUGGING,
     (S.DEBUGGING, DebugDone): S.RUNNING,
+    (S.DEBUGGING, Exchange): S.DEBUGGING_MEETING,
+    (S.DEBUGGING_MEETING, Met): S.DEBUGGING,
 }
-BUSY = frozenset({S.RUNNING, S.MEETING, S.DEBUGGING, S.LEAVING})
+HAS_TERMINAL = frozenset({S.DEBUGGING, S.DEBUGGING_MEETING})
+BUSY = frozenset({S.RUNNING, S.MEETING, S.LEAVING}) | HAS_TERMINAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +233,7 @@ class Supervisor:
             self._lost_at = float("inf")
         if state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
             return []
-        if state is S.DEBUGGING:
+        if state in HAS_TERMINAL:
             self._resume(now)
         after = " after its verdict" if state is S.LEAVING else ""
         where = f" in {self.phase}" if state in BUSY and state is not S.LEAVING else after
@@ -299,7 +304,7 @@ class Supervisor:
     def _kill(self, rank: int, kind: FailureKind, text: str, now: float) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
-        if self.states[rank] is S.DEBUGGING:
+        if self.states[rank] in HAS_TERMINAL:
             self._resume(now)
         self._closed.pop(rank, None)
         self._meeting.pop(rank, None)
