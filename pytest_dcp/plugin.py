@@ -96,10 +96,13 @@ def _needs_worlds(items: list[pytest.Item], marker: str) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """What xdist's workers have to say, once."""
+    """What xdist's workers have to say, once. Raises `pytest.UsageError` for a wrong marker."""
+    output = getattr(node, "workeroutput", {})
+    if (wrong := output.get("dcp_usage_error")) is not None:
+        raise pytest.UsageError(wrong)
     terminal = node.config.pluginmanager.getplugin("terminalreporter")
     said = node.config.stash.setdefault(NOTES_KEY, set())
-    for note in getattr(node, "workeroutput", {}).get("dcp_notes", ()):
+    for note in output.get("dcp_notes", ()):
         if note not in said and terminal is not None:
             said.add(note)
             terminal.ensure_newline()

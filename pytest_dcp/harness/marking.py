@@ -10,7 +10,16 @@ import pytest
 from pytest_dcp.harness import items as items_
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
-from pytest_dcp.harness.spec import MarkerValues, WorldSpec, read_marker, resolve
+from pytest_dcp.harness.spec import (
+    MAX_WORLD_SIZE,
+    MarkerValues,
+    WorldSpec,
+    read_marker,
+    resolve,
+)
+
+USAGE_ERROR = "dcp_usage_error"
+"""Under which an xdist worker hands its controller what is wrong with the suite."""
 
 
 def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
@@ -47,7 +56,10 @@ def check(items: Sequence[pytest.Item], options: Options) -> None:
         shown = problems[:50]
         if len(problems) > len(shown):
             shown.append(f"... and {len(problems) - len(shown)} more")
-        raise pytest.UsageError("\n".join(shown))
+        text = "\n".join(shown)
+        if (output := getattr(items[0].config, "workeroutput", None)) is not None:
+            output[USAGE_ERROR] = text  # xdist would call it a crash, and not say why
+        raise pytest.UsageError(text)
 
 
 def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tuple[str, ...]]:
@@ -77,16 +89,25 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
 
 def _parametrized_size(item: pytest.Function) -> int | None:
     """The whole number that a parametrization of `world_size` gives this test, if it does."""
-    size = item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
+    size = _parameter(item)
     return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+
+def _parameter(item: pytest.Function) -> object:
+    """What a parametrization of `world_size` gives this test; None without one."""
+    return item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
 
 
 def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     size = _parametrized_size(item)
     if size is not None:
-        if size < 1:
-            return 0, f"takes a size >= 1; the parametrization gave {size!r}"
+        if not 1 <= size <= MAX_WORLD_SIZE:
+            return 0, (
+                f"takes a size from 1 to {MAX_WORLD_SIZE}; the parametrization gave {size!r}"
+            )
         return size, ""
+    if (given := _parameter(item)) is not None:
+        return 0, f"takes an int; the parametrization of world_size gave {given!r}"
     if not values.sizes:
         return 0, "takes a size, as in world_size(4), or a parametrization of `world_size`"
     if values.is_list:

@@ -89,10 +89,14 @@ def read_options(config: pytest.Config) -> Options:
             problems.append(
                 f"--dcp-{option.name} takes {', '.join(option.choices)}; got {raw[option.name]!r}"
             )
+        if option.flag and raw[option.name].lower() not in FLAGS:
+            problems.append(f"{_key(option)} takes true or false; got {raw[option.name]!r}")
+    if raw["marker"] and not raw["marker"].isidentifier():
+        problems.append(f"--dcp-marker takes a name such as world_size; got {raw['marker']!r}")
     world_size = _number(raw, "world-size", problems, low=1, high=MAX_WORLD_SIZE)
     timeout = _number(raw, "timeout", problems, low=0) or float("inf")
     grace = _number(raw, "grace", problems, low=0)
-    output = _number(raw, "output-limit", problems, low=0)
+    output = _number(raw, "output-limit", problems, low=0, high=1e6)
     max_procs = _number(raw, "max-procs", problems, low=0)
     seed = _number(raw, "seed", problems, low=0, high=2**63 - 1)
     pdb_rank = None
@@ -111,7 +115,7 @@ def read_options(config: pytest.Config) -> Options:
         grace_s=float(grace or 0),
         report_ranks=raw["report-ranks"],  # type: ignore[arg-type]  # checked above
         pdb_rank=None if pdb_rank is None else int(pdb_rank),
-        require_gpus=raw["require-gpus"].lower() in ("true", "1", "yes", "on"),
+        require_gpus=FLAGS[raw["require-gpus"].lower()],
         max_procs=int(max_procs or 0),
         output_limit_bytes=int(output or 0) << 20,
         seed=None if seed is None else int(seed),
@@ -129,6 +133,11 @@ def _value(config: pytest.Config, option: _Option) -> str:
     return option.default if given is None else str(given).strip()
 
 
+FLAGS = {
+    "": False, "false": False, "0": False, "no": False, "off": False,
+    "true": True, "1": True, "yes": True, "on": True,
+}  # fmt: skip
+"""What an ini file may say for an option that is given or not."""
 INTEGERS = frozenset({"world-size", "max-procs", "seed", "pdb-rank"})
 
 

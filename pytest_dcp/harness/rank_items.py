@@ -44,41 +44,21 @@ SECTION_CHARS = 1 << 16
 
 
 def silence(config: pytest.Config) -> None:
-    """Take the reporting plugins out of a session that ranks will run.
+    """Take the reporting hooks out of a session that ranks will run.
 
-    Whoever listens to reports writes them somewhere: to the terminal, a file, xdist's channel. The
-    session itself stays, for --maxfail among subtests, and the terminal stays known by its name.
+    Whoever hears of reports and warnings writes them somewhere: to the terminal, a file, xdist's
+    channel. The session itself still counts, for --maxfail among subtests, and captured logging
+    still works.
+
+    Uses `_remove_plugin` of pluggy's hook callers: unregistering a plugin would take all its hooks.
+    Can go when pluggy can drop a single implementation.
     """
     manager = config.pluginmanager
-    terminal = manager.getplugin("terminalreporter")
-    listeners = {
-        impl.plugin
-        for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded)
-        for impl in hook.get_hookimpls()
-    }
-    for plugin in listeners:
-        if not isinstance(plugin, pytest.Session):
-            manager.unregister(plugin)
-    if terminal is not None:
-        manager.register(_QuietTerminal(terminal), "terminalreporter")
-
-
-class _QuietTerminal:
-    """Stands for the terminal reporter where plugins look it up; hears no report."""
-
-    def __init__(self, terminal: Any) -> None:
-        object.__setattr__(self, "_terminal", terminal)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("pytest_"):
-            raise AttributeError(name)
-        return getattr(self._terminal, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._terminal, name, value)
-
-    def __dir__(self) -> list[str]:
-        return []
+    logging_plugin = manager.getplugin("logging-plugin")
+    for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded):
+        for impl in hook.get_hookimpls():
+            if not isinstance(impl.plugin, pytest.Session) and impl.plugin is not logging_plugin:
+                hook._remove_plugin(impl.plugin)
 
 
 def prepare(session: pytest.Session) -> RankPlugin:
@@ -189,7 +169,7 @@ class RankPlugin:
         self.session = session
         self.config = session.config
         self.warnings: list[dict[str, Any]] = []
-        self._xfail_off = bool(self.config.option.runxfail)
+        self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
         self._pdb_invoke: Any = None
         self._debugging = False
 
@@ -372,7 +352,8 @@ class RankPlugin:
         pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign]  # see above
 
     def _asking_again(self, setup: Callable[..., Any]) -> Callable[..., Any]:
-        """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is gone."""
+        """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is
+        gone."""
 
         def ask_and_setup(*args: Any) -> Any:
             if not self._debugging:

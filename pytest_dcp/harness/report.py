@@ -57,7 +57,8 @@ def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
     """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
 
     It is made without its `__init__`, whose arguments nobody knows here; None when the class is not
-    to be found in this process or is no ordinary exception.
+    to be found in this process, is no ordinary exception, or is one of pytest's own, which pytest
+    shows by what their `__init__` sets.
     """
     if class_name[1] == pytest.fail.Exception.__qualname__:
         return pytest.fail.Exception(text, pytrace=False)
@@ -65,6 +66,8 @@ def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
     for part in class_name[1].split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Exception)):
+        return None
+    if found.__module__.partition(".")[0] == "_pytest":
         return None
     try:
         error: Exception = found.__new__(found)

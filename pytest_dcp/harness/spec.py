@@ -73,7 +73,7 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
         if is_list and not given:
             problems.append("was given an empty list of sizes")
     sizes = [size for size in given if _check_size(size, problems)]
-    if is_list and len(set(given)) != len(given):
+    if is_list and len(set(sizes)) != len(sizes):
         problems.append(f"lists a size twice: {list(given)!r}")
     problems += [
         f"has no keyword {name!r}; it takes {', '.join(KEYWORDS)}"

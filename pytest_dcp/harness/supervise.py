@@ -244,7 +244,9 @@ class Supervisor:
     def closed(self, rank: int, now: float) -> list[Action]:
         """A rank's report socket reached its end; most often its exit follows at once."""
         if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
-            self._closed.setdefault(rank, now)
+            if self.states[rank] in HAS_TERMINAL:  # it can no longer say that it is done with it
+                self._resume(now)
+            self._closed.setdefault(rank, self._clock(now))
         return []
 
     def flooded(self, rank: int, size_bytes: int, now: float) -> list[Action]:
@@ -299,7 +301,7 @@ class Supervisor:
     def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:
         self.failures.append(RankFailure(rank, kind, self.phase, at_s, text))
         if self._kill_at == float("inf") and not self._timed_out:
-            self._reap_at = min(self._reap_at, now + self.grace_s)
+            self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
 
     def _kill(self, rank: int, kind: FailureKind, text: str, now: float) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
@@ -309,7 +311,7 @@ class Supervisor:
         self._closed.pop(rank, None)
         self._meeting.pop(rank, None)
         self.states[rank] = S.KILLED
-        self._lost_at = now + LOST_S
+        self._lost_at = self._clock(now) + LOST_S
         self._fail(rank, kind, text, now, now)
         return [Kill(rank), *self._meet()]
 
@@ -328,6 +330,10 @@ class Supervisor:
         self._paused_at = now
         return [Send(rank, DebugAnswer(granted=True, group=terminal.group))]
 
+    def _clock(self, now: float) -> float:
+        """The time that deadlines go by: it stands still while a rank has the terminal."""
+        return now if self._paused_at is None else self._paused_at
+
     def _resume(self, now: float) -> None:
         if self._paused_at is None:
             return
@@ -336,6 +342,8 @@ class Supervisor:
         self._deadline += pause_s
         self._reap_at += pause_s
         self._kill_at += pause_s
+        self._lost_at += pause_s
+        self._closed = {rank: at + pause_s for rank, at in self._closed.items()}
 
     def _meet(self) -> list[Action]:
         """Answer the ranks that wait at an exchange, if all are there or never will be."""
