@@ -49,8 +49,8 @@ class WorldError(DcpError):
         self.message = message
         self.failures = failures
 
-    def __reduce__(self) -> tuple[Callable[..., WorldError], tuple[object, ...]]:
-        return type(self), (self.message, self.failures)
+    def __reduce__(self) -> tuple[Callable[..., WorldError], tuple[object, ...], dict[str, object]]:
+        return type(self), (self.message, self.failures), dict(self.__dict__)
 
 
 class DivergedError(DcpError):

@@ -117,7 +117,7 @@ def read_options(config: pytest.Config) -> Options:
         pdb_rank=None if pdb_rank is None else int(pdb_rank),
         require_gpus=FLAGS[raw["require-gpus"].lower()],
         max_procs=int(max_procs or 0),
-        output_limit_bytes=int(output or 0) << 20,
+        output_limit_bytes=int((output or 0) * 2**20),
         seed=None if seed is None else int(seed),
     )
 

@@ -22,7 +22,8 @@ ECHO = re.compile(
     r"|Dist(Backend|Network|Store)?Error).*?"
     r"(?P<cause>(connection )?closed by peer|(connection )?reset by peer|broken pipe"
     r"|connection refused|connection was likely closed|socket closed|waited in vain"
-    r"|different things|application timeout caused pair closure)",
+    r"|different things|remote process exited|connection closed by remote"
+    r"|application timeout caused pair closure)",
     re.DOTALL | re.IGNORECASE,
 )
 """What gloo, NCCL, c10d stores and our exchange say when a peer went away."""
@@ -75,8 +76,15 @@ def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]
         for rank, one in sorted(done.items()):
             if one.outcome == kind:
                 return Outcome(kind, f"rank {rank}: {one.text}", (), done)
-    if not failures:
-        failures = [*_divergence(size, done)]
+    known = {failure.rank for failure in failures}
+    failures = [
+        *failures,
+        *(
+            RankFailure(rank, "failed", one.phase, one.at_s, one.text)
+            for rank, one in done.items()
+            if one.outcome == "failed" and rank not in known
+        ),
+    ] or [*_divergence(size, done)]
     if failures:
         groups = _group(failures)
         return Outcome("failed", _mismatch(groups) + headline(groups[0]), groups, done)

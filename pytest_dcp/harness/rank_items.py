@@ -11,6 +11,7 @@ controller.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -61,11 +62,13 @@ def silence(config: pytest.Config) -> None:
                 hook._remove_plugin(impl.plugin)
 
 
-def prepare(session: pytest.Session) -> RankPlugin:
-    """Ready a session for ranks, of which it will know none yet; what can be done before the
-    fork."""
+def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
+    """Ready a session for ranks, of which it will know none yet; what can be done before the fork.
+
+    `tty` names the terminal where this process did not inherit it.
+    """
     silence(session.config)
-    plugin = RankPlugin(session, _Terminal(session.config))
+    plugin = RankPlugin(session, _Terminal(session.config, tty))
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
     plugin.take_over_pdb()
     return plugin
@@ -107,7 +110,8 @@ class _Terminal:
     logs).
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, tty: str) -> None:
+        self._tty = tty
         self._null = os.open(os.devnull, os.O_RDWR)
         self._nowhere = os.fdopen(os.dup(self._null), "w")
         reporter: Any = config.pluginmanager.getplugin("terminalreporter")
@@ -115,6 +119,7 @@ class _Terminal:
         self._file = getattr(self._writer, "_file", None)
         capture: Any = config.pluginmanager.getplugin("capturemanager")
         self._stdin_is_captured = capture is not None and capture.is_globally_capturing()
+        self._capturing = getattr(capture, "_global_capturing", None)
         self._stdin = -1
 
     def shut(self, *, muted: bool) -> None:
@@ -130,8 +135,21 @@ class _Terminal:
         """Let this process read and write it from now on."""
         if self._writer is not None:
             self._writer._file = self._file
-        if self._stdin >= 0:
+        if self._tty:
+            self._take(self._tty)
+        elif self._stdin >= 0:
             os.dup2(self._stdin, 0)
+
+    def _take(self, path: str) -> None:
+        """Put the terminal in the place of the standard files, also of those that capture saved."""
+        with contextlib.suppress(OSError):  # there is none: the debugger reads an end of file
+            tty = os.open(path, os.O_RDWR)
+            for fd, name in enumerate(("in_", "out", "err")):
+                stream: Any = getattr(self._capturing, name, None)
+                os.dup2(tty, getattr(stream, "targetfd_save", fd))
+                if getattr(stream, "_state", "") != "started":
+                    os.dup2(tty, fd)
+            os.close(tty)
 
 
 @contextlib.contextmanager
@@ -340,8 +358,10 @@ class RankPlugin:
         from _pytest.debugging import pytestPDB
 
         self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
-        original: Callable[..., Any] = pytestPDB._init_pdb
+        # A spawned rank that is kept warm comes here for every test.
+        original: Any = getattr(pytestPDB._init_pdb, "__wrapped__", pytestPDB._init_pdb)
 
+        @functools.wraps(original)
         def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
             if not self._debugging and not self._ask_for_terminal(method):
                 return _NoPdb()

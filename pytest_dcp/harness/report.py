@@ -118,9 +118,9 @@ def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> Excepti
     longrepr = report.longrepr
     if isinstance(longrepr, ExceptionChainRepr):
         return longrepr
-    text = str(longrepr)
+    text = str(longrepr).rstrip("\n")
     crash = ReprFileLocation("", 0, text.partition("\n")[0])
-    entries = ReprTraceback([ReprEntryNative([text])], None, "native")
+    entries = ReprTraceback([ReprEntryNative([f"{text}\n"])], None, "native")
     return ExceptionChainRepr([(entries, crash, None)])
 
 

@@ -58,7 +58,9 @@ class Harness:
         self._launcher: Launcher | None = None
         self._pool: LeasePool | None = None
         self._open: dict[int, World] = {}
-        factory: Any = self.config._tmp_path_factory  # type: ignore[attr-defined]  # what tmp_path itself uses
+        factory: Any = getattr(self.config, "_tmp_path_factory", None)  # what tmp_path itself uses
+        if factory is None:
+            raise pytest.UsageError("worlds need pytest's tmpdir plugin: drop `-p no:tmpdir`")
         # Made here, before any rank: ranks that made it would race for its number.
         self.basetemp: Path = factory.getbasetemp()
         self.folder = self.basetemp / "dcp"

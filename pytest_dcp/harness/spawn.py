@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import linux, rank, rank_items
 from pytest_dcp.harness.events import RunItem
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
@@ -53,6 +54,7 @@ class SpawnLauncher:
                 "rootdir": str(config.rootpath),
                 "path": sys.path,
                 "captures": config.getoption("capture") != "no",
+                "workerinput": getattr(config, "workerinput", None),
             }
         )
 
@@ -68,7 +70,7 @@ class SpawnLauncher:
             # What a rank's own pytest session says of itself is nobody's output.
             output = subprocess.DEVNULL if self._session["captures"] else None
             process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(told)],
+                [sys.executable, "-c", PROGRAM, json.dumps(told, default=repr)],
                 pass_fds=rank_fds.all(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -181,11 +183,14 @@ class _Collecting:
         from _pytest.config import _prepareconfig
 
         os.chdir(self.session["cwd"])
-        config = _prepareconfig([*self.session["args"], "-p", "no:cacheprovider"])
+        config: Any = _prepareconfig(list(self.session["args"]))
         _alone(config, self.rank.order.basetemp)
+        if self.session["workerinput"] is not None:  # for xdist's fixtures, such as `worker_id`
+            config.workerinput, config.workeroutput = self.session["workerinput"], {}
         config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
-        config.pluginmanager.register(_Serving(self.rank, order), "pytest_dcp.serving")
-        config.hook.pytest_cmdline_main(config=config)
+        serving = _Serving(self.rank, order)
+        config.pluginmanager.register(serving, "pytest_dcp.serving")
+        serving.run(config)
 
 
 @contextlib.contextmanager
@@ -215,7 +220,8 @@ def _alone(config: pytest.Config, basetemp: str) -> None:
     for name, value in (
         ("numprocesses", None), ("dist", "no"), ("tx", []), ("looponfail", False),
         ("basetemp", basetemp), ("xmlpath", None), ("lf", False), ("failedfirst", False),
-        ("stepwise", False), ("maxfail", 0), ("deselect", None),
+        ("newfirst", False), ("cacheclear", False), ("stepwise", False), ("stepwise_skip", False),
+        ("stepwise_reset", False), ("maxfail", 0), ("deselect", None),
     ):  # fmt: skip
         if hasattr(config.option, name):
             setattr(config.option, name, value)
@@ -227,11 +233,55 @@ class _Serving:
     def __init__(self, one: rank.Rank, order: RunItem) -> None:
         self.rank = one
         self.order = order
+        self._served = False
+        self._error: BaseException | None = None
+        self._not_collected: list[str] = []
+        self._nowhere = open(os.devnull, "w")  # noqa: SIM115 - for the life of the session
+        self._writer: Any = None
+        self._file: Any = None
+
+    def run(self, config: pytest.Config) -> None:
+        """The session. Raises what the item's run raised, which pytest would only print."""
+        missing = ""
+        try:
+            config.hook.pytest_cmdline_main(config=config)
+        except pytest.UsageError as exc:
+            missing = str(exc)
+        if self._error is not None:
+            raise self._error
+        if not self._served:
+            said = "\n".join([missing, *self._not_collected])
+            raise DcpError(f"this rank did not collect {self.order.nodeid!r}: {said}")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Leave the caches to the controller, and print nothing of a session of one test."""
+        manager = session.config.pluginmanager
+        for name in ("lfplugin", "nfplugin"):
+            manager.unregister(name=name)
+        self._writer = getattr(manager.getplugin("terminalreporter"), "_tw", None)
+        self._file = getattr(self._writer, "_file", None)
+        self._print_to(self._nowhere)
+
+    def _print_to(self, file: Any) -> None:
+        if self._writer is not None:
+            self._writer._file = file
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what went wrong, for `run` to tell."""
+        if report.failed:
+            self._not_collected.append(report.longreprtext)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run the one item in the controller's lockstep."""
-        plugin = rank_items.prepare(session)
-        run: Callable[[RunItem], None] = rank_items.enlist(self.rank, plugin)
-        run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
+        self._served = True
+        self._print_to(self._file)
+        try:
+            plugin = rank_items.prepare(session, tty="/dev/tty")
+            run: Callable[[RunItem], None] = rank_items.enlist(self.rank, plugin)
+            run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
+        except BaseException as exc:  # noqa: BLE001 - `run` raises it
+            self._error = exc
+        self._print_to(self._nowhere)
         return True

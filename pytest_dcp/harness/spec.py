@@ -114,12 +114,8 @@ def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
 
 
 def _is_positive_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value > 0
-        and not math.isnan(value)
-    )
+    # NaN is not above 0 either.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _mesh_problems(kwargs: Mapping[str, object]) -> list[str]:
@@ -174,10 +170,18 @@ def resolve(
         device=device,
         mesh=mesh,
         mesh_dim_names=tuple(map(str, names)) if isinstance(names, list | tuple) else None,
-        timeout_s=float(timeout) if isinstance(timeout, int | float) else math.inf,
+        timeout_s=_seconds(timeout),
         isolation="module" if given.get("isolation") == "module" else "test",
     )
     return spec, ()
+
+
+def _seconds(timeout: object) -> float:
+    """A limit as a float: no limit where there is none, or one that no float can hold."""
+    try:
+        return float(timeout) if isinstance(timeout, int | float) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def _resolve_device(backend: str, device: str, default_backend: str) -> tuple[str, str]:

@@ -22,8 +22,9 @@ COLLECTIVES = frozenset(
         "init_device_mesh", "wait_tensor",
     )
 )  # fmt: skip
-MACHINERY = re.compile(r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$")
-OURS = {"meet": "the world's exchange"}
+RUNNER = re.compile(r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$")
+OURS = re.compile(r"/pytest_dcp/(harness/|plugin\.py)")
+EXCHANGE = "the world's exchange"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,26 @@ def main_thread(trace: str) -> list[Frame]:
 
 
 def trimmed(trace: str) -> str:
-    """The stacks without the frames that run every test: pytest's and ours."""
+    """The stacks without the frames below the test, which run every test: pytest's and ours."""
     lines: list[str] = []
-    skipping = False
-    for line in trace.splitlines():
-        match = FRAME.match(line)
-        if match is None:
-            skipping = False
-        elif MACHINERY.search(match["file"]):
-            skipping = True
-        if not skipping:
-            lines.append(line)
-    return "\n".join(lines)
+    thread: list[str] = []
+    for line in [*trace.splitlines(), ""]:
+        if FRAME.match(line):
+            thread.append(line)
+        else:
+            lines += [*_without_runner(thread), line]
+            thread = []
+    return "\n".join(lines).rstrip()
+
+
+def _without_runner(thread: list[str]) -> list[str]:
+    """One thread's frames, innermost first, up to the outermost that is the user's own."""
+    files = [match["file"] for line in thread if (match := FRAME.match(line))]
+    own = [i for i, file in enumerate(files) if not (LIBRARY.search(file) or OURS.search(file))]
+    runner = [i for i, file in enumerate(files) if RUNNER.search(file)]
+    if not runner:
+        return thread
+    return thread[: own[-1] + 1] if own and own[-1] < runner[-1] else thread[: runner[0]]
 
 
 def doing(trace: str) -> str:
@@ -71,17 +80,13 @@ def doing(trace: str) -> str:
     frames = main_thread(trace)
     if not frames:
         return "its main thread had no Python frame"
-    user = next((f for f in frames if not LIBRARY.search(f.file) and not _harness(f)), None)
+    user = next((f for f in frames if not (LIBRARY.search(f.file) or OURS.search(f.file))), None)
     where = f"at {user.file}:{user.line} in {user.name}" if user else f"in {frames[0].name}"
     inner = frames[: frames.index(user)] if user else frames
     collective = next(
         (f.name for f in reversed(inner) if f.name in COLLECTIVES and DISTRIBUTED.search(f.file)),
         None,
     )
-    if collective is None and any(f.name in OURS and _harness(f) for f in inner):
-        collective = OURS["meet"]
+    if collective is None and any(f.name == "meet" and OURS.search(f.file) for f in inner):
+        collective = EXCHANGE
     return f"in {collective}, {where}" if collective else where
-
-
-def _harness(frame: Frame) -> bool:
-    return "/pytest_dcp/harness/" in frame.file

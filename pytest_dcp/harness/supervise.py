@@ -178,7 +178,8 @@ class Supervisor:
         if self._paused_at is not None:
             return float("inf")
         closed = [at + CLOSED_S for at in self._closed.values()]
-        deadline = self._deadline if self.busy else float("inf")
+        waits = self.busy and not self._timed_out
+        deadline = self._deadline if waits else float("inf")
         return min([deadline, self._reap_at, self._kill_at, self._lost_at, *closed])
 
     # What the world tells.

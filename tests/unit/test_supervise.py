@@ -1,0 +1,1066 @@
+"""The supervisor against replayed histories: a fake clock, fake processes, every order recorded.
+
+A history says what ranks do and when. `Replay` is the world around the supervisor: it wakes it when
+it asks to be woken, carries out its kills on processes that end a little later, and keeps what was
+ordered, with the time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_dcp.harness.events import (
+    DebugAnswer,
+    DebugAsk,
+    DebugDone,
+    Done,
+    Down,
+    Exchange,
+    Go,
+    Leave,
+    Met,
+    Phase,
+    RankOutcome,
+    SubReport,
+    Up,
+)
+from pytest_dcp.harness.supervise import (
+    CLOSED_S,
+    LOST_S,
+    STACKS_S,
+    Action,
+    Dump,
+    Kill,
+    Send,
+    Supervisor,
+    Terminal,
+    exit_text,
+)
+
+T0 = 100.0
+"""When phases begin."""
+GRACE_S = 1.0
+LIMIT_S = 60.0
+DYING_S = 0.015625
+"""From a kill to the process's end; a power of two, so that times in logs are exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Says:
+    rank: int
+    message: Up
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    rank: int
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closes:
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Floods:
+    rank: int
+    size_bytes: int
+
+
+Event = Says | Ends | Closes | Floods
+
+
+def hand_over(supervisor: Supervisor, event: Event, now: float) -> list[Action]:
+    """Tell the supervisor, as `world.World` does."""
+    match event:
+        case Says(rank, message):
+            return supervisor.heard(rank, message, now)
+        case Ends(rank, status):
+            return supervisor.exited(rank, status, now)
+        case Closes(rank):
+            return supervisor.closed(rank, now)
+        case Floods(rank, size_bytes):
+            return supervisor.flooded(rank, size_bytes, now)
+
+
+class Replay:
+    """A world of fake processes on a fake clock."""
+
+    def __init__(
+        self,
+        size: int = 2,
+        *,
+        grace_s: float = GRACE_S,
+        terminal: Terminal | None = None,
+        unkillable: Iterable[int] = (),
+    ) -> None:
+        self.supervisor = Supervisor(size, grace_s=grace_s, terminal=terminal or Terminal())
+        self.now = T0
+        self.log: list[tuple[float, Action]] = []
+        self._unkillable = frozenset(unkillable)
+        self._coming: list[tuple[float, int, Event]] = []
+        self._order = itertools.count()
+        self._woken, self._wakings = -math.inf, 0
+
+    @classmethod
+    def ready(cls, size: int = 2, **keywords: object) -> Replay:
+        """A world whose ranks have come up and wait for orders."""
+        replay = cls(size, **keywords)  # type: ignore[arg-type]  # passed on
+        replay.supervisor.boot(T0 + 120.0)
+        replay.play([(T0, Says(rank, done("boot"))) for rank in range(size)])
+        assert replay.supervisor.settled
+        return replay
+
+    @classmethod
+    def calling(
+        cls, size: int = 2, limit_s: float = LIMIT_S, order: Down | None = None, **keywords: object
+    ) -> Replay:
+        """A world in a phase that began at T0; the log starts empty."""
+        replay = cls.ready(size, **keywords)
+        replay.begin(range(size), limit_s=limit_s, order=order)
+        replay.log.clear()
+        return replay
+
+    def begin(
+        self,
+        ranks: Iterable[int],
+        phase: Phase = "call",
+        limit_s: float = LIMIT_S,
+        order: Down | None = None,
+    ) -> None:
+        orders = dict.fromkeys(ranks, order if order is not None else Go(phase))
+        self._note(self.supervisor.begin(phase, orders, self.now + limit_s))
+
+    def play(self, history: Iterable[tuple[float, Event]], until: float = math.inf) -> None:
+        """Let a history happen, and time pass, until every rank is accounted for (or `until`)."""
+        for at, event in history:
+            self._push(at, event)
+        while True:
+            woken = self.supervisor.wake_at()
+            coming = self._coming[0][0] if self._coming else math.inf
+            if min(woken, coming) > until or (self.supervisor.settled and not self._coming):
+                self.now = max(self.now, until if until < math.inf else self.now)
+                return
+            assert min(woken, coming) < math.inf, "the supervisor waits for ever"
+            assert min(woken, coming) > self.now or not self._spins(), "the supervisor spins"
+            self.now = max(self.now, min(woken, coming))
+            while self._coming and self._coming[0][0] <= self.now:
+                self._note(hand_over(self.supervisor, heapq.heappop(self._coming)[2], self.now))
+            self._note(self.supervisor.tick(self.now))
+
+    def _spins(self) -> bool:
+        """Whether it is woken at one moment again and again."""
+        self._wakings = 0 if self.now > self._woken else self._wakings + 1
+        self._woken = self.now
+        return self._wakings > 10
+
+    def _push(self, at: float, event: Event) -> None:
+        heapq.heappush(self._coming, (at, next(self._order), event))
+
+    def _note(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            self.log.append((self.now, action))
+            if isinstance(action, Kill) and action.rank not in self._unkillable:
+                self._push(self.now + DYING_S, Ends(action.rank, -signal.SIGKILL))
+
+    # What tests ask.
+
+    def ordered(self, kind: type[Action]) -> list[tuple[float, int]]:
+        """(time, rank) of the orders of one kind."""
+        return [(at, action.rank) for at, action in self.log if isinstance(action, kind)]
+
+    def sent(self, rank: int) -> list[Down]:
+        return [a.message for _, a in self.log if isinstance(a, Send) and a.rank == rank]
+
+    @property
+    def failures(self) -> list[tuple[int, str]]:
+        """(rank, kind), in the order in which they were found."""
+        return [(f.rank, f.kind) for f in self.supervisor.failures]
+
+    def summary(self, rank: int) -> str:
+        (text,) = [f.summary for f in self.supervisor.failures if f.rank == rank]
+        return text
+
+
+def done(phase: Phase = "call", outcome: RankOutcome = "passed", at_s: float = T0) -> Done:
+    return Done(phase, outcome, at_s, text="ValueError: 3" if outcome == "failed" else "")
+
+
+FAILED = done(outcome="failed", at_s=99.5)
+PASSED = done()
+
+
+# Phases that end well.
+
+
+def test_a_world_comes_up_when_every_rank_said_so() -> None:
+    replay = Replay(3)
+    replay.supervisor.boot(T0 + 120.0)
+    replay.play([(T0 + 1, Says(0, done("boot"))), (T0 + 2, Says(2, done("boot")))], until=T0 + 9)
+    assert not replay.supervisor.settled
+    assert replay.supervisor.busy == [1]
+    replay.play([(T0 + 10, Says(1, done("boot")))])
+    assert replay.supervisor.settled
+    assert replay.supervisor.whole
+    assert replay.supervisor.idle == [0, 1, 2]
+    assert replay.log == []
+
+
+def test_a_phase_sends_its_order_to_every_rank_and_settles_when_all_are_done() -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], order=Go("call"))
+    assert replay.log == [(T0, Send(0, Go("call"))), (T0, Send(1, Go("call")))]
+    replay.play([(T0 + 1, Says(1, PASSED)), (T0 + 2, Says(0, PASSED))])
+    assert replay.supervisor.done == {0: PASSED, 1: PASSED}
+    assert replay.failures == []
+    assert replay.supervisor.whole
+    assert replay.supervisor.wake_at() == math.inf
+    assert len(replay.log) == 2
+
+
+def test_phases_follow_each_other_and_the_second_forgets_the_first() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, FAILED)), (T0 + 1, Says(1, PASSED))])
+    assert replay.failures == [(0, "failed")]
+    replay.begin([0, 1], "teardown")
+    assert replay.supervisor.failures == []
+    assert replay.supervisor.done == {}
+    torn = done("teardown")
+    replay.play([(T0 + 1.5, Says(0, torn)), (T0 + 9, Says(1, torn))])
+    # The grace of the first phase's failure would have ended rank 1 at T0 + 2.
+    assert replay.failures == []
+    assert replay.ordered(Kill) == []
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "xfailed", "exit", "interrupt"])
+def test_an_outcome_that_is_no_failure_starts_no_grace(outcome: RankOutcome) -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, done(outcome=outcome))), (T0 + 30, Says(1, PASSED))])
+    assert replay.failures == []
+    assert replay.ordered(Dump) == []
+
+
+# Failures and limits.
+
+
+def test_after_a_failure_peers_get_the_grace_then_their_stacks_are_taken_then_they_are_killed() -> (
+    None
+):
+    replay = Replay.calling(3)
+    replay.play([(T0 + 2, Says(1, FAILED))])
+    dumped = T0 + 2 + GRACE_S
+    killed = dumped + STACKS_S
+    assert replay.log == [
+        (dumped, Dump(0)),
+        (dumped, Dump(2)),
+        (killed, Kill(0)),
+        (killed, Kill(2)),
+    ]
+    assert replay.failures == [(1, "failed"), (0, "blocked"), (2, "blocked")]
+    assert replay.now == killed + DYING_S
+    assert replay.supervisor.idle == [1]
+    assert not replay.supervisor.whole
+
+
+def test_a_failure_keeps_the_rank_s_own_time_and_a_kill_has_the_controller_s() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 2, Says(1, FAILED))])
+    times = {f.rank: f.at_s for f in replay.supervisor.failures}
+    assert times == {1: 99.5, 0: T0 + 2 + GRACE_S + STACKS_S}
+    assert replay.summary(1) == "ValueError: 3"
+
+
+def test_a_peer_that_ends_within_the_grace_is_left_alone() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 2, Says(1, FAILED)), (T0 + 2.75, Says(0, PASSED))])
+    assert replay.log == []
+    assert replay.failures == [(1, "failed")]
+    assert set(replay.supervisor.done) == {0, 1}
+
+
+def test_a_peer_that_ends_while_its_stacks_are_taken_is_left_alone() -> None:
+    replay = Replay.calling(3)
+    dumped = T0 + 2 + GRACE_S
+    replay.play([(T0 + 2, Says(1, FAILED)), (dumped + STACKS_S / 2, Says(0, PASSED))])
+    assert replay.ordered(Dump) == [(dumped, 0), (dumped, 2)]
+    assert replay.ordered(Kill) == [(dumped + STACKS_S, 2)]
+
+
+def test_a_second_failure_does_not_prolong_the_grace_of_the_first() -> None:
+    replay = Replay.calling(3)
+    replay.play([(T0 + 2, Says(1, FAILED)), (T0 + 2.75, Says(2, FAILED))])
+    assert replay.ordered(Dump) == [(T0 + 2 + GRACE_S, 0)]
+
+
+def test_without_grace_the_stacks_are_taken_at_once() -> None:
+    replay = Replay.calling(2, grace_s=0.0)
+    replay.play([(T0 + 2, Says(1, FAILED))])
+    assert replay.log == [(T0 + 2, Dump(0)), (T0 + 2 + STACKS_S, Kill(0))]
+
+
+def test_ranks_that_run_at_the_limit_are_dumped_and_killed_and_the_others_are_not() -> None:
+    replay = Replay.calling(3, limit_s=10.0)
+    replay.play([(T0 + 1, Says(1, PASSED))])
+    assert replay.log == [
+        (T0 + 10, Dump(0)),
+        (T0 + 10, Dump(2)),
+        (T0 + 10 + STACKS_S, Kill(0)),
+        (T0 + 10 + STACKS_S, Kill(2)),
+    ]
+    assert replay.failures == [(0, "timeout"), (2, "timeout")]
+    assert replay.supervisor.idle == [1]
+
+
+def test_a_rank_that_waits_at_an_exchange_at_the_limit_is_a_timeout_too() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([(T0 + 1, Says(1, Exchange("barrier()")))])
+    assert sorted(replay.failures) == [(0, "timeout"), (1, "timeout")]
+    assert sorted(replay.ordered(Kill)) == [(T0 + 10 + STACKS_S, 0), (T0 + 10 + STACKS_S, 1)]
+
+
+def test_a_limit_that_falls_into_the_grace_ends_it() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([(T0 + 9.75, Says(1, FAILED))])
+    assert replay.log == [(T0 + 10, Dump(0)), (T0 + 10 + STACKS_S, Kill(0))]
+    assert replay.failures[0] == (1, "failed")
+
+
+def test_a_world_that_does_not_come_up_ends_at_the_limit_of_its_boot() -> None:
+    replay = Replay(2)
+    replay.supervisor.boot(T0 + 120.0)
+    replay.play([(T0 + 1, Says(0, done("boot")))])
+    assert replay.failures == [(1, "timeout")]
+    assert replay.ordered(Kill) == [(T0 + 120.0 + STACKS_S, 1)]
+
+
+def test_a_late_tick_still_gives_a_rank_the_time_to_write_its_stacks() -> None:
+    # The controller itself was stopped, or slept through the limit.
+    replay = Replay.calling(1, limit_s=10.0)
+    assert replay.supervisor.tick(T0 + 500) == [Dump(0)]
+    assert replay.supervisor.tick(T0 + 500 + STACKS_S / 2) == []
+    assert replay.supervisor.tick(T0 + 500 + STACKS_S) == [Kill(0)]
+
+
+def test_after_the_limit_the_supervisor_sleeps_until_the_kill() -> None:
+    # Woken in the past, the world's loop would spin while the ranks need the core for their stacks.
+    replay = Replay.calling(1, limit_s=10.0)
+    assert replay.supervisor.wake_at() == T0 + 10
+    replay.supervisor.tick(T0 + 10)
+    assert replay.supervisor.wake_at() == T0 + 10 + STACKS_S
+
+
+# Deaths.
+
+
+@pytest.mark.parametrize(
+    ("status", "how"), [(-signal.SIGSEGV, "SIGSEGV"), (3, "code 3"), (0, "code 0")]
+)
+def test_a_rank_that_dies_in_a_phase_is_a_crash_and_its_peers_get_the_grace(
+    status: int, how: str
+) -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 2, Ends(1, status))])
+    assert replay.failures == [(1, "crashed"), (0, "blocked")]
+    assert how in replay.summary(1)
+    assert "call" in replay.summary(1)
+    assert replay.log == [
+        (T0 + 2 + GRACE_S, Dump(0)),
+        (T0 + 2 + GRACE_S + STACKS_S, Kill(0)),
+    ]
+
+
+def test_a_rank_that_dies_between_phases_fails_the_world_without_a_kill() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, PASSED)), (T0 + 1, Says(1, PASSED))])
+    replay.play([(T0 + 2, Ends(1, -signal.SIGKILL))])
+    assert replay.failures == [(1, "crashed")]
+    assert "SIGKILL" in replay.summary(1)
+    assert replay.supervisor.settled
+    assert not replay.supervisor.whole
+    assert replay.supervisor.idle == [0]
+    assert replay.log == []
+
+
+def test_a_rank_that_answers_and_dies_in_the_same_moment_keeps_its_answer() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(1, PASSED)), (T0 + 1, Ends(1, 1)), (T0 + 1.5, Says(0, PASSED))])
+    assert replay.supervisor.done == {0: PASSED, 1: PASSED}
+    assert replay.failures == [(1, "crashed")]
+
+
+def test_a_closed_socket_is_named_by_the_exit_that_follows() -> None:
+    replay = Replay.calling(2)
+    exit_ = (T0 + 2 + CLOSED_S / 2, Ends(1, -signal.SIGABRT))
+    replay.play([(T0 + 2, Closes(1)), exit_, (T0 + 2.5, Says(0, PASSED))])
+    assert replay.failures == [(1, "crashed")]
+    assert "SIGABRT" in replay.summary(1)
+    assert replay.log == []
+
+
+def test_a_rank_that_closes_its_socket_and_lives_is_killed() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 2, Closes(1)), (T0 + 2.5, Says(0, PASSED))])
+    assert replay.log == [(T0 + 2 + CLOSED_S, Kill(1))]
+    assert replay.failures == [(1, "closed")]
+
+
+def test_a_second_end_of_the_socket_does_not_prolong_the_wait_for_the_exit() -> None:
+    replay = Replay.calling(1)
+    replay.play([(T0 + 2, Closes(0)), (T0 + 2 + CLOSED_S / 2, Closes(0))])
+    assert replay.ordered(Kill) == [(T0 + 2 + CLOSED_S, 0)]
+
+
+def test_a_rank_whose_socket_closes_between_phases_is_found_in_the_next() -> None:
+    replay = Replay.ready(2)
+    replay.play([(T0, Closes(1))], until=T0)
+    replay.begin([0, 1])
+    replay.play([(T0 + 0.125, Says(0, PASSED))])
+    assert replay.failures == [(1, "closed")]
+    assert replay.ordered(Kill) == [(T0 + CLOSED_S, 1)]
+
+
+def test_a_rank_that_prints_too_much_is_killed_at_once_and_named_with_the_size() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 2, Floods(1, 123456)), (T0 + 2.5, Floods(1, 999999))])
+    assert replay.ordered(Kill)[0] == (T0 + 2, 1)
+    assert replay.failures == [(1, "flooded"), (0, "blocked")]
+    assert "123456" in replay.summary(1)
+
+
+def test_what_a_killed_rank_still_says_and_does_changes_nothing() -> None:
+    replay = Replay.calling(2)
+    late = T0 + 2 + DYING_S / 2
+    replay.play(
+        [
+            (T0 + 2, Floods(1, 10)),
+            (late, Says(1, PASSED)),
+            (late, Says(1, Exchange("barrier()"))),
+            (late, Closes(1)),
+            (late, Floods(1, 11)),
+            (T0 + 3, Says(1, PASSED)),
+            (T0 + 3, Ends(1, 0)),
+            (T0 + 2.5, Says(0, PASSED)),
+        ]
+    )
+    assert replay.failures == [(1, "flooded")]
+    assert set(replay.supervisor.done) == {0}
+    assert replay.log == [(T0 + 2, Kill(1))]
+
+
+def test_a_rank_that_cannot_be_killed_ends_as_lost() -> None:
+    replay = Replay.calling(2, unkillable=[1])
+    replay.play([(T0 + 2, Says(0, FAILED))])
+    killed = T0 + 2 + GRACE_S + STACKS_S
+    assert replay.ordered(Kill) == [(killed, 1)]
+    assert replay.failures == [(0, "failed"), (1, "blocked"), (1, "lost")]
+    assert replay.now == killed + LOST_S
+    assert replay.supervisor.settled
+    assert replay.supervisor.busy == []
+
+
+def test_a_lost_rank_that_ends_after_all_changes_nothing() -> None:
+    replay = Replay.calling(1, unkillable=[0])
+    replay.play([(T0 + 2, Floods(0, 1))])
+    before = replay.supervisor.failures.copy()
+    replay.play([(replay.now + 100, Ends(0, -signal.SIGKILL))])
+    assert replay.supervisor.failures == before
+    assert replay.supervisor.settled
+
+
+def test_an_interrupt_kills_every_rank_that_lives_once() -> None:
+    replay = Replay.calling(4)
+    history = [(T0 + 1, Says(0, PASSED)), (T0 + 1, Ends(1, 1)), (T0 + 1, Floods(2, 1))]
+    replay.play(history, until=T0 + 1)  # type: ignore[arg-type]  # a list of one union
+    replay._note(replay.supervisor.interrupt(T0 + 1))
+    replay.play([])
+    assert replay.ordered(Kill) == [(T0 + 1, 2), (T0 + 1, 0), (T0 + 1, 3)]
+    assert replay.supervisor.settled
+    assert replay.supervisor.interrupt(replay.now) == []
+
+
+def test_an_interrupt_takes_the_terminal_from_the_debugger() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, DebugAsk("set_trace")))], until=T0 + 5)
+    replay._note(replay.supervisor.interrupt(replay.now))
+    assert not replay.supervisor.paused
+    replay.play([])
+    assert replay.supervisor.settled
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(0, ["code 0"]), (137, ["code 137"]), (-9, ["9", "SIGKILL"]), (-250, ["250"])],
+)
+def test_an_exit_is_told_by_its_code_or_its_signal(status: int, words: list[str]) -> None:
+    text = exit_text(status)
+    assert all(word in text for word in words)
+    assert ("signal" in text) == (status < 0)
+
+
+# Exchanges.
+
+
+def test_when_all_ranks_meet_each_gets_all_payloads_in_rank_order() -> None:
+    replay = Replay.calling(3)
+    replay.play(
+        [
+            (T0 + 1, Says(2, Exchange("gather()", b"two"))),
+            (T0 + 2, Says(0, Exchange("gather()", b""))),
+            (T0 + 3, Says(1, Exchange("gather()", b"1"))),
+        ],
+        until=T0 + 4,
+    )
+    assert [at for at, _ in replay.log] == [T0 + 3] * 3
+    for rank in range(3):
+        (met,) = replay.sent(rank)
+        assert isinstance(met, Met)
+        assert met.error == ""
+        assert met.values() == [b"", b"1", b"two"]
+    assert sorted(replay.supervisor.busy) == [0, 1, 2]
+
+
+def test_ranks_can_meet_again_and_again() -> None:
+    replay = Replay.calling(2)
+    history = []
+    for turn in range(3):
+        history += [(T0 + turn, Says(rank, Exchange("gather()", b"%d" % turn))) for rank in (0, 1)]
+    replay.play(history, until=T0 + 3)
+    assert [met.values() for met in replay.sent(1) if isinstance(met, Met)] == [
+        [b"0", b"0"],
+        [b"1", b"1"],
+        [b"2", b"2"],
+    ]
+
+
+def test_a_world_of_one_meets_itself_at_once() -> None:
+    replay = Replay.calling(1)
+    replay.play([(T0 + 1, Says(0, Exchange("gather()", b"x")))], until=T0 + 1)
+    assert replay.log == [(T0 + 1, Send(0, Met(sizes=(1,), payload=b"x")))]
+
+
+def error_to(replay: Replay, rank: int) -> str:
+    """The error of the one `Met` that the rank got."""
+    (met,) = replay.sent(rank)
+    assert isinstance(met, Met)
+    assert met.values() == []
+    return met.error
+
+
+def test_ranks_that_ask_for_different_things_all_get_the_error() -> None:
+    replay = Replay.calling(2)
+    replay.play(
+        [(T0 + 1, Says(0, Exchange("barrier()"))), (T0 + 2, Says(1, Exchange("gather()", b"x")))],
+        until=T0 + 2,
+    )
+    assert replay.ordered(Send) == [(T0 + 2, 0), (T0 + 2, 1)]
+    for rank in (0, 1):
+        error = error_to(replay, rank)
+        assert "different things" in error
+        assert "rank 0: barrier()" in error
+        assert "rank 1: gather()" in error
+
+
+def test_who_comes_after_a_mismatch_waits_for_the_next_meeting() -> None:
+    replay = Replay.calling(3)
+    replay.play(
+        [
+            (T0 + 1, Says(0, Exchange("barrier()"))),
+            (T0 + 2, Says(1, Exchange("gather()"))),
+            (T0 + 3, Says(2, Exchange("barrier()"))),
+        ],
+        until=T0 + 4,
+    )
+    assert replay.sent(2) == []
+    again = [(T0 + 5, Says(rank, Exchange("barrier()"))) for rank in (0, 1)]
+    replay.play(again, until=T0 + 5)
+    assert replay.sent(2) == [Met(sizes=(0, 0, 0))]
+
+
+ABSENCES: dict[str, tuple[Event, str]] = {
+    "passed": (Says(1, PASSED), "call"),
+    "skipped": (Says(1, done(outcome="skipped")), "call"),
+    "failed": (Says(1, FAILED), "ValueError: 3"),
+    "died": (Ends(1, -signal.SIGSEGV), "SIGSEGV"),
+    "was killed": (Floods(1, 77), "77 bytes"),
+}
+
+
+@pytest.mark.parametrize(("event", "why"), ABSENCES.values(), ids=ABSENCES)
+@pytest.mark.parametrize("first", ["the wait", "the absence"])
+def test_who_waits_for_a_rank_that_will_not_come_is_told_at_once_and_why(
+    event: Event, why: str, first: str
+) -> None:
+    wait = Says(0, Exchange("barrier()"))
+    both: list[Event] = [wait, event] if first == "the wait" else [event, wait]
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1 + i / 4, one) for i, one in enumerate(both)], until=T0 + 1.25)
+    error = error_to(replay, 0)
+    assert replay.ordered(Send) == [(T0 + 1.25, 0)]
+    assert "in vain" in error
+    assert "rank 1" in error
+    assert "barrier()" in error
+    assert why in error
+    assert 0 in replay.supervisor.busy
+
+
+def test_a_socket_that_closed_does_not_yet_end_a_meeting_but_the_exit_does() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, Exchange("barrier()"))), (T0 + 1, Closes(1))], until=T0 + 1.125)
+    assert replay.log == []
+    replay.play([(T0 + 1.1875, Ends(1, 1))], until=T0 + 1.1875)
+    assert "in vain" in error_to(replay, 0)
+
+
+def test_a_rank_that_dies_at_an_exchange_frees_the_others() -> None:
+    replay = Replay.calling(3)
+    met = [(T0 + 1, Says(rank, Exchange("barrier()"))) for rank in (0, 1)]
+    replay.play([*met, (T0 + 2, Ends(1, -signal.SIGKILL))], until=T0 + 2)
+    assert replay.ordered(Send) == [(T0 + 2, 0)]
+    assert "SIGKILL" in error_to(replay, 0)
+
+
+def test_the_survivors_of_a_failed_phase_can_not_meet_the_dead() -> None:
+    # What wind-down does: a teardown on the ranks that are left.
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Ends(1, 1)), (T0 + 1.5, Says(0, PASSED))])
+    replay.begin([0], "teardown")
+    replay.log.clear()
+    replay.play([(replay.now, Says(0, Exchange("barrier()")))], until=replay.now)
+    assert "in vain" in error_to(replay, 0)
+
+
+# Messages out of turn.
+
+OUT_OF_TURN: dict[str, tuple[list[Up], Up]] = {
+    "an answer while idle": ([PASSED], PASSED),
+    "an exchange while idle": ([PASSED], Exchange("barrier()")),
+    "a debugger while idle": ([PASSED], DebugAsk("set_trace")),
+    "an answer at an exchange": ([Exchange("barrier()")], PASSED),
+    "a second exchange": ([Exchange("barrier()")], Exchange("barrier()")),
+    "a debugger at an exchange": ([Exchange("barrier()")], DebugAsk("set_trace")),
+    "a terminal given back that it never had": ([], DebugDone()),
+    "an answer in the debugger": ([DebugAsk("set_trace")], PASSED),
+    "the terminal back, at an exchange": (
+        [DebugAsk("set_trace"), Exchange("barrier()")],
+        DebugDone(),
+    ),
+    "a second debugger": ([DebugAsk("set_trace")], DebugAsk("set_trace")),
+    "a message that is not the supervisor's": ([], SubReport({})),
+}
+
+
+@pytest.mark.parametrize(("before", "message"), OUT_OF_TURN.values(), ids=OUT_OF_TURN)
+def test_a_rank_that_speaks_out_of_turn_is_killed_and_named_with_what_it_said(
+    before: list[Up], message: Up
+) -> None:
+    replay = Replay.calling(2)
+    history = [(T0 + 1, Says(1, one)) for one in before]
+    replay.play([*history, (T0 + 2, Says(1, message)), (T0 + 2.5, Says(0, PASSED))])
+    assert replay.ordered(Kill) == [(T0 + 2, 1)]
+    assert replay.failures == [(1, "closed")]
+    assert type(message).__name__ in replay.summary(1)
+    assert not replay.supervisor.paused
+
+
+# Leaving.
+
+
+def test_ranks_that_leave_with_code_0_are_gone_without_a_failure() -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], "finish", order=Leave())
+    assert replay.sent(1) == [Leave()]
+    replay.play(
+        [(T0 + 1, Closes(0)), (T0 + 1, Ends(0, 0)), (T0 + 5, Closes(1)), (T0 + 6, Ends(1, 0))]
+    )
+    assert replay.failures == []
+    assert replay.supervisor.settled
+    assert replay.supervisor.idle == []
+    assert replay.ordered(Kill) == []
+
+
+@pytest.mark.parametrize(("status", "how"), [(1, "code 1"), (-signal.SIGSEGV, "SIGSEGV")])
+def test_a_rank_that_leaves_otherwise_failed_after_its_verdict(status: int, how: str) -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], "finish", order=Leave())
+    replay.play([(T0 + 1, Ends(0, 0)), (T0 + 1, Ends(1, status))])
+    assert replay.failures == [(1, "crashed")]
+    assert how in replay.summary(1)
+    assert "after its verdict" in replay.summary(1)
+
+
+def test_a_rank_that_does_not_leave_in_time_is_killed() -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], "finish", limit_s=20.0, order=Leave())
+    replay.play([(T0 + 1, Ends(0, 0)), (T0 + 1, Closes(1))])
+    assert replay.log[2:] == [(T0 + 20, Dump(1)), (T0 + 20 + STACKS_S, Kill(1))]
+    assert replay.failures == [(1, "timeout")]
+
+
+def test_a_rank_that_talks_while_it_leaves_is_killed() -> None:
+    replay = Replay.ready(1)
+    replay.begin([0], "finish", order=Leave())
+    replay.play([(T0 + 1, Says(0, PASSED))])
+    assert replay.ordered(Kill) == [(T0 + 1, 0)]
+
+
+# The debugger.
+
+
+def test_the_first_that_asks_gets_the_terminal_and_its_group() -> None:
+    replay = Replay.calling(2, terminal=Terminal(group=4321))
+    replay.play([(T0 + 1, Says(1, DebugAsk("set_trace")))], until=T0 + 1)
+    assert replay.log == [(T0 + 1, Send(1, DebugAnswer(granted=True, group=4321)))]
+    assert replay.supervisor.paused
+    assert replay.supervisor.wake_at() == math.inf
+
+
+def test_a_second_asker_goes_on_without_and_without_an_error() -> None:
+    replay = Replay.calling(2)
+    asks = [(T0 + 1 + rank, Says(rank, DebugAsk("post_mortem"))) for rank in (0, 1)]
+    replay.play(asks, until=T0 + 2)
+    assert replay.sent(1) == [DebugAnswer(granted=False)]
+    assert 1 in replay.supervisor.busy
+    # Nor later, when the terminal is free: the user talks to one rank.
+    replay.play(
+        [(T0 + 3, Says(0, DebugDone())), (T0 + 4, Says(1, DebugAsk("again")))], until=T0 + 4
+    )
+    assert replay.sent(1) == [DebugAnswer(granted=False)] * 2
+
+
+def test_the_rank_that_had_the_terminal_gets_it_again() -> None:
+    replay = Replay.calling(2)
+    replay.play(
+        [
+            (T0 + 1, Says(1, DebugAsk("set_trace"))),
+            (T0 + 2, Says(1, DebugDone())),
+            (T0 + 3, Says(1, DebugAsk("set_trace"))),
+        ],
+        until=T0 + 3,
+    )
+    assert replay.sent(1) == [DebugAnswer(granted=True)] * 2
+    assert replay.supervisor.paused
+
+
+def test_a_pinned_rank_gets_the_terminal_although_another_asked_first() -> None:
+    replay = Replay.calling(2, terminal=Terminal(rank=1))
+    asks = [(T0 + 1 + rank, Says(rank, DebugAsk("set_trace"))) for rank in (0, 1)]
+    replay.play(asks, until=T0 + 2)
+    assert replay.sent(0) == [DebugAnswer(granted=False)]
+    assert replay.sent(1) == [DebugAnswer(granted=True)]
+
+
+def test_without_a_terminal_every_asker_is_told_why() -> None:
+    replay = Replay.calling(2, terminal=Terminal(missing="pytest -n has no terminal"))
+    asks = [(T0 + 1, Says(rank, DebugAsk("set_trace"))) for rank in (0, 1)]
+    replay.play(asks, until=T0 + 1)
+    for rank in (0, 1):
+        assert replay.sent(rank) == [DebugAnswer(granted=False, error="pytest -n has no terminal")]
+    assert not replay.supervisor.paused
+
+
+def debugged(start: float, end: float, rank: int = 0) -> list[tuple[float, Event]]:
+    """A rank has the terminal for a while."""
+    return [(T0 + start, Says(rank, DebugAsk("set_trace"))), (T0 + end, Says(rank, DebugDone()))]
+
+
+def test_the_time_limit_stands_still_while_a_rank_has_the_terminal() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([*debugged(4, 1004)])
+    assert replay.ordered(Dump) == [(T0 + 1010, 0), (T0 + 1010, 1)]
+    assert replay.ordered(Kill)[0] == (T0 + 1010 + STACKS_S, 0)
+
+
+def test_the_grace_stands_still_while_a_rank_has_the_terminal() -> None:
+    replay = Replay.calling(3, limit_s=math.inf)
+    replay.play([(T0 + 1, Says(2, FAILED)), *debugged(1.25, 1001.25)])
+    # A quarter of the grace was over before, so three quarters are left after.
+    assert replay.ordered(Dump) == [(T0 + 1001.25 + 0.75, 0), (T0 + 1001.25 + 0.75, 1)]
+
+
+def test_a_failure_during_the_pause_leaves_the_peers_the_grace_and_no_more() -> None:
+    replay = Replay.calling(3, limit_s=math.inf)
+    replay.play([*debugged(0, 3600), (T0 + 3000, Says(2, FAILED))])
+    assert replay.ordered(Dump) == [(T0 + 3600 + GRACE_S, 0), (T0 + 3600 + GRACE_S, 1)]
+
+
+def test_the_time_for_stacks_stands_still_while_a_rank_has_the_terminal() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([*debugged(10 + STACKS_S / 2, 100)])
+    (at, _), *_ = replay.ordered(Kill)
+    assert T0 + 100 < at <= T0 + 100 + STACKS_S
+
+
+def test_who_steps_over_an_exchange_in_the_debugger_meets_its_peers_and_keeps_the_terminal() -> (
+    None
+):
+    replay = Replay.calling(2, limit_s=10.0)
+    barrier = Exchange("barrier()")
+    history = [(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 100, Says(0, barrier))]
+    replay.play([*history, (T0 + 200, Says(1, barrier))], until=T0 + 300)
+    assert replay.sent(0)[1:] == replay.sent(1) == [Met(sizes=(0, 0))]
+    assert replay.supervisor.paused
+    replay.play([(T0 + 400, Says(0, DebugDone()))])
+    # One second of ten was used before the debugger: nine are left.
+    assert replay.ordered(Dump) == [(T0 + 409, 0), (T0 + 409, 1)]
+
+
+def test_who_waits_in_the_debugger_for_a_rank_that_will_not_come_keeps_the_terminal() -> None:
+    replay = Replay.calling(2)
+    history = [(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 2, Says(0, Exchange("barrier()")))]
+    replay.play([*history, (T0 + 3, Says(1, PASSED))], until=T0 + 3)
+    granted, met = replay.sent(0)
+    assert granted == DebugAnswer(granted=True)
+    assert isinstance(met, Met)
+    assert "in vain" in met.error
+    assert replay.supervisor.paused
+
+
+def test_a_rank_that_dies_in_the_debugger_starts_the_clocks_again() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 500, Ends(0, 1))])
+    assert replay.failures == [(0, "crashed"), (1, "blocked")]
+    assert replay.ordered(Dump) == [(T0 + 500 + GRACE_S, 1)]
+
+
+def test_a_rank_that_floods_in_the_debugger_starts_the_clocks_again() -> None:
+    replay = Replay.calling(2, limit_s=10.0)
+    replay.play([(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 500, Floods(0, 1))])
+    assert replay.failures == [(0, "flooded"), (1, "blocked")]
+
+
+def test_a_rank_that_closes_its_socket_in_the_debugger_and_lives_is_killed() -> None:
+    # It can no longer say that it is done, so nothing would ever start the clocks again.
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 9, Closes(0))])
+    assert replay.ordered(Kill)[0] == (T0 + 9 + CLOSED_S, 0)
+    assert replay.failures[0] == (0, "closed")
+
+
+# Any history.
+
+Intent = Literal[
+    "pass", "fail", "meet", "diverge", "debug", "babble", "die", "leave", "close", "flood"
+]
+"""What a rank is about to do; what that means depends on where it is."""
+
+
+class Witness:
+    """Runs fake ranks against a supervisor through any history, keeping books of its own.
+
+    It knows only what was told and what was ordered; the supervisor's states it never looks at.
+    """
+
+    def __init__(self, size: int, unkillable: frozenset[int], limit_s: float) -> None:
+        self.supervisor = Supervisor(size, grace_s=GRACE_S, terminal=Terminal())
+        self.now = T0
+        self.unkillable = unkillable
+        self.doing = dict.fromkeys(range(size), "running")
+        """idle, running, meeting, debugging, debugging and meeting, killed or gone."""
+        self.left: set[int] = set()
+        """Ranks that went with code 0."""
+        self.ordered: set[int] = set(range(size))
+        """Ranks that owe an answer to this phase."""
+        self.paused_s = 0.0
+        self.limit_s = limit_s
+        self.deadline = T0 + limit_s
+        self.supervisor.boot(self.deadline)
+
+    def watch(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            state = self.doing[action.rank]
+            assert state not in ("killed", "gone"), f"{action} to a rank that is {state}"
+            match action:
+                case Kill(rank):
+                    self.doing[rank] = "killed"
+                case Send(rank, Met()):
+                    assert "meeting" in state
+                    self.doing[rank] = "debugging" if "debugging" in state else "running"
+                case Send(rank, DebugAnswer(granted)):
+                    assert not (granted and self.holder is not None), "two have the terminal"
+                    self.doing[rank] = "debugging" if granted else "running"
+                case Send(rank, _):
+                    assert state == "idle"
+                    self.doing[rank] = "running"
+
+    @property
+    def holder(self) -> int | None:
+        """The rank that has the terminal."""
+        return next((rank for rank, state in self.doing.items() if "debugging" in state), None)
+
+    def act(self, rank: int, intent: Intent) -> None:
+        """Have a rank do something that fits where it is, if anything does."""
+        meeting = Exchange("barrier()" if intent == "meet" else "gather()", b"x")
+        match self.doing[rank], intent:
+            case "gone" | "killed", "pass" | "fail" | "meet" | "diverge" | "debug":
+                pass
+            case "running", "pass" | "fail":
+                self.doing[rank] = "idle"
+                self.tell(Says(rank, PASSED if intent == "pass" else FAILED))
+            case ("running" | "debugging") as state, "meet" | "diverge":
+                self.doing[rank] = "meeting" if state == "running" else "debugging and meeting"
+                self.tell(Says(rank, meeting))
+            case "running", "debug":
+                self.tell(Says(rank, DebugAsk("set_trace")))
+            case "debugging", "pass" | "fail" | "debug":
+                self.doing[rank] = "running"
+                self.tell(Says(rank, DebugDone()))
+            case _, "babble":
+                self.tell(Says(rank, SubReport({})))
+            case state, "die" | "leave" if state != "gone":
+                self.end(rank, 0 if intent == "leave" else -signal.SIGSEGV)
+            case _, "close":
+                self.tell(Closes(rank))
+            case _, "flood":
+                self.tell(Floods(rank, 1 << 30))
+
+    def end(self, rank: int, status: int) -> None:
+        self.doing[rank] = "gone"
+        if status == 0:
+            self.left.add(rank)
+        self.tell(Ends(rank, status))
+
+    def tell(self, event: Event) -> None:
+        self.watch(hand_over(self.supervisor, event, self.now))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        if self.supervisor.paused:
+            self.paused_s += seconds
+        self.watch(self.supervisor.tick(self.now))
+
+    def begin(self, phase: Phase, order: Down) -> None:
+        ranks = [rank for rank, state in self.doing.items() if state == "idle"]
+        assert self.supervisor.idle == ranks
+        self.ordered, self.left = set(ranks), set()
+        self.deadline, self.paused_s = self.now + self.limit_s, 0.0
+        self.watch(self.supervisor.begin(phase, dict.fromkeys(ranks, order), self.deadline))
+
+    def wind_up(self) -> None:
+        """Deliver the ends of killed ranks and let time pass until all is settled."""
+        if self.supervisor.paused:  # the user leaves the debugger: the one wait without a bound
+            assert self.holder is not None
+            self.end(self.holder, 1)
+        for _ in range(100):
+            for rank, state in list(self.doing.items()):
+                if state == "killed" and rank not in self.unkillable:
+                    self.end(rank, -signal.SIGKILL)
+            if self.supervisor.settled:
+                return
+            wake_at = self.supervisor.wake_at()
+            assert wake_at < math.inf, "the supervisor waits for ever"
+            self.pass_time(max(0.0, wake_at - self.now))
+        raise AssertionError("the supervisor is woken without end")
+
+    def check_settled(self) -> None:
+        """Each rank of the phase is accounted for, and none is said to be alive that is not."""
+        kinds = {(f.rank, f.kind) for f in self.supervisor.failures}
+        failed = {rank for rank, _ in kinds}
+        for rank in self.ordered:
+            assert rank in self.supervisor.done or rank in failed or rank in self.left
+        for rank, state in self.doing.items():
+            assert state in ("idle", "killed", "gone")
+            if state == "killed" and rank in self.ordered:
+                assert (rank, "lost") in kinds
+        assert self.supervisor.busy == []
+
+
+STEPS_S = st.sampled_from([0.0, 0.015625, STACKS_S, CLOSED_S, GRACE_S, 3.0, LOST_S, 40.0])
+TAME: list[Intent] = ["pass", "pass", "fail", "meet", "meet", "diverge", "debug"]
+WILD: list[Intent] = ["babble", "die", "leave", "close", "flood"]
+Step = tuple[int, Intent] | float | Literal["call", "leave", "interrupt"]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A drawn history, for a witness to go through."""
+
+    witness: Witness
+    steps: list[Step]
+
+    def play(self, after_each: Callable[[Witness], None] = lambda _: None) -> None:
+        witness = self.witness
+        for step in self.steps:
+            match step:
+                case float():
+                    witness.pass_time(step)
+                case "interrupt":
+                    witness.watch(witness.supervisor.interrupt(witness.now))
+                case "call" | "leave":
+                    if witness.supervisor.settled:
+                        witness.check_settled()
+                        witness.begin(
+                            "call" if step == "call" else "finish",
+                            Go("call") if step == "call" else Leave(),
+                        )
+                case (rank, intent):
+                    witness.act(rank % len(witness.doing), intent)
+            after_each(witness)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> History:
+    size = draw(st.integers(1, 4))
+    unkillable = draw(st.frozensets(st.integers(0, size - 1), max_size=1))
+    witness = Witness(size, unkillable, draw(st.sampled_from([5.0, LIMIT_S])))
+    ranks = st.integers(0, size - 1)
+    tame: st.SearchStrategy[Step] = st.tuples(ranks, st.sampled_from(TAME))
+    rest: st.SearchStrategy[Step] = st.one_of(
+        STEPS_S, st.tuples(ranks, st.sampled_from(WILD)), st.sampled_from(["call", "leave"])
+    )
+    boot: list[Step] = [(rank, "pass") for rank in range(size)]
+    opening: list[Step] = [*boot, "call"] if draw(st.booleans()) else []
+    drawn = draw(st.lists(st.one_of(*[tame] * 5, rest), min_size=4, max_size=40))
+    end: list[Step] = ["interrupt"] if draw(st.sampled_from([False, False, True])) else []
+    return History(witness, [*opening, *drawn, *end])
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories())
+def test_any_history_settles_in_bounded_time_with_every_rank_accounted_for(
+    history: History,
+) -> None:
+    witness = history.witness
+    history.play()
+    limit = max(witness.now, witness.deadline + witness.paused_s)
+    witness.wind_up()
+    # At worst a socket closed just before the limit, then stacks are taken, and then a rank can not
+    # be killed.
+    assert witness.now <= limit + STACKS_S + CLOSED_S + LOST_S + 0.001
+    witness.check_settled()
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories())
+def test_in_any_history_nothing_is_left_to_do_at_once_after_a_tick(history: History) -> None:
+    def look(witness: Witness) -> None:
+        witness.pass_time(0.0)
+        assert witness.supervisor.wake_at() > witness.now
+
+    history.play(after_each=look)
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories())
+def test_in_any_history_a_rank_that_was_killed_or_died_never_answers_again(
+    history: History,
+) -> None:
+    answered: dict[int, Done] = {}
+
+    def look(witness: Witness) -> None:
+        for rank, said in witness.supervisor.done.items():
+            assert witness.doing[rank] == "idle" or said is answered.get(rank)
+        answered.clear()
+        answered.update(witness.supervisor.done)
+
+    history.play(after_each=look)
