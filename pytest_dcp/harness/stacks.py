@@ -66,13 +66,12 @@ def trimmed(trace: str) -> str:
 
 
 def _without_runner(thread: list[str]) -> list[str]:
-    """One thread's frames, innermost first, up to the outermost that is the user's own."""
+    """One thread's frames, innermost first, up to the first of the runner's outside the user's."""
     files = [match["file"] for line in thread if (match := FRAME.match(line))]
-    own = [i for i, file in enumerate(files) if not (LIBRARY.search(file) or OURS.search(file))]
-    runner = [i for i, file in enumerate(files) if RUNNER.search(file)]
-    if not runner:
-        return thread
-    return thread[: own[-1] + 1] if own and own[-1] < runner[-1] else thread[: runner[0]]
+    own = (i for i, file in enumerate(files) if not (LIBRARY.search(file) or OURS.search(file)))
+    first = next(own, 0)
+    runner = (i for i, file in enumerate(files) if i >= first and RUNNER.search(file))
+    return thread[: next(runner, len(thread))]
 
 
 def doing(trace: str) -> str:
