@@ -59,6 +59,8 @@ class Done:
     """Only at an item's teardown: names of the threads that the test left running."""
     reusable: bool = True
     """Only at an item's teardown: whether a warm world can go on with this rank."""
+    returncode: int | None = None
+    """Only for an exit: what the session is to return."""
     payload: bytes = b""
     """Only for a function's call: its pickled result."""
 

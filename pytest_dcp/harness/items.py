@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import shutil
 import sys
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.raises import AbstractRaises
+from _pytest.skipping import xfailed_key
 
-from pytest_dcp.errors import WorldError
+from pytest_dcp.errors import RankFailure, WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
 from pytest_dcp.harness.outcome import Outcome, combine, is_echo, ranks_text
@@ -60,6 +63,8 @@ class MarkedItem:
     raised: BaseException | None = None
     """What the last failed phase raised, and its outcome."""
     outcome: Outcome | None = None
+    unexpectedly: str = ""
+    """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
 
     def begin(self, nextitem: pytest.Item | None) -> None:
@@ -78,6 +83,7 @@ class MarkedItem:
     def setup(self) -> None:
         """Start or take a world, and set the item up in every rank."""
         self.failed, self.raised, self.outcome, self.world = False, None, None, None
+        self.unexpectedly = ""
         seed = self.harness.seed_of(self.item.nodeid)
         self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
         self.world = self._take_warm()
@@ -98,17 +104,20 @@ class MarkedItem:
         """Call the test in every rank."""
         if self.world is None:
             raise WorldError(f"{self.item.nodeid}: called, but its setup started no world")
-        self._conclude(self.world, self.world.run("call", Go("call")), "call")
+        outcome = self.world.run("call", Go("call"))
+        self._conclude(self.world, outcome, "call")
+        self.unexpectedly = next((done.text for done in outcome.done.values() if done.text), "")
 
     def teardown(self) -> None:
         """Tear the item down in every rank, and the world unless it is kept warm."""
         if self.world is None:
             return
         try:
+            died = self.world.died()
             if self.world.whole:
                 self._tear_down_whole(self.world)
             elif not self.world.ended:
-                self._wind_down(self.world)
+                self._wind_down(self.world, died)
         finally:
             world, self.world = self.world, None
             if world not in self.harness.warm.values():
@@ -131,10 +140,14 @@ class MarkedItem:
             world.close()
         self._raise_for(torn)
 
-    def _wind_down(self, world: World) -> None:
-        failures = [f for f in world.wind_down(Go("teardown"), WIND_DOWN_S) if not is_echo(f)]
-        failures = [f for f in failures if f.kind == "failed"]
-        if failures:
+    def _wind_down(self, world: World, died: Sequence[RankFailure]) -> None:
+        """Tear down in the ranks that are left; what is new in that is the item's error."""
+        failures = [
+            failure
+            for failure in world.wind_down(Go("teardown"), WIND_DOWN_S)
+            if failure.kind == "failed" and not is_echo(failure)
+        ]
+        if failures := [*died, *failures]:
             self._raise_for(combine(0, {}, failures))
 
     # Warm worlds.
@@ -191,8 +204,17 @@ class MarkedItem:
         if outcome.kind in ("failed", "exit", "interrupt"):
             self.failed = True
         self.outcome = outcome
-        self.raised = report.exception_for(outcome, self.item.nodeid)
+        self.raised = report.exception_for(outcome, self.item.nodeid, self._expects)
         raise self.raised
+
+    def _expects(self, error: BaseException) -> bool:
+        """Whether the test's xfail marker has this exception in mind."""
+        xfailed = self.item.stash.get(xfailed_key, None)
+        if xfailed is None or xfailed.raises is None:
+            return xfailed is not None
+        if isinstance(xfailed.raises, AbstractRaises):
+            return xfailed.raises.matches(error)
+        return isinstance(error, xfailed.raises)
 
     def _log_subtests(self, world: World) -> None:
         reports, world.sub_reports = world.sub_reports, []
@@ -240,18 +262,30 @@ class MarkedItem:
     def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
         """Show the ranks' own failure in the place of the controller's."""
         outcome = self.outcome
+        if call.when == "call" and rep.passed and self.unexpectedly:
+            rep.wasxfail = self.unexpectedly
         if call.excinfo is None or call.excinfo.value is not self.raised or outcome is None:
             return
         if outcome.kind == "skipped":
             rep.longrepr = self._skip_location(outcome)
+        elif outcome.kind == "xfailed":
+            rep.longrepr = report.own_longrepr(outcome, self.item.config)
         elif outcome.first is not None:
             options = self.harness.options
             seed = self.harness.seed_of(self.item.nodeid)
             override = options.defaults.world_size is not None
-            rerun = report.rerun_line(self.item.nodeid, seed, self.spec.size, override)
+            rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
+            path, line, _ = self.item.reportinfo()
             rep.longrepr = report.longrepr_for(
-                outcome, outcome.first, self.item.config, str(self.item.path), rerun
+                outcome, outcome.first, self.item.config, (str(path), (line or 0) + 1), rerun
             )
+
+    def _nodeid_here(self) -> str:
+        """The nodeid as the command line takes it in the folder where pytest was started."""
+        config = self.item.config
+        path, separator, rest = self.item.nodeid.partition("::")
+        here = os.path.relpath(config.rootpath / path, config.invocation_params.dir)
+        return f"{here}{separator}{rest}"
 
     def _skip_location(self, outcome: Outcome) -> tuple[str, int, str]:
         for done in outcome.done.values():

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from pytest_dcp.errors import WorldError
+
 RANK_VARIABLE = "PYTEST_DCP_RANK"
 """`Order.token` in every rank's environment, and so in that of every program it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
@@ -94,11 +96,17 @@ class Exit:
     """Processes that it left behind, as `pid (command)`; they were killed."""
 
 
+class LauncherLostError(WorldError):
+    """What starts, signals and reaps ranks is gone itself."""
+
+
 class Launcher(Protocol):
     """Starts, signals and reaps the processes of ranks."""
 
     name: str
     """fork or spawn."""
+    lost: str
+    """How it ended, when it is gone; empty while it lives."""
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one process per order. Raises `WorldError` when that is impossible."""

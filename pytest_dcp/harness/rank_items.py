@@ -298,6 +298,7 @@ class RankPlugin:
             exception=(type(error).__module__, type(error).__qualname__) if error else None,
             text=text,
             report=None if outcome == "passed" else self._serialise(report),
+            returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
             sections=tuple(
                 (when, name, clip(content))
                 for when, name, content in item._report_sections[seen_sections:]
@@ -446,7 +447,7 @@ def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[Rank
         longrepr = report.longrepr
         return "skipped", str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
     if report.passed:
-        return "passed", ""
+        return "passed", str(getattr(report, "wasxfail", ""))
     return "failed", one_line(error) if error is not None else str(report.longrepr)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -31,26 +31,35 @@ TRACE_CHARS = 20_000
 """Of one rank's stacks in a report."""
 
 
-def exception_for(outcome: Outcome, where: str) -> BaseException:
-    """What the controller raises for an outcome that did not pass, in the place of the test."""
+def exception_for(
+    outcome: Outcome, where: str, expected: Callable[[BaseException], bool]
+) -> BaseException:
+    """What the controller raises for an outcome that did not pass, in the place of the test.
+
+    Of several causes it is the first that is not `expected` (by an xfail marker): an expected
+    failure of one rank must not hide another's.
+    """
     if outcome.kind == "skipped":
         return pytest.skip.Exception(outcome.reason)
     if outcome.kind == "xfailed":
         return pytest.xfail.Exception(outcome.reason)
     if outcome.kind == "exit":
-        return pytest.exit.Exception(f"{where}: {outcome.reason}")
+        codes = [done.returncode for done in outcome.done.values() if done.outcome == "exit"]
+        return pytest.exit.Exception(f"{where}: {outcome.reason}", returncode=codes[0])
     if outcome.kind == "interrupt":
         return KeyboardInterrupt(f"{where}: {outcome.reason}")
-    text = outcome.reason
-    if outcome.first is None:
-        return WorldError(text)
-    first = outcome.first
-    done = outcome.done.get(first.failure.rank)
-    if first.failure.kind == "failed" and done is not None and done.exception is not None:
+    causes = [_error_of(group, outcome) for group in outcome.groups if not group.echo]
+    unexpected = (error for error in causes if not expected(error))
+    return next(unexpected, causes[0] if causes else WorldError(outcome.reason, outcome.failures))
+
+
+def _error_of(group: Group, outcome: Outcome) -> BaseException:
+    done = outcome.done.get(group.failure.rank)
+    if group.failure.kind == "failed" and done is not None and done.exception is not None:
         error = _like(done.exception, done.text.partition(": ")[2])
         if error is not None:
             return error
-    return WorldError(text, outcome.failures)
+    return WorldError(outcome.reason, outcome.failures)
 
 
 def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
@@ -79,7 +88,7 @@ def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
 
 
 def longrepr_for(
-    outcome: Outcome, first: Group, config: pytest.Config, path: str, rerun: str
+    outcome: Outcome, first: Group, config: pytest.Config, location: tuple[str, int], rerun: str
 ) -> ExceptionRepr:
     """The failure representation: headline, the traceback of the `first` cause, then its peers."""
     repr_ = _own_repr(first, outcome.done.get(first.failure.rank), config)
@@ -87,7 +96,7 @@ def longrepr_for(
     if repr_ is None:
         limited = first.failure.kind in ("blocked", "timeout")
         detail = "" if limited else _clip(first.failure.detail)
-        crash = ReprFileLocation(path, 0, outcome.reason)
+        crash = ReprFileLocation(*location, outcome.reason)
         entries = ReprTraceback([ReprEntryNative([detail])] if detail else [], None, "native")
         repr_ = ExceptionChainRepr([(entries, crash, None)])
     head = ReprEntryNative([f"{line}\n" for line in lines])
@@ -106,6 +115,15 @@ def longrepr_for(
         repr_.addsection("what the ranks that did not end were doing", table)
     repr_.addsection("to rerun just this", rerun, "-")
     return repr_
+
+
+def own_longrepr(outcome: Outcome, config: pytest.Config) -> Any:
+    """The representation that the first rank with one made itself; None when there is none."""
+    for done in outcome.done.values():
+        if done.outcome == outcome.kind and done.report is not None and "longrepr" in done.report:
+            data = dict(done.report)
+            return config.hook.pytest_report_from_serializable(config=config, data=data).longrepr
+    return None
 
 
 def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> ExceptionChainRepr | None:

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import uuid
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,8 @@ class Harness:
 
     def launcher(self) -> Launcher:
         """What starts ranks; itself started on first use."""
+        if self._launcher is not None and self._launcher.lost:
+            self._replace_lost(self._launcher)
         if self._launcher is None:
             reason = self._unsafe_to_fork()
             if self.options.launch == "fork" and reason:
@@ -99,6 +102,16 @@ class Harness:
 
                 self._launcher = start_zygote(self.session)
         return self._launcher
+
+    def _replace_lost(self, lost: Launcher) -> None:
+        """Go on with fresh interpreters: this process has run tests and must not be forked now."""
+        from pytest_dcp.harness.spawn import SpawnLauncher
+
+        lost.close()
+        self._launcher = SpawnLauncher.start(self.session)
+        warnings.warn(
+            pytest.PytestWarning(f"{lost.lost}; ranks are spawned from here on"), stacklevel=2
+        )
 
     def _unsafe_to_fork(self) -> str:
         if sys.platform != "linux":

@@ -27,6 +27,7 @@ from pytest_dcp.harness.events import RunItem
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
 
 PROGRAM = "from pytest_dcp.harness.spawn import main; main()"
+GUARD = "from pytest_dcp.harness.guard import main; main()"
 WAIT_S = 10.0
 
 
@@ -34,6 +35,7 @@ class SpawnLauncher:
     """A `launch.Launcher` that starts interpreters."""
 
     name = "spawn"
+    lost = ""
 
     def __init__(self, session: dict[str, Any]) -> None:
         self._session = session
@@ -42,6 +44,7 @@ class SpawnLauncher:
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
         self._waiters: list[threading.Thread] = []
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(cls, session: pytest.Session) -> SpawnLauncher:
@@ -60,6 +63,7 @@ class SpawnLauncher:
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one interpreter per order."""
+        self._start_guard(orders[0].session)
         for order, rank_fds in zip(orders, fds, strict=True):
             told = {
                 "order": order.to_json(),
@@ -83,8 +87,19 @@ class SpawnLauncher:
             waiter = threading.Thread(
                 target=self._wait, args=(order, process), name="dcp-wait", daemon=True
             )
-            self._waiters.append(waiter)
+            self._waiters = [*filter(threading.Thread.is_alive, self._waiters), waiter]
             waiter.start()
+
+    def _start_guard(self, session: str) -> None:
+        """A process that kills what ranks have started when this one gets no chance to."""
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-c", GUARD, f"{session}:"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
 
     def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
         # Look before reaping: until then the process id, and so its group's, cannot be another's.
@@ -152,6 +167,8 @@ class SpawnLauncher:
             self.kill(world, one)
         for waiter in self._waiters:
             waiter.join(WAIT_S)
+        if self._guard is not None:
+            self._guard.communicate(timeout=WAIT_S)
         self._wake_r.close()
         self._wake_w.close()
 

@@ -216,6 +216,8 @@ class Supervisor:
                 self.done[rank] = message
                 if message.outcome == "failed":
                     self._fail(rank, "failed", message.text, message.at_s, now)
+                elif message.outcome in ("exit", "interrupt"):
+                    self._end_soon(now)
             case Exchange():
                 self._meeting[rank] = message
             case DebugAsk():
@@ -261,6 +263,17 @@ class Supervisor:
         """Kill everything now: the session is being stopped."""
         return [a for rank in self.states for a in self._kill(rank, "blocked", "stopped", now)]
 
+    def abandon(self, text: str, now: float) -> None:
+        """What started the ranks is gone, and they with it."""
+        for rank, state in self.states.items():
+            if state is not S.GONE:
+                self.states[rank] = S.GONE
+                self.failures.append(RankFailure(rank, "lost", self.phase, now, text))
+        self._closed.clear()
+        self._meeting.clear()
+        self._paused_at = None
+        self._reap_at = self._kill_at = self._lost_at = float("inf")
+
     def tick(self, now: float) -> list[Action]:
         """What is due by now."""
         if self._paused_at is not None:
@@ -301,6 +314,10 @@ class Supervisor:
 
     def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:
         self.failures.append(RankFailure(rank, kind, self.phase, at_s, text))
+        self._end_soon(now)
+
+    def _end_soon(self, now: float) -> None:
+        """Peers of a rank that cannot pass get the grace, and no more."""
         if self._kill_at == float("inf") and not self._timed_out:
             self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
 

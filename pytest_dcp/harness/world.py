@@ -32,7 +32,7 @@ from pytest_dcp.harness.events import (
     WireError,
     encode,
 )
-from pytest_dcp.harness.launch import Launcher, Order, RankFds
+from pytest_dcp.harness.launch import Launcher, LauncherLostError, Order, RankFds
 from pytest_dcp.harness.outcome import Outcome, combine
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.supervise import Action, Dump, Kill, Send, Supervisor, Terminal
@@ -184,6 +184,15 @@ class World:
                 self._act(self._supervisor.begin(phase, orders, self._deadline))
             return self._settle()
 
+    def died(self) -> Sequence[RankFailure]:
+        """Failures since the last phase ended: of ranks that died while they had no order."""
+        if self.ended:
+            return ()
+        with self._guarded():
+            told = len(self._supervisor.failures)
+            self._drain()
+            return self._explained()[told:]
+
     def wind_down(self, order: Down, within_s: float) -> Sequence[RankFailure]:
         """A last phase on the ranks that outlived a failure; returns what failed in it.
 
@@ -227,6 +236,7 @@ class World:
         if self.ended:
             return
         try:
+            self._drain()
             self._act(self._supervisor.interrupt(time.monotonic()))
             while not self._supervisor.settled:
                 self._step()
@@ -325,11 +335,22 @@ class World:
                 self._hear(key.data)
 
     def _hear_exits(self) -> None:
-        for exit_ in self._launcher.exits(self.number):
+        try:
+            exits = self._launcher.exits(self.number)
+        except LauncherLostError as lost:
+            self._abandon(lost)
+            return
+        for exit_ in exits:
             self._hear_last_words(exit_.rank)
             self.strays += [(exit_.rank, stray) for stray in exit_.strays]
             now = time.monotonic()
             self._act(self._supervisor.exited(exit_.rank, exit_.status, now))
+
+    def _abandon(self, lost: LauncherLostError) -> None:
+        """Without its launcher nothing more is to be heard of the world's ranks."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(self._launcher.fileno())
+        self._supervisor.abandon(str(lost), time.monotonic())
 
     def _hear_last_words(self, rank: int) -> None:
         """A rank may have answered and died before anybody looked: the answer counts."""
@@ -379,9 +400,15 @@ class World:
                         self._act(self._supervisor.closed(rank, time.monotonic()))
                 case Dump(rank):
                     os.ftruncate(self._ranks[rank].trace, 0)
-                    self._launcher.stacks(self.number, rank)
+                    self._signal(self._launcher.stacks, rank)
                 case Kill(rank):
-                    self._launcher.kill(self.number, rank)
+                    self._signal(self._launcher.kill, rank)
+
+    def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
+        try:
+            signal_rank(self.number, rank)
+        except LauncherLostError as lost:
+            self._abandon(lost)
 
     def _look_at_output(self, now: float) -> None:
         for rank, one in enumerate(self._ranks):

@@ -27,9 +27,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pytest_dcp.errors import WorldError
-from pytest_dcp.harness import linux
-from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
+from pytest_dcp.harness import guard, linux
+from pytest_dcp.harness.launch import (
+    RANK_VARIABLE,
+    STACKS_SIGNAL,
+    Exit,
+    LauncherLostError,
+    Order,
+    RankFds,
+)
 
 CLOSE_S = 5.0
 MESSAGE_BYTES = 1 << 16
@@ -61,8 +67,11 @@ class ZygoteLauncher:
         self._pid = pid
         self._owner = os.getpid()
         self._exits: dict[int, list[Exit]] = {}
-        self._pids: dict[tuple[int, int], int] = {}
         self._preloaded: set[str] = set()
+        self._session = ""
+        self._files: dict[int, list[guard.File]] = {}
+        """By world, what its ranks have open as long as they live."""
+        self.lost = ""
 
     @classmethod
     def start(cls, prepare: Callable[[], RankMain], *, detach: bool) -> ZygoteLauncher:
@@ -89,7 +98,9 @@ class ZygoteLauncher:
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Have one process forked per order."""
         for order, rank_fds in zip(orders, fds, strict=True):
+            self._session = order.session
             self._exits.setdefault(order.world, [])
+            self._files.setdefault(order.world, []).append(guard.file_of(rank_fds.trace))
             self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
 
     def fileno(self) -> int:
@@ -99,11 +110,12 @@ class ZygoteLauncher:
     def exits(self, world: int) -> list[Exit]:
         """Ends of this world's ranks since the last call."""
         while self._readable():
-            data = self._control.recv(MESSAGE_BYTES)
+            try:
+                data = self._control.recv(MESSAGE_BYTES)
+            except OSError:
+                data = b""
             if not data:
-                raise WorldError(
-                    f"the zygote (process {self._pid}) is gone: {self._how_it_ended()}"
-                )
+                raise self._gone()
             said = json.loads(data)
             exit_ = Exit(said["rank"], said["status"], tuple(said["strays"]))
             self._exits.setdefault(said["world"], []).append(exit_)
@@ -114,6 +126,7 @@ class ZygoteLauncher:
     def forget(self, world: int) -> None:
         """Drop what is kept for a world that has ended."""
         self._exits.pop(world, None)
+        self._files.pop(world, None)
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write its stacks."""
@@ -135,6 +148,8 @@ class ZygoteLauncher:
         if os.getpid() != self._owner or self._control.fileno() < 0:
             return
         self._control.close()
+        if self.lost:
+            return
         deadline = time.monotonic() + CLOSE_S
         while time.monotonic() < deadline:
             pid, _ = self._wait(os.WNOHANG)
@@ -150,22 +165,30 @@ class ZygoteLauncher:
         except ChildProcessError:  # a test waited for any child, and got ours
             return self._pid, 0
 
-    def _how_it_ended(self) -> str:
-        _, status = self._wait(0)
-        code = os.waitstatus_to_exitcode(status)
-        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+    def _gone(self) -> LauncherLostError:
+        """The error to raise when the zygote is no more.
+
+        Once, it asks the kernel for the reason, and kills what the ranks have left.
+        """
+        if not self.lost:
+            _, status = self._wait(0)
+            code = os.waitstatus_to_exitcode(status)
+            how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
+            self.lost = f"the zygote (process {self._pid}), which ranks are forked from, {how}"
+            files = {file for of_world in self._files.values() for file in of_world}
+            guard.sweep(f"{self._session}:", files)
+        return LauncherLostError(self.lost)
 
     def _readable(self) -> bool:
         return bool(select.select([self._control], [], [], 0)[0])
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        if self.lost:
+            raise self._gone()
         try:
             socket.send_fds(self._control, [json.dumps(message).encode()], fds)
         except OSError as exc:
-            raise WorldError(
-                f"the zygote (process {self._pid}) is gone ({exc}); it ended with "
-                f"{self._how_it_ended()}"
-            ) from exc
+            raise self._gone() from exc
 
 
 def _zygote_main(
@@ -176,6 +199,7 @@ def _zygote_main(
 ) -> NoReturn:
     """The zygote's whole life; never returns into the frames that it was forked in."""
     code = 1
+    zygote: _Zygote | None = None
     try:
         zygote = _Zygote(control, prepare)
         zygote.settle(parent, detach)
@@ -188,6 +212,8 @@ def _zygote_main(
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
+            if zygote is not None:
+                zygote.end()
             sys.stderr.flush()
         os._exit(code)
 
@@ -247,17 +273,14 @@ class _Zygote:
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake_r, select.POLLIN)
-        try:
-            while True:
-                ready = {fd for fd, _ in poll.poll()}
-                if self.wake_r.fileno() in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        self.wake_r.recv(4096)
-                    self.reap()
-                if self.control.fileno() in ready and not self.obey():
-                    return
-        finally:
-            self.end()
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self.wake_r.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    self.wake_r.recv(4096)
+                self.reap()
+            if self.control.fileno() in ready and not self.obey():
+                return
 
     def obey(self) -> bool:
         """Carry out one request; False at end of file."""
@@ -386,6 +409,8 @@ def _on_child(signum: int, frame: object) -> None:
 
 
 def _on_term(signum: int, frame: object) -> NoReturn:
+    # Once: the next must not break into the end that this leads to.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(0)
 
 

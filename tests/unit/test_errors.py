@@ -16,6 +16,7 @@ import pytest
 import pytest_dcp
 from pytest_dcp.errors import DcpError, DivergedError, FailureKind, RankFailure, WorldError
 from pytest_dcp.harness.events import WireError
+from pytest_dcp.harness.launch import LauncherLostError
 from pytest_dcp.harness.leases import (
     GpusUnavailable,
     LeaseError,
@@ -44,6 +45,7 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     DcpError: DcpError("rank 3: it's broken"),
     WorldError: WorldError("rank 1: was killed", FAILURES),
     DivergedError: DivergedError("ranks asked the world for different things"),
+    LauncherLostError: LauncherLostError("the zygote was killed by signal 9", FAILURES),
     WireError: WireError("a frame claims 9 bytes"),
     ControllerGoneError: ControllerGoneError("the controller closed the report socket"),
     LeaseError: LeaseError("the leases"),

@@ -69,6 +69,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         imported=tuples_of(texts),
         threads=tuples_of(texts),
         reusable=st.booleans(),
+        returncode=st.none() | st.integers(),
         payload=st.binary(),
     ),
     SubReport: st.builds(SubReport, report=reports),
@@ -91,7 +92,7 @@ def test_there_is_a_strategy_for_every_message_and_every_field() -> None:
     assert set(MESSAGES) == set(get_args(Message))
     assert {f.name for f in fields(Done)} == {
         "phase", "outcome", "at_s", "duration_s", "exception", "text", "report", "sections",
-        "properties", "warnings", "imported", "threads", "reusable", "payload",
+        "properties", "warnings", "imported", "threads", "reusable", "returncode", "payload",
     }  # fmt: skip
 
 

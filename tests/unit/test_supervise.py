@@ -211,7 +211,7 @@ def test_a_world_comes_up_when_every_rank_said_so() -> None:
     assert not replay.supervisor.settled
     assert replay.supervisor.busy == [1]
     replay.play([(T0 + 10, Says(1, done("boot")))])
-    assert replay.supervisor.settled
+    assert replay.supervisor.busy == []
     assert replay.supervisor.whole
     assert replay.supervisor.idle == [0, 1, 2]
     assert replay.log == []
@@ -243,7 +243,15 @@ def test_phases_follow_each_other_and_the_second_forgets_the_first() -> None:
     assert replay.ordered(Kill) == []
 
 
-@pytest.mark.parametrize("outcome", ["skipped", "xfailed", "exit", "interrupt"])
+@pytest.mark.parametrize("outcome", ["exit", "interrupt"])
+def test_a_rank_that_stops_the_session_gives_its_peers_the_grace(outcome: RankOutcome) -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, done(outcome=outcome)))])
+    assert replay.failures == [(1, "blocked")]
+    assert replay.ordered(Kill) == [(T0 + 1 + GRACE_S + STACKS_S, 1)]
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "xfailed"])
 def test_an_outcome_that_is_no_failure_starts_no_grace(outcome: RankOutcome) -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, done(outcome=outcome))), (T0 + 30, Says(1, PASSED))])
@@ -902,8 +910,10 @@ class Witness:
         """Have a rank do something that fits where it is, if anything does."""
         meeting = Exchange("barrier()" if intent == "meet" else "gather()", b"x")
         match self.doing[rank], intent:
-            case "gone" | "killed", "pass" | "fail" | "meet" | "diverge" | "debug":
-                pass
+            case "killed", "pass" | "fail":  # said before the kill, and still on its way
+                self.tell(Says(rank, PASSED if intent == "pass" else FAILED))
+            case "killed", "meet" | "diverge":
+                self.tell(Says(rank, meeting))
             case "running", "pass" | "fail":
                 self.doing[rank] = "idle"
                 self.tell(Says(rank, PASSED if intent == "pass" else FAILED))
@@ -1062,5 +1072,30 @@ def test_in_any_history_a_rank_that_was_killed_or_died_never_answers_again(
             assert witness.doing[rank] == "idle" or said is answered.get(rank)
         answered.clear()
         answered.update(witness.supervisor.done)
+
+    history.play(after_each=look)
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories())
+def test_in_any_history_nobody_waits_at_an_exchange_for_a_rank_that_will_not_come(
+    history: History,
+) -> None:
+    def look(witness: Witness) -> None:
+        if any("meeting" in state for state in witness.doing.values()):
+            assert not {"idle", "killed", "gone"} & set(witness.doing.values())
+            assert "running" in witness.doing.values() or "debugging" in witness.doing.values()
+
+    history.play(after_each=look)
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories())
+def test_in_any_history_time_that_passes_in_the_debugger_ends_nobody(history: History) -> None:
+    def look(witness: Witness) -> None:
+        if witness.supervisor.paused:
+            before = dict(witness.doing)
+            witness.pass_time(1000.0)
+            assert witness.doing == before
 
     history.play(after_each=look)

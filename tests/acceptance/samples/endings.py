@@ -1,0 +1,52 @@
+"""Copied as test_endings.py: tests that end the whole session, each run in one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.world_size(2, timeout=20)
+FOREVER_S = 600
+
+
+def controller() -> int:
+    """Process id of pytest itself: a rank's parent is the zygote, whose parent is pytest."""
+    return psutil.Process(os.getppid()).ppid()
+
+
+def test_exit(rank: int) -> None:
+    if rank == 1:
+        pytest.exit("enough", returncode=7)
+    time.sleep(FOREVER_S)
+
+
+def test_keyboard_interrupt(rank: int) -> None:
+    if rank == 1:
+        raise KeyboardInterrupt
+    time.sleep(FOREVER_S)
+
+
+def test_ctrl_c(rank: int) -> None:
+    if rank == 1:
+        os.kill(controller(), signal.SIGINT)
+    time.sleep(FOREVER_S)
+
+
+def test_controller_killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(controller(), signal.SIGKILL)
+    time.sleep(FOREVER_S)
+
+
+def test_zygote_killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(FOREVER_S)
+
+
+def test_after() -> None:
+    pass

@@ -1,0 +1,417 @@
+"""Worlds beside the plugins that people run: xdist, cov, rerunfailures, timeout, randomly, pytest's.
+
+Whole sessions over suites of `samples/`, each run once and looked at by many tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import MakeSuite
+    from sample_session import Report, SessionResult, Suite
+
+PASSED = {"call": "passed"}
+FAILED = {"call": "failed"}
+TABLE_TITLE = "what the ranks that did not end were doing"
+RERUN_TITLE = "to rerun just this"
+
+DISTRIBUTIONS = ("load", "loadscope", "loadfile", "worksteal", "loadgroup")
+MIXED: Mapping[str, Mapping[str, str]] = {
+    "test_ordinary": PASSED,
+    "test_ordinary_that_fails": FAILED,
+    "test_ordinary_subtests": PASSED,
+    "test_marked": PASSED,
+    "test_list[world_size=1]": PASSED,
+    "test_list[world_size=2]": PASSED,
+    "test_list[world_size=3]": FAILED,
+    "test_cause_and_waiting_peers": FAILED,
+    "test_all_skip": {"call": "skipped"},
+    "test_xfails": {"call": "xfailed"},
+    "test_subtests": FAILED,
+    "test_dies": FAILED,
+    "test_fails_in_teardown": {"call": "passed", "teardown": "error"},
+    "test_properties": PASSED,
+    "test_of_a_group": PASSED,
+    "test_function_world": PASSED,
+    "test_shares[first]": PASSED,
+    "test_shares[second]": PASSED,
+    "test_fails": FAILED,
+    "test_after_the_failure": PASSED,
+    **dict.fromkeys((f"test_draws[{name}]" for name in "abcd"), PASSED),
+}
+"""What comes of the mixed suite, whatever runs it."""
+OPTIONAL = "terminal skipping warnings logging faulthandler debugging capture junitxml subtests"
+"""Plugins of pytest's own that worlds can do without."""
+
+
+def name_of(report: Report) -> str:
+    """The test's name, without its file and the group that xdist adds."""
+    return report.nodeid.rpartition("::")[2].removesuffix("@together")
+
+
+def outcomes(session: SessionResult) -> dict[str, dict[str, str]]:
+    """Test -> phase -> category, of all that the terminal counts."""
+    found: dict[str, dict[str, str]] = {}
+    for report in session.reports:
+        if report.category and not report.subtest:
+            found.setdefault(name_of(report), {})[report.when] = report.category
+    return found
+
+
+def told(session: SessionResult) -> dict[tuple[str, str, bool], str]:
+    """The texts of all failures, without the ranks' stacks and what differs from run to run."""
+    table = re.compile(rf"^-+ {TABLE_TITLE} -+\n.*?(?=^-+ {RERUN_TITLE} -+$)", re.S | re.M)
+    changing = re.compile(r"^\[gw\d\] .*\n|\d+\.\d\d s later|0x[0-9a-f]+|@together", re.M)
+
+    def lasting(text: str) -> str:
+        return changing.sub("", table.sub("", text)).strip()
+
+    return {
+        (name_of(report), report.when, report.subtest): lasting(report.text)
+        for report in session.reports
+        if report.category in ("failed", "error")
+    }
+
+
+def lines_with(text: str, file: Path) -> list[int]:
+    return [n for n, line in enumerate(file.read_text().splitlines(), 1) if text in line]
+
+
+# pytest-xdist.
+
+
+@pytest.fixture(scope="module")
+def mixed(make_suite: MakeSuite) -> Suite:
+    samples = ("mixed", "warm", "randomness")
+    return make_suite({f"test_{name}.py": f"{name}.py" for name in samples})
+
+
+@pytest.fixture(scope="module")
+def alone(mixed: Suite) -> SessionResult:
+    """The mixed suite in one process."""
+    return mixed.run("-n0")
+
+
+@pytest.fixture(scope="module", params=DISTRIBUTIONS)
+def distributed(mixed: Suite, request: pytest.FixtureRequest) -> SessionResult:
+    """The mixed suite over two workers."""
+    return mixed.run("-n2", "--dist", request.param)
+
+
+def test_the_mixed_suite_has_the_outcomes_that_are_written_down(alone: SessionResult) -> None:
+    assert outcomes(alone) == MIXED
+
+
+def test_xdist_changes_no_outcome(distributed: SessionResult) -> None:
+    assert outcomes(distributed) == MIXED
+    assert distributed.exit_code == pytest.ExitCode.TESTS_FAILED
+    assert distributed.repeated() == []
+
+
+def test_xdist_changes_no_failures_text(alone: SessionResult, distributed: SessionResult) -> None:
+    assert told(distributed) == told(alone)
+
+
+def test_the_first_cause_and_the_folded_peers_survive_xdist(distributed: SessionResult) -> None:
+    told_ = told(distributed)["test_cause_and_waiting_peers", "call", False].splitlines()
+    assert told_[0] == "rank 1: AssertionError: the cause assert 1 != 1"
+    assert re.fullmatch(r"  ranks 0,2: still in call, in all_reduce, at .*, ; killed", told_[1])
+
+
+def test_sections_and_properties_survive_xdist(
+    alone: SessionResult, distributed: SessionResult
+) -> None:
+    def kept(session: SessionResult) -> dict[tuple[str, str, bool], object]:
+        reports = session.reports
+        return {(name_of(r), r.when, r.subtest): (r.sections, r.properties) for r in reports}
+
+    cause = kept(distributed)["test_cause_and_waiting_peers", "call", False]
+    assert ("Captured stderr [ranks 0-2] call", "printed by all\n") in cause[0]
+    assert kept(distributed) == kept(alone)
+
+
+def test_a_warning_of_all_ranks_is_told_once_through_xdist(distributed: SessionResult) -> None:
+    assert distributed.warnings == ("UserWarning: told by all ranks",)
+
+
+def test_subtests_of_ranks_survive_xdist(alone: SessionResult, distributed: SessionResult) -> None:
+    def subtests(session: SessionResult) -> Counter[tuple[str, str]]:
+        return Counter((name_of(r), r.category) for r in session.reports if r.subtest)
+
+    assert subtests(alone)["test_subtests", "failed"] == 1
+    assert subtests(distributed) == subtests(alone)
+
+
+def test_nothing_outlives_the_workers(distributed: SessionResult) -> None:
+    assert distributed.left_running == ()
+    assert distributed.left_in_tmpdir == ()
+    assert distributed.children["finish"] == 0
+
+
+def test_tests_of_a_module_share_a_world_in_one_process(alone: SessionResult) -> None:
+    shared = {(note["rank"], note["pid"]) for note in alone.noted("shared")}
+    after = {note["pid"] for note in alone.noted("after the failure")}
+    assert len(alone.noted("shared")) == 4
+    assert len(shared) == len(after) == 2
+    assert after.isdisjoint(pid for _, pid in shared)
+
+
+@pytest.fixture(scope="module")
+def killed_worker(make_suite: MakeSuite) -> SessionResult:
+    suite = make_suite({"test_worker_killed.py": "worker_killed.py"})
+    return suite.run("-n1")
+
+
+def test_ranks_of_a_killed_worker_die_with_it(killed_worker: SessionResult) -> None:
+    assert len({note["pid"] for note in killed_worker.noted("rank")}) == 4
+    assert killed_worker.left_running == ()
+
+
+def test_only_the_test_that_killed_its_worker_fails(killed_worker: SessionResult) -> None:
+    assert "worker 'gw0' crashed while running" in killed_worker.output
+    assert outcomes(killed_worker) == {
+        "test_warm": PASSED,
+        "test_kills_its_worker": {"???": "failed"},
+        "test_after": PASSED,
+    }
+
+
+# pytest-cov.
+
+
+@pytest.fixture(scope="module")
+def covered(make_suite: MakeSuite) -> Suite:
+    return make_suite({"measured.py": "measured.py", "test_covers.py": "covers.py"})
+
+
+@pytest.fixture(scope="module", params=["-n0", "-n2"])
+def coverage(covered: Suite, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
+    """A session under pytest-cov, and what its report says of `measured.py`."""
+    session = covered.run(request.param, "--cov=measured", "--cov-report=json:report.json")
+    report = json.loads((covered.folder / "report.json").read_text())
+    (covered.folder / "report.json").unlink()
+    return session, report["files"]["measured.py"]
+
+
+def test_every_line_that_a_rank_ran_is_counted(
+    covered: Suite, coverage: tuple[SessionResult, Any]
+) -> None:
+    file = covered.folder / "measured.py"
+    never = lines_with('return "nowhere"', file)
+    ran = {*lines_with("return ", file), *lines_with("if rank", file)} - {*never}
+    assert len(never) == 1
+    assert len(ran) == 11
+    assert coverage[1]["missing_lines"] == never
+    assert ran <= {*coverage[1]["executed_lines"]}
+
+
+def test_coverage_of_ranks_leaves_no_files_and_no_complaint(
+    covered: Suite, coverage: tuple[SessionResult, Any]
+) -> None:
+    session, _ = coverage
+    assert [path.name for path in covered.folder.glob(".coverage*")] == [".coverage"]
+    assert "database is locked" not in session.output
+    assert session.warnings == ()
+    assert session.left_in_tmpdir == ()
+
+
+def test_coverage_changes_no_outcome(coverage: tuple[SessionResult, Any]) -> None:
+    assert outcomes(coverage[0]) == {
+        "test_ordinary": PASSED,
+        "test_marked": PASSED,
+        "test_fails": FAILED,
+        "test_fails_while_a_peer_waits": FAILED,
+        "test_warm[first]": PASSED,
+        "test_warm[second]": PASSED,
+        "test_function_world": PASSED,
+        "test_failing_function_world": FAILED,
+    }
+
+
+# pytest-rerunfailures.
+
+
+@pytest.fixture(scope="module")
+def rerun(make_suite: MakeSuite) -> SessionResult:
+    only = ("--only-rerun=AssertionError", "--only-rerun=WorldError")
+    return make_suite({"test_reruns.py": "reruns.py"}).run("--reruns=2", *only)
+
+
+@pytest.mark.parametrize(
+    ("test", "categories"),
+    [
+        ("test_passes_the_third_time", ["rerun", "rerun", "passed"]),
+        ("test_dies_the_first_time", ["rerun", "passed"]),
+        ("test_fails_in_setup_the_first_time", ["rerun", "passed"]),
+        ("test_is_marked_flaky", ["rerun", "passed"]),
+        ("test_raises_a_value_error", ["failed"]),
+        ("test_never_passes", ["rerun", "rerun", "failed"]),
+    ],
+)
+def test_worlds_are_rerun_by_the_ranks_own_exception(
+    rerun: SessionResult, test: str, categories: list[str]
+) -> None:
+    found = [r.category for r in rerun.reports if name_of(r) == test and r.category]
+    assert found == categories
+
+
+def test_every_rerun_gets_a_fresh_world_and_folder(rerun: SessionResult) -> None:
+    notes = rerun.noted("test_passes_the_third_time")
+    assert sorted((note["count"], note["rank"]) for note in notes) == [
+        (count, rank) for count in (1, 2, 3) for rank in (0, 1)
+    ]
+    assert len({note["pid"] for note in notes}) == 6
+    assert len({note["folder"] for note in notes}) == 3
+
+
+def test_reruns_leave_nothing(rerun: SessionResult) -> None:
+    assert rerun.left_running == ()
+    assert rerun.left_in_tmpdir == ()
+
+
+# pytest-timeout.
+
+
+@pytest.fixture(scope="module")
+def timed(make_suite: MakeSuite) -> SessionResult:
+    suite = make_suite({"test_timeouts.py": "timeouts.py"})
+    return suite.run("--timeout=1.5", "--dcp-timeout=2")
+
+
+@pytest.mark.parametrize(
+    ("test", "headline"),
+    [
+        ("test_marker", r"rank 1: still in call at the time limit of 0.5 s, at .* in test_marker"),
+        (
+            "test_marker_with_method_thread",
+            r"ranks 0-1: still in call at the time limit of 0.5 s, at .* in test_marker_with_method",
+        ),
+        ("test_option", r"rank 0: still in call at the time limit of 1.5 s, at .* in test_option"),
+        ("test_func_only_that_hangs", r"rank 1: still in call at the time limit of 0.5 s, at "),
+        ("test_own_limit_is_lower", r"ranks 0-1: still in call at the time limit of 0.5 s, at "),
+        ("test_plugins_limit_is_lower", r"ranks 0-1: still in call at the time limit of 0.5 s, at "),
+    ],
+)
+def test_pytest_timeouts_limit_becomes_the_worlds(
+    timed: SessionResult, test: str, headline: str
+) -> None:
+    report = timed.bad(test)
+    assert timed.outcomes(test) == FAILED
+    assert re.match(headline, report.headline)
+    assert TABLE_TITLE in report.text
+    assert "Timeout (>" not in report.text
+
+
+def test_the_report_of_a_limit_has_every_ranks_stack(timed: SessionResult) -> None:
+    text = timed.bad("test_marker").text
+    assert re.search(r"^  rank 0: still in call .*, in all_reduce, at ", text, re.M)
+    assert re.search(r"^rank 0: in all_reduce, at .* in test_marker$", text, re.M)
+    assert re.search(r"^rank 1: at .* in test_marker$", text, re.M)
+
+
+@pytest.mark.parametrize("test", ["test_longer_than_the_default", "test_func_only", "test_after"])
+def test_pytest_timeouts_limit_replaces_the_default(timed: SessionResult, test: str) -> None:
+    assert timed.outcomes(test) == PASSED
+
+
+@pytest.mark.parametrize("test", ["test_ordinary", "test_function_world"])
+def test_tests_without_the_marker_time_out_as_ever(timed: SessionResult, test: str) -> None:
+    assert timed.outcomes(test) == FAILED
+    assert timed.bad(test).message == "Failed: Timeout (>0.5s) from pytest-timeout."
+
+
+def test_time_outs_leave_nothing(timed: SessionResult) -> None:
+    assert timed.left_running == ()
+    assert timed.left_in_tmpdir == ()
+
+
+# pytest-randomly.
+
+
+Draws = tuple[str, tuple[float, ...], tuple[float, ...]]
+
+
+def drawn(session: SessionResult) -> Counter[Draws]:
+    """(test, drawn in a fixture, drawn in the test) -> by how many ranks."""
+    notes = session.noted("draws")
+    return Counter((n["name"], tuple(n["fixture"]), tuple(n["test"])) for n in notes)
+
+
+def order(session: SessionResult) -> list[str]:
+    """The tests that drew, as they ran."""
+    return list(dict.fromkeys(note["name"] for note in session.noted("draws")))
+
+
+@pytest.fixture(scope="module")
+def shuffled(make_suite: MakeSuite) -> SessionResult:
+    suite = make_suite({"test_randomness.py": "randomness.py"})
+    return suite.run("-p", "randomly", "--randomly-seed=7")
+
+
+@pytest.mark.parametrize("name", ["alone", "shuffled"])
+def test_ranks_draw_alike_and_tests_differently(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    draws = drawn(request.getfixturevalue(name))
+    assert sorted(test for test, _, _ in draws) == ["a", "b", "c", "d"]
+    assert {*draws.values()} == {2}
+    for i, _ in enumerate(("random", "numpy", "torch")):
+        assert len({of_fixture[i] for _, of_fixture, _ in draws}) == 4
+        assert len({of_test[i] for _, _, of_test in draws}) == 4
+
+
+def test_draws_do_not_depend_on_the_worker(
+    alone: SessionResult, distributed: SessionResult
+) -> None:
+    assert drawn(distributed) == drawn(alone)
+
+
+def test_randomly_shuffles_and_seeds_worlds(alone: SessionResult, shuffled: SessionResult) -> None:
+    assert order(alone) == ["a", "b", "c", "d"]
+    assert order(shuffled) != order(alone)
+    assert drawn(shuffled).keys().isdisjoint(drawn(alone))
+    assert shuffled.exit_code == pytest.ExitCode.OK
+
+
+# pytest's own plugins.
+
+
+@pytest.fixture(scope="module")
+def cached(make_suite: MakeSuite) -> tuple[SessionResult, SessionResult]:
+    """A session with -x; and one with --lf, the test mended, without pytest's optional plugins."""
+    suite = make_suite({"test_lastfailed.py": "lastfailed.py"})
+    first = suite.run("-x", cache=True)
+    (suite.folder / "fixed").touch()
+    without = (arg for name in OPTIONAL.split() for arg in ("-p", f"no:{name}"))
+    return first, suite.run("--lf", *without, cache=True)
+
+
+def test_x_stops_at_the_first_failed_world(cached: tuple[SessionResult, SessionResult]) -> None:
+    assert outcomes(cached[0]) == {"test_passes": PASSED, "test_fails_at_first": FAILED}
+    assert cached[0].left_running == ()
+
+
+def test_lf_runs_only_the_failed_world(cached: tuple[SessionResult, SessionResult]) -> None:
+    assert {name_of(report) for report in cached[1].reports} == {"test_fails_at_first"}
+
+
+def test_worlds_do_without_pytests_optional_plugins(
+    cached: tuple[SessionResult, SessionResult],
+) -> None:
+    assert outcomes(cached[1])["test_fails_at_first"]["call"] == "passed"
+    assert cached[1].exit_code == pytest.ExitCode.OK
+    assert cached[1].output == ""
+
+
+def test_worlds_say_that_they_need_a_temporary_folder(make_suite: MakeSuite) -> None:
+    session = make_suite({"test_lastfailed.py": "lastfailed.py"}).run("-p", "no:tmpdir")
+    assert session.exit_code == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: worlds need pytest's tmpdir plugin" in session.output
