@@ -168,7 +168,7 @@ class Harness:
         except GpusUnavailable as exc:
             if self.options.require_gpus:
                 pytest.fail(f"--dcp-require-gpus: {exc}", pytrace=False)
-            pytest.skip(str(exc))
+            raise pytest.skip.Exception(str(exc), _use_item_location=True) from None
 
     def _leases(self, *, needs_gpus: bool) -> LeasePool:
         if self._pool is None or needs_gpus:
