@@ -130,7 +130,9 @@ def _value(config: pytest.Config, option: _Option) -> str:
     given = config.getoption(_key(option))
     if given is None:
         given = config.getini(_key(option))
-    return option.default if given is None else str(given).strip()
+    text = option.default if given is None else str(given).strip()
+    # Only the marker has a use for nothing; elsewhere it is an option left blank.
+    return text if text or option.name == "marker" else option.default
 
 
 FLAGS = {

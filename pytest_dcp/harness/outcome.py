@@ -93,6 +93,12 @@ def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]
         for _rank, one in sorted(done.items()):
             if one.outcome == kind:
                 return Outcome(kind, one.text, (), done)
+    unknown = [rank for rank, one in done.items() if one.outcome != "passed"]
+    if unknown:  # no word of ours: never a pass
+        text = f"said {done[unknown[0]].outcome!r}"
+        failure = RankFailure(unknown[0], "closed", done[unknown[0]].phase, 0.0, text)
+        groups = _group([failure])
+        return Outcome("failed", headline(groups[0]), groups, done)
     return Outcome("passed", "", (), done)
 
 
@@ -128,9 +134,10 @@ def is_echo(failure: RankFailure) -> bool:
 def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     """Failures merged by what they say, the first cause first, then by time, echoes last."""
     causes = [f for f in failures if not is_echo(f)] or [min(failures, key=_first_cause_first)]
+    causes_said = {(cause.kind, cause.summary) for cause in causes}
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
     for failure in sorted(failures, key=_first_cause_first):
-        echo = failure not in causes
+        echo = failure not in causes and (failure.kind, failure.summary) not in causes_said
         said = failure.summary
         if echo and failure.kind == "failed" and (match := ECHO.search(said)):
             said = match["cause"]
@@ -181,10 +188,18 @@ def peers(outcome: Outcome) -> list[str]:
         when = f", {later_s:.2f} s later" if group.failure.kind != "timeout" else ""
         lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
     if first.failure.kind == "timeout":
-        ended = [rank for rank, done in outcome.done.items() if done.phase == first.failure.phase]
-        if ended:
-            lines.append(f"{ranks_text(ended)}: had ended {first.failure.phase}")
+        lines += _ended(outcome, first.failure.phase)
     return lines
+
+
+def _ended(outcome: Outcome, phase: str) -> Iterable[str]:
+    """A line for the ranks that had ended the phase in which others hang, by how they ended it."""
+    ended: dict[str, list[int]] = {}
+    for rank, done in sorted(outcome.done.items()):
+        if done.phase == phase:
+            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {done.text}"
+            ended.setdefault(how, []).append(rank)
+    return [f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ended.items()]
 
 
 def _short(group: Group) -> str:

@@ -167,7 +167,7 @@ class Harness:
             return None
         except GpusUnavailable as exc:
             if self.options.require_gpus:
-                pytest.fail(f"--dcp-require-gpus: {exc}", pytrace=False)
+                raise pytest.fail.Exception(f"--dcp-require-gpus: {exc}", pytrace=False) from None
             raise pytest.skip.Exception(str(exc), _use_item_location=True) from None
 
     def _leases(self, *, needs_gpus: bool) -> LeasePool:

@@ -46,10 +46,9 @@ def main_thread(trace: str) -> list[Frame]:
                 break
             inside = line.startswith("Current thread")
             continue
-        match = FRAME.match(line)
-        if inside and match:
-            frames.append(Frame(match["file"], int(match["line"]), match["name"]))
-    return frames
+        if inside and (frame := _frame(line)):
+            frames.append(frame)
+    return _up_to_entry(frames)
 
 
 def trimmed(trace: str) -> str:
@@ -67,11 +66,29 @@ def trimmed(trace: str) -> str:
 
 def _without_runner(thread: list[str]) -> list[str]:
     """One thread's frames, innermost first, up to the first of the runner's outside the user's."""
-    files = [match["file"] for line in thread if (match := FRAME.match(line))]
-    own = (i for i, file in enumerate(files) if not (LIBRARY.search(file) or OURS.search(file)))
-    first = next(own, 0)
-    runner = (i for i, file in enumerate(files) if i >= first and RUNNER.search(file))
-    return thread[: next(runner, len(thread))]
+    frames = _up_to_entry([frame for line in thread if (frame := _frame(line))])
+    first = next((i for i, frame in enumerate(frames) if _is_users(frame)), 0)
+    runner = (i for i, frame in enumerate(frames) if i >= first and RUNNER.search(frame.file))
+    return thread[: max(1, next(runner, len(frames)))]
+
+
+def _frame(line: str) -> Frame | None:
+    match = FRAME.match(line)
+    return Frame(match["file"], int(match["line"]), match["name"]) if match else None
+
+
+def _is_users(frame: Frame) -> bool:
+    return not (LIBRARY.search(frame.file) or OURS.search(frame.file))
+
+
+def _up_to_entry(frames: list[Frame]) -> list[Frame]:
+    """The frames of a rank: what is outside of its beginning is how the process came to be."""
+    begins = (
+        i
+        for i, frame in enumerate(frames)
+        if frame.name == "run" and frame.file.endswith("/pytest_dcp/harness/rank.py")
+    )
+    return frames[: next(begins, len(frames))]
 
 
 def doing(trace: str) -> str:
@@ -79,7 +96,7 @@ def doing(trace: str) -> str:
     frames = main_thread(trace)
     if not frames:
         return "its main thread had no Python frame"
-    user = next((f for f in frames if not (LIBRARY.search(f.file) or OURS.search(f.file))), None)
+    user = next((frame for frame in frames if _is_users(frame)), None)
     where = f"at {user.file}:{user.line} in {user.name}" if user else f"in {frames[0].name}"
     inner = frames[: frames.index(user)] if user else frames
     collective = next(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from pytest_dcp.errors import FailureKind, RankFailure
 from pytest_dcp.harness.events import (
+    MAX_FRAME_BYTES,
     DebugAnswer,
     DebugAsk,
     DebugDone,
@@ -39,6 +40,8 @@ STACKS_S = 0.2
 machine may take its time to schedule it."""
 CLOSED_S = 0.25
 """How long after its socket closed a rank's exit may still come, and name the real cause."""
+MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
+"""What one exchange may carry, so that the answer fits a frame."""
 LOST_S = 10.0
 """How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
 
@@ -138,7 +141,8 @@ class Supervisor:
         self.done: dict[int, Done] = {}
         self.failures: list[RankFailure] = []
         self._meeting: dict[int, Exchange] = {}
-        self._deadline = float("inf")
+        self.deadline = float("inf")
+        """Of the phase; later by as long as a debugger had the terminal."""
         self._reap_at = float("inf")
         self._kill_at = float("inf")
         self._lost_at = float("inf")
@@ -179,14 +183,14 @@ class Supervisor:
             return float("inf")
         closed = [at + CLOSED_S for at in self._closed.values()]
         waits = self.busy and not self._timed_out
-        deadline = self._deadline if waits else float("inf")
+        deadline = self.deadline if waits else float("inf")
         return min([deadline, self._reap_at, self._kill_at, self._lost_at, *closed])
 
     # What the world tells.
 
     def boot(self, deadline: float) -> None:
         """All ranks were started; each owes a `Done("boot")` before `deadline`."""
-        self._deadline = deadline
+        self.deadline = deadline
 
     def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
         """Start a phase on the ranks of `orders`, which must be idle."""
@@ -194,7 +198,7 @@ class Supervisor:
         self.done = {}
         self.failures = []
         self._meeting = {}
-        self._deadline = deadline
+        self.deadline = deadline
         self._reap_at = self._kill_at = float("inf")
         self._timed_out = False
         for rank, order in orders.items():
@@ -283,7 +287,7 @@ class Supervisor:
             if now >= at + CLOSED_S:
                 text = f"closed its report socket in {self.phase}, and lives"
                 actions += self._kill(rank, "closed", text, now)
-        if now >= self._deadline and self.busy and not self._timed_out:
+        if now >= self.deadline and self.busy and not self._timed_out:
             self._timed_out = True
             self._reap_at = now
         if now >= self._reap_at:
@@ -357,7 +361,7 @@ class Supervisor:
             return
         pause_s = now - self._paused_at
         self._paused_at = None
-        self._deadline += pause_s
+        self.deadline += pause_s
         self._reap_at += pause_s
         self._kill_at += pause_s
         self._lost_at += pause_s
@@ -372,6 +376,9 @@ class Supervisor:
         if len(self._meeting) < self.size:
             return []
         payloads = [self._meeting[rank].payload for rank in range(self.size)]
+        if (total := sum(map(len, payloads))) > MAX_MEETING_BYTES:
+            error = f"the ranks' values have {total} bytes together, more than {MAX_MEETING_BYTES}"
+            return self._answer(self._meeting, Met(error=error))
         met = Met(sizes=tuple(map(len, payloads)), payload=b"".join(payloads))
         return self._answer(self._meeting, met)
 

@@ -182,7 +182,9 @@ class World:
             if not self._supervisor.failures or self.whole:
                 orders = dict.fromkeys(range(self.spec.size), order)
                 self._act(self._supervisor.begin(phase, orders, self._deadline))
-            return self._settle()
+            outcome = self._settle()
+            self._deadline = self._supervisor.deadline
+            return outcome
 
     def died(self) -> Sequence[RankFailure]:
         """Failures since the last phase ended: of ranks that died while they had no order."""

@@ -142,7 +142,6 @@ def test_an_ini_file_can_also_say_no_to_required_gpus(value: object) -> None:
 
 WRONG = [
     ("launch", "thread"),
-    ("launch", ""),
     ("backend", "mpi"),
     ("report-ranks", "some"),
     ("world-size", "0"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_dcp.errors import FailureKind, RankFailure
@@ -161,6 +161,7 @@ def test_a_missing_verdict_beats_a_skip_of_all_others() -> None:
 outcomes = st.sampled_from(get_args(RankOutcome))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.data())
 def test_a_world_passes_only_when_every_rank_passed_and_nothing_failed(
     size: int, data: st.DataObject
@@ -316,6 +317,7 @@ failures_ = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(failures_, min_size=1, max_size=8))
 def test_every_failure_is_told_once_and_echoes_come_after_causes(
     failures: Sequence[RankFailure],
@@ -333,6 +335,7 @@ def test_every_failure_is_told_once_and_echoes_come_after_causes(
     assert outcome.reason.endswith(headline(outcome.first))
 
 
+@settings(deadline=None)
 @given(st.lists(failures_, min_size=1, max_size=8))
 def test_the_first_cause_is_the_earliest_real_failure(failures: Sequence[RankFailure]) -> None:
     real = [f for f in failures if f.kind in ("crashed", "closed", "flooded", "diverged")]
@@ -377,7 +380,7 @@ def test_an_echo_that_was_told_before_its_cause_is_not_said_to_be_later_by_less_
 
 def test_at_the_limit_the_ranks_that_had_ended_are_named() -> None:
     outcome = combine(3, {0: PASSED, 2: PASSED}, [failure(1, "still in call", 9.0, kind="timeout")])
-    assert peers(outcome) == ["ranks 0,2: had ended call"]
+    assert peers(outcome) == ["ranks 0,2: had ended call (passed)"]
 
 
 def test_an_outcome_without_failures_has_no_peers() -> None:
@@ -411,6 +414,7 @@ def naive_ranks_text(ranks: set[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ",".join(parts)
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 40), min_size=1), st.randoms())
 def test_ranks_text_agrees_with_a_naive_one_in_any_order(ranks: set[int], random: object) -> None:
     shuffled = list(ranks)

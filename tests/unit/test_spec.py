@@ -340,6 +340,7 @@ def test_a_mesh_that_cannot_follow_the_world_size_option_blames_the_option() -> 
     assert "--dcp-world-size" in problem
 
 
+@settings(deadline=None)
 @given(
     mesh=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple),
     override=st.none() | st.integers(1, 64),

@@ -278,6 +278,17 @@ FIXTURE = hang(
   File "{SITE}/_pytest/fixtures.py", line 1074 in call_fixture_func
 """
 )
+DEBRIS = f"""\
+  File "/usr/lib/python3.11/shutil.py", line 675 in _rmtree_safe_fd
+  File "{SITE}/_pytest/pathlib.py", line 157 in rm_rf
+  File "{SITE}/_pytest/tmpdir.py", line 278 in tmp_path
+"""
+ENTRIES = {
+    "python -m": "",
+    "the console script": '  File "/venv/bin/pytest", line 8 in <module>\n',
+    "a fresh interpreter": '  File "<string>", line 1 in <module>\n',
+}
+"""The outermost frame, by how pytest or the rank was started."""
 CRASH = (
     "Fatal Python error: Segmentation fault\n\n" + THREAD + HANG + "\nExtension modules: numpy\n"
 )
@@ -300,6 +311,40 @@ def test_a_real_hang_is_told_by_its_collective_and_line(trace: str, what: str) -
 def test_a_trimmed_hang_says_the_same(trace: str, what: str) -> None:
     # Reports keep only the trimmed trace, and tell from it what the rank was doing.
     assert doing(trimmed(trace)) == what
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_a_hang_outside_of_user_code_is_told_by_its_function_however_pytest_was_started(
+    entry: str,
+) -> None:
+    trace = hang(DEBRIS) + entry
+    assert doing(trace) == "in _rmtree_safe_fd"
+    assert doing(trimmed(trace)) == doing(trace)
+    assert "_multicall" not in trimmed(trace)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_a_hang_in_the_runner_itself_keeps_the_frame_that_says_so(entry: str) -> None:
+    trace = hang(f'  File "{SITE}/_pytest/pathlib.py", line 157 in rm_rf\n') + entry
+    assert doing(trace) == "in rm_rf"
+    assert doing(trimmed(trace)) == "in rm_rf"
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_a_hang_in_a_fixture_of_ours_is_told_by_its_collective_however_pytest_was_started(
+    entry: str,
+) -> None:
+    init = f'  File "{SITE}/torch/distributed/device_mesh.py", line 9 in init_device_mesh\n'
+    trace = hang(f'{init}  File "{HARNESS}/fixtures.py", line 80 in device_mesh\n') + entry
+    assert doing(trace).startswith("in init_device_mesh")
+    assert "<module>" not in doing(trace)
+    assert doing(trimmed(trace)) == doing(trace)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_a_hang_in_user_code_is_trimmed_alike_however_pytest_was_started(entry: str) -> None:
+    assert trimmed(HANG + entry) == trimmed(HANG)
+    assert doing(HANG + entry) == doing(HANG)
 
 
 @pytest.mark.parametrize(("trace", "_"), HANGS.values(), ids=HANGS)

@@ -506,6 +506,32 @@ def test_an_interrupt_takes_the_terminal_from_the_debugger() -> None:
     assert replay.supervisor.settled
 
 
+def test_when_what_started_the_ranks_is_gone_all_that_lived_are_lost_at_once() -> None:
+    replay = Replay.calling(5)
+    replay.play(
+        [
+            (T0 + 1, Says(0, PASSED)),
+            (T0 + 1, Ends(1, 1)),
+            (T0 + 1, Floods(2, 1)),
+            (T0 + 1, Closes(3)),
+            (T0 + 1, Says(4, DebugAsk("set_trace"))),
+        ],
+        until=T0 + 1,
+    )
+    replay.log.clear()
+    replay.supervisor.abandon("the zygote was killed by signal 9", T0 + 1)
+    assert replay.supervisor.settled
+    assert not replay.supervisor.whole
+    assert not replay.supervisor.paused
+    assert replay.supervisor.idle == replay.supervisor.busy == []
+    assert replay.failures[2:] == [(0, "lost"), (2, "lost"), (3, "lost"), (4, "lost")]
+    assert "zygote" in replay.summary(4)
+    assert replay.supervisor.wake_at() == math.inf
+    assert replay.supervisor.tick(T0 + 1000) == []
+    replay.play([(T0 + 1001, Ends(4, -signal.SIGKILL)), (T0 + 1001, Says(3, PASSED))])
+    assert replay.log == []
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [(0, ["code 0"]), (137, ["code 137"]), (-9, ["9", "SIGKILL"]), (-250, ["250"])],
@@ -988,7 +1014,7 @@ class Witness:
 STEPS_S = st.sampled_from([0.0, 0.015625, STACKS_S, CLOSED_S, GRACE_S, 3.0, LOST_S, 40.0])
 TAME: list[Intent] = ["pass", "pass", "fail", "meet", "meet", "diverge", "debug"]
 WILD: list[Intent] = ["babble", "die", "leave", "close", "flood"]
-Step = tuple[int, Intent] | float | Literal["call", "leave", "interrupt"]
+Step = tuple[int, Intent] | float | Literal["call", "leave", "interrupt", "abandon"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1006,6 +1032,9 @@ class History:
                     witness.pass_time(step)
                 case "interrupt":
                     witness.watch(witness.supervisor.interrupt(witness.now))
+                case "abandon":
+                    witness.doing = dict.fromkeys(witness.doing, "gone")
+                    witness.supervisor.abandon("the zygote is gone", witness.now)
                 case "call" | "leave":
                     if witness.supervisor.settled:
                         witness.check_settled()
@@ -1031,8 +1060,8 @@ def histories(draw: st.DrawFn) -> History:
     boot: list[Step] = [(rank, "pass") for rank in range(size)]
     opening: list[Step] = [*boot, "call"] if draw(st.booleans()) else []
     drawn = draw(st.lists(st.one_of(*[tame] * 5, rest), min_size=4, max_size=40))
-    end: list[Step] = ["interrupt"] if draw(st.sampled_from([False, False, True])) else []
-    return History(witness, [*opening, *drawn, *end])
+    ends: list[list[Step]] = [[], [], ["interrupt"], ["abandon"]]
+    return History(witness, [*opening, *drawn, *draw(st.sampled_from(ends))])
 
 
 @settings(max_examples=150, deadline=None)
