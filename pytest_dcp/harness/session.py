@@ -48,6 +48,10 @@ class Harness:
     """The controller's state. One per session."""
 
     def __init__(self, session: pytest.Session, options: Options) -> None:
+        if sys.platform != "linux":
+            raise pytest.UsageError(
+                f"worlds need Linux (memfds, parent-death signals, /proc); this is {sys.platform}"
+            )
         self.session = session
         self.config = session.config
         self.options = options
@@ -114,8 +118,6 @@ class Harness:
         )
 
     def _unsafe_to_fork(self) -> str:
-        if sys.platform != "linux":
-            return f"{sys.platform} cannot fork a process that has torch loaded"
         cuda: Any = sys.modules.get("torch.cuda")
         if cuda is not None and cuda.is_initialized():
             return "CUDA was initialised at collection"
