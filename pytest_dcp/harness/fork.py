@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from pytest_dcp.harness import rank, rank_items
+from pytest_dcp.harness import measure, rank, rank_items
 from pytest_dcp.harness.launch import Order, RankFds
 from pytest_dcp.harness.zygote import RankMain, ZygoteLauncher
 
 
-def start_zygote(session: pytest.Session) -> ZygoteLauncher:
-    """Fork a zygote that holds this session as it is now."""
+def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
+    """Fork a zygote that holds this session as it is now; its ranks may keep files in `folder`."""
 
     def prepare() -> RankMain:
+        measure.detach(folder)
         plugin = rank_items.prepare(session)
 
         def rank_main(order: Order, fds: RankFds) -> NoReturn:

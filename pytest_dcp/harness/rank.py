@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from pytest_dcp.errors import DcpError, DivergedError
+from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
     Call,
     Decoder,
@@ -256,7 +257,7 @@ def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
             case Call():
                 rank.reseed(order.seed)
                 done = _call(rank, order.payload)
-                save_coverage()  # a world whose test fails is killed
+                measure.save()  # a world whose test fails is killed
                 rank.channel.send(done)
             case Leave():
                 _leave(rank)
@@ -290,24 +291,12 @@ class _Surroundings:
 
 
 def _leave(rank: Rank) -> None:
-    save_coverage()
+    measure.save()
     if rank.order.backend == "nccl":
         import torch.distributed as dist
 
         if dist.is_initialized():  # NCCL's threads outlive os._exit's patience otherwise
             dist.destroy_process_group()
-
-
-def save_coverage() -> None:
-    """Write what coverage.py measured in this process, if it measures; `os._exit` would lose it."""
-    coverage = sys.modules.get("coverage")
-    if coverage is None:
-        return
-    measuring = coverage.Coverage.current()
-    if measuring is not None:
-        measuring.stop()
-        measuring.save()
-        measuring.start()
 
 
 def _call(rank: Rank, payload: bytes) -> Done:

@@ -27,6 +27,7 @@ import pytest
 from _pytest.skipping import evaluate_xfail_marks
 
 from pytest_dcp.errors import DcpError
+from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
     DebugAnswer,
     DebugAsk,
@@ -38,7 +39,7 @@ from pytest_dcp.harness.events import (
     RunItem,
     SubReport,
 )
-from pytest_dcp.harness.rank import Rank, one_line, save_coverage
+from pytest_dcp.harness.rank import Rank, one_line
 
 SECTION_CHARS = 1 << 16
 """A captured section longer than this keeps its two ends."""
@@ -289,7 +290,7 @@ class RankPlugin:
                 outcome, text = "exit", str(left.msg)
         self._give_terminal_back()
         if phase == "teardown":  # the last that a rank hears of when its peers are lost
-            save_coverage()
+            measure.save()
         return Done(
             phase,
             outcome,

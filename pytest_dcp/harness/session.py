@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp.errors import WorldError
+from pytest_dcp.harness import measure
 from pytest_dcp.harness.launch import Launcher
 from pytest_dcp.harness.leases import (
     GpusUnavailable,
@@ -104,7 +105,7 @@ class Harness:
             else:
                 from pytest_dcp.harness.fork import start_zygote
 
-                self._launcher = start_zygote(self.session)
+                self._launcher = start_zygote(self.session, self.folder)
         return self._launcher
 
     def _replace_lost(self, lost: Launcher) -> None:
@@ -198,6 +199,7 @@ class Harness:
         if self._launcher is not None:
             self._launcher.close()
             self._launcher = None
+        measure.gather(self.folder)
 
 
 def harness_of(config: pytest.Config) -> Harness:

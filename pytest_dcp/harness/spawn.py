@@ -284,6 +284,18 @@ class _Serving:
         if self._writer is not None:
             self._writer._file = file
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Have ids made anew in a warm rank, which collects its modules once for each test.
+
+        pytest keeps in the mark the ids that it escaped, and would escape them again. Can go when
+        it keeps them as they were given.
+        """
+        for mark in metafunc.definition.iter_markers("parametrize"):
+            source = mark._param_ids_from
+            if source is not None and isinstance(source.kwargs.get("ids"), list | tuple):
+                object.__setattr__(source, "_param_ids_generated", None)
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what went wrong, for `run` to tell."""
         if report.failed:
@@ -294,6 +306,8 @@ class _Serving:
         """Run the one item in the controller's lockstep."""
         self._served = True
         self._print_to(self._file)
+        # What the session's plugins have started is no test's, and may stay with a warm rank.
+        self.rank.threads = frozenset(threading.enumerate())
         try:
             plugin = rank_items.prepare(session, tty="/dev/tty")
             run: Callable[[RunItem], None] = rank_items.enlist(self.rank, plugin)

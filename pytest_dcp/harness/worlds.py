@@ -107,6 +107,8 @@ class Worlds:
         """
         values = read_marker((size,), keywords)
         defaults = replace(self._harness.options.defaults, world_size=None)
+        if values.is_list:
+            raise pytest.UsageError(f"{self._nodeid}: worlds(...) takes one size; got {size!r}")
         spec, problems = resolve(values, size, defaults)
         if spec is None:
             raise pytest.UsageError(f"{self._nodeid}: worlds(...) {'; '.join(problems)}")

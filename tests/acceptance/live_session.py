@@ -1,8 +1,8 @@
 """A session at a terminal of its own, watched and disturbed while it runs.
 
 Enters: a suite of `sample_session` and a command line. Leaves: what stood on the terminal, the
-processes at any moment, and in the end the same `SessionResult`. The session leads its process group and the
-terminal's foreground group, as one that was started from a shell does.
+processes at any moment, and in the end the same `SessionResult`. The session's process group is the
+terminal's foreground group, as that of one that was started from a shell is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pexpect
+import psutil
 
 if TYPE_CHECKING:
     from sample_session import SessionResult, Suite
@@ -43,6 +44,7 @@ class LiveSession:
             timeout=ANSWER_S,
             dimensions=(50, 200),
         )
+        self.terminal.delaybeforesend = None
         self.terminal.logfile_read = self._output
         self.pid: int = self.terminal.pid
 
@@ -66,6 +68,10 @@ class LiveSession:
         """A command that leaves the debugger's prompt."""
         self.terminal.sendline(command)
 
+    def prompts_again(self) -> bool:
+        """Whether a debugger's prompt comes before the session's end."""
+        return bool(self.terminal.expect([pexpect.EOF, PROMPT]))
+
     def interrupt(self) -> None:
         """Ctrl-C."""
         self.terminal.sendintr()
@@ -84,13 +90,21 @@ class LiveSession:
         while len(found := self.notes(about)) < times:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no note of {about!r} in {ANSWER_S:g} s:\n{self.output()}")
-            with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
-                self.terminal.expect(pexpect.EOF, timeout=0.05)
+            self._listen()
         return found
 
-    def processes(self) -> set[int]:
-        """Ids of the session's processes, the controller among them."""
-        return {process.pid for process in self._run.left() if process.is_running()}
+    def wait_until_gone(self, processes: Iterable[psutil.Process]) -> None:
+        """Wait for their ends; AssertionError when one is late."""
+        deadline = time.monotonic() + GONE_S
+        while left := [process for process in processes if _runs(process)]:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"after {GONE_S:g} s there were still {left}")
+            self._listen()
+
+    def _listen(self) -> None:
+        """Take what comes from the terminal, lest the session waits for that, for a moment."""
+        with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
+            self.terminal.expect(pexpect.EOF, timeout=0.02)
 
     def output(self) -> str:
         """All that stood on the terminal."""
@@ -100,17 +114,18 @@ class LiveSession:
     # The end.
 
     def end(self, within_s: float = ANSWER_S) -> SessionResult:
-        """Wait for the session's end; AssertionError when it comes late."""
-        try:
-            self.terminal.expect(pexpect.EOF, timeout=within_s)
-        except pexpect.TIMEOUT as exc:
-            raise AssertionError(f"no end in {within_s:g} s:\n{self.output()[-5000:]}") from exc
-        ended = time.monotonic()
-        self.terminal.wait()
-        self._output.flush()
+        """Wait for the session's end; AssertionError when it is late."""
+        deadline = time.monotonic() + within_s
+        while self.terminal.isalive():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no end in {within_s:g} s:\n{self.output()[-5000:]}")
+            self._listen()
+        elapsed_s = time.monotonic() - self._started
+        self._listen()
         status = self.terminal.exitstatus
         code = -self.terminal.signalstatus if status is None else status
-        return self._run.result(code, ended - self._started)
+        self._output.flush()
+        return self._run.result(code, elapsed_s)
 
     def close(self) -> None:
         """End whatever is left."""
@@ -127,3 +142,10 @@ def live(suite: Suite, *args: str, cwd: str = ".") -> Iterator[LiveSession]:
         yield session
     finally:
         session.close()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -137,15 +137,17 @@ class Suite:
         cache: bool = False,
         within_s: float = WITHIN_S,
         env: Mapping[str, str] = MappingProxyType({}),
+        under: Sequence[str] = (),
     ) -> SessionResult:
         """`pytest *args` in `cwd` below the folder; waits for its end.
 
         Its TMPDIR is its own, and its basetemp lies elsewhere, so that whatever is in TMPDIR
-        afterwards was forgotten. `env` is added to the environment.
+        afterwards was forgotten. `env` is added to the environment, and `under` is
+        what the interpreter runs that then runs pytest.
         """
         run = self.prepare(cwd=cwd, cache=cache, env=env)
         started = time.monotonic()
-        exit_code = run.wait([sys.executable, "-m", "pytest", *args], within_s)
+        exit_code = run.wait([sys.executable, *under, "-m", "pytest", *args], within_s)
         return run.result(exit_code, time.monotonic() - started)
 
     def prepare(

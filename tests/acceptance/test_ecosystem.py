@@ -1,4 +1,4 @@
-"""Worlds beside the plugins that people run: xdist, cov, rerunfailures, timeout, randomly, pytest's.
+"""Worlds beside other plugins: xdist, cov, rerunfailures, timeout, randomly, and pytest's own.
 
 Whole sessions over suites of `samples/`, each run once and looked at by many tests.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from coverage import Coverage
 
 if TYPE_CHECKING:
-    from conftest import MakeSuite
-    from sample_session import Report, SessionResult, Suite
+    from sample_session import MakeSuite, Report, SessionResult, Suite
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}
@@ -24,28 +24,17 @@ TABLE_TITLE = "what the ranks that did not end were doing"
 RERUN_TITLE = "to rerun just this"
 
 DISTRIBUTIONS = ("load", "loadscope", "loadfile", "worksteal", "loadgroup")
+PASSING = """test_ordinary test_ordinary_subtests test_marked test_properties test_of_a_group
+test_list[world_size=1] test_list[world_size=2] test_function_world test_after_the_failure
+test_shares[first] test_shares[second] test_draws[a] test_draws[b] test_draws[c] test_draws[d]"""
+FAILING = """test_ordinary_that_fails test_list[world_size=3] test_cause_and_waiting_peers
+test_subtests test_dies test_fails"""
 MIXED: Mapping[str, Mapping[str, str]] = {
-    "test_ordinary": PASSED,
-    "test_ordinary_that_fails": FAILED,
-    "test_ordinary_subtests": PASSED,
-    "test_marked": PASSED,
-    "test_list[world_size=1]": PASSED,
-    "test_list[world_size=2]": PASSED,
-    "test_list[world_size=3]": FAILED,
-    "test_cause_and_waiting_peers": FAILED,
+    **dict.fromkeys(PASSING.split(), PASSED),
+    **dict.fromkeys(FAILING.split(), FAILED),
     "test_all_skip": {"call": "skipped"},
     "test_xfails": {"call": "xfailed"},
-    "test_subtests": FAILED,
-    "test_dies": FAILED,
     "test_fails_in_teardown": {"call": "passed", "teardown": "error"},
-    "test_properties": PASSED,
-    "test_of_a_group": PASSED,
-    "test_function_world": PASSED,
-    "test_shares[first]": PASSED,
-    "test_shares[second]": PASSED,
-    "test_fails": FAILED,
-    "test_after_the_failure": PASSED,
-    **dict.fromkeys((f"test_draws[{name}]" for name in "abcd"), PASSED),
 }
 """What comes of the mixed suite, whatever runs it."""
 OPTIONAL = "terminal skipping warnings logging faulthandler debugging capture junitxml subtests"
@@ -147,6 +136,7 @@ def test_subtests_of_ranks_survive_xdist(alone: SessionResult, distributed: Sess
         return Counter((name_of(r), r.category) for r in session.reports if r.subtest)
 
     assert subtests(alone)["test_subtests", "failed"] == 1
+    assert "SUBFAILED[sub] (i=2) test_mixed.py::test_subtests - rank 1: " in alone.output
     assert subtests(distributed) == subtests(alone)
 
 
@@ -201,15 +191,19 @@ def coverage(covered: Suite, request: pytest.FixtureRequest) -> tuple[SessionRes
     return session, report["files"]["measured.py"]
 
 
+def never_run(covered: Suite) -> list[int]:
+    """The lines of `measured.py` that nothing runs."""
+    (line,) = lines_with('return "nowhere"', covered.folder / "measured.py")
+    return [line]
+
+
 def test_every_line_that_a_rank_ran_is_counted(
     covered: Suite, coverage: tuple[SessionResult, Any]
 ) -> None:
     file = covered.folder / "measured.py"
-    never = lines_with('return "nowhere"', file)
-    ran = {*lines_with("return ", file), *lines_with("if rank", file)} - {*never}
-    assert len(never) == 1
+    ran = {*lines_with("return ", file), *lines_with("if rank", file)} - {*never_run(covered)}
     assert len(ran) == 11
-    assert coverage[1]["missing_lines"] == never
+    assert coverage[1]["missing_lines"] == never_run(covered)
     assert ran <= {*coverage[1]["executed_lines"]}
 
 
@@ -236,13 +230,26 @@ def test_coverage_changes_no_outcome(coverage: tuple[SessionResult, Any]) -> Non
     }
 
 
+def test_coverage_run_counts_every_line_in_its_one_file(covered: Suite) -> None:
+    (covered.folder / ".coverage").unlink(missing_ok=True)
+    session = covered.run(under=("-m", "coverage", "run", "--source=."))
+    measured = Coverage(data_file=str(covered.folder / ".coverage"), config_file=False)
+    measured.load()
+    assert measured.analysis2(str(covered.folder / "measured.py"))[3] == never_run(covered)
+    assert [path.name for path in covered.folder.glob(".coverage*")] == [".coverage"]
+    assert (outcomes(session)["test_marked"], session.warnings) == (PASSED, ())
+
+
 # pytest-rerunfailures.
 
 
 @pytest.fixture(scope="module")
 def rerun(make_suite: MakeSuite) -> SessionResult:
+    """Tests that fail at first; pytest-randomly shuffles them."""
+    files = {"test_reruns.py": "reruns.py", "test_randomness.py": "randomness.py"}
     only = ("--only-rerun=AssertionError", "--only-rerun=WorldError")
-    return make_suite({"test_reruns.py": "reruns.py"}).run("--reruns=2", *only)
+    randomly = ("-p", "randomly", "--randomly-seed=7")
+    return make_suite(files).run("--reruns=2", *only, *randomly)
 
 
 @pytest.mark.parametrize(
@@ -287,25 +294,23 @@ def timed(make_suite: MakeSuite) -> SessionResult:
 
 
 @pytest.mark.parametrize(
-    ("test", "headline"),
+    ("test", "ranks", "limit"),
     [
-        ("test_marker", r"rank 1: still in call at the time limit of 0.5 s, at .* in test_marker"),
-        (
-            "test_marker_with_method_thread",
-            r"ranks 0-1: still in call at the time limit of 0.5 s, at .* in test_marker_with_method",
-        ),
-        ("test_option", r"rank 0: still in call at the time limit of 1.5 s, at .* in test_option"),
-        ("test_func_only_that_hangs", r"rank 1: still in call at the time limit of 0.5 s, at "),
-        ("test_own_limit_is_lower", r"ranks 0-1: still in call at the time limit of 0.5 s, at "),
-        ("test_plugins_limit_is_lower", r"ranks 0-1: still in call at the time limit of 0.5 s, at "),
+        ("test_marker", "rank 1", "0.5"),
+        ("test_marker_with_method_thread", "ranks 0-1", "0.5"),
+        ("test_option", "rank 0", "1.5"),
+        ("test_func_only_that_hangs", "rank 1", "0.5"),
+        ("test_own_limit_is_lower", "ranks 0-1", "0.5"),
+        ("test_plugins_limit_is_lower", "ranks 0-1", "0.5"),
     ],
 )
 def test_pytest_timeouts_limit_becomes_the_worlds(
-    timed: SessionResult, test: str, headline: str
+    timed: SessionResult, test: str, ranks: str, limit: str
 ) -> None:
     report = timed.bad(test)
     assert timed.outcomes(test) == FAILED
-    assert re.match(headline, report.headline)
+    start = f"{ranks}: still in call at the time limit of {limit} s, at "
+    assert re.match(rf"{re.escape(start)}.* in {test}$", report.headline)
     assert TABLE_TITLE in report.text
     assert "Timeout (>" not in report.text
 
@@ -350,16 +355,8 @@ def order(session: SessionResult) -> list[str]:
     return list(dict.fromkeys(note["name"] for note in session.noted("draws")))
 
 
-@pytest.fixture(scope="module")
-def shuffled(make_suite: MakeSuite) -> SessionResult:
-    suite = make_suite({"test_randomness.py": "randomness.py"})
-    return suite.run("-p", "randomly", "--randomly-seed=7")
-
-
-@pytest.mark.parametrize("name", ["alone", "shuffled"])
-def test_ranks_draw_alike_and_tests_differently(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("name", ["alone", "rerun"])
+def test_ranks_draw_alike_and_tests_differently(name: str, request: pytest.FixtureRequest) -> None:
     draws = drawn(request.getfixturevalue(name))
     assert sorted(test for test, _, _ in draws) == ["a", "b", "c", "d"]
     assert {*draws.values()} == {2}
@@ -374,11 +371,10 @@ def test_draws_do_not_depend_on_the_worker(
     assert drawn(distributed) == drawn(alone)
 
 
-def test_randomly_shuffles_and_seeds_worlds(alone: SessionResult, shuffled: SessionResult) -> None:
+def test_randomly_shuffles_and_seeds_worlds(alone: SessionResult, rerun: SessionResult) -> None:
     assert order(alone) == ["a", "b", "c", "d"]
-    assert order(shuffled) != order(alone)
-    assert drawn(shuffled).keys().isdisjoint(drawn(alone))
-    assert shuffled.exit_code == pytest.ExitCode.OK
+    assert order(rerun) != order(alone)
+    assert drawn(rerun).keys().isdisjoint(drawn(alone))
 
 
 # pytest's own plugins.

@@ -1,4 +1,4 @@
-"""Copied as test_covers.py: runs each function of measured.py but one, most of them only in ranks."""
+"""Copied as test_covers.py: runs all of measured.py but one function, mostly in ranks."""
 
 from __future__ import annotations
 

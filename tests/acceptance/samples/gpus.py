@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.world_size(2, backend="nccl")
+@pytest.mark.world_size(3, backend="nccl")
 def test_nccl() -> None:
     pass
 
 
-@pytest.mark.world_size(2, device="cuda")
-def test_cuda() -> None:
+@pytest.mark.world_size(2, backend="gloo", device="cuda")
+def test_gloo_on_cuda() -> None:
     pass
 
 

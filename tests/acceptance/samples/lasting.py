@@ -1,4 +1,4 @@
-"""Copied as test_lasting.py: worlds that last until somebody ends them, with all kinds of children."""
+"""Copied as test_lasting.py: a world that lasts until somebody ends it, with children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copied as measured.py: functions whose lines tests/samples/covers.py runs, each in one place."""
+"""Copied as measured.py: functions that covers.py runs, each in one place."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         plugins=sorted(name for name in names if "dcp" in name),
         options=sum("--dcp-marker" in option.names() for option in options),
         markers=sum("fresh world" in line for line in config.getini("markers")),
-        fixtures="checkpoint_dir" in session._fixturemanager._arg2fixturedefs,
         torch="torch" in sys.modules,
         started=started,
         children=Path(f"/proc/self/task/{os.getpid()}/children").read_text(),

@@ -47,7 +47,6 @@ def test_func_only() -> None:
 
 @pytest.mark.world_size(2)
 @pytest.mark.timeout(0.5, func_only=True)
-@pytest.mark.usefixtures("slow")
 def test_func_only_that_hangs(rank: int) -> None:
     if rank == 1:
         time.sleep(600)
