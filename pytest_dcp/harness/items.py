@@ -307,6 +307,22 @@ def attach(item: pytest.Item, marked: MarkedItem) -> None:
 class ItemHooks:
     """What pytest's hooks tell marked items; registered only in sessions that have some."""
 
+    def __init__(self, pdb_invoke: Any) -> None:
+        self._pdb_invoke = pdb_invoke
+        """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
+
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        """--pdb for what is no rank's failure."""
+        marked = node.stash.get(ITEM_KEY, None)
+        told = marked is not None and call.excinfo.value is marked.raised
+        if self._pdb_invoke is not None and not told:
+            self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
+
+    def pytest_internalerror(self, excinfo: Any) -> None:
+        """--pdb for pytest's own errors, as its plugin has it."""
+        if self._pdb_invoke is not None:
+            self._pdb_invoke.pytest_internalerror(excinfo)
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None

@@ -123,7 +123,8 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     harness = Harness(session, options)
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
-    session.config.pluginmanager.register(items_.ItemHooks(), "pytest_dcp.items")
+    manager = session.config.pluginmanager
+    manager.register(items_.ItemHooks(manager.unregister(name="pdbinvoke")), "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)
     for index, item in enumerate(session.items):
@@ -137,9 +138,10 @@ def begin(session: pytest.Session, options: Options) -> Harness:
 
 def _tell(config: pytest.Config, line: str) -> None:
     """One line for the user: on the terminal, or through xdist to the one that has it."""
+    if hasattr(config, "workeroutput"):
+        config.workeroutput.setdefault("dcp_notes", []).append(line)
+        return
     terminal = config.pluginmanager.getplugin("terminalreporter")
     if terminal is not None:
         terminal.ensure_newline()
         terminal.write_line(line)
-    elif hasattr(config, "workeroutput"):
-        config.workeroutput.setdefault("dcp_notes", []).append(line)

@@ -95,7 +95,7 @@ class Harness:
         if self._launcher is None:
             reason = self._unsafe_to_fork()
             if self.options.launch == "fork" and reason:
-                raise WorldError(f"--dcp-launch=fork, but forking is unsafe here: {reason}")
+                raise pytest.UsageError(f"--dcp-launch=fork, but forking is unsafe here: {reason}")
             if self.options.launch == "spawn" or reason:
                 from pytest_dcp.harness.spawn import SpawnLauncher
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +26,30 @@ ANSWER_S = 60.0
 """Bounds a wait for something to happen that takes some five seconds on an idle machine."""
 GONE_S = 3.0
 """What is to go with the session, or with the process that was killed, is gone so long after."""
+LISTEN_S = 0.02
+"""Between two looks at what is waited for."""
 
 
 class LiveSession:
-    """One running session; see `started`."""
+    """One running session; see `live`."""
 
-    def __init__(self, suite: Suite, args: tuple[str, ...], cwd: str) -> None:
-        self._run = suite.prepare(cwd=cwd)
+    def __init__(self, suite: Suite, args: tuple[str, ...]) -> None:
+        self._run = suite.prepare()
         self._output = (self._run.private / "output").open("w")
         self._started = time.monotonic()
-        self.terminal = pexpect.spawn(
-            sys.executable,
-            ["-m", "pytest", "--color=no", *args],
-            cwd=str(self._run.cwd),
-            env=self._run.env,
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=ANSWER_S,
-            dimensions=(50, 200),
-        )
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a fork beside any thread; another program follows at once here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.terminal = pexpect.spawn(
+                sys.executable,
+                ["-m", "pytest", "--color=no", *args],
+                cwd=str(self._run.cwd),
+                env=self._run.env,
+                encoding="utf-8",
+                codec_errors="replace",
+                timeout=ANSWER_S,
+                dimensions=(50, 200),
+            )
         self.terminal.delaybeforesend = None
         self.terminal.logfile_read = self._output
         self.pid: int = self.terminal.pid
@@ -103,8 +109,9 @@ class LiveSession:
 
     def _listen(self) -> None:
         """Take what comes from the terminal, lest the session waits for that, for a moment."""
-        with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
-            self.terminal.expect(pexpect.EOF, timeout=0.02)
+        with contextlib.suppress(pexpect.TIMEOUT):
+            self.terminal.expect(pexpect.EOF, timeout=LISTEN_S)
+            time.sleep(LISTEN_S)
 
     def output(self) -> str:
         """All that stood on the terminal."""
@@ -135,9 +142,9 @@ class LiveSession:
 
 
 @contextlib.contextmanager
-def live(suite: Suite, *args: str, cwd: str = ".") -> Iterator[LiveSession]:
+def live(suite: Suite, *args: str) -> Iterator[LiveSession]:
     """`pytest *args` at a terminal until the block ends."""
-    session = LiveSession(suite, args, cwd)
+    session = LiveSession(suite, args)
     try:
         yield session
     finally:

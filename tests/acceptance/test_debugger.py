@@ -110,22 +110,40 @@ def test_quit_at_a_breakpoint_ends_the_session(suite: Suite) -> None:
     assert result.left_running == ()
 
 
-def test_a_breakpoint_in_a_function_of_a_world_stops_one_rank(suite: Suite) -> None:
-    with live(suite, *chosen("test_function"), "--dcp-pdb-rank=1") as session:
-        assert session.prompt().count("PDB set_trace") == 1
-        assert session.ask("p os.environ['RANK']") == "'1'"
-        session.tell("c")
-        result = session.end()
-    assert result.outcomes("test_function") == PASSED
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """A breakpoint in a function, one in a test that then hangs, and Ctrl-C."""
+
+    shown: str
+    """On the terminal, up to the first prompt."""
+    rank: str
+    """The variable RANK at the first prompt."""
+    result: SessionResult
 
 
-def test_ctrl_c_ends_the_session_again_once_the_debugger_is_left(suite: Suite) -> None:
-    with live(suite, *chosen("test_stops_and_hangs", "test_ordinary")) as session:
-        session.prompt()
+@pytest.fixture(scope="module")
+def interruption(suite: Suite) -> Interruption:
+    args = chosen("test_function", "test_stops_and_hangs", "test_ordinary")
+    with live(suite, *args, "--dcp-pdb-rank=1") as session:
+        shown = session.prompt()
+        rank = session.ask("p os.environ['RANK']")
+        session.ask("c")
         session.tell("c")
         session.wait_for_note("hangs", 2)
         session.interrupt()
-        result = session.end()
+        return Interruption(shown, rank, session.end())
+
+
+def test_a_breakpoint_in_a_function_of_a_world_stops_one_rank(interruption: Interruption) -> None:
+    assert interruption.shown.count("PDB set_trace") == 1
+    assert interruption.rank == "'1'"
+    assert interruption.result.outcomes("test_function") == PASSED
+
+
+def test_ctrl_c_ends_the_session_again_once_the_debugger_is_left(
+    interruption: Interruption,
+) -> None:
+    result = interruption.result
     assert result.exit_code == pytest.ExitCode.INTERRUPTED
     assert "KeyboardInterrupt" in result.output
     assert result.left_running == ()
@@ -223,7 +241,6 @@ def test_post_mortem_is_held_in_the_rank_that_failed(post_mortem: PostMortem) ->
     assert post_mortem.shown.count("assert 201 == 200") == 1
 
 
-@pytest.mark.xfail(reason="the controller's own pdb is entered after the rank's", strict=True)
 def test_post_mortem_is_not_held_again_in_the_controller(post_mortem: PostMortem) -> None:
     assert not post_mortem.prompted_again
 
@@ -253,27 +270,50 @@ def test_quit_in_post_mortem_ends_the_session(suite: Suite) -> None:
 # --trace.
 
 
-def test_trace_stops_one_rank_at_the_first_line_of_each_test(suite: Suite) -> None:
-    args = ("--trace", "--dcp-pdb-rank=0", *chosen("test_fails", "test_ordinary"))
-    with live(suite, *args) as session:
-        assert "value = 200 + rank" in session.prompt()
-        assert "assert value == 200" in session.ask("n")
-        assert session.ask("p value") == "200"
-        session.tell("c")
-        assert "test_ordinary()" in session.prompt()
-        session.tell("c")
-        result = session.end()
-    assert result.outcomes("test_fails") == FAILED
-    assert result.outcomes("test_ordinary") == PASSED
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A trace of three tests: left with `continue`, stepped to the end, and not in a world."""
+
+    first_line: str
+    second_line: str
+    value: str
+    """Of a local variable, on the second line."""
+    end: str
+    """Where the second test stood after its only line."""
+    ordinary: str
+    """On the terminal before the prompt in the third."""
+    result: SessionResult
 
 
-def test_a_test_can_be_stepped_through_to_its_end(suite: Suite) -> None:
-    with live(suite, "--trace", *chosen("test_passes")) as session:
-        session.prompt()
-        assert "--Return--" in session.ask("n")
-        session.tell("n")
-        result = session.end()
-    assert result.outcomes("test_passes") == PASSED
+@pytest.fixture(scope="module")
+def trace(suite: Suite) -> Trace:
+    args = chosen("test_fails", "test_passes", "test_ordinary")
+    with live(suite, "--trace", "--dcp-pdb-rank=0", *args) as session:
+        first_line = session.prompt()
+        second_line = session.ask("n")
+        value = session.ask("p value")
+        session.ask("c")
+        end = session.ask("n")
+        ordinary = session.ask("n")
+        session.tell("c")
+        return Trace(first_line, second_line, value, end, ordinary, session.end())
+
+
+def test_trace_stops_one_rank_at_the_first_line_of_a_test(trace: Trace) -> None:
+    assert "value = 200 + rank" in trace.first_line
+    assert "assert value == 200" in trace.second_line
+    assert trace.value == "200"
+    assert trace.result.outcomes("test_fails") == FAILED
+
+
+def test_a_test_can_be_stepped_through_to_its_end(trace: Trace) -> None:
+    assert "--Return--" in trace.end
+    assert trace.result.outcomes("test_passes") == PASSED
+
+
+def test_trace_stops_in_ordinary_tests_too(trace: Trace) -> None:
+    assert "test_ordinary()" in trace.ordinary
+    assert trace.result.outcomes("test_ordinary") == PASSED
 
 
 # Elsewhere.

@@ -5,10 +5,11 @@ Whole sessions over suites of `samples/`, each run once and looked at by many te
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ import pytest
 from coverage import Coverage
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, Report, SessionResult, Suite
+    from sample_session import MakeSuite, Report, SessionResult
+
+    Run = Callable[..., SessionResult]
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}
@@ -78,21 +81,23 @@ def lines_with(text: str, file: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def mixed(make_suite: MakeSuite) -> Suite:
+def mixed(make_suite: MakeSuite) -> Run:
+    """Runs the mixed suite, once with the same arguments in whatever order tests ask for it."""
     samples = ("mixed", "warm", "randomness")
-    return make_suite({f"test_{name}.py": f"{name}.py" for name in samples})
+    suite = make_suite({f"test_{name}.py": f"{name}.py" for name in samples})
+    return functools.cache(suite.run)
 
 
 @pytest.fixture(scope="module")
-def alone(mixed: Suite) -> SessionResult:
+def alone(mixed: Run) -> SessionResult:
     """The mixed suite in one process."""
-    return mixed.run("-n0")
+    return mixed("-n0")
 
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
-def distributed(mixed: Suite, request: pytest.FixtureRequest) -> SessionResult:
+def distributed(mixed: Run, request: pytest.FixtureRequest) -> SessionResult:
     """The mixed suite over two workers."""
-    return mixed.run("-n2", "--dist", request.param)
+    return mixed("-n2", "--dist", request.param)
 
 
 def test_the_mixed_suite_has_the_outcomes_that_are_written_down(alone: SessionResult) -> None:
@@ -170,7 +175,6 @@ def test_only_the_test_that_killed_its_worker_fails(killed_worker: SessionResult
     assert outcomes(killed_worker) == {
         "test_warm": PASSED,
         "test_kills_its_worker": {"???": "failed"},
-        "test_after": PASSED,
     }
 
 
@@ -178,40 +182,40 @@ def test_only_the_test_that_killed_its_worker_fails(killed_worker: SessionResult
 
 
 @pytest.fixture(scope="module")
-def covered(make_suite: MakeSuite) -> Suite:
-    return make_suite({"measured.py": "measured.py", "test_covers.py": "covers.py"})
+def covered(make_suite: MakeSuite) -> Run:
+    """Runs the suite that runs `measured.py`, once with the same arguments."""
+    suite = make_suite({"measured.py": "measured.py", "test_covers.py": "covers.py"})
+    return functools.cache(suite.run)
 
 
 @pytest.fixture(scope="module", params=["-n0", "-n2"])
-def coverage(covered: Suite, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
+def coverage(covered: Run, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
     """A session under pytest-cov, and what its report says of `measured.py`."""
-    session = covered.run(request.param, "--cov=measured", "--cov-report=json:report.json")
-    report = json.loads((covered.folder / "report.json").read_text())
-    (covered.folder / "report.json").unlink()
-    return session, report["files"]["measured.py"]
+    name = f"report{request.param}.json"
+    session = covered(request.param, "--cov=measured", f"--cov-report=json:{name}")
+    return session, json.loads((session.folder / name).read_text())["files"]["measured.py"]
 
 
-def never_run(covered: Suite) -> list[int]:
+def never_run(session: SessionResult) -> list[int]:
     """The lines of `measured.py` that nothing runs."""
-    (line,) = lines_with('return "nowhere"', covered.folder / "measured.py")
+    (line,) = lines_with('return "nowhere"', session.folder / "measured.py")
     return [line]
 
 
-def test_every_line_that_a_rank_ran_is_counted(
-    covered: Suite, coverage: tuple[SessionResult, Any]
-) -> None:
-    file = covered.folder / "measured.py"
-    ran = {*lines_with("return ", file), *lines_with("if rank", file)} - {*never_run(covered)}
+def test_every_line_that_a_rank_ran_is_counted(coverage: tuple[SessionResult, Any]) -> None:
+    session, report = coverage
+    file = session.folder / "measured.py"
+    ran = {*lines_with("return ", file), *lines_with("if rank", file)} - {*never_run(session)}
     assert len(ran) == 11
-    assert coverage[1]["missing_lines"] == never_run(covered)
-    assert ran <= {*coverage[1]["executed_lines"]}
+    assert report["missing_lines"] == never_run(session)
+    assert ran <= {*report["executed_lines"]}
 
 
 def test_coverage_of_ranks_leaves_no_files_and_no_complaint(
-    covered: Suite, coverage: tuple[SessionResult, Any]
+    coverage: tuple[SessionResult, Any],
 ) -> None:
     session, _ = coverage
-    assert [path.name for path in covered.folder.glob(".coverage*")] == [".coverage"]
+    assert [path.name for path in session.folder.glob(".coverage*")] == [".coverage"]
     assert "database is locked" not in session.output
     assert session.warnings == ()
     assert session.left_in_tmpdir == ()
@@ -230,13 +234,12 @@ def test_coverage_changes_no_outcome(coverage: tuple[SessionResult, Any]) -> Non
     }
 
 
-def test_coverage_run_counts_every_line_in_its_one_file(covered: Suite) -> None:
-    (covered.folder / ".coverage").unlink(missing_ok=True)
-    session = covered.run(under=("-m", "coverage", "run", "--source=."))
-    measured = Coverage(data_file=str(covered.folder / ".coverage"), config_file=False)
+def test_coverage_run_counts_every_line_in_its_one_file(covered: Run) -> None:
+    session = covered(under=("-m", "coverage", "run", "--source=."))
+    measured = Coverage(data_file=str(session.folder / ".coverage"), config_file=False)
     measured.load()
-    assert measured.analysis2(str(covered.folder / "measured.py"))[3] == never_run(covered)
-    assert [path.name for path in covered.folder.glob(".coverage*")] == [".coverage"]
+    assert measured.analysis2(str(session.folder / "measured.py"))[3] == never_run(session)
+    assert [path.name for path in session.folder.glob(".coverage*")] == [".coverage"]
     assert (outcomes(session)["test_marked"], session.warnings) == (PASSED, ())
 
 

@@ -5,8 +5,9 @@ Whole sessions over suites of `samples/`, each run once and looked at by many te
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,9 +129,17 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def run_wrong_markers(make_suite: MakeSuite) -> Callable[..., SessionResult]:
+    """Runs the suite once with the same arguments, in whatever order tests ask for it."""
+    return functools.cache(make_suite({"test_wrong_markers.py": "wrong_markers.py"}).run)
+
+
 @pytest.fixture(scope="module", params=["-n0", "-n2"])
-def wrong_markers(make_suite: MakeSuite, request: pytest.FixtureRequest) -> SessionResult:
-    return make_suite({"test_wrong_markers.py": "wrong_markers.py"}).run(request.param)
+def wrong_markers(
+    run_wrong_markers: Callable[..., SessionResult], request: pytest.FixtureRequest
+) -> SessionResult:
+    return run_wrong_markers(request.param)
 
 
 @pytest.mark.parametrize("test", WRONG)

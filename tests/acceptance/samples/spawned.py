@@ -49,17 +49,6 @@ def test_fails(rank: int) -> None:
     assert found == {"rank": 0}
 
 
-@pytest.mark.world_size(1)
-def test_skips() -> None:
-    pytest.skip("all of us")
-
-
-@pytest.mark.world_size(1)
-@pytest.mark.xfail(reason="known", strict=True)
-def test_xfails(rank: int) -> None:
-    assert rank != 0
-
-
 def test_crashes(rank: int) -> None:
     if rank == 1:
         os._exit(3)
@@ -70,8 +59,3 @@ def test_crashes(rank: int) -> None:
 def test_hangs() -> None:
     print("before the hang", flush=True)
     time.sleep(FOREVER_S)
-
-
-@pytest.mark.world_size(1)
-def test_worker(worker_id: str) -> None:
-    note("worker", id=worker_id)

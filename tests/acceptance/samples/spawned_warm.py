@@ -26,3 +26,12 @@ IDS = (
 def test_id(text: str, rank: int, request: pytest.FixtureRequest) -> None:
     assert request.node.callspec.params == {"text": text}
     note("id", text=text, rank=rank, pid=os.getpid())
+
+
+def test_skips() -> None:
+    pytest.skip("all of us")
+
+
+@pytest.mark.xfail(reason="known", strict=True)
+def test_xfails(rank: int) -> None:
+    assert rank == 0

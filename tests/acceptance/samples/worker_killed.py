@@ -28,8 +28,3 @@ def test_kills_its_worker(worlds: Worlds) -> None:
     with worlds(2) as idle:
         idle.run(live, 0)
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.world_size(2)
-def test_after() -> None:
-    pass
