@@ -11,7 +11,6 @@ controller.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -29,9 +28,6 @@ from _pytest.skipping import evaluate_xfail_marks
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
-    DebugAnswer,
-    DebugAsk,
-    DebugDone,
     Done,
     Go,
     Phase,
@@ -40,6 +36,7 @@ from pytest_dcp.harness.events import (
     SubReport,
 )
 from pytest_dcp.harness.rank import Rank, one_line
+from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
 SECTION_CHARS = 1 << 16
 """A captured section longer than this keeps its two ends."""
@@ -69,9 +66,11 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     `tty` names the terminal where this process did not inherit it.
     """
     silence(session.config)
-    plugin = RankPlugin(session, _Terminal(session.config, tty))
+    debugger = RankDebugger(session.config, RankTerminal(session.config, tty))
+    debugger.take_over_pdb()
+    plugin = RankPlugin(session, debugger)
+    session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
-    plugin.take_over_pdb()
     return plugin
 
 
@@ -101,56 +100,6 @@ def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
     factory: Any = getattr(config, "_tmp_path_factory", None)
     if factory is not None:
         factory._basetemp, factory._given_basetemp = None, base
-
-
-class _Terminal:
-    """The terminal as a rank sees it: closed, until the rank is granted it for a debugger.
-
-    A rank is not in the terminal's foreground process group, so reading from it would stop the
-    process; and only rank 0 writes what plugins write while a test runs (--setup-show, live
-    logs).
-    """
-
-    def __init__(self, config: pytest.Config, tty: str) -> None:
-        self._tty = tty
-        self._null = os.open(os.devnull, os.O_RDWR)
-        self._nowhere = os.fdopen(os.dup(self._null), "w")
-        reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-        self._writer: Any = getattr(reporter, "_tw", None)
-        self._file = getattr(self._writer, "_file", None)
-        capture: Any = config.pluginmanager.getplugin("capturemanager")
-        self._stdin_is_captured = capture is not None and capture.is_globally_capturing()
-        self._capturing = getattr(capture, "_global_capturing", None)
-        self._stdin = -1
-
-    def shut(self, *, muted: bool) -> None:
-        """Do not read it, and when `muted` do not write it either."""
-        if muted and self._writer is not None:
-            self._writer._file = self._nowhere
-        if not self._stdin_is_captured:
-            if self._stdin < 0:
-                self._stdin = os.dup(0)
-            os.dup2(self._null, 0)
-
-    def open(self) -> None:
-        """Let this process read and write it from now on."""
-        if self._writer is not None:
-            self._writer._file = self._file
-        if self._tty:
-            self._take(self._tty)
-        elif self._stdin >= 0:
-            os.dup2(self._stdin, 0)
-
-    def _take(self, path: str) -> None:
-        """Put the terminal in the place of the standard files, also of those that capture saved."""
-        with contextlib.suppress(OSError):  # there is none: the debugger reads an end of file
-            tty = os.open(path, os.O_RDWR)
-            for fd, name in enumerate(("in_", "out", "err")):
-                stream: Any = getattr(self._capturing, name, None)
-                os.dup2(tty, getattr(stream, "targetfd_save", fd))
-                if getattr(stream, "_state", "") != "started":
-                    os.dup2(tty, fd)
-            os.close(tty)
 
 
 @contextlib.contextmanager
@@ -183,19 +132,17 @@ class RankPlugin:
     rank: Rank
     _torn_down: Done
 
-    def __init__(self, session: pytest.Session, terminal: _Terminal) -> None:
-        self._terminal = terminal
+    def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
+        self._debugger = debugger
         self.session = session
         self.config = session.config
         self.warnings: list[dict[str, Any]] = []
         self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
-        self._pdb_invoke: Any = None
-        self._debugging = False
 
     def join(self, rank: Rank) -> None:
         """This process is that rank from here on."""
         self.rank = rank
-        self._terminal.shut(muted=rank.order.rank != 0)
+        self._debugger.join(rank)
 
     # Items.
 
@@ -243,7 +190,7 @@ class RankPlugin:
             try:
                 yield sections
             finally:
-                self._give_terminal_back()
+                self._debugger.give_back()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
@@ -288,7 +235,7 @@ class RankPlugin:
                 item.ihook.pytest_exception_interact(node=item, call=call, report=report)
             except pytest.exit.Exception as left:  # `quit` in the debugger
                 outcome, text = "exit", str(left.msg)
-        self._give_terminal_back()
+        self._debugger.give_back()
         if phase == "teardown":  # the last that a rank hears of when its peers are lost
             measure.save()
         return Done(
@@ -348,89 +295,6 @@ class RankPlugin:
     def pytest_timeout_cancel_timer(self) -> bool:
         """See `pytest_timeout_set_timer`."""
         return True
-
-    # The debugger.
-
-    def take_over_pdb(self) -> None:
-        """Have pytest's debugger ask the controller for the terminal first.
-
-        Wraps `pytestPDB._init_pdb`, through which every way into pytest's debugger leads; there
-        is no public place. Can go when pytest has a hook that may refuse a debugger.
-        """
-        from _pytest.debugging import pytestPDB
-
-        self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
-        # A spawned rank that is kept warm comes here for every test.
-        original: Any = getattr(pytestPDB._init_pdb, "__wrapped__", pytestPDB._init_pdb)
-
-        @functools.wraps(original)
-        def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
-            if not self._debugging and not self._ask_for_terminal(method):
-                return _NoPdb()
-            pdb = original(method, *args, **kwargs)
-            pdb.setup = self._asking_again(pdb.setup)
-            return pdb
-
-        pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign]  # see above
-
-    def _asking_again(self, setup: Callable[..., Any]) -> Callable[..., Any]:
-        """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is
-        gone."""
-
-        def ask_and_setup(*args: Any) -> Any:
-            if not self._debugging:
-                self._ask_for_terminal("breakpoint")
-            return setup(*args)
-
-        return ask_and_setup
-
-    def _ask_for_terminal(self, reason: str) -> bool:
-        answer = self.rank.channel.ask(DebugAsk(reason), DebugAnswer)
-        if answer.error:
-            pytest.fail(f"rank {self.rank.order.rank}: {answer.error}", pytrace=False)
-        if answer.granted:
-            self._debugging = True
-            # Reading a terminal from a background process group stops the process.
-            with contextlib.suppress(OSError):
-                os.setpgid(0, answer.group)
-            self._terminal.open()
-        return answer.granted
-
-    def _give_terminal_back(self, *, tracing: bool = False) -> None:
-        """At the latest when a phase ends; a debugger that is to stop again asks again."""
-        if self._debugging:
-            self._debugging = False
-            if not tracing:  # who stepped to the end of a test left the tracing on
-                sys.settrace(None)
-            self._terminal.shut(muted=self.rank.order.rank != 0)
-            with contextlib.suppress(OSError):
-                os.setpgid(0, 0)
-            self.rank.channel.send(DebugDone())
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
-        """--pdb: post mortem in the rank that gets the terminal."""
-        if self._pdb_invoke is None or not self._ask_for_terminal("post_mortem"):
-            return
-        try:
-            self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
-        finally:
-            self._give_terminal_back()
-
-    def pytest_leave_pdb(self) -> None:
-        """`continue` at a breakpoint."""
-        self._give_terminal_back(tracing=True)
-
-
-class _NoPdb:
-    """What a rank without the terminal gets for a debugger: nothing happens."""
-
-    def set_trace(self, frame: object = None) -> None:
-        """Go on."""
-
-    def runcall(self, function: Callable[[], object]) -> object:
-        """Just call it."""
-        return function()
 
 
 def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[RankOutcome, str]:
