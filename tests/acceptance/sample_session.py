@@ -203,7 +203,9 @@ class _Run:
         private = folder / f"session-{token[:8]}"
         (private / "tmp").mkdir(parents=True)
         cwd.mkdir(parents=True, exist_ok=True)
-        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        # What pytest would take from the one that runs it: options, and (under tox) its cache.
+        inherited = ("PYTEST_", "TOX_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
         env |= {
             "SESSION_TOKEN": token,
             "SESSION_RECORD": str(private / "record"),
