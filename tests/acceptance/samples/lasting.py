@@ -38,7 +38,7 @@ def test_lasts(rank: int) -> None:
     time.sleep(FOREVER_S)
 
 
-@pytest.mark.world_size(2)
+@pytest.mark.world_size(1)
 def test_after() -> None:
     pass
 
