@@ -228,6 +228,7 @@ class _Zygote:
         self.prepare = prepare
         self.ranks: dict[int, Order] = {}
         """By process id, those not reaped yet."""
+        self.stopped = False
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
         self.wake_w.setblocking(False)
@@ -236,7 +237,7 @@ class _Zygote:
         """Leave the controller's process group, signals and pipes."""
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _on_term)
+        signal.signal(signal.SIGTERM, self.stop)
         linux.die_with_parent(parent, signal.SIGTERM)
         linux.adopt_orphans()
         if detach:
@@ -273,7 +274,7 @@ class _Zygote:
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake_r, select.POLLIN)
-        while True:
+        while not self.stopped:
             ready = {fd for fd, _ in poll.poll()}
             if self.wake_r.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -281,6 +282,10 @@ class _Zygote:
                 self.reap()
             if self.control.fileno() in ready and not self.obey():
                 return
+
+    def stop(self, signum: int, frame: object) -> None:
+        """SIGTERM: end soon. Raising here could break into the end that is already under way."""
+        self.stopped = True
 
     def obey(self) -> bool:
         """Carry out one request; False at end of file."""
@@ -406,12 +411,6 @@ class _Zygote:
 
 def _on_child(signum: int, frame: object) -> None:
     """Nothing: the wake-up descriptor is what matters."""
-
-
-def _on_term(signum: int, frame: object) -> NoReturn:
-    # Once: the next must not break into the end that this leads to.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(0)
 
 
 def _kill_group(pid: int) -> None:
