@@ -12,7 +12,6 @@ import threading
 import uuid
 import warnings
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +207,6 @@ def harness_of(config: pytest.Config) -> Harness:
     if harness is None or current() is not None:
         raise WorldError("worlds are started by the controller, not inside a rank")
     return harness
-
-
-def with_size(spec: WorldSpec, size: int) -> WorldSpec:
-    """The same world with another number of ranks, in one dimension."""
-    return replace(spec, size=size, mesh=(size,), mesh_dim_names=None)
 
 
 def _may_be_forked(thread: threading.Thread) -> bool:
