@@ -55,3 +55,93 @@ class WorldError(DcpError):
 
 class DivergedError(DcpError):
     """Ranks left lockstep: they asked for different things, or a peer had already left."""
+
+
+class CheckpointError(DcpError):
+    """The base of what the checkpoint engine raises on one rank.
+
+    Between ranks such an error travels inside torch's `CheckpointException`, one entry per rank.
+    """
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint's bytes are not what a whole, unaltered checkpoint holds."""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        file: str | None = None,
+        entry: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        where = [
+            *([f"file {file!r}"] if file is not None else []),
+            *([f"entry {entry!r}"] if entry is not None else []),
+            *([f"offset {offset}"] if offset is not None else []),
+        ]
+        super().__init__(f"{reason} ({', '.join(where)})" if where else reason)
+        self.reason = reason
+        self.file = file
+        self.entry = entry
+        self.offset = offset
+        """Bytes from the start of the file, or of the entry where `file` is None."""
+
+    def at(
+        self, *, file: str | None = None, entry: str | None = None, offset: int = 0
+    ) -> CheckpointCorruptError:
+        """The same error with what the caller knows: file, entry, and where the entry starts."""
+        moved = None if self.offset is None else self.offset + offset
+        return type(self)(
+            self.reason, file=self.file or file, entry=self.entry or entry, offset=moved
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+        return (
+            _rebuild_corrupt,
+            (type(self), self.reason),
+            dict(self.__dict__) | {"args": self.args},
+        )
+
+
+class UntrustedPickleError(CheckpointCorruptError):
+    """A pickle asks for what a checkpoint has no need of: a class, a function, endless memory."""
+
+
+class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
+    """What a rank asks to load does not fit what the checkpoint holds: keys, shapes or types.
+
+    Also a RuntimeError and a ValueError, which torch raises for a missing key and for another size.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.missing = missing
+        """Keys that were asked for and are not in the checkpoint."""
+        self.unexpected = unexpected
+        """Keys that are in the checkpoint and were not asked for."""
+        self.mismatched = mismatched
+        """Keys whose shape, dtype or kind differs."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+        return type(self), (self.message,), dict(self.__dict__)
+
+
+class PlanError(CheckpointError, ValueError):
+    """The ranks' plans do not make one whole checkpoint: gaps, overlaps, out of bounds."""
+
+
+class CheckpointExistsError(CheckpointError, RuntimeError):
+    """A checkpoint is already there and `overwrite=False` forbids replacing it."""
+
+
+def _rebuild_corrupt(kind: type[CheckpointCorruptError], reason: str) -> CheckpointCorruptError:
+    return kind(reason)

@@ -14,7 +14,29 @@ from typing import get_args
 import pytest
 
 import pytest_dcp
-from pytest_dcp.errors import DcpError, DivergedError, FailureKind, RankFailure, WorldError
+from pytest_dcp.checkpoint.coordinate.failure import (
+    CoordinationError,
+    OutOfStepError,
+    PeerAborted,
+    RankEndedError,
+    RankLeftError,
+    RankSilentError,
+    RemoteError,
+)
+from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    DcpError,
+    DivergedError,
+    FailureKind,
+    PlanError,
+    RankFailure,
+    UntrustedPickleError,
+    WorldError,
+)
 from pytest_dcp.harness.events import WireError
 from pytest_dcp.harness.launch import LauncherLostError
 from pytest_dcp.harness.leases import (
@@ -51,6 +73,24 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     LeaseError: LeaseError("the leases"),
     LeaseTimeout: LeaseTimeout(SHORTAGE),
     GpusUnavailable: GpusUnavailable(4, ("0", "1")),
+    CheckpointError: CheckpointError("the checkpoint"),
+    CheckpointCorruptError: CheckpointCorruptError(
+        "the checksum differs", file="__0_0.distcp", entry="model.w", offset=65536
+    ),
+    UntrustedPickleError: UntrustedPickleError("asks for os.system", offset=12),
+    UnknownGlobalError: UnknownGlobalError("asks for foo.Bar", offset=3),
+    CheckpointMismatchError: CheckpointMismatchError(
+        "Missing key", missing=("a",), unexpected=("b",), mismatched=("c",)
+    ),
+    PlanError: PlanError("key:a has overlapping chunks"),
+    CheckpointExistsError: CheckpointExistsError("Checkpoint already exists"),
+    CoordinationError: CoordinationError("no process group"),
+    RankEndedError: RankEndedError("rank 2 ended"),
+    RankLeftError: RankLeftError("rank 2 left"),
+    RankSilentError: RankSilentError("rank 2 is silent"),
+    OutOfStepError: OutOfStepError("rank 1 runs load"),
+    PeerAborted: PeerAborted("rank 1 failed"),
+    RemoteError: RemoteError("foo.Bar", "foo.Bar: it broke"),
     LeaseFolderRejected: LeaseFolderRejected(Path("/tmp/leases"), ("is a link", "is not ours")),
 }
 

@@ -1,0 +1,115 @@
+"""Boxes of tensors, many at a time. Pure (no I/O).
+
+A box is a half-open block of a tensor: an offset and a shape, in elements. n boxes are two int64
+arrays of shape (n, k), where k is the largest rank (number of dimensions) at hand: a box of a
+tensor of fewer dimensions has offset 0 and shape 1 in the dimensions that it lacks, so that a 0-d
+box holds one element and every formula holds without a special case. An empty box has a 0 in its
+shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def padded(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
+    """The rows as one (n, rank) array, each filled up on the right with `fill`."""
+    table = np.full((len(rows), rank), fill, dtype=np.int64)
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and rows:
+        (length,) = lengths
+        if length:
+            table[:, :length] = rows
+        return table
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return table
+
+
+def widened(table: Ints, rank: int, fill: int) -> Ints:
+    """The (n, k) table with `rank` >= k columns."""
+    missing = rank - table.shape[1]
+    if not missing:
+        return table
+    wide: Ints = np.pad(table, ((0, 0), (0, missing)), constant_values=fill)
+    return wide
+
+
+def volumes(shape: Ints) -> Ints:
+    """Elements of each box."""
+    product: Ints = shape.prod(axis=1, dtype=np.int64)
+    return product
+
+
+def strides_of(shape: Ints) -> Ints:
+    """Strides, in elements, of row-major tensors of these shapes."""
+    if not shape.shape[1]:
+        return shape.copy()
+    ahead = np.ones_like(shape)
+    ahead[:, :-1] = np.maximum(shape[:, 1:], 1)
+    strides: Ints = ahead[:, ::-1].cumprod(axis=1)[:, ::-1]
+    return strides
+
+
+def intersect(
+    offset_a: Ints, shape_a: Ints, offset_b: Ints, shape_b: Ints
+) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    """The overlaps of the i-th box of `a` with the i-th of `b`: offset, shape, and whether any.
+
+    Where there is none the offset and shape mean nothing. An empty box overlaps nothing.
+    """
+    low = np.maximum(offset_a, offset_b)
+    high = np.minimum(offset_a + shape_a, offset_b + shape_b)
+    return low, high - low, np.all(high > low, axis=1)
+
+
+def spans(counts: Ints) -> Ints:
+    """0..counts[0]-1, then 0..counts[1]-1, and so on: the position of each element in its group."""
+    total = int(counts.sum())
+    starts = np.repeat(counts.cumsum() - counts, counts)
+    return np.arange(total, dtype=np.int64) - starts
+
+
+def out_of_bounds(offset: Ints, shape: Ints, size: Ints) -> NDArray[np.bool_]:
+    """Whether each box leaves the tensor of the size beside it, or has a negative side."""
+    bad: NDArray[np.bool_] = (offset < 0) | (shape < 0) | (offset + shape > size)
+    row_is_bad: NDArray[np.bool_] = np.any(bad, axis=1)
+    return row_is_bad
+
+
+def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[int, int]]:
+    """Pairs of rows whose boxes share an element, at most `limit` of them, lower row first.
+
+    A sweep along the dimension with the most distinct offsets: boxes are sorted by their start,
+    each is compared with those that start before it ends.
+    """
+    rows = np.flatnonzero(volumes(shape) > 0)
+    if len(rows) < 2 or not offset.shape[1]:
+        return []
+    offset, shape = offset[rows], shape[rows]
+    dim = int(np.argmax([len(np.unique(column)) for column in offset.T]))
+    order = np.argsort(offset[:, dim], kind="stable")
+    offset, shape, rows = offset[order], shape[order], rows[order]
+    start = offset[:, dim]
+    ahead = np.searchsorted(start, start + shape[:, dim], side="left") - np.arange(len(rows)) - 1
+    found: list[tuple[int, int]] = []
+    for part in _parts(ahead):
+        first = np.repeat(part, ahead[part])
+        second = first + 1 + spans(ahead[part])
+        _, _, shared = intersect(offset[first], shape[first], offset[second], shape[second])
+        for a, b in zip(rows[first[shared]], rows[second[shared]], strict=True):
+            found.append((int(min(a, b)), int(max(a, b))))
+            if len(found) >= limit:
+                return found
+    return found
+
+
+def _parts(counts: Ints, budget: int = 1 << 20) -> list[Ints]:
+    """Row numbers in runs whose counts sum to about `budget`: bounds the memory of a pairing."""
+    slab = (counts.cumsum() - counts) // budget
+    return np.split(np.arange(len(counts)), np.flatnonzero(np.diff(slab)) + 1)

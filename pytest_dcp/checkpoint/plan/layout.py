@@ -1,0 +1,122 @@
+"""Which part of a full tensor a rank holds, from mesh, coordinate and placements. Pure (no I/O).
+
+Placements apply from the first mesh dimension to the last, each dividing what the earlier ones
+left (`torch.distributed.tensor.placement_types`):
+
+- `Shard(d)` cuts dimension d into `ceil(n / ranks)`-sized chunks, the last ones shorter or empty;
+- `_StridedShard(d, split_factor=s)` first cuts it into s such parts, then each part among the
+  ranks: a rank holds its chunk of every part, one after the other. That is how FSDP shards what
+  tensor parallelism will shard again. Where the sizes are uneven such a shard is not one box of
+  the full tensor but several;
+- `Replicate()` leaves it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+from torch.distributed.tensor import Partial, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+Runs = list[tuple[int, int]]
+"""Half-open index ranges of one dimension of the full tensor, in the order of the local one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBox:
+    """A box of the full tensor and where the rank holds it."""
+
+    offset: tuple[int, ...]
+    """In the full tensor."""
+    shape: tuple[int, ...]
+    local_offset: tuple[int, ...]
+    """In the rank's local tensor."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may be the rank's entire local tensor: it starts at its origin."""
+        return not any(self.local_offset)
+
+
+def whole_box(shape: Sequence[int]) -> LocalBox:
+    """The box of a tensor that the rank holds whole."""
+    zeros = (0,) * len(shape)
+    return LocalBox(zeros, tuple(shape), zeros)
+
+
+@lru_cache(maxsize=4096)
+def local_boxes(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Placement, ...],
+) -> tuple[LocalBox, ...]:
+    """The boxes that the rank at `coordinate` of the mesh holds, at least one (perhaps empty).
+
+    Raises ValueError for a placement that holds no part of the tensor's own values (Partial).
+    """
+    runs: list[Runs] = [[(0, n)] for n in shape]
+    for ranks, rank, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if isinstance(placement, Partial) or placement.is_partial():
+            raise ValueError(
+                f"placement {placement!r} holds a pending reduction, not values: "
+                "redistribute to Replicate() or Shard() first"
+            )
+        if isinstance(placement, (_StridedShard, Shard)):
+            parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+            runs[placement.dim] = shard_runs(runs[placement.dim], ranks, rank, parts)
+    # An empty shard is said to lie at the tensor's end, as torch says.
+    sides = [_merged(some) or [(n, n)] for some, n in zip(runs, shape, strict=True)]
+    starts = [
+        [sum(stop - start for start, stop in some[:i]) for i in range(len(some))] for some in sides
+    ]
+    return tuple(
+        LocalBox(
+            offset=tuple(side[i][0] for side, i in zip(sides, at, strict=True)),
+            shape=tuple(side[i][1] - side[i][0] for side, i in zip(sides, at, strict=True)),
+            local_offset=tuple(start[i] for start, i in zip(starts, at, strict=True)),
+        )
+        for at in product(*(range(len(side)) for side in sides))
+    )
+
+
+def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
+    """What `rank` of `ranks` keeps of a dimension: its chunk of each of `parts` parts."""
+    length = sum(stop - start for start, stop in runs)
+    kept: Runs = []
+    for part in range(parts):
+        low, high = _chunk(0, length, parts, part)
+        kept += _cut(runs, *_chunk(low, high, ranks, rank))
+    return kept
+
+
+def _chunk(low: int, high: int, chunks: int, which: int) -> tuple[int, int]:
+    """The range of a chunk of low..high as torch.chunk cuts it; past the end it is empty."""
+    step = -(-(high - low) // chunks)
+    return min(low + which * step, high), min(low + (which + 1) * step, high)
+
+
+def _cut(runs: Runs, low: int, high: int) -> Runs:
+    """The runs' elements number low to high - 1."""
+    kept: Runs = []
+    position = 0
+    for start, stop in runs:
+        first, last = max(low - position, 0), min(high - position, stop - start)
+        if first < last:
+            kept.append((start + first, start + last))
+        position += stop - start
+    return kept
+
+
+def _merged(runs: Runs) -> Runs:
+    """The runs with neighbours joined."""
+    merged: Runs = []
+    for start, stop in runs:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

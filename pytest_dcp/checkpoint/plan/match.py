@@ -1,0 +1,141 @@
+"""A state dict against a checkpoint's index: what fits, what does not. Pure (no I/O).
+
+Every key that does not fit is named at once, with the nearest names that exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.errors import CheckpointMismatchError
+
+SHOWN = 20
+SUGGESTED_FROM = 2000
+"""Names are compared for likeness with at most so many others: it takes a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys."""
+
+    missing: tuple[str, ...] = ()
+    """Asked for, not in the checkpoint: left as they were."""
+    unexpected: tuple[str, ...] = ()
+    """In the checkpoint, not asked for."""
+    converted: Mapping[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    """Loaded from another dtype: (stored, asked for)."""
+    bytes_needed: int = 0
+    """Of tensor data and values that the plan asked for."""
+    bytes_read: int = 0
+    """From storage, for them."""
+    bytes_verified: int = 0
+    """Of those read, how many a checksum vouches for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The outcome of comparing keys."""
+
+    loaded: dict[str, Any]
+    """The values to load."""
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    converted: dict[str, tuple[torch.dtype, torch.dtype]]
+
+
+def match(
+    state_dict: Mapping[str, Any],
+    index: Index,
+    *,
+    strict: bool,
+    stored_as: Mapping[str, str] | None = None,
+) -> Match:
+    """What of the flat state dict the index holds. A stored Python value replaces whatever is here.
+
+    Raises CheckpointMismatchError, naming all at once: keys that are missing (if `strict`), values
+    of another kind or size, and, if `strict`, of a dtype of another kind (float, int, bool,
+    complex). A dtype of the same kind is converted, as `copy_` does.
+    """
+    names = {fqn: fqn if stored_as is None else stored_as.get(fqn, fqn) for fqn in state_dict}
+    missing = [fqn for fqn in state_dict if names[fqn] not in index.row_of]
+    used = set(names.values())
+    unexpected = tuple(fqn for fqn in index.fqns if fqn not in used)
+    lacking = set(missing)
+    loaded = {fqn: value for fqn, value in state_dict.items() if fqn not in lacking}
+    problems: dict[str, str] = {}
+    converted: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+    sizes, ndims = index.size.tolist(), index.ndim.tolist()
+    dtypes = [p.dtype for p in index.properties]
+    dtype_of = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
+    for fqn, value in loaded.items():
+        row = index.row_of[names[fqn]]
+        if ndims[row] < 0:
+            continue
+        problem = _misfit(fqn, value, sizes[row][: ndims[row]], dtype_of[row], strict, converted)
+        if problem:
+            problems[fqn] = problem
+    if problems or (missing and strict):
+        raise _error(missing if strict else (), unexpected, problems, index)
+    return Match(loaded, tuple(missing), unexpected, converted)
+
+
+def _misfit(
+    fqn: str,
+    value: Any,
+    size: list[int],
+    dtype: torch.dtype | None,
+    strict: bool,
+    converted: dict[str, Any],
+) -> str | None:
+    """Why a value cannot take the stored tensor, or None."""
+    if not isinstance(value, torch.Tensor):
+        return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
+    here = value.size()
+    if list(here) != size:
+        return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
+    if dtype is None or dtype == value.dtype:
+        return None
+    converted[fqn] = (dtype, value.dtype)
+    if strict and kind_of(dtype) != kind_of(value.dtype):
+        return f"dtype mismatch between saved {dtype} and current: {value.dtype} for {fqn}"
+    return None
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """float, complex, bool or int: values survive a change within a kind, save for precision."""
+    if dtype.is_complex:
+        return "complex"
+    if dtype.is_floating_point:
+        return "float"
+    return "bool" if dtype == torch.bool else "int"
+
+
+def _error(
+    missing: Sequence[str], unexpected: Sequence[str], problems: Mapping[str, str], index: Index
+) -> CheckpointMismatchError:
+    lines = list(problems.values())
+    if missing:
+        likely = [_with_nearest(fqn, unexpected or index.fqns) for fqn in missing[:SHOWN]]
+        lines.insert(0, f"Missing key in checkpoint state_dict: {', '.join(likely)}.")
+    if len(missing) > SHOWN:
+        lines.insert(1, f"... and {len(missing) - SHOWN} more missing keys")
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"]
+    return CheckpointMismatchError(
+        "\n".join(lines),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        mismatched=tuple(problems),
+    )
+
+
+def _with_nearest(fqn: str, names: Iterable[str]) -> str:
+    pool = list(names)[:SUGGESTED_FROM]
+    nearest = difflib.get_close_matches(fqn, pool, n=1)
+    return f"{fqn} (nearest: {nearest[0]!r})" if nearest else fqn

@@ -1,0 +1,33 @@
+"""Fully qualified names in bulk: packed for the way between ranks, and shared after it.
+
+Thousand ranks of one job send the same thousand names. They travel as one block of bytes, and
+equal blocks become one tuple again, so that a coordinator neither builds nor compares them twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+
+Fqns = tuple[str, ...]
+
+
+def packed(fqns: Iterable[str]) -> bytes:
+    """The names as bytes; surrogates and any other character survive."""
+    return "\n".join(json.dumps(fqn) if _awkward(fqn) else fqn for fqn in fqns).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+@lru_cache(maxsize=256)
+def unpacked(block: bytes) -> Fqns:
+    """The names of `packed`; the same tuple for the same bytes while it is remembered."""
+    if not block:
+        return ()
+    lines = block.decode("utf-8", "surrogatepass").split("\n")
+    return tuple(json.loads(line) if line.startswith('"') else line for line in lines)
+
+
+def _awkward(fqn: str) -> bool:
+    return not fqn or "\n" in fqn or fqn.startswith('"')

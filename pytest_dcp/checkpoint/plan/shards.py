@@ -1,0 +1,116 @@
+"""The boxes of full tensors that this rank's state dict holds, and the memory that each is in.
+
+Plain tensors are one box, the whole. DTensor and ShardedTensor hold parts. Any other tensor class
+may say its parts itself through the methods that torch's DTensor also has:
+`__create_write_items__(fqn, object)`, `__create_chunk_list__()` and `__get_tensor_shard__(index)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp.checkpoint.plan.layout import LocalBox, local_boxes, whole_box
+from pytest_dcp.errors import PlanError
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Classes whose objects are their own memory, whatever a subclass may be."""
+
+SPEAKS_FOR_ITSELF = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
+
+
+def local_tensor(tensor: DTensor) -> torch.Tensor:
+    """The rank's own part of a DTensor, sharing its memory.
+
+    `to_local()` makes an autograd node and a view for each call, which costs more than all else
+    that planning does with a tensor; the attribute can go when torch offers a plain accessor.
+    """
+    return tensor._local_tensor
+
+
+def speaks_for_itself(value: Any) -> bool:
+    """Whether the value, not being a DTensor of plain tensors, knows its own parts."""
+    return hasattr(spokesman(value), "__create_write_items__")
+
+
+def spokesman(value: Any) -> Any:
+    """Who would know the value's parts: itself, or what a DTensor has on this rank."""
+    return local_tensor(value) if isinstance(value, DTensor) else value
+
+
+def in_mesh(tensor: DTensor) -> bool:
+    """Whether this rank is one of the tensor's mesh and holds a part of it."""
+    return tensor.device_mesh.get_coordinate() is not None
+
+
+def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
+    """The boxes that this rank holds of a plain tensor or a DTensor; none outside its mesh.
+
+    Raises PlanError, naming the fqn, for a DTensor with a pending reduction.
+    """
+    if not isinstance(value, DTensor):
+        return (whole_box(value.shape),)
+    mesh = value.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    try:
+        return local_boxes(
+            tuple(value.shape), tuple(mesh.shape), tuple(coordinate), value.placements
+        )
+    except ValueError as error:
+        raise PlanError(f"{fqn!r} cannot be saved or loaded: {error}") from error
+
+
+def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:
+    """The boxes that this rank holds of a ShardedTensor, and their memory.
+
+    A shard that is sharded again (tensor parallelism under FSDP1) counts as its innermost shards.
+    """
+    for shard in tensor.local_shards():
+        origin = tuple(shard.metadata.shard_offsets)
+        if not isinstance(shard.tensor, ShardedTensor):
+            sizes = tuple(shard.metadata.shard_sizes)
+            yield LocalBox(origin, sizes, (0,) * len(sizes)), shard.tensor
+            continue
+        for box, memory in local_shards(shard.tensor):
+            offset = tuple(a + b for a, b in zip(origin, box.offset, strict=True))
+            yield LocalBox(offset, box.shape, box.local_offset), memory
+
+
+def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
+    """The memory of the box at `index.offset` of a tensor that this rank holds a part of.
+
+    Raises ValueError when the rank holds no box there.
+    """
+    if hasattr(spokesman(value), "__get_tensor_shard__"):
+        shard: torch.Tensor = spokesman(value).__get_tensor_shard__(index)
+        return shard
+    if isinstance(value, ShardedTensor):
+        parts = list(local_shards(value))
+    else:
+        memory = local_tensor(value) if isinstance(value, DTensor) else value
+        parts = [(box, memory) for box in boxes_of(index.fqn, value)]
+    if index.offset is None and len(parts) == 1:
+        return parts[0][1]
+    for box, memory in parts:
+        if box.offset == tuple(index.offset or ()):
+            return part_of(memory, box)
+    raise ValueError(
+        f"this rank holds no part of {index.fqn!r} at offset {index.offset}: "
+        f"it holds {[box.offset for box, _ in parts]}"
+    )
+
+
+def part_of(memory: torch.Tensor, box: LocalBox) -> torch.Tensor:
+    """The box's own part of the local tensor, a view."""
+    if box.whole and tuple(memory.shape) == box.shape:
+        return memory
+    for dim, (start, length) in enumerate(zip(box.local_offset, box.shape, strict=True)):
+        memory = memory.narrow(dim, start, length)
+    return memory
