@@ -1,0 +1,26 @@
+"""How ranks run the steps of a save or a load together, so that every failure reaches all."""
+
+from pytest_dcp.checkpoint.coordinate.failure import (
+    CoordinationError,
+    OutOfStepError,
+    PeerAborted,
+    RankEndedError,
+    RankLeftError,
+    RankSilentError,
+    RemoteError,
+    StepError,
+)
+from pytest_dcp.checkpoint.coordinate.team import Team, team_of
+
+__all__ = [
+    "Team",
+    "team_of",
+    "StepError",
+    "RemoteError",
+    "CoordinationError",
+    "OutOfStepError",
+    "PeerAborted",
+    "RankEndedError",
+    "RankLeftError",
+    "RankSilentError",
+]

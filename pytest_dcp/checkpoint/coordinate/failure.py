@@ -1,0 +1,228 @@
+"""Pure (no I/O): how a rank's failure travels, and what every rank raises for it.
+
+An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and its
+pickle where that builds the same exception again. Causes reach every rank, which raises one
+`StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that it
+reads alike everywhere; there the exception itself is its `__cause__`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pytest_dcp.errors import CheckpointError
+
+Wrapped = tuple[BaseException, traceback.StackSummary]
+"""torch's WRAPPED_EXCEPTION."""
+
+MAX_TEXT = 64 * 1024
+MAX_PICKLE_BYTES = 1024 * 1024
+"""Above it (an exception that holds a tensor) the text travels alone: every rank gets a copy."""
+NAMED_ON_FIRST_LINE = 3
+OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class CoordinationError(CheckpointError):
+    """Ranks could not run an operation together."""
+
+
+class RankEndedError(CoordinationError):
+    """A rank's process ended, or it closed its connection, before the operation was over."""
+
+
+class RankLeftError(CoordinationError):
+    """A rank left the operation before its last step."""
+
+
+class RankSilentError(CoordinationError):
+    """Nothing was heard of a rank for as long as the group's timeout."""
+
+
+class OutOfStepError(CoordinationError):
+    """Ranks run different operations or different steps."""
+
+
+class PeerAborted(CoordinationError):
+    """Another rank failed, so that this rank's work is in vain; raised by `Team.check`.
+
+    A rank that lets it out of a step's work has not failed itself: it is in no failure list.
+    """
+
+
+class RemoteError(CheckpointError):
+    """Stands for an exception of another rank that cannot be rebuilt from its pickle."""
+
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(type_name, text)
+        self.type_name = type_name
+        """Module and name of the exception's class."""
+        self.text = text
+        """As the last lines of its traceback have it."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class StepError(CheckpointException):
+    """A step of an operation failed: on which ranks, and why. The same on every rank."""
+
+    def __init__(
+        self, step: str, failures: Mapping[int, Wrapped], operation: str = "operation"
+    ) -> None:
+        super().__init__(step, dict(failures))
+        self.step = step
+        self.operation = operation
+
+    def __reduce__(self) -> tuple[Callable[..., StepError], tuple[object, ...], dict[str, object]]:
+        state = {k: v for k, v in self.__dict__.items() if k != "_failures"}
+        return type(self), (self.step, self.failures, self.operation), state
+
+    def __str__(self) -> str:
+        merged = _merge_equal(self.failures)
+        named = "; ".join(
+            f"{ranks}: {_headline(wrapped[0])}" for ranks, wrapped in merged[:NAMED_ON_FIRST_LINE]
+        )
+        more = len(merged) - NAMED_ON_FIRST_LINE
+        rest = f"; and {more} more" if more > 0 else ""
+        lines = [f"step {self.step!r} of {self.operation} failed on {named}{rest}"]
+        lines += (f"{ranks}: {_traceback_text(wrapped)}" for ranks, wrapped in merged)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One rank's failure as it travels."""
+
+    rank: int
+    """In the group."""
+    type_name: str
+    text: str
+    frames: tuple[tuple[str, int, str, str], ...]
+    """File, line, function and source line, outermost first, without this package's own."""
+    pickled: bytes | None
+    """None: the text stands for the exception."""
+
+    def summary(self) -> str:
+        """One line: the rank, and the first line of the exception."""
+        line = self.text.partition("\n")[0]
+        return f"rank {self.rank}: {line.removeprefix(_module_of(self.type_name))}"
+
+    def rebuild(self) -> Wrapped:
+        """The exception and its stack; a RemoteError where the exception cannot be built here."""
+        return _rebuild(self), traceback.StackSummary.from_list(list(self.frames))
+
+
+def capture(rank: int, error: BaseException) -> Cause:
+    """The cause that stands for an exception of this rank."""
+    return Cause(
+        rank=rank,
+        type_name=_name_of(error),
+        text=_text_of(error)[:MAX_TEXT],
+        frames=tuple(_frames_of(error)),
+        pickled=_faithful_pickle(error),
+    )
+
+
+def step_error(step: str, operation: str, causes: Iterable[Cause]) -> StepError:
+    """What every rank raises for these causes."""
+    ordered = sorted(causes, key=lambda cause: cause.rank)
+    return StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception only passes on that another rank failed (see PeerAborted)."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, PeerAborted):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return False
+
+
+def _frames_of(error: BaseException) -> list[tuple[str, int, str, str]]:
+    summary = traceback.extract_tb(error.__traceback__)
+    frames = [(f.filename, f.lineno or 0, f.name, f.line or "") for f in summary]
+    return [frame for frame in frames if not frame[0].startswith(OWN_FOLDER)]
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception_only(error)).rstrip()
+    except Exception as broken:  # noqa: BLE001 - any class may come, with any __str__
+        return f"{type(error).__name__} (its text cannot be had: {type(broken).__name__})"
+
+
+def _faithful_pickle(error: BaseException) -> bytes | None:
+    """The pickle of an exception, if it is small and builds the same class with the same text."""
+    try:
+        data = pickle.dumps(error, protocol=5)
+        if len(data) > MAX_PICKLE_BYTES:
+            return None
+        copy = pickle.loads(data)
+        same = type(copy) is type(error) and str(copy) == str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - any class may come, and pickling runs its code
+        return None
+    return data if same else None
+
+
+def _rebuild(cause: Cause) -> BaseException:
+    if cause.pickled is not None:
+        try:
+            error = pickle.loads(cause.pickled)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001 - the class may be missing or broken on this rank
+            return RemoteError(cause.type_name, cause.text)
+        if isinstance(error, BaseException):
+            return error
+    return RemoteError(cause.type_name, cause.text)
+
+
+def _headline(error: BaseException) -> str:
+    name = error.type_name if isinstance(error, RemoteError) else _name_of(error)
+    text = error.text if isinstance(error, RemoteError) else _text_of(error)
+    return text.partition("\n")[0].removeprefix(_module_of(name))
+
+
+def _name_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
+
+
+def _module_of(type_name: str) -> str:
+    """What a traceback writes before a class's name; a qualified name may hold dots itself."""
+    return type_name.removesuffix(type_name.rpartition(".")[2])
+
+
+def _traceback_text(wrapped: Wrapped) -> str:
+    error, stack = wrapped
+    return f"Traceback (most recent call last):\n{''.join(stack.format())}{_text_of(error)}"
+
+
+def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:
+    """Failures with the same text and stack as one, with the ranks that have it."""
+    merged: dict[str, tuple[list[int], Wrapped]] = {}
+    for rank, wrapped in sorted(failures.items()):
+        merged.setdefault(_traceback_text(wrapped), ([], wrapped))[0].append(rank)
+    return [(ranks_text(ranks), wrapped) for ranks, wrapped in merged.values()]
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 2`, or `ranks 0-3,7` of ascending ranks."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -1,0 +1,163 @@
+"""Pure (no I/O): the frames that ranks exchange, and the reader that cuts them from a stream.
+
+A frame is a fixed header, a table of its segments' lengths, a name, and the segments, each at a
+multiple of 16 bytes so that arrays in them are aligned. The reader hands out memory for the
+bytes to come and never asks for more than its limit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from pytest_dcp.checkpoint.coordinate.parcel import Segment
+
+MAGIC = b"DCP1"
+HEADER = struct.Struct("<4sBBHIIQ")
+"""Magic, kind, mode, bytes of the name, step number, segments, bytes after the header."""
+ALIGNMENT = 16
+MAX_BODY_BYTES = 1 << 40
+"""Above any plan: a longer length is garbage."""
+
+
+class Kind(IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    """First frame of a peer: who it is."""
+    WELCOME = 2
+    """First frame of the coordinator: that it is the one looked for."""
+    VALUE = 3
+    """A peer's local work is done; carries the value."""
+    FAILED = 4
+    """A peer's local work raised; carries the cause."""
+    ABORTED = 5
+    """A peer gave up its local work because of another's failure."""
+    RESULT = 6
+    """The step's result for this peer."""
+    VERDICT = 7
+    """The step failed; carries every rank's cause."""
+    ALERT = 8
+    """A rank failed: local work is in vain."""
+    PING = 9
+    """The sender is alive."""
+    BYE = 10
+    """The sender leaves the operation."""
+
+
+class Mode(IntEnum):
+    """What a step does with the values of the ranks."""
+
+    NONE = 0
+    REDUCE_SCATTER = 1
+    ALL_REDUCE = 2
+    ALL_GATHER = 3
+    AGREE = 4
+    BROADCAST = 5
+    BARRIER = 6
+
+
+class FrameError(ValueError):
+    """The stream is not one of frames, or a frame is longer than allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Which step of an operation."""
+
+    number: int
+    """From 1; 0 is before the first."""
+    mode: Mode
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.mode.name.lower()}, number {self.number})"
+
+
+START = Head(0, Mode.NONE, "start")
+"""Before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message between the coordinator and a peer."""
+
+    kind: Kind
+    head: Head = START
+    segments: Sequence[Segment] = field(default=())
+
+
+def encode(frame: Frame) -> list[Segment]:
+    """The bytes of a frame, as pieces to be written one after another."""
+    name = frame.head.name.encode("utf-8", "replace")[:0xFFFF]
+    sizes = [memoryview(segment).nbytes for segment in frame.segments]
+    front = struct.pack(f"<{len(sizes)}Q", *sizes) + name
+    front += bytes(-len(front) % ALIGNMENT)
+    pieces: list[Segment] = []
+    for segment, size in zip(frame.segments, sizes, strict=True):
+        pieces.append(segment)
+        if size % ALIGNMENT:
+            pieces.append(bytes(-size % ALIGNMENT))
+    length = len(front) + sum(size + -size % ALIGNMENT for size in sizes)
+    head = frame.head
+    header = HEADER.pack(MAGIC, frame.kind, head.mode, len(name), head.number, len(sizes), length)
+    return [header + front, *pieces]
+
+
+class FrameReader:
+    """Cuts frames from a stream: fill `space()`, then say how many bytes came with `filled`."""
+
+    def __init__(self, limit_bytes: int = MAX_BODY_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._header: bytearray = bytearray(HEADER.size)
+        self._body: bytearray | None = None
+        self._at = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes of the stream go: never empty."""
+        return memoryview(self._body if self._body is not None else self._header)[self._at :]
+
+    def filled(self, count: int) -> Frame | None:
+        """The frame that the last `count` bytes completed, if they did.
+
+        Raises FrameError when the stream cannot be one of frames.
+        """
+        self._at += count
+        if self._body is None:
+            if self._at < HEADER.size:
+                return None
+            self._body, self._at = bytearray(self._body_length()), 0
+        if self._at < len(self._body):
+            return None
+        body, self._body, self._at = self._body, None, 0
+        return self._cut(body)
+
+    def _body_length(self) -> int:
+        magic, _, _, _, _, _, length = HEADER.unpack(self._header)
+        if magic != MAGIC:
+            raise FrameError(f"expected a frame ({MAGIC!r}), got {bytes(self._header)!r}")
+        if length > self.limit_bytes:
+            raise FrameError(f"a frame of {length} bytes; at most {self.limit_bytes} are allowed")
+        return int(length)
+
+    def _cut(self, body: bytearray) -> Frame:
+        _, kind, mode, name_bytes, number, count, _ = HEADER.unpack(self._header)
+        view, table_bytes = memoryview(body), 8 * count
+        if table_bytes + name_bytes > len(body):
+            raise FrameError(f"a table of {count} segments in a body of {len(body)} bytes")
+        sizes = struct.unpack_from(f"<{count}Q", body)
+        at = table_bytes + name_bytes
+        name = bytes(view[table_bytes:at]).decode("utf-8", "replace")
+        segments: list[Segment] = []
+        for size in sizes:
+            at += -at % ALIGNMENT
+            segments.append(view[at : at + size])
+            at += size
+        if at > len(body):
+            raise FrameError(f"segments of {sum(sizes)} bytes in a body of {len(body)} bytes")
+        try:
+            return Frame(Kind(kind), Head(number, Mode(mode), name), segments)
+        except ValueError as error:
+            raise FrameError(f"a frame of unknown kind {kind} or mode {mode}") from error

@@ -1,0 +1,363 @@
+"""The coordinator's side of the star: a line to every peer.
+
+An exchange collects one statement per rank in any order, combines, and answers. A rank that ends,
+leaves, is silent for the timeout or is out of step fails the step and makes its verdict final. As
+soon as the first failure is known the others are alerted, so that busy ones can stop; the verdict
+waits until every rank has stated how its work ended, so that no rank writes on when it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import selectors
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pytest_dcp.checkpoint.coordinate import rendezvous
+from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
+from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, encode
+from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
+from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, reception
+from pytest_dcp.checkpoint.coordinate.star import (
+    PARTING_S,
+    Combine,
+    Replies,
+    Result,
+    Site,
+    Statement,
+    Verdict,
+)
+
+TICK_S = 0.5
+RESTLESS_S = 0.005
+"""Between looks for peers that no descriptor announces: see Reception.restless."""
+FINAL_S = 2.0
+"""How long a final verdict waits for peers to take it; it stays in their sockets anyway."""
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One other rank."""
+
+    rank: int
+    line: Line
+    writing: bool = False
+    """Whether the selector waits for room in its socket."""
+
+
+class Hub:
+    """The coordinator's lines, for one operation."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._peers: dict[int, Peer] = {}
+        self._stuck: dict[int, Cause] = {}
+        """Ranks with which no further step is possible."""
+        self._statements: dict[int, Statement] = {}
+        self._alert_text: str | None = None
+        """What this step's peers have been told to stop for."""
+        self._count = 0
+        self._reception: Reception | None = None
+        self._selector: selectors.BaseSelector | None = None
+        self._closed = False
+
+    @property
+    def _key(self) -> str:
+        group = self.site.group
+        return "" if group is None else rendezvous.group_key(group, self.site.coordinator)
+
+    def join(self, head: Head) -> None:
+        """Be there for the peers, from the first step on."""
+        site, group = self.site, self.site.group
+        self._alert_text = None
+        if self._reception is not None or group is None or site.size == 1:
+            return
+        counts = rendezvous.meeting_of(group).counts
+        self._count = counts[site.kind] = counts.get(site.kind, 0) + 1
+        self._reception = reception()
+        self._reception.open(self._key, site.operation)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._reception, selectors.EVENT_READ)
+        rendezvous.publish(group, site.coordinator)
+
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+        """Collect the statements of all ranks, and answer."""
+        self._collect(head, own)
+        causes = self._causes()
+        replies: Replies | None = None
+        if not causes:
+            try:
+                parcels = [self._statements[rank].parcel for rank in range(self.site.size)]
+                replies = combine(parcels)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
+                causes = [capture(self.site.rank, error)]
+        if replies is None:
+            return self._condemn(head, causes)
+        for peer in self._peers.values():
+            peer.line.queue(Frame(Kind.RESULT, head, replies.parcel(peer.rank)))
+        self._deliver(head, self.site.timeout_s)
+        return Result(value=replies.own)
+
+    # Statements.
+
+    def _collect(self, head: Head, own: Statement) -> None:
+        site, since_s = self.site, time.monotonic()
+        self._statements = {site.rank: own}
+        if own.cause is not None and not own.echo:
+            self._alert(own.cause)
+        for peer in self._peers.values():
+            self._take(peer, head)
+        looked_s = since_s
+        while self._waiting():
+            for peer in self._pump(min(TICK_S, site.ping_s)):
+                self._take(peer, head)
+            now = time.monotonic()
+            if now - looked_s > min(TICK_S, site.ping_s) / 2:
+                looked_s = now
+                self._find_dead(head)
+                self._find_silent(head, since_s)
+                self._ping()
+
+    def _waiting(self) -> bool:
+        return len(self._statements.keys() | self._stuck.keys()) < self.site.size
+
+    def _missing(self) -> list[int]:
+        done = self._statements.keys() | self._stuck.keys()
+        return [rank for rank in range(self.site.size) if rank not in done]
+
+    def _take(self, peer: Peer, head: Head) -> None:
+        """Read what a peer says of this step."""
+        line, site = peer.line, self.site
+        while line.frames:
+            frame = line.frames.popleft()
+            if frame.kind is not Kind.FAILED and frame.head != head:
+                text = f"is in step {frame.head} where the coordinator is in {head}"
+                self._give_up(site.out_of_step(peer.rank, text))
+                return
+            statement = self._statements[peer.rank] = Statement.read(frame)
+            if statement.cause is not None and not statement.echo:
+                self._alert(statement.cause)
+        if line.over:
+            stated = self._statements.get(peer.rank)
+            if stated is not None and stated.cause is not None and not stated.echo:
+                self._give_up(stated.cause)
+            elif line.left:
+                self._give_up(site.left(peer.rank, head.name))
+            else:
+                self._give_up(site.ended(peer.rank, head.name, line.ended or ""))
+
+    def _find_dead(self, head: Head) -> None:
+        """Notice ranks that ended before they came to this operation."""
+        for rank in self._missing():
+            if rank not in self._peers and self._reception is not None:
+                how = self._reception.broken_tether(self._key, rank)
+                if how is not None:
+                    self._give_up(self.site.ended(rank, head.name, how))
+
+    def _find_silent(self, head: Head, since_s: float) -> None:
+        now = time.monotonic()
+        for rank in self._missing():
+            peer = self._peers.get(rank)
+            heard_s = max(since_s, peer.line.heard_s) if peer is not None else since_s
+            if now - heard_s > self.site.timeout_s:
+                self._give_up(self.site.silent(rank, head.name))
+
+    def _ping(self) -> None:
+        now = time.monotonic()
+        for peer in self._peers.values():
+            if not peer.line.pending and now - peer.line.said_s > self.site.ping_s:
+                peer.line.queue(Frame(Kind.PING))
+                self._flush(peer)
+
+    def _give_up(self, cause: Cause) -> None:
+        self._stuck.setdefault(cause.rank, cause)
+        self._alert(cause)
+
+    def _alert(self, cause: Cause) -> None:
+        """Tell the ranks that are still busy, once per step."""
+        if self._alert_text is None:
+            self._alert_text = cause.summary()
+            for peer in self._peers.values():
+                self._pass_on(peer, self._alert_text)
+
+    def _pass_on(self, peer: Peer, text: str) -> None:
+        peer.line.queue(Frame(Kind.ALERT, START, pack(text)))
+        self._flush(peer)
+
+    def _causes(self) -> list[Cause]:
+        """Why the step failed, one cause per rank; echoes only when there is nothing else."""
+        stated = {rank: s for rank, s in self._statements.items() if s.cause is not None}
+        found = {rank: s.cause for rank, s in stated.items() if not s.echo} | self._stuck
+        causes = [cause for _, cause in sorted(found.items()) if cause is not None]
+        return causes or [s.cause for s in stated.values() if s.cause is not None]
+
+    # Answers.
+
+    def _condemn(self, head: Head, causes: list[Cause]) -> Verdict:
+        final = bool(self._stuck)
+        verdict = Verdict(head.name, causes, final, self._count)
+        if final and self.site.group is not None:
+            rendezvous.meeting_of(self.site.group).counts[self.site.kind] = self._count
+        pieces = encode(verdict.frame(head))
+        for peer in self._peers.values():
+            peer.line.queue_encoded(pieces)
+        self._deliver(head, FINAL_S if final else self.site.timeout_s)
+        return verdict
+
+    def _deliver(self, head: Head, patience_s: float) -> None:
+        """Send what is queued; a peer that does not take it is silent in the next step."""
+        until_s = time.monotonic() + patience_s
+        for peer in self._peers.values():
+            self._flush(peer)
+        while any(peer.line.pending for peer in self._peers.values()):
+            if time.monotonic() > until_s:
+                break
+            self._pump(min(TICK_S, self.site.ping_s))
+        for peer in self._peers.values():
+            if peer.line.pending:
+                self._stuck.setdefault(peer.rank, self.site.silent(peer.rank, head.name))
+
+    # Lines.
+
+    def _pump(self, timeout_s: float) -> list[Peer]:
+        """Wait for peers, at most so long; those that came, spoke or ended."""
+        if self._selector is None or self._reception is None:
+            return []
+        newcomers = self._let_in()
+        restless = len(self._peers) + 1 < self.site.size and self._reception.restless()
+        wait_s = 0.0 if newcomers else min(timeout_s, RESTLESS_S) if restless else timeout_s
+        moved = list(newcomers)
+        for key, _ in self._selector.select(wait_s):
+            if isinstance(key.data, Peer):
+                key.data.line.receive()
+                self._flush(key.data)
+                moved.append(key.data)
+        return moved
+
+    def _let_in(self) -> list[Peer]:
+        """Take in the peers that have come; those who come for a later operation wait."""
+        if self._reception is None or len(self._peers) + 1 == self.site.size:
+            self._watch_door(open_=False)
+            return []
+        later: list[Arrival] = []
+        joined: list[Peer] = []
+        for arrival in self._reception.arrivals(self._key, self.site.operation):
+            hello, line = arrival.hello, arrival.line
+            line.receive()
+            if hello.count < self._count and line.left:
+                line.close()  # what is left of an operation that is over
+            elif hello.rank in self._peers:
+                later.append(arrival)
+            else:
+                joined.append(self._join_peer(arrival))
+        self._reception.give_back(later)
+        return joined
+
+    def _watch_door(self, *, open_: bool) -> None:
+        """Heed the listening socket no longer: who knocks now comes for the next operation."""
+        if self._selector is not None and self._reception is not None and not open_:
+            watched = self._selector.get_map()
+            if self._reception.fileno() in watched:
+                self._selector.unregister(self._reception)
+
+    def _join_peer(self, arrival: Arrival) -> Peer:
+        hello, site = arrival.hello, self.site
+        peer = self._peers[hello.rank] = Peer(hello.rank, arrival.line)
+        if self._reception is not None and self._selector is not None:
+            answer = self._reception.address.answer.encode()
+            peer.line.queue(Frame(Kind.WELCOME, segments=[answer]))
+            self._selector.register(peer.line, selectors.EVENT_READ, peer)
+            self._flush(peer)
+        if self._alert_text is not None:
+            self._pass_on(peer, self._alert_text)
+        if hello.operation != site.operation:
+            text = f"runs {hello.operation!r} where the coordinator runs {site.operation!r}"
+            self._give_up(site.out_of_step(hello.rank, text))
+        elif hello.count != self._count:
+            text = (
+                f"is in its {site.kind} number {hello.count} of this group where the coordinator "
+                f"is in number {self._count}: one of them has missed one; run it again"
+            )
+            self._give_up(site.out_of_step(hello.rank, text))
+            self._count = max(self._count, hello.count)
+        return peer
+
+    def _flush(self, peer: Peer) -> None:
+        """Send what goes, and have the selector wait for what is still of interest."""
+        peer.line.flush()
+        if self._selector is None or peer.line.fileno() not in self._selector.get_map():
+            return
+        if peer.line.over:
+            self._selector.unregister(peer.line)
+        elif peer.writing != peer.line.pending:
+            peer.writing = peer.line.pending
+            write = selectors.EVENT_WRITE if peer.writing else 0
+            self._selector.modify(peer.line, selectors.EVENT_READ | write, peer)
+
+    # Failures outside of the exchange.
+
+    def trouble(self) -> str | None:
+        """What a peer has told of, or that it is gone; passes it on to the others."""
+        self._pump(0)
+        for peer in self._peers.values():
+            cause = self._stuck.get(peer.rank) or _told(peer)
+            if cause is None and peer.line.over:
+                cause = self.site.ended(peer.rank, "its work", peer.line.ended or "it left")
+            if cause is not None:
+                self._alert(cause)
+                return cause.summary()
+        self._ping()
+        return None
+
+    def leave(self, head: Head, cause: Cause) -> None:
+        """Give every peer a final verdict, to late ones within `PARTING_S`, and close."""
+        until_s = time.monotonic() + PARTING_S
+        pieces = encode(Verdict(head.name, [cause], True, self._count).frame(head))
+        told: set[int] = set()
+        while not self._closed and self._selector is not None:
+            for peer in self._untold(told):
+                peer.line.queue_encoded(pieces)
+                self._flush(peer)
+            waiting = any(p.line.pending for p in self._peers.values())
+            if time.monotonic() > until_s or (len(told) + 1 == self.site.size and not waiting):
+                break
+            self._pump(PARTING_S / 20)
+        if self._selector is not None and not self._closed and len(told) + 1 < self.site.size:
+            self._leave_word(Verdict(head.name, [cause], True, self._count))
+        self.close()
+
+    def _leave_word(self, verdict: Verdict) -> None:
+        group, site = self.site.group, self.site
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # no store any more, so the group is ending
+                rendezvous.post(group, site.coordinator, site.kind, pickle.dumps(verdict))
+
+    def _untold(self, told: set[int]) -> Iterable[Peer]:
+        for peer in [peer for rank, peer in self._peers.items() if rank not in told]:
+            told.add(peer.rank)
+            yield peer
+
+    def close(self) -> None:
+        """Say goodbye to every peer, and close."""
+        if self._closed:
+            return
+        self._closed = True
+        for peer in self._peers.values():
+            peer.line.queue(Frame(Kind.BYE))
+            peer.line.close()
+        if self._selector is not None and self._reception is not None:
+            self._selector.close()
+            self._reception.shut(self._key, self.site.operation)
+
+
+def _told(peer: Peer) -> Cause | None:
+    for frame in peer.line.frames:
+        if frame.kind is Kind.FAILED:
+            cause: Cause = unpack(frame.segments)
+            return cause
+    return None

@@ -1,0 +1,148 @@
+"""A link between the coordinator and one peer: frames over a non-blocking socket.
+
+Frames enter with `queue` and leave the socket with `flush`; frames that came lie in `frames`
+after `receive`, in order. No call blocks. How a link ended is kept, never raised: `left` (the other
+end said so) or `ended` (the connection broke, as it does when a process dies).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import weakref
+from collections import deque
+
+from pytest_dcp.checkpoint.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
+from pytest_dcp.checkpoint.coordinate.parcel import Segment
+
+MAX_PIECES = 512
+"""Pieces per sendmsg; Linux takes at most 1,024."""
+
+_open: weakref.WeakSet[Line] = weakref.WeakSet()
+
+
+class Line:
+    """One end of a link."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.reader = FrameReader()
+        self.frames: deque[Frame] = deque()
+        """Received and not yet taken."""
+        self.left = False
+        self.ended: str | None = None
+        """How the connection broke."""
+        self.heard_s = time.monotonic()
+        """When bytes last came."""
+        self.said_s = self.heard_s
+        """When a frame was last queued."""
+        self._out: deque[memoryview] = deque()
+        _open.add(self)
+
+    def fileno(self) -> int:
+        """The socket's, for a selector; -1 when closed."""
+        return self.sock.fileno()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can come."""
+        return self.left or self.ended is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether queued bytes wait to be sent."""
+        return bool(self._out)
+
+    def queue(self, frame: Frame) -> None:
+        """Send a frame as soon as the socket takes it; its segments must stay as they are."""
+        self.queue_encoded(encode(frame))
+
+    def queue_encoded(self, pieces: list[Segment]) -> None:
+        """Send the pieces of an encoded frame."""
+        self.said_s = time.monotonic()
+        if self.ended is None:
+            views = (memoryview(piece) for piece in pieces)
+            self._out.extend(view.cast("B") for view in views if view.nbytes)
+
+    def flush(self) -> bool:
+        """Send what the socket takes; whether nothing is left to send."""
+        while self._out and self.ended is None:
+            pieces = [piece for piece, _ in zip(self._out, range(MAX_PIECES), strict=False)]
+            try:
+                sent = self.sock.sendmsg(pieces)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                # What came before the break is still to be read: it may say why.
+                self.receive()
+                self.ended = self.ended or _how(error)
+                break
+            self._drop(sent)
+        if self.ended is not None:
+            self._out.clear()
+        return not self._out
+
+    def _drop(self, sent: int) -> None:
+        while sent and self._out:
+            first = self._out[0]
+            if sent < len(first):
+                self._out[0] = first[sent:]
+                return
+            sent -= len(first)
+            self._out.popleft()
+
+    def receive(self, *, one: bool = False) -> None:
+        """Take what has come into `frames`, or its first frame; pings only count as heard."""
+        while self.ended is None:
+            try:
+                count = self.sock.recv_into(self.reader.space())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.ended = _how(error)
+                return
+            if count == 0:
+                self.ended = "connection closed"
+                return
+            self.heard_s = time.monotonic()
+            self._filled(count)
+            if one and self.frames:
+                return
+
+    def _filled(self, count: int) -> None:
+        try:
+            frame = self.reader.filled(count)
+        except FrameError as error:
+            self.ended = f"it sent garbage: {error}"
+            return
+        if frame is not None and frame.kind is Kind.BYE:
+            self.left = True
+        elif frame is not None and frame.kind is not Kind.PING:
+            self.frames.append(frame)
+
+    def close(self) -> None:
+        """Send what can be sent at once, and close. A second call does nothing."""
+        if self.sock.fileno() >= 0:
+            self.flush()
+            self.sock.close()
+        self._out.clear()
+
+
+def _how(error: OSError) -> str:
+    name = os.strerror(error.errno) if error.errno else str(error)
+    return f"connection lost: {name}"
+
+
+def _forget_in_child() -> None:
+    """Close a forked child's copies: they would hide from the peers that this process ended."""
+    for line in list(_open):
+        with contextlib.suppress(OSError):
+            line.sock.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

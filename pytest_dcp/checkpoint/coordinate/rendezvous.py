@@ -1,0 +1,142 @@
+"""What an operation needs of a process group: who is in it, its patience, and where to meet.
+
+The coordinator puts the address of its reception into the group's c10d store, one key per group and
+coordinator, which is never removed: the address is good for as long as the process lives. Peers
+read it once. One more key per kind of operation, written over each time, tells late peers that the
+coordinator has left. Beyond that an operation does not touch the group: no collective and no
+point-to-point message of it, so that neither the order of the user's collectives nor, when a rank
+is late, gloo's connections come to harm (gloo closes all of them at the first wait that times out).
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind
+from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.reception import Address, reception
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+POLL_S = (0.001, 0.1)
+"""First and longest pause between looks into the store: `check` never blocks, so that Ctrl-C works
+and the user's other threads have the store to themselves in between."""
+
+
+@dataclass(slots=True)
+class Meeting:
+    """What this process remembers of a group, from one operation to the next."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many operations of each kind (the first word of its name) were begun."""
+    published: dict[int, str] = field(default_factory=dict)
+    """By coordinator rank: the secret of this process's address in the store."""
+    addresses: dict[int, Address] = field(default_factory=dict)
+    """By coordinator rank."""
+    tethers: dict[int, Line] = field(default_factory=dict)
+    """By coordinator rank; see reception."""
+
+
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
+
+
+def meeting_of(group: dist.ProcessGroup) -> Meeting:
+    """What is remembered of a group."""
+    meeting = _meetings.get(group)
+    if meeting is None:
+        meeting = _meetings[group] = Meeting()
+        # Not at exit: a tether that breaks without a word says that the process has ended.
+        weakref.finalize(group, _untie, meeting.tethers).atexit = False
+    return meeting
+
+
+def _untie(tethers: dict[int, Line]) -> None:
+    for line in tethers.values():
+        line.queue(Frame(Kind.BYE))
+        line.close()
+
+
+def group_key(group: dist.ProcessGroup, coordinator_rank: int) -> str:
+    """The group and its coordinator, alike on all ranks."""
+    return f"{group.group_name}/{coordinator_rank}/{group.size()}"
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """The group's timeout in seconds: its CPU backend's, else its first device's, else torch's."""
+    devices = sorted(group._device_types, key=lambda device: device.type != "cpu")
+    for device in devices:
+        backend = group._get_backend(torch.device(device))
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return float(dist.constants.default_pg_timeout.total_seconds())
+
+
+def publish(group: dist.ProcessGroup, coordinator_rank: int) -> None:
+    """Put this process's address where the peers look."""
+    published, address = meeting_of(group).published, reception().address
+    if published.get(coordinator_rank) != address.secret:
+        _store(group).set(_store_key(coordinator_rank), address.encode())
+        published[coordinator_rank] = address.secret
+
+
+def look_up(group: dist.ProcessGroup, coordinator_rank: int, until_s: float) -> Address | None:
+    """The coordinator's address, or None when it has put none there until then.
+
+    `until_s` is a time of CLOCK_MONOTONIC. Raises RuntimeError when the store cannot be reached.
+    """
+    meeting, key, pause = meeting_of(group), _store_key(coordinator_rank), POLL_S[0]
+    while coordinator_rank not in meeting.addresses:
+        store = _store(group)
+        if store.check([key]):
+            meeting.addresses[coordinator_rank] = Address.decode(store.get(key))
+        elif time.monotonic() > until_s:
+            return None
+        else:
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S[1])
+    return meeting.addresses[coordinator_rank]
+
+
+def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
+    """Look the address up anew next time: nobody answers there."""
+    meeting_of(group).addresses.pop(coordinator_rank, None)
+
+
+def post(group: dist.ProcessGroup, coordinator_rank: int, kind: str, data: bytes) -> None:
+    """Leave word for peers that come when the coordinator has left; replaces the last such word."""
+    _store(group).set(_post_key(coordinator_rank, kind), base64.b64encode(data).decode())
+
+
+def posted(group: dist.ProcessGroup, coordinator_rank: int, kind: str) -> bytes | None:
+    """The word that was left, if any; never waits."""
+    store, key = _store(group), _post_key(coordinator_rank, kind)
+    return base64.b64decode(store.get(key)) if store.check([key]) else None
+
+
+def _post_key(coordinator_rank: int, kind: str) -> str:
+    return f"{_store_key(coordinator_rank)}/left/{kind}"
+
+
+def _store_key(coordinator_rank: int) -> str:
+    return f"pytest_dcp/coordinator/{coordinator_rank}"
+
+
+def _store(group: dist.ProcessGroup) -> Store:
+    known = dist.distributed_c10d._world.pg_map.get(group)
+    store = known[1] if known is not None else group.get_group_store()
+    if store is None:
+        raise CoordinationError(
+            f"the process group {group.group_name!r} has no store to meet through: make it with "
+            "init_process_group or new_group"
+        )
+    return store

@@ -1,0 +1,257 @@
+"""A peer's side of the star: one line to the coordinator.
+
+The peer connects before its first step's work, so that the coordinator notices its end from then
+on. It waits as long as the coordinator is heard of; a coordinator in long work of its own may be
+silent for the timeout and a margin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import pickle
+import select
+import socket
+import time
+
+import torch.distributed as dist
+
+from pytest_dcp.checkpoint.coordinate import rendezvous
+from pytest_dcp.checkpoint.coordinate.failure import Cause
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind
+from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.parcel import unpack
+from pytest_dcp.checkpoint.coordinate.reception import TETHER, Address, Hello, machine
+from pytest_dcp.checkpoint.coordinate.star import (
+    PARTING_S,
+    Combine,
+    Result,
+    Site,
+    Statement,
+    Verdict,
+)
+
+CONNECT_S = 5.0
+"""Per address of the coordinator's machine that does not answer."""
+REFUSED_S = 0.5
+"""How long a refused address may be replaced by the address of a coordinator that came anew."""
+WORD_S = 0.5
+"""How often a peer that is not let in looks whether the coordinator left word for it."""
+TICK_S = 0.5
+"""Longest single wait, so that signals are handled soon on every Python."""
+
+
+class Spoke:
+    """A peer's line to the coordinator, for one operation."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._line: Line | None = None
+        self._answer = ""
+        self._welcome = False
+        self._count = 0
+        self._looked_s = time.monotonic()
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self.site.group is None:
+            raise ValueError(f"rank {self.site.rank} has no group to meet its coordinator in")
+        return self.site.group
+
+    def join(self, head: Head) -> Verdict | None:
+        """Connect, at the first step; a verdict when no coordinator is there."""
+        if self._line is not None:
+            return None
+        site, group = self.site, self._group
+        counts = rendezvous.meeting_of(group).counts
+        counts[site.kind] = counts.get(site.kind, 0) + 1
+        try:
+            address, sock, how = self._find(time.monotonic() + site.timeout_s + site.margin_s)
+        except RuntimeError as error:  # of the store
+            return self._end(site.ended(site.coordinator, head.name, f"its store: {error}"), head)
+        if address is None:
+            return self._end(site.silent(site.coordinator, head.name), head)
+        if sock is None:
+            return self._end(site.ended(site.coordinator, head.name, how), head)
+        self._line, self._answer = Line(sock), address.answer
+        key = rendezvous.group_key(group, site.coordinator)
+        self._count = counts[site.kind]
+        hello = Hello(key, site.operation, self._count, site.rank)
+        self._line.queue(hello.frame(address.secret))
+        self._line.flush()
+        return self._tie(key, address, head)
+
+    def _tie(self, key: str, address: Address, head: Head) -> Verdict | None:
+        """Make sure that the coordinator sees this process end, in later operations too."""
+        site, tethers = self.site, rendezvous.meeting_of(self._group).tethers
+        old = tethers.get(site.coordinator)
+        if old is not None and old.fileno() >= 0:
+            old.receive()
+            if not old.over:
+                return None
+            old.close()
+        try:
+            tether = tethers[site.coordinator] = Line(connect(address))
+        except OSError as error:
+            return self._end(site.ended(site.coordinator, head.name, str(error)), head)
+        tether.queue(Hello(key, TETHER, 0, site.rank).frame(address.secret))
+        tether.flush()
+        return None
+
+    def _find(self, until_s: float) -> tuple[Address | None, socket.socket | None, str]:
+        group, coordinator = self._group, self.site.coordinator
+        how, last_s = "", None
+        while True:
+            address = rendezvous.look_up(group, coordinator, until_s)
+            if address is None:
+                return None, None, how
+            try:
+                return address, connect(address), how
+            except OSError as error:
+                how, now = f"nobody answers at its address: {error}", time.monotonic()
+            rendezvous.forget(group, coordinator)
+            last_s = last_s or now + REFUSED_S
+            if now > min(last_s, until_s):
+                return address, None, how
+            time.sleep(REFUSED_S / 10)
+
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+        """Send the statement and wait for the result; `combine` is the coordinator's."""
+        line = self._require_line()
+        line.queue(own.frame(head))
+        since_s = time.monotonic()
+        while True:
+            line.flush()
+            line.receive()
+            while line.frames:
+                outcome = self._judge(head, line.frames.popleft())
+                if outcome is not None:
+                    return outcome
+            lost = self._lost(head, since_s)
+            if lost is not None:
+                causes = [lost] if own.cause is None or own.echo else [lost, own.cause]
+                return Verdict(head.name, causes, final=True)
+            if (word := self._word_left()) is not None:
+                return self._obey(word)
+            _wait(line, min(TICK_S, self.site.ping_s))
+
+    def _word_left(self) -> Verdict | None:
+        """The verdict of a coordinator that left this operation before it let this rank in."""
+        now, site = time.monotonic(), self.site
+        if self._welcome or now - self._looked_s < WORD_S:
+            return None
+        self._looked_s = now
+        try:
+            data = rendezvous.posted(self._group, site.coordinator, site.kind)
+        except RuntimeError:  # no store any more: the line tells the rest
+            return None
+        verdict = pickle.loads(data) if data is not None else None
+        stands = isinstance(verdict, Verdict) and verdict.count >= self._count
+        return verdict if stands else None
+
+    def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
+        site = self.site
+        if frame.kind is Kind.WELCOME:
+            shown = bytes(frame.segments[0]) if frame.segments else b""
+            self._welcome = hmac.compare_digest(shown, self._answer.encode())
+        elif not self._welcome:
+            stranger = site.out_of_step(site.coordinator, "did not show that it is the coordinator")
+            return self._end(stranger, head)
+        elif frame.kind is Kind.VERDICT:
+            return self._obey(unpack(frame.segments))
+        elif frame.kind is Kind.RESULT and frame.head == head:
+            return Result(frame.segments)
+        elif frame.kind is not Kind.ALERT:
+            text = f"answered step {frame.head} with {frame.kind.name} where {head} was run"
+            return self._end(site.out_of_step(site.coordinator, text), head)
+        return None
+
+    def _obey(self, verdict: Verdict) -> Verdict:
+        if verdict.count:
+            rendezvous.meeting_of(self._group).counts[self.site.kind] = verdict.count
+        return verdict
+
+    def _lost(self, head: Head, since_s: float) -> Cause | None:
+        line, site = self._require_line(), self.site
+        if line.left:
+            return site.left(site.coordinator, head.name)
+        if line.ended is not None:
+            return site.ended(site.coordinator, head.name, line.ended)
+        quiet_s = time.monotonic() - max(since_s, line.heard_s)
+        if quiet_s > site.timeout_s + site.margin_s:
+            return site.silent(site.coordinator, head.name)
+        return None
+
+    def trouble(self) -> str | None:
+        """What the coordinator has told of, or that it is gone; says that this rank is alive."""
+        line = self._line
+        if line is None or line.fileno() < 0:
+            return None
+        line.receive()
+        if not line.pending and time.monotonic() - line.said_s > self.site.ping_s:
+            line.queue(Frame(Kind.PING))
+        line.flush()
+        for frame in line.frames:
+            if self._welcome_in(frame) and frame.kind is Kind.ALERT:
+                return str(unpack(frame.segments))
+            if self._welcome and frame.kind is Kind.VERDICT:
+                return "; ".join(c.summary() for c in unpack(frame.segments).causes)
+        if (word := self._word_left()) is not None:
+            return "; ".join(cause.summary() for cause in word.causes)
+        if line.over:
+            return f"{self.site.name_of(self.site.coordinator)} {line.ended or 'left'}"
+        return None
+
+    def _welcome_in(self, frame: Frame) -> bool:
+        if frame.kind is Kind.WELCOME and frame.segments:
+            shown = bytes(frame.segments[0])
+            self._welcome = hmac.compare_digest(shown, self._answer.encode())
+        return self._welcome
+
+    def _end(self, cause: Cause, head: Head) -> Verdict:
+        return Verdict(head.name, [cause], final=True)
+
+    def leave(self, head: Head, cause: Cause) -> None:
+        """Tell the coordinator why, and close."""
+        line, until_s = self._line, time.monotonic() + PARTING_S
+        if line is not None and line.fileno() >= 0:
+            line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))
+            line.queue(Frame(Kind.BYE))
+            while not line.flush() and time.monotonic() < until_s:
+                _wait(line, PARTING_S / 10)
+            line.receive()
+            line.close()
+
+    def close(self) -> None:
+        """Say goodbye, and close."""
+        if self._line is not None and self._line.fileno() >= 0:
+            self._line.queue(Frame(Kind.BYE))
+            self._line.close()
+
+    def _require_line(self) -> Line:
+        if self._line is None:
+            raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
+        return self._line
+
+
+def connect(address: Address) -> socket.socket:
+    """A connection to the reception at an address.
+
+    Raises OSError, the last one, when none of its hosts takes a connection.
+    """
+    hosts = ("127.0.0.1", *address.hosts) if address.machine == machine() else address.hosts
+    failed: OSError = ConnectionRefusedError(f"no host in {address}")
+    for host in hosts:
+        try:
+            return socket.create_connection((host, address.port), timeout=CONNECT_S)
+        except OSError as error:
+            failed = error
+    raise failed
+
+
+def _wait(line: Line, timeout_s: float) -> None:
+    """Wait until something came, or queued bytes can go on; or until the time is over."""
+    poll = select.poll()
+    with contextlib.suppress(ValueError):  # closed: the caller sees it
+        poll.register(line.fileno(), select.POLLIN | (select.POLLOUT if line.pending else 0))
+        poll.poll(max(1.0, timeout_s * 1000))

@@ -1,0 +1,166 @@
+"""How exceptions travel between ranks, and how a step's error reads."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pytest_dcp.checkpoint.coordinate import (
+    CoordinationError,
+    OutOfStepError,
+    PeerAborted,
+    RankEndedError,
+    RankLeftError,
+    RankSilentError,
+    RemoteError,
+    StepError,
+)
+from pytest_dcp.checkpoint.coordinate.failure import (
+    MAX_PICKLE_BYTES,
+    Cause,
+    capture,
+    is_echo,
+    ranks_text,
+    step_error,
+)
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error  # noqa: TRY301 - here is where it is raised
+    except BaseException as caught:  # noqa: BLE001 - for its traceback
+        return caught
+
+
+def sent(error: BaseException, rank: int = 2) -> Cause:
+    """The cause of an exception, after a trip through pickle."""
+    cause = pickle.loads(pickle.dumps(capture(rank, raised(error))))
+    assert isinstance(cause, Cause)
+    return cause
+
+
+class Mute(Exception):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Trap(Exception):
+    """Its pickle ends the process that loads it."""
+
+    def __reduce__(self) -> tuple[type[SystemExit], tuple[int]]:
+        return (_leave, (1,))  # type: ignore[return-value]  # a function does as well as a class
+
+
+def _leave(code: int) -> None:
+    raise SystemExit(code)
+
+
+class Holder(Exception):
+    def __init__(self, held: object) -> None:
+        super().__init__("holds", held)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CoordinationError("a"),
+        OutOfStepError("a"),
+        PeerAborted("a"),
+        RankEndedError("a"),
+        RankLeftError("a"),
+        RankSilentError("a"),
+        RemoteError("m.T", "m.T: text"),
+    ],
+)
+def test_every_error_survives_pickling(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.args, str(copy)) == (type(error), error.args, str(error))
+
+
+def test_a_step_error_survives_pickling() -> None:
+    error = step_error("plan", "save", [sent(ValueError("boom"))])
+    error.add_note("noted")
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, StepError)
+    assert isinstance(copy, CheckpointException)
+    assert (copy.step, copy.operation, str(copy)) == ("plan", "save", str(error))
+    assert copy.__notes__ == ["noted"]
+    assert repr(copy.failures[2][0]) == "ValueError('boom')"
+    assert copy.failures[2][1][0].name == "raised"
+
+
+def test_an_exception_that_pickles_arrives_as_itself() -> None:
+    error, stack = sent(OSError(28, "No space left on device", "/data/x")).rebuild()
+    assert isinstance(error, OSError)
+    assert (error.errno, error.filename) == (28, "/data/x")
+    assert "raise error" in (stack[0].line or "")
+
+
+@pytest.mark.parametrize(
+    "error", [Mute(), Trap("x"), Holder(threading.Lock()), Holder(bytes(MAX_PICKLE_BYTES))]
+)
+def test_an_exception_that_does_not_pickle_arrives_as_text(error: Exception) -> None:
+    rebuilt, _ = sent(error).rebuild()
+    assert isinstance(rebuilt, RemoteError)
+    assert rebuilt.type_name == f"{__name__}.{type(error).__name__}"
+    assert type(error).__name__ in str(rebuilt)
+
+
+def test_a_class_that_is_missing_on_another_rank_arrives_as_text() -> None:
+    cause = Cause(1, "gone.Missing", "gone.Missing: text", (), b"cgone\nMissing\n.")
+    rebuilt, _ = cause.rebuild()
+    assert str(rebuilt) == "gone.Missing: text"
+
+
+def test_a_pickle_that_builds_no_exception_arrives_as_text() -> None:
+    rebuilt, _ = Cause(1, "m.T", "m.T: text", (), pickle.dumps(7)).rebuild()
+    assert isinstance(rebuilt, RemoteError)
+
+
+def test_the_first_line_names_ranks_step_operation_and_causes() -> None:
+    causes = [sent(RankEndedError("rank 1 ended"), 1), sent(ValueError("b\nc"), 0)]
+    line, *_ = str(step_error("plan", "load x", causes)).splitlines()
+    assert line == (
+        "step 'plan' of load x failed on rank 0: ValueError: b; "
+        "rank 1: RankEndedError: rank 1 ended"
+    )
+
+
+def test_equal_failures_are_told_once() -> None:
+    text = str(step_error("plan", "save", [sent(ValueError("same"), rank) for rank in range(5)]))
+    assert text.count("ValueError: same") == 2
+    assert "failed on ranks 0-4: ValueError: same\n" in text
+
+
+def test_many_failures_are_counted_on_the_first_line() -> None:
+    causes = [sent(ValueError(f"v{rank}"), rank) for rank in range(9)]
+    text = str(step_error("plan", "save", causes))
+    assert "; rank 2: ValueError: v2; and 6 more\n" in text
+    assert all(f"ValueError: v{rank}" in text for rank in range(9))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"), [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([0, 2, 3, 4, 9], "ranks 0,2-4,9")]
+)
+def test_ranks_are_named_in_runs(ranks: list[int], text: str) -> None:
+    assert ranks_text(ranks) == text
+
+
+def test_an_error_that_comes_of_a_peers_failure_is_an_echo() -> None:
+    outer = RuntimeError("writer stopped")
+    outer.__cause__ = KeyError("x")
+    outer.__cause__.__context__ = PeerAborted("rank 1")
+    assert is_echo(PeerAborted("rank 1"))
+    assert is_echo(outer)
+    assert not is_echo(ValueError("own"))
+
+
+def test_a_ring_of_causes_is_no_echo() -> None:
+    one, two = ValueError("1"), ValueError("2")
+    one.__context__, two.__context__ = two, one
+    assert not is_echo(one)

@@ -1,0 +1,127 @@
+"""Frames and parcels: what goes in on one rank comes out on another, however the stream is cut."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_dcp.checkpoint.coordinate.frame import (
+    HEADER,
+    MAGIC,
+    Frame,
+    FrameError,
+    FrameReader,
+    Head,
+    Kind,
+    Mode,
+    encode,
+)
+from pytest_dcp.checkpoint.coordinate.parcel import bundle, pack, unbundle, unpack
+
+heads = st.builds(
+    Head, st.integers(0, 2**32 - 1), st.sampled_from(Mode), st.text(max_size=20).filter(str.isascii)
+)
+frames = st.builds(
+    Frame, st.sampled_from(Kind), heads, st.lists(st.binary(max_size=70), max_size=5)
+)
+
+
+def read(stream: bytes, cuts: list[int]) -> list[Frame]:
+    """The frames of a stream that comes in pieces of these sizes, again and again."""
+    reader, found, at, turn = FrameReader(), [], 0, 0
+    while at < len(stream):
+        space = reader.space()
+        size = min(cuts[turn % len(cuts)], len(space), len(stream) - at)
+        space[:size] = stream[at : at + size]
+        frame = reader.filled(size)
+        found += [frame] if frame is not None else []
+        at, turn = at + size, turn + 1
+    return found
+
+
+def plain(frame: Frame) -> tuple[Kind, Head, list[bytes]]:
+    return frame.kind, frame.head, [bytes(segment) for segment in frame.segments]
+
+
+@given(st.lists(frames, max_size=4), st.lists(st.integers(1, 90), min_size=1))
+def test_frames_survive_any_cutting_of_the_stream(sent: list[Frame], cuts: list[int]) -> None:
+    stream = b"".join(bytes(piece) for frame in sent for piece in encode(frame))
+    assert [plain(frame) for frame in read(stream, cuts)] == [plain(frame) for frame in sent]
+
+
+@given(st.binary(min_size=HEADER.size, max_size=200))
+def test_garbage_is_refused_and_never_read_as_a_frame(data: bytes) -> None:
+    with pytest.raises(FrameError):
+        read(data, [len(data)])
+
+
+@given(
+    st.integers(0, 255),
+    st.integers(0, 255),
+    st.integers(0, 2**16 - 1),
+    st.integers(0, 2**32 - 1),
+    st.binary(max_size=120),
+)
+def test_a_frame_that_lies_about_its_parts_is_refused_or_read(
+    kind: int, mode: int, name_bytes: int, segments: int, body: bytes
+) -> None:
+    header = HEADER.pack(MAGIC, kind, mode, name_bytes, 1, segments, len(body))
+    try:
+        found = read(header + body, [1000])
+    except FrameError:
+        return
+    assert all(len(bytes(s)) <= len(body) for frame in found for s in frame.segments)
+
+
+def test_a_body_above_the_limit_is_refused_before_memory_is_taken() -> None:
+    reader = FrameReader(limit_bytes=1000)
+    reader.space()[:] = HEADER.pack(MAGIC, 1, 0, 0, 0, 0, 2**39)
+    with pytest.raises(FrameError, match="at most 1000"):
+        reader.filled(HEADER.size)
+
+
+def test_segments_longer_than_the_body_are_refused() -> None:
+    body = struct.pack("<Q", 2**60) + bytes(8)
+    with pytest.raises(FrameError, match="segments of"):
+        read(HEADER.pack(MAGIC, Kind.VALUE, 0, 0, 1, 1, len(body)) + body, [1000])
+
+
+def columns(size: int) -> dict[str, Any]:
+    return {
+        "ints": np.arange(size),
+        "names": [f"layer.{i}" for i in range(5)],
+        "strided": np.arange(2 * size)[::2],
+        "fortran": np.asfortranarray(np.ones((3, size))),
+    }
+
+
+@given(st.integers(0, 50))
+def test_parcels_hold_columns_with_their_arrays_beside_the_pickle(size: int) -> None:
+    value = columns(size)
+    parcel = pack(value)
+    assert len(parcel) >= 3
+    copy = unpack([bytearray(segment) for segment in parcel])
+    assert copy.keys() == value.keys()
+    for key in value:
+        assert np.array_equal(copy[key], value[key])
+
+
+def test_an_array_is_neither_copied_out_nor_in() -> None:
+    array = np.arange(1000)
+    parcel = pack(array)
+    assert np.shares_memory(np.frombuffer(parcel[1], np.int64), array)
+    assert len(parcel[0]) < 300
+    received = bytearray(parcel[1])
+    copy = unpack([parcel[0], memoryview(received)])
+    received[:8] = struct.pack("<q", 77)
+    assert copy[0] == 77
+
+
+@given(st.lists(st.lists(st.binary(max_size=9), max_size=4), max_size=5))
+def test_bundles_keep_parcels_apart(parcels: list[list[bytes]]) -> None:
+    assert [list(parcel) for parcel in unbundle(bundle(parcels))] == parcels

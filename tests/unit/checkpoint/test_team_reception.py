@@ -1,0 +1,200 @@
+"""The listening socket of a process: who is let in, who is not, and what is left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
+from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.reception import (
+    HELLO_BYTES,
+    TETHER,
+    Address,
+    Hello,
+    Reception,
+    local_only,
+)
+from pytest_dcp.checkpoint.coordinate.spoke import connect
+
+HELLO = Hello("group", "save", 1, 2)
+LIMIT_S = 10.0
+T = TypeVar("T")
+
+
+@pytest.fixture
+def reception(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reception]:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    opened = Reception()
+    opened.open("group", "save")
+    yield opened
+    opened.close()
+
+
+def until(found: Callable[[], T]) -> T:
+    end_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < end_s:
+        if value := found():
+            return value
+        time.sleep(0.001)
+    raise TimeoutError
+
+
+def send(reception: Reception, pieces: list[bytes]) -> socket.socket:
+    sock = connect(reception.address)
+    sock.sendall(b"".join(pieces))
+    return sock
+
+
+def hello(reception: Reception, said: Hello = HELLO) -> list[bytes]:
+    return [bytes(piece) for piece in encode(said.frame(reception.address.secret))]
+
+
+def is_closed(sock: socket.socket, reception: Reception) -> bool:
+    sock.setblocking(False)
+
+    def ended() -> bool:
+        assert reception.arrivals("group", "save") == []
+        try:
+            return sock.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+
+    try:
+        return bool(until(ended))
+    finally:
+        sock.close()
+
+
+def test_a_peer_with_the_secret_arrives(reception: Reception) -> None:
+    with send(reception, hello(reception)):
+        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+        assert arrival.hello == HELLO
+        arrival.line.close()
+
+
+def test_a_hello_may_come_in_pieces_and_with_what_follows_it(reception: Reception) -> None:
+    data = b"".join(hello(reception)) + b"".join(map(bytes, encode(Frame(Kind.PING))))
+    with send(reception, [data[:10]]) as sock:
+        time.sleep(0.02)
+        assert reception.arrivals("group", "save") == []
+        assert reception.restless()
+        sock.sendall(data[10:])
+        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+        arrival.line.close()
+
+
+def test_a_peer_with_another_secret_is_shut_out(reception: Reception) -> None:
+    frame = HELLO.frame("0" * 32)
+    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+
+
+def test_a_stranger_is_shut_out(reception: Reception) -> None:
+    assert is_closed(send(reception, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]), reception)
+
+
+def test_a_hello_that_is_too_long_is_shut_out(reception: Reception) -> None:
+    long = replace(HELLO, operation="s" * HELLO_BYTES)
+    assert is_closed(send(reception, hello(reception, long)), reception)
+
+
+def test_a_hello_with_other_facts_is_shut_out(reception: Reception) -> None:
+    secret = reception.address.secret.encode()
+    frame = Frame(Kind.HELLO, segments=[secret, b'{"group": "group"}'])
+    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+
+
+def test_peers_wait_for_the_operation_that_they_ask_for(reception: Reception) -> None:
+    reception.open("group", "load")
+    with send(reception, hello(reception, replace(HELLO, operation="load"))):
+        with pytest.raises(TimeoutError):
+            short_until(lambda: reception.arrivals("group", "save"))
+        (arrival,) = reception.arrivals("group", "load")
+        arrival.line.close()
+
+
+def test_peers_that_ask_for_what_nobody_runs_are_seen_by_who_is_there(
+    reception: Reception,
+) -> None:
+    with send(reception, hello(reception, replace(HELLO, operation="load"))):
+        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+        arrival.line.close()
+
+
+def short_until(found: Callable[[], object]) -> None:
+    for _ in range(50):
+        if found():
+            return
+        time.sleep(0.001)
+    raise TimeoutError
+
+
+def test_a_broken_tether_tells_that_a_process_ended(reception: Reception) -> None:
+    sock = send(reception, hello(reception, replace(HELLO, operation=TETHER)))
+    with pytest.raises(TimeoutError):
+        short_until(lambda: reception.arrivals("group", "save"))
+    assert reception.broken_tether("group", 2) is None
+    sock.close()
+    assert until(lambda: reception.broken_tether("group", 2)) == "connection closed"
+    assert reception.broken_tether("group", 1) is None
+
+
+def test_a_tether_that_is_untied_tells_of_no_end(reception: Reception) -> None:
+    line = Line(send(reception, hello(reception, replace(HELLO, operation=TETHER))))
+    with pytest.raises(TimeoutError):
+        short_until(lambda: reception.arrivals("group", "save"))
+    line.queue(Frame(Kind.BYE))
+    line.close()
+    for _ in range(20):
+        time.sleep(0.001)
+        assert reception.broken_tether("group", 2) is None
+
+
+def test_a_fork_keeps_no_line_open(reception: Reception) -> None:
+    line = Line(connect(reception.address))
+    inside, outside = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(outside, str(line.fileno()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(inside, 10) == b"-1"
+    assert line.fileno() >= 0
+    line.close()
+    os.close(inside)
+    os.close(outside)
+
+
+def test_an_address_survives_the_store() -> None:
+    address = Address(("10.0.0.1", "node-1"), 29500, "m", "s", "a")
+    assert Address.decode(address.encode().encode()) == address
+
+
+@pytest.mark.parametrize(
+    ("environ", "local"),
+    [
+        ({}, False),
+        ({"MASTER_ADDR": "localhost"}, True),
+        ({"MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, False),
+        ({"MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, True),
+    ],
+)
+def test_only_worlds_of_one_machine_listen_on_the_loopback_alone(
+    environ: dict[str, str], local: bool
+) -> None:
+    assert local_only(environ) is local
+
+
+def test_another_machines_ranks_are_found_by_its_addresses(reception: Reception) -> None:
+    elsewhere = replace(reception.address, machine="another", hosts=("127.0.0.1",))
+    connect(elsewhere).close()
+    with pytest.raises(OSError, match="refused"):
+        connect(replace(elsewhere, port=1))
