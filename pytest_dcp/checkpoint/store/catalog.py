@@ -1,0 +1,178 @@
+"""The catalog of a checkpoint: what it holds (an index) and where each chunk's bytes are.
+
+A catalog is what a committed `.metadata` says. `Catalog.metadata` shows it as torch's `Metadata`,
+whose mappings are made as they are looked at; `Catalog.of` reads any `Metadata` back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.plan.columns import UNKNOWN
+from pytest_dcp.checkpoint.plan.index import Index, KeyTable, index_of
+
+BLOCK_BYTES = 1 << 16
+"""A checksum every 64 KiB: 4 bytes in 65,536; small enough that a shard's ragged ends can be read
+whole for their sake, large enough that the loop over blocks costs less than the hashing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the chunks of an index are stored, one row a chunk, in the index's order."""
+
+    files: tuple[str, ...]
+    """Relative to the checkpoint's folder."""
+    file: NDArray[np.int32]
+    """Positions in `files`; -1: the chunk has no entry."""
+    start: Ints
+    """Bytes from the file's start to the entry."""
+    length: Ints
+    """Bytes of the entry."""
+    data_start: Ints
+    """Bytes from the file's start to the tensor's data, row-major; -1: the entry must be parsed."""
+    data_nbytes: Ints
+    """Of the tensor's data, or of a byte value's whole entry; -1 where `data_start` is."""
+    first_sum: Ints
+    """(chunks + 1,) the sums of chunk i are first_sum[i] to first_sum[i + 1] - 1; none: no sums."""
+    sums: NDArray[np.uint32]
+    """CRC-32 of the data from its first byte to the end of each block of `block_bytes`: the state
+    before a block and the one after it check that block alone; the last is the data's own CRC."""
+    block_bytes: int = BLOCK_BYTES
+    transforms: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Descriptors of the stream transforms of a chunk's entry, for the rows that have any."""
+
+    @classmethod
+    def nowhere(cls, chunks: int) -> Places:
+        """Rows for chunks that are not stored yet."""
+        none = np.full(chunks, UNKNOWN, dtype=np.int64)
+        return cls(
+            files=(),
+            file=none.astype(np.int32),
+            start=none,
+            length=none,
+            data_start=none,
+            data_nbytes=none,
+            first_sum=np.zeros(chunks + 1, dtype=np.int64),
+            sums=np.zeros(0, dtype=np.uint32),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """What a checkpoint holds, where, and what its planner and storage said."""
+
+    index: Index
+    places: Places
+    planner_data: Any = None
+    storage_meta: StorageMeta | None = None
+    version: str | None = None
+
+    def metadata(self) -> Metadata:
+        """This catalog as torch's object; its mappings make their values on demand."""
+        keys: Any = KeyTable(self.index)
+        return Metadata(
+            state_dict_metadata=keys,
+            planner_data=self.planner_data,
+            storage_data=EntryTable(self),
+            storage_meta=self.storage_meta,
+            version=self.version,
+        )
+
+    @cached_property
+    def row_of(self) -> dict[MetadataIndex, int]:
+        """The chunk row of each key that torch knows it by."""
+        index = self.index
+        return {index_key(index, row): row for row in range(len(index.key_of))}
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> Catalog:
+        """The catalog of any metadata with `_StorageInfo` places."""
+        table = metadata.storage_data
+        index = index_of(metadata)
+        if isinstance(table, EntryTable) and table.catalog.index is index:
+            places = table.catalog.places
+        else:
+            places = _places_of(index, table) if table else Places.nowhere(len(index.offset))
+        return cls(
+            index,
+            places,
+            metadata.planner_data,
+            metadata.storage_meta,
+            getattr(metadata, "version", None),
+        )
+
+
+class EntryTable(Mapping[MetadataIndex, _StorageInfo]):
+    """`Metadata.storage_data` over a catalog."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+
+    def __getitem__(self, key: MetadataIndex) -> _StorageInfo:
+        return self._info(self.catalog.row_of[key])
+
+    def __iter__(self) -> Iterator[MetadataIndex]:
+        placed = self.catalog.places.file >= 0
+        return (key for key, row in self.catalog.row_of.items() if placed[row])
+
+    def __len__(self) -> int:
+        return int((self.catalog.places.file >= 0).sum())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def _info(self, row: int) -> _StorageInfo:
+        places = self.catalog.places
+        transforms = places.transforms.get(row)
+        return _StorageInfo(
+            relative_path=places.files[places.file[row]],
+            offset=int(places.start[row]),
+            length=int(places.length[row]),
+            transform_descriptors=None if transforms is None else list(transforms),
+        )
+
+
+def index_key(index: Index, row: int) -> MetadataIndex:
+    """The key that torch knows a chunk by: its name, and its offset unless it is a byte value."""
+    key = index.key_of[row]
+    ndim = int(index.ndim[key])
+    offset = None if ndim < 0 else index.offset[row, :ndim].tolist()
+    return MetadataIndex(index.fqns[key], offset, int(row - index.first[key]))
+
+
+def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Places:
+    """The places that torch's mapping names."""
+    chunks = len(index.offset)
+    keys = [index_key(index, row) for row in range(chunks)]
+    infos = [table.get(key) for key in keys]
+    files: dict[str, int] = {}
+    nowhere = Places.nowhere(chunks)
+    for info in infos:
+        if info is not None:
+            files.setdefault(info.relative_path, len(files))
+    transforms: dict[int, tuple[str, ...]] = {}
+    for row, info in enumerate(infos):
+        # Checkpoints of torch before 2.6 lack the attribute.
+        descriptors: Sequence[str] | None = getattr(info, "transform_descriptors", None)
+        if descriptors:
+            transforms[row] = tuple(descriptors)
+    return Places(
+        files=tuple(files),
+        file=np.array([-1 if i is None else files[i.relative_path] for i in infos], dtype=np.int32),
+        start=np.array([-1 if i is None else i.offset for i in infos], dtype=np.int64),
+        length=np.array([-1 if i is None else i.length for i in infos], dtype=np.int64),
+        data_start=nowhere.data_start,
+        data_nbytes=nowhere.data_nbytes,
+        first_sum=nowhere.first_sum,
+        sums=nowhere.sums,
+        transforms=transforms,
+    )

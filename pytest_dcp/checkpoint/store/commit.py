@@ -1,0 +1,100 @@
+"""How a save becomes the checkpoint of its folder, at one instant.
+
+Data files have names of their own save, so that nothing of the old checkpoint is touched while
+they are written. Once every rank's files are whole and synced:
+
+1. the folder is synced, so that their names last;
+2. the metadata goes to a temporary name and is synced;
+3. one rename puts it in the place of the old;
+4. the folder is synced again: from here on the new checkpoint survives a power cut;
+5. files that no committed metadata names are removed, those of dead saves among them.
+
+A reader finds the old checkpoint or the new one, whole, at every instant up to 5, and the new one
+after it. Where a save dies, the next one's step 5 cleans up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pytest_dcp.checkpoint.store.disk import Buffer, Disk
+from pytest_dcp.errors import CheckpointCorruptError
+
+METADATA = ".metadata"
+SUFFIX = ".distcp"
+TEMPORARY = ".tmp"
+
+OURS = re.compile(r"__(?P<rank>\d+)_\d+(-[0-9a-f]+)?\.distcp")
+"""Names of data files: torch's, and ours with the save's own part. Nothing else is removed."""
+RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
+LEFT_OVER = re.compile(r"(__\d+)?\.metadata(-[0-9a-f]+)?\.tmp")
+
+
+def metadata_name(rank: int | None = None) -> str:
+    """The metadata of the whole checkpoint, or of one rank that saved on its own."""
+    return METADATA if rank is None else f"__{rank}{METADATA}"
+
+
+def data_name(prefix: str, number: int, save: str) -> str:
+    """The n-th data file of a rank's save. `save` tells it from those of any other save."""
+    return f"{prefix}{number}-{save}{SUFFIX}"
+
+
+def publish(
+    disk: Disk, folder: Any, name: str, content: Sequence[Buffer], save: str, *, sync: bool
+) -> None:
+    """Steps 1 to 4: make `content` the metadata of this name.
+
+    Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
+    """
+    temporary = f"{name}-{save}{TEMPORARY}"
+    if sync:
+        disk.sync_folder(folder)
+    try:
+        with disk.create(folder, temporary) as out:
+            out.write(content)
+            if sync:
+                out.sync()
+        disk.replace(folder, temporary, name)
+    except BaseException:
+        # A failed save leaves nothing behind that it can remove.
+        disk.remove(folder, temporary)
+        raise
+    if sync:
+        disk.sync_folder(folder)
+
+
+def sweep(
+    disk: Disk, folder: Any, named: Callable[[str], Iterable[str]], *, rank: int | None
+) -> list[str]:
+    """Step 5: the names of the files removed.
+
+    named: the data files that a metadata file names. rank: None after a commit of the whole
+    checkpoint, which also replaces what ranks had saved on their own; or the rank that committed
+    its own part, whose files alone are looked at.
+    """
+    present = disk.names(folder)
+    committed = {METADATA, *([] if rank is None else [metadata_name(rank)])}
+    keep = {file for name in present if name in committed for file in _named(named, name)}
+    stale = [name for name in present if name not in keep and _is_stale(name, rank)]
+    for name in stale:
+        disk.remove(folder, name)
+    return stale
+
+
+def _is_stale(name: str, rank: int | None) -> bool:
+    """Whether a file that no metadata names is a checkpoint's, and this commit's to remove."""
+    data = OURS.fullmatch(name)
+    if rank is not None:
+        return data is not None and int(data["rank"]) == rank
+    return bool(data or RANK_METADATA.fullmatch(name) or LEFT_OVER.fullmatch(name))
+
+
+def _named(named: Callable[[str], Iterable[str]], name: str) -> set[str]:
+    try:
+        return set(named(name))
+    except CheckpointCorruptError as error:
+        # What it names cannot be known: nothing may be removed.
+        raise error.at(file=name) from error

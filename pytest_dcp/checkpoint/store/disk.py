@@ -1,0 +1,282 @@
+"""Files, as the engine needs them: a contract, the local disk, and any torch `FileSystemBase`.
+
+Everything that the engine does to storage goes through a `Disk`, so that one place decides how an
+operation is made, and faults can be put between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from pytest_dcp.errors import CheckpointCorruptError
+
+Buffer = bytes | bytearray | memoryview
+
+IOV_MAX = 1024
+"""Buffers that one writev takes (POSIX asks for 16, Linux and macOS have 1024)."""
+
+
+class Out(Protocol):
+    """A new file, written from its start to its end."""
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """Append the buffers, all of them."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Say how long the file will be: an early error when there is no room, where possible."""
+
+    def sync(self) -> None:
+        """Return once the bytes so far are on stable storage."""
+
+
+class In(Protocol):
+    """A file that is there."""
+
+    size: int
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill the view from the offset; fewer bytes than asked only at the end of the file.
+
+        Safe to call from several threads.
+        """
+
+
+class Disk(Protocol):
+    """Where checkpoints are kept."""
+
+    def make_folder(self, folder: Any) -> None:
+        """Make the folder and those above it; nothing where it exists."""
+
+    def names(self, folder: Any) -> list[str]:
+        """Names of the folder's entries; none where there is no folder."""
+
+    def exists(self, folder: Any, name: str) -> bool:
+        """Whether the folder has a file of this name."""
+
+    def create(self, folder: Any, name: str) -> AbstractContextManager[Out]:
+        """A new file of this name. An existing one is replaced."""
+
+    def open(self, folder: Any, name: str) -> AbstractContextManager[In]:
+        """The file of this name, to read.
+
+        Raises FileNotFoundError, and CheckpointCorruptError for what is no plain file inside.
+        """
+
+    def replace(self, folder: Any, old: str, new: str) -> None:
+        """Rename a file; whoever opens `new` finds the old file or the new one, never none."""
+
+    def remove(self, folder: Any, name: str) -> None:
+        """Remove a file; nothing where it is gone."""
+
+    def sync_folder(self, folder: Any) -> None:
+        """Return once the folder's names are on stable storage."""
+
+
+class LocalDisk:
+    """The local disk, by file descriptors."""
+
+    def make_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def names(self, folder: Path) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, folder: Path, name: str) -> bool:
+        return (folder / name).is_file()
+
+    @contextlib.contextmanager
+    def create(self, folder: Path, name: str) -> Iterator[Out]:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.open(folder / name, flags, 0o666)
+        try:
+            yield LocalOut(fd)
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def open(self, folder: Path, name: str) -> Iterator[In]:
+        path = folder / name
+        root = os.path.realpath(folder)
+        if os.path.commonpath((root, os.path.realpath(path))) != root:
+            raise CheckpointCorruptError("a link leads out of the checkpoint's folder", file=name)
+        # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointCorruptError("not a plain file", file=name)
+            yield LocalIn(fd, status.st_size)
+        finally:
+            os.close(fd)
+
+    def replace(self, folder: Path, old: str, new: str) -> None:
+        (folder / old).replace(folder / new)
+
+    def remove(self, folder: Path, name: str) -> None:
+        (folder / name).unlink(missing_ok=True)
+
+    def sync_folder(self, folder: Path) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class LocalOut:
+    """A file descriptor that is written to."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        for start in range(0, len(buffers), IOV_MAX):
+            self._write_all(list(buffers[start : start + IOV_MAX]))
+
+    def reserve(self, nbytes: int) -> None:
+        if not nbytes or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self.fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                raise
+
+    def sync(self) -> None:
+        os.fsync(self.fd)
+
+    def _write_all(self, buffers: list[Buffer]) -> None:
+        left = sum(map(len, buffers))
+        while left:
+            done = os.writev(self.fd, buffers)
+            left -= done
+            if left:
+                buffers = _after(buffers, done)
+
+
+class LocalIn:
+    """A file descriptor that is read from, by position."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        done = os.preadv(self.fd, (view,), offset)
+        while done < len(view):
+            more = os.preadv(self.fd, (view[done:],), offset + done)
+            if not more:
+                break
+            done += more
+        return done
+
+
+def _after(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """The buffers without their first `done` bytes."""
+    for n, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [memoryview(buffer)[done:], *buffers[n + 1 :]]
+        done -= len(buffer)
+    return []
+
+
+class StreamDisk:
+    """Any `FileSystemBase` of torch, through its streams."""
+
+    def __init__(self, fs: FileSystemBase) -> None:
+        self.fs = fs
+
+    def make_folder(self, folder: Any) -> None:
+        self.fs.mkdir(folder)
+
+    def names(self, folder: Any) -> list[str]:
+        listing = getattr(self.fs, "ls", None)
+        if listing is None or not self.fs.exists(folder):
+            return []
+        return sorted(os.path.basename(str(path).rstrip("/")) for path in listing(folder))
+
+    def exists(self, folder: Any, name: str) -> bool:
+        return self.fs.exists(self.fs.concat_path(folder, name))
+
+    @contextlib.contextmanager
+    def create(self, folder: Any, name: str) -> Iterator[Out]:
+        with self.fs.create_stream(self.fs.concat_path(folder, name), "wb") as stream:
+            yield StreamOut(stream)
+
+    @contextlib.contextmanager
+    def open(self, folder: Any, name: str) -> Iterator[In]:
+        with self.fs.create_stream(self.fs.concat_path(folder, name), "rb") as stream:
+            yield StreamIn(stream)
+
+    def replace(self, folder: Any, old: str, new: str) -> None:
+        self.fs.rename(self.fs.concat_path(folder, old), self.fs.concat_path(folder, new))
+
+    def remove(self, folder: Any, name: str) -> None:
+        path = self.fs.concat_path(folder, name)
+        if self.fs.exists(path):
+            self.fs.rm_file(path)
+
+    def sync_folder(self, folder: Any) -> None:
+        """Nothing: such a file system has no call for it."""
+
+
+class StreamOut:
+    """A stream that is written to."""
+
+    def __init__(self, stream: IO[bytes] | io.IOBase) -> None:
+        self.stream = stream
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        for buffer in buffers:
+            left = memoryview(buffer)
+            while left:
+                # A raw stream may take a part; a buffered one takes all or says nothing.
+                done = self.stream.write(left)
+                left = left[len(left) if done is None else done :]
+
+    def reserve(self, nbytes: int) -> None:
+        """Nothing: a stream has no call for it."""
+
+    def sync(self) -> None:
+        self.stream.flush()
+        try:
+            os.fsync(self.stream.fileno())
+        except (AttributeError, OSError) as error:
+            # Streams without a descriptor (object stores) are durable when they are closed.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+
+
+class StreamIn:
+    """A seekable stream that is read from, one reader at a time."""
+
+    def __init__(self, stream: IO[bytes] | io.IOBase) -> None:
+        self.stream = stream
+        self.lock = threading.Lock()
+        self.size = stream.seek(0, os.SEEK_END)
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        with self.lock:
+            self.stream.seek(offset)
+            done = 0
+            while done < len(view):
+                got = self.stream.read(len(view) - done)
+                if not got:
+                    break
+                view[done : done + len(got)] = got
+                done += len(got)
+        return done

@@ -1,0 +1,206 @@
+"""A load plan -> the planner's targets filled.
+
+Tensors are filled in place, many at a time where the planner gives its targets outright; a planner
+with hooks of its own is asked item by item, in batches of bounded size. Values go to the planner.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+from pytest_dcp.checkpoint.plan.boxes import Ints, volumes
+from pytest_dcp.checkpoint.plan.collector import collector_paused
+from pytest_dcp.checkpoint.plan.columns import READ_BYTES, ReadItems
+from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.located import Located, located
+from pytest_dcp.checkpoint.store.observe import Observer
+from pytest_dcp.checkpoint.store.ranges import Tally
+from pytest_dcp.checkpoint.store.read import ReadSettings, read_copies, read_values
+from pytest_dcp.checkpoint.store.transfer import copies
+from pytest_dcp.checkpoint.store.transformed import plain_entry, tensor_of
+from pytest_dcp.errors import CheckpointCorruptError
+
+BATCH_BYTES = 64 << 20
+"""What a planner with hooks of its own is asked for at a time: it may make a buffer for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a rank's plan took."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    bytes_verified: int = 0
+
+
+def fill(
+    disk: Disk,
+    folder: Any,
+    catalog: Catalog,
+    items: ReadItems,
+    planner: LoadPlanner,
+    settings: ReadSettings,
+    registry: ExtensionRegistry,
+    observer: Observer,
+) -> Filled:
+    """Read every item of the plan to where the planner wants it.
+
+    Raises CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
+    """
+    items = _with_entries(items, catalog.index)
+    found = located(disk, folder, catalog, items.entry)
+    work = _Work(disk, folder, found, items, planner, settings, registry, observer)
+    values = items.kind == READ_BYTES
+    stored = np.zeros(len(catalog.index.offset), dtype=bool)
+    stored[list(catalog.places.transforms)] = True
+    whole = stored[items.entry] & ~values
+    needed = int(work.nbytes.sum())
+    observer.expect(needed)
+    work.values(np.flatnonzero(values))
+    work.transformed(np.flatnonzero(whole))
+    work.tensors(np.flatnonzero(~values & ~whole))
+    return Filled(needed, work.tally.read, work.tally.verified)
+
+
+class _Work:
+    """One rank's plan and everything that it is carried out with."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: Any,
+        found: Located,
+        items: ReadItems,
+        planner: LoadPlanner,
+        settings: ReadSettings,
+        registry: ExtensionRegistry,
+        observer: Observer,
+    ) -> None:
+        self.disk = disk
+        self.folder = folder
+        self.found = found
+        self.catalog = found.catalog
+        self.items = items
+        self.planner = planner
+        self.settings = settings
+        self.registry = registry
+        self.observer = observer
+        self.tally = Tally()
+        self.nbytes = self._sizes()
+
+    def values(self, rows: Ints) -> None:
+        """Give the planner the values of these rows."""
+        if not len(rows):
+            return
+        for row, entry in self._stored(rows).items():
+            self._put(row, entry)
+
+    def transformed(self, rows: Ints) -> None:
+        """Fill tensors whose entries passed through stream transforms: each is decoded whole."""
+        for row in rows.tolist():
+            ((_, entry),) = self._stored(np.array([row])).items()
+            tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
+            item = self.items[row]
+            for dim, (start, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                tensor = tensor.narrow(dim, start, length)
+            target = self.planner.resolve_tensor(item).detach()
+            target.copy_(tensor)
+            self.planner.commit_tensor(item, target)
+
+    def tensors(self, rows: Ints) -> None:
+        """Fill the targets of these rows."""
+        direct = getattr(self.planner, "targets", None)
+        target = None if direct is None else direct(self.items)
+        if target is not None:
+            self._copy(self.items, rows, target)
+            return
+        done = self.nbytes[rows].cumsum() - self.nbytes[rows]
+        for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
+            self._by_hooks(batch)
+
+    def _by_hooks(self, rows: Ints) -> None:
+        targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
+        for row, target in targets.items():
+            asked = self.items[row].lengths
+            if target.size() != asked:
+                raise ValueError(
+                    f"req {self.items[row].storage_index} mismatch sizes {target.size()} vs {asked}"
+                )
+        # What resolve_tensor gives is narrowed already.
+        narrowed = replace(self.items, to_offset=np.zeros_like(self.items.to_offset))
+        self._copy(narrowed, rows, targets.__getitem__)
+        for row, target in targets.items():
+            self.planner.commit_tensor(self.items[row], target)
+
+    def _copy(self, items: ReadItems, rows: Ints, target: Callable[[int], torch.Tensor]) -> None:
+        with collector_paused():
+            found = copies(items, rows, self.catalog.index, target, self.found.odd_strides)
+        self.tally.add(
+            read_copies(
+                self.disk, self.folder, self.catalog, items, found, self.settings, self.observer
+            )
+        )
+
+    def _stored(self, rows: Ints) -> dict[int, bytes]:
+        """The entries of these rows, as they were before any stream transform."""
+        entries = self.items.entry[rows].tolist()
+        found, tally = read_values(
+            self.disk, self.folder, self.catalog, entries, self.settings, self.observer
+        )
+        self.tally.add(tally)
+        return {
+            row: plain_entry(found[entry], self.catalog, entry, self.registry)
+            for row, entry in zip(rows.tolist(), entries, strict=True)
+        }
+
+    def _put(self, row: int, entry: bytes) -> None:
+        if getattr(self.planner, "takes_values", False):
+            self.planner.put_value(self.items.fqns[row], entry)  # type: ignore[attr-defined]  # ours
+            return
+        self.planner.load_bytes(self.items[row], io.BytesIO(entry))
+
+    def _sizes(self) -> Ints:
+        """Bytes of each row."""
+        index, places = self.catalog.index, self.catalog.places
+        entry = self.items.entry
+        tensors = volumes(self.items.shape) * index.itemsize[index.key_of[entry]]
+        return np.where(self.items.kind == READ_BYTES, places.length[entry], tensors)
+
+
+def _with_entries(items: ReadItems, index: Index) -> ReadItems:
+    """The items with the rows of their stored chunks, for those of other planners.
+
+    Raises CheckpointCorruptError for an item that the index does not have.
+    """
+    unknown = np.flatnonzero(items.entry < 0)
+    if not len(unknown):
+        return items
+    entry = items.entry.copy()
+    for row in unknown.tolist():
+        fqn = items.stored_fqns[row]
+        if fqn not in index.row_of:
+            raise CheckpointCorruptError("the plan reads what the metadata lacks", entry=fqn)
+        key = index.row_of[fqn]
+        first, last = int(index.first[key]), int(index.first[key + 1])
+        width = min(items.stored.shape[1], index.offset.shape[1])
+        same = (index.offset[first:last, :width] == items.stored[row, :width]).all(axis=1)
+        if not same.any():
+            raise CheckpointCorruptError(
+                f"the plan reads a chunk at offset {items.stored[row].tolist()}, "
+                "which the metadata lacks",
+                entry=fqn,
+            )
+        entry[row] = first + int(np.argmax(same))
+    return replace(items, entry=entry)

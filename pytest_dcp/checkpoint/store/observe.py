@@ -1,0 +1,91 @@
+"""Who watches a save or load while its bytes move.
+
+An `Observer` is told of every piece; it may count, show progress, or raise to stop the work. It is
+handed to storages through `watched`, since their hooks have no argument for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far this rank has come."""
+
+    operation: Literal["save", "load"]
+    rank: int
+    done_bytes: int
+    total_bytes: int
+    """Of this rank's own plan; 0 before it is known."""
+
+
+class Observer:
+    """Counts the bytes of one rank's save or load; told from any of its threads."""
+
+    def __init__(
+        self,
+        operation: Literal["save", "load"],
+        rank: int = 0,
+        *,
+        check: Callable[[], None] = lambda: None,
+        progress: Callable[[Progress], None] | None = None,
+        every_s: float = 0.1,
+    ) -> None:
+        """check: called now and then; what it raises ends the work (a peer has failed).
+
+        progress: called with the state at most every `every_s` seconds, and at the end.
+        """
+        self.operation: Literal["save", "load"] = operation
+        self.rank = rank
+        self.done_bytes = 0
+        self.total_bytes = 0
+        self._check = check
+        self._progress = progress
+        self._every_s = every_s
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def expect(self, total_bytes: int) -> None:
+        """Say how many bytes there will be."""
+        with self._lock:
+            self.total_bytes = total_bytes
+            self._tell()
+
+    def advance(self, nbytes: int) -> None:
+        """Say that so many more bytes are done. Raises what stops the work."""
+        self._check()
+        with self._lock:
+            self.done_bytes += nbytes
+            last = self.done_bytes >= self.total_bytes > 0
+            if self._progress is not None and (last or time.monotonic() >= self._next):
+                self._next = time.monotonic() + self._every_s
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(Progress(self.operation, self.rank, self.done_bytes, self.total_bytes))
+
+
+_current: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def watched(observer: Observer) -> Iterator[None]:
+    """Hand the observer to the storages that are called inside."""
+    token = _current.set(observer)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def observer(operation: Literal["save", "load"]) -> Observer:
+    """The observer of the work under way, or one that watches nothing."""
+    return _current.get() or Observer(operation)

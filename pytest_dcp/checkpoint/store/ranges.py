@@ -1,0 +1,146 @@
+"""Ranges of entries' data, read and checked.
+
+A range is checked by the blocks that it covers whole: the checksum before the first and the one
+after the last are in the catalog. Its ragged ends belong to blocks of which the rest is not
+wanted; that rest is read as well where it is little beside the range, or always for `full`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from isal.isal_zlib import crc32
+
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.disk import In
+from pytest_dcp.checkpoint.store.observe import Observer
+from pytest_dcp.checkpoint.store.threads import Stop
+from pytest_dcp.errors import CheckpointCorruptError
+
+Verify = Literal["auto", "full", "off"]
+
+PIECE_BYTES = 1 << 20
+"""What is read and hashed at a time: the second reads it from the processor's cache."""
+EXTEND_FROM_BYTES = 16 << 20
+"""From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
+64 KiB on average, 0.4 % of it."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of data so far."""
+
+    read: int = 0
+    verified: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Count another's as well."""
+        self.read += other.read
+        self.verified += other.verified
+
+
+class RangeReader:
+    """Reads ranges of the entries of one open file. For one thread."""
+
+    def __init__(
+        self, file: In, name: str, catalog: Catalog, verify: Verify, observer: Observer, stop: Stop
+    ) -> None:
+        self.file = file
+        self.name = name
+        self.catalog = catalog
+        self.verify = verify
+        self.observer = observer
+        self.stop = stop
+        self.tally = Tally()
+
+    def read(self, entry: int, low: int, view: memoryview) -> None:
+        """Fill the view from byte `low` of the entry's data.
+
+        Raises CheckpointCorruptError where the file is too short or a checksum differs.
+        """
+        places = self.catalog.places
+        first = int(places.first_sum[entry])
+        have_sums = int(places.first_sum[entry + 1]) > first
+        nbytes = int(places.data_nbytes[entry])
+        if low + len(view) > nbytes:
+            self.fail(entry, low, f"asks for bytes past the data, which has {nbytes}")
+        if not have_sums or self.verify == "off":
+            self._plain(entry, low, view)
+        elif len(view) == nbytes <= places.block_bytes:
+            # Most small tensors: one block, one sum, one read.
+            self.raw(entry, 0, view)
+            if crc32(view) != places.sums[first]:
+                self.fail(entry, 0, "the checksum differs")
+            self.tally.verified += nbytes
+        else:
+            self._checked(entry, low, view, nbytes)
+        self.observer.advance(len(view))
+
+    def raw(self, entry: int, low: int, view: memoryview) -> None:
+        """Fill the view without a check."""
+        got = self.file.read_into(int(self.catalog.places.data_start[entry]) + low, view)
+        if got != len(view):
+            self.fail(entry, low + got, f"the file ends here, {len(view) - got} bytes early")
+        self.tally.read += got
+
+    def fail(self, entry: int, low: int, reason: str) -> None:
+        """Raise CheckpointCorruptError naming file, entry and the offset in the file."""
+        index = self.catalog.index
+        raise CheckpointCorruptError(
+            reason,
+            file=self.name,
+            entry=index.fqns[index.key_of[entry]],
+            offset=int(self.catalog.places.data_start[entry]) + low,
+        )
+
+    def _plain(self, entry: int, low: int, view: memoryview) -> None:
+        for at in range(0, len(view), PIECE_BYTES):
+            self.stop.check()
+            self.raw(entry, low + at, view[at : at + PIECE_BYTES])
+
+    def _checked(self, entry: int, low: int, view: memoryview, nbytes: int) -> None:
+        block = self.catalog.places.block_bytes
+        high = low + len(view)
+        extend = self.verify == "full" or len(view) >= EXTEND_FROM_BYTES
+        first = low // block if extend else -(-low // block)
+        last = -(-high // block) if extend or high == nbytes else high // block
+        if first >= last:
+            self._plain(entry, low, view)
+            return
+        start, end = first * block, min(last * block, nbytes)
+        crc = self._sum(entry, first - 1)
+        if start < low:
+            crc = crc32(self._extra(entry, start, low), crc)
+        for at in range(0, len(view), PIECE_BYTES):
+            self.stop.check()
+            piece = view[at : at + PIECE_BYTES]
+            self.raw(entry, low + at, piece)
+            begin, until = max(start - low - at, 0), min(end - low - at, len(piece))
+            if begin < until:
+                crc = crc32(piece[begin:until], crc)
+        if end > high:
+            crc = crc32(self._extra(entry, high, end), crc)
+        if crc != self._sum(entry, last - 1):
+            self._find_damage(entry, first, last, nbytes)
+        self.tally.verified += min(end, high) - max(start, low)
+
+    def _sum(self, entry: int, block: int) -> int:
+        """The running checksum after a block; 0 before the first."""
+        if block < 0:
+            return 0
+        return int(self.catalog.places.sums[self.catalog.places.first_sum[entry] + block])
+
+    def _extra(self, entry: int, low: int, high: int) -> memoryview:
+        view = memoryview(bytearray(high - low))
+        self.raw(entry, low, view)
+        return view
+
+    def _find_damage(self, entry: int, first: int, last: int, nbytes: int) -> None:
+        """Raise for the first block that is not as it was written."""
+        size = self.catalog.places.block_bytes
+        for block in range(first, last):
+            data = self._extra(entry, block * size, min((block + 1) * size, nbytes))
+            if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):
+                self.fail(entry, block * size, "the checksum of the block that starts here differs")
+        self.fail(entry, first * size, "the checksum differed once and not when read again")

@@ -1,0 +1,64 @@
+"""Jobs on several threads: all joined, the first failure raised, the others told to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """Another thread of the same work has failed."""
+
+
+class Stop:
+    """A flag that a failing thread raises and the others look at between pieces."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Tell every thread to stop."""
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise Stopped if another thread has failed."""
+        if self._event.is_set():
+            raise Stopped
+
+
+def run_all(jobs: Sequence[Callable[[Stop], Result]], threads: int) -> list[Result]:
+    """The jobs' results, in their order. One job, or one thread, runs in the caller's.
+
+    Raises the first failure once every thread has ended.
+    """
+    stop = Stop()
+    if threads <= 1 or len(jobs) <= 1:
+        return [job(stop) for job in jobs]
+    first: list[BaseException] = []
+
+    def guarded(job: Callable[[Stop], Result]) -> Result:
+        try:
+            stop.check()
+            return job(stop)
+        except BaseException as error:
+            if not isinstance(error, Stopped):
+                first.append(error)
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp") as pool:
+        futures = [pool.submit(guarded, job) for job in jobs]
+        try:
+            for future in futures:
+                future.exception()
+        except BaseException:
+            # Ctrl-C reaches this thread only: the others must not go on to their end.
+            stop.set()
+            raise
+    if first:
+        raise first[0]
+    return [future.result() for future in futures]

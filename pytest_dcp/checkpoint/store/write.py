@@ -1,0 +1,313 @@
+"""Items -> data files: one job a file, each written once from its start to its end.
+
+Big tensors go from their memory to the file without a copy; small ones are gathered into one
+write. Checksums are taken on the way, while the bytes are in the processor's cache. What is held
+besides the tensors is bounded by `Settings.copy_ahead_bytes` and `GATHER_BYTES` for each thread.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from isal.isal_zlib import crc32
+from torch.distributed.checkpoint._extension import StreamTransformExtension
+
+from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES
+from pytest_dcp.checkpoint.store.disk import Buffer, Disk, Out
+from pytest_dcp.checkpoint.store.entry import tensor_frame
+from pytest_dcp.checkpoint.store.memory import is_flat, memory_of, pieces
+from pytest_dcp.checkpoint.store.observe import Observer
+from pytest_dcp.checkpoint.store.threads import Stop, run_all
+from pytest_dcp.checkpoint.store.written import Written
+
+Source = Callable[[int], torch.Tensor | bytes]
+"""The data of a row: a tensor, or a value's entry."""
+
+GATHER_BYTES = 1 << 20
+"""Small buffers are written together once they are so many bytes."""
+PIECE_BYTES = 1 << 20
+"""What is hashed and written at a time: fits the second-level cache."""
+COPY_AHEAD_BYTES = 10_000_000
+"""The least that a tensor elsewhere than in flat CPU memory is copied by, as torch's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to write."""
+
+    sync: bool = True
+    """fsync each file once it is whole."""
+    threads: int = 1
+    copy_ahead_bytes: int = COPY_AHEAD_BYTES
+    """For a tensor that must be copied (strided, on a GPU): how much at a time."""
+    transforms: Sequence[StreamTransformExtension] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FileJob:
+    """One file to be."""
+
+    name: str
+    rows: Sequence[int]
+    """Of the plan, in the order of the file."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is known of the rows written so far."""
+
+    row: list[int] = field(default_factory=list)
+    start: list[int] = field(default_factory=list)
+    length: list[int] = field(default_factory=list)
+    data_start: list[int] = field(default_factory=list)
+    data_nbytes: list[int] = field(default_factory=list)
+    sums: list[list[int]] = field(default_factory=list)
+
+    def add(
+        self, row: int, start: int, length: int, data_start: int, nbytes: int, sums: list[int]
+    ) -> None:
+        self.row.append(row)
+        self.start.append(start)
+        self.length.append(length)
+        self.data_start.append(data_start)
+        self.data_nbytes.append(nbytes)
+        self.sums.append(sums)
+
+
+def write_files(
+    disk: Disk,
+    folder: Any,
+    jobs: Sequence[FileJob],
+    source: Source,
+    settings: Settings,
+    observer: Observer,
+) -> Written:
+    """Where every row went. The files are whole, and on stable storage if `settings.sync`.
+
+    Raises what the disk, the source or the observer raises, from whichever thread.
+    """
+
+    def job(number: int) -> Callable[[Stop], _Rows]:
+        return lambda stop: _write_file(
+            disk, folder, jobs[number], source, settings, observer, stop
+        )
+
+    done = run_all([job(n) for n in range(len(jobs))], settings.threads)
+    return _written(done, [job.name for job in jobs], settings)
+
+
+def _write_file(
+    disk: Disk,
+    folder: Any,
+    job: FileJob,
+    source: Source,
+    settings: Settings,
+    observer: Observer,
+    stop: Stop,
+) -> _Rows:
+    with disk.create(folder, job.name) as out:
+        file = _File(out, observer, stop)
+        rows = _Rows()
+        for row in job.rows:
+            data = source(row)
+            if settings.transforms:
+                _put_transformed(file, rows, row, data, settings)
+            elif isinstance(data, torch.Tensor):
+                _put_tensor(file, rows, row, data, settings)
+            else:
+                _put_value(file, rows, row, data)
+        file.flush()
+        if settings.sync:
+            out.sync()
+    return rows
+
+
+class _File:
+    """A file in the making: small buffers are gathered, big ones go straight out."""
+
+    def __init__(self, out: Out, observer: Observer, stop: Stop) -> None:
+        self.out = out
+        self.observer = observer
+        self.stop = stop
+        self.position = 0
+        self._buffers: list[Buffer] = []
+        self._held = 0
+
+    def put(self, buffer: Buffer) -> None:
+        """Append bytes. The buffer must stay as it is until `flush`, or be copied by it."""
+        self.position += len(buffer)
+        self._held += len(buffer)
+        self._buffers.append(buffer)
+        if self._held >= GATHER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not self._buffers:
+            return
+        self.stop.check()
+        self.out.write(self._buffers)
+        held, self._held, self._buffers = self._held, 0, []
+        self.observer.advance(held)
+
+
+def _put_tensor(
+    file: _File, rows: _Rows, row: int, tensor: torch.Tensor, settings: Settings
+) -> None:
+    frame = tensor_frame(tensor.dtype, tuple(tensor.shape))
+    start = file.position
+    data_start = start + len(frame.head)
+    if frame.data_nbytes <= BLOCK_BYTES and is_flat(tensor):
+        memory = memory_of(tensor)
+        crc = crc32(memory)
+        sums = [crc] if frame.data_nbytes else []
+        file.put(b"".join((frame.head, memory, frame.tail(crc))))
+    else:
+        file.put(frame.head)
+        sums = _put_data(file, tensor, settings)
+        file.put(frame.tail(sums[-1] if sums else 0))
+    rows.add(row, start, frame.length, data_start, frame.data_nbytes, sums)
+
+
+def _put_data(file: _File, tensor: torch.Tensor, settings: Settings) -> list[int]:
+    """Write the tensor's values; their checksums."""
+    sums: list[int] = []
+    crc, filled = 0, 0
+    step = PIECE_BYTES if is_flat(tensor) else max(settings.copy_ahead_bytes, BLOCK_BYTES)
+    for piece in pieces(tensor, step):
+        for part in range(0, len(piece), PIECE_BYTES):
+            view = piece[part : part + PIECE_BYTES]
+            at = 0
+            while at < len(view):
+                # Blocks are counted from the tensor's start, whatever the pieces are.
+                until = min(at + BLOCK_BYTES - filled, len(view))
+                crc = crc32(view[at:until], crc)
+                filled = (filled + until - at) % BLOCK_BYTES
+                at = until
+                if not filled:
+                    sums.append(crc)
+            file.put(view)
+        file.flush()
+    if filled:
+        sums.append(crc)
+    return sums
+
+
+def _put_value(file: _File, rows: _Rows, row: int, entry: bytes) -> None:
+    start = file.position
+    rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
+    file.put(entry)
+
+
+def _put_transformed(
+    file: _File, rows: _Rows, row: int, data: torch.Tensor | bytes, settings: Settings
+) -> None:
+    """Write the entry through the stream transforms; sums are of the bytes that are stored."""
+    start = file.position
+    tap = _Tap(file)
+    stream: IO[bytes] = cast(IO[bytes], tap)
+    for transform in settings.transforms:
+        stream = transform.transform_to(stream)
+    if isinstance(data, torch.Tensor):
+        frame = tensor_frame(data.dtype, tuple(data.shape))
+        stream.write(frame.head)
+        crc = 0
+        for piece in pieces(data, max(settings.copy_ahead_bytes, BLOCK_BYTES)):
+            crc = crc32(piece, crc)
+            stream.write(piece)
+        stream.write(frame.tail(crc))
+    else:
+        stream.write(data)
+    stream.close()
+    length = file.position - start
+    rows.add(row, start, length, start, length, tap.sums())
+
+
+class _Tap(io.RawIOBase):
+    """The end of a chain of transforms: passes bytes to the file and hashes them."""
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+        self._sums: list[int] = []
+        self._crc = 0
+        self._filled = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(bytes(data))
+        for at in _cuts(len(view), self._filled):
+            self._crc = crc32(view[at], self._crc)
+            self._filled = (self._filled + at.stop - at.start) % BLOCK_BYTES
+            if not self._filled:
+                self._sums.append(self._crc)
+        self._file.put(view)
+        return len(view)
+
+    def sums(self) -> list[int]:
+        """Checksums of what has passed."""
+        return [*self._sums, *([self._crc] if self._filled else [])]
+
+
+def _cuts(nbytes: int, filled: int) -> list[slice]:
+    """Slices of `nbytes` that end where blocks end, the current one being filled so far."""
+    edges = [0, *range(BLOCK_BYTES - filled, nbytes, BLOCK_BYTES), nbytes]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def block_sums(data: Buffer) -> list[int]:
+    """The running CRC-32 at the end of each block."""
+    view = memoryview(data)
+    sums: list[int] = []
+    crc = 0
+    for at in range(0, len(view), BLOCK_BYTES):
+        crc = crc32(view[at : at + BLOCK_BYTES], crc)
+        sums.append(crc)
+    return sums
+
+
+def balanced(size_bytes: Ints, bins: int) -> list[list[int]]:
+    """The rows in at most `bins` groups of nearly equal bytes, each in the rows' order."""
+    if bins <= 1 or len(size_bytes) <= 1:
+        return [list(range(len(size_bytes)))]
+    load = [0] * bins
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    for row in np.argsort(-size_bytes, kind="stable").tolist():
+        least = load.index(min(load))
+        load[least] += int(size_bytes[row])
+        groups[least].append(row)
+    return [sorted(group) for group in groups if group]
+
+
+def _written(done: Sequence[_Rows], names: Sequence[str], settings: Settings) -> Written:
+    """The rows of all files, in the plan's order."""
+    row = np.array([row for rows in done for row in rows.row], dtype=np.int64)
+    order = np.argsort(row)
+
+    def column(name: str) -> Ints:
+        values = [value for rows in done for value in getattr(rows, name)]
+        return np.array(values, dtype=np.int64)[order]
+
+    sums = [block for rows in done for block in rows.sums]
+    counts = np.array([len(sums[i]) for i in order], dtype=np.int64)
+    descriptors = tuple(t.get_descriptor() for t in reversed(settings.transforms))
+    file = [n for n, rows in enumerate(done) for _ in rows.row]
+    return Written(
+        files=tuple(names),
+        file=np.array(file, dtype=np.int32)[order],
+        start=column("start"),
+        length=column("length"),
+        data_start=column("data_start"),
+        data_nbytes=column("data_nbytes"),
+        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        sums=np.array([value for i in order for value in sums[i]], dtype=np.uint32),
+        transforms=descriptors,
+    )

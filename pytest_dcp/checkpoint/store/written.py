@@ -1,0 +1,161 @@
+"""Where a rank's items went, as columns that look like a list of torch's `WriteResult`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.plan.columns import WriteItems
+from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.store.catalog import Places, index_key
+from pytest_dcp.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """Rows in the plan's order; the columns are those of `Places`."""
+
+    files: tuple[str, ...]
+    file: NDArray[np.int32]
+    start: Ints
+    length: Ints
+    data_start: Ints
+    data_nbytes: Ints
+    first_sum: Ints
+    sums: NDArray[np.uint32]
+    transforms: tuple[str, ...] = ()
+    """Descriptors, the same for every row."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WriteResults(Sequence[WriteResult]):
+    """A rank's written items."""
+
+    items: Sequence[WriteItem]
+    written: Written
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, at: int) -> WriteResult: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[WriteResult]: ...
+    def __getitem__(self, at: int | slice) -> WriteResult | list[WriteResult]:
+        rows = range(len(self))[at]
+        if isinstance(rows, range):
+            return [self._result(row) for row in rows]
+        return self._result(rows)
+
+    def __iter__(self) -> Iterator[WriteResult]:
+        return map(self._result, range(len(self)))
+
+    def key(self, row: int) -> MetadataIndex:
+        """The key of an item."""
+        return self.items.key(row) if isinstance(self.items, WriteItems) else self.items[row].index
+
+    def _result(self, row: int) -> WriteResult:
+        written = self.written
+        info = _StorageInfo(
+            relative_path=written.files[written.file[row]],
+            offset=int(written.start[row]),
+            length=int(written.length[row]),
+            transform_descriptors=list(written.transforms) or None,
+        )
+        return WriteResult(self.key(row), int(written.length[row]), info)
+
+
+def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
+    """The places of an index's chunks, from what every rank wrote.
+
+    Raises PlanError when something was written that the index does not have, or written twice.
+    """
+    places = Places.nowhere(len(index.offset))
+    sums = [np.zeros(0, dtype=np.uint32)] * len(index.offset)
+    files: dict[str, int] = {}
+    transforms: dict[int, tuple[str, ...]] = {}
+    file = places.file.copy()
+    start, length = places.start.copy(), places.length.copy()
+    data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
+    lookup: dict[MetadataIndex, int] = {}
+    for some in results:
+        part = some if isinstance(some, WriteResults) else _of_objects(some)
+        written = part.written
+        rows = _chunk_rows(index, part, lookup)
+        if len(np.unique(rows)) != len(rows) or (file[rows] >= 0).any():
+            twice = index_key(index, int(rows[np.argmax(file[rows] >= 0)]))
+            raise PlanError(f"{twice} was written twice: the global plan has it on two ranks")
+        numbers = [files.setdefault(name, len(files)) for name in written.files]
+        file[rows] = np.array([*numbers, -1], dtype=np.int32)[written.file]
+        start[rows], length[rows] = written.start, written.length
+        data_start[rows], data_nbytes[rows] = written.data_start, written.data_nbytes
+        for at, row in enumerate(rows.tolist()):
+            sums[row] = written.sums[written.first_sum[at] : written.first_sum[at + 1]]
+            if written.transforms:
+                transforms[row] = written.transforms
+    counts = np.array([len(block) for block in sums], dtype=np.int64)
+    return Places(
+        files=tuple(files),
+        file=file,
+        start=start,
+        length=length,
+        data_start=data_start,
+        data_nbytes=data_nbytes,
+        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        sums=np.concatenate([np.zeros(0, dtype=np.uint32), *sums]),
+        transforms=transforms,
+    )
+
+
+def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:
+    """The index's rows of what was written; by their hints where those are right."""
+    items = part.items
+    if isinstance(items, WriteItems):
+        key = np.array([index.row_of.get(fqn, -1) for fqn in items.fqns], dtype=np.int64)
+        rows = index.first[key] + np.maximum(items.hint, 0)
+        width = min(items.offset.shape[1], index.offset.shape[1])
+        fits = (key >= 0) & (rows < index.first[key + 1])
+        safe = np.where(fits, rows, 0)
+        fits &= (index.offset[safe, :width] == items.offset[:, :width]).all(axis=1)
+        if fits.all():
+            return rows
+    if not lookup:
+        lookup.update({index_key(index, row): row for row in range(len(index.offset))})
+    keys = [part.key(row) for row in range(len(part))]
+    strangers = [key for key in keys if key not in lookup]
+    if strangers:
+        raise PlanError(f"written, but not in the metadata of the global plan: {strangers[:5]}")
+    return np.array([lookup[key] for key in keys], dtype=np.int64)
+
+
+def _of_objects(results: Sequence[WriteResult]) -> WriteResults:
+    """Columns of what another storage's code returned with `_StorageInfo` places."""
+    infos: list[_StorageInfo] = [result.storage_data for result in results]
+    files: dict[str, int] = {}
+    none = np.full(len(infos), -1, dtype=np.int64)
+    descriptors = [tuple(getattr(info, "transform_descriptors", None) or ()) for info in infos]
+    written = Written(
+        file=np.array(
+            [files.setdefault(i.relative_path, len(files)) for i in infos], dtype=np.int32
+        ),
+        files=tuple(files),
+        start=np.array([info.offset for info in infos], dtype=np.int64),
+        length=np.array([info.length for info in infos], dtype=np.int64),
+        data_start=none,
+        data_nbytes=none,
+        first_sum=np.zeros(len(infos) + 1, dtype=np.int64),
+        sums=np.zeros(0, dtype=np.uint32),
+        transforms=descriptors[0] if descriptors else (),
+    )
+    # Only the keys of these items are asked for.
+    keys = [WriteItem(result.index, WriteItemType.BYTE_IO) for result in results]
+    return WriteResults(keys, written)
