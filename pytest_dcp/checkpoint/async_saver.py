@@ -1,0 +1,117 @@
+"""Saving in the background: a copy of the state first, then an ordinary save in a thread."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp.checkpoint.plan.shards import local_tensor
+from pytest_dcp.checkpoint.saving import save
+from pytest_dcp.checkpoint.storage_choice import is_stateful
+
+
+class AsyncCheckpointerType(enum.Enum):
+    """Where the save goes on while training does."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+
+
+@dataclass
+class AsyncSaveResponse:
+    """When the state has been copied, and when it is saved."""
+
+    staging_completion: Future[None]
+    upload_completion: Future[None]
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Future[Metadata] | AsyncSaveResponse:
+    """A future of what `save` returns; the state may be changed as soon as it is returned.
+
+    The tensors are copied to the CPU before it returns, or by `async_stager`, whose own future is
+    then part of an AsyncSaveResponse. Failures of the save are the future's. Collective: every
+    rank must call it, and wait for one save before it begins the next.
+
+    Raises NotImplementedError for AsyncCheckpointerType.PROCESS.
+    """
+    if async_checkpointer_type is not AsyncCheckpointerType.THREAD:
+        raise NotImplementedError(
+            "async_save runs in a thread only: AsyncCheckpointerType.PROCESS is not built yet"
+        )
+    plain = {
+        key: value.state_dict() if is_stateful(value) else value
+        for key, value in state_dict.items()
+    }
+    staged: Any = copied(plain) if async_stager is None else async_stager.stage(plain)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
+
+    def upload() -> Metadata:
+        return save(
+            staged.result() if isinstance(staged, Future) else staged,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+
+    uploading: Future[Any] = pool.submit(upload)
+    # The thread ends with its only job.
+    pool.shutdown(wait=False)
+    if not isinstance(staged, Future):
+        if async_stager is not None and async_stager.should_synchronize_after_execute:
+            async_stager.synchronize_staging()
+        return uploading
+    staging: Future[None] = Future()
+    staged.add_done_callback(lambda done: _follow(done, staging))
+    return AsyncSaveResponse(staging, uploading)
+
+
+def copied(value: Any) -> Any:
+    """The value with every tensor copied to its own CPU memory; what is viewed, not its storage."""
+    if isinstance(value, DTensor):
+        local = local_tensor(value).detach().to("cpu", copy=True)
+        return DTensor.from_local(
+            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
+        )
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [copied(inner) for inner in value]
+    if type(value) is tuple:
+        return tuple(copied(inner) for inner in value)
+    return value
+
+
+def _follow(done: Future[Any], follower: Future[None]) -> None:
+    error = done.exception()
+    if error is None:
+        follower.set_result(None)
+    else:
+        follower.set_exception(error)

@@ -1,0 +1,32 @@
+"""The planners that `save` and `load` use unless told otherwise.
+
+Names, arguments and hooks are those of `torch.distributed.checkpoint.default_planner`; a subclass
+that was written for torch's planners works on these. Plans are columns (`plan.columns`) that look
+like torch's lists of items; a subclass that overrides one of the planning hooks gets plain lists,
+which it may change as it likes.
+"""
+
+from pytest_dcp.checkpoint.load_planner import (
+    DefaultLoadPlanner,
+    create_default_global_load_plan,
+    create_default_local_load_plan,
+)
+
+# torch's name for it, which other libraries import.
+from pytest_dcp.checkpoint.load_planner import (
+    _EmptyStateDictLoadPlanner as _EmptyStateDictLoadPlanner,
+)
+from pytest_dcp.checkpoint.save_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+    create_default_local_save_plan,
+)
+
+__all__ = [
+    "DefaultSavePlanner",
+    "DefaultLoadPlanner",
+    "create_default_local_load_plan",
+    "create_default_global_load_plan",
+    "create_default_local_save_plan",
+    "create_default_global_save_plan",
+]

@@ -1,0 +1,435 @@
+"""Checkpoints in folders: the writer and the reader, on the local disk or any torch file system.
+
+Arguments, hooks and files are those of `torch.distributed.checkpoint.filesystem`: torch's reader
+opens what this writer writes, and this reader what torch's writer wrote. What is new on disk is
+described in `store.commit` (when a save becomes the checkpoint) and `store.metadata_file` (the
+manifest behind the pickle of `.metadata`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import IOBase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemBase,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from pytest_dcp.checkpoint.plan.columns import ReadItems, WriteItems
+from pytest_dcp.checkpoint.store import metadata_file
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.commit import data_name, metadata_name, publish, sweep
+from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk, StreamDisk
+from pytest_dcp.checkpoint.store.fill import Filled, fill
+from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.ranges import Verify
+from pytest_dcp.checkpoint.store.read import ReadSettings
+from pytest_dcp.checkpoint.store.safetensors import write_safetensors
+from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
+from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
+
+__all__ = [
+    "FileSystemWriter",
+    "FileSystemReader",
+    "FileSystem",
+    "FileSystemBase",
+    "SerializationFormat",
+]
+
+CURRENT_DCP_VERSION = "1.0.0"
+"""What torch 2.13 writes into metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileNames:
+    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`."""
+
+    prefix: str
+    save: str
+    """Of this save alone."""
+
+
+class FileSystem(FileSystemBase):
+    """The local file system."""
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[IOBase, None, None]:
+        with Path(path).open(mode) as stream:
+            yield cast(IOBase, stream)
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str | os.PathLike[str]:
+        return Path(path) / suffix
+
+    def init_path(self, path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+        return Path(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        Path(path).replace(new_path)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id can be a local path: one that is there, or whose parent can be."""
+        if isinstance(checkpoint_id, Path):
+            return True
+        if "://" in str(checkpoint_id):
+            return False
+        above = [Path(checkpoint_id), *Path(checkpoint_id).parents]
+        return any(p.exists() and os.access(p, os.W_OK) for p in above)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return Path(path).exists()
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        Path(path).unlink()
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(entry) for entry in Path(path).iterdir()]
+
+
+def disk_of(fs: FileSystemBase) -> Disk:
+    """How the engine reaches this file system: by descriptors where it is the local one."""
+    return LocalDisk() if type(fs) is FileSystem else StreamDisk(fs)
+
+
+class FileSystemWriter(StorageWriter):
+    """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
+
+    The data files have names of their own save; the old checkpoint, if there is one, stays whole
+    and loadable until the new one has replaced it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+    ) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder; made if it is not there.
+        single_file_per_rank: one file for each rank and thread, instead of one for each item.
+        sync_files: wait for stable storage, of files and folder, before the save is committed.
+        thread_count: files of a rank that are written at the same time.
+        per_thread_copy_ahead: bytes of a tensor outside flat CPU memory that are copied at a time.
+        overwrite: whether a checkpoint that is there may be replaced; if not, the save raises
+            CheckpointExistsError and nothing is changed.
+        """
+        super().__init__()
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.cache_staged_state_dict = cache_staged_state_dict
+        self.overwrite = overwrite
+        self.extensions = tuple(_extensions or ())
+        self.serialization_format = serialization_format
+        self.save_id = _new_id()
+        self._used = False
+        self.rank: int | None = None
+        self.use_collectives = True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another save, to the given folder or the same."""
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self.save_id = _new_id()
+        self._used = False
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take this rank's number, and whether all ranks commit together."""
+        if self._used:
+            # Another save of the same writer: its files must not have the names of the last one's.
+            self.save_id = _new_id()
+        self._used = True
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan; the folder is there, and may be written to."""
+        disk = self._disk()
+        disk.make_folder(self.path)
+        existing = metadata_name(None if self.use_collectives else 0)
+        if disk.exists(self.path, existing):
+            if not self.overwrite:
+                raise CheckpointExistsError(
+                    f"Checkpoint already exists and self.overwrite=False: {self.path}"
+                )
+            warnings.warn(
+                f"Detected an existing checkpoint in {self.path}, overwriting since "
+                "self.overwrite=True: it stays whole until the new one has replaced it.",
+                stacklevel=2,
+            )
+        if self.rank is not None and not self.use_collectives:
+            plan = dataclasses.replace(plan, storage_data=_names(self.rank, self.save_id))
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans, each with the names of its files to be."""
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items; done when the future is returned."""
+        items = plan.items
+        size_bytes = WriteItems.of(items).size_bytes()
+        names: FileNames = plan.storage_data
+        if self.single_file_per_rank:
+            groups = balanced(size_bytes, self.thread_count)
+        else:
+            groups = [[row] for row in range(len(items))]
+        jobs = [
+            FileJob(data_name(names.prefix, number, names.save), rows)
+            for number, rows in enumerate(groups)
+        ]
+        watcher = observer("save")
+        watcher.expect(int(size_bytes.sum()))
+        settings = Settings(
+            sync=self.sync_files,
+            threads=self.thread_count,
+            copy_ahead_bytes=self.per_thread_copy_ahead,
+            transforms=self.extensions,
+        )
+        write = (
+            write_safetensors
+            if self.serialization_format == SerializationFormat.SAFETENSORS
+            else write_files
+        )
+        written = write(self._disk(), self.path, jobs, _source(planner, items), settings, watcher)
+        results: Any = WriteResults(items, written)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: from here on the folder's checkpoint is this save's."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = self.storage_meta()
+        catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
+        places = places_of(catalog.index, results)
+        catalog = dataclasses.replace(catalog, places=places)
+        metadata.storage_data = catalog.metadata().storage_data
+        disk = self._disk()
+        self._check_written(disk, catalog)
+        alone = self.rank if not self.use_collectives else None
+        content = metadata_file.encode(catalog)
+        name = metadata_name(alone)
+        publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
+
+        def named(other: str) -> tuple[str, ...]:
+            return catalog.places.files if other == name else _files_named(disk, self.path, other)
+
+        sweep(disk, self.path, named, rank=alone)
+
+    def retire_whole(self) -> None:
+        """Remove the metadata of a whole checkpoint, after every rank has committed its own part.
+
+        Until then a reader finds the old checkpoint, from then on the ranks' own.
+        """
+        self._disk().remove(self.path, metadata_name())
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Where and what this save is."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _disk(self) -> Disk:
+        return disk_of(self.fs)
+
+    def _check_written(self, disk: Disk, catalog: Catalog) -> None:
+        """Raise unless every file that the metadata will name is there."""
+        present = set(disk.names(self.path))
+        gone = [name for name in catalog.places.files if present and name not in present]
+        if gone:
+            raise CheckpointCorruptError(
+                "a data file of this save is gone before the commit: does another save write to "
+                "the same folder?",
+                file=gone[0],
+            )
+
+
+class FileSystemReader(StorageReader):
+    """Reads checkpoints from folders: ours, and those that torch 2.0 to 2.13 wrote."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        verify: Verify = "auto",
+        thread_count: int | None = None,
+    ) -> None:
+        """As torch's, and:
+
+        verify: "auto" checks every block of 64 KiB that is read whole, "full" reads blocks whole
+            so that every byte is checked, "off" checks nothing. Only our own checkpoints have
+            checksums.
+        thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
+        """
+        super().__init__()
+        if verify not in ("auto", "full", "off"):
+            raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self.verify: Verify = verify
+        self.thread_count = thread_count
+        self.registry = _extension_registry or ExtensionRegistry()
+        self.load_id = _new_id()
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.filled = Filled()
+        self._catalog: Catalog | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another load, from the given folder or the same."""
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self.load_id = _new_id()
+        self._catalog = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the whole checkpoint, or of `rank` where each rank saved on its own.
+
+        Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
+        """
+        name = metadata_name(kwargs.get("rank"))
+        metadata = read_catalog(disk_of(self.fs), self.path, name).metadata()
+        meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta = dataclasses.replace(meta, load_id=self.load_id)
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the metadata that plans will be made from."""
+        if metadata.storage_data is None:
+            raise ValueError("the metadata has no storage_data: it does not say where anything is")
+        self._catalog = Catalog.of(metadata)
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into the planner's targets; done when the future is returned."""
+        if self._catalog is None:
+            raise ValueError("set_up_storage_reader must be called before read_data")
+        settings = ReadSettings(self.verify, self.thread_count or _threads())
+        self.filled = fill(
+            disk_of(self.fs),
+            self.path,
+            self._catalog,
+            ReadItems.of(plan.items),
+            planner,
+            settings,
+            self.registry,
+            observer("load"),
+        )
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+def read_catalog(disk: Disk, folder: Any, name: str) -> Catalog:
+    """The catalog of a metadata file.
+
+    Raises FileNotFoundError, and CheckpointCorruptError naming the file.
+    """
+    with disk.open(folder, name) as file:
+        content = memoryview(bytearray(file.size))
+        got = file.read_into(0, content)
+    try:
+        return metadata_file.decode(content[:got])
+    except CheckpointCorruptError as error:
+        raise error.at(file=name) from error
+
+
+def _files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:
+    return read_catalog(disk, folder, name).places.files
+
+
+def _source(planner: SavePlanner, items: Sequence[Any]) -> Source:
+    """What gives the data of an item: the planner's own short way, or its hook."""
+    if hasattr(planner, "source"):
+        source: Source = planner.source(items)
+        return source
+
+    def resolved(row: int) -> torch.Tensor | bytes:
+        data = planner.resolve_data(items[row])
+        return data if isinstance(data, torch.Tensor) else data.getvalue()
+
+    return resolved
+
+
+def _names(rank: int, save_id: str) -> FileNames:
+    return FileNames(f"__{rank}_", save_id[:12])
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _threads() -> int:
+    """Reader threads for this rank: its share of the cores that it may use, at most 4."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    return max(1, min(4, cores // max(ranks, 1)))

@@ -1,0 +1,270 @@
+"""The load planner: a state dict and a checkpoint's index to read items, and their targets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+)
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.plan.describe import wanted_boxes
+from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
+from pytest_dcp.checkpoint.plan.index import Index, index_of
+from pytest_dcp.checkpoint.plan.load import read_items
+from pytest_dcp.checkpoint.plan.match import LoadReport, match
+from pytest_dcp.checkpoint.plan.materialise import materialise
+from pytest_dcp.checkpoint.plan.nested import Path, flatten, set_element
+from pytest_dcp.checkpoint.plan.select import Selection
+from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
+from pytest_dcp.checkpoint.store.values import decoded
+from pytest_dcp.checkpoint.utils import find_state_dict_object
+from pytest_dcp.errors import CheckpointCorruptError
+
+
+class DefaultLoadPlanner(LoadPlanner):
+    """Plans a load into a state dict: tensors in place, values replaced, in any layout."""
+
+    original_state_dict: dict[str, Any]
+    mappings: dict[str, Path]
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        weights_only: bool = True,
+        selection: Selection | None = None,
+    ) -> None:
+        """As torch's, and:
+
+        weights_only: whether values of arbitrary classes are refused. Pass False only for a
+            checkpoint whose writer you trust: such values run code when they are loaded.
+        selection: which keys to load and what the checkpoint calls them; None: all, by their names.
+        """
+        self.flatten_state_dict = flatten_state_dict
+        self.flatten_sharded_tensors = flatten_sharded_tensors
+        self.original_state_dict = {}
+        self.mappings = {}
+        self.allow_partial_load = allow_partial_load
+        self.weights_only = weights_only
+        self.selection = selection or Selection()
+        self.report = LoadReport()
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state dict to fill; its meta tensors are replaced by empty ones."""
+        materialise(state_dict)
+        self.original_state_dict = state_dict
+        self.state_dict, self.mappings = self._flat()
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank reads.
+
+        Raises CheckpointMismatchError naming every key that is missing or does not fit.
+        """
+        if self.metadata is None:
+            raise ValueError("the planner was set up without metadata: it has nothing to load from")
+        index = index_of(self.metadata)
+        self._read_as_torch_2_3(index)
+        plan, self.report = _load_plan(
+            self.state_dict, index, self.selection, strict=not self.allow_partial_load
+        )
+        return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are: no rank's load depends on another's."""
+        return create_default_global_load_plan(global_plan)
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return new_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value where the state dict has it."""
+        self.put_value(read_item.dest_index.fqn, value.getbuffer())
+
+    def put_value(self, fqn: str, entry: bytes | memoryview) -> None:
+        """Decode a value's entry and put it where the state dict has it."""
+        try:
+            value = decoded(entry, weights_only=self.weights_only)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=fqn) from error
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], value)
+        else:
+            self.original_state_dict[fqn] = value
+        self.state_dict[fqn] = value
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The view of the target that an item fills."""
+        return self.transform_tensor(read_item, self.lookup_tensor(read_item.dest_index))
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing: the tensor was filled in place."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The rank's own memory of a wanted box: for subclasses to extend."""
+        found: torch.Tensor = find_state_dict_object(self.state_dict, index)
+        return found
+
+    def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of it that an item fills: for subclasses to extend."""
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            if (start, length) != (0, tensor.size(dim)):
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
+        """What gives the whole wanted box of the n-th item; None where hooks must be asked.
+
+        The engine narrows it itself, for many items at a time.
+        """
+        hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
+        if overridden(self, DefaultLoadPlanner, hooks):
+            return None
+        return lambda row: self._target(items, row)
+
+    @property
+    def plans_alone(self) -> bool:
+        """Whether no rank's plan depends on another's, so that none need be sent."""
+        return not overridden(self, DefaultLoadPlanner, ("create_global_plan",))
+
+    @property
+    def takes_values(self) -> bool:
+        """Whether `put_value` may be used in place of `load_bytes`."""
+        return not overridden(self, DefaultLoadPlanner, ("load_bytes",))
+
+    def _target(self, items: ReadItems, row: int) -> torch.Tensor:
+        value = self.state_dict[items.fqns[row]]
+        memory = local_tensor(value) if type(value) is DTensor else value
+        if type(memory) in PLAIN and items.wanted_hint[row] == 0 and _one_box(value):
+            found: torch.Tensor = memory
+            return found
+        ndim = int(items.ndim[row])
+        offset = items.wanted[row, :ndim].tolist()
+        return self.lookup_tensor(MetadataIndex(items.fqns[row], offset))
+
+    def _flat(
+        self, *, plain_mappings_whole: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Path]]:
+        if not self.flatten_state_dict:
+            return dict(self.original_state_dict), {}
+        return flatten(self.original_state_dict, plain_mappings_whole=plain_mappings_whole)
+
+    def _read_as_torch_2_3(self, index: Index) -> None:
+        """Flatten as torch before 2.4 did, if the checkpoint has keys that only this gives."""
+        unknown = set(index.fqns) - set(self.state_dict)
+        if not self.flatten_state_dict or not unknown:
+            return
+        flat, paths = self._flat(plain_mappings_whole=True)
+        if unknown & set(flat):
+            self.state_dict, self.mappings = flat, paths
+
+
+class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
+    """Loads without a template: builds the state dict from what the checkpoint holds.
+
+    keys: load only these, each a flat name or the name of anything above it; None: everything.
+    Every rank that uses it holds all of it.
+    """
+
+    def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        self.keys = keys
+        super().__init__(*args, **kwargs)
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Fill the state dict, which must be empty, with empty tensors to load into."""
+        if state_dict:
+            raise ValueError(
+                f"the state dict must be empty, it is built here: it has {sorted(state_dict)[:5]}"
+            )
+        if metadata is None:
+            raise ValueError("the planner was set up without metadata: it has nothing to load from")
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        for fqn, stored in metadata.state_dict_metadata.items():
+            path = paths.get(fqn, (fqn,))
+            if not self._should_include_key(fqn, path):
+                continue
+            value = None
+            if isinstance(stored, TensorStorageMetadata):
+                value = torch.empty(stored.size, dtype=stored.properties.dtype)
+            set_element(state_dict, path, value)
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def _should_include_key(self, fqn: str, path: Path) -> bool:
+        if self.keys is None or fqn in self.keys:
+            return True
+        above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
+        return any(name in self.keys for name in above)
+
+
+def create_default_local_load_plan(
+    state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
+) -> LoadPlan:
+    """What this rank reads into a flat state dict.
+
+    Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
+    `strict`.
+    """
+    plan, _ = _load_plan(state_dict, index_of(metadata), Selection(), strict=strict)
+    return _load_lists(plan)
+
+
+def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
+    """The plans as they are: no rank's load depends on another's."""
+    return all_plans
+
+
+def _load_plan(
+    state_dict: Mapping[str, Any], index: Index, selection: Selection, *, strict: bool
+) -> tuple[LoadPlan, LoadReport]:
+    chosen = selection.chosen(state_dict)
+    stored_as = selection.stored_as(chosen)
+    found = match(chosen, index, strict=strict, stored_as=stored_as)
+    names = stored_as or {}
+    template = {
+        # A stored value replaces whatever is here.
+        fqn: None if index.ndim[index.row_of[names.get(fqn, fqn)]] < 0 else value
+        for fqn, value in found.loaded.items()
+    }
+    items: Any = read_items(wanted_boxes(template), index, stored_as)
+    return LoadPlan(items), LoadReport(found.missing, found.unexpected, found.converted)
+
+
+def _load_lists(plan: LoadPlan) -> LoadPlan:
+    return replace(plan, items=list(plan.items))
+
+
+def _one_box(value: torch.Tensor) -> bool:
+    """Whether the rank's memory of the value is one box of the full tensor."""
+    if not isinstance(value, DTensor):
+        return True
+    return not any(hasattr(placement, "split_factor") for placement in value.placements)

@@ -1,0 +1,245 @@
+"""checkpoint -> plan -> reads -> state dict.
+
+Two steps, each of which all ranks take or none: "plan", in which each rank reads the metadata and
+finds what it needs, and "read". Ranks send nothing but whether they succeeded, unless a planner or
+a storage of the user's wants the plans of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from typing_extensions import deprecated
+
+from pytest_dcp.checkpoint.coordinate import Team, team_of
+from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
+from pytest_dcp.checkpoint.filesystem import FileSystemReader
+from pytest_dcp.checkpoint.phases import Phases
+from pytest_dcp.checkpoint.plan.match import LoadReport
+from pytest_dcp.checkpoint.plan.select import Rename, Selection
+from pytest_dcp.checkpoint.storage_choice import (
+    alone,
+    is_stateful,
+    reader_for,
+    second_argument,
+    takes,
+)
+from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
+from pytest_dcp.checkpoint.store.ranges import Verify
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+
+
+@deprecated(
+    "`load_state_dict` is deprecated and will be removed in future versions. "
+    "Please use `load` instead.",
+    category=FutureWarning,
+)
+def load_state_dict(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """Load into a state dict of tensors and values: the older form of `load`, without Stateful."""
+    storage_reader.reset()
+    planner = planner or DefaultLoadPlanner()
+    _Load(state_dict, storage_reader, planner, process_group, no_dist, coordinator_rank).run()
+
+
+@second_argument("storage_reader")
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    strict: bool = True,
+    keys: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    weights_only: bool = True,
+    verify: Verify | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> LoadReport:
+    """What was missing, unexpected or converted; the state dict is filled. Collective.
+
+    Tensors are loaded in place, in whatever layout they are; values are replaced; Stateful objects
+    are given what was loaded. Meta tensors are replaced by real ones. Up to `no_dist` the
+    arguments are torch's; the others are for the default planner and storage:
+
+    strict: False leaves what the checkpoint lacks as it is, and converts any dtype to any other.
+    keys: load only these flat names, or shell-style patterns of them.
+    rename: what the checkpoint calls a flat name: a mapping of names, or of prefixes that end in a
+        dot, or a function.
+    weights_only: False lets values of any class be loaded, which can run code: only for
+        checkpoints whose writer you trust.
+    verify: "auto", "full" or "off", see FileSystemReader; None: "auto", or the given reader's.
+    progress: called now and then with how far this rank has come.
+
+    Raises CheckpointException, the same on every rank, naming each rank that failed and why: keys
+    that do not fit (CheckpointMismatchError) before any byte moves, damage
+    (CheckpointCorruptError) with file, entry and offset.
+    """
+    no_dist = alone(no_dist, "load")
+    options = {} if verify is None else {"verify": verify}
+    storage_reader = reader_for(storage_reader, checkpoint_id, **options)
+    if verify is not None and isinstance(storage_reader, FileSystemReader):
+        storage_reader.verify = verify
+    chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
+    if planner is None:
+        planner = DefaultLoadPlanner(
+            allow_partial_load=not strict, weights_only=weights_only, selection=chosen
+        )
+    elif not strict or keys is not None or rename is not None or not weights_only:
+        raise ValueError(
+            "strict, keys, rename and weights_only are for the default planner: give them to "
+            f"your {type(planner).__name__} (DefaultLoadPlanner has allow_partial_load, selection "
+            "and weights_only)"
+        )
+    plain = {
+        key: value.state_dict() if is_stateful(value) else value
+        for key, value in ((key, state_dict[key]) for key in sorted(state_dict))
+    }
+    report = _Load(plain, storage_reader, planner, process_group, no_dist, progress=progress).run()
+    for key, loaded in plain.items():
+        value = state_dict[key]
+        if is_stateful(value):
+            value.load_state_dict(loaded)
+        else:
+            state_dict[key] = loaded
+    return report
+
+
+def load_without_template(
+    keys: set[str] | str | None = None,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    weights_only: bool = True,
+) -> dict[str, Any]:
+    """A state dict built from what the checkpoint holds, whole, on the CPU of every rank.
+
+    keys: only these flat names, and what is below them; None: everything.
+    """
+    no_dist = alone(False, "load")
+    storage_reader = reader_for(storage_reader, checkpoint_id)
+    state_dict: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(
+        {keys} if isinstance(keys, str) else keys, weights_only=weights_only
+    )
+    _Load(state_dict, storage_reader, planner, process_group, no_dist).run()
+    return state_dict
+
+
+class _Load:
+    """One rank's part in one load."""
+
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        storage_reader: StorageReader,
+        planner: LoadPlanner,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        coordinator_rank: int = 0,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.state_dict = state_dict
+        self.reader = storage_reader
+        self.planner = planner
+        self.group = process_group
+        self.no_dist = no_dist
+        self.coordinator_rank = coordinator_rank
+        self.progress = progress
+        self.phases = Phases()
+
+    def run(self) -> LoadReport:
+        """Load; what `load` returns and raises."""
+        with team_of(
+            self.group,
+            use_dist=not self.no_dist,
+            coordinator_rank=self.coordinator_rank,
+            operation="load",
+        ) as team:
+            watcher = Observer("load", team.rank, check=team.check, progress=self.progress)
+            with watched(watcher):
+                with self.phases.phase("plan", planning=True):
+                    plan = self._planned(team)
+                with self.phases.phase("read"):
+                    team.agree("read", lambda: self._read(plan))
+            report = self._report()
+            where = getattr(self.reader, "checkpoint_id", self.reader)
+            more = f", {report.bytes_read} bytes read, {report.bytes_verified} verified"
+            self.phases.log("loaded", where, watcher.done_bytes, team.rank, more)
+        return report
+
+    def _planned(self, team: Team) -> LoadPlan:
+        if self._plansalone():
+            return team.agree("plan", lambda: self._plan(team))
+        return team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+
+    def _plansalone(self) -> bool:
+        """Whether no hook wants to see the plans of all ranks."""
+        reader = type(self.reader).prepare_global_plan is FileSystemReader.prepare_global_plan
+        return reader and bool(getattr(self.planner, "plans_alone", False))
+
+    def _plan(self, team: Team) -> LoadPlan:
+        metadata, together = self._metadata(team)
+        self.planner.set_up_planner(self.state_dict, metadata, team.is_coordinator)
+        if takes(self.reader.set_up_storage_reader, "kwargs"):
+            self.reader.set_up_storage_reader(
+                metadata, team.is_coordinator, rank=team.rank, use_collectives=together
+            )
+        else:
+            self.reader.set_up_storage_reader(metadata, team.is_coordinator)
+        return self.reader.prepare_local_plan(self.planner.create_local_plan())
+
+    def _join(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
+
+    def _metadata(self, team: Team) -> tuple[Metadata, bool]:
+        """The metadata of the whole, or this rank's own, and whether it is the whole's."""
+        try:
+            return self.reader.read_metadata(), True
+        except CheckpointCorruptError:
+            raise
+        except Exception as whole:
+            if not takes(self.reader.read_metadata, "rank", "kwargs"):
+                raise
+            try:
+                return self.reader.read_metadata(rank=team.rank), False
+            except FileNotFoundError as own:
+                raise CheckpointError(
+                    f"no checkpoint in {getattr(self.reader, 'checkpoint_id', self.reader)}: "
+                    f"neither metadata of the whole ({whole}) nor of rank {team.rank} ({own})"
+                ) from whole
+
+    def _read(self, plan: LoadPlan) -> None:
+        final = self.planner.finish_plan(plan)
+        self.reader.read_data(final, self.planner).wait()
+
+    def _report(self) -> LoadReport:
+        report = getattr(self.planner, "report", None)
+        if not isinstance(report, LoadReport):
+            report = LoadReport()
+        if not isinstance(self.reader, FileSystemReader):
+            return report
+        filled = self.reader.filled
+        return dataclasses.replace(
+            report,
+            bytes_needed=filled.bytes_needed,
+            bytes_read=filled.bytes_read,
+            bytes_verified=filled.bytes_verified,
+        )

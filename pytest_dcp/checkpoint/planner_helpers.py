@@ -1,0 +1,52 @@
+"""Making read and write items, for planners that do it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+
+from pytest_dcp.checkpoint.plan.boxes import padded
+from pytest_dcp.checkpoint.plan.describe import Wanted, wanted_boxes, write_items
+from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.load import read_items
+
+__all__ = ["create_read_items_for_chunk_list"]
+
+
+def create_read_items_for_chunk_list(
+    fqn: str,
+    checkpoint_md: TensorStorageMetadata,
+    local_chunks: Sequence[ChunkStorageMetadata],
+) -> list[ReadItem]:
+    """The reads that fill these boxes of a tensor from its stored chunks.
+
+    Raises CheckpointCorruptError when the stored chunks do not hold them.
+    """
+    rank = len(checkpoint_md.size)
+    count = len(local_chunks)
+    wanted = Wanted(
+        fqns=(fqn,) * count,
+        ndim=np.full(count, rank, dtype=np.int16),
+        offset=padded([tuple(chunk.offsets) for chunk in local_chunks], rank, 0),
+        shape=padded([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
+        nth=np.arange(count, dtype=np.int64),
+    )
+    return list(read_items(wanted, Index.of({fqn: checkpoint_md})))
+
+
+def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
+    """What this rank could write of one value (torch's name; other libraries import it)."""
+    return list(write_items({fqn: object}))
+
+
+def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
+    """What this rank reads for one value (torch's name; other libraries import it)."""
+    return list(read_items(wanted_boxes({fqn: obj}), Index.of({fqn: md})))

@@ -1,0 +1,209 @@
+"""The save planner: a state dict to write items, the ranks' items to one global plan."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp.checkpoint.plan.cache import PlanCache
+from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.plan.describe import write_items
+from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
+from pytest_dcp.checkpoint.plan.index import Index, KeyTable
+from pytest_dcp.checkpoint.plan.nested import Path, as_saved, flatten
+from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
+from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
+from pytest_dcp.checkpoint.store.values import encoded
+from pytest_dcp.checkpoint.utils import find_state_dict_object
+
+logger = logging.getLogger(__name__)
+
+
+class DefaultSavePlanner(SavePlanner):
+    """Plans a save: flattens the state dict, removes replicas, balances bytes, checks coverage."""
+
+    mappings: dict[str, Path]
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        dedup_replicated_tensors: bool | None = None,
+        dedup_save_to_lowest_rank: bool = False,
+        enable_plan_caching: bool = False,
+    ) -> None:
+        self.flatten_state_dict = flatten_state_dict
+        self.flatten_sharded_tensors = flatten_sharded_tensors
+        self.mappings = {}
+        self.dedup_save_to_lowest_rank = dedup_save_to_lowest_rank
+        if dedup_replicated_tensors is not None:
+            logger.warning(
+                "DefaultSavePlanner's `dedup_replicated_tensors` argument is being deprecated, "
+                "and no longer has any effect. Please remove this argument from your call."
+            )
+        self._cache = PlanCache() if enable_plan_caching else None
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state dict to save."""
+        if self.flatten_state_dict:
+            state_dict, paths = flatten(state_dict)
+            self.mappings = as_saved(paths)
+        self.state_dict = state_dict
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank could write: local, no communication."""
+        plan = _plan(write_items(self.state_dict), lists_wanted(self, DefaultSavePlanner))
+        if self.flatten_state_dict:
+            plan = replace(plan, planner_data=self.mappings)
+        self.plan = plan
+        return plan if self._cache is None else self._cache.outgoing(plan)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Who writes what, and the metadata of the whole: on the coordinator.
+
+        Raises PlanError naming every key whose parts do not make one whole tensor.
+        """
+        if self._cache is None:
+            plans, self.metadata = self._planned(all_plans)
+            self.global_plan = plans
+            return plans, self.metadata
+        full, digests = self._cache.incoming(all_plans)
+        before = self._cache.answer
+        if before is not None and before[0] == digests:
+            same = [SavePlan([], usable=False) for _ in full]
+            _, self.global_plan, self.metadata = before
+            return same, replace(self.metadata)
+        self.global_plan, self.metadata = self._planned(full)
+        self._cache.answer = (digests, self.global_plan, replace(self.metadata))
+        return self.global_plan, self.metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan that this rank carries out."""
+        self.plan = new_plan if self._cache is None else self._cache.finished(new_plan)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The tensor, or the serialised value, of an item."""
+        found = self.transform_object(write_item, self.lookup_object(write_item.index))
+        if not isinstance(found, torch.Tensor | io.BytesIO):
+            raise TypeError(
+                f"{write_item.index.fqn!r} resolved to {type(found).__name__}, "
+                "not to a tensor or BytesIO"
+            )
+        return found
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """What the state dict holds there: for subclasses to extend."""
+        return find_state_dict_object(self.state_dict, index)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        """What is stored of what was found: for subclasses to extend."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(encoded(object))
+        return object
+
+    def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
+        """What gives the data of the n-th item: a tensor, or a value's bytes.
+
+        Goes around the per-item hooks where no subclass overrides them.
+        """
+        hooks = ("resolve_data", "lookup_object", "transform_object")
+        if not isinstance(items, WriteItems) or overridden(self, DefaultSavePlanner, hooks):
+            return lambda row: _plain_data(self.resolve_data(items[row]))
+        return lambda row: self._data(items, row)
+
+    def _data(self, items: WriteItems, row: int) -> torch.Tensor | bytes:
+        value = self.state_dict[items.fqns[row]]
+        if items.kind[row] == BYTES:
+            return encoded(value)
+        memory = local_tensor(value) if type(value) is DTensor else value
+        whole = type(memory) in PLAIN and memory.numel() == items.shape[row].prod()
+        found: torch.Tensor = (
+            memory if whole else find_state_dict_object(self.state_dict, items.key(row))
+        )
+        return found
+
+    def _planned(self, all_plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        together: GlobalPlan = global_plan(
+            [WriteItems.of(plan.items) for plan in all_plans],
+            to_lowest_rank=self.dedup_save_to_lowest_rank,
+            complete=len(all_plans) > 1,
+        )
+        lists = lists_wanted(self, DefaultSavePlanner)
+        plans = [
+            replace(plan, items=_plan(items, lists).items)
+            for plan, items in zip(all_plans, together.tables, strict=True)
+        ]
+        metadata = _metadata(together.index)
+        if self.flatten_state_dict:
+            metadata = replace(metadata, planner_data=_merged([p.planner_data for p in plans]))
+        return plans, metadata
+
+
+def create_default_local_save_plan(state_dict: dict[str, Any], is_coordinator: bool) -> SavePlan:
+    """What this rank could write of a flat state dict; replicas are removed by the global plan."""
+    return SavePlan(list(write_items(state_dict)))
+
+
+def create_default_global_save_plan(
+    all_plans: list[SavePlan], rewrite_index_hints: bool = True
+) -> tuple[list[SavePlan], Metadata]:
+    """The plans with index hints, and the metadata of all their items, without removing replicas.
+
+    Raises PlanError when a value or an unsharded tensor is in two plans.
+    """
+    tables, index = concatenated([WriteItems.of(plan.items) for plan in all_plans])
+    if not rewrite_index_hints:
+        return list(all_plans), _metadata(index)
+    plans = [
+        replace(plan, items=list(table)) for plan, table in zip(all_plans, tables, strict=True)
+    ]
+    return plans, _metadata(index)
+
+
+def _plan(items: Any, lists: bool) -> SavePlan:
+    return SavePlan(list(items) if lists else items)
+
+
+def _metadata(index: Index) -> Metadata:
+    keys: Any = KeyTable(index)
+    return Metadata(keys)
+
+
+def _merged(data: Sequence[Mapping[str, Path] | None]) -> dict[str, Path]:
+    """The ranks' paths together; where ranks differ, the lowest counts."""
+    merged: dict[str, Path] = {}
+    seen: set[int] = set()
+    for paths in data:
+        if paths and id(paths) not in seen:
+            seen.add(id(paths))
+            for fqn, path in paths.items():
+                merged.setdefault(fqn, path)
+    return merged
+
+
+def _plain_data(data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:
+    return data.getvalue() if isinstance(data, io.BytesIO) else data

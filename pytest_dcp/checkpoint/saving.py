@@ -1,0 +1,232 @@
+"""state dict -> plan -> storage -> commit.
+
+Two steps, each of which all ranks take or none: "plan", in which the coordinator joins the ranks'
+plans, and "write", in which each writes its part and the coordinator commits.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from typing_extensions import deprecated
+
+from pytest_dcp.checkpoint.coordinate import Team, team_of
+from pytest_dcp.checkpoint.default_planner import DefaultSavePlanner
+from pytest_dcp.checkpoint.messages import (
+    arrived,
+    homeward,
+    packed_metadata,
+    reported,
+    results_of,
+    unpacked_metadata,
+)
+from pytest_dcp.checkpoint.phases import Phases
+from pytest_dcp.checkpoint.storage_choice import (
+    alone,
+    is_stateful,
+    second_argument,
+    takes,
+    writer_for,
+)
+from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
+
+
+@deprecated(
+    "`save_state_dict` is deprecated and will be removed in future versions."
+    "Please use `save` instead.",
+    category=FutureWarning,
+)
+def save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
+    storage_writer.reset()
+    return _Save(
+        state_dict, storage_writer, planner, process_group, no_dist, coordinator_rank
+    ).run()
+
+
+@second_argument("storage_writer")
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> Metadata:
+    """The metadata of the checkpoint that the ranks' state dicts were saved to. Collective.
+
+    state_dict: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and values;
+        Stateful objects are asked for their state_dict.
+    checkpoint_id: the folder, where no storage is given, or what the storage is set to.
+    process_group: whose ranks save together; None: the default group. no_dist: this rank alone.
+    use_collectives: False lets each rank plan and commit its own part, without talking; such a
+        checkpoint can be loaded by the same number of ranks in the same layout only.
+    progress: called now and then with how far this rank has come.
+
+    Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
+    folder's earlier checkpoint is whole then.
+    """
+    no_dist = alone(no_dist, "save")
+    storage_writer = writer_for(storage_writer, checkpoint_id)
+    plain = {
+        key: value.state_dict() if is_stateful(value) else value
+        for key, value in state_dict.items()
+    }
+    return _Save(
+        plain,
+        storage_writer,
+        planner,
+        process_group,
+        no_dist,
+        use_collectives=use_collectives,
+        progress=progress,
+    ).run()
+
+
+class _Save:
+    """One rank's part in one save."""
+
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        storage_writer: StorageWriter,
+        planner: SavePlanner | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        coordinator_rank: int = 0,
+        *,
+        use_collectives: bool = True,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.state_dict = state_dict
+        self.writer = storage_writer
+        self.planner = planner or DefaultSavePlanner()
+        self.group = process_group
+        self.no_dist = no_dist
+        self.coordinator_rank = coordinator_rank
+        self.use_collectives = use_collectives
+        self.progress = progress
+        self.phases = Phases()
+        self.local: SavePlan | None = None
+        self.told: list[SavePlan] = []
+        self.metadata: Metadata | None = None
+
+    def run(self) -> Metadata:
+        """Save; what `save` returns and raises."""
+        with team_of(
+            self.group,
+            use_dist=not self.no_dist,
+            coordinator_rank=self.coordinator_rank,
+            operation="save",
+        ) as team:
+            watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
+            with watched(watcher):
+                together = self._together if self.use_collectives else self._each_alone
+                metadata = together(team)
+            where = getattr(self.writer, "checkpoint_id", self.writer)
+            self.phases.log("saved", where, watcher.done_bytes, team.rank)
+        return metadata
+
+    def _together(self, team: Team) -> Metadata:
+        with self.phases.phase("plan", planning=True):
+            sent = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+        plan = arrived(sent, self._local_plan())
+
+        def write() -> Any:
+            with self.phases.phase("write"):
+                return reported(self._write(plan), plan)
+
+        def commit(said: list[Any]) -> Any:
+            results = [results_of(some, told) for some, told in zip(said, self.told, strict=True)]
+            with self.phases.phase("commit", planning=True):
+                self._finish(results)
+            return self.metadata if team.size == 1 else packed_metadata(self._whole())
+
+        answer = team.all_reduce("write", write, commit)
+        return self._whole() if team.is_coordinator else unpacked_metadata(answer)
+
+    def _each_alone(self, team: Team) -> Metadata:
+        def everything() -> None:
+            with self.phases.phase("plan", planning=True):
+                (sent,) = self._join([self._plan(team)])
+            with self.phases.phase("write"):
+                results = self._write(arrived(sent, self._local_plan()))
+            with self.phases.phase("commit", planning=True):
+                self._finish([results])
+
+        team.agree("write", everything)
+        retire = getattr(self.writer, "retire_whole", None)
+        if retire is not None:
+            # A whole checkpoint that was there before would be found first.
+            team.broadcast("commit", retire)
+        return self._whole()
+
+    def _plan(self, team: Team) -> SavePlan:
+        """This rank's local plan."""
+        meta = self.writer.storage_meta()
+        set_up: Any = self.planner.set_up_planner
+        if takes(set_up, "storage_meta"):
+            set_up(
+                state_dict=self.state_dict,
+                storage_meta=meta,
+                is_coordinator=team.is_coordinator,
+            )
+        else:
+            warnings.warn(
+                "The function definition for SavePlanner.set_up_planner has been updated to "
+                "include the storage_meta argument. Please update your implementation to include "
+                "this parameter.",
+                stacklevel=2,
+            )
+            set_up(self.state_dict, team.is_coordinator)
+        if takes(self.writer.set_up_storage_writer, "kwargs"):
+            self.writer.set_up_storage_writer(
+                team.is_coordinator, rank=team.rank, use_collectives=self.use_collectives
+            )
+        else:
+            self.writer.set_up_storage_writer(team.is_coordinator)
+        self.local = self.writer.prepare_local_plan(self.planner.create_local_plan())
+        return self.local
+
+    def _join(self, plans: list[SavePlan]) -> list[Any]:
+        """On the coordinator: what each rank is told to write."""
+        joined, self.metadata = self.planner.create_global_plan(plans)
+        self.told = self.writer.prepare_global_plan(joined)
+        return [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
+
+    def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
+        final = self.planner.finish_plan(plan)
+        future = self.writer.write_data(final, self.planner)
+        future.wait()
+        results: Sequence[WriteResult] = future.value()
+        return results
+
+    def _finish(self, results: list[Any]) -> None:
+        self.writer.finish(metadata=self._whole(), results=results)
+
+    def _whole(self) -> Metadata:
+        if self.metadata is None:
+            raise ValueError("the planner's create_global_plan gave no metadata")
+        return self.metadata
+
+    def _local_plan(self) -> SavePlan:
+        if self.local is None:
+            raise ValueError("the storage's prepare_local_plan gave no plan")
+        return self.local

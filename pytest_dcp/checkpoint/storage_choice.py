@@ -1,0 +1,102 @@
+"""Which storage a checkpoint id means, and the calls of torch's older storages and planners."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Id = str | os.PathLike[str] | None
+
+
+def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
+    """The storage to write to, set to the id where one is given."""
+    if storage is not None:
+        if checkpoint_id is not None:
+            storage.reset(checkpoint_id)
+        return storage
+    return FileSystemWriter(_local(checkpoint_id, "storage_writer"))
+
+
+def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
+    """The storage to read from, set to the id where one is given; options are for a new one."""
+    if storage is not None:
+        if checkpoint_id is not None:
+            storage.reset(checkpoint_id)
+        return storage
+    return FileSystemReader(_local(checkpoint_id, "storage_reader"), **options)
+
+
+def _local(checkpoint_id: Id, argument: str) -> str | os.PathLike[str]:
+    if not checkpoint_id:
+        raise RuntimeError(
+            f"`checkpoint_id` must be specified if {argument} is None: say which folder"
+        )
+    if "://" in str(checkpoint_id):
+        raise RuntimeError(
+            f"Cannot detect which storage {str(checkpoint_id)!r} is: it is no local path. "
+            f"Please specify the {argument}."
+        )
+    return checkpoint_id
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether the value is asked for its state, and given it back.
+
+    The protocol's own check looks at every attribute of every class above the value's; tensors,
+    of which there are thousands, are never Stateful.
+    """
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+def takes(function: Callable[..., Any], *names: str) -> bool:
+    """Whether a hook has one of these parameters, or takes any keyword where it has **kwargs."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name in names or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let the storage be the second positional argument, as it was before torch 2.2."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) == 2:
+                warnings.warn(
+                    f"The argument order of {function.__name__} has been changed. "
+                    "Please check the document to avoid future breakages.",
+                    stacklevel=2,
+                )
+                if name in kwargs:
+                    raise TypeError(f"{function.__name__}() got {name} twice")
+                kwargs[name] = args[1]
+                args = args[:1]  # type: ignore[assignment]  # one fewer, by intent
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def alone(no_dist: bool, verb: str) -> bool:
+    """Whether this rank is alone, said in a warning."""
+    no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
+    if no_dist:
+        warnings.warn(
+            "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is "
+            f"to {verb} in a single process.",
+            stacklevel=4,
+        )
+    return no_dist
