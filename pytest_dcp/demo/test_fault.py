@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
+import pytest_dcp.checkpoint as dcp
 from pytest_dcp import WorldError
 
 
@@ -26,13 +26,20 @@ class FullDisk(dcp.FileSystemWriter):
 
 
 @pytest.mark.world_size(2)
-def test_every_rank_learns_which_rank_could_not_write(checkpoint_dir):
-    with pytest.raises(dcp.CheckpointException, match="RANK 1") as caught:
-        dcp.save({"weight": torch.ones(3)}, storage_writer=FullDisk(checkpoint_dir, rank=1))
+def test_every_rank_learns_which_rank_could_not_write_and_the_old_checkpoint_stays(checkpoint_dir):
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=checkpoint_dir)
+
+    with (
+        pytest.raises(dcp.CheckpointException, match="rank 1") as caught,
+        pytest.warns(UserWarning, match="existing checkpoint"),
+    ):
+        dcp.save({"weight": torch.zeros(3)}, storage_writer=FullDisk(checkpoint_dir, rank=1))
 
     [(rank, (cause, _))] = caught.value.failures.items()
     assert (rank, cause.errno) == (1, errno.ENOSPC)
-    assert not (checkpoint_dir / ".metadata").exists(), "a failed save was published"
+    loaded = {"weight": torch.empty(3)}
+    dcp.load(loaded, checkpoint_id=checkpoint_dir)
+    assert torch.equal(loaded["weight"], torch.ones(3))
 
 
 def test_a_killed_rank_is_named_with_its_signal(worlds):

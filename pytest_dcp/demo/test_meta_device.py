@@ -5,10 +5,10 @@ This is how a model too large for one process starts: no rank ever holds the who
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import pytest_dcp.checkpoint as dcp
 from pytest_dcp.demo.model import MLP
 
 
