@@ -108,6 +108,14 @@ class UntrustedPickleError(CheckpointCorruptError):
     """A pickle asks for what a checkpoint has no need of: a class, a function, endless memory."""
 
 
+class CheckpointFileMissingError(CheckpointCorruptError):
+    """A data file that the metadata names is not there."""
+
+
+class CheckpointReplacedError(CheckpointError):
+    """Another save replaced the checkpoint while it was being loaded: load again."""
+
+
 class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
     """What a rank asks to load does not fit what the checkpoint holds: keys, shapes or types.
 

@@ -42,7 +42,12 @@ from pytest_dcp.checkpoint.store.read import ReadSettings
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
 from pytest_dcp.checkpoint.store.written import WriteResults, places_of
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointExistsError,
+    CheckpointFileMissingError,
+    CheckpointReplacedError,
+)
 
 __all__ = [
     "FileSystemWriter",
@@ -362,19 +367,36 @@ class FileSystemReader(StorageReader):
         if self._catalog is None:
             raise ValueError("set_up_storage_reader must be called before read_data")
         settings = ReadSettings(self.verify, self.thread_count or _threads())
-        self.filled = fill(
-            disk_of(self.fs),
-            self.path,
-            self._catalog,
-            ReadItems.of(plan.items),
-            planner,
-            settings,
-            self.registry,
-            observer("load"),
-        )
+        try:
+            self.filled = fill(
+                disk_of(self.fs),
+                self.path,
+                self._catalog,
+                ReadItems.of(plan.items),
+                planner,
+                settings,
+                self.registry,
+                observer("load"),
+            )
+        except CheckpointFileMissingError as error:
+            if self._is_replaced(self._catalog):
+                raise CheckpointReplacedError(
+                    f"the checkpoint in {self.path} was replaced while it was being loaded, and "
+                    "its files are gone: load again"
+                ) from error
+            raise
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _is_replaced(self, catalog: Catalog) -> bool:
+        """Whether the folder's checkpoint is another save's than the catalog."""
+        name = metadata_name(None if self.use_collectives else self.rank)
+        try:
+            now = read_catalog(disk_of(self.fs), self.path, name)
+        except FileNotFoundError:
+            return False
+        return save_of(now.storage_meta) != save_of(catalog.storage_meta)
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -385,6 +407,11 @@ class FileSystemReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether the id is one of a local folder."""
         return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+def save_of(meta: StorageMeta | None) -> str | None:
+    """Which save wrote the checkpoint, where it says so."""
+    return None if meta is None else meta.save_id
 
 
 def read_catalog(disk: Disk, folder: Any, name: str) -> Catalog:

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from pytest_dcp.checkpoint.coordinate import Team, team_of
+from pytest_dcp.checkpoint.coordinate import StepError, Team, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from pytest_dcp.checkpoint.filesystem import FileSystemReader
+from pytest_dcp.checkpoint.filesystem import FileSystemReader, save_of
 from pytest_dcp.checkpoint.phases import Phases
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.plan.select import Rename, Selection
@@ -33,7 +33,7 @@ from pytest_dcp.checkpoint.storage_choice import (
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.checkpoint.store.ranges import Verify
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointReplacedError
 
 
 @deprecated(
@@ -164,6 +164,7 @@ class _Load:
         self.coordinator_rank = coordinator_rank
         self.progress = progress
         self.phases = Phases()
+        self.save_id: str | None = None
 
     def run(self) -> LoadReport:
         """Load; what `load` returns and raises."""
@@ -175,28 +176,61 @@ class _Load:
         ) as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.progress)
             with watched(watcher):
-                with self.phases.phase("plan", planning=True):
-                    plan = self._planned(team)
-                with self.phases.phase("read"):
-                    team.agree("read", lambda: self._read(plan))
+                self._until_it_stays(team)
             report = self._report()
             where = getattr(self.reader, "checkpoint_id", self.reader)
             more = f", {report.bytes_read} bytes read, {report.bytes_verified} verified"
             self.phases.log("loaded", where, watcher.done_bytes, team.rank, more)
         return report
 
-    def _planned(self, team: Team) -> LoadPlan:
-        if self._plansalone():
-            return team.agree("plan", lambda: self._plan(team))
-        return team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+    def _until_it_stays(self, team: Team) -> None:
+        """Plan and read; again, if another save replaced the checkpoint meanwhile."""
+        for tries_left in (2, 1, 0):
+            try:
+                self._once(team)
+            except StepError as error:
+                causes = [cause for cause, _ in error.failures.values()]
+                replaced = all(isinstance(cause, CheckpointReplacedError) for cause in causes)
+                if not (replaced and tries_left and type(self.planner) is DefaultLoadPlanner):
+                    raise
+            else:
+                return
 
-    def _plansalone(self) -> bool:
+    def _once(self, team: Team) -> None:
+        with self.phases.phase("plan", planning=True):
+            plan = self._planned(team)
+        with self.phases.phase("read"):
+            team.agree("read", lambda: self._read(plan))
+
+    def _planned(self, team: Team) -> LoadPlan:
+        if not self._plans_alone():
+            return team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+        plans: list[LoadPlan] = []
+
+        def plan() -> str | None:
+            plans.append(self._plan(team))
+            return self.save_id
+
+        saves = team.all_gather("plan", plan)
+        if len(set(saves)) > 1:
+
+            def differ() -> None:
+                raise CheckpointReplacedError(
+                    "the ranks found different saves: the checkpoint was replaced meanwhile"
+                )
+
+            team.agree("plan", differ)
+        return plans[0]
+
+    def _plans_alone(self) -> bool:
         """Whether no hook wants to see the plans of all ranks."""
         reader = type(self.reader).prepare_global_plan is FileSystemReader.prepare_global_plan
         return reader and bool(getattr(self.planner, "plans_alone", False))
 
     def _plan(self, team: Team) -> LoadPlan:
         metadata, together = self._metadata(team)
+        # Ranks that saved on their own have a save each.
+        self.save_id = save_of(metadata.storage_meta) if together else None
         self.planner.set_up_planner(self.state_dict, metadata, team.is_coordinator)
         if takes(self.reader.set_up_storage_reader, "kwargs"):
             self.reader.set_up_storage_reader(

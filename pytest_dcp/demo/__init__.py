@@ -10,6 +10,6 @@ Read the files in this order; all shard the small model of `model.py`:
 4. `test_meta_device.py`: a model built without memory and filled from a checkpoint;
 5. `test_fault.py`: a rank that cannot write, and a rank that dies.
 
-Checkpoints are those of `pytest_dcp.checkpoint`, which stands where a user would otherwise have imported
-`torch.distributed.checkpoint`.
+Checkpoints are those of `pytest_dcp.checkpoint`, which stands where a user would otherwise have
+imported `torch.distributed.checkpoint`.
 """

@@ -28,7 +28,9 @@ from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointExistsError,
+    CheckpointFileMissingError,
     CheckpointMismatchError,
+    CheckpointReplacedError,
     DcpError,
     DivergedError,
     FailureKind,
@@ -77,6 +79,8 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     CheckpointCorruptError: CheckpointCorruptError(
         "the checksum differs", file="__0_0.distcp", entry="model.w", offset=65536
     ),
+    CheckpointFileMissingError: CheckpointFileMissingError("missing", file="__0_0.distcp"),
+    CheckpointReplacedError: CheckpointReplacedError("replaced: load again"),
     UntrustedPickleError: UntrustedPickleError("asks for os.system", offset=12),
     UnknownGlobalError: UnknownGlobalError("asks for foo.Bar", offset=3),
     CheckpointMismatchError: CheckpointMismatchError(

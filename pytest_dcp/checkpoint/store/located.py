@@ -18,7 +18,7 @@ from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk, In
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
 
 
 @dataclass(slots=True)
@@ -40,9 +40,13 @@ def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located
     data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
     order = lost[np.lexsort((places.start[lost], places.file[lost]))]
     for number in np.unique(places.file[order]).tolist():
-        with disk.open(folder, places.files[number]) as file:
-            for row in order[places.file[order] == number].tolist():
-                data_start[row], data_nbytes[row] = _find(file, catalog, row, found.odd_strides)
+        name = places.files[number]
+        try:
+            with disk.open(folder, name) as file:
+                for row in order[places.file[order] == number].tolist():
+                    data_start[row], data_nbytes[row] = _find(file, catalog, row, found.odd_strides)
+        except FileNotFoundError as error:
+            raise CheckpointFileMissingError("the data file is missing", file=name) from error
     found.catalog = replace(
         catalog, places=replace(places, data_start=data_start, data_nbytes=data_nbytes)
     )

@@ -26,7 +26,7 @@ from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
 from pytest_dcp.checkpoint.store.transfer import Copies, runs, slabs, span_of, starts
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
 
 RUN_BYTES = 4096
 """Runs from this size on are read one by one; shorter ones cost more to ask for than to copy."""
@@ -113,7 +113,7 @@ def _read_part(
             return reader.tally
     except FileNotFoundError as error:
         key = catalog.index.key_of[copies.entry[rows[0]]]
-        raise CheckpointCorruptError(
+        raise CheckpointFileMissingError(
             "the data file is missing", file=name, entry=catalog.index.fqns[key]
         ) from error
 
@@ -261,7 +261,7 @@ def read_values(
                     found[row] = _value(reader, file.size, catalog, row)
                 total.add(reader.tally)
         except FileNotFoundError as error:
-            raise CheckpointCorruptError("the data file is missing", file=name) from error
+            raise CheckpointFileMissingError("the data file is missing", file=name) from error
     return found, total
 
 
