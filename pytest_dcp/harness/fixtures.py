@@ -61,13 +61,23 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
-    """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective."""
+    """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective.
+
+    The tests of a warm world share it as long as it has no process group but the default one.
+    """
+    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    order = _rank_of(request).order
-    return init_device_mesh(
-        order.device.partition(":")[0], order.mesh, mesh_dim_names=order.mesh_dim_names
-    )
+    rank = _rank_of(request)
+    order, group = rank.order, dist.group.WORLD
+    if rank.mesh is not None and rank.mesh[0] is group:
+        shared: DeviceMesh = rank.mesh[1]
+        return shared
+    device_type = order.device.partition(":")[0]
+    mesh = init_device_mesh(device_type, order.mesh, mesh_dim_names=order.mesh_dim_names)
+    if len(order.mesh) == 1:
+        rank.mesh = (group, mesh)
+    return mesh
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from pytest_dcp.harness import measure, rank, rank_items
+from pytest_dcp.harness import logs, measure, rank, rank_items
 from pytest_dcp.harness.launch import Order, RankFds
 from pytest_dcp.harness.zygote import RankMain, ZygoteLauncher
 
@@ -17,6 +17,7 @@ def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
 
     def prepare() -> RankMain:
         measure.detach(folder)
+        logs.SteadyLogs(session.config).install()
         plugin = rank_items.prepare(session)
 
         def rank_main(order: Order, fds: RankFds) -> NoReturn:

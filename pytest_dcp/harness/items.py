@@ -25,6 +25,7 @@ from _pytest.skipping import xfailed_key
 from pytest_dcp.errors import RankFailure, WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
+from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.outcome import Outcome, combine, is_echo, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
@@ -307,7 +308,8 @@ def attach(item: pytest.Item, marked: MarkedItem) -> None:
 class ItemHooks:
     """What pytest's hooks tell marked items; registered only in sessions that have some."""
 
-    def __init__(self, pdb_invoke: Any) -> None:
+    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs) -> None:
+        self._steady_logs = steady_logs
         self._pdb_invoke = pdb_invoke
         """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
 
@@ -328,9 +330,19 @@ class ItemHooks:
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
         """Tell a marked item what comes after it."""
-        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
-            marked.begin(nextitem)
-        return (yield)
+        if (marked := item.stash.get(ITEM_KEY, None)) is None:
+            return (yield)
+        marked.begin(nextitem)
+        try:
+            with self._steady_logs.during_an_item():
+                return (yield)
+        finally:
+            if nextitem is None or ITEM_KEY not in nextitem.stash:
+                self._steady_logs.take_off()
+
+    def pytest_sessionfinish(self) -> None:
+        """The last test was not known for the last, as with -x."""
+        self._steady_logs.take_off()
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_makereport(

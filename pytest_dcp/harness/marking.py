@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_dcp.harness import items as items_
+from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
 from pytest_dcp.harness.spec import (
@@ -124,7 +125,8 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
     manager = session.config.pluginmanager
-    manager.register(items_.ItemHooks(manager.unregister(name="pdbinvoke")), "pytest_dcp.items")
+    hooks = items_.ItemHooks(manager.unregister(name="pdbinvoke"), SteadyLogs(session.config))
+    manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)
     for index, item in enumerate(session.items):

@@ -1,20 +1,23 @@
 """What coverage.py measures in ranks: saved by each rank, gathered where nobody else would.
 
-A forked rank inherits the running measurement. Beside pytest-cov, and wherever each process has a
+A forked rank inherits the running measurement; a spawned one starts its own with the settings that
+the controller hands down (`settings`, `start`). Beside pytest-cov, and wherever each process has a
 data file of its own (`coverage run -p`), somebody combines the files afterwards. A plain `coverage
-run` has one file, which ranks would fight for: their zygote detaches them from it, they save to the
-session's folder, and the controller adds that to its own measurement in the end.
+run` has one file, which ranks would fight for: they save to the session's folder instead, and the
+controller adds that to its own measurement in the end.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = ".coverage"
-SETTINGS = ("branch", "source", "include", "omit")
+SETTINGS = ("branch", "source", "include", "omit", "concurrency")
 
 
 def _current() -> Any:
@@ -23,22 +26,50 @@ def _current() -> Any:
     return None if coverage is None else coverage.Coverage.current()
 
 
+def _has_one_file(measuring: Any) -> bool:
+    """Whether all processes would write to the same file."""
+    # The suffix that pytest-cov gives its files has no public name (coverage 7.17).
+    suffixed = getattr(measuring, "_data_suffix_specified", True)
+    return not (measuring.get_option("run:parallel") or suffixed)
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What `start` needs in another process, as JSON takes it; empty when nothing is measured.
+
+    Files that nobody else would combine are to go to `folder`.
+    """
+    measuring = _current()
+    if measuring is None:
+        return {}
+    file = folder / NAME if _has_one_file(measuring) else measuring.get_option("run:data_file")
+    return {
+        "data_file": os.path.abspath(file),
+        "config_file": getattr(measuring.config, "config_file", None) or False,
+        **{name: measuring.get_option(f"run:{name}") for name in SETTINGS},
+    }
+
+
+def start(told: Mapping[str, Any]) -> None:
+    """Measure this process as `settings` told, into a file of its own, if need be.
+
+    A process that is measured already, as coverage.py's own patch for subprocesses has it, stays
+    as it is.
+    """
+    if told and _current() is None:
+        from coverage import Coverage
+
+        with warnings.catch_warnings():  # of modules that were imported before
+            warnings.simplefilter("ignore")
+            Coverage(data_suffix=True, **told).start()
+
+
 def detach(folder: Path) -> None:
     """Have this process and its forks measure into files of their own in `folder`, if need be."""
     measuring = _current()
-    if measuring is None or measuring.get_option("run:parallel"):
-        return
-    # The suffix that pytest-cov gives its files has no public name (coverage 7.17).
-    if getattr(measuring, "_data_suffix_specified", True):
-        return
-    measuring.stop()
-    own = type(measuring)(
-        data_file=str(folder / NAME),
-        data_suffix=True,
-        config_file=getattr(measuring.config, "config_file", None) or False,
-        **{name: measuring.get_option(f"run:{name}") for name in SETTINGS},
-    )
-    own.start()
+    if measuring is not None and _has_one_file(measuring):
+        told = settings(folder)
+        measuring.stop()
+        start(told)
 
 
 def save() -> None:
@@ -51,7 +82,7 @@ def save() -> None:
 
 
 def gather(folder: Path) -> None:
-    """Add what detached ranks saved in `folder` to this process's measurement."""
+    """Add what ranks saved in `folder` to this process's measurement."""
     measuring = _current()
     for path in sorted(folder.glob(f"{NAME}.*")) if measuring is not None else ():
         import pytest

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pytest_dcp.errors import DcpError, DivergedError
 from pytest_dcp.harness import measure
@@ -100,6 +100,8 @@ class Rank:
     """Those that were there before the first test."""
     modules: int = 0
     """How many modules were imported before the first test."""
+    mesh: tuple[object, Any] | None = None
+    """The process group and the mesh that a warm world made of it."""
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
     )

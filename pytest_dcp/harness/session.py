@@ -100,7 +100,7 @@ class Harness:
 
                 if reason:
                     self.notes.append(f"pytest_dcp: ranks are spawned, not forked: {reason}")
-                self._launcher = SpawnLauncher.start(self.session)
+                self._launcher = SpawnLauncher.start(self.session, self.folder)
             else:
                 from pytest_dcp.harness.fork import start_zygote
 
@@ -112,7 +112,7 @@ class Harness:
         from pytest_dcp.harness.spawn import SpawnLauncher
 
         lost.close()
-        self._launcher = SpawnLauncher.start(self.session)
+        self._launcher = SpawnLauncher.start(self.session, self.folder)
         warnings.warn(
             pytest.PytestWarning(f"{lost.lost}; ranks are spawned from here on"), stacklevel=2
         )

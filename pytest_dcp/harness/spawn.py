@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness import linux, rank, rank_items
+from pytest_dcp.harness import linux, measure, rank, rank_items
 from pytest_dcp.harness.events import RunItem
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
 
@@ -47,12 +48,20 @@ class SpawnLauncher:
         self._guard: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def start(cls, session: pytest.Session) -> SpawnLauncher:
-        """A launcher of ranks that collect with this session's command line."""
+    def start(cls, session: pytest.Session, folder: Path) -> SpawnLauncher:
+        """A launcher of ranks that collect with this session's command line.
+
+        Its ranks may keep files in `folder`.
+        """
         config = session.config
+        args = [str(arg) for arg in config.invocation_params.args]
+        if hasattr(config.option, "no_cov"):
+            # A rank's own pytest-cov would erase what others saved. After --cov it says nothing.
+            args.insert(args.index("--") if "--" in args else len(args), "--no-cov")
         return cls(
             {
-                "args": [str(arg) for arg in config.invocation_params.args],
+                "args": args,
+                "coverage": measure.settings(folder),
                 "cwd": str(config.invocation_params.dir),
                 "rootdir": str(config.rootpath),
                 "path": sys.path,
@@ -178,6 +187,7 @@ def main() -> NoReturn:
     told = json.loads(sys.argv[1])
     linux.die_with_parent(told["parent"])
     sys.path[:] = told["session"]["path"]
+    measure.start(told["session"]["coverage"])
     fds = RankFds(*told["fds"])
     for fd in fds.all():
         os.set_inheritable(fd, False)

@@ -44,6 +44,7 @@ LEAVE_S = 20.0
 LOOK_S = 0.25
 """How often the captured output's size is looked at."""
 END_BYTES = 1 << 15
+RECEIVE_BYTES = 1 << 16
 NO_STACK = "and wrote no stack: stopped, or deep in C code"
 SEND_S = 5.0
 """A rank that takes no byte for so long is stopped or broken."""
@@ -369,7 +370,7 @@ class World:
         one = self._ranks[rank]
         now = time.monotonic()
         try:
-            data = one.socket.recv(1 << 20)
+            data = one.socket.recv(RECEIVE_BYTES)
         except (BlockingIOError, TimeoutError):
             return False
         except OSError:
@@ -391,13 +392,16 @@ class World:
         return True
 
     def _act(self, actions: Sequence[Action]) -> None:
+        frames: dict[int, bytes] = {}  # an order to all ranks is encoded once
         for action in actions:
             match action:
                 case Send(rank, message):
                     if isinstance(message, DebugAnswer) and message.granted:
                         self._interrupts.set(ignored=True)
+                    if id(message) not in frames:
+                        frames[id(message)] = encode(message)
                     try:
-                        self._ranks[rank].socket.sendall(encode(message))
+                        self._ranks[rank].socket.sendall(frames[id(message)])
                     except OSError:
                         self._act(self._supervisor.closed(rank, time.monotonic()))
                 case Dump(rank):

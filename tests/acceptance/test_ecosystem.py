@@ -188,12 +188,18 @@ def covered(make_suite: MakeSuite) -> Run:
     return functools.cache(suite.run)
 
 
-@pytest.fixture(scope="module", params=["-n0", "-n2"])
-def coverage(covered: Run, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
+def under_pytest_cov(covered: Run, workers: str, launch: str) -> tuple[SessionResult, Any]:
     """A session under pytest-cov, and what its report says of `measured.py`."""
-    name = f"report{request.param}.json"
-    session = covered(request.param, "--cov=measured", f"--cov-report=json:{name}")
+    name = f"report{workers}-{launch}.json"
+    how = (workers, f"--dcp-launch={launch}", "--cov=measured", "--cov-branch")
+    session = covered(*how, f"--cov-report=json:{name}")
     return session, json.loads((session.folder / name).read_text())["files"]["measured.py"]
+
+
+@pytest.fixture(scope="module", params=["-n0 fork", "-n2 fork", "-n0 spawn", "-n2 spawn"])
+def coverage(covered: Run, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
+    """A session under pytest-cov for each way of starting processes."""
+    return under_pytest_cov(covered, *request.param.split())
 
 
 def never_run(session: SessionResult) -> list[int]:
@@ -209,6 +215,14 @@ def test_every_line_that_a_rank_ran_is_counted(coverage: tuple[SessionResult, An
     assert len(ran) == 11
     assert report["missing_lines"] == never_run(session)
     assert ran <= {*report["executed_lines"]}
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+def test_spawned_ranks_are_measured_as_forked_ones_are(covered: Run, workers: str) -> None:
+    _, forked = under_pytest_cov(covered, workers, "fork")
+    _, spawned = under_pytest_cov(covered, workers, "spawn")
+    assert spawned["executed_lines"] == forked["executed_lines"]
+    assert spawned["executed_branches"] == forked["executed_branches"]
 
 
 def test_coverage_of_ranks_leaves_no_files_and_no_complaint(
@@ -234,8 +248,9 @@ def test_coverage_changes_no_outcome(coverage: tuple[SessionResult, Any]) -> Non
     }
 
 
-def test_coverage_run_counts_every_line_in_its_one_file(covered: Run) -> None:
-    session = covered(under=("-m", "coverage", "run", "--source=."))
+@pytest.mark.parametrize("launch", ["fork", "spawn"])
+def test_coverage_run_counts_every_line_in_its_one_file(covered: Run, launch: str) -> None:
+    session = covered(f"--dcp-launch={launch}", under=("-m", "coverage", "run", "--source=."))
     measured = Coverage(data_file=str(session.folder / ".coverage"), config_file=False)
     measured.load()
     assert measured.analysis2(str(session.folder / "measured.py"))[3] == never_run(session)

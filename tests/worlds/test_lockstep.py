@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
@@ -278,3 +278,29 @@ def test_a_mesh_may_have_three_dimensions(device_mesh: DeviceMesh) -> None:
 def test_shape_and_names_may_be_lists(device_mesh: DeviceMesh) -> None:
     assert device_mesh.shape == (2,)
     assert device_mesh.mesh_dim_names == ("all",)
+
+
+# The mesh of a warm world.
+
+
+class TestWarmMesh:
+    """In order, in one world: a test may find what the one before it has done."""
+
+    pytestmark = pytest.mark.world_size(3, isolation="module")
+    seen: ClassVar[list[DeviceMesh]] = []
+
+    def test_is_made_by_the_first_test(self, device_mesh: DeviceMesh) -> None:
+        self.seen.append(device_mesh)
+
+    def test_is_shared_by_the_next(self, device_mesh: DeviceMesh) -> None:
+        assert device_mesh is self.seen[0]
+        dist.destroy_process_group()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+
+    def test_is_made_anew_for_a_new_process_group(self, device_mesh: DeviceMesh) -> None:
+        assert device_mesh is not self.seen[0]
+        assert device_mesh.get_group() is dist.group.WORLD
+        total = torch.ones(1)
+        dist.all_reduce(total, group=device_mesh.get_group())
+        assert total.item() == 3

@@ -1,0 +1,147 @@
+"""pytest's capture of logging, left in place from one phase of a marked test to the next.
+
+For each phase pytest hangs its two handlers on the root logger and on every logger that does not
+propagate, and takes them off again; torch has some forty of those. Here they stay, deaf between
+phases, and a phase only looks whether they still hang where pytest would hang them.
+
+Takes the place of `catching_logs` in `_pytest.logging`, where the logging plugin looks it up for
+each phase, and for the plugin's two handlers only; another pytest than 9.2's kind is left alone.
+Can go when pytest leaves its handlers in place itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any
+
+import _pytest.logging as pytest_logging
+import pytest
+
+HANDLERS = ("caplog_handler", "report_handler")
+DEAF = sys.maxsize
+"""A level that no record has."""
+
+
+class _Place:
+    """Where the handlers hang."""
+
+    def __init__(self, handlers: Sequence[logging.Handler]) -> None:
+        self._in_order = handlers
+        self._handlers = frozenset(handlers)
+        self._loggers: list[logging.Logger] = []
+
+    def hang(self) -> None:
+        """See to it that the handlers hang where pytest would hang them now."""
+        loggers = [logging.getLogger()]
+        for one in logging.Logger.manager.loggerDict.values():
+            if isinstance(one, logging.Logger) and not one.propagate:
+                loggers.append(one)
+        hung = self._handlers.issubset
+        if loggers == self._loggers and all(hung(one.handlers) for one in loggers):
+            return
+        self.take_off()
+        for one in loggers:
+            for handler in self._in_order:
+                one.addHandler(handler)
+        self._loggers = loggers
+
+    def take_off(self) -> None:
+        """Leave no handler behind."""
+        for one in self._loggers:
+            for handler in self._handlers:
+                one.removeHandler(handler)
+        self._loggers = []
+
+
+class _Catcher:
+    """`catching_logs` of one handler that hangs already, for any number of phases."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self.handler = handler
+        self.level: int | None = None
+        self._own_level = handler.level
+        self._root_level = logging.NOTSET
+
+    def __enter__(self) -> logging.Handler:
+        self.handler.setLevel(self._own_level if self.level is None else self.level)
+        if self.level is not None:
+            root = logging.getLogger()
+            self._root_level = root.level
+            root.setLevel(min(root.level, self.level))
+        return self.handler
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self.level is not None:
+            logging.getLogger().setLevel(self._root_level)
+        self.deafen()
+
+    def deafen(self) -> None:
+        """Until the next phase, whatever is logged is no phase's."""
+        self._own_level = self.handler.level
+        self.handler.setLevel(DEAF)
+
+    def undeafen(self) -> None:
+        """Inverse of `deafen`."""
+        self.handler.setLevel(self._own_level)
+
+
+class SteadyLogs:
+    """Both handlers of a session; none where this pytest hangs them otherwise."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._pytests: Any = getattr(pytest_logging, "catching_logs", None)
+        known = "attached_loggers" in getattr(self._pytests, "__slots__", ())  # pytest 9.2
+        plugin = config.pluginmanager.getplugin("logging-plugin") if known else None
+        handlers = [getattr(plugin, name) for name in HANDLERS if hasattr(plugin, name)]
+        self._place = _Place(handlers)
+        self._catchers = {handler: _Catcher(handler) for handler in handlers}
+
+    def __call__(
+        self, handler: logging.Handler, level: int | None = None
+    ) -> AbstractContextManager[logging.Handler]:
+        """What `catching_logs` returns."""
+        catcher = self._catchers.get(handler)
+        if catcher is None:
+            caught: AbstractContextManager[logging.Handler] = self._pytests(handler, level)
+            return caught
+        if handler is next(iter(self._catchers)):  # a phase's first: once for both
+            self._place.hang()
+        catcher.level = level
+        return catcher
+
+    def install(self) -> None:
+        """From here on, in this process and its forks."""
+        self._place.hang()
+        for catcher in self._catchers.values():
+            catcher.deafen()
+        self._use(self)
+
+    @contextmanager
+    def during_an_item(self) -> Iterator[None]:
+        """For one item; the handlers still hang afterwards, as pytest has them in a phase."""
+        for catcher in self._catchers.values():
+            catcher.deafen()
+        self._use(self)
+        try:
+            yield
+        finally:
+            self._use(self._pytests)
+            for catcher in self._catchers.values():
+                catcher.undeafen()
+
+    def take_off(self) -> None:
+        """Leave no handler behind."""
+        self._place.take_off()
+
+    def _use(self, catching: Any) -> None:
+        if self._catchers:
+            pytest_logging.catching_logs = catching  # type: ignore[misc]  # a class there
