@@ -19,6 +19,7 @@ from io import IOBase
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.filesystem import (
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from pytest_dcp.checkpoint.plan.columns import ReadItems, WriteItems
+from pytest_dcp.checkpoint.plan.columns import BYTES, ReadItems, WriteItems
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import data_name, metadata_name, publish, sweep
@@ -209,14 +210,16 @@ class FileSystemWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items; done when the future is returned."""
         items = plan.items
-        size_bytes = WriteItems.of(items).size_bytes()
+        table = WriteItems.of(items)
+        size_bytes = table.size_bytes()
         names: FileNames = plan.storage_data
         if self.single_file_per_rank:
             groups = balanced(size_bytes, self.thread_count)
         else:
             groups = [[row] for row in range(len(items))]
+        data = np.where(table.kind == BYTES, 0, size_bytes)
         jobs = [
-            FileJob(data_name(names.prefix, number, names.save), rows)
+            FileJob(data_name(names.prefix, number, names.save), rows, int(data[rows].sum()))
             for number, rows in enumerate(groups)
         ]
         watcher = observer("save")

@@ -14,12 +14,18 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from pytest_dcp.errors import CheckpointCorruptError
+
+RESERVE_FROM_BYTES = 1 << 20
+"""Smaller files are written at once anyway."""
+MEMORY_KINDS = ("tmpfs", "ramfs")
+"""File systems that fill a reserved page with zeros, to be written a second time."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -34,7 +40,11 @@ class Out(Protocol):
         """Append the buffers, all of them."""
 
     def reserve(self, nbytes: int) -> None:
-        """Say how long the file will be: an early error when there is no room, where possible."""
+        """Say how long the file will be at least: an early error when there is no room, and space
+        in one piece, where the storage can do that."""
+
+    def end_at(self, nbytes: int) -> None:
+        """Say that the file is so long, whatever was reserved."""
 
     def sync(self) -> None:
         """Return once the bytes so far are on stable storage."""
@@ -137,6 +147,22 @@ class LocalDisk:
             os.close(fd)
 
 
+@lru_cache(maxsize=64)
+def kind_of_device(major: int, minor: int) -> str | None:
+    """The file system of a mounted device, `tmpfs` for instance; None where it cannot be told.
+
+    From /proc/self/mountinfo (proc_pid_mountinfo(5)).
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for fields in map(str.split, lines):
+        if fields[2] == f"{major}:{minor}":
+            return fields[fields.index("-") + 1]
+    return None
+
+
 class LocalOut:
     """A file descriptor that is written to."""
 
@@ -148,13 +174,20 @@ class LocalOut:
             self._write_all(list(buffers[start : start + IOV_MAX]))
 
     def reserve(self, nbytes: int) -> None:
-        if not nbytes or not hasattr(os, "posix_fallocate"):
+        if nbytes < RESERVE_FROM_BYTES or not hasattr(os, "posix_fallocate"):
+            return
+        status = os.fstat(self.fd)
+        if kind_of_device(os.major(status.st_dev), os.minor(status.st_dev)) in MEMORY_KINDS:
             return
         try:
             os.posix_fallocate(self.fd, 0, nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
                 raise
+
+    def end_at(self, nbytes: int) -> None:
+        if os.fstat(self.fd).st_size > nbytes:
+            os.ftruncate(self.fd, nbytes)
 
     def sync(self) -> None:
         os.fsync(self.fd)
@@ -250,6 +283,9 @@ class StreamOut:
 
     def reserve(self, nbytes: int) -> None:
         """Nothing: a stream has no call for it."""
+
+    def end_at(self, nbytes: int) -> None:
+        """Nothing: what was written is what there is."""
 
     def sync(self) -> None:
         self.stream.flush()

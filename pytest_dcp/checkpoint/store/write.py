@@ -57,6 +57,8 @@ class FileJob:
     name: str
     rows: Sequence[int]
     """Of the plan, in the order of the file."""
+    nbytes: int = 0
+    """What the file will have at least, as far as the plan tells."""
 
 
 @dataclass(slots=True)
@@ -113,6 +115,8 @@ def _write_file(
     stop: Stop,
 ) -> _Rows:
     with disk.create(folder, job.name) as out:
+        if not settings.transforms:
+            out.reserve(job.nbytes)
         file = _File(out, observer, stop)
         rows = _Rows()
         for row in job.rows:
@@ -124,6 +128,7 @@ def _write_file(
             else:
                 _put_value(file, rows, row, data)
         file.flush()
+        out.end_at(file.position)
         if settings.sync:
             out.sync()
     return rows
