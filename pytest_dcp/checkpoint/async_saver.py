@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter
-from torch.distributed.tensor import DTensor
 
-from pytest_dcp.checkpoint.plan.shards import local_tensor
 from pytest_dcp.checkpoint.saving import save
 from pytest_dcp.checkpoint.storage_choice import is_stateful
+from pytest_dcp.checkpoint.store.staging import copied
 
 
 class AsyncCheckpointerType(enum.Enum):
@@ -65,6 +62,9 @@ def async_save(
         key: value.state_dict() if is_stateful(value) else value
         for key, value in state_dict.items()
     }
+    own_stager: Any = storage_writer
+    if async_stager is None and isinstance(own_stager, AsyncStager):
+        async_stager = own_stager
     staged: Any = copied(plain) if async_stager is None else async_stager.stage(plain)
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
 
@@ -89,24 +89,6 @@ def async_save(
     staging: Future[None] = Future()
     staged.add_done_callback(lambda done: _follow(done, staging))
     return AsyncSaveResponse(staging, uploading)
-
-
-def copied(value: Any) -> Any:
-    """The value with every tensor copied to its own CPU memory; what is viewed, not its storage."""
-    if isinstance(value, DTensor):
-        local = local_tensor(value).detach().to("cpu", copy=True)
-        return DTensor.from_local(
-            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-        )
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: copied(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [copied(inner) for inner in value]
-    if type(value) is tuple:
-        return tuple(copied(inner) for inner in value)
-    return value
 
 
 def _follow(done: Future[Any], follower: Future[None]) -> None:

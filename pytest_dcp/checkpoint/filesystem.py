@@ -34,6 +34,7 @@ from torch.futures import Future
 from pytest_dcp.checkpoint.plan.columns import BYTES, ReadItems, WriteItems
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.checks import check_catalog
 from pytest_dcp.checkpoint.store.commit import data_name, metadata_name, publish, sweep
 from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk, StreamDisk
 from pytest_dcp.checkpoint.store.fill import Filled, fill
@@ -41,6 +42,7 @@ from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.ranges import Verify
 from pytest_dcp.checkpoint.store.read import ReadSettings
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
+from pytest_dcp.checkpoint.store.staging import Staging
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
 from pytest_dcp.checkpoint.store.written import WriteResults, places_of
 from pytest_dcp.errors import (
@@ -118,7 +120,7 @@ def disk_of(fs: FileSystemBase) -> Disk:
     return LocalDisk() if type(fs) is FileSystem else StreamDisk(fs)
 
 
-class FileSystemWriter(StorageWriter):
+class FileSystemWriter(StorageWriter, Staging):
     """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
 
     The data files have names of their own save; the old checkpoint, if there is one, stays whole
@@ -144,17 +146,18 @@ class FileSystemWriter(StorageWriter):
         sync_files: wait for stable storage, of files and folder, before the save is committed.
         thread_count: files of a rank that are written at the same time.
         per_thread_copy_ahead: bytes of a tensor outside flat CPU memory that are copied at a time.
+        cache_staged_state_dict: keep the memory of `stage` for the next save of the same state.
         overwrite: whether a checkpoint that is there may be replaced; if not, the save raises
             CheckpointExistsError and nothing is changed.
         """
-        super().__init__()
+        StorageWriter.__init__(self)
+        Staging.__init__(self, cache_staged_state_dict)
         self.fs: FileSystemBase = FileSystem()
         self.path = self.fs.init_path(path)
         self.single_file_per_rank = single_file_per_rank
         self.sync_files = sync_files
         self.thread_count = thread_count
         self.per_thread_copy_ahead = per_thread_copy_ahead
-        self.cache_staged_state_dict = cache_staged_state_dict
         self.overwrite = overwrite
         self.extensions = tuple(_extensions or ())
         self.serialization_format = serialization_format
@@ -183,8 +186,11 @@ class FileSystemWriter(StorageWriter):
         """The plan; the folder is there, and may be written to."""
         disk = self._disk()
         disk.make_folder(self.path)
-        existing = metadata_name(None if self.use_collectives else 0)
-        if disk.exists(self.path, existing):
+        names = [metadata_name()]
+        if not self.use_collectives:
+            # Only its own: other ranks may have committed theirs a moment ago.
+            names.append(metadata_name(self.rank))
+        if any(disk.exists(self.path, name) for name in names):
             if not self.overwrite:
                 raise CheckpointExistsError(
                     f"Checkpoint already exists and self.overwrite=False: {self.path}"
@@ -223,7 +229,7 @@ class FileSystemWriter(StorageWriter):
             for number, rows in enumerate(groups)
         ]
         watcher = observer("save")
-        watcher.expect(int(size_bytes.sum()))
+        watcher.expect(int(data.sum()))
         settings = Settings(
             sync=self.sync_files,
             threads=self.thread_count,
@@ -248,6 +254,7 @@ class FileSystemWriter(StorageWriter):
         catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
         places = places_of(catalog.index, results)
         catalog = dataclasses.replace(catalog, places=places)
+        check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
         disk = self._disk()
         self._check_written(disk, catalog)
@@ -423,12 +430,15 @@ def read_catalog(disk: Disk, folder: Any, name: str) -> Catalog:
     Raises FileNotFoundError, and CheckpointCorruptError naming the file.
     """
     with disk.open(folder, name) as file:
-        content = memoryview(bytearray(file.size))
-        got = file.read_into(0, content)
-    try:
-        return metadata_file.decode(content[:got])
-    except CheckpointCorruptError as error:
-        raise error.at(file=name) from error
+
+        def part(offset: int, nbytes: int) -> memoryview:
+            view = np.empty(nbytes, dtype=np.uint8).data
+            return view[: file.read_into(offset, view)]
+
+        try:
+            return metadata_file.read(part, file.size)
+        except CheckpointCorruptError as error:
+            raise error.at(file=name) from error
 
 
 def _files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:

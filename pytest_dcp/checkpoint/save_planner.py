@@ -32,6 +32,7 @@ from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_pla
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
 from pytest_dcp.checkpoint.store.values import encoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
+from pytest_dcp.errors import PlanError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class DefaultSavePlanner(SavePlanner):
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """What is stored of what was found: for subclasses to extend."""
         if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(encoded(object))
+            return io.BytesIO(_encoded(write_item.index.fqn, object))
         return object
 
     def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
@@ -138,7 +139,7 @@ class DefaultSavePlanner(SavePlanner):
     def _data(self, items: WriteItems, row: int) -> torch.Tensor | bytes:
         value = self.state_dict[items.fqns[row]]
         if items.kind[row] == BYTES:
-            return encoded(value)
+            return _encoded(items.fqns[row], value)
         memory = local_tensor(value) if type(value) is DTensor else value
         whole = type(memory) in PLAIN and memory.numel() == items.shape[row].prod()
         found: torch.Tensor = (
@@ -196,13 +197,21 @@ def _metadata(index: Index) -> Metadata:
 def _merged(data: Sequence[Mapping[str, Path] | None]) -> dict[str, Path]:
     """The ranks' paths together; where ranks differ, the lowest counts."""
     merged: dict[str, Path] = {}
-    seen: set[int] = set()
     for paths in data:
-        if paths and id(paths) not in seen:
-            seen.add(id(paths))
+        if paths and paths != merged:
             for fqn, path in paths.items():
                 merged.setdefault(fqn, path)
     return merged
+
+
+def _encoded(fqn: str, value: Any) -> bytes:
+    """The value's entry; raises PlanError, naming the key, where it cannot be pickled."""
+    try:
+        return encoded(value)
+    except Exception as error:
+        raise PlanError(
+            f"{fqn!r} is a {type(value).__name__} that cannot be pickled: {error}"
+        ) from error
 
 
 def _plain_data(data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:

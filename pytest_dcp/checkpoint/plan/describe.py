@@ -24,7 +24,7 @@ from pytest_dcp.checkpoint.plan.names import Fqns
 from pytest_dcp.checkpoint.plan.shards import (
     PLAIN,
     SPEAKS_FOR_ITSELF,
-    boxes_of,
+    Layouts,
     local_shards,
     local_tensor,
     speaks_for_itself,
@@ -62,6 +62,7 @@ class _Rows:
         self.size: list[Sequence[int]] = []
         self.boxes: list[Box] = []
         self.known: dict[Any, int] = {}
+        self.layouts = Layouts()
 
     def add(self, fqn: str, kind: int, tensor: torch.Tensor | None, size: Any, box: Box) -> None:
         self.fqns.append(fqn)
@@ -134,7 +135,7 @@ def _add_tensor(rows: _Rows, fqn: str, value: torch.Tensor, problems: list[str])
     full = tuple(value.shape)
     sharded = isinstance(value, DTensor)
     try:
-        for box in boxes_of(fqn, value):
+        for box in rows.layouts.boxes_of(fqn, value):
             rows.add(fqn, SHARD if sharded else TENSOR, value, full, (box.offset, box.shape))
     except PlanError as error:
         problems.append(str(error))
@@ -172,9 +173,10 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     boxes: list[Box] = []
     ndim: list[int] = []
     nth: list[int] = []
+    layouts = Layouts()
     for fqn, value in state_dict.items():
         tensor = isinstance(value, torch.Tensor)
-        for n, box in enumerate(_boxes_wanted(fqn, value) if tensor else (NOTHING,)):
+        for n, box in enumerate(_boxes_wanted(fqn, value, layouts) if tensor else (NOTHING,)):
             fqns.append(fqn)
             boxes.append(box)
             ndim.append(len(box[1]) if tensor else UNKNOWN)
@@ -189,7 +191,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     )
 
 
-def _boxes_wanted(fqn: str, value: Any) -> Sequence[Box]:
+def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if type(value) in PLAIN:
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
@@ -198,4 +200,4 @@ def _boxes_wanted(fqn: str, value: Any) -> Sequence[Box]:
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]
-    return [(box.offset, box.shape) for box in boxes_of(fqn, value)]
+    return [(box.offset, box.shape) for box in layouts.boxes_of(fqn, value)]

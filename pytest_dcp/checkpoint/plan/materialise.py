@@ -24,6 +24,11 @@ def materialise(state_dict: dict[Any, Any]) -> None:
 
 
 def _materialised(value: Any) -> Any:
+    if isinstance(value, ShardedTensor):
+        # Asked as a tensor, it would answer only where it has exactly one shard.
+        if any(shard.tensor.is_meta for shard in value.local_shards()):
+            raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
+        return value
     if isinstance(value, torch.Tensor):
         return _filled(value) if value.is_meta else value
     if isinstance(value, dict):
@@ -36,8 +41,6 @@ def _materialised(value: Any) -> Any:
 
 
 def _filled(value: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, ShardedTensor):
-        raise CheckpointMismatchError("a ShardedTensor cannot be loaded to from the meta device")
     if not isinstance(value, DTensor):
         return torch.empty_like(value, device=current_device(group_device_type()))
     mesh = value.device_mesh

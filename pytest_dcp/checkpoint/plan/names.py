@@ -15,9 +15,8 @@ Fqns = tuple[str, ...]
 
 def packed(fqns: Iterable[str]) -> bytes:
     """The names as bytes; surrogates and any other character survive."""
-    return "\n".join(json.dumps(fqn, ensure_ascii=False) if _awkward(fqn) else fqn for fqn in fqns).encode(
-        "utf-8", "surrogatepass"
-    )
+    lines = (json.dumps(fqn, ensure_ascii=False) if _awkward(fqn) else fqn for fqn in fqns)
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
 @lru_cache(maxsize=256)

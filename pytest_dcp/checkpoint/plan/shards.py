@@ -48,23 +48,44 @@ def in_mesh(tensor: DTensor) -> bool:
     return tensor.device_mesh.get_coordinate() is not None
 
 
-def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
-    """The boxes that this rank holds of a plain tensor or a DTensor; none outside its mesh.
+class Layouts:
+    """The boxes that this rank holds of tensors; what is true of a whole mesh is asked once."""
 
-    Raises PlanError, naming the fqn, for a DTensor with a pending reduction.
-    """
-    if not isinstance(value, DTensor):
-        return (whole_box(value.shape),)
-    mesh = value.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return ()
-    try:
-        return local_boxes(
-            tuple(value.shape), tuple(mesh.shape), tuple(coordinate), value.placements
-        )
-    except ValueError as error:
-        raise PlanError(f"{fqn!r} cannot be saved or loaded: {error}") from error
+    def __init__(self) -> None:
+        self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+        self._boxes: dict[Any, tuple[LocalBox, ...]] = {}
+
+    def boxes_of(self, fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
+        """The boxes of a plain tensor or a DTensor; none outside its mesh.
+
+        Raises PlanError, naming the fqn, for a DTensor with a pending reduction.
+        """
+        if not isinstance(value, DTensor):
+            return (whole_box(value.shape),)
+        mesh = value.device_mesh
+        key = (id(mesh), value.placements, value.shape)
+        found = self._boxes.get(key)
+        if found is None:
+            found = self._boxes[key] = self._find(fqn, value)
+        return found
+
+    def _find(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
+        mesh = value.device_mesh
+        if id(mesh) not in self._meshes:
+            at = mesh.get_coordinate()
+            self._meshes[id(mesh)] = (tuple(mesh.shape), None if at is None else tuple(at))
+        mesh_shape, coordinate = self._meshes[id(mesh)]
+        if coordinate is None:
+            return ()
+        try:
+            return local_boxes(tuple(value.shape), mesh_shape, coordinate, value.placements)
+        except ValueError as error:
+            raise PlanError(f"{fqn!r} cannot be saved or loaded: {error}") from error
+
+
+def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
+    """The boxes that this rank holds of one plain tensor or DTensor; see `Layouts`."""
+    return Layouts().boxes_of(fqn, value)
 
 
 def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from pytest_dcp.checkpoint.store import manifest
@@ -30,11 +32,6 @@ from pytest_dcp.checkpoint.store.checks import check_catalog
 from pytest_dcp.checkpoint.store.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
 from pytest_dcp.checkpoint.store.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
-
-try:  # a fifth of zlib's time; the package does not depend on it
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
 
 MAGIC = b"\x89DCPend\n"
 """As PNG's: not text, and damaged by whatever changes line ends."""
@@ -101,6 +98,27 @@ def decode(data: FileBytes) -> Catalog:
         raise error.at(offset=start) from None
 
 
+def read(get: Callable[[int, int], memoryview], size: int) -> Catalog:
+    """The catalog of a `.metadata` file of `size` bytes, of which `get(offset, nbytes)` gives some.
+
+    As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for.
+    """
+    at = size - _TRAILER_BYTES
+    tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
+    if tail[: len(MAGIC)] != MAGIC:
+        return decode(get(0, size))
+    trailer = _trailer_of(tail, at)
+    start, length = trailer.manifest_start, trailer.pickle_length
+    _check_parts(trailer, at)
+    _check_gap(get(length, start - length), length)
+    part = get(start, trailer.manifest_length)
+    _check_crc("the manifest", part, trailer.manifest_crc, start)
+    try:
+        return manifest.decode(part, lambda: _checked_pickle(get(0, length), trailer))
+    except CheckpointCorruptError as error:
+        raise error.at(offset=start) from None
+
+
 def verify_pickle(data: FileBytes) -> None:
     """Nothing, once the pickle that torch reads is what was written.
 
@@ -153,8 +171,17 @@ def _trailer(view: memoryview) -> _Trailer | None:
     if at < 0 or view[at : at + len(MAGIC)] != MAGIC:
         _check_torchs(view)
         return None
-    body = view[at : at + _BODY.size]
-    _check_crc("the trailer", body, _CRC.unpack_from(view, at + _BODY.size)[0], at)
+    trailer = _trailer_of(view[at:], at)
+    _check_parts(trailer, at)
+    length, start = trailer.pickle_length, trailer.manifest_start
+    _check_gap(view[length:start], length)
+    return trailer
+
+
+def _trailer_of(tail: memoryview, at: int) -> _Trailer:
+    """The trailer in the file's last bytes, which begin at `at`."""
+    body = tail[: _BODY.size]
+    _check_crc("the trailer", body, _CRC.unpack_from(tail, _BODY.size)[0], at)
     _, version, *numbers = _BODY.unpack(body)
     if version != FORMAT_VERSION:
         raise CheckpointCorruptError(
@@ -162,21 +189,24 @@ def _trailer(view: memoryview) -> _Trailer | None:
             "pytest-dcp that wrote it, or remove the file's end from the manifest on",
             offset=at,
         )
-    trailer = _Trailer(*numbers)
-    _check_parts(view, trailer, at)
-    return trailer
+    return _Trailer(*numbers)
 
 
-def _check_parts(view: memoryview, trailer: _Trailer, at: int) -> None:
+def _check_parts(trailer: _Trailer, at: int) -> None:
     """Pickle, zeros, manifest and trailer are the whole file."""
     length, start = trailer.pickle_length, trailer.manifest_start
     follow = start == length + -length % _ALIGNMENT and start + trailer.manifest_length == at
-    if not follow or start > at or any(view[length:start]):
+    if not follow or start > at:
         raise CheckpointCorruptError(
             f"expected a pickle, zeros and a manifest that end at {at}, got a pickle of {length} "
             f"bytes and a manifest of {trailer.manifest_length} at {start}",
             offset=at,
         )
+
+
+def _check_gap(gap: memoryview, start: int) -> None:
+    if any(gap):
+        raise CheckpointCorruptError("expected zeros between pickle and manifest", offset=start)
 
 
 def _check_torchs(view: memoryview) -> None:

@@ -131,6 +131,16 @@ def _bytes_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
     return call
 
 
+def _copier(kind: type[Any], sources: frozenset[type[Any]]) -> Callable[..., Any]:
+    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+        if len(args) > 1 or (args and type(args[0]) not in sources):
+            raise _unknown(f"{kind.__name__} of nothing or of a container", args)
+        machine.charge(len(args[0]) if args else 1)
+        return kind(*args)
+
+    return call
+
+
 def _complex(_: Machine, args: tuple[Any, ...]) -> complex:
     if len(args) != 2 or type(args[0]) is not float or type(args[1]) is not float:
         raise _unknown("complex of two floats", args)
@@ -186,6 +196,8 @@ _CALLS: dict[str, Callable[[Machine, tuple[Any, ...]], object]] = {
     "bytes": _bytes_maker(bytes),
     "bytearray": _bytes_maker(bytearray),
     "complex": _complex,
+    "list": _copier(list, frozenset({list, tuple})),
+    "dict": _copier(dict, frozenset({dict})),
     "range": _range,
     "slice": _slice,
 }

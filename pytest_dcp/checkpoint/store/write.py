@@ -144,10 +144,12 @@ class _File:
         self.position = 0
         self._buffers: list[Buffer] = []
         self._held = 0
+        self._data = 0
 
-    def put(self, buffer: Buffer) -> None:
-        """Append bytes. The buffer must stay as it is until `flush`, or be copied by it."""
+    def put(self, buffer: Buffer, data: int = 0) -> None:
+        """Append bytes, so many of them tensor data. They must stay as they are until `flush`."""
         self.position += len(buffer)
+        self._data += data
         self._held += len(buffer)
         self._buffers.append(buffer)
         if self._held >= GATHER_BYTES:
@@ -159,8 +161,8 @@ class _File:
             return
         self.stop.check()
         self.out.write(self._buffers)
-        held, self._held, self._buffers = self._held, 0, []
-        self.observer.advance(held)
+        data, self._data, self._held, self._buffers = self._data, 0, 0, []
+        self.observer.advance(data)
 
 
 def _put_tensor(
@@ -173,7 +175,7 @@ def _put_tensor(
         memory = memory_of(tensor)
         crc = crc32(memory)
         sums = [crc] if frame.data_nbytes else []
-        file.put(b"".join((frame.head, memory, frame.tail(crc))))
+        file.put(b"".join((frame.head, memory, frame.tail(crc))), frame.data_nbytes)
     else:
         file.put(frame.head)
         sums = _put_data(file, tensor, settings)
@@ -198,7 +200,7 @@ def _put_data(file: _File, tensor: torch.Tensor, settings: Settings) -> list[int
                 at = until
                 if not filled:
                     sums.append(crc)
-            file.put(view)
+            file.put(view, len(view))
         file.flush()
     if filled:
         sums.append(crc)
@@ -228,6 +230,7 @@ def _put_transformed(
             crc = crc32(piece, crc)
             stream.write(piece)
         stream.write(frame.tail(crc))
+        file.put(b"", frame.data_nbytes)
     else:
         stream.write(data)
     stream.close()

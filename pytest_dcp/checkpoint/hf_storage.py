@@ -1,0 +1,376 @@
+"""Checkpoints as Hugging Face keeps them: safetensors files and `model.safetensors.index.json`.
+
+Names, arguments and files are those of `torch.distributed.checkpoint.hf_storage`; what a folder
+must be to be one checkpoint is in `store.hf_folder`. A save writes its files under temporary names,
+then renames them; the index comes last, and files of earlier saves are removed after it. Between
+the first rename and the end a reader finds files of two saves and says so: the format has no place
+for several files to change at one instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from pytest_dcp.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+    _source,
+    disk_of,
+)
+from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.commit import publish
+from pytest_dcp.checkpoint.store.consolidate import Shards, consolidate
+from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.hf_folder import (
+    INDEX_NAME,
+    SAVE_KEY,
+    SUFFIX,
+    data_name,
+    encode_index,
+    final_name,
+    is_replaceable,
+    read_folder,
+    save_of,
+    sweep,
+    temporary_name,
+)
+from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.safetensors import write_safetensors
+from pytest_dcp.checkpoint.store.write import FileJob, Settings
+from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError, PlanError
+
+__all__ = ["HuggingFaceStorageWriter", "HuggingFaceStorageReader"]
+
+SHARDED_FOLDER = "sharded"
+FORMAT = {"DCP_VERSION": "1.0", "format": "pt"}
+"""What torch 2.13 writes into each file; other libraries ask for the format."""
+SHOWN = 10
+
+
+class HuggingFaceStorageWriter(FileSystemWriter):
+    """Writes a state dict of tensors to safetensors files."""
+
+    def __init__(
+        self,
+        path: str,
+        fqn_to_index_mapping: dict[str, int] | None = None,
+        thread_count: int = 1,
+        save_distributed: bool = False,
+        enable_consolidation: bool = False,
+        thread_count_consolidation: int = 1,
+    ) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder.
+        fqn_to_index_mapping: the number, from 1, of the file that each tensor goes to; None: all
+            to one.
+        thread_count: files of a rank that are written at the same time.
+        save_distributed: every rank writes its shards to files of its own. If not, the tensors must
+            be whole, and an index says where each is.
+        enable_consolidation: write the shards to `path/sharded`, and from them files of full
+            tensors, with an index, to `path`.
+        thread_count_consolidation: full files that are written at the same time.
+        """
+        super().__init__(
+            path=path,
+            serialization_format=SerializationFormat.SAFETENSORS,
+            thread_count=thread_count,
+        )
+        self.fqn_to_index_mapping = fqn_to_index_mapping
+        self.save_distributed = save_distributed
+        self.enable_consolidation = enable_consolidation
+        self.consolidated_output_path: str | None = None
+        self.thread_count_consolidation = thread_count_consolidation
+        self._layout = _Layout([], 1)
+        self._place(path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another save, to the given folder or the same."""
+        super().reset()
+        if checkpoint_id:
+            self._place(checkpoint_id)
+
+    def _place(self, folder: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(folder)
+        if self.enable_consolidation:
+            self.consolidated_output_path = str(self.path)
+            self.path = self.fs.concat_path(self.path, SHARDED_FOLDER)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan; the folder is there."""
+        if not self.use_collectives:
+            raise ValueError(
+                "a folder of safetensors files is one checkpoint of all ranks: "
+                "save it with use_collectives=True"
+            )
+        self._disk().make_folder(self.path)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans, each with what its rank must know to name its files.
+
+        Raises PlanError naming what such files cannot hold or what no file is meant for, and
+        CheckpointExistsError where the folder holds files that the shards would mix with.
+        """
+        if all(plan.usable for plan in plans):
+            tables = [WriteItems.of(plan.items) for plan in plans]
+            _check(tables, self.fqn_to_index_mapping, whole=not self.save_distributed)
+            self._layout = _layout(tables, self.fqn_to_index_mapping, self.save_distributed)
+        if self.save_distributed:
+            self._refuse_strangers()
+        shared: dict[str, Any] = {"save_id": self.save_id[:12], "highest": self._layout.highest}
+        if self.fqn_to_index_mapping is not None:
+            shared["fqn_to_index_mapping"] = self.fqn_to_index_mapping
+        told = []
+        for rank, plan in enumerate(plans):
+            own: dict[str, Any] = {"numbers": self._layout.numbers[rank]}
+            if self.save_distributed:
+                own = {**own, "shard_index": rank + 1, "ranks": len(plans)}
+            told.append(dataclasses.replace(plan, storage_data=shared | own))
+        return told
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors, under temporary names; done when the future is returned."""
+        future: Future[list[WriteResult]] = Future()
+        if not len(plan.items):
+            future.set_result([])
+            return future
+        said: Mapping[str, Any] = plan.storage_data
+        table = WriteItems.of(plan.items)
+        jobs = [
+            FileJob(temporary_name(name, said["save_id"]), rows)
+            for name, rows in _files(table.fqns, said).items()
+        ]
+        watcher = observer("save")
+        watcher.expect(int(table.size_bytes().sum()))
+        settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
+        written = write_safetensors(
+            self._disk(),
+            self.path,
+            jobs,
+            _source(planner, plan.items),
+            settings,
+            watcher,
+            table,
+            {SAVE_KEY: said["save_id"], **FORMAT},
+        )
+        results: Any = WriteResults(plan.items, written)
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Give the files their names, consolidate if asked to, write the index, remove the old."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
+        catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
+        results = [some for some in results if len(some)]
+        catalog = _data_only(dataclasses.replace(catalog, places=places_of(catalog.index, results)))
+        disk = self._disk()
+        # A planner that remembers plans may have given the ranks those of an earlier save.
+        save_id = next(map(save_of, catalog.places.files), self.save_id[:12])
+        catalog = self._renamed(disk, self.path, catalog)
+        metadata.storage_data = catalog.metadata().storage_data
+        files = catalog.places.files
+        if not self.save_distributed:
+            file = catalog.places.file.tolist()
+            keys = catalog.index.key_of.tolist()
+            where = {
+                catalog.index.fqns[key]: files[n]
+                for key, n in zip(keys, file, strict=True)
+                if n >= 0
+            }
+            nbytes = int(catalog.places.data_nbytes.sum())
+            self._publish(disk, self.path, encode_index(where, nbytes, save_id), files)
+            return
+        disk.remove(self.path, INDEX_NAME)
+        sweep(disk, self.path, files)
+        if self.enable_consolidation:
+            self._consolidate(disk, catalog, save_id)
+
+    @property
+    def metadata_path(self) -> str:
+        """The name of the index."""
+        return INDEX_NAME
+
+    def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
+        folder = self.fs.init_path(self.consolidated_output_path or self.path)
+        disk.make_folder(folder)
+        mapping = self.fqn_to_index_mapping
+        highest = max(mapping.values(), default=1) if mapping else 1
+        files: dict[str, list[str]] = {}
+        for fqn in catalog.index.fqns:
+            name = data_name(1 if mapping is None else mapping[fqn], highest)
+            files.setdefault(name, []).append(fqn)
+        temporary = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
+        try:
+            total = consolidate(
+                Shards(disk, self.path, catalog),
+                folder,
+                temporary,
+                {SAVE_KEY: save_id, **FORMAT},
+                threads=self.thread_count_consolidation,
+                sync=self.sync_files,
+            )
+        except BaseException:
+            for name in temporary:
+                disk.remove(folder, name)
+            raise
+        for name in temporary:
+            disk.replace(folder, name, final_name(name))
+        where = {fqn: name for name, fqns in files.items() for fqn in fqns}
+        self._publish(disk, folder, encode_index(where, total, save_id), files)
+
+    def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
+        """The catalog with the files' own names, which they now have."""
+        places = catalog.places
+        present = set(disk.names(folder))
+        for name in places.files:
+            if present and name not in present:
+                raise CheckpointCorruptError(
+                    "a data file of this save is gone before the commit: does another save write "
+                    "to the same folder?",
+                    file=name,
+                )
+        for name in places.files:
+            disk.replace(folder, name, final_name(name))
+        if self.sync_files:
+            disk.sync_folder(folder)
+        names = tuple(map(final_name, places.files))
+        return dataclasses.replace(catalog, places=dataclasses.replace(places, files=names))
+
+    def _publish(self, disk: Disk, folder: Any, index: bytes, files: Iterable[str]) -> None:
+        publish(disk, folder, INDEX_NAME, [index], self.save_id[:12], sync=self.sync_files)
+        sweep(disk, folder, files)
+
+    def _refuse_strangers(self) -> None:
+        disk = self._disk()
+        strangers = [
+            name
+            for name in disk.names(self.path)
+            if name.endswith(SUFFIX) and not is_replaceable(disk, self.path, name)
+        ]
+        if strangers:
+            raise CheckpointExistsError(
+                f"{self.path} holds {strangers[:SHOWN]}, which are no shards, and without an index "
+                "nobody could tell them from the shards: choose another folder"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layout:
+    """The files of a save."""
+
+    numbers: list[dict[int, int]]
+    """For each rank, the number of the file for each index of the mapping."""
+    highest: int
+
+
+def _check(tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, *, whole: bool) -> None:
+    """Nothing, where every item can be stored and has a file. Raises PlanError naming the rest."""
+    problems: dict[str, str] = {}
+    for table in {id(table.fqns): table for table in tables}.values() if mapping else ():
+        for fqn in table.fqns:
+            if mapping is not None and fqn not in mapping:
+                problems[fqn] = "is not in fqn_to_index_mapping"
+    for table in tables:
+        for row in np.flatnonzero(table.kind == BYTES).tolist():
+            problems[table.fqns[row]] = "is no tensor: safetensors files hold tensors only"
+        parts = (table.shape != table.size).any(axis=1) & (table.kind != BYTES)
+        for row in np.flatnonzero(parts).tolist() if whole else ():
+            problems[table.fqns[row]] = "is a part of a tensor: pass save_distributed=True"
+    if problems:
+        listed = [f"{fqn!r} {problem}" for fqn, problem in list(problems.items())[:SHOWN]]
+        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise PlanError(f"{len(problems)} value(s) have no place:\n" + "\n".join(listed) + more)
+
+
+def _layout(
+    tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, distributed: bool
+) -> _Layout:
+    """The files: numbered as the mapping says, or in order where ranks would share a file."""
+    highest = max(mapping.values(), default=1) if mapping else 1
+    used = [
+        sorted({1 if mapping is None else mapping[fqn] for fqn in set(table.fqns)})
+        for table in tables
+    ]
+    numbers = [{index: index for index in indices} for indices in used]
+    if distributed or len({i for indices in used for i in indices}) == sum(map(len, used)):
+        return _Layout(numbers, highest)
+    pairs = sorted((index, rank) for rank, indices in enumerate(used) for index in indices)
+    for number, (index, rank) in enumerate(pairs, start=1):
+        numbers[rank][index] = number
+    return _Layout(numbers, len(pairs))
+
+
+def _files(fqns: Sequence[str], said: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The names of a rank's files, and the rows of each.
+
+    A tensor's second part on the rank goes to another file, with a shard number that no rank has:
+    a file has one tensor of a name, and readers take the name for the tensor's.
+    """
+    mapping: Mapping[str, int] | None = said.get("fqn_to_index_mapping")
+    shard: int | None = said.get("shard_index")
+    seen: dict[str, int] = {}
+    files: dict[str, list[int]] = {}
+    for row, fqn in enumerate(fqns):
+        nth = seen[fqn] = seen.get(fqn, -1) + 1
+        number = said["numbers"][1 if mapping is None else mapping[fqn]]
+        shard_number = None if shard is None else shard + nth * said["ranks"]
+        files.setdefault(data_name(number, said["highest"], shard_number), []).append(row)
+    return files
+
+
+def _data_only(catalog: Catalog) -> Catalog:
+    """The catalog with data at the start of each entry, as it is in safetensors files."""
+    places = catalog.places
+    if (places.data_start == places.start).all():
+        return catalog
+    places = dataclasses.replace(places, data_start=places.start, data_nbytes=places.length)
+    return dataclasses.replace(catalog, places=places)
+
+
+class HuggingFaceStorageReader(FileSystemReader):
+    """Reads safetensors checkpoints: whole tensors, and shards that DCP saved."""
+
+    def __init__(self, path: str, thread_count: int = 1) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder. thread_count: threads that read.
+        """
+        super().__init__(path=path, thread_count=thread_count)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the folder's checkpoint, from the headers of its files.
+
+        Raises FileNotFoundError where there is none; CheckpointCorruptError, naming the file, where
+        one is damaged or files are of different saves.
+        """
+        catalog = self._read_catalog()
+        metadata = catalog.metadata()
+        metadata.storage_meta = StorageMeta(self.checkpoint_id, load_id=self.load_id)
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the metadata that plans will be made from."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        if self._catalog is not None:
+            # A planner that changed the metadata, or a pickle of it, has lost where data starts.
+            self._catalog = _data_only(self._catalog)
+
+    def _read_catalog(self) -> Catalog:
+        return read_folder(disk_of(self.fs), self.path)
