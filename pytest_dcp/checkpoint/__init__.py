@@ -8,12 +8,14 @@ they read, and a file that somebody altered gives an error, never a wrong tensor
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
 )
+from pytest_dcp.checkpoint.optimizer import load_sharded_optimizer_state_dict
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.planner import (
     LoadPlan,
@@ -23,6 +25,7 @@ from pytest_dcp.checkpoint.planner import (
     SavePlanner,
     WriteItem,
 )
+from pytest_dcp.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from pytest_dcp.checkpoint.state_dict_loader import load, load_state_dict, load_without_template
 from pytest_dcp.checkpoint.state_dict_saver import async_save, save, save_state_dict
 from pytest_dcp.checkpoint.storage import StorageReader, StorageWriter
@@ -39,6 +42,10 @@ __all__ = [
     "Progress",
     "FileSystemReader",
     "FileSystemWriter",
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
+    "QuantizedHuggingFaceStorageReader",
+    "load_sharded_optimizer_state_dict",
     "StorageReader",
     "StorageWriter",
     "DefaultLoadPlanner",

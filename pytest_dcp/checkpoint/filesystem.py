@@ -236,12 +236,11 @@ class FileSystemWriter(StorageWriter, Staging):
             copy_ahead_bytes=self.per_thread_copy_ahead,
             transforms=self.extensions,
         )
-        write = (
-            write_safetensors
-            if self.serialization_format == SerializationFormat.SAFETENSORS
-            else write_files
-        )
-        written = write(self._disk(), self.path, jobs, _source(planner, items), settings, watcher)
+        disk, source = self._disk(), source_of(planner, items)
+        if self.serialization_format == SerializationFormat.SAFETENSORS:
+            written = write_safetensors(disk, self.path, jobs, source, settings, watcher, items)
+        else:
+            written = write_files(disk, self.path, jobs, source, settings, watcher)
         results: Any = WriteResults(items, written)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -445,7 +444,7 @@ def _files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:
     return read_catalog(disk, folder, name).places.files
 
 
-def _source(planner: SavePlanner, items: Sequence[Any]) -> Source:
+def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
     """What gives the data of an item: the planner's own short way, or its hook."""
     if hasattr(planner, "source"):
         source: Source = planner.source(items)

@@ -25,8 +25,8 @@ from pytest_dcp.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
     SerializationFormat,
-    _source,
     disk_of,
+    source_of,
 )
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.store.catalog import Catalog
@@ -161,7 +161,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._disk(),
             self.path,
             jobs,
-            _source(planner, plan.items),
+            source_of(planner, plan.items),
             settings,
             watcher,
             table,

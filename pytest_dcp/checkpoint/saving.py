@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -212,7 +213,8 @@ class _Save:
         return [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
-        final = self.planner.finish_plan(plan)
+        # A planner that remembers plans must not remember where the last save's files were.
+        final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
         future = self.writer.write_data(final, self.planner)
         future.wait()
         results: Sequence[WriteResult] = future.value()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -72,7 +72,8 @@ class PlanCache:
         if not plan.usable:
             if self.final is None:
                 raise PlanError("the coordinator sent no plan, and none is remembered")
-            return self.final
+            # Where it goes is of this save alone.
+            return replace(self.final, storage_data=plan.storage_data)
         self.sent, self.final = self.pending, plan
         return plan
 

@@ -73,7 +73,7 @@ def copies(
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
-    stored_shape = widened(index.shape[entry], width, 1)
+    stored_shape = widened(index.shape[entry][:, :width], width, 1)
     _check_inside(items, rows, stored_shape, tensors)
     from_stride = strides_of(stored_shape) * itemsize[:, None]
     for n, odd in _odd(entry, odd_strides):

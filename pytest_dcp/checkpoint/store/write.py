@@ -62,7 +62,7 @@ class FileJob:
 
 
 @dataclass(slots=True)
-class _Rows:
+class Rows:
     """What is known of the rows written so far."""
 
     row: list[int] = field(default_factory=list)
@@ -96,13 +96,13 @@ def write_files(
     Raises what the disk, the source or the observer raises, from whichever thread.
     """
 
-    def job(number: int) -> Callable[[Stop], _Rows]:
+    def job(number: int) -> Callable[[Stop], Rows]:
         return lambda stop: _write_file(
             disk, folder, jobs[number], source, settings, observer, stop
         )
 
     done = run_all([job(n) for n in range(len(jobs))], settings.threads)
-    return _written(done, [job.name for job in jobs], settings)
+    return written_rows(done, [job.name for job in jobs], settings)
 
 
 def _write_file(
@@ -113,12 +113,12 @@ def _write_file(
     settings: Settings,
     observer: Observer,
     stop: Stop,
-) -> _Rows:
+) -> Rows:
     with disk.create(folder, job.name) as out:
         if not settings.transforms:
             out.reserve(job.nbytes)
-        file = _File(out, observer, stop)
-        rows = _Rows()
+        file = File(out, observer, stop)
+        rows = Rows()
         for row in job.rows:
             data = source(row)
             if settings.transforms:
@@ -134,7 +134,7 @@ def _write_file(
     return rows
 
 
-class _File:
+class File:
     """A file in the making: small buffers are gathered, big ones go straight out."""
 
     def __init__(self, out: Out, observer: Observer, stop: Stop) -> None:
@@ -165,9 +165,7 @@ class _File:
         self.observer.advance(data)
 
 
-def _put_tensor(
-    file: _File, rows: _Rows, row: int, tensor: torch.Tensor, settings: Settings
-) -> None:
+def _put_tensor(file: File, rows: Rows, row: int, tensor: torch.Tensor, settings: Settings) -> None:
     frame = tensor_frame(tensor.dtype, tuple(tensor.shape))
     start = file.position
     data_start = start + len(frame.head)
@@ -178,12 +176,12 @@ def _put_tensor(
         file.put(b"".join((frame.head, memory, frame.tail(crc))), frame.data_nbytes)
     else:
         file.put(frame.head)
-        sums = _put_data(file, tensor, settings)
+        sums = put_data(file, tensor, settings)
         file.put(frame.tail(sums[-1] if sums else 0))
     rows.add(row, start, frame.length, data_start, frame.data_nbytes, sums)
 
 
-def _put_data(file: _File, tensor: torch.Tensor, settings: Settings) -> list[int]:
+def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
     """Write the tensor's values; their checksums."""
     sums: list[int] = []
     crc, filled = 0, 0
@@ -207,14 +205,14 @@ def _put_data(file: _File, tensor: torch.Tensor, settings: Settings) -> list[int
     return sums
 
 
-def _put_value(file: _File, rows: _Rows, row: int, entry: bytes) -> None:
+def _put_value(file: File, rows: Rows, row: int, entry: bytes) -> None:
     start = file.position
     rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
     file.put(entry)
 
 
 def _put_transformed(
-    file: _File, rows: _Rows, row: int, data: torch.Tensor | bytes, settings: Settings
+    file: File, rows: Rows, row: int, data: torch.Tensor | bytes, settings: Settings
 ) -> None:
     """Write the entry through the stream transforms; sums are of the bytes that are stored."""
     start = file.position
@@ -241,7 +239,7 @@ def _put_transformed(
 class _Tap(io.RawIOBase):
     """The end of a chain of transforms: passes bytes to the file and hashes them."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: File) -> None:
         self._file = file
         self._sums: list[int] = []
         self._crc = 0
@@ -295,7 +293,7 @@ def balanced(size_bytes: Ints, bins: int) -> list[list[int]]:
     return [sorted(group) for group in groups if group]
 
 
-def _written(done: Sequence[_Rows], names: Sequence[str], settings: Settings) -> Written:
+def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings) -> Written:
     """The rows of all files, in the plan's order."""
     row = np.array([row for rows in done for row in rows.row], dtype=np.int64)
     order = np.argsort(row)
