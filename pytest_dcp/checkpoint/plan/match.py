@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.errors import CheckpointMismatchError
@@ -72,12 +73,12 @@ def match(
     converted: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     sizes, ndims = index.size.tolist(), index.ndim.tolist()
     dtypes = [p.dtype for p in index.properties]
-    dtype_of = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
+    stored = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
     for fqn, value in loaded.items():
         row = index.row_of[names[fqn]]
         if ndims[row] < 0:
             continue
-        problem = _misfit(fqn, value, sizes[row][: ndims[row]], dtype_of[row], strict, converted)
+        problem = _misfit(fqn, value, sizes[row][: ndims[row]], stored[row], strict, converted)
         if problem:
             problems[fqn] = problem
     if problems or (missing and strict):
@@ -96,15 +97,25 @@ def _misfit(
     """Why a value cannot take the stored tensor, or None."""
     if not isinstance(value, torch.Tensor):
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
-    here = value.size()
+    # A ShardedTensor's own methods warn of its deprecation; its metadata do not.
+    here = value.metadata().size if isinstance(value, ShardedTensor) else value.size()
     if list(here) != size:
         return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
-    if dtype is None or dtype == value.dtype:
+    now = dtype_of(value)
+    if dtype is None or dtype == now:
         return None
-    converted[fqn] = (dtype, value.dtype)
-    if strict and kind_of(dtype) != kind_of(value.dtype):
-        return f"dtype mismatch between saved {dtype} and current: {value.dtype} for {fqn}"
+    converted[fqn] = (dtype, now)
+    if strict and kind_of(dtype) != kind_of(now):
+        return f"dtype mismatch between saved {dtype} and current: {now} for {fqn}"
     return None
+
+
+def dtype_of(value: torch.Tensor) -> torch.dtype:
+    """The values' dtype."""
+    if isinstance(value, ShardedTensor):
+        dtype: torch.dtype = value.metadata().tensor_properties.dtype
+        return dtype
+    return value.dtype
 
 
 def kind_of(dtype: torch.dtype) -> str:

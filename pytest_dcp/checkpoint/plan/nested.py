@@ -50,7 +50,7 @@ def as_saved(paths: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _stringly(fqn: str, path: Path) -> Path:
-    return tuple(key if isinstance(key, Position) else str(key) for key in path)
+    return tuple(int(key) if isinstance(key, Position) else str(key) for key in path)
 
 
 class Position(int):

@@ -1,0 +1,234 @@
+"""Folders that have seen more than one save, or other files: one checkpoint, or an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from pytest_dcp.checkpoint.store.disk import LocalDisk
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+INDEX = "model.safetensors.index.json"
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def save(folder: Path, state: dict[str, Any], **options: Any) -> None:
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), **options))
+
+
+def read(folder: Path, *fqns: str) -> dict[str, torch.Tensor]:
+    found = dcp.load_without_template(storage_reader=HuggingFaceStorageReader(str(folder)))
+    assert sorted(found) == sorted(fqns)
+    return found
+
+
+def test_the_index_says_which_files_belong(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.ones(2)})
+    safetensors.torch.save_file(
+        {"w": torch.zeros(9), "x": torch.ones(1)}, tmp_path / "a.safetensors"
+    )
+    assert read(tmp_path, "w")["w"].tolist() == [1.0, 1.0]
+
+
+def test_a_smaller_save_removes_the_files_of_the_larger(tmp_path: Path) -> None:
+    both = {"v": torch.zeros(3), "w": torch.zeros(3)}
+    save(tmp_path, both, fqn_to_index_mapping={"v": 1, "w": 2})
+    (tmp_path / "model-00008-of-00009.safetensors").write_bytes(b"somebody else's")
+    safetensors.torch.save_file(
+        {"w": torch.zeros(1)}, tmp_path / "model-00009-of-00009.safetensors", {"format": "pt"}
+    )
+    (tmp_path / f"model-00001-of-00002.safetensors-{'0' * 12}.tmp").write_bytes(b"of a dead save")
+    save(tmp_path, {"w": torch.ones(2)})
+    assert names_in(tmp_path) == [
+        "model-00001-of-00001.safetensors",
+        "model-00008-of-00009.safetensors",
+        "model-00009-of-00009.safetensors",
+        INDEX,
+    ]
+    assert read(tmp_path, "w")["w"].tolist() == [1.0, 1.0]
+
+
+def test_shards_replace_an_earlier_save_of_whole_tensors_and_back(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.zeros(3)})
+    save(tmp_path, {"w": torch.ones(3)}, save_distributed=True)
+    assert names_in(tmp_path) == ["shard-00001-model-00001-of-00001.safetensors"]
+    assert read(tmp_path, "w")["w"].tolist() == [1.0] * 3
+    save(tmp_path, {"w": torch.full((3,), 2.0)})
+    assert names_in(tmp_path) == ["model-00001-of-00001.safetensors", INDEX]
+    assert read(tmp_path, "w")["w"].tolist() == [2.0] * 3
+
+
+def torch_shard(folder: Path, shard: int, offset: int, rows: int) -> None:
+    """As torch's writer leaves it: without a save's id, without the full size."""
+    safetensors.torch.save_file(
+        {"w": torch.full((rows, 2), float(shard))},
+        folder / f"shard-{shard:05d}-model-00001-of-00001.safetensors",
+        {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [offset, 0]}})},
+    )
+
+
+def test_shards_of_two_of_torchs_saves_are_not_mixed(tmp_path: Path) -> None:
+    for shard, offset in enumerate((0, 2), start=1):
+        torch_shard(tmp_path, shard, offset, rows=2)
+    assert read(tmp_path, "w")["w"].tolist() == [[1.0] * 2] * 2 + [[2.0] * 2] * 2
+    torch_shard(tmp_path, 3, 3, rows=1)
+    with pytest.raises(CheckpointException, match=r"different saves.*shard-00003.*'w'"):
+        read(tmp_path, "w")
+
+
+def test_shards_of_two_of_our_saves_are_not_mixed(tmp_path: Path) -> None:
+    first, second = tmp_path / "1", tmp_path / "2"
+    save(first, {"w": torch.zeros(3)}, save_distributed=True)
+    save(second, {"v": torch.zeros(3)}, save_distributed=True)
+    (file,) = second.iterdir()
+    file.rename(first / file.name.replace("shard-00001", "shard-00002"))
+    with pytest.raises(CheckpointException, match=r"file of save.*shard-00002"):
+        read(first, "v", "w")
+
+
+def test_a_missing_last_shard_is_a_gap_and_no_smaller_tensor(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.ones(4, 2)}, save_distributed=True)
+    (path,) = tmp_path.iterdir()
+    with safetensors.safe_open(path, "pt") as file:
+        said = file.metadata()
+    safetensors.torch.save_file({"w": torch.ones(3, 2)}, path, said)
+    with pytest.raises(CheckpointException, match="gap"):
+        read(tmp_path, "w")
+
+
+def test_names_that_count_different_files_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002", "model-00001-of-00003"):
+        safetensors.torch.save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointException, match="different saves"):
+        read(tmp_path)
+
+
+def test_an_index_that_is_wrong_about_a_file_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.ones(2)})
+    index = tmp_path / INDEX
+    good = json.loads(index.read_text())
+    for name, reason in (("gone.safetensors", "missing"), ("../a.safetensors", "inside")):
+        index.write_text(json.dumps(good | {"weight_map": {"w": name}}))
+        with pytest.raises(CheckpointException, match=reason):
+            read(tmp_path, "w")
+    (name,) = good["weight_map"].values()
+    index.write_text(json.dumps(good | {"weight_map": {"w": name, "v": name}}))
+    with pytest.raises(CheckpointException, match=r"has the tensor, and it has not.*'v'"):
+        read(tmp_path, "w")
+
+
+class DyingDisk(LocalDisk):
+    """Refuses to rename from the n-th time on."""
+
+    def __init__(self, renames: int) -> None:
+        self.renames = renames
+
+    def replace(self, folder: Path, old: str, new: str) -> None:
+        if not self.renames:
+            raise OSError("the disk died")
+        self.renames -= 1
+        super().replace(folder, old, new)
+
+
+class DyingWriter(HuggingFaceStorageWriter):
+    """Writes to such a disk."""
+
+    renames = 0
+
+    def _disk(self) -> LocalDisk:
+        self.__dict__.setdefault("disk", DyingDisk(self.renames))
+        disk: LocalDisk = self.__dict__["disk"]
+        return disk
+
+
+@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "shards"])
+def test_a_save_that_dies_leaves_the_old_or_the_new_or_says_so(
+    tmp_path: Path, renames: int, distributed: bool
+) -> None:
+    options: dict[str, Any] = {
+        "fqn_to_index_mapping": {"v": 1, "w": 2},
+        "save_distributed": distributed,
+    }
+    save(tmp_path, {"v": torch.zeros(3), "w": torch.zeros(3)}, **options)
+    writer = DyingWriter(str(tmp_path), **options)
+    writer.renames = renames
+    needed = 2 if distributed else 3
+    state = {"v": torch.ones(3), "w": torch.ones(3)}
+    if renames < needed:
+        with pytest.raises(CheckpointException, match="the disk died"):
+            dcp.save(state, storage_writer=writer)
+    else:
+        dcp.save(state, storage_writer=writer)
+    if 0 < renames < needed:
+        with pytest.raises(CheckpointException, match="file of save"):
+            read(tmp_path, "v", "w")
+    else:
+        expected = 0.0 if renames == 0 else 1.0
+        assert {v.tolist()[0] for v in read(tmp_path, "v", "w").values()} == {expected}
+    save(tmp_path, state, **options)
+    assert {v.tolist()[0] for v in read(tmp_path, "v", "w").values()} == {1.0}
+    assert not [name for name in names_in(tmp_path) if name.endswith(".tmp")]
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "reason"),
+    [
+        ({"n": 3, "w": torch.ones(1)}, {}, "'n' is no tensor"),
+        ({"w": torch.ones(1)}, {"fqn_to_index_mapping": {"v": 1}}, "'w' is not in fqn_to_index"),
+        ({"w": torch.ones(1, dtype=torch.complex128)}, {}, r"'w' is torch\.complex128"),
+    ],
+    ids=["value", "mapping", "dtype"],
+)
+def test_what_has_no_place_is_named_before_anything_is_replaced(
+    tmp_path: Path, state: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    save(tmp_path, {"w": torch.zeros(2)})
+    with pytest.raises(CheckpointException, match=reason):
+        save(tmp_path, state, **options)
+    assert read(tmp_path, "w")["w"].tolist() == [0.0, 0.0]
+
+
+def test_shards_do_not_go_beside_strangers(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointException, match=r"\['model\.safetensors'\], which are no shards"):
+        save(tmp_path, {"w": torch.ones(1)}, save_distributed=True)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match=r"no \.safetensors files"):
+        read(tmp_path)
+
+
+def test_a_writer_can_be_set_to_another_folder(tmp_path: Path) -> None:
+    writer = HuggingFaceStorageWriter(
+        str(tmp_path / "1"), save_distributed=True, enable_consolidation=True
+    )
+    dcp.save({"w": torch.ones(1)}, storage_writer=writer, checkpoint_id=tmp_path / "2")
+    assert not (tmp_path / "1").exists()
+    assert read(tmp_path / "2", "w")["w"].tolist() == [1.0]
+    assert read(tmp_path / "2" / "sharded", "w")["w"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "shards"])
+def test_a_planner_that_remembers_its_plans_saves_anew(tmp_path: Path, distributed: bool) -> None:
+    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=distributed)
+    for value in (1.0, 2.0, 3.0):
+        dcp.save({"w": torch.full((2,), value)}, storage_writer=writer, planner=planner)
+        assert read(tmp_path, "w")["w"].tolist() == [value] * 2
