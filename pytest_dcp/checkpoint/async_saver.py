@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from pytest_dcp.checkpoint.saving import save
-from pytest_dcp.checkpoint.storage_choice import is_stateful
+from pytest_dcp.checkpoint.saving import Save
+from pytest_dcp.checkpoint.storage_choice import alone, plain_state, writer_for
 from pytest_dcp.checkpoint.store.staging import copied
 
 
@@ -58,26 +58,25 @@ def async_save(
         raise NotImplementedError(
             "async_save runs in a thread only: AsyncCheckpointerType.PROCESS is not built yet"
         )
-    plain = {
-        key: value.state_dict() if is_stateful(value) else value
-        for key, value in state_dict.items()
-    }
+    plain = plain_state(state_dict)
     own_stager: Any = storage_writer
     if async_stager is None and isinstance(own_stager, AsyncStager):
         async_stager = own_stager
     staged: Any = copied(plain) if async_stager is None else async_stager.stage(plain)
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
 
+    no_dist = alone(no_dist, "save")
+    writer = writer_for(storage_writer, checkpoint_id)
+
     def upload() -> Metadata:
-        return save(
-            staged.result() if isinstance(staged, Future) else staged,
-            checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
-            planner=planner,
-            process_group=process_group,
-            no_dist=no_dist,
+        return Save(
+            lambda: staged.result() if isinstance(staged, Future) else staged,
+            writer,
+            planner,
+            process_group,
+            no_dist,
             use_collectives=use_collectives,
-        )
+        ).run()
 
     uploading: Future[Any] = pool.submit(upload)
     # The thread ends with its only job.

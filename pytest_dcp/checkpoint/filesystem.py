@@ -9,6 +9,7 @@ manifest behind the pickle of `.metadata`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import uuid
 import warnings
@@ -32,10 +33,18 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from pytest_dcp.checkpoint.plan.columns import BYTES, ReadItems, WriteItems
+from pytest_dcp.checkpoint.save_planner import plain_data
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.checks import check_catalog
-from pytest_dcp.checkpoint.store.commit import data_name, metadata_name, publish, sweep
+from pytest_dcp.checkpoint.store.commit import (
+    RANK_METADATA,
+    data_name,
+    metadata_name,
+    publish,
+    remove_unnamed,
+    sweep,
+)
 from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk, StreamDisk
 from pytest_dcp.checkpoint.store.fill import Filled, fill
 from pytest_dcp.checkpoint.store.observe import observer
@@ -59,6 +68,8 @@ __all__ = [
     "FileSystemBase",
     "SerializationFormat",
 ]
+
+logger = logging.getLogger("pytest_dcp.checkpoint")
 
 CURRENT_DCP_VERSION = "1.0.0"
 """What torch 2.13 writes into metadata."""
@@ -163,6 +174,8 @@ class FileSystemWriter(StorageWriter, Staging):
         self.serialization_format = serialization_format
         self.save_id = _new_id()
         self._used = False
+        self._files: list[str] = []
+        """Names of the data files of this rank's save."""
         self.rank: int | None = None
         self.use_collectives = True
 
@@ -170,15 +183,10 @@ class FileSystemWriter(StorageWriter, Staging):
         """Begin another save, to the given folder or the same."""
         if checkpoint_id:
             self.path = self.fs.init_path(checkpoint_id)
-        self.save_id = _new_id()
-        self._used = False
+        self.fresh_id()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take this rank's number, and whether all ranks commit together."""
-        if self._used:
-            # Another save of the same writer: its files must not have the names of the last one's.
-            self.save_id = _new_id()
-        self._used = True
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
 
@@ -186,11 +194,7 @@ class FileSystemWriter(StorageWriter, Staging):
         """The plan; the folder is there, and may be written to."""
         disk = self._disk()
         disk.make_folder(self.path)
-        names = [metadata_name()]
-        if not self.use_collectives:
-            # Only its own: other ranks may have committed theirs a moment ago.
-            names.append(metadata_name(self.rank))
-        if any(disk.exists(self.path, name) for name in names):
+        if self._is_taken(disk):
             if not self.overwrite:
                 raise CheckpointExistsError(
                     f"Checkpoint already exists and self.overwrite=False: {self.path}"
@@ -205,13 +209,31 @@ class FileSystemWriter(StorageWriter, Staging):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """The plans, each with the names of its files to be."""
+        """The plans, each with the names of its files to be; dead saves make room for them."""
+        disk = self._disk()
+        if self.use_collectives:
+            with disk.locked(self.path):
+                try:
+                    remove_unnamed(
+                        disk, self.path, lambda name: _files_named(disk, self.path, name)
+                    )
+                except (OSError, CheckpointCorruptError) as error:
+                    logger.warning("%s: files of dead saves stay: %r", self.path, error)
         return [
             plan
             if plan.storage_data is not None
             else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
             for rank, plan in enumerate(plans)
         ]
+
+    def _is_taken(self, disk: Disk) -> bool:
+        """Whether the folder has a checkpoint that this save would replace."""
+        if disk.exists(self.path, metadata_name()):
+            return True
+        if self.use_collectives:
+            return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
+        # Only its own: other ranks may have committed theirs a moment ago.
+        return disk.exists(self.path, metadata_name(self.rank))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items; done when the future is returned."""
@@ -228,6 +250,7 @@ class FileSystemWriter(StorageWriter, Staging):
             FileJob(data_name(names.prefix, number, names.save), rows, int(data[rows].sum()))
             for number, rows in enumerate(groups)
         ]
+        self._used, self._files = True, [job.name for job in jobs]
         watcher = observer("save")
         watcher.expect(int(data.sum()))
         settings = Settings(
@@ -249,33 +272,70 @@ class FileSystemWriter(StorageWriter, Staging):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: from here on the folder's checkpoint is this save's."""
         metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta = self._meta()
         catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
         places = places_of(catalog.index, results)
         catalog = dataclasses.replace(catalog, places=places)
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
         disk = self._disk()
-        self._check_written(disk, catalog)
         alone = self.rank if not self.use_collectives else None
-        content = metadata_file.encode(catalog)
         name = metadata_name(alone)
-        publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
+        content = metadata_file.encode(catalog)
+        with disk.locked(self.path):
+            self._check_written(disk, catalog)
+            publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
+            self._sweep(disk, alone)
 
-        def named(other: str) -> tuple[str, ...]:
-            return catalog.places.files if other == name else _files_named(disk, self.path, other)
+    def _sweep(self, disk: Disk, alone: int | None) -> None:
+        """Clean up after a commit, which stands whatever becomes of this."""
+        try:
+            sweep(disk, self.path, lambda name: _files_named(disk, self.path, name), rank=alone)
+        except (OSError, CheckpointCorruptError) as error:
+            logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
 
-        sweep(disk, self.path, named, rank=alone)
+    def discard(self) -> None:
+        """Remove this rank's files of a save that failed, unless it was committed after all."""
+        if not self._files:
+            return
+        disk = self._disk()
+        with disk.locked(self.path):
+            committed = {metadata_name(), metadata_name(self.rank)} & set(disk.names(self.path))
+            named = {file for name in committed for file in _files_named(disk, self.path, name)}
+            for name in self._files:
+                if name not in named:
+                    disk.remove(self.path, name)
 
     def retire_whole(self) -> None:
-        """Remove the metadata of a whole checkpoint, after every rank has committed its own part.
+        """Remove the checkpoint of the whole, after every rank has committed its own part.
 
         Until then a reader finds the old checkpoint, from then on the ranks' own.
         """
-        self._disk().remove(self.path, metadata_name())
+        disk = self._disk()
+        if not disk.exists(self.path, metadata_name()):
+            return
+        with disk.locked(self.path):
+            disk.remove(self.path, metadata_name())
+            if self.sync_files:
+                disk.sync_folder(self.path)
+            try:
+                remove_unnamed(disk, self.path, lambda name: _files_named(disk, self.path, name))
+            except (OSError, CheckpointCorruptError) as error:
+                logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
 
     def storage_meta(self) -> StorageMeta | None:
-        """Where and what this save is."""
+        """Where and what the save is that begins or goes on."""
+        if self._used:
+            # Another save of the same writer: its files must not have the names of the last one's.
+            self.fresh_id()
+        return self._meta()
+
+    def fresh_id(self) -> str:
+        """Another id for the save to come."""
+        self.save_id, self._used, self._files = _new_id(), False, []
+        return self.save_id
+
+    def _meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
 
     @property
@@ -322,17 +382,17 @@ class FileSystemReader(StorageReader):
         thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
         """
         super().__init__()
-        if verify not in ("auto", "full", "off"):
-            raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
         self.fs: FileSystemBase = FileSystem()
         self.path = self.fs.init_path(path)
-        self.verify: Verify = verify
+        self.verify: Verify = checked_verify(verify)
         self.thread_count = thread_count
         self.registry = _extension_registry or ExtensionRegistry()
         self.load_id = _new_id()
         self.rank: int | None = None
         self.use_collectives = True
         self.filled = Filled()
+        self.has_manifest = False
+        """Whether the metadata that was read last is this engine's."""
         self._catalog: Catalog | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -348,7 +408,9 @@ class FileSystemReader(StorageReader):
         Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
         """
         name = metadata_name(kwargs.get("rank"))
-        metadata = read_catalog(disk_of(self.fs), self.path, name).metadata()
+        catalog = read_catalog(disk_of(self.fs), self.path, name)
+        self.has_manifest = bool((catalog.places.data_start >= 0).any())
+        metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta = dataclasses.replace(meta, load_id=self.load_id)
         return metadata
@@ -400,11 +462,14 @@ class FileSystemReader(StorageReader):
 
     def _is_replaced(self, catalog: Catalog) -> bool:
         """Whether the folder's checkpoint is another save's than the catalog."""
+        disk = disk_of(self.fs)
         name = metadata_name(None if self.use_collectives else self.rank)
         try:
-            now = read_catalog(disk_of(self.fs), self.path, name)
+            now = read_catalog(disk, self.path, name)
         except FileNotFoundError:
-            return False
+            # The whole's gave way to the ranks' own, or the other way round.
+            other = metadata_name(0 if self.use_collectives else None)
+            return disk.exists(self.path, other)
         return save_of(now.storage_meta) != save_of(catalog.storage_meta)
 
     @property
@@ -416,6 +481,13 @@ class FileSystemReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether the id is one of a local folder."""
         return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+def checked_verify(verify: str) -> Verify:
+    """The setting; raises ValueError for what is none."""
+    if verify not in ("auto", "full", "off"):
+        raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
+    return cast(Verify, verify)
 
 
 def save_of(meta: StorageMeta | None) -> str | None:
@@ -451,8 +523,7 @@ def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
         return source
 
     def resolved(row: int) -> torch.Tensor | bytes:
-        data = planner.resolve_data(items[row])
-        return data if isinstance(data, torch.Tensor) else data.getvalue()
+        return plain_data(items[row].index.fqn, planner.resolve_data(items[row]))
 
     return resolved
 

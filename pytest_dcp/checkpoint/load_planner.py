@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -26,8 +27,8 @@ from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, index_of
 from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.match import LoadReport, match
-from pytest_dcp.checkpoint.plan.materialise import materialise
-from pytest_dcp.checkpoint.plan.nested import Path, flatten, set_element
+from pytest_dcp.checkpoint.plan.materialise import filled, materialise
+from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
 from pytest_dcp.checkpoint.store.values import decoded
@@ -71,8 +72,10 @@ class DefaultLoadPlanner(LoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state dict to fill; its meta tensors are replaced by empty ones."""
-        materialise(state_dict)
+        """Take the state dict to fill."""
+        if overridden(self, DefaultLoadPlanner, ("create_local_plan",)):
+            # Its own plan may take any of them.
+            materialise(state_dict)
         self.original_state_dict = state_dict
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
@@ -88,7 +91,11 @@ class DefaultLoadPlanner(LoadPlanner):
         index = index_of(self.metadata)
         self._read_as_torch_2_3(index)
         plan, self.report = _load_plan(
-            self.state_dict, index, self.selection, strict=not self.allow_partial_load
+            self.state_dict,
+            index,
+            self.selection,
+            strict=not self.allow_partial_load,
+            on_load=self._materialise,
         )
         return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
@@ -157,6 +164,27 @@ class DefaultLoadPlanner(LoadPlanner):
         """Whether `put_value` may be used in place of `load_bytes`."""
         return not overridden(self, DefaultLoadPlanner, ("load_bytes",))
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a load that was cut short may be begun again with another checkpoint.
+
+        Not where keys may be missing: they would keep what the first try has loaded.
+        """
+        return type(self) is DefaultLoadPlanner and not self.allow_partial_load
+
+    def begin_again(self) -> None:
+        """Prepare for another try with the same state dict."""
+
+    def _materialise(self, fqn: str, value: torch.Tensor) -> torch.Tensor:
+        """An empty tensor in the place of a meta tensor that is to be loaded."""
+        made = filled(value)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], made)
+        else:
+            self.original_state_dict[fqn] = made
+        self.state_dict[fqn] = made
+        return made
+
     def _target(self, items: ReadItems, row: int) -> torch.Tensor:
         value = self.state_dict[items.fqns[row]]
         memory = local_tensor(value) if type(value) is DTensor else value
@@ -208,22 +236,52 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             )
         if metadata is None:
             raise ValueError("the planner was set up without metadata: it has nothing to load from")
+        self._filled = state_dict
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        room = Room(len(metadata.state_dict_metadata))
+        included: set[str] = set()
         for fqn, stored in metadata.state_dict_metadata.items():
-            path = paths.get(fqn, (fqn,))
-            if not self._should_include_key(fqn, path):
-                continue
-            value = None
-            if isinstance(stored, TensorStorageMetadata):
-                value = torch.empty(stored.size, dtype=stored.properties.dtype)
-            set_element(state_dict, path, value)
+            path = room.checked(fqn, paths.get(fqn, (fqn,)))
+            if self._should_include_key(fqn, path):
+                included.add(".".join(map(str, path)))
+                room.put(state_dict, fqn, path, _empty(fqn, stored))
         super().set_up_planner(state_dict, metadata, is_coordinator)
+        # Positions of lists before those that were asked for are None, and stay it.
+        self.state_dict = {fqn: v for fqn, v in self.state_dict.items() if fqn in included}
+
+    @property
+    def repeatable(self) -> bool:
+        """Always: what was built is thrown away."""
+        return True
+
+    def begin_again(self) -> None:
+        """Empty the state dict, to be built anew."""
+        self._filled.clear()
 
     def _should_include_key(self, fqn: str, path: Path) -> bool:
         if self.keys is None or fqn in self.keys:
             return True
         above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
         return any(name in self.keys for name in above)
+
+
+def _is_meta(value: Any) -> bool:
+    # A ShardedTensor answers only where it has exactly one shard; `materialise` sees to it.
+    tensor = isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor)
+    return tensor and value.is_meta
+
+
+def _empty(fqn: str, stored: Any) -> torch.Tensor | None:
+    """Memory for a stored tensor; None for a value. Raises CheckpointCorruptError for too much."""
+    if not isinstance(stored, TensorStorageMetadata):
+        return None
+    try:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointCorruptError(
+            f"there is no memory for a tensor of {tuple(stored.size)} of {stored.properties.dtype}",
+            entry=fqn,
+        ) from error
 
 
 def create_default_local_load_plan(
@@ -244,12 +302,21 @@ def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]
 
 
 def _load_plan(
-    state_dict: Mapping[str, Any], index: Index, selection: Selection, *, strict: bool
+    state_dict: Mapping[str, Any],
+    index: Index,
+    selection: Selection,
+    *,
+    strict: bool,
+    on_load: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, value: value,
 ) -> tuple[LoadPlan, LoadReport]:
+    """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded."""
     chosen = selection.chosen(state_dict)
     stored_as = selection.stored_as(chosen)
     found = match(chosen, index, strict=strict, stored_as=stored_as)
     names = stored_as or {}
+    for fqn, value in found.loaded.items():
+        if _is_meta(value):
+            found.loaded[fqn] = on_load(fqn, value)
     template = {
         # A stored value replaces whatever is here.
         fqn: None if index.ndim[index.row_of[names.get(fqn, fqn)]] < 0 else value

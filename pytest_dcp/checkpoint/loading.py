@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,20 +21,21 @@ from typing_extensions import deprecated
 
 from pytest_dcp.checkpoint.coordinate import StepError, Team, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from pytest_dcp.checkpoint.filesystem import FileSystemReader, save_of
+from pytest_dcp.checkpoint.filesystem import FileSystemReader, checked_verify, save_of
 from pytest_dcp.checkpoint.phases import Phases
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.plan.select import Rename, Selection
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
     is_stateful,
+    plain_state,
     reader_for,
     second_argument,
     takes,
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.checkpoint.store.ranges import Verify
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointReplacedError
+from pytest_dcp.errors import CheckpointError, CheckpointReplacedError
 
 
 @deprecated(
@@ -52,7 +54,9 @@ def load_state_dict(
     """Load into a state dict of tensors and values: the older form of `load`, without Stateful."""
     storage_reader.reset()
     planner = planner or DefaultLoadPlanner()
-    _Load(state_dict, storage_reader, planner, process_group, no_dist, coordinator_rank).run()
+    _Load(
+        lambda: state_dict, storage_reader, planner, process_group, no_dist, coordinator_rank
+    ).run()
 
 
 @second_argument("storage_reader")
@@ -93,8 +97,6 @@ def load(
     no_dist = alone(no_dist, "load")
     options = {} if verify is None else {"verify": verify}
     storage_reader = reader_for(storage_reader, checkpoint_id, **options)
-    if verify is not None and isinstance(storage_reader, FileSystemReader):
-        storage_reader.verify = verify
     chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
     if planner is None:
         planner = DefaultLoadPlanner(
@@ -106,12 +108,14 @@ def load(
             f"your {type(planner).__name__} (DefaultLoadPlanner has allow_partial_load, selection "
             "and weights_only)"
         )
-    plain = {
-        key: value.state_dict() if is_stateful(value) else value
-        for key, value in ((key, state_dict[key]) for key in sorted(state_dict))
-    }
-    report = _Load(plain, storage_reader, planner, process_group, no_dist, progress=progress).run()
-    for key, loaded in plain.items():
+
+    def ordered() -> dict[str, Any]:
+        return plain_state({key: state_dict[key] for key in sorted(state_dict)})
+
+    work = _Load(ordered, storage_reader, planner, process_group, no_dist, progress=progress)
+    with verifying(storage_reader, verify):
+        report = work.run()
+    for key, loaded in work.state_dict.items():
         value = state_dict[key]
         if is_stateful(value):
             value.load_state_dict(loaded)
@@ -138,7 +142,7 @@ def load_without_template(
     planner = _EmptyStateDictLoadPlanner(
         {keys} if isinstance(keys, str) else keys, weights_only=weights_only
     )
-    _Load(state_dict, storage_reader, planner, process_group, no_dist).run()
+    _Load(lambda: state_dict, storage_reader, planner, process_group, no_dist).run()
     return state_dict
 
 
@@ -147,7 +151,7 @@ class _Load:
 
     def __init__(
         self,
-        state_dict: dict[str, Any],
+        state: Callable[[], dict[str, Any]],
         storage_reader: StorageReader,
         planner: LoadPlanner,
         process_group: dist.ProcessGroup | None = None,
@@ -156,7 +160,9 @@ class _Load:
         *,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.state_dict = state_dict
+        self.state = state
+        """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
+        self.state_dict: dict[str, Any] = {}
         self.reader = storage_reader
         self.planner = planner
         self.group = process_group
@@ -191,8 +197,10 @@ class _Load:
             except StepError as error:
                 causes = [cause for cause, _ in error.failures.values()]
                 replaced = all(isinstance(cause, CheckpointReplacedError) for cause in causes)
-                if not (replaced and tries_left and type(self.planner) is DefaultLoadPlanner):
+                planner: Any = self.planner
+                if not (replaced and tries_left and getattr(planner, "repeatable", False)):
                     raise
+                planner.begin_again()
             else:
                 return
 
@@ -203,23 +211,17 @@ class _Load:
             team.agree("read", lambda: self._read(plan))
 
     def _planned(self, team: Team) -> LoadPlan:
-        if not self._plans_alone():
-            return team.reduce_scatter("plan", lambda: self._plan(team), self._join)
         plans: list[LoadPlan] = []
 
-        def plan() -> str | None:
+        def plan() -> tuple[LoadPlan | None, str | None]:
             plans.append(self._plan(team))
-            return self.save_id
+            return (None if self._plans_alone() else plans[0]), self.save_id
 
-        saves = team.all_gather("plan", plan)
+        if not self._plans_alone():
+            return team.reduce_scatter("plan", plan, self._join)
+        saves = [save for _, save in team.all_gather("plan", plan)]
         if len(set(saves)) > 1:
-
-            def differ() -> None:
-                raise CheckpointReplacedError(
-                    "the ranks found different saves: the checkpoint was replaced meanwhile"
-                )
-
-            team.agree("plan", differ)
+            team.agree("plan", lambda: _check_one_save(saves))
         return plans[0]
 
     def _plans_alone(self) -> bool:
@@ -228,9 +230,11 @@ class _Load:
         return reader and bool(getattr(self.planner, "plans_alone", False))
 
     def _plan(self, team: Team) -> LoadPlan:
+        self.state_dict = self.state()
         metadata, together = self._metadata(team)
-        # Ranks that saved on their own have a save each.
-        self.save_id = save_of(metadata.storage_meta) if together else None
+        # torch's ranks have an id each when they save on their own; ours have one together.
+        told = together or getattr(self.reader, "has_manifest", False)
+        self.save_id = save_of(metadata.storage_meta) if told else None
         self.planner.set_up_planner(self.state_dict, metadata, team.is_coordinator)
         if takes(self.reader.set_up_storage_reader, "kwargs"):
             self.reader.set_up_storage_reader(
@@ -240,17 +244,20 @@ class _Load:
             self.reader.set_up_storage_reader(metadata, team.is_coordinator)
         return self.reader.prepare_local_plan(self.planner.create_local_plan())
 
-    def _join(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+    def _join(self, said: list[tuple[LoadPlan | None, str | None]]) -> list[LoadPlan]:
+        _check_one_save([save for _, save in said])
+        plans = [plan for plan, _ in said if plan is not None]
         return self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
 
     def _metadata(self, team: Team) -> tuple[Metadata, bool]:
         """The metadata of the whole, or this rank's own, and whether it is the whole's."""
         try:
             return self.reader.read_metadata(), True
-        except CheckpointCorruptError:
-            raise
         except Exception as whole:
-            if not takes(self.reader.read_metadata, "rank", "kwargs"):
+            # A storage of the user's may say in any way that there is none; ours says it so.
+            ours = isinstance(self.reader, FileSystemReader)
+            gone = isinstance(whole, FileNotFoundError) if ours else True
+            if not gone or not takes(self.reader.read_metadata, "rank", "kwargs"):
                 raise
             try:
                 return self.reader.read_metadata(rank=team.rank), False
@@ -277,3 +284,26 @@ class _Load:
             bytes_read=filled.bytes_read,
             bytes_verified=filled.bytes_verified,
         )
+
+
+def _check_one_save(saves: Sequence[str | None]) -> None:
+    """Raise unless all ranks have found the same save."""
+    if len(set(saves)) > 1:
+        found = ", ".join(f"rank {rank}: {save}" for rank, save in enumerate(saves))
+        raise CheckpointReplacedError(
+            "the ranks found different saves: the checkpoint was replaced meanwhile, or the ranks "
+            f"look at different folders; load again ({found[:500]})"
+        )
+
+
+@contextmanager
+def verifying(reader: StorageReader, verify: Verify | None) -> Iterator[None]:
+    """Let the reader verify so inside, where it is one of ours; then as before."""
+    if verify is None or not isinstance(reader, FileSystemReader):
+        yield
+        return
+    before, reader.verify = reader.verify, checked_verify(verify)
+    try:
+        yield
+    finally:
+        reader.verify = before

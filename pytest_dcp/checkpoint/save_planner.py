@@ -29,7 +29,7 @@ from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, KeyTable
 from pytest_dcp.checkpoint.plan.nested import Path, as_saved, flatten
 from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
-from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
+from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp.checkpoint.store.values import encoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import PlanError
@@ -133,7 +133,7 @@ class DefaultSavePlanner(SavePlanner):
         """
         hooks = ("resolve_data", "lookup_object", "transform_object")
         if not isinstance(items, WriteItems) or overridden(self, DefaultSavePlanner, hooks):
-            return lambda row: _plain_data(self.resolve_data(items[row]))
+            return lambda row: plain_data(items[row].index.fqn, self.resolve_data(items[row]))
         return lambda row: self._data(items, row)
 
     def _data(self, items: WriteItems, row: int) -> torch.Tensor | bytes:
@@ -145,7 +145,7 @@ class DefaultSavePlanner(SavePlanner):
         found: torch.Tensor = (
             memory if whole else find_state_dict_object(self.state_dict, items.key(row))
         )
-        return found
+        return require_memory(items.fqns[row], found)
 
     def _planned(self, all_plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         together: GlobalPlan = global_plan(
@@ -214,5 +214,6 @@ def _encoded(fqn: str, value: Any) -> bytes:
         ) from error
 
 
-def _plain_data(data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:
-    return data.getvalue() if isinstance(data, io.BytesIO) else data
+def plain_data(fqn: str, data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:
+    """What a planner's `resolve_data` gave, as the writer takes it."""
+    return data.getvalue() if isinstance(data, io.BytesIO) else require_memory(fqn, data)

@@ -20,6 +20,7 @@ from typing_extensions import deprecated
 
 from pytest_dcp.checkpoint.coordinate import Team, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultSavePlanner
+from pytest_dcp.checkpoint.filesystem import FileSystemWriter
 from pytest_dcp.checkpoint.messages import (
     arrived,
     homeward,
@@ -28,15 +29,16 @@ from pytest_dcp.checkpoint.messages import (
     results_of,
     unpacked_metadata,
 )
-from pytest_dcp.checkpoint.phases import Phases
+from pytest_dcp.checkpoint.phases import Phases, logger
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
-    is_stateful,
+    plain_state,
     second_argument,
     takes,
     writer_for,
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
+from pytest_dcp.errors import CheckpointError
 
 
 @deprecated(
@@ -54,8 +56,8 @@ def save_state_dict(
 ) -> Metadata:
     """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
     storage_writer.reset()
-    return _Save(
-        state_dict, storage_writer, planner, process_group, no_dist, coordinator_rank
+    return Save(
+        lambda: state_dict, storage_writer, planner, process_group, no_dist, coordinator_rank
     ).run()
 
 
@@ -86,12 +88,8 @@ def save(
     """
     no_dist = alone(no_dist, "save")
     storage_writer = writer_for(storage_writer, checkpoint_id)
-    plain = {
-        key: value.state_dict() if is_stateful(value) else value
-        for key, value in state_dict.items()
-    }
-    return _Save(
-        plain,
+    return Save(
+        lambda: plain_state(state_dict),
         storage_writer,
         planner,
         process_group,
@@ -101,12 +99,12 @@ def save(
     ).run()
 
 
-class _Save:
+class Save:
     """One rank's part in one save."""
 
     def __init__(
         self,
-        state_dict: dict[str, Any],
+        state: Callable[[], dict[str, Any]],
         storage_writer: StorageWriter,
         planner: SavePlanner | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -116,7 +114,8 @@ class _Save:
         use_collectives: bool = True,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.state_dict = state_dict
+        self.state = state
+        """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
         self.writer = storage_writer
         self.planner = planner or DefaultSavePlanner()
         self.group = process_group
@@ -140,7 +139,11 @@ class _Save:
             watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
             with watched(watcher):
                 together = self._together if self.use_collectives else self._each_alone
-                metadata = together(team)
+                try:
+                    metadata = together(team)
+                except BaseException:
+                    self._discard()
+                    raise
             where = getattr(self.writer, "checkpoint_id", self.writer)
             self.phases.log("saved", where, watcher.done_bytes, team.rank)
         return metadata
@@ -164,28 +167,34 @@ class _Save:
         return self._whole() if team.is_coordinator else unpacked_metadata(answer)
 
     def _each_alone(self, team: Team) -> Metadata:
-        def everything() -> None:
-            with self.phases.phase("plan", planning=True):
+        def write() -> Sequence[WriteResult]:
+            with self.phases.phase("plan"):
                 (sent,) = self._join([self._plan(team)])
             with self.phases.phase("write"):
-                results = self._write(arrived(sent, self._local_plan()))
-            with self.phases.phase("commit", planning=True):
+                return self._write(arrived(sent, self._local_plan()))
+
+        def commit() -> None:
+            with self.phases.phase("commit"):
                 self._finish([results])
 
-        team.agree("write", everything)
-        retire = getattr(self.writer, "retire_whole", None)
-        if retire is not None:
+        if isinstance(self.writer, FileSystemWriter):
+            # One id for the parts of one save, so that a load can tell them from another's.
+            self.writer.save_id = team.broadcast("plan", self.writer.fresh_id)
+        results = team.agree("write", write)
+        team.agree("commit", commit)
+        if isinstance(self.writer, FileSystemWriter):
             # A whole checkpoint that was there before would be found first.
-            team.broadcast("commit", retire)
+            team.broadcast("retire", self.writer.retire_whole)
         return self._whole()
 
     def _plan(self, team: Team) -> SavePlan:
         """This rank's local plan."""
+        state_dict = self.state()
         meta = self.writer.storage_meta()
         set_up: Any = self.planner.set_up_planner
         if takes(set_up, "storage_meta"):
             set_up(
-                state_dict=self.state_dict,
+                state_dict=state_dict,
                 storage_meta=meta,
                 is_coordinator=team.is_coordinator,
             )
@@ -196,7 +205,7 @@ class _Save:
                 "this parameter.",
                 stacklevel=2,
             )
-            set_up(self.state_dict, team.is_coordinator)
+            set_up(state_dict, team.is_coordinator)
         if takes(self.writer.set_up_storage_writer, "kwargs"):
             self.writer.set_up_storage_writer(
                 team.is_coordinator, rank=team.rank, use_collectives=self.use_collectives
@@ -222,6 +231,14 @@ class _Save:
 
     def _finish(self, results: list[Any]) -> None:
         self.writer.finish(metadata=self._whole(), results=results)
+
+    def _discard(self) -> None:
+        """Remove what this rank has written of a save that failed; its failure comes first."""
+        if isinstance(self.writer, FileSystemWriter):
+            try:
+                self.writer.discard()
+            except (OSError, CheckpointError) as error:
+                logger.warning("files of a failed save are still there: %r", error)
 
     def _whole(self) -> Metadata:
         if self.metadata is None:

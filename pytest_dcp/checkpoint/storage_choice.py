@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -59,6 +59,14 @@ def is_stateful(value: Any) -> bool:
     of which there are thousands, are never Stateful.
     """
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the state of each Stateful object in its place."""
+    return {
+        key: value.state_dict() if is_stateful(value) else value
+        for key, value in state_dict.items()
+    }
 
 
 def takes(function: Callable[..., Any], *names: str) -> bool:

@@ -77,7 +77,8 @@ def spans(counts: Ints) -> Ints:
 
 def out_of_bounds(offset: Ints, shape: Ints, size: Ints) -> NDArray[np.bool_]:
     """Whether each box leaves the tensor of the size beside it, or has a negative side."""
-    bad: NDArray[np.bool_] = (offset < 0) | (shape < 0) | (offset + shape > size)
+    # Not offset + shape > size: numbers from a plan of somebody else's may wrap around.
+    bad: NDArray[np.bool_] = (offset < 0) | (shape < 0) | (offset > size - shape)
     row_is_bad: NDArray[np.bool_] = np.any(bad, axis=1)
     return row_is_bad
 
@@ -89,8 +90,10 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     each is compared with those that start before it ends.
     """
     rows = np.flatnonzero(volumes(shape) > 0)
-    if len(rows) < 2 or not offset.shape[1]:
+    if len(rows) < 2:
         return []
+    if not offset.shape[1]:
+        return [(int(rows[0]), int(rows[1]))]
     offset, shape = offset[rows], shape[rows]
     dim = int(np.argmax([len(np.unique(column)) for column in offset.T]))
     order = np.argsort(offset[:, dim], kind="stable")

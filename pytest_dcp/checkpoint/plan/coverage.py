@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,7 @@ def problems_of(index: Index, *, complete: bool) -> list[str]:
         problems.append((at, f"key:{index.fqns[at]} has out of bounds chunk: "
                              f"tensor-size:{_size(index, at)} chunk: {chunk}"))  # fmt: skip
     bad = set(key[outside].tolist())
-    for at, one, other in _overlaps(index, bad):
+    for at, one, other in overlaps(index, bad):
         problems.append((at, f"key:{index.fqns[at]} has overlapping chunks: "
                              f"{index.chunk(one)} {index.chunk(other)}"))  # fmt: skip
         bad.add(at)
@@ -43,11 +45,14 @@ def _gaps(index: Index, bad: set[int]) -> list[tuple[int, int, int]]:
     return [(int(at), int(held[at]), int(whole[at])) for at in wrong if int(at) not in bad]
 
 
-def _overlaps(index: Index, skip: set[int]) -> list[tuple[int, int, int]]:
+def overlaps(
+    index: Index, skip: Collection[int] = (), only: NDArray[np.bool_] | None = None
+) -> list[tuple[int, int, int]]:
     """Keys with overlapping boxes and two rows that do, one pair a key."""
     found: list[tuple[int, int, int]] = []
     seen: dict[bytes, list[tuple[int, int]]] = {}
-    for at in np.flatnonzero(_suspects(index)).tolist():
+    suspects = _suspects(index) if only is None else _suspects(index) & only
+    for at in np.flatnonzero(suspects).tolist():
         if at in skip:
             continue
         rows = slice(int(index.first[at]), int(index.first[at + 1]))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
@@ -150,8 +151,8 @@ def unsavable(fqn: str, value: Any) -> str | None:
     if isinstance(value, ShardedTensor):
         return None
     memory: Any = local_tensor(value) if isinstance(value, DTensor) else value
-    if memory.is_meta:
-        return f"{fqn!r} is on the meta device and has no values: materialise it before saving"
+    if memory.is_meta or isinstance(memory, FakeTensor):
+        return f"{fqn!r} is on the meta device, or fake, and has no values: materialise it first"
     if memory.layout is not torch.strided:
         return f"{fqn!r} has layout {memory.layout}: save its to_dense()"
     if memory.is_quantized:

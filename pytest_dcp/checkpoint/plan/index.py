@@ -109,17 +109,22 @@ class Index:
 class ChunkList(MutableSequence[ChunkStorageMetadata]):
     """The chunks of one key: rows of an index until somebody changes them, then a list."""
 
-    __slots__ = ("_index", "_list", "_start", "_stop")
+    __slots__ = ("_index", "_list", "_made", "_start", "_stop")
 
     def __init__(self, index: Index, row: int) -> None:
         self._index = index
         self._start, self._stop = int(index.first[row]), int(index.first[row + 1])
         self._list: list[ChunkStorageMetadata] | None = None
+        self._made: dict[int, ChunkStorageMetadata] = {}
 
-    @property
-    def untouched(self) -> bool:
-        """Whether these are still the index's rows."""
-        return self._list is None
+    def untouched(self, index: Index, row: int) -> bool:
+        """Whether these are still the chunks of that key of that index."""
+        return (
+            self._list is None
+            and self._index is index
+            and self._start == index.first[row]
+            and all(chunk == index.chunk(at) for at, chunk in self._made.items())
+        )
 
     def __len__(self) -> int:
         return self._stop - self._start if self._list is None else len(self._list)
@@ -133,8 +138,8 @@ class ChunkList(MutableSequence[ChunkStorageMetadata]):
             return self._list[at]
         rows = range(self._start, self._stop)[at]
         if isinstance(rows, range):
-            return [self._index.chunk(row) for row in rows]
-        return self._index.chunk(rows)
+            return [self._chunk(row) for row in rows]
+        return self._chunk(rows)
 
     def __setitem__(self, at: Any, value: Any) -> None:
         self._own()[at] = value
@@ -155,6 +160,10 @@ class ChunkList(MutableSequence[ChunkStorageMetadata]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
+
+    def _chunk(self, row: int) -> ChunkStorageMetadata:
+        """The row's object, always the same one: it can be changed."""
+        return self._made.get(row) or self._made.setdefault(row, self._index.chunk(row))
 
     def _own(self) -> list[ChunkStorageMetadata]:
         if self._list is None:
@@ -225,7 +234,7 @@ def _as_made(index: Index, fqn: str, value: STORAGE_TYPES) -> bool:
     row = index.row_of[fqn]
     return (
         isinstance(value.chunks, ChunkList)
-        and value.chunks.untouched
+        and value.chunks.untouched(index, row)
         and value.size == size_of(index.size[row], int(index.ndim[row]))
         and value.properties == index.properties[index.property_of[row]]
     )

@@ -9,12 +9,12 @@ import numpy as np
 from pytest_dcp.checkpoint.plan.boxes import (
     Ints,
     intersect,
-    overlapping_pairs,
     spans,
     volumes,
     widened,
 )
 from pytest_dcp.checkpoint.plan.columns import READ_BYTES, READ_TENSOR, UNKNOWN, ReadItems
+from pytest_dcp.checkpoint.plan.coverage import overlaps
 from pytest_dcp.checkpoint.plan.describe import Wanted
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
@@ -37,6 +37,7 @@ def read_items(
     key = np.array([index.row_of[fqn] for fqn in stored_fqns], dtype=np.int64)
     want_offset, want_shape = widened(wanted.offset, width, 0), widened(wanted.shape, width, 1)
     have_offset, have_shape = widened(index.offset, width, 0), widened(index.shape, width, 1)
+    _check_apart(index, key)
     counts = np.diff(index.first)[key]
     parts = []
     for rows in _slabs(counts):
@@ -89,12 +90,21 @@ def _check_filled(wanted: Wanted, index: Index, want: Ints, have: Ints, shape: I
     np.add.at(filled, want, volumes(shape))
     asked = np.where(wanted.ndim >= 0, volumes(wanted.shape), 0)
     for row in np.flatnonzero(filled != asked)[:1].tolist():
-        stored = have[want == row]
-        where = f"at offset {tuple(wanted.offset[row, : wanted.ndim[row]].tolist())}"
-        shown = f"shape {tuple(wanted.shape[row, : wanted.ndim[row]].tolist())} {where}"
-        twice = overlapping_pairs(index.offset[stored], index.shape[stored], limit=1)
-        what = "its stored chunks overlap" if twice else "its stored chunks leave a gap"
+        shown = tuple(wanted.shape[row, : wanted.ndim[row]].tolist())
+        offset = tuple(wanted.offset[row, : wanted.ndim[row]].tolist())
         raise CheckpointCorruptError(
-            f"{filled[row]} of {asked[row]} elements of the part of {shown} are stored: {what}",
+            f"{filled[row]} of {asked[row]} elements of the part of shape {shown} at offset "
+            f"{offset} are stored: the stored chunks leave a gap",
             entry=wanted.fqns[row],
+        )
+
+
+def _check_apart(index: Index, key: Ints) -> None:
+    """Raise where stored chunks of a wanted key overlap: a gap elsewhere would go unnoticed."""
+    asked = np.zeros(len(index), dtype=bool)
+    asked[key] = True
+    for at, one, other in overlaps(index, only=asked)[:1]:
+        raise CheckpointCorruptError(
+            f"its stored chunks overlap: {index.chunk(one)} and {index.chunk(other)}",
+            entry=index.fqns[at],
         )

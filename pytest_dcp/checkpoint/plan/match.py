@@ -82,7 +82,7 @@ def match(
         if problem:
             problems[fqn] = problem
     if problems or (missing and strict):
-        raise _error(missing if strict else (), unexpected, problems, index)
+        raise _error(missing if strict else (), names, unexpected, problems, index)
     return Match(loaded, tuple(missing), unexpected, converted)
 
 
@@ -128,11 +128,16 @@ def kind_of(dtype: torch.dtype) -> str:
 
 
 def _error(
-    missing: Sequence[str], unexpected: Sequence[str], problems: Mapping[str, str], index: Index
+    missing: Sequence[str],
+    names: Mapping[str, str],
+    unexpected: Sequence[str],
+    problems: Mapping[str, str],
+    index: Index,
 ) -> CheckpointMismatchError:
     lines = list(problems.values())
     if missing:
-        likely = [_with_nearest(fqn, unexpected or index.fqns) for fqn in missing[:SHOWN]]
+        pool = unexpected or index.fqns
+        likely = [_with_nearest(fqn, names[fqn], pool) for fqn in missing[:SHOWN]]
         lines.insert(0, f"Missing key in checkpoint state_dict: {', '.join(likely)}.")
     if len(missing) > SHOWN:
         lines.insert(1, f"... and {len(missing) - SHOWN} more missing keys")
@@ -146,7 +151,8 @@ def _error(
     )
 
 
-def _with_nearest(fqn: str, names: Iterable[str]) -> str:
+def _with_nearest(fqn: str, stored_as: str, names: Iterable[str]) -> str:
     pool = list(names)[:SUGGESTED_FROM]
-    nearest = difflib.get_close_matches(fqn, pool, n=1)
-    return f"{fqn} (nearest: {nearest[0]!r})" if nearest else fqn
+    nearest = difflib.get_close_matches(stored_as, pool, n=1)
+    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as}"
+    return f"{said} (nearest: {nearest[0]!r})" if nearest else said

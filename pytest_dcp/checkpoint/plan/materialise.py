@@ -30,7 +30,7 @@ def _materialised(value: Any) -> Any:
             raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
         return value
     if isinstance(value, torch.Tensor):
-        return _filled(value) if value.is_meta else value
+        return filled(value) if value.is_meta else value
     if isinstance(value, dict):
         materialise(value)
     elif isinstance(value, list):
@@ -40,7 +40,8 @@ def _materialised(value: Any) -> Any:
     return value
 
 
-def _filled(value: torch.Tensor) -> torch.Tensor:
+def filled(value: torch.Tensor) -> torch.Tensor:
+    """An empty tensor for a meta tensor, in the same layout."""
     if not isinstance(value, DTensor):
         return torch.empty_like(value, device=current_device(group_device_type()))
     mesh = value.device_mesh

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from pytest_dcp.errors import CheckpointCorruptError
+
 Path = tuple[Any, ...]
 """The keys from the root to a value: a mapping's own keys, and positions in lists."""
 
@@ -122,3 +124,44 @@ def _holds(values: Any, whole: bool) -> bool:
         if isinstance(value, list) and _holds(value, whole):
             return True
     return False
+
+
+ROOM_PER_KEY = 64
+ROOM_AT_LEAST = 1 << 16
+"""Positions of lists that a checkpoint's paths may need beside those that they name: lists are
+filled up with None, and a path of a damaged file could ask for any number."""
+
+
+class Room:
+    """Puts values at paths that a file says, in bounds."""
+
+    def __init__(self, keys: int) -> None:
+        self._left = ROOM_AT_LEAST + ROOM_PER_KEY * keys
+
+    def checked(self, fqn: str, path: Any) -> Path:
+        """The path; raises CheckpointCorruptError, naming the key, for what can be none."""
+        if not isinstance(path, tuple) or not path or not isinstance(path[0], str):
+            raise CheckpointCorruptError(f"its path is {str(path)[:80]!r}", entry=fqn)
+        for key in path:
+            if type(key) is int:
+                if not 0 <= key < self._left:
+                    raise CheckpointCorruptError(f"its path has position {key}", entry=fqn)
+            elif type(key) is not str:
+                raise CheckpointCorruptError(f"its path has a {type(key).__name__}", entry=fqn)
+        return path
+
+    def put(self, root: Any, fqn: str, path: Path, value: Any) -> None:
+        """Put the value there; raises CheckpointCorruptError where another value is in the way."""
+        container = root
+        for depth, key in enumerate(path):
+            wanted = list if isinstance(key, int) else dict
+            if container is not None and not isinstance(container, wanted):
+                raise CheckpointCorruptError(
+                    f"its path {path!r} leads through another value at {path[:depth]!r}", entry=fqn
+                )
+            if wanted is list:
+                self._left -= max(0, key + 1 - len(container or ()))
+            container = None if container is None else get_element(container, (key,))
+        if self._left < 0:
+            raise CheckpointCorruptError("its path needs longer lists than it has", entry=fqn)
+        set_element(root, path, value)

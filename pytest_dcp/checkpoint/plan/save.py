@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from pytest_dcp.checkpoint.plan.boxes import Ints, strides_of, widened
+from pytest_dcp.checkpoint.plan.boxes import Ints, out_of_bounds, strides_of, widened
 from pytest_dcp.checkpoint.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
 from pytest_dcp.checkpoint.plan.coverage import problems_of
 from pytest_dcp.checkpoint.plan.index import Index
@@ -67,6 +67,7 @@ def global_plan(
     plans alone). Raises PlanError naming every key whose boxes do not fit.
     """
     rows = _joined(tables)
+    _check_bounds(rows)
     linear = _linear(rows)
     order = _by_key_and_offset(rows, linear)
     starts = _group_starts(rows.key[order], linear[order])
@@ -161,6 +162,20 @@ def _group_starts(key: Ints, linear: Ints) -> Ints:
     return np.flatnonzero(new)
 
 
+def _check_bounds(rows: _All) -> None:
+    """Raise PlanError for boxes outside their tensors: what follows takes offsets for numbers."""
+    outside = np.flatnonzero(out_of_bounds(rows.offset, rows.shape, rows.size) & (rows.ndim >= 0))
+    problems = [
+        f"key:{rows.fqns[rows.key[row]]} has out of bounds chunk: "
+        f"tensor-size:{tuple(rows.size[row, : rows.ndim[row]].tolist())} "
+        f"offset:{tuple(rows.offset[row, : rows.ndim[row]].tolist())} "
+        f"shape:{tuple(rows.shape[row, : rows.ndim[row]].tolist())} on rank {rows.rank[row]}"
+        for row in outside.tolist()
+    ]
+    if problems:
+        raise PlanError(_listed("Failed to validate global plan: ", problems))
+
+
 def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
     """Raise PlanError unless every row agrees with the first of its key, replicas on the shape."""
     group = np.repeat(starts, np.diff(np.append(starts, len(order))))
@@ -171,9 +186,10 @@ def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
     dtypes = {p.dtype: n for n, p in enumerate(rows.properties)}
     dtype_of = np.array([*(dtypes[p.dtype] for p in rows.properties), UNKNOWN])[rows.property_of]
     every = np.arange(len(order))
+    other_size = (rows.ndim != rows.ndim[lead]) | (rows.size != rows.size[lead]).any(axis=1)
     checks = (
         ("kind", (rows.kind == BYTES) != (rows.kind[lead] == BYTES), every, lead),
-        ("size", (rows.size != rows.size[lead]).any(axis=1), every, lead),
+        ("size", other_size, every, lead),
         ("dtype", dtype_of != dtype_of[lead], every, lead),
         ("shape", (rows.shape[one] != rows.shape[other]).any(axis=1), other, one),
     )

@@ -30,7 +30,9 @@ class Selection:
         if self.keys is None:
             return dict(state_dict)
         patterns = [self.keys] if isinstance(self.keys, str) else list(self.keys)
-        idle = [p for p in patterns if not any(fnmatchcase(fqn, p) for fqn in state_dict)]
+        literal = {pattern for pattern in patterns if pattern in state_dict}
+        shapes = [pattern for pattern in patterns if pattern not in literal]
+        idle = [p for p in shapes if not any(fnmatchcase(fqn, p) for fqn in state_dict)]
         if idle:
             raise CheckpointMismatchError(
                 f"keys={idle!r} fit nothing in the state dict: {len(state_dict)} flat names, "
@@ -39,7 +41,7 @@ class Selection:
         return {
             fqn: value
             for fqn, value in state_dict.items()
-            if any(fnmatchcase(fqn, pattern) for pattern in patterns)
+            if fqn in literal or any(fnmatchcase(fqn, pattern) for pattern in shapes)
         }
 
     def stored_as(self, fqns: Mapping[str, Any]) -> dict[str, str] | None:

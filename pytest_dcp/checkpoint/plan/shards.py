@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
@@ -126,6 +127,25 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
         f"this rank holds no part of {index.fqn!r} at offset {index.offset}: "
         f"it holds {[box.offset for box, _ in parts]}"
     )
+
+
+def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, whose memory is as large as its shape and strides say.
+
+    It is not where a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
+    PlanError naming the fqn: what is read or written through a pointer must be there.
+    """
+    if not tensor.numel():
+        return tensor
+    last = tensor.storage_offset() + 1
+    last += sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    have = tensor.untyped_storage().nbytes()
+    if last * tensor.itemsize > have or isinstance(tensor, FakeTensor) or not tensor.data_ptr():
+        raise PlanError(
+            f"{fqn!r} has no memory for its values: shape {tuple(tensor.shape)} of {tensor.dtype} "
+            f"needs {last * tensor.itemsize} bytes, its storage has {have}"
+        )
+    return tensor
 
 
 def part_of(memory: torch.Tensor, box: LocalBox) -> torch.Tensor:

@@ -118,7 +118,10 @@ class EntryTable(Mapping[MetadataIndex, _StorageInfo]):
         self.catalog = catalog
 
     def __getitem__(self, key: MetadataIndex) -> _StorageInfo:
-        return self._info(self.catalog.row_of[key])
+        row = self.catalog.row_of[key]
+        if self.catalog.places.file[row] < 0:
+            raise KeyError(key)
+        return self._info(row)
 
     def __iter__(self) -> Iterator[MetadataIndex]:
         placed = self.catalog.places.file >= 0
@@ -146,7 +149,8 @@ def index_key(index: Index, row: int) -> MetadataIndex:
     key = index.key_of[row]
     ndim = int(index.ndim[key])
     offset = None if ndim < 0 else index.offset[row, :ndim].tolist()
-    return MetadataIndex(index.fqns[key], offset, int(row - index.first[key]))
+    hint = None if ndim < 0 else int(row - index.first[key])
+    return MetadataIndex(index.fqns[key], offset, hint)
 
 
 def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Places:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pytest_dcp.checkpoint.store.disk import Buffer, Disk
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
@@ -29,7 +29,7 @@ TEMPORARY = ".tmp"
 OURS = re.compile(r"__(?P<rank>\d+)_\d+(-[0-9a-f]+)?\.distcp")
 """Names of data files: torch's, and ours with the save's own part. Nothing else is removed."""
 RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
-LEFT_OVER = re.compile(r"(__\d+)?\.metadata(-[0-9a-f]+)?\.tmp")
+LEFT_OVER = re.compile(r"(__(?P<rank>\d+))?\.metadata(-[0-9a-f]+)?\.tmp")
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -58,12 +58,21 @@ def publish(
             if sync:
                 out.sync()
         disk.replace(folder, temporary, name)
-    except BaseException:
+    except BaseException as error:
         # A failed save leaves nothing behind that it can remove.
-        disk.remove(folder, temporary)
+        try:
+            disk.remove(folder, temporary)
+        except OSError as more:
+            error.add_note(f"{temporary} is still there: {more!r}")
         raise
     if sync:
-        disk.sync_folder(folder)
+        try:
+            disk.sync_folder(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"the new checkpoint is in place, but its folder {folder} could not be synced: "
+                f"until it is, a power cut may bring back the old one ({error})"
+            ) from error
 
 
 def sweep(
@@ -84,12 +93,28 @@ def sweep(
     return stale
 
 
+def remove_unnamed(disk: Disk, folder: Any, named: Callable[[str], Iterable[str]]) -> list[str]:
+    """The names of the data files removed that no metadata of the folder names: of dead saves."""
+    present = disk.names(folder)
+    committed = [name for name in present if name == METADATA or RANK_METADATA.fullmatch(name)]
+    keep = {file for name in committed for file in _named(named, name)}
+    stale = [
+        name
+        for name in present
+        if (OURS.fullmatch(name) or LEFT_OVER.fullmatch(name)) and name not in keep
+    ]
+    for name in stale:
+        disk.remove(folder, name)
+    return stale
+
+
 def _is_stale(name: str, rank: int | None) -> bool:
     """Whether a file that no metadata names is a checkpoint's, and this commit's to remove."""
-    data = OURS.fullmatch(name)
-    if rank is not None:
-        return data is not None and int(data["rank"]) == rank
-    return bool(data or RANK_METADATA.fullmatch(name) or LEFT_OVER.fullmatch(name))
+    if rank is None:
+        kinds = (OURS, RANK_METADATA, LEFT_OVER)
+        return any(kind.fullmatch(name) for kind in kinds)
+    own = OURS.fullmatch(name) or LEFT_OVER.fullmatch(name)
+    return own is not None and own["rank"] == str(rank)
 
 
 def _named(named: Callable[[str], Iterable[str]], name: str) -> set[str]:

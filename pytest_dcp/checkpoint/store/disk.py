@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -20,10 +22,12 @@ from typing import IO, Any, Protocol
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 RESERVE_FROM_BYTES = 1 << 20
 """Smaller files are written at once anyway."""
+LOCK_S = 120.0
+"""How long a commit waits for another save's: they take milliseconds."""
 MEMORY_KINDS = ("tmpfs", "ramfs")
 """File systems that fill a reserved page with zeros, to be written a second time."""
 
@@ -92,18 +96,35 @@ class Disk(Protocol):
     def sync_folder(self, folder: Any) -> None:
         """Return once the folder's names are on stable storage."""
 
+    def locked(self, folder: Any) -> AbstractContextManager[None]:
+        """Keep other saves' commits out of the folder, where the storage has a way to."""
+
 
 class LocalDisk:
     """The local disk, by file descriptors."""
 
     def make_folder(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            # A new folder is a name in the one above, which lasts when that is synced.
+            self.sync_folder(path.parent)
 
     def names(self, folder: Path) -> list[str]:
         try:
-            return sorted(os.listdir(folder))
+            with os.scandir(folder) as entries:
+                return sorted(e.name for e in entries if not e.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
+
+    @contextlib.contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(fd, folder)
+            yield
+        finally:
+            os.close(fd)
 
     def exists(self, folder: Path, name: str) -> bool:
         return (folder / name).is_file()
@@ -119,12 +140,7 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def open(self, folder: Path, name: str) -> Iterator[In]:
-        path = folder / name
-        root = os.path.realpath(folder)
-        if os.path.commonpath((root, os.path.realpath(path))) != root:
-            raise CheckpointCorruptError("a link leads out of the checkpoint's folder", file=name)
-        # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = _opened(folder, name)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -145,6 +161,44 @@ class LocalDisk:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _opened(folder: Path, name: str) -> int:
+    """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
+    try:
+        root = os.path.realpath(folder)
+        if os.path.commonpath((root, os.path.realpath(folder / name))) != root:
+            raise CheckpointCorruptError("a link leads out of the checkpoint's folder", file=name)
+        # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
+        return os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise CheckpointCorruptError(f"no plain file: {error.strerror}", file=name) from error
+        raise
+
+
+def _lock(fd: int, folder: Path) -> None:
+    """Take the advisory lock of an open folder, in bounded time. It goes with the descriptor.
+
+    On the folder itself (flock(2)), so that no lock file is left among the checkpoint's.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"another save has been committing to {folder} for {LOCK_S:.0f} s"
+                ) from None
+            time.sleep(0.02)
+        except OSError:
+            # Some network file systems lock no folders; then commits are as safe as a rename is.
+            return
+        else:
+            return
 
 
 @lru_cache(maxsize=64)
@@ -265,6 +319,10 @@ class StreamDisk:
 
     def sync_folder(self, folder: Any) -> None:
         """Nothing: such a file system has no call for it."""
+
+    @contextlib.contextmanager
+    def locked(self, folder: Any) -> Iterator[None]:
+        yield
 
 
 class StreamOut:

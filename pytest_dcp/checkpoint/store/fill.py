@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint._extension import ExtensionRegistry
-from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from pytest_dcp.checkpoint.plan.boxes import Ints, volumes
 from pytest_dcp.checkpoint.plan.collector import collector_paused
@@ -116,6 +116,7 @@ class _Work:
             ):
                 tensor = tensor.narrow(dim, start, length)
             target = self.planner.resolve_tensor(item).detach()
+            _check_size(item, target)
             target.copy_(tensor)
             self.planner.commit_tensor(item, target)
 
@@ -133,11 +134,7 @@ class _Work:
     def _by_hooks(self, rows: Ints) -> None:
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
-            asked = self.items[row].lengths
-            if target.size() != asked:
-                raise ValueError(
-                    f"req {self.items[row].storage_index} mismatch sizes {target.size()} vs {asked}"
-                )
+            _check_size(self.items[row], target)
         # What resolve_tensor gives is narrowed already.
         narrowed = replace(self.items, to_offset=np.zeros_like(self.items.to_offset))
         self._copy(narrowed, rows, targets.__getitem__)
@@ -177,6 +174,13 @@ class _Work:
         entry = self.items.entry
         tensors = volumes(self.items.shape) * index.itemsize[index.key_of[entry]]
         return np.where(self.items.kind == READ_BYTES, places.length[entry], tensors)
+
+
+def _check_size(item: ReadItem, target: torch.Tensor) -> None:
+    if target.size() != item.lengths:
+        raise ValueError(
+            f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}"
+        )
 
 
 def _with_entries(items: ReadItems, index: Index) -> ReadItems:

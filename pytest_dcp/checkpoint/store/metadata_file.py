@@ -36,6 +36,8 @@ from pytest_dcp.errors import CheckpointCorruptError
 MAGIC = b"\x89DCPend\n"
 """As PNG's: not text, and damaged by whatever changes line ends."""
 FORMAT_VERSION = 1
+TORCHS_AT_MOST_BYTES = 1 << 31
+"""Of a pickle that torch wrote, about 16 million chunks."""
 _BODY = struct.Struct("<8sIIQQQI")
 _CRC = struct.Struct("<I")
 _TRAILER_BYTES = _BODY.size + _CRC.size
@@ -106,6 +108,12 @@ def read(get: Callable[[int, int], memoryview], size: int) -> Catalog:
     at = size - _TRAILER_BYTES
     tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
     if tail[: len(MAGIC)] != MAGIC:
+        if size > TORCHS_AT_MOST_BYTES or bytes(tail[-1:]) != b".":
+            # Before memory is taken for it: a sparse file of any size takes no room on a disk.
+            _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
+            raise CheckpointCorruptError(
+                f"expected at most {TORCHS_AT_MOST_BYTES} bytes of torch's metadata, got {size}"
+            )
         return decode(get(0, size))
     trailer = _trailer_of(tail, at)
     start, length = trailer.manifest_start, trailer.pickle_length

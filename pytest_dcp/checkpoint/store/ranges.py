@@ -53,12 +53,20 @@ class RangeReader:
         self.observer = observer
         self.stop = stop
         self.tally = Tally()
+        self._carry: tuple[int, int, int] | None = None
+        """Of the last range, where it ended inside a block whose beginning it had: entry, end, sum
+        up to there."""
 
     def read(self, entry: int, low: int, view: memoryview) -> None:
-        """Fill the view from byte `low` of the entry's data.
+        """Fill the view from byte `low` of the entry's data, all of which is wanted.
 
         Raises CheckpointCorruptError where the file is too short or a checksum differs.
         """
+        self.fetch(entry, low, view)
+        self.observer.advance(len(view))
+
+    def fetch(self, entry: int, low: int, view: memoryview) -> None:
+        """As `read`, of bytes that may be wanted in part: progress is the caller's to tell."""
         places = self.catalog.places
         first = int(places.first_sum[entry])
         have_sums = int(places.first_sum[entry + 1]) > first
@@ -75,7 +83,6 @@ class RangeReader:
             self.tally.verified += nbytes
         else:
             self._checked(entry, low, view, nbytes)
-        self.observer.advance(len(view))
 
     def raw(self, entry: int, low: int, view: memoryview) -> None:
         """Fill the view without a check."""
@@ -100,30 +107,53 @@ class RangeReader:
             self.raw(entry, low + at, view[at : at + PIECE_BYTES])
 
     def _checked(self, entry: int, low: int, view: memoryview, nbytes: int) -> None:
-        block = self.catalog.places.block_bytes
-        high = low + len(view)
-        extend = self.verify == "full" or len(view) >= EXTEND_FROM_BYTES
-        first = low // block if extend else -(-low // block)
+        """Fill the view, and check every block that it, and what was read just before, make whole.
+
+        Sums run on: the state at `start` and the one at `end` check all blocks between.
+        """
+        block, high = self.catalog.places.block_bytes, low + len(view)
+        one_block = nbytes <= block
+        extend = self.verify == "full" or one_block or len(view) >= EXTEND_FROM_BYTES
+        carried = self._carried(entry, low)
+        crc, start = self._begin(entry, low, extend)
         last = -(-high // block) if extend or high == nbytes else high // block
-        if first >= last:
-            self._plain(entry, low, view)
-            return
-        start, end = first * block, min(last * block, nbytes)
-        crc = self._sum(entry, first - 1)
-        if start < low:
-            crc = crc32(self._extra(entry, start, low), crc)
+        end = min(last * block, nbytes)
+        whole = rest = crc
         for at in range(0, len(view), PIECE_BYTES):
             self.stop.check()
             piece = view[at : at + PIECE_BYTES]
             self.raw(entry, low + at, piece)
-            begin, until = max(start - low - at, 0), min(end - low - at, len(piece))
-            if begin < until:
-                crc = crc32(piece[begin:until], crc)
+            begin, until = low + at, low + at + len(piece)
+            if begin < end:
+                whole = rest = _summed(piece, begin, max(begin, start), min(until, end), whole)
+            # What follows the last whole block, for whoever reads on from there.
+            rest = _summed(piece, begin, max(begin, start, end), until, rest)
         if end > high:
-            crc = crc32(self._extra(entry, high, end), crc)
-        if crc != self._sum(entry, last - 1):
-            self._find_damage(entry, first, last, nbytes)
-        self.tally.verified += min(end, high) - max(start, low)
+            whole = crc32(self._extra(entry, high, end), whole)
+        if start < end:
+            if whole != self._sum(entry, last - 1):
+                self._find_damage(entry, start // block, last, nbytes)
+            self.tally.verified += min(end, high) - max(start, low) + carried
+        self._carry = (entry, high, rest) if end < high and start <= high else None
+
+    def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int]:
+        """The running checksum and where it goes on from, at or after `low`."""
+        block = self.catalog.places.block_bytes
+        if self._carry is not None and self._carry[:2] == (entry, low):
+            return self._carry[2], low
+        first = low // block
+        if low % block == 0:
+            return self._sum(entry, first - 1), low
+        if extend:
+            before = self._extra(entry, first * block, low)
+            return crc32(before, self._sum(entry, first - 1)), low
+        return self._sum(entry, first), (first + 1) * block
+
+    def _carried(self, entry: int, low: int) -> int:
+        """Bytes before `low` that the last range had read and could not check alone."""
+        if self._carry is not None and self._carry[:2] == (entry, low):
+            return low % self.catalog.places.block_bytes
+        return 0
 
     def _sum(self, entry: int, block: int) -> int:
         """The running checksum after a block; 0 before the first."""
@@ -144,3 +174,8 @@ class RangeReader:
             if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):
                 self.fail(entry, block * size, "the checksum of the block that starts here differs")
         self.fail(entry, first * size, "the checksum differed once and not when read again")
+
+
+def _summed(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:
+    """The checksum run on over the bytes `low` to `high` of a piece that begins at `begin`."""
+    return crc32(piece[low - begin : high - begin], crc) if low < high else crc

@@ -182,7 +182,11 @@ class _BoxReader:
             inner, nbytes = runs(
                 copies.shape[row], copies.from_stride[row], copies.to_stride[row], itemsize
             )
-            if nbytes >= RUN_BYTES:
+            gaps = copies.nbytes[row] < span_of(
+                copies.shape[row], copies.from_stride[row], itemsize
+            )
+            # Runs without a gap between them are read together, and checked.
+            if nbytes >= CHECKED_RUN_BYTES or (nbytes >= RUN_BYTES and gaps):
                 self._by_runs(row, inner, nbytes)
                 return
         self._by_spans(row)
@@ -212,7 +216,8 @@ class _BoxReader:
         for offset, shape in slabs(copies.shape[row], stride, dtype.itemsize, limit):
             low = int(copies.from_start[row] + (offset * stride).sum())
             view = self._buffer(target, limit)[: span_of(shape, stride, dtype.itemsize)]
-            self.reader.read(entry, low, view)
+            self.reader.fetch(entry, low, view)
+            self.reader.observer.advance(int(shape.prod()) * dtype.itemsize)
             steps = stride[:ndim] // dtype.itemsize
             part = target
             for dim in range(ndim):

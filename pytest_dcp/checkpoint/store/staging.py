@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,9 +61,10 @@ def copied(value: Any, into: Any = None) -> Any:
     if isinstance(value, list):
         fits = isinstance(into, list) and len(into) == len(value)
         return [copied(inner, into[n] if fits else None) for n, inner in enumerate(value)]
-    if type(value) is tuple:
-        return tuple(copied(inner) for inner in value)
-    return value
+    if isinstance(value, tuple):
+        parts = [copied(inner) for inner in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return copy.deepcopy(value)
 
 
 def _fits(into: Any, value: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ from pytest_dcp.checkpoint.plan.boxes import (
 )
 from pytest_dcp.checkpoint.plan.columns import ReadItems
 from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.shards import require_memory
 from pytest_dcp.errors import PlanError
 
 
@@ -69,7 +70,7 @@ def copies(
     odd_strides: bytes between neighbours of the chunks that are not stored row-major.
     """
     width = items.shape.shape[1]
-    tensors = [target(row) for row in rows.tolist()]
+    tensors = [require_memory(items.fqns[row], target(row)) for row in rows.tolist()]
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
@@ -79,6 +80,7 @@ def copies(
     for n, odd in _odd(entry, odd_strides):
         from_stride[n, : len(odd)] = odd
     to_stride, address, plain = _memory(tensors, width)
+    _check_apart(items, rows, shape, to_stride)
     to_stride = to_stride * itemsize[:, None]
     stored = [dtypes[n] for n in index.property_of[index.key_of[entry]].tolist()]
     same = np.array([a == t.dtype for a, t in zip(stored, tensors, strict=True)], dtype=bool)
@@ -122,6 +124,15 @@ def _check_inside(items: ReadItems, rows: Ints, stored: Ints, tensors: Sequence[
             f"the plan for {items.fqns[rows[n]]!r} copies shape {shape[n].tolist()} from offset "
             f"{items.from_offset[rows[n]].tolist()} of a stored chunk of {stored[n].tolist()} to "
             f"offset {items.to_offset[rows[n]].tolist()} of a target of {room[n].tolist()}"
+        )
+
+
+def _check_apart(items: ReadItems, rows: Ints, shape: Ints, to_stride: Ints) -> None:
+    """Raise PlanError for an expanded target, whose elements share their memory."""
+    shared = ((to_stride == 0) & (shape > 1)).any(axis=1)
+    for n in np.flatnonzero(shared)[:1].tolist():
+        raise PlanError(
+            f"{items.fqns[rows[n]]!r} is expanded: several of its elements are one place in memory"
         )
 
 

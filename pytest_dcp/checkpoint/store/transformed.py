@@ -12,7 +12,7 @@ from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20
 """What an entry may take beside a tensor's data."""
@@ -28,16 +28,30 @@ def plain_entry(stored: bytes, catalog: Catalog, row: int, registry: ExtensionRe
     descriptors = catalog.places.transforms.get(row)
     if not descriptors:
         return stored
+    fqn = catalog.index.fqns[catalog.index.key_of[row]]
+    try:
+        extensions = registry.from_descriptor_list(list(descriptors))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{fqn!r} was written through {list(descriptors)}, of which something is not known "
+            f"here: give the reader a registry that has it ({error})"
+        ) from error
     stream: IO[bytes] = io.BytesIO(stored)
-    for extension in registry.from_descriptor_list(list(descriptors)):
-        if isinstance(extension, StreamTransformExtension):
-            stream = extension.transform_from(stream)
     limit = _limit(catalog, row)
-    entry = _read_at_most(stream, limit + 1)
+    try:
+        for extension in extensions:
+            if isinstance(extension, StreamTransformExtension):
+                stream = extension.transform_from(stream)
+        entry = _read_at_most(stream, limit + 1)
+    except Exception as error:
+        # A codec may raise what it likes.
+        raise CheckpointCorruptError(
+            f"the entry cannot be decoded by {list(descriptors)}: {error}", entry=fqn
+        ) from error
     if len(entry) > limit:
         raise CheckpointCorruptError(
             f"the entry grows past {limit} bytes when it is decoded",
-            entry=catalog.index.fqns[catalog.index.key_of[row]],
+            entry=fqn,
         )
     return entry
 

@@ -123,6 +123,9 @@ def _encode(machine: Machine, args: tuple[Any, ...]) -> bytes:
 def _bytes_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
     def call(machine: Machine, args: tuple[Any, ...]) -> Any:
         raw = args[0] if len(args) == 1 else b""
+        if type(raw) is int:
+            # A length: a few bytes would ask for any amount of memory, also from torch.load.
+            raise UntrustedPickleError(f"expected {kind.__name__} of bytes, got it of a length")
         if len(args) > 1 or type(raw) is not bytes:
             raise _unknown(f"{kind.__name__} of bytes", args)
         machine.charge(len(raw))

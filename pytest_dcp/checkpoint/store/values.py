@@ -16,7 +16,7 @@ import torch
 
 from pytest_dcp.checkpoint.store.entry import pickle_of, value_entry
 from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError, read_value
-from pytest_dcp.errors import UntrustedPickleError
+from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 PICKLE_PROTOCOL = 2
 """What torch.save uses and all that torch.load(weights_only=True) reads."""
@@ -52,6 +52,10 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
                 "trust whoever wrote the checkpoint, or allow the class with "
                 f"torch.serialization.add_safe_globals ({str(error).splitlines()[0]})"
             ) from error
+        except (RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
+            if not weights_only:
+                raise
+            raise CheckpointCorruptError(f"the value cannot be read: {error}") from error
 
 
 def plain(value: Any, depth: int = DEPTH) -> bool:

@@ -91,8 +91,10 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
         part = some if isinstance(some, WriteResults) else _of_objects(some)
         written = part.written
         rows = _chunk_rows(index, part, lookup)
-        if len(np.unique(rows)) != len(rows) or (file[rows] >= 0).any():
-            twice = index_key(index, int(rows[np.argmax(file[rows] >= 0)]))
+        found, counts = np.unique(rows, return_counts=True)
+        again = found[(counts > 1) | (file[found] >= 0)]
+        if len(again):
+            twice = index_key(index, int(again[0]))
             raise PlanError(f"{twice} was written twice: the global plan has it on two ranks")
         numbers = [files.setdefault(name, len(files)) for name in written.files]
         file[rows] = np.array([*numbers, -1], dtype=np.int32)[written.file]
@@ -119,7 +121,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
 def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:
     """The index's rows of what was written; by their hints where those are right."""
     items = part.items
-    if isinstance(items, WriteItems):
+    if isinstance(items, WriteItems) and len(index.offset):
         key = np.array([index.row_of.get(fqn, -1) for fqn in items.fqns], dtype=np.int64)
         rows = index.first[key] + np.maximum(items.hint, 0)
         width = min(items.offset.shape[1], index.offset.shape[1])
