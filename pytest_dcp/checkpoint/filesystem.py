@@ -332,8 +332,12 @@ class FileSystemWriter(StorageWriter, Staging):
 
     def fresh_id(self) -> str:
         """Another id for the save to come."""
-        self.save_id, self._used, self._files = _new_id(), False, []
+        self.take_id(_new_id())
         return self.save_id
+
+    def take_id(self, save_id: str) -> None:
+        """Let the save to come have this id."""
+        self.save_id, self._used, self._files = save_id, False, []
 
     def _meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)

@@ -258,6 +258,9 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         """Empty the state dict, to be built anew."""
         self._filled.clear()
 
+    def _read_as_torch_2_3(self, index: Index) -> None:
+        """Nothing: the paths are the checkpoint's own."""
+
     def _should_include_key(self, fqn: str, path: Path) -> bool:
         if self.keys is None or fqn in self.keys:
             return True
@@ -266,9 +269,10 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
 
 def _is_meta(value: Any) -> bool:
-    # A ShardedTensor answers only where it has exactly one shard; `materialise` sees to it.
-    tensor = isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor)
-    return tensor and value.is_meta
+    if isinstance(value, ShardedTensor):
+        # Asked itself, it would answer only where it has exactly one shard.
+        return any(shard.tensor.is_meta for shard in value.local_shards())
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _empty(fqn: str, stored: Any) -> torch.Tensor | None:

@@ -79,8 +79,9 @@ def save(
         Stateful objects are asked for their state_dict.
     checkpoint_id: the folder, where no storage is given, or what the storage is set to.
     process_group: whose ranks save together; None: the default group. no_dist: this rank alone.
-    use_collectives: False lets each rank plan and commit its own part, without talking; such a
-        checkpoint can be loaded by the same number of ranks in the same layout only.
+    use_collectives: False lets each rank plan and commit its own part; such a checkpoint can be
+        loaded by the same number of ranks in the same layout only. Ranks commit once all have
+        written; one that fails just then leaves parts of two saves, which every load refuses.
     progress: called now and then with how far this rank has come.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
@@ -179,7 +180,7 @@ class Save:
 
         if isinstance(self.writer, FileSystemWriter):
             # One id for the parts of one save, so that a load can tell them from another's.
-            self.writer.save_id = team.broadcast("plan", self.writer.fresh_id)
+            self.writer.take_id(team.broadcast("plan", self.writer.fresh_id))
         results = team.agree("write", write)
         team.agree("commit", commit)
         if isinstance(self.writer, FileSystemWriter):

@@ -154,5 +154,5 @@ def _error(
 def _with_nearest(fqn: str, stored_as: str, names: Iterable[str]) -> str:
     pool = list(names)[:SUGGESTED_FROM]
     nearest = difflib.get_close_matches(stored_as, pool, n=1)
-    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as}"
+    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
     return f"{said} (nearest: {nearest[0]!r})" if nearest else said

@@ -25,9 +25,6 @@ def materialise(state_dict: dict[Any, Any]) -> None:
 
 def _materialised(value: Any) -> Any:
     if isinstance(value, ShardedTensor):
-        # Asked as a tensor, it would answer only where it has exactly one shard.
-        if any(shard.tensor.is_meta for shard in value.local_shards()):
-            raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
         return value
     if isinstance(value, torch.Tensor):
         return filled(value) if value.is_meta else value
@@ -42,6 +39,8 @@ def _materialised(value: Any) -> Any:
 
 def filled(value: torch.Tensor) -> torch.Tensor:
     """An empty tensor for a meta tensor, in the same layout."""
+    if isinstance(value, ShardedTensor):
+        raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
     if not isinstance(value, DTensor):
         return torch.empty_like(value, device=current_device(group_device_type()))
     mesh = value.device_mesh

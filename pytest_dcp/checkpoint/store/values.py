@@ -43,7 +43,9 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
     """
     try:
         return read_value(bytes(pickle_of(entry)))
-    except UnknownGlobalError as unknown:
+    except UntrustedPickleError as unknown:
+        if weights_only and not isinstance(unknown, UnknownGlobalError):
+            raise
         try:
             return torch.load(io.BytesIO(entry), weights_only=weights_only)
         except pickle.UnpicklingError as error:

@@ -1,0 +1,264 @@
+"""The cases without data: planning for many ranks, and the index of a big checkpoint.
+
+One process plays all ranks, since only the coordinator's time grows with their number. What is
+timed of a plan step is its critical path: one rank encodes its local plan, the coordinator decodes
+all of them, makes the global plan and encodes every reply, one rank decodes its own. The wire is
+left out for both engines.
+"""
+
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine_cases import FOREIGN, OURS, TORCH, Case
+from engine_moves import Answer, profiled
+from engine_ranks import World, alternate
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner as TorchSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
+from pytest_dcp.checkpoint.messages import arrived, homeward
+from pytest_dcp.checkpoint.plan.columns import WriteItems
+from pytest_dcp.checkpoint.plan.index import index_of
+from pytest_dcp.checkpoint.store import metadata_file
+from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES, Catalog, Places
+
+TENSORS = 1_000
+COLUMNS = 1_024
+ROWS_OF_A_RANK = 4
+CHUNKS = 256
+ENTRY_EXTRA_BYTES = 2_048
+"""Of an entry, around its data."""
+HEADER_BYTES = 1_024
+SLOW_RANKS = 256
+SLOW_ROUNDS = 2
+SLOWEST_RANKS = 1_024
+QUICK_PART = 16
+
+Stages = dict[str, Callable[[], object]]
+
+
+def write_plan(rank: int, size: int, tensors: int) -> SavePlan:
+    """The local plan of one of `size` ranks over which every tensor is sharded by rows."""
+    full = torch.Size((ROWS_OF_A_RANK * size, COLUMNS))
+    corner = torch.Size((ROWS_OF_A_RANK * rank, 0))
+    shape = torch.Size((ROWS_OF_A_RANK, COLUMNS))
+    items = [
+        WriteItem(
+            MetadataIndex(fqn, corner),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(corner, shape), TensorProperties(torch.float32), full
+            ),
+        )
+        for fqn in _fqns(tensors)
+    ]
+    return SavePlan(items, planner_data={fqn: (fqn,) for fqn in _fqns(tensors)})
+
+
+def _fqns(tensors: int) -> list[str]:
+    return [f"model.layers.{n // 8}.block.{n % 8}.weight" for n in range(tensors)]
+
+
+def our_plans(size: int, tensors: int) -> list[SavePlan]:
+    """The same local plans in columns, as our planner makes them."""
+    first = write_plan(0, size, tensors)
+    items = WriteItems.of(first.items)
+    step = np.array([ROWS_OF_A_RANK, 0], dtype=np.int64)
+    tables: list[Any] = [replace(items, offset=items.offset + rank * step) for rank in range(size)]
+    return [replace(first, items=table) for table in tables]
+
+
+@dataclass
+class OurStep:
+    """Our plan step, stage after stage."""
+
+    plan: SavePlan
+    parcels: Sequence[Any]
+    metadata: Metadata | None = None
+
+    def run(self) -> None:
+        """The critical path."""
+        pack(self.plan)
+        plans = [unpack(parcel) for parcel in self.parcels]
+        joined, self.metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
+        told = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
+        replies = [pack(homeward(plan, local)) for plan, local in zip(told, plans, strict=True)]
+        arrived(unpack(replies[0]), self.plan)
+
+
+@dataclass
+class TorchStep:
+    """torch's plan step; its ranks send what `pickle.dumps` makes of their plans."""
+
+    plan: SavePlan
+    parcels: Sequence[bytes]
+    metadata: Metadata | None = None
+
+    def run(self) -> None:
+        """The critical path."""
+        pickle.dumps(self.plan)
+        plans = [pickle.loads(parcel) for parcel in self.parcels]
+        joined, self.metadata = TorchSavePlanner().create_global_plan(plans)
+        told = filesystem.FileSystemWriter("unused").prepare_global_plan(joined)
+        replies = [pickle.dumps(plan) for plan in told]
+        pickle.loads(replies[0])
+
+
+def our_step(size: int, tensors: int) -> OurStep:
+    """Our plan step with the parcels that the ranks sent."""
+    plans = our_plans(size, tensors)
+    return OurStep(plans[0], [[bytes(part) for part in pack(plan)] for plan in plans])
+
+
+def torch_step(size: int, tensors: int) -> TorchStep:
+    """torch's plan step with the pickles that the ranks sent."""
+    first = write_plan(0, size, tensors)
+    return TorchStep(first, [pickle.dumps(write_plan(rank, size, tensors)) for rank in range(size)])
+
+
+def run_plan(
+    case: Case, world: World, rounds: int, *, quick: bool, full: bool, profile: bool
+) -> Answer:
+    """Time the plan step; torch's at the largest size only if `full`, for it takes minutes."""
+    tensors = TENSORS // QUICK_PART if quick else TENSORS
+    ours = our_step(case.ranks, tensors)
+    steps: dict[str, Callable[[], object]] = {OURS: ours.run}
+    with_torch = TORCH in case.methods and (full or quick or case.ranks < SLOWEST_RANKS)
+    notes: dict[str, object] = {
+        "bytes of our local plan": sum(map(len, ours.parcels[0])),
+        "tensors": tensors,
+    }
+    if with_torch:
+        theirs = torch_step(case.ranks, tensors)
+        steps[TORCH] = theirs.run
+        notes["bytes of torch's local plan"] = len(theirs.parcels[0])
+    ours.run()
+    slow = {} if quick or case.ranks < SLOW_RANKS else {TORCH: SLOW_ROUNDS}
+    if case.ranks >= SLOWEST_RANKS:
+        slow[TORCH] = 1
+    ms = alternate(world, steps, rounds, at_most=slow)
+    if with_torch:
+        _same(ours.metadata, theirs.metadata, case.name)
+    if profile:
+        notes["profile"] = profiled(ours.run)
+    return {"ms": ms, "notes": notes}
+
+
+def _same(ours: Metadata | None, theirs: Metadata | None, who: str) -> None:
+    """Raises RuntimeError unless both planned the same tensors and chunks."""
+    if ours is None or theirs is None:
+        raise RuntimeError(f"{who}: a planner gave no metadata")
+    if list(ours.state_dict_metadata) != list(theirs.state_dict_metadata):
+        raise RuntimeError(f"{who}: the planners know other tensors")
+    for fqn, their in theirs.state_dict_metadata.items():
+        our: Any = ours.state_dict_metadata[fqn]
+        if our.size != their.size or list(our.chunks) != list(their.chunks):  # type: ignore[union-attr] # tensors only
+            raise RuntimeError(f"{who}: the planners differ about {fqn!r}")
+
+
+# The index.
+
+
+def big_catalog(tensors: int, chunk_bytes: int, folder: Path) -> Catalog:
+    """The catalog of `tensors` tensors in 256 chunks, each rank's in a file of its own."""
+    plans = our_plans(CHUNKS, tensors)
+    _, metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
+    index = index_of(metadata)
+    scale = chunk_bytes // (ROWS_OF_A_RANK * COLUMNS * 4)
+    wide = np.array([scale, 1], dtype=np.int64)
+    index = replace(
+        index, size=index.size * wide, offset=index.offset * wide, shape=index.shape * wide
+    )
+    return Catalog(
+        index,
+        _places(tensors, chunk_bytes),
+        metadata.planner_data,
+        StorageMeta(checkpoint_id=str(folder), save_id="0" * 32),
+        "1.0.0",
+    )
+
+
+def _places(tensors: int, chunk_bytes: int) -> Places:
+    chunks = tensors * CHUNKS
+    rank, number = np.arange(chunks) % CHUNKS, np.arange(chunks) // CHUNKS
+    length = np.full(chunks, chunk_bytes + ENTRY_EXTRA_BYTES, dtype=np.int64)
+    start = number * length
+    blocks = chunk_bytes // BLOCK_BYTES
+    return Places(
+        files=tuple(f"__{rank}_0_0123456789ab.distcp" for rank in range(CHUNKS)),
+        file=rank.astype(np.int32),
+        start=start,
+        length=length,
+        data_start=start + HEADER_BYTES,
+        data_nbytes=np.full(chunks, chunk_bytes, dtype=np.int64),
+        first_sum=np.arange(chunks + 1, dtype=np.int64) * blocks,
+        sums=np.arange(chunks * blocks, dtype=np.uint32),
+    )
+
+
+def run_index(
+    case: Case, world: World, folder: Path, rounds: int, *, quick: bool, profile: bool
+) -> Answer:
+    """Time opening an index, or writing one, of 256 chunks for each tensor."""
+    tensors = TENSORS // QUICK_PART if quick else TENSORS
+    chunk_bytes = 1 << 20 if "1 MB" in case.name else BLOCK_BYTES
+    ours, theirs = folder / "ours", folder / "torch"
+    for place in (ours, theirs):
+        place.mkdir()
+    catalog = big_catalog(tensors, chunk_bytes, ours)
+    (ours / ".metadata").write_bytes(b"".join(metadata_file.encode(catalog)))
+    stock = filesystem.FileSystemReader(ours).read_metadata()
+    (theirs / ".metadata").write_bytes(pickle.dumps(stock))
+    mine = dcp.FileSystemReader(ours).read_metadata()
+    _same(mine, stock, case.name)
+    _same_places(mine, stock, case.name)
+    if case.name.startswith("open"):
+        steps: dict[str, Callable[[], object]] = {
+            OURS: lambda: dcp.FileSystemReader(ours).read_metadata(),
+            TORCH: lambda: filesystem.FileSystemReader(theirs).read_metadata(),
+            FOREIGN: lambda: dcp.FileSystemReader(theirs).read_metadata(),
+        }
+    else:
+        steps = {
+            OURS: partial(metadata_file.encode, catalog),
+            TORCH: partial(pickle.dumps, stock),
+        }
+    steps = {name: step for name, step in steps.items() if name in case.methods}
+    ms = alternate(world, steps, rounds)
+    notes: dict[str, object] = {
+        "bytes of our .metadata": (ours / ".metadata").stat().st_size,
+        "bytes of torch's .metadata": (theirs / ".metadata").stat().st_size,
+    }
+    if profile:
+        notes["profile"] = profiled(steps[OURS])
+    for place in (ours, theirs):
+        shutil.rmtree(place)
+    return {"ms": ms, "notes": notes}
+
+
+def _same_places(ours: Metadata, stock: Metadata, who: str) -> None:
+    """Raises RuntimeError unless both say the same about where the first chunks are."""
+    for key in list(stock.storage_data)[: 10 * CHUNKS]:
+        if ours.storage_data[key] != stock.storage_data[key]:
+            raise RuntimeError(f"{who}: the readers differ about where {key} is")

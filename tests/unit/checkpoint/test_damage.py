@@ -1,0 +1,280 @@
+"""Damage on disk: whatever happens to a checkpoint's bytes, a load is right or says what is wrong.
+
+The checkpoint is small, so that every single bit can be flipped, every length tried. A load of
+everything must give the saved tensors or raise CheckpointCorruptError, inside the one exception
+that all ranks get, naming a file that is damaged.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.filesystem import FileSystemReader
+from pytest_dcp.errors import CheckpointCorruptError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
+]
+
+Verify = Literal["auto", "full"]
+SECTOR = 512
+BLOCK = 1 << 16
+FLIP_EVERY = 59
+"""Bits; prime, so that every position in a byte has its turn. 1 tries all, in some minutes."""
+
+
+def state(fill: float = 1) -> dict[str, Any]:
+    return {
+        "w": torch.arange(24, dtype=torch.float32).reshape(4, 6) * fill,
+        "half": torch.arange(9, dtype=torch.bfloat16) * fill,
+        "scalar": torch.tensor(7 * int(fill)),
+        "nothing": torch.zeros(0, 3),
+        "inner": {"epoch": 3 * int(fill), "name": "run"},
+    }
+
+
+def blank(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: blank(inner) for key, inner in value.items()}
+    return torch.full_like(value, 99) if isinstance(value, torch.Tensor) else None
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
+def outcome(folder: Path, saved: Any, target: Any = None, verify: Verify = "auto") -> str | None:
+    """None when the load is right, else which file it says is damaged; "wrong" for wrong values.
+
+    Any other exception than CheckpointCorruptError leaves this function.
+    """
+    target = blank(saved) if target is None else target
+    try:
+        dcp.load(target, storage_reader=FileSystemReader(folder, verify=verify, thread_count=1))
+    except dcp.CheckpointException as error:
+        ((cause, _),) = error.failures.values()
+        if not isinstance(cause, CheckpointCorruptError):
+            raise
+        assert cause.file is not None, cause
+        return cause.file
+    return None if same(target, saved) else "wrong"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    dcp.save(state(), checkpoint_id=tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def check_each(
+    folder: Path, damaged: Callable[[bytes], Iterator[bytes]], verify: Verify = "auto"
+) -> dict[str, int]:
+    """Load after each damage to each file; how often it was noticed, by file."""
+    noticed: dict[str, int] = {}
+    for path in files(folder):
+        whole = path.read_bytes()
+        for number, bad in enumerate(damaged(whole)):
+            path.write_bytes(bad)
+            got = outcome(folder, state(), verify=verify)
+            assert got in (None, path.name), (path.name, number, got)
+            noticed[path.name] = noticed.get(path.name, 0) + (got is not None)
+        path.write_bytes(whole)
+    return noticed
+
+
+def flips(whole: bytes, step: int = 1) -> Iterator[bytes]:
+    for bit in range(0, len(whole) * 8, step):
+        bad = bytearray(whole)
+        bad[bit // 8] ^= 1 << bit % 8
+        yield bytes(bad)
+
+
+@pytest.mark.parametrize("verify", ["auto", "full"])
+def test_no_flipped_bit_gives_a_wrong_value(folder: Path, verify: Verify) -> None:
+    """A flip is noticed, or is where no load looks."""
+    noticed = check_each(folder, lambda whole: flips(whole, FLIP_EVERY), verify)
+    assert all(noticed.values())
+
+
+def test_every_byte_of_the_data_is_checked(folder: Path) -> None:
+    (path,) = folder.glob("*.distcp")
+    whole = path.read_bytes()
+    for tensor in (state()["w"], state()["half"]):
+        data = tensor.view(torch.uint8).numpy().tobytes()
+        at = whole.index(data)
+        for bit in range(0, len(data) * 8, 3):
+            bad = bytearray(whole)
+            bad[at + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bad)
+            assert outcome(folder, state()) == path.name
+
+
+def test_no_truncation_gives_a_wrong_value(folder: Path) -> None:
+    noticed = check_each(folder, lambda whole: (whole[:n] for n in range(0, len(whole), 23)))
+    assert all(noticed.values())
+
+
+def test_no_zeroed_or_garbled_sector_gives_a_wrong_value(folder: Path) -> None:
+    def sectors(whole: bytes) -> Iterator[bytes]:
+        for at in range(0, len(whole), SECTOR):
+            for filler in (b"\0", b"\xff", b"U"):
+                size = min(SECTOR, len(whole) - at)
+                yield whole[:at] + filler * size + whole[at + size :]
+
+    assert all(check_each(folder, sectors).values())
+
+
+def test_bytes_put_in_or_left_out_are_noticed(folder: Path) -> None:
+    def shifted(whole: bytes) -> Iterator[bytes]:
+        for at in range(0, len(whole), 101):
+            yield whole[:at] + b"\0" + whole[at:]
+            yield whole[:at] + whole[at + 1 :]
+
+    assert all(check_each(folder, shifted).values())
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (path,) = folder.glob("*.distcp")
+    path.unlink()
+    assert outcome(folder, state()) == path.name
+
+
+def test_a_data_file_of_another_save_is_noticed(folder: Path, tmp_path: Path) -> None:
+    dcp.save(state(2), checkpoint_id=tmp_path / "other")
+    (mine,), (other,) = folder.glob("*.distcp"), (tmp_path / "other").glob("*.distcp")
+    shutil.copy(other, mine)
+    assert outcome(folder, state()) == mine.name
+
+
+def test_swapped_data_files_are_noticed(tmp_path: Path) -> None:
+    saved = {"one": torch.arange(50.0), "two": torch.arange(50.0) + 1}
+    writer = dcp.FileSystemWriter(tmp_path, single_file_per_rank=False)
+    dcp.save(saved, storage_writer=writer)
+    one, two = sorted(tmp_path.glob("*.distcp"))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    assert outcome(tmp_path, saved) in (one.name, two.name)
+
+
+@pytest.mark.parametrize("missing", ["metadata", "data"])
+def test_torchs_own_checkpoints_name_what_is_missing(tmp_path: Path, missing: str) -> None:
+    torch_save({"w": torch.arange(5.0)}, checkpoint_id=tmp_path)
+    (tmp_path / (".metadata" if missing == "metadata" else "__0_0.distcp")).unlink()
+    target = {"w": torch.zeros(5)}
+    if missing == "data":
+        assert outcome(tmp_path, target) == "__0_0.distcp"
+        return
+    with pytest.raises(dcp.CheckpointException, match="no checkpoint in"):
+        dcp.load(target, checkpoint_id=tmp_path)
+
+
+class TestTargetsOfOtherLayouts:
+    """A tensor of several blocks, loaded whole into memory that is not like the file."""
+
+    SHAPE = (96, 2048)
+
+    @pytest.fixture
+    def full(self, tmp_path: Path) -> torch.Tensor:
+        full = torch.arange(96 * 2048, dtype=torch.float32).reshape(self.SHAPE)
+        dcp.save({"w": full}, checkpoint_id=tmp_path)
+        (path,) = tmp_path.glob("*.distcp")
+        bad = bytearray(path.read_bytes())
+        bad[200_000] ^= 1
+        path.write_bytes(bad)
+        return full
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            "plain",
+            "transposed",
+            "double",
+            pytest.param(
+                "padded",
+            ),
+        ],
+    )
+    def test_auto_checks_a_tensor_that_is_read_whole(
+        self, tmp_path: Path, full: torch.Tensor, layout: str
+    ) -> None:
+        target = {
+            "plain": lambda: torch.zeros(96, 2048),
+            "transposed": lambda: torch.zeros(2048, 96).t(),
+            "double": lambda: torch.zeros(96, 2048, dtype=torch.float64),
+            "padded": lambda: torch.zeros(96, 4096)[:, :2048],
+        }[layout]()
+        assert outcome(tmp_path, {"w": full}, {"w": target}) not in (None, "wrong")
+
+    @pytest.mark.parametrize("layout", ["transposed", "double", "padded"])
+    def test_full_checks_it_always(self, tmp_path: Path, full: torch.Tensor, layout: str) -> None:
+        target = {
+            "transposed": lambda: torch.zeros(2048, 96).t(),
+            "double": lambda: torch.zeros(96, 2048, dtype=torch.float64),
+            "padded": lambda: torch.zeros(96, 4096)[:, :2048],
+        }[layout]()
+        assert outcome(tmp_path, {"w": full}, {"w": target}, "full") not in (None, "wrong")
+
+
+def test_auto_checks_blocks_on_the_edge_of_a_staging_buffer(tmp_path: Path) -> None:
+    full = torch.arange(1_500_000, dtype=torch.float32).reshape(1500, 1000)
+    dcp.save({"w": full}, checkpoint_id=tmp_path)
+    (path,) = tmp_path.glob("*.distcp")
+    whole = path.read_bytes()
+    for at in range(4 << 20, (4 << 20) + 4 * BLOCK, BLOCK // 4):
+        bad = bytearray(whole)
+        bad[at - 2 * BLOCK] ^= 1
+        path.write_bytes(bad)
+        target = {"w": torch.zeros(1500, 1000, dtype=torch.float64)}
+        got = outcome(tmp_path, {"w": full.double()}, target)
+        assert got == path.name, at
+
+
+@pytest.mark.parametrize("rows", [(0, 2), (1, 3), (2, 4)])
+def test_full_checks_a_part_of_a_small_tensor(folder: Path, rows: tuple[int, int]) -> None:
+    """What auto may miss by design: blocks of which only a part is read."""
+    (path,) = folder.glob("*.distcp")
+    whole = path.read_bytes()
+    part = state()["w"][rows[0] : rows[1]]
+    at = whole.index(part.numpy().tobytes())
+    bad = bytearray(whole)
+    bad[at + 5] ^= 4
+    path.write_bytes(bad)
+
+    class OfAPart(dcp.DefaultLoadPlanner):
+        """Asks for some rows only, as a rank with a shard does."""
+
+        def create_local_plan(self) -> Any:
+            plan = super().create_local_plan()
+            (item,) = plan.items
+            first, size = torch.Size([rows[0], 0]), torch.Size([rows[1] - rows[0], 6])
+            plan.items = [
+                dcp.planner.ReadItem(
+                    item.type, item.dest_index, torch.Size([0, 0]), item.storage_index, first, size
+                )
+            ]
+            return plan
+
+        def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+            found: torch.Tensor = target[: rows[1] - rows[0]]
+            return found
+
+    target = torch.zeros(4, 6)
+    reader = FileSystemReader(folder, verify="full")
+    with pytest.raises(dcp.CheckpointException, match="checksum"):
+        dcp.load({"w": target}, storage_reader=reader, planner=OfAPart())

@@ -1,0 +1,275 @@
+import os
+import random
+import socket
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tilings import fewer
+from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
+
+from pytest_dcp.checkpoint.filesystem import FileSystem
+from pytest_dcp.checkpoint.store import disk as subject
+from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalIn, LocalOut, StreamDisk
+from pytest_dcp.errors import CheckpointCorruptError
+
+DISKS = [LocalDisk(), StreamDisk(TorchFileSystem()), StreamDisk(FileSystem())]
+contents = st.lists(st.binary(max_size=9), max_size=8)
+
+
+@pytest.mark.parametrize("disk", DISKS)
+class TestEveryDisk:
+    def test_a_file_is_written_and_read_by_position(self, disk, tmp_path):
+        with disk.create(tmp_path, "a") as out:
+            out.reserve(0)
+            out.write([b"0123", bytearray(b""), memoryview(b"4567")])
+            out.write([b"89"])
+            out.sync()
+        with disk.open(tmp_path, "a") as file:
+            assert file.size == 10
+            for offset in range(12):
+                for length in range(12):
+                    view = memoryview(bytearray(length))
+                    got = file.read_into(offset, view)
+                    assert bytes(view[:got]) == b"0123456789"[offset : offset + length]
+
+    def test_an_existing_file_is_replaced(self, disk, tmp_path):
+        (tmp_path / "a").write_bytes(b"long content")
+        with disk.create(tmp_path, "a") as out:
+            out.write([b"new"])
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    def test_names_come_and_go(self, disk, tmp_path):
+        folder = tmp_path / "x" / "y"
+        assert disk.names(folder) == []
+        disk.make_folder(folder)
+        disk.make_folder(folder)
+        for name in "ba":
+            with disk.create(folder, name):
+                pass
+        assert disk.names(folder) == ["a", "b"]
+        disk.replace(folder, "a", "b")
+        assert disk.names(folder) == ["b"]
+        assert disk.exists(folder, "b")
+        assert not disk.exists(folder, "a")
+        disk.remove(folder, "b")
+        disk.remove(folder, "b")
+        assert disk.names(folder) == []
+        disk.sync_folder(folder)
+
+    def test_a_missing_file_is_not_found(self, disk, tmp_path):
+        with pytest.raises(FileNotFoundError), disk.open(tmp_path, "a"):
+            pass
+
+    def test_threads_read_one_file_together(self, disk, tmp_path):
+        content = random.Random(0).randbytes(4096)
+        (tmp_path / "a").write_bytes(content)
+        wrong: list[int] = []
+
+        def reads(seed: int) -> None:
+            rng = random.Random(seed)
+            for _ in range(100):
+                at = rng.randrange(4096)
+                view = memoryview(bytearray(64))
+                got = file.read_into(at, view)
+                if bytes(view[:got]) != content[at : at + 64]:
+                    wrong.append(at)
+
+        with disk.open(tmp_path, "a") as file:
+            threads = [threading.Thread(target=reads, args=(n,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert wrong == []
+
+
+class FakeFile:
+    """A file behind writev and preadv that take and give as few bytes as they like."""
+
+    def __init__(self, steps: random.Random, content: bytes = b"") -> None:
+        self.steps = steps
+        self.content = bytearray(content)
+        self.most = 0
+
+    def writev(self, fd: int, buffers: list) -> int:
+        self.most = max(self.most, len(buffers))
+        whole = b"".join(map(bytes, buffers))
+        taken = whole[: self.steps.randint(1, max(len(whole), 1))]
+        self.content += taken
+        return len(taken)
+
+    def preadv(self, fd: int, views: tuple, offset: int) -> int:
+        (view,) = views
+        part = self.content[offset : offset + self.steps.randint(1, max(len(view), 1))][: len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+
+@given(contents, st.randoms(use_true_random=False), st.integers(1, 4))
+@fewer(2)
+def test_a_write_that_takes_a_part_is_continued(buffers, steps, most):
+    fake = FakeFile(steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject.os, "writev", fake.writev)
+        patch.setattr(subject, "IOV_MAX", most)
+        LocalOut(-1).write(buffers)
+    assert bytes(fake.content) == b"".join(buffers)
+    assert fake.most <= most
+
+
+@given(st.binary(max_size=20), st.randoms(use_true_random=False), st.data())
+@fewer(2)
+def test_a_read_that_gives_a_part_is_continued(content, steps, data):
+    fake = FakeFile(steps, content)
+    offset, length = data.draw(st.integers(0, 25)), data.draw(st.integers(0, 25))
+    view = memoryview(bytearray(length))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject.os, "preadv", fake.preadv)
+        got = LocalIn(-1, len(content)).read_into(offset, view)
+    assert bytes(view[:got]) == content[offset : offset + length]
+
+
+class RawStream:
+    """A raw stream that takes and gives one byte at a time."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.at = 0
+
+    def write(self, data) -> int:
+        self.content += bytes(data[:1])
+        return 1
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (len(self.content) if whence == os.SEEK_END else 0)
+        return self.at
+
+    def read(self, nbytes: int) -> bytes:
+        part = bytes(self.content[self.at : self.at + min(nbytes, 1)])
+        self.at += len(part)
+        return part
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_raw_stream_is_written_and_read_whole():
+    stream = RawStream()
+    out = subject.StreamOut(stream)
+    out.write([b"abc", b"", bytearray(b"de")])
+    out.sync()
+    file = subject.StreamIn(stream)
+    view = memoryview(bytearray(9))
+    assert (file.size, file.read_into(1, view)) == (5, 4)
+    assert bytes(view[:4]) == b"bcde"
+
+
+def test_a_stream_that_cannot_be_synced_says_so(tmp_path):
+    class Full(RawStream):
+        def fileno(self) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        subject.StreamOut(Full()).sync()
+
+
+def test_more_buffers_than_one_call_takes_are_written(tmp_path):
+    parts = [bytes([n % 256]) for n in range(3000)]
+    with LocalDisk().create(tmp_path, "a") as out:
+        out.write(parts)
+    assert (tmp_path / "a").read_bytes() == b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+def test_a_file_ends_where_it_was_written_whatever_was_reserved(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: kind)
+    with LocalDisk().create(tmp_path, "a") as out:
+        out.reserve(2 << 20)
+        out.write([b"x"])
+        out.end_at(1)
+        out.end_at(9)
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("code", ["EOPNOTSUPP", "EINVAL", "ENOSPC"])
+def test_only_a_full_disk_stops_a_reservation(code, tmp_path, monkeypatch):
+    def fails(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(getattr(subject.errno, code), code)
+
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
+    monkeypatch.setattr(subject.os, "posix_fallocate", fails)
+    with LocalDisk().create(tmp_path, "a") as out:
+        out.reserve(100)
+        if code == "ENOSPC":
+            with pytest.raises(OSError, match="ENOSPC"):
+                out.reserve(2 << 20)
+        else:
+            out.reserve(2 << 20)
+
+
+def test_the_kind_of_a_mounted_file_system_is_known():
+    status = os.stat("/proc/self")
+    device = os.major(status.st_dev), os.minor(status.st_dev)
+    assert subject.kind_of_device(*device) == "proc"
+    assert subject.kind_of_device(0xFFF, 0xFFF) is None
+
+
+def test_a_link_inside_the_folder_is_followed_and_one_out_of_it_refused(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "data").write_bytes(b"inside")
+    (tmp_path / "secret").write_bytes(b"outside")
+    (folder / "in").symlink_to("data")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to("..")
+    with LocalDisk().open(folder, "in") as file:
+        assert file.size == 6
+    for name in ["out", "up/secret", "../secret"]:
+        with (
+            pytest.raises(CheckpointCorruptError, match="leads out") as caught,
+            LocalDisk().open(folder, name),
+        ):
+            pass
+        assert caught.value.file == name
+
+
+def test_a_folder_that_is_itself_a_link_is_opened(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").write_bytes(b"1")
+    (tmp_path / "latest").symlink_to("real")
+    with LocalDisk().open(tmp_path / "latest", "a") as file:
+        assert file.size == 1
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ["fifo", "folder", "device"]:
+        with pytest.raises(CheckpointCorruptError), LocalDisk().open(tmp_path, name):
+            pass
+
+
+def test_a_socket_is_refused_as_no_plain_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+        with pytest.raises(CheckpointCorruptError), LocalDisk().open(tmp_path, "socket"):
+            pass
+
+
+def test_descriptors_are_closed_after_use_and_after_failure(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "a").write_bytes(b"1")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with LocalDisk().open(tmp_path, "a"), LocalDisk().create(tmp_path, "b"):
+            pass
+        with pytest.raises(CheckpointCorruptError), LocalDisk().open(tmp_path, "fifo"):
+            pass
+        with pytest.raises(ZeroDivisionError), LocalDisk().create(tmp_path, "c"):
+            raise ZeroDivisionError
+        LocalDisk().sync_folder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before

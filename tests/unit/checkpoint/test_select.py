@@ -1,0 +1,50 @@
+from fnmatch import translate
+from re import compile as compiled
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_dcp.checkpoint.plan.select import Selection
+from pytest_dcp.errors import CheckpointMismatchError
+
+names = st.text("ab.*", min_size=1, max_size=4)
+states = st.lists(names, unique=True).map(lambda fqns: {fqn: n for n, fqn in enumerate(fqns)})
+
+
+@given(states, st.lists(names, max_size=3))
+def test_the_chosen_keys_are_those_that_a_pattern_fits(state, patterns):
+    fits = [compiled(translate(pattern)).match for pattern in patterns]
+    expected = {fqn: n for fqn, n in state.items() if any(fit(fqn) for fit in fits)}
+    if all(any(fit(fqn) for fqn in state) for fit in fits):
+        assert Selection(patterns).chosen(state) == expected
+    else:
+        with pytest.raises(CheckpointMismatchError, match="fit nothing"):
+            Selection(patterns).chosen(state)
+
+
+@given(states)
+def test_without_a_choice_every_key_is_loaded_by_its_own_name(state):
+    assert Selection().chosen(state) == state
+    assert Selection().chosen(state) is not state
+    assert Selection().stored_as(state) is None
+
+
+def test_one_pattern_may_stand_alone():
+    assert Selection("a.*").chosen({"a.b": 1, "b": 2}) == {"a.b": 1}
+
+
+def test_a_flat_name_with_brackets_chooses_itself():
+    assert Selection(["groups[0]"]).chosen({"groups[0]": 1, "groups0": 2}) == {"groups[0]": 1}
+
+
+def test_names_are_mapped_whole_or_by_their_longest_prefix():
+    names = {"a.": "x.", "a.b.": "y.", "a.b.c": "z", "q": "never a prefix"}
+    found = Selection(rename=names).stored_as(dict.fromkeys(["a.b.c", "a.b.d", "a.e", "qq", "a"]))
+    assert found == {"a.b.c": "z", "a.b.d": "y.d", "a.e": "x.e", "qq": "qq", "a": "a"}
+
+
+@given(states)
+def test_a_function_renames_each_name(state):
+    renamed = Selection(rename=lambda fqn: f"old.{fqn}").stored_as(state)
+    assert renamed == {fqn: f"old.{fqn}" for fqn in state}
