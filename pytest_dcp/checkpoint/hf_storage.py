@@ -15,19 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from pytest_dcp.checkpoint.filesystem import (
-    CURRENT_DCP_VERSION,
-    FileSystemReader,
-    FileSystemWriter,
-    SerializationFormat,
-    disk_of,
-    source_of,
-)
+from pytest_dcp.checkpoint.file_reader import FileSystemReader
+from pytest_dcp.checkpoint.file_system import disk_of
+from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION, FileSystemWriter, source_of
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import publish

@@ -21,7 +21,8 @@ from typing_extensions import deprecated
 
 from pytest_dcp.checkpoint.coordinate import StepError, Team, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from pytest_dcp.checkpoint.filesystem import FileSystemReader, checked_verify, save_of
+from pytest_dcp.checkpoint.file_reader import FileSystemReader, checked_verify
+from pytest_dcp.checkpoint.file_system import save_of
 from pytest_dcp.checkpoint.phases import Phases
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.plan.select import Rename, Selection

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from pytest_dcp.checkpoint.filesystem import disk_of
+from pytest_dcp.checkpoint.file_system import disk_of
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.checkpoint.plan.columns import ReadItems
 from pytest_dcp.checkpoint.plan.index import Index

@@ -20,7 +20,7 @@ from typing_extensions import deprecated
 
 from pytest_dcp.checkpoint.coordinate import Team, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultSavePlanner
-from pytest_dcp.checkpoint.filesystem import FileSystemWriter
+from pytest_dcp.checkpoint.file_writer import FileSystemWriter
 from pytest_dcp.checkpoint.messages import (
     arrived,
     homeward,

@@ -8,13 +8,13 @@ protocols 0 and 1 that protocol 2 replaced, and those no pickler emits for data 
 
 from __future__ import annotations
 
-import gc
 import pickle
 import struct
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.store.unpickle_machine import (
     Callee,
     Machine,
@@ -41,13 +41,8 @@ def run(data: bytes | memoryview, vocabulary: Vocabulary) -> Any:
         CheckpointCorruptError: and its subclasses, as the module says; `offset` is the opcode's.
     """
     machine = Machine(data if isinstance(data, bytes) else bytes(data), vocabulary)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_paused():
         return _interpret(machine)
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _interpret(machine: Machine) -> Any:

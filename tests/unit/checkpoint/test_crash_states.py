@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import filesystem
+from pytest_dcp.checkpoint import file_system
 from pytest_dcp.checkpoint.filesystem import FileSystemWriter
 from pytest_dcp.checkpoint.store import disk as disk_module
 from pytest_dcp.checkpoint.store.disk import Buffer, In, LocalDisk, Out
@@ -256,7 +256,7 @@ def loaded(folder: Path) -> float:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> RecordingDisk:
     disk = RecordingDisk()
-    monkeypatch.setattr(filesystem, "disk_of", lambda fs: disk)
+    monkeypatch.setattr(file_system, "disk_of", lambda fs: disk)
     return disk
 
 
@@ -538,7 +538,7 @@ def fills(tensor: torch.Tensor) -> list[float]:
 
 
 def failed_save(folder: Path, disk: FailingDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "disk_of", lambda fs: disk)
+    monkeypatch.setattr(file_system, "disk_of", lambda fs: disk)
     writer = FileSystemWriter(folder, thread_count=4)
     with pytest.raises(dcp.CheckpointException, match="no room for"):
         dcp.save(state(2), storage_writer=writer)
@@ -577,7 +577,7 @@ def test_a_save_that_raises_has_not_replaced_the_checkpoint(
 ) -> None:
     dcp.save(state(1), checkpoint_id=tmp_path)
     disk = FailingDisk(kind, number)
-    monkeypatch.setattr(filesystem, "disk_of", lambda fs: disk)
+    monkeypatch.setattr(file_system, "disk_of", lambda fs: disk)
     try:
         dcp.save(state(2), checkpoint_id=tmp_path)
     except dcp.CheckpointException as error:
@@ -632,7 +632,7 @@ def test_two_saves_at_once_leave_one_of_them_whole(
 
     dcp.save(state(1), checkpoint_id=tmp_path)
     disk = Meeting("")
-    monkeypatch.setattr(filesystem, "disk_of", lambda fs: disk)
+    monkeypatch.setattr(file_system, "disk_of", lambda fs: disk)
     try:
         dcp.save(state(2), checkpoint_id=tmp_path)
         succeeded.add(2.0)
@@ -662,7 +662,7 @@ def test_metadata_that_cannot_be_read_does_not_bring_an_older_save_back(
             with super().open(folder, name) as file:
                 yield file
 
-    monkeypatch.setattr(filesystem, "disk_of", lambda fs: Flaky())
+    monkeypatch.setattr(file_system, "disk_of", lambda fs: Flaky())
     with pytest.raises(dcp.CheckpointException, match="cannot be read now"):
         loaded(tmp_path)
 

@@ -1,0 +1,168 @@
+"""The reader of checkpoints in folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, cast
+
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemBase,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from pytest_dcp.checkpoint import file_system
+from pytest_dcp.checkpoint.file_system import FileSystem, new_id, read_catalog, save_of
+from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.commit import (
+    metadata_name,
+)
+from pytest_dcp.checkpoint.store.fill import Filled, fill
+from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.ranges import Verify
+from pytest_dcp.checkpoint.store.read import ReadSettings
+from pytest_dcp.errors import (
+    CheckpointFileMissingError,
+    CheckpointReplacedError,
+)
+
+
+class FileSystemReader(StorageReader):
+    """Reads checkpoints from folders: ours, and those that torch 2.0 to 2.13 wrote."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        verify: Verify = "auto",
+        thread_count: int | None = None,
+    ) -> None:
+        """As torch's, and:
+
+        verify: "auto" checks every block of 64 KiB that is read whole, "full" reads blocks whole
+            so that every byte is checked, "off" checks nothing. Only our own checkpoints have
+            checksums.
+        thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
+        """
+        super().__init__()
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self.verify: Verify = checked_verify(verify)
+        self.thread_count = thread_count
+        self.registry = _extension_registry or ExtensionRegistry()
+        self.load_id = new_id()
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.filled = Filled()
+        self.has_manifest = False
+        """Whether the metadata that was read last is this engine's."""
+        self._catalog: Catalog | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another load, from the given folder or the same."""
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self.load_id = new_id()
+        self._catalog = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the whole checkpoint, or of `rank` where each rank saved on its own.
+
+        Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
+        """
+        name = metadata_name(kwargs.get("rank"))
+        catalog = read_catalog(file_system.disk_of(self.fs), self.path, name)
+        self.has_manifest = bool((catalog.places.data_start >= 0).any())
+        metadata = catalog.metadata()
+        meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta = dataclasses.replace(meta, load_id=self.load_id)
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the metadata that plans will be made from."""
+        if metadata.storage_data is None:
+            raise ValueError("the metadata has no storage_data: it does not say where anything is")
+        self._catalog = Catalog.of(metadata)
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into the planner's targets; done when the future is returned."""
+        if self._catalog is None:
+            raise ValueError("set_up_storage_reader must be called before read_data")
+        settings = ReadSettings(self.verify, self.thread_count or _threads())
+        try:
+            self.filled = fill(
+                file_system.disk_of(self.fs),
+                self.path,
+                self._catalog,
+                ReadItems.of(plan.items),
+                planner,
+                settings,
+                self.registry,
+                observer("load"),
+            )
+        except CheckpointFileMissingError as error:
+            if self._is_replaced(self._catalog):
+                raise CheckpointReplacedError(
+                    f"the checkpoint in {self.path} was replaced while it was being loaded, and "
+                    "its files are gone: load again"
+                ) from error
+            raise
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _is_replaced(self, catalog: Catalog) -> bool:
+        """Whether the folder's checkpoint is another save's than the catalog."""
+        disk = file_system.disk_of(self.fs)
+        name = metadata_name(None if self.use_collectives else self.rank)
+        try:
+            now = read_catalog(disk, self.path, name)
+        except FileNotFoundError:
+            # The whole's gave way to the ranks' own, or the other way round.
+            other = metadata_name(0 if self.use_collectives else None)
+            return disk.exists(self.path, other)
+        return save_of(now.storage_meta) != save_of(catalog.storage_meta)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+def checked_verify(verify: str) -> Verify:
+    """The setting; raises ValueError for what is none."""
+    if verify not in ("auto", "full", "off"):
+        raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
+    return cast(Verify, verify)
+
+
+def _threads() -> int:
+    """Reader threads for this rank: its share of the cores that it may use, at most 4."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    return max(1, min(4, cores // max(ranks, 1)))

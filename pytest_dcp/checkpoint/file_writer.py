@@ -1,0 +1,313 @@
+"""The writer of checkpoints in folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint._extension import StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemBase,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from pytest_dcp.checkpoint import file_system
+from pytest_dcp.checkpoint.file_system import FileSystem, files_named, new_id
+from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.save_planner import plain_data
+from pytest_dcp.checkpoint.store import metadata_file
+from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.checks import check_catalog
+from pytest_dcp.checkpoint.store.commit import (
+    RANK_METADATA,
+    data_name,
+    metadata_name,
+    publish,
+    remove_unnamed,
+    sweep,
+)
+from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.safetensors import write_safetensors
+from pytest_dcp.checkpoint.store.staging import Staging
+from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
+from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointExistsError,
+)
+
+logger = logging.getLogger("pytest_dcp.checkpoint")
+
+CURRENT_DCP_VERSION = "1.0.0"
+"""What torch 2.13 writes into metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileNames:
+    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`."""
+
+    prefix: str
+    save: str
+    """Of this save alone."""
+
+
+class FileSystemWriter(StorageWriter, Staging):
+    """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
+
+    The data files have names of their own save; the old checkpoint, if there is one, stays whole
+    and loadable until the new one has replaced it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+    ) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder; made if it is not there.
+        single_file_per_rank: one file for each rank and thread, instead of one for each item.
+        sync_files: wait for stable storage, of files and folder, before the save is committed.
+        thread_count: files of a rank that are written at the same time.
+        per_thread_copy_ahead: bytes of a tensor outside flat CPU memory that are copied at a time.
+        cache_staged_state_dict: keep the memory of `stage` for the next save of the same state.
+        overwrite: whether a checkpoint that is there may be replaced; if not, the save raises
+            CheckpointExistsError and nothing is changed.
+        """
+        StorageWriter.__init__(self)
+        Staging.__init__(self, cache_staged_state_dict)
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.overwrite = overwrite
+        self.extensions = tuple(_extensions or ())
+        self.serialization_format = serialization_format
+        self.save_id = new_id()
+        self._used = False
+        self._files: list[str] = []
+        """Names of the data files of this rank's save."""
+        self.rank: int | None = None
+        self.use_collectives = True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another save, to the given folder or the same."""
+        if checkpoint_id:
+            self.path = self.fs.init_path(checkpoint_id)
+        self.fresh_id()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take this rank's number, and whether all ranks commit together."""
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan; the folder is there, and may be written to."""
+        disk = self._disk()
+        disk.make_folder(self.path)
+        if self._is_taken(disk):
+            if not self.overwrite:
+                raise CheckpointExistsError(
+                    f"Checkpoint already exists and self.overwrite=False: {self.path}"
+                )
+            warnings.warn(
+                f"Detected an existing checkpoint in {self.path}, overwriting since "
+                "self.overwrite=True: it stays whole until the new one has replaced it.",
+                stacklevel=2,
+            )
+        if self.rank is not None and not self.use_collectives:
+            plan = dataclasses.replace(plan, storage_data=_names(self.rank, self.save_id))
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans, each with the names of its files to be; dead saves make room for them."""
+        disk = self._disk()
+        if self.use_collectives:
+            with disk.locked(self.path):
+                try:
+                    remove_unnamed(disk, self.path, lambda name: files_named(disk, self.path, name))
+                except (OSError, CheckpointCorruptError) as error:
+                    logger.warning("%s: files of dead saves stay: %r", self.path, error)
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def _is_taken(self, disk: Disk) -> bool:
+        """Whether the folder has a checkpoint that this save would replace."""
+        if disk.exists(self.path, metadata_name()):
+            return True
+        if self.use_collectives:
+            return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
+        # Only its own: other ranks may have committed theirs a moment ago.
+        return disk.exists(self.path, metadata_name(self.rank))
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items; done when the future is returned."""
+        items = plan.items
+        table = WriteItems.of(items)
+        size_bytes = table.size_bytes()
+        names: FileNames = plan.storage_data
+        if self.single_file_per_rank:
+            groups = balanced(size_bytes, self.thread_count)
+        else:
+            groups = [[row] for row in range(len(items))]
+        data = np.where(table.kind == BYTES, 0, size_bytes)
+        jobs = [
+            FileJob(data_name(names.prefix, number, names.save), rows, int(data[rows].sum()))
+            for number, rows in enumerate(groups)
+        ]
+        self._used, self._files = True, [job.name for job in jobs]
+        watcher = observer("save")
+        watcher.expect(int(data.sum()))
+        settings = Settings(
+            sync=self.sync_files,
+            threads=self.thread_count,
+            copy_ahead_bytes=self.per_thread_copy_ahead,
+            transforms=self.extensions,
+        )
+        disk, source = self._disk(), source_of(planner, items)
+        if self.serialization_format == SerializationFormat.SAFETENSORS:
+            written = write_safetensors(disk, self.path, jobs, source, settings, watcher, items)
+        else:
+            written = write_files(disk, self.path, jobs, source, settings, watcher)
+        results: Any = WriteResults(items, written)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: from here on the folder's checkpoint is this save's."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = self._meta()
+        catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
+        places = places_of(catalog.index, results)
+        catalog = dataclasses.replace(catalog, places=places)
+        check_catalog(catalog)
+        metadata.storage_data = catalog.metadata().storage_data
+        disk = self._disk()
+        alone = self.rank if not self.use_collectives else None
+        name = metadata_name(alone)
+        content = metadata_file.encode(catalog)
+        with disk.locked(self.path):
+            self._check_written(disk, catalog)
+            publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
+            self._sweep(disk, alone)
+
+    def _sweep(self, disk: Disk, alone: int | None) -> None:
+        """Clean up after a commit, which stands whatever becomes of this."""
+        try:
+            sweep(disk, self.path, lambda name: files_named(disk, self.path, name), rank=alone)
+        except (OSError, CheckpointCorruptError) as error:
+            logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
+
+    def discard(self) -> None:
+        """Remove this rank's files of a save that failed, unless it was committed after all."""
+        if not self._files:
+            return
+        disk = self._disk()
+        with disk.locked(self.path):
+            committed = {metadata_name(), metadata_name(self.rank)} & set(disk.names(self.path))
+            named = {file for name in committed for file in files_named(disk, self.path, name)}
+            for name in self._files:
+                if name not in named:
+                    disk.remove(self.path, name)
+
+    def retire_whole(self) -> None:
+        """Remove the checkpoint of the whole, after every rank has committed its own part.
+
+        Until then a reader finds the old checkpoint, from then on the ranks' own.
+        """
+        disk = self._disk()
+        if not disk.exists(self.path, metadata_name()):
+            return
+        with disk.locked(self.path):
+            disk.remove(self.path, metadata_name())
+            if self.sync_files:
+                disk.sync_folder(self.path)
+            try:
+                remove_unnamed(disk, self.path, lambda name: files_named(disk, self.path, name))
+            except (OSError, CheckpointCorruptError) as error:
+                logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Where and what the save is that begins or goes on."""
+        if self._used:
+            # Another save of the same writer: its files must not have the names of the last one's.
+            self.fresh_id()
+        return self._meta()
+
+    def fresh_id(self) -> str:
+        """Another id for the save to come."""
+        self.take_id(new_id())
+        return self.save_id
+
+    def take_id(self, save_id: str) -> None:
+        """Let the save to come have this id."""
+        self.save_id, self._used, self._files = save_id, False, []
+
+    def _meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _disk(self) -> Disk:
+        return file_system.disk_of(self.fs)
+
+    def _check_written(self, disk: Disk, catalog: Catalog) -> None:
+        """Raise unless every file that the metadata will name is there."""
+        present = set(disk.names(self.path))
+        gone = [name for name in catalog.places.files if present and name not in present]
+        if gone:
+            raise CheckpointCorruptError(
+                "a data file of this save is gone before the commit: does another save write to "
+                "the same folder?",
+                file=gone[0],
+            )
+
+
+def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
+    """What gives the data of an item: the planner's own short way, or its hook."""
+    if hasattr(planner, "source"):
+        source: Source = planner.source(items)
+        return source
+
+    def resolved(row: int) -> torch.Tensor | bytes:
+        return plain_data(items[row].index.fqn, planner.resolve_data(items[row]))
+
+    return resolved
+
+
+def _names(rank: int, save_id: str) -> FileNames:
+    return FileNames(f"__{rank}_", save_id[:12])
