@@ -1,0 +1,67 @@
+"""What a user sees of a save and a load while they run."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.progress import progress_bar
+from pytest_dcp.checkpoint.store.observe import Progress
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def test_the_bar_ends_full_for_a_save_and_a_load(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(1 << 18)}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress_bar(console=screen) as bar:
+        dcp.save(state, checkpoint_id=tmp_path, progress=bar)
+        dcp.load(state, checkpoint_id=tmp_path, progress=bar)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.file.getvalue())  # type: ignore[attr-defined]  # StringIO
+    last = shown.splitlines()[-2:]
+    assert "save, rank 0" in last[0]
+    assert "load, rank 0" in last[1]
+    assert all("1.0/1.0 MB" in line for line in last)
+
+
+def test_only_the_chosen_rank_shows_a_bar() -> None:
+    screen = Console(file=io.StringIO(), width=120)
+    with progress_bar(rank=1, console=screen) as bar:
+        bar(Progress("save", 0, 1, 2))
+    assert "save" not in screen.file.getvalue()  # type: ignore[attr-defined]  # StringIO
+
+
+def test_a_missing_rich_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = builtins.__import__
+
+    def without_rich(name: str, *args: Any, **options: Any) -> Any:
+        if name.startswith("rich"):
+            raise ImportError(name)
+        return found(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    with pytest.raises(ImportError, match=r"pip install 'pytest-dcp\[progress\]'"), progress_bar():
+        pass
+
+
+def test_each_phase_is_logged_with_its_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"w": torch.zeros(1000)}
+    with caplog.at_level(logging.INFO, logger="pytest_dcp.checkpoint"):
+        dcp.save(state, checkpoint_id=tmp_path)
+        dcp.load(state, checkpoint_id=tmp_path)
+    saved, loaded = caplog.messages
+    time = r"\d+\.\d ms"
+    assert re.search(rf"rank 0: saved .*: 0\.004 MB in {time} ", saved)
+    assert re.search(rf"\(plan {time}, write {time}, commit {time}\)", saved)
+    assert re.search(rf"\(plan {time}, read {time}\), 4000 bytes read, 4000 verified", loaded)
