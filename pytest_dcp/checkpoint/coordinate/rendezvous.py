@@ -11,6 +11,7 @@ is late, gloo's connections come to harm (gloo closes all of them at the first w
 from __future__ import annotations
 
 import base64
+import threading
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -44,19 +45,25 @@ class Meeting:
     """By coordinator rank."""
     tethers: dict[int, Line] = field(default_factory=dict)
     """By coordinator rank; see reception."""
+    tying: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a tether is made: a save and a load may begin at once."""
 
 
 _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
 
 
+_meeting = threading.Lock()
+
+
 def meeting_of(group: dist.ProcessGroup) -> Meeting:
     """What is remembered of a group."""
-    meeting = _meetings.get(group)
-    if meeting is None:
-        meeting = _meetings[group] = Meeting()
-        # Not at exit: a tether that breaks without a word says that the process has ended.
-        weakref.finalize(group, _untie, meeting.tethers).atexit = False
-    return meeting
+    with _meeting:
+        meeting = _meetings.get(group)
+        if meeting is None:
+            meeting = _meetings[group] = Meeting()
+            # Not at exit: a tether that breaks without a word says that the process has ended.
+            weakref.finalize(group, _untie, meeting.tethers).atexit = False
+        return meeting
 
 
 def _untie(tethers: dict[int, Line]) -> None:

@@ -83,19 +83,20 @@ class Spoke:
 
     def _tie(self, key: str, address: Address, head: Head) -> Verdict | None:
         """Make sure that the coordinator sees this process end, in later operations too."""
-        site, tethers = self.site, rendezvous.meeting_of(self._group).tethers
-        old = tethers.get(site.coordinator)
-        if old is not None and old.fileno() >= 0:
-            old.receive()
-            if not old.over:
-                return None
-            old.close()
-        try:
-            tether = tethers[site.coordinator] = Line(connect(address))
-        except OSError as error:
-            return self._end(site.ended(site.coordinator, head.name, str(error)), head)
-        tether.queue(Hello(key, TETHER, 0, site.rank).frame(address.secret))
-        tether.flush()
+        site, meeting = self.site, rendezvous.meeting_of(self._group)
+        with meeting.tying:
+            old = meeting.tethers.get(site.coordinator)
+            if old is not None and old.fileno() >= 0:
+                old.receive()
+                if not old.over:
+                    return None
+                old.close()
+            try:
+                tether = meeting.tethers[site.coordinator] = Line(connect(address))
+            except OSError as error:
+                return self._end(site.ended(site.coordinator, head.name, str(error)), head)
+            tether.queue(Hello(key, TETHER, 0, site.rank).frame(address.secret))
+            tether.flush()
         return None
 
     def _find(self, until_s: float) -> tuple[Address | None, socket.socket | None, str]:

@@ -30,7 +30,8 @@ class Selection:
         if self.keys is None:
             return dict(state_dict)
         patterns = [self.keys] if isinstance(self.keys, str) else list(self.keys)
-        literal = {pattern for pattern in patterns if pattern in state_dict}
+        # The name `groups[0]` is meant as it is; a name with a star would be an odd one.
+        literal = {p for p in patterns if p in state_dict and not set("*?") & set(p)}
         shapes = [pattern for pattern in patterns if pattern not in literal]
         idle = [p for p in shapes if not any(fnmatchcase(fqn, p) for fqn in state_dict)]
         if idle:
