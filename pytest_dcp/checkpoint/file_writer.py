@@ -32,6 +32,7 @@ from pytest_dcp.checkpoint.store.checks import check_catalog
 from pytest_dcp.checkpoint.store.commit import (
     RANK_METADATA,
     data_name,
+    is_leftover,
     metadata_name,
     publish,
     remove_unnamed,
@@ -143,7 +144,7 @@ class FileSystemWriter(StorageWriter, Staging):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """The plans, each with the names of its files to be; dead saves make room for them."""
         disk = self._disk()
-        if self.use_collectives:
+        if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
             with disk.locked(self.path):
                 try:
                     remove_unnamed(disk, self.path, lambda name: files_named(disk, self.path, name))

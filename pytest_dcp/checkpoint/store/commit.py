@@ -98,14 +98,15 @@ def remove_unnamed(disk: Disk, folder: Any, named: Callable[[str], Iterable[str]
     present = disk.names(folder)
     committed = [name for name in present if name == METADATA or RANK_METADATA.fullmatch(name)]
     keep = {file for name in committed for file in _named(named, name)}
-    stale = [
-        name
-        for name in present
-        if (OURS.fullmatch(name) or LEFT_OVER.fullmatch(name)) and name not in keep
-    ]
+    stale = [name for name in present if is_leftover(name) and name not in keep]
     for name in stale:
         disk.remove(folder, name)
     return stale
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is a save's, and a leftover unless some metadata names it."""
+    return bool(OURS.fullmatch(name) or LEFT_OVER.fullmatch(name))
 
 
 def _is_stale(name: str, rank: int | None) -> bool:
