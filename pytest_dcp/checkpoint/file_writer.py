@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,7 @@ class FileSystemWriter(StorageWriter, Staging):
         disk = self._disk()
         if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
             with disk.locked(self.path):
-                try:
-                    remove_unnamed(disk, self.path, lambda name: files_named(disk, self.path, name))
-                except (OSError, CheckpointCorruptError) as error:
-                    logger.warning("%s: files of dead saves stay: %r", self.path, error)
+                self._clean(remove_unnamed)
         return [
             plan
             if plan.storage_data is not None
@@ -216,12 +214,13 @@ class FileSystemWriter(StorageWriter, Staging):
         with disk.locked(self.path):
             self._check_written(disk, catalog)
             publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
-            self._sweep(disk, alone)
+            self._clean(partial(sweep, rank=alone))
 
-    def _sweep(self, disk: Disk, alone: int | None) -> None:
-        """Clean up after a commit, which stands whatever becomes of this."""
+    def _clean(self, remove: Callable[..., object]) -> None:
+        """Remove files of earlier saves; a save goes on, or stands, whatever becomes of this."""
+        disk = self._disk()
         try:
-            sweep(disk, self.path, lambda name: files_named(disk, self.path, name), rank=alone)
+            remove(disk, self.path, lambda name: files_named(disk, self.path, name))
         except (OSError, CheckpointCorruptError) as error:
             logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
 
@@ -249,10 +248,7 @@ class FileSystemWriter(StorageWriter, Staging):
             disk.remove(self.path, metadata_name())
             if self.sync_files:
                 disk.sync_folder(self.path)
-            try:
-                remove_unnamed(disk, self.path, lambda name: files_named(disk, self.path, name))
-            except (OSError, CheckpointCorruptError) as error:
-                logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
+            self._clean(remove_unnamed)
 
     def storage_meta(self) -> StorageMeta | None:
         """Where and what the save is that begins or goes on."""

@@ -99,16 +99,7 @@ def load(
     options = {} if verify is None else {"verify": verify}
     storage_reader = reader_for(storage_reader, checkpoint_id, **options)
     chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
-    if planner is None:
-        planner = DefaultLoadPlanner(
-            allow_partial_load=not strict, weights_only=weights_only, selection=chosen
-        )
-    elif not strict or keys is not None or rename is not None or not weights_only:
-        raise ValueError(
-            "strict, keys, rename and weights_only are for the default planner: give them to "
-            f"your {type(planner).__name__} (DefaultLoadPlanner has allow_partial_load, selection "
-            "and weights_only)"
-        )
+    planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
 
     def ordered() -> dict[str, Any]:
         return plain_state({key: state_dict[key] for key in sorted(state_dict)})
@@ -123,6 +114,23 @@ def load(
         else:
             state_dict[key] = loaded
     return report
+
+
+def _planner_for(
+    planner: LoadPlanner | None, selection: Selection, *, strict: bool, weights_only: bool
+) -> LoadPlanner:
+    """The given planner, or a default one with these options, which are for it alone."""
+    if planner is None:
+        return DefaultLoadPlanner(
+            allow_partial_load=not strict, weights_only=weights_only, selection=selection
+        )
+    if not strict or not weights_only or selection != Selection():
+        raise ValueError(
+            "strict, keys, rename and weights_only are for the default planner: give them to "
+            f"your {type(planner).__name__} (DefaultLoadPlanner has allow_partial_load, selection "
+            "and weights_only)"
+        )
+    return planner
 
 
 def load_without_template(

@@ -84,24 +84,33 @@ def sweep(
     checkpoint, which also replaces what ranks had saved on their own; or the rank that committed
     its own part, whose files alone are looked at.
     """
-    present = disk.names(folder)
-    committed = {METADATA, *([] if rank is None else [metadata_name(rank)])}
-    keep = {file for name in present if name in committed for file in _named(named, name)}
-    stale = [name for name in present if name not in keep and _is_stale(name, rank)]
-    for name in stale:
-        disk.remove(folder, name)
-    return stale
+    committed = (METADATA,) if rank is None else (METADATA, metadata_name(rank))
+    return _remove(disk, folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
 
 
 def remove_unnamed(disk: Disk, folder: Any, named: Callable[[str], Iterable[str]]) -> list[str]:
     """The names of the data files removed that no metadata of the folder names: of dead saves."""
+    return _remove(disk, folder, named, _is_metadata, is_leftover)
+
+
+def _remove(
+    disk: Disk,
+    folder: Any,
+    named: Callable[[str], Iterable[str]],
+    counts: Callable[[str], bool],
+    is_stale: Callable[[str], bool],
+) -> list[str]:
+    """Remove the stale files that no metadata that counts names; their names."""
     present = disk.names(folder)
-    committed = [name for name in present if name == METADATA or RANK_METADATA.fullmatch(name)]
-    keep = {file for name in committed for file in _named(named, name)}
-    stale = [name for name in present if is_leftover(name) and name not in keep]
+    keep = {file for name in present if counts(name) for file in _named(named, name)}
+    stale = [name for name in present if name not in keep and is_stale(name)]
     for name in stale:
         disk.remove(folder, name)
     return stale
+
+
+def _is_metadata(name: str) -> bool:
+    return name == METADATA or RANK_METADATA.fullmatch(name) is not None
 
 
 def is_leftover(name: str) -> bool:

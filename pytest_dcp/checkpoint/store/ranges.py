@@ -2,7 +2,8 @@
 
 A range is checked by the blocks that it covers whole: the checksum before the first and the one
 after the last are in the catalog. Its ragged ends belong to blocks of which the rest is not
-wanted; that rest is read as well where it is little beside the range, or always for `full`.
+wanted; that rest is read as well where it is little (beside the range, or because the whole chunk
+is one block), or always for `full`.
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ class RangeReader:
         block, high = self.catalog.places.block_bytes, low + len(view)
         one_block = nbytes <= block
         extend = self.verify == "full" or one_block or len(view) >= EXTEND_FROM_BYTES
-        carried = self._carried(entry, low)
-        crc, start = self._begin(entry, low, extend)
+        crc, start, carried = self._begin(entry, low, extend)
         last = -(-high // block) if extend or high == nbytes else high // block
         end = min(last * block, nbytes)
         whole = rest = crc
@@ -136,24 +136,19 @@ class RangeReader:
             self.tally.verified += min(end, high) - max(start, low) + carried
         self._carry = (entry, high, rest) if end < high and start <= high else None
 
-    def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int]:
-        """The running checksum and where it goes on from, at or after `low`."""
+    def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int, int]:
+        """The running checksum, where it goes on from, at or after `low`, and the bytes before
+        `low` that it stands for: those that the last range had read and could not check alone."""
         block = self.catalog.places.block_bytes
+        first, inside = divmod(low, block)
         if self._carry is not None and self._carry[:2] == (entry, low):
-            return self._carry[2], low
-        first = low // block
-        if low % block == 0:
-            return self._sum(entry, first - 1), low
+            return self._carry[2], low, inside
+        if not inside:
+            return self._sum(entry, first - 1), low, 0
         if extend:
             before = self._extra(entry, first * block, low)
-            return crc32(before, self._sum(entry, first - 1)), low
-        return self._sum(entry, first), (first + 1) * block
-
-    def _carried(self, entry: int, low: int) -> int:
-        """Bytes before `low` that the last range had read and could not check alone."""
-        if self._carry is not None and self._carry[:2] == (entry, low):
-            return low % self.catalog.places.block_bytes
-        return 0
+            return crc32(before, self._sum(entry, first - 1)), low, 0
+        return self._sum(entry, first), (first + 1) * block, 0
 
     def _sum(self, entry: int, block: int) -> int:
         """The running checksum after a block; 0 before the first."""
