@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk, StreamDisk
+from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk
+from pytest_dcp.checkpoint.store.stream_disk import StreamDisk
 from pytest_dcp.errors import (
     CheckpointCorruptError,
 )

@@ -4,13 +4,18 @@ A range is checked by the blocks that it covers whole: the checksum before the f
 after the last are in the catalog. Its ragged ends belong to blocks of which the rest is not
 wanted; that rest is read as well where it is little (beside the range, or because the whole chunk
 is one block), or always for `full`.
+
+Files of checkpoints that have checksums are written once under names of their own, so they are read
+through mapped windows where the storage has them; all others by calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from isal.isal_zlib import crc32
 
 from pytest_dcp.checkpoint.store.catalog import Catalog
@@ -23,6 +28,10 @@ Verify = Literal["auto", "full", "off"]
 
 PIECE_BYTES = 1 << 20
 """What is read and hashed at a time: the second reads it from the processor's cache."""
+WINDOW_BYTES = 4 << 20
+"""Of a file, mapped at a time: larger ones gain nothing, smaller ones cost a call more often."""
+WINDOW_FROM_BYTES = 1 << 19
+"""Shorter ranges are read at once."""
 EXTEND_FROM_BYTES = 16 << 20
 """From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
 64 KiB on average, 0.4 % of it."""
@@ -69,27 +78,45 @@ class RangeReader:
     def fetch(self, entry: int, low: int, view: memoryview) -> None:
         """As `read`, of bytes that may be wanted in part: progress is the caller's to tell."""
         places = self.catalog.places
-        first = int(places.first_sum[entry])
-        have_sums = int(places.first_sum[entry + 1]) > first
         nbytes = int(places.data_nbytes[entry])
-        if low + len(view) > nbytes:
-            self.fail(entry, low, f"asks for bytes past the data, which has {nbytes}")
-        if not have_sums or self.verify == "off":
-            self._plain(entry, low, view)
-        elif len(view) == nbytes <= places.block_bytes:
+        if len(view) == nbytes <= places.block_bytes and self._checks(entry):
             # Most small tensors: one block, one sum, one read.
             self.raw(entry, 0, view)
-            if crc32(view) != places.sums[first]:
+            if crc32(view) != places.sums[places.first_sum[entry]]:
                 self.fail(entry, 0, "the checksum differs")
             self.tally.verified += nbytes
         else:
-            self._checked(entry, low, view, nbytes)
+            self._take(entry, low, len(view), self._filled(entry, low, view))
+
+    def check(self, entry: int, low: int, window: memoryview) -> None:
+        """Check a window of the entry's data, from byte `low`, as if it had been read."""
+        self._take(entry, low, len(window), _cut(low, window))
+        self.tally.read += len(window)
+
+    def window(self, entry: int, low: int, nbytes: int) -> memoryview | None:
+        """Bytes of the entry's data as memory, not checked; None where they must be read."""
+        if not self.maps(entry):
+            return None
+        return self.file.window(int(self.catalog.places.data_start[entry]) + low, nbytes)
+
+    def maps(self, entry: int) -> bool:
+        """Whether windows of this entry can be had: it was written once, under a name of its own,
+        and nobody cuts it short."""
+        return self.file.maps and self._has_sums(entry)
 
     def raw(self, entry: int, low: int, view: memoryview) -> None:
         """Fill the view without a check."""
         got = self.file.read_into(int(self.catalog.places.data_start[entry]) + low, view)
         if got != len(view):
             self.fail(entry, low + got, f"the file ends here, {len(view) - got} bytes early")
+        self.tally.read += got
+
+    def rows(self, entry: int, lows: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Fill each view from its byte of the entry's data, without a check."""
+        start = int(self.catalog.places.data_start[entry])
+        got = self.file.read_rows([start + low for low in lows], views)
+        if got != sum(map(len, views)):
+            self.fail(entry, self.file.size - start, "the file ends here, too early")
         self.tally.read += got
 
     def fail(self, entry: int, low: int, reason: str) -> None:
@@ -102,28 +129,62 @@ class RangeReader:
             offset=int(self.catalog.places.data_start[entry]) + low,
         )
 
-    def _plain(self, entry: int, low: int, view: memoryview) -> None:
-        for at in range(0, len(view), PIECE_BYTES):
-            self.stop.check()
-            self.raw(entry, low + at, view[at : at + PIECE_BYTES])
+    def _has_sums(self, entry: int) -> bool:
+        first: Any = self.catalog.places.first_sum
+        return bool(first[entry + 1] > first[entry])
 
-    def _checked(self, entry: int, low: int, view: memoryview, nbytes: int) -> None:
-        """Fill the view, and check every block that it, and what was read just before, make whole.
+    def _checks(self, entry: int) -> bool:
+        return self.verify != "off" and self._has_sums(entry)
+
+    def _filled(self, entry: int, low: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Fill the view piece by piece: where each begins in the entry's data, and the piece."""
+        for at in range(0, len(view), WINDOW_BYTES):
+            part = view[at : at + WINDOW_BYTES]
+            window = None
+            if len(part) >= WINDOW_FROM_BYTES:
+                window = self.window(entry, low + at, len(part))
+            for start in range(0, len(part), PIECE_BYTES):
+                piece = part[start : start + PIECE_BYTES]
+                if window is None:
+                    self.raw(entry, low + at + start, piece)
+                else:
+                    # numpy's copy lets other threads run meanwhile.
+                    source = window[start : start + PIECE_BYTES]
+                    np.copyto(np.frombuffer(piece, np.uint8), np.frombuffer(source, np.uint8))
+                    self.tally.read += len(piece)
+                yield low + at + start, piece
+
+    def _take(
+        self, entry: int, low: int, nbytes: int, pieces: Iterator[tuple[int, memoryview]]
+    ) -> None:
+        """Go through the pieces, which come when they are filled, and check them."""
+        have = int(self.catalog.places.data_nbytes[entry])
+        if low + nbytes > have:
+            self.fail(entry, low, f"asks for bytes past the data, which has {have}")
+        if self._checks(entry):
+            self._checked(entry, low, low + nbytes, pieces)
+            return
+        for _ in pieces:
+            self.stop.check()
+
+    def _checked(
+        self, entry: int, low: int, high: int, pieces: Iterator[tuple[int, memoryview]]
+    ) -> None:
+        """Check every block that the pieces, and what was read just before, make whole.
 
         Sums run on: the state at `start` and the one at `end` check all blocks between.
         """
-        block, high = self.catalog.places.block_bytes, low + len(view)
+        places = self.catalog.places
+        block, nbytes = places.block_bytes, int(places.data_nbytes[entry])
         one_block = nbytes <= block
-        extend = self.verify == "full" or one_block or len(view) >= EXTEND_FROM_BYTES
+        extend = self.verify == "full" or one_block or high - low >= EXTEND_FROM_BYTES
         crc, start, carried = self._begin(entry, low, extend)
         last = -(-high // block) if extend or high == nbytes else high // block
         end = min(last * block, nbytes)
         whole = rest = crc
-        for at in range(0, len(view), PIECE_BYTES):
+        for begin, piece in pieces:
             self.stop.check()
-            piece = view[at : at + PIECE_BYTES]
-            self.raw(entry, low + at, piece)
-            begin, until = low + at, low + at + len(piece)
+            until = begin + len(piece)
             if begin < end:
                 whole = rest = _summed(piece, begin, max(begin, start), min(until, end), whole)
             # What follows the last whole block, for whoever reads on from there.
@@ -169,6 +230,12 @@ class RangeReader:
             if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):
                 self.fail(entry, block * size, "the checksum of the block that starts here differs")
         self.fail(entry, first * size, "the checksum differed once and not when read again")
+
+
+def _cut(low: int, window: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The window in pieces, and where each begins in the entry's data."""
+    for at in range(0, len(window), PIECE_BYTES):
+        yield low + at, window[at : at + PIECE_BYTES]
 
 
 def _summed(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:

@@ -1,9 +1,9 @@
 """Copies from files into tensors: several threads, each with its own part of a file.
 
 Every file's copies are sorted by their place. A flat box is read straight into the target's
-memory; a strided one by its runs where they are long, else by spans through a staging buffer, as
-are targets on another device or of another dtype. What is held besides the targets is
-`staging_bytes` for each thread.
+memory; a strided one by its runs where they are long, else out of slabs of the file that are mapped
+or read into a staging buffer, as are targets on another device or of another dtype. What is held
+besides the targets is `staging_bytes` for each thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.memory import memory_at, memory_of, strided
 from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
+from pytest_dcp.checkpoint.store.ranges import WINDOW_BYTES, RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
 from pytest_dcp.checkpoint.store.transfer import Copies, runs, slabs, span_of, starts
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
@@ -33,6 +33,8 @@ RUN_BYTES = 4096
 CHECKED_RUN_BYTES = 1 << 18
 """Runs from this size on are checked by the blocks inside them."""
 STAGING_BYTES = 4 << 20
+SPARSE = 16
+"""Of a box's span in the file that is mapped at least this part is wanted: its gaps come along."""
 BATCH = 256
 """Small chunks that are read between two looks at whether to go on."""
 
@@ -138,16 +140,29 @@ def _read_blocks(reader: RangeReader, copies: Copies, rows: Ints) -> None:
         place, nbytes = places.data_start[entry].tolist(), copies.nbytes[batch].tolist()
         sums = places.sums[places.first_sum[entry]].tolist()
         address = copies.address[batch].tolist()
+        done = sum(nbytes)
+        window = _window_of(reader, place[0], place[-1] + nbytes[-1], done)
         read_into = reader.file.read_into
         reader.stop.check()
         for n, size in enumerate(nbytes):
             view = memory_at(address[n], size)
-            if read_into(place[n], view) != size or crc32(view) != sums[n]:
+            if window is not None:
+                start = place[n] - place[0]
+                view[:] = window[start : start + size]
+            elif read_into(place[n], view) != size:
+                reader.read(int(entry[n]), 0, view)
+            if crc32(view) != sums[n]:
                 # Again, to say what is wrong with it.
                 reader.read(int(entry[n]), 0, view)
-        done = sum(nbytes)
         reader.tally.add(Tally(done, done))
         reader.observer.advance(done)
+
+
+def _window_of(reader: RangeReader, low: int, high: int, wanted: int) -> memoryview | None:
+    """These bytes of the file as memory, where that is less work than reading what is wanted."""
+    if high - low > WINDOW_BYTES or wanted * SPARSE < high - low:
+        return None
+    return reader.file.window(low, high - low)
 
 
 def _read_boxes(reader: RangeReader, boxes: _BoxReader, copies: Copies, rows: Ints) -> None:
@@ -177,34 +192,51 @@ class _BoxReader:
     def read(self, row: int) -> None:
         """Fill the part of the target that the row says."""
         copies = self.copies
-        if copies.address[row] and self.settings.verify != "full":
-            itemsize = copies.target[row].itemsize
-            inner, nbytes = runs(
-                copies.shape[row], copies.from_stride[row], copies.to_stride[row], itemsize
-            )
-            gaps = copies.nbytes[row] < span_of(
-                copies.shape[row], copies.from_stride[row], itemsize
-            )
+        if not copies.address[row] or self.settings.verify == "full":
+            self._by_slabs(row, checked=True)
+            return
+        itemsize = copies.target[row].itemsize
+        inner, nbytes = runs(
+            copies.shape[row], copies.from_stride[row], copies.to_stride[row], itemsize
+        )
+        span = span_of(copies.shape[row], copies.from_stride[row], itemsize)
+        if nbytes >= CHECKED_RUN_BYTES:
+            self._by_runs(row, inner, nbytes)
+        elif nbytes < RUN_BYTES or copies.nbytes[row] == span:
             # Runs without a gap between them are read together, and checked.
-            if nbytes >= CHECKED_RUN_BYTES or (nbytes >= RUN_BYTES and gaps):
-                self._by_runs(row, inner, nbytes)
-                return
-        self._by_spans(row)
+            self._by_slabs(row, checked=True)
+        elif copies.nbytes[row] * SPARSE >= span and self.reader.maps(int(copies.entry[row])):
+            self._by_slabs(row, checked=False)
+        else:
+            self._by_rows(row, inner, nbytes)
 
     def _by_runs(self, row: int, inner: int, nbytes: int) -> None:
+        """Long runs, each read and checked for itself."""
+        low, address = self._starts(row, inner)
+        for at, to in zip(low, address, strict=True):
+            self.reader.read(int(self.copies.entry[row]), at, memory_at(to, nbytes))
+
+    def _by_rows(self, row: int, inner: int, nbytes: int) -> None:
+        """Runs of less than a block, with gaps between them that nobody wants: not checked."""
         copies, reader = self.copies, self.reader
+        low, address = self._starts(row, inner)
+        for at in range(0, len(low), BATCH):
+            reader.stop.check()
+            views = [memory_at(to, nbytes) for to in address[at : at + BATCH]]
+            reader.rows(int(copies.entry[row]), low[at : at + BATCH], views)
+            reader.observer.advance(nbytes * len(views))
+
+    def _starts(self, row: int, inner: int) -> tuple[list[int], list[int]]:
+        """Where each run begins: in the chunk's data, and its address in memory."""
+        copies = self.copies
         outer = copies.shape.shape[1] - inner
-        shape, entry = copies.shape[row, :outer], int(copies.entry[row])
+        shape = copies.shape[row, :outer]
         low = copies.from_start[row] + starts(shape, copies.from_stride[row, :outer])
         address = copies.address[row] + starts(shape, copies.to_stride[row, :outer])
-        read = reader.read if nbytes >= CHECKED_RUN_BYTES else reader.raw
-        for at, to in zip(low.tolist(), address.tolist(), strict=True):
-            read(entry, at, memory_at(to, nbytes))
-        if nbytes < CHECKED_RUN_BYTES:
-            reader.stop.check()
-            reader.observer.advance(int(copies.nbytes[row]))
+        return low.tolist(), address.tolist()
 
-    def _by_spans(self, row: int) -> None:
+    def _by_slabs(self, row: int, *, checked: bool) -> None:
+        """Copy the box out of slabs of the file that are in memory, gaps and all."""
         copies = self.copies
         entry = int(copies.entry[row])
         index = self.reader.catalog.index
@@ -215,14 +247,35 @@ class _BoxReader:
         limit = max(self.settings.staging_bytes, dtype.itemsize)
         for offset, shape in slabs(copies.shape[row], stride, dtype.itemsize, limit):
             low = int(copies.from_start[row] + (offset * stride).sum())
-            view = self._buffer(target, limit)[: span_of(shape, stride, dtype.itemsize)]
-            self.reader.fetch(entry, low, view)
-            self.reader.observer.advance(int(shape.prod()) * dtype.itemsize)
-            steps = stride[:ndim] // dtype.itemsize
+            nbytes = int(shape.prod()) * dtype.itemsize
+            span = span_of(shape, stride, dtype.itemsize)
+            source = self._source(entry, low, span, target, nbytes if not checked else None)
+            self.reader.observer.advance(nbytes)
             part = target
             for dim in range(ndim):
                 part = part.narrow(dim, int(offset[dim]), int(shape[dim]))
-            part.copy_(strided(view, dtype, shape[:ndim], steps))
+            part.copy_(strided(source, dtype, shape[:ndim], stride[:ndim] // dtype.itemsize))
+
+    def _source(
+        self, entry: int, low: int, span: int, target: torch.Tensor, unchecked: int | None
+    ) -> memoryview:
+        """A span of the entry's data in memory: a window of the file, or read into the buffer.
+
+        unchecked: how many bytes of it are wanted, if it need not be checked.
+        """
+        reader = self.reader
+        # From pinned memory a copy to a GPU is one DMA.
+        window = reader.window(entry, low, span) if target.is_cpu else None
+        if window is None:
+            window = self._buffer(target, span)
+            reader.fetch(entry, low, window)
+            return window
+        if unchecked is None:
+            reader.check(entry, low, window)
+        else:
+            reader.stop.check()
+            reader.tally.read += unchecked
+        return window
 
     def _target(self, row: int) -> torch.Tensor:
         target = self.copies.target[row].detach()
@@ -233,11 +286,12 @@ class _BoxReader:
         return target
 
     def _buffer(self, target: torch.Tensor, nbytes: int) -> memoryview:
-        """The staging buffer: pinned where the target is on a GPU, so that the copy is one DMA."""
-        if self._staging is None:
-            pinned = target.device.type == "cuda"
-            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        return memory_of(self._staging)
+        """Memory for so many bytes: pinned where the target is on a GPU, so that the copy is one
+        DMA."""
+        if self._staging is None or self._staging.numel() < nbytes:
+            size, pinned = max(self.settings.staging_bytes, nbytes), target.device.type == "cuda"
+            self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return memory_of(self._staging)[:nbytes]
 
 
 def read_values(

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSyste
 
 from pytest_dcp.checkpoint.filesystem import FileSystem
 from pytest_dcp.checkpoint.store import disk as subject
-from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalIn, LocalOut, StreamDisk
+from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalIn, LocalOut
+from pytest_dcp.checkpoint.store.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.errors import CheckpointCorruptError
 
 DISKS = [LocalDisk(), StreamDisk(TorchFileSystem()), StreamDisk(FileSystem())]
@@ -157,10 +158,10 @@ class RawStream:
 
 def test_a_raw_stream_is_written_and_read_whole():
     stream = RawStream()
-    out = subject.StreamOut(stream)
+    out = StreamOut(stream)
     out.write([b"abc", b"", bytearray(b"de")])
     out.sync()
-    file = subject.StreamIn(stream)
+    file = StreamIn(stream)
     view = memoryview(bytearray(9))
     assert (file.size, file.read_into(1, view)) == (5, 4)
     assert bytes(view[:4]) == b"bcde"
@@ -172,7 +173,7 @@ def test_a_stream_that_cannot_be_synced_says_so(tmp_path):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        subject.StreamOut(Full()).sync()
+        StreamOut(Full()).sync()
 
 
 def test_more_buffers_than_one_call_takes_are_written(tmp_path):
@@ -273,3 +274,50 @@ def test_descriptors_are_closed_after_use_and_after_failure(tmp_path):
             raise ZeroDivisionError
         LocalDisk().sync_folder(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_window_shows_the_file_and_its_writes_stay_inside(tmp_path, monkeypatch):
+    content = random.Random(0).randbytes(20_000)
+    (tmp_path / "f").write_bytes(content)
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
+    with LocalDisk().open(tmp_path, "f") as file:
+        for low, nbytes in [(0, 20_000), (1, 1), (4095, 2), (4096, 4096), (19_999, 1)]:
+            window = file.window(low, nbytes)
+            assert window == content[low : low + nbytes]
+            window[0] ^= 1
+        assert file.window(19_999, 2) is None
+        assert file.window(0, 0) is None
+    assert (tmp_path / "f").read_bytes() == content
+
+
+def test_a_file_that_was_cut_short_is_not_mapped(tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(bytes(20_000))
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
+    with LocalDisk().open(tmp_path, "f") as file:
+        os.truncate(tmp_path / "f", 5_000)
+        assert file.window(0, 20_000) is None
+        assert len(file.window(0, 5_000)) == 5_000
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "nfs4", "overlay", None])
+def test_only_files_of_local_disks_are_mapped(kind, tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(b"1234")
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: kind)
+    with LocalDisk().open(tmp_path, "f") as file:
+        assert not file.maps
+        assert file.window(0, 4) is None
+
+
+def test_rows_are_read_also_where_a_call_gives_a_part(tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    real = os.preadv
+    with LocalDisk().open(tmp_path, "f") as file:
+        views = [memoryview(bytearray(3)) for _ in range(3)]
+        assert file.read_rows([0, 50, 97], views) == 9
+        assert [bytes(view) for view in views] == [b"\0\1\2", b"234", b"abc"]
+        monkeypatch.setattr(
+            subject.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:2]], at)
+        )
+        views = [memoryview(bytearray(3)) for _ in range(3)]
+        assert file.read_rows([0, 50, 98], views) == 8
+        assert bytes(views[1]) == b"234"

@@ -28,9 +28,18 @@ MODES = ["auto", "full", "off"]
 class FakeIn:
     """A file in memory."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, *, maps: bool = False) -> None:
         self.content = content
         self.size = len(content)
+        self.maps = maps
+        self.windows = 0
+
+    def window(self, offset: int, nbytes: int) -> memoryview | None:
+        self.windows += 1
+        return memoryview(bytearray(self.content[offset : offset + nbytes]))
+
+    def read_rows(self, offsets, views) -> int:
+        return sum(map(self.read_into, offsets, views))
 
     def read_into(self, offset: int, view: memoryview) -> int:
         part = self.content[offset : offset + len(view)]
@@ -61,10 +70,17 @@ def catalog_of(data: bytes, block: int, *, sums: bool = True) -> Catalog:
     return Catalog(Index.of({"w": entry}), places)
 
 
-def reader_of(data: bytes, block: int, verify, *, stored: bytes | None = None, **options):
+def reader_of(
+    data: bytes, block: int, verify, *, stored: bytes | None = None, maps: bool = False, **options
+):
     content = b"<" * LEAD + (data if stored is None else stored) + b">>>"
     return RangeReader(
-        FakeIn(content), "f", catalog_of(data, block, **options), verify, Observer("load"), Stop()
+        FakeIn(content, maps=maps),
+        "f",
+        catalog_of(data, block, **options),
+        verify,
+        Observer("load"),
+        Stop(),
     )
 
 
@@ -83,19 +99,24 @@ def verified(low: int, high: int, nbytes: int, block: int, verify: str, extend_f
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(ranges, "PIECE_BYTES", 7)
+    monkeypatch.setattr(ranges, "WINDOW_BYTES", 17)
+    monkeypatch.setattr(ranges, "WINDOW_FROM_BYTES", 3)
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("verify", MODES)
+@pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize(("nbytes", "block"), [(40, 16), (32, 16), (11, 16), (1, 1), (0, 16)])
-def test_every_range_is_read_as_it_is_sliced(nbytes, block, verify):
+def test_every_range_is_read_as_it_is_sliced(nbytes, block, maps, verify):
     data = data_of(nbytes)
     for low in range(nbytes + 1):
         for high in range(low, nbytes + 1):
-            reader = reader_of(data, block, verify)
+            reader = reader_of(data, block, verify, maps=maps)
             view = memoryview(bytearray(high - low))
             reader.read(0, low, view)
             assert bytes(view) == data[low:high]
+            alone = high - low == nbytes <= block and verify != "off"
+            assert (reader.file.windows > 0) == (maps and high - low >= 3 and not alone)
             checked = verified(low, high, nbytes, block, verify, 1 << 60)
             vouched = len(set(checked) & set(range(low, high)))
             assert reader.tally.verified == vouched
@@ -108,11 +129,12 @@ def test_every_range_is_read_as_it_is_sliced(nbytes, block, verify):
     st.sampled_from([1, 8, 16, 64]),
     st.sampled_from(MODES),
     st.sampled_from([10, 1 << 60]),
+    st.booleans(),
     st.data(),
 )
 @fewer(4)
 def test_a_flipped_bit_is_found_where_it_is_checked_and_there_is_no_false_alarm(
-    nbytes, block, verify, extend_from, data
+    nbytes, block, verify, extend_from, maps, data
 ):
     whole = data_of(nbytes)
     low = data.draw(st.integers(0, nbytes - 1))
@@ -120,11 +142,13 @@ def test_a_flipped_bit_is_found_where_it_is_checked_and_there_is_no_false_alarm(
     checked = verified(low, high, nbytes, block, verify, extend_from)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranges, "PIECE_BYTES", data.draw(st.sampled_from([3, 16, 100])))
+        patch.setattr(ranges, "WINDOW_BYTES", data.draw(st.sampled_from([10, 64])))
+        patch.setattr(ranges, "WINDOW_FROM_BYTES", 2)
         patch.setattr(ranges, "EXTEND_FROM_BYTES", extend_from)
         for at in range(nbytes):
             broken = bytearray(whole)
             broken[at] ^= 1 << (at % 8)
-            reader = reader_of(whole, block, verify, stored=bytes(broken))
+            reader = reader_of(whole, block, verify, stored=bytes(broken), maps=maps)
             view = memoryview(bytearray(high - low))
             if at in checked:
                 with pytest.raises(CheckpointCorruptError, match="checksum") as caught:
@@ -176,6 +200,41 @@ def test_damage_that_is_gone_when_it_is_read_again_is_still_told():
     reader.file = Flickers(reader.file.content)
     with pytest.raises(CheckpointCorruptError, match="once and not when read again"):
         reader.read(0, 0, memoryview(bytearray(40)))
+
+
+@pytest.mark.parametrize("verify", MODES)
+def test_a_window_is_checked_as_what_is_read(verify):
+    data = bytearray(data_of(48))
+    data[20] ^= 4
+    reader = reader_of(data_of(48), 16, verify, stored=bytes(data), maps=True)
+    reader.check(0, 32, reader.window(0, 32, 16))
+    assert reader.tally == Tally(16, 0 if verify == "off" else 16)
+    if verify == "off":
+        reader.check(0, 16, reader.window(0, 16, 32))
+        return
+    with pytest.raises(CheckpointCorruptError, match="checksum") as caught:
+        reader.check(0, 16, reader.window(0, 16, 32))
+    assert caught.value.offset == LEAD + 16
+
+
+def test_a_checkpoint_without_sums_is_not_mapped():
+    reader = reader_of(data_of(40), 16, "auto", sums=False, maps=True)
+    assert reader.window(0, 0, 40) is None
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_rows_are_read_and_a_file_that_ends_too_early_is_told(cut):
+    data = data_of(40)
+    reader = reader_of(data, 16, "auto", stored=data[: 40 - cut * 10])
+    reader.file.content = reader.file.content[:-3]
+    views = [memoryview(bytearray(4)) for _ in range(3)]
+    if cut:
+        with pytest.raises(CheckpointCorruptError, match="ends here"):
+            reader.rows(0, [0, 16, 36], views)
+    else:
+        reader.rows(0, [0, 16, 36], views)
+        assert [bytes(view) for view in views] == [data[at : at + 4] for at in (0, 16, 36)]
+        assert reader.tally == Tally(12, 0)
 
 
 @pytest.mark.parametrize("verify", ["auto", "off"])
