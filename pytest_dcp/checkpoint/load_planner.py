@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlanner,
     ReadItem,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp.checkpoint.plan.columns import ReadItems
 from pytest_dcp.checkpoint.plan.describe import wanted_boxes
@@ -34,6 +34,10 @@ from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import CheckpointCorruptError
+
+ONE_BOX = frozenset((Shard, Replicate))
+"""Placements under which the rank's memory is one box of the full tensor; strided shards may be
+several."""
 
 
 class DefaultLoadPlanner(LoadPlanner):
@@ -152,7 +156,20 @@ class DefaultLoadPlanner(LoadPlanner):
         hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
         if overridden(self, DefaultLoadPlanner, hooks):
             return None
-        return lambda row: self._target(items, row)
+        firsts = (items.wanted_hint == 0).tolist()
+        fqns, state = items.fqns, self.state_dict
+
+        def target(row: int) -> torch.Tensor:
+            value = state[fqns[row]]
+            memory = value
+            if type(value) is DTensor and ONE_BOX.issuperset(map(type, value.placements)):
+                memory = local_tensor(value)
+            if firsts[row] and type(memory) in PLAIN:
+                found: torch.Tensor = memory
+                return found
+            return self._box(items, row)
+
+        return target
 
     @property
     def plans_alone(self) -> bool:
@@ -185,14 +202,9 @@ class DefaultLoadPlanner(LoadPlanner):
         self.state_dict[fqn] = made
         return made
 
-    def _target(self, items: ReadItems, row: int) -> torch.Tensor:
-        value = self.state_dict[items.fqns[row]]
-        memory = local_tensor(value) if type(value) is DTensor else value
-        if type(memory) in PLAIN and items.wanted_hint[row] == 0 and _one_box(value):
-            found: torch.Tensor = memory
-            return found
-        ndim = int(items.ndim[row])
-        offset = items.wanted[row, :ndim].tolist()
+    def _box(self, items: ReadItems, row: int) -> torch.Tensor:
+        """The rank's memory of the box that the row fills, of a tensor that it has more of."""
+        offset = items.wanted[row, : items.ndim[row]].tolist()
         return self.lookup_tensor(MetadataIndex(items.fqns[row], offset))
 
     def _flat(
@@ -269,6 +281,8 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
 
 def _is_meta(value: Any) -> bool:
+    if type(value) in PLAIN:
+        return bool(value.is_meta)
     if isinstance(value, ShardedTensor):
         # Asked itself, it would answer only where it has exactly one shard.
         return any(shard.tensor.is_meta for shard in value.local_shards())
@@ -332,10 +346,3 @@ def _load_plan(
 
 def _load_lists(plan: LoadPlan) -> LoadPlan:
     return replace(plan, items=list(plan.items))
-
-
-def _one_box(value: torch.Tensor) -> bool:
-    """Whether the rank's memory of the value is one box of the full tensor."""
-    if not isinstance(value, DTensor):
-        return True
-    return not any(hasattr(placement, "split_factor") for placement in value.placements)

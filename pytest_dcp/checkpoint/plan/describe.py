@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -115,6 +115,8 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             # What nearly every value is, without the questions below.
             shape = value.shape
             rows.add(fqn, TENSOR, value, shape, (ORIGINS[len(shape)], shape))
+        elif _plain_dtensor(value) and _dense(local_tensor(value)):
+            _add_dtensor(rows, fqn, value, problems)
         elif problem := unsavable(fqn, value):
             problems.append(problem)
         elif speaks_for_itself(value):
@@ -123,8 +125,11 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             full = tuple(value.metadata().size)
             for box, memory in local_shards(value):
                 rows.add(fqn, SHARD, memory, full, (box.offset, box.shape))
+        elif isinstance(value, DTensor):
+            _add_dtensor(rows, fqn, value, problems)
         else:
-            _add_tensor(rows, fqn, value, problems)
+            shape = value.shape
+            rows.add(fqn, TENSOR, value, shape, (ORIGINS[len(shape)], shape))
     if problems:
         raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
     if not spoken:
@@ -132,14 +137,17 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
 
 
-def _add_tensor(rows: _Rows, fqn: str, value: torch.Tensor, problems: list[str]) -> None:
-    full = tuple(value.shape)
-    sharded = isinstance(value, DTensor)
+def _add_dtensor(rows: _Rows, fqn: str, value: DTensor, problems: list[str]) -> None:
+    full = value.shape
     try:
-        for box in rows.layouts.boxes_of(fqn, value):
-            rows.add(fqn, SHARD if sharded else TENSOR, value, full, (box.offset, box.shape))
+        for box in rows.layouts.sides_of(fqn, value):
+            rows.add(fqn, SHARD, value, full, box)
     except PlanError as error:
         problems.append(str(error))
+
+
+def _plain_dtensor(value: torch.Tensor) -> TypeGuard[DTensor]:
+    return type(value) is DTensor and type(local_tensor(value)) in PLAIN
 
 
 def _dense(value: torch.Tensor) -> bool:
@@ -177,12 +185,13 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     layouts = Layouts()
     for fqn, value in state_dict.items():
         tensor = isinstance(value, torch.Tensor)
-        for n, box in enumerate(_boxes_wanted(fqn, value, layouts) if tensor else (NOTHING,)):
+        found = _boxes_wanted(fqn, value, layouts) if tensor else (NOTHING,)
+        for n, box in enumerate(found):
             fqns.append(fqn)
             boxes.append(box)
             ndim.append(len(box[1]) if tensor else UNKNOWN)
             nth.append(n)
-    rank = max((len(box[1]) for box in boxes), default=0)
+    rank = max(0, *ndim) if ndim else 0
     return Wanted(
         fqns=tuple(fqns),
         ndim=np.array(ndim, dtype=np.int16),
@@ -196,9 +205,14 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if type(value) in PLAIN:
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
+    if _plain_dtensor(value):
+        return layouts.sides_of(fqn, value)
     if speaks_for_itself(value):
         chunks = spokesman(value).__create_chunk_list__()
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]
-    return [(box.offset, box.shape) for box in layouts.boxes_of(fqn, value)]
+    if isinstance(value, DTensor):
+        return layouts.sides_of(fqn, value)
+    shape = value.shape
+    return ((ORIGINS[len(shape)], shape),)

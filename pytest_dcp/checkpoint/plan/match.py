@@ -97,11 +97,9 @@ def _misfit(
     """Why a value cannot take the stored tensor, or None."""
     if not isinstance(value, torch.Tensor):
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
-    # A ShardedTensor's own methods warn of its deprecation; its metadata do not.
-    here = value.metadata().size if isinstance(value, ShardedTensor) else value.size()
+    here, now = _size_and_dtype(value)
     if list(here) != size:
         return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
-    now = dtype_of(value)
     if dtype is None or dtype == now:
         return None
     converted[fqn] = (dtype, now)
@@ -110,12 +108,12 @@ def _misfit(
     return None
 
 
-def dtype_of(value: torch.Tensor) -> torch.dtype:
-    """The values' dtype."""
+def _size_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     if isinstance(value, ShardedTensor):
-        dtype: torch.dtype = value.metadata().tensor_properties.dtype
-        return dtype
-    return value.dtype
+        # Its own methods warn of its deprecation; its metadata do not.
+        found = value.metadata()
+        return found.size, found.tensor_properties.dtype
+    return value.shape, value.dtype
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -22,6 +22,8 @@ from pytest_dcp.errors import PlanError
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes whose objects are their own memory, whatever a subclass may be."""
 
+Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""Offset and shape in the full tensor, of some boxes."""
 SPEAKS_FOR_ITSELF = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
 
 
@@ -50,25 +52,31 @@ def in_mesh(tensor: DTensor) -> bool:
 
 
 class Layouts:
-    """The boxes that this rank holds of tensors; what is true of a whole mesh is asked once."""
+    """The boxes that this rank holds of DTensors; what is true of a whole mesh is asked once."""
 
     def __init__(self) -> None:
         self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
-        self._boxes: dict[Any, tuple[LocalBox, ...]] = {}
+        self._boxes: dict[Any, tuple[tuple[LocalBox, ...], Sides]] = {}
 
-    def boxes_of(self, fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
-        """The boxes of a plain tensor or a DTensor; none outside its mesh.
+    def boxes_of(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
+        """The boxes of a DTensor; none outside its mesh.
 
-        Raises PlanError, naming the fqn, for a DTensor with a pending reduction.
+        Raises PlanError, naming the fqn, for one with a pending reduction.
         """
-        if not isinstance(value, DTensor):
-            return (whole_box(value.shape),)
-        mesh = value.device_mesh
-        key = (id(mesh), value.placements, value.shape)
-        found = self._boxes.get(key)
-        if found is None:
-            found = self._boxes[key] = self._find(fqn, value)
-        return found
+        return self._known(fqn, value)[0]
+
+    def sides_of(self, fqn: str, value: DTensor) -> Sides:
+        """Offset and shape of each of the boxes."""
+        return self._known(fqn, value)[1]
+
+    def _known(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
+        key = (id(value.device_mesh), value.placements, value.shape)
+        known = self._boxes.get(key)
+        if known is None:
+            found = self._find(fqn, value)
+            known = found, tuple((box.offset, box.shape) for box in found)
+            self._boxes[key] = known
+        return known
 
     def _find(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
         mesh = value.device_mesh
@@ -86,7 +94,9 @@ class Layouts:
 
 def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
     """The boxes that this rank holds of one plain tensor or DTensor; see `Layouts`."""
-    return Layouts().boxes_of(fqn, value)
+    if isinstance(value, DTensor):
+        return Layouts().boxes_of(fqn, value)
+    return (whole_box(value.shape),)
 
 
 def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:
@@ -135,12 +145,16 @@ def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
     It is not where a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
     PlanError naming the fqn: what is read or written through a pointer must be there.
     """
-    if not tensor.numel():
+    count = tensor.numel()
+    if not count:
         return tensor
-    last = tensor.storage_offset() + 1
-    last += sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((n - 1) * step for n, step in steps)
+    last = tensor.storage_offset() + count
     have = tensor.untyped_storage().nbytes()
-    if last * tensor.itemsize > have or isinstance(tensor, FakeTensor) or not tensor.data_ptr():
+    fake = type(tensor) not in PLAIN and isinstance(tensor, FakeTensor)
+    if last * tensor.itemsize > have or fake or not tensor.data_ptr():
         raise PlanError(
             f"{fqn!r} has no memory for its values: shape {tuple(tensor.shape)} of {tensor.dtype} "
             f"needs {last * tensor.itemsize} bytes, its storage has {have}"

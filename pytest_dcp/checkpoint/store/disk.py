@@ -30,8 +30,7 @@ MEMORY_KINDS = ("tmpfs", "ramfs")
 """File systems that fill a reserved page with zeros, to be written a second time."""
 
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
-"""Local disk file systems, where copying from mapped pages is cheaper than reading, and where no
-other machine can take a file away from under a mapping."""
+"""Local disk file systems, where no other machine can take a file away from under a mapping."""
 MADV_POPULATE_READ = 22
 """Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
 
@@ -310,10 +309,11 @@ class LocalIn:
 def local_window(fd: int, offset: int, nbytes: int) -> memoryview | None:
     """These bytes of an open file as memory; None where the system does not map it.
 
-    Copying from mapped pages costs half of a read on disk file systems. All pages are there when
-    this returns: populating them (MADV_POPULATE_READ, madvise(2)) fails where a later access would
-    get a SIGBUS, and then whoever asked reads, and gets the error by its name. That holds as
-    long as nobody cuts the file short, so this is for files that are never written again.
+    Many small parts are copied out of mapped pages for less than a call of the system each. All
+    pages are there when this returns: populating them (MADV_POPULATE_READ, madvise(2)) fails where
+    a later access would get a SIGBUS, and then whoever asked reads, and gets the error by its name.
+    That holds as long as nobody cuts the file short, so this is for files that are never written
+    again.
     """
     low = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:

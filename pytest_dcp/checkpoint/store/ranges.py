@@ -5,8 +5,8 @@ after the last are in the catalog. Its ragged ends belong to blocks of which the
 wanted; that rest is read as well where it is little (beside the range, or because the whole chunk
 is one block), or always for `full`.
 
-Files of checkpoints that have checksums are written once under names of their own, so they are read
-through mapped windows where the storage has them; all others by calls.
+Files of checkpoints that have checksums are written once under names of their own, so windows of
+them may be mapped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from isal.isal_zlib import crc32
 
 from pytest_dcp.checkpoint.store.catalog import Catalog
@@ -28,10 +27,6 @@ Verify = Literal["auto", "full", "off"]
 
 PIECE_BYTES = 1 << 20
 """What is read and hashed at a time: the second reads it from the processor's cache."""
-WINDOW_BYTES = 4 << 20
-"""Of a file, mapped at a time: larger ones gain nothing, smaller ones cost a call more often."""
-WINDOW_FROM_BYTES = 1 << 19
-"""Shorter ranges are read at once."""
 EXTEND_FROM_BYTES = 16 << 20
 """From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
 64 KiB on average, 0.4 % of it."""
@@ -138,21 +133,10 @@ class RangeReader:
 
     def _filled(self, entry: int, low: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
         """Fill the view piece by piece: where each begins in the entry's data, and the piece."""
-        for at in range(0, len(view), WINDOW_BYTES):
-            part = view[at : at + WINDOW_BYTES]
-            window = None
-            if len(part) >= WINDOW_FROM_BYTES:
-                window = self.window(entry, low + at, len(part))
-            for start in range(0, len(part), PIECE_BYTES):
-                piece = part[start : start + PIECE_BYTES]
-                if window is None:
-                    self.raw(entry, low + at + start, piece)
-                else:
-                    # numpy's copy lets other threads run meanwhile.
-                    source = window[start : start + PIECE_BYTES]
-                    np.copyto(np.frombuffer(piece, np.uint8), np.frombuffer(source, np.uint8))
-                    self.tally.read += len(piece)
-                yield low + at + start, piece
+        for at in range(0, len(view), PIECE_BYTES):
+            piece = view[at : at + PIECE_BYTES]
+            self.raw(entry, low + at, piece)
+            yield low + at, piece
 
     def _take(
         self, entry: int, low: int, nbytes: int, pieces: Iterator[tuple[int, memoryview]]

@@ -3,7 +3,7 @@
 Every file's copies are sorted by their place. A flat box is read straight into the target's
 memory; a strided one by its runs where they are long, else out of slabs of the file that are mapped
 or read into a staging buffer, as are targets on another device or of another dtype. What is held
-besides the targets is `staging_bytes` for each thread.
+besides the targets is `staging_bytes`, and mapped at most `window_bytes`, for each thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.memory import memory_at, memory_of, strided
 from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.ranges import WINDOW_BYTES, RangeReader, Tally, Verify
+from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
 from pytest_dcp.checkpoint.store.transfer import Copies, runs, slabs, span_of, starts
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
@@ -33,6 +33,8 @@ RUN_BYTES = 4096
 CHECKED_RUN_BYTES = 1 << 18
 """Runs from this size on are checked by the blocks inside them."""
 STAGING_BYTES = 4 << 20
+WINDOW_BYTES = 16 << 20
+"""Of a file, mapped at a time: pages of the cache. Smaller windows cost a third more."""
 SPARSE = 16
 """Of a box's span in the file that is mapped at least this part is wanted: its gaps come along."""
 BATCH = 256
@@ -46,6 +48,9 @@ class ReadSettings:
     verify: Verify = "auto"
     threads: int = 1
     staging_bytes: int = STAGING_BYTES
+    """Of the file, read into memory at a time where it cannot be mapped."""
+    window_bytes: int = WINDOW_BYTES
+    """Of the file, mapped at a time."""
 
 
 def read_copies(
@@ -244,7 +249,8 @@ class _BoxReader:
         stride = copies.from_stride[row]
         target = self._target(row)
         ndim = int(self.items.ndim[copies.row[row]])
-        limit = max(self.settings.staging_bytes, dtype.itemsize)
+        mapped = target.is_cpu and self.reader.maps(entry)
+        limit = self.settings.window_bytes if mapped else self.settings.staging_bytes
         for offset, shape in slabs(copies.shape[row], stride, dtype.itemsize, limit):
             low = int(copies.from_start[row] + (offset * stride).sum())
             nbytes = int(shape.prod()) * dtype.itemsize

@@ -116,7 +116,7 @@ def _check_inside(items: ReadItems, rows: Ints, stored: Ints, tensors: Sequence[
     Plans of any planner come here, and what they say is written to memory unseen.
     """
     shape = items.shape[rows]
-    room = padded([tuple(tensor.shape) for tensor in tensors], shape.shape[1], 1)
+    room = padded([tensor.shape for tensor in tensors], shape.shape[1], 1)
     bad = out_of_bounds(items.from_offset[rows], shape, stored)
     bad |= out_of_bounds(items.to_offset[rows], shape, room)
     for n in np.flatnonzero(bad)[:1].tolist():

@@ -150,6 +150,7 @@ def test_what_is_written_comes_back_in_any_box_memory_and_dtype(tensors, data):
         verify=draw(st.sampled_from(["auto", "full", "off"])),
         threads=draw(st.integers(1, 3)),
         staging_bytes=draw(st.sampled_from([16, 40, 1 << 10])),
+        window_bytes=draw(st.sampled_from([1, 40, 1 << 20])),
     )
     files, threads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
