@@ -26,9 +26,10 @@ from torch.futures import Future
 from pytest_dcp.checkpoint import file_system
 from pytest_dcp.checkpoint.file_system import FileSystem, files_named, new_id
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.save_planner import plain_data
 from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp.checkpoint.store.catalog import Catalog, Places, index_key
 from pytest_dcp.checkpoint.store.checks import check_catalog
 from pytest_dcp.checkpoint.store.commit import (
     RANK_METADATA,
@@ -42,12 +43,13 @@ from pytest_dcp.checkpoint.store.commit import (
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
-from pytest_dcp.checkpoint.store.staging import Staging
+from pytest_dcp.checkpoint.store.staging import BlockingAsyncStager
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
 from pytest_dcp.checkpoint.store.written import WriteResults, places_of
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
+    PlanError,
 )
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
@@ -65,7 +67,7 @@ class FileNames:
     """Of this save alone."""
 
 
-class FileSystemWriter(StorageWriter, Staging):
+class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
 
     The data files have names of their own save; the old checkpoint, if there is one, stays whole
@@ -96,7 +98,7 @@ class FileSystemWriter(StorageWriter, Staging):
             CheckpointExistsError and nothing is changed.
         """
         StorageWriter.__init__(self)
-        Staging.__init__(self, cache_staged_state_dict)
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict)
         self.fs: FileSystemBase = FileSystem()
         self.path = self.fs.init_path(path)
         self.single_file_per_rank = single_file_per_rank
@@ -204,6 +206,7 @@ class FileSystemWriter(StorageWriter, Staging):
         metadata.storage_meta = self._meta()
         catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
         places = places_of(catalog.index, results)
+        _check_all_written(catalog.index, places)
         catalog = dataclasses.replace(catalog, places=places)
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
@@ -230,7 +233,11 @@ class FileSystemWriter(StorageWriter, Staging):
             return
         disk = self._disk()
         with disk.locked(self.path):
-            committed = {metadata_name(), metadata_name(self.rank)} & set(disk.names(self.path))
+            committed = {
+                name
+                for name in (metadata_name(), metadata_name(self.rank))
+                if disk.exists(self.path, name)
+            }
             named = {file for name in committed for file in files_named(disk, self.path, name)}
             for name in self._files:
                 if name not in named:
@@ -285,13 +292,25 @@ class FileSystemWriter(StorageWriter, Staging):
     def _check_written(self, disk: Disk, catalog: Catalog) -> None:
         """Raise unless every file that the metadata will name is there."""
         present = set(disk.names(self.path))
-        gone = [name for name in catalog.places.files if present and name not in present]
+        missing = [name for name in catalog.places.files if present and name not in present]
+        # A store may list what was there a while ago.
+        gone = [name for name in missing if not disk.exists(self.path, name)]
         if gone:
             raise CheckpointCorruptError(
                 "a data file of this save is gone before the commit: does another save write to "
                 "the same folder?",
                 file=gone[0],
             )
+
+
+def _check_all_written(index: Index, places: Places) -> None:
+    """Raise PlanError, naming the first, where no rank told where it wrote a planned item."""
+    unwritten = np.flatnonzero(places.file < 0)
+    if len(unwritten):
+        raise PlanError(
+            f"{len(unwritten)} item(s) of the plan were written by no rank, the first is "
+            f"{index_key(index, int(unwritten[0]))}: write_data must return a result for each"
+        )
 
 
 def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:

@@ -86,6 +86,10 @@ class In(Protocol):
 class Disk(Protocol):
     """Where checkpoints are kept."""
 
+    renames: bool
+    """Whether `replace` is done at one instant. Where not, a file appears whole when it is closed,
+    if it is no longer than metadata are."""
+
     def make_folder(self, folder: Any) -> None:
         """Make the folder and those above it; nothing where it exists."""
 
@@ -119,6 +123,8 @@ class Disk(Protocol):
 
 class LocalDisk:
     """The local disk, by file descriptors."""
+
+    renames = True
 
     def make_folder(self, folder: Path) -> None:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -270,6 +276,8 @@ class LocalOut:
         left = sum(map(len, buffers))
         while left:
             done = os.writev(self.fd, buffers)
+            if not done:
+                raise OSError(errno.EIO, "a write took no byte, and gave no reason")
             left -= done
             if left:
                 buffers = _after(buffers, done)

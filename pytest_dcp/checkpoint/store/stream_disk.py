@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import threading
@@ -16,6 +17,8 @@ from pytest_dcp.checkpoint.store.disk import Buffer, In, Out
 
 class StreamDisk:
     """Any `FileSystemBase` of torch, through its streams."""
+
+    renames = True
 
     def __init__(self, fs: FileSystemBase) -> None:
         self.fs = fs
@@ -70,6 +73,8 @@ class StreamOut:
             while left:
                 # A raw stream may take a part; a buffered one takes all or says nothing.
                 done = self.stream.write(left)
+                if done == 0:
+                    raise OSError(errno.EIO, "a write took no byte, and gave no reason")
                 left = left[len(left) if done is None else done :]
 
     def reserve(self, nbytes: int) -> None:

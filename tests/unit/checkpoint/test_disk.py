@@ -321,3 +321,16 @@ def test_rows_are_read_also_where_a_call_gives_a_part(tmp_path, monkeypatch):
         views = [memoryview(bytearray(3)) for _ in range(3)]
         assert file.read_rows([0, 50, 98], views) == 8
         assert bytes(views[1]) == b"234"
+
+
+def test_a_write_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
+    class TakesNothing(RawStream):
+        def write(self, data):
+            return 0
+
+    with pytest.raises(OSError, match="took no byte"):
+        StreamOut(TakesNothing()).write([b"1234"])
+    with LocalDisk().create(tmp_path, "f") as out:
+        monkeypatch.setattr(subject.os, "writev", lambda fd, buffers: 0)
+        with pytest.raises(OSError, match="took no byte"):
+            out.write([b"1234"])
