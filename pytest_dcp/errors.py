@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FailureKind = Literal[
-    "failed", "crashed", "closed", "flooded", "timeout", "blocked", "diverged", "lost"
+    "failed", "crashed", "closed", "flooded", "timeout", "blocked", "diverged", "lost", "spared"
 ]
 
 
@@ -26,7 +26,8 @@ class RankFailure:
     `failed`: an exception; `crashed`: the process ended without its verdict; `closed`: it closed
     its report socket; `flooded`: it printed more than the limit; `timeout`: it was running at the
     time limit; `blocked`: it was still running when the grace after a peer's failure ended;
-    `diverged`: it skipped or passed where its peers did not; `lost`: it could not be killed.
+    `diverged`: it skipped or passed where its peers did not; `lost`: it could not be killed;
+    `spared`: its end was asked for, and it lives.
     """
 
     rank: int
@@ -39,6 +40,15 @@ class RankFailure:
     """One line: the exception's type and text, or how the process ended."""
     detail: str = ""
     """Several lines: the traceback, or the stacks of all threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostRank:
+    """A rank that ended because the test asked for it: what it has in the place of a result."""
+
+    rank: int
+    reason: str
+    """How it ended and who asked for it."""
 
 
 class WorldError(DcpError):
@@ -55,6 +65,31 @@ class WorldError(DcpError):
 
 class DivergedError(DcpError):
     """Ranks left lockstep: they asked for different things, or a peer had already left."""
+
+
+class LawError(DcpError, AssertionError):
+    """A law of checkpoints does not hold: says what differs, the same on every rank."""
+
+
+class FaultError(DcpError, AssertionError):
+    """An injected fault did not do its part: it never fired, or nobody released what it held."""
+
+
+class RecordingError(DcpError):
+    """What was done to a storage could not be recorded: some of it went unseen."""
+
+
+class StoreResponseError(DcpError, OSError):
+    """What an object store answers instead of doing the work: a status such as 503."""
+
+    def __init__(self, status: int, reason: str, where: str) -> None:
+        super().__init__(f"HTTP {status} {reason}, at {where}")
+        self.status = status
+        self.reason = reason
+        self.where = where
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+        return type(self), (self.status, self.reason, self.where), dict(self.__dict__)
 
 
 class CheckpointError(DcpError):
@@ -149,6 +184,10 @@ class PlanError(CheckpointError, ValueError):
 
 class CheckpointExistsError(CheckpointError, RuntimeError):
     """A checkpoint is already there and `overwrite=False` forbids replacing it."""
+
+
+class SaverProcessError(CheckpointError):
+    """The process in which `async_save` saves could not begin, ended, or fell silent."""
 
 
 def _rebuild_corrupt(kind: type[CheckpointCorruptError], reason: str) -> CheckpointCorruptError:

@@ -5,8 +5,11 @@ No torch at import: a suite without worlds pays nothing.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
+    from pytest_dcp.faults import FaultyStorage
     from pytest_dcp.harness.lockstep_world import RankWorld
     from pytest_dcp.harness.rank import Rank
     from pytest_dcp.harness.worlds import Worlds
@@ -81,11 +85,14 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
 
 
 @pytest.fixture
-def world(request: pytest.FixtureRequest) -> RankWorld:
-    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed."""
+def world(request: pytest.FixtureRequest) -> Iterator[RankWorld]:
+    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed; kill, pause."""
     from pytest_dcp.harness.lockstep_world import RankWorld
 
-    return RankWorld(_rank_of(request))
+    one = RankWorld(_rank_of(request))
+    yield one
+    if missed := one.disarm():
+        pytest.fail("\n".join(missed), pytrace=False)
 
 
 @pytest.fixture
@@ -105,6 +112,34 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
         folder = Path(one.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[FaultyStorage]:
+    """A storage that fails on command, the same in all ranks: inject, wrap, assert_loads.
+
+    At its end whatever hangs is released, and an injection that never fired fails the test.
+    """
+    from pytest_dcp.faults.crashes import Search
+    from pytest_dcp.faults.storage import FaultyStorage
+    from pytest_dcp.harness.options import read_options
+    from pytest_dcp.harness.rank import current
+
+    options = read_options(request.config)
+    search = Search(options.fault_budget, options.fault_replay or None)
+    with contextlib.ExitStack() as stack:
+        if current() is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="dcp-faults-")))
+        else:
+            folder = checkpoint_dir.with_name(f"{checkpoint_dir.name}-faults")
+        with FaultyStorage(checkpoint_dir, folder, search=search) as storage:
+            watchers = one.watchers if (one := current()) is not None else []
+            watchers.append(storage)
+            yield storage
+            watchers.remove(storage)
+        # pytest keeps the exception of a test that failed: then that is what counts.
+        if getattr(sys, "last_value", None) is None:
+            storage.check()
 
 
 @pytest.fixture

@@ -36,6 +36,10 @@ class Options:
     output_limit_bytes: int
     """Captured output of one rank in one phase; more is a failure."""
     seed: int | None
+    fault_budget: int
+    """Crash states at most that are tried of one trace."""
+    fault_replay: str
+    """The id of the one crash state to try; empty: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ OPTIONS = (
     _Option("max-procs", "0", "rank processes at a time on this machine; 0: by its cores"),
     _Option("output-limit", "256", "MiB that one rank may print in one phase"),
     _Option("seed", "", "seed of every rank; by default from the test's name"),
+    _Option("fault-budget", "pr", "crash states to try of one trace: pr, nightly or a number"),
+    _Option("fault-replay", "", "try only the crash state of this id"),
 )
 
 
@@ -99,6 +105,8 @@ def read_options(config: pytest.Config) -> Options:
     output = _number(raw, "output-limit", problems, low=0, high=1e6)
     max_procs = _number(raw, "max-procs", problems, low=0)
     seed = _number(raw, "seed", problems, low=0, high=2**63 - 1)
+    raw["fault-budget"] = FAULT_BUDGETS.get(raw["fault-budget"], raw["fault-budget"])
+    fault_budget = _number(raw, "fault-budget", problems, low=1)
     pdb_rank = None
     if raw["pdb-rank"] != "first":
         pdb_rank = _number(raw, "pdb-rank", problems, low=0)
@@ -119,6 +127,8 @@ def read_options(config: pytest.Config) -> Options:
         max_procs=int(max_procs or 0),
         output_limit_bytes=int((output or 0) * 2**20),
         seed=None if seed is None else int(seed),
+        fault_budget=int(fault_budget or 0),
+        fault_replay=raw["fault-replay"],
     )
 
 
@@ -140,7 +150,9 @@ FLAGS = {
     "true": True, "1": True, "yes": True, "on": True,
 }  # fmt: skip
 """What an ini file may say for an option that is given or not."""
-INTEGERS = frozenset({"world-size", "max-procs", "seed", "pdb-rank"})
+INTEGERS = frozenset({"world-size", "max-procs", "seed", "pdb-rank", "fault-budget"})
+FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
+"""Names of budgets: about a second, and about two minutes, for a small checkpoint."""
 
 
 def _number(
@@ -155,6 +167,8 @@ def _number(
     if not text:
         return None
     kind = "a whole number" if name in INTEGERS else "a number"
+    if name == "fault-budget":
+        kind = f"{', '.join(FAULT_BUDGETS)} or {kind}"
     try:
         value: float = int(text) if name in INTEGERS else float(text)
     except ValueError:

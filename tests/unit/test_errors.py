@@ -34,8 +34,13 @@ from pytest_dcp.errors import (
     DcpError,
     DivergedError,
     FailureKind,
+    FaultError,
+    LawError,
     PlanError,
     RankFailure,
+    RecordingError,
+    SaverProcessError,
+    StoreResponseError,
     UntrustedPickleError,
     WorldError,
 )
@@ -75,6 +80,10 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     LeaseError: LeaseError("the leases"),
     LeaseTimeout: LeaseTimeout(SHORTAGE),
     GpusUnavailable: GpusUnavailable(4, ("0", "1")),
+    RecordingError: RecordingError("'f' was recorded as a folder and is missing"),
+    FaultError: FaultError("NoSpace() never fired"),
+    StoreResponseError: StoreResponseError(503, "Slow Down", "write of a/b (rank 1)"),
+    LawError: LawError("loading in place:\n  rank 1: w: was moved to other memory"),
     CheckpointError: CheckpointError("the checkpoint"),
     CheckpointCorruptError: CheckpointCorruptError(
         "the checksum differs", file="__0_0.distcp", entry="model.w", offset=65536
@@ -88,6 +97,7 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     ),
     PlanError: PlanError("key:a has overlapping chunks"),
     CheckpointExistsError: CheckpointExistsError("Checkpoint already exists"),
+    SaverProcessError: SaverProcessError("the background process 7 was killed by SIGKILL"),
     CoordinationError: CoordinationError("no process group"),
     RankEndedError: RankEndedError("rank 2 ended"),
     RankLeftError: RankLeftError("rank 2 left"),

@@ -80,6 +80,8 @@ def test_without_a_word_from_the_user_the_documented_defaults_hold() -> None:
         max_procs=0,
         output_limit_bytes=256 * 1024 * 1024,
         seed=None,
+        fault_budget=1000,
+        fault_replay="",
     )
 
 
@@ -102,6 +104,10 @@ GIVEN: list[tuple[str, str, str, object]] = [
     ("output-limit", "3", "output_limit_bytes", 3 * 1024 * 1024),
     ("seed", "0", "seed", 0),
     ("seed", "1234567890123", "seed", 1234567890123),
+    ("fault-budget", "pr", "fault_budget", 1000),
+    ("fault-budget", "nightly", "fault_budget", 100_000),
+    ("fault-budget", "77", "fault_budget", 77),
+    ("fault-replay", "posix-1f0c", "fault_replay", "posix-1f0c"),
 ]
 
 
@@ -164,6 +170,8 @@ WRONG = [
     ("seed", "-1"),
     ("seed", str(2**63)),
     ("seed", "x"),
+    ("fault-budget", "0"),
+    ("fault-budget", "daily"),
 ]
 
 

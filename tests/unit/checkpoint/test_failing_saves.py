@@ -1,15 +1,11 @@
-"""What a kill or a power cut at any moment of a save leaves in the folder: the old or the new.
+"""Saves that fail, that meet another one, or lose a rank: an error that says so, and nothing lost.
 
-A recording disk notes every operation of a save over an existing checkpoint. From the record follow
-the folders that could be found afterwards. A kill keeps what was done, the last write perhaps in
-part. A power cut also loses what was not synced: any of the names changed since the folder's last
-sync, and of each file the bytes since its own, which are then missing or zero.
+What crashes leave is searched in tests/worlds/faults/test_crash_states.py.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import threading
@@ -18,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,197 +35,10 @@ pytestmark = [
 ]
 
 Files = dict[str, bytes]
-SUBSETS_OF = 6
-"""Names changed since a sync whose subsets are all tried; of more, all but each one."""
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation on the folder."""
-
-    kind: str
-    """create, reserve, write, end_at, sync, replace, remove, sync_folder."""
-    name: str = ""
-    data: bytes = b""
-    to: str = ""
-    size: int = 0
-
-
-class RecordingOut:
-    """A new file that notes what is done to it."""
-
-    def __init__(self, out: Out, name: str, note: Callable[[Op], None]) -> None:
-        self.out = out
-        self.name = name
-        self.note = note
-
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        data = b"".join(map(bytes, buffers))
-        self.out.write(buffers)
-        self.note(Op("write", self.name, data))
-
-    def reserve(self, nbytes: int) -> None:
-        self.out.reserve(nbytes)
-        self.note(Op("reserve", self.name, size=nbytes))
-
-    def end_at(self, nbytes: int) -> None:
-        self.out.end_at(nbytes)
-        self.note(Op("end_at", self.name, size=nbytes))
-
-    def sync(self) -> None:
-        self.out.sync()
-        self.note(Op("sync", self.name))
-
-
-class RecordingDisk(LocalDisk):
-    """The local disk, each operation noted once it is done."""
-
-    def __init__(self) -> None:
-        self.ops: list[Op] = []
-        self.folders: set[Path] = set()
-        self.lock = threading.Lock()
-
-    def note(self, op: Op) -> None:
-        with self.lock:
-            self.ops.append(op)
-
-    @contextmanager
-    def create(self, folder: Path, name: str) -> Iterator[Out]:
-        with super().create(folder, name) as out:
-            self.note(Op("create", name))
-            yield RecordingOut(out, name, self.note)
-
-    def replace(self, folder: Path, old: str, new: str) -> None:
-        super().replace(folder, old, new)
-        self.note(Op("replace", old, to=new))
-
-    def remove(self, folder: Path, name: str) -> None:
-        there = (folder / name).exists()
-        super().remove(folder, name)
-        if there:
-            self.note(Op("remove", name))
-
-    def sync_folder(self, folder: Path) -> None:
-        super().sync_folder(folder)
-        self.folders.add(folder)
-        self.note(Op("sync_folder"))
-
-
-@dataclass
-class _Content:
-    """A file's bytes, how many of them are on stable storage, and its length if that is more."""
-
-    data: bytes = b""
-    synced: int = 0
-    room: int = 0
-
-    @property
-    def whole(self) -> bytes:
-        return self.data.ljust(self.room, b"\0")
-
-
-@dataclass
-class Machine:
-    """A folder while a save works on it: what is seen, and what would outlive a power cut."""
-
-    seen: dict[str, _Content]
-    durable: dict[str, _Content] = field(default_factory=dict)
-    changes: list[tuple[str, _Content | None]] = field(default_factory=list)
-    """Names set or taken away since the last sync of the folder; a rename is one change of two."""
-
-    @classmethod
-    def of(cls, files: Files) -> Machine:
-        seen = {name: _Content(data, len(data)) for name, data in files.items()}
-        return cls(seen, dict(seen))
-
-    def apply(self, op: Op) -> None:
-        if op.kind == "create":
-            self.seen[op.name] = _Content()
-            self.changes.append((op.name, self.seen[op.name]))
-        elif op.kind == "write":
-            self.seen[op.name].data += op.data
-        elif op.kind in ("reserve", "end_at"):
-            self.seen[op.name].room = op.size
-        elif op.kind == "sync":
-            self.seen[op.name].synced = len(self.seen[op.name].data)
-        elif op.kind == "replace":
-            self.seen[op.to] = self.seen.pop(op.name)
-            self.changes += [(op.to, self.seen[op.to]), (op.name, None)]
-        elif op.kind == "remove":
-            del self.seen[op.name]
-            self.changes.append((op.name, None))
-        else:
-            self.durable, self.changes = dict(self.seen), []
-
-    def killed(self) -> Files:
-        return {name: content.whole for name, content in self.seen.items()}
-
-    def cut(self) -> Iterator[Files]:
-        """What a power cut could leave."""
-        for kept in _subsets(self.changes):
-            names = dict(self.durable)
-            for name, content in kept:
-                names.pop(name, None)
-                if content is not None:
-                    names[name] = content
-            for spoil in (_lost, _zeroed, _whole):
-                yield {name: spoil(content) for name, content in names.items()}
-
-
-def _lost(content: _Content) -> bytes:
-    return content.data[: content.synced]
-
-
-def _zeroed(content: _Content) -> bytes:
-    return _lost(content).ljust(len(content.whole), b"\0")
-
-
-def _whole(content: _Content) -> bytes:
-    return content.whole
-
-
-def _subsets(changes: list[Any]) -> Iterator[list[Any]]:
-    if len(changes) <= SUBSETS_OF:
-        for count in range(len(changes) + 1):
-            yield from map(list, itertools.combinations(changes, count))
-        return
-    for end in range(len(changes) + 1):
-        yield changes[:end]
-    for gone in range(len(changes)):
-        yield changes[:gone] + changes[gone + 1 :]
-
-
-def states(before: Files, ops: Sequence[Op]) -> Iterator[tuple[int, str, Files]]:
-    """Distinct folders: how many operations were done, the kind of crash, the files."""
-    machine = Machine.of(before)
-    seen: set[Any] = set()
-    for done in range(len(ops) + 1):
-        if done and ops[done - 1].kind == "write":
-            last = ops[done - 1]
-            for part in (1, len(last.data) // 2):
-                torn = replace(machine.seen[last.name])
-                torn.data += last.data[:part]
-                yield done - 1, "kill", machine.killed() | {last.name: torn.whole}
-        if done:
-            machine.apply(ops[done - 1])
-        for how, found in (("kill", [machine.killed()]), ("power cut", machine.cut())):
-            for files in found:
-                key = (how, done == len(ops), tuple(sorted(files.items())))
-                if key not in seen:
-                    seen.add(key)
-                    yield done, how, files
 
 
 def files_in(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def put(folder: Path, files: Files) -> None:
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
 
 
 def state(fill: float) -> dict[str, Any]:
@@ -251,123 +59,6 @@ def loaded(folder: Path) -> float:
     for name in ("w", "b", "empty"):
         assert torch.equal(target[name], expected[name]), name
     return fill
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> RecordingDisk:
-    disk = RecordingDisk()
-    monkeypatch.setattr(file_system, "disk_of", lambda fs: disk)
-    return disk
-
-
-def recorded(
-    recorder: RecordingDisk, folder: Path, **options: Any
-) -> tuple[Files, list[Op], list[tuple[int, str, Files]]]:
-    before = files_in(folder)
-    recorder.ops.clear()
-    together = options.pop("use_collectives", True)
-    writer = FileSystemWriter(folder, **options)
-    dcp.save(state(2), storage_writer=writer, use_collectives=together)
-    ops = list(recorder.ops)
-    return before, ops, list(states(before, ops))
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "one file": {},
-    "two threads": {"thread_count": 2},
-    "a file for each item": {"single_file_per_rank": False},
-    "a file for each item and three threads": {"single_file_per_rank": False, "thread_count": 3},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_crash_state_is_the_old_or_the_new_checkpoint(
-    tmp_path: Path, recorder: RecordingDisk, way: str
-) -> None:
-    folder = tmp_path / "checkpoint"
-    dcp.save(state(1), checkpoint_id=folder)
-    _, ops, found = recorded(recorder, folder, **WAYS[way])
-    commit = next(n for n, op in enumerate(ops) if op.kind == "replace")
-    outcomes = set()
-    for done, how, files in found:
-        put(tmp_path / "crashed", files)
-        got = loaded(tmp_path / "crashed")
-        outcomes.add(got)
-        if done <= commit:
-            assert got == 1, (done, how)
-        elif how == "kill" or done == len(ops):
-            assert got == 2, (done, how)
-    assert outcomes == {1, 2}
-    assert len(found) > 20
-
-
-@pytest.mark.parametrize("way", ["one file", "a file for each item"])
-def test_the_next_save_cleans_up_after_any_crash(
-    tmp_path: Path, recorder: RecordingDisk, way: str
-) -> None:
-    folder = tmp_path / "checkpoint"
-    dcp.save(state(1), checkpoint_id=folder)
-    _, _, found = recorded(recorder, folder, **WAYS[way])
-    for done, how, files in found:
-        put(tmp_path / "crashed", files)
-        dcp.save(state(3), storage_writer=FileSystemWriter(tmp_path / "crashed", sync_files=False))
-        assert loaded(tmp_path / "crashed") == 3
-        assert len(files_in(tmp_path / "crashed")) == 2, (done, how)
-
-
-def test_a_first_save_is_nothing_or_whole(tmp_path: Path, recorder: RecordingDisk) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    _, ops, found = recorded(recorder, folder)
-    for done, _, files in found:
-        put(tmp_path / "crashed", files)
-        if ".metadata" in files:
-            assert loaded(tmp_path / "crashed") == 2
-        else:
-            assert done < len(ops)
-
-
-def test_a_new_folder_outlives_a_power_cut(tmp_path: Path, recorder: RecordingDisk) -> None:
-    dcp.save(state(1), checkpoint_id=tmp_path / "run" / "step")
-    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "step"} <= recorder.folders
-
-
-def test_a_rank_on_its_own_leaves_old_or_new_over_its_own(
-    tmp_path: Path, recorder: RecordingDisk
-) -> None:
-    folder = tmp_path / "checkpoint"
-    dcp.save(state(1), checkpoint_id=folder, use_collectives=False)
-    _, ops, found = recorded(recorder, folder, use_collectives=False)
-    for done, how, files in found:
-        put(tmp_path / "crashed", files)
-        got = loaded(tmp_path / "crashed")
-        assert got in (1, 2), (done, how)
-        assert got == 2 or done < len(ops), (done, how)
-
-
-def test_a_rank_on_its_own_replaces_a_whole_checkpoint_for_good(
-    tmp_path: Path, recorder: RecordingDisk
-) -> None:
-    folder = tmp_path / "checkpoint"
-    dcp.save(state(1), checkpoint_id=folder)
-    _, ops, found = recorded(recorder, folder, use_collectives=False)
-    for done, how, files in found:
-        put(tmp_path / "crashed", files)
-        got = loaded(tmp_path / "crashed")
-        assert got == 2 or done < len(ops), (done, how)
-
-
-def test_a_save_of_each_rank_on_its_own_cleans_up_too(
-    tmp_path: Path, recorder: RecordingDisk
-) -> None:
-    folder = tmp_path / "checkpoint"
-    dcp.save(state(1), checkpoint_id=folder, use_collectives=False)
-    _, _, found = recorded(recorder, folder, use_collectives=False)
-    for done, how, files in found:
-        put(tmp_path / "crashed", files)
-        dcp.save(state(3), checkpoint_id=tmp_path / "crashed", use_collectives=False)
-        assert loaded(tmp_path / "crashed") == 3
-        assert len(files_in(tmp_path / "crashed")) == 2, (done, how)
 
 
 def test_ranks_on_their_own_can_save_over_a_damaged_checkpoint(tmp_path: Path) -> None:
@@ -395,42 +86,6 @@ def test_overwrite_false_protects_checkpoints_of_either_kind(
     with pytest.raises(dcp.CheckpointException, match="exists"):
         dcp.save(state(2), storage_writer=writer, use_collectives=together)
     assert files_in(tmp_path) == before
-
-
-@pytest.mark.world_size(2)
-def test_a_crash_of_two_ranks_leaves_the_old_or_the_new(
-    checkpoint_dir: Path, tmp_path: Path, recorder: RecordingDisk, rank: int
-) -> None:
-    """Each rank's record; what the other did comes wholly before or after each step of its own."""
-    folder = checkpoint_dir / "two"
-
-    def mine(fill: float) -> dict[str, Any]:
-        return {f"mine {rank}": torch.full((30,), fill), "both": torch.full((5,), fill)}
-
-    dcp.save(mine(1.0), checkpoint_id=folder)
-    before = files_in(folder)
-    dist.barrier()
-    recorder.ops.clear()
-    dcp.save(mine(2.0), checkpoint_id=folder)
-    records: list[Any] = [None, None]
-    dist.all_gather_object(records, recorder.ops)
-    if rank != 0:
-        return
-    first = next(n for n, op in enumerate(records[0]) if op.kind == "sync_folder")
-    orders = (
-        [*records[1], *records[0]],
-        [*records[0][:first], *records[1], *records[0][first:]],
-    )
-    outcomes = set()
-    for ops in orders:
-        for _, _, files in states(before, ops):
-            put(tmp_path / "crashed", files)
-            target = {"mine 0": torch.zeros(30), "mine 1": torch.zeros(30), "both": torch.zeros(5)}
-            dcp.load(target, checkpoint_id=tmp_path / "crashed", no_dist=True)
-            found = {value for tensor in target.values() for value in fills(tensor)}
-            assert found in ({1.0}, {2.0})
-            outcomes |= found
-    assert outcomes == {1.0, 2.0}
 
 
 @pytest.mark.world_size(2)

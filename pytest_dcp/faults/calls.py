@@ -1,0 +1,359 @@
+"""Stand-ins for the functions of `os` that touch storage.
+
+Each has the arguments and the result of the function whose name it bears. For a path or descriptor
+below no watched root it is that function; else the operation is done by `Registry.perform`. The
+functions that copy inside the kernel (sendfile, copy_file_range) are done as reads and writes, so
+that both sides are seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pytest_dcp.faults.operations import Operation, OperationKind
+from pytest_dcp.faults.watches import REGISTRY, Descriptor
+
+REPLACED = (
+    "open", "close", "read", "pread", "readv", "preadv", "write", "pwrite", "writev", "pwritev",
+    "fsync", "fdatasync", "ftruncate", "truncate", "posix_fallocate", "dup", "dup2", "sendfile",
+    "copy_file_range", "rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir",
+    "scandir", "listdir",
+)  # fmt: skip
+"""Those of `os`; makedirs, renames and the like call them by name. What a platform lacks is left
+out."""
+
+real: Any = SimpleNamespace(**{name: getattr(os, name) for name in REPLACED if hasattr(os, name)})
+"""The functions themselves."""
+
+
+def _done(operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return REGISTRY.perform(operation, lambda op: (function(*args, **kwargs), op.nbytes))
+
+
+def _of(kind: OperationKind, known: Descriptor, **facts: Any) -> Operation:
+    return Operation(kind, known.path, handle=known.handle, **facts)
+
+
+# ---- descriptors
+
+
+def open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    place = REGISTRY.place(path, dir_fd)
+    if place is None:
+        return int(real.open(path, flags, mode, dir_fd=dir_fd))
+    makes = flags & os.O_TRUNC or (flags & os.O_CREAT and not os.path.exists(place))
+    handle = REGISTRY.new_handle()
+
+    def opened() -> int:
+        fd: int = real.open(path, flags, mode, dir_fd=dir_fd)
+        REGISTRY.opened(fd, place, handle, appends=bool(flags & os.O_APPEND))
+        return fd
+
+    fd: int = _done(Operation("create" if makes else "open", place, handle=handle), opened)
+    return fd
+
+
+def close(fd: int) -> Any:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return real.close(fd)
+    return closed(fd, known, lambda: real.close(fd))
+
+
+def closed(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
+    """Close a known descriptor by `act`."""
+
+    def let_go() -> None:
+        REGISTRY.closed(fd)  # before: the number may be another file's at once
+        act()
+
+    return _done(_of("close", known), let_go)
+
+
+def dup(fd: int) -> int:
+    copy: int = real.dup(fd)
+    REGISTRY.duplicated(fd, copy)
+    return copy
+
+
+def dup2(fd: int, fd2: int, inheritable: bool = True) -> int:
+    copy: int = real.dup2(fd, fd2, inheritable)
+    REGISTRY.duplicated(fd, copy)
+    return copy
+
+
+# ---- bytes in
+
+
+def read(fd: int, n: int) -> bytes:
+    known = REGISTRY.descriptor(fd)
+    return real.read(fd, n) if known is None else _read(fd, known, n, None)
+
+
+def pread(fd: int, n: int, offset: int) -> bytes:
+    known = REGISTRY.descriptor(fd)
+    return real.pread(fd, n, offset) if known is None else _read(fd, known, n, offset)
+
+
+def readv(fd: int, buffers: Sequence[Any]) -> int:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return int(real.readv(fd, buffers))
+    return _scattered(_read(fd, known, _total(buffers), None), buffers)
+
+
+def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return int(real.preadv(fd, buffers, offset, flags))
+    return _scattered(_read(fd, known, _total(buffers), offset), buffers)
+
+
+def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
+    """The bytes at the offset, or at the descriptor's own, which then moves."""
+
+    def act(operation: Operation) -> tuple[bytes, int]:
+        if offset is None:
+            data = real.read(fd, operation.nbytes)
+        else:
+            data = real.pread(fd, operation.nbytes, offset)
+        return data, len(data)
+
+    at = os.lseek(fd, 0, os.SEEK_CUR) if offset is None else offset
+    data: bytes = REGISTRY.perform(_of("read", known, offset=at, nbytes=n), act)
+    return data
+
+
+def _scattered(data: bytes, buffers: Sequence[Any]) -> int:
+    left = memoryview(data)
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        view[: len(left)] = left[: len(view)]
+        left = left[len(view) :]
+    return len(data)
+
+
+def _total(buffers: Sequence[Any]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
+
+
+# ---- bytes out
+
+
+def write(fd: int, data: Any) -> int:
+    known = REGISTRY.descriptor(fd)
+    return int(real.write(fd, data)) if known is None else _write(fd, known, [data], None)
+
+
+def pwrite(fd: int, data: Any, offset: int) -> int:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return int(real.pwrite(fd, data, offset))
+    return _write(fd, known, [data], offset)
+
+
+def writev(fd: int, buffers: Sequence[Any]) -> int:
+    known = REGISTRY.descriptor(fd)
+    return int(real.writev(fd, buffers)) if known is None else _write(fd, known, buffers, None)
+
+
+def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return int(real.pwritev(fd, buffers, offset, flags))
+    return _write(fd, known, buffers, offset)
+
+
+def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | None) -> int:
+    """How many bytes were stored at the offset, or at the descriptor's own, which then moves."""
+    data = b"".join(memoryview(buffer).tobytes() for buffer in buffers)
+    own = offset is None
+
+    def act(operation: Operation) -> tuple[int, int]:
+        stored = operation.data or b""
+        done = real.write(fd, stored) if own else real.pwrite(fd, stored, offset)
+        return done, done
+
+    if known.appends:
+        at = os.fstat(fd).st_size  # also of a pwrite: Linux appends whatever the offset says
+    else:
+        at = os.lseek(fd, 0, os.SEEK_CUR) if offset is None else offset
+    operation = _of("write", known, offset=at, data=data, nbytes=len(data))
+    claimed: int = REGISTRY.perform(operation, act)
+    if own and not known.appends:
+        # A write that was lost, or shortened behind its back, has moved the offset all the same.
+        os.lseek(fd, at + claimed, os.SEEK_SET)
+    return claimed
+
+
+def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int, *args: Any) -> int:
+    if args or (REGISTRY.descriptor(out_fd) is None and REGISTRY.descriptor(in_fd) is None):
+        return int(real.sendfile(out_fd, in_fd, offset, count, *args))
+    return _copied(in_fd, out_fd, count, offset, None)
+
+
+def copy_file_range(
+    src: int, dst: int, count: int, offset_src: int | None = None, offset_dst: int | None = None
+) -> int:
+    if REGISTRY.descriptor(src) is None and REGISTRY.descriptor(dst) is None:
+        return int(real.copy_file_range(src, dst, count, offset_src, offset_dst))
+    return _copied(src, dst, count, offset_src, offset_dst)
+
+
+def _copied(src: int, dst: int, count: int, start: int | None, to: int | None) -> int:
+    at = os.lseek(src, 0, os.SEEK_CUR) if start is None else start
+    data = pread(src, min(count, 1 << 20), at)
+    done = write(dst, data) if to is None else pwrite(dst, data, to)
+    if start is None:
+        os.lseek(src, at + done, os.SEEK_SET)
+    return done
+
+
+# ---- whole files
+
+
+def fsync(fd: Any) -> Any:
+    _synced(fd, real.fsync)
+
+
+def fdatasync(fd: Any) -> Any:
+    _synced(fd, real.fdatasync)
+
+
+def _synced(fd: Any, function: Callable[[int], None]) -> Any:
+    number = fd if isinstance(fd, int) else fd.fileno()
+    known = REGISTRY.descriptor(number)
+    if known is None:
+        return function(number)
+    return _done(_of("sync_folder" if known.is_folder else "sync", known), function, number)
+
+
+def ftruncate(fd: int, length: int) -> Any:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return real.ftruncate(fd, length)
+    return _done(_of("truncate", known, nbytes=length), real.ftruncate, fd, length)
+
+
+def truncate(path: Any, length: int) -> Any:
+    if isinstance(path, int):
+        return ftruncate(path, length)
+    if (place := REGISTRY.place(path)) is None:
+        return real.truncate(path, length)
+    return _done(Operation("truncate", place, nbytes=length), real.truncate, path, length)
+
+
+def posix_fallocate(fd: int, offset: int, length: int) -> Any:
+    known = REGISTRY.descriptor(fd)
+    if known is None:
+        return real.posix_fallocate(fd, offset, length)
+    operation = _of("allocate", known, offset=offset, nbytes=length)
+    return _done(operation, real.posix_fallocate, fd, offset, length)
+
+
+# ---- names
+
+
+def rename(
+    src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+) -> None:
+    _moved(real.rename, src, dst, src_dir_fd, dst_dir_fd)
+
+
+def replace(
+    src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+) -> None:
+    _moved(real.replace, src, dst, src_dir_fd, dst_dir_fd)
+
+
+def _moved(
+    function: Callable[..., None], src: Any, dst: Any, src_fd: int | None, dst_fd: int | None
+) -> Any:
+    def act() -> None:
+        function(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
+        REGISTRY.renamed(operation.path, str(operation.to))
+
+    source, to = REGISTRY.place(src, src_fd), REGISTRY.place(dst, dst_fd)
+    if source is None and to is None:
+        return function(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
+    operation = Operation("rename", source or os.path.realpath(src), to=to or os.path.realpath(dst))
+    if source is None:
+        operation = _from_outside(operation)
+    return _done(operation, act)
+
+
+def link(
+    src: Any,
+    dst: Any,
+    *,
+    src_dir_fd: int | None = None,
+    dst_dir_fd: int | None = None,
+    follow_symlinks: bool = True,
+) -> Any:
+    facts = {
+        "src_dir_fd": src_dir_fd, "dst_dir_fd": dst_dir_fd, "follow_symlinks": follow_symlinks
+    }  # fmt: skip
+    to, source = REGISTRY.place(dst, dst_dir_fd), REGISTRY.place(src, src_dir_fd)
+    if to is None:
+        return real.link(src, dst, **facts)
+    operation = Operation("link", source or os.path.realpath(src), to=to)
+    if source is None:
+        operation = _from_outside(operation)
+    return _done(operation, real.link, src, dst, **facts)
+
+
+def _from_outside(operation: Operation) -> Operation:
+    """With the bytes of a file that comes into the root: nobody saw them being written."""
+    path = Path(operation.path)
+    data = path.read_bytes() if path.is_file() else None
+    return Operation(operation.kind, operation.path, to=operation.to, data=data)
+
+
+def symlink(
+    src: Any, dst: Any, target_is_directory: bool = False, *, dir_fd: int | None = None
+) -> Any:
+    if (to := REGISTRY.place(dst, dir_fd)) is None:
+        return real.symlink(src, dst, target_is_directory, dir_fd=dir_fd)
+    operation = Operation("link", to, to=to, data=os.fsencode(src))
+    return _done(operation, real.symlink, src, dst, target_is_directory, dir_fd=dir_fd)
+
+
+def unlink(path: Any, *, dir_fd: int | None = None) -> Any:
+    _named("remove", real.unlink, path, dir_fd)
+
+
+def remove(path: Any, *, dir_fd: int | None = None) -> Any:
+    _named("remove", real.remove, path, dir_fd)
+
+
+def rmdir(path: Any, *, dir_fd: int | None = None) -> Any:
+    _named("remove_folder", real.rmdir, path, dir_fd)
+
+
+def mkdir(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> Any:
+    _named("make_folder", real.mkdir, path, dir_fd, mode)
+
+
+def _named(
+    kind: OperationKind, function: Callable[..., None], path: Any, dir_fd: int | None, *args: Any
+) -> Any:
+    if (place := REGISTRY.place(path, dir_fd)) is None:
+        return function(path, *args, dir_fd=dir_fd)
+    return _done(Operation(kind, place), function, path, *args, dir_fd=dir_fd)
+
+
+def scandir(path: Any = ".") -> Any:
+    return _listed(real.scandir, path)
+
+
+def listdir(path: Any = ".") -> Any:
+    return _listed(real.listdir, path)
+
+
+def _listed(function: Callable[[Any], Any], path: Any) -> Any:
+    place = REGISTRY.place("." if path is None else path)
+    return function(path) if place is None else _done(Operation("list", place), function, path)

@@ -1,0 +1,203 @@
+"""What users meet of crash states: a recorded block, the states it allows, and what must load.
+
+with faulty_storage.record() as trace:
+    dcp.save(new, checkpoint_id=folder)
+for state in trace.crash_states(model="posix"):
+    faulty_storage.assert_loads_one_of(state, old, new)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_dcp.faults import replay
+from pytest_dcp.faults.losses import Model
+from pytest_dcp.faults.operations import Operation
+from pytest_dcp.faults.recording import Desk, Folders, Recorded, recording
+from pytest_dcp.faults.states import Crash, crashes
+from pytest_dcp.harness.options import FAULT_BUDGETS
+
+Load = Callable[..., Any]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What the session was told of crash states."""
+
+    budget: int = int(FAULT_BUDGETS["pr"])
+    """How many states of one trace are tried at most."""
+    replay: str | None = None
+    """The id of the only state to try."""
+
+    def limit(self, budget: str | int | None) -> int:
+        """How many states at most. Raises ValueError for what is no budget."""
+        if budget is None:
+            return self.budget
+        said = FAULT_BUDGETS.get(str(budget), str(budget))
+        if not said.isdecimal() or int(said) < 1:
+            names = ", ".join(FAULT_BUDGETS)
+            raise ValueError(f"a budget of crash states is {names} or a number; got {said!r}")
+        return int(said)
+
+
+class CrashState:
+    """A folder that a crash could leave."""
+
+    def __init__(self, crash: Crash) -> None:
+        self._crash = crash
+
+    @property
+    def id(self) -> str:
+        """Replays it: `--dcp-fault-replay=ID`."""
+        return self._crash.id
+
+    @property
+    def model(self) -> Model:
+        """The kind of crash and file system."""
+        return self._crash.model
+
+    @property
+    def what(self) -> str:
+        """For people: when the crash came, and what it lost."""
+        return self._crash.what
+
+    @property
+    def done(self) -> int:
+        """Operations that were done before the crash."""
+        return self._crash.done
+
+    @property
+    def returned(self) -> frozenset[int]:
+        """Ranks whose recorded block had ended."""
+        return self._crash.returned
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files' bytes by their paths."""
+        return {p: entry for p, entry in self._crash.tree.items() if isinstance(entry, bytes)}
+
+    def restored(self) -> AbstractContextManager[Path]:
+        """A fresh folder in this state until the block ends; a test may change it."""
+        return replay.restored(self._crash.tree)
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<{self.id}: {self.what}>"
+
+
+class Recording(Recorded):
+    """A block whose operations are recorded; see `FaultyStorage.record`."""
+
+    def __init__(self, search: Search | None = None) -> None:
+        super().__init__()
+        self._search = search or Search()
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """What all ranks did that changes a folder or makes it last, as it ended."""
+        return self.trace.operations
+
+    def crash_states(
+        self, model: Model = "posix", budget: str | int | None = None
+    ) -> list[CrashState]:
+        """Each folder once that a crash at any moment could leave, the simplest crashes first.
+
+        budget: pr, nightly or a number; by default what `--dcp-fault-budget` says. With
+        `--dcp-fault-replay` the one state of that id, and none of other models; a test whose trace
+        has no such state is skipped.
+        """
+        only = self._search.replay
+        if only is not None and not only.startswith(f"{model}-"):
+            return []
+        found = crashes(self.trace, model, self._search.limit(budget), only)
+        states = [CrashState(crash) for crash in found]
+        if only is not None and not states:
+            import pytest
+
+            pytest.skip(f"--dcp-fault-replay: there is no {only} among the states of {model}")
+        return states
+
+
+def recorded(
+    workload: Callable[[Path], object], prepare: Callable[[Path], object] = lambda folder: None
+) -> Recording:
+    """What a function does to an empty folder that is made for it and removed again.
+
+    For `pytest.mark.parametrize("state", recorded(workload).crash_states(budget=99), ids=str)`.
+    prepare: called before, and not recorded.
+    """
+    made = Recording()
+    with tempfile.TemporaryDirectory(prefix="dcp-recorded-") as place:
+        folder = Path(place, "folder")
+        folder.mkdir()
+        prepare(folder)
+        with recording(Folders([folder]), Desk(Path(place)), made):
+            workload(folder)
+    return made
+
+
+def desk_at(place: Path, rank: int) -> Desk:
+    """The desk of this process, in a world shared with its peers.
+
+    place: a folder that every rank sees and none watches.
+    """
+    from pytest_dcp.harness.rank import current
+
+    world = current()
+    return Desk(place, rank) if world is None else Desk(place, rank, world.meet)
+
+
+def loads_one_of(
+    state: CrashState, old: State | None, new: State, load: Load | None = None, **keywords: Any
+) -> Literal["old", "new", "nothing"]:
+    """Which of the two the folder holds, whole; "nothing" where there was no old one.
+
+    old: None where there was no checkpoint before. load: called as `dcp.load` is, by default that.
+
+    Raises AssertionError when it holds neither, or not the new one though the recorded block had
+    ended in some rank.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from pytest_dcp.faults.holdings import blank, differences
+
+    if load is None:
+        from pytest_dcp.checkpoint import load as load_
+
+        load, keywords = load_, {"no_dist": True} | keywords
+    said: list[str] = []
+    refused = 0
+    with state.restored() as folder:
+        for likeness in (new,) if old is None else (new, old):
+            actual = blank(likeness)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    load(actual, checkpoint_id=folder, **keywords)
+            # torch's CheckpointException is no Exception
+            except (Exception, CheckpointException) as error:  # noqa: BLE001 - told below
+                said.append(f"{type(error).__name__}: {error}")
+                refused += 1
+                continue
+            unlike = next(differences(actual, new), None)
+            if unlike is None:
+                return "new"
+            if old is not None and not state.returned and not any(differences(actual, old)):
+                return "old"
+            said.append(unlike)
+    if old is None and refused and not state.returned:
+        return "nothing"
+    wanted = "the new state alone, which had been saved" if state.returned else "old or new"
+    raise AssertionError(
+        f"{state!r}: expected {wanted}; got {'; '.join(said)}\n"
+        f"replay it with --dcp-fault-replay={state.id}"
+    )

@@ -1,0 +1,147 @@
+"""Faults at rest: a file's bytes are not what was written, or the file is not the one it was.
+
+What is opened or read is spoiled before; what is written, synced, closed or renamed, afterwards.
+The file itself is changed, so the damage stays. A file that a fault cannot be done to (too short,
+no other one to swap with) is not met by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_dcp.faults import damage
+from pytest_dcp.faults.kinds import Moment
+from pytest_dcp.faults.operations import Verdict
+from pytest_dcp.faults.storage_kinds import StorageFault
+
+LOOKING = ("open", "read")
+
+
+class Damage(StorageFault):
+    """A change of a file behind everybody's back: the base."""
+
+    __slots__ = ()
+
+    operations = ("open", "read", "write", "sync", "close", "rename", "link")
+    during = ("open", "close", "rename")
+
+    def meets(self, file: Path | None) -> bool:
+        return file is not None and file.is_file() and self.can_spoil(file)
+
+    def before(self, moment: Moment) -> Verdict | None:
+        if moment.where in LOOKING and moment.file is not None:
+            self.spoil(moment.file)
+        return None
+
+    def after(self, moment: Moment) -> None:
+        file = moment.target or moment.file
+        if moment.where not in LOOKING and file is not None:
+            self.spoil(file)
+
+    def can_spoil(self, file: Path) -> bool:
+        """Whether it can be done to this file."""
+        return True
+
+    def spoil(self, file: Path) -> None:
+        """Change the file."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class BitFlip(Damage):
+    """One bit is the other one."""
+
+    offset: int = 0
+    """Bytes from the start; negative: from the end."""
+    bit: int = 0
+
+    def can_spoil(self, file: Path) -> bool:
+        size = file.stat().st_size
+        return -size <= self.offset < size
+
+    def spoil(self, file: Path) -> None:
+        data = file.read_bytes()
+        file.write_bytes(damage.flip_bit(data, self.offset % len(data), self.bit))
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSector(Damage):
+    """A sector full of zeros."""
+
+    sector: int = 0
+    """Counted from 0."""
+    nbytes: int = damage.SECTOR_BYTES
+
+    def can_spoil(self, file: Path) -> bool:
+        return self.sector * self.nbytes < file.stat().st_size
+
+    def spoil(self, file: Path) -> None:
+        data = file.read_bytes()
+        file.write_bytes(damage.fill_sector(data, self.sector, size=self.nbytes))
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate(Damage):
+    """The file ends after so many bytes; negative: so many are missing; by default half."""
+
+    nbytes: int | None = None
+
+    def spoil(self, file: Path) -> None:
+        data = file.read_bytes()
+        cut = len(data) // 2 if self.nbytes is None else self.nbytes
+        file.write_bytes(damage.truncate(data, cut))
+
+
+@dataclass(frozen=True, slots=True)
+class Missing(Damage):
+    """The file is gone."""
+
+    def spoil(self, file: Path) -> None:
+        file.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign(Damage):
+    """The file is one that no save wrote."""
+
+    content: bytes = b"this is no checkpoint\n"
+
+    def spoil(self, file: Path) -> None:
+        file.write_bytes(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap(Damage):
+    """The file has changed places with another one of its folder."""
+
+    other: str
+    """Its name, or a pattern: the first other file that fits."""
+
+    def can_spoil(self, file: Path) -> bool:
+        return self._partner(file) is not None
+
+    def spoil(self, file: Path) -> None:
+        partner = self._partner(file)
+        if partner is not None:
+            mine, theirs = file.read_bytes(), partner.read_bytes()
+            file.write_bytes(theirs)
+            partner.write_bytes(mine)
+
+    def _partner(self, file: Path) -> Path | None:
+        others = (path for path in sorted(file.parent.glob(self.other)) if path.is_file())
+        return next((path for path in others if path != file), None)
+
+
+@dataclass(frozen=True, slots=True)
+class StaleFile(Damage):
+    """The file is an older one."""
+
+    old: str
+    """Where the old content is: a path."""
+
+    def can_spoil(self, file: Path) -> bool:
+        return Path(self.old).is_file()
+
+    def spoil(self, file: Path) -> None:
+        file.write_bytes(Path(self.old).read_bytes())

@@ -1,0 +1,197 @@
+"""Pure (no I/O): what each kind of file system may lose of what had not reached the disk.
+
+The kinds, with what each promises (`RULES`) and may lose (`LOSSES`), simplest losses first:
+
+kill: nothing is lost: only processes die, the kernel and its caches live on.
+
+posix: any of the names and any of the bytes not made stable by an fsync of their folder or of their
+    file, in any combination; of lost bytes the size may have arrived (then they are zeros) or not.
+    The two names of a rename may be lost apart. POSIX.1-2024 asks fsync for no more than "to
+    assure that all data in progress [..] is transferred" (fsync, rationale), and file systems use
+    that freedom: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014 (ALICE).
+
+ext4-ordered: ext4 as it is mounted by default (data=ordered, delayed allocation, auto_da_alloc;
+    Documentation/admin-guide/ext4.rst, ext4(5)). Names reach the journal in the order of their
+    operations, so only a suffix can be lost; an fsync of anything commits all before it. Bytes are
+    written before the size that makes them visible, so they are missing rather than zeros, unless
+    the space was allocated before; a rename over a file takes the bytes with it.
+
+nfs: close-to-open consistency (RFC 7530, 10.3): names are on the server when the call returns,
+    bytes when the file is synced or closed. What listings other clients see in the meantime is no
+    state of the folder: that is the fault `StaleListing`.
+
+s3: objects, which `ObjectStore` keeps: nothing is there before its file is closed, then all of it;
+    a rename is a copy and a removal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pytest_dcp.faults.machine import ByteChange, Machine, NameChange, Rules
+from pytest_dcp.faults.trace import Tree
+
+Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
+MODELS: tuple[Model, ...] = get_args(Model)
+
+RULES: Mapping[Model, Rules] = {
+    "kill": Rules(),
+    "posix": Rules(),
+    "ext4-ordered": Rules(sync_commits_names=True, rename_over_flushes=True),
+    "nfs": Rules(names_at_once=True, close_syncs=True),
+    "s3": Rules(),
+}
+
+PAIRS_OF = 24
+"""The newest changes of which all pairs are tried: pairs grow with the square."""
+
+
+SINGLY = 48
+"""Changes of which each one is tried: the newest half, and as many spread over the older ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What is lost, as positions in the machine's lists of changes."""
+
+    names: tuple[int, ...] = ()
+    bytes: tuple[int, ...] = ()
+    zeros: bool = False
+    """The sizes of the lost bytes have arrived."""
+
+    def left(self, machine: Machine) -> Tree:
+        """What is on the disk."""
+        names = [c for n, c in enumerate(machine.name_changes) if n not in self.names]
+        changes = [
+            (change, n not in self.bytes)
+            for n, change in enumerate(machine.byte_changes)
+            if self.zeros or n not in self.bytes
+        ]
+        return machine.left(names, changes)
+
+
+Losses = Iterator[Loss]
+
+
+def _posix_simple(machine: Machine) -> Losses:
+    """All names, all bytes, all of both; each one."""
+    names, changes = _all(machine)
+    for zeros in (False, True):
+        yield Loss(names, changes, zeros)
+        yield Loss((), changes, zeros)
+        yield from (Loss((), (n,), zeros) for n in _some(changes))
+    yield Loss(names, ())
+    yield from (Loss((n,), ()) for n in _some(names))
+
+
+def _posix_runs(machine: Machine) -> Losses:
+    """From some operation on; all of one file; all but one."""
+    names, changes = _all(machine)
+    done = sorted(_operations(machine.name_changes) | _operations(machine.byte_changes))
+    for zeros in (False, True):
+        for since in _some(done[1:]):
+            late = _since(machine.byte_changes, since)
+            yield Loss(_since(machine.name_changes, since), late, zeros)
+            yield Loss((), late, zeros)
+        yield from (Loss((), file, zeros) for file in _by_file(machine))
+        for kept in _some(names):
+            yield Loss(tuple(n for n in names if n != kept), changes, zeros)
+        for kept in _some(changes):
+            yield Loss(names, tuple(n for n in changes if n != kept), zeros)
+            yield Loss((), tuple(n for n in changes if n != kept), zeros)
+    for since in _some(done[1:]):
+        yield Loss(_since(machine.name_changes, since), ())
+    for kept in _some(names):
+        yield Loss(tuple(n for n in names if n != kept), ())
+
+
+def _posix_pairs(machine: Machine) -> Losses:
+    """Each two: names, bytes, or one of each."""
+    names, changes = (some[-PAIRS_OF:] for some in _all(machine))
+    for pair in itertools.combinations(names, 2):
+        yield Loss(pair, ())
+    for zeros in (False, True):
+        for name, change in itertools.product(names, changes):
+            yield Loss((name,), (change,), zeros)
+        for pair in itertools.combinations(changes, 2):
+            yield Loss((), pair, zeros)
+
+
+def _ext4_simple(machine: Machine) -> Losses:
+    """Names from some operation on; all bytes that may be; those of each one write."""
+    for names in _name_suffixes(machine):
+        yield Loss(names, ())
+        yield Loss(names, _unforced(machine, names))
+    yield from (Loss((), (n,)) for n in _some(_unforced(machine, ())))
+
+
+def _ext4_runs(machine: Machine) -> Losses:
+    """Bytes of each file, or from some operation on, beside every suffix of the names."""
+    for names in _name_suffixes(machine):
+        free = _unforced(machine, names)
+        for file in _by_file(machine):
+            yield Loss(names, tuple(n for n in file if n in free))
+        yield from (Loss(names, free[n:]) for n in _some(range(1, len(free))))
+
+
+def _ext4_pairs(machine: Machine) -> Losses:
+    for names in _name_suffixes(machine):
+        free = _unforced(machine, names)[-PAIRS_OF:]
+        yield from (Loss(names, (n,)) for n in free)
+        yield from (Loss(names, pair) for pair in itertools.combinations(free, 2))
+
+
+LOSSES: Mapping[Model, tuple[Callable[[Machine], Losses], ...]] = {
+    "kill": (),
+    "posix": (_posix_simple, _posix_runs, _posix_pairs),
+    "ext4-ordered": (_ext4_simple, _ext4_runs, _ext4_pairs),
+    "nfs": (_posix_simple, _posix_runs, _posix_pairs),
+    "s3": (),
+}
+"""By model: one generator for each level, the simplest first. Losing nothing comes before them."""
+
+
+def _all(machine: Machine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(range(len(machine.name_changes))), tuple(range(len(machine.byte_changes)))
+
+
+def _some(positions: Sequence[int]) -> Sequence[int]:
+    if len(positions) <= SINGLY:
+        return positions
+    newest = len(positions) - SINGLY // 2
+    return [*positions[: newest : -(-newest // (SINGLY // 2))], *positions[newest:]]
+
+
+def _operations(changes: Sequence[NameChange] | Sequence[ByteChange]) -> set[int]:
+    return {change.operation for change in changes}
+
+
+def _since(changes: Sequence[NameChange | ByteChange], operation: int) -> tuple[int, ...]:
+    return tuple(n for n, change in enumerate(changes) if change.operation >= operation)
+
+
+def _by_file(machine: Machine) -> Iterator[tuple[int, ...]]:
+    for node in sorted({change.node for change in machine.byte_changes}):
+        yield tuple(n for n, c in enumerate(machine.byte_changes) if c.node == node)
+
+
+def _name_suffixes(machine: Machine) -> Iterator[tuple[int, ...]]:
+    """None, then ever more of the newest; the names of one operation stay together."""
+    yield ()
+    for operation in _some(sorted(_operations(machine.name_changes)))[::-1]:
+        yield _since(machine.name_changes, operation)
+
+
+def _unforced(machine: Machine, lost: tuple[int, ...]) -> tuple[int, ...]:
+    """The byte changes that no kept name needs."""
+    forced = {
+        n
+        for m, name in enumerate(machine.name_changes)
+        if name.needs_bytes and m not in lost
+        for n, change in enumerate(machine.byte_changes)
+        if change.node == name.node and change.operation < name.operation
+    }
+    return tuple(n for n in range(len(machine.byte_changes)) if n not in forced)

@@ -1,0 +1,388 @@
+"""Pure (no I/O): a storage that operations are applied to: what is seen, and what is on the disk.
+
+A file is a node, which names point to, as in every Unix. Names and bytes that are not known to be
+on stable storage are kept as changes, in order; a crash may lose any of those that its model says.
+Which operation makes what stable is a table, `Rules`, one row for each kind of file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pytest_dcp.faults.operations import Operation
+from pytest_dcp.faults.trace import Link, Tree
+
+ROOT = 0
+SECTORS = (512, 4096)
+"""Bytes that a disk writes at once, older and newer ones."""
+BORDERS = 6
+"""Sector borders of one size at which a write is torn: half of them its first, half its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a file system promises beyond POSIX."""
+
+    sync_commits_names: bool = False
+    """An fsync of any file or folder makes every name until then stable, in every folder."""
+    names_at_once: bool = False
+    """A change of names is stable when the call returns."""
+    close_syncs: bool = False
+    """Closing a file makes its bytes stable."""
+    rename_over_flushes: bool = False
+    """A rename that replaces a file lasts only together with the bytes that the file then had."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameChange:
+    """A name set to a node, or taken away, and not known to be stable."""
+
+    operation: int
+    """Its index in the trace."""
+    ended_ns: int
+    folder: int
+    name: str
+    node: int | None
+    needs_bytes: bool = False
+    """It cannot be stable before the bytes are that the node had then."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByteChange:
+    """A write (data), or a new size (no data), not known to be stable."""
+
+    operation: int
+    ended_ns: int
+    node: int
+    offset: int
+    """Of a write, else the new size."""
+    data: bytes | None
+    grows_only: bool = False
+    """A size that is at least so much: of an allocation."""
+
+    def applied(self, content: bytes) -> bytes:
+        """The content after the change."""
+        if self.data is not None:
+            start = content[: self.offset].ljust(self.offset, b"\0")
+            return start + self.data + content[self.offset + len(self.data) :]
+        if self.grows_only:
+            return content.ljust(self.offset, b"\0")
+        return content[: self.offset].ljust(self.offset, b"\0")
+
+    def zeroed(self, content: bytes) -> bytes:
+        """The content when the size has grown and the bytes have not arrived."""
+        return content.ljust(self.offset + len(self.data or b""), b"\0")
+
+
+Names = dict[tuple[int, str], int]
+
+
+@dataclass(slots=True)
+class Machine:
+    """A storage in the middle of a trace."""
+
+    rules: Rules = field(default_factory=Rules)
+    folders: set[int] = field(default_factory=lambda: {ROOT})
+    links: dict[int, str] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
+    """As seen now."""
+    contents: dict[int, bytes] = field(default_factory=dict)
+    """As seen now, of files."""
+    stable_names: Names = field(default_factory=dict)
+    stable_contents: dict[int, bytes] = field(default_factory=dict)
+    name_changes: list[NameChange] = field(default_factory=list)
+    byte_changes: list[ByteChange] = field(default_factory=list)
+    handles: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By rank and handle: the node that was opened."""
+    nodes: int = 1
+
+    @classmethod
+    def of(cls, base: Tree, rules: Rules) -> Machine:
+        """A storage on which all of the tree is stable."""
+        machine = cls(rules)
+        for path in sorted(base):
+            entry = base[path]
+            folder, name = machine._parent(path)
+            node = machine._new(entry)
+            machine.names[folder, name] = node
+        machine.stable_names = dict(machine.names)
+        machine.stable_contents = dict(machine.contents)
+        return machine
+
+    def copy(self) -> Machine:
+        """Another one in the same state."""
+        return Machine(
+            self.rules, set(self.folders), dict(self.links), dict(self.names), dict(self.contents),
+            dict(self.stable_names), dict(self.stable_contents), list(self.name_changes),
+            list(self.byte_changes), dict(self.handles), self.nodes,
+        )  # fmt: skip
+
+    def apply(self, index: int, op: Operation) -> None:
+        """Do one operation of the trace. Raises LookupError for a name that is not there."""
+        APPLY[op.kind](self, index, op)
+
+    def parts(self, op: Operation) -> Sequence[int]:
+        """The parts of an operation that can be done alone: how many bytes of a write."""
+        return torn_at(op.offset or 0, op.nbytes) if op.kind == "write" else ()
+
+    def begin(self, index: int, op: Operation, part: int) -> None:
+        """Do such a part."""
+        self.apply(index, replace(op, data=(op.data or b"")[:part], nbytes=part))
+
+    # ---- names
+
+    def create(self, index: int, op: Operation) -> None:
+        node = self._find(op.path)
+        if node is None:
+            node = self._new(b"")
+            self._set(index, op, op.path, node)
+        elif self.contents.get(node):
+            self._change(ByteChange(index, op.ended_ns, node, 0, None))
+        self.handles[op.rank, op.handle] = node
+
+    def open(self, index: int, op: Operation) -> None:
+        node = self._find(op.path)
+        if node is not None:
+            self.handles[op.rank, op.handle] = node
+
+    def make_folder(self, index: int, op: Operation) -> None:
+        if self._find(op.path) is None:  # a store may be told twice, and the root is always there
+            self._set(index, op, op.path, self._new(None))
+
+    def link(self, index: int, op: Operation) -> None:
+        to = str(op.to)
+        if op.path == op.to:
+            node = self._new(Link((op.data or b"").decode()))
+        elif op.path.startswith("/"):
+            node = self._came_in(index, op)
+        else:
+            node = self._there(op)
+        self._set(index, op, to, node)
+
+    def rename(self, index: int, op: Operation) -> None:
+        to = str(op.to)
+        if to.startswith("/"):
+            self._set(index, op, op.path, None)
+            return
+        outside = op.path.startswith("/")
+        node = self._came_in(index, op) if outside else self._there(op)
+        replaces = self.rules.rename_over_flushes and self.names.get(self._parent(to)) is not None
+        self._set(index, op, to, node, needs_bytes=replaces)
+        if not outside:
+            self._set(index, op, op.path, None)
+
+    def remove(self, index: int, op: Operation) -> None:
+        self._set(index, op, op.path, None)
+
+    # ---- bytes
+
+    def write(self, index: int, op: Operation) -> None:
+        node = self._file(op)
+        offset = len(self.contents[node]) if op.offset is None else op.offset
+        self._change(ByteChange(index, op.ended_ns, node, offset, op.data or b""))
+
+    def truncate(self, index: int, op: Operation) -> None:
+        self._change(ByteChange(index, op.ended_ns, self._file(op), op.nbytes, None))
+
+    def allocate(self, index: int, op: Operation) -> None:
+        size = (op.offset or 0) + op.nbytes
+        self._change(ByteChange(index, op.ended_ns, self._file(op), size, None, grows_only=True))
+
+    # ---- what lasts
+
+    def sync(self, index: int, op: Operation) -> None:
+        self._settle_bytes(self._file(op), op)
+        if self.rules.sync_commits_names:
+            self._settle_names(lambda change: change.ended_ns <= op.started_ns)
+
+    def sync_folder(self, index: int, op: Operation) -> None:
+        folder = self.handles.get((op.rank, op.handle), self._find(op.path))
+        everywhere = self.rules.sync_commits_names
+        self._settle_names(
+            lambda change: (
+                (everywhere or change.folder == folder) and change.ended_ns <= op.started_ns
+            )
+        )
+
+    def close(self, index: int, op: Operation) -> None:
+        node = self.handles.pop((op.rank, op.handle), None)
+        if self.rules.close_syncs and node is not None:
+            self._settle_bytes(node, op)
+
+    def looked(self, index: int, op: Operation) -> None:
+        """Nothing changes."""
+
+    # ---- what is left
+
+    def seen(self) -> Tree:
+        """The tree as running programs see it, and as it stays when only they die."""
+        return self._tree(self.names, self.contents)
+
+    def left(self, names: Iterable[NameChange], changes: Sequence[tuple[ByteChange, bool]]) -> Tree:
+        """The tree when only these changes have reached the disk, in this order.
+
+        changes: each with whether it has arrived; of one that has not, only the new size has.
+        """
+        kept = dict(self.stable_names)
+        for change in names:
+            _apply_name(kept, change)
+        contents = dict(self.stable_contents)
+        for byte_change, arrived in changes:
+            apply = byte_change.applied if arrived else byte_change.zeroed
+            contents[byte_change.node] = apply(contents.get(byte_change.node, b""))
+        return self._tree(kept, contents)
+
+    def _tree(self, names: Names, contents: Mapping[int, bytes]) -> Tree:
+        inside: dict[int, list[tuple[str, int]]] = {}
+        for (folder, name), node in names.items():
+            inside.setdefault(folder, []).append((name, node))
+        tree: dict[str, bytes | Link | None] = {}
+        todo = [("", ROOT)]
+        for above, folder in todo:
+            for name, node in inside.get(folder, ()):
+                path = above + name
+                if node in self.folders:
+                    tree[path] = None
+                    todo.append((path + "/", node))
+                elif node in self.links:
+                    tree[path] = Link(self.links[node])
+                else:
+                    tree[path] = contents.get(node, b"")
+        return tree
+
+    # ---- inside
+
+    def _new(self, entry: bytes | Link | None) -> int:
+        node, self.nodes = self.nodes, self.nodes + 1
+        if entry is None:
+            self.folders.add(node)
+        elif isinstance(entry, Link):
+            self.links[node] = entry.target
+        else:
+            self.contents[node] = entry
+        return node
+
+    def _came_in(self, index: int, op: Operation) -> int:
+        """A file of outside, whose bytes nobody saw being synced."""
+        node = self._new(b"")
+        self._change(ByteChange(index, op.ended_ns, node, 0, op.data or b""))
+        return node
+
+    def _set(
+        self, index: int, op: Operation, path: str, node: int | None, *, needs_bytes: bool = False
+    ) -> None:
+        folder, name = self._parent(path)
+        change = NameChange(index, op.ended_ns, folder, name, node, needs_bytes)
+        _apply_name(self.names, change)
+        if self.rules.names_at_once:
+            _apply_name(self.stable_names, change)
+        else:
+            self.name_changes.append(change)
+
+    def _change(self, change: ByteChange) -> None:
+        self.contents[change.node] = change.applied(self.contents.get(change.node, b""))
+        self.byte_changes.append(change)
+
+    def _settle_bytes(self, node: int, op: Operation) -> None:
+        """Make stable what was done to the file before the operation began."""
+        left = []
+        for change in self.byte_changes:
+            if change.node == node and change.ended_ns <= op.started_ns:
+                before = self.stable_contents.get(node, b"")
+                self.stable_contents[node] = change.applied(before)
+            else:
+                left.append(change)
+        self.byte_changes = left
+
+    def _settle_names(self, covered: Callable[[NameChange], bool]) -> None:
+        left = []
+        for change in self.name_changes:
+            if covered(change):
+                _apply_name(self.stable_names, change)
+                if change.needs_bytes and change.node is not None:
+                    self._settle_forced(change)
+            else:
+                left.append(change)
+        self.name_changes = left
+
+    def _settle_forced(self, rename: NameChange) -> None:
+        left = []
+        for change in self.byte_changes:
+            if change.node == rename.node and change.operation < rename.operation:
+                before = self.stable_contents.get(change.node, b"")
+                self.stable_contents[change.node] = change.applied(before)
+            else:
+                left.append(change)
+        self.byte_changes = left
+
+    def _parent(self, path: str) -> tuple[int, str]:
+        head, _, name = path.rpartition("/")
+        folder = self._find(head) if head else ROOT
+        if folder is None or folder not in self.folders:
+            raise LookupError(f"no folder {head!r} for {path!r}")
+        return folder, name
+
+    def _find(self, path: str, hops: int = 8) -> int | None:
+        """The node of a path, links followed; None where there is none."""
+        if path in ("", "."):
+            return ROOT
+        head, _, name = path.rpartition("/")
+        folder = self._find(head, hops)
+        node = None if folder is None else self.names.get((folder, name))
+        if node in self.links and hops:
+            target = self.links[node]
+            return self._find(f"{head}/{target}".lstrip("/"), hops - 1)
+        return node
+
+    def _there(self, op: Operation) -> int:
+        node = self.names.get(self._parent(op.path))
+        if node is None:
+            raise LookupError(f"{op}: there is no {op.path!r}")
+        return node
+
+    def _file(self, op: Operation) -> int:
+        node = self.handles.get((op.rank, op.handle)) if op.handle else self._find(op.path)
+        if node is None:
+            node = self._find(op.path)
+        if node is None:
+            raise LookupError(f"{op}: there is no {op.path!r}")
+        return node
+
+
+def torn_at(offset: int, nbytes: int) -> tuple[int, ...]:
+    """Where a write is torn: after how many of its bytes, from 1 to one less than all.
+
+    At the first byte, the middle, the last, and at borders of sectors.
+    """
+    places = {1, nbytes // 2, nbytes - 1}
+    for sector in SECTORS:
+        borders = range(sector - offset % sector, nbytes, sector)
+        places |= {*borders[: BORDERS // 2], *borders[-(BORDERS // 2) :]}
+    return tuple(sorted(place for place in places if 0 < place < nbytes))
+
+
+def _apply_name(names: Names, change: NameChange) -> None:
+    if change.node is None:
+        names.pop((change.folder, change.name), None)
+    else:
+        names[change.folder, change.name] = change.node
+
+
+APPLY: dict[str, Callable[[Machine, int, Operation], None]] = {
+    "make_folder": Machine.make_folder,
+    "list": Machine.looked,
+    "create": Machine.create,
+    "open": Machine.open,
+    "write": Machine.write,
+    "read": Machine.looked,
+    "allocate": Machine.allocate,
+    "truncate": Machine.truncate,
+    "sync": Machine.sync,
+    "sync_folder": Machine.sync_folder,
+    "close": Machine.close,
+    "rename": Machine.rename,
+    "link": Machine.link,
+    "remove": Machine.remove,
+    "remove_folder": Machine.remove,
+}

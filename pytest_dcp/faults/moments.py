@@ -1,0 +1,79 @@
+"""Pure (no I/O): when a crash can come: which operations were done then, and which were under way.
+
+Two operations are in order when one had ended before the other began. Of those that overlap, in
+other threads or ranks, each may or may not have been done, in either order. These are the down-sets
+of an interval order: all that had ended when some operation began, and any of those under way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pytest_dcp.faults.trace import Trace
+
+MANY = 4
+"""Operations under way of which every subset is tried; of more, only none, all, each one, and all
+but each one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment at which everything may stop. Numbers are indices of the trace's operations."""
+
+    ended: int
+    """So many of the first operations of `order` had ended before."""
+    order: tuple[int, ...]
+    """All that were done, in an order in which they can have been."""
+    under_way: tuple[int, ...]
+    """Begun and not done; perhaps in part."""
+    returned: frozenset[int]
+    """Ranks whose recorded block had ended."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from the other moments of its trace."""
+        extra = ",".join(map(str, self.order[self.ended :]))
+        return f"{self.ended}+{extra}!{sorted(self.returned)}"
+
+
+def moments(trace: Trace) -> Iterator[Moment]:
+    """Every moment of a trace, the earliest first."""
+    operations = trace.operations
+    ended: list[int] = []
+    seen: set[tuple[frozenset[int], tuple[int, ...], frozenset[int]]] = set()
+    for now in sorted(range(len(operations)), key=lambda n: (operations[n].started_ns, n)):
+        at = operations[now].started_ns
+        while len(ended) < len(operations) and operations[len(ended)].ended_ns <= at:
+            ended.append(len(ended))
+        flying = [n for n in range(len(ended), len(operations)) if operations[n].started_ns <= at]
+        returned = frozenset(rank for rank, end in trace.returned_ns.items() if end <= at)
+        for some in _orders(_subsets(flying)):
+            key = (frozenset((*ended, *some)), some, returned)
+            if key not in seen:
+                seen.add(key)
+                left = tuple(n for n in flying if n not in some)
+                yield Moment(len(ended), (*ended, *some), left, returned)
+    everything = tuple(range(len(operations)))
+    yield Moment(len(everything), everything, (), frozenset(trace.returned_ns))
+
+
+def _subsets(flying: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if len(flying) <= MANY:
+        for count in range(len(flying) + 1):
+            yield from itertools.combinations(flying, count)
+        return
+    yield ()
+    for one in flying:
+        yield (one,)
+    for one in flying:
+        yield tuple(n for n in flying if n != one)
+    yield tuple(flying)
+
+
+def _orders(subsets: Iterator[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    for subset in subsets:
+        yield subset
+        if len(subset) > 1:
+            yield subset[::-1]

@@ -1,0 +1,81 @@
+"""Folders <-> trees: what is in a folder now, and a folder that holds a given tree.
+
+Folders are made in memory where the machine has a file system for that: thousands a second, and an
+fsync in them costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pytest_dcp.faults.trace import Entry, Link, Tree
+
+MEMORY = Path("/dev/shm")
+"""A tmpfs on every Linux."""
+
+
+def read_tree(folder: Path) -> Tree:
+    """What is in the folder; nothing where there is none.
+
+    Raises ValueError for what is neither file, folder nor link.
+    """
+    tree: dict[str, Entry] = {}
+    todo = [(folder, "")]
+    while todo:
+        above, prefix = todo.pop()
+        if not above.is_dir():
+            continue
+        with os.scandir(above) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = prefix + entry.name
+                if entry.is_symlink():
+                    tree[path] = Link(os.readlink(entry.path))
+                elif entry.is_dir():
+                    tree[path] = None
+                    todo.append((Path(entry.path), path + "/"))
+                elif entry.is_file():
+                    tree[path] = Path(entry.path).read_bytes()
+                else:
+                    raise ValueError(f"{entry.path} is neither a file, a folder nor a link")
+    return tree
+
+
+def write_tree(tree: Tree, folder: Path) -> None:
+    """Put the tree into an empty folder."""
+    top = os.fspath(folder)
+    for path in sorted(tree):
+        entry = tree[path]
+        where = f"{top}/{path}"
+        if entry is None:
+            os.mkdir(where)
+        elif isinstance(entry, Link):
+            os.symlink(entry.target, where)
+        else:
+            fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with os.fdopen(fd, "wb", 0) as file:
+                left = memoryview(entry)
+                while left:
+                    left = left[file.write(left) :]
+
+
+def new_folder(place: Path | None = None) -> Path:
+    """An empty folder of this process's own: in `place`, else in memory where that is possible."""
+    if place is None and MEMORY.is_dir() and os.access(MEMORY, os.W_OK):
+        place = MEMORY
+    return Path(tempfile.mkdtemp(prefix="dcp-crash-", dir=place))
+
+
+@contextmanager
+def restored(tree: Tree) -> Iterator[Path]:
+    """A folder with the tree, to do with as one likes, until the block ends."""
+    folder = new_folder()
+    try:
+        write_tree(tree, folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,313 @@
+"""The fixture's object: a storage that fails on command.
+
+Enters: faults, and what is to be wrapped. Leaves: injections, which know how often they fired in
+all ranks. Nothing is watched before the first injection. The object can be sent to ranks with a
+function (`worlds`): it takes its injections along, and they act there inside `with`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from pytest_dcp.errors import FaultError
+from pytest_dcp.faults.crashes import CrashState, Recording, Search, desk_at, loads_one_of
+from pytest_dcp.faults.filesystem import FaultyFileSystem, StoreFolder
+from pytest_dcp.faults.holdings import blank, differences, plain
+from pytest_dcp.faults.hooks import Wrappers
+from pytest_dcp.faults.injection import Injection, problems
+from pytest_dcp.faults.injector import Armed, Injector, RootWatcher
+from pytest_dcp.faults.kinds import Fault
+from pytest_dcp.faults.ledger import Ledger
+from pytest_dcp.faults.recording import Folders, recording
+from pytest_dcp.faults.tap import watching
+
+Writer = TypeVar("Writer", bound=StorageWriter)
+Reader = TypeVar("Reader", bound=StorageReader)
+Planner = TypeVar("Planner")
+Stager = TypeVar("Stager", bound=AsyncStager)
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """An injection that was made."""
+
+    injection: Injection
+    ledger: Ledger
+    must_fire: bool
+
+    @property
+    def fired(self) -> int:
+        """How often it fired so far, in all ranks of the world together."""
+        return sum(self.ledger.fired().values())
+
+    @property
+    def fired_by_rank(self) -> dict[int, int]:
+        """How often it fired in each rank where it did."""
+        return self.ledger.fired()
+
+    def release(self) -> None:
+        """Let everything that hangs at it go on, in all ranks."""
+        self.ledger.release()
+
+    def wait_until_fired(self, limit_s: float = 60.0) -> None:
+        """Return when it has fired in some rank. Raises FaultError after the limit."""
+        self.ledger.await_firing(limit_s, repr(self.injection))
+
+
+class FaultyStorage:
+    """A storage that fails on command; see the fixture `faulty_storage`."""
+
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        folder: Path,
+        rank: int | None = None,
+        search: Search | None = None,
+    ) -> None:
+        """folder: where all ranks keep their counts; no rank watches it. rank: None asks."""
+        self._folder = folder
+        self._search = search or Search()
+        self._roots = [checkpoint_dir]
+        self._injected: list[Injected] = []
+        self._to_arm: list[Injected] = []
+        """Made in another process."""
+        self._rank = rank
+        self._injector = Injector(this_rank() if rank is None else rank)
+        self._wrappers = Wrappers(self._injector.hook)
+        self._watching = ExitStack()
+        self._watched: set[Path] = set()
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """The folder that is watched from the start."""
+        return self._roots[0]
+
+    def inject(
+        self,
+        fault: Fault,
+        *,
+        on: str,
+        rank: int | None = None,
+        thread: str | None = None,
+        path: str | None = None,
+        nth: int = 1,
+        sticky: bool = False,
+        must_fire: bool = True,
+    ) -> Injected:
+        """Let a fault act from now on. Make the same injections, in the same order, in every rank.
+
+        on: a hook ("write_data", "writer.finish", "save_planner.create_local_plan"; of what was
+            wrapped), or the kind of an operation ("write", "sync", "rename", ...; on whatever is
+            below a watched folder). A fault of operations on a hook acts at the operations that
+            are made while the hook runs.
+        rank: only there. thread: main, worker, or a pattern of names. path: a pattern of the
+            file's name, or of its path below the watched folder where it has a slash.
+        nth: at which such event of a rank, from 1. sticky: and at every later one.
+        must_fire: the test fails at its end when it never fired in any rank.
+
+        Raises ValueError that says everything that is wrong with it.
+        """
+        injection = Injection(fault, on, rank, thread, path, nth, sticky)
+        wrong = problems(injection)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        same = sum(one.injection == injection for one in self._injected)
+        ledger = Ledger(self._folder, f"{injection.key}-{same}")
+        injected = Injected(injection, ledger, must_fire)
+        ledger.begin(self._injector.rank)
+        self._injected.append(injected)
+        self._arm(injected)
+        return injected
+
+    def watch(self, path: str | os.PathLike[str]) -> None:
+        """Let faults of operations act below this folder too."""
+        self._roots.append(Path(path))
+        if self._injected:
+            self._begin_watching()
+
+    def writer(self, writer: Writer) -> Writer:
+        """The writer with faults at its hooks."""
+        return self._wrappers.wrap(writer, "writer")
+
+    def reader(self, reader: Reader) -> Reader:
+        """The reader with faults at its hooks."""
+        return self._wrappers.wrap(reader, "reader")
+
+    def planner(self, planner: Planner) -> Planner:
+        """The planner, of saves or of loads, with faults at its hooks."""
+        is_load = isinstance(planner, LoadPlanner) or hasattr(planner, "commit_tensor")
+        return self._wrappers.wrap(planner, "load_planner" if is_load else "save_planner")
+
+    def stager(self, stager: Stager) -> Stager:
+        """The stager with faults at its hooks."""
+        return self._wrappers.wrap(stager, "stager")
+
+    def filesystem(self, filesystem: FileSystemBase) -> FaultyFileSystem:
+        """The file system with faults at its operations, also where it has no local files."""
+        return FaultyFileSystem(filesystem, self._injector)
+
+    def assert_loads(
+        self,
+        state: dict[str, Any],
+        checkpoint_id: str | os.PathLike[str] | None = None,
+        *,
+        load: Callable[..., Any] | None = None,
+        **keywords: Any,
+    ) -> None:
+        """Raise AssertionError unless the checkpoint holds this state, bit by bit. Collective.
+
+        No fault acts meanwhile. load: another loader than `pytest_dcp.checkpoint.load`, called in
+        the same way. keywords: for the loader; `no_dist=True` lets a rank look alone. What the
+        loader raises is raised.
+        """
+        if load is None:
+            import pytest_dcp.checkpoint
+
+            load = pytest_dcp.checkpoint.load
+        expected = plain(state)
+        actual = blank(expected)
+        where = self.checkpoint_dir if checkpoint_id is None else checkpoint_id
+        with self._injector.at_rest(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(actual, checkpoint_id=where, **keywords)
+        unlike = list(differences(actual, expected))
+        if unlike:
+            rank = self._injector.rank
+            raise AssertionError(
+                f"rank {rank}: {os.fspath(where)} does not hold the state: {'; '.join(unlike)}"
+            )
+
+    @contextmanager
+    def record(
+        self, filesystem: FaultyFileSystem | None = None, folder: str | os.PathLike[str] = ""
+    ) -> Iterator[Recording]:
+        """Record what all ranks do below the watched folders until the block ends. Collective.
+
+        filesystem, folder: instead of them, a folder of a wrapped file system that can list it
+        (`ls`): an object store, or memory.
+
+        Afterwards `crash_states` of what it gives are the folders that a crash could have left.
+        Raises RecordingError when something was done there that Python does not see.
+        """
+        made = Recording(self._search)
+        place = Folders(self._roots) if filesystem is None else StoreFolder(filesystem, folder)
+        with recording(place, desk_at(self._folder, self._injector.rank), made):
+            yield made
+
+    def assert_loads_one_of(
+        self,
+        state: CrashState,
+        old: dict[str, Any] | None,
+        new: dict[str, Any],
+        *,
+        load: Callable[..., Any] | None = None,
+        **keywords: Any,
+    ) -> Literal["old", "new", "nothing"]:
+        """Raise AssertionError unless the crash left the old or the new state, whole; says which.
+
+        Once the recorded block had ended in any rank, only the new one will do. old: None where
+        there was no checkpoint before; then a load may also fail. load, keywords: as of
+        `assert_loads`, but every rank loads alone (`no_dist=True`), and no fault acts.
+        """
+        with self._injector.at_rest():
+            return loads_one_of(state, old, new, load, **keywords)
+
+    # ---- life
+
+    def __enter__(self) -> FaultyStorage:
+        """Let the injections that came along with it act, until the block ends."""
+        for one in self._to_arm:
+            self._arm(one)
+        self._to_arm = []
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let no fault act any more, and everything that hangs go on."""
+        self._watching.close()
+        self._watched.clear()
+        self._injector.disarm()
+        for one in self._injected:
+            one.release()
+
+    def renew(self) -> None:
+        """Forget every injection: another example of a property begins, in all ranks."""
+        self.close()
+        self._injected.clear()
+
+    def check(self) -> None:
+        """Raise FaultError when an injection did not do its part, in any rank."""
+        wrong = [
+            f"{one.injection!r} never fired: nothing that it was to act at happened, or what has "
+            "the hook was not wrapped; say must_fire=False where that is meant"
+            for one in self._injected
+            if one.must_fire and not one.fired
+        ]
+        wrong += [
+            f"{one.injection!r} held something until its limit: call release() on the injection"
+            for one in self._injected
+            if one.ledger.is_overdue()
+        ]
+        if wrong:
+            raise FaultError("\n".join(wrong))
+
+    def __reduce__(self) -> tuple[Callable[..., FaultyStorage], tuple[Any, ...]]:
+        return _arrived, (self._roots, self._folder, self._injected, self._search)
+
+    def _arm(self, injected: Injected) -> None:
+        injection = injected.injection
+        self._wrappers.target(injection.hooks)
+        names = _names_below(self._roots) if "list" in injection.kinds else {}
+        self._injector.arm(Armed(injection, injected.ledger, names))
+        self._begin_watching()
+
+    def _begin_watching(self) -> None:
+        for root in self._roots:
+            real = Path(os.path.realpath(root))
+            if real not in self._watched:
+                self._watched.add(real)
+                watcher = RootWatcher(self._injector, real)
+                self._watching.enter_context(watching([real], watcher, rank=self._injector.rank))
+
+
+def _arrived(
+    roots: list[Path], folder: Path, injected: list[Injected], search: Search
+) -> FaultyStorage:
+    """The same storage in another process, with the injections that were made before it left."""
+    storage = FaultyStorage(roots[0], folder, search=search)
+    storage._roots = list(roots)
+    storage._injected, storage._to_arm = list(injected), list(injected)
+    return storage
+
+
+def this_rank() -> int:
+    """This process's rank in its world; 0 outside of one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _names_below(roots: Iterable[Path]) -> dict[Path | None, frozenset[str]]:
+    """The names in every folder from these on."""
+    return {
+        Path(folder): frozenset([*folders, *files])
+        for root in roots
+        for folder, folders, files in os.walk(os.path.realpath(root))
+    }

@@ -1,0 +1,125 @@
+"""A stand-in for `open` whose file objects reach the storage through the functions of `calls`.
+
+Buffers are Python's own: a write appears when the buffer gives it to the kernel.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import IO, Any
+
+from pytest_dcp.faults import calls
+from pytest_dcp.faults.watches import REGISTRY
+
+real_open = io.open
+
+
+class WatchedFile(io.FileIO):
+    """An unbuffered file of a watched root."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into the buffer; how many bytes, 0 at the end."""
+        self._must(self.readable(), "reading")
+        return calls.readv(self.fileno(), [buffer])
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes by one read, or all that are left."""
+        if size is None or size < 0:
+            return self.readall()
+        self._must(self.readable(), "reading")
+        return calls.read(self.fileno(), size)
+
+    def readall(self) -> bytes:
+        """All bytes that are left."""
+        self._must(self.readable(), "reading")
+        parts = []
+        while part := calls.read(self.fileno(), 1 << 20):
+            parts.append(part)
+        return b"".join(parts)
+
+    def write(self, data: Any, /) -> int:
+        """Write by one operation; how many bytes were taken."""
+        self._must(self.writable(), "writing")
+        return calls.write(self.fileno(), data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Make the file so long, by default up to here."""
+        self._must(self.writable(), "writing")
+        length = self.tell() if size is None else size
+        calls.ftruncate(self.fileno(), length)
+        return length
+
+    def close(self) -> None:
+        """Close the descriptor, if it is this object's own."""
+        known = None if self.closed or not self.closefd else REGISTRY.descriptor(self.fileno())
+        if known is None:
+            super().close()
+        else:
+            calls.closed(self.fileno(), known, super().close)
+
+    def _must(self, able: bool, what: str) -> None:
+        if not able:
+            raise io.UnsupportedOperation(f"File not open for {what}")
+
+
+def open(
+    file: Any,
+    mode: str = "r",
+    buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    closefd: bool = True,
+    opener: Callable[[Any, int], int] | None = None,
+) -> IO[Any]:
+    """As the builtin."""
+    if REGISTRY.place(file) is None:
+        return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
+    binary = "b" in mode
+    if len(set(mode)) != len(mode) or set(mode) - set("rwxabt+") or ("t" in mode and binary):
+        raise ValueError(f"invalid mode: {mode!r}")
+    if binary and (encoding, errors, newline) != (None, None, None):
+        raise ValueError("binary mode takes no encoding, errors or newline argument")
+    if not binary and buffering == 0:
+        raise ValueError("can't have unbuffered text I/O")
+    raw_mode = mode.replace("b", "").replace("t", "")
+    raw = WatchedFile(file, raw_mode, closefd, opener or _opened)
+    try:
+        return _over(raw, mode, buffering, encoding, errors, newline)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _opened(path: Any, flags: int) -> int:
+    return calls.open(path, flags, 0o666)
+
+
+def _over(
+    raw: WatchedFile,
+    mode: str,
+    buffering: int,
+    encoding: str | None,
+    errors: str | None,
+    newline: str | None,
+) -> IO[Any]:
+    """The buffer, and the text, over an unbuffered file."""
+    if buffering == 0:
+        return raw
+    size = buffering if buffering > 1 else max(os.fstat(raw.fileno()).st_blksize, 512)
+    buffered: Any
+    if "+" in mode:
+        buffered = io.BufferedRandom(raw, size)
+    elif "r" in mode:
+        buffered = io.BufferedReader(raw, size)
+    else:
+        buffered = io.BufferedWriter(raw, size)
+    if "b" in mode:
+        return buffered  # type: ignore[no-any-return]  # one of the three
+    text: Any = io.TextIOWrapper(
+        buffered, io.text_encoding(encoding), errors, newline, line_buffering=buffering == 1
+    )
+    text.mode = mode
+    return text  # type: ignore[no-any-return]  # typed without its mode, which open sets

@@ -1,0 +1,95 @@
+"""The tap: for a while, Python's functions that touch storage pass under the eyes of watchers.
+
+`watching` puts stand-ins in the place of the functions of `os` and of `open`; the last one to leave
+puts the functions back. Whatever does not touch a watched root falls straight through. What Python
+does not see (C extensions) is not seen here either; `mmap.mmap` of a watched file gives ENODEV,
+as on a storage that has no mappings, so that whoever can also read does that.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytest_dcp.faults import calls, streams
+from pytest_dcp.faults.operations import Alternative, Replace, Shorten, Skip, Verdict
+from pytest_dcp.faults.watches import REGISTRY, Watch, Watcher, roots_of
+
+__all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "watching"]
+
+CAPABILITIES = (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks)
+"""Sets of functions, which others ask what they may pass."""
+
+_put_back: list[tuple[Any, str, Any]] = []
+
+
+@contextmanager
+def watching(
+    roots: Sequence[Path], watcher: Watcher, *, rank: int | None = None, observing: bool = False
+) -> Iterator[None]:
+    """Let the watcher see every operation on the roots and what is below, until the block ends.
+
+    For the whole process, all threads. Blocks may nest and overlap.
+
+    rank: written into the operations; by default the variable RANK's. observing: the watcher only
+    looks, is told before all others, and of what their verdicts do instead.
+    """
+    number = int(os.environ.get("RANK", "0")) if rank is None else rank
+    watch = Watch(roots_of(roots), watcher, number, observing)
+    with REGISTRY.lock:
+        REGISTRY.add(watch)
+        if not _put_back:
+            _install()
+    try:
+        yield
+    finally:
+        with REGISTRY.lock:
+            REGISTRY.remove(watch)
+            if not REGISTRY.watches:
+                _uninstall()
+
+
+def _install() -> None:
+    for name in vars(calls.real):
+        now, stand_in = getattr(os, name), getattr(calls, name)
+        setattr(calls.real, name, now)
+        _put(os, name, stand_in)
+        for able in CAPABILITIES:
+            if now in able:
+                able.add(stand_in)
+    _put(mmap, "mmap", _refusing(mmap.mmap))
+    streams.real_open = builtins.open
+    _put(io, "open", streams.open)
+    _put(builtins, "open", streams.open)
+
+
+def _refusing(real: type[mmap.mmap]) -> type[mmap.mmap]:
+    """The class, for files that nobody watches."""
+
+    class Refusing(real):  # type: ignore[misc,valid-type]  # a class made on the way
+        def __new__(cls, fileno: int, *args: Any, **kwargs: Any) -> Any:
+            if REGISTRY.descriptor(fileno) is not None:
+                raise OSError(errno.ENODEV, "a watched file is not mapped")
+            return super().__new__(cls, fileno, *args, **kwargs)
+
+    return Refusing
+
+
+def _put(module: Any, name: str, stand_in: Any) -> None:
+    _put_back.append((module, name, getattr(module, name)))
+    setattr(module, name, stand_in)
+
+
+def _uninstall() -> None:
+    while _put_back:
+        module, name, original = _put_back.pop()
+        for able in CAPABILITIES:
+            able.discard(getattr(module, name))
+        setattr(module, name, original)

@@ -1,0 +1,282 @@
+"""Who watches which folders, and how one operation is done under their eyes.
+
+Enters: an operation with absolute paths, and how to do it. Every watcher whose roots hold a path of
+it is asked before, and told after. Inside: observers are told first of what was really done; what a
+watcher itself does to storage is not watched; descriptors are known from their opening to their
+closing, and checked against the file that they stand for, since a number is used again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from pytest_dcp.faults.operations import Alternative, Operation, Replace, Shorten, Skip, Verdict
+
+
+class Watcher(Protocol):
+    """Is asked before an operation and told after it, in the thread that makes it."""
+
+    def before(self, operation: Operation) -> Verdict | None:
+        """What shall happen instead; None: what was asked for. What it raises, the caller gets."""
+
+    def after(self, operation: Operation) -> None:
+        """The operation was done, with the bytes and numbers that it really had.
+
+        What it raises, the caller gets.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One watcher with its roots."""
+
+    roots: tuple[str, ...]
+    """Real paths."""
+    watcher: Watcher
+    rank: int
+    observing: bool
+    """It only looks: told first, and also of what another watcher's verdict does."""
+
+    def seen(self, operation: Operation) -> Operation | None:
+        """The operation as seen from this watch's roots; None where it touches none."""
+        for path in (operation.to, operation.path):
+            if path is not None and (root := self._root_of(path)) is not None:
+                top = self.roots[root]
+                to = None if operation.to is None else _relative(operation.to, top)
+                path = _relative(operation.path, top)
+                return replace(operation, path=path, to=to, root=root, rank=self.rank)
+        return None
+
+    def _root_of(self, path: str) -> int | None:
+        inside = [n for n, root in enumerate(self.roots) if _is_below(path, root)]
+        return max(inside, key=lambda n: len(self.roots[n]), default=None)
+
+
+@dataclass(slots=True)
+class Descriptor:
+    """An open file or folder below a watched root."""
+
+    path: str
+    """Absolute and real, as of now."""
+    handle: int
+    identity: tuple[int, int]
+    """Device and inode."""
+    is_folder: bool
+    appends: bool
+
+
+class Registry:
+    """The watches of this process and the descriptors that they know."""
+
+    def __init__(self) -> None:
+        self.watches: tuple[Watch, ...] = ()
+        self.lock = threading.RLock()
+        self._descriptors: dict[int, Descriptor] = {}
+        self._handles = itertools.count(1)
+        self._busy = threading.local()
+
+    def add(self, watch: Watch) -> None:
+        with self.lock:
+            self.watches = (*self.watches, watch)
+
+    def remove(self, watch: Watch) -> None:
+        with self.lock:
+            self.watches = tuple(one for one in self.watches if one is not watch)
+            if not self.watches:
+                self._descriptors.clear()
+
+    def place(self, path: Any, dir_fd: int | None = None) -> str | None:
+        """The real absolute path, None where no watch's root holds it.
+
+        The last name is not followed if it is a link, unless only so it is inside.
+        """
+        if isinstance(path, int):
+            known = self.descriptor(path)
+            return None if known is None else known.path
+        try:
+            name = os.fsdecode(path)
+        except TypeError:
+            return None
+        if dir_fd is not None and not os.path.isabs(name):
+            above = self.descriptor(dir_fd)
+            if above is None:
+                return None
+            name = os.path.join(above.path, name)
+        if "\0" in name:
+            return None
+        head, last = os.path.split(name)
+        spelled = os.path.join(os.path.realpath(head or "."), last)
+        if last not in ("", ".", "..") and self.watched(spelled):
+            return spelled
+        followed = os.path.realpath(name)
+        return followed if self.watched(followed) else None
+
+    def watched(self, path: str) -> bool:
+        """Whether any watch's root is the path or above it."""
+        return any(_is_below(path, root) for watch in self.watches for root in watch.roots)
+
+    def new_handle(self) -> int:
+        return next(self._handles)
+
+    def opened(self, fd: int, path: str, handle: int, *, appends: bool) -> None:
+        """Know a descriptor from now on."""
+        status = os.fstat(fd)
+        identity = (status.st_dev, status.st_ino)
+        folder = os.path.isdir(path)
+        self._descriptors[fd] = Descriptor(path, handle, identity, folder, appends)
+
+    def duplicated(self, fd: int, copy: int) -> None:
+        """Know `copy` as `fd` is known."""
+        known = self.descriptor(fd)
+        if known is None:
+            self._descriptors.pop(copy, None)
+        else:
+            self._descriptors[copy] = known
+
+    def closed(self, fd: int) -> None:
+        self._descriptors.pop(fd, None)
+
+    def descriptor(self, fd: Any) -> Descriptor | None:
+        """What is known of a descriptor; None for one that is not of a watched root."""
+        if not isinstance(fd, int) or (known := self._descriptors.get(fd)) is None:
+            return None
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            self.closed(fd)
+            return None
+        if (status.st_dev, status.st_ino) != known.identity:
+            # Closed by code that Python does not see, and its number given to another file.
+            self.closed(fd)
+            return None
+        return known
+
+    def renamed(self, old: str, new: str) -> None:
+        """Let open files have the name that they now have."""
+        for known in list(self._descriptors.values()):
+            if _is_below(known.path, old):
+                known.path = new + known.path[len(old) :]
+
+    def perform(self, operation: Operation, act: Callable[[Operation], tuple[Any, int]]) -> Any:
+        """Do one operation under the eyes of all whom it concerns; its result.
+
+        operation: with absolute paths. act: does what an operation says and returns the result and
+        how many bytes it was; it is called with other data when a watcher wants that.
+        """
+        mood = getattr(self._busy, "mood", "")
+        watches = [] if mood == "asking" else [w for w in self.watches if w.seen(operation)]
+        deciding = [] if mood == "acting" else [w for w in watches if not w.observing]
+        started = time.monotonic_ns()
+        thread = threading.current_thread().name
+        operation = replace(operation, thread=thread, started_ns=started)
+
+        def do(changed: Operation = operation) -> Any:
+            result, nbytes = act(changed)
+            data = changed.data[:nbytes] if changed.kind == "write" and changed.data else None
+            done = replace(
+                changed,
+                nbytes=nbytes,
+                data=changed.data if data is None else data,
+                ended_ns=time.monotonic_ns(),
+            )
+            try:
+                self._tell([w for w in watches if w.observing], done)
+                self._tell(deciding, done)
+            except BaseException:
+                self._drop(operation, result)  # nobody will get it
+                raise
+            return result
+
+        try:
+            verdict = self._ask(deciding, operation)
+        except BaseException:
+            if operation.kind == "close":
+                do()  # a close that fails has let go of the descriptor all the same
+            raise
+        return self._obey(verdict, operation, do)
+
+    def _drop(self, operation: Operation, result: Any) -> None:
+        """Let go of what an opening or a listing gave."""
+        if operation.kind in ("create", "open") and isinstance(result, int):
+            self.closed(result)
+            os.close(result)
+        elif operation.kind == "list" and hasattr(result, "close"):
+            result.close()
+
+    def _obey(self, verdict: Verdict | None, operation: Operation, do: Callable[..., Any]) -> Any:
+        if verdict is None:
+            return do()
+        if isinstance(verdict, Alternative):
+            with self._in_mood("acting"):
+                return verdict.act(operation, do)
+        if isinstance(verdict, Skip) and operation.kind not in ("create", "open", "read", "list"):
+            return operation.nbytes if operation.kind == "write" else None
+        if isinstance(verdict, Shorten) and operation.kind in ("read", "write"):
+            data = None if operation.data is None else operation.data[: verdict.nbytes]
+            nbytes = min(operation.nbytes, verdict.nbytes)
+            return do(replace(operation, data=data, nbytes=nbytes))
+        if isinstance(verdict, Replace) and operation.kind == "write":
+            do(replace(operation, data=verdict.data, nbytes=len(verdict.data)))
+            return operation.nbytes
+        if isinstance(verdict, Replace) and operation.kind == "read":
+            do()
+            return verdict.data[: operation.nbytes]
+        raise TypeError(f"{verdict!r} cannot be done instead of {operation}")
+
+    def _ask(self, watches: Sequence[Watch], operation: Operation) -> Verdict | None:
+        verdict: Verdict | None = None
+        with self._in_mood("asking"):
+            for watch in watches:
+                seen = watch.seen(operation)
+                if seen is not None:
+                    verdict = watch.watcher.before(seen) or verdict
+        return verdict
+
+    def _tell(self, watches: Sequence[Watch], operation: Operation) -> None:
+        first: BaseException | None = None
+        with self._in_mood("asking"):
+            for watch in watches:
+                seen = watch.seen(operation)
+                try:
+                    if seen is not None:
+                        watch.watcher.after(seen)
+                except BaseException as error:  # noqa: BLE001 - raised when all are told
+                    first = first or error
+        if first is not None:
+            raise first
+
+    @contextmanager
+    def _in_mood(self, mood: str) -> Iterator[None]:
+        before = getattr(self._busy, "mood", "")
+        self._busy.mood = mood
+        try:
+            yield
+        finally:
+            self._busy.mood = before
+
+
+REGISTRY = Registry()
+"""The one of this process."""
+
+
+def roots_of(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The real paths of folders, which need not be there yet."""
+    return tuple(os.path.realpath(path) for path in paths)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root if root.endswith("/") else root + "/")
+
+
+def _relative(path: str, root: str) -> str:
+    if path == root:
+        return "."
+    return path[len(root.rstrip("/")) + 1 :] if _is_below(path, root) else path

@@ -1,0 +1,46 @@
+"""What the end of a test says of its injections, in whole sessions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from sample_session import MakeSuite, SessionResult
+
+
+@pytest.fixture(scope="module")
+def session(make_suite: MakeSuite) -> SessionResult:
+    return make_suite({"test_injections.py": "injections.py"}).run()
+
+
+@pytest.mark.parametrize("test", ["test_alone_never_fires", "test_in_a_world_never_fires"])
+def test_an_injection_that_never_fired_fails_the_test(session: SessionResult, test: str) -> None:
+    bad = session.bad(test)
+    assert bad.when == "teardown"
+    assert "on='write'" in bad.text
+    assert "never fired" in bad.text
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "test_in_one_rank_fires",
+        "test_alone_is_not_to_fire",
+        "test_hangs_to_the_end",
+        "test_nothing_hangs_any_more",
+    ],
+)
+def test_injections_that_did_their_part_pass(session: SessionResult, test: str) -> None:
+    assert set(session.outcomes(test).values()) == {"passed"}
+
+
+@pytest.mark.parametrize("test", ["test_alone_fails_by_itself", "test_in_a_world_fails_by_itself"])
+def test_a_test_that_failed_by_itself_is_not_blamed_twice(
+    session: SessionResult, test: str
+) -> None:
+    bad = session.bad(test)
+    assert bad.when == "call"
+    assert "boom" in bad.text
+    assert session.outcomes(test) == {"call": "failed"}
