@@ -4,8 +4,15 @@ PYTEST_DONT_REWRITE: this module is only the plugin's name, for `pytest -p pytes
 entry point; it hands pytest to `pytest_dcp.plugin` and imports nothing heavy.
 """
 
-from pytest_dcp.errors import DcpError, DivergedError, RankFailure, WorldError
+from pytest_dcp.errors import DcpError, DivergedError, LostRank, RankFailure, WorldError
 
-__all__ = ["DcpError", "DivergedError", "RankFailure", "WorldError", "pytest_plugins"]
+__all__ = [
+    "DcpError",
+    "DivergedError",
+    "LostRank",
+    "RankFailure",
+    "WorldError",
+    "pytest_plugins",
+]
 
 pytest_plugins = ["pytest_dcp.plugin"]

@@ -21,12 +21,15 @@ from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
+FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
 PLAIN_DEPTH = 50
 """pytest's reports nest to about 10."""
 MAX_FRAME_BYTES = 1 << 30
 """A longer frame is a broken peer, not a message."""
+NOT_THERE = -1
+"""In `Met.sizes`, of a rank without which the others met: it was lost or stopped as asked."""
 
 
 class WireError(DcpError):
@@ -62,8 +65,10 @@ class Done:
     """Only at an item's teardown: whether a warm world can go on with this rank."""
     returncode: int | None = None
     """Only for an exit: what the session is to return."""
+    awaits: str = ""
+    """Only for a call that is not over: the property whose examples the rank waits for."""
     payload: bytes = b""
-    """Only for a function's call: its pickled result."""
+    """Only for a function's call: its pickled result; or `lockstep` of a property, pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,24 @@ class DebugAsk:
 @dataclass(frozen=True, slots=True)
 class DebugDone:
     """Rank -> controller: the terminal is free again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Rank -> controller: this process is about to end or stop, because the test asked for it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultAsk:
+    """Rank -> controller: kill, stop or continue a rank; `look` does nothing. Wait for the answer.
+
+    It comes when the process is gone, stands still or goes on.
+    """
+
+    act: FaultAct
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +147,33 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """Controller -> rank: run an example of the property that you wait for.
+
+    `payload` is a pickled `lockstep.Attempt`.
+    """
+
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Met:
-    """Controller -> rank: all ranks met; the payloads' lengths in rank order, or an error."""
+    """Controller -> rank: all ranks met; the payloads' lengths in rank order, or an error.
+
+    Ranks that were lost or stopped as asked are not waited for: their length is `NOT_THERE`.
+    """
 
     sizes: tuple[int, ...] = ()
     error: str = ""
     payload: bytes = b""
 
-    def values(self) -> list[bytes]:
-        """The payload of each rank, in rank order."""
-        out, start = [], 0
+    def values(self) -> list[bytes | None]:
+        """The payload of each rank, in rank order; None for a rank that was not there."""
+        out: list[bytes | None] = []
+        start = 0
         for size in self.sizes:
-            out.append(self.payload[start : start + size])
-            start += size
+            out.append(None if size == NOT_THERE else self.payload[start : start + size])
+            start += max(0, size)
         return out
 
 
@@ -151,18 +188,28 @@ class DebugAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultAnswer:
+    """Controller -> rank: what was asked for has happened, or why it cannot."""
+
+    survivors: tuple[int, ...] = ()
+    """Ranks that are neither lost nor stopped, ascending."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Controller -> rank: end with exit code 0."""
 
 
-Up = Done | SubReport | Exchange | DebugAsk | DebugDone
-Down = RunItem | Go | Call | Met | DebugAnswer | Leave
+Up = Done | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk
+Down = RunItem | Go | Call | Example | Met | DebugAnswer | FaultAnswer | Leave
 Message = Up | Down
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        Done, SubReport, Exchange, DebugAsk, DebugDone, RunItem, Go, Call, Met, DebugAnswer, Leave,
+        Done, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
+        RunItem, Go, Call, Example, Met, DebugAnswer, FaultAnswer, Leave,
     )
 }  # fmt: skip
 # Looked up once: a test in a world of four costs two dozen frames.

@@ -13,10 +13,10 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.raises import AbstractRaises
@@ -25,19 +25,26 @@ from _pytest.skipping import xfailed_key
 from pytest_dcp.errors import RankFailure, WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
-from pytest_dcp.harness.logs import SteadyLogs
-from pytest_dcp.harness.outcome import Outcome, combine, is_echo, ranks_text
+from pytest_dcp.harness.outcome import Outcome, combine, is_echo, lost_lines, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.world import World
+
+if TYPE_CHECKING:
+    from pytest_dcp.harness.lockstep_engine import FoundError
 
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
 WIND_DOWN_S = 2.0
 """For the fixtures of ranks that outlived their peers: enough to close what they hold."""
 COLLECT_S = 120.0
 """For a spawned rank to collect its test before it sets it up."""
-EXPECTED_STRAYS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-"""Helpers of the standard library that end by themselves when their rank does."""
+EXPECTED_STRAYS = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "pytest_dcp.checkpoint.async_worker",
+    "dcp-async-save",
+)
+"""Helpers that end by themselves when their rank does, but a moment later."""
 
 _folders = itertools.count()
 
@@ -64,9 +71,13 @@ class MarkedItem:
     raised: BaseException | None = None
     """What the last failed phase raised, and its outcome."""
     outcome: Outcome | None = None
+    found: FoundError | None = None
+    """What made Hypothesis' property fail."""
     unexpectedly: str = ""
     """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
+    lost: frozenset[int] = frozenset()
+    """Ranks that the test has lost as it asked, and that were told of."""
 
     def begin(self, nextitem: pytest.Item | None) -> None:
         """The item's protocol starts."""
@@ -84,6 +95,7 @@ class MarkedItem:
     def setup(self) -> None:
         """Start or take a world, and set the item up in every rank."""
         self.failed, self.raised, self.outcome, self.world = False, None, None, None
+        self.lost = frozenset()
         self.unexpectedly = ""
         seed = self.harness.seed_of(self.item.nodeid)
         self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
@@ -94,20 +106,48 @@ class MarkedItem:
             if booted.kind != "passed":
                 self.world.kill()  # no item was begun in it: there is nothing to tear down
             self._raise_for(booted)
-        spawned = self.harness.launcher().name == "spawn"
-        self.world.restart_clock(self.limit_s + (COLLECT_S if spawned else 0.0))
-        order = RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
-        self._conclude(self.world, self.world.run("setup", order), "setup")
-        if spawned:
+        self.world.restart_clock(self.setup_limit_s())
+        self._conclude(self.world, self.world.run("setup", self.order()), "setup")
+        if self._is_spawned:
             self.world.restart_clock(self.limit_s)
+
+    @property
+    def _is_spawned(self) -> bool:
+        return self.harness.launcher().name == "spawn"
+
+    def order(self) -> RunItem:
+        """The order that begins the item."""
+        seed = self.harness.seed_of(self.item.nodeid)
+        return RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
+
+    def setup_limit_s(self) -> float:
+        """What ranks get to set the item up."""
+        return self.limit_s + (COLLECT_S if self._is_spawned else 0.0)
 
     def runtest(self) -> None:
         """Call the test in every rank."""
         if self.world is None:
             raise WorldError(f"{self.item.nodeid}: called, but its setup started no world")
+        self.found = None
         outcome = self.world.run("call", Go("call"))
+        if any(done.awaits for done in outcome.done.values()):
+            outcome = self._conduct(outcome)
         self._conclude(self.world, outcome, "call")
         self.unexpectedly = next((done.text for done in outcome.done.values() if done.text), "")
+
+    def _conduct(self, outcome: Outcome) -> Outcome:
+        """Lead the ranks through the examples of the properties that they came to."""
+        __tracebackhide__ = True
+        from pytest_dcp.harness import lockstep_item
+
+        try:
+            return lockstep_item.conduct(lockstep_item.Company(self), outcome)
+        except lockstep_item.FoundError as found:
+            self.found = found
+            return found.found[0].outcome
+        except Exception:
+            self.failed = True
+            raise
 
     def teardown(self) -> None:
         """Tear the item down in every rank, and the world unless it is kept warm."""
@@ -115,7 +155,7 @@ class MarkedItem:
             return
         try:
             died = self.world.died()
-            if self.world.whole:
+            if self.world.sound:
                 self._tear_down_whole(self.world)
             elif not self.world.ended:
                 self._wind_down(self.world, died)
@@ -127,7 +167,7 @@ class MarkedItem:
             self._drop_checkpoint_dir()
 
     def _tear_down_whole(self, world: World) -> None:
-        keep = self._keeps_warm()
+        keep = self._keeps_warm() and world.whole
         nextitem = self.nextitem if keep else None
         go = Go("teardown", _index_of(nextitem), nextitem.nodeid if nextitem is not None else "")
         torn = world.run("teardown", go)
@@ -185,6 +225,9 @@ class MarkedItem:
             s for s in self._sections(world, outcome, when) if s[0] in shown
         ):
             self.item.add_report_section(*part)
+        if new := [one for rank, one in outcome.lost.items() if rank not in self.lost]:
+            self.item.add_report_section(when, "lost as asked", "\n".join(lost_lines(new)))
+        self.lost = frozenset(outcome.lost)
         self.item.user_properties += _properties(outcome)
         self._log_subtests(world)
 
@@ -195,7 +238,7 @@ class MarkedItem:
             if rank in outcome.done:
                 for part in outcome.done[rank].sections:
                     yield (rank, *part)
-            elif not world.ended:
+            elif not world.ended and rank not in self.lost:
                 for name, text in world.output(rank):
                     yield rank, when, name, text
 
@@ -205,10 +248,10 @@ class MarkedItem:
         if outcome.kind in ("failed", "exit", "interrupt"):
             self.failed = True
         self.outcome = outcome
-        self.raised = report.exception_for(outcome, self.item.nodeid, self._expects)
+        self.raised = report.exception_for(outcome, self.item.nodeid, self.expects)
         raise self.raised
 
-    def _expects(self, error: BaseException) -> bool:
+    def expects(self, error: BaseException) -> bool:
         """Whether the test's xfail marker has this exception in mind."""
         xfailed = self.item.stash.get(xfailed_key, None)
         if xfailed is None or xfailed.raises is None:
@@ -242,7 +285,9 @@ class MarkedItem:
 
     def _warn_of_strays(self, world: World) -> None:
         for rank, stray in world.strays:
-            if not any(expected in stray for expected in EXPECTED_STRAYS):
+            if rank not in world.lost and not any(
+                expected in stray for expected in EXPECTED_STRAYS
+            ):
                 warnings.warn(
                     LeftBehindWarning(
                         f"{self.item.nodeid}: rank {rank} left process {stray} behind; it was "
@@ -255,8 +300,10 @@ class MarkedItem:
         """By pytest's own retention policy for tmp_path, when every rank is gone."""
         policy = self.item.config.getini("tmp_path_retention_policy")
         if policy == "none" or (policy == "failed" and not self.failed):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self.checkpoint_dir)
+            faults = self.checkpoint_dir.with_name(f"{self.checkpoint_dir.name}-faults")
+            for folder in (self.checkpoint_dir, faults):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(folder)
 
     # The report.
 
@@ -277,9 +324,17 @@ class MarkedItem:
             override = options.defaults.world_size is not None
             rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
             path, line, _ = self.item.reportinfo()
-            rep.longrepr = report.longrepr_for(
-                outcome, outcome.first, self.item.config, (str(path), (line or 0) + 1), rerun
-            )
+            location = (str(path), (line or 0) + 1)
+            if self.found is not None:
+                from pytest_dcp.harness import lockstep_item
+
+                rep.longrepr = lockstep_item.longrepr_for(
+                    self.found, self.item.config, location, rerun
+                )
+            else:
+                rep.longrepr = report.longrepr_for(
+                    outcome, outcome.first, self.item.config, location, rerun
+                )
 
     def _nodeid_here(self) -> str:
         """The nodeid as the command line takes it in the folder where pytest was started."""
@@ -303,64 +358,6 @@ def attach(item: pytest.Item, marked: MarkedItem) -> None:
     item.setup = marked.setup  # type: ignore[method-assign]  # this item only, not its class
     item.runtest = marked.runtest  # type: ignore[method-assign]
     item.teardown = marked.teardown  # type: ignore[method-assign]
-
-
-class ItemHooks:
-    """What pytest's hooks tell marked items; registered only in sessions that have some."""
-
-    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs) -> None:
-        self._steady_logs = steady_logs
-        self._pdb_invoke = pdb_invoke
-        """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
-
-    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
-        """--pdb for what is no rank's failure."""
-        marked = node.stash.get(ITEM_KEY, None)
-        told = marked is not None and call.excinfo.value is marked.raised
-        if self._pdb_invoke is not None and not told:
-            self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
-
-    def pytest_internalerror(self, excinfo: Any) -> None:
-        """--pdb for pytest's own errors, as its plugin has it."""
-        if self._pdb_invoke is not None:
-            self._pdb_invoke.pytest_internalerror(excinfo)
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> Generator[None, object, object]:
-        """Tell a marked item what comes after it."""
-        if (marked := item.stash.get(ITEM_KEY, None)) is None:
-            return (yield)
-        marked.begin(nextitem)
-        try:
-            with self._steady_logs.during_an_item():
-                return (yield)
-        finally:
-            if nextitem is None or ITEM_KEY not in nextitem.stash:
-                self._steady_logs.take_off()
-
-    def pytest_sessionfinish(self) -> None:
-        """The last test was not known for the last, as with -x."""
-        self._steady_logs.take_off()
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Show the ranks' failure, not the controller's."""
-        rep = yield
-        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
-            marked.amend(call, rep)
-        return rep
-
-    @pytest.hookimpl(optionalhook=True, tryfirst=True)
-    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
-        """pytest-timeout's limit becomes the world's."""
-        if (marked := item.stash.get(ITEM_KEY, None)) is None:
-            return None
-        marked.limit(settings.timeout)
-        return True
 
 
 def _module_of(item: pytest.Item) -> str:

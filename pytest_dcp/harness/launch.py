@@ -79,10 +79,12 @@ class RankFds:
     err: int
     trace: int
     """Stacks, on request and on a fatal signal."""
+    draws: int
+    """What the rank drew for a property's example."""
 
     def all(self) -> list[int]:
         """In the order of the fields."""
-        return [self.socket, self.out, self.err, self.trace]
+        return [self.socket, self.out, self.err, self.trace, self.draws]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,14 @@ class Exit:
     """The exit code, or minus the signal."""
     strays: tuple[str, ...] = ()
     """Processes that it left behind, as `pid (command)`; they were killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """A rank's process was stopped (SIGSTOP and its like), or goes on after a stop."""
+
+    rank: int
+    stopped: bool
 
 
 class LauncherLostError(WorldError):
@@ -112,16 +122,22 @@ class Launcher(Protocol):
         """Start one process per order. Raises `WorldError` when that is impossible."""
 
     def fileno(self) -> int:
-        """Readable when `exits` has something to tell."""
+        """Readable when `news` has something to tell."""
 
-    def exits(self, world: int) -> list[Exit]:
-        """Ends of this world's ranks since the last call. Does not wait."""
+    def news(self, world: int) -> list[Exit | Halt]:
+        """What became of this world's processes since the last call. Does not wait."""
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write the stacks of all its threads to its trace descriptor."""
 
     def kill(self, world: int, rank: int) -> None:
         """SIGKILL the rank and its process group."""
+
+    def pause(self, world: int, rank: int) -> None:
+        """SIGSTOP the rank and its process group."""
+
+    def resume(self, world: int, rank: int) -> None:
+        """SIGCONT the rank and its process group."""
 
     def preload(self, modules: Sequence[str]) -> None:
         """Modules that later ranks are likely to import: a hint."""

@@ -17,6 +17,10 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
 OMP_PAUSE_HARD = 2  # omp.h
 HUGE_PAGE_BYTES = 2 << 20
+ANY_CHANGE = os.WEXITED | os.WSTOPPED | os.WCONTINUED
+"""For waitid: a child ended, was stopped, or goes on."""
+HALTS = {os.CLD_STOPPED: True, os.CLD_CONTINUED: False}
+"""si_code of waitid -> whether the child is stopped; other codes are its end."""
 
 
 @functools.cache

@@ -1,25 +1,35 @@
-"""A rank's view of its world: meetings of all ranks that carry Python values.
+"""A rank's view of its world: meetings of all ranks that carry Python values, and process faults.
 
 Meetings go through the controller, not through torch's process group: they work whatever state the
-group is in, name the rank that does not come, and end when it cannot come any more.
+group is in, name the rank that does not come, and end when it cannot come any more. Ranks that were
+lost or stopped because the test asked for it are not waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import TypeVar
 
+from pytest_dcp.errors import DivergedError, WorldError
+from pytest_dcp.harness.events import FaultAct, FaultAnswer, FaultAsk
+from pytest_dcp.harness.points import Point
 from pytest_dcp.harness.rank import Rank
 
 T = TypeVar("T")
 
 
 class RankWorld:
-    """What the `world` fixture gives. Every method is collective: all ranks must call it."""
+    """What the `world` fixture gives.
+
+    Meetings are collective: all ranks must call them. Process faults are not: any rank may ask for
+    one, of itself or of another.
+    """
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self._points: list[Point] = []
 
     @property
     def rank(self) -> int:
@@ -37,7 +47,7 @@ class RankWorld:
         return self._rank.seed
 
     def barrier(self) -> None:
-        """Return when every rank has called it.
+        """Return when every surviving rank has called it.
 
         Raises `DivergedError` when a rank ended, or asked the world for something else.
         """
@@ -45,22 +55,30 @@ class RankWorld:
         self._rank.meet("barrier()")
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank. Values are pickled."""
+        """Every rank's value, in rank order, on every rank. Values are pickled.
+
+        None in the place of a rank that was lost or stopped because the test asked for it.
+        """
         __tracebackhide__ = True
         import cloudpickle
 
         values = self._rank.meet("gather()", cloudpickle.dumps(value))
-        return [cloudpickle.loads(data) for data in values]
+        return [None if data is None else cloudpickle.loads(data) for data in values]  # type: ignore[misc]  # T alone for the tests that lose no rank: nearly all
 
     def broadcast(self, value: T, src: int = 0) -> T:
-        """The value that rank `src` gave; what the others give is ignored. Values are pickled."""
+        """The value that rank `src` gave; what the others give is ignored. Values are pickled.
+
+        Raises `DivergedError` when that rank was lost or stopped because the test asked for it.
+        """
         __tracebackhide__ = True
         import cloudpickle
 
-        if not 0 <= src < self.size:
-            raise ValueError(f"src takes a rank from 0 to {self.size - 1}; got {src!r}")
+        self._check("src", src)
         payload = cloudpickle.dumps(value) if self.rank == src else b""
-        sent: T = cloudpickle.loads(self._rank.meet(f"broadcast(src={src})", payload)[src])
+        data = self._rank.meet(f"broadcast(src={src})", payload)[src]
+        if data is None:
+            raise DivergedError(f"broadcast(src={src}): rank {src} was lost or stopped as asked")
+        sent: T = cloudpickle.loads(data)
         return sent
 
     @contextlib.contextmanager
@@ -76,3 +94,57 @@ class RankWorld:
         else:
             self._rank.meet("rank0_first()")
             yield
+
+    # Process faults.
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Ranks that are neither lost nor stopped, ascending. Not collective."""
+        return self._ask("look", self.rank)
+
+    def kill(self, rank: int, *, at: str | None = None, nth: int = 1) -> None:
+        """SIGKILL a rank and what it started; returns when it is gone. Not collective.
+
+        With `at`, "package.module:Qualified.name", the rank dies at the `nth` entry of that
+        function, in whichever thread: then every rank makes the call, and it acts in the named one.
+        A death that was asked for is no failure of the test; one that does not come is.
+        """
+        self._check("rank", rank)
+        if at is None:
+            self._ask("kill", rank)
+        elif self.rank == rank:
+            self._points.append(Point(at, nth, f"world.kill({rank}, at={at!r})", signal.SIGKILL))
+
+    def pause(self, rank: int, *, at: str | None = None, nth: int = 1) -> None:
+        """SIGSTOP a rank and what it started; returns when it stands still. Not collective.
+
+        `at` and `nth` as in `kill`. A rank that nobody resumes is killed when the others have ended
+        the phase, or at the time limit.
+        """
+        self._check("rank", rank)
+        if at is None:
+            self._ask("pause", rank)
+        elif self.rank == rank:
+            self._points.append(Point(at, nth, f"world.pause({rank}, at={at!r})", signal.SIGSTOP))
+
+    def resume(self, rank: int) -> None:
+        """SIGCONT a rank that was paused; returns when it goes on. Not collective."""
+        self._check("rank", rank)
+        self._ask("resume", rank)
+
+    def disarm(self) -> list[str]:
+        """Forget the points in the code; returns what was asked for and did not happen."""
+        points, self._points = self._points, []
+        for point in reversed(points):
+            point.disarm()
+        return [text for point in points if (text := point.missed())]
+
+    def _ask(self, act: FaultAct, rank: int) -> tuple[int, ...]:
+        answer = self._rank.channel.ask(FaultAsk(act, rank), FaultAnswer)
+        if answer.error:
+            raise WorldError(answer.error)
+        return answer.survivors
+
+    def _check(self, name: str, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"{name} takes a rank from 0 to {self.size - 1}; got {rank!r}")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_dcp.harness import items as items_
+from pytest_dcp.harness.item_hooks import ItemHooks
 from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
@@ -73,11 +74,6 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         return None, values.problems
     if not isinstance(item, pytest.Function):
         return None, (f"cannot run a {type(item).__name__} in a world, only a test function",)
-    if hasattr(item.obj, "hypothesis"):
-        return None, (
-            "cannot run an @given test: independent draws on each rank would differ. "
-            "Use @given on an ordinary test, and open worlds in it with the `worlds` fixture",
-        )
     size, problem = _size_of(item, values)
     if problem:
         return None, (problem,)
@@ -125,7 +121,7 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
     manager = session.config.pluginmanager
-    hooks = items_.ItemHooks(manager.unregister(name="pdbinvoke"), SteadyLogs(session.config))
+    hooks = ItemHooks(manager.unregister(name="pdbinvoke"), SteadyLogs(session.config))
     manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)

@@ -1,18 +1,20 @@
 """What the ranks said -> one outcome. Pure (no I/O).
 
 Precedence: fail > crash > timeout > skip > xfail > pass. A test is skipped only when every rank
-skips. The first cause is told from its echoes: a peer that lost its connection because another
-rank went away, or that was still waiting for it.
+skips. A rank that was lost because the test asked for it has no say: the others decide, and when
+none is left the test has failed. The first cause is told from its echoes: a peer that lost its
+connection because another rank went away, or that was still waiting for it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
-from pytest_dcp.errors import RankFailure
+from pytest_dcp.errors import LostRank, RankFailure
 from pytest_dcp.harness.events import Done
 
 OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
@@ -57,6 +59,8 @@ class Outcome:
     """Failures, the first cause first, echoes last."""
     done: Mapping[int, Done]
     """What each rank said of itself, of those that did."""
+    lost: Mapping[int, LostRank] = field(default_factory=dict)
+    """Ranks that ended because the test asked for it, in this phase or before."""
 
     @property
     def failures(self) -> tuple[RankFailure, ...]:
@@ -69,8 +73,23 @@ class Outcome:
         return self.groups[0] if self.groups else None
 
 
-def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> Outcome:
-    """The outcome of a phase from the ranks' own words and from what became of them."""
+def combine(
+    size: int,
+    done: Mapping[int, Done],
+    failures: Sequence[RankFailure],
+    lost: Mapping[int, LostRank] = MappingProxyType({}),
+) -> Outcome:
+    """The outcome of a phase from the ranks' own words and from what became of them.
+
+    `lost` ranks owe no word. A `size` of 0 asks for no verdict at all: only failures count.
+    """
+    owing = [rank for rank in range(size) if rank not in lost]
+    return replace(_combine(size, owing, done, failures), lost=dict(lost))
+
+
+def _combine(
+    size: int, owing: Sequence[int], done: Mapping[int, Done], failures: Sequence[RankFailure]
+) -> Outcome:
     stopping: tuple[OutcomeKind, ...] = ("interrupt", "exit")
     for kind in stopping:
         for rank, one in sorted(done.items()):
@@ -84,7 +103,7 @@ def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]
             for rank, one in done.items()
             if one.outcome == "failed" and rank not in known
         ),
-    ] or [*_divergence(size, done)]
+    ] or [*_divergence(size, owing, done)]
     if failures:
         groups = _group(failures)
         return Outcome("failed", _mismatch(groups) + headline(groups[0]), groups, done)
@@ -102,16 +121,19 @@ def combine(size: int, done: Mapping[int, Done], failures: Sequence[RankFailure]
     return Outcome("passed", "", (), done)
 
 
-def _divergence(size: int, done: Mapping[int, Done]) -> Iterable[RankFailure]:
+def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> Iterable[RankFailure]:
     """A failure when some ranks skipped and others did not, or when a verdict is missing."""
-    missing = [rank for rank in range(size) if rank not in done]
+    if size and not done and not owing:
+        yield RankFailure(0, "diverged", "", 0.0, "no rank is left to give a verdict")
+        return
+    missing = [rank for rank in owing if rank not in done]
     if missing:
         text = f"no verdict came from {ranks_text(missing)}"
         yield RankFailure(missing[0], "diverged", "", 0.0, text)
         return
-    skipped = [rank for rank in range(size) if done[rank].outcome == "skipped"]
-    if skipped and len(skipped) < size:
-        rest = [rank for rank in range(size) if rank not in skipped]
+    skipped = [rank for rank in sorted(done) if done[rank].outcome == "skipped"]
+    if skipped and len(skipped) < len(done):
+        rest = [rank for rank in sorted(done) if rank not in skipped]
         how = sorted({done[rank].outcome for rank in rest})
         first = done[skipped[0]]
         yield RankFailure(
@@ -189,7 +211,12 @@ def peers(outcome: Outcome) -> list[str]:
         lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
     if first.failure.kind == "timeout":
         lines += _ended(outcome, first.failure.phase)
-    return lines
+    return [*lines, *lost_lines(outcome.lost.values())]
+
+
+def lost_lines(lost: Iterable[LostRank]) -> list[str]:
+    """A line for each rank that was lost as asked."""
+    return [f"rank {one.rank}: {one.reason}" for one in sorted(lost, key=lambda one: one.rank)]
 
 
 def _ended(outcome: Outcome, phase: str) -> Iterable[str]:

@@ -20,11 +20,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from pytest_dcp.errors import DcpError, DivergedError
 from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
+    Announce,
     Call,
     Decoder,
     Done,
@@ -38,6 +39,7 @@ from pytest_dcp.harness.events import (
     encode,
 )
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
+from pytest_dcp.harness.surroundings import Surroundings
 
 RECEIVE_BYTES = 1 << 16
 M = TypeVar("M", bound=Message)
@@ -56,15 +58,22 @@ class Channel:
         self._pending: list[Message] = []
         self._pid = os.getpid()
         self._lock = threading.RLock()
+        self._sending = threading.Lock()
+        """A thread may have something to say while another waits for a reply."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the rank's own process, not one that was forked from it."""
+        return os.getpid() == self._pid
 
     def send(self, message: Message) -> None:
         """Send one message. Raises `DcpError` in a process forked from the rank."""
-        if os.getpid() != self._pid:
+        if not self.is_ours:
             raise DcpError(
                 f"process {os.getpid()} was forked from rank process {self._pid} and cannot "
                 "speak for the rank: use the world's fixtures in the rank itself"
             )
-        with self._lock:
+        with self._sending:
             self._socket.sendall(encode(message))
 
     def receive(self) -> Message:
@@ -77,6 +86,15 @@ class Channel:
                 self._pending = self._decoder.feed(data)
             return self._pending.pop(0)
 
+    def put_back(self, message: Message) -> None:
+        """Have `receive` give this message next: it is meant for somebody else."""
+        self._pending.insert(0, message)
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the controller has already said what comes next."""
+        return bool(self._pending)
+
     def ask(self, message: Message, reply: type[M]) -> M:
         """Send a message and wait for its reply."""
         with self._lock:
@@ -85,6 +103,16 @@ class Channel:
         if not isinstance(got, reply):
             raise DcpError(f"expected {reply.__name__} from the controller, got {got!r}")
         return got
+
+
+class Watcher(Protocol):
+    """A fixture's value that is new for each example of a property."""
+
+    def renew(self) -> None:
+        """An example begins."""
+
+    def check(self) -> None:
+        """All ranks have ended the example. Raises when something is wrong with it."""
 
 
 @dataclass(slots=True)
@@ -102,14 +130,17 @@ class Rank:
     """How many modules were imported before the first test."""
     mesh: tuple[object, Any] | None = None
     """The process group and the mesh that a warm world made of it."""
+    watchers: list[Watcher] = field(default_factory=list)
+    """Of the running test's fixtures, those that are new for each of Hypothesis' examples."""
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
     )
     """Captures output around work that is no item's phase; yields sections to fill."""
 
-    def meet(self, operation: str, payload: bytes = b"") -> list[bytes]:
+    def meet(self, operation: str, payload: bytes = b"") -> list[bytes | None]:
         """Every rank's payload, in rank order; waits for all ranks. Collective.
 
+        None in the place of a rank that was lost or stopped because the test asked for it.
         Raises `DivergedError` when a peer asked for something else or will not come.
         """
         __tracebackhide__ = True
@@ -139,6 +170,17 @@ _current: Rank | None = None
 def current() -> Rank | None:
     """This process's rank, or None in a process that is none."""
     return _current
+
+
+def announce_death(reason: str) -> None:
+    """Tell the controller that the test asks this process to end or to stop, and that it will now.
+
+    To be called right before `os._exit`, or `os.kill` with SIGKILL or SIGSTOP, from any thread:
+    that end is then no failure of the test, and a rank that lives on is one. Does nothing in a
+    process that is no rank. `reason` tells people what asked for it, and where.
+    """
+    if _current is not None and _current.channel.is_ours:
+        _current.channel.send(Announce(reason))
 
 
 def run(
@@ -191,7 +233,7 @@ def _boot(rank: Rank) -> bool:
                 "failed",
                 time.monotonic(),
                 time.perf_counter() - started,
-                exception=_class_of(exc),
+                exception=class_of(exc),
                 text=one_line(exc),
                 report={"text": traceback.format_exc()},
                 sections=tuple(sections or ()),
@@ -246,7 +288,7 @@ def _init_process_group(order: Order) -> None:
 
 def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
     """Orders, one after the other, until `Leave`."""
-    before = _Surroundings() if rank.order.isolation == "module" else None
+    before = Surroundings() if rank.order.isolation == "module" else None
     while True:
         order = rank.channel.receive()
         match order:
@@ -268,28 +310,6 @@ def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
                 raise DcpError(f"told to run {order.phase}, but no item was begun")
             case _:
                 raise DcpError(f"unexpected order {order!r}")
-
-
-class _Surroundings:
-    """What a test may change for the next one in a warm world, as it was before the first."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._environ = dict(os.environ)
-        self._cwd = os.getcwd()
-        self._dtype = torch.get_default_dtype()
-
-    def restore(self) -> None:
-        """Environment, working folder, torch's default dtype and gradient mode."""
-        import torch
-
-        if dict(os.environ) != self._environ:
-            os.environ.clear()
-            os.environ.update(self._environ)
-        os.chdir(self._cwd)
-        torch.set_default_dtype(self._dtype)
-        torch.set_grad_enabled(True)
 
 
 def _leave(rank: Rank) -> None:
@@ -314,13 +334,13 @@ def _call(rank: Rank, payload: bytes) -> Done:
             value = function(*args, **kwargs)
             result = _dump_result(value)
         except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
-            outcome, error = _outcome_of(exc), exc
+            outcome, error = outcome_of(exc), exc
     return Done(
         "call",
         outcome,
         time.monotonic(),
         time.perf_counter() - started,
-        exception=_class_of(error) if error is not None else None,
+        exception=class_of(error) if error is not None else None,
         text=one_line(error) if error is not None else "",
         report={"text": _own_traceback(error)} if error is not None else None,
         sections=tuple(sections or ()),
@@ -348,7 +368,7 @@ def _own_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, tb))
 
 
-def _outcome_of(error: BaseException) -> RankOutcome:
+def outcome_of(error: BaseException) -> RankOutcome:
     """By the names that pytest gives its control-flow exceptions."""
     names: dict[str, RankOutcome] = {
         "Skipped": "skipped",
@@ -360,7 +380,7 @@ def _outcome_of(error: BaseException) -> RankOutcome:
     return names.get(type(error).__name__, "failed")
 
 
-def _class_of(error: BaseException) -> tuple[str, str]:
+def class_of(error: BaseException) -> tuple[str, str]:
     return type(error).__module__, type(error).__qualname__
 
 

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     plugin = RankPlugin(session, debugger)
     session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
+    if "hypothesis" in sys.modules:
+        from pytest_dcp.harness import lockstep_versions
+
+        plugin.follows = lockstep_versions.make_ready()
     return plugin
 
 
@@ -78,6 +82,10 @@ def enlist(rank: Rank, plugin: RankPlugin) -> Callable[[RunItem], None]:
     """Make the session this rank's; returns what runs an item of it."""
     config = plugin.config
     rank.capture = plugin.capturing
+    if plugin.follows:
+        from pytest_dcp.harness import lockstep_rank
+
+        lockstep_rank.install(rank, plugin)
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
@@ -126,11 +134,29 @@ def clip(text: str) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """How much of what an item gathers had been told before a phase."""
+
+    sections: int
+    properties: int
+    xfail_marks: int
+
+    @classmethod
+    def of(cls, item: pytest.Item) -> _Seen:
+        marks = len(list(item.iter_markers("xfail")))
+        return cls(len(item._report_sections), len(item.user_properties), marks)
+
+
 class RankPlugin:
     """pytest's view of a rank: runs items in phases and hears what the session has to say."""
 
     rank: Rank
+    follows = False
+    """Whether Hypothesis' properties run in lockstep."""
     _torn_down: Done
+    _item: pytest.Item
+    _seen: _Seen
 
     def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
         self._debugger = debugger
@@ -208,7 +234,9 @@ class RankPlugin:
                 nextitem = self._find(go.next_index, go.next_nodeid)
                 self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
                 break
-            self.rank.channel.send(self._phase(item, go.phase))
+            done = self._phase(item, go.phase)
+            if not self.rank.channel.has_order:  # else the call was given up: nobody waits for it
+                self.rank.channel.send(done)
         if has_request:
             any_item._request = False
             any_item.funcargs = None
@@ -216,21 +244,28 @@ class RankPlugin:
 
     def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
         hook = getattr(item.ihook, f"pytest_runtest_{phase}")
-        seen_sections, seen_properties = len(item._report_sections), len(item.user_properties)
-        seen_marks = len(list(item.iter_markers("xfail")))
+        self._seen = _Seen.of(item)
         call = pytest.CallInfo.from_call(
             lambda: hook(item=item, **kwargs),
             when=phase,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
             reraise=None,
         )
-        ended = time.monotonic()
+        return self._verdict(item, phase, call)
+
+    def _verdict(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
+        """What a phase came to, with pytest's own report of it."""
+        ended, seen = time.monotonic(), self._seen
         # A marker that the test added itself is known only here, so it is judged here.
-        added = len(list(item.iter_markers("xfail"))) > seen_marks
+        added = len(list(item.iter_markers("xfail"))) > seen.xfail_marks
         self.config.option.runxfail = self._xfail_off or not added
         report = item.ihook.pytest_runtest_makereport(item=item, call=call)
         outcome, text = _judge(call, report)
         error = call.excinfo.value if call.excinfo is not None else None
-        if outcome in ("failed", "interrupt") and not self._is_expected(item, error):
+        if (
+            outcome in ("failed", "interrupt")
+            and not self.rank.channel.has_order  # else the call was given up
+            and not self._is_expected(item, error)
+        ):
             try:
                 item.ihook.pytest_exception_interact(node=item, call=call, report=report)
             except pytest.exit.Exception as left:  # `quit` in the debugger
@@ -249,10 +284,55 @@ class RankPlugin:
             returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
             sections=tuple(
                 (when, name, clip(content))
-                for when, name, content in item._report_sections[seen_sections:]
+                for when, name, content in item._report_sections[seen.sections :]
             ),
-            properties=tuple(item.user_properties[seen_properties:]),
+            properties=tuple(item.user_properties[seen.properties :]),
         )
+
+    # Examples of a property; see `lockstep_rank`.
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Know whose examples are run, and check the fixtures of a property."""
+        __tracebackhide__ = True
+        self._item = item
+        if self.follows and hasattr(item, "obj") and hasattr(item.obj, "hypothesis"):
+            from pytest_dcp.harness import lockstep_rank
+
+            lockstep_rank.check_fixtures(item)
+        return (yield)
+
+    def variant(self) -> bytes:
+        """What tells the running test from its parametrised siblings."""
+        return self._item.nodeid.encode() if hasattr(self._item, "callspec") else b""
+
+    def begin_example(self) -> None:
+        """Forget what earlier examples printed and logged."""
+        self._printed()
+
+    def report_example(self, error: BaseException, done: Done) -> Done:
+        """The answer to an example, with pytest's own report of its failure."""
+
+        def fail() -> None:
+            __tracebackhide__ = True
+            raise error
+
+        call = pytest.CallInfo.from_call(fail, when="call", reraise=None)
+        verdict = self._verdict(self._item, "call", call)
+        return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._printed())
+
+    def _printed(self) -> tuple[tuple[str, str, str], ...]:
+        """What was captured since the last time, which pytest then will not show."""
+        manager: Any = self.config.pluginmanager.getplugin("capturemanager")
+        out, err = manager.read_global_capture() if manager is not None else ("", "")
+        handler: Any = getattr(
+            self.config.pluginmanager.getplugin("logging-plugin"), "report_handler", None
+        )
+        log = handler.stream.getvalue() if handler is not None else ""
+        if handler is not None:
+            handler.reset()
+        parts = (("log", log), ("stdout", out), ("stderr", err))
+        return tuple(("call", name, clip(text)) for name, text in parts if text)
 
     def _is_expected(self, item: pytest.Item, error: BaseException | None) -> bool:
         """Whether an xfail mark expects it: the controller judges that, but after the debugger."""

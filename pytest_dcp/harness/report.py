@@ -27,6 +27,7 @@ from pytest_dcp.harness.options import ReportRanks
 from pytest_dcp.harness.outcome import Group, Outcome, peers, ranks_text
 from pytest_dcp.harness.stacks import doing
 
+RERUN = "to rerun just this"
 TRACE_CHARS = 20_000
 """Of one rank's stacks in a report."""
 
@@ -113,7 +114,7 @@ def longrepr_for(
     table = _table(outcome)
     if table:
         repr_.addsection("what the ranks that did not end were doing", table)
-    repr_.addsection("to rerun just this", rerun, "-")
+    repr_.addsection(RERUN, rerun, "-")
     return repr_
 
 

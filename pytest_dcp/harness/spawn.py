@@ -25,7 +25,7 @@ import pytest
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import linux, measure, rank, rank_items
 from pytest_dcp.harness.events import RunItem
-from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Order, RankFds
+from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Halt, Order, RankFds
 
 PROGRAM = "from pytest_dcp.harness.spawn import main; main()"
 GUARD = "from pytest_dcp.harness.guard import main; main()"
@@ -41,7 +41,7 @@ class SpawnLauncher:
     def __init__(self, session: dict[str, Any]) -> None:
         self._session = session
         self._running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
-        self._ended: dict[int, list[Exit]] = {}
+        self._news: dict[int, list[Exit | Halt]] = {}
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
         self._waiters: list[threading.Thread] = []
@@ -112,14 +112,27 @@ class SpawnLauncher:
 
     def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
         # Look before reaping: until then the process id, and so its group's, cannot be another's.
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        while (halt := self._halted(order.rank, process.pid)) is not None:
+            self._tell(order.world, halt)
         with self._lock:
             del self._running[order.world, order.rank]
             strays = self._strays(order, process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
-            self._ended.setdefault(order.world, []).append(Exit(order.rank, status, strays))
+        self._tell(order.world, Exit(order.rank, status, strays))
+
+    def _halted(self, rank: int, pid: int) -> Halt | None:
+        """The next stop of the process or its end; None when the process ended, not yet reaped."""
+        found = os.waitid(os.P_PID, pid, linux.ANY_CHANGE | os.WNOWAIT)
+        if found is None or found.si_code not in linux.HALTS:
+            return None
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+        return Halt(rank, linux.HALTS[found.si_code])
+
+    def _tell(self, world: int, what: Exit | Halt) -> None:
+        with self._lock:
+            self._news.setdefault(world, []).append(what)
         with contextlib.suppress(OSError):
             self._wake_w.send(b"x")
 
@@ -133,20 +146,20 @@ class SpawnLauncher:
         return tuple(found)
 
     def fileno(self) -> int:
-        """Readable when a rank has ended."""
+        """Readable when something became of a rank."""
         return self._wake_r.fileno()
 
-    def exits(self, world: int) -> list[Exit]:
-        """Ends of this world's ranks since the last call."""
+    def news(self, world: int) -> list[Exit | Halt]:
+        """Ends and stops of this world's ranks since the last call."""
         while select.select([self._wake_r], [], [], 0)[0]:
             self._wake_r.recv(4096)
         with self._lock:
-            return self._ended.pop(world, [])
+            return self._news.pop(world, [])
 
     def forget(self, world: int) -> None:
         """Drop what is kept for a world that has ended."""
         with self._lock:
-            self._ended.pop(world, None)
+            self._news.pop(world, None)
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write its stacks."""
@@ -156,16 +169,24 @@ class SpawnLauncher:
         """SIGKILL the rank and its process group."""
         self._signal(world, rank, signal.SIGKILL)
 
+    def pause(self, world: int, rank: int) -> None:
+        """SIGSTOP the rank and its process group."""
+        self._signal(world, rank, signal.SIGSTOP)
+
+    def resume(self, world: int, rank: int) -> None:
+        """SIGCONT the rank and its process group."""
+        self._signal(world, rank, signal.SIGCONT)
+
     def _signal(self, world: int, rank: int, signum: int) -> None:
         with self._lock:
             process = self._running.get((world, rank))
             if process is None:
                 return
             with contextlib.suppress(ProcessLookupError):
-                if signum == signal.SIGKILL:
-                    os.killpg(process.pid, signum)
-                else:
+                if signum == STACKS_SIGNAL:
                     os.kill(process.pid, signum)
+                else:
+                    os.killpg(process.pid, signum)
 
     def preload(self, modules: Sequence[str]) -> None:
         """Nothing: every interpreter imports anew."""

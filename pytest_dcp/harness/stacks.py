@@ -22,7 +22,9 @@ COLLECTIVES = frozenset(
         "init_device_mesh", "wait_tensor",
     )
 )  # fmt: skip
-RUNNER = re.compile(r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$")
+RUNNER = re.compile(
+    r"/_pytest/|/pluggy/|/pytest_dcp/harness/rank(_items)?\.py$|/hypothesis/(core|stateful)\.py$"
+)
 OURS = re.compile(r"/pytest_dcp/(harness/|plugin\.py)")
 EXCHANGE = "the world's exchange"
 

@@ -2,7 +2,7 @@
 
 Pure (no I/O): time is an argument, and actions are values that `world.World` carries out. Enters:
 what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in the end
-for every rank either a `Done` or a `RankFailure`.
+for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked for.
 
 Rules that hold inside:
 
@@ -10,100 +10,53 @@ Rules that hold inside:
   bound.
 - When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
 - While a rank holds the terminal every clock stands still.
+- A rank that is stopped because the test asked for it holds nobody up.
 """
 
 from __future__ import annotations
 
-import enum
-import signal
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pytest_dcp.errors import FailureKind, RankFailure
+from pytest_dcp.harness import meetings
+from pytest_dcp.harness.deaths import Deaths, Wish
 from pytest_dcp.harness.events import (
-    MAX_FRAME_BYTES,
+    Announce,
     DebugAnswer,
     DebugAsk,
     DebugDone,
     Done,
     Down,
     Exchange,
+    FaultAct,
+    FaultAsk,
     Go,
     Leave,
     Met,
     Phase,
     Up,
 )
+from pytest_dcp.harness.lives import (
+    BUSY,
+    HAS_TERMINAL,
+    TRANSITIONS,
+    Action,
+    Continue,
+    Dump,
+    Kill,
+    Send,
+    Stop,
+    exit_text,
+)
+from pytest_dcp.harness.lives import RankState as S
 
 STACKS_S = 0.2
 """How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
 machine may take its time to schedule it."""
 CLOSED_S = 0.25
 """How long after its socket closed a rank's exit may still come, and name the real cause."""
-MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
-"""What one exchange may carry, so that the answer fits a frame."""
 LOST_S = 10.0
 """How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
-
-
-class RankState(enum.Enum):
-    """Where a rank is in its life."""
-
-    IDLE = "idle"
-    """Waits for the next order."""
-    RUNNING = "running"
-    MEETING = "meeting"
-    """Inside a phase, waits for its peers at an exchange."""
-    DEBUGGING = "debugging"
-    """Inside a phase, has the terminal."""
-    DEBUGGING_MEETING = "debugging at an exchange"
-    """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
-    LEAVING = "leaving"
-    """Was told to end."""
-    KILLED = "killed"
-    """Was sent SIGKILL, is not reaped yet."""
-    GONE = "gone"
-
-
-S = RankState
-TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
-    (S.IDLE, Go): S.RUNNING,
-    (S.IDLE, Leave): S.LEAVING,
-    (S.RUNNING, Done): S.IDLE,
-    (S.RUNNING, Exchange): S.MEETING,
-    (S.MEETING, Met): S.RUNNING,
-    (S.RUNNING, DebugAsk): S.DEBUGGING,
-    (S.DEBUGGING, DebugDone): S.RUNNING,
-    (S.DEBUGGING, Exchange): S.DEBUGGING_MEETING,
-    (S.DEBUGGING_MEETING, Met): S.DEBUGGING,
-}
-HAS_TERMINAL = frozenset({S.DEBUGGING, S.DEBUGGING_MEETING})
-BUSY = frozenset({S.RUNNING, S.MEETING, S.LEAVING}) | HAS_TERMINAL
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this to the rank."""
-
-    rank: int
-    message: Down
-
-
-@dataclass(frozen=True, slots=True)
-class Dump:
-    """Have the rank write the stacks of all its threads."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """SIGKILL the rank and what it started."""
-
-    rank: int
-
-
-Action = Send | Dump | Kill
 
 
 @dataclass(slots=True)
@@ -118,17 +71,6 @@ class Terminal:
     """The rank that gets it; None: the first that asks, and then always that one."""
 
 
-def exit_text(status: int) -> str:
-    """How a process ended, in words: a negative `status` is the signal that killed it."""
-    if status >= 0:
-        return f"exited with code {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = "unknown signal"
-    return f"was killed by signal {-status} ({name})"
-
-
 class Supervisor:
     """The state of one world's ranks. See the module's docstring for the rules."""
 
@@ -140,6 +82,7 @@ class Supervisor:
         self.phase: Phase = "boot"
         self.done: dict[int, Done] = {}
         self.failures: list[RankFailure] = []
+        self.deaths = Deaths(size)
         self._meeting: dict[int, Exchange] = {}
         self.deadline = float("inf")
         """Of the phase; later by as long as a debugger had the terminal."""
@@ -154,18 +97,26 @@ class Supervisor:
 
     @property
     def busy(self) -> list[int]:
-        """Ranks that owe an answer."""
-        return [rank for rank, state in self.states.items() if state in BUSY]
+        """Ranks that owe an answer, and can give one."""
+        stopped = self.deaths.stopped
+        return [
+            rank for rank, state in self.states.items() if state in BUSY and rank not in stopped
+        ]
 
     @property
     def settled(self) -> bool:
-        """Whether every rank has answered or is gone."""
-        return not any(s in BUSY or s is S.KILLED for s in self.states.values())
+        """Whether every rank has answered, is gone, or is stopped as asked."""
+        return not (self.busy or S.KILLED in self.states.values() or self.deaths.owing)
 
     @property
     def whole(self) -> bool:
         """Whether every rank is alive and none failed in this phase."""
         return not self.failures and S.GONE not in self.states.values()
+
+    @property
+    def gone(self) -> list[int]:
+        """Ranks without a process."""
+        return [rank for rank, state in self.states.items() if state is S.GONE]
 
     @property
     def idle(self) -> list[int]:
@@ -184,7 +135,8 @@ class Supervisor:
         closed = [at + CLOSED_S for at in self._closed.values()]
         waits = self.busy and not self._timed_out
         deadline = self.deadline if waits else float("inf")
-        return min([deadline, self._reap_at, self._kill_at, self._lost_at, *closed])
+        owed = self.deaths.due_at()
+        return min([deadline, self._reap_at, self._kill_at, self._lost_at, owed, *closed])
 
     # What the world tells.
 
@@ -211,6 +163,9 @@ class Supervisor:
         state = self.states[rank]
         if state in (S.KILLED, S.GONE):
             return []
+        if isinstance(message, Announce):  # from any thread, at any time
+            self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
+            return self._meet()
         nxt = TRANSITIONS.get((state, type(message)))
         if nxt is None:
             return self._violate(rank, message, now)
@@ -228,7 +183,45 @@ class Supervisor:
                 return self._debug_asked(rank, now)
             case DebugDone():
                 self._resume(now)
+            case FaultAsk():
+                self.deaths.ask(rank, message)
+                why = f"world.{message.act}({message.rank}) in rank {rank}"
+                return [*self.strike(message.act, message.rank, why, now), *self._told()]
         return self._meet()
+
+    def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
+        """Have a rank killed, stopped or continued, because the test asked for it."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        deaths = self.deaths
+        match act:
+            case "kill":
+                deaths.wishes[rank] = Wish("kill", why, self._clock(now))
+                return [*self._end(rank, now), *self._meet()]
+            case "pause" if rank not in deaths.wishes:
+                deaths.wishes[rank] = Wish("pause", why, self._clock(now))
+                return [Stop(rank), *self._meet()]
+            case "resume" if rank in deaths.wishes:
+                deaths.resuming.add(rank)
+                return [Continue(rank)] if rank in deaths.stopped else []
+        return []
+
+    def halted(self, rank: int, now: float, *, stopped: bool) -> list[Action]:
+        """A rank's process was stopped, or goes on after a stop."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        self.deaths.halted(rank, stopped=stopped)
+        again: list[Action] = [Continue(rank)] if rank in self.deaths.resuming else []
+        return [*again, *self._meet(), *self._told()]
+
+    def dismiss(self, now: float) -> list[Action]:
+        """End the ranks that are stopped as asked: nobody is left to continue them."""
+        return [
+            action
+            for rank in sorted(self.deaths.stopped)
+            if self.states[rank] not in (S.KILLED, S.GONE)
+            for action in self._end(rank, now)
+        ]
 
     def exited(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
@@ -238,15 +231,16 @@ class Supervisor:
         self.states[rank] = S.GONE
         if S.KILLED not in self.states.values():
             self._lost_at = float("inf")
-        if state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
-            return []
         if state in HAS_TERMINAL:
             self._resume(now)
+        as_asked = self.deaths.ended(rank, exit_text(status))
+        if as_asked or state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
+            return [*self._meet(), *self._told()]
         after = " after its verdict" if state is S.LEAVING else ""
         where = f" in {self.phase}" if state in BUSY and state is not S.LEAVING else after
         text = f"{exit_text(status)}{where}, without a verdict"
         self._fail(rank, "crashed", text if not after else exit_text(status) + after, now, now)
-        return self._meet()
+        return [*self._meet(), *self._told()]
 
     def closed(self, rank: int, now: float) -> list[Action]:
         """A rank's report socket reached its end; most often its exit follows at once."""
@@ -275,6 +269,7 @@ class Supervisor:
                 self.failures.append(RankFailure(rank, "lost", self.phase, now, text))
         self._closed.clear()
         self._meeting.clear()
+        self.deaths = Deaths(self.size, lost=self.deaths.lost)
         self._paused_at = None
         self._reap_at = self._kill_at = self._lost_at = float("inf")
 
@@ -292,16 +287,21 @@ class Supervisor:
             self._reap_at = now
         if now >= self._reap_at:
             self._reap_at = float("inf")
-            actions += [Dump(rank) for rank in self.busy]
+            actions += [*self.dismiss(now), *(Dump(rank) for rank in self.busy)]
             self._kill_at = now + STACKS_S
         if now >= self._kill_at:
             self._kill_at = float("inf")
             actions += self._reap(now)
+        for rank in self.deaths.overdue(now):
+            wish = self.deaths.wishes[rank]
+            text = f"lives on after its end was asked for: {wish.why}"
+            actions += self._kill(rank, "spared", text, now)
         if now >= self._lost_at:
             self._lost_at = float("inf")
             for rank, state in self.states.items():
                 if state is S.KILLED:
                     self.states[rank] = S.GONE
+                    self.deaths.forgive(rank)
                     text = f"did not go away within {LOST_S:g} s of SIGKILL"
                     self._fail(rank, "lost", text, now, now)
         return actions
@@ -328,14 +328,20 @@ class Supervisor:
     def _kill(self, rank: int, kind: FailureKind, text: str, now: float) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
+        self.deaths.forgive(rank)
+        actions = self._end(rank, now)
+        self._fail(rank, kind, text, now, now)
+        return [*actions, *self._meet()]
+
+    def _end(self, rank: int, now: float) -> list[Action]:
         if self.states[rank] in HAS_TERMINAL:
             self._resume(now)
         self._closed.pop(rank, None)
         self._meeting.pop(rank, None)
+        self.deaths.silence(rank)
         self.states[rank] = S.KILLED
         self._lost_at = self._clock(now) + LOST_S
-        self._fail(rank, kind, text, now, now)
-        return [Kill(rank), *self._meet()]
+        return [Kill(rank)]
 
     def _violate(self, rank: int, message: Up, now: float) -> list[Action]:
         state = self.states[rank].value
@@ -366,36 +372,27 @@ class Supervisor:
         self._kill_at += pause_s
         self._lost_at += pause_s
         self._closed = {rank: at + pause_s for rank, at in self._closed.items()}
+        self.deaths.postpone(pause_s)
 
     def _meet(self) -> list[Action]:
         """Answer the ranks that wait at an exchange, if all are there or never will be."""
         if not self._meeting:
             return []
-        if error := self._meeting_error():
-            return self._answer(self._meeting, Met(error=error))
-        if len(self._meeting) < self.size:
+        excused = self.deaths.wishes.keys() | self.deaths.lost.keys()
+        how = {failure.rank: failure.summary for failure in self.failures}
+        left = {
+            rank: how.get(rank, f"ended {self.phase}")
+            for rank, state in self.states.items()
+            if state in (S.IDLE, S.GONE, S.KILLED, S.LEAVING) and rank not in excused
+        }
+        met = meetings.answer(self._meeting, self.size, excused, left)
+        if met is None:
             return []
-        payloads = [self._meeting[rank].payload for rank in range(self.size)]
-        if (total := sum(map(len, payloads))) > MAX_MEETING_BYTES:
-            error = f"the ranks' values have {total} bytes together, more than {MAX_MEETING_BYTES}"
-            return self._answer(self._meeting, Met(error=error))
-        met = Met(sizes=tuple(map(len, payloads)), payload=b"".join(payloads))
-        return self._answer(self._meeting, met)
-
-    def _meeting_error(self) -> str:
-        there = ", ".join(f"rank {r}: {self._meeting[r].operation}" for r in sorted(self._meeting))
-        if len({exchange.operation for exchange in self._meeting.values()}) > 1:
-            return f"ranks asked the world for different things ({there})"
-        left = [r for r, s in self.states.items() if s in (S.IDLE, S.GONE, S.KILLED, S.LEAVING)]
-        if left:
-            how = {f.rank: f.summary for f in self.failures}
-            gone = ", ".join(f"rank {r} ({how.get(r, f'ended {self.phase}')})" for r in left)
-            return f"waited in vain ({there}): {gone} will not come"
-        return ""
-
-    def _answer(self, ranks: Iterable[int], met: Met) -> list[Action]:
-        asked = list(ranks)
-        self._meeting = {}
+        asked, self._meeting = list(self._meeting), {}
         for rank in asked:
             self.states[rank] = TRANSITIONS[self.states[rank], Met]
         return [Send(rank, met) for rank in asked]
+
+    def _told(self) -> list[Action]:
+        """Answers to the ranks whose asked-for fault has happened."""
+        return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]

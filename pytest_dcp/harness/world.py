@@ -11,31 +11,33 @@ import contextlib
 import itertools
 import os
 import selectors
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pytest_dcp.errors import RankFailure
+from pytest_dcp.errors import LostRank, RankFailure, WorldError
 from pytest_dcp.harness import stacks
 from pytest_dcp.harness.events import (
     DebugAnswer,
-    Decoder,
+    Done,
     Down,
+    FaultAct,
+    FaultAsk,
     Leave,
     Phase,
     SubReport,
     WireError,
     encode,
 )
-from pytest_dcp.harness.launch import Launcher, LauncherLostError, Order, RankFds
+from pytest_dcp.harness.interrupts import InterruptsIgnored
+from pytest_dcp.harness.launch import Halt, Launcher, LauncherLostError, Order
+from pytest_dcp.harness.lives import Action, Continue, Dump, Kill, Send, Stop
 from pytest_dcp.harness.outcome import Outcome, combine
+from pytest_dcp.harness.rank_end import SEND_S, RankEnd
 from pytest_dcp.harness.spec import WorldSpec
-from pytest_dcp.harness.supervise import Action, Dump, Kill, Send, Supervisor, Terminal
+from pytest_dcp.harness.supervise import Supervisor, Terminal
 
 BOOT_S = 120.0
 """For starting processes and joining the process group; a loaded machine imports torch slowly."""
@@ -43,11 +45,14 @@ LEAVE_S = 20.0
 """For a rank's exit once it was told to leave."""
 LOOK_S = 0.25
 """How often the captured output's size is looked at."""
-END_BYTES = 1 << 15
+BRIEF_LOOK_S = 0.02
+"""How often somebody who need not wait to the end is asked whether to."""
 RECEIVE_BYTES = 1 << 16
 NO_STACK = "and wrote no stack: stopped, or deep in C code"
-SEND_S = 5.0
-"""A rank that takes no byte for so long is stopped or broken."""
+
+Verdicts = Mapping[int, Done]
+"""What ranks said, by rank."""
+Failures = Sequence[RankFailure]
 
 _numbers = itertools.count()
 
@@ -64,46 +69,6 @@ class WorldSettings:
     output_limit_bytes: int
     terminal: Terminal
     launcher: Callable[[], Launcher]
-
-
-class _Rank:
-    """The controller's ends of one rank."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(SEND_S)
-        self.socket = ours
-        self.decoder = Decoder()
-        self.out, self.err, self.trace = (
-            os.memfd_create(name) for name in ("dcp-out", "dcp-err", "dcp-trace")
-        )
-        self.theirs = theirs
-        self.dead = ""
-
-    def fds(self) -> RankFds:
-        """What the rank inherits."""
-        return RankFds(self.theirs.fileno(), self.out, self.err, self.trace)
-
-    def read(self, fd: int) -> str:
-        """What is in one of the memfds; of much, the two ends."""
-        size = os.fstat(fd).st_size
-        if size <= 2 * END_BYTES:
-            return os.pread(fd, size, 0).decode(errors="replace")
-        head, tail = os.pread(fd, END_BYTES, 0), os.pread(fd, END_BYTES, size - END_BYTES)
-        left_out = f"\n[... {size - 2 * END_BYTES} bytes left out ...]\n"
-        return head.decode(errors="replace") + left_out + tail.decode(errors="replace")
-
-    def unwatch(self, selector: selectors.BaseSelector) -> None:
-        """Listen to the socket no more."""
-        with contextlib.suppress(KeyError):
-            selector.unregister(self.socket)
-
-    def close(self) -> None:
-        """Every descriptor."""
-        self.socket.close()
-        self.theirs.close()
-        for fd in (self.out, self.err, self.trace):
-            os.close(fd)
 
 
 class World:
@@ -130,11 +95,11 @@ class World:
         self._launcher = settings.launcher()
         terminal = replace(settings.terminal)
         self._supervisor = Supervisor(spec.size, grace_s=settings.grace_s, terminal=terminal)
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankEnd] = []
         self._selector = selectors.DefaultSelector()
         self._store = settings.folder / f"store-{os.getpid()}-{self.number}"
         self._port = socket.socket()
-        self._interrupts = _InterruptsIgnored()
+        self._interrupts = InterruptsIgnored()
         self._on_end = on_end
         self._limit_s = BOOT_S
         self._deadline = float("inf")
@@ -148,7 +113,7 @@ class World:
             # Bound, not listening: the number stays ours, and a rank may still listen on it.
             self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._port.bind(("127.0.0.1", 0))
-            self._ranks = [_Rank() for _ in range(self.spec.size)]
+            self._ranks = [RankEnd() for _ in range(self.spec.size)]
             for rank, one in enumerate(self._ranks):
                 self._selector.register(one.socket, selectors.EVENT_READ, rank)
             self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
@@ -176,16 +141,74 @@ class World:
         """Whether all ranks are alive, idle and unharmed."""
         return not self.ended and len(self._supervisor.idle) == self.spec.size
 
+    @property
+    def sound(self) -> bool:
+        """Whether all ranks but those that were lost as asked are alive, idle and unharmed."""
+        idle, lost = len(self._supervisor.idle), len(self.lost)
+        return not self.ended and 0 < idle == self.spec.size - lost
+
+    @property
+    def lost(self) -> Mapping[int, LostRank]:
+        """Ranks that ended because the test asked for it."""
+        return self._supervisor.deaths.lost
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Ranks that are there and not stopped as asked, ascending."""
+        return self._supervisor.deaths.survivors(self._supervisor.gone)
+
     def run(self, phase: Phase, order: Down) -> Outcome:
         """One phase on every rank; fails at once when a rank has died since the last."""
+        self.begin(phase, order)
+        return self.finish()
+
+    def begin(self, phase: Phase, order: Down) -> None:
+        """Have every rank start a phase, but those that were lost as asked; `finish` follows."""
         with self._guarded():
             self._drain()
-            if not self._supervisor.failures or self.whole:
-                orders = dict.fromkeys(range(self.spec.size), order)
+            if not self._supervisor.failures or self.sound:
+                orders = dict.fromkeys(self._supervisor.idle, order)
                 self._act(self._supervisor.begin(phase, orders, self._deadline))
+
+    def finish(self) -> Outcome:
+        """Wait until every rank has answered, died or been killed; how the phase went."""
+        with self._guarded():
             outcome = self._settle()
             self._deadline = self._supervisor.deadline
             return outcome
+
+    def run_until(
+        self, phase: Phase, order: Down, enough: Callable[[Verdicts, Failures], bool]
+    ) -> Outcome:
+        """Like `run`, but what ranks said and what failed so far may be `enough`.
+
+        It is asked at every event, and now and then. A world in which a rank was not waited
+        for is of no use any more: it is not `sound`.
+        """
+        self.begin(phase, order)
+        with self._guarded():
+            while not self._supervisor.settled:
+                self._step(BRIEF_LOOK_S)
+                if enough(self._supervisor.done, self._supervisor.failures):
+                    break
+            else:
+                return self.finish()
+            return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
+
+    def strike(self, act: FaultAct, rank: int, why: str) -> None:
+        """Have a rank killed, stopped or continued; returns when that has happened.
+
+        Raises `WorldError` when a rank that is to be stopped or continued is gone.
+        """
+        with self._guarded():
+            self._drain()
+            gone = self._supervisor.gone
+            if act != "kill" and rank in gone:
+                raise WorldError(f"rank {rank} is gone: there is nothing to {act}")
+            self._act(self._supervisor.strike(act, rank, why, time.monotonic()))
+            ask = FaultAsk(act, rank)
+            while not self._supervisor.deaths.is_done(ask, self._supervisor.gone):
+                self._step()
 
     def died(self) -> Sequence[RankFailure]:
         """Failures since the last phase ended: of ranks that died while they had no order."""
@@ -207,8 +230,7 @@ class World:
             orders = dict.fromkeys(self._supervisor.idle, order)
             deadline = time.monotonic() + within_s
             self._act(self._supervisor.begin("teardown", orders, deadline))
-            while not self._supervisor.settled:
-                self._step()
+            self._wait()
             failures = self._explained()
             self.kill()
             return failures
@@ -223,13 +245,13 @@ class World:
                 return combine(0, {}, ())
             told = len(self._supervisor.failures)
             self._drain()
-            if self.whole:
-                orders: dict[int, Down] = dict.fromkeys(range(self.spec.size), Leave())
+            self._wait()
+            if self.sound:
+                orders: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
                 deadline = time.monotonic() + LEAVE_S
                 self._act(self._supervisor.begin("finish", orders, deadline))
                 told = 0
-            while not self._supervisor.settled:
-                self._step()
+            self._wait()
             outcome = combine(0, {}, self._explained()[told:])
             self.kill()
             return outcome
@@ -255,6 +277,16 @@ class World:
     def trace(self, rank: int) -> str:
         """The stacks that a rank wrote, on request or when it crashed."""
         return self._ranks[rank].read(self._ranks[rank].trace)
+
+    def draws(self, rank: int) -> bytes:
+        """What a rank wrote down of what it drew for the last example."""
+        fd = self._ranks[rank].draws
+        return os.pread(fd, os.fstat(fd).st_size, 0)
+
+    def forget_draws(self) -> None:
+        """Another example begins."""
+        for one in self._ranks:
+            os.ftruncate(one.draws, 0)
 
     # Inside.
 
@@ -290,9 +322,17 @@ class World:
 
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""
+        self._wait()
+        return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
+
+    def _wait(self) -> None:
+        self._step_until_settled()
+        self._act(self._supervisor.dismiss(time.monotonic()))
+        self._step_until_settled()
+
+    def _step_until_settled(self) -> None:
         while not self._supervisor.settled:
             self._step()
-        return combine(self.spec.size, self._supervisor.done, self._explained())
 
     def _explained(self) -> list[RankFailure]:
         """The supervisor's failures, with tracebacks and stacks from the ranks."""
@@ -312,13 +352,15 @@ class World:
             return replace(failure, summary=summary, detail=stacks.trimmed(trace))
         return replace(failure, detail=stacks.trimmed(trace))
 
-    def _step(self) -> None:
+    def _step(self, within_s: float = LOOK_S) -> None:
         """Wait for one thing to happen, and handle it."""
+        if self._hear_news():
+            return
         now = time.monotonic()
-        wake = min(self._supervisor.wake_at() - now, LOOK_S)
+        wake = min(self._supervisor.wake_at() - now, within_s)
         for key, _ in self._selector.select(max(0.0, wake)):
             if key.data < 0:
-                self._hear_exits()
+                self._hear_news()
             else:
                 self._hear(key.data)
         now = time.monotonic()
@@ -331,23 +373,32 @@ class World:
 
     def _drain(self) -> None:
         """What happened while nobody listened: a rank that died between phases."""
+        self._hear_news()
         for key, _ in self._selector.select(0):
             if key.data < 0:
-                self._hear_exits()
+                self._hear_news()
             else:
                 self._hear(key.data)
 
-    def _hear_exits(self) -> None:
+    def _hear_news(self) -> bool:
+        """Handle what became of processes; whether there was something.
+
+        Not only when the launcher is readable: another world may have read it for this one.
+        """
         try:
-            exits = self._launcher.exits(self.number)
+            news = self._launcher.news(self.number)
         except LauncherLostError as lost:
             self._abandon(lost)
-            return
-        for exit_ in exits:
-            self._hear_last_words(exit_.rank)
-            self.strays += [(exit_.rank, stray) for stray in exit_.strays]
+            return False
+        for one in news:
+            self._hear_last_words(one.rank)
             now = time.monotonic()
-            self._act(self._supervisor.exited(exit_.rank, exit_.status, now))
+            if isinstance(one, Halt):
+                self._act(self._supervisor.halted(one.rank, now, stopped=one.stopped))
+                continue
+            self.strays += [(one.rank, stray) for stray in one.strays]
+            self._act(self._supervisor.exited(one.rank, one.status, now))
+        return bool(news)
 
     def _abandon(self, lost: LauncherLostError) -> None:
         """Without its launcher nothing more is to be heard of the world's ranks."""
@@ -409,6 +460,10 @@ class World:
                     self._signal(self._launcher.stacks, rank)
                 case Kill(rank):
                     self._signal(self._launcher.kill, rank)
+                case Stop(rank):
+                    self._signal(self._launcher.pause, rank)
+                case Continue(rank):
+                    self._signal(self._launcher.resume, rank)
 
     def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
         try:
@@ -434,20 +489,3 @@ class World:
             forget(self.number)
         self._store.unlink(missing_ok=True)
         self._on_end()
-
-
-class _InterruptsIgnored:
-    """Ctrl-C is the debugger's, not the controller's, while a rank has the terminal."""
-
-    def __init__(self) -> None:
-        self._previous: Any = None
-
-    def set(self, ignored: bool) -> None:
-        """Ignore SIGINT, or handle it as before."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if ignored and self._previous is None:
-            self._previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        elif not ignored and self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None

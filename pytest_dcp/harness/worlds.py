@@ -16,7 +16,7 @@ import cloudpickle
 import pytest
 
 from pytest_dcp.errors import WorldError
-from pytest_dcp.harness.events import Call
+from pytest_dcp.harness.events import Call, FaultAct
 from pytest_dcp.harness.outcome import Outcome, peers, ranks_text
 from pytest_dcp.harness.report import merged_sections
 from pytest_dcp.harness.session import Harness
@@ -30,28 +30,86 @@ class FunctionWorld:
     def __init__(self, world: World, seed: int) -> None:
         self._world = world
         self._seed = seed
+        self._running: Running | None = None
+        self._told: set[int] = set()
+        """Lost ranks whose last output was printed."""
 
     @property
     def size(self) -> int:
         """The number of ranks."""
         return self._world.spec.size
 
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Ranks that are neither lost nor stopped, ascending."""
+        return self._world.survivors
+
     def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """`function(*args, **kwargs)` in every rank; the results in rank order.
 
         Function, arguments and results are pickled (cloudpickle: closures and lambdas too), so
         ranks work on copies. The time limit counts anew for each call. Raises `WorldError` when
-        any rank fails; the world goes on if all its ranks are still there.
+        any rank fails; the world goes on if all its ranks are still there. A rank that the test has
+        killed, or that was stopped to the end, has a `LostRank` for a result and is not called
+        again.
         """
-        if self._world.ended or not self._world.whole:
+        return self.start(function, *args, **kwargs).result()
+
+    def start(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Running:
+        """`run` without waiting: ranks run while the test goes on, and can be killed or paused."""
+        if self._running is not None:
+            raise WorldError(f"{self._running.name} still runs in this world: take its result()")
+        if not self._world.sound:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         payload = cloudpickle.dumps((function, args, kwargs))
         self._world.restart_clock(self._world.spec.timeout_s)
-        outcome = self._world.run("call", Call(self._seed, payload))
+        self._world.begin("call", Call(self._seed, payload))
+        self._running = Running(self, function)
+        return self._running
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL a rank and what it started; returns when it is gone.
+
+        A death that was asked for is no failure; `run` goes on with the survivors.
+        """
+        self._strike("kill", rank)
+
+    def pause(self, rank: int) -> None:
+        """SIGSTOP a rank and what it started; returns when it stands still.
+
+        A rank that nobody resumes is killed when the others have ended the call.
+        """
+        self._strike("pause", rank)
+
+    def resume(self, rank: int) -> None:
+        """SIGCONT a rank that was paused; returns when it goes on."""
+        self._strike("resume", rank)
+
+    def _strike(self, act: FaultAct, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank takes a rank from 0 to {self.size - 1}; got {rank!r}")
+        if self._world.ended:
+            raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
+        self._world.strike(act, rank, f"{act}({rank}) by the test")
+
+    def finish(self, function: Callable[..., Any]) -> list[Any]:
+        """The results of what was started; see `Running.result`."""
+        self._running = None
+        outcome = self._world.finish()
         self._print_output(outcome)
         if outcome.kind != "passed":
             raise self._error(outcome, function)
-        return [cloudpickle.loads(outcome.done[rank].payload) for rank in range(self.size)]
+        return [
+            cloudpickle.loads(outcome.done[rank].payload)
+            if rank in outcome.done
+            else outcome.lost[rank]
+            for rank in range(self.size)
+        ]
+
+    def check_finished(self) -> None:
+        """Wait for what still runs, and raise what failed in it."""
+        if self._running is not None:
+            self._running.result()
 
     def check_boot(self, outcome: Outcome) -> None:
         """Raise `WorldError` when the world did not come up."""
@@ -59,7 +117,7 @@ class FunctionWorld:
             raise self._error(outcome, _boot)
 
     def _error(self, outcome: Outcome, function: Callable[..., Any]) -> BaseException:
-        name = getattr(function, "__qualname__", repr(function))
+        name = _name_of(function)
         if outcome.kind == "skipped":
             return pytest.skip.Exception(outcome.reason)
         if outcome.kind == "xfailed":
@@ -82,12 +140,40 @@ class FunctionWorld:
             done = outcome.done.get(rank)
             if done is not None:
                 sections += [(rank, *part) for part in done.sections]
-            else:
+            elif rank not in self._told:
                 sections += [(rank, "call", *part) for part in self._world.output(rank)]
+        self._told.update(outcome.lost)
         for _, name, text in merged_sections(sections):
             stream = sys.stderr if name.startswith("stderr") else sys.stdout
             who = name.partition(" ")[2]
             stream.writelines(f"{who} {line}\n" for line in text.splitlines())
+
+
+class Running:
+    """A function that runs in a world's ranks. Made by `FunctionWorld.start`."""
+
+    def __init__(self, world: FunctionWorld, function: Callable[..., Any]) -> None:
+        self.name = _name_of(function)
+        self._world = world
+        self._function = function
+        self._results: list[Any] | None = None
+        self._error: BaseException | None = None
+
+    def result(self) -> list[Any]:
+        """What `run` returns or raises; waits for it. The same each time."""
+        if self._error is not None:
+            raise self._error
+        if self._results is None:
+            try:
+                self._results = self._world.finish(self._function)
+            except BaseException as error:
+                self._error = error
+                raise
+        return self._results
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
 
 
 class Worlds:
@@ -119,6 +205,7 @@ class Worlds:
         try:
             one.check_boot(booted)
             yield one
+            one.check_finished()
         except BaseException:
             world.kill()
             raise

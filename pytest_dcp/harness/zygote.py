@@ -32,6 +32,7 @@ from pytest_dcp.harness.launch import (
     RANK_VARIABLE,
     STACKS_SIGNAL,
     Exit,
+    Halt,
     LauncherLostError,
     Order,
     RankFds,
@@ -66,7 +67,7 @@ class ZygoteLauncher:
         self._control = control
         self._pid = pid
         self._owner = os.getpid()
-        self._exits: dict[int, list[Exit]] = {}
+        self._news: dict[int, list[Exit | Halt]] = {}
         self._preloaded: set[str] = set()
         self._session = ""
         self._files: dict[int, list[guard.File]] = {}
@@ -99,7 +100,7 @@ class ZygoteLauncher:
         """Have one process forked per order."""
         for order, rank_fds in zip(orders, fds, strict=True):
             self._session = order.session
-            self._exits.setdefault(order.world, [])
+            self._news.setdefault(order.world, [])
             self._files.setdefault(order.world, []).append(guard.file_of(rank_fds.trace))
             self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
 
@@ -107,8 +108,8 @@ class ZygoteLauncher:
         """Readable when the zygote has something to say."""
         return self._control.fileno()
 
-    def exits(self, world: int) -> list[Exit]:
-        """Ends of this world's ranks since the last call."""
+    def news(self, world: int) -> list[Exit | Halt]:
+        """Ends and stops of this world's ranks since the last call."""
         while self._readable():
             try:
                 data = self._control.recv(MESSAGE_BYTES)
@@ -117,24 +118,34 @@ class ZygoteLauncher:
             if not data:
                 raise self._gone()
             said = json.loads(data)
-            exit_ = Exit(said["rank"], said["status"], tuple(said["strays"]))
-            self._exits.setdefault(said["world"], []).append(exit_)
-        out = self._exits.get(world, [])
-        self._exits[world] = []
+            self._news.setdefault(said["world"], []).append(_news(said))
+        out = self._news.get(world, [])
+        self._news[world] = []
         return out
 
     def forget(self, world: int) -> None:
         """Drop what is kept for a world that has ended."""
-        self._exits.pop(world, None)
+        self._news.pop(world, None)
         self._files.pop(world, None)
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write its stacks."""
-        self._send({"op": "signal", "world": world, "rank": rank, "signum": STACKS_SIGNAL})
+        self._signal(world, rank, STACKS_SIGNAL)
 
     def kill(self, world: int, rank: int) -> None:
         """SIGKILL the rank and its process group."""
-        self._send({"op": "signal", "world": world, "rank": rank, "signum": signal.SIGKILL})
+        self._signal(world, rank, signal.SIGKILL)
+
+    def pause(self, world: int, rank: int) -> None:
+        """SIGSTOP the rank and its process group."""
+        self._signal(world, rank, signal.SIGSTOP)
+
+    def resume(self, world: int, rank: int) -> None:
+        """SIGCONT the rank and its process group."""
+        self._signal(world, rank, signal.SIGCONT)
+
+    def _signal(self, world: int, rank: int, signum: int) -> None:
+        self._send({"op": "signal", "world": world, "rank": rank, "signum": signum})
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import these in the zygote, so that later ranks have them."""
@@ -327,31 +338,38 @@ class _Zygote:
             os.close(fd)
 
     def signal(self, world: int, rank: int, signum: int) -> None:
-        """Signal a rank that is not reaped yet; SIGKILL goes to its process group too."""
+        """Signal a rank that is not reaped yet; all but a wish for stacks go to its group too."""
         for pid, order in self.ranks.items():
             if (order.world, order.rank) == (world, rank):
-                if signum == signal.SIGKILL:
-                    _kill_group(pid)
+                if signum != STACKS_SIGNAL:
+                    _signal_group(pid, signum)
                 os.kill(pid, signum)
 
     def reap(self) -> None:
         """Reap what ended, with the processes that it left behind, and tell the controller."""
         while True:
             try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                found = os.waitid(os.P_ALL, 0, linux.ANY_CHANGE | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if ended is None:
+            if found is None:
                 return
-            pid = ended.si_pid
+            pid = found.si_pid
+            if found.si_code in linux.HALTS:
+                os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+                if pid in self.ranks:
+                    self.tell(self.ranks[pid], {"stopped": linux.HALTS[found.si_code]})
+                continue
             if pid not in self.ranks:
                 os.waitpid(pid, 0)
                 continue
             # Not reaped yet: its process id, and so its group's, cannot be another's.
             strays = self.strays_of(pid)
-            _kill_group(pid)
+            _signal_group(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
-            self.tell(self.ranks.pop(pid), os.waitstatus_to_exitcode(status), strays)
+            code = os.waitstatus_to_exitcode(status)
+            shown = [stray[:200] for stray in strays[:20]]
+            self.tell(self.ranks.pop(pid), {"status": code, "strays": shown})
 
     def strays_of(self, rank_pid: int) -> list[str]:
         """Kill the orphans of a rank that ended; returns them as `pid (command)`."""
@@ -380,14 +398,9 @@ class _Zygote:
             or linux.variable_of(orphan, RANK_VARIABLE) == self.ranks[rank_pid].token
         )
 
-    def tell(self, order: Order, status: int, strays: list[str]) -> None:
-        """Report an exit."""
-        said = {
-            "world": order.world,
-            "rank": order.rank,
-            "status": status,
-            "strays": [stray[:200] for stray in strays[:20]],
-        }
+    def tell(self, order: Order, what: dict[str, Any]) -> None:
+        """Report what became of a rank."""
+        said = {"world": order.world, "rank": order.rank, **what}
         with contextlib.suppress(OSError):  # the controller is gone: end() follows
             self.control.send(json.dumps(said).encode())
 
@@ -395,7 +408,7 @@ class _Zygote:
         """Kill and reap everything."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for pid in self.ranks:
-            _kill_group(pid)
+            _signal_group(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + CLOSE_S
@@ -413,9 +426,15 @@ def _on_child(signum: int, frame: object) -> None:
     """Nothing: the wake-up descriptor is what matters."""
 
 
-def _kill_group(pid: int) -> None:
+def _news(said: dict[str, Any]) -> Exit | Halt:
+    if "stopped" in said:
+        return Halt(said["rank"], said["stopped"])
+    return Exit(said["rank"], said["status"], tuple(said["strays"]))
+
+
+def _signal_group(pid: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, signum)
 
 
 def _group_of(pid: int) -> int:

@@ -124,7 +124,6 @@ WRONG = {
     "test_parametrised[0]": "takes a size from 1 to 1024; the parametrization gave 0",
     "test_parametrised[5000]": "takes a size from 1 to 1024; the parametrization gave 5000",
     "test_parametrised[x]": "takes an int; the parametrization of world_size gave 'x'",
-    "test_given": "cannot run an @given test: independent draws on each rank would differ",
     "TestOfUnittest::test_list": "holds a list of sizes in a place that cannot be parametrised",
 }
 

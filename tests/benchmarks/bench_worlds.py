@@ -136,6 +136,7 @@ def report(samples: Sequence[table.Sample], console: Console, *, markdown: bool)
             table.WORLD_COLUMNS,
             table.world_rows(found),
         ),
+        ("ms per example of a property", table.EXAMPLE_COLUMNS, table.example_rows(found)),
         ("ms per session of ordinary tests", table.PLAIN_COLUMNS, table.plain_rows(found)),
         ("targets", table.TARGET_COLUMNS, table.target_rows(judged)),
     ]

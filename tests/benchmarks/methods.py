@@ -21,6 +21,7 @@ WARM = 'isolation="module"'
 WITHOUT = "without the plugin"
 WITH = "with the plugin"
 IMPORT = "import"
+GIVEN = "@given"
 
 PEERS = (SPAWN, FORK, FORK_TUNED)
 ISOLATIONS = {FRESH: "test", WARM: "module"}
@@ -29,6 +30,11 @@ SWITCHES = {WITHOUT: "no:pytest_dcp", WITH: "pytest_dcp"}
 TARGET_SIZE = 4
 """The number of ranks that the targets are about; torch's harness is timed at this size only."""
 START_TESTS = 1
+EXAMPLE_TESTS = 4
+EXAMPLES = 300
+"""Of a property, in each of so many tests; the first and the last are not counted."""
+ONE_PROCESS = 0
+"""For the size of a world: a property without one."""
 ORDINARY_TESTS = 1_000
 
 IMPORT_SCRIPT = """\
@@ -85,6 +91,7 @@ def cases(sizes: list[int], session_runs: int, *, peers_only: bool = False) -> l
             for workload in ("dtensor", "fsdp2")
             for method in (FORK, FORK_TUNED, FRESH)
         ),
+        *(Case(GIVEN, "examples", size) for size in (ONE_PROCESS, 1, TARGET_SIZE)),
         *[Case(method, "ordinary", ORDINARY_TESTS) for method in switches] * session_runs,
         *[Case(method, "ordinary", START_TESTS) for method in (*switches, IMPORT)] * session_runs,
     ]
@@ -108,6 +115,8 @@ def measure(case: Case, worlds: int, spawn_tests: int) -> Timing:
             return _read_timing(scratch)
         if case.method in SWITCHES:
             return _measure_ordinary(scratch, case)
+        if case.method == GIVEN:
+            return _measure_examples(scratch, case)
         return _measure_worlds(scratch, case, worlds)
 
 
@@ -135,6 +144,13 @@ def _measure_worlds(scratch: Path, case: Case, worlds: int) -> Timing:
     suite = suites.world_suite(case.workload, case.size, ISOLATIONS[case.method], tests)
     times, _ = _run_session(scratch, suite, tests, "pytest_dcp")
     return Timing(each_ms=times.each_ms(), first_ms=times.first_ms())
+
+
+def _measure_examples(scratch: Path, case: Case) -> Timing:
+    """The timing of one example of a property, which does nothing with what it draws."""
+    suite = suites.example_suite(case.size, EXAMPLE_TESTS, EXAMPLES)
+    times, _ = _run_session(scratch, suite, EXAMPLE_TESTS, "pytest_dcp")
+    return Timing(each_ms=[each_ms / EXAMPLES for each_ms in times.each_ms()])
 
 
 def _measure_ordinary(scratch: Path, case: Case) -> Timing:

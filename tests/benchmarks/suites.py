@@ -62,6 +62,21 @@ def test_{workload}(number, device_mesh):
 """
 
 
+EXAMPLES = """\
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+{marker}
+@pytest.mark.parametrize("number", range({tests}))
+@settings(max_examples={examples}, database=None, deadline=None, derandomize=True)
+@given(x=st.integers(), xs=st.lists(st.integers(), max_size=5))
+def test_examples(number, x, xs):
+    pass
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionTimes:
     """What one session's conftest wrote."""
@@ -92,6 +107,12 @@ class SessionTimes:
 def world_suite(workload: str, size: int, isolation: str, tests: int) -> str:
     """The test file of `tests` tests, each the workload in `size` ranks. Pure (no I/O)."""
     return WORLDS.format(workload=workload, size=size, isolation=isolation, tests=tests)
+
+
+def example_suite(size: int, tests: int, examples: int) -> str:
+    """The test file of a property, run `tests` times over; in no world when `size` is 0. Pure."""
+    marker = f'@pytest.mark.world_size({size}, isolation="module")' if size else ""
+    return EXAMPLES.format(marker=marker, tests=tests, examples=examples)
 
 
 def plain_suite(tests: int) -> str:

@@ -11,7 +11,9 @@ from methods import (
     FORK,
     FORK_TUNED,
     FRESH,
+    GIVEN,
     IMPORT,
+    ONE_PROCESS,
     SPAWN,
     START_TESTS,
     TARGET_SIZE,
@@ -121,7 +123,8 @@ WORLD_COLUMNS = (
 
 def world_rows(found: Medians) -> Rows:
     """One row for each size and workload; times are ms for one test or world."""
-    keys = sorted({(case.workload, case.size) for case in found if case.workload != "ordinary"})
+    others = ("ordinary", "examples")
+    keys = sorted({(case.workload, case.size) for case in found if case.workload not in others})
     return [_world_row(found, workload, size) for workload, size in keys]
 
 
@@ -158,6 +161,20 @@ def _plain_row(found: Medians, tests: int) -> list[str]:
         _number(None if added_ms is None or tests == START_TESTS else added_ms / tests, digits=3),
         _spread(found.get(Case(IMPORT, "ordinary", tests))),
     ]
+
+
+EXAMPLE_COLUMNS = ("@given in", "an example", "added")
+
+
+def example_rows(found: Medians) -> Rows:
+    """One row for each size of world, and one without; times are ms for one example."""
+    alone = Case(GIVEN, "examples", ONE_PROCESS)
+    rows = []
+    for case in sorted((case for case in found if case.method == GIVEN), key=lambda c: c.size):
+        where = "one process" if case == alone else f"{case.size} rank{'s' * (case.size > 1)}"
+        added_ms = found[case].ms - found[alone].ms if case != alone and alone in found else None
+        rows.append([where, _number(found[case].ms, digits=2), _number(added_ms, digits=2)])
+    return rows
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -200,6 +217,7 @@ def targets(found: Medians, samples: Sequence[Sample]) -> list[Target]:
             f"{_number(warm_ms)} ms",
             None if warm_ms is None else warm_ms <= 6,
         ),
+        _example_target(found),
         _start_target(found, samples),
     ]
 
@@ -212,6 +230,17 @@ def _workload_target(found: Medians, workload: str) -> Target:
         f"a {workload} test in a fresh {TARGET_SIZE}-rank world at most 3x the bare fork",
         f"{_times(over_fork)}; {_times(over_own)} a bare fork with the same workload",
         None if over_fork is None else over_fork <= 3,
+    )
+
+
+def _example_target(found: Medians) -> Target:
+    alone, ours = (Case(GIVEN, "examples", size) for size in (ONE_PROCESS, TARGET_SIZE))
+    both = alone in found and ours in found
+    added_ms = found[ours].ms - found[alone].ms if both else None
+    return Target(
+        f"an example of Hypothesis in {TARGET_SIZE} ranks at most 2 ms over one in one process",
+        f"{_number(added_ms, digits=2)} ms",
+        None if added_ms is None else added_ms <= 2,
     )
 
 

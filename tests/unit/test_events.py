@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 
 from pytest_dcp.harness import events
 from pytest_dcp.harness.events import (
+    NOT_THERE,
+    Announce,
     Call,
     DebugAnswer,
     DebugAsk,
     DebugDone,
     Decoder,
     Done,
+    Example,
     Exchange,
+    FaultAct,
+    FaultAnswer,
+    FaultAsk,
     Go,
     Leave,
     Message,
@@ -71,12 +77,15 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "threads": tuples_of(texts),
         "reusable": st.booleans(),
         "returncode": st.none() | st.integers(),
+        "awaits": texts,
         "payload": st.binary(),
     },
     SubReport: {"report": reports},
     Exchange: {"operation": texts, "payload": st.binary()},
     DebugAsk: {"reason": texts},
     DebugDone: {},
+    Announce: {"reason": texts},
+    FaultAsk: {"act": st.sampled_from(get_args(FaultAct)), "rank": st.integers()},
     RunItem: {
         "index": st.integers(),
         "nodeid": texts,
@@ -84,9 +93,11 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "checkpoint_dir": texts,
     },
     Go: {"phase": phases, "next_index": st.integers(), "next_nodeid": texts},
+    Example: {"payload": st.binary()},
     Call: {"seed": st.integers(), "payload": st.binary()},
     Met: {"sizes": tuples_of(st.integers(0, 99)), "error": texts, "payload": st.binary()},
     DebugAnswer: {"granted": st.booleans(), "group": st.integers(), "error": texts},
+    FaultAnswer: {"survivors": tuples_of(st.integers(0, 99)), "error": texts},
     Leave: {},
 }
 MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
@@ -188,9 +199,12 @@ def test_a_mapping_whose_keys_json_does_not_know_travels_too() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(), max_size=6))
-def test_met_gives_each_rank_s_payload_back(payloads: list[bytes]) -> None:
-    met = Met(sizes=tuple(len(p) for p in payloads), payload=b"".join(payloads))
+@given(st.lists(st.none() | st.binary(), max_size=6))
+def test_met_gives_each_rank_s_payload_back_and_none_for_who_was_not_there(
+    payloads: list[bytes | None],
+) -> None:
+    sizes = tuple(NOT_THERE if p is None else len(p) for p in payloads)
+    met = Met(sizes=sizes, payload=b"".join(p for p in payloads if p is not None))
     assert met.values() == payloads
 
 

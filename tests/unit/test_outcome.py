@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.errors import FailureKind, RankFailure
+from pytest_dcp.errors import FailureKind, LostRank, RankFailure
 from pytest_dcp.harness.events import Done, RankOutcome
 from pytest_dcp.harness.outcome import combine, headline, is_echo, peers, ranks_text
 
@@ -99,6 +99,40 @@ def test_a_world_whose_ranks_all_passed_passed() -> None:
 def test_a_world_whose_ranks_all_skipped_is_skipped_with_their_reason() -> None:
     outcome = combine(2, {0: SKIPPED, 1: SKIPPED}, ())
     assert (outcome.kind, outcome.reason, outcome.groups) == ("skipped", "no GPU", ())
+
+
+LOST = {2: LostRank(2, "was killed by signal 9 (SIGKILL) as asked: world.kill(2) in rank 0")}
+
+
+@pytest.mark.parametrize("said", [PASSED, SKIPPED, XFAILED])
+def test_the_verdicts_of_the_ranks_that_are_left_decide(said: Done) -> None:
+    outcome = combine(3, {0: said, 1: said}, (), LOST)
+    assert outcome.kind == said.outcome
+    assert outcome.lost == LOST
+
+
+def test_a_lost_rank_is_told_of_beside_the_failure_of_another() -> None:
+    outcome = combine(3, {0: PASSED}, [failure(1)], LOST)
+    assert outcome.kind == "failed"
+    assert outcome.reason == "rank 1: ValueError: 3"
+    assert peers(outcome) == [f"rank 2: {LOST[2].reason}"]
+
+
+def test_a_verdict_that_is_missing_is_not_excused_by_another_s_loss() -> None:
+    outcome = combine(3, {0: PASSED}, (), LOST)
+    assert outcome.reason == "no verdict came from rank 1"
+
+
+def test_a_world_of_which_no_rank_is_left_failed() -> None:
+    outcome = combine(1, {}, (), {0: LostRank(0, "was killed as asked")})
+    assert outcome.kind == "failed"
+    assert "no rank is left" in outcome.reason
+    assert peers(outcome) == ["rank 0: was killed as asked"]
+
+
+def test_a_rank_that_failed_before_it_was_lost_has_failed() -> None:
+    outcome = combine(3, {0: PASSED, 1: PASSED}, [failure(2)], LOST)
+    assert outcome.kind == "failed"
 
 
 @pytest.mark.parametrize("other", [PASSED, XFAILED])
@@ -338,7 +372,7 @@ def test_every_failure_is_told_once_and_echoes_come_after_causes(
 @settings(deadline=None)
 @given(st.lists(failures_, min_size=1, max_size=8))
 def test_the_first_cause_is_the_earliest_real_failure(failures: Sequence[RankFailure]) -> None:
-    real = [f for f in failures if f.kind in ("crashed", "closed", "flooded", "diverged")]
+    real = [f for f in failures if f.kind in ("crashed", "closed", "flooded", "diverged", "spared")]
     real += [f for f in failures if f.kind == "failed" and f.summary in CAUSES.values()]
     first = combine(10, {}, failures).first
     assert first is not None

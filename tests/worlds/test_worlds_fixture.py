@@ -5,6 +5,7 @@ What the functions do is looked at from outside: through results, errors and pro
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import random
@@ -300,6 +301,15 @@ def wait_until_gone(pid: int) -> None:
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_death_in_one_world_is_not_missed_while_another_is_looked_at(worlds: Worlds) -> None:
+    with worlds(2) as one, contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(WorldError, match="exited with code 3 in call"))
+        other = stack.enter_context(worlds(2))
+        running = other.start(os._exit, 3)
+        one.run(time.sleep, 0.3)
+        running.result()
 
 
 def test_a_rank_that_waits_for_one_that_raised_is_its_echo(two: FunctionWorld) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import unittest
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from session_recorder import note
 
 world_size = pytest.mark.world_size
@@ -68,12 +66,6 @@ def test_mesh_of_one_size() -> None:
 @pytest.mark.parametrize("world_size", [0, 5000, "x"])
 @world_size
 def test_parametrised(world_size: object) -> None:
-    note("ran")
-
-
-@given(st.integers())
-@world_size(2)
-def test_given(x: int) -> None:
     note("ran")
 
 

@@ -1,0 +1,83 @@
+"""What pytest's hooks tell marked items; registered only in sessions that have some.
+
+Enters: hooks of pytest, its plugins, and Hypothesis'. Leaves: calls of the `MarkedItem`s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from pytest_dcp.harness.items import ITEM_KEY
+from pytest_dcp.harness.logs import SteadyLogs
+
+
+class ItemHooks:
+    """The plugin."""
+
+    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs) -> None:
+        self._steady_logs = steady_logs
+        self._pdb_invoke = pdb_invoke
+        """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
+
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        """--pdb for what is no rank's failure."""
+        marked = node.stash.get(ITEM_KEY, None)
+        told = marked is not None and call.excinfo.value is marked.raised
+        if self._pdb_invoke is not None and not told:
+            self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
+
+    def pytest_internalerror(self, excinfo: Any) -> None:
+        """--pdb for pytest's own errors, as its plugin has it."""
+        if self._pdb_invoke is not None:
+            self._pdb_invoke.pytest_internalerror(excinfo)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Tell a marked item what comes after it."""
+        if (marked := item.stash.get(ITEM_KEY, None)) is None:
+            return (yield)
+        marked.begin(nextitem)
+        try:
+            with self._steady_logs.during_an_item():
+                return (yield)
+        finally:
+            if nextitem is None or ITEM_KEY not in nextitem.stash:
+                self._steady_logs.take_off()
+
+    def pytest_sessionfinish(self) -> None:
+        """The last test was not known for the last, as with -x."""
+        self._steady_logs.take_off()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Hypothesis' plugin must not look for fixtures in this process."""
+        if ITEM_KEY not in item.stash or "hypothesis" not in sys.modules:
+            return (yield)
+        from pytest_dcp.harness import lockstep_item
+
+        with lockstep_item.without_fixture_check(item):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Show the ranks' failure, not the controller's."""
+        rep = yield
+        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
+            marked.amend(call, rep)
+        return rep
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
+        """pytest-timeout's limit becomes the world's."""
+        if (marked := item.stash.get(ITEM_KEY, None)) is None:
+            return None
+        marked.limit(settings.timeout)
+        return True

@@ -1,0 +1,23 @@
+"""Folders that are new for each example of a property: those that the ranks of a world share."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+
+def faults_beside(checkpoint_dir: Path) -> Path:
+    """Where ranks keep the counts of injected faults."""
+    return checkpoint_dir.with_name(f"{checkpoint_dir.name}-faults")
+
+
+def renew(checkpoint_dir: Path) -> None:
+    """Empty the folders; nobody may be using them."""
+    for folder in (checkpoint_dir, faults_beside(checkpoint_dir)):
+        with contextlib.suppress(FileNotFoundError):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()

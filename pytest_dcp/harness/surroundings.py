@@ -1,0 +1,27 @@
+"""What a test or an example leaves changed in its process, put back for the next one."""
+
+from __future__ import annotations
+
+import os
+
+
+class Surroundings:
+    """What a test may change for the next one in a warm world, or an example: as it is now."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._environ = dict(os.environ)
+        self._cwd = os.getcwd()
+        self._dtype = torch.get_default_dtype()
+
+    def restore(self) -> None:
+        """Environment, working folder, torch's default dtype and gradient mode."""
+        import torch
+
+        if dict(os.environ) != self._environ:
+            os.environ.clear()
+            os.environ.update(self._environ)
+        os.chdir(self._cwd)
+        torch.set_default_dtype(self._dtype)
+        torch.set_grad_enabled(True)

@@ -1,0 +1,141 @@
+"""What ranks and the controller tell each other of examples: records, divergence, lines."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_dcp.harness import lockstep_hypothesis, lockstep_versions
+from pytest_dcp.harness.lockstep import (
+    Choice,
+    Entry,
+    Line,
+    Reply,
+    SpanEnd,
+    SpanStart,
+    add_to_checksum,
+    decode,
+    divergence,
+    encode,
+    merged_lines,
+    same_collectives,
+)
+
+choices = st.builds(
+    Choice,
+    st.sampled_from(["integer", "string", "float"]),
+    st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.floats(allow_nan=False)),
+    st.integers() | st.text() | st.floats(allow_nan=False) | st.binary() | st.booleans(),
+    st.booleans(),
+)
+entries = st.lists(
+    choices
+    | st.builds(SpanStart, st.integers())
+    | st.builds(SpanEnd, st.booleans())
+    | st.builds(Line, st.text()),
+    max_size=10,
+)
+
+
+def integer(value: int, most: int = 10) -> Choice:
+    return Choice("integer", {"min_value": 0, "max_value": most}, value, forced=False)
+
+
+def record(*entries: Entry) -> bytes:
+    return b"".join(map(encode, entries))
+
+
+@given(entries)
+def test_a_record_is_read_as_it_was_written(written: list[Entry]) -> None:
+    assert decode(record(*written)) == written
+
+
+@given(entries, st.data())
+def test_a_record_that_was_cut_off_keeps_what_is_whole(
+    written: list[Entry], data: st.DataObject
+) -> None:
+    whole = record(*written)
+    cut = whole[: data.draw(st.integers(0, len(whole)))]
+    assert decode(cut) == written[: len(decode(cut))]
+    if len(cut) < len(whole):
+        assert len(decode(cut)) < len(written)
+
+
+def test_equal_choices_are_equal_bytes() -> None:
+    shared = "shared " * 3
+    one = Choice("string", {"a": shared, "b": shared}, shared, forced=False)
+    other = Choice("string", {"a": "shared " * 3, "b": "shared " * 3}, "shared " * 3, forced=False)
+    assert encode(one) == encode(other)
+
+
+def test_a_checksum_tells_choices_apart_and_counts_them() -> None:
+    same = [add_to_checksum((0, 0), encode(integer(5))) for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0] != add_to_checksum((0, 0), encode(integer(6)))
+    assert add_to_checksum(same[0], encode(integer(5)))[0] == 2
+
+
+@given(entries)
+def test_ranks_that_drew_the_same_have_not_diverged(written: list[Entry]) -> None:
+    assert divergence({0: written, 1: list(written)}, ended=True) == ""
+
+
+def test_spans_and_lines_are_no_divergence() -> None:
+    ranks = {0: [SpanStart(1), integer(5), SpanEnd(False)], 1: [Line("rank 1"), integer(5)]}
+    assert divergence(ranks, ended=True) == ""
+
+
+def test_the_first_other_choice_is_named_with_its_ranks() -> None:
+    ranks = {
+        0: [integer(1), integer(2)],
+        1: [integer(1), integer(2, most=20)],
+        2: [integer(1), integer(2)],
+    }
+    said = divergence(ranks, ended=False)
+    assert said.startswith(
+        "ranks diverged at choice 2 of an example: "
+        "ranks 0, 2 drew integer(min_value=0, max_value=10) = 2; "
+        "rank 1 drew integer(min_value=0, max_value=20) = 2."
+    )
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_one_that_drew_less_has_diverged_only_when_all_have_ended(ended: bool) -> None:
+    said = divergence({0: [integer(1)], 1: []}, ended=ended)
+    assert ("rank 1 drew nothing more" in said) is ended
+
+
+def test_lines_of_the_deciding_rank_come_first_and_others_once() -> None:
+    call = "Failing test case: test(\n    rank={},\n)"
+    ranks = {
+        0: [Line(call.format(0)), Line("same"), Line("mine")],
+        1: [Line(call.format(1)), Line("same"), Line("odd")],
+        2: [Line(call.format(2)), Line("same"), Line("odd")],
+    }
+    assert merged_lines(ranks, first=0) == [call.format(0), "same", "mine", "ranks 1, 2: odd"]
+    assert merged_lines({}, first=0) == []
+
+
+def test_collectives_match_where_ranks_share_a_group() -> None:
+    def reply(**collectives: int) -> Reply:
+        return Reply("valid", (0, 0), collectives=collectives)
+
+    assert same_collectives([reply(all=2, left=1), reply(all=2, right=7)])
+    assert not same_collectives([reply(all=2), reply(all=3)])
+    assert same_collectives([])
+
+
+def test_another_hypothesis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lockstep_versions.problem() == ""
+
+    def execute_once(self: object, data: object) -> None: ...
+
+    state = lockstep_hypothesis.core.StateForActualGivenExecution
+    monkeypatch.setattr(state, "execute_once", execute_once)
+    assert re.search(
+        r"needs Hypothesis 6\.168 .* is not: .*execute_once takes no is_final, print_test_case$",
+        lockstep_versions.problem(),
+    )
