@@ -1,0 +1,99 @@
+"""A save is one instant: whenever it is cut off, a load gives the old checkpoint or the new one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.faults.crashes import CrashState, Recording
+from pytest_dcp.faults.losses import Model
+from pytest_dcp.faults.recording import Desk, Folders, recording
+from pytest_dcp.properties.differences import differences
+from pytest_dcp.properties.laws.engine import Engine, expected_warnings
+from pytest_dcp.properties.laws.steps import Folder, enter, save
+from pytest_dcp.properties.placed import Placed, emptied
+from pytest_dcp.properties.subworlds import first_ranks, on_first_ranks, rank, world_size
+
+
+def assert_overwrite_atomic(
+    old: Placed | None,
+    new: Placed,
+    folder: Folder,
+    *,
+    models: Sequence[Model] = ("kill", "posix"),
+    budget: int = 200,
+    dcp: Engine = checkpoint,
+) -> None:
+    """Save one over the other; every folder that a crash could leave holds one of them, whole.
+
+    What the save does to the folder is recorded. Of each model of crashes and file systems up to
+    `budget` states are loaded, by rank 0 alone and unsharded. Once the save had returned in any
+    rank, it must be the new one; without an old one a load may fail before. Collective, as
+    `assert_round_trip`; `folder` is a local one.
+    """
+    __tracebackhide__ = True
+    enter(*([] if old is None else [old]), new)
+    first_ranks(1)
+    if old is not None:
+        save(dcp, old, folder)
+    made = recorded_save(dcp, new, folder)
+
+    def tried() -> list[str]:
+        states = (state for model in models for state in made.crash_states(model, budget))
+        return [problem for state in states if (problem := _problem(state, old, new, dcp))]
+
+    on_first_ranks(1, "loading after a crash", tried)
+
+
+def recorded_save(dcp: Engine, placed: Placed, folder: Folder) -> Recording:
+    """What a save does to the folder; afterwards it is done. Collective over the world."""
+    __tracebackhide__ = True
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    made = Recording()
+    with recording(Folders([Path(folder)]), _desk(), made):
+        save(dcp, placed, folder)
+    return made
+
+
+def _desk() -> Desk:
+    """How the ranks of the recording meet: through their process group."""
+    place = Path(tempfile.gettempdir())
+    if not dist.is_initialized():
+        return Desk(place)
+    return Desk(place, rank(), _meet)
+
+
+def _meet(what: str, brought: bytes) -> Sequence[bytes]:
+    came: list[Any] = [None] * world_size()
+    dist.all_gather_object(came, brought)
+    return came
+
+
+def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) -> str | None:
+    """Why the state is none that a crash may leave."""
+    said = []
+    with state.restored() as folder:
+        for name, placed in (("new", new), ("old", old)):
+            if placed is None or (name == "old" and state.returned):
+                continue
+            target = emptied(placed.full())
+            try:
+                with expected_warnings():
+                    dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
+            except (Exception, CheckpointException) as error:  # noqa: BLE001  # told below
+                if old is None and not state.returned:
+                    return None
+                said.append(f"as the {name} one: {type(error).__name__}: {error}"[:500])
+                continue
+            found = differences(target, placed.full())
+            if not found:
+                return None
+            said.append(f"as the {name} one: {found[0]}")
+    wanted = "the new checkpoint" if state.returned or old is None else "the old or the new one"
+    return f"{state!r}: expected {wanted}: {'; '.join(said)}"

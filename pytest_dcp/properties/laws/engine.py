@@ -1,0 +1,88 @@
+"""Whom the laws are about: whatever saves and loads as `torch.distributed.checkpoint` does."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+import pytest_dcp.checkpoint as checkpoint
+
+
+class Engine(Protocol):
+    """A module or an object with these two functions; only these arguments are given."""
+
+    def save(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None,
+    ) -> Any: ...
+
+    def load(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WithStorage:
+    """An engine that always writes and reads through storages of its own making."""
+
+    writer: Callable[[str | os.PathLike[str]], StorageWriter]
+    reader: Callable[[str | os.PathLike[str]], StorageReader]
+    engine: Any = checkpoint
+    """A module with torch's `save` and `load`."""
+
+    def save(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Any:
+        """As the engine's, to the writer's storage."""
+        writer = self.writer(checkpoint_id)
+        return self.engine.save(state_dict, storage_writer=writer, process_group=process_group)
+
+    def load(
+        self,
+        state_dict: dict[str, Any],
+        *,
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Any:
+        """As the engine's, from the reader's storage."""
+        reader = self.reader(checkpoint_id)
+        return self.engine.load(state_dict, storage_reader=reader, process_group=process_group)
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """What torch warns of and a law intends.
+
+    No process group, a checkpoint that is replaced, rare dtypes, meta tensors, layers whose output
+    is a view.
+    """
+    with warnings.catch_warnings():
+        for text in (
+            "torch.distributed is disabled, unavailable or uninitialized",
+            "Detected an existing checkpoint",
+            "TypedStorage is deprecated",
+            "ComplexHalf support is experimental",
+            "`_get_pg_default_device` will be deprecated",
+            "Multiple backends are registered with this ProcessGroup",
+            "FSDP2-wrapped module .* returned a view tensor",
+        ):
+            warnings.filterwarnings("ignore", message=text)
+        yield

@@ -1,0 +1,112 @@
+"""What is saved in one layout is loaded in any other: every value, to the bit, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.properties.bits import memory_of
+from pytest_dcp.properties.differences import Difference, differences
+from pytest_dcp.properties.laws.engine import Engine, expected_warnings
+from pytest_dcp.properties.laws.steps import Folder, blank, enter, load, load_into, save
+from pytest_dcp.properties.placed import Placed, local_of, tensors_of
+from pytest_dcp.properties.subworlds import on_first_ranks, rank
+
+
+def assert_round_trip(
+    saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
+) -> None:
+    """Save one, load the other: every rank holds its part of the unsharded original, to the bit.
+
+    Collective over a world of at least as many ranks as either needs. Raises LawError, the same on
+    every rank, naming fqn, rank, index and bits of what differs.
+    """
+    __tracebackhide__ = True
+    enter(saved, loaded)
+    save(dcp, saved, folder)
+    load(dcp, loaded, folder, "loading what was saved")
+
+
+def assert_meta_load(
+    saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
+) -> None:
+    """As a round trip, into a state on the meta device: real tensors take the place of its."""
+    __tracebackhide__ = True
+    enter(saved, loaded)
+    save(dcp, saved, folder)
+    load(
+        dcp,
+        loaded,
+        folder,
+        "loading into the meta device",
+        lambda placed: placed.state("meta"),
+    )
+
+
+def assert_inplace(
+    saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
+) -> None:
+    """As a round trip, into the very memory of the target: no tensor is replaced or moved.
+
+    Where a storage is larger than its tensor, the bytes of no element stay as they were.
+    """
+    __tracebackhide__ = True
+    enter(saved, loaded)
+    save(dcp, saved, folder)
+
+    def step() -> list[object]:
+        target = blank(loaded)
+        before = {fqn: (tensor, _memory(tensor)) for fqn, tensor in tensors_of(target)}
+        load_into(dcp, loaded, folder, target)
+        problems: list[object] = []
+        for fqn, tensor in tensors_of(target):
+            old, (pointer, gaps) = before[fqn]
+            if tensor is not old or local_of(tensor).data_ptr() != pointer:
+                problems.append(f"rank {rank()}: {fqn}: was moved to other memory")
+            elif _memory(tensor) != (pointer, gaps):
+                problems.append(f"rank {rank()}: {fqn}: bytes between its elements were written")
+        return problems or list(differences(target, loaded.full()))
+
+    on_first_ranks(loaded.world_size, "loading in place", step)
+
+
+def assert_partial_load(
+    saved: Placed,
+    loaded: Placed,
+    keys: Collection[str],
+    folder: Folder,
+    *,
+    dcp: Engine = checkpoint,
+) -> None:
+    """As a round trip of some keys of the top level: the state dict has these and no others."""
+    __tracebackhide__ = True
+    enter(saved, loaded)
+    save(dcp, saved, folder)
+    load_part(dcp, loaded, keys, folder)
+
+
+def load_part(dcp: Engine, loaded: Placed, keys: Collection[str], folder: Folder) -> None:
+    """Load these keys, which must be as in the state of no world. Collective over the world."""
+    __tracebackhide__ = True
+
+    def step() -> list[Difference]:
+        target = {key: value for key, value in blank(loaded).items() if key in keys}
+        full = {key: value for key, value in loaded.full().items() if key in keys}
+        with expected_warnings():
+            return differences(load_into(dcp, loaded, folder, target), full)
+
+    on_first_ranks(loaded.world_size, f"loading {sorted(keys)} alone", step)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, bytes]:
+    """Where the tensor lies, and all bytes of its storage that are no element's."""
+    local = local_of(tensor)
+    storage = torch.empty(0, dtype=torch.uint8, device=local.device)
+    copy = storage.set_(local.untyped_storage()).clone()
+    elements = copy.view(local.dtype).as_strided(
+        local.shape, local.stride(), local.storage_offset()
+    )
+    memory_of(elements).fill_(0)
+    return local.data_ptr(), copy.cpu().numpy().tobytes()

@@ -1,0 +1,50 @@
+"""Saving again and again: the same state is the same checkpoint, and nothing is left over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.properties.laws.engine import Engine
+from pytest_dcp.properties.laws.steps import (
+    Folder,
+    blank,
+    enter,
+    load,
+    load_into,
+    save,
+    save_state,
+)
+from pytest_dcp.properties.placed import Placed
+from pytest_dcp.properties.subworlds import on_first_ranks
+
+
+def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = checkpoint) -> None:
+    """Save twice, load, save what was loaded: the same checkpoint each time, and nothing left over.
+
+    The same means: it loads the same, and has as many files of the same sizes.
+    """
+    __tracebackhide__ = True
+    enter(placed)
+    one, two = Path(folder) / "one", Path(folder) / "two"
+    save(dcp, placed, one)
+    sizes = _sizes(one)
+    save(dcp, placed, one)
+    load(dcp, placed, one, "loading what was saved twice")
+
+    def again() -> list[str]:
+        state = load_into(dcp, placed, one, blank(placed))
+        save_state(dcp, placed, state, two)
+        return [
+            f"{path}: expected files of {sizes} bytes, got {_sizes(path)}"
+            for path in (one, two)
+            if _sizes(path) != sizes
+        ]
+
+    on_first_ranks(placed.world_size, "saving what was loaded", again)
+    load(dcp, placed, two, "loading what was loaded and saved again")
+
+
+def _sizes(folder: Path) -> list[int]:
+    """The sizes of the files; none where the storage keeps no files."""
+    return sorted(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,28 @@
+"""torch's own engine as the peer: each reads what the other wrote."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.properties.laws.engine import Engine
+from pytest_dcp.properties.laws.steps import Folder, enter, load, save
+from pytest_dcp.properties.placed import Placed
+
+TORCH: Any = importlib.import_module("torch.distributed.checkpoint")
+"""As Any: it exports its names without saying so to a type checker."""
+
+
+def assert_same_as_torch(
+    saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
+) -> None:
+    """torch's engine loads what this one saved, and this one what torch's saved, to the bit."""
+    __tracebackhide__ = True
+    enter(saved, loaded)
+    ours, torchs = Path(folder) / "ours", Path(folder) / "torchs"
+    save(dcp, saved, ours)
+    load(TORCH, loaded, ours, "loading by torch's engine what this one saved")
+    save(TORCH, saved, torchs)
+    load(dcp, loaded, torchs, "loading what torch's engine saved")

@@ -1,0 +1,174 @@
+"""A state machine: saves, overwrites, crashes, loads, reshards and prunes, beside a plain dict.
+
+The dict has for each folder the state that was saved there last; a crash leaves what it was or what
+it was to be. Each step draws its own layouts, so that one folder is written and read by different
+numbers of ranks. In a world every rank runs the machine in lockstep; without one the process is
+its only rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from torch.distributed.checkpoint.api import CheckpointException
+
+import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.errors import LawError
+from pytest_dcp.faults.losses import Model
+from pytest_dcp.properties.laws.crash import recorded_save
+from pytest_dcp.properties.laws.engine import Engine
+from pytest_dcp.properties.laws.round_trips import load_part
+from pytest_dcp.properties.laws.steps import enter, load, save
+from pytest_dcp.properties.layouts import Layout, arrangements
+from pytest_dcp.properties.state_dicts import StateSpec, state_dicts
+from pytest_dcp.properties.subworlds import on_first_ranks, shared_folder
+
+PLACES = ("a", "b")
+"""Folders that the machine saves to: few, so that they are overwritten."""
+CRASHES = 60
+"""Folders that a cut-off save could leave, of which one is drawn."""
+
+Layouts = tuple[Layout, ...]
+
+
+def _of(strategy: Callable[[CheckpointMachine], st.SearchStrategy[Any]]) -> Any:
+    """What the machine says of itself, as a strategy."""
+    return st.runner().flatmap(strategy)
+
+
+def _arranged(machine: CheckpointMachine) -> st.SearchStrategy[Layouts]:
+    # One rank may have no world, and so no mesh.
+    size = machine.world_size
+    return arrangements(world_size=size) if size > 1 else st.just((Layout(),))
+
+
+_PLACE = st.sampled_from(PLACES)
+_RANKS = _of(_arranged)
+_STATE = _of(lambda machine: machine.states)
+_MODEL = _of(lambda machine: st.sampled_from(machine.models))
+
+
+class CheckpointMachine(RuleBasedStateMachine):
+    """Folders of checkpoints, and what each must hold.
+
+    Inherit and say what is different; then `TestMine = Mine.TestCase`, in a world
+    `TestMine = pytest.mark.world_size(4)(Mine.TestCase)`.
+    """
+
+    dcp: ClassVar[Engine] = checkpoint
+    """The engine."""
+    world_size: ClassVar[int] = 1
+    """The ranks of the world, or fewer."""
+    models: ClassVar[Sequence[Model]] = ("kill", "posix")
+    """The crashes that are tried."""
+    states: ClassVar[st.SearchStrategy[StateSpec]] = state_dicts(max_size=3)
+    """What is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, StateSpec] = {}
+
+    @initialize(state=_STATE)
+    def begin(self, state: StateSpec) -> None:
+        """Make the folder of all folders, and save to one, so that something is always held."""
+        self.root = shared_folder()
+        self._save(PLACES[0], state, (Layout(),))
+
+    def teardown(self) -> None:
+        """Remove it, when no rank needs it any more."""
+        if hasattr(self, "root"):
+            on_first_ranks(1, "removing the folders", lambda: _remove(self.root))
+
+    @rule(place=_PLACE, state=_STATE, ranks=_RANKS)
+    def save(self, place: str, state: StateSpec, ranks: Layouts) -> None:
+        """Save, over whatever is there."""
+        self._save(place, state, ranks)
+
+    @rule(
+        place=_PLACE,
+        state=_STATE,
+        ranks=_RANKS,
+        model=_MODEL,
+        which=st.integers(0, CRASHES - 1),
+    )
+    def crash(self, place: str, state: StateSpec, ranks: Layouts, model: Model, which: int) -> None:
+        """Save, and be cut off: the old checkpoint or the new one is there, whole."""
+        placed, folder = state.on(*ranks), self.root / place
+        enter(placed)
+        left = list(recorded_save(self.dcp, placed, folder).crash_states(model, CRASHES))
+        crashed = left[which % len(left)]
+
+        def put_back() -> None:
+            _remove(folder)
+            with crashed.restored() as found:
+                shutil.copytree(found, folder)
+
+        on_first_ranks(1, "putting the folder into the state of a crash", put_back)
+        old = self.held.pop(place, None)
+        for candidate in [state] if crashed.returned else [state, old]:
+            if candidate is not None and self._holds(folder, candidate):
+                self.held[place] = candidate
+                return
+        if crashed.returned or old is not None:
+            raise LawError(f"{crashed!r} leaves neither the old checkpoint nor the new one")
+
+    @rule(data=st.data(), ranks=_RANKS)
+    def load(self, data: st.DataObject, ranks: Layouts) -> None:
+        """Load, in other layouts and by other ranks."""
+        place = data.draw(st.sampled_from(sorted(self.held)), "place")
+        placed = self.held[place].on(*ranks)
+        enter(placed)
+        load(self.dcp, placed, self.root / place, f"loading {place}")
+
+    @rule(data=st.data(), ranks=_RANKS)
+    def load_a_part(self, data: st.DataObject, ranks: Layouts) -> None:
+        """Load some keys alone."""
+        place = data.draw(st.sampled_from(sorted(self.held)), "place")
+        state = self.held[place]
+        key = data.draw(st.sampled_from(sorted(state.tree)), "key")
+        placed = state.on(*ranks)
+        enter(placed)
+        load_part(self.dcp, placed, {key}, self.root / place)
+
+    @rule(data=st.data(), before=_RANKS, after=_RANKS)
+    def reshard(self, data: st.DataObject, before: Layouts, after: Layouts) -> None:
+        """Load from one folder, and save to the other in another layout."""
+        place = data.draw(st.sampled_from(sorted(self.held)), "place")
+        other = next(one for one in PLACES if one != place)
+        state = self.held[place]
+        one, two = state.on(*before), state.on(*after)
+        enter(one, two)
+        load(self.dcp, one, self.root / place, f"loading {place} to reshard it")
+        save(self.dcp, two, self.root / other)
+        self.held[other] = state
+
+    @rule(place=_PLACE)
+    def prune(self, place: str) -> None:
+        """Remove a folder, unless it is the last one or not there."""
+        if place not in self.held or len(self.held) == 1:
+            return
+        on_first_ranks(1, "removing a folder", lambda: _remove(self.root / place))
+        del self.held[place]
+
+    def _save(self, place: str, state: StateSpec, ranks: Layouts) -> None:
+        placed = state.on(*ranks)
+        enter(placed)
+        save(self.dcp, placed, self.root / place)
+        self.held[place] = state
+
+    def _holds(self, folder: Path, state: StateSpec) -> bool:
+        """Whether the folder holds this state, whole."""
+        try:
+            load(self.dcp, state.on(), folder, "loading after a crash")
+        except (Exception, CheckpointException):  # noqa: BLE001  # says no, in any way
+            return False
+        return True
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""Meshes to draw: shapes of ranks, and the DeviceMesh that each becomes in a world.
+
+A mesh covers the first ranks of its world, so that one world tries meshes of every size up to its
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+
+from pytest_dcp.properties.subworlds import mesh_of
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSpec:
+    """The shape of a mesh over the first ranks of a world."""
+
+    shape: tuple[int, ...] = (1,)
+    dim_names: tuple[str, ...] = ()
+    """One for each dimension, or none."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return prod(self.shape)
+
+    def build(self) -> DeviceMesh:
+        """The mesh of this world. Collective over all ranks of the world, also those not in it."""
+        return mesh_of(torch.arange(self.size).reshape(self.shape), self.dim_names)
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """Where the rank is in the mesh; None outside."""
+        if rank >= self.size:
+            return None
+        place = []
+        for side in reversed(self.shape):
+            rank, at = divmod(rank, side)
+            place.append(at)
+        return tuple(reversed(place))
+
+
+ALONE = MeshSpec()
+"""The mesh of one rank."""
+
+
+def meshes(world_size: int, *, max_dims: int = 2) -> st.SearchStrategy[MeshSpec]:
+    """Meshes of exactly so many ranks; shrink to one dimension."""
+    shapes = sorted(set(_factors(world_size, max_dims)), key=lambda shape: (len(shape), shape))
+    return st.sampled_from([MeshSpec(shape) for shape in shapes])
+
+
+def _factors(number: int, dims: int) -> Iterator[tuple[int, ...]]:
+    """All shapes of at most `dims` sides whose product is the number."""
+    yield (number,)
+    if dims > 1:
+        for side in range(1, number + 1):
+            if number % side == 0:
+                yield from ((side, *rest) for rest in _factors(number // side, dims - 1))

@@ -1,0 +1,147 @@
+"""State dicts to draw, nested, with tied tensors and Python values; and such ones in a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any
+
+from hypothesis import strategies as st
+
+from pytest_dcp.properties.layouts import Layout
+from pytest_dcp.properties.meshes import MeshSpec
+from pytest_dcp.properties.tensors import TensorSpec, tensor_specs
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """The same tensor object as another of the state's top level."""
+
+    to: str
+    """Its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What a state dict holds, without the bytes."""
+
+    tree: dict[str, Any]
+    """Nested dicts and lists of TensorSpec, Tied (top level only) and Python values."""
+
+    def build(self, tensor: Callable[[TensorSpec], Any] = TensorSpec.build) -> dict[str, Any]:
+        """The state dict, each tensor made by `tensor`, in the order of the tree."""
+        built: dict[str, Any] = _built(self.tree, tensor)
+        return {
+            key: built[value.to] if isinstance(value, Tied) else value
+            for key, value in built.items()
+        }
+
+    def tensors(self) -> list[TensorSpec]:
+        """The descriptions of all tensors, tied ones once."""
+        return list(_specs(self.tree))
+
+    def on(self, *layouts: Layout) -> PlacedState:
+        """This state with its tensors in these layouts, dealt out in turn; plain without any."""
+        return PlacedState(self, layouts or (Layout(),))
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedState:
+    """A `Placed` state dict of tensors that are nobody's parameters."""
+
+    spec: StateSpec
+    layouts: tuple[Layout, ...]
+    """All of one world size."""
+
+    def __post_init__(self) -> None:
+        sizes = {layout.mesh.size for layout in self.layouts}
+        if len(sizes) != 1:
+            raise ValueError(f"expected layouts of one world size, got sizes {sorted(sizes)}")
+
+    @property
+    def world_size(self) -> int:
+        return self.layouts[0].mesh.size
+
+    @property
+    def meshes(self) -> tuple[MeshSpec, ...]:
+        return tuple({one.mesh: None for one in self.layouts if one.placements is not None})
+
+    def full(self) -> dict[str, Any]:
+        return self.spec.build()
+
+    def state(self, device: str | None = None) -> dict[str, Any]:
+        count = -1
+
+        def place(spec: TensorSpec) -> Any:
+            nonlocal count
+            count += 1
+            return self.layouts[count % len(self.layouts)].place(spec, device)
+
+        return self.spec.build(place)
+
+
+def values() -> st.SearchStrategy[Any]:
+    """Python values that a checkpoint holds without trusting anybody; shrink to None."""
+    plain = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.binary(max_size=8),
+    )
+    lists = st.lists(plain, max_size=3)
+    return st.one_of(plain, lists, lists.map(tuple), st.lists(lists, max_size=2))
+
+
+@st.composite
+def state_dicts(
+    draw: st.DrawFn,
+    *,
+    tensors: st.SearchStrategy[TensorSpec] | None = None,
+    max_size: int = 4,
+    min_nested: int = 0,
+) -> StateSpec:
+    """Descriptions of state dicts; shrink to fewer keys, less nesting, one scalar tensor.
+
+    min_nested: keys of nested mappings. torch 2.13's engine needs 1: of an empty mapping in a list
+    it says that a key is missing, also in its own checkpoints.
+    """
+    one = tensor_specs() if tensors is None else tensors
+    entries = st.one_of(one, values())
+    for _ in range(2):
+        lists = st.lists(entries, max_size=2)
+        entries = st.one_of(one, values(), _mappings(entries, min_nested), lists)
+    tree: dict[str, Any] = {"w": draw(one), **draw(_mappings(entries, 0, max_size - 1))}
+    top = [key for key, value in tree.items() if isinstance(value, TensorSpec)]
+    tied = draw(st.none() | st.sampled_from(top))
+    if tied is not None:
+        tree["tied"] = Tied(tied)
+    return StateSpec(tree)
+
+
+def _mappings(
+    entries: st.SearchStrategy[Any], min_size: int = 0, max_size: int = 2
+) -> st.SearchStrategy[dict[str, Any]]:
+    """Mappings whose keys are a, b, c ..."""
+    some = st.lists(entries, min_size=min_size, max_size=max_size)
+    return some.map(lambda found: dict(zip(ascii_lowercase, found, strict=False)))
+
+
+def _built(value: Any, tensor: Callable[[TensorSpec], Any]) -> Any:
+    if isinstance(value, TensorSpec):
+        return tensor(value)
+    if isinstance(value, dict):
+        return {key: _built(inner, tensor) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_built(inner, tensor) for inner in value]
+    return value
+
+
+def _specs(value: Any) -> Iterator[TensorSpec]:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _specs(inner)

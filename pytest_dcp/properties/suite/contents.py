@@ -1,0 +1,100 @@
+"""Whatever a state holds comes back to the bit: every dtype, any strides, tiny, big and odd."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import get_args
+
+import torch
+from hypothesis import given, settings
+
+from pytest_dcp.properties.bits import Memory
+from pytest_dcp.properties.dtypes import DTYPES
+from pytest_dcp.properties.laws.round_trips import (
+    assert_inplace,
+    assert_meta_load,
+    assert_partial_load,
+    assert_round_trip,
+)
+from pytest_dcp.properties.state_dicts import StateSpec, Tied, state_dicts
+from pytest_dcp.properties.suite.base import StorageTests
+from pytest_dcp.properties.tensors import TensorSpec
+
+SHAPES = ((), (0,), (3,), (2, 0, 3), (4, 5))
+VALUES = StateSpec(
+    {
+        "none": None,
+        "number": 7,
+        "big": 1 << 70,
+        "infinite": float("-inf"),
+        "zero": -0.0,
+        "text": "ünïcode \0 and more",
+        "bytes": b"\x00\xff",
+        "nested": {"list": [1, [2, ("three",)]], "deep": {"er": {"t": TensorSpec((2,))}}},
+        "mixed": [TensorSpec((2,)), 3, {"x": TensorSpec()}],
+    }
+)
+NAMES = ("a/b", "../up", "/root", "a space", "ü", ".metadata", "new\nline", "n" * 300, "%s", "C:")
+
+
+class ContentTests(StorageTests):
+    """Round trips in one process."""
+
+    def test_every_dtype_comes_back(self, tmp_path: Path) -> None:
+        tensors = itertools.product(DTYPES, SHAPES, ("random", "special"))
+        state = StateSpec(
+            {
+                f"{dtype} {shape} {content}": TensorSpec(shape, dtype, content)
+                for dtype, shape, content in tensors
+            }
+        )
+        assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+    def test_any_strides_come_back(self, tmp_path: Path) -> None:
+        pairs = list(itertools.product(get_args(Memory), repeat=2))
+        saved, loaded = (
+            StateSpec({f"{pair}": TensorSpec((3, 2), memory=pair[which]) for pair in pairs})
+            for which in (0, 1)
+        )
+        assert_inplace(saved.on(), loaded.on(), tmp_path, dcp=self.dcp)
+
+    def test_values_come_back(self, tmp_path: Path) -> None:
+        assert_round_trip(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
+
+    def test_any_name_comes_back(self, tmp_path: Path) -> None:
+        state = StateSpec({name: TensorSpec((2,), seed=n) for n, name in enumerate(NAMES)})
+        assert_round_trip(state.on(), state.on(), tmp_path / "inside", dcp=self.dcp)
+        assert {path.name for path in tmp_path.iterdir()} <= {"inside"}
+
+    def test_tied_tensors_come_back(self, tmp_path: Path) -> None:
+        state = StateSpec({"w": TensorSpec((3,)), "tied": Tied("w")})
+        assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+    def test_many_tiny_entries_come_back(self, tmp_path: Path) -> None:
+        state = StateSpec({f"{n}": TensorSpec((n % 3,), seed=n) for n in range(1_000)})
+        assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+    def test_a_big_entry_comes_back(self, tmp_path: Path) -> None:
+        big = TensorSpec((3 << 20,), torch.float32, "random")
+        state = StateSpec({"before": TensorSpec(), "big": big, "after": TensorSpec()})
+        assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+    def test_meta_tensors_are_made(self, tmp_path: Path) -> None:
+        assert_meta_load(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
+
+    def test_a_part_is_loaded_alone(self, tmp_path: Path) -> None:
+        state = StateSpec({name: TensorSpec((3,), seed=n) for n, name in enumerate("abc")})
+        assert_partial_load(state.on(), state.on(), {"b"}, tmp_path, dcp=self.dcp)
+
+    def test_any_state_comes_back(self, tmp_path: Path) -> None:
+        places = itertools.count()
+
+        # Inside, since one property must not be of several classes.
+        @settings(deadline=None, max_examples=max(settings().max_examples // 4, 1))
+        @given(state=state_dicts(min_nested=1))
+        def comes_back(state: StateSpec) -> None:
+            folder = tmp_path / str(next(places))
+            assert_round_trip(state.on(), state.on(), folder, dcp=self.dcp)
+
+        comes_back()

@@ -1,0 +1,129 @@
+"""What goes wrong is raised, and the old checkpoint stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from pytest_dcp.properties.differences import differences
+from pytest_dcp.properties.laws.engine import expected_warnings
+from pytest_dcp.properties.laws.round_trips import assert_round_trip
+from pytest_dcp.properties.placed import emptied
+from pytest_dcp.properties.state_dicts import StateSpec
+from pytest_dcp.properties.suite.base import StorageTests, files_of
+from pytest_dcp.properties.tensors import TensorSpec
+
+OLD = StateSpec({"w": TensorSpec((40,), seed=1), "step": 1})
+NEW = StateSpec({"w": TensorSpec((40,), seed=2), "step": 2})
+STRIDE = 29
+"""Bytes from one flipped bit to the next: prime, so that all parts of all records are hit."""
+ERRORS: tuple[type[BaseException], ...] = (Exception, CheckpointException)
+"""CheckpointException is no Exception."""
+
+
+class Refuses(DefaultSavePlanner):
+    """Cannot give the data of one item."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if write_item.index.fqn == "w":
+            raise OSError("the planner has no data for w")
+        return super().resolve_data(write_item)
+
+
+class Drops(DefaultLoadPlanner):
+    """Cannot take the data of one item."""
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        raise OSError("the planner has no tensor for w")
+
+
+class ErrorTests(StorageTests):
+    """Failures in one process."""
+
+    def _loads(self, state: StateSpec, folder: Path) -> None:
+        target = emptied(state.build())
+        with expected_warnings():
+            self.dcp.load(target, checkpoint_id=folder)
+        assert not differences(target, state.build())
+
+    def test_a_checkpoint_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        with expected_warnings(), pytest.raises(ERRORS):
+            self.dcp.load(OLD.build(), checkpoint_id=tmp_path / "none")
+
+    def test_a_key_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        with expected_warnings(), pytest.raises(ERRORS, match="absent"):
+            self.dcp.load({"absent": torch.ones(2)}, checkpoint_id=tmp_path)
+
+    def test_another_shape_is_an_error(self, tmp_path: Path) -> None:
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        with expected_warnings(), pytest.raises(ERRORS, match="w"):
+            self.dcp.load({"w": torch.ones(41)}, checkpoint_id=tmp_path)
+
+    def test_data_that_cannot_be_had_fail_the_save_and_leave_the_old_one(
+        self, tmp_path: Path
+    ) -> None:
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        writer = self.make_writer(tmp_path)
+        with expected_warnings(), pytest.raises(ERRORS, match="no data for w"):
+            self.engine.save(NEW.build(), storage_writer=writer, planner=Refuses())
+        self._loads(OLD, tmp_path)
+
+    def test_data_that_cannot_be_taken_fail_the_load(self, tmp_path: Path) -> None:
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        reader = self.make_reader(tmp_path)
+        with expected_warnings(), pytest.raises(ERRORS, match="no tensor for w"):
+            self.engine.load(OLD.build(), storage_reader=reader, planner=Drops())
+
+    def test_a_file_that_is_gone_is_an_error(self, tmp_path: Path) -> None:
+        self._needs_files()
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path / "whole", dcp=self.dcp)
+        for path in files_of(tmp_path / "whole"):
+            content = path.read_bytes()
+            path.unlink()
+            with expected_warnings(), pytest.raises(ERRORS):
+                self.dcp.load(emptied(OLD.build()), checkpoint_id=tmp_path / "whole")
+            path.write_bytes(content)
+        self._loads(OLD, tmp_path / "whole")
+
+    def test_a_file_that_ends_early_is_an_error(self, tmp_path: Path) -> None:
+        self._needs_files()
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        for path in files_of(tmp_path):
+            content = path.read_bytes()
+            for part in (0, len(content) // 4, len(content) // 2):
+                path.write_bytes(content[:part])
+                with expected_warnings(), pytest.raises(ERRORS):
+                    self.dcp.load(emptied(OLD.build()), checkpoint_id=tmp_path)
+            path.write_bytes(content)
+
+    def test_a_flipped_bit_never_gives_a_wrong_tensor(self, tmp_path: Path) -> None:
+        self._needs_files()
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
+        wrong = []
+        for path in files_of(tmp_path):
+            content = path.read_bytes()
+            for offset in range(0, len(content), STRIDE):
+                flipped = content[offset] ^ (1 << offset % 8)
+                path.write_bytes(content[:offset] + bytes([flipped]) + content[offset + 1 :])
+                wrong += [f"{path.name}:{offset}: {one}" for one in self._silently_wrong(tmp_path)]
+            path.write_bytes(content)
+        assert not wrong
+
+    def _silently_wrong(self, folder: Path) -> list[str]:
+        target = emptied(OLD.build())
+        try:
+            with expected_warnings():
+                self.dcp.load(target, checkpoint_id=folder)
+        except ERRORS:
+            return []
+        return [str(one) for one in differences(target, OLD.build())]
+
+    def _needs_files(self) -> None:
+        if not self.keeps_files:
+            pytest.skip("the storage keeps no files in a local folder")

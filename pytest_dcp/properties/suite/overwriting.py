@@ -1,0 +1,70 @@
+"""A checkpoint that is saved over another replaces it; storages are used again and again."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from pytest_dcp.properties.differences import assert_state_dict_equal
+from pytest_dcp.properties.laws.engine import expected_warnings
+from pytest_dcp.properties.laws.round_trips import assert_round_trip
+from pytest_dcp.properties.laws.saves import assert_idempotent_save
+from pytest_dcp.properties.placed import emptied
+from pytest_dcp.properties.state_dicts import StateSpec
+from pytest_dcp.properties.suite.base import StorageTests, files_of
+from pytest_dcp.properties.tensors import TensorSpec
+
+SMALL = StateSpec({"w": TensorSpec((3,), seed=1), "step": 1})
+OTHERS = {
+    "the same shapes": StateSpec({"w": TensorSpec((3,), seed=2), "step": 2}),
+    "a larger one": StateSpec({"w": TensorSpec((300,), seed=2), "more": TensorSpec((5, 5))}),
+    "another dtype": StateSpec({"w": TensorSpec((3,), torch.int64, seed=2)}),
+}
+SEVERAL = 8
+"""Readers at a time."""
+
+
+class OverwritingTests(StorageTests):
+    """Saves to one place, one after the other, and loads at the same time."""
+
+    def test_the_last_save_is_what_is_loaded(self, tmp_path: Path) -> None:
+        for state in (SMALL, *OTHERS.values(), SMALL):
+            assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+    def test_saving_what_was_loaded_makes_the_same_checkpoint(self, tmp_path: Path) -> None:
+        assert_idempotent_save(SMALL.on(), tmp_path, dcp=self.dcp)
+
+    def test_nothing_is_left_of_what_was_replaced(self, tmp_path: Path) -> None:
+        larger = OTHERS["a larger one"]
+        assert_round_trip(SMALL.on(), SMALL.on(), tmp_path / "fresh", dcp=self.dcp)
+        for state in (larger, SMALL):
+            assert_round_trip(state.on(), state.on(), tmp_path / "again", dcp=self.dcp)
+        sizes = [
+            sorted(path.stat().st_size for path in files_of(tmp_path / place))
+            for place in ("fresh", "again")
+        ]
+        assert sizes[0] == sizes[1]
+
+    def test_one_writer_and_one_reader_serve_many_times(self, tmp_path: Path) -> None:
+        writer, reader = self.make_writer(tmp_path), self.make_reader(tmp_path)
+        place = self.checkpoint_id(tmp_path)
+        for state in (SMALL, *OTHERS.values(), SMALL):
+            target = emptied(state.build())
+            with expected_warnings():
+                self.engine.save(state.build(), storage_writer=writer, checkpoint_id=place)
+                self.engine.load(target, storage_reader=reader, checkpoint_id=place)
+            assert_state_dict_equal(target, state.build())
+
+    def test_several_load_at_once(self, tmp_path: Path) -> None:
+        state = StateSpec({f"{n}": TensorSpec((50, n), seed=n) for n in range(20)})
+        assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
+
+        def loaded(number: int) -> None:
+            target = emptied(state.build())
+            self.dcp.load(target, checkpoint_id=tmp_path)
+            assert_state_dict_equal(target, state.build())
+
+        with expected_warnings(), ThreadPoolExecutor(SEVERAL) as pool:
+            list(pool.map(loaded, range(SEVERAL)))

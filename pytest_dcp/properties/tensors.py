@@ -1,0 +1,127 @@
+"""Tensors to draw: descriptions that any process can build alike, and the tensors themselves.
+
+A `TensorSpec` says shape, dtype, content and strides. It builds the same bits wherever and however
+often it is built, which makes it the oracle of what is saved and loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from pytest_dcp.properties.bits import Bits, Memory, bits_of, tensor_of
+from pytest_dcp.properties.dtypes import dtypes
+
+Content = Literal["counting", "random", "special"]
+"""counting: 1, 2, 3 ... as far as the dtype can tell them apart; random: any bits at all;
+special: zeros of both signs, subnormals, infinities, NaNs with payloads, extremes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor is, without its bytes."""
+
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    content: Content = "counting"
+    seed: int = 0
+    """Of the content; another seed, other bits."""
+    memory: Memory = "contiguous"
+
+    def bits(self) -> Bits:
+        """The bits of all elements."""
+        if self.content == "counting":
+            return _counting(self)
+        rng = np.random.default_rng(self.seed)
+        if self.content == "special":
+            bits = _special(self, rng)
+        else:
+            bits = rng.integers(0, 256, (*self.shape, self.dtype.itemsize), dtype=np.uint8)
+        return np.bitwise_and(bits, np.uint8(1)) if self.dtype == torch.bool else bits
+
+    def build(self) -> torch.Tensor:
+        """The tensor, on the CPU."""
+        return tensor_of(self.bits(), self.dtype, self.memory)
+
+
+def shapes(
+    *, min_dims: int = 0, max_dims: int = 3, max_side: int = 6
+) -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes, 0-d and empty ones among them; shrink to fewer and shorter dimensions."""
+    sides = st.integers(0, max_side)
+    return st.lists(sides, min_size=min_dims, max_size=max_dims).map(tuple)
+
+
+@st.composite
+def tensor_specs(
+    draw: st.DrawFn,
+    *,
+    dtype: st.SearchStrategy[torch.dtype] | None = None,
+    shape: st.SearchStrategy[tuple[int, ...]] | None = None,
+) -> TensorSpec:
+    """Descriptions of tensors; shrink to a contiguous float32 scalar that holds 1."""
+    return TensorSpec(
+        shape=draw(shapes() if shape is None else shape),
+        dtype=draw(dtypes() if dtype is None else dtype),
+        content=draw(st.sampled_from(get_args(Content))),
+        seed=draw(st.integers(0, 1 << 16)),
+        memory=draw(st.sampled_from(get_args(Memory))),
+    )
+
+
+def tensors(
+    *,
+    dtype: st.SearchStrategy[torch.dtype] | None = None,
+    shape: st.SearchStrategy[tuple[int, ...]] | None = None,
+) -> st.SearchStrategy[torch.Tensor]:
+    """Tensors of any dtype, shape, content and strides; shrink as `tensor_specs` does."""
+    return tensor_specs(dtype=dtype, shape=shape).map(TensorSpec.build)
+
+
+_COUNTS_TO = 100
+"""Few dtypes tell more numbers apart, and a person reads these."""
+
+
+def _counting(spec: TensorSpec) -> Bits:
+    numbers = torch.arange(prod(spec.shape)).add_(spec.seed).remainder_(_COUNTS_TO).add_(1)
+    if spec.dtype == torch.float4_e2m1fn_x2:
+        # Nothing can be converted to it: two numbers of four bits share each byte.
+        dtype = torch.uint8
+    else:
+        dtype = spec.dtype.to_real() if spec.dtype.is_complex else spec.dtype
+    real = bits_of(numbers.to(torch.float64).to(dtype))
+    if spec.dtype.is_complex:
+        real = np.concatenate([real, np.zeros_like(real)], axis=-1)
+    return real.reshape(*spec.shape, spec.dtype.itemsize)
+
+
+_PATTERNS = {
+    1: (0, 0x80, 1, 0x7F, 0xFF, 0x7C, 0x7E, 0x78),
+    2: (0, 0x8000, 1, 0xFFFF, 0x7F80, 0xFF80, 0x7FC1, 0x7F81, 0x7C00, 0x7C01, 0x0080, 0x7FFF),
+    4: (0, 1 << 31, 1, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7FC00001, 0x7F800001, 0x00800000),
+    8: (
+        0,
+        1 << 63,
+        1,
+        (1 << 64) - 1,
+        0x7FF << 52,
+        0xFFF << 52,
+        (0x7FF8 << 48) + 1,
+        (0x7FF << 52) + 1,
+    ),
+}
+"""By width in bytes: zeros of both signs, the smallest subnormal, all ones, infinities, a quiet and
+a signalling NaN with a payload, the smallest normal number (IEEE 754, bfloat16, fp8)."""
+
+
+def _special(spec: TensorSpec, rng: np.random.Generator) -> Bits:
+    size = spec.dtype.itemsize
+    width = size // 2 if spec.dtype.is_complex else size
+    patterns = np.array(_PATTERNS[width], dtype=f"<u{width}")
+    drawn = rng.choice(patterns, (*spec.shape, size // width))
+    return drawn.view(np.uint8).reshape(*spec.shape, size)
