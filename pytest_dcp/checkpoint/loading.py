@@ -24,6 +24,7 @@ from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStat
 from pytest_dcp.checkpoint.file_reader import FileSystemReader, checked_verify
 from pytest_dcp.checkpoint.file_system import save_of
 from pytest_dcp.checkpoint.phases import Phases
+from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.plan.select import Rename, Selection
 from pytest_dcp.checkpoint.storage_choice import (
@@ -251,7 +252,9 @@ class _Load:
             )
         else:
             self.reader.set_up_storage_reader(metadata, team.is_coordinator)
-        return self.reader.prepare_local_plan(self.planner.create_local_plan())
+        asked = required(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
+        prepared = self.reader.prepare_local_plan(asked)
+        return kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
 
     def _join(self, said: list[tuple[LoadPlan | None, str | None]]) -> list[LoadPlan]:
         _check_one_save([save for _, save in said])

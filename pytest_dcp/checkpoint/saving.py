@@ -30,6 +30,7 @@ from pytest_dcp.checkpoint.messages import (
     unpacked_metadata,
 )
 from pytest_dcp.checkpoint.phases import Phases, logger
+from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
     plain_state,
@@ -213,7 +214,9 @@ class Save:
             )
         else:
             self.writer.set_up_storage_writer(team.is_coordinator)
-        self.local = self.writer.prepare_local_plan(self.planner.create_local_plan())
+        asked = required(self.planner.create_local_plan(), SavePlan, "create_local_plan")
+        prepared = self.writer.prepare_local_plan(asked)
+        self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
 
     def _join(self, plans: list[SavePlan]) -> list[Any]:

@@ -331,7 +331,8 @@ class Kill(_Process):
         object.__setattr__(self, "signal", int(self.signal))
 
     def act(self) -> None:
-        os.kill(os.getpid(), self.signal)
+        # Of the thread itself: a signal to the process may reach another one first.
+        signals.raise_signal(self.signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +342,7 @@ class Stop(_Process):
     when: When = "before"
 
     def act(self) -> None:
-        os.kill(os.getpid(), signals.SIGSTOP)
+        signals.raise_signal(signals.SIGSTOP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,17 @@
-"""Which hooks of a planner a subclass has changed. Pure (no I/O)."""
+"""Which hooks of a planner a subclass has changed, and what hooks answered. Pure (no I/O)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
+
+from pytest_dcp.errors import PlanError
+
+Plan = TypeVar("Plan", SavePlan, LoadPlan)
 
 
 def overridden(planner: object, base: type, hooks: Iterable[str]) -> bool:
@@ -16,3 +25,39 @@ def overridden(planner: object, base: type, hooks: Iterable[str]) -> bool:
 def lists_wanted(planner: object, base: type) -> bool:
     """Whether a subclass looks into plans, and may expect lists that it can change."""
     return overridden(planner, base, ("create_local_plan", "create_global_plan", "finish_plan"))
+
+
+def required(plan: Any, kind: type[Plan], hook: str) -> Plan:
+    """The plan that a hook answered with. Raises TypeError, naming the hook, for anything else."""
+    if not isinstance(plan, kind):
+        raise TypeError(f"{hook} must return a {kind.__name__}, it returned {plan!r:.200}")
+    return plan
+
+
+def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
+    """The plan that a storage's hook made of the planner's.
+
+    Raises PlanError, naming what it leaves out: a storage says how items are moved, and may divide
+    them; which they are is the planner's choice.
+    """
+    plan = required(answer, kind, hook)
+    if plan.items is asked.items:
+        return plan
+    lost = _elements(asked.items) - _elements(plan.items)
+    if lost:
+        names = ", ".join(map(repr, sorted(lost)[:5]))
+        raise PlanError(f"{hook} left out a part of {len(lost)} planned key(s): {names}")
+    return plan
+
+
+def _elements(items: Sequence[WriteItem | ReadItem]) -> Counter[str]:
+    """How many elements the items of each key have; a value is one."""
+    found: Counter[str] = Counter()
+    for item in items:
+        if isinstance(item, ReadItem):
+            found[item.dest_index.fqn] += math.prod(item.lengths)
+        elif item.tensor_data is None:
+            found[item.index.fqn] += 1
+        else:
+            found[item.index.fqn] += math.prod(item.tensor_data.chunk.sizes)
+    return found
