@@ -5,15 +5,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from pytest_dcp.demo.model import FEATURES, MLP
 
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from pytest_dcp.demo.model import FEATURES, HIDDEN, MLP
 
 

@@ -1,0 +1,138 @@
+"""What rank 0 has, sent to every rank, a bucket of tensors at a time.
+
+First all ranks learn what will come (`announced`) and agree that it fits (`agreed`); then the
+tensors come (`from_rank0`). Everything here is collective over the default process group. No rank
+needs more memory than the largest tensor takes, or a bucket of BUCKET_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp.checkpoint.plan.materialise import current_device, group_device_type
+from pytest_dcp.checkpoint.state.mismatch import Mismatch
+
+K = TypeVar("K", bound=Hashable)
+
+BUCKET_BYTES = 1 << 20
+"""Small tensors share a message, whose cost they would not be worth each: a MiB takes as long to
+send as to announce."""
+
+ALIGNMENT = 16
+"""Bytes: the largest item of any dtype, so that every tensor of a bucket can be a view of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A tensor that rank 0 has."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its elements, without padding."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def announced(values: Mapping[K, Any]) -> dict[K, Any]:
+    """Rank 0's values, on every rank, with a Spec for each tensor.
+
+    Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values.
+    """
+    message: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        specs = {
+            key: Spec(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+            for key, value in values.items()
+        }
+        message = [specs, _unsendable(values)]
+    dist.broadcast_object_list(message, src=0)
+    specs, problem = message
+    if problem:
+        raise ValueError(problem)
+    return dict(specs)
+
+
+def _unsendable(values: Mapping[K, Any]) -> str | None:
+    parts = [key for key, value in values.items() if isinstance(value, DTensor | ShardedTensor)]
+    empty = [k for k, v in values.items() if isinstance(v, torch.Tensor) and v.is_meta]
+    if not parts and not empty:
+        return None
+    return (
+        f"rank 0 cannot broadcast {parts + empty}: with broadcast_from_rank0 its state dict must "
+        "hold whole tensors with values, as get_*_state_dict makes with full_state_dict=True"
+    )
+
+
+def agreed(mismatch: Mismatch) -> Mismatch:
+    """Everything that does not fit on any rank, so that all raise or none."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mismatch)
+    return Mismatch().merged(every)
+
+
+def from_rank0(
+    values: Mapping[K, Any], specs: Mapping[K, Any], near: Iterable[Any]
+) -> Iterator[tuple[K, torch.Tensor]]:
+    """Each tensor of rank 0, by its key; it is gone when the next one is asked for.
+
+    values: rank 0's; other ranks' are not looked at.
+    specs: what `announced` returned.
+    near: tensors that are to be filled; what is sent lies on their device where the group can.
+    """
+    tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
+    largest = max((_padded(spec) for spec in tensors.values()), default=0)
+    limit = max(largest, min(BUCKET_BYTES, sum(map(_padded, tensors.values()))))
+    memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
+    sends = dist.get_rank() == 0
+    for bucket in _buckets(tensors, limit):
+        views, used = _views(memory, bucket)
+        if sends:
+            for key, view in views.items():
+                view.copy_(values[key])
+        dist.broadcast(memory[:used], src=0)
+        yield from views.items()
+
+
+def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
+    """The tensors in their order, in groups that fit into so many bytes; empty ones too."""
+    bucket: dict[K, Spec] = {}
+    used = 0
+    for key, spec in tensors.items():
+        if used + _padded(spec) > limit:
+            yield bucket
+            bucket, used = {}, 0
+        bucket[key] = spec
+        used += _padded(spec)
+    if bucket:
+        yield bucket
+
+
+def _views(memory: torch.Tensor, bucket: Mapping[K, Spec]) -> tuple[dict[K, torch.Tensor], int]:
+    """Where in the memory each tensor of a bucket is, and how many bytes all take."""
+    views: dict[K, torch.Tensor] = {}
+    at = 0
+    for key, spec in bucket.items():
+        place = memory[at : at + spec.size_bytes]
+        views[key] = place.view(spec.dtype).view(spec.shape)
+        at += _padded(spec)
+    return views, at
+
+
+def _padded(spec: Spec) -> int:
+    return -(-spec.size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _meeting_place(near: Iterable[Any]) -> torch.device:
+    """The device that tensors are sent on: that of the first target which the group serves."""
+    served = {pair.split(":")[0] for pair in dist.get_backend_config().split(",")}
+    kinds = (value.device.type for value in near if isinstance(value, torch.Tensor))
+    return current_device(next((kind for kind in kinds if kind in served), group_device_type()))

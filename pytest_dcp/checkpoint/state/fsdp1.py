@@ -1,0 +1,67 @@
+"""Models in FullyShardedDataParallel, through its public state-dict functions.
+
+FSDP1 flattens parameters, so that neither the model's nor the optimizer's states are where their
+names say. Everything here is collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictType,
+)
+from torch.optim import Optimizer
+
+
+def within(model: nn.Module) -> list[FullyShardedDataParallel]:
+    """The parts of the model that are in FSDP1, the outermost first."""
+    return [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+
+
+@contextmanager
+def states(model: nn.Module) -> Iterator[None]:
+    """State dicts made or loaded meanwhile are sharded; nothing changes without FSDP1.
+
+    Whole ones are gathered from these, a tensor at a time: FSDP1's own are whole for a module at
+    once, and offloading them frees memory of a model that is on the CPU.
+    """
+    modules = within(model)
+    if not modules:
+        yield
+        return
+    for module in modules:
+        # Before its first forward a model does not know its root, which optimizer states need.
+        module.check_is_root()
+    with FullyShardedDataParallel.state_dict_type(
+        model,
+        StateDictType.SHARDED_STATE_DICT,
+        ShardedStateDictConfig(offload_to_cpu=False),
+        ShardedOptimStateDictConfig(offload_to_cpu=False),
+    ):
+        yield
+
+
+def named(model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's own state dict, by FSDP's names of the original parameters."""
+    state = FullyShardedDataParallel.optim_state_dict(model, optimizer, packed)
+    for entries in state["state"].values():
+        # Parameters that are flattened together have one step count, the same object.
+        entries |= {k: v.clone() for k, v in entries.items() if _is_scalar(v)}
+    return state
+
+
+def packed(model: nn.Module, optimizer: Optimizer, named: dict[str, Any]) -> dict[str, Any]:
+    """What `named` is made from: what the optimizer itself loads."""
+    return FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, named)
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) is torch.Tensor and not value.ndim

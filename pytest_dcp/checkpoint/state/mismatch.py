@@ -1,0 +1,81 @@
+"""What of a state dict does not fit a model or its optimizers, said at once. Pure (no I/O)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pytest_dcp.errors import CheckpointMismatchError
+
+SHOWN = 20
+"""So many names of a kind are shown; the error's attributes hold all."""
+SUGGESTED_FROM = 2000
+"""Names are compared for likeness with at most so many others: it takes a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Everything that does not fit, in one call."""
+
+    missing: tuple[str, ...] = ()
+    """What the model has and the state dict lacks."""
+    unexpected: tuple[str, ...] = ()
+    """What the state dict has and the model lacks."""
+    misfits: Mapping[str, str] = field(default_factory=dict)
+    """What both have, and why it does not fit."""
+    groups: tuple[str, ...] = ()
+    """Groups of parameters that have no counterpart, and why."""
+
+    def merged(self, others: Iterable[Mismatch]) -> Mismatch:
+        """All that is in this one or in the others."""
+        every = [self, *others]
+        return Mismatch(
+            tuple(dict.fromkeys(name for one in every for name in one.missing)),
+            tuple(dict.fromkeys(name for one in every for name in one.unexpected)),
+            {name: why for one in every for name, why in one.misfits.items()},
+            tuple(dict.fromkeys(why for one in every for why in one.groups)),
+        )
+
+    def require_none(self, what: str, *, strict: bool) -> None:
+        """Raise CheckpointMismatchError for what is wrong: if not strict, only for misfits.
+
+        what: "model" or "optimizer".
+        """
+        if not self.misfits and not (strict and (self.missing or self.unexpected or self.groups)):
+            return
+        raise CheckpointMismatchError(
+            self._text(what, strict),
+            missing=self.missing,
+            unexpected=self.unexpected,
+            mismatched=tuple(self.misfits),
+        )
+
+    def _text(self, what: str, strict: bool) -> str:
+        lines = [f"the state dict does not fit the {what}:"]
+        if strict:
+            lines += _names("missing", self.missing, self.unexpected)
+            lines += _names("unexpected", self.unexpected, ())
+            lines += self.groups[:SHOWN]
+        lines += list(self.misfits.values())[:SHOWN]
+        if hidden := max(0, len(self.misfits) - SHOWN) + max(0, len(self.groups) - SHOWN):
+            lines.append(f"... and {hidden} more, see the error's attributes")
+        if strict and not self.misfits:
+            lines.append(
+                "Load what belongs to this model, or load what fits with "
+                "StateDictOptions(strict=False)."
+            )
+        return "\n  ".join(lines)
+
+
+def _names(kind: str, names: Sequence[str], pool: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = [_with_nearest(name, pool) for name in names[:SHOWN]]
+    more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"{len(names)} {kind} key(s): {', '.join(shown)}{more}"]
+
+
+def _with_nearest(name: str, pool: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, pool[:SUGGESTED_FROM], n=1)
+    return f"{name!r} (nearest: {nearest[0]!r})" if nearest else repr(name)

@@ -1,0 +1,95 @@
+"""Canonical names: what a part of a model would be called if nothing wrapped the model.
+
+Enters: a model and names as its `named_parameters()`, `named_modules()` or `state_dict()` give
+them. Leaves: those names without the steps into a wrapper. A step counts as one where the module at
+that place is a wrapper: a child that a user called `module` keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+WRAPPED_AS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+        "_fsdp_wrapped_module"
+    ),
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
+        "_checkpoint_wrapped_module"
+    ),
+    # By name: the class can only be imported with the whole compiler, which takes seconds.
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+}
+"""Torch's wrappers and the child that each wraps."""
+
+_Place = tuple[nn.Module | None, str]
+"""A module, or None where no module is, and its canonical prefix."""
+
+
+class Names:
+    """The canonical names of one model."""
+
+    def __init__(self, model: nn.Module, modifiers: str = "_fqn_modifiers") -> None:
+        """modifiers: see `StateDictOptions.dsd_fqn_modifiers`."""
+        self._model = model
+        self._modifiers = modifiers
+        self._places: dict[str, _Place] = {"": (model, "")}
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a parameter, a buffer or any key of the model's state dict."""
+        path, _, leaf = name.rpartition(".")
+        return self._place(path)[1] + leaf
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter by its canonical name; a tied one under each of its names."""
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            yield self.canonical(name), parameter
+
+    def prefixes(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
+        """What the names below these modules begin with, in the order of the model.
+
+        Raises ValueError for modules that are not the model's.
+        """
+        wanted = set(modules)
+        found: dict[str, None] = {}
+        seen = set()
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            if module in wanted:
+                seen.add(module)
+                found[self._place(path)[1]] = None
+        if strangers := wanted - seen:
+            kinds = sorted(type(module).__name__ for module in strangers)
+            raise ValueError(f"{len(kinds)} of the submodules are not in the model: {kinds}")
+        return tuple(found)
+
+    def _place(self, path: str) -> _Place:
+        place = self._places.get(path)
+        if place is None:
+            above, _, step = path.rpartition(".")
+            place = self._places[path] = self._step(*self._place(above), step)
+        return place
+
+    def _step(self, module: nn.Module | None, prefix: str, step: str) -> _Place:
+        if module is None:  # A key that a hook has made up.
+            return None, f"{prefix}{step}."
+        inner = wrapped_as(type(module))
+        while inner is not None:
+            wrapped = module.get_submodule(inner)
+            if step == inner:
+                return wrapped, prefix
+            # This wrapper hides itself from state dicts: the step is the wrapped module's own.
+            module, inner = wrapped, wrapped_as(type(wrapped))
+        renamed: Mapping[str, str] = getattr(module, self._modifiers, dict)()
+        if step in renamed.values():
+            return module.get_submodule(step), prefix
+        return module._modules.get(renamed.get(step, step)), f"{prefix}{step}."
+
+
+def wrapped_as(kind: type) -> str | None:
+    """The name of the child that a class of torch's wraps; None for any other class of modules."""
+    for base in kind.__mro__:
+        if inner := WRAPPED_AS.get(f"{base.__module__}.{base.__qualname__}"):
+            return inner
+    return None

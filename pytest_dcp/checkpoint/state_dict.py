@@ -1,0 +1,199 @@
+"""State dicts of models and optimizers that do not depend on how the model is wrapped or sharded.
+
+Names, signatures and results are those of `torch.distributed.checkpoint.state_dict`: what one
+side gets the other can set. A plain module, DDP, `replicate`, FSDP1, FSDP2, tensor parallelism and
+their mixtures, compiled modules and activation checkpoints all give the bare model's names; tensors
+are sharded as the model is, or whole. Getting changes nothing, not even an optimizer that was never
+stepped; setting takes tensors that are whole or sharded in any other way.
+
+Without a process group everything works for what is in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+
+from pytest_dcp.checkpoint.state.model import load_model, read_model
+from pytest_dcp.checkpoint.state.optimizer_loading import load_optimizers
+from pytest_dcp.checkpoint.state.optimizer_reading import read_optimizers
+from pytest_dcp.checkpoint.state.options import StateDictOptions
+from pytest_dcp.checkpoint.state.scope import PATCHED, Scope
+
+__all__ = [
+    "FQNS_T",
+    "PrimitiveType",
+    "ValueType",
+    "DictValueType",
+    "ListDictValueType",
+    "OptimizerStateType",
+    "StateDictOptions",
+    "get_model_state_dict",
+    "get_optimizer_state_dict",
+    "get_state_dict",
+    "set_model_state_dict",
+    "set_optimizer_state_dict",
+    "set_state_dict",
+]
+
+FQNS_T: TypeAlias = set[str]
+PrimitiveType: TypeAlias = DTensor | ShardedTensor | torch.Tensor | int | float | str
+ValueType: TypeAlias = (
+    PrimitiveType | list[PrimitiveType] | tuple[PrimitiveType] | dict[str, "ValueType"]
+)
+DictValueType: TypeAlias = dict[str, ValueType]
+ListDictValueType: TypeAlias = list[DictValueType]
+OptimizerStateType: TypeAlias = dict[str, DictValueType | ListDictValueType]
+
+
+def get_model_state_dict(
+    model: nn.Module,
+    *,
+    submodules: set[nn.Module] | None = None,
+    options: StateDictOptions | None = None,
+) -> dict[str, ValueType]:
+    """The model's parameters, persistent buffers and extra state, by canonical names.
+
+    submodules: return only what is below these. Tensors share the model's memory unless they had
+    to be gathered or moved. Collective with FSDP1 and with `full_state_dict`.
+    """
+    return read_model(Scope.of(model, options, submodules))
+
+
+def get_optimizer_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    submodules: set[nn.Module] | None = None,
+    options: StateDictOptions | None = None,
+) -> OptimizerStateType:
+    """The states and groups of all the optimizers, by the model's canonical names.
+
+    A parameter that was never stepped has the states that it would begin with; the optimizers stay
+    as they are. Collective with FSDP1 and with `full_state_dict`.
+
+    Raises CheckpointMismatchError where an optimizer has parameters that are not the model's.
+    """
+    return read_optimizers(Scope.of(model, options, submodules), _several(optimizers))
+
+
+def get_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    submodules: set[nn.Module] | None = None,
+    options: StateDictOptions | None = None,
+) -> tuple[dict[str, ValueType], OptimizerStateType]:
+    """The state dicts of the model and of the optimizers: see the two functions of each."""
+    scope = Scope.of(model, options, submodules)
+    return read_model(scope), read_optimizers(scope, _several(optimizers))
+
+
+def set_model_state_dict(
+    model: nn.Module,
+    model_state_dict: dict[str, ValueType],
+    *,
+    options: StateDictOptions | None = None,
+) -> _IncompatibleKeys:
+    """Load the model's state dict; returns the missing and the unexpected keys.
+
+    Tensors may be whole or sharded in any way. A model on the meta device gets tensors of its own
+    layout in place of its parameters: make the optimizer after that. Collective with FSDP1, with
+    `broadcast_from_rank0` and where a DTensor has to change its layout.
+
+    Raises CheckpointMismatchError that names every key that does not fit.
+    """
+    scope = Scope.of(model, options)
+    return load_model(scope, _by_name(scope, model_state_dict))
+
+
+def set_optimizer_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    optim_state_dict: OptimizerStateType,
+    *,
+    options: StateDictOptions | None = None,
+) -> None:
+    """Load the state dict of all the optimizers, nested or flattened.
+
+    Groups are told by their parameters, in whatever order they are. Where a tensor lies as the
+    optimizer keeps it, the optimizer takes it over as it is, as torch's own do. Collective as
+    `set_model_state_dict`.
+
+    Raises CheckpointMismatchError that names every parameter, group and state that does not fit.
+    """
+    load_optimizers(Scope.of(model, options), _several(optimizers), optim_state_dict)
+
+
+def set_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    model_state_dict: dict[str, ValueType],
+    optim_state_dict: OptimizerStateType,
+    options: StateDictOptions | None = None,
+) -> _IncompatibleKeys:
+    """Load both state dicts, the model's first; returns what `set_model_state_dict` returns."""
+    scope = Scope.of(model, options)
+    keys = load_model(scope, _by_name(scope, model_state_dict))
+    load_optimizers(scope, _several(optimizers), optim_state_dict)
+    return keys
+
+
+def _patch_model_state_dict(model: nn.Module, *, options: StateDictOptions | None = None) -> None:
+    """Make `model.state_dict` and `model.load_state_dict` those of this module."""
+
+    def state_dict() -> dict[str, ValueType]:
+        return get_model_state_dict(model, options=options)
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        set_model_state_dict(model, state_dict, options=options)
+
+    _patch(model, state_dict, load_state_dict)
+
+
+def _patch_optimizer_state_dict(
+    model: nn.Module,
+    *,
+    optimizers: tuple[Optimizer, ...],
+    options: StateDictOptions | None = None,
+) -> None:
+    """Make the same of the optimizers: each one's gets and sets the state of them all."""
+
+    def state_dict() -> OptimizerStateType:
+        return get_optimizer_state_dict(model, optimizers, options=options)
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        set_optimizer_state_dict(model, optimizers, state_dict, options=options)
+
+    for optimizer in _several(optimizers):
+        _patch(optimizer, state_dict, load_state_dict)
+
+
+def _patch(of: Any, *methods: Callable[..., Any]) -> None:
+    for method in methods:
+        setattr(method, PATCHED, True)
+        setattr(of, method.__name__, method)
+
+
+def _several(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
+    return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+
+
+def _by_name(scope: Scope, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state dict; its older form {submodule: state dict} by names of the whole model."""
+    if not any(isinstance(key, nn.Module) for key in state_dict):
+        return cast(dict[str, Any], state_dict)
+    return {
+        prefix + name: value
+        for module, inner in state_dict.items()
+        for prefix in scope.names.prefixes([module])
+        for name, value in inner.items()
+    }
