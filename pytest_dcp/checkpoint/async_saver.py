@@ -1,9 +1,10 @@
-"""Saving in the background: a copy of the state first, then an ordinary save in a thread."""
+"""Saving in the background: a copy of the state first, then a save in a thread or in a process."""
 
 from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,13 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from pytest_dcp.checkpoint.async_process import save_in_process
 from pytest_dcp.checkpoint.saving import Save
 from pytest_dcp.checkpoint.storage_choice import alone, plain_state, writer_for
-from pytest_dcp.checkpoint.store.staging import copied
+from pytest_dcp.checkpoint.store.staging import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
+
+Staged = Callable[[], dict[str, Any]]
+"""Gives the copy of the state, once it is made; raises what kept it from being made."""
 
 
 class AsyncCheckpointerType(enum.Enum):
@@ -31,7 +36,7 @@ class AsyncSaveResponse:
     """When the state has been copied, and when it is saved."""
 
     staging_completion: Future[None]
-    upload_completion: Future[None]
+    upload_completion: Future[Metadata]
 
 
 def async_save(
@@ -48,46 +53,67 @@ def async_save(
 ) -> Future[Metadata] | AsyncSaveResponse:
     """A future of what `save` returns; the state may be changed as soon as it is returned.
 
-    The tensors are copied to the CPU before it returns, or by `async_stager`, whose own future is
-    then part of an AsyncSaveResponse. Failures of the save are the future's. Collective: every
-    rank must call it, and wait for one save before it begins the next.
-
-    Raises NotImplementedError for AsyncCheckpointerType.PROCESS.
+    The tensors are copied to the CPU before it returns, or by `async_stager` (or a storage writer
+    that is one), whose own future is then part of an AsyncSaveResponse. The memory of the copy is
+    kept for the next save: see `staging.release_memory`. Failures, of the copying too, are the
+    future's, on every rank.
+    Collective: every rank must call it, and wait for one save before it begins the next.
     """
-    if async_checkpointer_type is not AsyncCheckpointerType.THREAD:
-        raise NotImplementedError(
-            "async_save runs in a thread only: AsyncCheckpointerType.PROCESS is not built yet"
-        )
-    plain = plain_state(state_dict)
-    own_stager: Any = storage_writer
-    if async_stager is None and isinstance(own_stager, AsyncStager):
-        async_stager = own_stager
-    staged: Any = copied(plain) if async_stager is None else async_stager.stage(plain)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
-
     no_dist = alone(no_dist, "save")
     writer = writer_for(storage_writer, checkpoint_id)
+    in_process = async_checkpointer_type is AsyncCheckpointerType.PROCESS
+    stager = async_stager or _own_stager(storage_writer)
+    copied: Any = None
+    failure: Exception | None = None
+    try:
+        plain = plain_state(state_dict)
+        if stager is None:
+            copied = staged(plain, KEPT_SHARED if in_process else KEPT)
+        else:
+            copied = stager.stage(plain)
+    except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it
+        failure = error
+    later = copied if isinstance(copied, Future) else None
 
-    def upload() -> Metadata:
-        return Save(
-            lambda: staged.result() if isinstance(staged, Future) else staged,
-            writer,
-            planner,
-            process_group,
-            no_dist,
-            use_collectives=use_collectives,
-        ).run()
+    def state() -> dict[str, Any]:
+        if failure is not None:
+            raise failure
+        made: dict[str, Any] = copied if later is None else later.result()
+        return made
 
-    uploading: Future[Any] = pool.submit(upload)
-    # The thread ends with its only job.
-    pool.shutdown(wait=False)
-    if not isinstance(staged, Future):
-        if async_stager is not None and async_stager.should_synchronize_after_execute:
-            async_stager.synchronize_staging()
+    upload = save_in_process if in_process else _save_in_thread
+    uploading = upload(state, writer, planner, process_group, no_dist, use_collectives)
+    if later is None:
+        if stager is not None and failure is None and stager.should_synchronize_after_execute:
+            stager.synchronize_staging()
         return uploading
     staging: Future[None] = Future()
-    staged.add_done_callback(lambda done: _follow(done, staging))
+    later.add_done_callback(lambda done: _follow(done, staging))
     return AsyncSaveResponse(staging, uploading)
+
+
+def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
+    """The writer, where it says how to stage."""
+    own: Any = writer
+    if isinstance(own, BlockingAsyncStager) and type(own).stage is BlockingAsyncStager.stage:
+        return own if own.cache_staged_state_dict else None
+    return own if isinstance(own, AsyncStager) else None
+
+
+def _save_in_thread(
+    state: Staged,
+    writer: StorageWriter,
+    planner: SavePlanner | None,
+    process_group: dist.ProcessGroup | None,
+    no_dist: bool,
+    use_collectives: bool,
+) -> Future[Metadata]:
+    save = Save(state, writer, planner, process_group, no_dist, use_collectives=use_collectives)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
+    uploading = pool.submit(save.run)
+    # The thread ends with its only job.
+    pool.shutdown(wait=False)
+    return uploading
 
 
 def _follow(done: Future[Any], follower: Future[None]) -> None:

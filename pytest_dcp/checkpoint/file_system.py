@@ -68,8 +68,17 @@ class FileSystem(FileSystemBase):
 
 
 def disk_of(fs: FileSystemBase) -> Disk:
-    """How the engine reaches this file system: by descriptors where it is the local one."""
-    return LocalDisk() if type(fs) is FileSystem else StreamDisk(fs)
+    """How the engine reaches this file system: by descriptors where it is the local one.
+
+    A class that knows a better way than its streams has it as `disk`; a wrapper around one must not
+    be gone around.
+    """
+    if type(fs) is FileSystem:
+        return LocalDisk()
+    if hasattr(type(fs), "disk"):
+        own: Disk = cast(Any, fs).disk
+        return own
+    return StreamDisk(fs)
 
 
 def save_of(meta: StorageMeta | None) -> str | None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import PurePath
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,7 +28,13 @@ def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWrite
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
-    return FileSystemWriter(_local(checkpoint_id, "storage_writer"))
+    given = _given(checkpoint_id, "storage_writer")
+    if not _is_url(given):
+        return FileSystemWriter(given)
+    from pytest_dcp.checkpoint.fsspec_storage import FsspecWriter
+
+    _check_protocol(given, FsspecWriter, "storage_writer")
+    return FsspecWriter(given)
 
 
 def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
@@ -36,20 +43,35 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
-    return FileSystemReader(_local(checkpoint_id, "storage_reader"), **options)
+    given = _given(checkpoint_id, "storage_reader")
+    if not _is_url(given):
+        return FileSystemReader(given, **options)
+    from pytest_dcp.checkpoint.fsspec_storage import FsspecReader
+
+    _check_protocol(given, FsspecReader, "storage_reader")
+    return FsspecReader(given, **options)
 
 
-def _local(checkpoint_id: Id, argument: str) -> str | os.PathLike[str]:
+def _given(checkpoint_id: Id, argument: str) -> str | os.PathLike[str]:
     if not checkpoint_id:
         raise RuntimeError(
             f"`checkpoint_id` must be specified if {argument} is None: say which folder"
         )
-    if "://" in str(checkpoint_id):
-        raise RuntimeError(
-            f"Cannot detect which storage {str(checkpoint_id)!r} is: it is no local path. "
-            f"Please specify the {argument}."
-        )
     return checkpoint_id
+
+
+def _is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
+    return not isinstance(checkpoint_id, PurePath) and "://" in os.fspath(checkpoint_id)
+
+
+def _check_protocol(
+    url: str | os.PathLike[str], kind: type[StorageReader] | type[StorageWriter], argument: str
+) -> None:
+    if not kind.validate_checkpoint_id(url):
+        raise RuntimeError(
+            f"Cannot detect which storage {os.fspath(url)!r} is: it is no local path, and fsspec "
+            f"does not know its protocol. Please specify the {argument}."
+        )
 
 
 def is_stateful(value: Any) -> bool:

@@ -33,6 +33,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import bench_worlds
+import engine_async
 import engine_cases
 import engine_moves
 import engine_peers
@@ -148,9 +149,8 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> Answer:
             for method in case.methods
         }
         return {"ms": {}, "notes": engine_moves.memory_notes(found)}
-    move = partial(
-        engine_moves.run, case, folder=folder, rounds=rounds, quick=quick, profile=profile
-    )
+    runs = engine_async.run if case.kind == "async" else engine_moves.run
+    move = partial(runs, case, folder=folder, rounds=rounds, quick=quick, profile=profile)
     return run_world(move, case.ranks)  # type: ignore[no-any-return] # from JSON
 
 

@@ -13,14 +13,16 @@ OURS = "ours"
 TORCH = "torch"
 FOREIGN = "ours, torch's checkpoint"
 """Our load of the checkpoint that torch wrote: it has no checksums."""
+OURS_IN_PROCESS = "ours, in a process"
+"""Our async_save with AsyncCheckpointerType.PROCESS."""
 RAW = "raw"
-"""pread into, or write from, the same memory."""
+"""pread into, write from, or copy from, the same memory."""
 ONE_RANK = "torch.save"
 """torch.save, or torch.load(mmap=True) and a copy, of the whole state on one rank."""
 PACKAGE = "torch_checkpointing"
 """The package of that name: synchronous saves, never synced, and loads of the same layout."""
 FULL, AUTO, OFF = "verify=full", "verify=auto", "verify=off"
-OUR_OWN = (OURS, RAW, FULL, AUTO, OFF)
+OUR_OWN = (OURS, OURS_IN_PROCESS, RAW, FULL, AUTO, OFF)
 """What needs no peer."""
 
 READ_RATIO = "bytes read / needed"
@@ -47,7 +49,7 @@ class Case:
 
     name: str
     kind: str
-    """load, verify, save, load memory, save memory, plan or index: which function runs it."""
+    """load, verify, save, async, load memory, save memory, plan or index: what function runs it."""
     goals: tuple[Goal, ...]
     methods: tuple[str, ...] = (OURS, TORCH)
     place: str = DISK
@@ -145,6 +147,19 @@ def _saves() -> list[Case]:
     ]
 
 
+def _async() -> list[Case]:
+    methods = (OURS, OURS_IN_PROCESS, TORCH, RAW)
+    goals = (
+        _faster(None),
+        Goal(None, under=OURS_IN_PROCESS),
+        Goal(None, over=OURS, under=RAW, at_most=True),
+    )
+    return [
+        Case("async_save, waiting", "async", goals, methods, sync=False),
+        Case("async_save, waiting, small 8 kB", "async", goals, methods, state="tiny", saved=MIXED),
+    ]
+
+
 def _memory() -> list[Case]:
     goals = (LITTLE_MEMORY,)
     return [
@@ -173,4 +188,4 @@ def _metadata() -> list[Case]:
 def cases() -> list[Case]:
     """Every case, in the order in which they run: those that read the same checkpoint together."""
     placed = [case for place in PLACES for case in (*_loads(place), *_checks(place))]
-    return [*placed, *_saves(), *_memory(), *_metadata()]
+    return [*placed, *_saves(), *_async(), *_memory(), *_metadata()]

@@ -11,6 +11,9 @@ they are written. Once every rank's files are whole and synced:
 
 A reader finds the old checkpoint or the new one, whole, at every instant up to 5, and the new one
 after it. Where a save dies, the next one's step 5 cleans up.
+
+An object store has no rename, but puts a file whole or not at all: there 2 and 3 are one put of the
+metadata. It may also list what was there a while ago: what is committed is asked for by its name.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ def publish(
 
     Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
     """
-    temporary = f"{name}-{save}{TEMPORARY}"
+    temporary = f"{name}-{save}{TEMPORARY}" if disk.renames else name
     if sync:
         disk.sync_folder(folder)
     try:
@@ -57,8 +60,11 @@ def publish(
             out.write(content)
             if sync:
                 out.sync()
-        disk.replace(folder, temporary, name)
+        if disk.renames:
+            disk.replace(folder, temporary, name)
     except BaseException as error:
+        if not disk.renames:
+            raise
         # A failed save leaves nothing behind that it can remove.
         try:
             disk.remove(folder, temporary)
@@ -102,11 +108,21 @@ def _remove(
 ) -> list[str]:
     """Remove the stale files that no metadata that counts names; their names."""
     present = disk.names(folder)
-    keep = {file for name in present if counts(name) for file in _named(named, name)}
+    asked = {METADATA, *filter(counts, present)}
+    keep = _all_named(named, asked)
     stale = [name for name in present if name not in keep and is_stale(name)]
-    for name in stale:
+    # The metadata that names one of these may be there without being listed.
+    keep |= _all_named(named, set(filter(counts, map(_metadata_of, stale))) - asked)
+    removed = [name for name in stale if name not in keep]
+    for name in removed:
         disk.remove(folder, name)
-    return stale
+    return removed
+
+
+def _metadata_of(name: str) -> str:
+    """The metadata that would name this file if its rank had saved on its own."""
+    data = OURS.fullmatch(name)
+    return METADATA if data is None else metadata_name(int(data["rank"]))
 
 
 def _is_metadata(name: str) -> bool:
@@ -127,9 +143,14 @@ def _is_stale(name: str, rank: int | None) -> bool:
     return own is not None and own["rank"] == str(rank)
 
 
-def _named(named: Callable[[str], Iterable[str]], name: str) -> set[str]:
-    try:
-        return set(named(name))
-    except CheckpointCorruptError as error:
-        # What it names cannot be known: nothing may be removed.
-        raise error.at(file=name) from error
+def _all_named(named: Callable[[str], Iterable[str]], metadata: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for name in metadata:
+        try:
+            found.update(named(name))
+        except FileNotFoundError:
+            continue
+        except CheckpointCorruptError as error:
+            # What it names cannot be known: nothing may be removed.
+            raise error.at(file=name) from error
+    return found

@@ -1,76 +1,236 @@
-"""A state dict -> a copy of it on the CPU, so that training can go on while it is saved."""
+"""A state dict -> a copy of it on the CPU, so that training can go on while it is saved.
+
+The tensors' values enter in whatever layout and on whatever device they are; they leave row-major,
+one behind the other in the memory of an arena. What a tensor views is copied, not its storage.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
+from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp.checkpoint.plan.shards import local_tensor
+from pytest_dcp.checkpoint.plan.collector import collector_paused
+from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
+from pytest_dcp.checkpoint.store.arena import Pool, needed_bytes
+
+State = dict[str, Any]
+
+KEPT = Pool(shared=False)
+KEPT_SHARED = Pool(shared=True)
+"""Where `async_save` stages when it is given no stager; shared for a save in a process."""
 
 
-class Staging:
-    """A writer's own stager, as torch's `AsyncStager` has it: blocks until the copy is made."""
+def release_memory() -> None:
+    """Give back what is kept for the next `async_save`; memory in use is kept when it is free."""
+    KEPT.clear()
+    KEPT_SHARED.clear()
 
-    def __init__(self, cache_staged_state_dict: bool = False) -> None:
-        """cache_staged_state_dict: copy into the memory of the last time where it fits."""
+
+class BlockingAsyncStager(AsyncStager):
+    """Copies the state dict to the CPU and returns when that is done."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
+        """cache_staged_state_dict: keep the memory for the next copy, once nobody holds this one.
+
+        type_check: refuse values that are neither tensors nor of Python's plain types.
+        """
         self.cache_staged_state_dict = cache_staged_state_dict
-        self._staged: dict[str, Any] | None = None
+        self.type_check = type_check
+        self._pool = Pool(shared=False)
 
-    @property
-    def should_synchronize_after_execute(self) -> bool:
-        """Whether somebody must wait: no, `stage` did."""
-        return False
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def stage(self, state_dict: State) -> State:
         """A copy of the state dict on the CPU."""
-        staged: dict[str, Any] = copied(state_dict, self._staged)
-        if self.cache_staged_state_dict:
-            self._staged = staged
-        return staged
+        if self.type_check:
+            _check_types(state_dict, "")
+        pool = self._pool if self.cache_staged_state_dict else Pool(shared=False)
+        return staged(state_dict, pool)
 
     def synchronize_staging(self) -> None:
         """Nothing: the copy is made when `stage` returns."""
 
     def close(self) -> None:
         """Let go of the kept memory."""
-        self._staged = None
+        self._pool.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pool = Pool(shared=False)
 
 
-def copied(value: Any, into: Any = None) -> Any:
-    """The value with every tensor copied to CPU memory of its own: what it views, not its storage.
+class DefaultStager(AsyncStager):
+    """Copies the state dict to memory of its own, which it keeps for the next copy.
 
-    into: an earlier copy of the same value, whose tensors are used again where they fit.
+    What the options say of GPUs does nothing where there is none.
     """
+
+    def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - as torch's
+        """use_pinned_memory: copy from a GPU into pages that are locked for it.
+
+        use_shared_memory: copy to where a background process finds it without another copy.
+        use_async_staging: copy in a thread; the state must stay as it is until the future is done.
+        use_non_blocking_copy: queue all copies from a GPU, and wait once.
+        """
+        self._config = config
+        self._pool = Pool(shared=config.use_shared_memory)
+        self._thread: ThreadPoolExecutor | None = None
+        if config.use_async_staging:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
+        self._under_way: Future[State] | None = None
+
+    def stage(self, state_dict: State, **kwargs: Any) -> State | Future[State]:
+        """A copy of the state dict on the CPU, or its future with `use_async_staging`."""
+        if self._thread is None:
+            return self._stage(state_dict, None)
+        # What the GPU was told to compute before now has to be done before it is copied.
+        before = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
+        self._under_way = self._thread.submit(self._stage, state_dict, before)
+        return self._under_way
+
+    def synchronize_staging(self) -> None:
+        """Return when the last copy is made."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def close(self) -> None:
+        """Wait for the copy under way, and let go of the memory."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        self._pool.close()
+
+    def _stage(self, state_dict: State, before: torch.Stream | None) -> State:
+        config = self._config
+        with ExitStack() as stack:
+            if before is not None:
+                stream = torch.Stream(before.device)
+                stream.wait_stream(before)
+                stack.enter_context(stream)
+            return staged(
+                state_dict,
+                self._pool,
+                pin=config.use_pinned_memory,
+                blocking=not config.use_non_blocking_copy,
+            )
+
+
+def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = False) -> State:
+    """A copy of the state dict, its tensors in memory of the pool.
+
+    pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
+    Raises PlanError for a tensor that has no memory for its values.
+    """
+    sources = [require_memory(name, tensor) for name, tensor in _named(state_dict, "")]
+    on_gpu = {tensor.device for tensor in sources if tensor.is_cuda}
+    with torch.no_grad(), collector_paused():
+        arena = pool.lease(needed_bytes(sources))
+        if on_gpu and pin:
+            arena.memory.pin()
+        queued = bool(on_gpu) and arena.memory.pinned and not blocking
+        rooms = arena.rooms(sources)
+        for room, source in zip(rooms, sources, strict=True):
+            room.copy_(source, non_blocking=queued)
+        copied: State = _copied(state_dict, iter(rooms))
+    for device in on_gpu if queued else ():
+        torch.cuda.current_stream(device).synchronize()
+    return copied
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is no more than its values."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and not tensor.is_quantized and not tensor.is_meta
+
+
+def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
+    """The tensors of a state that are no more than their values; these go to the arena."""
+    return (tensor for _, tensor in _named(state_dict, ""))
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state that go to the arena, in the order in which `_copied` meets them."""
     if isinstance(value, DTensor):
-        room = local_tensor(into) if isinstance(into, DTensor) else None
-        local = copied(local_tensor(value), room)
-        return DTensor.from_local(
-            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-        )
+        yield from _named(local_tensor(value), name)
+    elif isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            yield from _named(shard.tensor, name)
+    elif isinstance(value, torch.Tensor):
+        if _fits(value):
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _named(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for n, inner in enumerate(value):
+            yield from _named(inner, f"{name}.{n}")
+
+
+def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
+    """The value with the next room in the place of each tensor, and copies of all else."""
+    if isinstance(value, DTensor):
+        local = _copied(local_tensor(value), rooms)
+        return dtensor(local, value._spec)
+    if isinstance(value, ShardedTensor):
+        shards = [
+            Shard(_copied(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
+        ]
+        return sharded(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
-        if _fits(into, value):
-            return into.copy_(value.detach())
-        return value.detach().to("cpu", copy=True)
+        return next(rooms) if _fits(value) else value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        rooms = into if isinstance(into, Mapping) else {}
-        return {key: copied(inner, rooms.get(key)) for key, inner in value.items()}
-    if isinstance(value, list):
-        fits = isinstance(into, list) and len(into) == len(value)
-        return [copied(inner, into[n] if fits else None) for n, inner in enumerate(value)]
-    if isinstance(value, tuple):
-        parts = [copied(inner) for inner in value]
+        return {key: _copied(inner, rooms) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [_copied(inner, rooms) for inner in value]
+        if isinstance(value, list):
+            return parts
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return copy.deepcopy(value)
 
 
-def _fits(into: Any, value: torch.Tensor) -> bool:
-    return (
-        isinstance(into, torch.Tensor)
-        and into.dtype == value.dtype
-        and into.shape == value.shape
-        and into.device.type == "cpu"
+def _anywhere(metadata: ShardMetadata) -> ShardMetadata:
+    """The same part of a tensor, wherever it is: a Shard refuses to be elsewhere than it says."""
+    return ShardMetadata(metadata.shard_offsets, metadata.shard_sizes, placement=None)
+
+
+def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
+    """A DTensor of this part, wherever that is: `from_local` would move it to the mesh's device."""
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def sharded(shards: list[Shard], metadata: Any, spec: Any) -> ShardedTensor:
+    """A ShardedTensor of these shards that needs no process group: it can be saved, no more."""
+    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
+        shards, metadata, sharding_spec=spec
     )
+    tensor: ShardedTensor = made
+    return tensor
+
+
+PLAIN_VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None))
+
+
+def _check_types(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_types(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple | set):
+        for n, inner in enumerate(value):
+            _check_types(inner, f"{name}.{n}")
+    elif not isinstance(value, PLAIN_VALUES):
+        raise ValueError(  # noqa: TRY004 - what torch's stager raises
+            f"{name.lstrip('.')!r} is a {type(value).__name__}: with type_check=True a state dict "
+            "holds tensors and values of Python's plain types only"
+        )

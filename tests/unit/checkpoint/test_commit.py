@@ -1,11 +1,17 @@
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp.checkpoint.store.commit import data_name, metadata_name, publish, sweep
+from pytest_dcp.checkpoint.store.commit import (
+    data_name,
+    metadata_name,
+    publish,
+    remove_unnamed,
+    sweep,
+)
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 SAVE = "0123456789ab"
@@ -13,6 +19,8 @@ SAVE = "0123456789ab"
 
 class FakeDisk:
     """Files in a dict; records each operation, and fails before or after the one it is told."""
+
+    renames = True
 
     def __init__(self, files: dict[str, bytes] | None = None, fail_at: int = -1) -> None:
         self.files = dict(files or {})
@@ -123,11 +131,33 @@ EVERYTHING = [".metadata", *OTHERS, *DATA, *RANKED, *LEFT]
 files = st.lists(st.sampled_from(EVERYTHING), unique=True)
 
 
+class LaggingDisk(FakeDisk):
+    """Lists only a part of what is there."""
+
+    def __init__(self, files: dict[str, bytes], listed: list[str]) -> None:
+        super().__init__(files)
+        self.listed = listed
+
+    def names(self, folder):
+        return sorted(self.listed)
+
+
+def naming(disk: FakeDisk, kept: list[str]):
+    """What every metadata that is there names."""
+
+    def named(name: str) -> list[str]:
+        if name not in disk.files:
+            raise FileNotFoundError(name)
+        return kept
+
+    return named
+
+
 @given(files, st.lists(st.sampled_from(DATA), unique=True))
 @fewer(2)
 def test_a_whole_commit_removes_every_file_of_another_save_and_nothing_else(present, kept):
     disk = FakeDisk(dict.fromkeys(present, b""))
-    removed = sweep(disk, "folder", lambda name: kept, rank=None)
+    removed = sweep(disk, "folder", naming(disk, kept), rank=None)
     ours = set(kept) if ".metadata" in present else set()
     expected = {n for n in present if n in (*DATA, *RANKED, *LEFT)} - ours
     assert set(removed) == expected
@@ -138,19 +168,58 @@ def test_a_whole_commit_removes_every_file_of_another_save_and_nothing_else(pres
 @fewer(2)
 def test_a_ranks_own_commit_removes_its_own_old_data_alone(present, kept, rank):
     disk = FakeDisk(dict.fromkeys(present, b""))
-    own = metadata_name(rank)
-    asked: list[str] = []
-
-    def named(name: str) -> list[str]:
-        asked.append(name)
-        return kept
-
-    sweep(disk, "folder", named, rank=rank)
-    assert set(asked) == {".metadata", own} & set(present)
-    safe = set(kept) if asked else set()
+    sweep(disk, "folder", naming(disk, kept), rank=rank)
+    safe = set(kept) if {".metadata", metadata_name(rank)} & set(present) else set()
     gone = {n for n in present if n in DATA and n.startswith(f"__{rank}_")} - safe
     left_over = {n for n in present if n in LEFT}
     assert set(present) - set(disk.files) - left_over == gone
+
+
+@given(files, files, st.lists(st.sampled_from(DATA), unique=True), st.sampled_from([None, 0, 1]))
+@example([".metadata", "__0_0.distcp"], ["__0_0.distcp"], ["__0_0.distcp"], None)
+@example(["__0.metadata", "__0_0.distcp"], ["__0_0.distcp"], ["__0_0.distcp"], 0)
+@fewer(2)
+def test_an_old_listing_never_costs_a_file_that_is_named(present, listed, kept, rank):
+    disk = LaggingDisk(dict.fromkeys(present, b""), listed)
+    sweep(disk, "folder", naming(disk, kept), rank=rank)
+    committed = {".metadata", metadata_name(rank)} & set(present)
+    assert committed <= set(disk.files)
+    assert not committed or set(kept) & set(present) <= set(disk.files)
+    disk = LaggingDisk(dict.fromkeys(present, b""), listed)
+    # Each rank's metadata names its own files only.
+    remove_unnamed(
+        disk, "folder", lambda name: [n for n in naming(disk, kept)(name) if own(name, n)]
+    )
+    for name in set(present) & {".metadata", *RANKED}:
+        assert {n for n in kept if own(name, n)} & set(present) <= set(disk.files)
+
+
+def own(metadata: str, data: str) -> bool:
+    """Whether a metadata file may name a data file."""
+    return metadata == ".metadata" or data.startswith(metadata.removesuffix(".metadata") + "_")
+
+
+def test_a_store_without_a_rename_commits_by_one_put():
+    disk = FakeDisk({".metadata": b"old"})
+    disk.renames = False
+    publish(disk, "folder", ".metadata", [b"ne", b"w"], SAVE, sync=True)
+    assert disk.done == [
+        ("sync_folder",),
+        ("create", ".metadata"),
+        ("write", ".metadata"),
+        ("sync", ".metadata"),
+        ("close", ".metadata"),
+        ("sync_folder",),
+    ]
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_put_that_fails_removes_nothing(step):
+    disk = FakeDisk({".metadata": b"old"}, fail_at=step)
+    disk.renames = False
+    with pytest.raises(OSError, match="No space left"):
+        publish(disk, "folder", ".metadata", [b"new"], SAVE, sync=True)
+    assert "remove" not in {what for what, *_ in disk.done}
 
 
 def test_a_ranks_own_commit_removes_what_its_dead_saves_left():

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from pytest_dcp.checkpoint.state_dict_saver import AsyncSaveResponse
 from pytest_dcp.errors import CheckpointExistsError
 
 pytestmark = pytest.mark.world_size(2, isolation="module")
@@ -338,14 +338,6 @@ class TestInTheBackground:
             stager.future.set_result({"v": 1})
         error = started.upload_completion.exception(WAIT_S)
         assert "no room to stage" in str(error)
-
-    def test_a_save_in_a_process_is_refused_in_words(self, checkpoint_dir: Path) -> None:
-        with pytest.raises(NotImplementedError, match="PROCESS is not built yet"):
-            dcp.async_save(
-                {"v": 1},
-                checkpoint_id=checkpoint_dir,
-                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-            )
 
 
 class TestOneOverAnother:

@@ -1,0 +1,21 @@
+"""Copying a state before it is saved: public names of `torch.distributed.checkpoint.staging`.
+
+Beyond torch: memory is kept from one copy to the next but never while somebody holds a tensor in
+it, and `release_memory` gives back what `async_save` itself keeps.
+"""
+
+from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
+
+from pytest_dcp.checkpoint.store.staging import (
+    BlockingAsyncStager,
+    DefaultStager,
+    release_memory,
+)
+
+__all__ = [
+    "AsyncStager",
+    "BlockingAsyncStager",
+    "DefaultStager",
+    "StagingOptions",
+    "release_memory",
+]

@@ -1,0 +1,178 @@
+"""Memory that a whole state is staged in: one stretch, used again from one save to the next.
+
+Fresh memory costs many times what the copy into it costs, since the kernel has to find and clear
+every page. So a `Pool` keeps the memory of the last states, at most `IDLE` stretches, and leases it
+for the next. A stretch comes back by itself when the last tensor in it is gone: whoever holds one
+(a planner, a storage that is still sending, the user) is never written over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger("pytest_dcp.checkpoint")
+
+IDLE = 2
+"""Stretches that a pool keeps for later: one for each of two states that are saved in turn."""
+SPARE = 2
+"""A stretch serves a state of at least this part of its size: one that has shrunk lets go of it."""
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every GPU of this process (driver_types.h)."""
+ALIGNMENT = 64
+"""Bytes: every dtype fits, and copies start at a line of the processor's cache."""
+
+
+class Memory:
+    """A stretch of pages: private to this process, or with a descriptor to share it by."""
+
+    def __init__(self, nbytes: int, *, shared: bool) -> None:
+        self.nbytes = max(nbytes, mmap.PAGESIZE)
+        self.fd = -1
+        self.pinned = False
+        if shared:
+            self.fd = os.memfd_create("pytest_dcp-staging", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, self.nbytes)
+            self.pages = mmap.mmap(self.fd, self.nbytes)
+        else:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self.pages = mmap.mmap(-1, self.nbytes, flags=flags)
+        self.address: int = np.frombuffer(self.pages, dtype=np.uint8).ctypes.data
+
+    def pin(self) -> None:
+        """Lock the pages for copies from a GPU that nobody waits for, where CUDA can do that."""
+        if not self.pinned:
+            self.pinned = _cuda("cudaHostRegister", self.address, self.nbytes, PORTABLE)
+
+    def __del__(self) -> None:
+        if getattr(self, "pinned", False):
+            _cuda("cudaHostUnregister", self.address)
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)
+
+
+class Arena:
+    """A lease of memory, for the tensors of one state."""
+
+    def __init__(self, memory: Memory, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        self.memory = memory
+        self._bytes = torch.from_numpy(array)
+
+    def rooms(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of these dtypes and shapes, row-major, with whatever values were there.
+
+        Those of one dtype lie together, so that one call cuts them all.
+        """
+        rooms = list(like)
+        end = 0
+        for dtype, rows in _by_dtype(like).items():
+            sizes = [like[row].numel() for row in rows]
+            start, end = end, end + _aligned(sum(sizes) * dtype.itemsize)
+            flat = viewed(self._bytes, start, dtype, (sum(sizes),))
+            for row, part in zip(rows, torch.split(flat, sizes), strict=True):
+                rooms[row] = part if like[row].dim() == 1 else part.view(like[row].shape)
+        return rooms
+
+
+def needed_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """What an arena for these tensors must have."""
+    return sum(
+        _aligned(sum(tensors[row].numel() for row in rows) * dtype.itemsize)
+        for dtype, rows in _by_dtype(tensors).items()
+    )
+
+
+def _by_dtype(tensors: Sequence[torch.Tensor]) -> dict[torch.dtype, list[int]]:
+    found: dict[torch.dtype, list[int]] = {}
+    for row, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(row)
+    return found
+
+
+class Pool:
+    """Memory of earlier states, for later ones. Safe to use from several threads."""
+
+    def __init__(self, *, shared: bool) -> None:
+        """shared: other processes can map the memory, through its descriptor."""
+        self.shared = shared
+        self.idle: list[Memory] = []
+        """The one that came back last is last."""
+        # Memory may come back in any thread at any allocation, also in here.
+        self._lock = threading.RLock()
+        self._open = True
+
+    def lease(self, nbytes: int) -> Arena:
+        """Memory for so many bytes."""
+        memory = self._fitting(nbytes) or Memory(nbytes, shared=self.shared)
+        array = np.frombuffer(memory.pages, dtype=np.uint8)
+        # Tensors keep the array alive, which is how its end tells of theirs.
+        weakref.finalize(array, self._take_back, memory).atexit = False
+        if self.shared:
+            _shared[memory.address] = memory
+        return Arena(memory, array)
+
+    def clear(self) -> None:
+        """Let go of all memory that no tensor is in."""
+        with self._lock:
+            self.idle = []
+
+    def close(self) -> None:
+        """Let go of all memory, of that which is in use as soon as it is not."""
+        self._open = False
+        self.clear()
+
+    def _fitting(self, nbytes: int) -> Memory | None:
+        with self._lock:
+            for memory in reversed(self.idle):
+                if nbytes <= memory.nbytes <= max(SPARE * nbytes, mmap.PAGESIZE):
+                    self.idle.remove(memory)
+                    return memory
+            del self.idle[: len(self.idle) + 1 - IDLE]
+            return None
+
+    def _take_back(self, memory: Memory) -> None:
+        with self._lock:
+            if self._open:
+                self.idle.append(memory)
+                del self.idle[:-IDLE]
+
+
+_shared: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+"""By address."""
+
+
+def shared_memory_of(tensor: torch.Tensor) -> Memory | None:
+    """The shared memory that the tensor was placed in, if it was."""
+    return _shared.get(tensor.untyped_storage().data_ptr())
+
+
+def viewed(
+    flat: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """The bytes from `start` on as a row-major tensor."""
+    end = start + torch.Size(shape).numel() * dtype.itemsize
+    return flat[start:end].view(dtype).view(shape)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _cuda(call: str, *args: int) -> bool:
+    """Whether a call of the CUDA runtime succeeded. Without it copies are only slower."""
+    with contextlib.suppress(Exception):  # a driver that is gone, at the end of the process
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
+        code = int(getattr(runtime, call)(*args))
+        if code == 0:
+            return True
+        logger.debug("%s gave %d: staging memory is not pinned", call, code)
+    return False
