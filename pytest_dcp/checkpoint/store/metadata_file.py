@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.store import manifest
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.checks import check_catalog
@@ -148,14 +149,18 @@ def _checked_pickle(view: memoryview, trailer: _Trailer) -> Metadata:
 
 
 def _decode_torchs(view: memoryview) -> Catalog:
-    metadata = read_metadata(view)
-    _check_dimensions(metadata)
-    try:
-        catalog = Catalog.of(metadata)
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise CheckpointCorruptError(
-            f"expected chunks and places that fit together in torch's metadata, got {error!r:.200}"
-        ) from error
+    with collector_paused():
+        metadata = read_metadata(view)
+        _check_dimensions(metadata)
+        try:
+            catalog = Catalog.of(metadata)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise CheckpointCorruptError(
+                f"expected chunks and places that fit together in torch's metadata, got "
+                f"{error!r:.200}"
+            ) from error
+        # Its objects end here, a million of them, before the collector looks again.
+        del metadata
     check_catalog(catalog)
     return catalog
 

@@ -16,6 +16,7 @@ entries may be shared, so change no object in place.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from pytest_dcp.checkpoint.store.unpickle_classes import METADATA, check_metadata
+from pytest_dcp.checkpoint.store.unpickle_classes import METADATA, STEPWISE, check_metadata
 from pytest_dcp.checkpoint.store.unpickle_machine import (
     Callee,
     Machine,
@@ -92,7 +93,11 @@ def read_metadata(data: bytes | memoryview) -> Metadata:
     Raises:
         CheckpointCorruptError: the pickle, or a field, is not what it should be; names the field.
     """
-    return check_metadata(run(data, METADATA))
+    # Outside of a handler, which would keep alive what the first try has made.
+    with contextlib.suppress(CheckpointCorruptError):
+        return check_metadata(run(data, METADATA))
+    # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
+    return check_metadata(run(data, STEPWISE))
 
 
 def read_value(data: bytes | memoryview) -> object:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from pytest_dcp.checkpoint.store.unpickle_machine import (
     Vocabulary,
     brief,
 )
+from pytest_dcp.checkpoint.store.unpickle_records import chunks, entries
 from pytest_dcp.checkpoint.store.unpickle_values import (
     PLAIN,
     brief_all,
@@ -180,8 +182,18 @@ def _globals() -> Iterator[tuple[tuple[str, str], object]]:
             yield (module, name), Callee(f"pathlib.{name}", _path_maker(path))
 
 
+def _with_records() -> Iterator[tuple[tuple[str, str], object]]:
+    for key, value in STEPWISE.globals.items():
+        records = _RECORDS.get(key)
+        yield key, value if records is None else replace(value, records=records)  # type: ignore[type-var]  # a Callee
+
+
+_RECORDS = {
+    (_METADATA, ChunkStorageMetadata.__name__): chunks,
+    (_METADATA, MetadataIndex.__name__): entries,
+}
 _SET_INDEX = _field_setter(MetadataIndex)
-METADATA = Vocabulary(
+STEPWISE = Vocabulary(
     globals=dict(_globals()),
     build={cls: _field_setter(cls) for cls in _FIELDS}
     | {
@@ -191,6 +203,9 @@ METADATA = Vocabulary(
     },
     keys=frozenset({MetadataIndex}),
 )
+"""Reads a `.metadata` pickle opcode by opcode."""
+METADATA = replace(STEPWISE, globals=dict(_with_records()))
+"""As STEPWISE, but by whole records where it can; see `unpickle_records`."""
 
 
 # ---- once the pickle has ended

@@ -19,6 +19,7 @@ Rules inside, which together keep memory and time proportional to the input:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ _BUDGET_BASE = 4096
 _SET_COST = 8
 _MEMBER_COST = 4
 _FREE_KEY_BYTES = 64
+MOST_LEARNT = 16
+"""Patterns of records that a pickle may need: each costs the making of a regular expression."""
 _TEXT = frozenset({str})
 _KEY_ATOMS = frozenset({str, int, float, bool, type(None), bytes})
 
@@ -60,6 +63,9 @@ class Callee:
     """REDUCE: the result for these arguments; it validates them and charges the machine."""
     new: Callable[[], object] | None = None
     """NEWOBJ without arguments: an instance without fields."""
+    records: Callable[[Machine, list[Any], int], int] | None = None
+    """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
+    pushes what they make; returns where the opcodes go on, the same position if it took none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,10 @@ class Vocabulary:
 class Machine:
     """One run over one pickle: its memo, its budget and what it must remember of containers."""
 
-    __slots__ = ("data", "hashes", "memo", "spare", "strings", "vocabulary")
+    __slots__ = (
+        *("data", "hashes", "known", "memo", "patterns", "spare", "strings", "to_learn"),
+        "vocabulary",
+    )
 
     def __init__(self, data: bytes, vocabulary: Vocabulary) -> None:
         self.data = data
@@ -91,6 +100,12 @@ class Machine:
         self.hashes: dict[int, tuple[Collection[Any], dict[int, int]]] = {}
         """By id: a large container, which it keeps alive, and how many of its keys have each
         hash."""
+        self.patterns: dict[object, re.Pattern[bytes]] = {}
+        """What records look like in this pickle, by their kind."""
+        self.to_learn = MOST_LEARNT
+        """How many more patterns there may be."""
+        self.known: dict[bytes, Any] = {}
+        """By opcodes that make the same wherever they stand, within records: what they make."""
 
     def charge(self, units: int) -> None:
         """Takes `units` of work from the budget.
@@ -170,3 +185,12 @@ def make_set(machine: Machine, kind: type[Any], items: list[Any]) -> Any:
     machine.charge(_SET_COST + _MEMBER_COST * len(items))
     machine.check_keys(items, items)
     return kind(items)
+
+
+def decoded_text(machine: Machine, raw: bytes) -> str:
+    """The string, one object for all that are equal: comparing keys then never reads them."""
+    try:
+        text = str(raw, "utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise CheckpointCorruptError(f"expected a string in UTF-8, got {error.reason}") from None
+    return machine.strings.setdefault(text, text)

@@ -21,6 +21,7 @@ from pytest_dcp.checkpoint.store.unpickle_machine import (
     UnknownGlobalError,
     Vocabulary,
     brief,
+    decoded_text,
     make_set,
 )
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
@@ -65,12 +66,15 @@ def _interpret(machine: Machine) -> Any:
             pos += 1
             if op == _MEMOIZE:
                 memoize(stack[-1])
-            elif op == _LONG_BINGET:
-                push(memo[uint32(data, pos)[0]])
-                pos += 4
-            elif op == _BINGET:
-                push(memo[data[pos]])
-                pos += 1
+            elif op in _GETS:
+                value = memo[data[pos] if op == _BINGET else uint32(data, pos)[0]]
+                pos += 1 if op == _BINGET else 4
+                if type(value) is Callee and value.records is not None:
+                    behind = value.records(machine, stack, start)
+                    if behind != start:
+                        pos = behind
+                        continue
+                push(value)
             elif op == _BININT1:
                 push(data[pos])
                 pos += 1
@@ -138,15 +142,6 @@ def _sized(
     return handle
 
 
-def _text(machine: Machine, raw: bytes) -> str:
-    """The string, one object for all that are equal: comparing keys then never reads them."""
-    try:
-        text = str(raw, "utf-8", "surrogatepass")
-    except UnicodeDecodeError as error:
-        raise CheckpointCorruptError(f"expected a string in UTF-8, got {error.reason}") from None
-    return machine.strings.setdefault(text, text)
-
-
 def _long(_: Machine, raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
@@ -195,6 +190,8 @@ def _put(layout: struct.Struct) -> Callable[[Machine, list[Any], int], int]:
             memo.append(stack[-1])
         elif index < len(memo):
             memo[index] = stack[-1]
+            # What was learnt of the memo need not hold any more.
+            machine.patterns, machine.to_learn = {}, 0
         else:
             raise UntrustedPickleError(
                 f"expected a memo without gaps, got entry {index} after {len(memo)} of them"
@@ -243,7 +240,7 @@ def _global(machine: Machine, stack: list[Any], pos: int) -> int:
             raise CheckpointCorruptError(
                 f"expected a global's name of a line of at most {_NAME_LIMIT} bytes, got no end"
             )
-        names.append(_text(machine, machine.data[pos:end]))
+        names.append(decoded_text(machine, machine.data[pos:end]))
         pos = end + 1
     stack.append(_find(machine, names[0], names[1]))
     return pos
@@ -353,6 +350,7 @@ _UINT8, _UINT16, _UINT32, _UINT64 = (struct.Struct(f) for f in ("<B", "<H", "<I"
 _INT32, _FLOAT64 = struct.Struct("<i"), struct.Struct(">d")
 
 _MEMOIZE, _BINGET, _LONG_BINGET = pickle.MEMOIZE[0], pickle.BINGET[0], pickle.LONG_BINGET[0]
+_GETS = (_BINGET, _LONG_BINGET)
 _MARK, _STOP, _BININT1 = pickle.MARK[0], pickle.STOP[0], pickle.BININT1[0]
 _TUPLE1, _TUPLE2, _EMPTY_TUPLE = pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.EMPTY_TUPLE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
@@ -368,9 +366,9 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], int], int]] = {
     pickle.BINFLOAT: _scalar(_FLOAT64),
     pickle.LONG1: _sized(_UINT8, _long),
     pickle.LONG4: _sized(_INT32, _long),
-    pickle.SHORT_BINUNICODE: _sized(_UINT8, _text),
-    pickle.BINUNICODE: _sized(_UINT32, _text),
-    pickle.BINUNICODE8: _sized(_UINT64, _text),
+    pickle.SHORT_BINUNICODE: _sized(_UINT8, decoded_text),
+    pickle.BINUNICODE: _sized(_UINT32, decoded_text),
+    pickle.BINUNICODE8: _sized(_UINT64, decoded_text),
     pickle.SHORT_BINBYTES: _sized(_UINT8, lambda _, raw: raw),
     pickle.BINBYTES: _sized(_UINT32, lambda _, raw: raw),
     pickle.BINBYTES8: _sized(_UINT64, lambda _, raw: raw),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as LegacyProperties
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -42,6 +42,7 @@ from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 READERS: tuple[Callable[[bytes], object], ...] = (read_metadata, read_tensor_pickle, read_value)
 PROTOCOLS = (2, 3, 4, 5)
+IS_NIGHTLY = settings().max_examples >= 10_000
 
 
 def metadata_of(tensors: int = 3, chunks: int = 2, properties: Any = TensorProperties) -> Metadata:
@@ -472,7 +473,7 @@ def test_refuses_tensors_whose_facts_do_not_fit(old: bytes, new: bytes, expected
 # ---- hostile and damaged bytes
 
 KIB = 1024
-SIZE = 128 * KIB
+SIZE = 48 * KIB
 
 
 def repeated(head: bytes, body: bytes, tail: bytes = b".") -> bytes:
@@ -566,18 +567,21 @@ HOSTILE = {
 }
 
 
-def cost(read: Callable[[bytes], object], data: bytes) -> tuple[int, float]:
-    """Peak bytes and seconds that reading takes, whatever comes of it."""
+def seconds(read: Callable[[bytes], object], data: bytes) -> float:
+    """What reading takes of the processor, whatever comes of it."""
     began = time.process_time()
     survives(read, data)
-    took = time.process_time() - began
+    return time.process_time() - began
+
+
+def peak_bytes(read: Callable[[bytes], object], data: bytes) -> int:
+    """What reading takes of the memory, whatever comes of it. It takes ten times as long."""
     tracemalloc.start()
     try:
         survives(read, data)
-        peak = tracemalloc.get_traced_memory()[1]
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    return peak, took
 
 
 def survives(read: Callable[[bytes], object], data: bytes) -> object:
@@ -592,13 +596,18 @@ def survives(read: Callable[[bytes], object], data: bytes) -> object:
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pickles_cost_no_more_than_their_length(
+def test_hostile_pickles_take_little_time(read: Callable[[bytes], object], name: str) -> None:
+    assert seconds(read, HOSTILE[name]) < 2
+
+
+@pytest.mark.parametrize("read", READERS if IS_NIGHTLY else [read_metadata])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_take_memory_by_their_length(
     read: Callable[[bytes], object], name: str
 ) -> None:
+    """The readers share their machine; that of metadata knows most."""
     data = HOSTILE[name]
-    peak, took = cost(read, data)
-    assert peak < 200 * len(data) + 1024 * KIB
-    assert took < 2
+    assert peak_bytes(read, data) < 200 * len(data) + 1024 * KIB
 
 
 @pytest.mark.parametrize(
@@ -625,13 +634,13 @@ def test_refuses_many_offsets_of_one_hash() -> None:
 
 def test_time_grows_with_the_length_alone() -> None:
     small, large = (pickle.dumps(metadata_of(tensors, 8)) for tensors in (100, 800))
-    took = [min(cost(read_metadata, data)[1] for _ in range(3)) for data in (small, large)]
+    took = [min(seconds(read_metadata, data) for _ in range(3)) for data in (small, large)]
     assert took[1] < 4 * took[0] * len(large) / len(small)
 
 
 def test_metadata_takes_less_than_200_bytes_for_a_byte() -> None:
     data = pickle.dumps(metadata_of(200, 8))
-    assert cost(read_metadata, data)[0] < 200 * len(data)
+    assert peak_bytes(read_metadata, data) < 200 * len(data)
 
 
 def test_the_garbage_collector_is_as_before() -> None:
@@ -655,6 +664,7 @@ SEEDS = (
     data_pkl(torch.nn.Parameter(torch.zeros(3, dtype=torch.float8_e5m2))),
     pickle.dumps({"a": [1, {2.5: (None, b"x")}, {3}], "o": OrderedDict(a=frozenset([4]))}, 4),
     data_pkl({"a": [1, {2.5: (None, b"x")}, {3}], "d": defaultdict(list), "c": 1j}),
+    pickle.dumps(metadata_of(2, 9), 4),
 )
 OPCODES = st.sampled_from([op.code.encode("latin1") for op in pickletools.opcodes])
 NAMES = st.sampled_from(
@@ -717,7 +727,7 @@ def test_what_is_read_is_what_pickle_reads(data: bytes) -> None:
 @given(damaged())
 def test_damaged_pickles_take_little_memory(data: bytes) -> None:
     for read in READERS:
-        assert cost(read, data)[0] < 200 * len(data) + 1024 * KIB
+        assert peak_bytes(read, data) < 200 * len(data) + 1024 * KIB
 
 
 def test_every_truncation_of_a_real_pickle_is_refused() -> None:

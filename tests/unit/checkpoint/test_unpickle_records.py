@@ -1,0 +1,207 @@
+"""Records that are read at a step are what their opcodes would make one by one."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from pytest_dcp.checkpoint.store.unpickle import read_metadata
+from pytest_dcp.checkpoint.store.unpickle_classes import METADATA, STEPWISE
+from pytest_dcp.checkpoint.store.unpickle_machine import MOST_LEARNT, Machine
+from pytest_dcp.checkpoint.store.unpickle_opcodes import _interpret
+from pytest_dcp.checkpoint.store.unpickle_records import LEFT_OUT
+from pytest_dcp.errors import CheckpointCorruptError
+
+NUMBERS = st.sampled_from([0, 1, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**40, 2**62])
+
+
+def text(value: str) -> str:
+    """An equal string that is another object, so that a pickler writes it out again."""
+    return value.encode().decode()
+
+
+def metadata_of(
+    tensors: int,
+    chunks: int,
+    *,
+    dims: int = 2,
+    number: Callable[[int], int] = lambda n: n,
+    own_text: bool = True,
+    own_size: bool = True,
+    descriptors: bool = True,
+    by_rank: bool = True,
+) -> Metadata:
+    """As the coordinator of a torch save has it.
+
+    own_text: names came from other ranks, each an object of its own. own_size: so did offsets.
+    by_rank: the places are in the order of the ranks, not of the tensors.
+    """
+    entries: dict[str, Any] = {}
+    places: list[tuple[int, MetadataIndex, _StorageInfo]] = []
+    for tensor in range(tensors):
+        fqn = f"layers.{tensor}.weight"
+        boxes = [
+            ChunkStorageMetadata(
+                torch.Size([number(rank)] + [0] * (dims - 1) if dims else []),
+                torch.Size([1] + [number(tensor)] * (dims - 1) if dims else []),
+            )
+            for rank in range(chunks)
+        ]
+        size = torch.Size([number(chunks)] * dims)
+        entries[fqn] = TensorStorageMetadata(TensorProperties(torch.bfloat16), size, boxes)
+        for rank, box in enumerate(boxes):
+            offset = torch.Size(list(box.offsets)) if own_size else box.offsets
+            index = MetadataIndex(text(fqn) if own_text else fqn, offset, rank)
+            object.__setattr__(index, "offset", offset)
+            path = f"__{rank}_0.distcp"
+            place = _StorageInfo(text(path) if own_text else path, number(tensor), number(rank))
+            if not descriptors:
+                del place.__dict__["transform_descriptors"]
+            places.append((rank, index, place))
+    if by_rank:
+        places.sort(key=lambda place: place[0])
+    return Metadata(entries, None, {index: place for _, index, place in places})
+
+
+def machine_of(data: bytes, by_records: bool = True) -> Machine:
+    """The machine after a whole pickle."""
+    machine = Machine(data, METADATA if by_records else STEPWISE)
+    _interpret(machine)
+    return machine
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("own_text", [True, False])
+@pytest.mark.parametrize("own_size", [True, False])
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize("by_rank", [True, False])
+def test_every_way_that_torch_writes_them(
+    protocol: int, own_text: bool, own_size: bool, descriptors: bool, by_rank: bool
+) -> None:
+    metadata = metadata_of(
+        5,
+        30,
+        own_text=own_text,
+        own_size=own_size,
+        descriptors=descriptors,
+        by_rank=by_rank,
+    )
+    data = pickle.dumps(metadata, protocol)
+    assert repr(read_metadata(data)) == repr(metadata)
+    machine = machine_of(data)
+    steps = machine_of(data, by_records=False)
+    assert len(machine.memo) == len(steps.memo)
+    assert machine.spare == steps.spare
+    # Nearly all were read at a step, both kinds of them.
+    assert machine.memo.count(LEFT_OUT) >= 140 * 5 + 140 * 2
+    for got, expected in zip(machine.memo, steps.memo, strict=True):
+        assert got is LEFT_OUT or type(got) is type(expected)
+
+
+@given(st.integers(0, 6), st.lists(NUMBERS, min_size=1, max_size=5))
+def test_numbers_of_every_width_in_every_number_of_dimensions(dims: int, some: list[int]) -> None:
+    metadata = metadata_of(2, 9, dims=dims, number=lambda n: some[n % len(some)])
+    data = pickle.dumps(metadata)
+    read = read_metadata(data)
+    assert repr(read) == repr(pickle.loads(data))
+    if dims:
+        assert LEFT_OUT in machine_of(data).memo
+
+
+@pytest.mark.parametrize("number", [-1, -(2**40)])
+def test_numbers_that_are_wrong_are_refused_as_ever(number: int) -> None:
+    metadata = metadata_of(2, 9)
+    index = [*metadata.storage_data][-2]
+    object.__setattr__(index, "index", number)
+    with pytest.raises(CheckpointCorruptError, match="an int from 0"):
+        read_metadata(pickle.dumps(metadata))
+    metadata = metadata_of(2, 9)
+    [*metadata.storage_data.values()][-2].length = number
+    with pytest.raises(CheckpointCorruptError, match="an int from 0"):
+        read_metadata(pickle.dumps(metadata))
+
+
+def test_names_in_other_roles_mean_what_they_say() -> None:
+    """In one chunk 'offsets' and 'sizes' change places."""
+    data = pickle.dumps(metadata_of(1, 6))
+    plain = pickle.loads(data).state_dict_metadata["layers.0.weight"].chunks[4]
+    assert plain.offsets != plain.sizes
+    record = data.index(b"K\x04K\x00\x86")
+    get = data[record - 4 : record - 2]
+    other = data.index(b"h", record + 8)
+    swapped = bytearray(data)
+    swapped[record - 4 : record - 2], swapped[other : other + 2] = data[other : other + 2], get
+    expected = pickle.loads(bytes(swapped)).state_dict_metadata["layers.0.weight"].chunks[4]
+    assert (expected.offsets, expected.sizes) == (plain.sizes, plain.offsets)
+    read = read_metadata(bytes(swapped)).state_dict_metadata["layers.0.weight"].chunks[4]
+    assert read == expected
+
+
+def framed(data: bytes) -> bytes:
+    """The pickle with a frame as long as it is now."""
+    return data[:3] + struct.pack("<Q", len(data) - 11) + data[11:]
+
+
+def test_a_name_that_is_put_elsewhere_meanwhile_is_seen() -> None:
+    """Within the fifth chunk, the place of 'offsets' in the memo is given to 'sizes'."""
+    data = pickle.dumps(metadata_of(1, 6))
+    numbers = data.index(b"K\x04K\x00\x86")
+    get_offsets, behind = data[numbers - 4 : numbers - 2], numbers + 12
+    get_sizes = data[behind - 2 : behind]
+    assert get_offsets[:1] == get_sizes[:1] == b"h"
+    changed = framed(data[:behind] + b"q" + get_offsets[1:] + data[behind:])
+    machine = machine_of(changed)
+    assert machine.memo[get_sizes[1]] == machine.memo[get_offsets[1]] == "sizes"
+    chunk = pickle.loads(changed).state_dict_metadata["layers.0.weight"].chunks[-1]
+    assert "offsets" not in chunk.__dict__
+    with pytest.raises(CheckpointCorruptError, match="the field offsets"):
+        read_metadata(changed)
+
+
+def test_what_is_left_out_is_there_for_a_pickle_that_takes_it() -> None:
+    data = pickle.dumps(metadata_of(1, 8))
+    assert data.endswith(b"ub.")
+    left_out = [n for n, value in enumerate(machine_of(data).memo[:255]) if value is LEFT_OUT]
+    for index in left_out:
+        late = framed(data[:-3] + b"\x8c\x0cplanner_datah" + bytes([index]) + b"ub.")
+        expected = pickle.loads(late).planner_data
+        assert type(expected) in (dict, tuple)
+        try:
+            assert read_metadata(late).planner_data == expected
+        except CheckpointCorruptError as error:
+            # The dict of a chunk's fields holds sizes, a tuple of it a size: plain values all.
+            raise AssertionError(f"memo {index}: {expected}") from error
+
+
+def test_keys_with_sizes_of_their_own_and_with_those_of_chunks_take_turns() -> None:
+    metadata = metadata_of(2, 60, by_rank=False)
+    boxes = metadata.state_dict_metadata["layers.0.weight"].chunks
+    for index, box in zip([*metadata.storage_data][1:60:2], boxes[1::2], strict=True):
+        object.__setattr__(index, "offset", box.offsets)
+    data = pickle.dumps(metadata)
+    machine = machine_of(data)
+    assert machine.memo.count(LEFT_OUT) > 100 * 5 + 100 * 2
+    assert machine.to_learn >= MOST_LEARNT - 4
+    assert repr(read_metadata(data)) == repr(metadata)
+
+
+def test_a_pickle_that_has_had_its_patterns_made_is_read_opcode_by_opcode() -> None:
+    machine = Machine(pickle.dumps(metadata_of(2, 9)), METADATA)
+    machine.to_learn = 0
+    assert repr(_interpret(machine)) == repr(metadata_of(2, 9))
+    assert LEFT_OUT not in machine.memo
