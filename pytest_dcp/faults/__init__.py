@@ -1,7 +1,9 @@
-"""Faults as values, a storage that fails on command, and the folders that a crash could leave."""
+"""Faults as values, a storage that fails on command, the folders that a crash could leave, and
+checkpoints made to harm whoever loads them."""
 
 from pytest_dcp.errors import FaultError, RecordingError, StoreResponseError
 from pytest_dcp.faults.crashes import CrashState, Recording, recorded
+from pytest_dcp.faults.damage import Damaged
 from pytest_dcp.faults.damage_kinds import (
     BitFlip,
     Damage,
@@ -12,6 +14,8 @@ from pytest_dcp.faults.damage_kinds import (
     Truncate,
     ZeroSector,
 )
+from pytest_dcp.faults.fuzzing import fuzzed_metadata
+from pytest_dcp.faults.hostile import Hostile, hostile_folders
 from pytest_dcp.faults.injection import HOOKS, Injection
 from pytest_dcp.faults.kinds import (
     Exit,
@@ -30,6 +34,7 @@ from pytest_dcp.faults.kinds import (
     WrongShape,
     WrongType,
 )
+from pytest_dcp.faults.malicious import malicious_pickles, memory_bombs
 from pytest_dcp.faults.operations import OPERATION_KINDS, Operation
 from pytest_dcp.faults.storage import FaultyStorage, Injected
 from pytest_dcp.faults.storage_kinds import (
@@ -105,6 +110,12 @@ __all__ = [
     "Foreign",
     "Swap",
     "StaleFile",
+    "Hostile",
+    "hostile_folders",
+    "malicious_pickles",
+    "memory_bombs",
+    "fuzzed_metadata",
+    "Damaged",
     "FaultError",
     "RecordingError",
     "StoreResponseError",

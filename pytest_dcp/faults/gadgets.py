@@ -1,0 +1,358 @@
+"""Ways in which a pickle runs code. Pure (no I/O).
+
+What enters: the path of a canary. What leaves: gadgets, each of which makes a file or folder there
+when a careless unpickler reads it, and nothing else. Some differ in whom they call, all by
+REDUCE; the others make one call by every opcode and detour that can lead to it.
+"""
+
+from __future__ import annotations
+
+import marshal
+import pickle
+import shlex
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from pytest_dcp.faults.pickle_code import (
+    PROTOCOLS,
+    Call,
+    Global,
+    code_of,
+    global_code,
+    pickled,
+    text_code,
+    tuple_code,
+)
+
+Encoded = Callable[[int, int], bytes]
+"""The opcodes for a protocol and a number of memo entries that were made before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gadget:
+    """One way to run code."""
+
+    name: str
+    harm: str
+    """What it does: "calls os.mkdir"."""
+    code: Encoded
+    protocols: tuple[int, ...] = PROTOCOLS
+    """Under which it works."""
+    is_whole: bool = False
+    """It must be a pickle of its own: within another one it would do nothing."""
+
+
+def gadgets(canary: str) -> list[Gadget]:
+    """All ways, with this path as canary. It should be short: sockets take about 100 bytes."""
+    return [*_by_callee(canary), *_by_opcode(canary)]
+
+
+# ---- whom to call
+
+MKDIR = Global("os", "mkdir")
+
+
+def calls(canary: str) -> dict[str, Call]:
+    """Calls that make the canary, by what they go through."""
+    return {
+        **_of_the_system(canary),
+        **_of_code(canary),
+        **_of_files(canary),
+        **_by_detours(canary),
+    }
+
+
+def _of_the_system(canary: str) -> dict[str, Call]:
+    shell = f": > {shlex.quote(canary)}"
+    words = ("/bin/sh", "-c", shell)
+    return {
+        "os.mkdir": Call(MKDIR, (canary,)),
+        "os.makedirs": Call(Global("os", "makedirs"), (canary,)),
+        "os.mkfifo": Call(Global("os", "mkfifo"), (canary,)),
+        "os.symlink": Call(Global("os", "symlink"), ("nowhere", canary)),
+        "os.system": Call(Global("os", "system"), (shell,)),
+        "posix.system": Call(Global("posix", "system"), (shell,)),
+        "subprocess.getoutput": Call(Global("subprocess", "getoutput"), (shell,)),
+        "subprocess.call": Call(Global("subprocess", "call"), (words,)),
+        "subprocess.run": Call(Global("subprocess", "run"), (words,)),
+        "torch.utils.collect_env.run": Call(Global("torch.utils.collect_env", "run"), (shell,)),
+    }
+
+
+def _of_code(canary: str) -> dict[str, Call]:
+    python = f"__import__('os').mkdir({canary!r})"
+    compiled = Call(Global("marshal", "loads"), (marshal.dumps(compile(python, "", "exec")),))
+    inner = pickled(code_of(Call(MKDIR, (canary,)), 2), 2)
+    clock = Global("time", "perf_counter")
+    return {
+        "builtins.eval": Call(Global("builtins", "eval"), (python,)),
+        "builtins.exec": Call(Global("builtins", "exec"), (python,)),
+        "timeit.timeit": Call(Global("timeit", "timeit"), (python, "pass", clock, 1)),
+        "types.FunctionType": Call(Call(Global("types", "FunctionType"), (compiled, {})), ()),
+        "pickle.loads": Call(Global("pickle", "loads"), (inner,)),
+        "_pickle.loads": Call(Global("_pickle", "loads"), (inner,)),
+        "pickle._loads": Call(Global("pickle", "_loads"), (inner,)),
+        "torch.storage._load_from_bytes": Call(
+            Global("torch.storage", "_load_from_bytes"), (inner,)
+        ),
+    }
+
+
+def _of_files(canary: str) -> dict[str, Call]:
+    openers = ("builtins.open", "_io.open", "_io.FileIO", "codecs.open", "zipfile.ZipFile")
+    return {
+        **{name: Call(Global(*name.split(".")), (canary, "w")) for name in openers},
+        "logging.FileHandler": Call(Global("logging", "FileHandler"), (canary,)),
+        "torch.save": Call(Global("torch", "save"), (1, canary)),
+        "urllib.request.urlretrieve": Call(
+            Global("urllib.request", "urlretrieve"), ("data:,x", canary)
+        ),
+        "socketserver.UnixStreamServer": Call(
+            Global("socketserver", "UnixStreamServer"), (canary, None)
+        ),
+    }
+
+
+def _by_detours(canary: str) -> dict[str, Call]:
+    module = Call(Global("importlib", "import_module"), ("os",))
+    imported = Call(Global("builtins", "__import__"), ("os",))
+    lazily = Call(Global("builtins", "map"), (MKDIR, (canary,)))
+    get, tuples, sets = (Global("builtins", name) for name in ("getattr", "tuple", "set"))
+    found = {
+        "builtins.getattr": Call(get, (module, "mkdir")),
+        "builtins.__import__": Call(get, (imported, "mkdir")),
+        "operator.attrgetter": Call(Call(Global("operator", "attrgetter"), ("mkdir",)), (module,)),
+        "pydoc.locate": Call(Global("pydoc", "locate"), ("os.mkdir",)),
+        "pkgutil.resolve_name": Call(Global("pkgutil", "resolve_name"), ("os:mkdir",)),
+    }
+    takers = ("builtins.tuple", "builtins.set", "collections.deque", "collections.OrderedDict")
+    return {
+        **{name: Call(function, (canary,)) for name, function in found.items()},
+        **{f"{name} of a map": Call(Global(*name.split(".")), (lazily,)) for name in takers},
+        "operator.methodcaller": Call(
+            Call(Global("operator", "methodcaller"), ("mkdir", canary)), (module,)
+        ),
+        "functools.partial": Call(Call(Global("functools", "partial"), (MKDIR, canary)), ()),
+        "copyreg._reconstructor": Call(
+            Global("copyreg", "_reconstructor"), (tuples, tuples, lazily)
+        ),
+        "weakref.finalize": Call(Global("weakref", "finalize"), (Call(sets, ()), MKDIR, canary)),
+        "torch._tensor._rebuild_from_type_v2": Call(
+            Global("torch._tensor", "_rebuild_from_type_v2"), (MKDIR, sets, (canary,), {})
+        ),
+    }
+
+
+def _by_callee(canary: str) -> list[Gadget]:
+    found = [
+        Gadget(name, f"calls {name}", partial(_reduced, call))
+        for name, call in calls(canary).items()
+    ]
+    python, shell = f"__import__('os').mkdir({canary!r})", f": > {shlex.quote(canary)}"
+    # Names of Python 2, which protocols below 3 still stand for.
+    for name, text in (("__builtin__.eval", python), ("commands.getoutput", shell)):
+        old = partial(_reduced, Call(Global(*name.split(".")), (text,)))
+        found.append(Gadget(name, f"calls {name} by its old name", old, (0, 1, 2)))
+    return found
+
+
+def _reduced(call: Call, protocol: int, _: int) -> bytes:
+    return code_of(call, protocol)
+
+
+# ---- how to call
+
+DOTTED = (
+    ("os", "path.os.mkdir"),
+    ("pathlib", "os.mkdir"),
+    ("torch.serialization", "os.mkdir"),
+    ("torch.distributed.checkpoint.metadata", "os.mkdir"),
+    ("torch.distributed.checkpoint.filesystem", "os.mkdir"),
+)
+"""Names that lead from a module of an allow-list to another one, from protocol 4 on."""
+_PLAIN_OBJECT = Global("types", "SimpleNamespace")
+
+
+def _by_opcode(canary: str) -> list[Gadget]:
+    harm = "calls os.mkdir"
+    found = [
+        Gadget(name, harm, partial(turn, canary), protocols)
+        for name, (turn, protocols) in _TURNS.items()
+    ]
+    for module, name in DOTTED:
+        dotted = partial(_reduced, Call(Global(module, name), (canary,)))
+        found.append(Gadget(f"{module}:{name}", harm, dotted, (4, 5)))
+    found.append(Gadget("broken off", harm, partial(_broken_off, canary), is_whole=True))
+    return found
+
+
+def _parts(canary: str, protocol: int) -> tuple[bytes, bytes]:
+    """The function, and the path to call it with."""
+    return global_code(MKDIR, protocol), text_code(canary, protocol)
+
+
+def _one(item: bytes, protocol: int) -> bytes:
+    return tuple_code(item, 1, protocol)
+
+
+def _called(canary: str, protocol: int) -> bytes:
+    return code_of(Call(MKDIR, (canary,)), protocol)
+
+
+def _inst(canary: str, protocol: int, _: int) -> bytes:
+    return pickle.MARK + text_code(canary, protocol) + pickle.INST + b"os\nmkdir\n"
+
+
+def _obj(canary: str, protocol: int, _: int) -> bytes:
+    return pickle.MARK + b"".join(_parts(canary, protocol)) + pickle.OBJ
+
+
+def _newobj(canary: str, protocol: int, _: int, new: bytes = pickle.NEWOBJ) -> bytes:
+    """A map does nothing until the tuple that is made of it asks for its items."""
+    function, path = _parts(canary, protocol)
+    arguments = tuple_code(function + _one(path, protocol), 2, protocol)
+    lazily = code_of(Global("builtins", "map"), protocol) + arguments + new
+    return code_of(Global("builtins", "tuple"), protocol) + _one(lazily, protocol) + new
+
+
+def _newobj_ex(canary: str, protocol: int, _: int) -> bytes:
+    return _newobj(canary, protocol, _, pickle.EMPTY_DICT + pickle.NEWOBJ_EX)
+
+
+def _with_attribute(name: str, canary: str, protocol: int, *, slot: bool = False) -> bytes:
+    """An object whose attribute of that name is the function."""
+    made = code_of(_PLAIN_OBJECT, protocol) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+    function = _parts(canary, protocol)[0]
+    fields = pickle.EMPTY_DICT + text_code(name, protocol) + function + pickle.SETITEM
+    state = tuple_code(pickle.NONE + fields, 2, protocol) if slot else fields
+    return made + state + pickle.BUILD
+
+
+def _build(canary: str, protocol: int, _: int, *, slot: bool = False) -> bytes:
+    made = _with_attribute("__setstate__", canary, protocol, slot=slot)
+    return made + text_code(canary, protocol) + pickle.BUILD
+
+
+def _append(canary: str, protocol: int, _: int) -> bytes:
+    made = _with_attribute("append", canary, protocol)
+    return made + text_code(canary, protocol) + pickle.APPEND
+
+
+def _appends(canary: str, protocol: int, _: int, *, name: str = "append") -> bytes:
+    """`extend` is asked first, and gets a list."""
+    made = _with_attribute(name, canary, protocol)
+    return made + pickle.MARK + text_code(canary, protocol) + pickle.APPENDS
+
+
+def _additems(canary: str, protocol: int, _: int) -> bytes:
+    made = _with_attribute("add", canary, protocol)
+    return made + pickle.MARK + text_code(canary, protocol) + pickle.ADDITEMS
+
+
+def _ext(
+    canary: str, protocol: int, _: int, *, module: str, name: str, number: int, fetch: bytes
+) -> bytes:
+    """The function becomes an extension of a number, which then stands for it."""
+    known = Call(Global("copyreg", "add_extension"), (module, name, number))
+    path = _one(text_code(canary, protocol), protocol)
+    return code_of(known, protocol) + pickle.POP + fetch + path + pickle.REDUCE
+
+
+def _memo(canary: str, protocol: int, base: int, *, width: str) -> bytes:
+    """The function is put away, taken off the stack, and fetched again."""
+    function, path = _parts(canary, protocol)
+    put, get = {
+        "text": (b"p%d\n" % base, b"g%d\n" % base),
+        "byte": (pickle.BINPUT + bytes([base]), pickle.BINGET + bytes([base])),
+        "long": (
+            pickle.LONG_BINPUT + struct.pack("<I", base),
+            pickle.LONG_BINGET + struct.pack("<I", base),
+        ),
+        "next": (pickle.MEMOIZE, pickle.LONG_BINGET + struct.pack("<I", base)),
+    }[width]
+    return function + put + pickle.POP + get + _one(path, protocol) + pickle.REDUCE
+
+
+def _memo_twice(canary: str, protocol: int, base: int) -> bytes:
+    """What the memo gives is no longer what a scanner saw it take first."""
+    function, path = _parts(canary, protocol)
+    number = struct.pack("<I", base)
+    harmless = code_of(Global("collections", "OrderedDict"), protocol)
+    puts = [one + pickle.LONG_BINPUT + number + pickle.POP for one in (harmless, function)]
+    return b"".join([*puts, pickle.LONG_BINGET, number, _one(path, protocol), pickle.REDUCE])
+
+
+def _memo_names(canary: str, protocol: int, base: int) -> bytes:
+    """The names come out of the memo, in the order that suits."""
+    first, second = (struct.pack("<I", base + at) for at in (0, 1))
+    texts = [(text_code("mkdir", protocol), first), (text_code("os", protocol), second)]
+    puts = [text + pickle.LONG_BINPUT + number + pickle.POP for text, number in texts]
+    gets = [pickle.LONG_BINGET + number for number in (second, first)]
+    path = _one(text_code(canary, protocol), protocol)
+    return b"".join([*puts, *gets, pickle.STACK_GLOBAL, path, pickle.REDUCE])
+
+
+def _dup(canary: str, protocol: int, _: int) -> bytes:
+    function, path = _parts(canary, protocol)
+    return function + pickle.DUP + _one(path, protocol) + pickle.REDUCE + pickle.TUPLE2
+
+
+def _popped(canary: str, protocol: int, _: int) -> bytes:
+    """The result is thrown away: the value is None."""
+    return pickle.MARK + _called(canary, protocol) + pickle.POP_MARK + pickle.NONE
+
+
+def _in(head: bytes, tail: bytes, canary: str, protocol: int, _: int) -> bytes:
+    """The result is a part of something."""
+    return head + _called(canary, protocol) + tail
+
+
+def _deep(canary: str, protocol: int, _: int) -> bytes:
+    return _called(canary, protocol) + pickle.TUPLE1 * 50
+
+
+def _broken_off(canary: str, protocol: int, _: int) -> bytes:
+    """No scanner that reads the whole pickle first comes this far."""
+    return _called(canary, protocol) + b"\xff"
+
+
+_TURNS: dict[str, tuple[Callable[[str, int, int], bytes], tuple[int, ...]]] = {
+    "INST": (_inst, PROTOCOLS),
+    "OBJ": (_obj, PROTOCOLS),
+    "NEWOBJ": (_newobj, PROTOCOLS[2:]),
+    "NEWOBJ_EX": (_newobj_ex, PROTOCOLS[4:]),
+    "BUILD with a __setstate__": (_build, PROTOCOLS),
+    "BUILD with a __setstate__ in a slot": (partial(_build, slot=True), PROTOCOLS),
+    "APPEND to what has append": (_append, PROTOCOLS),
+    "APPENDS to what has append": (_appends, PROTOCOLS),
+    "ADDITEMS to what has add": (_additems, PROTOCOLS),
+    "EXT1": (
+        partial(_ext, module="os", name="mkdir", number=0x71, fetch=b"\x82\x71"),
+        PROTOCOLS,
+    ),
+    "EXT2": (
+        partial(_ext, module="posix", name="mkdir", number=0x7171, fetch=b"\x83\x71\x71"),
+        PROTOCOLS,
+    ),
+    "EXT4": (
+        partial(_ext, module="os", name="makedirs", number=0x717171, fetch=b"\x84\x71\x71\x71\0"),
+        PROTOCOLS,
+    ),
+    "PUT and GET": (partial(_memo, width="text"), PROTOCOLS),
+    "BINPUT and BINGET": (partial(_memo, width="byte"), PROTOCOLS),
+    "LONG_BINPUT and LONG_BINGET": (partial(_memo, width="long"), PROTOCOLS),
+    "MEMOIZE and LONG_BINGET": (partial(_memo, width="next"), PROTOCOLS),
+    "a memo entry that is replaced": (_memo_twice, PROTOCOLS),
+    "names out of the memo": (_memo_names, PROTOCOLS[4:]),
+    "DUP": (_dup, PROTOCOLS),
+    "POP_MARK": (_popped, PROTOCOLS),
+    "a dict's key": (partial(_in, b"}", b"Ns"), PROTOCOLS),
+    "a dict's value": (partial(_in, b"}N", b"s"), PROTOCOLS),
+    "an item of a list": (partial(_in, b"](", b"e"), PROTOCOLS),
+    "a member of a set": (partial(_in, b"\x8f(", b"\x90"), PROTOCOLS),
+    "a member of a frozenset": (partial(_in, b"(", b"\x91"), PROTOCOLS),
+    "a persistent id": (partial(_in, b"", b"Q"), PROTOCOLS),
+    "deep down": (_deep, PROTOCOLS),
+}

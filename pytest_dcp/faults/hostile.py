@@ -1,0 +1,107 @@
+"""Hostile checkpoints: made from a good one, to harm whoever loads them.
+
+What enters: a folder with a good checkpoint of your own, by torch or by this engine (its
+`.metadata` is unpickled). What leaves: one `Hostile` after the other. Each is a value that says
+what it is and what it would do, and makes its folder on command. Whoever loads that folder must say
+that the checkpoint is bad, in bounded time and memory, and read and write nothing outside of it.
+
+The edited metadata are a plain pickle, as torch writes it: no checksum speaks for the good ones.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_dcp.faults.hostile_metadata import EDITS, HOSTILE_NAMES, Good, renamed
+from pytest_dcp.faults.nodes import Content, Fifo, Folder, Link, Node, Socket, Sparse, lay
+
+HUGE_BYTES = 1 << 42
+"""Of a sparse file: no memory takes as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """A checkpoint that is made to harm."""
+
+    name: str
+    """What is odd about it; no two of a generator have the same."""
+    harm: str
+    """What it does to who believes it."""
+    source: Path
+    """The folder of the good checkpoint."""
+    nodes: Mapping[str, Node]
+    """What is in the folder instead, by name, or beside."""
+
+    def make(self, folder: str | os.PathLike[str]) -> Path:
+        """The checkpoint, in a new folder. Raises FileExistsError where there is one."""
+        target = Path(folder)
+        shutil.copytree(self.source, target)
+        for name, node in self.nodes.items():
+            lay(node, target / name)
+        return target
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def hostile_folders(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
+    """Hostile checkpoints without any code in them, of every kind.
+
+    The good checkpoint must have a tensor of some elements, and a value for what is done to values.
+    """
+    source = Path(folder).absolute()
+    good = Good.of(source)
+    yield from _odd_nodes(good)
+    yield from _odd_names(good)
+    for edit in EDITS:
+        if good.has(edit.needs):
+            yield Hostile(edit.name, edit.harm, source, {".metadata": Content(good.edited(edit))})
+
+
+def _odd_nodes(good: Good) -> Iterator[Hostile]:
+    """Something else than the file, which is what it should be wherever it is read."""
+    source = good.folder
+    for name in (".metadata", good.data_file):
+        outside = Link(str(source / name))
+        waits, leaves = "makes its reader wait for ever", "is read outside of the folder"
+        endless = "fills the memory of its reader"
+        nodes: list[tuple[str, str, Node]] = [
+            ("a FIFO", waits, Fifo()),
+            ("a socket", "is no file", Socket()),
+            ("a folder", "is no file", Folder()),
+            ("a link out of the folder", leaves, outside),
+            ("a link to itself", "is no file", Link(name)),
+            ("a link to /dev/zero", endless, Link("/dev/zero")),
+            ("a file of 4 TiB", endless, Sparse(HUGE_BYTES)),
+        ]
+        for what, harm, node in nodes:
+            yield Hostile(f"{what} as {name}", harm, source, {name: node})
+    nowhere = Link("nowhere")  # as .metadata it would be no checkpoint, and no hostile one
+    yield Hostile("a link to nothing as data", "is no file", source, {good.data_file: nowhere})
+    data = (source / ".metadata").read_bytes()
+    huge = Sparse(HUGE_BYTES, head=data[:64], tail=data[-64:])
+    yield Hostile(
+        "a file of 4 TiB that begins and ends as .metadata", endless, source, {".metadata": huge}
+    )
+
+
+def _odd_names(good: Good) -> Iterator[Hostile]:
+    """Names of data files that are none in the folder. Where one leads, the good file is."""
+    source = good.folder
+    outside = str(source / good.data_file)
+    names = {
+        **{f"the name {name!r:.40}": name for name in HOSTILE_NAMES},
+        "an absolute name": outside,
+        "a name that climbs out": "../" * 40 + outside.lstrip("/"),
+        "a name that climbs out from within": f"inner/{'../' * 40}{outside.lstrip('/')}",
+        "a name through a linked folder": f"linked/{good.data_file}",
+        "a name through the folder above": f"inner/../{good.data_file}",
+    }
+    beside: dict[str, Node] = {"inner": Folder(), "linked": Link(str(source))}
+    for what, name in names.items():
+        nodes = {**beside, ".metadata": Content(good.edited(renamed(name)))}
+        yield Hostile(what, "is read outside of the folder, or is no file", source, nodes)

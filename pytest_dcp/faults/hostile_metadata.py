@@ -1,0 +1,307 @@
+"""Metadata that lie: names, places, sizes, boxes and properties that cannot be. Pure but for
+`Good.of`, which reads the good checkpoint.
+
+What enters: a good checkpoint's `Metadata`. What leaves: the pickle of them with one thing wrong.
+An edit changes a copy in place; what is wrong in it is wrong for every reader.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+LAST = (1 << 63) - 1
+"""The largest number that fits 64 bits with a sign."""
+
+HOSTILE_NAMES = (
+    *("", ".", "..", "/", "./", "/dev/zero", "/proc/self/mem", "../outside"),
+    *("nul\0", "a//b", "half \ud800", "n" * 300, "a/" * 3000 + "b"),
+)
+"""Names that are no data file of any checkpoint."""
+
+Needs = Literal["tensor", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One lie."""
+
+    name: str
+    harm: str
+    change: Callable[[Metadata, str], None]
+    """Of the metadata, in place, about this key."""
+    needs: Needs = "tensor"
+    """What kind of key it is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Good:
+    """A good checkpoint, and what of it hostile ones are about."""
+
+    folder: Path
+    metadata: bytes
+    """The pickle of its Metadata, without anything behind."""
+    tensor: str
+    """The key of the tensor with the most elements; "" without any."""
+    value: str
+    """The key of a value; "" without any."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Good:
+        """The checkpoint in a folder. It is unpickled: only for what you trust.
+
+        Raises ValueError where it holds no tensor.
+        """
+        metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+        entries = metadata.state_dict_metadata
+        sizes = {
+            fqn: entry.size.numel()
+            for fqn, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and entry.chunks
+        }
+        if not any(sizes.values()):
+            raise ValueError(f"expected a checkpoint with a tensor in {str(folder)!r}")
+        values = [fqn for fqn, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
+        return cls(
+            folder, pickle.dumps(metadata), max(sizes, key=sizes.__getitem__), (*values, "")[0]
+        )
+
+    def has(self, needs: Needs) -> bool:
+        """Whether there is such a key."""
+        return bool(getattr(self, needs))
+
+    def copy(self) -> Metadata:
+        """The metadata, to be changed."""
+        metadata: Metadata = pickle.loads(self.metadata)
+        return metadata
+
+    def edited(self, edit: Edit) -> bytes:
+        """The pickle of the metadata with that lie."""
+        metadata = self.copy()
+        edit.change(metadata, getattr(self, edit.needs))
+        return pickle.dumps(metadata)
+
+    @property
+    def data_file(self) -> str:
+        """The name of the file with the tensor's first chunk."""
+        name: str = place_of(self.copy(), self.tensor).relative_path
+        return name
+
+    def entry(self, fqn: str) -> bytes:
+        """The bytes of the key's first entry."""
+        place = place_of(self.copy(), fqn)
+        data = (self.folder / place.relative_path).read_bytes()
+        found: bytes = data[place.offset : place.offset + place.length]
+        return found
+
+
+def moved(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
+    """The key's first entry is a whole file of so many bytes."""
+    place = place_of(metadata, fqn)
+    place.relative_path, place.offset, place.length = name, 0, nbytes
+    place.transform_descriptors = None
+
+
+def with_pickle(entry: bytes, pickled: bytes) -> bytes:
+    """An entry, a zip archive of torch.save, with another data.pkl and true checksums."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(entry)) as old, zipfile.ZipFile(made, "w") as new:
+        for record in old.infolist():
+            data = pickled if record.filename.endswith("/data.pkl") else old.read(record)
+            new.writestr(zipfile.ZipInfo(record.filename), data)
+    return made.getvalue()
+
+
+def place_of(metadata: Metadata, fqn: str) -> Any:
+    """Where the key's first entry is."""
+    return next(place for key, place in metadata.storage_data.items() if key.fqn == fqn)
+
+
+def renamed(name: str) -> Edit:
+    """Every data file has this name."""
+
+    def change(metadata: Metadata, fqn: str) -> None:
+        for place in metadata.storage_data.values():
+            place.relative_path = name
+
+    return Edit("", "", change)
+
+
+# ---- places
+
+
+def _placed(**fields: Any) -> Callable[[Metadata, str], None]:
+    def change(metadata: Metadata, fqn: str) -> None:
+        for name, value in fields.items():
+            setattr(place_of(metadata, fqn), name, value)
+
+    return change
+
+
+def _unplaced(metadata: Metadata, fqn: str) -> None:
+    for key in [key for key in metadata.storage_data if key.fqn == fqn]:
+        del metadata.storage_data[key]
+
+
+def _swapped(metadata: Metadata, fqn: str) -> None:
+    """The tensor's entry is the shortest other one."""
+    others = [place for key, place in metadata.storage_data.items() if key.fqn != fqn]
+    other = min(others, key=lambda place: place.length)
+    mine = place_of(metadata, fqn)
+    mine.offset, mine.length, mine.relative_path = other.offset, other.length, other.relative_path
+
+
+# ---- tensors
+
+
+def _entry(metadata: Metadata, fqn: str) -> Any:
+    return metadata.state_dict_metadata[fqn]
+
+
+def _tiled(*boxes: tuple[tuple[int, ...], tuple[int, ...]], size: tuple[int, ...] = ()) -> Any:
+    """Chunks, each with the place of the first one; `size` of the tensor, if it is to change."""
+
+    def change(metadata: Metadata, fqn: str) -> None:
+        entry, place = _entry(metadata, fqn), place_of(metadata, fqn)
+        _unplaced(metadata, fqn)
+        entry.size = torch.Size(size) if size else entry.size
+        entry.chunks = []
+        for number, (offsets, sizes) in enumerate(boxes):
+            _add_chunk(metadata, fqn, number, offsets, sizes, place)
+
+    return change
+
+
+def _add_chunk(
+    metadata: Metadata,
+    fqn: str,
+    number: int,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    place: Any,
+) -> None:
+    chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+    metadata.state_dict_metadata[fqn].chunks.append(chunk)  # type: ignore[union-attr]  # a tensor
+    metadata.storage_data[MetadataIndex(fqn, chunk.offsets, number)] = place
+
+
+def _absurd(*size: int) -> Callable[[Metadata, str], None]:
+    zeros = (0,) * len(size)
+    change: Callable[[Metadata, str], None] = _tiled((zeros, size), size=size)
+    return change
+
+
+def _grown(metadata: Metadata, fqn: str) -> None:
+    """A tensor one row longer than its chunks."""
+    entry = _entry(metadata, fqn)
+    entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
+
+
+def _overlapping(metadata: Metadata, fqn: str) -> None:
+    """A second chunk that lies on the first one."""
+    entry = _entry(metadata, fqn)
+    first = entry.chunks[0]
+    entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
+    offsets = (first.offsets[0] + 1, *first.offsets[1:])
+    place = place_of(metadata, fqn)
+    _add_chunk(metadata, fqn, len(entry.chunks), offsets, tuple(first.sizes), place)
+
+
+def _shifted(by: int) -> Callable[[Metadata, str], None]:
+    def change(metadata: Metadata, fqn: str) -> None:
+        chunk = _entry(metadata, fqn).chunks[0]
+        key = next(key for key in metadata.storage_data if key.fqn == fqn)
+        place = metadata.storage_data.pop(key)
+        chunk.offsets = torch.Size([chunk.offsets[0] + by, *chunk.offsets[1:]])
+        metadata.storage_data[MetadataIndex(fqn, chunk.offsets, key.index)] = place
+
+    return change
+
+
+def _many_chunks(metadata: Metadata, fqn: str) -> None:
+    """The same chunk 20,000 times."""
+    entry = _entry(metadata, fqn)
+    entry.chunks = entry.chunks[:1] * 20_000
+
+
+def _flattened(metadata: Metadata, fqn: str) -> None:
+    """Chunks of another number of dimensions than their tensor's."""
+    for chunk in _entry(metadata, fqn).chunks:
+        chunk.sizes = torch.Size([*chunk.sizes, 1])
+
+
+def _retyped(dtype: torch.dtype) -> Callable[[Metadata, str], None]:
+    def change(metadata: Metadata, fqn: str) -> None:
+        _entry(metadata, fqn).properties.dtype = dtype
+
+    return change
+
+
+def _of_other_things(field: str, value: object) -> Callable[[Metadata, str], None]:
+    def change(metadata: Metadata, fqn: str) -> None:
+        owner, _, name = field.rpartition(".")
+        entry = _entry(metadata, fqn)
+        owners = {"": metadata, "entry": entry, "chunk": getattr(entry, "chunks", [None])[0]}
+        setattr(owners[owner], name, value)
+
+    return change
+
+
+_LOST, _CRASH = "gives what was never saved", "breaks its reader"
+_MEMORY, _OUTSIDE = "fills the memory of its reader", "reads or writes outside of the tensor"
+
+EDITS = (
+    Edit("an offset beyond the file", _LOST, _placed(offset=1 << 60)),
+    Edit("an offset that wraps around", _OUTSIDE, _placed(offset=LAST)),
+    Edit("an offset past 64 bits", _CRASH, _placed(offset=1 << 70)),
+    Edit("an offset below 0", _OUTSIDE, _placed(offset=-1)),
+    Edit("an offset inside the entry", _LOST, _placed(offset=3)),
+    Edit("a length beyond the file", _MEMORY, _placed(length=1 << 60)),
+    Edit("a length below 0", _OUTSIDE, _placed(length=-1)),
+    Edit("a length of 0", _LOST, _placed(length=0)),
+    Edit("a length of a part", _LOST, _placed(length=100)),
+    Edit("a number that is a text", _CRASH, _placed(offset="0")),
+    Edit("a name that is no text", _CRASH, _placed(relative_path=7)),
+    Edit("transforms without number", _CRASH, _placed(transform_descriptors=["zstd"] * 100_000)),
+    Edit("a tensor without a place", _LOST, _unplaced),
+    Edit("the entry of another key", _LOST, _swapped),
+    Edit("a tensor of 8 TiB", _MEMORY, _absurd(1 << 40)),
+    Edit("a tensor of 2**62 elements", _MEMORY, _absurd(1 << 62)),
+    Edit("sizes whose product wraps around", _MEMORY, _absurd(1 << 32, 1 << 32)),
+    Edit("sizes whose product wraps around to few", _OUTSIDE, _absurd(1 << 62, 4)),
+    Edit("sizes below 0", _CRASH, _absurd(-1, -24)),
+    Edit("10,000 dimensions", _MEMORY, _absurd(*[1] * 10_000)),
+    Edit("a tensor longer than its chunks", _LOST, _grown),
+    Edit("a tensor without chunks", _LOST, _of_other_things("entry.chunks", [])),
+    Edit("a chunk upon another", _LOST, _overlapping),
+    Edit("one chunk 20,000 times", _MEMORY, _many_chunks),
+    Edit("a chunk beyond its tensor", _OUTSIDE, _shifted(1)),
+    Edit("a chunk before its tensor", _OUTSIDE, _shifted(-1)),
+    Edit("a chunk that wraps around", _OUTSIDE, _shifted(LAST)),
+    Edit("chunks of other dimensions", _OUTSIDE, _flattened),
+    Edit("a wider dtype", _OUTSIDE, _retyped(torch.complex128)),
+    Edit("a narrower dtype", _LOST, _retyped(torch.uint8)),
+    Edit("a dtype that is a text", _CRASH, _retyped("float32")),  # type: ignore[arg-type]  # a lie
+    Edit("a size that is a tuple", _CRASH, _of_other_things("entry.size", (24,))),
+    Edit("a chunk's size that is a list", _CRASH, _of_other_things("chunk.sizes", [24])),
+    Edit("properties that are nothing", _CRASH, _of_other_things("entry.properties", None)),
+    Edit("keys that are nothing", _CRASH, _of_other_things("state_dict_metadata", None)),
+    Edit("places that are a list", _CRASH, _of_other_things("storage_data", [])),
+    Edit("a value beyond the file", _MEMORY, _placed(length=1 << 60), "value"),
+    Edit("a value without a place", _LOST, _unplaced, "value"),
+    Edit("a value whose entry is a tensor's part", _LOST, _placed(offset=64), "value"),
+)

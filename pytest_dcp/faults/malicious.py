@@ -1,0 +1,155 @@
+"""Checkpoints with code in their pickles, and pickles that grow: every way in, in every place.
+
+What enters: a folder with a good checkpoint of your own. What leaves: one `Hostile` after the
+other. Code makes a canary, a file or folder at a path of your choice, and nothing else: where it is
+after a load, code of the checkpoint ran. A bomb takes more than 2 GiB once it is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from pytest_dcp.faults.gadgets import gadgets
+from pytest_dcp.faults.hostile import Hostile
+from pytest_dcp.faults.hostile_metadata import Good, moved, with_pickle
+from pytest_dcp.faults.nodes import Content, Missing, Node
+from pytest_dcp.faults.pickle_code import Global, global_code, long_code, pickled, split
+
+BOMB_BYTES = 1 << 31
+"""What a bomb takes at least."""
+_HOLE = "here is the hostile part"
+_FILE = "hostile.distcp"
+
+Nodes = Mapping[str, Node]
+
+
+def malicious_pickles(
+    folder: str | os.PathLike[str], canary: str | os.PathLike[str]
+) -> Iterator[Hostile]:
+    """Checkpoints that make the canary when they are read: gadgets x protocols x places.
+
+    canary: a path where nothing is, below an existing folder, of at most 100 characters.
+    """
+    good = Good.of(Path(folder).absolute())
+    found = gadgets(os.fspath(canary))
+    for place, carry in _whole(good).items():
+        for gadget in found:
+            for protocol in gadget.protocols:
+                nodes = carry(pickled(gadget.code(protocol, 0), protocol))
+                name = f"{gadget.name}, protocol {protocol}, as {place}"
+                yield Hostile(name, gadget.harm, good.folder, nodes)
+    for place in PARTS:
+        for protocol in PART_PROTOCOLS:
+            head, tail, memoized = _around(good, place, protocol)
+            for gadget in found:
+                if protocol in gadget.protocols and not gadget.is_whole:
+                    data = head + gadget.code(protocol, memoized) + tail
+                    name = f"{gadget.name}, protocol {protocol}, in {place}"
+                    yield Hostile(name, gadget.harm, good.folder, {".metadata": Content(data)})
+
+
+def memory_bombs(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
+    """Checkpoints of some 100 KiB whose pickles take gigabytes, and call only what copies data.
+
+    A list of allowed globals does not stop them.
+    """
+    good = Good.of(Path(folder).absolute())
+    for place, carry in _whole(good).items():
+        for name, code in BOMBS.items():
+            harm = f"takes {BOMB_BYTES} bytes or more"
+            yield Hostile(f"{name} as {place}", harm, good.folder, carry(pickled(code, 4)))
+
+
+# ---- places
+
+
+def _whole(good: Good) -> dict[str, Callable[[bytes], Nodes]]:
+    """What puts a pickle into a checkpoint as a whole, by its place there."""
+    found: dict[str, Callable[[bytes], Nodes]] = {
+        ".metadata": lambda data: {".metadata": Content(data)},
+        "the metadata of rank 0": lambda data: {
+            ".metadata": Missing(),
+            "__0.metadata": Content(data),
+        },
+        "the pickle of a tensor": _as_entry(good, good.tensor),
+    }
+    if good.has("value"):
+        found["the pickle of a value"] = _as_entry(good, good.value)
+        found["the bare bytes of a value"] = partial(_instead, good, good.value)
+    return found
+
+
+def _as_entry(good: Good, fqn: str) -> Callable[[bytes], Nodes]:
+    entry = good.entry(fqn)
+    return lambda data: _instead(good, fqn, with_pickle(entry, data))
+
+
+def _instead(good: Good, fqn: str, entry: bytes) -> Nodes:
+    """The key's first entry is another one, in a file of its own."""
+    metadata = good.copy()
+    moved(metadata, fqn, _FILE, len(entry))
+    return {".metadata": Content(pickle.dumps(metadata)), _FILE: Content(entry)}
+
+
+PARTS = ("planner_data", "the version", "a tensor's properties", "a file's name", "a key")
+"""Of a `.metadata` that is otherwise good."""
+PART_PROTOCOLS = (2, 4)
+"""In which parts are written; the others have no opcodes for them of their own."""
+
+
+def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
+    """The metadata's pickle before and after one of its parts, and what its memo holds there."""
+    metadata = good.copy()
+    entries = metadata.state_dict_metadata
+    if place == "planner_data":
+        metadata.planner_data = _HOLE
+    elif place == "the version":
+        metadata.version = _HOLE
+    elif place == "a tensor's properties":
+        entries[good.tensor].properties = _HOLE  # type: ignore[union-attr]  # no tensor's
+    elif place == "a file's name":
+        moved(metadata, good.tensor, _HOLE, 1)
+    else:
+        entries[_HOLE] = entries.pop(good.tensor)
+    return split(pickle.dumps(metadata, protocol), _HOLE)
+
+
+# ---- bombs
+
+
+def _again_and_again(module: str, name: str, args: bytes, each_bytes: int) -> bytes:
+    """A list of the results of one call, each of so many bytes."""
+    head = global_code(Global(module, name), 2) + b"q\0" + args + b"q\1" + b"]("
+    return head + b"h\0h\1R" * (BOMB_BYTES // each_bytes + 1) + b"e"
+
+
+def _text(nbytes: int) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", nbytes) + b"x" * nbytes
+
+
+def _numbers(count: int) -> bytes:
+    return pickle.MARK + b"".join(b"M" + struct.pack("<H", at) for at in range(count))
+
+
+_ENCODED = _text(1 << 17) + b"\x8c\x06latin1\x86"
+_LIST = b"]" + _numbers(1 << 14) + b"e\x85"
+
+BOMBS = {
+    "a bytearray of a length": b"cbuiltins\nbytearray\n" + long_code(BOMB_BYTES) + b"\x85R",
+    "a list of a range": (
+        b"cbuiltins\nlist\ncbuiltins\nrange\n" + long_code(BOMB_BYTES) + b"\x85R\x85R"
+    ),
+    "one text encoded again and again": _again_and_again("_codecs", "encode", _ENCODED, 1 << 17),
+    "one list as a size again and again": _again_and_again("torch", "Size", _LIST, 1 << 17),
+    "one list as a set again and again": _again_and_again("builtins", "set", _LIST, 1 << 19),
+    "a far memo entry": b"Nr\xff\xff\xff\x7f",
+    "a far memo entry, in letters": b"Np2147483647\n",
+    "a bytearray that is said to follow": b"\x96" + struct.pack("<Q", 1 << 36),
+    "bytes that are said to follow": b"\x8e" + struct.pack("<Q", 1 << 36),
+}
+"""Opcodes, by what they make."""

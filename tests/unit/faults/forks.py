@@ -1,0 +1,79 @@
+"""What could end or spoil this process is tried in a fork of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+FORK_S = 200
+"""Until a fork is ended that does not end by itself."""
+
+
+def forked(body: Callable[[Callable[[str], None]], Any], room_bytes: int = 1 << 30) -> Any:
+    """What the body, called in a fork, returns, by way of JSON.
+
+    It is called with a function to which it says what it begins; room_bytes: what it may add to the
+    address space. Raises AssertionError with what it had begun last where it fails or dies.
+    Tensors made in it stay below 32,768 elements: above, torch asks for threads that a fork lacks.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _answer(body, writing, room_bytes)
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        *begun, last = pipe.read().decode(errors="replace").rsplit("\n", 1)
+    _, status = os.waitpid(child, 0)
+    where = begun[0].rsplit("\n", 1)[-1] if begun else "nothing"
+    if os.WIFSIGNALED(status):
+        raise AssertionError(f"ended by {signal.Signals(os.WTERMSIG(status)).name} in {where}")
+    answer = json.loads(last)
+    if "error" in answer:
+        raise AssertionError(f"in {where}:\n{answer['error']}")
+    return answer["value"]
+
+
+def _answer(body: Callable[[Callable[[str], None]], Any], writing: int, room_bytes: int) -> None:
+    gc.freeze()  # errors are in cycles: looking at all of torch for them takes longest
+    try:
+        signal.alarm(FORK_S)
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + room_bytes,) * 2)
+        answer = {"value": body(lambda what: _tell(writing, f"{what!r}\n"))}
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent is told
+        answer = {"error": traceback.format_exc()}
+    with contextlib.suppress(BaseException):
+        _tell(writing, json.dumps(answer))
+
+
+def _tell(writing: int, text: str) -> None:
+    data = text.encode()
+    while data:
+        data = data[os.write(writing, data) :]
+
+
+@contextlib.contextmanager
+def limited(seconds: float, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
+    """Raise TimeoutError when the block has used so much of the processor, or of another timer."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    signals = {signal.ITIMER_VIRTUAL: signal.SIGVTALRM, signal.ITIMER_PROF: signal.SIGPROF}
+    signal.signal(signals.get(timer, signal.SIGALRM), late)
+    signal.setitimer(timer, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(timer, 0)
