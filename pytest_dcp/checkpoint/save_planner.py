@@ -37,6 +37,10 @@ from pytest_dcp.errors import PlanError
 logger = logging.getLogger(__name__)
 
 
+OF_ONE_SAVE = frozenset({"state_dict", "plan", "global_plan", "metadata"})
+"""What a planner has of the save that it plans, or planned last."""
+
+
 class DefaultSavePlanner(SavePlanner):
     """Plans a save: flattens the state dict, removes replicas, balances bytes, checks coverage."""
 
@@ -60,6 +64,10 @@ class DefaultSavePlanner(SavePlanner):
                 "and no longer has any effect. Please remove this argument from your call."
             )
         self._cache = PlanCache() if enable_plan_caching else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only what it brings to the next save, which may be in another process."""
+        return {name: value for name, value in vars(self).items() if name not in OF_ONE_SAVE}
 
     def set_up_planner(
         self,

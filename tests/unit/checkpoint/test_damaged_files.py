@@ -88,11 +88,8 @@ class LoadByHooks:
     def __init__(self, folder: Path, saved: dict[str, Any]) -> None:
         self.folder = folder
         self.saved = saved
-        self.plan()
-
-    def plan(self) -> None:
-        self.target, self.planner = blank(self.saved), dcp.DefaultLoadPlanner()
-        self.reader = FileSystemReader(self.folder, thread_count=1)
+        self.target, self.planner = blank(saved), dcp.DefaultLoadPlanner()
+        self.reader = FileSystemReader(folder, thread_count=1)
         metadata = self.reader.read_metadata()
         self.planner.set_up_planner(self.target, metadata, is_coordinator=True)
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -101,18 +98,20 @@ class LoadByHooks:
         (plan,) = self.reader.prepare_global_plan(plans)
         self.items = self.planner.finish_plan(plan)
 
+    def read(self) -> bool:
+        """Whether what the files hold is what was saved."""
+        for name, value in self.target.items():
+            self.target[name] = value.fill_(99) if isinstance(value, torch.Tensor) else None
+        self.reader.read_data(self.items, self.planner).wait()
+        return same(self.target, self.saved)
+
     def outcome(self, damaged: str) -> str | None:
-        """As the function `outcome`, once this file was damaged."""
-        for tensor in self.target.values():
-            if isinstance(tensor, torch.Tensor):
-                tensor.fill_(99)
+        """As the function `outcome`, now that this file is damaged."""
         try:
-            if damaged == ".metadata":
-                self.plan()
-            self.reader.read_data(self.items, self.planner).wait()
+            load = LoadByHooks(self.folder, self.saved) if damaged == ".metadata" else self
+            return None if load.read() else "wrong"
         except CheckpointCorruptError as error:
             return ".metadata" if error.file is None else error.file
-        return None if same(self.target, self.saved) else "wrong"
 
 
 @pytest.fixture
