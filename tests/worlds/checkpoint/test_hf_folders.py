@@ -132,13 +132,13 @@ def test_an_index_that_is_wrong_about_a_file_is_refused(tmp_path: Path) -> None:
 class DyingDisk(LocalDisk):
     """Refuses to rename from the n-th time on."""
 
-    def __init__(self, renames: int) -> None:
-        self.renames = renames
+    def __init__(self, left: int) -> None:
+        self.left = left
 
     def replace(self, folder: Path, old: str, new: str) -> None:
-        if not self.renames:
+        if not self.left:
             raise OSError("the disk died")
-        self.renames -= 1
+        self.left -= 1
         super().replace(folder, old, new)
 
 
