@@ -203,8 +203,9 @@ class _Run:
         private = folder / f"session-{token[:8]}"
         (private / "tmp").mkdir(parents=True)
         cwd.mkdir(parents=True, exist_ok=True)
-        # What pytest would take from the one that runs it: options, and (under tox) its cache.
-        inherited = ("PYTEST_", "TOX_")
+        # What pytest would take from the one that runs it: options, and (under tox) its cache; and
+        # Hypothesis, which has neither seeds nor a database where it finds itself in CI.
+        inherited = ("PYTEST_", "TOX_", "__TOX_", "CI", "GITHUB_ACTIONS", "GITLAB_CI", "BUILDKITE")
         env = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
         env |= {
             "SESSION_TOKEN": token,
