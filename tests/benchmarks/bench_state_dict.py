@@ -133,8 +133,8 @@ def _method(
     if case.verb == "get":
         return partial(module.get_state_dict, model, optimizer, options=options)
     wanted = dict(case.options)
-    if wanted.pop("broadcast_from_rank0", False):
-        wanted["cpu_offload"] = True
+    # Every rank has it, though only rank 0's is looked at: torch 2.13 hangs here if others have {}.
+    wanted.pop("broadcast_from_rank0", None)
     got = module.get_state_dict(model, optimizer, options=module.StateDictOptions(**wanted))
     states = copy.deepcopy(got)
 

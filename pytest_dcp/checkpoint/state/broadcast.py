@@ -8,7 +8,6 @@ needs more memory than the largest tensor takes, or a bucket of BUCKET_BYTES.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,28 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.materialise import current_device, group_device_type
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
+from pytest_dcp.checkpoint.state.packing import BUCKET_BYTES, Spec, views
 
 K = TypeVar("K", bound=Hashable)
-
-BUCKET_BYTES = 1 << 20
-"""Small tensors share a message, whose cost they would not be worth each: a MiB takes as long to
-send as to announce."""
-
-ALIGNMENT = 16
-"""Bytes: the largest item of any dtype, so that every tensor of a bucket can be a view of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """A tensor that rank 0 has."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        """Of its elements, without padding."""
-        return self.shape.numel() * self.dtype.itemsize
 
 
 def announced(values: Mapping[K, Any]) -> dict[K, Any]:
@@ -89,17 +69,18 @@ def from_rank0(
     near: tensors that are to be filled; what is sent lies on their device where the group can.
     """
     tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
-    largest = max((_padded(spec) for spec in tensors.values()), default=0)
-    limit = max(largest, min(BUCKET_BYTES, sum(map(_padded, tensors.values()))))
+    sizes = [spec.packed_bytes for spec in tensors.values()]
+    limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
     memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
     sends = dist.get_rank() == 0
     for bucket in _buckets(tensors, limit):
-        views, used = _views(memory, bucket)
+        arrived = dict(zip(bucket, views(memory, list(bucket.values())), strict=True))
         if sends:
-            for key, view in views.items():
+            for key, view in arrived.items():
                 view.copy_(values[key])
+        used = sum(spec.packed_bytes for spec in bucket.values())
         dist.broadcast(memory[:used], src=0)
-        yield from views.items()
+        yield from arrived.items()
 
 
 def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
@@ -107,28 +88,13 @@ def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
     bucket: dict[K, Spec] = {}
     used = 0
     for key, spec in tensors.items():
-        if used + _padded(spec) > limit:
+        if used + spec.packed_bytes > limit:
             yield bucket
             bucket, used = {}, 0
         bucket[key] = spec
-        used += _padded(spec)
+        used += spec.packed_bytes
     if bucket:
         yield bucket
-
-
-def _views(memory: torch.Tensor, bucket: Mapping[K, Spec]) -> tuple[dict[K, torch.Tensor], int]:
-    """Where in the memory each tensor of a bucket is, and how many bytes all take."""
-    views: dict[K, torch.Tensor] = {}
-    at = 0
-    for key, spec in bucket.items():
-        place = memory[at : at + spec.size_bytes]
-        views[key] = place.view(spec.dtype).view(spec.shape)
-        at += _padded(spec)
-    return views, at
-
-
-def _padded(spec: Spec) -> int:
-    return -(-spec.size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _meeting_place(near: Iterable[Any]) -> torch.device:

@@ -13,9 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from pytest_dcp.checkpoint.plan.materialise import filled
 from pytest_dcp.checkpoint.state import fsdp1
-from pytest_dcp.checkpoint.state.broadcast import Spec, agreed, announced, from_rank0
+from pytest_dcp.checkpoint.state.broadcast import agreed, announced, from_rank0
+from pytest_dcp.checkpoint.state.delivery import delivered
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
-from pytest_dcp.checkpoint.state.parts import delivered, fill, laid_out, size_of
+from pytest_dcp.checkpoint.state.packing import Spec
+from pytest_dcp.checkpoint.state.parts import fill, laid_out, size_of
 from pytest_dcp.checkpoint.state.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointMismatchError
 

@@ -14,10 +14,10 @@ import torch
 from torch.optim import Optimizer
 
 from pytest_dcp.checkpoint.state import fsdp1
+from pytest_dcp.checkpoint.state.delivery import delivered
 from pytest_dcp.checkpoint.state.flat import GROUPS, STATE, flattened
 from pytest_dcp.checkpoint.state.groups import PARAMS
 from pytest_dcp.checkpoint.state.initial import initial_states
-from pytest_dcp.checkpoint.state.parts import delivered
 from pytest_dcp.checkpoint.state.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pytest_dcp.checkpoint.state import fsdp1
-from pytest_dcp.checkpoint.state.broadcast import Spec
 from pytest_dcp.checkpoint.state.flat import GROUPS, STATE
 from pytest_dcp.checkpoint.state.groups import PARAMS, Group
 from pytest_dcp.checkpoint.state.initial import initial_states
 from pytest_dcp.checkpoint.state.optimizer_reading import group_names
+from pytest_dcp.checkpoint.state.packing import Spec
 from pytest_dcp.checkpoint.state.parts import fill, laid_out, size_of
 from pytest_dcp.checkpoint.state.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError

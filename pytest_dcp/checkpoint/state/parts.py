@@ -6,7 +6,7 @@ Layouts are said by example: a tensor, DTensor or ShardedTensor that lies as the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,52 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.layout import LocalBox
 from pytest_dcp.checkpoint.plan.shards import boxes_of, local_shards, local_tensor, part_of
-from pytest_dcp.checkpoint.state.options import StateDictOptions
-
-
-def delivered(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
-    """The state as the options want it: whole, on the CPU. Collective if it is to be whole.
-
-    {} where rank 0 alone is to have it and this is another rank.
-    """
-    change: Callable[[torch.Tensor], torch.Tensor | None] = whole
-    if not options.full_state_dict:
-        if not options.cpu_offload:
-            return state
-        change = _on_cpu
-    elif options.cpu_offload:
-        change = _whole_on_rank0
-    changed = {key: mapped(value, change) for key, value in state.items()}
-    return changed if _has_whole(options) else {}
-
-
-def _has_whole(options: StateDictOptions) -> bool:
-    only_rank0 = options.full_state_dict and options.cpu_offload
-    return not (only_rank0 and dist.is_initialized() and dist.get_rank())
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, ShardedTensor) and all(
-        shard.tensor.is_cpu for shard in tensor.local_shards()
-    ):
-        return tensor
-    return tensor.cpu()
-
-
-def _whole_on_rank0(tensor: torch.Tensor) -> torch.Tensor | None:
-    full = whole(tensor)
-    return None if dist.is_initialized() and dist.get_rank() else full.cpu()
-
-
-def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The value with each tensor in it changed; containers are new, in the order of the old."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(inner, change) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(mapped(inner, change) for inner in value)
-    return value
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +51,7 @@ def _gathered(tensor: ShardedTensor) -> torch.Tensor:
         at = 0
         for box in of:
             part = pieces[rank][at : at + _volume(box)]
-            _cut(full, box).copy_(part.view(box.shape))
+            cut(full, box).copy_(part.view(box.shape))
             at += _volume(box)
     return full
 
@@ -124,7 +78,7 @@ def fill(target: torch.Tensor, value: torch.Tensor) -> None:
         return
     full = whole(value)
     for box, memory in _local_parts(target):
-        part_of(memory, box).copy_(_cut(full, box))
+        part_of(memory, box).copy_(cut(full, box))
 
 
 def laid_out(value: torch.Tensor, like: torch.Tensor, *, keep: bool) -> torch.Tensor:
@@ -157,7 +111,7 @@ def _as_dtensor(full: torch.Tensor, like: DTensor, keep: bool) -> DTensor:
     else:
         local = torch.empty_like(memory, dtype=full.dtype)
         for box in boxes:
-            part_of(local, box).copy_(_cut(full, box))
+            part_of(local, box).copy_(cut(full, box))
     return DTensor.from_local(
         local,
         like.device_mesh,
@@ -190,12 +144,12 @@ def _box(shard: ShardMetadata) -> LocalBox:
 
 def _part(full: torch.Tensor, box: LocalBox, device: torch.device, keep: bool) -> torch.Tensor:
     """The box's elements on the device, with memory of their own if they are to be kept."""
-    part = _cut(full, box)
+    part = cut(full, box)
     moved = part.to(device)
     return moved.clone() if keep and moved is part else moved
 
 
-def _cut(full: torch.Tensor, box: LocalBox) -> torch.Tensor:
+def cut(full: torch.Tensor, box: LocalBox) -> torch.Tensor:
     """A view of the box's elements."""
     for dim, (start, length) in enumerate(zip(box.offset, box.shape, strict=True)):
         if length != full.shape[dim]:

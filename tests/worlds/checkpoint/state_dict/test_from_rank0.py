@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrappings import WAYS, Net, adamw, by_name, close, plain, train
 
-from pytest_dcp.checkpoint.state import broadcast
+from pytest_dcp.checkpoint.state import broadcast, delivery
 from pytest_dcp.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,7 +52,9 @@ def bare_states(rank: int) -> tuple[Any, Any]:
 def test_rank_0_alone_gets_and_alone_gives(
     way: str, flat: bool, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 1)  # So that there are several.
+    # So that there are several.
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(delivery, "BUCKET_BYTES", 300)
     expected = bare_states(rank)
     model = WAYS[way](Net())
     optimizer = adamw(model)
