@@ -67,9 +67,12 @@ class FileSystemReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same."""
         if checkpoint_id:
-            self.path = self.fs.init_path(checkpoint_id)
+            self._point_at(checkpoint_id)
         self.load_id = new_id()
         self._catalog = None
+
+    def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the whole checkpoint, or of `rank` where each rank saved on its own.

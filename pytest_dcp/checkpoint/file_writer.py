@@ -26,10 +26,9 @@ from torch.futures import Future
 from pytest_dcp.checkpoint import file_system
 from pytest_dcp.checkpoint.file_system import FileSystem, files_named, new_id
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
-from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.save_planner import plain_data
 from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places, index_key
+from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.checks import check_catalog
 from pytest_dcp.checkpoint.store.commit import (
     RANK_METADATA,
@@ -45,11 +44,10 @@ from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.staging import BlockingAsyncStager
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
-from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp.checkpoint.store.written import WriteResults, whole_places_of
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
-    PlanError,
 )
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
@@ -118,8 +116,11 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another save, to the given folder or the same."""
         if checkpoint_id:
-            self.path = self.fs.init_path(checkpoint_id)
+            self._point_at(checkpoint_id)
         self.fresh_id()
+
+    def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take this rank's number, and whether all ranks commit together."""
@@ -205,9 +206,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = self._meta()
         catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
-        places = places_of(catalog.index, results)
-        _check_all_written(catalog.index, places)
-        catalog = dataclasses.replace(catalog, places=places)
+        catalog = dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
         disk = self._disk()
@@ -301,16 +300,6 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
                 "the same folder?",
                 file=gone[0],
             )
-
-
-def _check_all_written(index: Index, places: Places) -> None:
-    """Raise PlanError, naming the first, where no rank told where it wrote a planned item."""
-    unwritten = np.flatnonzero(places.file < 0)
-    if len(unwritten):
-        raise PlanError(
-            f"{len(unwritten)} item(s) of the plan were written by no rank, the first is "
-            f"{index_key(index, int(unwritten[0]))}: write_data must return a result for each"
-        )
 
 
 def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:

@@ -145,11 +145,8 @@ class FsspecWriter(FileSystemWriter):
         self.options = kwargs
         self.fs, self.path = _opened(path, kwargs)
 
-    def reset(self, checkpoint_id: Id | None = None) -> None:
-        """Begin another save, to the given place or the same."""
-        super().reset()
-        if checkpoint_id:
-            self.fs, self.path = _opened(checkpoint_id, self.options)
+    def _point_at(self, checkpoint_id: Id) -> None:
+        self.fs, self.path = _opened(checkpoint_id, self.options)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:
@@ -176,11 +173,8 @@ class FsspecReader(FileSystemReader):
         if thread_count is None and isinstance(self.fs, FileSystem):
             self.thread_count = READERS
 
-    def reset(self, checkpoint_id: Id | None = None) -> None:
-        """Begin another load, from the given place or the same."""
-        super().reset()
-        if checkpoint_id:
-            self.fs, self.path = _opened(checkpoint_id, self.options)
+    def _point_at(self, checkpoint_id: Id) -> None:
+        self.fs, self.path = _opened(checkpoint_id, self.options)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:

@@ -45,7 +45,7 @@ from pytest_dcp.checkpoint.store.hf_folder import (
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.write import FileJob, Settings
-from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp.checkpoint.store.written import WriteResults, whole_places_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError, PlanError
 
 __all__ = ["HuggingFaceStorageWriter", "HuggingFaceStorageReader"]
@@ -173,7 +173,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
         catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
         results = [some for some in results if len(some)]
-        catalog = _data_only(dataclasses.replace(catalog, places=places_of(catalog.index, results)))
+        catalog = _data_only(
+            dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
+        )
         disk = self._disk()
         # A planner that remembers plans may have given the ranks those of an earlier save.
         save_id = next(map(save_of, catalog.places.files), self.save_id[:12])

@@ -144,3 +144,27 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """End everything that was started; bounded in time."""
+
+
+class Signals:
+    """What a launcher does to ranks by signals alone."""
+
+    def stacks(self, world: int, rank: int) -> None:
+        """Have the rank write its stacks."""
+        self._signal(world, rank, STACKS_SIGNAL)
+
+    def kill(self, world: int, rank: int) -> None:
+        """SIGKILL the rank and its process group."""
+        self._signal(world, rank, signal.SIGKILL)
+
+    def pause(self, world: int, rank: int) -> None:
+        """SIGSTOP the rank and its process group."""
+        self._signal(world, rank, signal.SIGSTOP)
+
+    def resume(self, world: int, rank: int) -> None:
+        """SIGCONT the rank and its process group."""
+        self._signal(world, rank, signal.SIGCONT)
+
+    def _signal(self, world: int, rank: int, signum: int) -> None:
+        """Signal the rank, and for all but its stacks what it started; nothing if it is gone."""
+        raise NotImplementedError

@@ -25,14 +25,22 @@ import pytest
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import linux, measure, rank, rank_items
 from pytest_dcp.harness.events import RunItem
-from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Exit, Halt, Order, RankFds
+from pytest_dcp.harness.launch import (
+    RANK_VARIABLE,
+    STACKS_SIGNAL,
+    Exit,
+    Halt,
+    Order,
+    RankFds,
+    Signals,
+)
 
 PROGRAM = "from pytest_dcp.harness.spawn import main; main()"
 GUARD = "from pytest_dcp.harness.guard import main; main()"
 WAIT_S = 10.0
 
 
-class SpawnLauncher:
+class SpawnLauncher(Signals):
     """A `launch.Launcher` that starts interpreters."""
 
     name = "spawn"
@@ -160,22 +168,6 @@ class SpawnLauncher:
         """Drop what is kept for a world that has ended."""
         with self._lock:
             self._news.pop(world, None)
-
-    def stacks(self, world: int, rank: int) -> None:
-        """Have the rank write its stacks."""
-        self._signal(world, rank, STACKS_SIGNAL)
-
-    def kill(self, world: int, rank: int) -> None:
-        """SIGKILL the rank and its process group."""
-        self._signal(world, rank, signal.SIGKILL)
-
-    def pause(self, world: int, rank: int) -> None:
-        """SIGSTOP the rank and its process group."""
-        self._signal(world, rank, signal.SIGSTOP)
-
-    def resume(self, world: int, rank: int) -> None:
-        """SIGCONT the rank and its process group."""
-        self._signal(world, rank, signal.SIGCONT)
 
     def _signal(self, world: int, rank: int, signum: int) -> None:
         with self._lock:

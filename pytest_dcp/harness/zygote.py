@@ -36,6 +36,7 @@ from pytest_dcp.harness.launch import (
     LauncherLostError,
     Order,
     RankFds,
+    Signals,
 )
 
 CLOSE_S = 5.0
@@ -58,7 +59,7 @@ NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
 RankMain = Callable[[Order, RankFds], NoReturn]
 
 
-class ZygoteLauncher:
+class ZygoteLauncher(Signals):
     """The controller's side: a `launch.Launcher` that has ranks forked."""
 
     name = "fork"
@@ -127,22 +128,6 @@ class ZygoteLauncher:
         """Drop what is kept for a world that has ended."""
         self._news.pop(world, None)
         self._files.pop(world, None)
-
-    def stacks(self, world: int, rank: int) -> None:
-        """Have the rank write its stacks."""
-        self._signal(world, rank, STACKS_SIGNAL)
-
-    def kill(self, world: int, rank: int) -> None:
-        """SIGKILL the rank and its process group."""
-        self._signal(world, rank, signal.SIGKILL)
-
-    def pause(self, world: int, rank: int) -> None:
-        """SIGSTOP the rank and its process group."""
-        self._signal(world, rank, signal.SIGSTOP)
-
-    def resume(self, world: int, rank: int) -> None:
-        """SIGCONT the rank and its process group."""
-        self._signal(world, rank, signal.SIGCONT)
 
     def _signal(self, world: int, rank: int, signum: int) -> None:
         self._send({"op": "signal", "world": world, "rank": rank, "signum": signum})

@@ -118,6 +118,18 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
     )
 
 
+def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
+    """As `places_of`; raises PlanError also when something of the index was written by no rank."""
+    places = places_of(index, results)
+    unwritten = np.flatnonzero(places.file < 0)
+    if len(unwritten):
+        raise PlanError(
+            f"{len(unwritten)} item(s) of the plan were written by no rank, the first is "
+            f"{index_key(index, int(unwritten[0]))}: write_data must return a result for each"
+        )
+    return places
+
+
 def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:
     """The index's rows of what was written; by their hints where those are right."""
     items = part.items
