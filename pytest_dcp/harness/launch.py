@@ -124,6 +124,9 @@ class Launcher(Protocol):
     def fileno(self) -> int:
         """Readable when `news` has something to tell."""
 
+    def has_news(self, world: int) -> bool:
+        """Whether `news` of this world were read already, for another one. Costs nothing."""
+
     def news(self, world: int) -> list[Exit | Halt]:
         """What became of this world's processes since the last call. Does not wait."""
 

@@ -20,6 +20,7 @@ import pickle
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 CASE = "Failing test case:"
@@ -130,22 +131,26 @@ class Line:
 Entry = Choice | SpanStart | SpanEnd | Line
 
 
-def encode(entry: Entry) -> bytes:
-    """The entry as bytes, the same for equal entries."""
-    match entry:
-        case SpanStart():
-            return pickle.dumps(entry.label)
-        case SpanEnd():
-            return pickle.dumps(entry.discard)
-        case Line():
-            return pickle.dumps(entry.text)
-        case Choice():
-            out = io.BytesIO()
-            pickler = pickle.Pickler(out)
-            # No memo: with it, equal choices of shared parts and of equal ones would differ.
-            pickler.fast = True
-            pickler.dump((entry.kind, dict(entry.constraints), entry.value, entry.forced))
-            return out.getvalue()
+def encode_line(text: str) -> bytes:
+    """A `Line` as bytes."""
+    return pickle.dumps(text)
+
+
+# A bool is an int: typed, or the end of a span could be found as the start of span 1.
+@lru_cache(maxsize=1024, typed=True)
+def encode_span(mark: int | bool) -> bytes:
+    """A `SpanStart`, given its label, or a `SpanEnd`, given its `discard`, as bytes."""
+    return pickle.dumps(mark)
+
+
+def encode_choice(kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> bytes:
+    """A `Choice` as bytes, given its parts; the same for equal choices."""
+    out = io.BytesIO()
+    pickler = pickle.Pickler(out)
+    # No memo: with it, equal choices of shared parts and of equal ones would differ.
+    pickler.fast = True
+    pickler.dump((kind, dict(constraints), value, forced))
+    return out.getvalue()
 
 
 def decode(record: bytes) -> list[Entry]:

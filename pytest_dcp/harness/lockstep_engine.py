@@ -142,7 +142,8 @@ class _Engine:
         stand_in = self._inside.stand_in(self._property, self._play)
         found: list[Found] = []
         try:
-            stand_in()
+            with self._inside.seeding_nothing():
+                stand_in()
         except Exception as error:  # noqa: BLE001 - Hypothesis raises what the ranks' errors became
             found = self._minimal(error)
             if not found:

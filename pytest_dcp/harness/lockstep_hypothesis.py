@@ -6,14 +6,15 @@ It can all go when Hypothesis can be told from outside which example to run, and
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from random import Random
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import hypothesis
 from hypothesis import Phase, core, given, settings
@@ -23,6 +24,7 @@ from hypothesis.errors import StopTest, UnsatisfiedAssumption
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.conjecture.data import ConjectureData, DataObserver
 from hypothesis.internal.conjecture.data import Status as Ended
+from hypothesis.internal.entropy import RANDOMS_TO_MANAGE, deterministic_PRNG
 from hypothesis.internal.escalation import InterestingOrigin, get_trimmed_traceback
 from hypothesis.internal.reflection import function_digest
 from hypothesis.reporting import report as say
@@ -60,7 +62,7 @@ EXPECTED = "Failed to reproduce exception. Expected:"
 
 __all__ = [
     "Followed",
-    "Recorder",
+    "Record",
     "StopTest",
     "UnsatisfiedAssumption",
     "attempt_of",
@@ -76,6 +78,7 @@ __all__ = [
     "reject",
     "say",
     "seed_of",
+    "seeding_nothing",
     "stand_in",
     "status_of",
     "trim",
@@ -96,40 +99,77 @@ def lacking() -> str:
         missing = names - inspect.signature(function).parameters.keys()
         if missing:
             return f"{function.__qualname__} takes no {', '.join(sorted(missing))}"
+    if getattr(core, "deterministic_PRNG", None) is not deterministic_PRNG:
+        return "hypothesis.core has no deterministic_PRNG"
     return ""
+
+
+# In both.
+
+
+@contextlib.contextmanager
+def _beginning_with(begin: Callable[[], None]) -> Iterator[None]:
+    """In this block an example begins with `begin`, and random generators are not put back.
+
+    Hypothesis would save, seed and restore them for each: a fifth of the time of a small example.
+    """
+
+    @contextlib.contextmanager
+    def begun(seed: int = 0) -> Iterator[None]:
+        begin()
+        yield
+
+    vars(core)["deterministic_PRNG"] = begun  # no hook for it
+    try:
+        yield
+    finally:
+        vars(core)["deterministic_PRNG"] = deterministic_PRNG
+
+
+def _seed_all() -> None:
+    """What Hypothesis does to all random generators that it knows of when an example begins."""
+    for one in list(RANDOMS_TO_MANAGE.values()):
+        one.seed(0)
 
 
 # In a rank.
 
 
-class Recorder(DataObserver):
-    """Tells `note` of every choice and span of an example."""
+class Record(Protocol):
+    """Where a rank writes down what it draws."""
 
-    def __init__(self, note: Callable[[Entry], None]) -> None:
-        self.note = note
+    def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
+        """A choice; see `lockstep.Choice`."""
 
-    def _draw(self, kind: str, value: Any, constraints: Any, was_forced: bool) -> None:
-        self.note(Choice(kind, constraints, value, was_forced))
+    def span(self, mark: int | bool) -> None:
+        """The start of a span, given its label, or the end, given whether to discard it."""
+
+
+class _Observer(DataObserver):
+    """Writes down every choice of an example."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
 
     def draw_integer(self, value: int, *, constraints: Any, was_forced: bool) -> None:
         """A choice of Hypothesis' observers."""
-        self._draw("integer", value, constraints, was_forced)
+        self._record.choice("integer", constraints, value, was_forced)
 
     def draw_float(self, value: float, *, constraints: Any, was_forced: bool) -> None:
         """See `draw_integer`."""
-        self._draw("float", value, constraints, was_forced)
+        self._record.choice("float", constraints, value, was_forced)
 
     def draw_string(self, value: str, *, constraints: Any, was_forced: bool) -> None:
         """See `draw_integer`."""
-        self._draw("string", value, constraints, was_forced)
+        self._record.choice("string", constraints, value, was_forced)
 
     def draw_bytes(self, value: bytes, *, constraints: Any, was_forced: bool) -> None:
         """See `draw_integer`."""
-        self._draw("bytes", value, constraints, was_forced)
+        self._record.choice("bytes", constraints, value, was_forced)
 
     def draw_boolean(self, value: bool, *, constraints: Any, was_forced: bool) -> None:
         """See `draw_integer`."""
-        self._draw("boolean", value, constraints, was_forced)
+        self._record.choice("boolean", constraints, value, was_forced)
 
 
 class _Provider(providers.HypothesisProvider):
@@ -141,17 +181,17 @@ class _Provider(providers.HypothesisProvider):
 
     _local_constants: ClassVar[Any] = None
 
-    def __init__(self, data: ConjectureData, /, *, recorder: Recorder) -> None:
+    def __init__(self, data: ConjectureData, /, *, record: Record) -> None:
         super().__init__(data)
-        self._recorder = recorder
+        self._record = record
 
     def span_start(self, label: int, /) -> None:
         """A hook of Hypothesis' providers."""
-        self._recorder.note(SpanStart(label))
+        self._record.span(label)
 
     def span_end(self, discard: bool, /) -> None:
         """A hook of Hypothesis' providers."""
-        self._recorder.note(SpanEnd(discard))
+        self._record.span(discard)
 
 
 def freeze_constants() -> None:
@@ -160,13 +200,13 @@ def freeze_constants() -> None:
         _Provider._local_constants = providers._get_local_constants()
 
 
-def drawing(attempt: Attempt, recorder: Recorder) -> ConjectureData:
-    """What a rank draws an attempt's example from."""
+def drawing(attempt: Attempt, record: Record) -> ConjectureData:
+    """What a rank draws an attempt's example from, and writes down as it does."""
     return ConjectureData(
         random=None if attempt.seed is None else Random(attempt.seed),
-        observer=recorder,
+        observer=_Observer(record),
         provider=_Provider,
-        provider_kw={"recorder": recorder},
+        provider_kw={"record": record},
         prefix=attempt.prefix,
         max_choices=attempt.max_choices,
     )
@@ -212,7 +252,8 @@ class Followed(core.StateForActualGivenExecution):
         # to say; this rank may be new, in the place of one that has run it all.
         self.failed_normally = self.ever_executed = True
         self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
-        type(self).follow(self)
+        with deterministic_PRNG(), _beginning_with(_seed_all):
+            type(self).follow(self)
 
 
 def follow_with(follow: Callable[[Followed], None], meet: Callable[[], None]) -> None:
@@ -285,6 +326,11 @@ def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Ca
     )
     run: Callable[[], None] = wrapped
     return run
+
+
+def seeding_nothing() -> AbstractContextManager[None]:
+    """Leave random generators alone in this block: no example is run in this process."""
+    return _beginning_with(lambda: None)
 
 
 def _settings_of(prop: Property) -> settings:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -28,13 +29,12 @@ from pytest_dcp.harness import lockstep_hypothesis as inside
 from pytest_dcp.harness.events import Done, Example, Go
 from pytest_dcp.harness.lockstep import (
     Attempt,
-    Choice,
-    Entry,
-    Line,
     Reply,
     Status,
     add_to_checksum,
-    encode,
+    encode_choice,
+    encode_line,
+    encode_span,
 )
 from pytest_dcp.harness.rank import Rank, class_of, one_line, outcome_of
 from pytest_dcp.harness.surroundings import Surroundings
@@ -124,20 +124,24 @@ class Record:
         self._pending.clear()
         self._end, self.drawn, self._open = 0, (0, 0), True
 
-    def note(self, entry: Entry) -> None:
-        """Add an entry; spans wait for the next choice."""
-        if not self._open:
-            return
-        encoded = encode(entry)
-        self._pending += encoded
-        if isinstance(entry, Choice):
+    def span(self, mark: int | bool) -> None:
+        """A span begins or ends; it waits for the next choice."""
+        if self._open:
+            self._pending += encode_span(mark)
+
+    def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
+        """A choice that a strategy asked for."""
+        if self._open:
+            encoded = encode_choice(kind, constraints, value, forced)
+            self._pending += encoded
             self.drawn = add_to_checksum(self.drawn, encoded)
-        if isinstance(entry, Choice | Line):
             self._flush()
 
     def say(self, text: object) -> None:
         """A line of Hypothesis' for the user."""
-        self.note(Line(str(text)))
+        if self._open:
+            self._pending += encode_line(str(text))
+            self._flush()
 
     def end(self) -> None:
         """The example is over."""
@@ -199,7 +203,7 @@ class Follower:
         self.rank.meet("the begin of an example")
 
     def _begin(self) -> None:
-        self.rank.reseed(self.rank.seed)
+        self.rank.reseed_torch(self.rank.seed)
         for watcher in self.rank.watchers:
             watcher.renew()
 
@@ -249,7 +253,7 @@ class Follower:
     ) -> tuple[Status, BaseException | None, Any]:
         """Draw and run the example: its status, what it raised, and Hypothesis' data of it."""
         self.record.begin()
-        data = inside.drawing(attempt, inside.Recorder(self.record.note))
+        data = inside.drawing(attempt, self.record)
         status: Status = "valid"
         error: BaseException | None = None
         try:

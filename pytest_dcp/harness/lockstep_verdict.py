@@ -34,7 +34,7 @@ class Verdict:
     """A failure when ranks drew differently, whatever they said."""
     replies: Mapping[int, Reply]
     records: Mapping[int, Sequence[Entry]]
-    """By rank, what it drew; rank 0's alone when all passed and drew the same."""
+    """By rank, what it drew; rank 0's alone when none failed and all drew the same."""
     diverged: bool
 
     @property
@@ -115,9 +115,9 @@ def reply_of(done: Done) -> Reply:
 
 
 def drew_the_same(replies: Mapping[int, Reply], size: int) -> bool:
-    """Whether all ranks passed and say that they made the same choices."""
+    """Whether no rank failed, and all say that they made the same choices."""
     said = {(reply.status, reply.drawn) for reply in replies.values()}
-    return len(replies) == size and len(said) == 1 and replies[0].status == "valid"
+    return len(replies) == size and len(said) == 1 and replies[0].status != "interesting"
 
 
 def awaited(outcome: Outcome) -> Property | Outcome | None:

@@ -151,13 +151,17 @@ class Rank:
 
     def reseed(self, seed: int) -> None:
         """Seed random, numpy and torch alike on every rank."""
-        import torch
-
         self.seed = seed
         random.seed(seed)
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None:
             numpy_random.seed(seed % 2**32)
+        self.reseed_torch(seed)
+
+    def reseed_torch(self, seed: int) -> None:
+        """Seed torch alone: Hypothesis seeds the others for each example."""
+        import torch
+
         # Not torch.manual_seed: for each kind of accelerator it formats a stack trace, 3 ms in all.
         torch.default_generator.manual_seed(seed)
         if self.order.device != "cpu":

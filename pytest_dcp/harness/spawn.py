@@ -157,6 +157,10 @@ class SpawnLauncher(Signals):
         """Readable when something became of a rank."""
         return self._wake_r.fileno()
 
+    def has_news(self, world: int) -> bool:
+        """Whether there are news of this world."""
+        return bool(self._news.get(world))
+
     def news(self, world: int) -> list[Exit | Halt]:
         """Ends and stops of this world's ranks since the last call."""
         while select.select([self._wake_r], [], [], 0)[0]:

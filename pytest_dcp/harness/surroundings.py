@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 
 class Surroundings:
@@ -12,6 +13,7 @@ class Surroundings:
         import torch
 
         self._environ = dict(os.environ)
+        self._raw_environ = dict(_raw(os.environ))
         self._cwd = os.getcwd()
         self._dtype = torch.get_default_dtype()
 
@@ -19,9 +21,15 @@ class Surroundings:
         """Environment, working folder, torch's default dtype and gradient mode."""
         import torch
 
-        if dict(os.environ) != self._environ:
+        if _raw(os.environ) != self._raw_environ:
             os.environ.clear()
             os.environ.update(self._environ)
         os.chdir(self._cwd)
         torch.set_default_dtype(self._dtype)
         torch.set_grad_enabled(True)
+
+
+def _raw(environ: os._Environ[str]) -> Mapping[bytes, bytes]:
+    """The environment as it is kept: to decode all of it takes longer than a small example."""
+    raw: Mapping[bytes, bytes] = vars(environ)["_data"]
+    return raw

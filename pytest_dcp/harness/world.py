@@ -354,7 +354,7 @@ class World:
 
     def _step(self, within_s: float = LOOK_S) -> None:
         """Wait for one thing to happen, and handle it."""
-        if self._hear_news():
+        if self._launcher.has_news(self.number) and self._hear_news():
             return
         now = time.monotonic()
         wake = min(self._supervisor.wake_at() - now, within_s)
@@ -373,7 +373,8 @@ class World:
 
     def _drain(self) -> None:
         """What happened while nobody listened: a rank that died between phases."""
-        self._hear_news()
+        if self._launcher.has_news(self.number):
+            self._hear_news()
         for key, _ in self._selector.select(0):
             if key.data < 0:
                 self._hear_news()
@@ -383,7 +384,7 @@ class World:
     def _hear_news(self) -> bool:
         """Handle what became of processes; whether there was something.
 
-        Not only when the launcher is readable: another world may have read it for this one.
+        To be called when the launcher is readable, and when another world has read it for this one.
         """
         try:
             news = self._launcher.news(self.number)

@@ -109,6 +109,10 @@ class ZygoteLauncher(Signals):
         """Readable when the zygote has something to say."""
         return self._control.fileno()
 
+    def has_news(self, world: int) -> bool:
+        """Whether news of this world were read for another one."""
+        return bool(self._news.get(world))
+
     def news(self, world: int) -> list[Exit | Halt]:
         """Ends and stops of this world's ranks since the last call."""
         while self._readable():

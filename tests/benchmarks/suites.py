@@ -62,8 +62,11 @@ def test_{workload}(number, device_mesh):
 """
 
 
+# With torch also where there is no world: a test that needs one imports it, and Hypothesis then
+# saves and seeds numpy's random state for each example.
 EXAMPLES = """\
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

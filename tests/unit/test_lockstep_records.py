@@ -19,7 +19,9 @@ from pytest_dcp.harness.lockstep import (
     add_to_checksum,
     decode,
     divergence,
-    encode,
+    encode_choice,
+    encode_line,
+    encode_span,
     merged_lines,
     same_collectives,
 )
@@ -44,8 +46,23 @@ def integer(value: int, most: int = 10) -> Choice:
     return Choice("integer", {"min_value": 0, "max_value": most}, value, forced=False)
 
 
+def encode(entry: Entry) -> bytes:
+    match entry:
+        case Choice(kind, constraints, value, forced):
+            return encode_choice(kind, constraints, value, forced)
+        case SpanStart(mark) | SpanEnd(mark):
+            return encode_span(mark)
+        case Line(text):
+            return encode_line(text)
+
+
 def record(*entries: Entry) -> bytes:
     return b"".join(map(encode, entries))
+
+
+def test_the_end_of_a_span_is_not_the_start_of_span_1() -> None:
+    marks = [SpanStart(1), SpanEnd(True), SpanStart(0), SpanEnd(False), SpanStart(1)]
+    assert decode(record(*marks)) == marks
 
 
 @given(entries)

@@ -135,11 +135,13 @@ def test_a_rank_that_ended_the_test_has_the_last_say() -> None:
     assert said.origin == "ValueError: in a thread"
 
 
-def test_records_are_read_of_one_rank_only_when_all_passed_alike() -> None:
+def test_records_are_read_of_one_rank_only_when_all_ended_alike() -> None:
     assert drew_the_same({0: reply(), 1: reply()}, 2)
+    assert drew_the_same({0: reply("invalid"), 1: reply("invalid")}, 2)
     assert not drew_the_same({0: reply(), 1: reply(count=2)}, 2)
     assert not drew_the_same({0: reply()}, 2)
-    assert not drew_the_same({0: reply("invalid"), 1: reply("invalid")}, 2)
+    assert not drew_the_same({0: reply(), 1: reply("invalid")}, 2)
+    assert not drew_the_same({0: reply("interesting"), 1: reply("interesting")}, 2)
 
 
 def outcome_of(*props: Property | None) -> Outcome:

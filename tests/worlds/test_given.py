@@ -85,6 +85,19 @@ def test_each_example_is_seeded_alike(world: RankWorld, x: int) -> None:
     assert len(set(world.gather(SEEN[-1]))) == 1
 
 
+def test_a_property_leaves_the_generators_as_they_were() -> None:
+    @few
+    @given(st.integers())
+    def a_property(x: int) -> None:
+        numbers()
+
+    random.seed(5)
+    np.random.seed(5)
+    would_come = random.Random(5).random(), float(np.random.RandomState(5).rand())
+    a_property()
+    assert numbers()[:2] == would_come
+
+
 @few
 @given(st.booleans())
 def test_an_example_leaves_the_process_as_it_was(x: bool) -> None:
