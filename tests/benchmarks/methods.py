@@ -22,6 +22,7 @@ WITHOUT = "without the plugin"
 WITH = "with the plugin"
 IMPORT = "import"
 GIVEN = "@given"
+REPAIR = "@given, repaired"
 
 PEERS = (SPAWN, FORK, FORK_TUNED)
 ISOLATIONS = {FRESH: "test", WARM: "module"}
@@ -33,6 +34,8 @@ START_TESTS = 1
 EXAMPLE_TESTS = 4
 EXAMPLES = 300
 """Of a property, in each of so many tests; the first and the last are not counted."""
+REPAIRS = 10
+"""As `EXAMPLES`, of a property each of whose examples needs a new world."""
 ONE_PROCESS = 0
 """For the size of a world: a property without one."""
 ORDINARY_TESTS = 1_000
@@ -92,6 +95,7 @@ def cases(sizes: list[int], session_runs: int, *, peers_only: bool = False) -> l
             for method in (FORK, FORK_TUNED, FRESH)
         ),
         *(Case(GIVEN, "examples", size) for size in (ONE_PROCESS, 1, TARGET_SIZE)),
+        Case(REPAIR, "examples", TARGET_SIZE),
         *[Case(method, "ordinary", ORDINARY_TESTS) for method in switches] * session_runs,
         *[Case(method, "ordinary", START_TESTS) for method in (*switches, IMPORT)] * session_runs,
     ]
@@ -115,7 +119,7 @@ def measure(case: Case, worlds: int, spawn_tests: int) -> Timing:
             return _read_timing(scratch)
         if case.method in SWITCHES:
             return _measure_ordinary(scratch, case)
-        if case.method == GIVEN:
+        if case.method in (GIVEN, REPAIR):
             return _measure_examples(scratch, case)
         return _measure_worlds(scratch, case, worlds)
 
@@ -148,9 +152,12 @@ def _measure_worlds(scratch: Path, case: Case, worlds: int) -> Timing:
 
 def _measure_examples(scratch: Path, case: Case) -> Timing:
     """The timing of one example of a property, which does nothing with what it draws."""
-    suite = suites.example_suite(case.size, EXAMPLE_TESTS, EXAMPLES)
+    write, examples = (
+        (suites.example_suite, EXAMPLES) if case.method == GIVEN else (suites.repair_suite, REPAIRS)
+    )
+    suite = write(case.size, EXAMPLE_TESTS, examples)
     times, _ = _run_session(scratch, suite, EXAMPLE_TESTS, "pytest_dcp")
-    return Timing(each_ms=[each_ms / EXAMPLES for each_ms in times.each_ms()])
+    return Timing(each_ms=[each_ms / examples for each_ms in times.each_ms()])
 
 
 def _measure_ordinary(scratch: Path, case: Case) -> Timing:

@@ -80,6 +80,22 @@ def test_examples(number, x, xs):
 """
 
 
+REPAIRS = """\
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.mark.world_size({size}, isolation="module")
+@pytest.mark.parametrize("number", range({tests}))
+@settings(max_examples={examples}, database=None, deadline=None, derandomize=True)
+@given(x=st.integers())
+def test_repairs(number, world, x):
+    if world.rank == 1:
+        world.kill(1)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionTimes:
     """What one session's conftest wrote."""
@@ -116,6 +132,11 @@ def example_suite(size: int, tests: int, examples: int) -> str:
     """The test file of a property, run `tests` times over; in no world when `size` is 0. Pure."""
     marker = f'@pytest.mark.world_size({size}, isolation="module")' if size else ""
     return EXAMPLES.format(marker=marker, tests=tests, examples=examples)
+
+
+def repair_suite(size: int, tests: int, examples: int) -> str:
+    """The test file of a property, run `tests` times over; each example loses a rank. Pure."""
+    return REPAIRS.format(size=size, tests=tests, examples=examples)
 
 
 def plain_suite(tests: int) -> str:

@@ -14,6 +14,7 @@ from methods import (
     GIVEN,
     IMPORT,
     ONE_PROCESS,
+    REPAIR,
     SPAWN,
     START_TESTS,
     TARGET_SIZE,
@@ -170,8 +171,10 @@ def example_rows(found: Medians) -> Rows:
     """One row for each size of world, and one without; times are ms for one example."""
     alone = Case(GIVEN, "examples", ONE_PROCESS)
     rows = []
-    for case in sorted((case for case in found if case.method == GIVEN), key=lambda c: c.size):
+    cases = [case for case in found if case.method in (GIVEN, REPAIR)]
+    for case in sorted(cases, key=lambda case: (case.method == REPAIR, case.size)):
         where = "one process" if case == alone else f"{case.size} rank{'s' * (case.size > 1)}"
+        where += " of a world that is repaired for it" * (case.method == REPAIR)
         added_ms = found[case].ms - found[alone].ms if case != alone and alone in found else None
         rows.append([where, _number(found[case].ms, digits=2), _number(added_ms, digits=2)])
     return rows
@@ -217,7 +220,7 @@ def targets(found: Medians, samples: Sequence[Sample]) -> list[Target]:
             f"{_number(warm_ms)} ms",
             None if warm_ms is None else warm_ms <= 6,
         ),
-        _example_target(found),
+        *_example_targets(found),
         _start_target(found, samples),
     ]
 
@@ -233,15 +236,23 @@ def _workload_target(found: Medians, workload: str) -> Target:
     )
 
 
-def _example_target(found: Medians) -> Target:
+def _example_targets(found: Medians) -> list[Target]:
     alone, ours = (Case(GIVEN, "examples", size) for size in (ONE_PROCESS, TARGET_SIZE))
-    both = alone in found and ours in found
-    added_ms = found[ours].ms - found[alone].ms if both else None
-    return Target(
-        f"an example of Hypothesis in {TARGET_SIZE} ranks at most 2 ms over one in one process",
-        f"{_number(added_ms, digits=2)} ms",
-        None if added_ms is None else added_ms <= 2,
-    )
+    repaired = Case(REPAIR, "examples", TARGET_SIZE)
+    added_ms = found[ours].ms - found[alone].ms if {alone, ours} <= found.keys() else None
+    repair_ms = found[repaired].ms - found[ours].ms if {repaired, ours} <= found.keys() else None
+    return [
+        Target(
+            f"an example of Hypothesis in {TARGET_SIZE} ranks at most 2 ms over one in one process",
+            f"{_number(added_ms, digits=2)} ms",
+            None if added_ms is None else added_ms <= 2,
+        ),
+        Target(
+            f"a {TARGET_SIZE}-rank world repaired for the next example in at most 100 ms",
+            f"{_number(repair_ms)} ms",
+            None if repair_ms is None else repair_ms <= 100,
+        ),
+    ]
 
 
 def _start_target(found: Medians, samples: Sequence[Sample]) -> Target:
