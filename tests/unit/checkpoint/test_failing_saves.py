@@ -21,10 +21,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint import file_system
 from pytest_dcp.checkpoint.filesystem import FileSystemWriter
+from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.store import disk as disk_module
 from pytest_dcp.checkpoint.store.disk import Buffer, In, LocalDisk, Out
 from pytest_dcp.errors import CheckpointReplacedError
@@ -494,3 +497,29 @@ def test_saves_in_the_background_beside_collectives(checkpoint_dir: Path, rank: 
         dcp.load(target, checkpoint_id=checkpoint_dir / str(step))
         assert fills(target["model"]) == [step]
         assert fills(target[f"mine {rank}"]) == [step]
+
+
+class Forgetful(FileSystemWriter):
+    """Loses the last result on its way to the commit, as a wrong third-party storage may."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, [list(some)[:-1] for some in results])
+
+
+class ForgetfulHuggingFace(HuggingFaceStorageWriter):
+    """As `Forgetful`."""
+
+    def finish(self, metadata: Metadata, results: Sequence[list[WriteResult]]) -> None:
+        super().finish(metadata, [list(some)[:-1] for some in results])
+
+
+@pytest.mark.parametrize("writer", [Forgetful, ForgetfulHuggingFace])
+def test_a_save_that_lost_a_result_is_not_committed(
+    writer: type[FileSystemWriter], tmp_path: Path
+) -> None:
+    good = {Forgetful: FileSystemWriter, ForgetfulHuggingFace: HuggingFaceStorageWriter}[writer]
+    dcp.save({"v": torch.ones(2), "w": torch.ones(2)}, storage_writer=good(str(tmp_path)))
+    before = files_in(tmp_path)
+    with pytest.raises(dcp.CheckpointException, match=r"1 item\(s\).*by no rank.*'w'"):
+        dcp.save({"v": torch.zeros(2), "w": torch.zeros(2)}, storage_writer=writer(str(tmp_path)))
+    assert {name: files_in(tmp_path)[name] for name in before} == before

@@ -30,7 +30,7 @@ from pytest_dcp.checkpoint.store.write import (
     block_sums,
     write_files,
 )
-from pytest_dcp.checkpoint.store.written import WriteResults, Written, places_of
+from pytest_dcp.checkpoint.store.written import WriteResults, Written, places_of, whole_places_of
 from pytest_dcp.errors import PlanError
 
 BLOCK = 16
@@ -225,6 +225,16 @@ def test_what_the_metadata_lacks_is_named(form):
 def test_what_metadata_without_keys_lacks_is_named():
     with pytest.raises(PlanError, match="not in the metadata"):
         places_of(Index.of({}), [results_of(halves("w"))])
+
+
+def test_what_no_rank_wrote_is_named():
+    _, index = concatenated([WriteItems.of(halves("a") + halves("w"))])
+    results = results_of([*halves("a"), halves("w")[0]], hints=False)
+    assert (places_of(index, [results]).file < 0).sum() == 1
+    with pytest.raises(PlanError, match=r"1 item\(s\) .* by no rank, .*'w'.*\[2\]"):
+        whole_places_of(index, [results])
+    whole = [results, results_of(halves("w")[1:], hints=False)]
+    assert (whole_places_of(index, whole).file >= 0).all()
 
 
 def test_nothing_written_has_no_places():
