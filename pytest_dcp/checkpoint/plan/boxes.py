@@ -20,16 +20,13 @@ Ints = NDArray[np.int64]
 
 def padded(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
     """The rows as one (n, rank) array, each filled up on the right with `fill`."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    # Faster than an array of the rows, which numpy would ask one by one what they are.
+    cells = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    if (lengths == rank).all():
+        return cells.reshape(len(rows), rank)
     table = np.full((len(rows), rank), fill, dtype=np.int64)
-    lengths = {len(row) for row in rows}
-    if len(lengths) == 1 and rows:
-        (length,) = lengths
-        # Faster than an array of the rows, which numpy would ask one by one what they are.
-        cells = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * length)
-        table[:, :length] = cells.reshape(len(rows), length)
-        return table
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = row
+    table[np.arange(rank) < lengths[:, None]] = cells
     return table
 
 

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.shards import PLAIN
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20
+USUAL = (*PLAIN, DTensor)
+"""Classes whose own shape and dtype are those of the full tensor."""
 SUGGESTED_FROM = 2000
 """Names are compared for likeness with at most so many others: it takes a while."""
 
@@ -71,14 +75,17 @@ def match(
     loaded = {fqn: value for fqn, value in state_dict.items() if fqn not in lacking}
     problems: dict[str, str] = {}
     converted: dict[str, tuple[torch.dtype, torch.dtype]] = {}
-    sizes, ndims = index.size.tolist(), index.ndim.tolist()
+    row_of, ndims = index.row_of, index.ndim.tolist()
+    sizes = [tuple(size[:n]) for size, n in zip(index.size.tolist(), ndims, strict=True)]
     dtypes = [p.dtype for p in index.properties]
     stored = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
     for fqn, value in loaded.items():
-        row = index.row_of[names[fqn]]
+        row = row_of[names[fqn]]
         if ndims[row] < 0:
             continue
-        problem = _misfit(fqn, value, sizes[row][: ndims[row]], stored[row], strict, converted)
+        if type(value) in USUAL and value.shape == sizes[row] and value.dtype is stored[row]:
+            continue  # What nearly every value is, without the questions below.
+        problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted)
         if problem:
             problems[fqn] = problem
     if problems or (missing and strict):
@@ -89,7 +96,7 @@ def match(
 def _misfit(
     fqn: str,
     value: Any,
-    size: list[int],
+    size: tuple[int, ...],
     dtype: torch.dtype | None,
     strict: bool,
     converted: dict[str, Any],
@@ -98,7 +105,7 @@ def _misfit(
     if not isinstance(value, torch.Tensor):
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
     here, now = _size_and_dtype(value)
-    if list(here) != size:
+    if tuple(here) != size:
         return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
     if dtype is None or dtype == now:
         return None

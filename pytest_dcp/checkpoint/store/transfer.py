@@ -70,7 +70,8 @@ def copies(
     odd_strides: bytes between neighbours of the chunks that are not stored row-major.
     """
     width = items.shape.shape[1]
-    tensors = [require_memory(items.fqns[row], target(row)) for row in rows.tolist()]
+    fqns = items.fqns
+    tensors = [require_memory(fqns[row], target(row)) for row in rows.tolist()]
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
