@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp.checkpoint.plan.boxes import volumes
 from pytest_dcp.checkpoint.plan.cache import PlanCache
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.plan.describe import write_items
@@ -142,18 +143,20 @@ class DefaultSavePlanner(SavePlanner):
         hooks = ("resolve_data", "lookup_object", "transform_object")
         if not isinstance(items, WriteItems) or overridden(self, DefaultSavePlanner, hooks):
             return lambda row: plain_data(items[row].index.fqn, self.resolve_data(items[row]))
-        return lambda row: self._data(items, row)
+        fqns, state = items.fqns, self.state_dict
+        values, numels = (items.kind == BYTES).tolist(), volumes(items.shape).tolist()
 
-    def _data(self, items: WriteItems, row: int) -> torch.Tensor | bytes:
-        value = self.state_dict[items.fqns[row]]
-        if items.kind[row] == BYTES:
-            return _encoded(items.fqns[row], value)
-        memory = local_tensor(value) if type(value) is DTensor else value
-        whole = type(memory) in PLAIN and memory.numel() == items.shape[row].prod()
-        found: torch.Tensor = (
-            memory if whole else find_state_dict_object(self.state_dict, items.key(row))
-        )
-        return require_memory(items.fqns[row], found)
+        def data(row: int) -> torch.Tensor | bytes:
+            fqn = fqns[row]
+            value = state[fqn]
+            if values[row]:
+                return _encoded(fqn, value)
+            memory = local_tensor(value) if type(value) is DTensor else value
+            whole = type(memory) in PLAIN and memory.numel() == numels[row]
+            found: torch.Tensor = memory if whole else find_state_dict_object(state, items.key(row))
+            return require_memory(fqn, found)
+
+        return data
 
     def _planned(self, all_plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         together: GlobalPlan = global_plan(

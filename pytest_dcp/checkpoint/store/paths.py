@@ -27,6 +27,7 @@ Path = tuple[str | int, ...]
 Form = tuple[int, ...]
 """Words that each part of a path takes of the name, at least 1; -1: one word that is an int."""
 _NO_PATH = -1
+_TEXT = frozenset((str,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,8 @@ def _int_of(word: str) -> int:
 
 def form_of(fqn: str, path: Path) -> Form | None:
     """The form that rebuilds the path from the name, or None where none does."""
+    if len(path) == 1 and path[0] == fqn:
+        return (fqn.count(".") + 1,)
     if not path or ".".join(map(str, path)) != fqn:
         return None
     return tuple(part.count(".") + 1 if isinstance(part, str) else -1 for part in path)
@@ -116,7 +119,9 @@ def packed(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] 
 
 
 def _is_path(path: object) -> bool:
-    return type(path) is tuple and all(
+    if type(path) is not tuple:
+        return False
+    return _TEXT.issuperset(map(type, path)) or all(
         isinstance(part, int) and type(part) is not bool if type(part) is not str else True
         for part in path
     )
