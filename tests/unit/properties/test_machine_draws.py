@@ -1,0 +1,35 @@
+"""The state machine draws the same for an example, whatever a crash happened to leave."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
+
+from pytest_dcp.properties import CheckpointMachine, StateSpec, TensorSpec
+from pytest_dcp.properties.layouts import Layout
+
+LUCK = random.SystemRandom()
+"""Which of its threads a machine runs first: nothing that Hypothesis could seed."""
+
+
+class Fickle(CheckpointMachine):
+    """A crash leaves the old state or the new one, by luck.
+
+    There is little to choose, so that examples begin alike and the engine compares what they draw.
+    """
+
+    states = st.just(StateSpec({"w": TensorSpec((2,), torch.float32)}))
+
+    @rule()
+    def maybe_saved(self) -> None:
+        if LUCK.random() < 0.5:
+            self._save("b", StateSpec({"v": TensorSpec((2,), torch.float32)}), (Layout(),))
+
+
+def test_draws_do_not_depend_on_what_is_held() -> None:
+    steps = settings(max_examples=100, stateful_step_count=5, deadline=None, database=None)
+    run_state_machine_as_test(Fickle, settings=steps)
