@@ -232,6 +232,9 @@ class _Zygote:
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
         self.wake_w.setblocking(False)
+        self.first_world: int | None = None
+        self.collapsed = False
+        """Whether what is frozen is on huge pages."""
 
     def settle(self, parent: int, detach: bool) -> None:
         """Leave the controller's process group, signals and pipes."""
@@ -256,10 +259,21 @@ class _Zygote:
         self.freeze()
 
     def freeze(self) -> None:
-        """Keep the collector off what exists, and put it on huge pages."""
+        """Keep the collector off what exists, and have it on huge pages from the next world on."""
         gc.collect()
         gc.freeze()
-        linux.collapse_memory()
+        self.collapsed = False
+
+    def make_room(self, world: int) -> None:
+        """Put what is frozen on huge pages, where this is not the first world.
+
+        Forking is cheaper then; a session of one world ends before that pays.
+        """
+        if self.first_world is None:
+            self.first_world = world
+        elif world != self.first_world and not self.collapsed:
+            linux.collapse_memory()
+            self.collapsed = True
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import modules; one that fails here will fail in the rank, with its reason."""
@@ -305,6 +319,7 @@ class _Zygote:
 
     def fork(self, order: Order, fds: RankFds) -> None:
         """Fork a rank; in the child this never returns."""
+        self.make_room(order.world)
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:

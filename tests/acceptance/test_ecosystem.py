@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from coverage import Coverage
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from sample_session import MakeSuite, Report, SessionResult
@@ -26,7 +27,11 @@ FAILED = {"call": "failed"}
 TABLE_TITLE = "what the ranks that did not end were doing"
 RERUN_TITLE = "to rerun just this"
 
+IS_NIGHTLY = settings().max_examples >= 10_000
 DISTRIBUTIONS = ("load", "loadscope", "loadfile", "worksteal", "loadgroup")
+"""Of which the ci profile tries the last two: the others differ in the order of tests alone."""
+MEASURED = ("-n0 fork", "-n2 fork", "-n0 spawn", "-n2 spawn")
+"""Of which the ci profile leaves out the last: what it shares with others each has tried."""
 PASSING = """test_ordinary test_ordinary_subtests test_marked test_properties test_of_a_group
 test_list[world_size=1] test_list[world_size=2] test_function_world test_after_the_failure
 test_shares[first] test_shares[second] test_draws[a] test_draws[b] test_draws[c] test_draws[d]"""
@@ -94,7 +99,7 @@ def alone(mixed: Run) -> SessionResult:
     return mixed("-n0")
 
 
-@pytest.fixture(scope="module", params=DISTRIBUTIONS)
+@pytest.fixture(scope="module", params=DISTRIBUTIONS if IS_NIGHTLY else DISTRIBUTIONS[-2:])
 def distributed(mixed: Run, request: pytest.FixtureRequest) -> SessionResult:
     """The mixed suite over two workers."""
     return mixed("-n2", "--dist", request.param)
@@ -196,7 +201,7 @@ def under_pytest_cov(covered: Run, workers: str, launch: str) -> tuple[SessionRe
     return session, json.loads((session.folder / name).read_text())["files"]["measured.py"]
 
 
-@pytest.fixture(scope="module", params=["-n0 fork", "-n2 fork", "-n0 spawn", "-n2 spawn"])
+@pytest.fixture(scope="module", params=MEASURED if IS_NIGHTLY else MEASURED[:-1])
 def coverage(covered: Run, request: pytest.FixtureRequest) -> tuple[SessionResult, Any]:
     """A session under pytest-cov for each way of starting processes."""
     return under_pytest_cov(covered, *request.param.split())
@@ -217,7 +222,7 @@ def test_every_line_that_a_rank_ran_is_counted(coverage: tuple[SessionResult, An
     assert ran <= {*report["executed_lines"]}
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
+@pytest.mark.parametrize("workers", ["-n0", "-n2"] if IS_NIGHTLY else ["-n0"])
 def test_spawned_ranks_are_measured_as_forked_ones_are(covered: Run, workers: str) -> None:
     _, forked = under_pytest_cov(covered, workers, "fork")
     _, spawned = under_pytest_cov(covered, workers, "spawn")
@@ -248,7 +253,7 @@ def test_coverage_changes_no_outcome(coverage: tuple[SessionResult, Any]) -> Non
     }
 
 
-@pytest.mark.parametrize("launch", ["fork", "spawn"])
+@pytest.mark.parametrize("launch", ["fork", "spawn"] if IS_NIGHTLY else ["fork"])
 def test_coverage_run_counts_every_line_in_its_one_file(covered: Run, launch: str) -> None:
     session = covered(f"--dcp-launch={launch}", under=("-m", "coverage", "run", "--source=."))
     measured = Coverage(data_file=str(session.folder / ".coverage"), config_file=False)

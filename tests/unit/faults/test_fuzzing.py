@@ -18,7 +18,7 @@ from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.faults import fuzzed_metadata
 
 SAVERS = ("ours", "torch")
-INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 25_000
+INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000
 """For each of the two. The nightly profile of Hypothesis tries more."""
 LOADED_EACH = 50
 """Of so many inputs one is loaded, with its tensors and values."""
