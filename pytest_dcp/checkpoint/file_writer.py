@@ -110,6 +110,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         self._used = False
         self._files: list[str] = []
         """Names of the data files of this rank's save."""
+        self._unsynced: list[Any] = []
+        """Folders in which this rank made one, whose name there may not last yet."""
         self.rank: int | None = None
         self.use_collectives = True
 
@@ -130,7 +132,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The plan; the folder is there, and may be written to."""
         disk = self._disk()
-        disk.make_folder(self.path)
+        self._unsynced += disk.make_folder(self.path)
         if self._is_taken(disk):
             if not self.overwrite:
                 raise CheckpointExistsError(
@@ -196,10 +198,17 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             written = write_safetensors(disk, self.path, jobs, source, settings, watcher, items)
         else:
             written = write_files(disk, self.path, jobs, source, settings, watcher)
+        self._sync_names(disk)
         results: Any = WriteResults(items, written)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _sync_names(self, disk: Disk) -> None:
+        """Have the names of new folders last; after the files, whose sync has done most of it."""
+        while self.sync_files and self._unsynced:
+            disk.sync_folder(self._unsynced[-1])
+            self._unsynced.pop()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: from here on the folder's checkpoint is this save's."""

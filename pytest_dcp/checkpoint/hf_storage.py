@@ -112,7 +112,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                 "a folder of safetensors files is one checkpoint of all ranks: "
                 "save it with use_collectives=True"
             )
-        self._disk().make_folder(self.path)
+        self._unsynced += self._disk().make_folder(self.path)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -141,7 +141,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors, under temporary names; done when the future is returned."""
         future: Future[list[WriteResult]] = Future()
+        disk = self._disk()
         if not len(plan.items):
+            self._sync_names(disk)
             future.set_result([])
             return future
         said: Mapping[str, Any] = plan.storage_data
@@ -154,7 +156,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         watcher.expect(int(table.size_bytes().sum()))
         settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
         written = write_safetensors(
-            self._disk(),
+            disk,
             self.path,
             jobs,
             source_of(planner, plan.items),
@@ -163,6 +165,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             table,
             {SAVE_KEY: said["save_id"], **FORMAT},
         )
+        self._sync_names(disk)
         results: Any = WriteResults(plan.items, written)
         future.set_result(results)
         return future
@@ -205,7 +208,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
 
     def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
         folder = self.fs.init_path(self.consolidated_output_path or self.path)
-        disk.make_folder(folder)
+        self._unsynced += disk.make_folder(folder)
+        self._sync_names(disk)
         mapping = self.fqn_to_index_mapping
         highest = max(mapping.values(), default=1) if mapping else 1
         files: dict[str, list[str]] = {}

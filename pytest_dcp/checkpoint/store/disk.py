@@ -90,8 +90,11 @@ class Disk(Protocol):
     """Whether `replace` is done at one instant. Where not, a file appears whole when it is closed,
     if it is no longer than metadata are."""
 
-    def make_folder(self, folder: Any) -> None:
-        """Make the folder and those above it; nothing where it exists."""
+    def make_folder(self, folder: Any) -> Sequence[Any]:
+        """Make the folder and those above it; nothing where it exists.
+
+        The folders to sync before the names of the new ones last, the innermost first.
+        """
 
     def names(self, folder: Any) -> list[str]:
         """Names of the folder's entries; none where there is no folder."""
@@ -126,12 +129,10 @@ class LocalDisk:
 
     renames = True
 
-    def make_folder(self, folder: Path) -> None:
+    def make_folder(self, folder: Path) -> list[Path]:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        for path in missing:
-            # A new folder is a name in the one above, which lasts when that is synced.
-            self.sync_folder(path.parent)
+        return [path.parent for path in missing]
 
     def names(self, folder: Path) -> list[str]:
         try:

@@ -34,9 +34,10 @@ class ObjectDisk:
         self.path_of = path_of
         self.renames = renames(fs)
 
-    def make_folder(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> tuple[()]:
         # In a store without folders this does nothing, or makes the bucket.
         self.fs.makedirs(self._folder(folder), exist_ok=True)
+        return ()
 
     def names(self, folder: str) -> list[str]:
         self._look_anew(folder)

@@ -23,8 +23,9 @@ class StreamDisk:
     def __init__(self, fs: FileSystemBase) -> None:
         self.fs = fs
 
-    def make_folder(self, folder: Any) -> None:
+    def make_folder(self, folder: Any) -> tuple[()]:
         self.fs.mkdir(folder)
+        return ()
 
     def names(self, folder: Any) -> list[str]:
         listing = getattr(self.fs, "ls", None)

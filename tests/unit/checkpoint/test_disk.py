@@ -44,8 +44,9 @@ class TestEveryDisk:
     def test_names_come_and_go(self, disk, tmp_path):
         folder = tmp_path / "x" / "y"
         assert disk.names(folder) == []
-        disk.make_folder(folder)
-        disk.make_folder(folder)
+        unsynced = disk.make_folder(folder)
+        assert list(unsynced) in ([tmp_path / "x", tmp_path], [])
+        assert not disk.make_folder(folder)
         for name in "ba":
             with disk.create(folder, name):
                 pass

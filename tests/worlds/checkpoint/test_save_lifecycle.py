@@ -545,6 +545,17 @@ class TestOneOverAnother:
 
 
 class TestSettings:
+    @pytest.mark.parametrize("sync", [True, False])
+    def test_a_save_waits_for_stable_storage_only_where_it_is_asked_to(
+        self, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, rank: int, sync: bool
+    ) -> None:
+        calls: list[int] = []
+        monkeypatch.setattr(os, "fsync", calls.append)
+        folder = checkpoint_dir / "new" / "folder"
+        writer = dcp.FileSystemWriter(folder, sync_files=sync)
+        dcp.save({f"own {rank}": torch.ones(2)}, storage_writer=writer)
+        assert bool(calls) is sync
+
     @pytest.mark.parametrize(
         "options",
         [
