@@ -110,8 +110,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         self._used = False
         self._files: list[str] = []
         """Names of the data files of this rank's save."""
-        self._unsynced: list[Any] = []
-        """Folders in which this rank made one, whose name there may not last yet."""
+        self._above: Sequence[Any] = ()
+        """Where the folder's own name is, which may not last yet."""
         self.rank: int | None = None
         self.use_collectives = True
 
@@ -132,7 +132,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The plan; the folder is there, and may be written to."""
         disk = self._disk()
-        self._unsynced += disk.make_folder(self.path)
+        self._make_folder(disk)
         if self._is_taken(disk):
             if not self.overwrite:
                 raise CheckpointExistsError(
@@ -198,17 +198,25 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             written = write_safetensors(disk, self.path, jobs, source, settings, watcher, items)
         else:
             written = write_files(disk, self.path, jobs, source, settings, watcher)
-        self._sync_names(disk)
+        self._sync_name(disk)
         results: Any = WriteResults(items, written)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
-    def _sync_names(self, disk: Disk) -> None:
-        """Have the names of new folders last; after the files, whose sync has done most of it."""
-        while self.sync_files and self._unsynced:
-            disk.sync_folder(self._unsynced[-1])
-            self._unsynced.pop()
+    def _make_folder(self, disk: Disk) -> None:
+        """Make the folder; the names of new ones above it last, its own does after `_sync_name`."""
+        above = disk.make_folder(self.path)
+        self._above = above[:1]
+        if self.sync_files:
+            for folder in above[1:]:
+                disk.sync_folder(folder)
+
+    def _sync_name(self, disk: Disk) -> None:
+        """Have the folder's name last: after the files, whose sync has done most of it."""
+        if self.sync_files:
+            for folder in self._above:
+                disk.sync_folder(folder)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: from here on the folder's checkpoint is this save's."""

@@ -112,7 +112,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                 "a folder of safetensors files is one checkpoint of all ranks: "
                 "save it with use_collectives=True"
             )
-        self._unsynced += self._disk().make_folder(self.path)
+        self._make_folder(self._disk())
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -143,7 +143,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         disk = self._disk()
         if not len(plan.items):
-            self._sync_names(disk)
+            self._sync_name(disk)
             future.set_result([])
             return future
         said: Mapping[str, Any] = plan.storage_data
@@ -165,7 +165,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             table,
             {SAVE_KEY: said["save_id"], **FORMAT},
         )
-        self._sync_names(disk)
+        self._sync_name(disk)
         results: Any = WriteResults(plan.items, written)
         future.set_result(results)
         return future
@@ -208,8 +208,10 @@ class HuggingFaceStorageWriter(FileSystemWriter):
 
     def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
         folder = self.fs.init_path(self.consolidated_output_path or self.path)
-        self._unsynced += disk.make_folder(folder)
-        self._sync_names(disk)
+        above = disk.make_folder(folder)
+        if self.sync_files:
+            for path in above:
+                disk.sync_folder(path)
         mapping = self.fqn_to_index_mapping
         highest = max(mapping.values(), default=1) if mapping else 1
         files: dict[str, list[str]] = {}

@@ -205,7 +205,7 @@ class _Engine:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
         replies = {rank: reply_of(done) for rank, done in outcome.done.items()}
         size = world.spec.size
-        ranks = (0,) if drew_the_same(replies, size) else range(size)
+        ranks = (0,) if drew_the_same(outcome, replies, size) else range(size)
         return judge(outcome, replies, {rank: decode(world.draws(rank)) for rank in ranks})
 
     def _limit_s(self, attempt: Attempt) -> float:

@@ -126,10 +126,30 @@ def _beginning_with(begin: Callable[[], None]) -> Iterator[None]:
         vars(core)["deterministic_PRNG"] = deterministic_PRNG
 
 
-def _seed_all() -> None:
-    """What Hypothesis does to all random generators that it knows of when an example begins."""
-    for one in list(RANDOMS_TO_MANAGE.values()):
-        one.seed(0)
+@contextlib.contextmanager
+def _seeding() -> Iterator[None]:
+    """In this block an example begins with all random generators that Hypothesis knows of seeded.
+
+    Their states are put back at its end, of those that an example registers too.
+    """
+    with deterministic_PRNG():
+        known = set(RANDOMS_TO_MANAGE)
+        late: dict[int, Any] = {}
+
+        def begin() -> None:
+            for key, one in list(RANDOMS_TO_MANAGE.items()):
+                if key not in known:
+                    known.add(key)
+                    late[key] = one.getstate()
+                one.seed(0)
+
+        try:
+            with _beginning_with(begin):
+                yield
+        finally:
+            for key, state in late.items():
+                if (one := RANDOMS_TO_MANAGE.get(key)) is not None:
+                    one.setstate(state)
 
 
 # In a rank.
@@ -252,7 +272,7 @@ class Followed(core.StateForActualGivenExecution):
         # to say; this rank may be new, in the place of one that has run it all.
         self.failed_normally = self.ever_executed = True
         self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
-        with deterministic_PRNG(), _beginning_with(_seed_all):
+        with _seeding():
             type(self).follow(self)
 
 

@@ -114,10 +114,14 @@ def reply_of(done: Done) -> Reply:
     return reply
 
 
-def drew_the_same(replies: Mapping[int, Reply], size: int) -> bool:
-    """Whether no rank failed, and all say that they made the same choices."""
+def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> bool:
+    """Whether no rank failed, and all say that they made the same choices.
+
+    A rank may have answered and then died, while its peers went on.
+    """
     said = {(reply.status, reply.drawn) for reply in replies.values()}
-    return len(replies) == size and len(said) == 1 and replies[0].status != "interesting"
+    alike = len(replies) == size and len(said) == 1 and replies[0].status != "interesting"
+    return alike and not outcome.failures
 
 
 def awaited(outcome: Outcome) -> Property | Outcome | None:

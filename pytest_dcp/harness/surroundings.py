@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 
 class Surroundings:
@@ -29,7 +30,10 @@ class Surroundings:
         torch.set_grad_enabled(True)
 
 
-def _raw(environ: os._Environ[str]) -> Mapping[bytes, bytes]:
-    """The environment as it is kept: to decode all of it takes longer than a small example."""
-    raw: Mapping[bytes, bytes] = vars(environ)["_data"]
+def _raw(environ: Mapping[str, str]) -> Mapping[Any, Any]:
+    """The environment as it is kept: to decode all of it takes longer than a small example.
+
+    A test may have put a mapping of its own in the environment's place.
+    """
+    raw: Mapping[Any, Any] = getattr(environ, "_data", environ)
     return raw

@@ -403,7 +403,7 @@ class World:
 
     def _abandon(self, lost: LauncherLostError) -> None:
         """Without its launcher nothing more is to be heard of the world's ranks."""
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, ValueError):  # it was, or it is closed
             self._selector.unregister(self._launcher.fileno())
         self._supervisor.abandon(str(lost), time.monotonic())
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +49,7 @@ def _arranged(machine: CheckpointMachine) -> st.SearchStrategy[Layouts]:
 
 
 _PLACE = st.sampled_from(PLACES)
-_WHICH = st.integers(0, 11)
+_WHICH = st.integers(0, 999)
 """Picks one of what is held. Not drawn from what is held: a crash leaves the old or the new as the
 ranks' threads happened to meet, and draws must be the same each time that an example is run."""
 _RANKS = _of(_arranged)
@@ -123,7 +124,7 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, ranks=_RANKS)
     def load(self, which: int, ranks: Layouts) -> None:
         """Load, in other layouts and by other ranks."""
-        place = _picked(self.held, which)
+        place = _picked("place", self.held, which)
         placed = self.held[place].on(*ranks)
         enter(placed)
         load(self.dcp, placed, self.root / place, f"loading {place}")
@@ -131,9 +132,9 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, which_key=_WHICH, ranks=_RANKS)
     def load_a_part(self, which: int, which_key: int, ranks: Layouts) -> None:
         """Load some keys alone."""
-        place = _picked(self.held, which)
+        place = _picked("place", self.held, which)
         state = self.held[place]
-        key = _picked(state.tree, which_key)
+        key = _picked("key", state.tree, which_key)
         placed = state.on(*ranks)
         enter(placed)
         load_part(self.dcp, placed, {key}, self.root / place)
@@ -141,7 +142,7 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, before=_RANKS, after=_RANKS)
     def reshard(self, which: int, before: Layouts, after: Layouts) -> None:
         """Load from one folder, and save to the other in another layout."""
-        place = _picked(self.held, which)
+        place = _picked("place", self.held, which)
         other = next(one for one in PLACES if one != place)
         state = self.held[place]
         one, two = state.on(*before), state.on(*after)
@@ -173,9 +174,11 @@ class CheckpointMachine(RuleBasedStateMachine):
         return True
 
 
-def _picked(names: Iterable[str], which: int) -> str:
+def _picked(what: str, names: Iterable[str], which: int) -> str:
     found = sorted(names)
-    return found[which % len(found)]
+    picked = found[which % len(found)]
+    note(f"{what}: {picked!r}")
+    return picked
 
 
 def _remove(folder: Path) -> None:

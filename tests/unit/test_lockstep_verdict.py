@@ -136,12 +136,23 @@ def test_a_rank_that_ended_the_test_has_the_last_say() -> None:
 
 
 def test_records_are_read_of_one_rank_only_when_all_ended_alike() -> None:
-    assert drew_the_same({0: reply(), 1: reply()}, 2)
-    assert drew_the_same({0: reply("invalid"), 1: reply("invalid")}, 2)
-    assert not drew_the_same({0: reply(), 1: reply(count=2)}, 2)
-    assert not drew_the_same({0: reply()}, 2)
-    assert not drew_the_same({0: reply(), 1: reply("invalid")}, 2)
-    assert not drew_the_same({0: reply("interesting"), 1: reply("interesting")}, 2)
+    passed = combine(0, {}, ())
+
+    def alike(*replies: Reply) -> bool:
+        return drew_the_same(passed, dict(enumerate(replies)), 2)
+
+    assert alike(reply(), reply())
+    assert alike(reply("invalid"), reply("invalid"))
+    assert not alike(reply(), reply(count=2))
+    assert not alike(reply())
+    assert not alike(reply(), reply("invalid"))
+    assert not alike(reply("interesting"), reply("interesting"))
+
+
+@pytest.mark.parametrize("status", ["valid", "invalid"])
+def test_a_rank_that_died_after_its_answer_is_looked_at(status: Status) -> None:
+    died = combine(0, {}, [RankFailure(1, "crashed", "call", 0.0, "exited with code 3")])
+    assert not drew_the_same(died, {0: reply(status), 1: reply(status)}, 2)
 
 
 def outcome_of(*props: Property | None) -> Outcome:

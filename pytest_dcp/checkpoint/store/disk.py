@@ -93,7 +93,8 @@ class Disk(Protocol):
     def make_folder(self, folder: Any) -> Sequence[Any]:
         """Make the folder and those above it; nothing where it exists.
 
-        The folders to sync before the names of the new ones last, the innermost first.
+        The folders to sync before its name and those of new ones above it last, the innermost
+        first. The first is given for a folder that exists, too: who made it may not have synced it.
         """
 
     def names(self, folder: Any) -> list[str]:
@@ -130,9 +131,9 @@ class LocalDisk:
     renames = True
 
     def make_folder(self, folder: Path) -> list[Path]:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        missing = [path for path in folder.parents if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        return [path.parent for path in missing]
+        return [path.parent for path in (folder, *missing)]
 
     def names(self, folder: Path) -> list[str]:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -497,6 +498,37 @@ def test_saves_in_the_background_beside_collectives(checkpoint_dir: Path, rank: 
         dcp.load(target, checkpoint_id=checkpoint_dir / str(step))
         assert fills(target["model"]) == [step]
         assert fills(target[f"mine {rank}"]) == [step]
+
+
+UNSAVABLE = {"v": lambda: 0}
+
+
+def test_the_name_of_a_folder_that_a_failed_save_made_lasts_after_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "one"
+    with pytest.raises(dcp.CheckpointException):
+        dcp.save(UNSAVABLE, checkpoint_id=folder)
+    synced: list[Path] = []
+    sync = LocalDisk.sync_folder
+
+    def noted(disk: LocalDisk, path: Path) -> None:
+        synced.append(path)
+        sync(disk, path)
+
+    monkeypatch.setattr(LocalDisk, "sync_folder", noted)
+    dcp.save({"v": torch.ones(2)}, checkpoint_id=folder)
+    assert synced[0] == tmp_path / "runs"
+    assert set(synced[1:]) == {folder}
+
+
+def test_a_writer_goes_on_when_the_folder_of_its_failed_save_is_gone(tmp_path: Path) -> None:
+    writer = FileSystemWriter(tmp_path / "runs" / "one")
+    with pytest.raises(dcp.CheckpointException):
+        dcp.save(UNSAVABLE, storage_writer=writer)
+    shutil.rmtree(tmp_path / "runs")
+    dcp.save({"v": torch.ones(2)}, storage_writer=writer, checkpoint_id=tmp_path / "two")
+    assert ".metadata" in files_in(tmp_path / "two")
 
 
 class Forgetful(FileSystemWriter):
