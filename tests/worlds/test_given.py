@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, assume, event, example, given, note, settings, target
+from hypothesis import (
+    HealthCheck,
+    assume,
+    event,
+    example,
+    given,
+    note,
+    register_random,
+    settings,
+    target,
+)
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
@@ -91,11 +101,33 @@ def test_a_property_leaves_the_generators_as_they_were() -> None:
     def a_property(x: int) -> None:
         numbers()
 
+    mine = random.Random(5)
+
+    @few
+    @given(st.integers())
+    def another(x: int) -> None:
+        register_random(mine)
+        mine.random()
+
+    another()
+    twin = random.Random(5)
+    twin.random()
+    assert mine.random() == twin.random()  # as the example that registered it left it
     random.seed(5)
     np.random.seed(5)
     would_come = random.Random(5).random(), float(np.random.RandomState(5).rand())
     a_property()
     assert numbers()[:2] == would_come
+
+
+@settings(few, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers())
+def test_the_environment_may_be_a_mapping_of_the_tests_own(
+    monkeypatch: pytest.MonkeyPatch, x: int
+) -> None:
+    assert "OF_ITS_OWN" not in os.environ
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ["OF_ITS_OWN"] = "1"
 
 
 @few
