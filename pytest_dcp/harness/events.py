@@ -67,6 +67,8 @@ class Done:
     """Only for an exit: what the session is to return."""
     awaits: str = ""
     """Only for a call that is not over: the property whose examples the rank waits for."""
+    pid: int = 0
+    """Only at boot: the rank's process."""
     payload: bytes = b""
     """Only for a function's call: its pickled result; or `lockstep` of a property, pickled."""
 

@@ -97,12 +97,24 @@ def variable_of(pid: int, name: str) -> str:
     return next(found, prefix)[len(prefix) :].decode(errors="replace")
 
 
-def state_of(pid: int) -> str:
-    """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' when it is gone."""
+def state_of(pid: int | str) -> str:
+    """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' when it is gone.
+
+    Of a thread, given `<pid>/task/<tid>`.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
+
+
+def at_work(pid: int) -> bool:
+    """Whether a thread of a process runs, waits for a processor, or for a disk."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return any(state_of(f"{pid}/task/{thread}") in ("R", "D") for thread in threads)
 
 
 def collapse_memory() -> int:

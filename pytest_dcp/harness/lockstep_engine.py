@@ -38,6 +38,8 @@ from pytest_dcp.harness.world import World
 
 PATIENCE_S = 0.05
 """For the peers of a rank that failed to end the example too, so that the world can be kept."""
+BUSY_PATIENCE_S = 2.0
+"""For peers that are at work, and may yet have the last say: a machine may have other work too."""
 DRAWS_LOOK_S = 0.1
 """How often ranks that do not end an example are looked at for having drawn differently."""
 LOOK_SHARE = 10
@@ -262,7 +264,7 @@ class _Impatience:
     def __init__(self, world: World, final: bool) -> None:
         self._world = world
         self._final = final
-        self._decided_at = float("inf")
+        self._decided_at = self._at_rest_since = float("inf")
         self._look_at = time.monotonic() + DRAWS_LOOK_S
 
     def enough(self, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
@@ -276,7 +278,15 @@ class _Impatience:
                 self._decided_at = min(self._decided_at, now)
             # A long record takes long to look at.
             self._look_at = now + max(DRAWS_LOOK_S, LOOK_SHARE * (time.monotonic() - now))
-        return now >= self._decided_at + PATIENCE_S
+        if self._decided_at == float("inf"):
+            return False
+        ranks = range(self._world.spec.size)
+        if any(self._world.at_work(rank) for rank in ranks if rank not in done):
+            self._at_rest_since = float("inf")
+        else:
+            self._at_rest_since = min(self._at_rest_since, now)
+        at_rest_s, decided_s = now - self._at_rest_since, now - self._decided_at
+        return at_rest_s >= PATIENCE_S or decided_s >= BUSY_PATIENCE_S
 
     def _diverged(self) -> bool:
         size = self._world.spec.size

@@ -249,7 +249,7 @@ def _boot(rank: Rank) -> bool:
     rank.threads = frozenset(threading.enumerate())
     rank.modules = len(sys.modules)
     duration_s = time.perf_counter() - started
-    rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s))
+    rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s, pid=os.getpid()))
     return True
 
 

@@ -31,6 +31,7 @@ class RankEnd:
             os.memfd_create(name) for name in ("dcp-out", "dcp-err", "dcp-trace", "dcp-draws")
         )
         self.theirs = theirs
+        self.pid = 0
         self.dead = ""
 
     def fds(self) -> RankFds:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
-from pytest_dcp.harness import stacks
+from pytest_dcp.harness import linux, stacks
 from pytest_dcp.harness.events import (
     DebugAnswer,
     Done,
@@ -125,6 +125,8 @@ class World:
             for one in self._ranks:
                 one.theirs.close()
             outcome = self._settle()
+            for rank, done in outcome.done.items():
+                self._ranks[rank].pid = done.pid
         except BaseException:
             self.kill()
             raise
@@ -282,6 +284,10 @@ class World:
         """What a rank wrote down of what it drew for the last example."""
         fd = self._ranks[rank].draws
         return os.pread(fd, os.fstat(fd).st_size, 0)
+
+    def at_work(self, rank: int) -> bool:
+        """Whether a rank does something or would if it had a processor: it waits for nobody."""
+        return linux.at_work(self._ranks[rank].pid)
 
     def forget_draws(self) -> None:
         """Another example begins."""

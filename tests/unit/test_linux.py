@@ -190,6 +190,37 @@ def test_a_process_that_stops_and_goes_on_and_ends_is_seen_to(
     assert linux.state_of(pid) == ""
 
 
+def test_a_process_is_at_work_while_any_of_its_threads_is(start: Start) -> None:
+    process = start(
+        """
+        import threading
+        stop = []
+        def spin():
+            while not stop:
+                pass
+        threading.Thread(target=spin).start()
+        say("spins")
+        sys.stdin.readline()
+        stop.append(True)
+        say("waits")
+        sys.stdin.readline()
+        """
+    )
+    assert hears(process) == ["spins"]
+    for _ in range(20):
+        assert linux.at_work(process.pid)
+        time.sleep(0.001)
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert hears(process) == ["waits"]
+    until(lambda: not linux.at_work(process.pid))
+
+
+def test_a_process_that_is_gone_is_not_at_work(gone_pid: int) -> None:
+    assert not linux.at_work(gone_pid)
+
+
 # Parents and orphans.
 
 MIDDLE = """
