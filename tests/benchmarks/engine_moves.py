@@ -33,7 +33,7 @@ from engine_cases import (
 from engine_ranks import World, alternate
 
 from pytest_dcp.checkpoint.store.read import STAGING_BYTES
-from pytest_dcp.checkpoint.store.write import GATHER_BYTES
+from pytest_dcp.checkpoint.store.write import WRITE_BYTES
 
 Answer = dict[str, dict[str, Any]]
 Step = Callable[[], object]
@@ -260,7 +260,7 @@ def extra_memory(
     extra = max(_status_bytes("VmHWM") - before, 0)
     moves.remove(folder / f"peak {method}")
     changed = case.wanted != case.saved
-    staging = GATHER_BYTES if saves else STAGING_BYTES if changed else 0
+    staging = WRITE_BYTES if saves else STAGING_BYTES if changed else 0
     local = states.local_bytes(state)
     most = world.most(extra)
     allowed = staging if method == OURS else 0

@@ -31,6 +31,9 @@ MEMORY_KINDS = ("tmpfs", "ramfs")
 
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
 """Local disk file systems, where no other machine can take a file away from under a mapping."""
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86-64 and, with pages of 4 KiB, arm64. A cache that has a file in pages of this size (ext4
+since Linux 6.16, xfs) maps each by one entry of the page table."""
 MADV_POPULATE_READ = 22
 """Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
 
@@ -313,10 +316,10 @@ class LocalIn:
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         if not self.maps or offset + nbytes > self.size or not nbytes:
             return None
-        return local_window(self.fd, offset, nbytes)
+        return local_window(self.fd, self.size, offset, nbytes)
 
 
-def local_window(fd: int, offset: int, nbytes: int) -> memoryview | None:
+def local_window(fd: int, size: int, offset: int, nbytes: int) -> memoryview | None:
     """These bytes of an open file as memory; None where the system does not map it.
 
     Many small parts are copied out of mapped pages for less than a call of the system each. All
@@ -325,15 +328,19 @@ def local_window(fd: int, offset: int, nbytes: int) -> memoryview | None:
     That holds as long as nobody cuts the file short, so this is for files that are never written
     again.
     """
-    low = offset - offset % mmap.ALLOCATIONGRANULARITY
+    # Mapped from huge page to huge page, as the cache may hold it; populated only where asked for.
+    low = offset - offset % HUGE_PAGE_BYTES
+    end = offset + nbytes
+    first = offset - offset % mmap.PAGESIZE - low
     try:
         # torch takes only what it could write to; private pages never reach the file.
-        pages = mmap.mmap(fd, offset + nbytes - low, access=mmap.ACCESS_COPY, offset=low)
-        pages.madvise(MADV_POPULATE_READ)
+        length = min(end + -end % HUGE_PAGE_BYTES, size) - low
+        pages = mmap.mmap(fd, length, access=mmap.ACCESS_COPY, offset=low)
+        pages.madvise(MADV_POPULATE_READ, first, end - low - first)
     except (OSError, ValueError):
         return None
     # The view keeps the mapping, and the last one takes it along.
-    return memoryview(pages)[offset - low :]
+    return memoryview(pages)[offset - low : end - low]
 
 
 def _after(buffers: Sequence[Buffer], done: int) -> list[Buffer]:

@@ -1,8 +1,9 @@
 """Items -> data files: one job a file, each written once from its start to its end.
 
-Big tensors go from their memory to the file without a copy; small ones are gathered into one
-write. Checksums are taken on the way, while the bytes are in the processor's cache. What is held
-besides the tensors is bounded by `Settings.copy_ahead_bytes` and `GATHER_BYTES` for each thread.
+Tensors go from their memory to the file without a copy, several in one write: writes end at
+multiples of `WRITE_BYTES`, so that the page cache can hold the file in huge pages. Checksums are
+taken on the way, while the bytes are in the processor's cache. What is held besides the tensors is
+bounded by `Settings.copy_ahead_bytes` and `WRITE_BYTES` for each thread.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES
-from pytest_dcp.checkpoint.store.disk import Buffer, Disk, Out
+from pytest_dcp.checkpoint.store.disk import HUGE_PAGE_BYTES, Buffer, Disk, Out
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.memory import is_flat, memory_of, pieces
 from pytest_dcp.checkpoint.store.observe import Observer
@@ -30,8 +31,12 @@ from pytest_dcp.checkpoint.store.written import Written
 Source = Callable[[int], torch.Tensor | bytes]
 """The data of a row: a tensor, or a value's entry."""
 
-GATHER_BYTES = 1 << 20
-"""Small buffers are written together once they are so many bytes."""
+WRITE_BYTES = HUGE_PAGE_BYTES
+"""A write of a whole huge page leaves one in the cache: mapping it for a load costs next to
+nothing then, and 30 us otherwise."""
+KEPT_BYTES = 32 << 20
+"""The largest tensor that may be kept until the next one fills up its last write: it may be a copy
+that a planner has made."""
 PIECE_BYTES = 1 << 20
 """What is hashed and written at a time: fits the second-level cache."""
 COPY_AHEAD_BYTES = 10_000_000
@@ -135,34 +140,46 @@ def _write_file(
 
 
 class File:
-    """A file in the making: small buffers are gathered, big ones go straight out."""
+    """A file in the making, written in parts that end where huge pages do."""
 
     def __init__(self, out: Out, observer: Observer, stop: Stop) -> None:
         self.out = out
         self.observer = observer
         self.stop = stop
         self.position = 0
+        self._written = 0
         self._buffers: list[Buffer] = []
-        self._held = 0
+        self._owners: list[object] = []
         self._data = 0
 
-    def put(self, buffer: Buffer, data: int = 0) -> None:
-        """Append bytes, so many of them tensor data. They must stay as they are until `flush`."""
+    def put(self, buffer: Buffer, data: int = 0, owner: object = None) -> None:
+        """Append bytes, so many of them tensor data. They must stay as they are until `flush`.
+
+        owner: what to hold on to until then.
+        """
         self.position += len(buffer)
         self._data += data
-        self._held += len(buffer)
         self._buffers.append(buffer)
-        if self._held >= GATHER_BYTES:
-            self.flush()
+        self._owners.append(owner)
+        if self.position // WRITE_BYTES > self._written // WRITE_BYTES:
+            self._write(self.position % WRITE_BYTES)
 
     def flush(self) -> None:
         """Write what is held."""
-        if not self._buffers:
-            return
+        if self._buffers:
+            self._write(0)
+
+    def _write(self, kept: int) -> None:
+        """Write what is held but for so many bytes at the end of the last buffer."""
         self.stop.check()
+        rest = memoryview(self._buffers[-1])[len(self._buffers[-1]) - kept :]
+        if kept:
+            self._buffers[-1] = memoryview(self._buffers[-1])[:-kept]
         self.out.write(self._buffers)
-        data, self._data, self._held, self._buffers = self._data, 0, 0, []
-        self.observer.advance(data)
+        self._written = self.position - kept
+        self._buffers, self._owners = [rest] * bool(kept), self._owners[-1:] * bool(kept)
+        data, self._data = self._data, min(kept, self._data)
+        self.observer.advance(data - self._data)
 
 
 def _put_tensor(file: File, rows: Rows, row: int, tensor: torch.Tensor, settings: Settings) -> None:
@@ -185,7 +202,8 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
     """Write the tensor's values; their checksums."""
     sums: list[int] = []
     crc, filled = 0, 0
-    step = PIECE_BYTES if is_flat(tensor) else max(settings.copy_ahead_bytes, BLOCK_BYTES)
+    flat = is_flat(tensor)
+    step = PIECE_BYTES if flat else max(settings.copy_ahead_bytes, BLOCK_BYTES)
     for piece in pieces(tensor, step):
         for part in range(0, len(piece), PIECE_BYTES):
             view = piece[part : part + PIECE_BYTES]
@@ -198,7 +216,10 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
                 at = until
                 if not filled:
                     sums.append(crc)
-            file.put(view, len(view))
+            file.put(view, len(view), tensor)
+        if not flat:  # the next piece takes the memory of this one
+            file.flush()
+    if tensor.nbytes > KEPT_BYTES:
         file.flush()
     if filled:
         sums.append(crc)

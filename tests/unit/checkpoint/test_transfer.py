@@ -105,7 +105,7 @@ def small(stack: ExitStack) -> None:
     for module, name, value in [
         (write, "BLOCK_BYTES", BLOCK),
         (write, "PIECE_BYTES", 24),
-        (write, "GATHER_BYTES", 100),
+        (write, "WRITE_BYTES", 100),
         (read, "RUN_BYTES", 8),
         (read, "CHECKED_RUN_BYTES", 24),
         (read, "BATCH", 2),

@@ -1,6 +1,7 @@
 import io
 import pickle
 import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -20,7 +21,7 @@ from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.plan.save import concatenated
 from pytest_dcp.checkpoint.store import write
 from pytest_dcp.checkpoint.store.catalog import Places, index_key
-from pytest_dcp.checkpoint.store.disk import LocalDisk
+from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalOut
 from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.values import encoded
 from pytest_dcp.checkpoint.store.write import (
@@ -61,7 +62,7 @@ def written_to(folder: Path, items: list, data: list, files: int = 1, threads: i
     jobs = [FileJob(f"f{n}", rows) for n, rows in enumerate(balanced(table.size_bytes(), files))]
     watcher = Observer("save")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in [("BLOCK_BYTES", BLOCK), ("PIECE_BYTES", 24), ("GATHER_BYTES", 100)]:
+        for name, value in [("BLOCK_BYTES", BLOCK), ("PIECE_BYTES", 24), ("WRITE_BYTES", 100)]:
             patch.setattr(write, name, value)
         settings = Settings(sync=False, threads=threads, copy_ahead_bytes=20)
         written = write_files(LocalDisk(), folder, jobs, data.__getitem__, settings, watcher)
@@ -98,6 +99,48 @@ def test_every_entry_is_one_that_torch_loads_with_the_sums_of_its_data(save, fil
         assert sums == expected
     assert used == {file: len(content) for file, content in contents.items()}
     assert watcher.done_bytes == sum(d.nbytes for d in data if isinstance(d, torch.Tensor))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_writes_end_with_huge_pages_though_a_planner_gives_copies(kept, tmp_path, monkeypatch):
+    ends: list[int] = []
+    real = LocalOut.write
+
+    def noted(self, buffers):
+        ends.append((ends or [0])[-1] + sum(map(len, buffers)))
+        real(self, buffers)
+
+    monkeypatch.setattr(LocalOut, "write", noted)
+    monkeypatch.setattr(write, "WRITE_BYTES", 1 << 19)
+    if not kept:
+        monkeypatch.setattr(write, "KEPT_BYTES", 1000)
+    counts = [300_000, 5, 70_000, 40_000, 1]
+    items = [shard_item(f"w{n}", (count,), ((0,), (count,))) for n, count in enumerate(counts)]
+    (table,), _ = concatenated([WriteItems.of(items)])
+    copies: list[weakref.ref] = []
+
+    def source(row: int) -> torch.Tensor:
+        if not kept:
+            # The one before is still in the hands of who asks.
+            assert all(copy() is None for copy in copies[:-1])
+        copy = torch.full((counts[row],), float(row + 1))
+        copies.append(weakref.ref(copy))
+        return copy
+
+    job = FileJob("f", range(len(items)))
+    written = write_files(
+        LocalDisk(), tmp_path, [job], source, Settings(sync=False), Observer("save")
+    )
+    content = (tmp_path / "f").read_bytes()
+    for row, count in enumerate(counts):
+        low = int(written.data_start[row])
+        stored = np.frombuffer(content, np.float32, count, low)
+        assert (stored == row + 1).all()
+    assert ends[-1] == len(content) > len(table)
+    assert all(copy() is None for copy in copies)
+    if kept:
+        assert [end % (1 << 19) for end in ends[:-1]] == [0] * (len(ends) - 1)
+        assert len(ends) > 2
 
 
 @given(saves(), st.integers(1, 3))
