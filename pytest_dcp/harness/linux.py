@@ -63,7 +63,7 @@ def _children_by_scan() -> list[int]:
     mine = []
     for pid in processes():
         try:
-            after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
         if int(after_name[1]) == os.getpid():
@@ -103,7 +103,8 @@ def state_of(pid: int | str) -> str:
     Of a thread, given `<pid>/task/<tid>`.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # The name, before the last bracket, is any bytes: cut at 15, which may be inside a letter.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
     except (OSError, IndexError):
         return ""
 

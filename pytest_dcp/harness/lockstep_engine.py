@@ -38,8 +38,11 @@ from pytest_dcp.harness.world import World
 
 PATIENCE_S = 0.05
 """For the peers of a rank that failed to end the example too, so that the world can be kept."""
-BUSY_PATIENCE_S = 2.0
-"""For peers that are at work, and may yet have the last say: a machine may have other work too."""
+BUSY_PATIENCE_S = 1.0
+"""For peers that are at work, and may yet have the last say: a machine may have other work too.
+A failed rank's peers have the grace at most."""
+BUSY_SHARE = 4
+"""And at most for one part of the example's time limit in so many."""
 DRAWS_LOOK_S = 0.1
 """How often ranks that do not end an example are looked at for having drawn differently."""
 LOOK_SHARE = 10
@@ -135,6 +138,7 @@ class _Engine:
         self.broken = False
         self._slowest_s = 0.0
         self._hung = False
+        self._busy_s = BUSY_PATIENCE_S
         self._kinds: dict[str, type[BaseException]] = {}
         self._found: dict[type[BaseException], Outcome] = {}
 
@@ -197,13 +201,17 @@ class _Engine:
         world = self._company.world
         world.forget_draws()
         self._company.fresh()
-        world.restart_clock(self._limit_s(attempt))
+        limit_s = self._limit_s(attempt)
+        world.restart_clock(limit_s)
         order = Example(pickle.dumps(attempt))
         started = time.monotonic()
-        outcome = world.run_until("call", order, _Impatience(world, attempt.final).enough)
+        impatience = _Impatience(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
+        outcome = world.run_until("call", order, impatience.enough)
+        if impatience.in_vain:  # they poll: no more of that in this property
+            self._busy_s = PATIENCE_S
         if any(failure.kind == "timeout" for failure in outcome.failures):
             self._hung = True
-        else:
+        elif len(outcome.done) == world.spec.size:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
         replies = {rank: reply_of(done) for rank, done in outcome.done.items()}
         size = world.spec.size
@@ -261,9 +269,12 @@ class _Engine:
 class _Impatience:
     """Knows when an example is decided, though not every rank has ended it."""
 
-    def __init__(self, world: World, final: bool) -> None:
+    def __init__(self, world: World, final: bool, busy_s: float) -> None:
+        self.in_vain = False
+        """Whether peers were at work for all the patience there was."""
         self._world = world
         self._final = final
+        self._busy_s = busy_s
         self._decided_at = self._at_rest_since = float("inf")
         self._look_at = time.monotonic() + DRAWS_LOOK_S
 
@@ -285,8 +296,10 @@ class _Impatience:
             self._at_rest_since = float("inf")
         else:
             self._at_rest_since = min(self._at_rest_since, now)
-        at_rest_s, decided_s = now - self._at_rest_since, now - self._decided_at
-        return at_rest_s >= PATIENCE_S or decided_s >= BUSY_PATIENCE_S
+        if now - self._at_rest_since >= PATIENCE_S:
+            return True
+        self.in_vain = now - self._decided_at >= self._busy_s
+        return self.in_vain
 
     def _diverged(self) -> bool:
         size = self._world.spec.size

@@ -286,7 +286,7 @@ class World:
         return os.pread(fd, os.fstat(fd).st_size, 0)
 
     def at_work(self, rank: int) -> bool:
-        """Whether a rank does something or would if it had a processor: it waits for nobody."""
+        """Whether a rank does something, polls, or would if it had a processor."""
         return linux.at_work(self._ranks[rank].pid)
 
     def forget_draws(self) -> None:

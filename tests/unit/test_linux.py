@@ -217,6 +217,20 @@ def test_a_process_is_at_work_while_any_of_its_threads_is(start: Start) -> None:
     until(lambda: not linux.at_work(process.pid))
 
 
+def test_a_thread_s_name_may_be_any_bytes(start: Start) -> None:
+    process = start(
+        """
+        import ctypes
+        ctypes.CDLL(None).prctl(15, "fourteen bytesé".encode(), 0, 0, 0)  # PR_SET_NAME
+        say("named")
+        sys.stdin.readline()
+        """
+    )
+    assert hears(process) == ["named"]
+    until(lambda: linux.state_of(process.pid) == "S")
+    assert not linux.at_work(process.pid)
+
+
 def test_a_process_that_is_gone_is_not_at_work(gone_pid: int) -> None:
     assert not linux.at_work(gone_pid)
 

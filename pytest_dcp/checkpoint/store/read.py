@@ -3,7 +3,8 @@
 Every file's copies are sorted by their place. A flat box is read straight into the target's
 memory; a strided one by its runs where they are long, else out of slabs of the file that are mapped
 or read into a staging buffer, as are targets on another device or of another dtype. What is held
-besides the targets is `staging_bytes`, and mapped at most `window_bytes`, for each thread.
+besides the targets is `staging_bytes`, and mapped at most `window_bytes` and the rest of the huge
+pages at its ends, for each thread.
 """
 
 from __future__ import annotations
@@ -261,6 +262,7 @@ class _BoxReader:
             for dim in range(ndim):
                 part = part.narrow(dim, int(offset[dim]), int(shape[dim]))
             part.copy_(strided(source, dtype, shape[:ndim], stride[:ndim] // dtype.itemsize))
+            del source  # or its window would be there until the next one is, too
 
     def _source(
         self, entry: int, low: int, span: int, target: torch.Tensor, unchecked: int | None

@@ -1,9 +1,9 @@
 """Items -> data files: one job a file, each written once from its start to its end.
 
-Tensors go from their memory to the file without a copy, several in one write: writes end at
-multiples of `WRITE_BYTES`, so that the page cache can hold the file in huge pages. Checksums are
-taken on the way, while the bytes are in the processor's cache. What is held besides the tensors is
-bounded by `Settings.copy_ahead_bytes` and `WRITE_BYTES` for each thread.
+Tensors go from their memory to the file without a copy but of their ends: writes end at multiples
+of `WRITE_BYTES` where the tensors are flat, so that the page cache can hold the file in huge pages.
+Checksums are taken on the way, while the bytes are in the processor's cache. What is held besides
+the tensors is bounded by `Settings.copy_ahead_bytes` and `WRITE_BYTES` for each thread.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ Source = Callable[[int], torch.Tensor | bytes]
 WRITE_BYTES = HUGE_PAGE_BYTES
 """A write of a whole huge page leaves one in the cache: mapping it for a load costs next to
 nothing then, and 30 us otherwise."""
-KEPT_BYTES = 32 << 20
-"""The largest tensor that may be kept until the next one fills up its last write: it may be a copy
-that a planner has made."""
 PIECE_BYTES = 1 << 20
 """What is hashed and written at a time: fits the second-level cache."""
 COPY_AHEAD_BYTES = 10_000_000
@@ -140,7 +137,7 @@ def _write_file(
 
 
 class File:
-    """A file in the making, written in parts that end where huge pages do."""
+    """A file in the making, written in parts that end where huge pages do unless flushed."""
 
     def __init__(self, out: Out, observer: Observer, stop: Stop) -> None:
         self.out = out
@@ -149,20 +146,25 @@ class File:
         self.position = 0
         self._written = 0
         self._buffers: list[Buffer] = []
-        self._owners: list[object] = []
         self._data = 0
 
-    def put(self, buffer: Buffer, data: int = 0, owner: object = None) -> None:
-        """Append bytes, so many of them tensor data. They must stay as they are until `flush`.
+    def put(self, buffer: Buffer, data: int = 0) -> None:
+        """Append bytes, so many of them tensor data.
 
-        owner: what to hold on to until then.
+        They must stay as they are until `settle` or `flush`.
         """
         self.position += len(buffer)
         self._data += data
         self._buffers.append(buffer)
-        self._owners.append(owner)
         if self.position // WRITE_BYTES > self._written // WRITE_BYTES:
             self._write(self.position % WRITE_BYTES)
+
+    def settle(self) -> None:
+        """Copy what is held of memory that is not ours, less than `WRITE_BYTES`.
+
+        A planner may take the memory of one tensor for the next.
+        """
+        self._buffers = [b if isinstance(b, bytes) else bytes(b) for b in self._buffers]
 
     def flush(self) -> None:
         """Write what is held."""
@@ -177,7 +179,7 @@ class File:
             self._buffers[-1] = memoryview(self._buffers[-1])[:-kept]
         self.out.write(self._buffers)
         self._written = self.position - kept
-        self._buffers, self._owners = [rest] * bool(kept), self._owners[-1:] * bool(kept)
+        self._buffers = [rest] * bool(kept)
         data, self._data = self._data, min(kept, self._data)
         self.observer.advance(data - self._data)
 
@@ -216,11 +218,10 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
                 at = until
                 if not filled:
                     sums.append(crc)
-            file.put(view, len(view), tensor)
+            file.put(view, len(view))
         if not flat:  # the next piece takes the memory of this one
             file.flush()
-    if tensor.nbytes > KEPT_BYTES:
-        file.flush()
+    file.settle()
     if filled:
         sums.append(crc)
     return sums
@@ -230,6 +231,7 @@ def _put_value(file: File, rows: Rows, row: int, entry: bytes) -> None:
     start = file.position
     rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
     file.put(entry)
+    file.settle()
 
 
 def _put_transformed(
@@ -277,6 +279,7 @@ class _Tap(io.RawIOBase):
             if not self._filled:
                 self._sums.append(self._crc)
         self._file.put(view)
+        self._file.settle()
         return len(view)
 
     def sums(self) -> list[int]:

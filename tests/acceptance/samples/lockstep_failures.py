@@ -114,7 +114,7 @@ def test_takes_a_fixture_that_is_not_new(x: int, tmp_path: object) -> None:
 @given(x=st.booleans())
 def test_works_on_after_a_peer_rejected(rank: int, x: bool) -> None:
     assume(rank == 1)
-    until = time.process_time() + 0.3  # longer than anybody is waited for who waits himself
+    until = time.process_time() + 0.2  # longer than anybody is waited for who waits himself
     while time.process_time() < until:
         pass
     raise ValueError("late")

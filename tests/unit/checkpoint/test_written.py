@@ -1,7 +1,7 @@
 import io
 import pickle
 import tempfile
-import weakref
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -101,8 +101,7 @@ def test_every_entry_is_one_that_torch_loads_with_the_sums_of_its_data(save, fil
     assert watcher.done_bytes == sum(d.nbytes for d in data if isinstance(d, torch.Tensor))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_writes_end_with_huge_pages_though_a_planner_gives_copies(kept, tmp_path, monkeypatch):
+def test_writes_end_with_huge_pages_though_a_planner_uses_memory_again(tmp_path, monkeypatch):
     ends: list[int] = []
     real = LocalOut.write
 
@@ -112,35 +111,48 @@ def test_writes_end_with_huge_pages_though_a_planner_gives_copies(kept, tmp_path
 
     monkeypatch.setattr(LocalOut, "write", noted)
     monkeypatch.setattr(write, "WRITE_BYTES", 1 << 19)
-    if not kept:
-        monkeypatch.setattr(write, "KEPT_BYTES", 1000)
-    counts = [300_000, 5, 70_000, 40_000, 1]
+    counts = [300_000, 5, 70_000, 40_000, 1, 150_000]
     items = [shard_item(f"w{n}", (count,), ((0,), (count,))) for n, count in enumerate(counts)]
     (table,), _ = concatenated([WriteItems.of(items)])
-    copies: list[weakref.ref] = []
+    scratch = torch.empty(max(counts))
 
     def source(row: int) -> torch.Tensor:
-        if not kept:
-            # The one before is still in the hands of who asks.
-            assert all(copy() is None for copy in copies[:-1])
-        copy = torch.full((counts[row],), float(row + 1))
-        copies.append(weakref.ref(copy))
-        return copy
+        scratch.fill_(row + 1)
+        return scratch[: counts[row]]
 
     job = FileJob("f", range(len(items)))
-    written = write_files(
-        LocalDisk(), tmp_path, [job], source, Settings(sync=False), Observer("save")
-    )
+    watcher = Observer("save")
+    written = write_files(LocalDisk(), tmp_path, [job], source, Settings(sync=False), watcher)
     content = (tmp_path / "f").read_bytes()
     for row, count in enumerate(counts):
         low = int(written.data_start[row])
         stored = np.frombuffer(content, np.float32, count, low)
         assert (stored == row + 1).all()
     assert ends[-1] == len(content) > len(table)
-    assert all(copy() is None for copy in copies)
-    if kept:
-        assert [end % (1 << 19) for end in ends[:-1]] == [0] * (len(ends) - 1)
-        assert len(ends) > 2
+    assert len(ends) > 2
+    assert [end % (1 << 19) for end in ends[:-1]] == [0] * (len(ends) - 1)
+    assert watcher.done_bytes == 4 * sum(counts)
+
+
+def test_the_end_of_a_large_value_does_not_hold_all_of_it(tmp_path):
+    items = [value_item("a"), value_item("b"), value_item("c")]
+    (table,), _ = concatenated([WriteItems.of(items)])
+    sizes = [5 << 20, 100, 5 << 20]
+    job = FileJob("f", range(len(table)))
+    tracemalloc.start()
+    try:
+        write_files(
+            LocalDisk(),
+            tmp_path,
+            [job],
+            lambda row: bytes(sizes[row]),
+            Settings(sync=False),
+            Observer("save"),
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sizes[0] <= peak < sizes[0] + 2 * write.WRITE_BYTES
 
 
 @given(saves(), st.integers(1, 3))
