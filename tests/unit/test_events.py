@@ -78,6 +78,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "reusable": st.booleans(),
         "returncode": st.none() | st.integers(),
         "awaits": texts,
+        "pid": st.integers(),
         "payload": st.binary(),
     },
     SubReport: {"report": reports},
