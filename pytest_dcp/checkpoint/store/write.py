@@ -1,9 +1,9 @@
 """Items -> data files: one job a file, each written once from its start to its end.
 
 Tensors go from their memory to the file without a copy but of their ends: writes end at multiples
-of `WRITE_BYTES` where the tensors are flat, so that the page cache can hold the file in huge pages.
-Checksums are taken on the way, while the bytes are in the processor's cache. What is held besides
-the tensors is bounded by `Settings.copy_ahead_bytes` and `WRITE_BYTES` for each thread.
+of a constant where the tensors are flat, so that the page cache can hold a large file in huge
+pages. Checksums are taken on the way, while the bytes are in the processor's cache. What is held
+besides the tensors is bounded by `Settings.copy_ahead_bytes` and a huge page for each thread.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ from pytest_dcp.checkpoint.store.written import Written
 Source = Callable[[int], torch.Tensor | bytes]
 """The data of a row: a tensor, or a value's entry."""
 
-WRITE_BYTES = HUGE_PAGE_BYTES
-"""A write of a whole huge page leaves one in the cache: mapping it for a load costs next to
-nothing then, and 30 us otherwise."""
+WRITE_BYTES = 1 << 20
+"""Writes end at multiples of this."""
+HUGE_FROM_BYTES = 1 << 30
+"""Files from this size on are written by whole huge pages: the cache then keeps them so, and a load
+maps each for next to nothing, in place of 90 us. A huge page is one of memory that was not in use
+lately, which a virtual machine may have to ask its host for: 2.5 ms, and small pages in use before
+are to be had for shorter files, not for long ones."""
 PIECE_BYTES = 1 << 20
 """What is hashed and written at a time: fits the second-level cache."""
 COPY_AHEAD_BYTES = 10_000_000
@@ -119,7 +123,7 @@ def _write_file(
     with disk.create(folder, job.name) as out:
         if not settings.transforms:
             out.reserve(job.nbytes)
-        file = File(out, observer, stop)
+        file = File(out, observer, stop, job.nbytes)
         rows = Rows()
         for row in job.rows:
             data = source(row)
@@ -137,9 +141,10 @@ def _write_file(
 
 
 class File:
-    """A file in the making, written in parts that end where huge pages do unless flushed."""
+    """A file in the making, written in parts that end at multiples of `step` unless flushed."""
 
-    def __init__(self, out: Out, observer: Observer, stop: Stop) -> None:
+    def __init__(self, out: Out, observer: Observer, stop: Stop, nbytes: int = 0) -> None:
+        self.step = WRITE_BYTES if nbytes < HUGE_FROM_BYTES else HUGE_PAGE_BYTES
         self.out = out
         self.observer = observer
         self.stop = stop
@@ -156,11 +161,11 @@ class File:
         self.position += len(buffer)
         self._data += data
         self._buffers.append(buffer)
-        if self.position // WRITE_BYTES > self._written // WRITE_BYTES:
-            self._write(self.position % WRITE_BYTES)
+        if self.position // self.step > self._written // self.step:
+            self._write(self.position % self.step)
 
     def settle(self) -> None:
-        """Copy what is held of memory that is not ours, less than `WRITE_BYTES`.
+        """Copy what is held of memory that is not ours, less than `step`.
 
         A planner may take the memory of one tensor for the next.
         """

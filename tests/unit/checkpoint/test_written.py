@@ -101,7 +101,8 @@ def test_every_entry_is_one_that_torch_loads_with_the_sums_of_its_data(save, fil
     assert watcher.done_bytes == sum(d.nbytes for d in data if isinstance(d, torch.Tensor))
 
 
-def test_writes_end_with_huge_pages_though_a_planner_uses_memory_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [1 << 19, 1 << 20])
+def test_writes_end_with_pages_though_a_planner_uses_memory_again(step, tmp_path, monkeypatch):
     ends: list[int] = []
     real = LocalOut.write
 
@@ -111,6 +112,9 @@ def test_writes_end_with_huge_pages_though_a_planner_uses_memory_again(tmp_path,
 
     monkeypatch.setattr(LocalOut, "write", noted)
     monkeypatch.setattr(write, "WRITE_BYTES", 1 << 19)
+    monkeypatch.setattr(write, "HUGE_FROM_BYTES", 1 << 24)
+    monkeypatch.setattr(write, "HUGE_PAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(write, "PIECE_BYTES", 1 << 18)
     counts = [300_000, 5, 70_000, 40_000, 1, 150_000]
     items = [shard_item(f"w{n}", (count,), ((0,), (count,))) for n, count in enumerate(counts)]
     (table,), _ = concatenated([WriteItems.of(items)])
@@ -120,7 +124,7 @@ def test_writes_end_with_huge_pages_though_a_planner_uses_memory_again(tmp_path,
         scratch.fill_(row + 1)
         return scratch[: counts[row]]
 
-    job = FileJob("f", range(len(items)))
+    job = FileJob("f", range(len(items)), 1 << 24 if step == 1 << 20 else 0)
     watcher = Observer("save")
     written = write_files(LocalDisk(), tmp_path, [job], source, Settings(sync=False), watcher)
     content = (tmp_path / "f").read_bytes()
@@ -129,8 +133,8 @@ def test_writes_end_with_huge_pages_though_a_planner_uses_memory_again(tmp_path,
         stored = np.frombuffer(content, np.float32, count, low)
         assert (stored == row + 1).all()
     assert ends[-1] == len(content) > len(table)
-    assert len(ends) > 2
-    assert [end % (1 << 19) for end in ends[:-1]] == [0] * (len(ends) - 1)
+    assert len(ends) == len(content) // step + 1
+    assert [end % step for end in ends[:-1]] == [0] * (len(ends) - 1)
     assert watcher.done_bytes == 4 * sum(counts)
 
 
