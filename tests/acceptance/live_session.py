@@ -21,7 +21,8 @@ import psutil
 if TYPE_CHECKING:
     from sample_session import SessionResult, Suite
 
-PROMPT = r"\(Pdb\) "
+PROMPT = r"\(\s*P\s*d\s*b\s*\) "
+"""A debugger's; the ends of other ranks' lines may come between, all share the terminal."""
 ANSWER_S = 60.0
 """Bounds a wait for something to happen that takes some five seconds on an idle machine."""
 GONE_S = 3.0
