@@ -208,14 +208,16 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """Make the folder; the names of new ones above it last, its own does after `_sync_name`."""
         above = disk.make_folder(self.path)
         self._above = above[:1]
-        if self.sync_files:
-            for folder in above[1:]:
-                disk.sync_folder(folder)
+        self._sync(disk, above[1:])
 
     def _sync_name(self, disk: Disk) -> None:
         """Have the folder's name last: after the files, whose sync has done most of it."""
+        self._sync(disk, self._above)
+
+    def _sync(self, disk: Disk, folders: Sequence[Any]) -> None:
+        """Have the names in these folders last, where that is asked for."""
         if self.sync_files:
-            for folder in self._above:
+            for folder in folders:
                 disk.sync_folder(folder)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -208,10 +208,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
 
     def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
         folder = self.fs.init_path(self.consolidated_output_path or self.path)
-        above = disk.make_folder(folder)
-        if self.sync_files:
-            for path in above:
-                disk.sync_folder(path)
+        self._sync(disk, disk.make_folder(folder))
         mapping = self.fqn_to_index_mapping
         highest = max(mapping.values(), default=1) if mapping else 1
         files: dict[str, list[str]] = {}

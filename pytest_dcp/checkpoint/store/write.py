@@ -169,7 +169,10 @@ class File:
 
         A planner may take the memory of one tensor for the next.
         """
-        self._buffers = [b if isinstance(b, bytes) else bytes(b) for b in self._buffers]
+        for n in range(len(self._buffers) - 1, -1, -1):
+            if isinstance(self._buffers[n], bytes):
+                return  # and so is what came before, or it is a part of such
+            self._buffers[n] = bytes(self._buffers[n])
 
     def flush(self) -> None:
         """Write what is held."""
@@ -179,12 +182,11 @@ class File:
     def _write(self, kept: int) -> None:
         """Write what is held but for so many bytes at the end of the last buffer."""
         self.stop.check()
-        rest = memoryview(self._buffers[-1])[len(self._buffers[-1]) - kept :]
-        if kept:
-            self._buffers[-1] = memoryview(self._buffers[-1])[:-kept]
-        self.out.write(self._buffers)
+        last = memoryview(self._buffers.pop())
+        cut = len(last) - kept
+        self.out.write([*self._buffers, last[:cut]])
         self._written = self.position - kept
-        self._buffers = [rest] * bool(kept)
+        self._buffers = [last[cut:]] if kept else []
         data, self._data = self._data, min(kept, self._data)
         self.observer.advance(data - self._data)
 

@@ -135,7 +135,7 @@ WORKLOADS = {
     "a save over one of another shape": Workload(state(1, 5, 7), NEW, 20),
     "threads": Workload(MANY_OLD, MANY_NEW, 100, {"thread_count": 4}),
     "values only": Workload({"epoch": 1, "name": "old"}, {"epoch": 2, "name": "new"}, 20),
-    "a large tensor": Workload(state(1, 1, 40_000), state(2, 1, 40_000), 34),
+    "a large tensor": Workload(state(1, 1, 400_000), state(2, 1, 400_000), 100),
     "a rank on its own": Workload(OLD, NEW, 20, ALONE),
     "a save over parts that ranks saved on their own": Workload(OLD, NEW, 25, {}, ALONE),
     "a file for each item": Workload(MANY_OLD, MANY_NEW, 1000, PER_ITEM),
