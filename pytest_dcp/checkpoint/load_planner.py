@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import (
@@ -30,7 +31,7 @@ from pytest_dcp.checkpoint.plan.match import LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
 from pytest_dcp.checkpoint.plan.select import Selection
-from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor
+from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import CheckpointCorruptError
@@ -162,7 +163,7 @@ class DefaultLoadPlanner(LoadPlanner):
         def target(row: int) -> torch.Tensor:
             value = state[fqns[row]]
             memory = value
-            if type(value) is DTensor and ONE_BOX.issuperset(map(type, value.placements)):
+            if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
                 memory = local_tensor(value)
             if firsts[row] and type(memory) in PLAIN:
                 found: torch.Tensor = memory
@@ -281,7 +282,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
 
 def _is_meta(value: Any) -> bool:
-    if type(value) in PLAIN:
+    if type(value) in PLAIN or type(value) is DTensor:
         return bool(value.is_meta)
     if isinstance(value, ShardedTensor):
         # Asked itself, it would answer only where it has exactly one shard.
@@ -335,11 +336,10 @@ def _load_plan(
     for fqn, value in found.loaded.items():
         if _is_meta(value):
             found.loaded[fqn] = on_load(fqn, value)
-    template = {
-        # A stored value replaces whatever is here.
-        fqn: None if index.ndim[index.row_of[names.get(fqn, fqn)]] < 0 else value
-        for fqn, value in found.loaded.items()
-    }
+    values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
+    # A stored value replaces whatever is here.
+    replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
+    template = found.loaded | dict.fromkeys(replaced)
     items: Any = read_items(wanted_boxes(template), index, stored_as)
     return LoadPlan(items), LoadReport(found.missing, found.unexpected, found.converted)
 

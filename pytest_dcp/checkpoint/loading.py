@@ -229,9 +229,7 @@ class _Load:
 
         if not self._plans_alone():
             return team.reduce_scatter("plan", plan, self._join)
-        saves = [save for _, save in team.all_gather("plan", plan)]
-        if len(set(saves)) > 1:
-            team.agree("plan", lambda: _check_one_save(saves))
+        team.all_reduce("plan", plan, lambda said: _check_one_save([save for _, save in said]))
         return plans[0]
 
     def _plans_alone(self) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import PurePath
 from typing import Any, ParamSpec, TypeVar
 
@@ -93,8 +93,21 @@ def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def takes(function: Callable[..., Any], *names: str) -> bool:
     """Whether a hook has one of these parameters, or takes any keyword where it has **kwargs."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.name in names or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name in names or p.kind is p.VAR_KEYWORD for p in _parameters(function))
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """A function's parameters; a method's with its first, which has none of these names."""
+    own = getattr(function, "__func__", None)
+    if own is not None:
+        return _parameters_of_method(own)
+    return tuple(inspect.signature(function).parameters.values())
+
+
+@lru_cache(maxsize=64)
+def _parameters_of_method(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    # The same few hooks at each save and load, and a signature takes 70 us.
+    return tuple(inspect.signature(function).parameters.values())
 
 
 def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -32,8 +32,8 @@ from engine_cases import (
 )
 from engine_ranks import World, alternate
 
-from pytest_dcp.checkpoint.store.disk import HUGE_PAGE_BYTES
 from pytest_dcp.checkpoint.store.read import STAGING_BYTES, WINDOW_BYTES
+from pytest_dcp.checkpoint.store.windows import HUGE_PAGE_BYTES
 from pytest_dcp.checkpoint.store.write import WRITE_BYTES
 
 Answer = dict[str, dict[str, Any]]

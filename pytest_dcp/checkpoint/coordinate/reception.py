@@ -25,6 +25,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 
 from pytest_dcp.checkpoint.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
@@ -244,11 +246,14 @@ def local_only(environ: Mapping[str, str]) -> bool:
 def machine() -> str:
     """Equal in processes that share a kernel and its network, and so a loopback."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+@cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _listen(loopback: bool) -> socket.socket:

@@ -31,6 +31,7 @@ from pytest_dcp.checkpoint.coordinate.star import (
     Verdict,
 )
 
+LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
 """Per address of the coordinator's machine that does not answer."""
 REFUSED_S = 0.5
@@ -240,14 +241,30 @@ def connect(address: Address) -> socket.socket:
 
     Raises OSError, the last one, when none of its hosts takes a connection.
     """
-    hosts = ("127.0.0.1", *address.hosts) if address.machine == machine() else address.hosts
     failed: OSError = ConnectionRefusedError(f"no host in {address}")
-    for host in hosts:
+    if address.machine == machine():
+        try:
+            return _on_this_machine(address.port)
+        except OSError as error:
+            failed = error
+    for host in address.hosts:
         try:
             return socket.create_connection((host, address.port), timeout=CONNECT_S)
         except OSError as error:
             failed = error
     raise failed
+
+
+def _on_this_machine(port: int) -> socket.socket:
+    """A connection through the loopback, which needs no resolver."""
+    sock = socket.socket()
+    try:
+        sock.settimeout(CONNECT_S)
+        sock.connect((LOOPBACK_ADDRESS, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _wait(line: Line, timeout_s: float) -> None:

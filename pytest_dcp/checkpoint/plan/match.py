@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.shards import PLAIN
+from pytest_dcp.checkpoint.plan.shards import PLAIN, full
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20
@@ -67,15 +67,21 @@ def match(
     of another kind or size, and, if `strict`, of a dtype of another kind (float, int, bool,
     complex). A dtype of the same kind is converted, as `copy_` does.
     """
-    names = {fqn: fqn if stored_as is None else stored_as.get(fqn, fqn) for fqn in state_dict}
-    missing = [fqn for fqn in state_dict if names[fqn] not in index.row_of]
-    used = set(names.values())
-    unexpected = tuple(fqn for fqn in index.fqns if fqn not in used)
-    lacking = set(missing)
-    loaded = {fqn: value for fqn, value in state_dict.items() if fqn not in lacking}
+    row_of = index.row_of
+    renamed = stored_as or {}
+    names = {fqn: renamed.get(fqn, fqn) for fqn in state_dict}
+    loaded = dict(state_dict)
+    missing: list[str] = []
+    unexpected: tuple[str, ...] = ()
+    if stored_as or loaded.keys() != row_of.keys():
+        missing = [fqn for fqn in state_dict if names[fqn] not in row_of]
+        used = set(names.values())
+        unexpected = tuple(fqn for fqn in index.fqns if fqn not in used)
+        for fqn in missing:
+            del loaded[fqn]
     problems: dict[str, str] = {}
     converted: dict[str, tuple[torch.dtype, torch.dtype]] = {}
-    row_of, ndims = index.row_of, index.ndim.tolist()
+    ndims = index.ndim.tolist()
     sizes = [tuple(size[:n]) for size, n in zip(index.size.tolist(), ndims, strict=True)]
     dtypes = [p.dtype for p in index.properties]
     stored = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
@@ -83,8 +89,10 @@ def match(
         row = row_of[names[fqn]]
         if ndims[row] < 0:
             continue
-        if type(value) in USUAL and value.shape == sizes[row] and value.dtype is stored[row]:
-            continue  # What nearly every value is, without the questions below.
+        if type(value) in USUAL:
+            here = full(value)
+            if here.shape == sizes[row] and here.dtype is stored[row]:
+                continue  # What nearly every value is, without the questions below.
         problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted)
         if problem:
             problems[fqn] = problem

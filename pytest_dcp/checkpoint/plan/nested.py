@@ -30,7 +30,7 @@ def flatten(
     paths: dict[str, Path] = {}
 
     def visit(path: Path, value: Any) -> None:
-        fqn = ".".join(map(str, path))
+        fqn = str(path[0]) if len(path) == 1 else ".".join(map(str, path))
         if fqn in flat:
             raise ValueError(
                 f"duplicated flatten key {fqn!r}: both {paths[fqn]!r} and {path!r} lead to it"
@@ -104,7 +104,9 @@ def _grow(values: list[Any], position: int) -> None:
 
 
 def _walk(path: Path, value: Any, visit: Callable[[Path, Any], None], whole: bool) -> None:
-    if isinstance(value, Mapping) and not (whole and not _holds(value.values(), whole)):
+    if isinstance(value, torch.Tensor):
+        visit(path, value)  # what most are
+    elif isinstance(value, Mapping) and not (whole and not _holds(value.values(), whole)):
         for key, inner in value.items():
             _walk((*path, key), inner, visit, whole)
     elif isinstance(value, list) and _holds(value, whole):

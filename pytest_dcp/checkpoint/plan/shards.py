@@ -7,14 +7,15 @@ may say its parts itself through the methods that torch's DTensor also has:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from pytest_dcp.checkpoint.plan.layout import LocalBox, local_boxes, whole_box
 from pytest_dcp.errors import PlanError
@@ -34,6 +35,19 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
     that planning does with a tensor; the attribute can go when torch offers a plain accessor.
     """
     return tensor._local_tensor
+
+
+def spec_of(tensor: DTensor) -> DTensorSpec:
+    """Mesh, placements, and the full tensor's shape and dtype, of a DTensor.
+
+    The tensor's own attributes are a call through torch's dispatcher each; see `local_tensor`.
+    """
+    return tensor._spec
+
+
+def full(value: Any) -> Any:
+    """What has the shape and the dtype of the full tensor, soonest."""
+    return value._spec.tensor_meta if type(value) is DTensor else value
 
 
 def speaks_for_itself(value: Any) -> bool:
@@ -70,7 +84,8 @@ class Layouts:
         return self._known(fqn, value)[1]
 
     def _known(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
-        key = (id(value.device_mesh), value.placements, value.shape)
+        spec = spec_of(value)
+        key = (id(spec.mesh), *map(_kind_of, spec.placements), full(value).shape)
         known = self._boxes.get(key)
         if known is None:
             found = self._find(fqn, value)
@@ -90,6 +105,15 @@ class Layouts:
             return local_boxes(tuple(value.shape), mesh_shape, coordinate, value.placements)
         except ValueError as error:
             raise PlanError(f"{fqn!r} cannot be saved or loaded: {error}") from error
+
+
+def _kind_of(placement: Placement) -> Hashable:
+    """What is equal for placements that hold the same part; torch's own hash is 1 us of Python."""
+    kind: type = type(placement)
+    if kind is Shard:
+        dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard's
+        return dim
+    return kind if kind is Replicate else placement
 
 
 def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import time
@@ -20,6 +19,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
+from pytest_dcp.checkpoint.store.windows import Windows
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 RESERVE_FROM_BYTES = 1 << 20
@@ -31,11 +31,6 @@ MEMORY_KINDS = ("tmpfs", "ramfs")
 
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
 """Local disk file systems, where no other machine can take a file away from under a mapping."""
-HUGE_PAGE_BYTES = 2 << 20
-"""Of x86-64 and, with pages of 4 KiB, arm64. A cache that has a file in pages of this size (ext4
-since Linux 6.16, xfs) maps each by one entry of the page table."""
-MADV_POPULATE_READ = 22
-"""Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -82,7 +77,7 @@ class In(Protocol):
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         """These bytes as memory, to be dropped soon; None where that does not go.
 
-        For files that nobody cuts short while they are read: see `local_window`.
+        For files that nobody cuts short while they are read: see `store.windows`.
         """
 
 
@@ -173,7 +168,11 @@ class LocalDisk:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointCorruptError("not a plain file", file=name)
-            yield LocalIn(fd, status.st_size, _kind_of(status))
+            file = LocalIn(fd, status.st_size, _kind_of(status))
+            try:
+                yield file
+            finally:
+                file.close()
         finally:
             os.close(fd)
 
@@ -193,12 +192,21 @@ class LocalDisk:
 
 def _opened(folder: Path, name: str) -> int:
     """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
+    # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    path = os.path.join(folder, name)
     try:
+        if os.sep not in name and name not in ("", ".", ".."):
+            # What is in the folder itself, and no link, cannot be elsewhere.
+            try:
+                return os.open(path, flags | os.O_NOFOLLOW)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
         root = os.path.realpath(folder)
-        if os.path.commonpath((root, os.path.realpath(folder / name))) != root:
+        if os.path.commonpath((root, os.path.realpath(path))) != root:
             raise CheckpointCorruptError("a link leads out of the checkpoint's folder", file=name)
-        # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
-        return os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, flags)
     except ValueError as error:
         raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
     except OSError as error:
@@ -295,6 +303,7 @@ class LocalIn:
         self.fd = fd
         self.size = size
         self.maps = kind in MAPPED_KINDS
+        self._windows = Windows(fd, size)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         done = os.preadv(self.fd, (view,), offset)
@@ -314,33 +323,11 @@ class LocalIn:
         return sum(map(self.read_into, offsets, views))
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
-        if not self.maps or offset + nbytes > self.size or not nbytes:
-            return None
-        return local_window(self.fd, self.size, offset, nbytes)
+        return self._windows.window(offset, nbytes) if self.maps else None
 
-
-def local_window(fd: int, size: int, offset: int, nbytes: int) -> memoryview | None:
-    """These bytes of an open file as memory; None where the system does not map it.
-
-    Many small parts are copied out of mapped pages for less than a call of the system each. All
-    pages are there when this returns: populating them (MADV_POPULATE_READ, madvise(2)) fails where
-    a later access would get a SIGBUS, and then whoever asked reads, and gets the error by its name.
-    That holds as long as nobody cuts the file short, so this is for files that are never written
-    again.
-    """
-    # Mapped from huge page to huge page, as the cache may hold it; populated only where asked for.
-    low = offset - offset % HUGE_PAGE_BYTES
-    end = offset + nbytes
-    first = offset - offset % mmap.PAGESIZE - low
-    try:
-        # torch takes only what it could write to; private pages never reach the file.
-        length = min(end + -end % HUGE_PAGE_BYTES, size) - low
-        pages = mmap.mmap(fd, length, access=mmap.ACCESS_COPY, offset=low)
-        pages.madvise(MADV_POPULATE_READ, first, end - low - first)
-    except (OSError, ValueError):
-        return None
-    # The view keeps the mapping, and the last one takes it along.
-    return memoryview(pages)[offset - low : end - low]
+    def close(self) -> None:
+        """Give back what was opened beside the file; the descriptor is its owner's."""
+        self._windows.close()
 
 
 def _after(buffers: Sequence[Buffer], done: int) -> list[Buffer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -20,14 +21,15 @@ _READ, _WRITE = 0x100, 0x200
 _view = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _view.restype = ctypes.py_object
+_everything: memoryview = _view(1, sys.maxsize - 1, _WRITE)
+"""All addresses but 0: to cut a view out of it takes 100 ns, and to make one 500."""
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:
     """These bytes of this process, writable. The caller keeps their owner alive."""
     if not nbytes:
         return memoryview(bytearray())
-    view: memoryview = _view(address, nbytes, _WRITE)
-    return view
+    return _everything[address - 1 : address - 1 + nbytes]
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

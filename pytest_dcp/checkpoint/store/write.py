@@ -21,11 +21,12 @@ from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES
-from pytest_dcp.checkpoint.store.disk import HUGE_PAGE_BYTES, Buffer, Disk, Out
+from pytest_dcp.checkpoint.store.disk import Buffer, Disk, Out
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.memory import is_flat, memory_of, pieces
 from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
+from pytest_dcp.checkpoint.store.windows import HUGE_PAGE_BYTES
 from pytest_dcp.checkpoint.store.written import Written
 
 Source = Callable[[int], torch.Tensor | bytes]

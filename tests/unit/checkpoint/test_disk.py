@@ -277,34 +277,6 @@ def test_descriptors_are_closed_after_use_and_after_failure(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_window_shows_the_file_and_its_writes_stay_inside(tmp_path, monkeypatch):
-    huge = subject.HUGE_PAGE_BYTES
-    size = 2 * huge + 19_999
-    content = random.Random(0).randbytes(size)
-    (tmp_path / "f").write_bytes(content)
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
-    with LocalDisk().open(tmp_path, "f") as file:
-        for low, nbytes in [
-            *[(0, size), (1, 1), (4095, 2), (4096, 4096), (size - 1, 1), (huge - 1, 2)],
-            *[(huge, huge), (huge + 5000, huge), (2 * huge, 1), (2 * huge + 4097, 15_902)],
-        ]:
-            window = file.window(low, nbytes)
-            assert window == content[low : low + nbytes]
-            window[0] ^= 1
-        assert file.window(size - 1, 2) is None
-        assert file.window(0, 0) is None
-    assert (tmp_path / "f").read_bytes() == content
-
-
-def test_a_file_that_was_cut_short_is_not_mapped(tmp_path, monkeypatch):
-    (tmp_path / "f").write_bytes(bytes(20_000))
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
-    with LocalDisk().open(tmp_path, "f") as file:
-        os.truncate(tmp_path / "f", 5_000)
-        assert file.window(0, 20_000) is None
-        assert file.window(0, 5_000) is None
-
-
 @pytest.mark.parametrize("kind", ["tmpfs", "nfs4", "overlay", None])
 def test_only_files_of_local_disks_are_mapped(kind, tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(b"1234")

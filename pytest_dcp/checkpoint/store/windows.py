@@ -1,0 +1,105 @@
+"""Windows: bytes of an open file as memory of this process, safe to look at.
+
+Many small parts are copied out of mapped pages for less than a call of the system each. But where
+a page cannot be had, because the file was cut short or the disk fails, an access is a SIGBUS and
+the end of the process. So a window is given out only once all of its pages are there; else whoever
+asked reads, and gets the error by its name. That holds as long as nobody cuts the file short, so
+windows are for files that are never written again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+
+import numpy as np
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86-64 and, with pages of 4 KiB, arm64. A cache that has a file in pages of this size (ext4
+since Linux 6.16, xfs) maps each by one entry of the page table."""
+MADV_POPULATE_READ = 22
+"""Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
+AROUND_BYTES = 64 << 10
+"""A read of a page that is not mapped maps the cache's pages around it as well, so many bytes of
+them (fault-around, Linux 3.15)."""
+TOUCHED_FROM_BYTES = 1 << 20
+"""Shorter windows are populated page by page: there is little to save."""
+IOV_MAX = 1024
+"""Buffers that one writev takes on Linux."""
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_PRESENT = 1 << 3
+"""Of linux/fs.h."""
+
+
+class Windows:
+    """Windows of one open file, for one thread; to be closed."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._sink = -1
+        """Where touched bytes go: a file in memory."""
+        self._pagemap = -1
+
+    def close(self) -> None:
+        """Give back what was opened; windows that were given out stay."""
+        for fd in (self._sink, self._pagemap):
+            if fd >= 0:
+                os.close(fd)
+        self._sink = self._pagemap = -1
+
+    def window(self, offset: int, nbytes: int) -> memoryview | None:
+        """These bytes as memory, to be dropped soon; None where they are not to be had so."""
+        end = offset + nbytes
+        if not nbytes or end > self.size:
+            return None
+        # Mapped from huge page to huge page, as the cache may hold it.
+        low = offset - offset % HUGE_PAGE_BYTES
+        first = offset - offset % mmap.PAGESIZE - low
+        try:
+            # torch takes only what it could write to; private pages never reach the file.
+            length = min(end + -end % HUGE_PAGE_BYTES, self.size) - low
+            pages = mmap.mmap(self.fd, length, access=mmap.ACCESS_COPY, offset=low)
+            if nbytes < TOUCHED_FROM_BYTES or not self._touched(pages, first, end - low):
+                pages.madvise(MADV_POPULATE_READ, first, end - low - first)
+        except (OSError, ValueError):
+            return None
+        # The view keeps the mapping, and the last one takes it along.
+        return memoryview(pages)[offset - low : end - low]
+
+    def _touched(self, pages: mmap.mmap, first: int, end: int) -> bool:
+        """Map the pages by touching one of every few; whether all are there then.
+
+        A third of what MADV_POPULATE_READ takes, which goes from page to page. The touching is
+        done by the kernel: pwritev(2) fails where a read would be a SIGBUS. Not mapped by it are
+        pages that were not in the cache, or that somebody had locked.
+        """
+        view = memoryview(pages)
+        start = np.frombuffer(view, dtype=np.uint8).ctypes.data
+        each = max(AROUND_BYTES, mmap.PAGESIZE)
+        touched = [first, *range(first + each - (start + first) % each, end, each)]
+        try:
+            if self._sink < 0:
+                self._sink = os.memfd_create("touched", os.MFD_CLOEXEC)
+                self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            for at in range(0, len(touched), IOV_MAX):
+                os.pwritev(self._sink, [view[n : n + 1] for n in touched[at : at + IOV_MAX]], 0)
+            return _all_mapped(self._pagemap, start + first, start + end)
+        except (OSError, AttributeError):  # an older Linux, or another system
+            return False
+
+
+def _all_mapped(pagemap: int, start: int, end: int) -> bool:
+    """Whether no page of these addresses is missing. Raises OSError where that cannot be told.
+
+    Asks for the first run of pages that are not present: the struct pm_scan_arg of PAGEMAP_SCAN
+    (ioctl_pagemap_scan(2), Linux 6.7).
+    """
+    found = np.zeros(3, dtype=np.uint64)  # a struct page_region
+    end += -end % mmap.PAGESIZE
+    asked = (_PAGE_IS_PRESENT, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT)  # inverted, all, any, told
+    scan = struct.pack("<12Q", 96, 0, start, end, 0, found.ctypes.data, 1, 0, *asked)
+    runs: int = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(scan))
+    return not runs
