@@ -94,14 +94,14 @@ def only_values(right: Callable[..., Any]) -> Callable[..., Any]:
 
 def without_empty(right: Callable[..., Any]) -> Callable[..., Any]:
     """Boxes without an element have no row."""
-    return lambda rows, fqn, kind, tensor, size, box: (
-        None if 0 in box[1] else right(rows, fqn, kind, tensor, size, box)
+    return lambda rows, fqn, kind, number, size, box: (
+        None if 0 in box[1] else right(rows, fqn, kind, number, size, box)
     )
 
 
 def first_dtype(right: Callable[..., Any]) -> Callable[..., Any]:
     """Every tensor has the dtype of the first."""
-    return lambda rows, tensor: 0 if rows.known else right(rows, tensor)
+    return lambda rows, value, memory: 0 if rows.known else right(rows, value, memory)
 
 
 def moved(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ MUTANTS: dict[str, Mutant] = {
         "save_planner", "require_memory", after(without_sign_of_zero)
     ),
     "all tensors have the dtype of the first": Mutant(
-        "plan.describe", "_Rows._property", first_dtype
+        "plan.describe", "_Rows.property_of", first_dtype
     ),
     "floats among the values are rounded": Mutant("save_planner", "_encoded", only_values),
     "a meta tensor stays one": Mutant(

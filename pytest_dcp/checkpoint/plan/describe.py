@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from pytest_dcp.checkpoint.plan.shards import (
     PLAIN,
     SPEAKS_FOR_ITSELF,
     Layouts,
+    full,
     local_shards,
     local_tensor,
     speaks_for_itself,
@@ -54,42 +55,61 @@ class Wanted:
 
 
 class _Rows:
-    """Rows in the making: one list a column."""
+    """Rows in the making."""
 
     def __init__(self) -> None:
-        self.fqns: list[str] = []
-        self.kind: list[int] = []
-        self.property_of: list[int] = []
-        self.size: list[Sequence[int]] = []
-        self.boxes: list[Box] = []
+        self.rows: list[tuple[str, int, int, Sequence[int], Box]] = []
+        """Name, kind, property, size of the full tensor, box."""
         self.known: dict[Any, int] = {}
         self.layouts = Layouts()
 
-    def add(self, fqn: str, kind: int, tensor: torch.Tensor | None, size: Any, box: Box) -> None:
-        self.fqns.append(fqn)
-        self.kind.append(kind)
-        self.size.append(size)
-        self.boxes.append(box)
-        self.property_of.append(UNKNOWN if tensor is None else self._property(tensor))
+    def add(self, fqn: str, kind: int, number: int, size: Sequence[int], box: Box) -> None:
+        self.rows.append((fqn, kind, number, size, box))
 
-    def _property(self, tensor: torch.Tensor) -> int:
-        key = (tensor.dtype, tensor.layout, tensor.requires_grad)
+    def add_tensor(self, fqn: str, tensor: torch.Tensor, number: int) -> None:
+        shape = tensor.shape
+        self.add(fqn, TENSOR, number, shape, (ORIGINS[len(shape)], shape))
+
+    def add_dtensor(self, fqn: str, value: DTensor, number: int, problems: list[str]) -> None:
+        size = full(value).shape
+        try:
+            for box in self.layouts.sides_of(fqn, value):
+                self.add(fqn, SHARD, number, size, box)
+        except PlanError as error:
+            problems.append(str(error))
+
+    def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
+        """The number of the properties of a tensor that is kept in this memory."""
+        key = (memory.dtype, memory.layout, value.requires_grad)
         return self.known.setdefault(key, len(self.known))
 
+    def known_property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int | None:
+        """As `property_of`; None where no tensor before had these, or the memory is no CPU's.
+
+        Whether properties are of something that can be saved needs be asked once.
+        """
+        layout = memory.layout
+        if layout is not torch.strided or not memory.is_cpu:
+            return None
+        return self.known.get((memory.dtype, layout, value.requires_grad))
+
     def items(self) -> WriteItems:
-        rank = max(map(len, self.size), default=0)
-        kind = np.array(self.kind, dtype=np.int8)
-        ndim = np.array([len(size) for size in self.size], dtype=np.int16)
-        count = len(self.fqns)
+        fqns, kinds, numbers, sizes, boxes = (
+            zip(*self.rows, strict=True) if self.rows else ((),) * 5
+        )
+        rank = max(map(len, sizes), default=0)
+        kind = np.array(kinds, dtype=np.int8)
+        ndim = np.fromiter(map(len, sizes), np.int16, len(sizes))
+        count = len(fqns)
         return WriteItems(
-            fqns=tuple(self.fqns),
+            fqns=fqns,
             kind=kind,
             properties=tuple(TensorProperties(*key) for key in self.known),
-            property_of=np.array(self.property_of, dtype=np.int32),
+            property_of=np.array(numbers, dtype=np.int32),
             ndim=np.where(kind == BYTES, UNKNOWN, ndim).astype(np.int16),
-            size=padded(self.size, rank, 1),
-            offset=padded([box[0] for box in self.boxes], rank, 0),
-            shape=padded([box[1] for box in self.boxes], rank, 1),
+            size=padded(sizes, rank, 1),
+            offset=padded([box[0] for box in boxes], rank, 0),
+            shape=padded([box[1] for box in boxes], rank, 1),
             hint=np.full(count, UNKNOWN, dtype=np.int64),
             nbytes=np.full(count, UNKNOWN, dtype=np.int64),
         )
@@ -109,49 +129,40 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     problems: list[str] = []
     spoken: list[WriteItems] = []
     for fqn, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            rows.add(fqn, BYTES, None, (), NOTHING)
-        elif type(value) in PLAIN and _dense(value):
-            # What nearly every value is, without the questions below.
-            shape = value.shape
-            rows.add(fqn, TENSOR, value, shape, (ORIGINS[len(shape)], shape))
-        elif _plain_dtensor(value) and _dense(local_tensor(value)):
-            _add_dtensor(rows, fqn, value, problems)
-        elif problem := unsavable(fqn, value):
+        kind = type(value)
+        if kind in PLAIN:
+            # What nearly every value is, this and the next, without the questions below.
+            if (known := rows.known_property_of(value, value)) is not None:
+                rows.add_tensor(fqn, value, known)
+                continue
+        elif kind is DTensor:
+            memory = local_tensor(value)
+            if type(memory) in PLAIN and (
+                (known := rows.known_property_of(value, memory)) is not None
+            ):
+                rows.add_dtensor(fqn, value, known, problems)
+                continue
+        elif not isinstance(value, torch.Tensor):
+            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+            continue
+        if problem := unsavable(fqn, value):
             problems.append(problem)
         elif speaks_for_itself(value):
             spoken.append(WriteItems.of(spokesman(value).__create_write_items__(fqn, value)))
         elif isinstance(value, ShardedTensor):
-            full = tuple(value.metadata().size)
+            size = tuple(value.metadata().size)
             for box, memory in local_shards(value):
-                rows.add(fqn, SHARD, memory, full, (box.offset, box.shape))
+                number = rows.property_of(memory, memory)
+                rows.add(fqn, SHARD, number, size, (box.offset, box.shape))
         elif isinstance(value, DTensor):
-            _add_dtensor(rows, fqn, value, problems)
+            rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
         else:
-            shape = value.shape
-            rows.add(fqn, TENSOR, value, shape, (ORIGINS[len(shape)], shape))
+            rows.add_tensor(fqn, value, rows.property_of(value, value))
     if problems:
         raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
     if not spoken:
         return rows.items()
     return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
-
-
-def _add_dtensor(rows: _Rows, fqn: str, value: DTensor, problems: list[str]) -> None:
-    full = value.shape
-    try:
-        for box in rows.layouts.sides_of(fqn, value):
-            rows.add(fqn, SHARD, value, full, box)
-    except PlanError as error:
-        problems.append(str(error))
-
-
-def _plain_dtensor(value: torch.Tensor) -> TypeGuard[DTensor]:
-    return type(value) is DTensor and type(local_tensor(value)) in PLAIN
-
-
-def _dense(value: torch.Tensor) -> bool:
-    return value.is_cpu and value.layout is torch.strided and not value.is_quantized
 
 
 def unsavable(fqn: str, value: Any) -> str | None:
@@ -178,22 +189,24 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
 
     Raises PlanError for a DTensor with a pending reduction.
     """
-    fqns: list[str] = []
-    boxes: list[Box] = []
-    ndim: list[int] = []
-    nth: list[int] = []
+    rows: list[tuple[str, Box, int, int]] = []
     layouts = Layouts()
     for fqn, value in state_dict.items():
-        tensor = isinstance(value, torch.Tensor)
-        found = _boxes_wanted(fqn, value, layouts) if tensor else (NOTHING,)
+        kind = type(value)
+        found: Sequence[Box]
+        if kind is DTensor and type(local_tensor(value)) in PLAIN:
+            found = layouts.sides_of(fqn, value)
+        elif kind in PLAIN or isinstance(value, torch.Tensor):
+            found = _boxes_wanted(fqn, value, layouts)
+        else:
+            rows.append((fqn, NOTHING, UNKNOWN, 0))
+            continue
         for n, box in enumerate(found):
-            fqns.append(fqn)
-            boxes.append(box)
-            ndim.append(len(box[1]) if tensor else UNKNOWN)
-            nth.append(n)
+            rows.append((fqn, box, len(box[1]), n))
+    fqns, boxes, ndim, nth = zip(*rows, strict=True) if rows else ((),) * 4
     rank = max(0, *ndim) if ndim else 0
     return Wanted(
-        fqns=tuple(fqns),
+        fqns=fqns,
         ndim=np.array(ndim, dtype=np.int16),
         offset=padded([box[0] for box in boxes], rank, 0),
         shape=padded([box[1] for box in boxes], rank, 1),
@@ -205,8 +218,6 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if type(value) in PLAIN:
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
-    if _plain_dtensor(value):
-        return layouts.sides_of(fqn, value)
     if speaks_for_itself(value):
         chunks = spokesman(value).__create_chunk_list__()
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]

@@ -217,13 +217,16 @@ def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Int
     load = burden.tolist()
     shared = np.flatnonzero(~alone)
     shared = shared[np.argsort(-rows.nbytes[keeper[shared]], kind="stable")]
-    rank_of = rows.rank
-    for group in shared.tolist():
-        replicas = order[starts[group] : starts[group] + count[group]]
-        owners = rank_of[replicas].tolist()
-        least = min(range(len(owners)), key=lambda i: load[owners[i]])
-        load[owners[least]] += int(rows.nbytes[replicas[least]])
-        keeper[group] = replicas[least]
+    # One after the other, for each depends on those before: lists answer sooner than arrays.
+    rank_of, nbytes = rows.rank[order].tolist(), rows.nbytes[order].tolist()
+    kept = []
+    for first, many in zip(starts[shared].tolist(), count[shared].tolist(), strict=True):
+        owners = rank_of[first : first + many]
+        least = min(owners, key=load.__getitem__)
+        at = first + owners.index(least)
+        load[least] += nbytes[at]
+        kept.append(at)
+    keeper[shared] = order[np.array(kept, dtype=np.int64)]
     return keeper
 
 

@@ -85,7 +85,11 @@ class Layouts:
 
     def _known(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
         spec = spec_of(value)
-        key = (id(spec.mesh), *map(_kind_of, spec.placements), full(value).shape)
+        placements = spec.placements
+        if len(placements) == 1 and type(placements[0]) is Shard:
+            key: Any = (id(spec.mesh), placements[0].dim, full(value).shape)  # the commonest
+        else:
+            key = (id(spec.mesh), *map(_kind_of, placements), full(value).shape)
         known = self._boxes.get(key)
         if known is None:
             found = self._find(fqn, value)

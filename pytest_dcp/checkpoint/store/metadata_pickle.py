@@ -278,22 +278,28 @@ class _Shelf:
     """Records of every row, each kind of row filled in one go. Rows of a kind lie side by side."""
 
     def __init__(self, kinds: Ints, parts: Callable[[int, Rows], Sequence[_Part]]) -> None:
-        self._kinds = kinds
-        self._at = np.arange(len(kinds))
-        self._tables: dict[int, NDArray[np.uint8]] = {}
+        at = np.arange(len(kinds))
+        self._tables: dict[int, memoryview] = {}
+        self._widths: dict[int, int] = {}
         counts = np.bincount(kinds)
         for kind in np.flatnonzero(counts).tolist():
             count = int(counts[kind])
             rows: Rows = slice(None) if count == len(kinds) else np.flatnonzero(kinds == kind)
-            self._at[rows] = np.arange(count)
-            self._tables[kind] = _filled(parts(kind, rows), count)
+            at[rows] = np.arange(count)
+            table = _filled(parts(kind, rows), count)
+            self._tables[kind], self._widths[kind] = table.reshape(-1).data, table.shape[1]
+        # Asked for row by row: lists answer sooner than arrays.
+        self._kinds: list[int] = kinds.tolist()
+        self._at: list[int] = at.tolist()
 
     def records(self, start: int, stop: int) -> memoryview:
         """Those of rows start to stop - 1, which are of one kind."""
         if start == stop:
             return memoryview(b"")
-        table, at = self._tables[int(self._kinds[start])], int(self._at[start])
-        return table[at : at + stop - start].reshape(-1).data
+        kind = self._kinds[start]
+        width = self._widths[kind]
+        at = self._at[start] * width
+        return self._tables[kind][at : at + (stop - start) * width]
 
 
 def _filled(parts: Sequence[_Part], count: int) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import IO, Any, cast
 
 import numpy as np
@@ -72,21 +72,14 @@ class FileJob:
 class Rows:
     """What is known of the rows written so far."""
 
-    row: list[int] = field(default_factory=list)
-    start: list[int] = field(default_factory=list)
-    length: list[int] = field(default_factory=list)
-    data_start: list[int] = field(default_factory=list)
-    data_nbytes: list[int] = field(default_factory=list)
+    places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """The row, its entry's start and length, its data's start and bytes."""
     sums: list[list[int]] = field(default_factory=list)
 
     def add(
         self, row: int, start: int, length: int, data_start: int, nbytes: int, sums: list[int]
     ) -> None:
-        self.row.append(row)
-        self.start.append(start)
-        self.length.append(length)
-        self.data_start.append(data_start)
-        self.data_nbytes.append(nbytes)
+        self.places.append((row, start, length, data_start, nbytes))
         self.sums.append(sums)
 
 
@@ -327,25 +320,23 @@ def balanced(size_bytes: Ints, bins: int) -> list[list[int]]:
 
 def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings) -> Written:
     """The rows of all files, in the plan's order."""
-    row = np.array([row for rows in done for row in rows.row], dtype=np.int64)
-    order = np.argsort(row)
-
-    def column(name: str) -> Ints:
-        values = [value for rows in done for value in getattr(rows, name)]
-        return np.array(values, dtype=np.int64)[order]
-
+    places = [place for rows in done for place in rows.places]
+    columns = np.array(places, dtype=np.int64).reshape(-1, 5).T
+    order = np.argsort(columns[0])
+    _, start, length, data_start, data_nbytes = columns[:, order]
     sums = [block for rows in done for block in rows.sums]
-    counts = np.array([len(sums[i]) for i in order], dtype=np.int64)
+    ordered = [sums[i] for i in order.tolist()]
+    counts = np.fromiter(map(len, ordered), np.int64, len(ordered))
     descriptors = tuple(t.get_descriptor() for t in reversed(settings.transforms))
-    file = [n for n, rows in enumerate(done) for _ in rows.row]
+    file = np.repeat(np.arange(len(done), dtype=np.int32), [len(rows.places) for rows in done])
     return Written(
         files=tuple(names),
-        file=np.array(file, dtype=np.int32)[order],
-        start=column("start"),
-        length=column("length"),
-        data_start=column("data_start"),
-        data_nbytes=column("data_nbytes"),
+        file=file[order],
+        start=start,
+        length=length,
+        data_start=data_start,
+        data_nbytes=data_nbytes,
         first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
-        sums=np.array([value for i in order for value in sums[i]], dtype=np.uint32),
+        sums=np.fromiter(chain.from_iterable(ordered), np.uint32),
         transforms=descriptors,
     )

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.plan.boxes import Ints, spans
 from pytest_dcp.checkpoint.plan.columns import WriteItems
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Places, index_key
@@ -80,19 +80,20 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
     Raises PlanError when something was written that the index does not have, or written twice.
     """
     places = Places.nowhere(len(index.offset))
-    sums = [np.zeros(0, dtype=np.uint32)] * len(index.offset)
+    counts = np.zeros(len(index.offset), dtype=np.int64)
     files: dict[str, int] = {}
     transforms: dict[int, tuple[str, ...]] = {}
     file = places.file.copy()
     start, length = places.start.copy(), places.length.copy()
     data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
     lookup: dict[MetadataIndex, int] = {}
+    parts: list[tuple[Ints, NDArray[np.uint32]]] = []
     for some in results:
         part = some if isinstance(some, WriteResults) else _of_objects(some)
         written = part.written
         rows = _chunk_rows(index, part, lookup)
-        found, counts = np.unique(rows, return_counts=True)
-        again = found[(counts > 1) | (file[found] >= 0)]
+        found, times = np.unique(rows, return_counts=True)
+        again = found[(times > 1) | (file[found] >= 0)]
         if len(again):
             twice = index_key(index, int(again[0]))
             raise PlanError(f"{twice} was written twice: the global plan has it on two ranks")
@@ -100,11 +101,14 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
         file[rows] = np.array([*numbers, -1], dtype=np.int32)[written.file]
         start[rows], length[rows] = written.start, written.length
         data_start[rows], data_nbytes[rows] = written.data_start, written.data_nbytes
-        for at, row in enumerate(rows.tolist()):
-            sums[row] = written.sums[written.first_sum[at] : written.first_sum[at + 1]]
-            if written.transforms:
-                transforms[row] = written.transforms
-    counts = np.array([len(block) for block in sums], dtype=np.int64)
+        counts[rows] = np.diff(written.first_sum)
+        if written.transforms:
+            transforms |= dict.fromkeys(rows.tolist(), written.transforms)
+        parts.append((rows, written.sums))
+    first_sum = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    sums = np.zeros(first_sum[-1], dtype=np.uint32)
+    for rows, some_sums in parts:
+        sums[np.repeat(first_sum[rows], counts[rows]) + spans(counts[rows])] = some_sums
     return Places(
         files=tuple(files),
         file=file,
@@ -112,8 +116,8 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
         length=length,
         data_start=data_start,
         data_nbytes=data_nbytes,
-        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
-        sums=np.concatenate([np.zeros(0, dtype=np.uint32), *sums]),
+        first_sum=first_sum,
+        sums=sums,
         transforms=transforms,
     )
 
