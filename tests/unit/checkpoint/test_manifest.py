@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store import manifest, paths
+from pytest_dcp.checkpoint.store import checks, manifest, paths
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.checks import check_catalog, checked_path
 from pytest_dcp.errors import CheckpointCorruptError
@@ -283,6 +283,66 @@ def _assert_lawful_chunk(catalog: Catalog, row: int, ndim: int, size: Any, width
 def test_lawful_catalogs_pass_the_checks(sample: Sample) -> None:
     _assert_lawful(sample.catalog)
     check_catalog(sample.catalog)
+
+
+CELLS = (
+    ("ndim", "property_of", "size", "first", "offset", "shape"),
+    (*("file", "start", "length", "data_start", "data_nbytes", "first_sum"),),
+)
+
+
+def _without_value() -> Catalog:
+    """`a` of two_tensors alone, whose dimensions are all its own."""
+    catalog = two_tensors()
+    chunks = {name: getattr(catalog.index, name)[:2] for name in ("offset", "shape")}
+    keys = {name: getattr(catalog.index, name)[:1] for name in ("property_of", "ndim", "size")}
+    index = replace(catalog.index, fqns=("a",), first=catalog.index.first[:2], **chunks, **keys)
+    rows = {name: getattr(catalog.places, name)[:2] for name in CELLS[1][:-1]}
+    sums = {"first_sum": catalog.places.first_sum[:3], "sums": catalog.places.sums[:4]}
+    return replace(catalog, index=index, places=replace(catalog.places, **rows, **sums))
+
+
+def _empty_value() -> Catalog:
+    """two_tensors, `b` of no bytes and without a sum."""
+    sums = np.arange(6, dtype=np.uint32)
+    return _places(data_nbytes={2: 0}, first_sum={3: 4, 4: 6}, sums=sums)(two_tensors())
+
+
+@pytest.mark.parametrize("sound", [two_tensors, _without_value, _empty_value])
+def test_the_short_way_through_the_checks_lets_nothing_else_pass(
+    sound: Callable[[], Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of a usual catalog, replaced by others one at a time."""
+    usual: list[bool] = []
+    real = checks._usual
+
+    def refused(catalog: Catalog, shortly: Callable[..., bool]) -> str | None:
+        monkeypatch.setattr(checks, "_usual", shortly)
+        try:
+            check_catalog(catalog)
+        except CheckpointCorruptError as error:
+            return str(error)
+        return None
+
+    def noted(*args: Any) -> bool:
+        usual.append(real(*args))
+        return usual[-1]
+
+    for names, change in zip(CELLS, (_index, _places), strict=True):
+        table = sound().index if change is _index else sound().places
+        for name in names:
+            column = getattr(table, name)
+            for at in np.ndindex(column.shape):
+                near = [int(column[at]) + by for by in (-2, -1, 0, 1, 2, 8, 32)]
+                limits = np.iinfo(column.dtype)
+                for number in {n for n in (*EXTREMES, *near) if limits.min <= n <= limits.max}:
+                    catalog = change(**{name: {at: number}})(sound())
+                    told = refused(catalog, noted)
+                    assert told == refused(catalog, lambda *_: False), (name, at, number)
+                    if told is None:
+                        _assert_lawful(catalog)
+    assert {True, False} <= set(usual)
+    assert usual.count(True) > 50
 
 
 def _index(**columns: Any) -> Callable[[Catalog], Catalog]:
