@@ -78,6 +78,15 @@ class _Rows:
         except PlanError as error:
             problems.append(str(error))
 
+    def add_shards(self, fqn: str, value: ShardedTensor, problems: list[str]) -> None:
+        size = tuple(value.metadata().size)
+        for box, memory in local_shards(value):
+            if problem := unsavable(fqn, memory):
+                problems.append(problem)
+            else:
+                number = self.property_of(memory, memory)
+                self.add(fqn, SHARD, number, size, (box.offset, box.shape))
+
     def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
         """The number of the properties of a tensor that is kept in this memory."""
         key = (memory.dtype, memory.layout, value.requires_grad)
@@ -130,30 +139,27 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     spoken: list[WriteItems] = []
     for fqn, value in state_dict.items():
         kind = type(value)
-        if kind in PLAIN:
-            # What nearly every value is, this and the next, without the questions below.
-            if (known := rows.known_property_of(value, value)) is not None:
-                rows.add_tensor(fqn, value, known)
-                continue
-        elif kind is DTensor:
-            memory = local_tensor(value)
-            if type(memory) in PLAIN and (
-                (known := rows.known_property_of(value, memory)) is not None
-            ):
-                rows.add_dtensor(fqn, value, known, problems)
-                continue
+        memory = local_tensor(value) if kind is DTensor else value
+        if type(memory) in PLAIN:
+            # What nearly every value is, without the questions below.
+            number = rows.known_property_of(value, memory)
+            if number is None:
+                if problem := unsavable(fqn, value):
+                    problems.append(problem)
+                    continue
+                number = rows.property_of(value, memory)
+            if kind is DTensor:
+                rows.add_dtensor(fqn, value, number, problems)
+            else:
+                rows.add_tensor(fqn, value, number)
         elif not isinstance(value, torch.Tensor):
             rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
-            continue
-        if problem := unsavable(fqn, value):
+        elif problem := unsavable(fqn, value):
             problems.append(problem)
         elif speaks_for_itself(value):
             spoken.append(WriteItems.of(spokesman(value).__create_write_items__(fqn, value)))
         elif isinstance(value, ShardedTensor):
-            size = tuple(value.metadata().size)
-            for box, memory in local_shards(value):
-                number = rows.property_of(memory, memory)
-                rows.add(fqn, SHARD, number, size, (box.offset, box.shape))
+            rows.add_shards(fqn, value, problems)
         elif isinstance(value, DTensor):
             rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
         else:

@@ -75,7 +75,7 @@ class In(Protocol):
         """
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
-        """These bytes as memory, to be dropped soon; None where that does not go.
+        """These bytes as memory, to be dropped soon; None where that does not go. For one thread.
 
         For files that nobody cuts short while they are read: see `store.windows`.
         """

@@ -29,6 +29,8 @@ def memory_at(address: int, nbytes: int) -> memoryview:
     """These bytes of this process, writable. The caller keeps their owner alive."""
     if not nbytes:
         return memoryview(bytearray())
+    if address <= 0:
+        raise ValueError(f"{nbytes} bytes at address {address}: there is no memory")
     return _everything[address - 1 : address - 1 + nbytes]
 
 

@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import struct
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +29,7 @@ TOUCHED_FROM_BYTES = 1 << 20
 """Shorter windows are populated page by page: there is little to save."""
 IOV_MAX = 1024
 """Buffers that one writev takes on Linux."""
+PAGEMAP = "/proc/self/pagemap"
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT = 1 << 3
 """Of linux/fs.h."""
@@ -70,28 +72,54 @@ class Windows:
         return memoryview(pages)[offset - low : end - low]
 
     def _touched(self, pages: mmap.mmap, first: int, end: int) -> bool:
-        """Map the pages by touching one of every few; whether all are there then.
+        """Map the pages by touching some of them; whether all are there then.
 
         A third of what MADV_POPULATE_READ takes, which goes from page to page. The touching is
         done by the kernel: pwritev(2) fails where a read would be a SIGBUS. Not mapped by it are
         pages that were not in the cache, or that somebody had locked.
         """
+        if not tells_what_is_mapped():
+            return False
         view = memoryview(pages)
         start = np.frombuffer(view, dtype=np.uint8).ctypes.data
-        each = max(AROUND_BYTES, mmap.PAGESIZE)
-        touched = [first, *range(first + each - (start + first) % each, end, each)]
         try:
+            if self._pagemap < 0:
+                self._pagemap = os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC)
             if self._sink < 0:
                 self._sink = os.memfd_create("touched", os.MFD_CLOEXEC)
-                self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            for at in range(0, len(touched), IOV_MAX):
-                os.pwritev(self._sink, [view[n : n + 1] for n in touched[at : at + IOV_MAX]], 0)
-            return _all_mapped(self._pagemap, start + first, start + end)
-        except (OSError, AttributeError):  # an older Linux, or another system
-            return False
+            # A huge page needs one touch, and that there are none is seen at the first.
+            for each in (HUGE_PAGE_BYTES, max(AROUND_BYTES, mmap.PAGESIZE)):
+                touched = [first, *range(first + each - (start + first) % each, end, each)]
+                for at in range(0, len(touched), IOV_MAX):
+                    os.pwritev(self._sink, [view[n : n + 1] for n in touched[at : at + IOV_MAX]], 0)
+                if all_mapped(self._pagemap, start + first, start + end):
+                    return True
+        except OSError:
+            pass
+        return False
 
 
-def _all_mapped(pagemap: int, start: int, end: int) -> bool:
+@cache
+def tells_what_is_mapped() -> bool:
+    """Whether this system says which pages are there, and has files in memory."""
+    if not hasattr(os, "memfd_create"):
+        return False
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page[0] = 1
+    start = np.frombuffer(page, dtype=np.uint8).ctypes.data
+    try:
+        pagemap = os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return all_mapped(pagemap, start, start + 1)
+    except OSError:
+        return False
+    finally:
+        os.close(pagemap)
+
+
+def all_mapped(pagemap: int, start: int, end: int) -> bool:
     """Whether no page of these addresses is missing. Raises OSError where that cannot be told.
 
     Asks for the first run of pages that are not present: the struct pm_scan_arg of PAGEMAP_SCAN
