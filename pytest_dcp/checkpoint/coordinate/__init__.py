@@ -10,11 +10,12 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     RemoteError,
     StepError,
 )
-from pytest_dcp.checkpoint.coordinate.team import Team, team_of
+from pytest_dcp.checkpoint.coordinate.team import Team, announce, team_of
 
 __all__ = [
     "Team",
     "team_of",
+    "announce",
     "StepError",
     "RemoteError",
     "CoordinationError",

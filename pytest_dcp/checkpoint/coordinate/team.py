@@ -291,3 +291,13 @@ def team_of(
         )
     timeout_s = rendezvous.timeout_of(group)
     return Team(Site(rank, size, coordinator_rank, operation, timeout_s, group))
+
+
+def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
+    """If this rank is the coordinator, be where its peers look from now on; never waits.
+
+    They then see it end even if it does so before the first step of its first operation.
+    """
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is not None and dist.get_rank(group) == coordinator_rank:
+        rendezvous.publish(group, coordinator_rank)
