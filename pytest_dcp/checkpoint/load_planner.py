@@ -161,10 +161,11 @@ class DefaultLoadPlanner(LoadPlanner):
         fqns, state = items.fqns, self.state_dict
 
         def target(row: int) -> torch.Tensor:
-            value = state[fqns[row]]
-            memory = value
-            if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
-                memory = local_tensor(value)
+            memory = value = state[fqns[row]]
+            if type(value) is DTensor:
+                placements = spec_of(value).placements
+                if type(placements[0]) in ONE_BOX and ONE_BOX.issuperset(map(type, placements[1:])):
+                    memory = local_tensor(value)
             if firsts[row] and type(memory) in PLAIN:
                 found: torch.Tensor = memory
                 return found

@@ -11,6 +11,7 @@ rank is missing or out of step the team is over: each further step fails with th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -296,8 +297,10 @@ def team_of(
 def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
     """If this rank is the coordinator, be where its peers look from now on; never waits.
 
-    They then see it end even if it does so before the first step of its first operation.
+    They then see it end even if it does so before the first step of its first operation. Where
+    there is no meeting the first step says so.
     """
     group = process_group if process_group is not None else dist.group.WORLD
     if group is not None and dist.get_rank(group) == coordinator_rank:
-        rendezvous.publish(group, coordinator_rank)
+        with contextlib.suppress(CoordinationError, RuntimeError, OSError):
+            rendezvous.publish(group, coordinator_rank)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +57,31 @@ class Copies:
         return len(self.row)
 
 
+class _Memory:
+    """The targets' own memory, asked for all of it at once: there are thousands, and to come back
+    to a tensor is to fetch it from far away again."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.shapes: list[Sequence[int]] = []
+        self.strides: list[Sequence[int]] = []
+        """In elements."""
+        self.dtypes: list[torch.dtype] = []
+        self.plain: list[bool] = []
+        """Whether it is the CPU's, and the values are there as they are."""
+        self.addresses: list[int] = []
+        """0 where it is not plain."""
+
+    def add(self, tensor: torch.Tensor) -> None:
+        plain = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+        self.tensors.append(tensor)
+        self.shapes.append(tensor.shape)
+        self.strides.append(tensor.stride())
+        self.dtypes.append(tensor.dtype)
+        self.plain.append(plain)
+        self.addresses.append(tensor.data_ptr() if plain else 0)
+
+
 def copies(
     items: ReadItems,
     rows: Ints,
@@ -71,20 +95,24 @@ def copies(
     """
     width = items.shape.shape[1]
     fqns = items.fqns
-    tensors = [require_memory(fqns[row], target(row)) for row in rows.tolist()]
+    memory = _Memory()
+    for row in rows.tolist():
+        memory.add(require_memory(fqns[row], target(row)))
+    tensors = memory.tensors
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
     stored_shape = widened(index.shape[entry][:, :width], width, 1)
-    _check_inside(items, rows, stored_shape, tensors)
+    _check_inside(items, rows, stored_shape, padded(memory.shapes, width, 1))
     from_stride = strides_of(stored_shape) * itemsize[:, None]
     for n, odd in _odd(entry, odd_strides):
         from_stride[n, : len(odd)] = odd
-    to_stride, address, plain = _memory(tensors, width)
+    to_stride = padded(memory.strides, width, 0)
+    address, plain = np.array(memory.addresses, dtype=np.int64), np.array(memory.plain, dtype=bool)
     _check_apart(items, rows, shape, to_stride)
     to_stride = to_stride * itemsize[:, None]
     stored = [dtypes[n] for n in index.property_of[index.key_of[entry]].tolist()]
-    same = np.array([a == t.dtype for a, t in zip(stored, tensors, strict=True)], dtype=bool)
+    same = np.array([a == b for a, b in zip(stored, memory.dtypes, strict=True)], dtype=bool)
     flat = plain & same & _row_major(shape, from_stride, itemsize)
     flat &= _row_major(shape, to_stride, itemsize)
     moved = address + (items.to_offset[rows] * to_stride).sum(axis=1, dtype=np.int64)
@@ -111,13 +139,12 @@ def _odd(
                 yield n, odd_strides[row]
 
 
-def _check_inside(items: ReadItems, rows: Ints, stored: Ints, tensors: Sequence[Any]) -> None:
+def _check_inside(items: ReadItems, rows: Ints, stored: Ints, room: Ints) -> None:
     """Raise PlanError unless every box lies in its stored chunk and in its target.
 
     Plans of any planner come here, and what they say is written to memory unseen.
     """
     shape = items.shape[rows]
-    room = padded([tensor.shape for tensor in tensors], shape.shape[1], 1)
     bad = out_of_bounds(items.from_offset[rows], shape, stored)
     bad |= out_of_bounds(items.to_offset[rows], shape, room)
     for n in np.flatnonzero(bad)[:1].tolist():
@@ -135,14 +162,6 @@ def _check_apart(items: ReadItems, rows: Ints, shape: Ints, to_stride: Ints) -> 
         raise PlanError(
             f"{items.fqns[rows[n]]!r} is expanded: several of its elements are one place in memory"
         )
-
-
-def _memory(tensors: Sequence[torch.Tensor], width: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Strides in elements, addresses, and whether the memory is the CPU's and the values' own."""
-    steps = padded([tensor.stride() for tensor in tensors], width, 0)
-    plain = [t.is_cpu and not t.is_conj() and not t.is_neg() for t in tensors]
-    address = [t.data_ptr() if own else 0 for t, own in zip(tensors, plain, strict=True)]
-    return steps, np.array(address, dtype=np.int64), np.array(plain, dtype=bool)
 
 
 def _row_major(shape: Ints, stride: Ints, itemsize: Ints) -> NDArray[np.bool_]:
