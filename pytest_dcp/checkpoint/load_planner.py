@@ -162,10 +162,8 @@ class DefaultLoadPlanner(LoadPlanner):
 
         def target(row: int) -> torch.Tensor:
             memory = value = state[fqns[row]]
-            if type(value) is DTensor:
-                placements = spec_of(value).placements
-                if type(placements[0]) in ONE_BOX and ONE_BOX.issuperset(map(type, placements[1:])):
-                    memory = local_tensor(value)
+            if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
+                memory = local_tensor(value)
             if firsts[row] and type(memory) in PLAIN:
                 found: torch.Tensor = memory
                 return found

@@ -19,7 +19,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
-from pytest_dcp.checkpoint.store.windows import Windows
+from pytest_dcp.checkpoint.store.windows import IOV_MAX, Windows
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 RESERVE_FROM_BYTES = 1 << 20
@@ -33,9 +33,6 @@ MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
 """Local disk file systems, where no other machine can take a file away from under a mapping."""
 
 Buffer = bytes | bytearray | memoryview
-
-IOV_MAX = 1024
-"""Buffers that one writev takes (POSIX asks for 16, Linux and macOS have 1024)."""
 
 
 class Out(Protocol):

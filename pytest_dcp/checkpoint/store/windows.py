@@ -28,7 +28,7 @@ them (fault-around, Linux 3.15)."""
 TOUCHED_FROM_BYTES = 1 << 20
 """Shorter windows are populated page by page: there is little to save."""
 IOV_MAX = 1024
-"""Buffers that one writev takes on Linux."""
+"""Buffers that one writev takes (POSIX asks for 16, Linux and macOS have 1024)."""
 PAGEMAP = "/proc/self/pagemap"
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT = 1 << 3
