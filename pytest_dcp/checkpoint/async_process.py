@@ -39,7 +39,6 @@ from pytest_dcp.checkpoint.coordinate.reception import reception
 from pytest_dcp.checkpoint.coordinate.rendezvous import timeout_of
 from pytest_dcp.checkpoint.messages import unpacked_metadata
 from pytest_dcp.checkpoint.shipping import Shipment, pickled, shipped
-from pytest_dcp.checkpoint.store.observe import Observer, watched
 from pytest_dcp.errors import SaverProcessError
 
 START_S = 300.0
@@ -238,8 +237,7 @@ class Saver:
         kept: list[Shipment] = []
 
         def prepare() -> str:
-            with watched(Observer("save", team.rank, check=team.check)):
-                kept.append(shipped(job.state()))
+            kept.append(shipped(job.state()))
             return self._meeting if self._line is not None and self._line.is_alive() else ""
 
         meetings = set(team.all_gather("prepare", prepare))

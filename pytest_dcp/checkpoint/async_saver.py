@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -19,14 +19,9 @@ from pytest_dcp.checkpoint.async_process import save_in_process
 from pytest_dcp.checkpoint.coordinate import announce
 from pytest_dcp.checkpoint.saving import Save
 from pytest_dcp.checkpoint.storage_choice import alone, plain_state, writer_for
-from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.staging import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
 
-R = TypeVar("R")
-
 COORDINATOR = 0
-LOOK_S = 0.25
-"""How often a save that waits for its copy looks whether the others go on."""
 Staged = Callable[[], dict[str, Any]]
 """Gives the copy of the state, once it is made; raises what kept it from being made."""
 
@@ -70,35 +65,35 @@ def async_save(
     writer = writer_for(storage_writer, checkpoint_id)
     in_process = async_checkpointer_type is AsyncCheckpointerType.PROCESS
     stager = async_stager or _own_stager(storage_writer)
-    copy: Future[dict[str, Any]] = Future()
-    upload = save_in_process if in_process else _save_in_thread
-    # Begun before the copy, so that the others see this rank end while it makes it.
     if not no_dist:
+        # The save begins after the copy; that this rank ends meanwhile is seen from here on.
         announce(process_group, COORDINATOR)
-    uploading = upload(
-        lambda: _made(copy), writer, planner, process_group, no_dist, use_collectives
-    )
+    copied: Any = None
+    failure: Exception | None = None
     try:
         plain = plain_state(state_dict)
         if stager is None:
-            copied: Any = staged(plain, KEPT_SHARED if in_process else KEPT)
+            copied = staged(plain, KEPT_SHARED if in_process else KEPT)
         else:
             copied = stager.stage(plain)
     except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it
-        copy.set_exception(error)
-        return uploading
-    except BaseException as error:
-        copy.set_exception(error)
-        raise
-    if not isinstance(copied, Future):
-        copy.set_result(copied)
-        if stager is not None and stager.should_synchronize_after_execute:
+        failure = error
+    later = copied if isinstance(copied, Future) else None
+
+    def state() -> dict[str, Any]:
+        if failure is not None:
+            raise failure
+        made: dict[str, Any] = copied if later is None else later.result()
+        return made
+
+    upload = save_in_process if in_process else _save_in_thread
+    uploading = upload(state, writer, planner, process_group, no_dist, use_collectives)
+    if later is None:
+        if stager is not None and failure is None and stager.should_synchronize_after_execute:
             stager.synchronize_staging()
         return uploading
-    later: Future[dict[str, Any]] = copied
-    later.add_done_callback(lambda done: _follow(done, copy, done.result))
     staging: Future[None] = Future()
-    later.add_done_callback(lambda done: _follow(done, staging, lambda: None))
+    later.add_done_callback(lambda done: _follow(done, staging))
     return AsyncSaveResponse(staging, uploading)
 
 
@@ -126,23 +121,9 @@ def _save_in_thread(
     return uploading
 
 
-def _made(copy: Future[dict[str, Any]]) -> dict[str, Any]:
-    """The copy, once it is made; meanwhile the others hear that this rank is alive.
-
-    Raises what kept the copy from being made, or what the others have failed of.
-    """
-    watcher = observer("save")
-    while not copy.done():
-        wait([copy], LOOK_S)
-        watcher.advance(0)
-    return copy.result()
-
-
-def _follow(done: Future[Any], follower: Future[R], result: Callable[[], R]) -> None:
-    """End the follower as the other has ended."""
-    if done.cancelled():
-        follower.set_exception(CancelledError())
-    elif (error := done.exception()) is not None:
-        follower.set_exception(error)
+def _follow(done: Future[Any], follower: Future[None]) -> None:
+    error = CancelledError() if done.cancelled() else done.exception()
+    if error is None:
+        follower.set_result(None)
     else:
-        follower.set_result(result())
+        follower.set_exception(error)

@@ -80,24 +80,10 @@ class Spoke:
         hello = Hello(key, site.operation, self._count, site.rank)
         self._line.queue(hello.frame(address.secret))
         self._line.flush()
-        return self._tie(key, address, head)
-
-    def _tie(self, key: str, address: Address, head: Head) -> Verdict | None:
-        """Make sure that the coordinator sees this process end, in later operations too."""
-        site, meeting = self.site, rendezvous.meeting_of(self._group)
-        with meeting.tying:
-            old = meeting.tethers.get(site.coordinator)
-            if old is not None and old.fileno() >= 0:
-                old.receive()
-                if not old.over:
-                    return None
-                old.close()
-            try:
-                tether = meeting.tethers[site.coordinator] = Line(connect(address))
-            except OSError as error:
-                return self._end(site.ended(site.coordinator, head.name, str(error)), head)
-            tether.queue(Hello(key, TETHER, 0, site.rank).frame(address.secret))
-            tether.flush()
+        try:
+            tie(group, site.coordinator, site.rank, address)
+        except OSError as error:
+            return self._end(site.ended(site.coordinator, head.name, str(error)), head)
         return None
 
     def _find(self, until_s: float) -> tuple[Address | None, socket.socket | None, str]:
@@ -234,6 +220,25 @@ class Spoke:
         if self._line is None:
             raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
         return self._line
+
+
+def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
+    """Make sure that the coordinator sees this process end, in later operations too.
+
+    Raises OSError when nobody answers there.
+    """
+    meeting = rendezvous.meeting_of(group)
+    with meeting.tying:
+        old = meeting.tethers.get(coordinator)
+        if old is not None and old.fileno() >= 0:
+            old.receive()
+            if not old.over:
+                return
+            old.close()
+        tether = meeting.tethers[coordinator] = Line(connect(address))
+        hello = Hello(rendezvous.group_key(group, coordinator), TETHER, 0, rank)
+        tether.queue(hello.frame(address.secret))
+        tether.flush()
 
 
 def connect(address: Address) -> socket.socket:

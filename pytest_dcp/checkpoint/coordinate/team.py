@@ -33,7 +33,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
 from pytest_dcp.checkpoint.coordinate.frame import START, Head, Mode
 from pytest_dcp.checkpoint.coordinate.hub import Hub
 from pytest_dcp.checkpoint.coordinate.parcel import Parcel, bundle, pack, unbundle, unpack
-from pytest_dcp.checkpoint.coordinate.spoke import Spoke
+from pytest_dcp.checkpoint.coordinate.spoke import Spoke, tie
 from pytest_dcp.checkpoint.coordinate.star import Replies, Result, Site, Star, Statement, Verdict
 
 T = TypeVar("T")
@@ -295,12 +295,19 @@ def team_of(
 
 
 def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
-    """If this rank is the coordinator, be where its peers look from now on; never waits.
+    """Have this rank's end seen by the others from now on, before its first step.
 
-    They then see it end even if it does so before the first step of its first operation. Where
-    there is no meeting the first step says so.
+    The coordinator is where its peers look, and a peer is tied to a coordinator that is there
+    already. Asks the group's store once, the first time; what fails is left to the first step.
     """
     group = process_group if process_group is not None else dist.group.WORLD
-    if group is not None and dist.get_rank(group) == coordinator_rank:
-        with contextlib.suppress(CoordinationError, RuntimeError, OSError):
+    if group is None:
+        return
+    with contextlib.suppress(CoordinationError, RuntimeError, ValueError, OSError):
+        rank = dist.get_rank(group)
+        if rank == coordinator_rank:
             rendezvous.publish(group, coordinator_rank)
+        elif rank >= 0:
+            address = rendezvous.look_up(group, coordinator_rank, until_s=0.0)
+            if address is not None:
+                tie(group, coordinator_rank, rank, address)

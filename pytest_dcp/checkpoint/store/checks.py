@@ -128,14 +128,12 @@ def _usual(slab: _Slab, places: Places) -> bool:
     counts = np.diff(places.first_sum[rows.start : rows.stop + 1])
     unused = counts * places.block_bytes - nbytes  # of the last block
     unlike = nbytes != expected
-    bounded: tuple[NDArray[Any], ...] = (start, length, lead)
     if slab.least_ndim < 0:
         unlike &= index.ndim.take(keys) >= 0  # a value has no shape
-        bounded = (*bounded, nbytes)
     return bool(
         inside.all()
         and _unsigned(places.file[rows], np.uint32).max() < len(places.files)
-        and max(_unsigned(column).max() for column in bounded) <= _FAR
+        and max(_unsigned(column).max() for column in (start, length, lead, nbytes)) <= _FAR
         and not unlike.any()
         and (lead + nbytes <= length).all()
         and _unsigned(unused).max() < places.block_bytes

@@ -62,7 +62,6 @@ class _Memory:
     to a tensor is to fetch it from far away again."""
 
     def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
         self.shapes: list[Sequence[int]] = []
         self.strides: list[Sequence[int]] = []
         """In elements."""
@@ -74,7 +73,6 @@ class _Memory:
 
     def add(self, tensor: torch.Tensor) -> None:
         plain = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
-        self.tensors.append(tensor)
         self.shapes.append(tensor.shape)
         self.strides.append(tensor.stride())
         self.dtypes.append(tensor.dtype)
@@ -95,10 +93,11 @@ def copies(
     """
     width = items.shape.shape[1]
     fqns = items.fqns
+    # All of them before any address: to ask for one may move another's memory.
+    tensors = [target(row) for row in rows.tolist()]
     memory = _Memory()
-    for row in rows.tolist():
-        memory.add(require_memory(fqns[row], target(row)))
-    tensors = memory.tensors
+    for row, tensor in zip(rows.tolist(), tensors, strict=True):
+        memory.add(require_memory(fqns[row], tensor))
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
@@ -205,6 +204,8 @@ def slabs(shape: Ints, stride: Ints, itemsize: int, limit: int) -> list[tuple[In
     Cut along the outermost dimension that is longer than one, again and again; a single element
     is never cut.
     """
+    if span_of(shape, stride, itemsize) <= limit:
+        return [(np.zeros_like(shape), shape)]
     todo = [(np.zeros_like(shape), shape)]
     done: list[tuple[Ints, Ints]] = []
     while todo:

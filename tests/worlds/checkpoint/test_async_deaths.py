@@ -1,6 +1,7 @@
 """A rank that is killed while it copies its state: the others hear of it, in their futures."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from pytest_dcp.harness.lockstep_world import RankWorld
 
 HEARD_S = 30.0
 """Far below the group's timeout, which is half an hour; a background process takes a while."""
@@ -22,9 +24,10 @@ def copying() -> None:
 
 
 class Stager(AsyncStager):
-    """Copies at once, or in a while."""
+    """Copies nothing, in a while."""
 
-    def __init__(self, after_s: float) -> None:
+    def __init__(self, meet: Callable[[], object], *, after_s: float) -> None:
+        self.meet = meet
         self.after_s = after_s
 
     @property
@@ -32,39 +35,63 @@ class Stager(AsyncStager):
         return False
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.meet()
         time.sleep(self.after_s)
         copying()
         return state_dict
 
 
+def begun(
+    world: RankWorld, folder: Path, first: int, kind: AsyncCheckpointerType, after_s: float
+) -> Future[Any]:
+    """The upload of a save that rank `first` begins, the others once it copies."""
+    if world.rank != first:
+        world.barrier()
+    saving = dcp.async_save(
+        {"w": torch.ones(3)},
+        checkpoint_id=folder,
+        async_stager=Stager(
+            world.barrier if world.rank == first else lambda: None, after_s=after_s
+        ),
+        async_checkpointer_type=kind,
+    )
+    return saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving
+
+
+def assert_named(victim: int, uploading: Future[Any], folder: Path) -> None:
+    error = uploading.exception(HEARD_S)
+    assert isinstance(error, CheckpointException)
+    assert set(error.failures) == {victim}
+    assert f"rank {victim}" in str(error)
+    assert "ended" in str(error)
+    assert not (folder / ".metadata").exists()
+
+
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("kind", AsyncCheckpointerType)
-@pytest.mark.parametrize(
-    ("victim", "after_s"), [(1, 1.0), (0, 1.0), (0, 0.0)], ids=["peer", "coordinator", "at once"]
-)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("after_s", [0.0, 0.7])
 def test_a_rank_that_is_killed_while_it_copies_is_named(
-    world: Any,
+    world: RankWorld,
     rank: int,
     checkpoint_dir: Path,
     victim: int,
     after_s: float,
     kind: AsyncCheckpointerType,
 ) -> None:
-    """In the first operation of the group; a coordinator also before anybody can have met it."""
+    """In the group's first operation; the coordinator began it."""
     world.kill(victim, at=f"{__name__}:copying")
-    started_s = time.monotonic()
-    saving = dcp.async_save(
-        {"w": torch.ones(3)},
-        checkpoint_id=checkpoint_dir,
-        async_stager=Stager(after_s if rank == victim else 0.0),
-        async_checkpointer_type=kind,
-    )
-    uploading = saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving
-    assert isinstance(uploading, Future)
-    error = uploading.exception(HEARD_S)
-    assert isinstance(error, CheckpointException)
-    assert set(error.failures) == {victim}
-    assert f"rank {victim}" in str(error)
-    assert "ended" in str(error)
-    assert time.monotonic() - started_s < HEARD_S
-    assert not (checkpoint_dir / ".metadata").exists()
+    slow_s = after_s if rank == victim else 0.0
+    assert_named(victim, begun(world, checkpoint_dir, 0, kind, slow_s), checkpoint_dir)
+
+
+@pytest.mark.world_size(3)
+def test_one_that_began_before_the_coordinator_is_named_in_a_later_save(
+    world: RankWorld, checkpoint_dir: Path
+) -> None:
+    thread = AsyncCheckpointerType.THREAD
+    begun(world, checkpoint_dir / "one", 1, thread, 0.0).result(HEARD_S)
+    world.barrier()
+    world.kill(1, at=f"{__name__}:copying")
+    two = checkpoint_dir / "two"
+    assert_named(1, begun(world, two, 1, thread, 0.0), two)
