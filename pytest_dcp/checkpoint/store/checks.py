@@ -30,7 +30,7 @@ MAX_BLOCK_BYTES = 1 << 31
 MAX_PATH_BYTES = 4096
 """PATH_MAX of Linux."""
 _NO_PARTS = frozenset({"", ".", ".."})
-_SLAB = 1 << 13
+_SLAB = 1 << 15
 _MAX_INT64 = np.iinfo(np.int64).max
 _FAR = (1 << 62) - 1
 """Two numbers up to it have a sum in int64."""
@@ -111,16 +111,14 @@ def _usual(slab: _Slab, places: Places) -> bool:
     passes. As unsigned numbers, negative ones are larger than any limit here.
     """
     index, rows, keys = slab.index, slab.rows, slab.keys
+    offset, shape, size = index.offset[rows], index.shape[rows], index.size.take(keys, axis=0)
+    inside = _unsigned(shape) <= _unsigned(size)
+    inside &= _unsigned(offset) <= _unsigned(size - shape)
+    if not shape[:, max(slab.least_ndim, 0) :].all():
+        return False  # in a padded dimension, whose size is 1, only 0 and 1 are right
     expected = index.itemsize.take(keys)
-    inside = np.ones(len(keys), dtype=np.bool_)
-    for dim in range(index.size.shape[1]):
-        offset, shape = index.offset[rows, dim], index.shape[rows, dim]
-        size = index.size[:, dim].take(keys)
-        inside &= _unsigned(shape) <= _unsigned(size)
-        inside &= _unsigned(offset) <= _unsigned(size - shape)
-        if dim >= slab.least_ndim and not shape.all():
-            return False  # in a padded dimension, whose size is 1, only 0 and 1 are right
-        expected *= shape
+    for side in shape.T:
+        expected *= side
     start, length, nbytes = (
         column[rows] for column in (places.start, places.length, places.data_nbytes)
     )
