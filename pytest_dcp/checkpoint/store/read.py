@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -115,9 +116,10 @@ def _read_part(
         with disk.open(folder, name) as file:
             reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
             boxes = _BoxReader(reader, items, copies, settings)
-            blocks = _single_blocks(catalog, copies, rows, settings)
+            blocks, unchecked = _small(catalog, copies, rows, settings)
             _read_blocks(reader, copies, rows[blocks])
-            _read_boxes(reader, boxes, copies, rows[~blocks])
+            _read_unchecked(reader, copies, rows[unchecked])
+            _read_boxes(reader, boxes, copies, rows[~(blocks | unchecked)])
             return reader.tally
     except FileNotFoundError as error:
         key = catalog.index.key_of[copies.entry[rows[0]]]
@@ -126,15 +128,18 @@ def _read_part(
         ) from error
 
 
-def _single_blocks(
+def _small(
     catalog: Catalog, copies: Copies, rows: Ints, settings: ReadSettings
-) -> NDArray[np.bool_]:
-    """Which copies are a whole chunk of one block, as most small tensors are."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which copies are small, as most are: chunks of one block to be checked; others, unchecked."""
     places, entry = catalog.places, copies.entry[rows]
-    whole = copies.flat[rows] & (copies.nbytes[rows] == places.data_nbytes[entry])
-    summed = places.first_sum[entry + 1] - places.first_sum[entry] == 1
-    single: NDArray[np.bool_] = whole & summed & (settings.verify != "off")
-    return single
+    nbytes, have, flat = copies.nbytes[rows], places.data_nbytes[entry], copies.flat[rows]
+    sums = places.first_sum[entry + 1] - places.first_sum[entry]
+    checked = (sums > 0) & (settings.verify != "off")
+    blocks = flat & (nbytes == have) & checked & (sums == 1)
+    inside = copies.from_start[rows] + nbytes <= have
+    unchecked = flat & (nbytes <= places.block_bytes) & inside & ~checked
+    return blocks, unchecked
 
 
 def _read_blocks(reader: RangeReader, copies: Copies, rows: Ints) -> None:
@@ -147,7 +152,7 @@ def _read_blocks(reader: RangeReader, copies: Copies, rows: Ints) -> None:
         sums = places.sums[places.first_sum[entry]].tolist()
         address = copies.address[batch].tolist()
         done = sum(nbytes)
-        window = _window_of(reader, place[0], place[-1] + nbytes[-1], done)
+        window = _window_of(reader, place, nbytes)
         read_into = reader.file.read_into
         reader.stop.check()
         for n, size in enumerate(nbytes):
@@ -164,11 +169,39 @@ def _read_blocks(reader: RangeReader, copies: Copies, rows: Ints) -> None:
         reader.observer.advance(done)
 
 
-def _window_of(reader: RangeReader, low: int, high: int, wanted: int) -> memoryview | None:
-    """These bytes of the file as memory, where that is less work than reading what is wanted."""
-    if high - low > WINDOW_BYTES or wanted * SPARSE < high - low:
+def _read_unchecked(reader: RangeReader, copies: Copies, rows: Ints) -> None:
+    """Read small runs that nobody checks, many at a time."""
+    places = reader.catalog.places
+    for at in range(0, len(rows), BATCH):
+        batch = rows[at : at + BATCH]
+        entry, low, nbytes = copies.entry[batch], copies.from_start[batch], copies.nbytes[batch]
+        place, sizes = (places.data_start[entry] + low).tolist(), nbytes.tolist()
+        views = list(map(memory_at, copies.address[batch].tolist(), sizes))
+        done = sum(sizes)
+        # What has no sums may be no file of ours, and cut short meanwhile.
+        summed = (places.first_sum[entry + 1] > places.first_sum[entry]).all()
+        window = _window_of(reader, place, sizes) if summed else None
+        reader.stop.check()
+        if window is not None:
+            for start, size, view in zip(place, sizes, views, strict=True):
+                view[:] = window[start - place[0] : start - place[0] + size]
+        elif reader.file.read_rows(place, views) != done:
+            # Again, to say where the file is too short.
+            for n, view in enumerate(views):
+                reader.read(int(entry[n]), int(low[n]), view)
+        reader.tally.add(Tally(done))
+        reader.observer.advance(done)
+
+
+def _window_of(
+    reader: RangeReader, place: Sequence[int], nbytes: Sequence[int]
+) -> memoryview | None:
+    """The file from the first of ascending places on as memory, up to the end of all that is
+    wanted; None where reading that is less work."""
+    span = max(map(add, place, nbytes)) - place[0]
+    if span > WINDOW_BYTES or sum(nbytes) * SPARSE < span:
         return None
-    return reader.file.window(low, high - low)
+    return reader.file.window(place[0], span)
 
 
 def _read_boxes(reader: RangeReader, boxes: _BoxReader, copies: Copies, rows: Ints) -> None:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
 
-Verify = Literal["auto", "full"]
+Verify = Literal["auto", "full", "off"]
 SECTOR = 512
 BLOCK = 1 << 16
 FLIP_EVERY = 59
@@ -271,6 +271,55 @@ def test_torchs_own_checkpoints_name_what_is_missing(tmp_path: Path, missing: st
         dcp.load(target, checkpoint_id=tmp_path)
 
 
+@pytest.mark.parametrize("writer", ["ours", "torch"])
+def test_small_tensors_that_nobody_checks_are_right_or_the_file_ends_early(
+    tmp_path: Path, writer: str
+) -> None:
+    saved = {f"{n:03}": torch.randn(n % 7 + 1, 60) for n in range(600)}
+    (dcp.save if writer == "ours" else torch_save)(saved, checkpoint_id=tmp_path)
+    assert outcome(tmp_path, saved, verify="off") is None
+    (path,) = tmp_path.glob("*.distcp")
+    whole = path.read_bytes()
+    for length in range(0, len(whole) * 9 // 10, len(whole) // 17):
+        path.write_bytes(whole[:length])
+        assert outcome(tmp_path, saved, verify="off") == path.name
+
+
+class OfParts(dcp.DefaultLoadPlanner):
+    """Asks for some rows of a tensor of 6 columns, and again for others, as no rank with a shard
+    does."""
+
+    def __init__(self, target: torch.Tensor, *rows: tuple[int, int]) -> None:
+        super().__init__()
+        self.target = target
+        self.rows = rows
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        (item,) = plan.items
+        zeros = torch.Size([0, 0])
+        plan.items = [
+            dcp.planner.ReadItem(
+                item.type, item.dest_index, zeros, item.storage_index,
+                torch.Size([low, 0]), torch.Size([high - low, 6]),
+            )
+            for low, high in self.rows
+        ]  # fmt: skip
+        return plan
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        low = int(read_item.storage_offsets[0])
+        return self.target[low : low + int(read_item.lengths[0])]
+
+
+def test_parts_of_a_tensor_that_nobody_checks_may_overlap(folder: Path) -> None:
+    target = torch.zeros(4, 6)
+    planner = OfParts(target, (2, 3), (0, 4), (1, 2))
+    reader = FileSystemReader(folder, verify="off")
+    dcp.load({"w": torch.zeros(4, 6)}, storage_reader=reader, planner=planner)
+    assert torch.equal(target, state()["w"])
+
+
 class TestTargetsOfOtherLayouts:
     """A tensor of several blocks, loaded whole into memory that is not like the file."""
 
@@ -343,25 +392,7 @@ def test_full_checks_a_part_of_a_small_tensor(folder: Path, rows: tuple[int, int
     bad[at + 5] ^= 4
     path.write_bytes(bad)
 
-    class OfAPart(dcp.DefaultLoadPlanner):
-        """Asks for some rows only, as a rank with a shard does."""
-
-        def create_local_plan(self) -> Any:
-            plan = super().create_local_plan()
-            (item,) = plan.items
-            first, size = torch.Size([rows[0], 0]), torch.Size([rows[1] - rows[0], 6])
-            plan.items = [
-                dcp.planner.ReadItem(
-                    item.type, item.dest_index, torch.Size([0, 0]), item.storage_index, first, size
-                )
-            ]
-            return plan
-
-        def resolve_tensor(self, read_item: Any) -> torch.Tensor:
-            found: torch.Tensor = target[: rows[1] - rows[0]]
-            return found
-
     target = torch.zeros(4, 6)
     reader = FileSystemReader(folder, verify="full")
     with pytest.raises(dcp.CheckpointException, match="checksum"):
-        dcp.load({"w": target}, storage_reader=reader, planner=OfAPart())
+        dcp.load({"w": target}, storage_reader=reader, planner=OfParts(target, rows))
