@@ -8,7 +8,9 @@ silent for the timeout and a margin.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
+import os
 import pickle
 import select
 import socket
@@ -244,12 +246,15 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
 def connect(address: Address) -> socket.socket:
     """A connection to the reception at an address.
 
-    Raises OSError, the last one, when none of its hosts takes a connection.
+    Raises OSError, the last one, when none of its hosts takes a connection. A coordinator of this
+    machine that refuses is gone: to ask a resolver for more hosts could take any time.
     """
     failed: OSError = ConnectionRefusedError(f"no host in {address}")
     if address.machine == machine():
         try:
             return _on_this_machine(address.port)
+        except ConnectionRefusedError:
+            raise
         except OSError as error:
             failed = error
     for host in address.hosts:
@@ -269,6 +274,10 @@ def _on_this_machine(port: int) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+    if sock.getsockname()[1] == port:
+        # Nobody listens, and the kernel lent the port to this very socket: it met itself.
+        sock.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return sock
 
 

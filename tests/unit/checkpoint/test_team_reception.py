@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -198,3 +198,35 @@ def test_another_machines_ranks_are_found_by_its_addresses(reception: Reception)
     connect(elsewhere).close()
     with pytest.raises(OSError, match="refused"):
         connect(replace(elsewhere, port=1))
+
+
+@pytest.fixture
+def nobodys(reception: Reception) -> Address:
+    """Where a coordinator of this machine was, and has ended."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return replace(reception.address, hosts=("a-name-for-the-resolver",), port=port)
+
+
+def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
+    nobodys: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> NoReturn:
+        pytest.fail("a resolver was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    with pytest.raises(ConnectionRefusedError):
+        connect(nobodys)
+
+
+def test_a_socket_that_was_lent_the_port_of_who_has_ended_does_not_meet_itself(
+    nobodys: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lent(socket.socket):
+        def connect(self, address: Any) -> None:
+            self.bind(address)
+            super().connect(address)
+
+    monkeypatch.setattr(socket, "socket", Lent)
+    with pytest.raises(ConnectionRefusedError):
+        connect(nobodys)
