@@ -244,11 +244,15 @@ def local_only(environ: Mapping[str, str]) -> bool:
 
 
 def machine() -> str:
-    """Equal in processes that share a kernel and its network, and so a loopback."""
+    """Equal in processes that share a kernel and its network, and so a loopback.
+
+    Copies of one virtual machine may share all of it but the name.
+    """
+    name = socket.gethostname()
     try:
-        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
+        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}/{name}"
     except OSError:
-        return socket.gethostname()
+        return name
 
 
 @cache

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
+import ipaddress
 import os
 import pickle
 import select
 import socket
 import time
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -246,23 +248,32 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
 def connect(address: Address) -> socket.socket:
     """A connection to the reception at an address.
 
-    Raises OSError, the last one, when none of its hosts takes a connection. A coordinator of this
-    machine that refuses is gone: to ask a resolver for more hosts could take any time.
+    Raises OSError, the last one, when none of its hosts takes a connection. Where the loopback of
+    its machine refuses, no resolver is asked, which could take any time: its name is ours.
     """
     failed: OSError = ConnectionRefusedError(f"no host in {address}")
+    hosts: Sequence[str] = address.hosts
     if address.machine == machine():
         try:
             return _on_this_machine(address.port)
-        except ConnectionRefusedError:
-            raise
+        except ConnectionRefusedError as error:
+            failed, hosts = error, [host for host in hosts if _is_numeric(host)]
         except OSError as error:
             failed = error
-    for host in address.hosts:
+    for host in hosts:
         try:
             return socket.create_connection((host, address.port), timeout=CONNECT_S)
         except OSError as error:
             failed = error
     raise failed
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _on_this_machine(port: int) -> socket.socket:

@@ -81,7 +81,7 @@ def check_catalog(catalog: Catalog) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Slab:
-    """Some chunks in a row: few enough that what is computed of them stays in the core's cache."""
+    """Some chunks in a row: few enough that what is computed of them stays in caches."""
 
     index: Index
     rows: slice

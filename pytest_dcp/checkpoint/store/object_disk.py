@@ -246,14 +246,17 @@ class MemoryIn:
 def spans(offsets: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
     """Which rows to get together: first row, last (exclusive), first byte, last (exclusive).
 
-    Rows ascend. Pure (no I/O).
+    Rows ascend, and may overlap; one that does not is got for itself. Pure (no I/O).
     """
-    first = 0
-    for row in range(1, len(offsets) + 1):
-        low, end = offsets[first], offsets[row - 1] + nbytes[row - 1]
-        if row < len(offsets):
-            far = offsets[row] - end > GAP_BYTES or offsets[row] < end
-            if not far and offsets[row] + nbytes[row] - low <= GET_BYTES:
-                continue
-        yield first, row, low, end
-        first = row
+    first = low = end = 0
+    for row, (offset, size) in enumerate(zip(offsets, nbytes, strict=True)):
+        until = offset + size
+        near = low <= offset <= end + GAP_BYTES and max(end, until) - low <= GET_BYTES
+        if row and near:
+            end = max(end, until)
+            continue
+        if row:
+            yield first, row, low, end
+        first, low, end = row, offset, until
+    if offsets:
+        yield first, len(offsets), low, end

@@ -1,26 +1,25 @@
 """Copies from files into tensors: several threads, each with its own part of a file.
 
 Every file's copies are sorted by their place. A flat box is read straight into the target's
-memory; a strided one by its runs where they are long, else out of slabs of the file that are mapped
-or read into a staging buffer, as are targets on another device or of another dtype. What is held
-besides the targets is `staging_bytes`, and mapped at most `window_bytes` and the rest of the huge
-pages at its ends, for each thread.
+memory, small ones many at a time (see `batches`); a strided one by its runs where they are long,
+else out of slabs of the file that are mapped or read into a staging buffer, as are targets on
+another device or of another dtype. What is held besides the targets is `staging_bytes`, and mapped
+at most `window_bytes` and the rest of the huge pages at its ends, for each thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import add
 from typing import Any
 
 import numpy as np
 import torch
-from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.store.batches import BATCH, SPARSE, Kind, read_together, stretches
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.memory import memory_at, memory_of, strided
@@ -37,10 +36,6 @@ CHECKED_RUN_BYTES = 1 << 18
 STAGING_BYTES = 4 << 20
 WINDOW_BYTES = 16 << 20
 """Of a file, mapped at a time: pages of the cache. Smaller windows cost a third more."""
-SPARSE = 16
-"""Of a box's span in the file that is mapped at least this part is wanted: its gaps come along."""
-BATCH = 256
-"""Small chunks that are read between two looks at whether to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +111,11 @@ def _read_part(
         with disk.open(folder, name) as file:
             reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
             boxes = _BoxReader(reader, items, copies, settings)
-            blocks, unchecked = _small(catalog, copies, rows, settings)
-            _read_blocks(reader, copies, rows[blocks])
-            _read_unchecked(reader, copies, rows[unchecked])
-            _read_boxes(reader, boxes, copies, rows[~(blocks | unchecked)])
+            for kind, some in stretches(catalog, copies, rows, settings.verify):
+                if kind is Kind.ALONE:
+                    _read_boxes(reader, boxes, copies, some)
+                else:
+                    read_together(reader, copies, some, kind, settings.window_bytes)
             return reader.tally
     except FileNotFoundError as error:
         key = catalog.index.key_of[copies.entry[rows[0]]]
@@ -128,84 +124,8 @@ def _read_part(
         ) from error
 
 
-def _small(
-    catalog: Catalog, copies: Copies, rows: Ints, settings: ReadSettings
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which copies are small, as most are: chunks of one block to be checked; others, unchecked."""
-    places, entry = catalog.places, copies.entry[rows]
-    nbytes, have, flat = copies.nbytes[rows], places.data_nbytes[entry], copies.flat[rows]
-    sums = places.first_sum[entry + 1] - places.first_sum[entry]
-    checked = (sums > 0) & (settings.verify != "off")
-    blocks = flat & (nbytes == have) & checked & (sums == 1)
-    inside = copies.from_start[rows] + nbytes <= have
-    unchecked = flat & (nbytes <= places.block_bytes) & inside & ~checked
-    return blocks, unchecked
-
-
-def _read_blocks(reader: RangeReader, copies: Copies, rows: Ints) -> None:
-    """Read whole chunks of one block, many at a time: one read and one checksum each."""
-    places = reader.catalog.places
-    for at in range(0, len(rows), BATCH):
-        batch = rows[at : at + BATCH]
-        entry = copies.entry[batch]
-        place, nbytes = places.data_start[entry].tolist(), copies.nbytes[batch].tolist()
-        sums = places.sums[places.first_sum[entry]].tolist()
-        address = copies.address[batch].tolist()
-        done = sum(nbytes)
-        window = _window_of(reader, place, nbytes)
-        read_into = reader.file.read_into
-        reader.stop.check()
-        for n, size in enumerate(nbytes):
-            view = memory_at(address[n], size)
-            if window is not None:
-                start = place[n] - place[0]
-                view[:] = window[start : start + size]
-            elif read_into(place[n], view) != size:
-                reader.read(int(entry[n]), 0, view)
-            if crc32(view) != sums[n]:
-                # Again, to say what is wrong with it.
-                reader.read(int(entry[n]), 0, view)
-        reader.tally.add(Tally(done, done))
-        reader.observer.advance(done)
-
-
-def _read_unchecked(reader: RangeReader, copies: Copies, rows: Ints) -> None:
-    """Read small runs that nobody checks, many at a time."""
-    places = reader.catalog.places
-    for at in range(0, len(rows), BATCH):
-        batch = rows[at : at + BATCH]
-        entry, low, nbytes = copies.entry[batch], copies.from_start[batch], copies.nbytes[batch]
-        place, sizes = (places.data_start[entry] + low).tolist(), nbytes.tolist()
-        views = list(map(memory_at, copies.address[batch].tolist(), sizes))
-        done = sum(sizes)
-        # What has no sums may be no file of ours, and cut short meanwhile.
-        summed = (places.first_sum[entry + 1] > places.first_sum[entry]).all()
-        window = _window_of(reader, place, sizes) if summed else None
-        reader.stop.check()
-        if window is not None:
-            for start, size, view in zip(place, sizes, views, strict=True):
-                view[:] = window[start - place[0] : start - place[0] + size]
-        elif reader.file.read_rows(place, views) != done:
-            # Again, to say where the file is too short.
-            for n, view in enumerate(views):
-                reader.read(int(entry[n]), int(low[n]), view)
-        reader.tally.add(Tally(done))
-        reader.observer.advance(done)
-
-
-def _window_of(
-    reader: RangeReader, place: Sequence[int], nbytes: Sequence[int]
-) -> memoryview | None:
-    """The file from the first of ascending places on as memory, up to the end of all that is
-    wanted; None where reading that is less work."""
-    span = max(map(add, place, nbytes)) - place[0]
-    if span > WINDOW_BYTES or sum(nbytes) * SPARSE < span:
-        return None
-    return reader.file.window(place[0], span)
-
-
 def _read_boxes(reader: RangeReader, boxes: _BoxReader, copies: Copies, rows: Ints) -> None:
-    """Read everything else, one by one."""
+    """Read them one by one."""
     entry, low = copies.entry[rows].tolist(), copies.from_start[rows].tolist()
     address, nbytes = copies.address[rows].tolist(), copies.nbytes[rows].tolist()
     flat = copies.flat[rows].tolist()

@@ -464,7 +464,7 @@ def test_a_catalog_that_breaks_a_rule_is_refused(case: str) -> None:
 
 
 def test_rules_hold_beyond_the_rows_that_are_checked_at_a_time() -> None:
-    chunks = 20_000
+    chunks = 2 * checks._SLAB + 5
     index = Index(
         ("a",),
         np.zeros(1, np.int32),
@@ -478,8 +478,16 @@ def test_rules_hold_beyond_the_rows_that_are_checked_at_a_time() -> None:
     sound = Catalog(index, Places.nowhere(chunks))
     check_catalog(sound)
 
-    with pytest.raises(CheckpointCorruptError, match="in chunk 19999"):
+    with pytest.raises(CheckpointCorruptError, match=f"in chunk {chunks - 1}"):
         check_catalog(_index(offset={(chunks - 1, 0): chunks})(sound))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_rule_holds_of_rows_that_are_checked_in_turn(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_SLAB", 2)
+    test_a_catalog_that_breaks_a_rule_is_refused(case)
 
 
 def test_a_chunk_without_elements_may_lie_anywhere() -> None:

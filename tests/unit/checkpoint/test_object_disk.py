@@ -190,25 +190,36 @@ def test_rows_are_what_the_file_has(rows: list[tuple[int, int]]) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 3 * GAP_BYTES), st.integers(0, GET_BYTES + 10)), min_size=1)
+    st.lists(
+        st.tuples(st.integers(-GAP_BYTES, 3 * GAP_BYTES), st.integers(0, GET_BYTES + 10)),
+        min_size=1,
+    )
 )
 def test_rows_are_got_together_where_little_lies_between(rows: list[tuple[int, int]]) -> None:
     offsets: list[int] = []
     at = 0
     for gap, size in rows:
-        offsets.append(at + gap)
-        at += gap + size
+        offsets.append(max(at + gap, 0))
+        at = offsets[-1] + size
     nbytes = [size for _, size in rows]
+    ends = [offset + size for offset, size in zip(offsets, nbytes, strict=True)]
     found = list(spans(offsets, nbytes))
     assert [row for first, last, _, _ in found for row in range(first, last)] == list(
         range(len(rows))
     )
-    for first, last, low, high in found:
-        assert low == offsets[first]
-        assert high == offsets[last - 1] + nbytes[last - 1]
+    for number, (first, last, low, high) in enumerate(found):
+        assert low == offsets[first] == min(offsets[first:last])
+        assert high == max(ends[first:last])
         assert last == first + 1 or high - low <= GET_BYTES
-        gaps = [offsets[n + 1] - offsets[n] - nbytes[n] for n in range(first, last - 1)]
+        gaps = [offsets[n] - max(ends[first:n]) for n in range(first + 1, last)]
         assert all(gap <= GAP_BYTES for gap in gaps)
+        if number and low >= found[number - 1][2]:
+            _, _, before, until = found[number - 1]
+            assert low - until > GAP_BYTES or max(ends[first], until) - before > GET_BYTES
+
+
+def test_one_part_that_is_asked_for_often_is_got_once() -> None:
+    assert list(spans([7] * 50, [100] * 50)) == [(0, 50, 7, 107)]
 
 
 def test_only_some_file_systems_rename() -> None:

@@ -230,3 +230,11 @@ def test_a_socket_that_was_lent_the_port_of_who_has_ended_does_not_meet_itself(
     monkeypatch.setattr(socket, "socket", Lent)
     with pytest.raises(ConnectionRefusedError):
         connect(nobodys)
+
+
+def test_a_copy_of_this_machine_is_found_by_its_numeric_address(reception: Reception) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as elsewhere:
+        port = elsewhere.getsockname()[1]
+        copy = replace(reception.address, hosts=("a-name", "127.0.0.2"), port=port)
+        with connect(copy) as sock:
+            assert sock.getpeername() == ("127.0.0.2", port)

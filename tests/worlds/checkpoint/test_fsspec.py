@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import object_store
@@ -26,6 +26,8 @@ from pytest_dcp.checkpoint.store import object_disk
 
 URL = f"{object_store.PROTOCOL}://runs/last"
 FOLDER = "runs/last"
+SIZES = {"norm": 4 << 10, "weight": 50 << 10}
+"""Elements: 16 KiB, which is small, and 200 KiB."""
 
 
 def state(n: int = 0) -> dict[str, Any]:
@@ -121,6 +123,22 @@ class TestOneRank:
         assert [name for _, name, _ in asked].count(f"{FOLDER}/.metadata") == 1
         fetched = sum(nbytes for _, name, nbytes in asked if not name.endswith(".metadata"))
         assert 20 <= fetched <= 64 << 10
+
+    @pytest.mark.parametrize("verify", ["auto", "off"])
+    def test_what_lies_between_small_tensors_is_fetched_once(
+        self, store: Path, verify: Literal["auto", "off"]
+    ) -> None:
+        layers = {
+            f"{n}.{kind}": torch.rand(size) for n in range(20) for kind, size in SIZES.items()
+        }
+        dcp.save(layers, storage_writer=FsspecWriter(URL, root=str(store), thread_count=1))
+        (store / "requests").write_text("")
+        reader = FsspecReader(URL, root=str(store))
+        target = {name: torch.zeros_like(value) for name, value in layers.items()}
+        dcp.load(target, storage_reader=reader, verify=verify)
+        assert same(target, layers)
+        fetched = sum(n for how, name, n in requests(store) if how == "get" and "__0_" in name)
+        assert fetched <= 1.3 * sum(value.nbytes for value in layers.values())
 
     def test_what_lies_together_is_fetched_together(self, store: Path) -> None:
         dcp.save(state(1), storage_writer=FsspecWriter(URL, root=str(store)))
