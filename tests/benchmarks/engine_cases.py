@@ -102,7 +102,7 @@ def _loads(place: str) -> list[Case]:
     small = {"saved": MIXED, "wanted": MIXED}
     return [
         case("same 4-16 MB", (_faster(2.5), NEAR_READ, NO_WASTE), ALL),
-        case("same 64 MB", (_faster(4), raw, NO_WASTE), SAME, state="large"),
+        case("same 64 MB", (_faster(4), NEAR_READ, NO_WASTE), SAME, state="large"),
         case("unsharded to Shard(0)", (_faster(15), raw, NO_WASTE), WITH_RAW, **whole),
         case("unsharded to Shard(1)", (_faster(6), NO_WASTE), NO_RAW, wanted=SHARD_1, **whole),
         case(

@@ -246,13 +246,12 @@ def local_only(environ: Mapping[str, str]) -> bool:
 def machine() -> str:
     """Equal in processes that share a kernel and its network, and so a loopback.
 
-    Copies of one virtual machine may share all of it but the name.
+    Copies of one virtual machine may share it, too, and no loopback.
     """
-    name = socket.gethostname()
     try:
-        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}/{name}"
+        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
-        return name
+        return socket.gethostname()
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
-import ipaddress
 import os
 import pickle
 import select
@@ -249,31 +248,25 @@ def connect(address: Address) -> socket.socket:
     """A connection to the reception at an address.
 
     Raises OSError, the last one, when none of its hosts takes a connection. Where the loopback of
-    its machine refuses, no resolver is asked, which could take any time: its name is ours.
+    its machine refuses, its name is not asked for if it is ours: a resolver could take any time.
     """
     failed: OSError = ConnectionRefusedError(f"no host in {address}")
     hosts: Sequence[str] = address.hosts
     if address.machine == machine():
         try:
-            return _on_this_machine(address.port)
+            return _not_itself(_on_this_machine(address.port))
         except ConnectionRefusedError as error:
-            failed, hosts = error, [host for host in hosts if _is_numeric(host)]
+            own = socket.gethostname()
+            failed, hosts = error, [host for host in hosts if host != own]
         except OSError as error:
             failed = error
     for host in hosts:
         try:
-            return socket.create_connection((host, address.port), timeout=CONNECT_S)
+            sock = socket.create_connection((host, address.port), timeout=CONNECT_S)
+            return _not_itself(sock)
         except OSError as error:
             failed = error
     raise failed
-
-
-def _is_numeric(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _on_this_machine(port: int) -> socket.socket:
@@ -285,9 +278,15 @@ def _on_this_machine(port: int) -> socket.socket:
     except BaseException:
         sock.close()
         raise
-    if sock.getsockname()[1] == port:
-        # Nobody listens, and the kernel lent the port to this very socket: it met itself.
-        sock.close()
+    return sock
+
+
+def _not_itself(sock: socket.socket) -> socket.socket:
+    """The socket, unless nobody listens there and the kernel lent it the very port."""
+    with contextlib.suppress(OSError):  # it ended already: whoever reads sees it
+        if sock.getsockname() == sock.getpeername():
+            sock.close()
+    if sock.fileno() < 0:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return sock
 

@@ -2,8 +2,8 @@
 
 A part is small when it is one run of at most a block in the file and in memory, and is checked by
 one sum or by none. Parts that follow each other are copied out of one window of the file, or asked
-for by one call of its disk. Everything is in the file's order, so that a disk which reads ahead, as
-those of object stores do, gets nothing twice.
+for by one call of its disk. Everything is in the file's order: the disks of object stores read
+ahead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.transfer import Copies
 
 FEW = 16
-"""Fewer small parts between others are not worth a batch."""
+"""Fewer parts are not worth a window."""
 BATCH = 256
 """Parts of one window."""
 AT_A_TIME = 64
@@ -33,6 +33,8 @@ AT_A_TIME = 64
 on."""
 SPARSE = 16
 """Of a window at least this part is wanted: its gaps come along."""
+LOOSE = 2
+"""Of a batch that is got by few requests at least this part is wanted."""
 
 
 class Kind(IntEnum):
@@ -49,11 +51,11 @@ class Kind(IntEnum):
 def stretches(
     catalog: Catalog, copies: Copies, rows: Ints, verify: Verify
 ) -> Iterator[tuple[Kind, Ints]]:
-    """The rows in their order, cut where the kind changes; a few between others go with them."""
+    """The rows in their order, cut where the kind changes; one between others goes with them."""
     kind = _kinds(catalog, copies, rows, verify)
     if (kind == Kind.ALONE).any():
         lengths = np.diff(_cuts(kind))
-        kind[np.repeat(lengths < FEW, lengths)] = Kind.ALONE
+        kind[np.repeat(lengths == 1, lengths)] = Kind.ALONE
     for start, stop in pairwise(_cuts(kind)):
         yield Kind(kind[start]), rows[start:stop]
 
@@ -94,8 +96,11 @@ def read_together(
         # What has no sums may be no file of ours, and be cut short while it is mapped.
         ours = bool((places.first_sum[entry + 1] > first_sum).all())
         window = _window_of(reader.file, place, nbytes, window_bytes) if ours else None
-        for start in range(0, len(batch), AT_A_TIME):
-            some = slice(start, start + AT_A_TIME)
+        # Where nothing is to be summed, and little to be left out, one call may do for all.
+        dense = sums is None and sum(nbytes) * LOOSE >= place[-1] - place[0]
+        step = BATCH if dense else AT_A_TIME
+        for start in range(0, len(batch), step):
+            some = slice(start, start + step)
             wanted = sum(nbytes[some])
             reader.stop.check()
             if window is None:
@@ -127,6 +132,6 @@ def _window_of(
     """The file from the first of ascending places on as memory, up to the end of all that is
     wanted; None where reading that is less work."""
     span = max(map(add, place, nbytes)) - place[0]
-    if span > window_bytes or sum(nbytes) * SPARSE < span:
+    if len(place) < FEW or span > window_bytes or sum(nbytes) * SPARSE < span:
         return None
     return file.window(place[0], span)

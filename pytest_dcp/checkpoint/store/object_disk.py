@@ -246,7 +246,7 @@ class MemoryIn:
 def spans(offsets: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
     """Which rows to get together: first row, last (exclusive), first byte, last (exclusive).
 
-    Rows ascend, and may overlap; one that does not is got for itself. Pure (no I/O).
+    Rows ascend, and may overlap; where one goes back, another get begins. Pure (no I/O).
     """
     first = low = end = 0
     for row, (offset, size) in enumerate(zip(offsets, nbytes, strict=True)):

@@ -190,7 +190,13 @@ def test_no_more_than_some_are_read_between_two_looks_at_whether_to_go_on() -> N
         (
             [*[SMALL] * FEW, LARGE, *[SMALL] * (FEW - 1), LARGE, *[SMALL] * (FEW + 1)],
             "full",
-            [(Kind.BLOCK, FEW), (Kind.ALONE, FEW + 1), (Kind.BLOCK, FEW + 1)],
+            [
+                (Kind.BLOCK, FEW),
+                (Kind.ALONE, 1),
+                (Kind.BLOCK, FEW - 1),
+                (Kind.ALONE, 1),
+                (Kind.BLOCK, FEW + 1),
+            ],
         ),
     ],
 )

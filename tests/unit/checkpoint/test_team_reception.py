@@ -205,7 +205,7 @@ def nobodys(reception: Reception) -> Address:
     """Where a coordinator of this machine was, and has ended."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    return replace(reception.address, hosts=("a-name-for-the-resolver",), port=port)
+    return replace(reception.address, hosts=(socket.gethostname(),), port=port)
 
 
 def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
@@ -219,22 +219,24 @@ def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
         connect(nobodys)
 
 
+@pytest.mark.parametrize("hosts", [(), ("127.0.0.1",)])
 def test_a_socket_that_was_lent_the_port_of_who_has_ended_does_not_meet_itself(
-    nobodys: Address, monkeypatch: pytest.MonkeyPatch
+    nobodys: Address, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]
 ) -> None:
     class Lent(socket.socket):
         def connect(self, address: Any) -> None:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.bind(address)
             super().connect(address)
 
     monkeypatch.setattr(socket, "socket", Lent)
     with pytest.raises(ConnectionRefusedError):
-        connect(nobodys)
+        connect(replace(nobodys, hosts=hosts))
 
 
 def test_a_copy_of_this_machine_is_found_by_its_numeric_address(reception: Reception) -> None:
     with socket.create_server(("127.0.0.2", 0)) as elsewhere:
         port = elsewhere.getsockname()[1]
-        copy = replace(reception.address, hosts=("a-name", "127.0.0.2"), port=port)
+        copy = replace(reception.address, hosts=(socket.gethostname(), "127.0.0.2"), port=port)
         with connect(copy) as sock:
             assert sock.getpeername() == ("127.0.0.2", port)
