@@ -283,10 +283,12 @@ def _on_this_machine(port: int) -> socket.socket:
 
 def _not_itself(sock: socket.socket) -> socket.socket:
     """The socket, unless nobody listens there and the kernel lent it the very port."""
-    with contextlib.suppress(OSError):  # it ended already: whoever reads sees it
-        if sock.getsockname() == sock.getpeername():
-            sock.close()
-    if sock.fileno() < 0:
+    try:
+        itself = sock.getsockname() == sock.getpeername()
+    except OSError:  # it ended already: whoever reads sees it
+        itself = False
+    if itself:
+        sock.close()
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return sock
 

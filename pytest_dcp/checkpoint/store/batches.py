@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES, Catalog
-from pytest_dcp.checkpoint.store.disk import In
 from pytest_dcp.checkpoint.store.memory import memory_at
 from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.transfer import Copies
@@ -93,12 +92,13 @@ def read_together(
         views = list(map(memory_at, copies.address[batch].tolist(), nbytes))
         first_sum = places.first_sum[entry]
         sums = places.sums[first_sum].tolist() if kind is Kind.BLOCK else None
+        total, span = sum(nbytes), max(map(add, place, nbytes)) - place[0]
         # What has no sums may be no file of ours, and be cut short while it is mapped.
         ours = bool((places.first_sum[entry + 1] > first_sum).all())
-        window = _window_of(reader.file, place, nbytes, window_bytes) if ours else None
+        worth = len(batch) >= FEW and span <= window_bytes and total * SPARSE >= span
+        window = reader.file.window(place[0], span) if ours and worth else None
         # Where nothing is to be summed, and little to be left out, one call may do for all.
-        dense = sums is None and sum(nbytes) * LOOSE >= place[-1] - place[0]
-        step = BATCH if dense else AT_A_TIME
+        step = BATCH if sums is None and total * LOOSE >= span else AT_A_TIME
         for start in range(0, len(batch), step):
             some = slice(start, start + step)
             wanted = sum(nbytes[some])
@@ -124,14 +124,3 @@ def _copied(window: memoryview, starts: Sequence[int], views: Sequence[memoryvie
     for start, view in zip(starts, views, strict=True):
         view[:] = window[start : start + len(view)]
     return sum(map(len, views))
-
-
-def _window_of(
-    file: In, place: Sequence[int], nbytes: Sequence[int], window_bytes: int
-) -> memoryview | None:
-    """The file from the first of ascending places on as memory, up to the end of all that is
-    wanted; None where reading that is less work."""
-    span = max(map(add, place, nbytes)) - place[0]
-    if len(place) < FEW or span > window_bytes or sum(nbytes) * SPARSE < span:
-        return None
-    return file.window(place[0], span)

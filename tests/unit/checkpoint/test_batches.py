@@ -138,8 +138,8 @@ def test_what_comes_short_once_is_read_again_and_counted_once(
     assert ("rows" in file.calls) is not maps
 
 
-def test_what_has_no_sums_is_not_mapped() -> None:
-    part = Part([SMALL] * 20, summed=False)
+def test_what_has_no_sums_is_not_mapped_and_asked_for_by_one_call() -> None:
+    part = Part([SMALL] * BATCH, summed=False)
     file = part.file(maps=True)
     read_together(part.reader(file), part.copies, part.rows, Kind.UNCHECKED, WINDOW_BYTES)
     assert part.is_right

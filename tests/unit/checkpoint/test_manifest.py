@@ -452,8 +452,12 @@ BROKEN: dict[str, tuple[Callable[[Catalog], Catalog], str, str | None]] = {
 }
 
 
+@pytest.mark.parametrize("slab", [checks._SLAB, 2])
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_catalog_that_breaks_a_rule_is_refused(case: str) -> None:
+def test_a_catalog_that_breaks_a_rule_is_refused(
+    case: str, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_SLAB", slab)
     damage, expected, entry = BROKEN[case]
     check_catalog(two_tensors())
     data = manifest.encode(damage(two_tensors()))
@@ -480,14 +484,6 @@ def test_rules_hold_beyond_the_rows_that_are_checked_at_a_time() -> None:
 
     with pytest.raises(CheckpointCorruptError, match=f"in chunk {chunks - 1}"):
         check_catalog(_index(offset={(chunks - 1, 0): chunks})(sound))
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_each_rule_holds_of_rows_that_are_checked_in_turn(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "_SLAB", 2)
-    test_a_catalog_that_breaks_a_rule_is_refused(case)
 
 
 def test_a_chunk_without_elements_may_lie_anywhere() -> None:
