@@ -49,23 +49,46 @@ class _Option:
     default: str
     help: str
     choices: tuple[str, ...] = ()
-    flag: bool = False
+    takes: type[str] | type[int] | type[float] | type[bool] = str
+    """What a TOML file may give, beside a string; a bool is a flag on the command line."""
+
+    @property
+    def key(self) -> str:
+        """The name in an ini file, and of the parsed command line's attribute."""
+        return f"dcp_{self.name.replace('-', '_')}"
 
 
 OPTIONS = (
     _Option("marker", "world_size", "name of the marker that runs a test in a world; empty: none"),
     _Option("launch", "auto", "how ranks are started", ("auto", "fork", "spawn")),
-    _Option("world-size", "", "run every world with this many ranks"),
+    _Option("world-size", "", "run every world with this many ranks", takes=int),
     _Option("backend", "auto", "backend of worlds whose marker names none", BACKENDS),
-    _Option("timeout", "120", "seconds from all ranks ready to the end of teardown; 0: no limit"),
-    _Option("grace", "1", "seconds that the peers of a failed rank may go on"),
+    _Option(
+        "timeout",
+        "120",
+        "seconds from all ranks ready to the end of teardown; 0: no limit",
+        takes=float,
+    ),
+    _Option("grace", "1", "seconds that the peers of a failed rank may go on", takes=float),
     _Option("report-ranks", "all", "whose output a report shows", ("all", "failed", "first")),
-    _Option("pdb-rank", "first", "the rank that gets the terminal for pdb; first: who asks first"),
-    _Option("require-gpus", "", "fail, not skip, a test whose GPUs are missing", flag=True),
-    _Option("max-procs", "0", "rank processes at a time on this machine; 0: by its cores"),
-    _Option("output-limit", "256", "MiB that one rank may print in one phase"),
-    _Option("seed", "", "seed of every rank; by default from the test's name"),
-    _Option("fault-budget", "pr", "crash states to try of one trace: pr, nightly or a number"),
+    _Option(
+        "pdb-rank",
+        "first",
+        "the rank that gets the terminal for pdb; first: who asks first",
+        takes=int,
+    ),
+    _Option("require-gpus", "", "fail, not skip, a test whose GPUs are missing", takes=bool),
+    _Option(
+        "max-procs", "0", "rank processes at a time on this machine; 0: by its cores", takes=int
+    ),
+    _Option("output-limit", "256", "MiB that one rank may print in one phase", takes=float),
+    _Option("seed", "", "seed of every rank; by default from the test's name", takes=int),
+    _Option(
+        "fault-budget",
+        "pr",
+        "crash states to try of one trace: pr, nightly or a number",
+        takes=int,
+    ),
     _Option("fault-replay", "", "try only the crash state of this id"),
 )
 
@@ -74,8 +97,8 @@ def add_options(parser: pytest.Parser) -> None:
     """Register all options and their ini twins."""
     group = parser.getgroup("dcp", "worlds of ranks (pytest_dcp)")
     for option in OPTIONS:
-        kwargs: dict[str, Any] = {"dest": _key(option), "default": None}
-        if option.flag:
+        kwargs: dict[str, Any] = {"dest": option.key, "default": None}
+        if option.takes is bool:
             kwargs |= {"action": "store_const", "const": "true"}
         elif option.choices:
             kwargs["choices"] = option.choices
@@ -83,7 +106,18 @@ def add_options(parser: pytest.Parser) -> None:
             kwargs["metavar"] = option.name.rpartition("-")[2].upper()
         shown = f" (default: {option.default})" if option.default else ""
         group.addoption(f"--dcp-{option.name}", help=option.help + shown, **kwargs)
-        parser.addini(_key(option), f"{option.help}; as --dcp-{option.name}", default=None)
+        kind = _ini_type(option.takes)
+        help_ = f"{option.help}; as --dcp-{option.name}"
+        parser.addini(option.key, help_, type=kind, default=None)
+
+
+def _ini_type(takes: type[Any]) -> Any:
+    """The type that pytest is given for an ini option: a string, or what `takes` names.
+
+    Strings come first, so that an ini file's text reaches `read_options` as it was written. pytest
+    has known unions since 9.2; what older ones do is in `_ini_value`.
+    """
+    return str | takes if takes is not str and pytest.version_tuple >= (9, 2) else "string"
 
 
 def read_options(config: pytest.Config) -> Options:
@@ -95,8 +129,8 @@ def read_options(config: pytest.Config) -> Options:
             problems.append(
                 f"--dcp-{option.name} takes {', '.join(option.choices)}; got {raw[option.name]!r}"
             )
-        if option.flag and raw[option.name].lower() not in FLAGS:
-            problems.append(f"{_key(option)} takes true or false; got {raw[option.name]!r}")
+        if option.takes is bool and raw[option.name].lower() not in FLAGS:
+            problems.append(f"{option.key} takes true or false; got {raw[option.name]!r}")
     if raw["marker"] and not raw["marker"].isidentifier():
         problems.append(f"--dcp-marker takes a name such as world_size; got {raw['marker']!r}")
     world_size = _number(raw, "world-size", problems, low=1, high=MAX_WORLD_SIZE)
@@ -132,17 +166,27 @@ def read_options(config: pytest.Config) -> Options:
     )
 
 
-def _key(option: _Option) -> str:
-    return f"dcp_{option.name.replace('-', '_')}"
-
-
 def _value(config: pytest.Config, option: _Option) -> str:
-    given = config.getoption(_key(option))
+    given = config.getoption(option.key)
     if given is None:
-        given = config.getini(_key(option))
+        given = _ini_value(config, option.key)
     text = option.default if given is None else str(given).strip()
     # Only the marker has a use for nothing; elsewhere it is an option left blank.
     return text if text or option.name == "marker" else option.default
+
+
+def _ini_value(config: pytest.Config, key: str) -> object:
+    """What the ini or TOML file says, of whatever type; None when it says nothing.
+
+    pytest 9.0 and 9.1 refuse a TOML file's 200 where a string was registered, and have no type for
+    both. The second way can go when they are no longer supported.
+    """
+    try:
+        value: object = config.getini(key)
+    except TypeError:
+        private: Any = config
+        value = private._inicfg[key].value
+    return value
 
 
 FLAGS = {
@@ -150,7 +194,7 @@ FLAGS = {
     "true": True, "1": True, "yes": True, "on": True,
 }  # fmt: skip
 """What an ini file may say for an option that is given or not."""
-INTEGERS = frozenset({"world-size", "max-procs", "seed", "pdb-rank", "fault-budget"})
+INTEGERS = frozenset(option.name for option in OPTIONS if option.takes is int)
 FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
 """Names of budgets: about a second, and about two minutes, for a small checkpoint."""
 

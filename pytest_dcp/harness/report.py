@@ -173,11 +173,12 @@ def rerun_line(nodeid: str, seed: int, size: int, override: bool) -> str:
 
 
 def shown_ranks(outcome: Outcome, size: int, which: ReportRanks) -> set[int]:
-    """The ranks whose output a report shows."""
+    """The ranks whose output a report shows; `first` is one rank, whose failure is on top."""
     if which == "all" or not outcome.groups:
         return set(range(size))
-    groups = outcome.groups[:1] if which == "first" else [g for g in outcome.groups if not g.echo]
-    return {rank for group in groups for rank in group.ranks}
+    if which == "first":
+        return {outcome.groups[0].failure.rank}
+    return {rank for group in outcome.groups if not group.echo for rank in group.ranks}
 
 
 def merged_sections(

@@ -192,6 +192,44 @@ def test_wrong_ini_values_are_told_all_at_once(make_suite: MakeSuite) -> None:
     assert [text for text in SAID if text not in session.output] == []
 
 
+NATIVE_TOML = """
+[tool.pytest]
+dcp_timeout = 200
+dcp_grace = 0.5
+dcp_max_procs = 3
+dcp_require_gpus = true
+dcp_seed = "5"
+"""
+SHOWS_OPTIONS = """
+from pytest_dcp.plugin import OPTIONS_KEY
+
+def test_shows_the_options(pytestconfig):
+    options = pytestconfig.stash[OPTIONS_KEY]
+    print(options.defaults.timeout_s, options.grace_s, options.max_procs, options.require_gpus)
+    print(options.seed)
+"""
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="older pytest has no [tool.pytest] table")
+def test_a_toml_file_s_own_types_are_taken(make_suite: MakeSuite) -> None:
+    files = {"pyproject.toml": NATIVE_TOML, "test_options.py": SHOWS_OPTIONS}
+    session = make_suite(files).run("-c", "pyproject.toml", "-p", "pytest_dcp", "-s")
+    assert session.exit_code == 0
+    assert "200.0 0.5 3 True\n5\n" in session.output
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="older pytest has no [tool.pytest] table")
+@pytest.mark.parametrize("line", ["dcp_timeout = true", "dcp_seed = -1", "dcp_max_procs = [1]"])
+def test_a_toml_file_s_wrong_value_is_a_usage_error(make_suite: MakeSuite, line: str) -> None:
+    files = {"pyproject.toml": f"[tool.pytest]\n{line}\n", "test_options.py": SHOWS_OPTIONS}
+    session = make_suite(files).run("-c", "pyproject.toml", "-p", "pytest_dcp")
+    assert session.exit_code == USAGE_ERROR
+    assert "INTERNALERROR" not in session.output
+    assert line.partition(" ")[0].removeprefix("dcp_").replace("_", "-") in session.output.replace(
+        "_", "-"
+    )
+
+
 @pytest.mark.parametrize("distribution", ["-n0", "-n2"])
 def test_wrong_options_are_told_all_at_once(make_suite: MakeSuite, distribution: str) -> None:
     by_argparse = ("dcp-launch", "dcp-backend", "dcp-report-ranks", "dcp_require_gpus")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,12 +50,14 @@ class FakeParser:
     def __init__(self) -> None:
         self.group = FakeGroup()
         self.ini: dict[str, object] = {}
+        self.ini_types: dict[str, object] = {}
 
     def getgroup(self, *_: str) -> FakeGroup:
         return self.group
 
-    def addini(self, name: str, _: str, default: object) -> None:
+    def addini(self, name: str, _: str, type: object, default: object) -> None:
         self.ini[name] = default
+        self.ini_types[name] = type
 
 
 def read(line: dict[str, str] | None = None, ini: dict[str, object] | None = None) -> Options:
@@ -248,6 +251,61 @@ def test_every_option_has_an_ini_twin_a_help_and_no_default_of_pytest_s_own() ->
         assert keywords["help"]
     assert set(parser.ini) == {keywords["dest"] for keywords in parser.group.options.values()}
     assert set(parser.ini.values()) == {None}
+
+
+NATIVE: list[tuple[str, object, str, object]] = [
+    ("world-size", 8, "defaults.world_size", 8),
+    ("timeout", 200, "defaults.timeout_s", 200.0),
+    ("timeout", 2.5, "defaults.timeout_s", 2.5),
+    ("grace", 3, "grace_s", 3.0),
+    ("pdb-rank", 1, "pdb_rank", 1),
+    ("require-gpus", True, "require_gpus", True),
+    ("max-procs", 16, "max_procs", 16),
+    ("output-limit", 0.5, "output_limit_bytes", 512 * 1024),
+    ("seed", 7, "seed", 7),
+    ("fault-budget", 77, "fault_budget", 77),
+]
+"""What a TOML file says without quotes: every option that is no name."""
+
+
+@pytest.mark.parametrize(("name", "given", "path", "value"), NATIVE)
+def test_a_toml_file_gives_an_option_in_its_own_type(
+    name: str, given: object, path: str, value: object
+) -> None:
+    parser = FakeParser()
+    add_options(parser)  # type: ignore[arg-type]  # a fake
+    assert value_of(read(ini={name: given}), path) == value
+    if pytest.version_tuple >= (9, 2):
+        registered: Any = parser.ini_types[f"dcp_{name.replace('-', '_')}"]
+        assert isinstance(given, registered) or registered == str | float
+
+
+def test_every_option_that_a_number_or_a_flag_suits_has_a_type() -> None:
+    names = {"marker", "launch", "backend", "report-ranks", "fault-replay"}
+    assert {name for name, *_ in NATIVE} == set(NAMES) - names
+    assert {option.name for option in OPTIONS if option.takes is str} == names
+
+
+class StrictConfig(FakeConfig):
+    """As pytest 9.0 and 9.1 treat a TOML file: every value must be of the registered type."""
+
+    def __init__(self, ini: dict[str, object]) -> None:
+        super().__init__({}, ini)
+        self._inicfg = {key: SimpleNamespace(value=value) for key, value in self.ini.items()}
+
+    def getini(self, name: str) -> object:
+        value = self.ini.get(name)
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"config option {name!r} expects a string, got {value!r}")
+        return value
+
+
+def test_older_pytest_takes_a_toml_file_s_own_types_too() -> None:
+    config = StrictConfig({"timeout": 200, "require-gpus": True, "seed": "5"})
+    options = read_options(config)  # type: ignore[arg-type]  # a fake
+    assert options.defaults.timeout_s == 200
+    assert options.require_gpus
+    assert options.seed == 5
 
 
 def test_pytest_itself_can_show_the_help_of_every_option() -> None:
