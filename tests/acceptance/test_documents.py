@@ -1,0 +1,154 @@
+"""Every code block of the manual runs, and every output block is what pytest prints.
+
+All blocks without an output run in one session, where a test runs each script. A block whose output
+the page shows has a session of its own, as `test_it.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from documents import Block, find_missing_lines, parse_blocks
+
+if TYPE_CHECKING:
+    from sample_session import MakeSuite, SessionResult
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md",)
+BLOCKS = [(page, block) for page in PAGES for block in parse_blocks(page.read_text())]
+"""Pages are read where tests are collected: a block is a test."""
+RUN_SCRIPT = """
+import runpy
+
+
+def test_script(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path({path!r})
+"""
+
+
+def _select(language: str, *, with_output: bool = False) -> list[object]:
+    chosen = [
+        b for _, b in BLOCKS if b.language == language and (b.output is not None) == with_output
+    ]
+    pages = {id(b): page for page, b in BLOCKS}
+    return [pytest.param(b, id=f"{pages[id(b)].stem}-{b.name}") for b in chosen]
+
+
+def _file_name(block: Block) -> str:
+    return f"test_{block.name}.py"
+
+
+@pytest.fixture(scope="module")
+def session(make_suite: MakeSuite) -> SessionResult:
+    """All blocks without an output, in one session."""
+    suite = make_suite({_file_name(b): "# as shown\n" for _, b in BLOCKS if _runs_with_others(b)})
+    for _, block in BLOCKS:
+        if _runs_with_others(block):
+            _write(suite.folder, block)
+    return suite.run("-p", "pytest_dcp", "-rA")
+
+
+def _runs_with_others(block: Block) -> bool:
+    return block.language == "python" and block.output is None
+
+
+def _write(folder: Path, block: Block) -> None:
+    target = folder / _file_name(block)
+    if block.defines_tests:
+        target.write_text(block.source)
+        return
+    script = folder / f"{block.name}.py"
+    script.write_text(block.source)
+    target.write_text(RUN_SCRIPT.format(path=str(script)))
+
+
+@pytest.mark.parametrize("block", _select("python"))
+def test_code_runs(block: Block, session: SessionResult) -> None:
+    name = _file_name(block)
+    own = [report for report in session.reports if report.nodeid.startswith(name)]
+    bad = [report for report in own if report.category not in ("", "passed")]
+    assert not bad, f"line {block.line}: {bad[0].text}"
+    assert any(report.category == "passed" for report in own), session.output[-5000:]
+
+
+@pytest.mark.parametrize("block", _select("python", with_output=True))
+def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> None:
+    suite = make_suite({"test_it.py": block.source})
+    result = suite.run("-p", "pytest_dcp", "test_it.py", env={"COLUMNS": "80"})
+    missing = find_missing_lines(block.output or "", result.output)
+    assert not missing, "\n".join(
+        [f"line {block.line} lacks:", *missing, "printed:", result.output]
+    )
+
+
+@pytest.mark.parametrize("block", _select("sh"))
+def test_commands_name_what_there_is(block: Block) -> None:
+    """Not run here: `.ci/run` runs them, the tests among them."""
+    environments = re.findall(r"tox run -e ([\w-]+)", block.source)
+    assert environments
+    assert set(environments) <= _tox_environments()
+
+
+def _tox_environments() -> set[str]:
+    """The names in tox.ini, a generative section spelt out."""
+    sections = re.findall(r"^\[testenv:([^\]]+)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE)
+    names: set[str] = set()
+    for section in sections:
+        stem, _, factors = section.partition("{")
+        names |= {stem + factor for factor in factors.rstrip("}").split(",")}
+    return names
+
+
+@pytest.mark.parametrize("block", _select("tree"))
+def test_trees_name_what_there_is(block: Block) -> None:
+    paths = [line.split()[0] for line in block.source.splitlines() if not line.startswith(" ")]
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+class TestBlocks:
+    """The reader of the blocks itself."""
+
+    def test_invisible_code_goes_in_front_of_the_next_block(self) -> None:
+        page = "<!--- invisible-code-block: python\nx = 1\n-->\n\n```python\nprint(x)\n```\n"
+        assert parse_blocks(page) == [Block(5, "python", "x = 1\nprint(x)\n")]
+
+    def test_an_output_belongs_to_the_block_before_it(self) -> None:
+        page = "```python\nprint(1)\n```\n\n```text\n1\n```\n"
+        assert parse_blocks(page) == [Block(1, "python", "print(1)\n", "1\n")]
+
+    def test_an_output_of_invisible_code_leaves_the_block_before_it_alone(self) -> None:
+        hidden = "<!--- invisible-code-block: python\nprint(2)\n-->\n"
+        page = f"```python\nprint(1)\n```\n{hidden}```text\n2\n```\n"
+        first, second = parse_blocks(page)
+        assert (first.source, first.output) == ("print(1)\n", None)
+        assert (second.source, second.output) == ("print(2)\n", "2\n")
+
+    @pytest.mark.parametrize(
+        "page",
+        [
+            "```\nno language\n```\n",
+            "```text\nof nothing\n```\n",
+            "<!--- invisible-code-block: python\nunused = 1\n-->\n",
+        ],
+    )
+    def test_a_block_that_nothing_would_check_is_refused(self, page: str) -> None:
+        with pytest.raises(ValueError, match="line 1"):
+            parse_blocks(page)
+
+    @pytest.mark.parametrize(
+        ("output", "missing"),
+        [
+            ("one 1.25 s\ntwo", []),
+            ("one 7.00 s\n...\nfour", []),
+            ("one 7.00 s\nfour", ["one 7.00 s", "four"]),
+            ("...\nfive", ["five"]),
+            ("two\n...\none 1.25 s", ["one 1.25 s"]),
+        ],
+    )
+    def test_lines_stand_together_and_in_order(self, output: str, missing: list[str]) -> None:
+        assert find_missing_lines(output, "one 3.50 s\ntwo\nthree\nfour\n") == missing
