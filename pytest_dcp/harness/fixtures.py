@@ -1,5 +1,6 @@
 """The fixtures that tests ask for. In a rank they tell of it; `worlds` starts worlds of its own.
 
+What lasts as long as a rank's process is session-scoped, so that fixtures of any scope may use it.
 No torch at import: a suite without worlds pays nothing.
 """
 
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,32 +31,32 @@ def _rank_of(request: pytest.FixtureRequest) -> Rank:
     rank = current()
     if rank is None:
         pytest.fail(
-            f"{request.node.nodeid}: the fixture {request.fixturename!r} exists inside a world: "
-            "mark the test with @pytest.mark.world_size(n)",
+            f"the fixture {request.fixturename!r} exists inside a world: mark the test with "
+            "@pytest.mark.world_size(n)",
             pytrace=False,
         )
     return rank
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rank(request: pytest.FixtureRequest) -> int:
     """This process's rank, 0 to world_size - 1."""
     return _rank_of(request).order.rank
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def local_rank(request: pytest.FixtureRequest) -> int:
     """This process's rank on this machine; equal to `rank`, since a world is on one machine."""
     return _rank_of(request).order.rank
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def world_size(request: pytest.FixtureRequest) -> int:
     """The number of ranks."""
     return _rank_of(request).order.size
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """This rank's device: cpu, or the GPU that was leased to it."""
     import torch
@@ -63,36 +64,41 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(_rank_of(request).order.device)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
     """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective.
 
-    The tests of a warm world share it as long as it has no process group but the default one.
+    The tests of a warm world share it until one makes another default process group.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from pytest_dcp.harness.rank import WarmMesh
+
     rank = _rank_of(request)
     order, group = rank.order, dist.group.WORLD
-    if rank.mesh is not None and rank.mesh[0] is group:
-        shared: DeviceMesh = rank.mesh[1]
+    if rank.mesh is not None and rank.mesh.group is group:
+        shared: DeviceMesh = rank.mesh.mesh
         return shared
     device_type = order.device.partition(":")[0]
     mesh = init_device_mesh(device_type, order.mesh, mesh_dim_names=order.mesh_dim_names)
-    if len(order.mesh) == 1:
-        rank.mesh = (group, mesh)
+    definition: Any = request._fixturedef  # type: ignore[attr-defined]  # of a fixture's request
+    rank.mesh = WarmMesh(group, mesh, forget=lambda: definition.finish(request))
     return mesh
 
 
-@pytest.fixture
-def world(request: pytest.FixtureRequest) -> Iterator[RankWorld]:
-    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed; kill, pause."""
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest) -> RankWorld:
+    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed; kill, pause.
+
+    What `kill(at=)` and `pause(at=)` ask for must happen before the running test is torn down.
+    """
     from pytest_dcp.harness.lockstep_world import RankWorld
 
-    one = RankWorld(_rank_of(request))
-    yield one
-    if missed := one.disarm():
-        pytest.fail("\n".join(missed), pytrace=False)
+    rank = _rank_of(request)
+    one = RankWorld(rank)
+    rank.unmet.append(one.disarm)
+    return one
 
 
 @pytest.fixture

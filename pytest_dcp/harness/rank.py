@@ -115,6 +115,17 @@ class Watcher(Protocol):
         """All ranks have ended the example. Raises when something is wrong with it."""
 
 
+@dataclass(frozen=True, slots=True)
+class WarmMesh:
+    """The mesh that the tests of a warm world share."""
+
+    group: object
+    """The default process group that it was made of."""
+    mesh: Any
+    forget: Callable[[], None]
+    """Tears down the fixture, and with it those that use it."""
+
+
 @dataclass(slots=True)
 class Rank:
     """This process, as a rank of its world."""
@@ -128,10 +139,11 @@ class Rank:
     """Those that were there before the first test."""
     modules: int = 0
     """How many modules were imported before the first test."""
-    mesh: tuple[object, Any] | None = None
-    """The process group and the mesh that a warm world made of it."""
+    mesh: WarmMesh | None = None
     watchers: list[Watcher] = field(default_factory=list)
     """Of the running test's fixtures, those that are new for each of Hypothesis' examples."""
+    unmet: list[Callable[[], list[str]]] = field(default_factory=list)
+    """Called when a test is torn down; what they return did not happen, and fails it."""
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
     )

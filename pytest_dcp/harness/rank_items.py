@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.python import get_direct_param_fixture_func
+from _pytest.scope import Scope
 from _pytest.skipping import evaluate_xfail_marks
 
 from pytest_dcp.errors import DcpError
@@ -182,6 +184,7 @@ class RankPlugin:
         if item is None:
             raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
         self.warnings = []
+        _widen_world_size(item)
         stack = self.session._setupstate.stack
         if stack and not set(stack) <= set(item.listchain()):
             self.session._setupstate.teardown_exact(item)
@@ -289,6 +292,24 @@ class RankPlugin:
             properties=tuple(item.user_properties[seen.properties :]),
         )
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Generator[None, object, object]:
+        """Have no mesh of a process group that an earlier test has replaced."""
+        mesh = self.rank.mesh
+        if mesh is not None and not _is_default_group(mesh.group):
+            self.rank.mesh = None
+            mesh.forget()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """Fail the test when the world's fixture was asked for something that did not happen."""
+        try:
+            return (yield)
+        finally:
+            if missed := [text for unmet in self.rank.unmet for text in unmet()]:
+                pytest.fail("\n".join(missed), pytrace=False)
+
     # Examples of a property; see `lockstep_rank`.
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -394,6 +415,26 @@ def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[Rank
     if report.passed:
         return "passed", str(getattr(report, "wasxfail", ""))
     return "failed", one_line(error) if error is not None else str(report.longrepr)
+
+
+def _widen_world_size(item: pytest.Item) -> None:
+    """Let fixtures of any scope use a `world_size` that is parametrised.
+
+    pytest gives the values of a parametrization the scope of a function; but in this process the
+    size never changes. Uses pytest's private table of an item's fixtures.
+    """
+    info: Any = getattr(item, "_fixtureinfo", None)
+    callspec: Any = getattr(item, "callspec", None)
+    if callspec is not None and "world_size" in callspec.params:
+        definition = info.name2fixturedefs["world_size"][-1]
+        if definition.func is get_direct_param_fixture_func:
+            definition._scope = callspec._arg2scope["world_size"] = Scope.Session
+
+
+def _is_default_group(group: object) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and group is dist.group.WORLD
 
 
 def _process_group_is_ours(rank: Rank) -> bool:

@@ -80,8 +80,7 @@ def test_a_fixture_of_ranks_says_that_the_marker_is_missing(
 ) -> None:
     report = fixtures.bad(f"test_without_a_marker[{name}]")
     assert report.text == (
-        f"test_fixtures.py::test_without_a_marker[{name}]: the fixture {name!r} exists inside a "
-        "world: mark the test with @pytest.mark.world_size(n)"
+        f"the fixture {name!r} exists inside a world: mark the test with @pytest.mark.world_size(n)"
     )
 
 
@@ -89,6 +88,37 @@ def test_device_mesh_says_that_the_marker_is_missing(fixtures: SessionResult) ->
     test = "test_device_mesh_without_a_marker"
     assert fixtures.outcomes(test) == SETUP_ERROR
     assert "the fixture 'device_mesh' exists inside a world: mark" in fixtures.bad(test).text
+
+
+@pytest.fixture(scope="module")
+def wide(make_suite: MakeSuite) -> SessionResult:
+    return make_suite({"test_wide_fixtures.py": "wide_fixtures.py"}).run()
+
+
+@pytest.mark.parametrize("launch", ["fork", "spawn"])
+def test_fixtures_of_any_scope_use_those_of_the_world(
+    make_suite: MakeSuite, wide: SessionResult, launch: str
+) -> None:
+    session = wide
+    if launch == "spawn":
+        session = make_suite({"test_wide_fixtures.py": "wide_fixtures.py"}).run(
+            "--dcp-launch=spawn"
+        )
+    tests = [f"{name}[world_size={n}]" for n in (1, 2) for name in ("test_list", "test_list_again")]
+    for test in [*tests, "test_own_parametrization[2-x]"]:
+        assert session.outcomes(test) == PASSED
+
+
+def test_a_wide_fixture_is_set_up_once_in_each_rank_of_a_warm_world(wide: SessionResult) -> None:
+    made = Counter((n["scope"], n["size"], n["rank"]) for n in wide.noted("set up"))
+    expected = [(scope, *of) for scope in ("session", "module") for of in ((1, 0), (2, 0), (2, 1))]
+    assert made == dict.fromkeys(expected, 1)
+
+
+def test_a_death_that_did_not_come_fails_its_own_test(wide: SessionResult) -> None:
+    report = wide.bad("test_kill_at_is_judged_at_the_end_of_its_test")
+    assert report.when == "teardown"
+    assert "world.kill(1, at='json:load'): entered 0 times, expected 1" in report.text
 
 
 def test_a_missing_fixture_is_an_error_of_its_test_alone(fixtures: SessionResult) -> None:
