@@ -67,6 +67,10 @@ class DivergedError(DcpError):
     """Ranks left lockstep: they asked for different things, or a peer had already left."""
 
 
+class LateMarkerError(DcpError):
+    """A test got a marker for a world when its world had been decided already."""
+
+
 class LawError(DcpError, AssertionError):
     """A law of checkpoints does not hold: says what differs, the same on every rank."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp.harness import decided_markers
 from pytest_dcp.harness import options as options_
 from pytest_dcp.harness.options import Options
 
@@ -53,23 +54,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Check every marker: all problems at once, before anything runs."""
+    """Check every marker, also those of tests that are deselected: all problems at once."""
+    _check_markers(session, items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> Generator[None, object, object]:
+    """Check again what other plugins have added, also for --collect-only."""
+    _check_markers(session, session.items)
+    return (yield)
+
+
+def _check_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
     options = session.config.stash[OPTIONS_KEY]
-    if options.marker and any(item.get_closest_marker(options.marker) for item in items):
+    if any(decided_markers.markers_of(item, options.marker) for item in items):
         from pytest_dcp.harness import marking
 
-        marking.check(items, options)
+        marking.read_specs(items, options)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    """Fork the zygote between collection and the first test, and end everything after the last."""
+    """Fork the zygote between collection and the first test, and end everything after the last.
+
+    The markers that tests have now are those that count: see `decided_markers`.
+    """
     options = session.config.stash[OPTIONS_KEY]
-    if (
-        session.config.option.collectonly
-        or _in_a_rank()
-        or not _needs_worlds(session.items, options.marker)
-    ):
+    decided_markers.decide(session.items, options.marker)
+    if session.config.option.collectonly or _in_a_rank() or not _needs_worlds(session.items):
         return (yield)
     from pytest_dcp.harness import marking
 
@@ -80,16 +92,42 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         harness.close()
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test whose marker came too late is not run: it would have no world, or the wrong one."""
+    __tracebackhide__ = True
+    decided_markers.refuse_late_markers(item, item.config.stash[OPTIONS_KEY].marker)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """As `pytest_runtest_call`, for a marker that such a hook of another plugin has added."""
+    __tracebackhide__ = True
+    decided_markers.refuse_late_markers(pyfuncitem, pyfuncitem.config.stash[OPTIONS_KEY].marker)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail the test when a marker came too late."""
+    report = yield
+    marker = item.config.stash[OPTIONS_KEY].marker
+    decided_markers.fail_for_late_markers(item, call, report, marker)
+    return report
+
+
 def _in_a_rank() -> bool:
     """A spawned rank has a session of its own, which must not start worlds in turn."""
     rank = sys.modules.get("pytest_dcp.harness.rank")
     return rank is not None and rank.current() is not None
 
 
-def _needs_worlds(items: list[pytest.Item], marker: str) -> bool:
+def _needs_worlds(items: list[pytest.Item]) -> bool:
     return any(
-        (marker and item.get_closest_marker(marker) is not None)
-        or "worlds" in getattr(item, "fixturenames", ())
+        decided_markers.DECIDED_KEY in item.stash or "worlds" in getattr(item, "fixturenames", ())
         for item in items
     )
 

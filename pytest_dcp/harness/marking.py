@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
 from pytest_dcp.harness import items as items_
+from pytest_dcp.harness.decided_markers import markers_of
 from pytest_dcp.harness.item_hooks import ItemHooks
 from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.options import Options
@@ -22,10 +24,12 @@ from pytest_dcp.harness.spec import (
 
 USAGE_ERROR = "dcp_usage_error"
 """Under which an xdist worker hands its controller what is wrong with the suite."""
+MAX_PROBLEMS = 50
+"""Lines that one usage error shows."""
 
 
 def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
-    """One test per size when the marker holds a list; wrong lists are left to `check`."""
+    """One test per size when the marker holds a list; wrong lists are left to `read_specs`."""
     mark = metafunc.definition.get_closest_marker(options.marker)
     if mark is None:
         return
@@ -48,28 +52,37 @@ def _parametrizes_size(definition: pytest.Item) -> bool:
     return False
 
 
-def check(items: Sequence[pytest.Item], options: Options) -> None:
-    """Raise one `pytest.UsageError` that names every test whose marker is wrong, and why."""
-    problems = []
+def read_specs(items: Sequence[pytest.Item], options: Options) -> list[WorldSpec | None]:
+    """The world of each item; None for those that are ordinary tests.
+
+    Raises one `pytest.UsageError` that names every test whose marker is wrong, and why.
+    """
+    specs, problems = [], []
     for item in items:
-        _, wrong = spec_of(item, options)
+        spec, wrong = spec_of(item, options)
+        specs.append(spec)
         problems += [f"{item.nodeid}: @pytest.mark.{options.marker} {text}" for text in wrong]
     if problems:
-        shown = problems[:50]
-        if len(problems) > len(shown):
-            shown.append(f"... and {len(problems) - len(shown)} more")
-        text = "\n".join(shown)
-        if (output := getattr(items[0].config, "workeroutput", None)) is not None:
-            output[USAGE_ERROR] = text  # xdist would call it a crash, and not say why
-        raise pytest.UsageError(text)
+        _refuse(items[0].config, problems)
+    return specs
+
+
+def _refuse(config: pytest.Config, problems: Sequence[str]) -> NoReturn:
+    shown = [*problems[:MAX_PROBLEMS]]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    text = "\n".join(shown)
+    if (output := getattr(config, "workeroutput", None)) is not None:
+        output[USAGE_ERROR] = text  # xdist would call it a crash, and not say why
+    raise pytest.UsageError(text)
 
 
 def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tuple[str, ...]]:
     """The world that an item asks for and what is wrong; (None, ()) without a marker."""
-    mark = item.get_closest_marker(options.marker) if options.marker else None
-    if mark is None:
+    marks = markers_of(item, options.marker)
+    if not marks:
         return None, ()
-    values = read_marker(mark.args, mark.kwargs)
+    values = read_marker(marks[0].args, marks[0].kwargs)
     if values.problems:
         return None, values.problems
     if not isinstance(item, pytest.Function):
@@ -110,13 +123,18 @@ def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     if values.is_list:
         return 0, (
             "holds a list of sizes in a place that cannot be parametrised by it "
-            "(pytest.param or a unittest.TestCase): give one size"
+            "(pytest.param, a unittest.TestCase, or a marker that was added to the collected "
+            "test): give one size"
         )
     return values.sizes[0], ""
 
 
 def begin(session: pytest.Session, options: Options) -> Harness:
-    """The session's harness, its launcher started, its items attached."""
+    """The session's harness, its launcher started, its items attached.
+
+    Raises `pytest.UsageError` when a marker is wrong: until now any plugin may have added one.
+    """
+    specs = read_specs(session.items, options)
     harness = Harness(session, options)
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
@@ -125,11 +143,10 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)
-    for index, item in enumerate(session.items):
-        spec, _ = spec_of(item, options)
+    for index, (item, spec) in enumerate(zip(session.items, specs, strict=True)):
         if spec is not None:
-            mark = item.get_closest_marker(options.marker)
-            explicit = mark is not None and mark.kwargs.get("timeout") is not None
+            mark = markers_of(item, options.marker)[0]
+            explicit = mark.kwargs.get("timeout") is not None
             items_.attach(item, items_.MarkedItem(item, index, spec, explicit, harness))
     return harness
 

@@ -193,7 +193,8 @@ class RankPlugin:
 
     def _find(self, index: int, nodeid: str) -> pytest.Item | None:
         items = self.session.items
-        if 0 <= index < len(items):
+        # A plugin may have reordered the controller's items since.
+        if 0 <= index < len(items) and items[index].nodeid == nodeid:
             return items[index]
         return next((item for item in items if item.nodeid == nodeid), None)
 
