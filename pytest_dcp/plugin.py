@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp import tracebacks
 from pytest_dcp.harness import decided_markers
 from pytest_dcp.harness import options as options_
 from pytest_dcp.harness.options import Options
@@ -112,7 +113,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail the test when a marker came too late."""
+    """Leave our frames out where they say nothing; fail the test when a marker came too late."""
+    if call.excinfo is not None:
+        tracebacks.mark_frames(call.excinfo.value)
     report = yield
     marker = item.config.stash[OPTIONS_KEY].marker
     decided_markers.fail_for_late_markers(item, call, report, marker)

@@ -20,6 +20,7 @@ from pytest_dcp.checkpoint.coordinate import announce
 from pytest_dcp.checkpoint.saving import Save
 from pytest_dcp.checkpoint.storage_choice import alone, plain_state, writer_for
 from pytest_dcp.checkpoint.store.staging import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
+from pytest_dcp.tracebacks import drop_inner_frames
 
 COORDINATOR = 0
 Staged = Callable[[], dict[str, Any]]
@@ -41,6 +42,7 @@ class AsyncSaveResponse:
     upload_completion: Future[Metadata]
 
 
+@drop_inner_frames
 def async_save(
     state_dict: dict[str, Any],
     *,
@@ -115,7 +117,7 @@ def _save_in_thread(
 ) -> Future[Metadata]:
     save = Save(state, writer, planner, process_group, no_dist, use_collectives=use_collectives)
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
-    uploading = pool.submit(save.run)
+    uploading = pool.submit(drop_inner_frames(save.run))
     # The thread ends with its only job.
     pool.shutdown(wait=False)
     return uploading

@@ -38,6 +38,7 @@ from pytest_dcp.checkpoint.storage_choice import (
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.checkpoint.store.ranges import Verify
 from pytest_dcp.errors import CheckpointError, CheckpointReplacedError
+from pytest_dcp.tracebacks import drop_inner_frames
 
 
 @deprecated(
@@ -45,6 +46,7 @@ from pytest_dcp.errors import CheckpointError, CheckpointReplacedError
     "Please use `load` instead.",
     category=FutureWarning,
 )
+@drop_inner_frames
 def load_state_dict(
     state_dict: dict[str, Any],
     storage_reader: StorageReader,
@@ -134,6 +136,7 @@ def _planner_for(
     return planner
 
 
+@drop_inner_frames
 def load_without_template(
     keys: set[str] | str | None = None,
     *,

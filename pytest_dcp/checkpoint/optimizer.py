@@ -39,10 +39,12 @@ from pytest_dcp.checkpoint.plan.index import index_of
 from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.nested import set_element
 from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.tracebacks import drop_inner_frames
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
 
+@drop_inner_frames
 def load_sharded_optimizer_state_dict(
     model_state_dict: dict[str, Any],
     optimizer_key: str,

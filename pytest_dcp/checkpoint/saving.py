@@ -40,6 +40,7 @@ from pytest_dcp.checkpoint.storage_choice import (
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.errors import CheckpointError
+from pytest_dcp.tracebacks import drop_inner_frames
 
 
 @deprecated(
@@ -47,6 +48,7 @@ from pytest_dcp.errors import CheckpointError
     "Please use `save` instead.",
     category=FutureWarning,
 )
+@drop_inner_frames
 def save_state_dict(
     state_dict: dict[str, Any],
     storage_writer: StorageWriter,

@@ -26,6 +26,7 @@ from pytest_dcp.checkpoint.state.optimizer_loading import load_optimizers
 from pytest_dcp.checkpoint.state.optimizer_reading import read_optimizers
 from pytest_dcp.checkpoint.state.options import StateDictOptions
 from pytest_dcp.checkpoint.state.scope import PATCHED, Scope
+from pytest_dcp.tracebacks import drop_inner_frames
 
 __all__ = [
     "FQNS_T",
@@ -53,6 +54,7 @@ ListDictValueType: TypeAlias = list[DictValueType]
 OptimizerStateType: TypeAlias = dict[str, DictValueType | ListDictValueType]
 
 
+@drop_inner_frames
 def get_model_state_dict(
     model: nn.Module,
     *,
@@ -67,6 +69,7 @@ def get_model_state_dict(
     return read_model(Scope.of(model, options, submodules))
 
 
+@drop_inner_frames
 def get_optimizer_state_dict(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],
@@ -84,6 +87,7 @@ def get_optimizer_state_dict(
     return read_optimizers(Scope.of(model, options, submodules), _several(optimizers))
 
 
+@drop_inner_frames
 def get_state_dict(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],
@@ -96,6 +100,7 @@ def get_state_dict(
     return read_model(scope), read_optimizers(scope, _several(optimizers))
 
 
+@drop_inner_frames
 def set_model_state_dict(
     model: nn.Module,
     model_state_dict: dict[str, ValueType],
@@ -114,6 +119,7 @@ def set_model_state_dict(
     return load_model(scope, _by_name(scope, model_state_dict))
 
 
+@drop_inner_frames
 def set_optimizer_state_dict(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],
@@ -132,6 +138,7 @@ def set_optimizer_state_dict(
     load_optimizers(Scope.of(model, options), _several(optimizers), optim_state_dict)
 
 
+@drop_inner_frames
 def set_state_dict(
     model: nn.Module,
     optimizers: Optimizer | Iterable[Optimizer],

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from pytest_dcp.tracebacks import BOUNDARY
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,7 +111,10 @@ def _parameters_of_method(function: FunctionType) -> tuple[inspect.Parameter, ..
 
 
 def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let the storage be the second positional argument, as it was before torch 2.2."""
+    """Let the storage be the second positional argument, as it was before torch 2.2.
+
+    Errors leave as from `drop_inner_frames`: one wrapper for both keeps one frame less.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -125,7 +129,8 @@ def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     raise TypeError(f"{function.__name__}() got {name} twice")
                 kwargs[name] = args[1]
                 args = args[:1]  # type: ignore[assignment]  # one fewer, by intent
-            return function(*args, **kwargs)
+            with BOUNDARY:
+                return function(*args, **kwargs)
 
         return called
 

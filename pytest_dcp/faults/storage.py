@@ -184,10 +184,7 @@ class FaultyStorage:
             load(actual, checkpoint_id=where, **keywords)
         unlike = list(differences(actual, expected))
         if unlike:
-            rank = self._injector.rank
-            raise AssertionError(
-                f"rank {rank}: {os.fspath(where)} does not hold the state: {'; '.join(unlike)}"
-            )
+            raise AssertionError(f"{os.fspath(where)} does not hold the state: {'; '.join(unlike)}")
 
     @contextmanager
     def record(

@@ -52,7 +52,12 @@ def _resolve(at: str) -> tuple[Any, str]:
     module_name, colon, path = at.partition(":")
     if not (module_name and colon and path):
         raise ValueError(f"a point is written 'package.module:Qualified.name'; got {at!r}")
-    owner: Any = importlib.import_module(module_name)
+    try:
+        owner: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ValueError(f"{at!r}: there is no module {error.name!r}") from None
     *parents, name = path.split(".")
     for part in parents:
         owner = _member(owner, part, at)

@@ -40,6 +40,7 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
 from pytest_dcp.harness.surroundings import Surroundings
+from pytest_dcp.tracebacks import format_shown
 
 RECEIVE_BYTES = 1 << 16
 M = TypeVar("M", bound=Message)
@@ -377,11 +378,11 @@ def _dump_result(value: object) -> bytes:
 
 
 def _own_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this module."""
+    """The traceback without the frames of this module, nor others of ours that add nothing."""
     tb: TracebackType | None = error.__traceback__
     while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb = tb.tb_next
-    return "".join(traceback.format_exception(type(error), error, tb))
+    return format_shown(error, tb)
 
 
 def outcome_of(error: BaseException) -> RankOutcome:

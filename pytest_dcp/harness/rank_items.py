@@ -249,8 +249,13 @@ class RankPlugin:
     def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
         hook = getattr(item.ihook, f"pytest_runtest_{phase}")
         self._seen = _Seen.of(item)
+
+        def run_phase() -> None:
+            __tracebackhide__ = True
+            hook(item=item, **kwargs)
+
         call = pytest.CallInfo.from_call(
-            lambda: hook(item=item, **kwargs),
+            run_phase,
             when=phase,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
             reraise=None,
         )

@@ -6,10 +6,10 @@ rank, or one `WorldError` that carries what went wrong in every rank.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 import cloudpickle
@@ -20,7 +20,7 @@ from pytest_dcp.harness.events import Call, FaultAct
 from pytest_dcp.harness.outcome import Outcome, peers, ranks_text
 from pytest_dcp.harness.report import merged_sections
 from pytest_dcp.harness.session import Harness
-from pytest_dcp.harness.spec import read_marker, resolve
+from pytest_dcp.harness.spec import WorldSpec, read_marker, resolve
 from pytest_dcp.harness.world import World
 
 
@@ -184,12 +184,11 @@ class Worlds:
         self._nodeid = nodeid
         self._open: list[World] = []
 
-    @contextlib.contextmanager
-    def __call__(self, size: int, /, **keywords: object) -> Iterator[FunctionWorld]:
+    def __call__(self, size: int, /, **keywords: object) -> WorldBlock:
         """A fresh world of `size` ranks until the block ends; keywords as those of the marker.
 
-        Raises `pytest.UsageError` for wrong values, `WorldError` when the world does not come up
-        or a rank does not leave with exit code 0.
+        Raises `pytest.UsageError` for wrong values, before the block begins; the block raises
+        `WorldError` when the world does not come up or a rank does not leave with exit code 0.
         """
         values = read_marker((size,), keywords)
         defaults = replace(self._harness.options.defaults, world_size=None)
@@ -198,25 +197,52 @@ class Worlds:
         spec, problems = resolve(values, size, defaults)
         if spec is None:
             raise pytest.UsageError(f"{self._nodeid}: worlds(...) {'; '.join(problems)}")
+        return WorldBlock(self, spec)
+
+    def open_world(self, spec: WorldSpec) -> tuple[World, FunctionWorld]:
+        """Start a world. Raises `WorldError` when it does not come up."""
         seed = self._harness.seed_of(self._nodeid)
         world, booted = self._harness.open(spec, seed)
         self._open.append(world)
-        one = FunctionWorld(world, seed)
+        functions = FunctionWorld(world, seed)
         try:
-            one.check_boot(booted)
-            yield one
-            one.check_finished()
+            functions.check_boot(booted)
         except BaseException:
             world.kill()
             raise
-        left = world.close()
-        if left.kind != "passed":
-            raise WorldError(left.reason, left.failures)
+        return world, functions
 
     def close(self) -> None:
         """End what a test left open."""
         for world in self._open:
             world.kill()
+
+
+class WorldBlock:
+    """The block of a `with worlds(n)`; a class, since contextlib's frames would be shown."""
+
+    def __init__(self, worlds: Worlds, spec: WorldSpec) -> None:
+        self._worlds = worlds
+        self._spec = spec
+
+    def __enter__(self) -> FunctionWorld:
+        self._world, self._functions = self._worlds.open_world(self._spec)
+        return self._functions
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._world.kill()
+            return
+        try:
+            self._functions.check_finished()
+        except BaseException:
+            self._world.kill()
+            raise
+        left = self._world.close()
+        if left.kind != "passed":
+            raise WorldError(left.reason, left.failures)
 
 
 def _boot() -> None:

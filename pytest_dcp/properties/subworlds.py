@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 
 from pytest_dcp.errors import LawError
+from pytest_dcp.tracebacks import set_cause
 
 TEXT_LIMIT = 2_000
 """Characters of an exception that are told. torch's checkpoint errors have a traceback per rank,
@@ -115,7 +116,9 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Sequence[object] |
             problems, cause = [_said(error)], error
     said = _gathered(problems)
     if said:
-        raise LawError(_told(title, said)) from cause
+        broken = LawError(_told(title, said))
+        set_cause(broken, cause)
+        raise broken
 
 
 def _gathered(problems: list[str]) -> list[str]:
@@ -137,4 +140,6 @@ def _said(error: BaseException) -> str:
 
 
 def _told(title: str, problems: list[str]) -> str:
-    return "\n  ".join([f"{title}:", *(problem.replace("\n", "\n  ") for problem in problems)])
+    """The title and all problems; the first is on the first line, which headings show alone."""
+    first, *more = (problem.replace("\n", "\n  ") for problem in problems)
+    return "\n  ".join([f"{title}: {first}", *more])

@@ -3,7 +3,8 @@
 An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and its
 pickle where that builds the same exception again. Causes reach every rank, which raises one
 `StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that it
-reads alike everywhere; there the exception itself is its `__cause__`.
+reads alike everywhere; there the exception itself is its `__cause__`, unless it is explained (see
+`pytest_dcp.tracebacks`): then the text has it all, and the exception is its `__context__`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp.errors import CheckpointError
+from pytest_dcp.errors import CheckpointError, DcpError
+from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
 
 Wrapped = tuple[BaseException, traceback.StackSummary]
 """torch's WRAPPED_EXCEPTION."""
@@ -91,7 +93,9 @@ class StepError(CheckpointException):
         more = len(merged) - NAMED_ON_FIRST_LINE
         rest = f"; and {more} more" if more > 0 else ""
         lines = [f"step {self.step!r} of {self.operation} failed on {named}{rest}"]
-        lines += (f"{ranks}: {_traceback_text(wrapped)}" for ranks, wrapped in merged)
+        alone = len(merged) == 1
+        for nth, (ranks, wrapped) in enumerate(merged):
+            lines += _details(ranks, wrapped, named=nth < NAMED_ON_FIRST_LINE, alone=alone)
         return "\n".join(lines)
 
 
@@ -129,10 +133,17 @@ def capture(rank: int, error: BaseException) -> Cause:
     )
 
 
-def step_error(step: str, operation: str, causes: Iterable[Cause]) -> StepError:
-    """What every rank raises for these causes."""
+def step_error(
+    step: str, operation: str, causes: Iterable[Cause], raised: BaseException | None = None
+) -> StepError:
+    """What every rank raises for these causes; `raised` is what this rank itself met."""
     ordered = sorted(causes, key=lambda cause: cause.rank)
-    return StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
+    error = StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
+    if raised is not None and is_echo(raised):
+        error.__cause__ = raised  # Not in the text: it is no failure of this rank.
+    else:
+        set_cause(error, raised)
+    return error
 
 
 def is_echo(error: BaseException) -> bool:
@@ -203,9 +214,29 @@ def _module_of(type_name: str) -> str:
     return type_name.removesuffix(type_name.rpartition(".")[2])
 
 
+def _details(ranks: str, wrapped: Wrapped, *, named: bool, alone: bool) -> list[str]:
+    """What the first line does not say of a failure that it `named`, or of one that it did not.
+
+    Of an explained one its further lines; of any other its traceback.
+    """
+    error, stack = wrapped
+    if not _is_explained(error, stack):
+        return [f"{ranks}: {_traceback_text(wrapped)}"]
+    _, *more = _text_of(error).splitlines() or [""]
+    if not named:
+        return [f"{ranks}: {_headline(error)}", *more]
+    return more if alone or not more else [f"{ranks}:", *more]
+
+
+def _is_explained(error: BaseException, stack: Sequence[traceback.FrameSummary]) -> bool:
+    ours = isinstance(error, DcpError | CheckpointException) and not isinstance(error, RemoteError)
+    return ours or is_explained_at(error, stack)
+
+
 def _traceback_text(wrapped: Wrapped) -> str:
     error, stack = wrapped
-    return f"Traceback (most recent call last):\n{''.join(stack.format())}{_text_of(error)}"
+    shown = traceback.StackSummary.from_list(without_ours(stack))
+    return f"Traceback (most recent call last):\n{''.join(shown.format())}{_text_of(error)}"
 
 
 def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:

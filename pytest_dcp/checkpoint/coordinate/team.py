@@ -203,11 +203,13 @@ class Team:
             self._leave(error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise step_error(step, self.operation, self._causes()) from error
+            raise step_error(  # noqa: B904 - it has the cause that is to be shown
+                step, self.operation, self._causes(), error
+            )
         if outcome.final:
             self._over = outcome
             self.close()
-        raise step_error(step, self.operation, outcome.causes) from raised
+        raise step_error(step, self.operation, outcome.causes, raised)
 
     def _begin(self, mode: Mode, step: str) -> None:
         if self._over is not None:

@@ -1,0 +1,209 @@
+"""Which frames of a traceback help its reader, and which are only this package's own.
+
+An error is **explained** when its text says all that the reader needs: the package raised it on
+purpose (a `raise` statement of ours ran last), or it is the operating system's word on a file that
+the package asked for. Our frames add nothing to such an error, and nothing to an error of the
+user's own code that we call (a planner, a progress function). They stay where something of ours
+broke unexpectedly. So the rule looks at the innermost frame, not at lists of exception classes:
+
+- ours, at a `raise` statement, or with an OSError: explained, our frames go;
+- the user's: theirs to fix, our frames go;
+- ours at anything else, or a library's: everything stays.
+
+The demo and the test classes for storages are read as the user's tests, though they lie here.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from traceback import FrameSummary, StackSummary, TracebackException, walk_tb
+from types import FrameType, TracebackType
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+
+from pytest_dcp.errors import DcpError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+TESTS = (PACKAGE + "demo" + os.sep, os.path.join(PACKAGE, "properties", "suite") + os.sep)
+STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+RAISE = dis.opmap["RAISE_VARARGS"]
+EXPLAINED = "_dcp_explained"
+"""Set on an error that left through a boundary: the frames that told so are gone then."""
+HIDE = "__tracebackhide__"
+"""What pytest looks for among a frame's locals and globals."""
+
+logger = logging.getLogger("pytest_dcp")
+
+Owner = Literal["package", "library", "user"]
+
+
+def owner_of(file: str) -> Owner:
+    """Whose code a file holds. Pure (no I/O)."""
+    if file.startswith(TESTS):
+        return "user"
+    if file.startswith(PACKAGE):
+        return "package"
+    is_library = file.startswith(("<frozen ", STANDARD_LIBRARY)) or any(
+        part in file for part in INSTALLED
+    )
+    return "library" if is_library else "user"
+
+
+def is_explained(error: BaseException) -> bool:
+    """Whether the error's text says all that its reader needs; see the module's text."""
+    if isinstance(error, DcpError) or EXPLAINED in getattr(error, "__dict__", ()):
+        return True
+    if isinstance(error, OSError):
+        files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+        return _is_asked_by_us(files)
+    innermost = _innermost(error.__traceback__)
+    if innermost is None or owner_of(innermost.tb_frame.f_code.co_filename) != "package":
+        return False
+    return innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == RAISE
+
+
+def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool:
+    """`is_explained` of an error whose stack arrived as text."""
+    if isinstance(error, OSError):
+        return _is_asked_by_us([frame.filename for frame in stack])
+    last = stack[-1] if stack else None
+    return (
+        last is not None
+        and owner_of(last.filename) == "package"
+        and (last.line or "").startswith("raise ")
+    )
+
+
+def _is_asked_by_us(files: Sequence[str]) -> bool:
+    """Whether the innermost frame that is no library's is ours; files outermost first."""
+    owners = (owner_of(file) for file in reversed(files))
+    return next((owner for owner in owners if owner != "library"), "user") == "package"
+
+
+def without_ours(stack: Sequence[FrameSummary]) -> list[FrameSummary]:
+    """The frames to show of an error that is not explained."""
+    if not stack or owner_of(stack[-1].filename) != "user":
+        return list(stack)
+    return [frame for frame in stack if owner_of(frame.filename) != "package"]
+
+
+def _innermost(traceback: TracebackType | None) -> TracebackType | None:
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def set_cause(error: BaseException, cause: BaseException | None) -> None:
+    """Make `cause` the cause of an error whose text has that of the cause in it.
+
+    An explained one becomes the context alone, for debuggers: as the cause it would be printed too,
+    and say everything twice.
+    """
+    if cause is not None and is_explained(cause):
+        error.__context__, error.__suppress_context__ = cause, True
+    else:
+        error.__cause__ = cause
+
+
+class ExceptionInfo(Protocol):
+    """pytest's own, as `__tracebackhide__` is given it."""
+
+    @property
+    def value(self) -> BaseException: ...
+
+
+def hides_frames(excinfo: ExceptionInfo) -> bool:
+    """For pytest's `__tracebackhide__`: whether frames of the package are left out."""
+    return _hides_frames_of(excinfo.value)
+
+
+def _hides_frames_of(error: BaseException) -> bool:
+    innermost = _innermost(error.__traceback__)
+    file = innermost.tb_frame.f_code.co_filename if innermost is not None else ""
+    return is_explained(error) or owner_of(file) == "user"
+
+
+def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
+    """The text of an error and of its causes, without the frames that add nothing."""
+    text = TracebackException(type(error), error, traceback)
+    todo: list[tuple[BaseException | None, TracebackException | None]] = [(error, text)]
+    while todo:
+        one, its_text = todo.pop()
+        if one is None or its_text is None:
+            continue
+        todo += [(one.__cause__, its_text.__cause__), (one.__context__, its_text.__context__)]
+        if _hides_frames_of(one):
+            frames = [f for f in its_text.stack if owner_of(f.filename) != "package"]
+            its_text.stack = StackSummary.from_list(frames)
+    return "".join(text.format())
+
+
+__tracebackhide__ = hides_frames
+
+
+def mark_frames(error: BaseException) -> None:
+    """Let pytest ask `hides_frames` of each frame of the package, in the error and its causes.
+
+    The mark is put on the frame's module: so no module or function has to say it for itself, and
+    none can be forgotten.
+    """
+    for frame in _frames_of(error):
+        if owner_of(frame.f_code.co_filename) == "package":
+            frame.f_globals.setdefault(HIDE, hides_frames)
+
+
+def _frames_of(error: BaseException) -> Iterator[FrameType]:
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        todo += [one.__cause__, one.__context__]
+        todo += getattr(one, "exceptions", ())
+        yield from (frame for frame, _ in walk_tb(one.__traceback__))
+
+
+class Boundary:
+    """Where errors leave the package: drops the inner frames of those that are explained.
+
+    What a program prints of them is then the user's own line and the text. At the level DEBUG the
+    logger "pytest_dcp" has them all.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        if error is not None and is_explained(error):
+            logger.debug("raised to the caller: %s", kind, exc_info=error)
+            # The interpreter raises it again with the traceback that it has now.
+            error.__traceback__ = None
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(error, EXPLAINED, True)
+
+
+BOUNDARY = Boundary()
+
+
+def drop_inner_frames(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of the public interface whose errors do not show how it works inside."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with BOUNDARY:
+            return function(*args, **kwargs)
+
+    return called
