@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from pytest_dcp.checkpoint.state.model import load_model, read_model
-from pytest_dcp.checkpoint.state.optimizer_loading import load_optimizers
+from pytest_dcp.checkpoint.state.optimizer_loading import check_optimizers
 from pytest_dcp.checkpoint.state.optimizer_reading import read_optimizers
 from pytest_dcp.checkpoint.state.options import StateDictOptions
 from pytest_dcp.checkpoint.state.scope import PATCHED, Scope
@@ -109,7 +109,8 @@ def set_model_state_dict(
 ) -> _IncompatibleKeys:
     """Load the model's state dict; returns the missing and the unexpected keys.
 
-    Tensors may be whole or sharded in any way. A model on the meta device gets tensors of its own
+    Tensors may be whole or sharded in any way; an empty state dict loads nothing, unless `strict`
+    says that everything is missing. A model on the meta device gets tensors of its own
     layout in place of its parameters: make the optimizer after that. Collective with FSDP1, with
     `broadcast_from_rank0` and where a DTensor has to change its layout.
 
@@ -127,15 +128,19 @@ def set_optimizer_state_dict(
     *,
     options: StateDictOptions | None = None,
 ) -> None:
-    """Load the state dict of all the optimizers, nested or flattened.
+    """Load the state dict of all the optimizers, nested or flattened, or one optimizer's own.
 
-    Groups are told by their parameters, in whatever order they are. Where a tensor lies as the
-    optimizer keeps it, the optimizer takes it over as it is, as torch's own do. Collective as
+    Groups are found by their parameters, in whatever order they are. An empty state dict loads
+    nothing, unless `strict` says that everything is missing. Where a tensor lies as the optimizer
+    keeps it, the optimizer takes it over as it is, as torch's own do. Collective as
     `set_model_state_dict`.
 
-    Raises CheckpointMismatchError that names every parameter, group and state that does not fit.
+    Raises CheckpointMismatchError that names every parameter, group, state and entry of a state
+    that is missing, unexpected or of another size, before anything changes.
     """
-    load_optimizers(Scope.of(model, options), _several(optimizers), optim_state_dict)
+    scope = Scope.of(model, options)
+    if load := check_optimizers(scope, _several(optimizers), optim_state_dict):
+        load.run()
 
 
 @drop_inner_frames
@@ -147,10 +152,16 @@ def set_state_dict(
     optim_state_dict: OptimizerStateType,
     options: StateDictOptions | None = None,
 ) -> _IncompatibleKeys:
-    """Load both state dicts, the model's first; returns what `set_model_state_dict` returns."""
+    """Load both state dicts; returns what `set_model_state_dict` returns.
+
+    An empty `model_state_dict` leaves the model alone, no optimizers leave out the other half. That
+    the optimizers' half fits is checked before the model's is loaded.
+    """
     scope = Scope.of(model, options)
-    keys = load_model(scope, _by_name(scope, model_state_dict))
-    load_optimizers(scope, _several(optimizers), optim_state_dict)
+    load = check_optimizers(scope, _several(optimizers), optim_state_dict)
+    keys = load_model(scope, _by_name(scope, model_state_dict), optional=True)
+    if load:
+        load.run()
     return keys
 
 

@@ -161,10 +161,16 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
     for box, memory in parts:
         if box.offset == tuple(index.offset or ()):
             return part_of(memory, box)
-    raise ValueError(
-        f"this rank holds no part of {index.fqn!r} at offset {index.offset}: "
-        f"it holds {[box.offset for box, _ in parts]}"
-    )
+    raise ValueError(f"{_not_found(value, index)} (this rank holds {[b.offset for b, _ in parts]})")
+
+
+def _not_found(value: torch.Tensor, index: MetadataIndex) -> str:
+    """The words that torch has for it, which programs look for."""
+    if not isinstance(value, ShardedTensor | DTensor):
+        return f"FQN: '{index.fqn}' is not a ShardedTensor, can't find by offset: '{index.offset}'"
+    if index.offset is None:
+        return f"Cannot lookup {index.fqn} since its a ShardedTensor and no offset was provided"
+    return f"Could not find shard at '{index.offset}' for FQN: '{index.fqn}'"
 
 
 def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:

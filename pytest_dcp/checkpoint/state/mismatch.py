@@ -40,7 +40,7 @@ class Mismatch:
     def require_none(self, what: str, *, strict: bool) -> None:
         """Raise CheckpointMismatchError for what is wrong: if not strict, only for misfits.
 
-        what: "model" or "optimizer".
+        what: the class of the model or of the optimizers, for the message.
         """
         if not self.misfits and not (strict and (self.missing or self.unexpected or self.groups)):
             return
@@ -52,14 +52,17 @@ class Mismatch:
         )
 
     def _text(self, what: str, strict: bool) -> str:
-        lines = [f"the state dict does not fit the {what}:"]
+        # The words of torch's own strict errors, which programs look for.
+        lines = [f"Error(s) in loading state_dict for {what}:"]
         if strict:
-            lines += _names("missing", self.missing, self.unexpected)
-            lines += _names("unexpected", self.unexpected, ())
+            lines += _names("Missing", self.missing)
+            lines += _names("Unexpected", self.unexpected)
             lines += self.groups[:SHOWN]
         lines += list(self.misfits.values())[:SHOWN]
         if hidden := max(0, len(self.misfits) - SHOWN) + max(0, len(self.groups) - SHOWN):
             lines.append(f"... and {hidden} more, see the error's attributes")
+        if strict:
+            lines += _nearest(self.missing, self.unexpected)
         if strict and not self.misfits:
             lines.append(
                 "Load what belongs to this model, or load what fits with "
@@ -68,14 +71,18 @@ class Mismatch:
         return "\n  ".join(lines)
 
 
-def _names(kind: str, names: Sequence[str], pool: Sequence[str]) -> list[str]:
+def _names(kind: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    shown = [_with_nearest(name, pool) for name in names[:SHOWN]]
+    shown = ", ".join(f'"{name}"' for name in names[:SHOWN])
     more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{len(names)} {kind} key(s): {', '.join(shown)}{more}"]
+    return [f"{kind} key(s) in state_dict: {shown}{more}."]
 
 
-def _with_nearest(name: str, pool: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, pool[:SUGGESTED_FROM], n=1)
-    return f"{name!r} (nearest: {nearest[0]!r})" if nearest else repr(name)
+def _nearest(names: Sequence[str], pool: Sequence[str]) -> list[str]:
+    """For missing names that were perhaps only misspelt, what is there in their place."""
+    found = []
+    for name in names[:SHOWN]:
+        if nearest := difflib.get_close_matches(name, pool[:SUGGESTED_FROM], n=1):
+            found.append(f'"{name}" (nearest: "{nearest[0]}")')
+    return [f"Nearest unexpected key(s): {', '.join(found)}."] if found else []

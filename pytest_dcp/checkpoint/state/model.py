@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
@@ -16,6 +17,7 @@ from pytest_dcp.checkpoint.state import fsdp1
 from pytest_dcp.checkpoint.state.broadcast import agreed, announced, from_rank0
 from pytest_dcp.checkpoint.state.delivery import delivered
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
+from pytest_dcp.checkpoint.state.names import wrapped_as
 from pytest_dcp.checkpoint.state.packing import Spec
 from pytest_dcp.checkpoint.state.parts import fill, laid_out, size_of
 from pytest_dcp.checkpoint.state.scope import Scope, own_method
@@ -77,6 +79,11 @@ class _Target:
         keys = {scope.names.canonical(key): key for key in raw}
         return cls(scope, {name: raw[key] for name, key in keys.items()}, keys, wrapped)
 
+    @property
+    def kind(self) -> str:
+        """The model's class, for messages."""
+        return type(self.scope.model).__name__
+
     def key_of(self, name: str) -> str:
         """The model's key for a canonical name: also for one that only the model's hooks know."""
         if name in self.keys:
@@ -108,25 +115,31 @@ class _Target:
 
 
 @torch.no_grad()
-def load_model(scope: Scope, given: Mapping[str, Any]) -> _IncompatibleKeys:
+def load_model(
+    scope: Scope, given: Mapping[str, Any], *, optional: bool = False
+) -> _IncompatibleKeys:
     """Load a state dict under canonical names; returns what was missing and unexpected.
 
+    optional: an empty state dict leaves the model alone; see also `Scope.takes_nothing`.
     Tensors may be whole or sharded in any way. Collective with FSDP1, with `broadcast_from_rank0`
     and where tensors change their layout. Raises CheckpointMismatchError, naming everything at
     once, for what does not fit.
     """
+    optional = optional or scope.takes_nothing()
+    if not given and optional and not scope.options.broadcast_from_rank0:
+        return _IncompatibleKeys([], [])
     with fsdp1.states(scope.model):
         target = _Target.of(scope)
         if scope.options.broadcast_from_rank0:
-            return _load_from_rank0(target, given)
+            return _load_from_rank0(target, given, optional)
         return _load_here(target, given)
 
 
 def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
     strict = target.scope.options.strict
     mismatch = target.compare(given)
-    if mismatch.misfits or target.wrapped:  # Otherwise the model's hooks have the last word.
-        mismatch.require_none("model", strict=strict)
+    if mismatch.misfits or target.wrapped or not _knows_other_names(target.scope.model):
+        mismatch.require_none(target.kind, strict=strict)
     assign = any(_is_meta(value) for value in target.own.values())
     values: dict[str, Any] = {}
     for name, value in given.items():
@@ -140,12 +153,28 @@ def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
     return _handed_over(target, values, mismatch, assign=assign)
 
 
-def _load_from_rank0(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
+def _knows_other_names(model: nn.Module) -> bool:
+    """Whether loading may rename keys, so that only the model can say which ones it misses."""
+    return any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+        for module in model.modules()
+        if wrapped_as(type(module)) is None
+    )
+
+
+def _load_from_rank0(
+    target: _Target, given: Mapping[str, Any], optional: bool
+) -> _IncompatibleKeys:
     """Fill the model's own tensors with what rank 0 sends: at most a bucket is here at a time."""
     own = target.own
     specs = announced(given)
+    if optional and not specs:
+        return _IncompatibleKeys([], [])
     mismatch = agreed(target.compare(specs))
-    mismatch.require_none("model", strict=target.scope.options.strict)
+    mismatch.require_none(target.kind, strict=target.scope.options.strict)
     assign = any(_is_meta(value) for value in own.values())
     values = {name: spec for name, spec in specs.items() if name in own}
     for name, full in from_rank0(given, specs, own.values()):
@@ -178,7 +207,7 @@ def _handed_over(
     result = own_method(scope.model, "load_state_dict")(prepared, strict=False, **more)
     if not target.wrapped and not scope.options.broadcast_from_rank0:
         mismatch = target.remaining(result)
-        mismatch.require_none("model", strict=scope.options.strict)
+        mismatch.require_none(target.kind, strict=scope.options.strict)
     return _IncompatibleKeys(list(mismatch.missing), list(mismatch.unexpected))
 
 
@@ -192,7 +221,7 @@ def misfit(name: str, own: Any, value: Any) -> str | None:
     if there is None:
         return f"{name!r}: expected a tensor of size {tuple(here)}, got {type(value).__name__}"
     if here != there:
-        return f"{name!r}: expected size {tuple(here)}, got {tuple(there)}"
+        return f"size mismatch for {name!r}: expected size {tuple(here)}, got {tuple(there)}"
     return None
 
 

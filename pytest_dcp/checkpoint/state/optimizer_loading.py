@@ -7,40 +7,150 @@ answers to each of its names. Each optimizer's own `load_state_dict` has the las
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from pytest_dcp.checkpoint.state import fsdp1
 from pytest_dcp.checkpoint.state.broadcast import agreed, announced, from_rank0
+from pytest_dcp.checkpoint.state.entries import Lack, check_entries
 from pytest_dcp.checkpoint.state.flat import GROUPS, STATE, is_flat, nested
-from pytest_dcp.checkpoint.state.groups import PARAMS, Pairing, paired
+from pytest_dcp.checkpoint.state.groups import PARAMS, Group, paired
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
 from pytest_dcp.checkpoint.state.optimizer_target import Target
+from pytest_dcp.checkpoint.state.positional import is_positional, name_positions
 from pytest_dcp.checkpoint.state.scope import Scope, own_method
+
+RAW = "raw"
+"""Beside the states and groups that rank 0 announces: whether they were an optimizer's own."""
+ALL = ("all",)
+"""The entry of a value that an optimizer keeps for all its parameters, which has no entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerLoad:
+    """A state dict that was found to fit the optimizers; nothing has changed yet."""
+
+    scope: Scope
+    targets: Sequence[Target]
+    state: Mapping[str, Any]
+    """Nested, each parameter under the name that its optimizer uses. With `specs`: rank 0's."""
+    specs: Mapping[Any, Any] | None
+    """With `broadcast_from_rank0`: what rank 0 will send, by parameter and entry."""
+    partners: Sequence[Group | None]
+    """For each group of each optimizer in turn, the group of the state dict."""
+    lacks: Mapping[Any, Lack]
+    """What stays as it is, because the state dict does not have it."""
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Load it. Collective as the check was."""
+        with fsdp1.states(self.scope.model):
+            states = self._laid_out() if self.specs is None else self._received(self.specs)
+            states = {name: of for name, of in states.items() if not self._keeps_own(name)}
+            lacking = {name: lack.entries for name, lack in self.lacks.items()}
+            partners = iter(self.partners)
+            for target in self.targets:
+                target.load(states, [next(partners) for _ in target.groups], lacking)
+
+    def _keeps_own(self, name: str) -> bool:
+        return name in self.lacks and self.lacks[name].whole
+
+    def _laid_out(self) -> dict[str, Any]:
+        states = dict(self.state[STATE])
+        seen: set[int] = set()
+        for target in self.targets:
+            for name in target.names() & states.keys():
+                mine = {e: target.laid_out(name, e, value) for e, value in states[name].items()}
+                states[name] = {e: _unshared(value, seen) for e, value in mine.items()}
+        return states
+
+    def _received(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
+        """Rank 0's states, each tensor in the memory that the optimizer keeps it in."""
+        states = _by_parameter(self.state[STATE], specs)
+        owner = {name: target for target in self.targets for name in target.names()}
+        values = _by_entry(self.state[STATE]) if dist.get_rank() == 0 else {}
+        for (name, entry), full in from_rank0(values, specs, self.scope.parameters.values()):
+            if name in owner:
+                states[name][entry] = owner[name].filled(name, entry, full)
+        return states
 
 
 @torch.no_grad()
-def load_optimizers(
+def check_optimizers(
     scope: Scope, optimizers: Sequence[Optimizer], given: Mapping[str, Any]
-) -> None:
-    """Load a state dict, nested or flat, into optimizers that together have its parameters.
+) -> OptimizerLoad | None:
+    """What loads a state dict into optimizers that together have its parameters; changes nothing.
 
-    Tensors may be whole or sharded in any way. Collective with FSDP1, with `broadcast_from_rank0`
-    and where tensors change their layout. Raises CheckpointMismatchError, naming everything at
-    once, for parameters, groups and sizes that do not fit.
+    None where there is nothing to load: an empty state dict, where it is allowed, leaves the
+    optimizers alone. The state dict is nested or flat, or one optimizer's own. Tensors may be whole
+    or sharded in any way. Collective with FSDP1 and with `broadcast_from_rank0`. Raises
+    CheckpointMismatchError, naming everything at once, for parameters, groups, entries of states
+    and sizes that do not fit.
     """
+    if not optimizers:
+        return None
     with fsdp1.states(scope.model):
         targets = _targets(scope, optimizers)
-        state = _aligned(scope, given, targets)
+        raw = is_positional(given)
+        state = _aligned(scope, name_positions(targets, given) if raw else given, targets)
         if scope.options.broadcast_from_rank0:
-            states, pairing = _from_rank0(scope, targets, state)
+            return _check_from_rank0(scope, optimizers, targets, state, raw)
+        if not given and scope.takes_nothing():
+            return None
+        mismatch, partners, lacks = _compared(scope, targets, state, raw)
+        mismatch.require_none(_kinds(optimizers), strict=scope.options.strict)
+        return OptimizerLoad(scope, targets, state, None, partners, lacks)
+
+
+def _check_from_rank0(
+    scope: Scope, optimizers: Sequence[Optimizer], targets: Sequence[Target], state: Any, raw: bool
+) -> OptimizerLoad | None:
+    """The same for what rank 0 has; the others learn of its keys and sizes."""
+    values = _by_entry(state[STATE])
+    empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
+    specs = announced({**values, GROUPS: state[GROUPS], STATE: empty, RAW: raw})
+    groups, bare, raw = specs.pop(GROUPS), specs.pop(STATE), specs.pop(RAW)
+    if not groups and not bare and not specs and scope.takes_nothing():
+        return None
+    states = {name: {} for name in bare} | _by_parameter({}, specs)
+    compared = _compared(scope, targets, {STATE: states, GROUPS: groups}, raw)
+    mismatch, partners, lacks = compared
+    agreed(mismatch).require_none(_kinds(optimizers), strict=scope.options.strict)
+    if dist.get_rank() != 0:
+        state = {STATE: {name: {} for name in bare}, GROUPS: groups}
+    return OptimizerLoad(scope, targets, state, specs, partners, lacks)
+
+
+def _kinds(optimizers: Sequence[Optimizer]) -> str:
+    return ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
+
+
+def _by_entry(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for name, of in states.items():
+        found |= (
+            {(name, entry): v for entry, v in of.items()} if _is_state(of) else {(name, ALL): of}
+        )
+    return found
+
+
+def _is_state(of: Any) -> bool:
+    return isinstance(of, Mapping)
+
+
+def _by_parameter(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states that have no entry, and those that the entries make."""
+    found: dict[Any, Any] = {name: {} for name in states}
+    for (name, entry), value in entries.items():
+        if entry == ALL:
+            found[name] = value
         else:
-            states, pairing = _here(scope, targets, state)
-        partners = iter(pairing.partners)
-        for target in targets:
-            target.load(states, [next(partners) for _ in target.groups])
+            found.setdefault(name, {})[entry] = value
+    return found
 
 
 def _targets(scope: Scope, optimizers: Sequence[Optimizer]) -> list[Target]:
@@ -70,20 +180,6 @@ def _aligned(scope: Scope, given: Mapping[str, Any], targets: Sequence[Target]) 
     return {STATE: states, GROUPS: groups}
 
 
-def _here(
-    scope: Scope, targets: Sequence[Target], state: Mapping[str, Any]
-) -> tuple[dict[str, Any], Pairing]:
-    mismatch, pairing = _compared(scope, targets, state)
-    mismatch.require_none("optimizer", strict=scope.options.strict)
-    states = dict(state[STATE])
-    seen: set[int] = set()
-    for target in targets:
-        for name in target.names() & states.keys():
-            mine = {e: target.laid_out(name, e, value) for e, value in states[name].items()}
-            states[name] = {e: _unshared(value, seen) for e, value in mine.items()}
-    return states, pairing
-
-
 def _unshared(value: Any, seen: set[int]) -> Any:
     """The value, or a copy where another parameter has the same tensor: both would change it."""
     if not isinstance(value, torch.Tensor):
@@ -94,30 +190,13 @@ def _unshared(value: Any, seen: set[int]) -> Any:
     return value
 
 
-def _from_rank0(
-    scope: Scope, targets: Sequence[Target], state: Mapping[str, Any]
-) -> tuple[dict[str, Any], Pairing]:
-    """Rank 0's state dict, each tensor in the memory that the optimizer keeps it in."""
-    values = {(name, entry): v for name, of in state[STATE].items() for entry, v in of.items()}
-    empty = [name for name, of in state[STATE].items() if not of]
-    specs = announced({**values, GROUPS: state[GROUPS], STATE: empty})
-    groups = specs.pop(GROUPS)
-    states: dict[str, Any] = {name: {} for name in specs.pop(STATE)}
-    for (name, entry), spec in specs.items():
-        states.setdefault(name, {})[entry] = spec
-    mismatch, pairing = _compared(scope, targets, {STATE: states, GROUPS: groups})
-    agreed(mismatch).require_none("optimizer", strict=scope.options.strict)
-    owner = {name: target for target in targets for name in target.names()}
-    for (name, entry), full in from_rank0(values, specs, scope.parameters.values()):
-        if name in owner:
-            states[name][entry] = owner[name].filled(name, entry, full)
-    return states, pairing
-
-
 def _compared(
-    scope: Scope, targets: Sequence[Target], state: Mapping[str, Any]
-) -> tuple[Mismatch, Pairing]:
-    """What of a state dict, or of the specs of one, does not fit, and which groups do."""
+    scope: Scope, targets: Sequence[Target], state: Mapping[str, Any], raw: bool
+) -> tuple[Mismatch, Sequence[Group | None], dict[Any, Lack]]:
+    """What of a state dict, or of the specs of one, does not fit; the groups that do; what lacks.
+
+    raw: see `check_entries`.
+    """
     own = [names for target in targets for names in target.groups]
     pairing = paired(own, state[GROUPS], scope.frozen)
     misfits: dict[str, str] = {}
@@ -132,5 +211,12 @@ def _compared(
         for entry, value in entries.items() if name in owner else ():
             if why := owner[name].misfit(name, entry, value):
                 misfits[f"{STATE}.{name}.{entry}"] = why
-    whole = pairing.mismatch.merged([Mismatch(unexpected=tuple(strangers), misfits=misfits)])
-    return whole, pairing
+    found = [pairing.mismatch, Mismatch(unexpected=tuple(strangers), misfits=misfits)]
+    lacks: dict[Any, Lack] = {}
+    partners = iter(pairing.partners)
+    for target in targets:
+        mine = [next(partners) for _ in target.groups]
+        check = check_entries(target, mine, state[STATE], grouped, raw=raw)
+        found.append(check.mismatch())
+        lacks |= check.lacks
+    return Mismatch().merged(found), pairing.partners, lacks

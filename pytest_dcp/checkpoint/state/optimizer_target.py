@@ -95,7 +95,7 @@ class Target:
 
     def filled(self, name: str, entry: str, full: torch.Tensor) -> Any:
         """The same for a whole tensor that will be overwritten: where there is a state, in it."""
-        current: Any = self._current(name).get(entry)
+        current: Any = self.current(name).get(entry)
         if _size(current) == full.shape and current.dtype == full.dtype:
             fill(current, full)
             return current
@@ -106,13 +106,19 @@ class Target:
         part = laid_out(full, like, keep=True)
         return part.clone() if part is full else part
 
-    def load(self, states: States, partners: Sequence[Group | None]) -> None:
+    def load(
+        self,
+        states: States,
+        partners: Sequence[Group | None],
+        lacking: Mapping[Any, Sequence[str]],
+    ) -> None:
         """Load the states of its own parameters and the settings of its groups' partners.
 
         A parameter that `states` does not have keeps its own; it has to have {} to lose them.
+        lacking: the entries of each state that `states` does not have: they stay as they are.
         """
         groups = [
-            {**_settings(group), **({} if partner is None else _settings(partner)), PARAMS: names}
+            {**settings_of(group), **settings_of(partner or {}), PARAMS: names}
             for group, partner, names in zip(
                 self.optimizer.param_groups, partners, self.groups, strict=True
             )
@@ -123,34 +129,51 @@ class Target:
         mine = self.names()
         kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
         state = {STATE: kept, GROUPS: groups}
-        packed = self._packed_by_fsdp1(state) if self.fsdp_names else self._packed(state)
+        pack = self._packed_by_fsdp1 if self.fsdp_names else self._packed
+        packed = pack(state, lacking)
         own_method(self.optimizer, "load_state_dict")(packed)
 
     def keeps(self, key: Any) -> bool:
         """Whether the optimizer keeps something under this key, which is no parameter's name."""
         return key in self.optimizer.state
 
-    def _packed(self, state: dict[str, Any]) -> dict[str, Any]:
+    def common_keys(self) -> list[Any]:
+        """The keys of what it keeps for all its parameters."""
+        return [key for key in self.optimizer.state if not isinstance(key, torch.Tensor)]
+
+    def _packed(
+        self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
+    ) -> dict[str, Any]:
         ids = {name: at for at, name in enumerate(chain.from_iterable(self.groups))}
         states = {ids.get(key, key): value for key, value in state[STATE].items() if value != {}}
         for name in ids.keys() - state[STATE].keys():
-            if current := self._current(name):
+            if current := self.current(name):
                 states[ids[name]] = current
+        for name in lacking.keys() & ids.keys() & state[STATE].keys():
+            own = {entry: self._expected(name, entry) for entry in lacking[name]}
+            kept = {entry: value for entry, value in own.items() if value is not None}
+            states[ids[name]] = {**kept, **states[ids[name]]}
+        states |= {key: self.optimizer.state[key] for key in self.common_keys() if key in lacking}
         groups = [{**g, PARAMS: [ids[name] for name in g[PARAMS]]} for g in state[GROUPS]]
         return {STATE: states, GROUPS: groups}
 
-    def _packed_by_fsdp1(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _packed_by_fsdp1(
+        self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
+    ) -> dict[str, Any]:
         theirs = self.fsdp_names
         states = {theirs.get(key, key): of for key, of in state[STATE].items() if of != {}}
-        if self.names() - state[STATE].keys():
+        if lacking or self.names() - state[STATE].keys():
             own = own_method(self.optimizer, "state_dict")()
             current = fsdp1.named(self.scope.model, self.optimizer, own)[STATE]
             given = {theirs[name] for name in state[STATE].keys() & theirs.keys()}
             states |= {name: of for name, of in current.items() if name not in given}
+            for name in lacking.keys() & state[STATE].keys():
+                states[theirs[name]] = {**current.get(theirs[name], {}), **state[STATE][name]}
         groups = [{**g, PARAMS: [theirs[name] for name in g[PARAMS]]} for g in state[GROUPS]]
         return fsdp1.packed(self.scope.model, self.optimizer, {STATE: states, GROUPS: groups})
 
-    def _current(self, name: str) -> Mapping[str, Any]:
+    def current(self, name: str) -> Mapping[str, Any]:
+        """What the optimizer has of a parameter; {} under FSDP1, where it has something else."""
         parameter = self.parameters.get(name)
         return {} if parameter is None else self.optimizer.state.get(parameter, {})
 
@@ -166,7 +189,7 @@ class Target:
 
     def _expected(self, name: str, entry: str) -> Any:
         """The state that the optimizer has or would begin with, or None."""
-        current = self._current(name)
+        current = self.current(name)
         if entry in current:
             return current[entry]
         if name not in self._initial:
@@ -183,5 +206,6 @@ def _size(value: Any) -> torch.Size | None:
     return size_of(value) if isinstance(value, torch.Tensor) else None
 
 
-def _settings(group: Group) -> dict[str, Any]:
+def settings_of(group: Group) -> dict[str, Any]:
+    """What a group says beside its parameters."""
     return {key: value for key, value in group.items() if key != PARAMS}

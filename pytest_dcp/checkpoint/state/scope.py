@@ -52,6 +52,15 @@ class Scope:
         prefixes = names.prefixes(submodules) if submodules else ()
         return cls(model, names, options, prefixes, parameters, frozenset(frozen))
 
+    def takes_nothing(self) -> bool:
+        """Whether an empty state dict leaves the model or the optimizers alone, as in torch.
+
+        Otherwise everything is missing. Ranks other than 0 get one with `cpu_offload` and
+        `full_state_dict`.
+        """
+        options = self.options
+        return not options.strict or (options.cpu_offload and options.full_state_dict)
+
     def first_names(self) -> dict[nn.Parameter, str]:
         """The first canonical name of each parameter: the one that optimizer states are under."""
         names: dict[nn.Parameter, str] = {}

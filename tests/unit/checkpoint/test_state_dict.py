@@ -159,7 +159,7 @@ def test_extra_state_comes_along_and_scratch_buffers_do_not() -> None:
     assert set_model_state_dict(other, state) == ([], [])
     assert other[0].seen == "much"
     del state["0._extra_state"]
-    with pytest.raises(CheckpointMismatchError, match=r"1 missing key.*'0\._extra_state'"):
+    with pytest.raises(CheckpointMismatchError, match=r'Missing key\(s\) .*: "0\._extra_state"\.'):
         set_model_state_dict(other, state)
 
 
@@ -241,8 +241,10 @@ def test_everything_that_does_not_fit_a_model_is_named_at_once() -> None:
     assert error.missing == ("one.weight", "one.bias")
     assert error.unexpected == ("one.weigth",)
     assert error.mismatched == ("two.weight", "two.bias")
-    assert "2 missing key(s): 'one.weight' (nearest: 'one.weigth'), 'one.bias'" in str(error)
-    assert "1 unexpected key(s): 'one.weigth'" in str(error)
+    assert "Error(s) in loading state_dict for Net:" in str(error)
+    assert 'Missing key(s) in state_dict: "one.weight", "one.bias".' in str(error)
+    assert 'Unexpected key(s) in state_dict: "one.weigth".' in str(error)
+    assert '"one.weight" (nearest: "one.weigth")' in str(error)
     assert "'two.weight': expected size (2, 4), got (2, 5)" in str(error)
     assert "'two.bias': expected a tensor of size (2,), got int" in str(error)
     same(model.state_dict(), before)
@@ -251,7 +253,7 @@ def test_everything_that_does_not_fit_a_model_is_named_at_once() -> None:
 def test_what_fits_is_loaded_unless_strict() -> None:
     model = Net()
     state = {"one.weight": torch.ones(4, 3), "more": torch.ones(1)}
-    with pytest.raises(CheckpointMismatchError, match=r"3 missing.*\n.*1 unexpected.*'more'"):
+    with pytest.raises(CheckpointMismatchError, match=r'Missing.*\n.*Unexpected.*"more"'):
         set_model_state_dict(model, state)
     keys = set_model_state_dict(model, state, options=LOOSE)
     assert keys.missing_keys == ALL[1:]
@@ -620,3 +622,261 @@ def test_an_optimizer_of_meta_parameters_is_refused() -> None:
     state = get_optimizer_state_dict(source, adamw(source))
     with pytest.raises(CheckpointMismatchError, match="load the model first"):
         set_optimizer_state_dict(model, optimizer, state)
+
+
+# Entries of states.
+
+
+def trained(kind: Any = torch.optim.AdamW, **more: Any) -> tuple[Net, torch.optim.Optimizer]:
+    model = Net()
+    optimizer = kind(model.parameters(), **more)
+    train(model, optimizer)
+    return model, optimizer
+
+
+def options_for(flat: bool, strict: bool = True) -> StateDictOptions:
+    return StateDictOptions(flatten_optimizer_state_dict=flat, strict=strict)
+
+
+def without(state: Any, name: str, entry: str | None, flat: bool) -> Any:
+    """The state dict without a parameter's state, or one entry of it."""
+    if flat:
+        start = f"state.{name}."
+        return {
+            key: value
+            for key, value in state.items()
+            if not (key.startswith(start) if entry is None else key == start + entry)
+        }
+    if entry is None:
+        del state["state"][name]
+    else:
+        del state["state"][name][entry]
+    return state
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("entry", [None, "exp_avg", "step"])
+def test_a_state_or_an_entry_that_is_missing_is_named_and_nothing_changes(
+    entry: str | None, stepped: bool, flat: bool
+) -> None:
+    model, optimizer = trained()
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options_for(flat)))
+    broken = without(state, "two.weight", entry, flat)
+    other = Net()
+    other_optimizer = adamw(other)
+    if stepped:
+        train(other, other_optimizer, steps=5)
+    before = copy.deepcopy(other_optimizer.state_dict())
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(other, other_optimizer, broken)
+    key = "state.two.weight" + (f".{entry}" if entry else "")
+    assert caught.value.missing == (key,)
+    assert caught.value.unexpected == ()
+    assert f'Missing key(s) in state_dict: "{key}".' in str(caught.value)
+    same(other_optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_entry_that_the_optimizer_does_not_know_is_unexpected(flat: bool) -> None:
+    model, optimizer = trained()
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options_for(flat))
+    state = copy.deepcopy(state)
+    (state if flat else state["state"]["one.bias"])["state.one.bias.more" if flat else "more"] = 3
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert caught.value.unexpected == ("state.one.bias.more",)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_state_of_another_kind_of_optimizer_is_refused(flat: bool) -> None:
+    model, optimizer = trained()
+    state = get_optimizer_state_dict(model, optimizer, options=options_for(flat))
+    other = Net()
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(other, torch.optim.RMSprop(other.parameters()), state)
+    assert set(caught.value.missing) == {f"state.{name}.square_avg" for name in ALL}
+    assert set(caught.value.unexpected) == {
+        f"state.{name}.{entry}" for name in ALL for entry in ("exp_avg", "exp_avg_sq")
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "loaded"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}, {}),
+        (torch.optim.AdamW, {}, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}, {}),
+        (torch.optim.SGD, {}, {"momentum": 0.9}),
+    ],
+)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_the_settings_that_are_loaded_say_which_entries_belong(
+    kind: Any, saved: Any, loaded: Any, stepped: bool
+) -> None:
+    model, optimizer = trained(kind, **saved)
+    state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other = Net()
+    other_optimizer = kind(other.parameters(), **loaded)
+    if stepped:
+        train(other, other_optimizer)
+    set_state_dict(other, other_optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    assert train(other, other_optimizer) == train(model, optimizer)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("entry", [None, "exp_avg"])
+def test_what_is_missing_stays_as_it_is_unless_strict(entry: str | None, flat: bool) -> None:
+    model, optimizer = trained()
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options_for(flat)))
+    other = Net()
+    other_optimizer = adamw(other)
+    train(other, other_optimizer, steps=5)
+    own = copy.deepcopy(other_optimizer.state[other.two.weight])
+    broken = without(state, "two.weight", entry, flat)
+    set_optimizer_state_dict(other, other_optimizer, broken, options=options_for(flat, False))
+    now = other_optimizer.state[other.two.weight]
+    same(now["exp_avg"], own["exp_avg"])
+    assert float(now["step"]) == (5 if entry is None else 2)
+    assert float(other_optimizer.state[other.one.weight]["step"]) == 2
+    train(other, other_optimizer)
+
+
+def test_a_missing_entry_of_an_unstepped_optimizer_begins_anew_unless_strict() -> None:
+    model, optimizer = trained()
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = Net()
+    other_optimizer = adamw(other)
+    broken = without(state, "two.weight", "exp_avg", False)
+    set_optimizer_state_dict(other, other_optimizer, broken, options=LOOSE)
+    assert not other_optimizer.state[other.two.weight]["exp_avg"].any()
+    train(other, other_optimizer)
+
+
+def test_what_an_optimizer_keeps_for_all_parameters_is_missed() -> None:
+    model, optimizer = trained(Odd)
+    state: Any = get_optimizer_state_dict(model, optimizer)
+    del state["state"]["calls"]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert caught.value.missing == ("state.calls",)
+    set_optimizer_state_dict(model, optimizer, state, options=LOOSE)
+    assert optimizer.state["calls"] == 2  # type: ignore[index]
+
+
+def test_a_group_without_settings_is_missed() -> None:
+    model, optimizer = trained(lr=0.5)
+    state: Any = get_optimizer_state_dict(model, optimizer)
+    state["param_groups"] = [{"params": state["param_groups"][0]["params"]}]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert caught.value.missing == ("param_groups.one.weight",)
+
+
+def test_an_optimizer_that_does_not_tell_its_entries_is_held_to_those_it_has() -> None:
+    """L-BFGS steps with a closure only, and its state grows."""
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    early: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    optimizer.step(closure)
+    later: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    assert early["state"]["one.weight"].keys() < later["state"]["one.weight"].keys()
+    set_optimizer_state_dict(model, optimizer, later)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, without(later, "one.weight", None, False))
+    assert caught.value.missing == ("state.one.weight",)
+
+
+def test_the_model_is_not_loaded_where_the_optimizers_half_does_not_fit() -> None:
+    model, optimizer = trained()
+    state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other, other_optimizer = trained()
+    before = copy.deepcopy((other.state_dict(), other_optimizer.state_dict()))
+    broken = without(copy.deepcopy(optimizer_state), "one.bias", "step", False)
+    with pytest.raises(CheckpointMismatchError, match=r"state\.one\.bias\.step"):
+        set_state_dict(other, other_optimizer, model_state_dict=state, optim_state_dict=broken)
+    same(other.state_dict(), before[0])
+    del state["one.bias"]
+    with pytest.raises(CheckpointMismatchError, match=r'"one\.bias"'):
+        set_state_dict(
+            other, other_optimizer, model_state_dict=state, optim_state_dict=optimizer_state
+        )
+    same(other.state_dict(), before[0])
+    same(other_optimizer.state_dict(), before[1])
+
+
+# Halves that are empty, and an optimizer's own state dict.
+
+
+def test_an_empty_state_dict_leaves_the_model_alone() -> None:
+    model, optimizer = trained()
+    other = Net()
+    other_optimizer = adamw(other)
+    before = copy.deepcopy(other.state_dict())
+    keys = set_state_dict(
+        other,
+        other_optimizer,
+        model_state_dict={},
+        optim_state_dict=copy.deepcopy(get_optimizer_state_dict(model, optimizer)),
+    )
+    assert keys == ([], [])
+    same(other.state_dict(), before)
+    same(other_optimizer.state_dict(), optimizer.state_dict())
+    assert set_model_state_dict(other, {}, options=LOOSE) == ([], [])
+    same(other.state_dict(), before)
+
+
+def test_an_empty_state_dict_leaves_the_optimizer_alone() -> None:
+    model = Net()
+    other, other_optimizer = trained()
+    state = copy.deepcopy(get_model_state_dict(model))
+    before = copy.deepcopy(other_optimizer.state_dict())
+    set_state_dict(other, (), model_state_dict=state, optim_state_dict={})
+    elsewhere = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    for options in (LOOSE, elsewhere):
+        set_state_dict(
+            other, other_optimizer, model_state_dict=state, optim_state_dict={}, options=options
+        )
+        set_optimizer_state_dict(other, other_optimizer, {}, options=options)
+    same(other_optimizer.state_dict(), before)
+    same(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, Odd])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_optimizers_own_state_dict_is_taken(kind: Any, stepped: bool) -> None:
+    model, optimizer = trained(kind) if stepped else (Net(), kind(Net().parameters()))
+    other = Net()
+    other_optimizer = kind(other.parameters(), **({} if kind is Odd else {"lr": 0.9}))
+    if kind is Odd:
+        other_optimizer.state["calls"] = 0
+    train(other, other_optimizer)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(optimizer.state_dict()))
+    if stepped:
+        same(other_optimizer.state_dict(), optimizer.state_dict())
+        assert train(other, other_optimizer) == train(model, optimizer)
+    else:
+        assert not [key for key in other_optimizer.state if isinstance(key, torch.Tensor)]
+
+
+def test_an_optimizers_own_state_dict_is_checked_too() -> None:
+    model, optimizer = trained()
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    del state["state"][1]["exp_avg"]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert caught.value.missing == ("state.one.bias.exp_avg",)
+    with pytest.raises(CheckpointMismatchError, match=r"groups of \[4\].* hold \[2, 2, 0\]"):
+        set_optimizer_state_dict(model, grouped(model, "wbe"), optimizer.state_dict())  # type: ignore[arg-type]
+    two = adamw(model.one), adamw(model.two)
+    with pytest.raises(CheckpointMismatchError, match="which of the 2 optimizers"):
+        set_optimizer_state_dict(model, two, optimizer.state_dict())  # type: ignore[arg-type]

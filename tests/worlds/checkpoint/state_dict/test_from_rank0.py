@@ -177,8 +177,9 @@ def test_an_optimizer_that_does_not_fit_is_named_on_every_rank(rank: int) -> Non
     assert caught.value.missing == ("first.up.weight",)
     assert caught.value.mismatched == ("state.module.bias.exp_avg",)
     assert not optimizer.state
-    with pytest.raises(CheckpointMismatchError, match="8 missing"):
+    with pytest.raises(CheckpointMismatchError, match=r"Missing key\(s\)") as caught:
         set_optimizer_state_dict(model, optimizer, {}, options=FROM_RANK0)
+    assert len(caught.value.missing) == 8
 
 
 def test_parts_on_rank_0_are_refused_on_every_rank(rank: int) -> None:
@@ -262,3 +263,68 @@ def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
     model(torch.ones(1, 256)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", ["plain", "fsdp1", "fsdp2"])
+def test_rank_0_alone_says_that_a_half_is_left_alone(way: str, rank: int) -> None:
+    model = WAYS[way](Net())
+    optimizer = adamw(model)
+    train(model, optimizer, steps=2)
+    state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer, options=ON_RANK0))
+    other = WAYS[way](Net(seed=7))
+    other_optimizer = adamw(other)
+    before = copy.deepcopy(get_model_state_dict(other, options=FULL))
+    keys = set_state_dict(
+        other,
+        other_optimizer,
+        model_state_dict={},
+        optim_state_dict=optimizer_state,
+        options=FROM_RANK0,
+    )
+    assert keys == ([], [])
+    close(get_model_state_dict(other, options=FULL), before)
+    found: Any = get_optimizer_state_dict(other, other_optimizer, options=FULL)["state"]
+    assert {float(of["step"]) for of in found.values()} == {2.0}
+    loose = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    assert set_model_state_dict(other, {}, options=loose) == ([], [])
+    set_optimizer_state_dict(other, other_optimizer, {}, options=loose)
+    with pytest.raises(CheckpointMismatchError):
+        set_optimizer_state_dict(other, other_optimizer, {}, options=FROM_RANK0)
+    set_model_state_dict(other, state, options=FROM_RANK0)
+    assert train(other, other_optimizer) == pytest.approx(train(model, optimizer), rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["plain", "fsdp1", "fsdp2"])
+def test_an_entry_that_rank_0_lacks_is_named_on_every_rank(way: str, rank: int) -> None:
+    model = WAYS[way](Net())
+    optimizer = adamw(model)
+    train(model, optimizer, steps=2)
+    state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=ON_RANK0))
+    if rank == 0:
+        del state["state"]["first.up.weight"], state["state"]["first.up.bias"]["exp_avg"]
+    before = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state, options=FROM_RANK0)
+    assert set(caught.value.missing) == {"state.first.up.weight", "state.first.up.bias.exp_avg"}
+    close(get_optimizer_state_dict(model, optimizer, options=FULL), before)
+
+
+@pytest.mark.parametrize("way", ["plain", "fsdp2"])
+def test_rank_0_may_give_an_optimizers_own_state_dict(way: str, rank: int) -> None:
+    source = plain(Net())
+    source_optimizer = adamw(source)
+    train(source, source_optimizer, steps=2)
+    model = WAYS[way](Net(seed=7))
+    optimizer = adamw(model)
+    given: Any = ({}, {})
+    if rank == 0:
+        given = dict(source.state_dict()), copy.deepcopy(source_optimizer.state_dict())
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=given[0],
+        optim_state_dict=given[1],
+        options=FROM_RANK0,
+    )
+    losses = train(source, source_optimizer, steps=2)
+    assert train(model, optimizer, steps=2) == pytest.approx(losses, rel=1e-4)

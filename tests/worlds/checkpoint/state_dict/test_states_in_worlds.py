@@ -40,7 +40,7 @@ def half_frozen(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize("way", SHARDING)
 def test_frozen_parameters_go_round(way: str) -> None:
-    """Also into a model that is not frozen, where their states begin anew."""
+    """Into a model that is not frozen only where their states may be missing, and begin anew."""
     bare = half_frozen(Net())
     bare_optimizer = adamw(bare)
     train(bare, bare_optimizer, steps=2)
@@ -65,7 +65,15 @@ def test_frozen_parameters_go_round(way: str) -> None:
     losses = train(bare, bare_optimizer, steps=2)
     assert train(other, other_optimizer, steps=2) == pytest.approx(losses, rel=1e-4)
     thawed = WAYS[way](Net(seed=7))
-    set_optimizer_state_dict(thawed, adamw(thawed), copy.deepcopy(states[1]))
+    thawed_optimizer = adamw(thawed)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(thawed, thawed_optimizer, copy.deepcopy(states[1]))
+    assert set(caught.value.missing) == {
+        f"state.{name}" for name, _ in bare.named_parameters() if name.startswith("second")
+    }
+    loose = StateDictOptions(strict=False)
+    set_optimizer_state_dict(thawed, thawed_optimizer, copy.deepcopy(states[1]), options=loose)
+    assert train(thawed, thawed_optimizer)
 
 
 @pytest.mark.parametrize("way", SHARDING)
@@ -203,6 +211,56 @@ def test_everything_that_does_not_fit_is_named_in_every_way(way: str) -> None:
     found: Any = get_optimizer_state_dict(model, optimizer, options=FULL)["state"]
     assert float(found["module.weight"]["step"]) == 2
     assert float(found["first.up.weight"]["step"]) == 1
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("way", ["ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_tp"])
+def test_missing_entries_are_named_on_every_rank_in_every_way(
+    way: str, full: bool, flat: bool
+) -> None:
+    model = WAYS[way](Net())
+    optimizer = adamw(model)
+    train(model, optimizer, steps=2)
+    options = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flat)
+    state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    if flat:
+        gone = [key for key in state if key.startswith("state.first.up.weight.")]
+        for key in [*gone, "state.first.up.bias.exp_avg"]:
+            del state[key]
+    else:
+        del state["state"]["first.up.weight"], state["state"]["first.up.bias"]["exp_avg"]
+    other = WAYS[way](Net(seed=7))
+    other_optimizer = adamw(other)
+    train(other, other_optimizer)
+    before = copy.deepcopy(get_optimizer_state_dict(other, other_optimizer, options=FULL))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(other, other_optimizer, state)
+    missing = {"state.first.up.weight", "state.first.up.bias.exp_avg"}
+    assert set(caught.value.missing) == missing
+    assert caught.value.unexpected == ()
+    close(get_optimizer_state_dict(other, other_optimizer, options=FULL), before)
+    loose = StateDictOptions(strict=False)
+    set_optimizer_state_dict(other, other_optimizer, state, options=loose)
+    found: Any = get_optimizer_state_dict(other, other_optimizer, options=FULL)["state"]
+    kept: Any = before["state"]
+    close(found["first.up.weight"], kept["first.up.weight"])
+    close(found["first.up.bias"]["exp_avg"], kept["first.up.bias"]["exp_avg"])
+    assert float(found["first.up.bias"]["step"]) == 2
+    assert float(found["module.weight"]["step"]) == 2
+
+
+@pytest.mark.parametrize("way", ["plain", "ddp", "fsdp1", "fsdp2", "fsdp2_tp"])
+def test_an_optimizers_own_state_dict_is_taken_in_every_way(way: str) -> None:
+    model = WAYS[way](Net())
+    optimizer = adamw(model)
+    train(model, optimizer, steps=2)
+    other = WAYS[way](Net(seed=7))
+    other_optimizer = adamw(other, lr=0.9)
+    set_model_state_dict(other, get_model_state_dict(model))
+    set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(optimizer.state_dict()))
+    losses = train(model, optimizer, steps=2)
+    assert train(other, other_optimizer, steps=2) == pytest.approx(losses, rel=1e-4)
 
 
 def test_parameters_that_are_whole_after_a_forward_are_found_sharded() -> None:
