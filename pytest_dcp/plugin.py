@@ -88,9 +88,15 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
     harness = marking.begin(session, options)
     try:
-        return (yield)
-    finally:
+        result: object = yield
+    except (KeyboardInterrupt, pytest.exit.Exception):
+        harness.close(hurried=True)
+        raise
+    except BaseException:
         harness.close()
+        raise
+    harness.close()
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.harness.items import ITEM_KEY
+from pytest_dcp.harness.items import ITEM_KEY, module_of
 from pytest_dcp.harness.logs import SteadyLogs
+from pytest_dcp.harness.warm import WarmWorlds
 
 
 class ItemHooks:
     """The plugin."""
 
-    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs) -> None:
+    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs, warm: WarmWorlds) -> None:
         self._steady_logs = steady_logs
+        self._warm = warm
         self._pdb_invoke = pdb_invoke
         """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
 
@@ -39,16 +41,30 @@ class ItemHooks:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """Tell a marked item what comes after it."""
-        if (marked := item.stash.get(ITEM_KEY, None)) is None:
-            return (yield)
-        marked.begin(nextitem)
-        try:
-            with self._steady_logs.during_an_item():
-                return (yield)
-        finally:
-            if nextitem is None or ITEM_KEY not in nextitem.stash:
-                self._steady_logs.take_off()
+        """See to the idle worlds before and after each item; tell a marked one that it begins."""
+        self._warm.check()
+        marked = item.stash.get(ITEM_KEY, None)
+        if marked is None:
+            result: object = yield
+        else:
+            marked.begin()
+            try:
+                with self._steady_logs.during_an_item():
+                    result = yield
+            finally:
+                if nextitem is None or ITEM_KEY not in nextitem.stash:
+                    self._steady_logs.take_off()
+        self._warm.end_all(but_module=module_of(nextitem) if nextitem is not None else None)
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Tell a marked item what comes after it: nothing where the session stops."""
+        if (marked := item.stash.get(ITEM_KEY, None)) is not None:
+            marked.begin_teardown(nextitem)
+        return (yield)
 
     def pytest_sessionfinish(self) -> None:
         """The last test was not known for the last, as with -x."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from _pytest.raises import AbstractRaises
 from _pytest.skipping import xfailed_key
+from _pytest.warnings import catch_warnings_for_item
 
-from pytest_dcp.errors import RankFailure, WorldError
+from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
-from pytest_dcp.harness.outcome import Outcome, combine, is_echo, lost_lines, ranks_text
+from pytest_dcp.harness.outcome import Outcome, combine, lost_lines, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
+from pytest_dcp.harness.warm import Key, Place, as_running_item, joined, tear_down_survivors
 from pytest_dcp.harness.world import World
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_engine import FoundError
 
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
-WIND_DOWN_S = 2.0
-"""For the fixtures of ranks that outlived their peers: enough to close what they hold."""
 COLLECT_S = 120.0
 """For a spawned rank to collect its test before it sets it up."""
 EXPECTED_STRAYS = (
@@ -45,6 +45,8 @@ EXPECTED_STRAYS = (
     "dcp-async-save",
 )
 """Helpers that end by themselves when their rank does, but a moment later."""
+
+PASSED = Outcome("passed", "", (), {})
 
 _folders = itertools.count()
 
@@ -78,11 +80,16 @@ class MarkedItem:
     checkpoint_dir: Path = field(default_factory=Path)
     lost: frozenset[int] = frozenset()
     """Ranks that the test has lost as it asked, and that were told of."""
+    torn_before: Outcome = PASSED
+    """How the item was torn down in worlds that were replaced while it ran."""
 
-    def begin(self, nextitem: pytest.Item | None) -> None:
+    def begin(self) -> None:
         """The item's protocol starts."""
-        self.nextitem = nextitem
         self.limit_s = self.spec.timeout_s
+
+    def begin_teardown(self, nextitem: pytest.Item | None) -> None:
+        """The item's teardown starts; no `nextitem` when the session ends or stops."""
+        self.nextitem = nextitem
 
     def limit(self, timeout_s: float) -> None:
         """pytest-timeout's limit: in the place of the default, the lower one of two explicit."""
@@ -97,9 +104,10 @@ class MarkedItem:
         self.failed, self.raised, self.outcome, self.world = False, None, None, None
         self.lost = frozenset()
         self.unexpectedly = ""
+        self.torn_before = PASSED
         seed = self.harness.seed_of(self.item.nodeid)
         self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
-        self.world = self._take_warm()
+        self.world = self.harness.warm.take(self._warm_key(), self._place())
         if self.world is None:
             self.world, booted = self.harness.open(self.spec, seed)
             self._absorb(self.world, booted, "setup")
@@ -153,63 +161,101 @@ class MarkedItem:
         """Tear the item down in every rank, and the world unless it is kept warm."""
         if self.world is None:
             return
+        world, kept = self.world, False
         try:
-            died = self.world.died()
-            if self.world.sound:
-                self._tear_down_whole(self.world)
-            elif not self.world.ended:
-                self._wind_down(self.world, died)
+            torn = joined(self.torn_before, combine(0, {}, world.died()))
+            if world.sound:
+                kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
+                torn = joined(torn, ended)
+            elif not world.ended:
+                torn = joined(torn, tear_down_survivors(world))
+            self._raise_for(torn)
         finally:
-            world, self.world = self.world, None
-            if world not in self.harness.warm.values():
+            self.world = None
+            if not kept:
                 world.kill()
             self._warn_of_strays(world)
             self._drop_checkpoint_dir()
 
-    def _tear_down_whole(self, world: World) -> None:
-        keep = self._keeps_warm() and world.whole
-        nextitem = self.nextitem if keep else None
-        go = Go("teardown", _index_of(nextitem), nextitem.nodeid if nextitem is not None else "")
-        torn = world.run("teardown", go)
+    def _tear_down_whole(self, world: World, *, keep: bool) -> tuple[bool, Outcome]:
+        """Tear down in every rank, and end the world unless it is kept: whether it is, and how
+        that went.
+        """
+        follower = self._follower() if keep and world.whole else None
+        torn = world.run("teardown", (follower or Place()).order())
         self._absorb(world, torn, "teardown")
         reusable = world.whole and self._absorb_whole_item(torn)
-        if torn.kind == "passed" and keep and reusable:
-            self.harness.warm[self._warm_key()] = world
-        elif torn.kind == "passed":
-            torn = world.close()
-        else:
-            world.close()
-        self._raise_for(torn)
+        if torn.kind == "passed" and follower is not None:
+            if reusable:
+                self.harness.warm.keep(self._warm_key(), world, self, follower)
+                return True, torn
+            torn = world.run("teardown", Place().order())  # what was to stay for the follower
+            self._absorb(world, torn, "teardown")
+        return False, joined(torn, world.close())
 
-    def _wind_down(self, world: World, died: Sequence[RankFailure]) -> None:
-        """Tear down in the ranks that are left; what is new in that is the item's error."""
-        failures = [
-            failure
-            for failure in world.wind_down(Go("teardown"), WIND_DOWN_S)
-            if failure.kind == "failed" and not is_echo(failure)
-        ]
-        if failures := [*died, *failures]:
-            self._raise_for(combine(0, {}, failures))
+    def note_teardown(self, torn: Outcome) -> None:
+        """Keep what failed when the item was torn down in a world that is replaced, once."""
+        known = {failure.summary for failure in self.torn_before.failures}
+        if any(failure.summary not in known for failure in torn.failures):
+            self.torn_before = joined(self.torn_before, torn)
 
     # Warm worlds.
 
-    def _warm_key(self) -> tuple[str, WorldSpec]:
-        return _module_of(self.item), self.spec
+    def _warm_key(self) -> Key:
+        return module_of(self.item), self.spec
 
-    def _take_warm(self) -> World | None:
-        self.harness.close_warm(but_module=_module_of(self.item))
-        world = self.harness.warm.pop(self._warm_key(), None)
-        if world is not None and not world.whole:
-            world.kill()
+    def _place(self) -> Place:
+        return Place(self.index, self.item.nodeid)
+
+    def _follower(self) -> Place | None:
+        """The test that takes this world next, or another test of its module; None for none.
+
+        What runs after the next test is known only where pytest goes through the session's items:
+        a worker of pytest-xdist is told of one item at a time.
+        """
+        nextitem = self.nextitem
+        if self.spec.isolation != "module" or self.failed or nextitem is None:
             return None
-        return world
+        items, after = self.item.session.items, self.index + 1
+        in_order = after < len(items) and items[after] is nextitem
+        if not in_order or hasattr(self.item.config, "workerinput"):
+            return _place_of(nextitem) if module_of(nextitem) == module_of(self.item) else None
+        for item in itertools.islice(items, after, None):
+            if module_of(item) != module_of(self.item):
+                return None
+            marked = item.stash.get(ITEM_KEY, None)
+            if marked is not None and marked.spec == self.spec:
+                return marked._place()
+        return None
 
-    def _keeps_warm(self) -> bool:
-        return (
-            self.spec.isolation == "module"
-            and not self.failed
-            and self.nextitem is not None
-            and _module_of(self.nextitem) == _module_of(self.item)
+    def absorb_late(self, world: World, outcome: Outcome) -> None:
+        """Keep what ranks of this test's world printed and warned of when the test was over."""
+        self._absorb(world, outcome, "teardown")
+        with self._recording_warnings():
+            self._absorb_whole_item(outcome)
+
+    def report_late(self, world: World, outcome: Outcome) -> None:
+        """Report, at this test's teardown, what went wrong in its world when the test was over."""
+
+        def conclude() -> None:
+            __tracebackhide__ = True
+            self._warn_of_strays(world)
+            self._raise_for(outcome)
+
+        with self._recording_warnings():
+            call = pytest.CallInfo.from_call(conclude, when="teardown", reraise=None)
+        if call.excinfo is not None:
+            with as_running_item(self.item):
+                ihook = self.item.ihook
+                rep = ihook.pytest_runtest_makereport(item=self.item, call=call)
+                ihook.pytest_runtest_logreport(report=rep)
+        if outcome.kind in ("exit", "interrupt"):
+            self.item.session.shouldstop = outcome.reason
+
+    def _recording_warnings(self) -> contextlib.AbstractContextManager[None]:
+        """As pytest does around each item, by the filters that are set for this one."""
+        return catch_warnings_for_item(
+            config=self.item.config, ihook=self.item.ihook, when="runtest", item=self.item
         )
 
     # What the ranks said.
@@ -325,7 +371,7 @@ class MarkedItem:
             rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
             path, line, _ = self.item.reportinfo()
             location = (str(path), (line or 0) + 1)
-            if self.found is not None:
+            if self.found is not None and call.when == "call":
                 from pytest_dcp.harness import lockstep_item
 
                 rep.longrepr = lockstep_item.longrepr_for(
@@ -360,16 +406,16 @@ def attach(item: pytest.Item, marked: MarkedItem) -> None:
     item.teardown = marked.teardown  # type: ignore[method-assign]
 
 
-def _module_of(item: pytest.Item) -> str:
+def module_of(item: pytest.Item) -> str:
+    """The nodeid of the module that an item is in, or its own without one."""
     module = item.getparent(pytest.Module)
     return module.nodeid if module is not None else item.nodeid
 
 
-def _index_of(item: pytest.Item | None) -> int:
-    if item is None:
-        return -1
+def _place_of(item: pytest.Item) -> Place:
     marked = item.stash.get(ITEM_KEY, None)
-    return marked.index if marked is not None else item.session.items.index(item)
+    index = marked.index if marked is not None else item.session.items.index(item)
+    return Place(index, item.nodeid)
 
 
 def _properties(outcome: Outcome) -> list[tuple[str, object]]:

@@ -21,6 +21,7 @@ from pytest_dcp.harness.lockstep_engine import Found, FoundError, conduct
 from pytest_dcp.harness.outcome import Outcome
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
+from pytest_dcp.harness.warm import tear_down_survivors
 from pytest_dcp.harness.world import World
 
 __all__ = ["Company", "FoundError", "conduct", "longrepr_for", "without_fixture_check"]
@@ -41,6 +42,9 @@ class Item(Protocol):
 
     def setup_limit_s(self) -> float:
         """What ranks get to set it up."""
+
+    def note_teardown(self, torn: Outcome) -> None:
+        """Keep what failed when the item was torn down in a world that is replaced."""
 
     def expects(self, error: BaseException) -> bool:
         """Whether the test's xfail marker has this exception in mind."""
@@ -63,7 +67,8 @@ class Company:
     def renew(self) -> Outcome:
         """A new world in the place of a broken one, where the item's call has begun."""
         marked = self._marked
-        self.world.kill()
+        if not self.world.ended:
+            marked.note_teardown(tear_down_survivors(self.world))
         seed = marked.harness.seed_of(marked.item.nodeid)
         marked.world, began = marked.harness.open(marked.spec, seed)
         if began.kind == "passed":

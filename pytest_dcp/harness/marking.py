@@ -139,7 +139,8 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     session.config.stash[HARNESS_KEY] = harness
     harness.launcher()
     manager = session.config.pluginmanager
-    hooks = ItemHooks(manager.unregister(name="pdbinvoke"), SteadyLogs(session.config))
+    pdb_invoke = manager.unregister(name="pdbinvoke")
+    hooks = ItemHooks(pdb_invoke, SteadyLogs(session.config), harness.warm)
     manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)

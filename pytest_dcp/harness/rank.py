@@ -106,6 +106,16 @@ class Channel:
         return got
 
 
+class ItemRunner(Protocol):
+    """Runs the items of a session in this rank."""
+
+    def run(self, order: RunItem) -> None:
+        """One item from setup to teardown, in lockstep with the other ranks."""
+
+    def tear_down(self, order: Go) -> Done:
+        """Between two items, tear down what the named one does not share; without one, all."""
+
+
 class Watcher(Protocol):
     """A fixture's value that is new for each example of a property."""
 
@@ -203,18 +213,18 @@ def announce_death(reason: str) -> None:
 def run(
     order: Order,
     fds: RankFds,
-    prepare: Callable[[Rank], Callable[[RunItem], None]],
+    prepare: Callable[[Rank], ItemRunner],
 ) -> NoReturn:
-    """A rank's whole process. `prepare` readies the session and returns what runs an item."""
+    """A rank's whole process. `prepare` readies the session and returns what runs its items."""
     global _current
     code = 1
     try:
         channel = Channel(fds.socket)
         rank = _current = Rank(order, channel, fds, seed=order.seed)
         _watch_faults(fds.trace)
-        run_item = prepare(rank)
+        runner = prepare(rank)
         if _boot(rank):
-            _serve(rank, run_item)
+            _serve(rank, runner)
             code = 0
     except ControllerGoneError:
         code = 1
@@ -303,7 +313,7 @@ def _init_process_group(order: Order) -> None:
     )
 
 
-def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
+def _serve(rank: Rank, runner: ItemRunner) -> None:
     """Orders, one after the other, until `Leave`."""
     before = Surroundings() if rank.order.isolation == "module" else None
     while True:
@@ -314,7 +324,7 @@ def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
                     before.restore()
                 rank.checkpoint_dir = order.checkpoint_dir
                 rank.reseed(order.seed)
-                run_item(order)
+                runner.run(order)
             case Call():
                 rank.reseed(order.seed)
                 done = _call(rank, order.payload)
@@ -323,6 +333,8 @@ def _serve(rank: Rank, run_item: Callable[[RunItem], None]) -> None:
             case Leave():
                 _leave(rank)
                 return
+            case Go("teardown"):
+                rank.channel.send(runner.tear_down(order))
             case Go():
                 raise DcpError(f"told to run {order.phase}, but no item was begun")
             case _:

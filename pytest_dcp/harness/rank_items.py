@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import pytest
 from _pytest.python import get_direct_param_fixture_func
 from _pytest.scope import Scope
 from _pytest.skipping import evaluate_xfail_marks
+from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import measure
@@ -37,7 +38,7 @@ from pytest_dcp.harness.events import (
     RunItem,
     SubReport,
 )
-from pytest_dcp.harness.rank import Rank, one_line
+from pytest_dcp.harness.rank import ItemRunner, Rank, one_line
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
 SECTION_CHARS = 1 << 16
@@ -80,8 +81,8 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     return plugin
 
 
-def enlist(rank: Rank, plugin: RankPlugin) -> Callable[[RunItem], None]:
-    """Make the session this rank's; returns what runs an item of it."""
+def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
+    """Make the session this rank's; returns what runs its items."""
     config = plugin.config
     rank.capture = plugin.capturing
     if plugin.follows:
@@ -91,7 +92,7 @@ def enlist(rank: Rank, plugin: RankPlugin) -> Callable[[RunItem], None]:
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
-    return plugin.run
+    return plugin
 
 
 def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
@@ -185,11 +186,33 @@ class RankPlugin:
             raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
         self.warnings = []
         _widen_world_size(item)
-        stack = self.session._setupstate.stack
-        if stack and not set(stack) <= set(item.listchain()):
-            self.session._setupstate.teardown_exact(item)
         item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         self.rank.channel.send(self._concluded(self._torn_down))
+
+    def tear_down(self, order: Go) -> Done:
+        """Tear down what the order's item does not share, all without one, between two items.
+
+        The verdict is given as one of the teardown of the item that ran last.
+        """
+        item = self._item
+        nextitem = self._find(order.next_index, order.next_nodeid)
+        self.warnings, self._seen = [], _Seen.of(item)
+        with self.capturing() as sections, self._recording_warnings(item):
+            call = pytest.CallInfo.from_call(
+                lambda: self.session._setupstate.teardown_exact(nextitem),
+                when="teardown",
+                reraise=None,
+            )
+        done = self._verdict(item, "teardown", call)
+        printed = tuple(("teardown", name, text) for _, name, text in sections)
+        done = replace(done, sections=(*done.sections, *printed))
+        return self._concluded(done)
+
+    def _recording_warnings(self, item: pytest.Item) -> contextlib.AbstractContextManager[None]:
+        """As pytest does around each item, by the filters that are set for this one."""
+        return catch_warnings_for_item(
+            config=self.config, ihook=item.ihook, when="runtest", item=item
+        )
 
     def _find(self, index: int, nodeid: str) -> pytest.Item | None:
         items = self.session.items
@@ -229,6 +252,7 @@ class RankPlugin:
         has_request = hasattr(item, "_request")
         if has_request and not any_item._request:
             any_item._initrequest()
+        self._item = item
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive()
@@ -322,7 +346,6 @@ class RankPlugin:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Know whose examples are run, and check the fixtures of a property."""
         __tracebackhide__ = True
-        self._item = item
         if self.follows and hasattr(item, "obj") and hasattr(item.obj, "hypothesis"):
             from pytest_dcp.harness import lockstep_rank
 

@@ -34,6 +34,7 @@ from pytest_dcp.harness.outcome import Outcome
 from pytest_dcp.harness.rank import current
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.supervise import Terminal
+from pytest_dcp.harness.warm import WarmWorlds
 from pytest_dcp.harness.world import World, WorldSettings
 
 LEASE_S = 600.0
@@ -57,8 +58,7 @@ class Harness:
         self.options = options
         self.notes: list[str] = []
         """Lines for the user, said once."""
-        self.warm: dict[tuple[str, WorldSpec], World] = {}
-        """Worlds kept between the tests of a module, by the module's nodeid."""
+        self.warm = WarmWorlds()
         self.folders_made = 0
         self._launcher: Launcher | None = None
         self._pool: LeasePool | None = None
@@ -185,20 +185,17 @@ class Harness:
             return self.options.seed
         return zlib.crc32(name.encode())
 
-    def close_warm(self, *, but_module: str = "") -> None:
-        """End the warm worlds of every module but this one."""
-        for key in [key for key in self.warm if key[0] != but_module]:
-            self.warm.pop(key).close()
-
-    def close(self) -> None:
-        """End every world and the launcher."""
-        self.warm.clear()
-        for world in list(self._open.values()):
-            world.kill()
-        if self._launcher is not None:
-            self._launcher.close()
-            self._launcher = None
-        measure.gather(self.folder)
+    def close(self, *, hurried: bool = False) -> None:
+        """End every world and the launcher; `hurried` when the session was interrupted."""
+        try:
+            self.warm.end_all(hurried=hurried)
+        finally:
+            for world in list(self._open.values()):
+                world.kill()
+            if self._launcher is not None:
+                self._launcher.close()
+                self._launcher = None
+            measure.gather(self.folder)
 
 
 def harness_of(config: pytest.Config) -> Harness:

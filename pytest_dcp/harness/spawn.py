@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ import pytest
 
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import linux, measure, rank, rank_items
-from pytest_dcp.harness.events import RunItem
+from pytest_dcp.harness.events import Done, Go, RunItem
 from pytest_dcp.harness.launch import (
     RANK_VARIABLE,
     STACKS_SIGNAL,
@@ -210,7 +211,7 @@ def main() -> NoReturn:
         os.set_inheritable(fd, False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     order = Order.from_json(told["order"])
-    rank.run(order, fds, lambda one: _Collecting(one, told["session"]).run)
+    rank.run(order, fds, lambda one: _Collecting(one, told["session"]))
 
 
 class _Collecting:
@@ -235,6 +236,10 @@ class _Collecting:
         serving = _Serving(self.rank, order)
         config.pluginmanager.register(serving, "pytest_dcp.serving")
         serving.run(config)
+
+    def tear_down(self, order: Go) -> Done:
+        """Nothing: the session of an item has torn down all that it had set up."""
+        return Done("teardown", "passed", time.monotonic())
 
 
 @contextlib.contextmanager
@@ -337,8 +342,8 @@ class _Serving:
         self.rank.threads = frozenset(threading.enumerate())
         try:
             plugin = rank_items.prepare(session, tty="/dev/tty")
-            run: Callable[[RunItem], None] = rank_items.enlist(self.rank, plugin)
-            run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
+            runner = rank_items.enlist(self.rank, plugin)
+            runner.run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
         except BaseException as exc:  # noqa: BLE001 - `run` raises it
             self._error = exc
         self._print_to(self._nowhere)

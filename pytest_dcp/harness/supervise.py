@@ -223,6 +223,11 @@ class Supervisor:
             for action in self._end(rank, now)
         ]
 
+    def give_up(self, now: float) -> list[Action]:
+        """End the ranks that have not answered: nobody waits for them any more."""
+        text = f"still in {self.phase}"
+        return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
+
     def exited(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
         state = self.states[rank]
@@ -236,10 +241,8 @@ class Supervisor:
         as_asked = self.deaths.ended(rank, exit_text(status))
         if as_asked or state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
             return [*self._meet(), *self._told()]
-        after = " after its verdict" if state is S.LEAVING else ""
-        where = f" in {self.phase}" if state in BUSY and state is not S.LEAVING else after
-        text = f"{exit_text(status)}{where}, without a verdict"
-        self._fail(rank, "crashed", text if not after else exit_text(status) + after, now, now)
+        text = f"{exit_text(status)}{_when(state, self.phase)}"
+        self._fail(rank, "crashed", text, now, now)
         return [*self._meet(), *self._told()]
 
     def closed(self, rank: int, now: float) -> list[Action]:
@@ -396,3 +399,12 @@ class Supervisor:
     def _told(self) -> list[Action]:
         """Answers to the ranks whose asked-for fault has happened."""
         return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]
+
+
+def _when(state: S, phase: Phase) -> str:
+    """When a rank ended that should not have."""
+    if state is S.LEAVING:
+        return " after its verdict"
+    if state is S.IDLE:
+        return f" after {phase}"
+    return f" in {phase}, without a verdict" if state in BUSY else ", without a verdict"

@@ -221,21 +221,22 @@ class World:
             self._drain()
             return self._explained()[told:]
 
-    def wind_down(self, order: Down, within_s: float) -> Sequence[RankFailure]:
-        """A last phase on the ranks that outlived a failure; returns what failed in it.
+    def wind_down(self, order: Down, within_s: float) -> Outcome:
+        """A last phase on the ranks that outlived a failure, and the end; how the phase went.
 
         Their fixtures may hold things outside this machine; their peers are dead, so they get only
-        `within_s`.
+        `within_s`. Ranks that are still at work are killed.
         """
         with self._guarded():
             self._drain()
+            self._act(self._supervisor.give_up(time.monotonic()))
             orders = dict.fromkeys(self._supervisor.idle, order)
             deadline = time.monotonic() + within_s
             self._act(self._supervisor.begin("teardown", orders, deadline))
             self._wait()
-            failures = self._explained()
+            outcome = combine(0, self._supervisor.done, self._explained())
             self.kill()
-            return failures
+            return outcome
 
     def close(self) -> Outcome:
         """Have every rank leave; an outcome other than passed names those that did not exit with 0.
