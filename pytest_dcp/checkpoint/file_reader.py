@@ -23,6 +23,7 @@ from pytest_dcp.checkpoint.store.commit import (
     metadata_name,
 )
 from pytest_dcp.checkpoint.store.fill import Filled, fill
+from pytest_dcp.checkpoint.store.memory_limit import MemoryLimit
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.ranges import Verify
 from pytest_dcp.checkpoint.store.read import ReadSettings
@@ -42,6 +43,7 @@ class FileSystemReader(StorageReader):
         *,
         verify: Verify = "auto",
         thread_count: int | None = None,
+        max_decoded_bytes: int | None = None,
     ) -> None:
         """As torch's, and:
 
@@ -49,12 +51,16 @@ class FileSystemReader(StorageReader):
             so that every byte is checked, "off" checks nothing. Only our own checkpoints have
             checksums.
         thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
+        max_decoded_bytes: the most memory that `.metadata`, or a compressed value, may take to
+            read; None: 64 MiB, and 20 bytes for each byte stored. Raise it for a checkpoint that
+            you trust.
         """
         super().__init__()
         self.fs: FileSystemBase = FileSystem()
         self.path = self.fs.init_path(path)
         self.verify: Verify = checked_verify(verify)
         self.thread_count = thread_count
+        self.memory = MemoryLimit(max_decoded_bytes)
         self.registry = _extension_registry or ExtensionRegistry()
         self.load_id = new_id()
         self.rank: int | None = None
@@ -80,7 +86,7 @@ class FileSystemReader(StorageReader):
         Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
         """
         name = metadata_name(kwargs.get("rank"))
-        catalog = read_catalog(file_system.disk_of(self.fs), self.path, name)
+        catalog = read_catalog(file_system.disk_of(self.fs), self.path, name, self.memory)
         self.has_manifest = bool((catalog.places.data_start >= 0).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
@@ -109,7 +115,7 @@ class FileSystemReader(StorageReader):
         """Read this rank's items into the planner's targets; done when the future is returned."""
         if self._catalog is None:
             raise ValueError("set_up_storage_reader must be called before read_data")
-        settings = ReadSettings(self.verify, self.thread_count or _threads())
+        settings = ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory)
         try:
             self.filled = fill(
                 file_system.disk_of(self.fs),
@@ -137,7 +143,7 @@ class FileSystemReader(StorageReader):
         disk = file_system.disk_of(self.fs)
         name = metadata_name(None if self.use_collectives else self.rank)
         try:
-            now = read_catalog(disk, self.path, name)
+            now = read_catalog(disk, self.path, name, self.memory)
         except FileNotFoundError:
             # The whole's gave way to the ranks' own, or the other way round.
             other = metadata_name(0 if self.use_collectives else None)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk
+from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.checkpoint.store.stream_disk import StreamDisk
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -86,7 +87,7 @@ def save_of(meta: StorageMeta | None) -> str | None:
     return None if meta is None else meta.save_id
 
 
-def read_catalog(disk: Disk, folder: Any, name: str) -> Catalog:
+def read_catalog(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of a metadata file.
 
     Raises FileNotFoundError, and CheckpointCorruptError naming the file.
@@ -98,7 +99,7 @@ def read_catalog(disk: Disk, folder: Any, name: str) -> Catalog:
             return view[: file.read_into(offset, view)]
 
         try:
-            return metadata_file.read(part, file.size)
+            return metadata_file.read(part, file.size, file.stored_bytes, limit)
         except CheckpointCorruptError as error:
             raise error.at(file=name) from error
 

@@ -164,10 +164,17 @@ class FsspecReader(FileSystemReader):
         *,
         verify: Verify = "auto",
         thread_count: int | None = None,
+        max_decoded_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
         """As FileSystemReader's, but for 8 threads. kwargs: options of the file system."""
-        super().__init__(path, _extension_registry, verify=verify, thread_count=thread_count)
+        super().__init__(
+            path,
+            _extension_registry,
+            verify=verify,
+            thread_count=thread_count,
+            max_decoded_bytes=max_decoded_bytes,
+        )
         self.options = kwargs
         self.fs, self.path = _opened(path, kwargs)
         if thread_count is None and isinstance(self.fs, FileSystem):

@@ -346,12 +346,15 @@ def _data_only(catalog: Catalog) -> Catalog:
 class HuggingFaceStorageReader(FileSystemReader):
     """Reads safetensors checkpoints: whole tensors, and shards that DCP saved."""
 
-    def __init__(self, path: str, thread_count: int = 1) -> None:
+    def __init__(
+        self, path: str, thread_count: int = 1, *, max_decoded_bytes: int | None = None
+    ) -> None:
         """As torch's.
 
-        path: the checkpoint's folder. thread_count: threads that read.
+        path: the checkpoint's folder. thread_count: threads that read. max_decoded_bytes: as
+        FileSystemReader's, for each header and the index.
         """
-        super().__init__(path=path, thread_count=thread_count)
+        super().__init__(path=path, thread_count=thread_count, max_decoded_bytes=max_decoded_bytes)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the folder's checkpoint, from the headers of its files.
@@ -374,4 +377,4 @@ class HuggingFaceStorageReader(FileSystemReader):
             self._catalog = _data_only(self._catalog)
 
     def _read_catalog(self) -> Catalog:
-        return read_folder(disk_of(self.fs), self.path)
+        return read_folder(disk_of(self.fs), self.path, self.memory)

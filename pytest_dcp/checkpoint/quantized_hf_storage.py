@@ -72,14 +72,16 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         thread_count: int = 1,
         target_dtype: torch.dtype = torch.float32,
         block_size: int = 128,
+        *,
+        max_decoded_bytes: int | None = None,
     ) -> None:
         """As torch's.
 
         path: the checkpoint's folder. thread_count: threads that read. target_dtype: what is made
         of quantised values, before they are copied to where the plan wants them. block_size: rows
-        and columns of a block of a matrix.
+        and columns of a block of a matrix. max_decoded_bytes: as FileSystemReader's.
         """
-        super().__init__(path=path, thread_count=thread_count)
+        super().__init__(path, thread_count, max_decoded_bytes=max_decoded_bytes)
         if block_size < 1:
             raise ValueError(f"expected a block_size of 1 or more, got {block_size}")
         self.target_dtype = target_dtype

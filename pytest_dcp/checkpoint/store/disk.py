@@ -59,6 +59,10 @@ class In(Protocol):
     maps: bool
     """Whether `window` is worth asking."""
 
+    @property
+    def stored_bytes(self) -> int:
+        """What it occupies where it is kept: less than `size` if it is sparse."""
+
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill the view from the offset; fewer bytes than asked only at the end of the file.
 
@@ -301,6 +305,25 @@ class LocalIn:
         self.size = size
         self.maps = kind in MAPPED_KINDS
         self._windows = Windows(fd, size)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size without its holes (lseek(2), SEEK_HOLE).
+
+        Not st_blocks, which file systems that compress, or write late, count otherwise.
+        """
+        if not hasattr(os, "SEEK_DATA"):
+            return self.size
+        stored = end = 0
+        while end < self.size:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+                end = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                # ENXIO: no data behind this place. Others: the file system has no such call.
+                return stored if error.errno == errno.ENXIO else self.size
+            stored += end - start
+        return stored
 
     def read_into(self, offset: int, view: memoryview) -> int:
         done = os.preadv(self.fd, (view,), offset)

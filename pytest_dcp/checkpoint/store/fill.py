@@ -158,7 +158,7 @@ class _Work:
         )
         self.tally.add(tally)
         return {
-            row: plain_entry(found[entry], self.catalog, entry, self.registry)
+            row: plain_entry(found[entry], self.catalog, entry, self.registry, self.settings.memory)
             for row, entry in zip(rows.tolist(), entries, strict=True)
         }
 

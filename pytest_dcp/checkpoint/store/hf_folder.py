@@ -27,6 +27,7 @@ from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.checks import check_catalog, checked_path
 from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.checkpoint.store.safetensors import (
     FQN_KEY,
     OFFSETS_KEY,
@@ -88,7 +89,7 @@ class WeightIndex:
     """None in an index that the engine did not write."""
 
 
-def read_index(disk: Disk, folder: Any) -> WeightIndex | None:
+def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex | None:
     """The folder's index, or None where there is none."""
     if not disk.exists(folder, INDEX_NAME):
         return None
@@ -101,40 +102,41 @@ def read_index(disk: Disk, folder: Any) -> WeightIndex | None:
         view = memoryview(bytearray(file.size))
         view = view[: file.read_into(0, view)]
     try:
-        return decode_index(view)
+        return decode_index(view, limit)
     except CheckpointCorruptError as error:
         raise error.at(file=INDEX_NAME) from error
 
 
-def decode_index(text: bytes | memoryview) -> WeightIndex:
+def decode_index(text: bytes | memoryview, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex:
     """What the bytes of an index say. Raises CheckpointCorruptError."""
-    said = parsed(text, "the index")
+    said = parsed(text, "the index", limit)
     weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise CheckpointCorruptError("expected a weight_map and metadata, got others")
     for fqn, name in weight_map.items():
         if type(name) is not str:
             raise CheckpointCorruptError(f"expected a file's name, got {name!r:.200}", entry=fqn)
+    for name in set(weight_map.values()):
         checked_path(name)
     save_id = metadata.get(SAVE_KEY)
     return WeightIndex(weight_map, save_id if type(save_id) is str else None)
 
 
-def read_folder(disk: Disk, folder: Any) -> Catalog:
+def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of the checkpoint in a folder.
 
     Raises FileNotFoundError where there is none, CheckpointCorruptError where it is no whole one.
     """
-    index = read_index(disk, folder)
+    index = read_index(disk, folder, limit)
     if index is None:
         names = [name for name in disk.names(folder) if name.endswith(SUFFIX)]
     else:
         names = sorted(set(index.weight_map.values()))
     if not names:
         raise FileNotFoundError(f"no {SUFFIX} files in {folder}")
-    headers = {name: _header(disk, folder, name) for name in names}
+    headers = {name: _header(disk, folder, name, limit) for name in names}
     _check_one_save(headers, index)
-    parts = [part for name, header in headers.items() for part in parts_of(name, header)]
+    parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     if index is not None:
         parts = _as_mapped(parts, index.weight_map)
     return catalog_of(parts)
@@ -160,10 +162,10 @@ def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
             disk.remove(folder, name)
 
 
-def _header(disk: Disk, folder: Any, name: str) -> Header:
+def _header(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
     try:
         with disk.open(folder, name) as file:
-            return read_header(file, name)
+            return read_header(file, name, limit)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(
             f"the index names a file that is missing in {folder}", file=name
@@ -206,11 +208,11 @@ class Part:
     """Bytes from the file's start to the data."""
 
 
-def parts_of(name: str, header: Header) -> list[Part]:
+def parts_of(name: str, header: Header, limit: MemoryLimit = DEFAULT_LIMIT) -> list[Part]:
     """The boxes that a file holds; each is a whole tensor where the file does not say otherwise."""
     text = header.metadata.get(SHARDING_KEY)
     try:
-        said = {} if text is None else parsed(text, SHARDING_KEY)
+        said = {} if text is None else parsed(text, SHARDING_KEY, limit)
         return [
             _part(name, header, tensor, said.get(tensor.name) if text else {OFFSETS_KEY: None})
             for tensor in header.tensors

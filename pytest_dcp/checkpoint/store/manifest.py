@@ -33,6 +33,11 @@ from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store import paths
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.checks import MAX_DIMS, check_catalog
+from pytest_dcp.checkpoint.store.memory_limit import (
+    DEFAULT_LIMIT,
+    MemoryLimit,
+    estimate_json_bytes,
+)
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPcat\n"
@@ -98,7 +103,9 @@ def encode(catalog: Catalog) -> bytes:
     return b"".join([_HEAD.pack(MAGIC, len(text)), *_padded(text), *_laid_out(columns)])
 
 
-def decode(buffer: memoryview, whole: Callable[[], Metadata]) -> Catalog:
+def decode(
+    buffer: memoryview, whole: Callable[[], Metadata], limit: MemoryLimit = DEFAULT_LIMIT
+) -> Catalog:
     """The catalog of a manifest, its arrays read-only views of `buffer`.
 
     `whole` reads the metadata from the pickle; it is called only where planner or storage said
@@ -108,7 +115,7 @@ def decode(buffer: memoryview, whole: Callable[[], Metadata]) -> Catalog:
         CheckpointCorruptError: bytes that are no manifest, or a catalog that breaks a rule;
             `offset` counts from the buffer's start.
     """
-    header, start = _header(buffer)
+    header, start = _header(buffer, limit)
     columns = _columns(buffer, start, _checked_counts(header, len(buffer)))
     try:
         catalog = _catalog(header, columns, whole)
@@ -205,7 +212,7 @@ def _is_text(value: object) -> bool:
 # ---- reading
 
 
-def _header(buffer: memoryview) -> tuple[dict[str, Any], int]:
+def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int]:
     """The header and where the columns start."""
     if len(buffer) < _HEAD.size:
         raise CheckpointCorruptError(f"expected a manifest, got {len(buffer)} bytes", offset=0)
@@ -218,8 +225,10 @@ def _header(buffer: memoryview) -> tuple[dict[str, Any], int]:
             f"expected a header within {min(len(buffer), MAX_HEADER_BYTES)} bytes, got {length}",
             offset=8,
         )
+    text = bytes(buffer[_HEAD.size : end])
+    limit.check("a header", estimate_json_bytes(text), length)
     try:
-        header = json.loads(bytes(buffer[_HEAD.size : end]))
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(
             f"expected a header in JSON, got {error!r:.200}", offset=_HEAD.size

@@ -30,6 +30,7 @@ from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.store import manifest
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.checks import check_catalog
+from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.checkpoint.store.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
 from pytest_dcp.checkpoint.store.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
@@ -37,8 +38,6 @@ from pytest_dcp.errors import CheckpointCorruptError
 MAGIC = b"\x89DCPend\n"
 """As PNG's: not text, and damaged by whatever changes line ends."""
 FORMAT_VERSION = 1
-TORCHS_AT_MOST_BYTES = 1 << 31
-"""Of a pickle that torch wrote, about 16 million chunks."""
 _BODY = struct.Struct("<8sIIQQQI")
 _CRC = struct.Struct("<I")
 _TRAILER_BYTES = _BODY.size + _CRC.size
@@ -80,7 +79,7 @@ def encode(catalog: Catalog) -> list[bytes]:
     return [stock, gap, columns, trailer.packed()]
 
 
-def decode(data: FileBytes) -> Catalog:
+def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of a `.metadata` file, of this engine or of torch.
 
     Its arrays are read-only views of `data` where the file has a manifest.
@@ -96,34 +95,39 @@ def decode(data: FileBytes) -> Catalog:
     part = view[start : start + trailer.manifest_length]
     _check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
-        return manifest.decode(part, lambda: _checked_pickle(view, trailer))
+        return manifest.decode(part, lambda: _checked_pickle(view, trailer), limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
 
 
-def read(get: Callable[[int, int], memoryview], size: int) -> Catalog:
+def read(
+    get: Callable[[int, int], memoryview],
+    size: int,
+    stored_bytes: int | None = None,
+    limit: MemoryLimit = DEFAULT_LIMIT,
+) -> Catalog:
     """The catalog of a `.metadata` file of `size` bytes, of which `get(offset, nbytes)` gives some.
 
-    As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for.
+    As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for. Memory
+    is taken only within `limit`. stored_bytes: what the file occupies on its disk; None: its size.
     """
+    stored = size if stored_bytes is None else stored_bytes
     at = size - _TRAILER_BYTES
     tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
     if tail[: len(MAGIC)] != MAGIC:
-        if size > TORCHS_AT_MOST_BYTES or bytes(tail[-1:]) != b".":
-            # Before memory is taken for it: a sparse file of any size takes no room on a disk.
-            _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
-            raise CheckpointCorruptError(
-                f"expected at most {TORCHS_AT_MOST_BYTES} bytes of torch's metadata, got {size}"
-            )
-        return decode(get(0, size))
+        # Before memory is taken for it: a sparse file of any size takes no room on a disk.
+        _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
+        limit.check("a pickle", size, stored)
+        return decode(get(0, size), limit)
     trailer = _trailer_of(tail, at)
     start, length = trailer.manifest_start, trailer.pickle_length
     _check_parts(trailer, at)
+    limit.check("a pickle and a manifest", size, stored)
     _check_gap(get(length, start - length), length)
     part = get(start, trailer.manifest_length)
     _check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
-        return manifest.decode(part, lambda: _checked_pickle(get(0, length), trailer))
+        return manifest.decode(part, lambda: _checked_pickle(get(0, length), trailer), limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
 

@@ -167,7 +167,7 @@ class ObjectIn:
     def __init__(self, fs: Any, path: str) -> None:
         self.fs = fs
         self.path = path
-        self.size = int(fs.info(path)["size"])
+        self.size = self.stored_bytes = int(fs.info(path)["size"])
         self._lock = threading.Lock()
         self._end = 0
         """Where the last small read ended."""
@@ -229,7 +229,7 @@ class MemoryIn:
 
     def __init__(self, content: bytes) -> None:
         self.content = memoryview(content)
-        self.size = len(content)
+        self.size = self.stored_bytes = len(content)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         part = self.content[offset : offset + len(view)]

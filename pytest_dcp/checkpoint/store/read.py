@@ -23,6 +23,7 @@ from pytest_dcp.checkpoint.store.batches import BATCH, SPARSE, Kind, read_togeth
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.memory import memory_at, memory_of, strided
+from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally, Verify
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
@@ -48,6 +49,8 @@ class ReadSettings:
     """Of the file, read into memory at a time where it cannot be mapped."""
     window_bytes: int = WINDOW_BYTES
     """Of the file, mapped at a time."""
+    memory: MemoryLimit = DEFAULT_LIMIT
+    """For a value that is decompressed."""
 
 
 def read_copies(

@@ -26,6 +26,11 @@ from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES
 from pytest_dcp.checkpoint.store.disk import Disk, In
 from pytest_dcp.checkpoint.store.memory import is_flat, memory_of
+from pytest_dcp.checkpoint.store.memory_limit import (
+    DEFAULT_LIMIT,
+    MemoryLimit,
+    estimate_json_bytes,
+)
 from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
 from pytest_dcp.checkpoint.store.write import (
@@ -171,12 +176,12 @@ def header_length(head: bytes | memoryview, file_bytes: int) -> int:
     return length
 
 
-def decode(text: bytes | memoryview, file_bytes: int) -> Header:
+def decode(text: bytes | memoryview, file_bytes: int, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
     """The header of a file of this size, from the JSON after its first eight bytes.
 
     Raises CheckpointCorruptError naming the tensor and where in the file it should be.
     """
-    content = parsed(text, "a safetensors header")
+    content = parsed(text, "a safetensors header", limit)
     metadata = content.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
         raise CheckpointCorruptError(f"expected {METADATA_KEY!r} to map names to strings")
@@ -234,8 +239,13 @@ def counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def parsed(text: bytes | memoryview | str, what: str) -> dict[str, Any]:
-    """A JSON object in which nothing is named twice. Raises CheckpointCorruptError."""
+def parsed(
+    text: bytes | memoryview | str, what: str, limit: MemoryLimit = DEFAULT_LIMIT
+) -> dict[str, Any]:
+    """A JSON object in which nothing is named twice, read within the limit of memory.
+
+    Raises CheckpointCorruptError.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -250,6 +260,8 @@ def parsed(text: bytes | memoryview | str, what: str) -> dict[str, Any]:
     def no_number(word: str) -> NoReturn:
         raise ValueError(f"{word} is no JSON")
 
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    limit.check(what, estimate_json_bytes(raw), len(raw))
     try:
         plain = text if isinstance(text, str) else str(text, "utf-8")
         found = json.loads(plain, object_pairs_hook=once, parse_constant=no_number)
@@ -260,7 +272,7 @@ def parsed(text: bytes | memoryview | str, what: str) -> dict[str, Any]:
     return found
 
 
-def read_header(file: In, name: str) -> Header:
+def read_header(file: In, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
     """The header of an open file. Raises CheckpointCorruptError naming the file."""
 
     def content(offset: int, nbytes: int) -> memoryview:
@@ -269,7 +281,7 @@ def read_header(file: In, name: str) -> Header:
 
     try:
         length = header_length(content(0, LENGTH_BYTES), file.size)
-        return decode(content(LENGTH_BYTES, length), file.size)
+        return decode(content(LENGTH_BYTES, length), file.size, limit)
     except CheckpointCorruptError as error:
         raise error.at(file=name) from error
 

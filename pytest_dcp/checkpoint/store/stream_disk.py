@@ -102,7 +102,7 @@ class StreamIn:
     def __init__(self, stream: IO[bytes] | io.IOBase) -> None:
         self.stream = stream
         self.lock = threading.Lock()
-        self.size = stream.seek(0, os.SEEK_END)
+        self.size = self.stored_bytes = stream.seek(0, os.SEEK_END)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         with self.lock:

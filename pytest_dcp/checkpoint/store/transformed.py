@@ -12,18 +12,24 @@ from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate
+from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20
 """What an entry may take beside a tensor's data."""
-VALUE_BYTES = 1 << 30
-"""The most that a value may grow to: a small file must not fill the memory."""
 
 
-def plain_entry(stored: bytes, catalog: Catalog, row: int, registry: ExtensionRegistry) -> bytes:
+def plain_entry(
+    stored: bytes,
+    catalog: Catalog,
+    row: int,
+    registry: ExtensionRegistry,
+    memory: MemoryLimit = DEFAULT_LIMIT,
+) -> bytes:
     """The entry as it was before its transforms; as it is where it had none.
 
-    Raises CheckpointCorruptError where it grows past what its tensor can take.
+    Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past the
+    limit of memory.
     """
     descriptors = catalog.places.transforms.get(row)
     if not descriptors:
@@ -37,7 +43,7 @@ def plain_entry(stored: bytes, catalog: Catalog, row: int, registry: ExtensionRe
             f"here: give the reader a registry that has it ({error})"
         ) from error
     stream: IO[bytes] = io.BytesIO(stored)
-    limit = _limit(catalog, row)
+    limit = _limit(catalog, row, memory.of(len(stored)))
     try:
         for extension in extensions:
             if isinstance(extension, StreamTransformExtension):
@@ -50,7 +56,9 @@ def plain_entry(stored: bytes, catalog: Catalog, row: int, registry: ExtensionRe
         ) from error
     if len(entry) > limit:
         raise CheckpointCorruptError(
-            f"the entry grows past {limit} bytes when it is decoded",
+            f"the entry, of {len(stored)} bytes, grows past {limit} when it is decoded: a tensor "
+            "is never so large, and for a value that you trust raise max_decoded_bytes of the "
+            "storage reader",
             entry=fqn,
         )
     return entry
@@ -80,21 +88,20 @@ def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
     return flat.as_strided(shape, record.stride, record.storage_offset)
 
 
-def _limit(catalog: Catalog, row: int) -> int:
+def _limit(catalog: Catalog, row: int, for_values: int) -> int:
     index = catalog.index
     key = int(index.key_of[row])
     if index.ndim[key] < 0:
-        return VALUE_BYTES
+        return for_values
     return int(index.shape[row].prod()) * int(index.itemsize[key]) + ROOM_BYTES
 
 
 def _read_at_most(stream: IO[bytes], limit: int) -> bytes:
-    parts: list[bytes] = []
-    left = limit
-    while left:
-        part = stream.read(min(left, 1 << 20))
+    # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
+    whole = io.BytesIO()
+    while whole.tell() < limit:
+        part = stream.read(min(limit - whole.tell(), 1 << 20))
         if not part:
             break
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+        whole.write(part)
+    return whole.getvalue()

@@ -88,16 +88,16 @@ class TensorPickle:
 
 
 def read_metadata(data: bytes | memoryview) -> Metadata:
-    """The Metadata that a `.metadata` file of torch 2.0 to 2.13 holds; what follows it is not read.
+    """The Metadata in a `.metadata` file of torch 2.0 to 2.13; the pickle must be all of it.
 
     Raises:
         CheckpointCorruptError: the pickle, or a field, is not what it should be; names the field.
     """
     # Outside of a handler, which would keep alive what the first try has made.
     with contextlib.suppress(CheckpointCorruptError):
-        return check_metadata(run(data, METADATA))
+        return check_metadata(run(data, METADATA, to_the_end=True))
     # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
-    return check_metadata(run(data, STEPWISE))
+    return check_metadata(run(data, STEPWISE, to_the_end=True))
 
 
 def read_value(data: bytes | memoryview) -> object:

@@ -33,8 +33,10 @@ _EMPTY_SET_COST = 8
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
 
 
-def run(data: bytes | memoryview, vocabulary: Vocabulary) -> Any:
+def run(data: bytes | memoryview, vocabulary: Vocabulary, *, to_the_end: bool = False) -> Any:
     """The object that the pickle at the start of `data` describes.
+
+    to_the_end: whether the pickle must be all of `data`.
 
     The cyclic garbage collector rests meanwhile: it would look at every new object many times over.
 
@@ -43,10 +45,10 @@ def run(data: bytes | memoryview, vocabulary: Vocabulary) -> Any:
     """
     machine = Machine(data if isinstance(data, bytes) else bytes(data), vocabulary)
     with collector_paused():
-        return _interpret(machine)
+        return _interpret(machine, to_the_end)
 
 
-def _interpret(machine: Machine) -> Any:
+def _interpret(machine: Machine, to_the_end: bool = False) -> Any:
     """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
 
     It is one function because a call for each opcode doubled its time. `stack` holds what came
@@ -98,6 +100,8 @@ def _interpret(machine: Machine) -> Any:
                 push = stack.append
                 finish(machine, stack, items)
             elif op == _STOP:
+                if to_the_end:
+                    _check_end(data, pos)
                 return stack.pop()
             else:
                 _refuse_opcode(op)
@@ -108,6 +112,13 @@ def _interpret(machine: Machine) -> Any:
         ) from None
     except CheckpointCorruptError as error:
         raise type(error)(error.reason, offset=start) from None
+
+
+def _check_end(data: bytes, pos: int) -> None:
+    if pos != len(data):
+        raise CheckpointCorruptError(
+            f"expected the pickle's STOP at the end, got {len(data) - pos} bytes behind it"
+        )
 
 
 def _refuse_opcode(op: int) -> NoReturn:
