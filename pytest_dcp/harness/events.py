@@ -63,6 +63,8 @@ class Done:
     """Only at an item's teardown: names of the threads that the test left running."""
     reusable: bool = True
     """Only at an item's teardown: whether a warm world can go on with this rank."""
+    xpassed: bool = False
+    """Only for a pass: the test has given itself an xfail marker."""
     returncode: int | None = None
     """Only for an exit: what the session is to return."""
     awaits: str = ""

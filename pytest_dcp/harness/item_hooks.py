@@ -13,15 +13,16 @@ import pytest
 
 from pytest_dcp.harness.items import ITEM_KEY, module_of
 from pytest_dcp.harness.logs import SteadyLogs
-from pytest_dcp.harness.warm import WarmWorlds
+from pytest_dcp.harness.session import Harness
 
 
 class ItemHooks:
     """The plugin."""
 
-    def __init__(self, pdb_invoke: Any, steady_logs: SteadyLogs, warm: WarmWorlds) -> None:
+    def __init__(self, harness: Harness, pdb_invoke: Any, steady_logs: SteadyLogs) -> None:
+        self._harness = harness
         self._steady_logs = steady_logs
-        self._warm = warm
+        self._warm = harness.warm
         self._pdb_invoke = pdb_invoke
         """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
 
@@ -41,7 +42,10 @@ class ItemHooks:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """See to the idle worlds before and after each item; tell a marked one that it begins."""
+        """See to the idle worlds before and after each item; tell a marked one that it begins.
+
+        After it, end the session if a rank has.
+        """
         self._warm.check()
         marked = item.stash.get(ITEM_KEY, None)
         if marked is None:
@@ -54,7 +58,9 @@ class ItemHooks:
             finally:
                 if nextitem is None or ITEM_KEY not in nextitem.stash:
                     self._steady_logs.take_off()
-        self._warm.end_all(but_module=module_of(nextitem) if nextitem is not None else None)
+        module = module_of(nextitem) if nextitem is not None else None
+        self._warm.end_all(but_module=None if self._harness.is_ending else module)
+        self._harness.check_end()
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -75,7 +75,7 @@ class MarkedItem:
     outcome: Outcome | None = None
     found: FoundError | None = None
     """What made Hypothesis' property fail."""
-    unexpectedly: str = ""
+    unexpectedly: str | None = None
     """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
     lost: frozenset[int] = frozenset()
@@ -103,7 +103,7 @@ class MarkedItem:
         """Start or take a world, and set the item up in every rank."""
         self.failed, self.raised, self.outcome, self.world = False, None, None, None
         self.lost = frozenset()
-        self.unexpectedly = ""
+        self.unexpectedly = None
         self.torn_before = PASSED
         seed = self.harness.seed_of(self.item.nodeid)
         self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
@@ -141,7 +141,7 @@ class MarkedItem:
         if any(done.awaits for done in outcome.done.values()):
             outcome = self._conduct(outcome)
         self._conclude(self.world, outcome, "call")
-        self.unexpectedly = next((done.text for done in outcome.done.values() if done.text), "")
+        self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
 
     def _conduct(self, outcome: Outcome) -> Outcome:
         """Lead the ranks through the examples of the properties that they came to."""
@@ -293,8 +293,11 @@ class MarkedItem:
             return
         if outcome.kind in ("failed", "exit", "interrupt"):
             self.failed = True
+        outcome = report.lead_with_unexpected(outcome, self.expects)
+        if outcome.kind == "failed" and outcome.session_end is not None:
+            self.harness.end_after_item(outcome.session_end, self.item.nodeid)
         self.outcome = outcome
-        self.raised = report.exception_for(outcome, self.item.nodeid, self.expects)
+        self.raised = report.exception_for(outcome, self.item.nodeid)
         raise self.raised
 
     def expects(self, error: BaseException) -> bool:
@@ -356,7 +359,7 @@ class MarkedItem:
     def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
         """Show the ranks' own failure in the place of the controller's."""
         outcome = self.outcome
-        if call.when == "call" and rep.passed and self.unexpectedly:
+        if call.when == "call" and rep.passed and self.unexpectedly is not None:
             rep.wasxfail = self.unexpectedly
         if call.excinfo is None or call.excinfo.value is not self.raised or outcome is None:
             return

@@ -72,6 +72,9 @@ class Company(Protocol):
     def exception_for(self, outcome: Outcome) -> BaseException:
         """What stands for a failed outcome in the controller."""
 
+    def lead_with_unexpected(self, outcome: Outcome) -> Outcome:
+        """The outcome with what an xfail marker does not expect on top."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -258,11 +261,12 @@ class _Engine:
     def _fail(self, verdict: Verdict) -> NoReturn:
         """Raise an exception whose type stands for this bug and no other."""
         __tracebackhide__ = True
-        error = self._company.exception_for(verdict.outcome)
+        outcome = self._company.lead_with_unexpected(verdict.outcome)
+        error = self._company.exception_for(outcome)
         kind = self._kinds.get(verdict.bug)
         if kind is None:
             kind = self._kinds[verdict.bug] = _subclass(type(error))
-        self._found[kind] = verdict.outcome
+        self._found[kind] = outcome
         raise _as(kind, error)
 
 

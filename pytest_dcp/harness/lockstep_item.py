@@ -85,7 +85,11 @@ class Company:
 
     def exception_for(self, outcome: Outcome) -> BaseException:
         """What stands for a failed outcome in the controller."""
-        return report.exception_for(outcome, self._marked.item.nodeid, self._marked.expects)
+        return report.exception_for(outcome, self._marked.item.nodeid)
+
+    def lead_with_unexpected(self, outcome: Outcome) -> Outcome:
+        """The outcome with what an xfail marker does not expect on top."""
+        return report.lead_with_unexpected(outcome, self._marked.expects)
 
 
 @contextlib.contextmanager

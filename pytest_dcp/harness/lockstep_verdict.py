@@ -41,6 +41,8 @@ class Verdict:
     def is_last(self) -> bool:
         """Whether no further example makes sense: a skip, an exit, a failed health check."""
         goes_on = self.outcome.kind in ("passed", "failed", "xfailed")
+        if self.outcome.session_end is not None:
+            goes_on = False
         return not goes_on or any(reply.fatal for reply in self.replies.values())
 
     @property

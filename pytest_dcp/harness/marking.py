@@ -140,7 +140,7 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     harness.launcher()
     manager = session.config.pluginmanager
     pdb_invoke = manager.unregister(name="pdbinvoke")
-    hooks = ItemHooks(pdb_invoke, SteadyLogs(session.config), harness.warm)
+    hooks = ItemHooks(harness, pdb_invoke, SteadyLogs(session.config))
     manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
         _tell(session.config, note)

@@ -1,15 +1,17 @@
 """What the ranks said -> one outcome. Pure (no I/O).
 
-Precedence: fail > crash > timeout > skip > xfail > pass. A test is skipped only when every rank
-skips. A rank that was lost because the test asked for it has no say: the others decide, and when
-none is left the test has failed. The first cause is told from its echoes: a peer that lost its
-connection because another rank went away, or that was still waiting for it.
+Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipped only when every
+rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
+session does so also when another failed; then the failure is reported first. A rank that was lost
+because the test asked for it has no say: the others decide, and when none is left the test has
+failed. The first cause is told from its echoes: a peer that lost its connection because another
+rank went away, or that was still waiting for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -49,6 +51,17 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """A rank ended the session, by `pytest.exit()` or KeyboardInterrupt."""
+
+    kind: Literal["exit", "interrupt"]
+    rank: int
+    text: str
+    returncode: int | None
+    """What `pytest.exit` was given."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One phase of one world, as one result."""
 
@@ -61,6 +74,8 @@ class Outcome:
     """What each rank said of itself, of those that did."""
     lost: Mapping[int, LostRank] = field(default_factory=dict)
     """Ranks that ended because the test asked for it, in this phase or before."""
+    session_end: SessionEnd | None = None
+    """Set for an exit and an interrupt, and for a failure beside one of those."""
 
     @property
     def failures(self) -> tuple[RankFailure, ...]:
@@ -90,11 +105,7 @@ def combine(
 def _combine(
     size: int, owing: Sequence[int], done: Mapping[int, Done], failures: Sequence[RankFailure]
 ) -> Outcome:
-    stopping: tuple[OutcomeKind, ...] = ("interrupt", "exit")
-    for kind in stopping:
-        for rank, one in sorted(done.items()):
-            if one.outcome == kind:
-                return Outcome(kind, f"rank {rank}: {one.text}", (), done)
+    end = _session_end(done)
     known = {failure.rank for failure in failures}
     failures = [
         *failures,
@@ -103,10 +114,14 @@ def _combine(
             for rank, one in done.items()
             if one.outcome == "failed" and rank not in known
         ),
-    ] or [*_divergence(size, owing, done)]
+    ]
+    if end is not None and all(is_echo(failure) for failure in failures):
+        return Outcome(end.kind, f"rank {end.rank}: {end.text}", (), done, session_end=end)
+    failures = failures or [*_divergence(size, owing, done)]
     if failures:
         groups = _group(failures)
-        return Outcome("failed", _mismatch(groups) + headline(groups[0]), groups, done)
+        reason = _mismatch(groups) + headline(groups[0])
+        return Outcome("failed", reason, groups, done, session_end=end)
     expected: tuple[OutcomeKind, ...] = ("skipped", "xfailed")
     for kind in expected:
         for _rank, one in sorted(done.items()):
@@ -121,6 +136,16 @@ def _combine(
     return Outcome("passed", "", (), done)
 
 
+def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
+    """Of the lowest rank that interrupts the session, else of the lowest that exits."""
+    kinds: tuple[Literal["interrupt", "exit"], ...] = ("interrupt", "exit")
+    for kind in kinds:
+        for rank, one in sorted(done.items()):
+            if one.outcome == kind:
+                return SessionEnd(kind, rank, one.text, one.returncode)
+    return None
+
+
 def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> Iterable[RankFailure]:
     """A failure when some ranks skipped and others did not, or when a verdict is missing."""
     if size and not done and not owing:
@@ -132,18 +157,29 @@ def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> It
         yield RankFailure(missing[0], "diverged", "", 0.0, text)
         return
     skipped = [rank for rank in sorted(done) if done[rank].outcome == "skipped"]
-    if skipped and len(skipped) < len(done):
-        rest = [rank for rank in sorted(done) if rank not in skipped]
-        how = sorted({done[rank].outcome for rank in rest})
-        first = done[skipped[0]]
-        yield RankFailure(
-            skipped[0],
-            "diverged",
-            first.phase,
-            first.at_s,
-            f"{ranks_text(skipped)} skipped ({first.text}), but {ranks_text(rest)} "
-            f"{' or '.join(how)}: a test is skipped only when every rank skips",
-        )
+    rule = "a test is skipped only when every rank skips"
+    yield from _one_sided(skipped, set(skipped), done, rule)
+    xfailed = [rank for rank in sorted(done) if done[rank].outcome == "xfailed"]
+    agreeing = {*xfailed, *(rank for rank in done if done[rank].xpassed)}
+    rule = "a test is xfailed only when every rank expects the failure"
+    if not skipped:
+        yield from _one_sided(xfailed, agreeing, done, rule)
+
+
+def _one_sided(
+    ranks: Sequence[int], agreeing: Collection[int], done: Mapping[int, Done], rule: str
+) -> Iterable[RankFailure]:
+    """A failure when some ranks ended like this and others do not agree with them."""
+    rest = [rank for rank in sorted(done) if rank not in agreeing]
+    if not ranks or not rest:
+        return
+    first = done[ranks[0]]
+    how = sorted({done[rank].outcome for rank in rest})
+    text = (
+        f"{ranks_text(ranks)} {first.outcome} ({first.text}), but {ranks_text(rest)} "
+        f"{' or '.join(how)}: {rule}"
+    )
+    yield RankFailure(ranks[0], "diverged", first.phase, first.at_s, text)
 
 
 def is_echo(failure: RankFailure) -> bool:
@@ -175,6 +211,13 @@ def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
     """By time; but who reached the limit comes last, and there who waited for a peer comes last."""
     late = failure.kind in ("timeout", "lost", "blocked")
     return late, late and WAITING.search(failure.summary) is not None, failure.at_s
+
+
+def lead_with(outcome: Outcome, group: Group) -> Outcome:
+    """The outcome with another of its groups as the first cause."""
+    first = replace(group, echo=False)
+    groups = (first, *(one for one in outcome.groups if one is not group))
+    return replace(outcome, reason=headline(first), groups=groups)
 
 
 def headline(group: Group) -> str:
@@ -211,6 +254,8 @@ def peers(outcome: Outcome) -> list[str]:
         lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
     if first.failure.kind == "timeout":
         lines += _ended(outcome, first.failure.phase)
+    if (end := outcome.session_end) is not None:
+        lines.append(f"rank {end.rank}: ended the session: {end.text}")
     return [*lines, *lost_lines(outcome.lost.values())]
 
 

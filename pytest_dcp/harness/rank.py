@@ -372,6 +372,7 @@ def _call(rank: Rank, payload: bytes) -> Done:
         exception=class_of(error) if error is not None else None,
         text=one_line(error) if error is not None else "",
         report={"text": _own_traceback(error)} if error is not None else None,
+        returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
         sections=tuple(sections or ()),
         payload=result,
     )

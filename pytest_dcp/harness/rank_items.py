@@ -314,6 +314,7 @@ class RankPlugin:
             exception=(type(error).__module__, type(error).__qualname__) if error else None,
             text=text,
             report=None if outcome == "passed" else self._serialise(report),
+            xpassed=outcome == "passed" and hasattr(report, "wasxfail"),
             returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
             sections=tuple(
                 (when, name, clip(content))

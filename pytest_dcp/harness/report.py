@@ -24,7 +24,14 @@ from _pytest._code.code import (
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Done
 from pytest_dcp.harness.options import ReportRanks
-from pytest_dcp.harness.outcome import Group, Outcome, peers, ranks_text
+from pytest_dcp.harness.outcome import (
+    Group,
+    Outcome,
+    SessionEnd,
+    lead_with,
+    peers,
+    ranks_text,
+)
 from pytest_dcp.harness.stacks import doing
 
 RERUN = "to rerun just this"
@@ -32,26 +39,43 @@ TRACE_CHARS = 20_000
 """Of one rank's stacks in a report."""
 
 
-def exception_for(
-    outcome: Outcome, where: str, expected: Callable[[BaseException], bool]
-) -> BaseException:
-    """What the controller raises for an outcome that did not pass, in the place of the test.
+def lead_with_unexpected(outcome: Outcome, expected: Callable[[BaseException], bool]) -> Outcome:
+    """The outcome with the first failure on top that is not `expected` (by an xfail marker).
 
-    Of several causes it is the first that is not `expected` (by an xfail marker): an expected
-    failure of one rank must not hide another's.
+    An expected failure of one rank must not hide another's. A peer that hung or died is one of
+    those, though it may only have waited: what the marker expects did not happen there.
     """
+    if outcome.first is None or not expected(_error_of(outcome.first, outcome)):
+        return outcome
+    for group in outcome.groups[1:]:
+        follows = group.echo and group.failure.kind == "failed"
+        if not follows and not expected(_error_of(group, outcome)):
+            return lead_with(outcome, group)
+    return outcome
+
+
+def exception_for(outcome: Outcome, where: str) -> BaseException:
+    """What the controller raises for an outcome that did not pass, in the place of the test."""
     if outcome.kind == "skipped":
         return pytest.skip.Exception(outcome.reason)
     if outcome.kind == "xfailed":
         return pytest.xfail.Exception(outcome.reason)
-    if outcome.kind == "exit":
-        codes = [done.returncode for done in outcome.done.values() if done.outcome == "exit"]
-        return pytest.exit.Exception(f"{where}: {outcome.reason}", returncode=codes[0])
-    if outcome.kind == "interrupt":
-        return KeyboardInterrupt(f"{where}: {outcome.reason}")
-    causes = [_error_of(group, outcome) for group in outcome.groups if not group.echo]
-    unexpected = (error for error in causes if not expected(error))
-    return next(unexpected, causes[0] if causes else WorldError(outcome.reason, outcome.failures))
+    if outcome.kind in ("exit", "interrupt") and outcome.session_end is not None:
+        return exception_of_end(outcome.session_end, where)
+    if outcome.first is None:
+        return WorldError(outcome.reason, outcome.failures)
+    return _error_of(outcome.first, outcome)
+
+
+def exception_of_end(end: SessionEnd, where: str, *, failed: bool = False) -> BaseException:
+    """What ends the session as the rank asked; not with 0 when its test has `failed`."""
+    text = f"{where}: rank {end.rank}: {end.text}"
+    if end.kind == "interrupt":
+        return KeyboardInterrupt(text)
+    code = end.returncode
+    return pytest.exit.Exception(
+        text, pytest.ExitCode.TESTS_FAILED if failed and code == 0 else code
+    )
 
 
 def _error_of(group: Group, outcome: Outcome) -> BaseException:

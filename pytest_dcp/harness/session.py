@@ -30,8 +30,9 @@ from pytest_dcp.harness.leases import (
     visible_gpus,
 )
 from pytest_dcp.harness.options import Options, cpu_count
-from pytest_dcp.harness.outcome import Outcome
+from pytest_dcp.harness.outcome import Outcome, SessionEnd
 from pytest_dcp.harness.rank import current
+from pytest_dcp.harness.report import exception_of_end
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.supervise import Terminal
 from pytest_dcp.harness.warm import WarmWorlds
@@ -63,6 +64,7 @@ class Harness:
         self._launcher: Launcher | None = None
         self._pool: LeasePool | None = None
         self._open: dict[int, World] = {}
+        self._ending: BaseException | None = None
         factory: Any = getattr(self.config, "_tmp_path_factory", None)  # what tmp_path itself uses
         if factory is None:
             raise pytest.UsageError("worlds need pytest's tmpdir plugin: drop `-p no:tmpdir`")
@@ -84,6 +86,23 @@ class Harness:
             missing = "pytest-xdist's workers have no terminal for a debugger; run with -n0"
             return Terminal(missing=missing)
         return Terminal(group=os.getpgrp(), rank=self.options.pdb_rank)
+
+    # The session's end.
+
+    def end_after_item(self, end: SessionEnd, where: str) -> None:
+        """Have the session end when the running item was reported: a rank failed beside that."""
+        self._ending = self._ending or exception_of_end(end, where, failed=True)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether `check_end` will raise."""
+        return self._ending is not None
+
+    def check_end(self) -> None:
+        """Raise what ends the session, if a rank has ended it."""
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            raise ending
 
     # Worlds.
 

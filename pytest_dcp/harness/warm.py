@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pytest
@@ -156,11 +156,13 @@ def joined(*outcomes: Outcome) -> Outcome:
     Without failures the first that did not pass counts, or the last one.
     """
     failing = [outcome for outcome in outcomes if outcome.failures]
+    bad = [*failing, *(outcome for outcome in outcomes if outcome.kind != "passed")]
+    one = bad[0] if bad else outcomes[-1]
     if len(failing) > 1:
         done = {rank: one for outcome in failing[::-1] for rank, one in outcome.done.items()}
-        return combine(0, done, [f for outcome in failing for f in outcome.failures])
-    bad = [*failing, *(outcome for outcome in outcomes if outcome.kind != "passed")]
-    return bad[0] if bad else outcomes[-1]
+        one = combine(0, done, [f for outcome in failing for f in outcome.failures])
+    ends = (outcome.session_end for outcome in outcomes if outcome.session_end is not None)
+    return replace(one, session_end=next(ends, None))
 
 
 @contextmanager

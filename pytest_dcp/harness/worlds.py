@@ -17,8 +17,8 @@ import pytest
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call, FaultAct
-from pytest_dcp.harness.outcome import Outcome, peers, ranks_text
-from pytest_dcp.harness.report import merged_sections
+from pytest_dcp.harness.outcome import Outcome, SessionEnd, peers, ranks_text
+from pytest_dcp.harness.report import exception_of_end, merged_sections
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec, read_marker, resolve
 from pytest_dcp.harness.world import World
@@ -27,7 +27,11 @@ from pytest_dcp.harness.world import World
 class FunctionWorld:
     """A running world that calls functions. Made by `worlds(n)`."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(
+        self, world: World, seed: int, where: str, on_session_end: Callable[[SessionEnd], None]
+    ) -> None:
+        self._where = where
+        self._on_session_end = on_session_end
         self._world = world
         self._seed = seed
         self._running: Running | None = None
@@ -122,10 +126,10 @@ class FunctionWorld:
             return pytest.skip.Exception(outcome.reason)
         if outcome.kind == "xfailed":
             return pytest.xfail.Exception(outcome.reason)
-        if outcome.kind == "exit":
-            return pytest.exit.Exception(outcome.reason)
-        if outcome.kind == "interrupt":
-            return KeyboardInterrupt(outcome.reason)
+        if (end := outcome.session_end) is not None:
+            if outcome.kind != "failed":
+                return exception_of_end(end, self._where)
+            self._on_session_end(end)
         parts = [f"{name} in a world of {self.size}: {outcome.reason}"]
         parts += [f"  {line}" for line in peers(outcome)]
         for group in outcome.groups:
@@ -204,7 +208,12 @@ class Worlds:
         seed = self._harness.seed_of(self._nodeid)
         world, booted = self._harness.open(spec, seed)
         self._open.append(world)
-        functions = FunctionWorld(world, seed)
+        functions = FunctionWorld(
+            world,
+            seed,
+            self._nodeid,
+            lambda end: self._harness.end_after_item(end, self._nodeid),
+        )
         try:
             functions.check_boot(booted)
         except BaseException:

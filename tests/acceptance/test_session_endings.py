@@ -17,7 +17,9 @@ GRACE_S = 0.5
 LIMIT_S = 20.0
 """timeout= of samples/endings.py; longer than such a session takes with the start of Python."""
 STOPPING = ("test_exit", "test_keyboard_interrupt", "test_ctrl_c", "test_controller_killed")
-ENDINGS = (*STOPPING, "test_zygote_killed")
+BESIDE_A_FAILURE = {"test_exit_beside_a_failure": 1, "test_interrupt_beside_a_failure": 2}
+"""Test -> exit code of the session."""
+ENDINGS = (*STOPPING, *BESIDE_A_FAILURE, "test_zygote_killed")
 
 
 class Endings:
@@ -67,12 +69,73 @@ def test_a_session_that_a_rank_ends_has_passed_nothing(endings: Endings, test: s
     [
         ("test_exit", "::test_exit: rank 1: enough"),
         ("test_keyboard_interrupt", "::test_keyboard_interrupt: rank 1: KeyboardInterrupt"),
+        ("test_exit_beside_a_failure", "::test_exit_beside_a_failure: rank 1: bye"),
+        ("test_interrupt_beside_a_failure", "_a_failure: rank 1: KeyboardInterrupt"),
     ],
 )
 def test_the_rank_that_stops_the_session_is_named(endings: Endings, test: str, said: str) -> None:
     ended = endings.after(test)
     assert said in ended.output
     assert "test_after" not in {report.nodeid.rpartition("::")[2] for report in ended.reports}
+
+
+@pytest.mark.parametrize("test", BESIDE_A_FAILURE)
+def test_a_failure_beside_a_rank_that_ends_the_session_is_reported(
+    endings: Endings, test: str
+) -> None:
+    ended = endings.after(test)
+    report = ended.phases(test)["call"]
+    assert report.category == "failed"
+    assert report.headline == "rank 0: ValueError: not to be missed"
+    assert "\n  rank 1: ended the session: " in report.text
+    assert ended.phases(test)["teardown"].category in ("", "passed")
+    assert ended.exit_code == BESIDE_A_FAILURE[test]
+
+
+WORLDS = """
+import os, pytest
+
+def end_or_fail():
+    if os.environ["RANK"] == "1":
+        pytest.exit("bye", returncode=0)
+    raise ValueError("not to be missed")
+
+def test_fails(worlds):
+    with worlds(2) as w:
+        w.run(end_or_fail)
+
+def test_expects_the_failure(worlds):
+    with pytest.raises(Exception, match="not to be missed"):
+        with worlds(2) as w:
+            w.run(end_or_fail)
+
+def test_exits(worlds):
+    with worlds(2) as w:
+        w.run(lambda: pytest.exit("bye", returncode=7))
+
+def test_after():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "category", "exit_code"),
+    [("test_fails", "failed", 1), ("test_expects_the_failure", "passed", 1)],
+)
+def test_a_failure_beside_an_exit_in_a_world_of_the_test_s_own_is_shown(
+    make_suite: MakeSuite, test: str, category: str, exit_code: int
+) -> None:
+    suite = make_suite({"test_worlds.py": WORLDS})
+    ended = suite.run(f"test_worlds.py::{test}", "test_worlds.py::test_after")
+    assert ended.outcomes(test) == {"call": category}
+    assert ended.exit_code == exit_code
+    assert "bye" in ended.output
+    assert "test_after" not in {report.nodeid.rpartition("::")[2] for report in ended.reports}
+
+
+def test_an_exit_in_a_world_of_the_test_s_own_keeps_its_return_code(make_suite: MakeSuite) -> None:
+    ended = make_suite({"test_worlds.py": WORLDS}).run("test_worlds.py::test_exits")
+    assert ended.exit_code == 7
 
 
 def test_pytest_exit_keeps_its_return_code(endings: Endings) -> None:

@@ -76,6 +76,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "imported": tuples_of(texts),
         "threads": tuples_of(texts),
         "reusable": st.booleans(),
+        "xpassed": st.booleans(),
         "returncode": st.none() | st.integers(),
         "awaits": texts,
         "pid": st.integers(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from pytest_dcp.errors import FailureKind, LostRank, RankFailure
 from pytest_dcp.harness.events import Done, RankOutcome
-from pytest_dcp.harness.outcome import combine, headline, is_echo, peers, ranks_text
+from pytest_dcp.harness.outcome import (
+    SessionEnd,
+    combine,
+    headline,
+    is_echo,
+    lead_with,
+    peers,
+    ranks_text,
+)
 
 
 def done(outcome: RankOutcome = "passed", text: str = "", at_s: float = 1.0) -> Done:
@@ -25,6 +33,7 @@ def failure(
 
 
 PASSED, SKIPPED, XFAILED = done(), done("skipped", "no GPU"), done("xfailed", "issue 7")
+XPASSED = Done("call", "passed", 1.0, text="issue 7", xpassed=True)
 
 # As torch 2.13 says them in ranks of one machine, and `rank.one_line` shows them.
 GLOO_CLOSED = (
@@ -135,10 +144,17 @@ def test_a_rank_that_failed_before_it_was_lost_has_failed() -> None:
     assert outcome.kind == "failed"
 
 
-@pytest.mark.parametrize("other", [PASSED, XFAILED])
-def test_an_xfail_on_any_rank_is_the_world_s(other: Done) -> None:
+@pytest.mark.parametrize("other", [XFAILED, XPASSED])
+def test_a_world_in_which_all_ranks_expect_the_failure_is_xfailed(other: Done) -> None:
     outcome = combine(2, {0: other, 1: XFAILED}, ())
     assert (outcome.kind, outcome.reason) == ("xfailed", "issue 7")
+
+
+def test_an_xfail_on_some_ranks_only_is_a_failure_that_names_both_sides() -> None:
+    outcome = combine(4, {0: PASSED, 1: XFAILED, 2: XFAILED, 3: PASSED}, ())
+    assert outcome.first is not None
+    assert (outcome.kind, outcome.first.failure.kind) == ("failed", "diverged")
+    assert outcome.reason.startswith("ranks 1-2 xfailed (issue 7), but ranks 0,3 passed: ")
 
 
 @pytest.mark.parametrize("other", [PASSED, XFAILED])
@@ -164,12 +180,50 @@ def test_a_failure_of_one_rank_fails_the_world_whatever_the_others_say(
     assert "SIGSEGV" in outcome.reason
 
 
-@pytest.mark.parametrize("kind", ["exit", "interrupt"])
-def test_a_rank_that_ends_the_session_does_so_even_when_another_failed(kind: RankOutcome) -> None:
-    outcome = combine(3, {0: PASSED, 2: done(kind, "enough")}, (failure(1),))
-    assert outcome.kind == kind
-    assert "rank 2" in outcome.reason
-    assert "enough" in outcome.reason
+ENDS: tuple[Literal["exit", "interrupt"], ...] = ("exit", "interrupt")
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_failure_beside_a_rank_that_ends_the_session_is_shown_and_the_session_ends(
+    kind: Literal["exit", "interrupt"],
+) -> None:
+    said = Done("call", kind, 1.0, text="enough", returncode=0)
+    outcome = combine(3, {0: PASSED, 2: said}, (failure(1),))
+    assert (outcome.kind, outcome.reason) == ("failed", "rank 1: ValueError: 3")
+    assert outcome.session_end == SessionEnd(kind, 2, "enough", 0)
+    assert peers(outcome) == ["rank 2: ended the session: enough"]
+
+
+@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize(
+    "follows",
+    [
+        failure(0, "still in call, in all_reduce, at x.py:3 in f", kind="blocked"),
+        failure(0, "DivergedError: waited in vain (rank 0: barrier()): rank 1 will not come"),
+    ],
+    ids=["waited", "waited in an exchange"],
+)
+def test_a_peer_that_only_waited_for_a_rank_that_ends_the_session_is_no_failure(
+    kind: Literal["exit", "interrupt"], follows: RankFailure
+) -> None:
+    outcome = combine(2, {1: done(kind, "enough")}, (follows,))
+    assert (outcome.kind, outcome.reason) == (kind, "rank 1: enough")
+    assert outcome.session_end == SessionEnd(kind, 1, "enough", None)
+
+
+@pytest.mark.parametrize("kind", ["crashed", "timeout", "flooded", "closed", "spared"])
+def test_any_own_failure_of_a_peer_is_shown_beside_an_exit(kind: FailureKind) -> None:
+    outcome = combine(2, {1: done("exit", "enough")}, (failure(0, "it went wrong", kind=kind),))
+    assert (outcome.kind, outcome.reason) == ("failed", "rank 0: it went wrong")
+
+
+def test_another_group_can_lead_the_outcome() -> None:
+    blocked = failure(0, "still in call, at x.py:3 in f", 2.0, "blocked")
+    outcome = combine(2, {1: done("failed", "ValueError: 3")}, (blocked, failure(1)))
+    led = lead_with(outcome, outcome.groups[1])
+    assert outcome.reason == "rank 1: ValueError: 3"
+    assert led.reason == "rank 0: still in call, at x.py:3 in f"
+    assert [(group.ranks, group.echo) for group in led.groups] == [((0,), False), ((1,), False)]
 
 
 def test_ctrl_c_in_a_rank_comes_before_an_exit_in_another() -> None:

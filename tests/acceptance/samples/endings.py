@@ -24,6 +24,18 @@ def test_exit(rank: int) -> None:
     time.sleep(FOREVER_S)
 
 
+def test_exit_beside_a_failure(rank: int) -> None:
+    if rank == 1:
+        pytest.exit("bye", returncode=0)
+    raise ValueError("not to be missed")
+
+
+def test_interrupt_beside_a_failure(rank: int) -> None:
+    if rank == 1:
+        raise KeyboardInterrupt
+    raise ValueError("not to be missed")
+
+
 def test_keyboard_interrupt(rank: int) -> None:
     if rank == 1:
         raise KeyboardInterrupt

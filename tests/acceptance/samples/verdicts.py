@@ -7,7 +7,12 @@ import signal
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from pytest_dcp.harness.lockstep_world import RankWorld
+
+FOREVER_S = 600
 pytestmark = pytest.mark.world_size(4, timeout=30)
 
 
@@ -72,6 +77,10 @@ def test_skipif_false() -> None:
 
 
 # pytest.xfail().
+
+
+def test_all_xfail() -> None:
+    pytest.xfail("known")
 
 
 def test_one_xfails(rank: int) -> None:
@@ -150,6 +159,28 @@ def test_xfail_raises_right_then_one_dies(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.xfail(raises=ZeroDivisionError)
+def test_xfail_raises_right_but_one_hangs(rank: int) -> None:
+    if rank == 2:
+        _ = 1 / 0
+    if rank == 0:
+        time.sleep(FOREVER_S)
+
+
+@pytest.mark.xfail(raises=ZeroDivisionError)
+def test_xfail_raises_right_but_some_wait(rank: int) -> None:
+    if rank == 2:
+        _ = 1 / 0
+    dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.xfail(raises=ZeroDivisionError)
+def test_xfail_raises_right_and_the_others_are_told(rank: int, world: RankWorld) -> None:
+    if rank == 2:
+        _ = 1 / 0
+    world.barrier()
+
+
 @pytest.mark.xfail(strict=True, reason="known")
 def test_xpass_strict() -> None:
     pass
@@ -177,6 +208,16 @@ def test_xfail_mark_added(request: pytest.FixtureRequest, rank: int) -> None:
 
 def test_xfail_mark_added_and_passes(request: pytest.FixtureRequest) -> None:
     request.node.add_marker(pytest.mark.xfail(reason="known since now", strict=False))
+
+
+def test_xfail_mark_added_without_reason_and_passes(request: pytest.FixtureRequest) -> None:
+    request.node.add_marker(pytest.mark.xfail(strict=False))
+
+
+def test_xfail_mark_added_by_one_which_fails(request: pytest.FixtureRequest, rank: int) -> None:
+    if rank == 0:
+        request.node.add_marker(pytest.mark.xfail(reason="known to me"))
+        raise ValueError("known")
 
 
 def test_xfail_mark_added_strictly_and_passes(request: pytest.FixtureRequest) -> None:
