@@ -186,6 +186,19 @@ class PlanError(CheckpointError, ValueError):
     """The ranks' plans do not make one whole checkpoint: gaps, overlaps, out of bounds."""
 
 
+class ReplicaMismatchError(PlanError):
+    """Ranks that hold the same tensor or value hold different copies of it; one would be saved."""
+
+    def __init__(self, message: str, *, keys: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.keys = keys
+        """The flat names of what differs."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+        return type(self), (self.message,), dict(self.__dict__)
+
+
 class CheckpointExistsError(CheckpointError, RuntimeError):
     """A checkpoint is already there and `overwrite=False` forbids replacing it."""
 

@@ -17,6 +17,7 @@ from pytest_dcp.checkpoint.metadata import (
 )
 from pytest_dcp.checkpoint.optimizer import load_sharded_optimizer_state_dict
 from pytest_dcp.checkpoint.plan.match import LoadReport
+from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -39,6 +40,7 @@ __all__ = [
     "save_state_dict",
     "load_state_dict",
     "LoadReport",
+    "PerRank",
     "Progress",
     "FileSystemReader",
     "FileSystemWriter",

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.plan.containers import Description, description_of
 from pytest_dcp.checkpoint.plan.describe import wanted_boxes
 from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, index_of
@@ -30,6 +31,7 @@ from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.match import LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
+from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp.checkpoint.store.values import decoded
@@ -70,6 +72,8 @@ class DefaultLoadPlanner(LoadPlanner):
         self.weights_only = weights_only
         self.selection = selection or Selection()
         self.report = LoadReport()
+        self._per_rank: dict[str, PerRank] = {}
+        """By what their flat names begin with."""
 
     def set_up_planner(
         self,
@@ -82,6 +86,7 @@ class DefaultLoadPlanner(LoadPlanner):
             # Its own plan may take any of them.
             materialise(state_dict)
         self.original_state_dict = state_dict
+        self._per_rank = {}
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -101,6 +106,7 @@ class DefaultLoadPlanner(LoadPlanner):
             self.selection,
             strict=not self.allow_partial_load,
             on_load=self._materialise,
+            per_rank=self._per_rank,
         )
         return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
@@ -212,7 +218,14 @@ class DefaultLoadPlanner(LoadPlanner):
     ) -> tuple[dict[str, Any], dict[str, Path]]:
         if not self.flatten_state_dict:
             return dict(self.original_state_dict), {}
-        return flatten(self.original_state_dict, plain_mappings_whole=plain_mappings_whole)
+
+        def note(path: Path, container: Any) -> None:
+            if isinstance(container, PerRank):
+                self._per_rank[".".join(map(str, (*path, "")))] = container
+
+        return flatten(
+            self.original_state_dict, plain_mappings_whole=plain_mappings_whole, note=note
+        )
 
     def _read_as_torch_2_3(self, index: Index) -> None:
         """Flatten as torch before 2.4 did, if the checkpoint has keys that only this gives."""
@@ -233,6 +246,8 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
         self.keys = keys
+        self._filled: dict[str, Any] = {}
+        self._description: Description | None = None
         super().__init__(*args, **kwargs)
 
     def set_up_planner(
@@ -249,17 +264,39 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         if metadata is None:
             raise ValueError("the planner was set up without metadata: it has nothing to load from")
         self._filled = state_dict
+        self._description = None
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
         room = Room(len(metadata.state_dict_metadata))
-        included: set[str] = set()
+        flat: dict[str, Any] = {}
+        places: dict[str, Path] = {}
         for fqn, stored in metadata.state_dict_metadata.items():
             path = room.checked(fqn, paths.get(fqn, (fqn,)))
             if self._should_include_key(fqn, path):
-                included.add(".".join(map(str, path)))
-                room.put(state_dict, fqn, path, _empty(fqn, stored))
+                flat[fqn], places[fqn] = _empty(fqn, stored), path
+                room.put(state_dict, fqn, path, flat[fqn])
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        # Positions of lists before those that were asked for are None, and stay it.
-        self.state_dict = {fqn: v for fqn, v in self.state_dict.items() if fqn in included}
+        # What was built would be flattened otherwise where a list holds no tensor any more.
+        self.state_dict, self.mappings = flat, places
+        described = description_of(metadata.planner_data)
+        if described is not None:
+            self._description = Description(described)
+            if self.weights_only:
+                # What cannot be given back is refused before anything is read.
+                self.rebuilt()
+
+    def rebuilt(self) -> dict[Any, Any]:
+        """The state dict that was loaded, with the containers and keys that were saved.
+
+        Raises CheckpointMismatchError, naming them, for those of other classes than Python's own,
+        unless the planner trusts the checkpoint.
+        """
+        if self._description is None:
+            return self._filled
+        return self._description.rebuilt(
+            self._filled,
+            lambda path: self._should_include_key(".".join(map(str, path)), path),
+            trusted=not self.weights_only,
+        )
 
     @property
     def repeatable(self) -> bool:
@@ -326,10 +363,13 @@ def _load_plan(
     *,
     strict: bool,
     on_load: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, value: value,
+    per_rank: Mapping[str, PerRank] | None = None,
 ) -> tuple[LoadPlan, LoadReport]:
     """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded."""
     chosen = selection.chosen(state_dict)
     stored_as = selection.stored_as(chosen)
+    if per_rank:
+        stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
     found = match(chosen, index, strict=strict, stored_as=stored_as)
     names = stored_as or {}
     for fqn, value in found.loaded.items():
@@ -340,7 +380,37 @@ def _load_plan(
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
     template = found.loaded | dict.fromkeys(replaced)
     items: Any = read_items(wanted_boxes(template), index, stored_as)
-    return LoadPlan(items), LoadReport(found.missing, found.unexpected, found.converted)
+    unexpected = tuple(
+        name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
+    )
+    return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
+
+
+def _choose_per_rank(
+    chosen: dict[str, Any],
+    stored_as: Mapping[str, str] | None,
+    index: Index,
+    per_rank: Mapping[str, PerRank],
+    *,
+    strict: bool,
+) -> dict[str, str]:
+    """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
+
+    Takes out of `chosen` what is to stay as it is.
+    """
+    names = dict(stored_as or {})
+    wanted = {
+        fqn: (names.get(fqn, fqn), value)
+        for prefix, value in per_rank.items()
+        for fqn in chosen
+        if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
+    }
+    for fqn, name in resized_names(wanted, index.fqns, strict=strict).items():
+        if name is None:
+            del chosen[fqn]
+        else:
+            names[fqn] = name
+    return names
 
 
 def _load_lists(plan: LoadPlan) -> LoadPlan:

@@ -26,6 +26,7 @@ from pytest_dcp.checkpoint.file_system import save_of
 from pytest_dcp.checkpoint.phases import Phases
 from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
 from pytest_dcp.checkpoint.plan.match import LoadReport
+from pytest_dcp.checkpoint.plan.per_rank import ranks_known
 from pytest_dcp.checkpoint.plan.select import Rename, Selection
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
@@ -147,7 +148,14 @@ def load_without_template(
 ) -> dict[str, Any]:
     """A state dict built from what the checkpoint holds, whole, on the CPU of every rank.
 
+    Containers and keys are those that were saved; a PerRank is a dict of what each rank saved, by
+    rank. Of a checkpoint that does not describe them (torch's, or an older one of ours) they are
+    dicts and lists, and keys are strings.
+
     keys: only these flat names, and what is below them; None: everything.
+
+    Raises CheckpointException, as `load`; its cause is a CheckpointMismatchError, naming them, for
+    containers and keys of other classes than Python's own, unless `weights_only` is False.
     """
     no_dist = alone(False, "load")
     storage_reader = reader_for(storage_reader, checkpoint_id)
@@ -156,7 +164,7 @@ def load_without_template(
         {keys} if isinstance(keys, str) else keys, weights_only=weights_only
     )
     _Load(lambda: state_dict, storage_reader, planner, process_group, no_dist).run()
-    return state_dict
+    return planner.rebuilt()
 
 
 class _Load:
@@ -194,7 +202,7 @@ class _Load:
             operation="load",
         ) as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.progress)
-            with watched(watcher):
+            with watched(watcher), ranks_known(team.rank, team.size):
                 self._until_it_stays(team)
             report = self._report()
             where = getattr(self.reader, "checkpoint_id", self.reader)

@@ -6,7 +6,7 @@ import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -25,10 +25,13 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp.checkpoint.plan.boxes import volumes
 from pytest_dcp.checkpoint.plan.cache import PlanCache
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.plan.containers import DESCRIPTION, DescribedPaths, describe
+from pytest_dcp.checkpoint.plan.containers import merged as merge_descriptions
 from pytest_dcp.checkpoint.plan.describe import write_items
 from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, KeyTable
-from pytest_dcp.checkpoint.plan.nested import Path, as_saved, flatten
+from pytest_dcp.checkpoint.plan.nested import Path, as_saved, as_saved_path, flatten
+from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck, Replicas
 from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp.checkpoint.store.values import encoded
@@ -38,7 +41,7 @@ from pytest_dcp.errors import PlanError
 logger = logging.getLogger(__name__)
 
 
-OF_ONE_SAVE = frozenset({"state_dict", "plan", "global_plan", "metadata"})
+OF_ONE_SAVE = frozenset({"state_dict", "plan", "global_plan", "metadata", "offered", "replicas"})
 """What a planner has of the save that it plans, or planned last."""
 
 
@@ -54,7 +57,20 @@ class DefaultSavePlanner(SavePlanner):
         dedup_replicated_tensors: bool | None = None,
         dedup_save_to_lowest_rank: bool = False,
         enable_plan_caching: bool = False,
+        *,
+        replicas: ReplicaCheck = "sample",
     ) -> None:
+        """As torch's, and:
+
+        replicas: what to compare of what several ranks hold, of which one copy is saved. "sample":
+            every Python value and a small sample of the tensors; "check": everything; "off".
+            Copies that differ are a ReplicaMismatchError.
+        """
+        if replicas not in get_args(ReplicaCheck):
+            raise ValueError(f"replicas must be 'sample', 'check' or 'off', got {replicas!r}")
+        self.replica_check: ReplicaCheck = replicas
+        self.replicas: Replicas | None = None
+        """On the coordinator: which rows of the plans hold the same."""
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.mappings = {}
@@ -78,14 +94,20 @@ class DefaultSavePlanner(SavePlanner):
     ) -> None:
         """Take the state dict to save."""
         if self.flatten_state_dict:
-            state_dict, paths = flatten(state_dict)
+            seen: list[tuple[Path, Any]] = []
+            state_dict, paths = flatten(state_dict, note=lambda *found: seen.append(found))
             self.mappings = as_saved(paths)
+            described = describe((as_saved_path(path), container) for path, container in seen)
+            if described is not None:
+                self.mappings.setdefault(DESCRIPTION, (described,))
         self.state_dict = state_dict
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
         """What this rank could write: local, no communication."""
-        plan = _plan(write_items(self.state_dict), lists_wanted(self, DefaultSavePlanner))
+        items = write_items(self.state_dict)
+        self.offered = items
+        plan = _plan(items, lists_wanted(self, DefaultSavePlanner))
         if self.flatten_state_dict:
             plan = replace(plan, planner_data=self.mappings)
         self.plan = plan
@@ -104,10 +126,10 @@ class DefaultSavePlanner(SavePlanner):
         before = self._cache.answer
         if before is not None and before[0] == digests:
             same = [SavePlan([], usable=False) for _ in full]
-            _, self.global_plan, self.metadata = before
+            _, self.global_plan, self.metadata, self.replicas = before
             return same, replace(self.metadata)
         self.global_plan, self.metadata = self._planned(full)
-        self._cache.answer = (digests, self.global_plan, replace(self.metadata))
+        self._cache.answer = (digests, self.global_plan, replace(self.metadata), self.replicas)
         return self.global_plan, self.metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -140,8 +162,7 @@ class DefaultSavePlanner(SavePlanner):
 
         Goes around the per-item hooks where no subclass overrides them.
         """
-        hooks = ("resolve_data", "lookup_object", "transform_object")
-        if not isinstance(items, WriteItems) or overridden(self, DefaultSavePlanner, hooks):
+        if not isinstance(items, WriteItems) or self._makes_data():
             return lambda row: plain_data(items[row].index.fqn, self.resolve_data(items[row]))
         fqns, state = items.fqns, self.state_dict
         values, numels = (items.kind == BYTES).tolist(), volumes(items.shape).tolist()
@@ -158,12 +179,38 @@ class DefaultSavePlanner(SavePlanner):
 
         return data
 
+    def lookup(self, items: WriteItems) -> Callable[[int], Any] | None:
+        """What gives the state's own data of the n-th row: a box's memory, or a value.
+
+        None where a subclass makes what it saves: it cannot be asked twice.
+        """
+        if self._makes_data():
+            return None
+        state = self.state_dict
+
+        def data(row: int) -> Any:
+            value = state[items.fqns[row]]
+            if type(value) in PLAIN:
+                return require_memory(items.fqns[row], value)
+            if not isinstance(value, torch.Tensor):
+                return value
+            found: torch.Tensor = find_state_dict_object(state, items.key(row))
+            return require_memory(items.fqns[row], found)
+
+        return data
+
+    def _makes_data(self) -> bool:
+        """Whether a subclass has hooks of its own for the data of an item."""
+        hooks = ("resolve_data", "lookup_object", "transform_object")
+        return overridden(self, DefaultSavePlanner, hooks)
+
     def _planned(self, all_plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         together: GlobalPlan = global_plan(
             [WriteItems.of(plan.items) for plan in all_plans],
             to_lowest_rank=self.dedup_save_to_lowest_rank,
             complete=len(all_plans) > 1,
         )
+        self.replicas = together.replicas
         lists = lists_wanted(self, DefaultSavePlanner)
         plans = [
             replace(plan, items=_plan(items, lists).items)
@@ -212,7 +259,12 @@ def _merged(data: Sequence[Mapping[str, Path] | None]) -> dict[str, Path]:
         if paths and paths != merged:
             for fqn, path in paths.items():
                 merged.setdefault(fqn, path)
-    return merged
+    if DESCRIPTION not in merged:
+        return merged
+    del merged[DESCRIPTION]
+    told = (paths.get(DESCRIPTION) for paths in data if paths)
+    description = merge_descriptions([path[0] for path in told if path is not None])
+    return merged if description is None else DescribedPaths(merged, description)
 
 
 def _encoded(fqn: str, value: Any) -> bytes:

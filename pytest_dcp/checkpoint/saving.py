@@ -31,6 +31,9 @@ from pytest_dcp.checkpoint.messages import (
 )
 from pytest_dcp.checkpoint.phases import Phases, logger
 from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
+from pytest_dcp.checkpoint.plan.per_rank import ranks_known
+from pytest_dcp.checkpoint.plan.replicas import Checks, ReplicaCheck, Sums
+from pytest_dcp.checkpoint.replica_check import Comparison, Dispute
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
     plain_state,
@@ -75,6 +78,7 @@ def save(
     no_dist: bool = False,
     use_collectives: bool = True,
     progress: Callable[[Progress], None] | None = None,
+    replicas: ReplicaCheck | None = None,
 ) -> Metadata:
     """The metadata of the checkpoint that the ranks' state dicts were saved to. Collective.
 
@@ -86,6 +90,10 @@ def save(
         loaded by the same number of ranks in the same layout only. Ranks commit once all have
         written; one that fails just then leaves parts of two saves, which every load refuses.
     progress: called now and then with how far this rank has come.
+    replicas: what to compare of what several ranks hold, of which one copy is saved: "sample" (None
+        means it: every Python value and a small sample of the tensors), "check" (everything) or
+        "off". For the default planner; DefaultSavePlanner has the same argument. Copies that differ
+        are a ReplicaMismatchError; PerRank saves a value of each rank.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
     folder's earlier checkpoint is whole then.
@@ -95,12 +103,23 @@ def save(
     return Save(
         lambda: plain_state(state_dict),
         storage_writer,
-        planner,
+        _planner_for(planner, replicas),
         process_group,
         no_dist,
         use_collectives=use_collectives,
         progress=progress,
     ).run()
+
+
+def _planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
+    """The given planner, or a default one with this option, which is for it alone."""
+    if planner is None:
+        return DefaultSavePlanner(replicas=replicas or "sample")
+    if replicas is not None:
+        raise ValueError(
+            f"replicas= is for the default planner: give it to your {type(planner).__name__}"
+        )
+    return planner
 
 
 class Save:
@@ -130,6 +149,7 @@ class Save:
         self.phases = Phases()
         self.local: SavePlan | None = None
         self.told: list[SavePlan] = []
+        self.comparison = Comparison(self.planner)
         self.metadata: Metadata | None = None
 
     def run(self) -> Metadata:
@@ -141,7 +161,7 @@ class Save:
             operation="save",
         ) as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
-            with watched(watcher):
+            with watched(watcher), ranks_known(team.rank, team.size):
                 together = self._together if self.use_collectives else self._each_alone
                 try:
                     metadata = together(team)
@@ -154,20 +174,28 @@ class Save:
 
     def _together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
-            sent = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
-        plan = arrived(sent, self._local_plan())
+            sent, checks = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+        local, comparison = self._local_plan(), self.comparison
+        plan = arrived(sent, local)
 
-        def write() -> Any:
+        def write() -> tuple[Any, Sums | None]:
             with self.phases.phase("write"):
-                return reported(self._write(plan), plan)
+                return reported(self._write(plan), plan), comparison.sums(local, checks)
 
-        def commit(said: list[Any]) -> Any:
-            results = [results_of(some, told) for some, told in zip(said, self.told, strict=True)]
+        def commit(said: list[tuple[Any, Sums | None]]) -> Any:
+            dispute = comparison.dispute([sums for _, sums in said])
+            if dispute is not None:
+                return dispute
+            results = [
+                results_of(some, told) for (some, _), told in zip(said, self.told, strict=True)
+            ]
             with self.phases.phase("commit", planning=True):
                 self._finish(results)
             return self.metadata if team.size == 1 else packed_metadata(self._whole())
 
         answer = team.all_reduce("write", write, commit)
+        if isinstance(answer, Dispute):
+            comparison.settle(team, local, answer)
         return self._whole() if team.is_coordinator else unpacked_metadata(answer)
 
     def _each_alone(self, team: Team) -> Metadata:
@@ -175,7 +203,7 @@ class Save:
             with self.phases.phase("plan"):
                 (sent,) = self._join([self._plan(team)])
             with self.phases.phase("write"):
-                return self._write(arrived(sent, self._local_plan()))
+                return self._write(arrived(sent[0], self._local_plan()))
 
         def commit() -> None:
             with self.phases.phase("commit"):
@@ -221,11 +249,12 @@ class Save:
         self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
 
-    def _join(self, plans: list[SavePlan]) -> list[Any]:
-        """On the coordinator: what each rank is told to write."""
+    def _join(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
+        """On the coordinator: what each rank is to write, and to compare."""
         joined, self.metadata = self.planner.create_global_plan(plans)
         self.told = self.writer.prepare_global_plan(joined)
-        return [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
+        sent = [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
+        return list(zip(sent, self.comparison.chosen(len(sent)), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         # A planner that remembers plans must not remember where the last save's files were.

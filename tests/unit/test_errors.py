@@ -39,6 +39,7 @@ from pytest_dcp.errors import (
     PlanError,
     RankFailure,
     RecordingError,
+    ReplicaMismatchError,
     SaverProcessError,
     StoreResponseError,
     UntrustedPickleError,
@@ -96,6 +97,7 @@ SAMPLES: dict[type[DcpError], DcpError] = {
         "Missing key", missing=("a",), unexpected=("b",), mismatched=("c",)
     ),
     PlanError: PlanError("key:a has overlapping chunks"),
+    ReplicaMismatchError: ReplicaMismatchError("'a' differs", keys=("a",)),
     CheckpointExistsError: CheckpointExistsError("Checkpoint already exists"),
     SaverProcessError: SaverProcessError("the background process 7 was killed by SIGKILL"),
     CoordinationError: CoordinationError("no process group"),

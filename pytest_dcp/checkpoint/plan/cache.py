@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp.checkpoint.plan.columns import WriteItems
+from pytest_dcp.checkpoint.plan.replicas import Replicas
 from pytest_dcp.errors import PlanError
 
 
@@ -40,8 +41,8 @@ class PlanCache:
     """What this rank was told to write."""
     all_plans: dict[int, tuple[bytes, SavePlan]] = field(default_factory=dict)
     """On the coordinator: each rank's last plan."""
-    answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata] | None = None
-    """On the coordinator: the digests, and the plans and metadata that they gave."""
+    answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata, Replicas | None] | None = None
+    """On the coordinator: the digests, and the plans, metadata and replicas that they gave."""
 
     def outgoing(self, plan: SavePlan) -> SavePlan:
         """The plan to send: this one, or a note that it is the same as last time."""

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pytest_dcp.checkpoint.plan.boxes import Ints, padded
 from pytest_dcp.checkpoint.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
 from pytest_dcp.checkpoint.plan.names import Fqns
+from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import (
     PLAIN,
     SPEAKS_FOR_ITSELF,
@@ -153,6 +154,8 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             else:
                 rows.add_tensor(fqn, value, number)
         elif not isinstance(value, torch.Tensor):
+            if isinstance(value, PerRank):
+                problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
             rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
         elif problem := unsavable(fqn, value):
             problems.append(problem)

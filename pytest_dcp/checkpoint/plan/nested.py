@@ -13,21 +13,36 @@ from typing import Any
 
 import torch
 
+from pytest_dcp.checkpoint.plan.containers import is_plain
+from pytest_dcp.checkpoint.plan.per_rank import PerRank, check_per_rank
 from pytest_dcp.errors import CheckpointCorruptError
 
 Path = tuple[Any, ...]
 """The keys from the root to a value: a mapping's own keys, and positions in lists."""
+TEXT = frozenset({str})
+
+
+Note = Callable[[Path, Any], None]
 
 
 def flatten(
-    state_dict: Mapping[Any, Any], *, plain_mappings_whole: bool = False
+    state_dict: Mapping[Any, Any],
+    *,
+    plain_mappings_whole: bool = False,
+    note: Note = lambda path, container: None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """The values by flat name, and the path of each.
 
-    Raises ValueError when two paths give one name.
+    `note` is called with each container that is more than the flat names say: empty ones, those of
+    other classes than dict and list, mappings with keys that are no strings.
+
+    Raises ValueError when two paths give one name; PlanError for a PerRank of distributed tensors.
     """
     flat: dict[str, Any] = {}
     paths: dict[str, Path] = {}
+    if not TEXT.issuperset(map(type, state_dict)):
+        _check_keys((), state_dict)
+        note((), dict(state_dict))
 
     def visit(path: Path, value: Any) -> None:
         fqn = str(path[0]) if len(path) == 1 else ".".join(map(str, path))
@@ -39,19 +54,20 @@ def flatten(
         paths[fqn] = path
 
     for key, value in state_dict.items():
-        _walk((key,), value, visit, plain_mappings_whole)
+        _walk((key,), value, visit, note, plain_mappings_whole)
     return flat, paths
 
 
 def as_saved(paths: Mapping[str, Path]) -> dict[str, Path]:
     """The paths as metadata keeps them: keys of mappings as strings, positions as int."""
     return {
-        fqn: path if all(type(key) is str for key in path) else _stringly(fqn, path)
+        fqn: path if TEXT.issuperset(map(type, path)) else as_saved_path(path)
         for fqn, path in paths.items()
     }
 
 
-def _stringly(fqn: str, path: Path) -> Path:
+def as_saved_path(path: Path) -> Path:
+    """One path as metadata keeps it."""
     return tuple(int(key) if isinstance(key, Position) else str(key) for key in path)
 
 
@@ -103,17 +119,43 @@ def _grow(values: list[Any], position: int) -> None:
     values.extend([None] * (position + 1 - len(values)))
 
 
-def _walk(path: Path, value: Any, visit: Callable[[Path, Any], None], whole: bool) -> None:
+def _walk(
+    path: Path, value: Any, visit: Callable[[Path, Any], None], note: Note, whole: bool
+) -> None:
     if isinstance(value, torch.Tensor):
         visit(path, value)  # what most are
-    elif isinstance(value, Mapping) and not (whole and not _holds(value.values(), whole)):
+    elif isinstance(value, Mapping) and (not whole or _is_walked(value)):
+        if not is_plain(value):
+            _check_keys(path, value)
+            note(path, value)
+            if isinstance(value, PerRank):
+                check_per_rank(".".join(map(str, path)), value.value)
         for key, inner in value.items():
-            _walk((*path, key), inner, visit, whole)
+            _walk((*path, key), inner, visit, note, whole)
     elif isinstance(value, list) and _holds(value, whole):
+        if type(value) is not list:
+            note(path, value)
         for position, inner in enumerate(value):
-            _walk((*path, Position(position)), inner, visit, whole)
+            _walk((*path, Position(position)), inner, visit, note, whole)
     else:
         visit(path, value)
+
+
+def _check_keys(path: Path, mapping: Mapping[Any, Any]) -> None:
+    """Raise ValueError where two keys of a mapping are one string: what is below would be mixed."""
+    known: dict[str, Any] = {}
+    for key in mapping:
+        other = known.setdefault(str(key), key)
+        if other is not key:
+            raise ValueError(
+                f"duplicated flatten key {'.'.join(map(str, (*path, key)))!r}: both "
+                f"{(*path, other)!r} and {(*path, key)!r} lead to it"
+            )
+
+
+def _is_walked(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is walked even where plain ones are kept whole."""
+    return isinstance(value, PerRank) or _holds(value.values(), True)
 
 
 def _holds(values: Any, whole: bool) -> bool:

@@ -20,6 +20,7 @@ from pytest_dcp.checkpoint.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems
 from pytest_dcp.checkpoint.plan.coverage import problems_of
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.plan.names import Fqns
+from pytest_dcp.checkpoint.plan.replicas import Replicas, groups_of_ranks
 from pytest_dcp.errors import PlanError
 
 SHOWN = 20
@@ -35,6 +36,8 @@ class GlobalPlan:
     rows: list[Ints]
     """Of each rank: which of its rows those are."""
     index: Index
+    replicas: Replicas
+    """The groups of rows of which one is kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +83,16 @@ def global_plan(
     hint_of_row = np.full(len(rows.key), UNKNOWN, dtype=np.int64)
     hints = np.arange(len(starts)) - first_chunk[rows.key[order[starts]]]
     hint_of_row[keeper] = np.where(rows.kind[keeper] == BYTES, UNKNOWN, hints)
-    return _shared_out(tables, np.sort(keeper), hint_of_row, index)
+    lead = order[starts]
+    replicas = Replicas(
+        group=groups_of_ranks([len(table) for table in tables], order, starts),
+        count=np.diff(np.append(starts, len(order))),
+        nbytes=np.where(rows.kind[lead] == BYTES, UNKNOWN, rows.nbytes[lead]),
+        fqns=rows.fqns,
+        key=rows.key[lead],
+    )
+    kept = _shared_out(tables, np.sort(keeper), hint_of_row)
+    return GlobalPlan(*kept, index, replicas)
 
 
 def concatenated(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
@@ -99,8 +111,8 @@ def concatenated(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]
     hint = np.full(len(order), UNKNOWN, dtype=np.int64)
     hint[order] = np.arange(len(order)) - first[rows.key[order]]
     hint[rows.kind == BYTES] = UNKNOWN
-    shared = _shared_out(tables, np.arange(len(order)), hint, index)
-    return shared.tables, index
+    shared, _ = _shared_out(tables, np.arange(len(order)), hint)
+    return shared, index
 
 
 def _joined(tables: Sequence[WriteItems]) -> _All:
@@ -248,16 +260,14 @@ def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
     return index, first
 
 
-def _shared_out(tables: Sequence[WriteItems], kept: Ints, hint: Ints, index: Index) -> GlobalPlan:
-    """Each rank's part of the kept rows."""
+def _shared_out(
+    tables: Sequence[WriteItems], kept: Ints, hint: Ints
+) -> tuple[list[WriteItems], list[Ints]]:
+    """Each rank's part of the kept rows, and which of its rows those are."""
     ends = np.cumsum([len(table) for table in tables])
     parts = np.split(kept, np.searchsorted(kept, ends[:-1]))
     rows = [part - (end - len(t)) for part, end, t in zip(parts, ends, tables, strict=True)]
-    return GlobalPlan(
-        tables=[t.take(r, hint[p]) for t, r, p in zip(tables, rows, parts, strict=True)],
-        rows=rows,
-        index=index,
-    )
+    return [t.take(r, hint[p]) for t, r, p in zip(tables, rows, parts, strict=True)], rows
 
 
 def _listed(headline: str, problems: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.plan.containers import DescribedPaths
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.paths import PathTable
@@ -145,6 +146,8 @@ def _head(fields: bytes) -> bytes:
 
 def _plain(planner_data: Any) -> Any:
     """The planner's data; paths as plain dict and ints, whatever stood in for them."""
+    if isinstance(planner_data, DescribedPaths):
+        planner_data = dict(planner_data)
     if isinstance(planner_data, PathTable):
         return dict(planner_data)
     if type(planner_data) is not dict:

@@ -4,7 +4,8 @@ The default planner keeps, for each flat name, the keys that lead to the value: 
 positions in lists as ints. The name is the path's parts joined with dots, so the name and the
 path's **form** rebuild it: for each part how many of the name's dot-separated words it takes, or -1
 for an int. A thousand keys have a handful of forms. Paths that do not join to their name are kept
-in full.
+in full. Beside them stands the description of their containers (`plan.containers`), if any; files
+of versions that had none lack it.
 
 `PathTable` looks like the dict it stands for and makes each path when it is asked for.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pytest_dcp.checkpoint.plan.containers import DescribedPaths, description_of
 from pytest_dcp.checkpoint.plan.names import Fqns
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -39,6 +41,8 @@ class PathTable(Mapping[str, Path]):
     """(n,) positions in `forms`; -1: the name is in `extra` or has no path."""
     forms: tuple[Form, ...]
     extra: dict[str, Path]
+    description: str | None = None
+    """Of the containers that the paths lead through, where there is more to say of them."""
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -99,7 +103,7 @@ def form_of(fqn: str, path: Path) -> Form | None:
 
 def packed(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] | None:
     """The form of each name and a JSON text of the rest, or None where these are no plain paths."""
-    if type(planner_data) not in (dict, PathTable):
+    if type(planner_data) not in (dict, PathTable, DescribedPaths):
         return None
     paths = dict(planner_data)  # type: ignore[call-overload]  # one of the two mappings above
     if not all(type(fqn) is str and _is_path(path) for fqn, path in paths.items()):
@@ -112,7 +116,11 @@ def packed(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] 
             rows[row] = known.setdefault(form, len(known))
             del paths[fqn]
     extra = [[fqn, [int(p) if isinstance(p, int) else p for p in paths[fqn]]] for fqn in paths]
-    text = json.dumps({"forms": list(known), "extra": extra}, separators=(",", ":"))
+    told: dict[str, Any] = {"forms": list(known), "extra": extra}
+    description = description_of(planner_data)
+    if description is not None:
+        told["containers"] = description
+    text = json.dumps(told, separators=(",", ":"))
     if extra and json.loads(text)["extra"] != extra:  # JSON joins halves of surrogate pairs
         return None
     return rows, text.encode()
@@ -137,11 +145,12 @@ def unpacked(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
         told = json.loads(text)
         forms = tuple(_checked_form(form) for form in told["forms"])
         extra = {fqn: _checked_path(fqn, path) for fqn, path in told["extra"]}
+        description = _checked_text(told.get("containers"))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise CheckpointCorruptError(f"expected the planner's paths, got {error!r:.200}") from None
     if rows.size and not (rows.min() >= _NO_PATH and rows.max() < len(forms)):
         raise CheckpointCorruptError(f"expected forms of paths below {len(forms)}, got others")
-    table = PathTable(fqns, rows, forms, extra)
+    table = PathTable(fqns, rows, forms, extra, description)
     _check_forms(fqns, rows, forms)
     if len(extra) != len(told["extra"]) or not table.extra.keys().isdisjoint(table._row_of):
         raise CheckpointCorruptError("expected one path a key of the planner, got two of some")
@@ -157,6 +166,12 @@ def _check_forms(fqns: Fqns, rows: NDArray[np.int32], forms: Sequence[Form]) -> 
                 path_of(fqn, forms[row])
             except ValueError as error:
                 raise CheckpointCorruptError(f"{error}"[:200], entry=fqn) from None
+
+
+def _checked_text(text: object) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"a description that is {text!r:.80}")
+    return text
 
 
 def _checked_form(form: object) -> Form:

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.collector import collector_paused
+from pytest_dcp.checkpoint.plan.containers import alike
+from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp.checkpoint.store.arena import Pool, needed_bytes
 
@@ -190,8 +192,10 @@ def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         return sharded(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
         return next(rooms) if _fits(value) else value.detach().to("cpu", copy=True)
+    if isinstance(value, PerRank):
+        return PerRank(_copied(value.value, rooms))
     if isinstance(value, Mapping):
-        return {key: _copied(inner, rooms) for key, inner in value.items()}
+        return alike(value, {key: _copied(inner, rooms) for key, inner in value.items()})
     if isinstance(value, list | tuple):
         parts = [_copied(inner, rooms) for inner in value]
         if isinstance(value, list):
