@@ -28,9 +28,10 @@ from pytest_dcp.checkpoint.plan.describe import wanted_boxes
 from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, index_of
 from pytest_dcp.checkpoint.plan.load import read_items
-from pytest_dcp.checkpoint.plan.match import LoadReport, match
+from pytest_dcp.checkpoint.plan.match import Dtype, LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
+from pytest_dcp.checkpoint.plan.numbers import fill_tensor, number_of
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
@@ -87,6 +88,7 @@ class DefaultLoadPlanner(LoadPlanner):
             materialise(state_dict)
         self.original_state_dict = state_dict
         self._per_rank = {}
+        self._numbers: dict[str, type] = {}
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -107,6 +109,7 @@ class DefaultLoadPlanner(LoadPlanner):
             strict=not self.allow_partial_load,
             on_load=self._materialise,
             per_rank=self._per_rank,
+            on_number=self._make_room,
         )
         return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
@@ -128,18 +131,40 @@ class DefaultLoadPlanner(LoadPlanner):
             value = decoded(entry, weights_only=self.weights_only)
         except CheckpointCorruptError as error:
             raise error.at(entry=fqn) from error
+        here = self.state_dict.get(fqn)
+        if not isinstance(here, torch.Tensor):
+            self._put(fqn, value)
+        elif not isinstance(value, torch.Tensor):
+            fill_tensor(fqn, here, value, strict=not self.allow_partial_load)
+            self._converted(fqn, type(value), here.dtype)
+        elif type(here) in PLAIN and here.shape == value.shape:
+            here.detach().copy_(value)
+        else:
+            self._put(fqn, value)
+
+    def _put(self, fqn: str, value: Any) -> None:
+        """Let the state dict have this value."""
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], value)
         else:
             self.original_state_dict[fqn] = value
         self.state_dict[fqn] = value
 
+    def _converted(self, fqn: str, stored: Dtype, asked: Dtype) -> None:
+        self.report = replace(
+            self.report, converted={**self.report.converted, fqn: (stored, asked)}
+        )
+
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         """The view of the target that an item fills."""
         return self.transform_tensor(read_item, self.lookup_tensor(read_item.dest_index))
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing: the tensor was filled in place."""
+        """Nothing where the tensor was filled in place; a number is taken out of its own."""
+        fqn = read_item.dest_index.fqn
+        if fqn in self._numbers:
+            kind, strict = self._numbers[fqn], not self.allow_partial_load
+            self._put(fqn, number_of(fqn, tensor, kind, strict=strict))
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The rank's own memory of a wanted box: for subclasses to extend."""
@@ -161,7 +186,7 @@ class DefaultLoadPlanner(LoadPlanner):
         The engine narrows it itself, for many items at a time.
         """
         hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
-        if overridden(self, DefaultLoadPlanner, hooks):
+        if self._numbers or overridden(self, DefaultLoadPlanner, hooks):
             return None
         firsts = (items.wanted_hint == 0).tolist()
         fqns, state = items.fqns, self.state_dict
@@ -201,12 +226,14 @@ class DefaultLoadPlanner(LoadPlanner):
     def _materialise(self, fqn: str, value: torch.Tensor) -> torch.Tensor:
         """An empty tensor in the place of a meta tensor that is to be loaded."""
         made = filled(value)
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], made)
-        else:
-            self.original_state_dict[fqn] = made
-        self.state_dict[fqn] = made
+        self._put(fqn, made)
         return made
+
+    def _make_room(self, fqn: str, kind: type, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor for a number that is to be loaded from a stored one."""
+        self._numbers[fqn] = kind
+        self.state_dict[fqn] = stored
+        return stored
 
     def _box(self, items: ReadItems, row: int) -> torch.Tensor:
         """The rank's memory of the box that the row fills, of a tensor that it has more of."""
@@ -364,14 +391,25 @@ def _load_plan(
     strict: bool,
     on_load: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, value: value,
     per_rank: Mapping[str, PerRank] | None = None,
+    on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[LoadPlan, LoadReport]:
-    """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded."""
+    """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded.
+
+    `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
+    empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
+    """
     chosen = selection.chosen(state_dict)
     stored_as = selection.stored_as(chosen)
     if per_rank:
         stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
-    found = match(chosen, index, strict=strict, stored_as=stored_as)
+    numbers = on_number is not None
+    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=numbers)
     names = stored_as or {}
+    for fqn, (_, kind) in found.converted.items():
+        if on_number is not None and isinstance(kind, type):
+            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
+            room = torch.empty(stored.size, dtype=stored.properties.dtype)
+            found.loaded[fqn] = on_number(fqn, kind, room)
     for fqn, value in found.loaded.items():
         if _is_meta(value):
             found.loaded[fqn] = on_load(fqn, value)

@@ -6,6 +6,7 @@ Every key that does not fit is named at once, with the nearest names that exist.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.numbers import kind_of, takes_tensor_of
 from pytest_dcp.checkpoint.plan.shards import PLAIN, full
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -25,6 +27,10 @@ SUGGESTED_FROM = 2000
 """Names are compared for likeness with at most so many others: it takes a while."""
 
 
+Dtype = torch.dtype | type
+"""Of a tensor, or the class of a number."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys."""
@@ -33,8 +39,9 @@ class LoadReport:
     """Asked for, not in the checkpoint: left as they were."""
     unexpected: tuple[str, ...] = ()
     """In the checkpoint, not asked for."""
-    converted: Mapping[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
-    """Loaded from another dtype: (stored, asked for)."""
+    converted: Mapping[str, tuple[Dtype, Dtype]] = field(default_factory=dict)
+    """Loaded from another dtype: (stored, asked for). A number has its class for a dtype: a tensor
+    of one element is filled with a stored number, and a number is taken from such a tensor."""
     bytes_needed: int = 0
     """Of tensor data and values that the plan asked for."""
     bytes_read: int = 0
@@ -51,7 +58,7 @@ class Match:
     """The values to load."""
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    converted: dict[str, tuple[torch.dtype, torch.dtype]]
+    converted: dict[str, tuple[Dtype, Dtype]]
 
 
 def match(
@@ -60,8 +67,12 @@ def match(
     *,
     strict: bool,
     stored_as: Mapping[str, str] | None = None,
+    numbers: bool = False,
 ) -> Match:
-    """What of the flat state dict the index holds. A stored Python value replaces whatever is here.
+    """What of the flat state dict the index holds.
+
+    A stored Python value is not judged: it replaces a value, and is known only when it is read.
+    numbers: let a number be loaded from a tensor of one element; such a key is in `converted`.
 
     Raises CheckpointMismatchError, naming all at once: keys that are missing (if `strict`), values
     of another kind or size, and, if `strict`, of a dtype of another kind (float, int, bool,
@@ -80,7 +91,7 @@ def match(
         for fqn in missing:
             del loaded[fqn]
     problems: dict[str, str] = {}
-    converted: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+    converted: dict[str, tuple[Dtype, Dtype]] = {}
     ndims = index.ndim.tolist()
     sizes = [tuple(size[:n]) for size, n in zip(index.size.tolist(), ndims, strict=True)]
     dtypes = [p.dtype for p in index.properties]
@@ -93,7 +104,7 @@ def match(
             here = full(value)
             if here.shape == sizes[row] and here.dtype is stored[row]:
                 continue  # What nearly every value is, without the questions below.
-        problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted)
+        problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted, numbers)
         if problem:
             problems[fqn] = problem
     if problems or (missing and strict):
@@ -108,9 +119,19 @@ def _misfit(
     dtype: torch.dtype | None,
     strict: bool,
     converted: dict[str, Any],
+    numbers: bool,
 ) -> str | None:
     """Why a value cannot take the stored tensor, or None."""
     if not isinstance(value, torch.Tensor):
+        kind = type(value)
+        if (
+            numbers
+            and dtype
+            and math.prod(size) == 1
+            and takes_tensor_of(kind, dtype, strict=strict)
+        ):
+            converted[fqn] = (dtype, kind)
+            return None
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
     here, now = _size_and_dtype(value)
     if tuple(here) != size:
@@ -129,15 +150,6 @@ def _size_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
         found = value.metadata()
         return found.size, found.tensor_properties.dtype
     return value.shape, value.dtype
-
-
-def kind_of(dtype: torch.dtype) -> str:
-    """float, complex, bool or int: values survive a change within a kind, save for precision."""
-    if dtype.is_complex:
-        return "complex"
-    if dtype.is_floating_point:
-        return "float"
-    return "bool" if dtype == torch.bool else "int"
 
 
 def _error(
