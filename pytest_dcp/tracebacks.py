@@ -6,7 +6,7 @@ the package asked for. Our frames add nothing to such an error, and nothing to a
 user's own code that we call (a planner, a progress function). They stay where something of ours
 broke unexpectedly. So the rule looks at the innermost frame, not at lists of exception classes:
 
-- ours, at a `raise` statement, or with an OSError: explained, our frames go;
+- ours, at a `raise` statement, or with an OSError or a warning: explained, our frames go;
 - the user's: theirs to fix, our frames go;
 - ours at anything else, or a library's: everything stays.
 
@@ -36,6 +36,8 @@ TESTS = (PACKAGE + "demo" + os.sep, os.path.join(PACKAGE, "properties", "suite")
 STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 RAISE = dis.opmap["RAISE_VARARGS"]
+ASKED: tuple[type[BaseException], ...] = (OSError, Warning)
+"""Raised for what the package asked for, by the system, or by a filter of warnings."""
 EXPLAINED = "_dcp_explained"
 """Set on an error that left through a boundary: the frames that told so are gone then."""
 HIDE = "__tracebackhide__"
@@ -62,7 +64,7 @@ def is_explained(error: BaseException) -> bool:
     """Whether the error's text says all that its reader needs; see the module's text."""
     if isinstance(error, DcpError) or EXPLAINED in getattr(error, "__dict__", ()):
         return True
-    if isinstance(error, OSError):
+    if isinstance(error, ASKED):
         files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
         return _is_asked_by_us(files)
     innermost = _innermost(error.__traceback__)
@@ -73,7 +75,7 @@ def is_explained(error: BaseException) -> bool:
 
 def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool:
     """`is_explained` of an error whose stack arrived as text."""
-    if isinstance(error, OSError):
+    if isinstance(error, ASKED):
         return _is_asked_by_us([frame.filename for frame in stack])
     last = stack[-1] if stack else None
     return (

@@ -29,7 +29,7 @@ from pytest_dcp.tracebacks import (
 
 PACKAGE = Path(pytest_dcp.__file__).parent
 SOURCE = """
-import json, os
+import json, os, warnings
 
 def refuse(kind):
     raise kind("refused")
@@ -39,6 +39,9 @@ def slip():
 
 def open_file():
     os.stat("/no/such/file")
+
+def warn():
+    warnings.warn("outdated")
 
 def call(function):
     return function()
@@ -91,6 +94,7 @@ def test_what_the_package_raises_on_purpose_is_explained(ours: Any) -> None:
     assert is_explained(raised(ours.refuse, AssertionError))
     assert is_explained(raised(ours.call, lambda: ours.refuse(TypeError)))
     assert is_explained(raised(ours.open_file))
+    assert is_explained(raised(ours.warn)), "warnings are errors here"
     assert is_explained(DcpError("ours, wherever it was raised"))
 
 

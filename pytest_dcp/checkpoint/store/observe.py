@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
@@ -40,8 +40,12 @@ class Observer:
     ) -> None:
         """check: called now and then; what it raises ends the work (a peer has failed).
 
-        progress: called with the state at most every `every_s` seconds, and at the end.
+        progress: called with the state at most every `every_s` seconds, and at the end. One that is
+            a context manager too is open while the work is `watched`. Raises TypeError for what
+            cannot be called.
         """
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress takes a function of a Progress; got {progress!r:.200}")
         self.operation: Literal["save", "load"] = operation
         self.rank = rank
         self.done_bytes = 0
@@ -51,6 +55,11 @@ class Observer:
         self._every_s = every_s
         self._next = 0.0
         self._lock = threading.Lock()
+
+    def showing(self) -> AbstractContextManager[object]:
+        """What is to be open while the work goes on."""
+        progress = self._progress
+        return progress if isinstance(progress, AbstractContextManager) else nullcontext()
 
     def expect(self, total_bytes: int) -> None:
         """Say how many bytes there will be."""
@@ -81,7 +90,8 @@ def watched(observer: Observer) -> Iterator[None]:
     """Hand the observer to the storages that are called inside."""
     token = _current.set(observer)
     try:
-        yield
+        with observer.showing():
+            yield
     finally:
         _current.reset(token)
 

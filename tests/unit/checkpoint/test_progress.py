@@ -33,6 +33,47 @@ def test_the_bar_ends_full_for_a_save_and_a_load(tmp_path: Path) -> None:
     assert all("1.0/1.0 MB" in line for line in last)
 
 
+def test_the_bar_is_shown_without_a_block_of_its_own(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(1 << 18)}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar = progress_bar(console=screen)
+    dcp.save(state, checkpoint_id=tmp_path, progress=bar)
+    dcp.load(state, checkpoint_id=tmp_path, progress=bar)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]  # StringIO
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    for operation in ("save", "load"):
+        assert re.search(rf"{operation}, rank 0 .* 1\.0/1\.0 MB", shown)
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0, "the cursor stays hidden"
+
+
+def test_the_bar_ends_when_the_work_fails(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(1 << 18)}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    dcp.save(state, checkpoint_id=tmp_path)
+    for file in tmp_path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(dcp.CheckpointException, match="ends here"):
+        dcp.load(state, checkpoint_id=tmp_path, progress=progress_bar(console=screen))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]  # StringIO
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0
+
+
+def test_a_bar_in_a_block_shows_each_save_anew(tmp_path: Path) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with progress_bar(console=screen) as bar:
+        for size in (1 << 18, 1 << 19):
+            dcp.save({"w": torch.zeros(size)}, checkpoint_id=tmp_path / str(size), progress=bar)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.file.getvalue())  # type: ignore[attr-defined]  # StringIO
+    last = shown.splitlines()[-2:]
+    assert "1.0/1.0 MB" in last[0]
+    assert "2.1/2.1 MB" in last[1]
+
+
+def test_what_cannot_be_called_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="progress takes a function of a Progress; got True"):
+        dcp.save({"w": torch.zeros(1)}, checkpoint_id=tmp_path, progress=True)  # type: ignore[arg-type]  # that is the mistake
+
+
 def test_only_the_chosen_rank_shows_a_bar() -> None:
     screen = Console(file=io.StringIO(), width=120)
     with progress_bar(rank=1, console=screen) as bar:
