@@ -6,7 +6,7 @@ plain attributes and rebuilds from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,6 +177,13 @@ class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
         """Keys that are in the checkpoint and were not asked for."""
         self.mismatched = mismatched
         """Keys whose shape, dtype or kind differs."""
+
+    def with_lines(self, lines: Iterable[str]) -> CheckpointMismatchError:
+        """The same error, whose text has these lines too."""
+        text = "\n".join([self.message, *lines])
+        return type(self)(
+            text, missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched
+        )
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
         return type(self), (self.message,), dict(self.__dict__)

@@ -37,7 +37,7 @@ from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 ONE_BOX = frozenset((Shard, Replicate))
 """Placements under which the rank's memory is one box of the full tensor; strided shards may be
@@ -73,6 +73,8 @@ class DefaultLoadPlanner(LoadPlanner):
         self.weights_only = weights_only
         self.selection = selection or Selection()
         self.report = LoadReport()
+        self.idle_renames: dict[str, str] = {}
+        """Entries of the selection's `rename` that find nothing on this rank, and why."""
         self._per_rank: dict[str, PerRank] = {}
         """By what their flat names begin with."""
 
@@ -102,15 +104,19 @@ class DefaultLoadPlanner(LoadPlanner):
             raise ValueError("the planner was set up without metadata: it has nothing to load from")
         index = index_of(self.metadata)
         self._read_as_torch_2_3(index)
-        plan, self.report = _load_plan(
-            self.state_dict,
-            index,
-            self.selection,
-            strict=not self.allow_partial_load,
-            on_load=self._materialise,
-            per_rank=self._per_rank,
-            on_number=self._make_room,
-        )
+        self.idle_renames = self.selection.idle_renames(self.state_dict, index.row_of)
+        try:
+            plan, self.report = _load_plan(
+                self.state_dict,
+                index,
+                self.selection,
+                strict=not self.allow_partial_load,
+                on_load=self._materialise,
+                per_rank=self._per_rank,
+                on_number=self._make_room,
+            )
+        except CheckpointMismatchError as error:
+            raise error.with_lines(self.idle_renames.values()) from None
         return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:

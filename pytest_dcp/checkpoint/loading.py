@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ from pytest_dcp.checkpoint.storage_choice import (
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.checkpoint.store.ranges import Verify
-from pytest_dcp.errors import CheckpointError, CheckpointReplacedError
+from pytest_dcp.errors import CheckpointError, CheckpointMismatchError, CheckpointReplacedError
 from pytest_dcp.tracebacks import drop_inner_frames
 
 
@@ -88,8 +88,9 @@ def load(
 
     strict: False leaves what the checkpoint lacks as it is, and converts any dtype to any other.
     keys: load only these flat names, or shell-style patterns of them.
-    rename: what the checkpoint calls a flat name: a mapping of names, or of prefixes that end in a
-        dot, or a function.
+    rename: from the state dict's flat names to the checkpoint's, {"mine.": "stored."}: a mapping of
+        names, or of prefixes that end in a dot, or a function. An entry that finds nothing on any
+        rank is refused, also without `strict`.
     weights_only: False lets values of any class be loaded, which can run code: only for
         checkpoints whose writer you trust.
     verify: "auto", "full" or "off", see FileSystemReader; None: "auto", or the given reader's.
@@ -167,6 +168,17 @@ def load_without_template(
     return planner.rebuilt()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """What a rank tells the coordinator of its plan."""
+
+    plan: LoadPlan | None
+    """None where no hook wants to see it."""
+    save_id: str | None
+    idle_renames: Mapping[str, str]
+    """Entries of `rename` that find nothing on this rank, and why."""
+
+
 class _Load:
     """One rank's part in one load."""
 
@@ -234,13 +246,14 @@ class _Load:
     def _planned(self, team: Team) -> LoadPlan:
         plans: list[LoadPlan] = []
 
-        def plan() -> tuple[LoadPlan | None, str | None]:
+        def plan() -> Planned:
             plans.append(self._plan(team))
-            return (None if self._plans_alone() else plans[0]), self.save_id
+            idle: dict[str, str] = getattr(self.planner, "idle_renames", {})
+            return Planned(None if self._plans_alone() else plans[0], self.save_id, idle)
 
         if not self._plans_alone():
             return team.reduce_scatter("plan", plan, self._join)
-        team.all_reduce("plan", plan, lambda said: _check_one_save([save for _, save in said]))
+        team.all_reduce("plan", plan, _check_together)
         return plans[0]
 
     def _plans_alone(self) -> bool:
@@ -265,9 +278,9 @@ class _Load:
         prepared = self.reader.prepare_local_plan(asked)
         return kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
 
-    def _join(self, said: list[tuple[LoadPlan | None, str | None]]) -> list[LoadPlan]:
-        _check_one_save([save for _, save in said])
-        plans = [plan for plan, _ in said if plan is not None]
+    def _join(self, said: list[Planned]) -> list[LoadPlan]:
+        _check_together(said)
+        plans = [one.plan for one in said if one.plan is not None]
         return self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
 
     def _metadata(self, team: Team) -> tuple[Metadata, bool]:
@@ -304,6 +317,17 @@ class _Load:
             bytes_needed=filled.bytes_needed,
             bytes_read=filled.bytes_read,
             bytes_verified=filled.bytes_verified,
+        )
+
+
+def _check_together(said: Sequence[Planned]) -> None:
+    """Raise what only all ranks together show to be wrong."""
+    _check_one_save([one.save_id for one in said])
+    idle = [one.idle_renames for one in said]
+    useless = set(idle[0]).intersection(*idle[1:])
+    if useless:
+        raise CheckpointMismatchError(
+            "\n".join(reason for entry, reason in idle[0].items() if entry in useless)
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +162,7 @@ def _error(
     lines = list(problems.values())
     if missing:
         pool = unexpected or index.fqns
-        likely = [_with_nearest(fqn, names[fqn], pool) for fqn in missing[:SHOWN]]
+        likely = [_with_nearest(fqn, names[fqn], pool, index.row_of) for fqn in missing[:SHOWN]]
         lines.insert(0, f"Missing key in checkpoint state_dict: {', '.join(likely)}.")
     if len(missing) > SHOWN:
         lines.insert(1, f"... and {len(missing) - SHOWN} more missing keys")
@@ -176,8 +176,23 @@ def _error(
     )
 
 
-def _with_nearest(fqn: str, stored_as: str, names: Iterable[str]) -> str:
+def _with_nearest(fqn: str, stored_as: str, names: Iterable[str], stored: Collection[str]) -> str:
+    """A missing name, with what the checkpoint has in its place."""
+    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
+    below = [name for name in stored if name.startswith(f"{stored_as}.")]
+    if below:
+        return (
+            f"{said} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; what "
+            "the state dict has there is empty or is no container)"
+        )
+    above = next((name for name in _names_above(stored_as) if name in stored), None)
+    if above is not None:
+        return f"{said} (the checkpoint has {above!r} itself, with nothing below it)"
     pool = list(names)[:SUGGESTED_FROM]
     nearest = difflib.get_close_matches(stored_as, pool, n=1)
-    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
     return f"{said} (nearest: {nearest[0]!r})" if nearest else said
+
+
+def _names_above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]

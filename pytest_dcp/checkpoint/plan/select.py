@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from pytest_dcp.errors import CheckpointMismatchError
 
 Rename = Mapping[str, str] | Callable[[str], str]
+"""From names of the state dict to names of the checkpoint: `{"mine.": "stored."}`."""
+FUNCTION = "the function"
+"""Stands for the only entry of a rename that is a function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,61 @@ class Selection:
             return {fqn: self.rename(fqn) for fqn in fqns}
         return {fqn: _renamed(fqn, self.rename) for fqn in fqns}
 
+    def idle_renames(self, fqns: Collection[str], stored: Collection[str]) -> dict[str, str]:
+        """The entries of `rename` that give no name of the checkpoint here, each with the reason.
+
+        Another rank may hold what an entry is for, so one rank alone cannot call it a mistake.
+
+        fqns: the state dict's flat names. stored: the checkpoint's.
+        """
+        if self.rename is None:
+            return {}
+        if callable(self.rename):
+            changed = [name for fqn in fqns if (name := self.rename(fqn)) != fqn]
+            if not changed or any(name in stored for name in changed):
+                return {}
+            return {FUNCTION: f"rename gives names that are not there, such as {changed[0]!r}"}
+        users: dict[str, list[str]] = {mine: [] for mine in self.rename}
+        for fqn in fqns:
+            if (entry := _entry_for(fqn, self.rename)) is not None:
+                users[entry].append(fqn)
+        idle = {}
+        for mine, its_fqns in users.items():
+            given = [_renamed(fqn, self.rename) for fqn in its_fqns]
+            is_overruled = not given and any(_fits(fqn, mine) for fqn in fqns)
+            if not is_overruled and not any(name in stored for name in given):
+                idle[mine] = _reason(mine, self.rename[mine], given, fqns, stored)
+        return idle
+
 
 def _renamed(fqn: str, names: Mapping[str, str]) -> str:
+    entry = _entry_for(fqn, names)
+    return fqn if entry is None else names[entry] + fqn[len(entry) :]
+
+
+def _entry_for(fqn: str, names: Mapping[str, str]) -> str | None:
+    """The entry that a name is renamed by: its own, or the longest prefix that it begins with."""
     if fqn in names:
-        return names[fqn]
-    fitting = [old for old in names if old.endswith(".") and fqn.startswith(old)]
-    if not fitting:
         return fqn
-    longest = max(fitting, key=len)
-    return names[longest] + fqn[len(longest) :]
+    fitting = [mine for mine in names if mine.endswith(".") and fqn.startswith(mine)]
+    return max(fitting, key=len, default=None)
+
+
+def _reason(
+    mine: str, theirs: str, given: Sequence[str], fqns: Iterable[str], stored: Iterable[str]
+) -> str:
+    """Why an entry of `rename` gives no name of the checkpoint."""
+    entry = f"rename={{{mine!r}: {theirs!r}}}"
+    if given:
+        return f"{entry}: the checkpoint has no {given[0]!r}"
+    text = f"{entry}: the state dict has no {mine!r}"
+    if any(_fits(fqn, theirs) for fqn in fqns) and any(_fits(name, mine) for name in stored):
+        text += (
+            "; the checkpoint has: an entry leads from the state dict's name to the checkpoint's, "
+            f"so write {{{theirs!r}: {mine!r}}}"
+        )
+    return text
+
+
+def _fits(name: str, entry: str) -> bool:
+    return name == entry or (entry.endswith(".") and name.startswith(entry))

@@ -102,6 +102,20 @@ def test_the_nearest_name_that_exists_is_suggested():
         match({"model.weight": torch.zeros(1)}, stored, strict=True)
 
 
+def test_names_below_an_empty_container_are_named():
+    stored = index_of({"my.0.k1": None, "my.1.k1": None, "mine": None})
+    with pytest.raises(CheckpointMismatchError) as caught:
+        match({"my": []}, stored, strict=True)
+    assert "my (the checkpoint has 2 name(s) below it, such as 'my.0.k1'" in str(caught.value)
+
+
+def test_a_value_above_a_missing_name_is_named():
+    stored = index_of({"my.0": None, "my.0.k2": None})
+    with pytest.raises(CheckpointMismatchError) as caught:
+        match({"my.0.k1.x": 1}, stored, strict=True)
+    assert "my.0.k1.x (the checkpoint has 'my.0' itself, with nothing below it" in str(caught.value)
+
+
 def test_a_long_list_of_problems_is_cut_and_counted():
     index = index_of({f"w{n:02}": (torch.float32, (1,)) for n in range(50)})
     state = {f"w{n:02}": torch.zeros(2) for n in range(50)}

@@ -44,6 +44,22 @@ def test_names_are_mapped_whole_or_by_their_longest_prefix():
     assert found == {"a.b.c": "z", "a.b.d": "y.d", "a.e": "x.e", "qq": "qq", "a": "a"}
 
 
+def test_entries_that_find_nothing_are_named_with_the_reason():
+    here, stored = ["new.a", "new.b", "n"], ["old.a", "old.b", "step"]
+    names = {"new.": "old.", "n": "steps", "old.": "new.", "gone": "x", "new.a": "old.a"}
+    idle = Selection(rename=names).idle_renames(here, stored)
+    assert list(idle) == ["n", "old.", "gone"]
+    assert idle["n"] == "rename={'n': 'steps'}: the checkpoint has no 'steps'"
+    assert idle["old."].endswith("so write {'new.': 'old.'}")
+    assert idle["gone"] == "rename={'gone': 'x'}: the state dict has no 'gone'"
+    assert Selection().idle_renames(here, stored) == {}
+
+
+def test_an_entry_that_more_exact_ones_overrule_is_not_idle():
+    names = {"new.": "nowhere.", "new.a": "old.a"}
+    assert Selection(rename=names).idle_renames(["new.a"], ["old.a"]) == {}
+
+
 @given(states)
 def test_a_function_renames_each_name(state):
     renamed = Selection(rename=lambda fqn: f"old.{fqn}").stored_as(state)

@@ -179,7 +179,7 @@ class TestRename:
         [
             {"new.a": "old.a", "new.b": "old.b", "n": "step"},
             {"new.": "old.", "n": "step"},
-            {"new.": "nowhere.", "new.a": "old.a", "new.b": "old.b", "n": "step", "absent": "x"},
+            {"new.": "nowhere.", "new.a": "old.a", "new.b": "old.b", "n": "step"},
             lambda name: {"n": "step"}.get(name, name.replace("new", "old")),
         ],
         ids=["names", "prefix", "the more exact", "function"],
@@ -211,6 +211,42 @@ class TestRename:
         dcp.save({"old": {"w": 1}}, checkpoint_id=checkpoint_dir)
         with pytest.raises(CheckpointException, match=r"new\.w"):
             dcp.load({"new": {"w": 0}}, checkpoint_id=checkpoint_dir, rename={"new": "old"})
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize(
+        ("rename", "said"),
+        [
+            ({"old.": "new."}, r"an entry leads from the state dict's name to the checkpoint's"),
+            ({"new.": "old.", "absent": "x"}, r"the state dict has no 'absent'"),
+            ({"new.": "gone."}, r"rename=\{'new\.': 'gone\.'\}: the checkpoint has no 'gone\.w'"),
+            (lambda name: f"gone.{name}", r"rename gives names that are not there"),
+        ],
+        ids=["the other way round", "absent here", "absent there", "function"],
+    )
+    def test_an_entry_that_finds_nothing_is_refused(
+        self, checkpoint_dir: Path, rename: Any, said: str, strict: bool
+    ) -> None:
+        dcp.save({"old": {"w": 1}}, checkpoint_id=checkpoint_dir)
+        target = {"new": {"w": 0}}
+        with pytest.raises(CheckpointException, match=said) as caught:
+            dcp.load(target, checkpoint_id=checkpoint_dir, rename=rename, strict=strict)
+        assert isinstance(cause(caught), CheckpointMismatchError)
+        assert target == {"new": {"w": 0}}
+
+    def test_an_entry_may_be_for_the_keys_of_another_rank(
+        self, checkpoint_dir: Path, rank: int
+    ) -> None:
+        dcp.save({"old": {"0": 5, "1": 6}}, checkpoint_id=checkpoint_dir)
+        target = {f"stage{rank}": {str(rank): 0}}
+        rename = {"stage0.": "old.", "stage1.": "old."}
+        dcp.load(target, checkpoint_id=checkpoint_dir, rename=rename)
+        assert target == {f"stage{rank}": {str(rank): 5 + rank}}
+
+    def test_a_function_that_changes_no_name_is_no_mistake(self, checkpoint_dir: Path) -> None:
+        dcp.save({"w": 1}, checkpoint_id=checkpoint_dir)
+        target = {"w": 0}
+        dcp.load(target, checkpoint_id=checkpoint_dir, rename=lambda n: n.removeprefix("module."))
+        assert target == {"w": 1}
 
     def test_two_keys_may_be_loaded_from_one(self, checkpoint_dir: Path) -> None:
         dcp.save({"w": numbered(3), "v": {"n": 1}}, checkpoint_id=checkpoint_dir)
