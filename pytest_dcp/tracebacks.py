@@ -128,10 +128,14 @@ def hides_frames(excinfo: ExceptionInfo) -> bool:
     return _hides_frames_of(excinfo.value)
 
 
-def _hides_frames_of(error: BaseException) -> bool:
+def is_raised_by_user(error: BaseException) -> bool:
+    """Whether the innermost frame of an error is the user's."""
     innermost = _innermost(error.__traceback__)
-    file = innermost.tb_frame.f_code.co_filename if innermost is not None else ""
-    return is_explained(error) or owner_of(file) == "user"
+    return innermost is None or owner_of(innermost.tb_frame.f_code.co_filename) == "user"
+
+
+def _hides_frames_of(error: BaseException) -> bool:
+    return is_explained(error) or is_raised_by_user(error)
 
 
 def format_shown(error: BaseException, traceback: TracebackType | None) -> str:

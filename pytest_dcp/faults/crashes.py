@@ -11,19 +11,20 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_dcp.faults import replay
+from pytest_dcp.faults.holdings import blank, differences
+from pytest_dcp.faults.loaders import Finished, Load, check_signature, is_own_mistake
 from pytest_dcp.faults.losses import Model
 from pytest_dcp.faults.operations import Operation
 from pytest_dcp.faults.recording import Desk, Folders, Recorded, recording
 from pytest_dcp.faults.states import Crash, crashes
 from pytest_dcp.harness.options import FAULT_BUDGETS
+from pytest_dcp.tracebacks import set_cause
 
-Load = Callable[..., Any]
 State = dict[str, Any]
 
 
@@ -50,8 +51,10 @@ class Search:
 class CrashState:
     """A folder that a crash could leave."""
 
-    def __init__(self, crash: Crash) -> None:
+    def __init__(self, crash: Crash, finished: Finished | None = None) -> None:
         self._crash = crash
+        self.finished = finished
+        """What a caller's loader is tried on first; None without a recording."""
 
     @property
     def id(self) -> str:
@@ -83,8 +86,12 @@ class CrashState:
         """The files' bytes by their paths."""
         return {p: entry for p, entry in self._crash.tree.items() if isinstance(entry, bytes)}
 
-    def restored(self) -> AbstractContextManager[Path]:
-        """A fresh folder in this state until the block ends; a test may change it."""
+    def restored(self) -> replay.RestoredFolder:
+        """A fresh folder in this state; a test may change it.
+
+        To be passed as a path, or opened: `with state.restored() as folder` gives a `Path` until
+        the block ends. Without a block the folder lasts as long as the object that is returned.
+        """
         return replay.restored(self._crash.tree)
 
     def __str__(self) -> str:
@@ -100,6 +107,7 @@ class Recording(Recorded):
     def __init__(self, search: Search | None = None) -> None:
         super().__init__()
         self._search = search or Search()
+        self._finished: Finished | None = None
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -119,7 +127,9 @@ class Recording(Recorded):
         if only is not None and not only.startswith(f"{model}-"):
             return []
         found = crashes(self.trace, model, self._search.limit(budget), only)
-        states = [CrashState(crash) for crash in found]
+        if self._finished is None:
+            self._finished = Finished(self.trace)
+        states = [CrashState(crash, self._finished) for crash in found]
         if only is not None and not states:
             import pytest
 
@@ -164,18 +174,21 @@ def loads_one_of(
     old: None where there was no checkpoint before. load: called as `dcp.load` is, by default that.
 
     Raises AssertionError when it holds neither, or not the new one though the recorded block had
-    ended in some rank.
+    ended in some rank. Raises what `load` raises where that is no word on the folder (see
+    `loaders`).
     """
     from torch.distributed.checkpoint.api import CheckpointException
-
-    from pytest_dcp.faults.holdings import blank, differences
 
     if load is None:
         from pytest_dcp.checkpoint import load as load_
 
         load, keywords = load_, {"no_dist": True} | keywords
+    else:
+        check_signature(load, keywords)
+        if state.finished is not None:
+            state.finished.prove(load, new, keywords)
     said: list[str] = []
-    refused = 0
+    refusal: BaseException | None = None
     with state.restored() as folder:
         for likeness in (new,) if old is None else (new, old):
             actual = blank(likeness)
@@ -184,9 +197,11 @@ def loads_one_of(
                     warnings.simplefilter("ignore")
                     load(actual, checkpoint_id=folder, **keywords)
             # torch's CheckpointException is no Exception
-            except (Exception, CheckpointException) as error:  # noqa: BLE001 - told below
+            except (Exception, CheckpointException) as error:
+                if is_own_mistake(error):
+                    raise
                 said.append(f"{type(error).__name__}: {error}")
-                refused += 1
+                refusal = error
                 continue
             unlike = next(differences(actual, new), None)
             if unlike is None:
@@ -194,10 +209,12 @@ def loads_one_of(
             if old is not None and not state.returned and not any(differences(actual, old)):
                 return "old"
             said.append(unlike)
-    if old is None and refused and not state.returned:
+    if old is None and refusal is not None and not state.returned:
         return "nothing"
     wanted = "the new state alone, which had been saved" if state.returned else "old or new"
-    raise AssertionError(
+    broken = AssertionError(
         f"{state!r}: expected {wanted}; got {'; '.join(said)}\n"
         f"replay it with --dcp-fault-replay={state.id}"
     )
+    set_cause(broken, refusal)
+    raise broken

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from pathlib import Path
+from types import TracebackType
 
 from pytest_dcp.faults.trace import Entry, Link, Tree
 
@@ -70,12 +70,48 @@ def new_folder(place: Path | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix="dcp-crash-", dir=place))
 
 
-@contextmanager
-def restored(tree: Tree) -> Iterator[Path]:
-    """A folder with the tree, to do with as one likes, until the block ends."""
-    folder = new_folder()
-    try:
-        write_tree(tree, folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def _remove_own(folder: Path, pid: int) -> None:
+    """Remove a folder, in the process that made it and not in its forks."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RestoredFolder(os.PathLike[str]):
+    """A fresh folder with a tree, to do with as one likes.
+
+    It can be passed wherever a path can, and lasts as long as this object; as a context manager it
+    gives the folder as a `Path`, and removes it when the block ends.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self._folder = new_folder()
+        self._remove = weakref.finalize(self, _remove_own, self._folder, os.getpid())
+        try:
+            write_tree(tree, self._folder)
+        except BaseException:
+            self._remove()
+            raise
+
+    def __fspath__(self) -> str:
+        if not self._remove.alive:
+            raise FileNotFoundError(f"{self._folder} was removed when its `with` block ended")
+        return os.fspath(self._folder)
+
+    def __str__(self) -> str:
+        return os.fspath(self._folder)
+
+    def __repr__(self) -> str:
+        return f"<{self._folder}: use it as a path, or as `with state.restored() as folder:`>"
+
+    def __enter__(self) -> Path:
+        return Path(os.fspath(self))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._remove()
+
+
+def restored(tree: Tree) -> RestoredFolder:
+    """A folder with the tree."""
+    return RestoredFolder(tree)

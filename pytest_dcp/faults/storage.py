@@ -30,6 +30,7 @@ from pytest_dcp.faults.injection import Injection, problems
 from pytest_dcp.faults.injector import Armed, Injector, RootWatcher
 from pytest_dcp.faults.kinds import Fault
 from pytest_dcp.faults.ledger import Ledger
+from pytest_dcp.faults.loaders import check_signature
 from pytest_dcp.faults.recording import Folders, recording
 from pytest_dcp.faults.tap import watching
 
@@ -168,14 +169,15 @@ class FaultyStorage:
     ) -> None:
         """Raise AssertionError unless the checkpoint holds this state, bit by bit. Collective.
 
-        No fault acts meanwhile. load: another loader than `pytest_dcp.checkpoint.load`, called in
-        the same way. keywords: for the loader; `no_dist=True` lets a rank look alone. What the
-        loader raises is raised.
+        No fault acts meanwhile. load: another loader than `pytest_dcp.checkpoint.load`, called as
+        `load(state_dict, checkpoint_id=folder, **keywords)`, to fill the state dict. keywords: for
+        the loader; `no_dist=True` lets a rank look alone. What the loader raises is raised.
         """
         if load is None:
             import pytest_dcp.checkpoint
 
             load = pytest_dcp.checkpoint.load
+        check_signature(load, keywords)
         expected = plain(state)
         actual = blank(expected)
         where = self.checkpoint_dir if checkpoint_id is None else checkpoint_id
@@ -216,7 +218,9 @@ class FaultyStorage:
 
         Once the recorded block had ended in any rank, only the new one will do. old: None where
         there was no checkpoint before; then a load may also fail. load, keywords: as of
-        `assert_loads`, but every rank loads alone (`no_dist=True`), and no fault acts.
+        `assert_loads`, but every rank loads alone (`no_dist=True`), and no fault acts. A loader
+        that cannot be called so, does not load the folder of the finished save, or fails an
+        assertion of its own is wrong itself: what it raises is raised.
         """
         with self._injector.at_rest():
             return loads_one_of(state, old, new, load, **keywords)

@@ -140,6 +140,4 @@ def _said(error: BaseException) -> str:
 
 
 def _told(title: str, problems: list[str]) -> str:
-    """The title and all problems; the first is on the first line, which headings show alone."""
-    first, *more = (problem.replace("\n", "\n  ") for problem in problems)
-    return "\n  ".join([f"{title}: {first}", *more])
+    return "\n  ".join([f"{title}:", *(problem.replace("\n", "\n  ") for problem in problems)])

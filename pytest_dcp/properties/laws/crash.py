@@ -14,7 +14,7 @@ import pytest_dcp.checkpoint as checkpoint
 from pytest_dcp.faults.crashes import CrashState, Recording
 from pytest_dcp.faults.losses import Model
 from pytest_dcp.faults.recording import Desk, Folders, recording
-from pytest_dcp.properties.differences import differences
+from pytest_dcp.properties.differences import Difference, differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.laws.steps import Folder, enter, save
 from pytest_dcp.properties.placed import Placed, emptied
@@ -43,6 +43,15 @@ def assert_overwrite_atomic(
     if old is not None:
         save(dcp, old, folder)
     made = recorded_save(dcp, new, folder)
+
+    def finished() -> list[Difference]:
+        # An engine that cannot load this either says nothing by refusing what a crash left.
+        target = emptied(new.full())
+        with expected_warnings():
+            dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
+        return differences(target, new.full())
+
+    on_first_ranks(1, "loading what was saved", finished)
 
     def tried() -> list[str]:
         states = (state for model in models for state in made.crash_states(model, budget))

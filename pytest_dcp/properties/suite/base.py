@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ import pytest
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.errors import RecordingError
 from pytest_dcp.properties.laws.engine import WithStorage
 
 
@@ -24,6 +27,9 @@ class StorageTests:
     """Whether other processes see what one has written; False skips what needs several ranks."""
     keeps_files: ClassVar[bool] = True
     """Whether a checkpoint is the local folder `path`; False skips crashes and damage."""
+    records: ClassVar[bool] = True
+    """Whether its files are written through Python's own functions, so that what a save does can be
+    recorded; False, for storages that write from C code (sqlite, LMDB), skips crashes."""
     crash_budget: ClassVar[int] = 150
     """Folders tried for each workload and each model of crashes."""
     known_failures: ClassVar[Mapping[str, str]] = {}
@@ -51,8 +57,32 @@ class StorageTests:
         super().__init_subclass__(**keywords)
         for name, reason in cls.known_failures.items():
             if not callable(getattr(cls, name, None)):
-                raise TypeError(f"{cls.__name__}.known_failures: there is no test {name!r}")
+                near = difflib.get_close_matches(name, [n for n in dir(cls) if n[:5] == "test_"])
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{cls.__name__}.known_failures: there is no test {name!r}{hint}")
             setattr(cls, name, _failing(getattr(cls, name), reason))
+
+    def needs_files(self) -> None:
+        """Skip the test where the storage keeps no files."""
+        if not self.keeps_files:
+            pytest.skip("keeps_files = False: the storage keeps no files in a local folder")
+
+    def needs_sharing(self) -> None:
+        """Skip the test where other processes do not see what one has written."""
+        if not self.shared:
+            pytest.skip("shared = False: other processes do not see what one has written")
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Skip the test where saves cannot be recorded; say how to say so where one was not."""
+        self.needs_files()
+        if not self.records:
+            pytest.skip("records = False: C code writes the files, where nothing can be recorded")
+        try:
+            yield
+        except RecordingError as error:
+            error.add_note("a storage whose files C code writes (sqlite, LMDB) has records = False")
+            raise
 
 
 def _failing(test: Any, reason: str) -> Any:

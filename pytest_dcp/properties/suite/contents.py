@@ -41,7 +41,8 @@ NAMES = ("a/b", "../up", "/root", "a space", "ü", ".metadata", "new\nline", "n"
 class ContentTests(StorageTests):
     """Round trips in one process."""
 
-    def test_every_dtype_comes_back(self, tmp_path: Path) -> None:
+    def test_dtypes(self, tmp_path: Path) -> None:
+        """Every dtype comes back."""
         tensors = itertools.product(DTYPES, SHAPES, ("random", "special"))
         state = StateSpec(
             {
@@ -51,7 +52,8 @@ class ContentTests(StorageTests):
         )
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
-    def test_any_strides_come_back(self, tmp_path: Path) -> None:
+    def test_strides(self, tmp_path: Path) -> None:
+        """Tensors of any strides come back, into any others."""
         pairs = list(itertools.product(get_args(Memory), repeat=2))
         saved, loaded = (
             StateSpec({f"{pair}": TensorSpec((3, 2), memory=pair[which]) for pair in pairs})
@@ -59,35 +61,43 @@ class ContentTests(StorageTests):
         )
         assert_inplace(saved.on(), loaded.on(), tmp_path, dcp=self.dcp)
 
-    def test_values_come_back(self, tmp_path: Path) -> None:
+    def test_values(self, tmp_path: Path) -> None:
+        """Python values come back."""
         assert_round_trip(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
 
-    def test_any_name_comes_back(self, tmp_path: Path) -> None:
+    def test_names(self, tmp_path: Path) -> None:
+        """Any name comes back, and none leaves the folder."""
         state = StateSpec({name: TensorSpec((2,), seed=n) for n, name in enumerate(NAMES)})
         assert_round_trip(state.on(), state.on(), tmp_path / "inside", dcp=self.dcp)
         assert {path.name for path in tmp_path.iterdir()} <= {"inside"}
 
-    def test_tied_tensors_come_back(self, tmp_path: Path) -> None:
+    def test_tied_tensors(self, tmp_path: Path) -> None:
+        """Two names of one tensor come back."""
         state = StateSpec({"w": TensorSpec((3,)), "tied": Tied("w")})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
-    def test_many_tiny_entries_come_back(self, tmp_path: Path) -> None:
+    def test_tiny_entries(self, tmp_path: Path) -> None:
+        """Many tiny entries come back."""
         state = StateSpec({f"{n}": TensorSpec((n % 3,), seed=n) for n in range(1_000)})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
-    def test_a_big_entry_comes_back(self, tmp_path: Path) -> None:
+    def test_big_entry(self, tmp_path: Path) -> None:
+        """A big entry comes back."""
         big = TensorSpec((3 << 20,), torch.float32, "random")
         state = StateSpec({"before": TensorSpec(), "big": big, "after": TensorSpec()})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
-    def test_meta_tensors_are_made(self, tmp_path: Path) -> None:
+    def test_meta_tensors(self, tmp_path: Path) -> None:
+        """Tensors on the meta device are made real."""
         assert_meta_load(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
 
-    def test_a_part_is_loaded_alone(self, tmp_path: Path) -> None:
+    def test_partial_load(self, tmp_path: Path) -> None:
+        """A part is loaded alone."""
         state = StateSpec({name: TensorSpec((3,), seed=n) for n, name in enumerate("abc")})
         assert_partial_load(state.on(), state.on(), {"b"}, tmp_path, dcp=self.dcp)
 
-    def test_any_state_comes_back(self, tmp_path: Path) -> None:
+    def test_any_state(self, tmp_path: Path) -> None:
+        """Any state that Hypothesis draws comes back."""
         places = itertools.count()
 
         # Inside, since one property must not be of several classes.

@@ -51,37 +51,43 @@ class ErrorTests(StorageTests):
             self.dcp.load(target, checkpoint_id=folder)
         assert not differences(target, state.build())
 
-    def test_a_checkpoint_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+    def test_no_checkpoint(self, tmp_path: Path) -> None:
+        """A checkpoint that is not there is an error."""
+        # Where one is there it is loaded: the storage does not fail for a reason of its own.
+        assert_round_trip(OLD.on(), OLD.on(), tmp_path / "one", dcp=self.dcp)
         with expected_warnings(), pytest.raises(ERRORS):
             self.dcp.load(OLD.build(), checkpoint_id=tmp_path / "none")
 
-    def test_a_key_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+    def test_missing_key(self, tmp_path: Path) -> None:
+        """A key that is not there is an error that names it."""
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         with expected_warnings(), pytest.raises(ERRORS, match="absent"):
             self.dcp.load({"absent": torch.ones(2)}, checkpoint_id=tmp_path)
 
-    def test_another_shape_is_an_error(self, tmp_path: Path) -> None:
+    def test_other_shape(self, tmp_path: Path) -> None:
+        """Another shape is an error that names the key."""
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         with expected_warnings(), pytest.raises(ERRORS, match="w"):
             self.dcp.load({"w": torch.ones(41)}, checkpoint_id=tmp_path)
 
-    def test_data_that_cannot_be_had_fail_the_save_and_leave_the_old_one(
-        self, tmp_path: Path
-    ) -> None:
+    def test_failing_save(self, tmp_path: Path) -> None:
+        """A planner without the data fails the save, and the old checkpoint stays."""
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         writer = self.make_writer(tmp_path)
         with expected_warnings(), pytest.raises(ERRORS, match="no data for w"):
             self.engine.save(NEW.build(), storage_writer=writer, planner=Refuses())
         self._loads(OLD, tmp_path)
 
-    def test_data_that_cannot_be_taken_fail_the_load(self, tmp_path: Path) -> None:
+    def test_failing_load(self, tmp_path: Path) -> None:
+        """A planner that cannot take the data fails the load."""
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         reader = self.make_reader(tmp_path)
         with expected_warnings(), pytest.raises(ERRORS, match="no tensor for w"):
             self.engine.load(OLD.build(), storage_reader=reader, planner=Drops())
 
-    def test_a_file_that_is_gone_is_an_error(self, tmp_path: Path) -> None:
-        self._needs_files()
+    def test_missing_file(self, tmp_path: Path) -> None:
+        """A file that is gone is an error."""
+        self.needs_files()
         assert_round_trip(OLD.on(), OLD.on(), tmp_path / "whole", dcp=self.dcp)
         for path in files_of(tmp_path / "whole"):
             content = path.read_bytes()
@@ -91,8 +97,9 @@ class ErrorTests(StorageTests):
             path.write_bytes(content)
         self._loads(OLD, tmp_path / "whole")
 
-    def test_a_file_that_ends_early_is_an_error(self, tmp_path: Path) -> None:
-        self._needs_files()
+    def test_short_file(self, tmp_path: Path) -> None:
+        """A file that ends early is an error."""
+        self.needs_files()
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         for path in files_of(tmp_path):
             content = path.read_bytes()
@@ -102,8 +109,9 @@ class ErrorTests(StorageTests):
                     self.dcp.load(emptied(OLD.build()), checkpoint_id=tmp_path)
             path.write_bytes(content)
 
-    def test_a_flipped_bit_never_gives_a_wrong_tensor(self, tmp_path: Path) -> None:
-        self._needs_files()
+    def test_flipped_bits(self, tmp_path: Path) -> None:
+        """A flipped bit never gives a wrong tensor."""
+        self.needs_files()
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         wrong = []
         for path in files_of(tmp_path):
@@ -123,7 +131,3 @@ class ErrorTests(StorageTests):
         except ERRORS:
             return []
         return [str(one) for one in differences(target, OLD.build())]
-
-    def _needs_files(self) -> None:
-        if not self.keeps_files:
-            pytest.skip("the storage keeps no files in a local folder")

@@ -29,14 +29,17 @@ SEVERAL = 8
 class OverwritingTests(StorageTests):
     """Saves to one place, one after the other, and loads at the same time."""
 
-    def test_the_last_save_is_what_is_loaded(self, tmp_path: Path) -> None:
+    def test_last_save_wins(self, tmp_path: Path) -> None:
+        """The last save is what is loaded."""
         for state in (SMALL, *OTHERS.values(), SMALL):
             assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
-    def test_saving_what_was_loaded_makes_the_same_checkpoint(self, tmp_path: Path) -> None:
+    def test_saved_again(self, tmp_path: Path) -> None:
+        """Saving what was loaded makes the same checkpoint."""
         assert_idempotent_save(SMALL.on(), tmp_path, dcp=self.dcp)
 
-    def test_nothing_is_left_of_what_was_replaced(self, tmp_path: Path) -> None:
+    def test_no_leftovers(self, tmp_path: Path) -> None:
+        """Nothing is left of what was replaced."""
         larger = OTHERS["a larger one"]
         assert_round_trip(SMALL.on(), SMALL.on(), tmp_path / "fresh", dcp=self.dcp)
         for state in (larger, SMALL):
@@ -47,7 +50,8 @@ class OverwritingTests(StorageTests):
         ]
         assert sizes[0] == sizes[1]
 
-    def test_one_writer_and_one_reader_serve_many_times(self, tmp_path: Path) -> None:
+    def test_reuse(self, tmp_path: Path) -> None:
+        """One writer and one reader serve many times."""
         writer, reader = self.make_writer(tmp_path), self.make_reader(tmp_path)
         place = self.checkpoint_id(tmp_path)
         for state in (SMALL, *OTHERS.values(), SMALL):
@@ -57,7 +61,8 @@ class OverwritingTests(StorageTests):
                 self.engine.load(target, storage_reader=reader, checkpoint_id=place)
             assert_state_dict_equal(target, state.build())
 
-    def test_several_load_at_once(self, tmp_path: Path) -> None:
+    def test_parallel_loads(self, tmp_path: Path) -> None:
+        """Several threads load at once."""
         state = StateSpec({f"{n}": TensorSpec((50, n), seed=n) for n in range(20)})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 

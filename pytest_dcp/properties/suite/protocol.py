@@ -24,18 +24,22 @@ STATE = {"w": torch.arange(6.0).reshape(2, 3), "step": 7}
 class ProtocolTests(StorageTests):
     """Drives a storage by hand."""
 
-    def test_is_a_writer_and_a_reader(self, tmp_path: Path) -> None:
+    def test_base_classes(self, tmp_path: Path) -> None:
+        """They are a StorageWriter and a StorageReader."""
         assert isinstance(self.make_writer(tmp_path), StorageWriter)
         assert isinstance(self.make_reader(tmp_path), StorageReader)
 
-    def test_says_whether_an_id_is_one_of_its_own(self, tmp_path: Path) -> None:
+    def test_own_ids(self, tmp_path: Path) -> None:
+        """They say whether an id is one of their own."""
         for storage in (self.make_writer(tmp_path), self.make_reader(tmp_path)):
             assert type(storage.validate_checkpoint_id(self.checkpoint_id(tmp_path))) is bool
 
-    def test_the_storage_meta_is_one_or_none(self, tmp_path: Path) -> None:
+    def test_storage_meta(self, tmp_path: Path) -> None:
+        """The storage meta is a StorageMeta or None."""
         assert isinstance(self.make_writer(tmp_path).storage_meta(), StorageMeta | None)
 
-    def test_plans_come_back_one_for_each_rank_in_order(self, tmp_path: Path) -> None:
+    def test_plan_order(self, tmp_path: Path) -> None:
+        """Plans come back one for each rank, in order."""
         writer = self.make_writer(tmp_path / "checkpoint")
         writer.reset(self.checkpoint_id(tmp_path / "checkpoint"))
         _set_up(writer)
@@ -47,23 +51,30 @@ class ProtocolTests(StorageTests):
         told = writer.prepare_global_plan(plans)
         assert [[item.index.fqn for item in plan.items] for plan in told] == [["a"], ["b"]]
 
-    def test_write_data_gives_a_result_for_each_item(self, tmp_path: Path) -> None:
+    def test_write_results(self, tmp_path: Path) -> None:
+        """write_data gives a result for each item."""
         writer = self.make_writer(tmp_path / "checkpoint")
         plan, results, _ = _written(writer, self.checkpoint_id(tmp_path / "checkpoint"))
         assert all(isinstance(result, WriteResult) for result in results)
         assert {result.index for result in results} == {item.index for item in plan.items}
         assert all(result.size_in_bytes > 0 for result in results)
 
-    def test_nothing_is_there_to_read_before_finish(self, tmp_path: Path) -> None:
+    def test_unfinished(self, tmp_path: Path) -> None:
+        """Nothing is there to read before finish."""
         place = tmp_path / "checkpoint"
-        _written(self.make_writer(place), self.checkpoint_id(place))
+        writer = self.make_writer(place)
+        _, results, metadata = _written(writer, self.checkpoint_id(place))
         try:
             found: Any = self.make_reader(place).read_metadata()
         except Exception:  # noqa: BLE001  # a storage says in its own way that nothing is there
             found = None
         assert found is None
+        writer.finish(metadata, [results])
+        # The same reader finds it now: it did not fail for a reason of its own.
+        assert isinstance(self.make_reader(place).read_metadata(), Metadata)
 
-    def test_the_metadata_is_read_as_it_was_finished(self, tmp_path: Path) -> None:
+    def test_metadata(self, tmp_path: Path) -> None:
+        """The metadata is read as it was finished."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
         plan, results, metadata = _written(writer, self.checkpoint_id(place))
@@ -74,7 +85,8 @@ class ProtocolTests(StorageTests):
         if read.storage_data is not None:
             assert set(read.storage_data) == {item.index for item in plan.items}
 
-    def test_data_are_read_as_they_were_written(self, tmp_path: Path) -> None:
+    def test_data(self, tmp_path: Path) -> None:
+        """Data are read as they were written."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
         _, results, metadata = _written(writer, self.checkpoint_id(place))
@@ -92,7 +104,8 @@ class ProtocolTests(StorageTests):
         future.wait()
         assert_state_dict_equal(target, STATE)
 
-    def test_reset_moves_to_another_place(self, tmp_path: Path) -> None:
+    def test_reset(self, tmp_path: Path) -> None:
+        """reset moves to another place."""
         one, two = tmp_path / "one", tmp_path / "two"
         writer, reader = self.make_writer(one), self.make_reader(one)
         for place, number in ((one, 1), (two, 2)):

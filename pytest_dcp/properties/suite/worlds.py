@@ -43,8 +43,9 @@ class WorldTests(StorageTests):
     """Round trips between layouts, in one world whose first ranks take part."""
 
     @pytest.mark.world_size(SIZE, isolation="module")
-    def test_any_layout_is_loaded_in_any_other(self, checkpoint_dir: Path) -> None:
-        self._needs_sharing()
+    def test_layouts(self, checkpoint_dir: Path) -> None:
+        """Any layout is loaded in any other."""
+        self.needs_sharing()
         placed = [STATE.on(layout) for layout in LAYOUTS]
         enter(*placed)
         for number, saved in enumerate(placed):
@@ -53,20 +54,19 @@ class WorldTests(StorageTests):
                 load(self.dcp, loaded, checkpoint_dir / str(number), f"loading what {saved} was")
 
     @pytest.mark.world_size(SIZE, isolation="module")
-    def test_sharded_meta_tensors_are_made(self, checkpoint_dir: Path) -> None:
-        self._needs_sharing()
+    def test_sharded_meta(self, checkpoint_dir: Path) -> None:
+        """Sharded tensors on the meta device are made real."""
+        self.needs_sharing()
         saved, loaded = STATE.on(LAYOUTS[3]), STATE.on(LAYOUTS[6])
         assert_meta_load(saved, loaded, checkpoint_dir, dcp=self.dcp)
 
     @pytest.mark.world_size(2, isolation="module")
-    def test_a_crash_of_two_ranks_leaves_the_old_one_or_the_new(self, checkpoint_dir: Path) -> None:
-        self._needs_sharing()
-        if not self.keeps_files:
-            pytest.skip("the storage keeps no files in a local folder")
+    def test_crash_of_2_ranks(self, checkpoint_dir: Path) -> None:
+        """A crash of two ranks leaves the old checkpoint or the new one, whole."""
+        self.needs_sharing()
         two = Layout(MeshSpec((2,)), (Shard(0),))
         old, new = (StateSpec({"w": TensorSpec((4,), seed=n)}).on(two) for n in (1, 2))
-        assert_overwrite_atomic(old, new, checkpoint_dir, budget=self.crash_budget, dcp=self.dcp)
-
-    def _needs_sharing(self) -> None:
-        if not self.shared:
-            pytest.skip("other processes do not see what one has written")
+        with self.recording():
+            assert_overwrite_atomic(
+                old, new, checkpoint_dir, budget=self.crash_budget, dcp=self.dcp
+            )

@@ -157,6 +157,18 @@ def test_breaks_when_a_save_is_no_instant(tmp_path: Path) -> None:
         LAWS["overwrite atomic"](tmp_path, InPlace())
 
 
+def test_an_engine_that_never_loads_does_not_pass_for_one_that_refuses(tmp_path: Path) -> None:
+    """With no old checkpoint the first crash leaves none, and a load may fail there."""
+
+    def mistake(state: dict[str, Any]) -> None:
+        raise TypeError("a mistake of the engine's author")
+
+    with pytest.raises(LawError, match=r"loading what was saved:\n  TypeError: a mistake"):
+        props.assert_overwrite_atomic(
+            None, PLACED, tmp_path, models=("kill",), budget=1, dcp=Pickles(loaded=mistake)
+        )
+
+
 def test_breaks_when_training_goes_on_from_elsewhere(tmp_path: Path) -> None:
     def without_moments(state: dict[str, Any]) -> None:
         for fqn, value in state["optim"].items():

@@ -1,0 +1,158 @@
+"""A caller's loader: what it raises is a word on the folder only where it can load a good one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_dcp.faults import recorded
+from pytest_dcp.faults.crashes import CrashState, loads_one_of
+from pytest_dcp.faults.storage import FaultyStorage
+
+NEW = {"step": 2}
+
+
+def save(folder: Path) -> None:
+    (folder / "state.json").write_text(json.dumps(NEW))
+
+
+def states() -> list[CrashState]:
+    return recorded(save).crash_states("kill")
+
+
+def load(state: dict[str, Any], checkpoint_id: str | os.PathLike[str]) -> None:
+    state.update(json.loads((Path(checkpoint_id) / "state.json").read_text()))
+
+
+def only_the_folder(folder: Path) -> Any:
+    return json.loads((folder / "state.json").read_text())
+
+
+def always_wrong(state: dict[str, Any], checkpoint_id: str | os.PathLike[str]) -> None:
+    raise TypeError("a mistake of the loader")
+
+
+def wrong_where_nothing_is(state: dict[str, Any], checkpoint_id: str | os.PathLike[str]) -> None:
+    assert os.listdir(checkpoint_id), "the loader expects a file"
+    load(state, checkpoint_id)
+
+
+def wrong_name_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        no_such_name()  # type: ignore[name-defined]  # noqa: F821 - that is the mistake
+    load(state, checkpoint_id)
+
+
+def test_a_loader_that_refuses_what_a_crash_left_is_right() -> None:
+    found = [loads_one_of(state, None, NEW, load) for state in states()]
+    assert set(found) == {"nothing", "new"}
+
+
+def test_a_loader_of_another_signature_is_named_before_anything_is_tried() -> None:
+    said = r"load= is called as load\(state_dict, checkpoint_id=folder\), to fill the state dict"
+    for state in states():
+        with pytest.raises(TypeError, match=said):
+            loads_one_of(state, None, NEW, only_the_folder)
+
+
+def test_keywords_are_part_of_the_signature() -> None:
+    with pytest.raises(TypeError, match=r"checkpoint_id=folder, no_dist=\.\.\.\)"):
+        loads_one_of(states()[0], None, NEW, load, no_dist=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (always_wrong, TypeError),
+        (wrong_where_nothing_is, AssertionError),
+        (wrong_name_where_nothing_is, NameError),
+    ],
+)
+def test_a_mistake_of_the_loader_is_no_verdict(
+    wrong: Callable[..., None], error: type[Exception]
+) -> None:
+    """With no old checkpoint a load that fails is a right answer: a mistake must not be one."""
+    empty = next(state for state in states() if not state.files)
+    assert loads_one_of(empty, None, NEW, load) == "nothing"
+    with pytest.raises(error, match=r"loader|no_such_name"):
+        loads_one_of(empty, None, NEW, wrong)
+
+
+def test_a_mistake_says_that_it_is_no_verdict_on_a_crash() -> None:
+    with pytest.raises(TypeError, match="a mistake of the loader") as caught:
+        loads_one_of(states()[0], None, NEW, always_wrong)
+    assert "tells nothing of crashes" in caught.value.__notes__[0]
+
+
+def test_a_loader_is_tried_on_the_finished_folder_once() -> None:
+    folders: list[str] = []
+
+    def counted(state: dict[str, Any], checkpoint_id: Any) -> None:
+        folders.append(os.fspath(checkpoint_id))
+        load(state, checkpoint_id)
+
+    several = states()
+    for state in several:
+        loads_one_of(state, None, NEW, counted)
+    assert len(folders) == len(several) + 1
+
+
+def test_a_refusal_is_the_cause_of_the_verdict() -> None:
+    def refuses(state: dict[str, Any], checkpoint_id: Any) -> None:
+        if not (Path(checkpoint_id) / "state.json").exists():
+            raise ValueError("no state here")
+        load(state, checkpoint_id)
+
+    with pytest.raises(AssertionError, match="ValueError: no state here") as caught:
+        loads_one_of(states()[0], {"step": 1}, NEW, refuses)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_assert_loads_names_a_wrong_signature_too(faulty_storage: FaultyStorage) -> None:
+    with pytest.raises(TypeError, match="load= is called as load"):
+        faulty_storage.assert_loads(NEW, load=only_the_folder)
+
+
+def test_a_restored_state_can_be_passed_as_a_path() -> None:
+    last = states()[-1]
+    assert only_the_folder_of(last.restored()) == NEW
+    folder = last.restored()
+    assert os.listdir(folder) == ["state.json"]
+    assert (Path(folder) / "state.json").exists()
+    assert str(folder) == os.fspath(folder)
+
+
+def only_the_folder_of(folder: os.PathLike[str]) -> Any:
+    with open(os.path.join(folder, "state.json")) as file:
+        return json.load(file)
+
+
+def test_a_restored_folder_goes_with_its_object_or_its_block() -> None:
+    last = states()[-1]
+    folder = last.restored()
+    path = Path(folder)
+    assert path.is_dir()
+    del folder
+    assert not path.exists()
+    opened = last.restored()
+    with opened as inside:
+        assert isinstance(inside, Path)
+        assert inside.is_dir()
+    assert not inside.exists()
+    with pytest.raises(FileNotFoundError, match="when its `with` block ended"):
+        os.fspath(opened)
+
+
+def test_a_fork_does_not_remove_the_folder() -> None:
+    folder = states()[-1].restored()
+    child = os.fork()
+    if not child:
+        folder._remove()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert Path(folder).is_dir()
