@@ -104,7 +104,9 @@ class DefaultLoadPlanner(LoadPlanner):
             raise ValueError("the planner was set up without metadata: it has nothing to load from")
         index = index_of(self.metadata)
         self._read_as_torch_2_3(index)
-        self.idle_renames = self.selection.idle_renames(self.state_dict, index.row_of)
+        self.idle_renames = self.selection.idle_renames(
+            self.state_dict, index.row_of, tuple(self._per_rank)
+        )
         try:
             plan, self.report = _load_plan(
                 self.state_dict,

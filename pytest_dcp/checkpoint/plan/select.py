@@ -56,12 +56,15 @@ class Selection:
             return {fqn: self.rename(fqn) for fqn in fqns}
         return {fqn: _renamed(fqn, self.rename) for fqn in fqns}
 
-    def idle_renames(self, fqns: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    def idle_renames(
+        self, fqns: Collection[str], stored: Collection[str], moved: tuple[str, ...] = ()
+    ) -> dict[str, str]:
         """The entries of `rename` that give no name of the checkpoint here, each with the reason.
 
         Another rank may hold what an entry is for, so one rank alone cannot call it a mistake.
 
-        fqns: the state dict's flat names. stored: the checkpoint's.
+        fqns: the state dict's flat names. stored: the checkpoint's. moved: prefixes of flat names
+            that the checkpoint may have under yet other names; their entries are not judged.
         """
         if self.rename is None:
             return {}
@@ -78,7 +81,8 @@ class Selection:
         for mine, its_fqns in users.items():
             given = [_renamed(fqn, self.rename) for fqn in its_fqns]
             is_overruled = not given and any(_fits(fqn, mine) for fqn in fqns)
-            if not is_overruled and not any(name in stored for name in given):
+            is_moved = any(fqn.startswith(moved) for fqn in its_fqns)
+            if not (is_overruled or is_moved or any(name in stored for name in given)):
                 idle[mine] = _reason(mine, self.rename[mine], given, fqns, stored)
         return idle
 

@@ -55,6 +55,11 @@ def test_entries_that_find_nothing_are_named_with_the_reason():
     assert Selection().idle_renames(here, stored) == {}
 
 
+def test_an_entry_for_names_that_are_found_otherwise_is_not_judged():
+    selection = Selection(rename={"rng.": "state.", "x.": "y."})
+    assert list(selection.idle_renames(["rng.3", "x.1"], ["state.0"], ("rng.",))) == ["x."]
+
+
 def test_an_entry_that_more_exact_ones_overrule_is_not_idle():
     names = {"new.": "nowhere.", "new.a": "old.a"}
     assert Selection(rename=names).idle_renames(["new.a"], ["old.a"]) == {}
