@@ -5,6 +5,12 @@ names, arguments and files are the same. Saves replace a checkpoint at one insta
 they read, and a file that somebody altered gives an error, never a wrong tensor or foreign code.
 """
 
+from typing import TYPE_CHECKING
+
+from pytest_dcp.checkpoint import planner_helpers as planner_helpers
+from pytest_dcp.checkpoint import staging as staging
+from pytest_dcp.checkpoint import stateful as stateful
+from pytest_dcp.checkpoint import torch_twins as torch_twins
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -31,6 +37,7 @@ from pytest_dcp.checkpoint.state_dict_loader import load, load_state_dict, load_
 from pytest_dcp.checkpoint.state_dict_saver import async_save, save, save_state_dict
 from pytest_dcp.checkpoint.storage import StorageReader, StorageWriter
 from pytest_dcp.checkpoint.store.observe import Progress
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = [
     "save",
@@ -64,3 +71,6 @@ __all__ = [
     "TensorStorageMetadata",
     "CheckpointException",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

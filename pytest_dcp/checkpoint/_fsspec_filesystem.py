@@ -1,5 +1,18 @@
 """fsspec's file systems: the names of torch's private module `_fsspec_filesystem`."""
 
+from typing import TYPE_CHECKING
+
+from torch.distributed.checkpoint import _fsspec_filesystem
+
+from pytest_dcp.checkpoint import fsspec_storage
+from pytest_dcp.checkpoint.fsspec_storage import FileSystem as FileSystem
 from pytest_dcp.checkpoint.fsspec_storage import FsspecReader, FsspecWriter
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp.checkpoint.torch_twins import register
+
+register(_fsspec_filesystem, fsspec_storage, ("FileSystem", "FsspecReader", "FsspecWriter"))
 
 __all__ = ["FsspecWriter", "FsspecReader"]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -1,9 +1,16 @@
 """torch's own types, under the same names: they are the protocol between engines."""
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.api import (
     CheckpointException,
 )
 
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
 __all__ = [
     "CheckpointException",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp.checkpoint.async_process import save_in_process
@@ -27,22 +26,6 @@ Staged = Callable[[], dict[str, Any]]
 """Gives the copy of the state, once it is made; raises what kept it from being made."""
 
 
-class AsyncCheckpointerType(enum.Enum):
-    """Where the save goes on while training does."""
-
-    THREAD = "thread"
-    PROCESS = "process"
-
-
-@dataclass
-class AsyncSaveResponse:
-    """When the state has been copied, and when it is saved."""
-
-    staging_completion: Future[None]
-    upload_completion: Future[Metadata]
-
-
-@drop_inner_frames
 def async_save(
     state_dict: dict[str, Any],
     *,
@@ -65,7 +48,7 @@ def async_save(
     """
     no_dist = alone(no_dist, "save")
     writer = writer_for(storage_writer, checkpoint_id)
-    in_process = async_checkpointer_type is AsyncCheckpointerType.PROCESS
+    in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
     stager = async_stager or _own_stager(storage_writer)
     if not no_dist:
         # The save begins after the copy; that this rank ends meanwhile is seen from here on.
@@ -96,7 +79,8 @@ def async_save(
         return uploading
     staging: Future[None] = Future()
     later.add_done_callback(lambda done: _follow(done, staging))
-    return AsyncSaveResponse(staging, uploading)
+    # Torch's type has it that the save gives nothing; ours gives the metadata, as `save` does.
+    return AsyncSaveResponse(staging, cast(Any, uploading))
 
 
 def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:

@@ -6,6 +6,8 @@ like torch's lists of items; a subclass that overrides one of the planning hooks
 which it may change as it likes.
 """
 
+from typing import TYPE_CHECKING
+
 from pytest_dcp.checkpoint.load_planner import (
     DefaultLoadPlanner,
     create_default_global_load_plan,
@@ -21,6 +23,7 @@ from pytest_dcp.checkpoint.save_planner import (
     create_default_global_save_plan,
     create_default_local_save_plan,
 )
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = [
     "DefaultSavePlanner",
@@ -30,3 +33,6 @@ __all__ = [
     "create_default_local_save_plan",
     "create_default_global_save_plan",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

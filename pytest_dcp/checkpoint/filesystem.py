@@ -6,11 +6,14 @@ described in `store.commit` (when a save becomes the checkpoint) and `store.meta
 manifest behind the pickle of `.metadata`).
 """
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
 
 from pytest_dcp.checkpoint.file_reader import FileSystemReader
 from pytest_dcp.checkpoint.file_system import FileSystem
 from pytest_dcp.checkpoint.file_writer import FileSystemWriter
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = [
     "FileSystemWriter",
@@ -19,3 +22,6 @@ __all__ = [
     "FileSystemBase",
     "SerializationFormat",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.distributed.checkpoint.filesystem import SerializationFormat
@@ -46,6 +46,7 @@ from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.write import FileJob, Settings
 from pytest_dcp.checkpoint.store.written import WriteResults, whole_places_of
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError, PlanError
 
 __all__ = ["HuggingFaceStorageWriter", "HuggingFaceStorageReader"]
@@ -378,3 +379,7 @@ class HuggingFaceStorageReader(FileSystemReader):
 
     def _read_catalog(self) -> Catalog:
         return read_folder(disk_of(self.fs), self.path, self.memory)
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

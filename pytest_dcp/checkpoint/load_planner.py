@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -17,7 +18,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -44,7 +44,7 @@ ONE_BOX = frozenset((Shard, Replicate))
 several."""
 
 
-class DefaultLoadPlanner(LoadPlanner):
+class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     """Plans a load into a state dict: tensors in place, values replaced, in any layout."""
 
     original_state_dict: dict[str, Any]

@@ -1,5 +1,7 @@
 """torch's own types, under the same names: they are the protocol between engines."""
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -10,6 +12,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
 __all__ = [
     "ChunkStorageMetadata",
     "TensorStorageMetadata",
@@ -19,3 +23,6 @@ __all__ = [
     "TensorProperties",
     "StorageMeta",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

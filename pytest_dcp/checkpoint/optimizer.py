@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from pytest_dcp.checkpoint.plan.describe import Wanted, wanted_boxes
 from pytest_dcp.checkpoint.plan.index import index_of
 from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.nested import set_element
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -277,3 +278,7 @@ def _shifts(wanted: Wanted, offsets: Mapping[str, Sequence[int]]) -> Any:
         if fqn in offsets:
             shift[row, : wanted.ndim[row]] = offsets[fqn]
     return shift
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -1,5 +1,7 @@
 """torch's own types, under the same names: they are the protocol between engines."""
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
     LoadItemType,
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
 __all__ = [
     "WriteItemType",
     "LoadItemType",
@@ -25,3 +29,6 @@ __all__ = [
     "SavePlanner",
     "LoadPlanner",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.distributed.checkpoint.metadata import (
@@ -17,6 +17,7 @@ from pytest_dcp.checkpoint.plan.boxes import padded
 from pytest_dcp.checkpoint.plan.describe import Wanted, wanted_boxes, write_items
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.plan.load import read_items
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = ["create_read_items_for_chunk_list"]
 
@@ -50,3 +51,7 @@ def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
 def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
     """What this rank reads for one value (torch's name; other libraries import it)."""
     return list(read_items(wanted_boxes({fqn: obj}), Index.of({fqn: md})))
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

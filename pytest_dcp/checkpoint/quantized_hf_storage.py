@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from pytest_dcp.checkpoint.store.consolidate import Shards, Slab
 from pytest_dcp.checkpoint.store.fill import Filled
 from pytest_dcp.checkpoint.store.observe import Observer, observer
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 from pytest_dcp.errors import CheckpointCorruptError
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]
@@ -322,3 +323,7 @@ def mxfp4_values(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
     codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2).long()
     exponents = (scales.to(torch.int32) - E8M0_BIAS).unsqueeze(-1)
     return torch.ldexp(table[codes], exponents).to(dtype).flatten(-2)
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -4,6 +4,8 @@ Beyond torch: memory is kept from one copy to the next but never while somebody 
 it, and `release_memory` gives back what `async_save` itself keeps.
 """
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 
 from pytest_dcp.checkpoint.store.staging import (
@@ -11,6 +13,7 @@ from pytest_dcp.checkpoint.store.staging import (
     DefaultStager,
     release_memory,
 )
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = [
     "AsyncStager",
@@ -19,3 +22,6 @@ __all__ = [
     "StagingOptions",
     "release_memory",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

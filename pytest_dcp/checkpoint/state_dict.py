@@ -12,7 +12,7 @@ Without a process group everything works for what is in this process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from pytest_dcp.checkpoint.state.optimizer_loading import check_optimizers
 from pytest_dcp.checkpoint.state.optimizer_reading import read_optimizers
 from pytest_dcp.checkpoint.state.options import StateDictOptions
 from pytest_dcp.checkpoint.state.scope import PATCHED, Scope
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 from pytest_dcp.tracebacks import drop_inner_frames
 
 __all__ = [
@@ -215,3 +216,7 @@ def _by_name(scope: Scope, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
         for prefix in scope.names.prefixes([module])
         for name, value in inner.items()
     }
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

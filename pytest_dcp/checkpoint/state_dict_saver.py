@@ -1,6 +1,45 @@
 """Saving: the public names of `torch.distributed.checkpoint.state_dict_saver`."""
 
-from pytest_dcp.checkpoint.async_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
-from pytest_dcp.checkpoint.saving import save, save_state_dict
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from pytest_dcp.checkpoint.async_saver import async_save
+from pytest_dcp.checkpoint.saving import Save, save, save_state_dict
+from pytest_dcp.checkpoint.storage_choice import plain_state
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
+
+_stateful_to_state_dict = plain_state
+"""Torch's name for it, which other libraries import."""
+
+
+def _save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+    use_collectives: bool = True,
+) -> Metadata:
+    """As `save_state_dict`, without its warning (torch's name; other libraries import it)."""
+    save = Save(
+        lambda: state_dict,
+        storage_writer,
+        planner,
+        process_group,
+        no_dist,
+        coordinator_rank,
+        use_collectives=use_collectives,
+    )
+    return save.run()
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

@@ -1,11 +1,18 @@
 """torch's own types, under the same names: they are the protocol between engines."""
 
+from typing import TYPE_CHECKING
+
 from torch.distributed.checkpoint.stateful import (
     Stateful,
     StatefulT,
 )
 
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
 __all__ = [
     "Stateful",
     "StatefulT",
 ]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

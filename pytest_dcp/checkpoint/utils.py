@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pytest_dcp.checkpoint.plan.shards import shard_at
+from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = ["find_tensor_shard", "find_state_dict_object"]
 
@@ -36,3 +37,7 @@ def find_state_dict_object(state_dict: Mapping[str, Any], index: MetadataIndex) 
             f"FQN: '{index.fqn}' is not a ShardedTensor, can't find by offset: '{index.offset}'"
         )
     return value
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

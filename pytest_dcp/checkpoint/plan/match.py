@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,20 @@ class LoadReport:
     """From storage, for them."""
     bytes_verified: int = 0
     """Of those read, how many a checksum vouches for."""
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """`missing`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        return list(self.missing)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """`unexpected`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        return list(self.unexpected)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """As `missing_keys, unexpected_keys = load(...)`."""
+        return iter((self.missing_keys, self.unexpected_keys))
 
 
 @dataclass(frozen=True, slots=True)

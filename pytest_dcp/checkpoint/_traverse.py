@@ -1,0 +1,24 @@
+"""torch's functions that walk through state dicts, which other libraries import."""
+
+from typing import TYPE_CHECKING
+
+from torch.distributed.checkpoint._traverse import (
+    OBJ_PATH,
+    get_element,
+    print_tensor,
+    set_element,
+    traverse_state_dict,
+)
+
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
+__all__ = [
+    "OBJ_PATH",
+    "get_element",
+    "print_tensor",
+    "set_element",
+    "traverse_state_dict",
+]
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)

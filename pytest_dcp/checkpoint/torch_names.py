@@ -1,0 +1,64 @@
+"""Names that torch's modules have and ours do not define, found when somebody asks for them.
+
+Code that was written for torch takes from `torch.distributed.checkpoint.utils` whatever happens to
+be there, imported names and private ones too. Each module of ours that has torch's name has this
+as its `__getattr__`. A name is looked up in torch's module of the same name; where what is there is
+defined in another of torch's modules, or is a module, and we have one of that name, ours counts: an
+engine's own class never comes out of a module of ours as torch's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+TORCH = "torch.distributed.checkpoint"
+OURS = "pytest_dcp.checkpoint"
+
+
+def names_of_torch(ours: str) -> Callable[[str], Any]:
+    """The `__getattr__` of our module of this full name.
+
+    It raises AttributeError for what torch's module does not have either.
+    """
+
+    def find(name: str) -> Any:
+        if not name.startswith("__"):
+            theirs = importlib.import_module(TORCH + ours.removeprefix(OURS))
+            if hasattr(theirs, name):
+                return _counterpart(getattr(theirs, name), name, theirs.__name__)
+            if ours == OURS and (module := _submodule(name)) is not None:
+                return module
+        raise AttributeError(f"module {ours!r} has no attribute {name!r}")
+
+    return find
+
+
+def _counterpart(value: Any, name: str, asked: str) -> Any:
+    """What we have in the place of something that torch's module has under this name."""
+    if isinstance(value, ModuleType):
+        inside, _, path = value.__name__.partition(TORCH)
+        return value if inside or not path else _our_module(path) or value
+    home = getattr(value, "__module__", None)
+    if not isinstance(home, str) or not home.startswith(f"{TORCH}.") or home == asked:
+        return value
+    module = _our_module(home.removeprefix(TORCH))
+    return value if module is None else vars(module).get(name, value)
+
+
+def _submodule(name: str) -> ModuleType | None:
+    """A module of the package that nobody has imported yet; torch's, where only torch has it."""
+    if (module := _our_module(f".{name}")) is not None:
+        return module
+    found = importlib.util.find_spec(f"{TORCH}.{name}")
+    return None if found is None else importlib.import_module(f"{TORCH}.{name}")
+
+
+def _our_module(path: str) -> ModuleType | None:
+    if path.count(".") > 1:  # Of a package that we do not have.
+        return None
+    found = importlib.util.find_spec(OURS + path)
+    return None if found is None else importlib.import_module(OURS + path)
