@@ -44,6 +44,7 @@ class FileSystemReader(StorageReader):
         verify: Verify = "auto",
         thread_count: int | None = None,
         max_decoded_bytes: int | None = None,
+        follow_links: bool = False,
     ) -> None:
         """As torch's, and:
 
@@ -54,9 +55,12 @@ class FileSystemReader(StorageReader):
         max_decoded_bytes: the most memory that `.metadata`, or a compressed value, may take to
             read; None: 64 MiB, and 20 bytes for each byte stored. Raise it for a checkpoint that
             you trust.
+        follow_links: whether a file of the checkpoint may be a symbolic link that leads out of its
+            folder, to a plain file anywhere: for folders whose maker you trust.
         """
         super().__init__()
-        self.fs: FileSystemBase = FileSystem()
+        self.follow_links = follow_links
+        self.fs: FileSystemBase = FileSystem(follow_links=follow_links)
         self.path = self.fs.init_path(path)
         self.verify: Verify = checked_verify(verify)
         self.thread_count = thread_count

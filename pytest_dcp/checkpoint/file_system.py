@@ -29,6 +29,11 @@ from pytest_dcp.errors import (
 class FileSystem(FileSystemBase):
     """The local file system."""
 
+    def __init__(self, *, follow_links: bool = False) -> None:
+        """follow_links: whether a link in a checkpoint may lead out of it, to a plain file."""
+        super().__init__()
+        self.follow_links = follow_links
+
     @contextmanager
     def create_stream(
         self, path: str | os.PathLike[str], mode: str
@@ -75,7 +80,7 @@ def disk_of(fs: FileSystemBase) -> Disk:
     be gone around.
     """
     if type(fs) is FileSystem:
-        return LocalDisk()
+        return LocalDisk(follow_links=isinstance(fs, FileSystem) and fs.follow_links)
     if hasattr(type(fs), "disk"):
         own: Disk = cast(Any, fs).disk
         return own

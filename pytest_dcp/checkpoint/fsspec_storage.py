@@ -104,7 +104,9 @@ class FileSystem(FileSystemBase):
         return names
 
 
-def _opened(path: Id, options: dict[str, Any]) -> tuple[FileSystemBase, Id]:
+def _opened(
+    path: Id, options: dict[str, Any], *, follow_links: bool = False
+) -> tuple[FileSystemBase, Id]:
     """The file system of a path, and how it calls the path; the local one is the engine's own."""
     from fsspec.implementations.local import LocalFileSystem
 
@@ -112,7 +114,7 @@ def _opened(path: Id, options: dict[str, Any]) -> tuple[FileSystemBase, Id]:
     remote.init_path(path, **options)
     if type(remote.fs) is not LocalFileSystem:
         return remote, path
-    local = file_system.FileSystem()
+    local = file_system.FileSystem(follow_links=follow_links)
     return local, local.init_path(remote.path_of[os.fspath(path)])
 
 
@@ -165,6 +167,7 @@ class FsspecReader(FileSystemReader):
         verify: Verify = "auto",
         thread_count: int | None = None,
         max_decoded_bytes: int | None = None,
+        follow_links: bool = False,
         **kwargs: Any,
     ) -> None:
         """As FileSystemReader's, but for 8 threads. kwargs: options of the file system."""
@@ -174,14 +177,15 @@ class FsspecReader(FileSystemReader):
             verify=verify,
             thread_count=thread_count,
             max_decoded_bytes=max_decoded_bytes,
+            follow_links=follow_links,
         )
         self.options = kwargs
-        self.fs, self.path = _opened(path, kwargs)
+        self.fs, self.path = _opened(path, kwargs, follow_links=follow_links)
         if thread_count is None and isinstance(self.fs, FileSystem):
             self.thread_count = READERS
 
     def _point_at(self, checkpoint_id: Id) -> None:
-        self.fs, self.path = _opened(checkpoint_id, self.options)
+        self.fs, self.path = _opened(checkpoint_id, self.options, follow_links=self.follow_links)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:

@@ -348,14 +348,25 @@ class HuggingFaceStorageReader(FileSystemReader):
     """Reads safetensors checkpoints: whole tensors, and shards that DCP saved."""
 
     def __init__(
-        self, path: str, thread_count: int = 1, *, max_decoded_bytes: int | None = None
+        self,
+        path: str,
+        thread_count: int = 1,
+        *,
+        max_decoded_bytes: int | None = None,
+        follow_links: bool = True,
     ) -> None:
         """As torch's.
 
         path: the checkpoint's folder. thread_count: threads that read. max_decoded_bytes: as
-        FileSystemReader's, for each header and the index.
+        FileSystemReader's, for each header and the index. follow_links: whether its files may be
+        links to plain files elsewhere, as in a cache of the Hugging Face hub.
         """
-        super().__init__(path=path, thread_count=thread_count, max_decoded_bytes=max_decoded_bytes)
+        super().__init__(
+            path=path,
+            thread_count=thread_count,
+            max_decoded_bytes=max_decoded_bytes,
+            follow_links=follow_links,
+        )
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the folder's checkpoint, from the headers of its files.

@@ -75,14 +75,18 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         block_size: int = 128,
         *,
         max_decoded_bytes: int | None = None,
+        follow_links: bool = True,
     ) -> None:
         """As torch's.
 
         path: the checkpoint's folder. thread_count: threads that read. target_dtype: what is made
         of quantised values, before they are copied to where the plan wants them. block_size: rows
-        and columns of a block of a matrix. max_decoded_bytes: as FileSystemReader's.
+        and columns of a block of a matrix. max_decoded_bytes, follow_links: as
+        HuggingFaceStorageReader's.
         """
-        super().__init__(path, thread_count, max_decoded_bytes=max_decoded_bytes)
+        super().__init__(
+            path, thread_count, max_decoded_bytes=max_decoded_bytes, follow_links=follow_links
+        )
         if block_size < 1:
             raise ValueError(f"expected a block_size of 1 or more, got {block_size}")
         self.target_dtype = target_dtype

@@ -32,6 +32,11 @@ MEMORY_KINDS = ("tmpfs", "ramfs")
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
 """Local disk file systems, where no other machine can take a file away from under a mapping."""
 
+UNREAL_KINDS = frozenset(
+    ("proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf")
+)
+"""File systems whose files are made up by the kernel when they are read: no link may lead there."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -128,6 +133,15 @@ class LocalDisk:
     """The local disk, by file descriptors."""
 
     renames = True
+    follow_links = False
+
+    def __init__(self, *, follow_links: bool = False) -> None:
+        """follow_links: whether a link in a folder may lead out of it, to a plain file.
+
+        A name may not, either way: it is the checkpoint's word, and a link that of whoever made
+        the folder.
+        """
+        self.follow_links = follow_links
 
     def make_folder(self, folder: Path) -> list[Path]:
         missing = [path for path in folder.parents if not path.exists()]
@@ -164,7 +178,7 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def open(self, folder: Path, name: str) -> Iterator[In]:
-        fd = _opened(folder, name)
+        fd = _opened(folder, name, follow_links=self.follow_links)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -191,7 +205,7 @@ class LocalDisk:
             os.close(fd)
 
 
-def _opened(folder: Path, name: str) -> int:
+def _opened(folder: Path, name: str, *, follow_links: bool) -> int:
     """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
     # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -204,16 +218,36 @@ def _opened(folder: Path, name: str) -> int:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-        root = os.path.realpath(folder)
-        if os.path.commonpath((root, os.path.realpath(path))) != root:
-            raise CheckpointCorruptError("a link leads out of the checkpoint's folder", file=name)
-        return os.open(path, flags)
+        root, real = os.path.realpath(folder), os.path.realpath(path)
+        if os.path.commonpath((root, real)) == root:
+            return os.open(path, flags)
+        _check_way_out(name, real, follow_links=follow_links)
+        # O_NOCTTY: should another file be there by now, it must not become this process's terminal.
+        return os.open(real, flags | os.O_NOFOLLOW | os.O_NOCTTY)
     except ValueError as error:
         raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             raise CheckpointCorruptError(f"no plain file: {error.strerror}", file=name) from error
         raise
+
+
+def _check_way_out(name: str, real: str, *, follow_links: bool) -> None:
+    """Raise CheckpointCorruptError unless this name may be the file `real`, outside of the folder.
+
+    A device or a FIFO is not even opened: that alone can do something.
+    """
+    climbs = os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+    if climbs or not follow_links:
+        raise CheckpointCorruptError(
+            f"{'the name' if climbs else 'a link'} leads out of the checkpoint's folder"
+            + ("" if climbs else f", to {real}: FileSystemReader(folder, follow_links=True) reads "
+               "it, if you trust whoever made the link"),
+            file=name,
+        )  # fmt: skip
+    status = os.stat(real, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or _kind_of(status) in UNREAL_KINDS:
+        raise CheckpointCorruptError(f"a link leads to {real}, which is no plain file", file=name)
 
 
 def _lock(fd: int, folder: Path) -> None:

@@ -237,6 +237,79 @@ def test_a_link_inside_the_folder_is_followed_and_one_out_of_it_refused(tmp_path
         assert caught.value.file == name
 
 
+def test_a_refused_link_is_told_how_to_be_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "out").symlink_to(tmp_path / "data")
+    (tmp_path / "data").write_bytes(b"1")
+    said = rf"to {tmp_path}/data: FileSystemReader\(folder, follow_links=True\) reads it"
+    with (
+        pytest.raises(CheckpointCorruptError, match=said),
+        LocalDisk().open(tmp_path / "folder", "out"),
+    ):
+        pass
+
+
+def test_links_lead_to_plain_files_anywhere_where_they_are_followed(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "data").write_bytes(b"12345")
+    (tmp_path / "more").symlink_to("data")
+    (folder / "out").symlink_to("../data")
+    (folder / "twice").symlink_to(tmp_path / "more")
+    (folder / "up").symlink_to("..")
+    for name in ["out", "twice", "up/data"]:
+        with LocalDisk(follow_links=True).open(folder, name) as file:
+            assert file.size == 5
+
+
+@pytest.mark.parametrize("name", ["../data", "/etc/passwd", "in/../../data", "up/../../data"])
+def test_names_lead_nowhere_where_links_are_followed(name, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "in").mkdir(parents=True)
+    (tmp_path / "data").write_bytes(b"12345")
+    (folder / "up").symlink_to("..")
+    with (
+        pytest.raises(CheckpointCorruptError, match=r"the name leads out"),
+        LocalDisk(follow_links=True).open(folder, name),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "target", ["fifo", "directory", "/dev/null", "/dev/zero", "/proc/self/status", "/sys/kernel"]
+)
+def test_followed_links_lead_to_plain_files_alone(target, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "directory").mkdir()
+    (folder / "out").symlink_to(tmp_path / target)
+    opened = []
+    real = os.open
+
+    def noted(path, *args, **options):
+        opened.append(os.fspath(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(subject.os, "open", noted)
+    with (
+        pytest.raises(CheckpointCorruptError, match=r"no plain file"),
+        LocalDisk(follow_links=True).open(folder, "out"),
+    ):
+        pass
+    assert [path for path in opened if "folder" not in path] == [], "it was opened"
+
+
+def test_a_followed_link_to_nothing_is_missing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "out").symlink_to("../nothing")
+    with (
+        pytest.raises(FileNotFoundError),
+        LocalDisk(follow_links=True).open(tmp_path / "folder", "out"),
+    ):
+        pass
+
+
 def test_a_folder_that_is_itself_a_link_is_opened(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a").write_bytes(b"1")

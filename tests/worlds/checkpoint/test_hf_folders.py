@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.fsspec_storage import FsspecReader
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.store.disk import LocalDisk
 
@@ -232,3 +234,64 @@ def test_a_planner_that_remembers_its_plans_saves_anew(tmp_path: Path, distribut
     for value in (1.0, 2.0, 3.0):
         dcp.save({"w": torch.full((2,), value)}, storage_writer=writer, planner=planner)
         assert read(tmp_path, "w")["w"].tolist() == [value] * 2
+
+
+def hub_cache(folder: Path) -> Path:
+    """The snapshot's folder of a cache as huggingface_hub lays it out: links to blobs."""
+    snapshot, blobs = folder / "snapshots" / "abc123", folder / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    tensors = {"v": torch.ones(2), "w": torch.full((3,), 2.0)}
+    weight_map = {}
+    for number, (fqn, tensor) in enumerate(tensors.items(), start=1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        safetensors.torch.save_file({fqn: tensor}, blobs / f"sha{number}", {"format": "pt"})
+        (snapshot / name).symlink_to(f"../../blobs/sha{number}")
+        weight_map[fqn] = name
+    (blobs / "index").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (snapshot / INDEX).symlink_to("../../blobs/index")
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    "kind", [dcp.HuggingFaceStorageReader, dcp.QuantizedHuggingFaceStorageReader]
+)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_cache_of_the_hub_is_read(tmp_path: Path, kind: Any, indexed: bool) -> None:
+    snapshot = hub_cache(tmp_path)
+    if not indexed:
+        (snapshot / INDEX).unlink()
+    target = {"v": torch.zeros(2), "w": torch.zeros(3)}
+    dcp.load(target, storage_reader=kind(str(snapshot)))
+    assert target["v"].tolist() == [1.0] * 2
+    assert target["w"].tolist() == [2.0] * 3
+
+
+def test_links_are_refused_on_request(tmp_path: Path) -> None:
+    reader = HuggingFaceStorageReader(str(hub_cache(tmp_path)), follow_links=False)
+    with pytest.raises(CheckpointException, match="a link leads out of the checkpoint's folder"):
+        dcp.load_without_template(storage_reader=reader)
+
+
+def test_a_link_to_a_fifo_ends_the_load_at_once(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    (tmp_path / "blobs" / "sha2").unlink()
+    os.mkfifo(tmp_path / "blobs" / "sha2")
+    with pytest.raises(CheckpointException, match="which is no plain file"):
+        dcp.load_without_template(storage_reader=HuggingFaceStorageReader(str(snapshot)))
+
+
+@pytest.mark.parametrize("by_url", [False, True])
+def test_a_checkpoint_of_links_is_read_on_request(tmp_path: Path, by_url: bool) -> None:
+    real, linked = tmp_path / "real", tmp_path / "linked"
+    dcp.save({"w": torch.ones(4), "step": 7}, checkpoint_id=real)
+    linked.mkdir()
+    for file in real.iterdir():
+        (linked / file.name).symlink_to(file)
+    target = {"w": torch.zeros(4), "step": 0}
+    kind: Any = FsspecReader if by_url else dcp.FileSystemReader
+    place = f"file://{linked}" if by_url else linked
+    with pytest.raises(CheckpointException, match=r"follow_links=True"):
+        dcp.load(target, storage_reader=kind(place))
+    dcp.load(target, storage_reader=kind(place, follow_links=True))
+    assert (target["w"].tolist(), target["step"]) == ([1.0] * 4, 7)
