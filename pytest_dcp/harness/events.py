@@ -21,6 +21,7 @@ from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
+Place = Literal["preparing", "ready", "reporting"]
 FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
@@ -73,6 +74,21 @@ class Done:
     """Only at boot: the rank's process."""
     payload: bytes = b""
     """Only for a function's call: its pickled result; or `lockstep` of a property, pickled."""
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """Rank -> controller: where this rank is in its phase. No answer.
+
+    `preparing`: it imports or collects what the phase needs, which is not timed; `ready`: from here
+    on it is; `reporting`: the phase has raised, and the rank writes the report of that.
+    """
+
+    place: Place
+    text: str = ""
+    """What it prepares, as in "importing torch"; or the exception's one-line text."""
+    at_s: float = 0.0
+    """Only for `reporting`: CLOCK_MONOTONIC seconds when the phase raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +221,14 @@ class Leave:
     """Controller -> rank: end with exit code 0."""
 
 
-Up = Done | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk
+Up = Done | At | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk
 Down = RunItem | Go | Call | Example | Met | DebugAnswer | FaultAnswer | Leave
 Message = Up | Down
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        Done, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
+        Done, At, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
         RunItem, Go, Call, Example, Met, DebugAnswer, FaultAnswer, Leave,
     )
 }  # fmt: skip

@@ -48,6 +48,8 @@ class ItemHooks:
         """
         self._warm.check()
         marked = item.stash.get(ITEM_KEY, None)
+        if marked is not None or "worlds" in getattr(item, "fixturenames", ()):
+            self._harness.prepare_launcher()
         if marked is None:
             result: object = yield
         else:

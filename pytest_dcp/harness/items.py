@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_engine import FoundError
 
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
-COLLECT_S = 120.0
-"""For a spawned rank to collect its test before it sets it up."""
 EXPECTED_STRAYS = (
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",
@@ -114,23 +112,13 @@ class MarkedItem:
             if booted.kind != "passed":
                 self.world.kill()  # no item was begun in it: there is nothing to tear down
             self._raise_for(booted)
-        self.world.restart_clock(self.setup_limit_s())
+        self.world.restart_clock(self.limit_s)
         self._conclude(self.world, self.world.run("setup", self.order()), "setup")
-        if self._is_spawned:
-            self.world.restart_clock(self.limit_s)
-
-    @property
-    def _is_spawned(self) -> bool:
-        return self.harness.launcher().name == "spawn"
 
     def order(self) -> RunItem:
         """The order that begins the item."""
         seed = self.harness.seed_of(self.item.nodeid)
         return RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
-
-    def setup_limit_s(self) -> float:
-        """What ranks get to set the item up."""
-        return self.limit_s + (COLLECT_S if self._is_spawned else 0.0)
 
     def runtest(self) -> None:
         """Call the test in every rank."""

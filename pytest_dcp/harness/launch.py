@@ -117,6 +117,14 @@ class Launcher(Protocol):
     """fork or spawn."""
     lost: str
     """How it ended, when it is gone; empty while it lives."""
+    first_place: str
+    """What a rank does before it can say where it is itself; empty for nothing to speak of."""
+
+    def await_ready(self) -> None:
+        """Wait until ranks can be started at once, for `places.PREPARE_S` at most.
+
+        Raises `LauncherLostError` when the launcher is gone, or not ready by then.
+        """
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one process per order. Raises `WorldError` when that is impossible."""

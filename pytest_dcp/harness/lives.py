@@ -11,6 +11,7 @@ import signal
 from dataclasses import dataclass
 
 from pytest_dcp.harness.events import (
+    At,
     DebugAsk,
     DebugDone,
     Done,
@@ -53,6 +54,8 @@ TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
     (S.DEBUGGING, DebugDone): S.RUNNING,
     (S.DEBUGGING, Exchange): S.DEBUGGING_MEETING,
     (S.DEBUGGING_MEETING, Met): S.DEBUGGING,
+    (S.RUNNING, At): S.RUNNING,
+    (S.DEBUGGING, At): S.DEBUGGING,
     (S.RUNNING, FaultAsk): S.RUNNING,
     (S.DEBUGGING, FaultAsk): S.DEBUGGING,
 }

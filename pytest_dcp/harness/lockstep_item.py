@@ -40,9 +40,6 @@ class Item(Protocol):
     def order(self) -> RunItem:
         """The order that begins the item."""
 
-    def setup_limit_s(self) -> float:
-        """What ranks get to set it up."""
-
     def note_teardown(self, torn: Outcome) -> None:
         """Keep what failed when the item was torn down in a world that is replaced."""
 
@@ -72,7 +69,7 @@ class Company:
         seed = marked.harness.seed_of(marked.item.nodeid)
         marked.world, began = marked.harness.open(marked.spec, seed)
         if began.kind == "passed":
-            marked.world.restart_clock(marked.setup_limit_s())
+            marked.world.restart_clock(marked.limit_s)
             began = marked.world.run("setup", marked.order())
         if began.kind == "passed":
             marked.world.restart_clock(marked.limit_s)

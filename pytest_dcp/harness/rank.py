@@ -26,6 +26,7 @@ from pytest_dcp.errors import DcpError, DivergedError
 from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
     Announce,
+    At,
     Call,
     Decoder,
     Done,
@@ -364,10 +365,13 @@ def _call(rank: Rank, payload: bytes) -> Done:
             result = _dump_result(value)
         except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
             outcome, error = outcome_of(exc), exc
+    ended = time.monotonic()
+    if error is not None and outcome == "failed":
+        rank.channel.send(At("reporting", one_line(error), ended))
     return Done(
         "call",
         outcome,
-        time.monotonic(),
+        ended,
         time.perf_counter() - started,
         exception=class_of(error) if error is not None else None,
         text=one_line(error) if error is not None else "",

@@ -31,6 +31,7 @@ from _pytest.warnings import catch_warnings_for_item
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import measure
 from pytest_dcp.harness.events import (
+    At,
     Done,
     Go,
     Phase,
@@ -38,7 +39,7 @@ from pytest_dcp.harness.events import (
     RunItem,
     SubReport,
 )
-from pytest_dcp.harness.rank import ItemRunner, Rank, one_line
+from pytest_dcp.harness.rank import ItemRunner, Rank, one_line, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
 SECTION_CHARS = 1 << 16
@@ -288,6 +289,7 @@ class RankPlugin:
     def _verdict(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
         """What a phase came to, with pytest's own report of it."""
         ended, seen = time.monotonic(), self._seen
+        self._say_what_is_reported(call, ended)
         # A marker that the test added itself is known only here, so it is judged here.
         added = len(list(item.iter_markers("xfail"))) > seen.xfail_marks
         self.config.option.runxfail = self._xfail_off or not added
@@ -340,6 +342,12 @@ class RankPlugin:
         finally:
             if missed := [text for unmet in self.rank.unmet for text in unmet()]:
                 pytest.fail("\n".join(missed), pytrace=False)
+
+    def _say_what_is_reported(self, call: pytest.CallInfo[None], ended: float) -> None:
+        """A failure's report may take long to write: until then its text is known."""
+        error = call.excinfo.value if call.excinfo is not None else None
+        if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
+            self.rank.channel.send(At("reporting", one_line(error), ended))
 
     # Examples of a property; see `lockstep_rank`.
 

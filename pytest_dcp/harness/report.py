@@ -120,9 +120,11 @@ def longrepr_for(
     lines = [outcome.reason, *(f"  {line}" for line in peers(outcome))]
     if repr_ is None:
         limited = first.failure.kind in ("blocked", "timeout")
-        detail = "" if limited else _clip(first.failure.detail)
+        detail = "" if limited else _clip(first.failure.detail).rstrip("\n")
         crash = ReprFileLocation(*location, outcome.reason)
-        entries = ReprTraceback([ReprEntryNative([detail])] if detail else [], None, "native")
+        entries = ReprTraceback(
+            [ReprEntryNative([f"{detail}\n"])] if detail else [], None, "native"
+        )
         repr_ = ExceptionChainRepr([(entries, crash, None)])
     head = ReprEntryNative([f"{line}\n" for line in lines])
     for traceback, crash_, _ in repr_.chain[-1:]:

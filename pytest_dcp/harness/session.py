@@ -6,6 +6,7 @@ everything that was started, whatever state it is in.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ import pytest
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import measure
-from pytest_dcp.harness.launch import Launcher
+from pytest_dcp.harness.launch import Launcher, LauncherLostError
 from pytest_dcp.harness.leases import (
     GpusUnavailable,
     Lease,
@@ -126,6 +127,14 @@ class Harness:
                 self._launcher = start_zygote(self.session, self.folder)
         return self._launcher
 
+    def prepare_launcher(self) -> None:
+        """Wait until ranks can be started, before a test's own time begins.
+
+        A launcher that is lost meanwhile is `open`'s to tell of.
+        """
+        with contextlib.suppress(LauncherLostError):
+            self.launcher().await_ready()
+
     def _replace_lost(self, lost: Launcher) -> None:
         """Go on with fresh interpreters: this process has run tests and must not be forked now."""
         from pytest_dcp.harness.spawn import SpawnLauncher
@@ -148,6 +157,7 @@ class Harness:
 
     def open(self, spec: WorldSpec, seed: int) -> tuple[World, Outcome]:
         """A started world and how its boot went. Skips or fails where GPUs are missing."""
+        self.launcher().await_ready()
         lease = self._lease(spec)
         world: World | None = None
 

@@ -8,6 +8,7 @@ Every rank is a child of the controller, in a process group of its own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -25,7 +26,7 @@ import pytest
 
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import linux, measure, rank, rank_items
-from pytest_dcp.harness.events import Done, Go, RunItem
+from pytest_dcp.harness.events import At, Done, Go, RunItem
 from pytest_dcp.harness.launch import (
     RANK_VARIABLE,
     STACKS_SIGNAL,
@@ -46,6 +47,7 @@ class SpawnLauncher(Signals):
 
     name = "spawn"
     lost = ""
+    first_place = "starting Python"
 
     def __init__(self, session: dict[str, Any]) -> None:
         self._session = session
@@ -78,6 +80,9 @@ class SpawnLauncher(Signals):
                 "workerinput": getattr(config, "workerinput", None),
             }
         )
+
+    def await_ready(self) -> None:
+        """An interpreter can be started at any time."""
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one interpreter per order."""
@@ -211,7 +216,16 @@ def main() -> NoReturn:
         os.set_inheritable(fd, False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     order = Order.from_json(told["order"])
-    rank.run(order, fds, lambda one: _Collecting(one, told["session"]))
+    rank.run(order, fds, lambda one: _prepare(one, told["session"]))
+
+
+def _prepare(one: rank.Rank, session: dict[str, Any]) -> _Collecting:
+    """Import what joining the process group needs: that is not timed."""
+    one.channel.send(At("preparing", "importing torch"))
+    with contextlib.suppress(Exception):  # what fails here fails again where it is reported
+        importlib.import_module("torch.distributed")
+    one.channel.send(At("ready"))
+    return _Collecting(one, session)
 
 
 class _Collecting:
@@ -227,6 +241,7 @@ class _Collecting:
         """Collect the item, then run it as a forked rank does."""
         from _pytest.config import _prepareconfig
 
+        self.rank.channel.send(At("preparing", "collecting the test"))
         os.chdir(self.session["cwd"])
         config: Any = _prepareconfig(list(self.session["args"]))
         _alone(config, self.rank.order.basetemp)
@@ -343,6 +358,7 @@ class _Serving:
         try:
             plugin = rank_items.prepare(session, tty="/dev/tty")
             runner = rank_items.enlist(self.rank, plugin)
+            self.rank.channel.send(At("ready"))
             runner.run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
         except BaseException as exc:  # noqa: BLE001 - `run` raises it
             self._error = exc

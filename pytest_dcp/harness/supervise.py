@@ -11,6 +11,8 @@ Rules that hold inside:
 - When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
 - While a rank holds the terminal every clock stands still.
 - A rank that is stopped because the test asked for it holds nobody up.
+- A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
+  `places`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pytest_dcp.harness import meetings
 from pytest_dcp.harness.deaths import Deaths, Wish
 from pytest_dcp.harness.events import (
     Announce,
+    At,
     DebugAnswer,
     DebugAsk,
     DebugDone,
@@ -49,6 +52,7 @@ from pytest_dcp.harness.lives import (
     exit_text,
 )
 from pytest_dcp.harness.lives import RankState as S
+from pytest_dcp.harness.places import REPORT_S, Places
 
 STACKS_S = 0.2
 """How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
@@ -92,6 +96,9 @@ class Supervisor:
         self._closed: dict[int, float] = {}
         self._timed_out = False
         self._paused_at: float | None = None
+        self._places = Places()
+        self.prepared_too_long = False
+        """Whether ranks have reached the limit of what comes before the phase itself."""
 
     # What the world asks.
 
@@ -134,15 +141,20 @@ class Supervisor:
             return float("inf")
         closed = [at + CLOSED_S for at in self._closed.values()]
         waits = self.busy and not self._timed_out
-        deadline = self.deadline if waits else float("inf")
+        deadline = self._places.limit_at(self.deadline) if waits else float("inf")
         owed = self.deaths.due_at()
         return min([deadline, self._reap_at, self._kill_at, self._lost_at, owed, *closed])
 
     # What the world tells.
 
-    def boot(self, deadline: float) -> None:
-        """All ranks were started; each owes a `Done("boot")` before `deadline`."""
+    def boot(self, deadline: float, now: float = 0.0, preparing: str = "") -> None:
+        """All ranks were started; each owes a `Done("boot")` before `deadline`.
+
+        `preparing` is what each does first, before that is timed; empty for nothing.
+        """
         self.deadline = deadline
+        if preparing:
+            self._places.begin(self.states, preparing, now)
 
     def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
         """Start a phase on the ranks of `orders`, which must be idle."""
@@ -152,7 +164,8 @@ class Supervisor:
         self._meeting = {}
         self.deadline = deadline
         self._reap_at = self._kill_at = float("inf")
-        self._timed_out = False
+        self._timed_out = self.prepared_too_long = False
+        self._places.begin()
         for rank, order in orders.items():
             kind = Leave if isinstance(order, Leave) else Go
             self.states[rank] = TRANSITIONS[self.states[rank], kind]
@@ -171,7 +184,10 @@ class Supervisor:
             return self._violate(rank, message, now)
         self.states[rank] = nxt
         match message:
+            case At():
+                self.deadline += self._places.move(rank, message, self._clock(now))
             case Done():
+                self._leave_place(rank, now)
                 self.done[rank] = message
                 if message.outcome == "failed":
                     self._fail(rank, "failed", message.text, message.at_s, now)
@@ -231,6 +247,8 @@ class Supervisor:
     def exited(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
         state = self.states[rank]
+        raised = self._places.raised(rank)
+        self._leave_place(rank, now)
         self._closed.pop(rank, None)
         self._meeting.pop(rank, None)
         self.states[rank] = S.GONE
@@ -242,6 +260,8 @@ class Supervisor:
         if as_asked or state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
             return [*self._meet(), *self._told()]
         text = f"{exit_text(status)}{_when(state, self.phase)}"
+        if raised is not None:
+            text += f"; it had raised {raised.text}"
         self._fail(rank, "crashed", text, now, now)
         return [*self._meet(), *self._told()]
 
@@ -285,12 +305,14 @@ class Supervisor:
             if now >= at + CLOSED_S:
                 text = f"closed its report socket in {self.phase}, and lives"
                 actions += self._kill(rank, "closed", text, now)
-        if now >= self.deadline and self.busy and not self._timed_out:
+        if now >= self._places.limit_at(self.deadline) and self.busy and not self._timed_out:
             self._timed_out = True
+            self.prepared_too_long = self._places.is_preparing
             self._reap_at = now
         if now >= self._reap_at:
             self._reap_at = float("inf")
-            actions += [*self.dismiss(now), *(Dump(rank) for rank in self.busy)]
+            dumped = (Dump(rank) for rank in self.busy if not self._may_report(rank, now))
+            actions += [*self.dismiss(now), *dumped]
             self._kill_at = now + STACKS_S
         if now >= self._kill_at:
             self._kill_at = float("inf")
@@ -312,12 +334,25 @@ class Supervisor:
     # Inside.
 
     def _reap(self, now: float) -> list[Action]:
-        busy = self.busy
         actions: list[Action] = []
-        for rank in busy:
+        for rank in self.busy:
             kind: FailureKind = "timeout" if self._timed_out else "blocked"
-            actions += self._kill(rank, kind, f"still in {self.phase}", now)
+            raised = self._places.raised(rank)
+            if self._may_report(rank, now):
+                self._reap_at = min(self._reap_at, self._places.report_due_at(rank))
+            elif raised is not None and self.states[rank] is S.RUNNING:
+                text = f"{raised.text} (killed: it wrote the report of that for {REPORT_S:g} s)"
+                actions += self._kill(rank, "failed", text, now, raised.at_s)
+            else:
+                text = f"still {self._places.describe(rank, self.phase)}"
+                actions += self._kill(rank, kind, text, now)
         return actions
+
+    def _may_report(self, rank: int, now: float) -> bool:
+        return self.states[rank] is S.RUNNING and now < self._places.report_due_at(rank)
+
+    def _leave_place(self, rank: int, now: float) -> None:
+        self.deadline += self._places.leave(rank, self._clock(now))
 
     def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:
         self.failures.append(RankFailure(rank, kind, self.phase, at_s, text))
@@ -328,17 +363,20 @@ class Supervisor:
         if self._kill_at == float("inf") and not self._timed_out:
             self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
 
-    def _kill(self, rank: int, kind: FailureKind, text: str, now: float) -> list[Action]:
+    def _kill(
+        self, rank: int, kind: FailureKind, text: str, now: float, at_s: float | None = None
+    ) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
         self.deaths.forgive(rank)
         actions = self._end(rank, now)
-        self._fail(rank, kind, text, now, now)
+        self._fail(rank, kind, text, now if at_s is None else at_s, now)
         return [*actions, *self._meet()]
 
     def _end(self, rank: int, now: float) -> list[Action]:
         if self.states[rank] in HAS_TERMINAL:
             self._resume(now)
+        self._leave_place(rank, now)
         self._closed.pop(rank, None)
         self._meeting.pop(rank, None)
         self.deaths.silence(rank)
@@ -371,6 +409,7 @@ class Supervisor:
         pause_s = now - self._paused_at
         self._paused_at = None
         self.deadline += pause_s
+        self._places.postpone(pause_s)
         self._reap_at += pause_s
         self._kill_at += pause_s
         self._lost_at += pause_s

@@ -35,12 +35,13 @@ from pytest_dcp.harness.interrupts import InterruptsIgnored
 from pytest_dcp.harness.launch import Halt, Launcher, LauncherLostError, Order
 from pytest_dcp.harness.lives import Action, Continue, Dump, Kill, Send, Stop
 from pytest_dcp.harness.outcome import Outcome, combine
+from pytest_dcp.harness.places import PREPARE_S
 from pytest_dcp.harness.rank_end import SEND_S, RankEnd
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.supervise import Supervisor, Terminal
 
 BOOT_S = 120.0
-"""For starting processes and joining the process group; a loaded machine imports torch slowly."""
+"""For starting processes and joining the process group, when torch was imported."""
 LEAVE_S = 20.0
 """For a rank's exit once it was told to leave."""
 LOOK_S = 0.25
@@ -117,7 +118,8 @@ class World:
             for rank, one in enumerate(self._ranks):
                 self._selector.register(one.socket, selectors.EVENT_READ, rank)
             self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
-            self._supervisor.boot(time.monotonic() + BOOT_S)
+            now = time.monotonic()
+            self._supervisor.boot(now + BOOT_S, now, self._launcher.first_place)
             self._launcher.launch(
                 [self._order(rank) for rank in range(self.spec.size)],
                 [one.fds() for one in self._ranks],
@@ -351,9 +353,8 @@ class World:
             return replace(failure, detail=str((done.report or {}).get("text", "")))
         trace = self.trace(failure.rank)
         if failure.kind in ("timeout", "blocked"):
-            limit = (
-                f" at the time limit of {self._limit_s:g} s" if failure.kind == "timeout" else ""
-            )
+            limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
+            limit = f" at the time limit of {limit_s:g} s" if failure.kind == "timeout" else ""
             where = stacks.doing(trace) if trace else NO_STACK
             summary = f"{failure.summary}{limit}, {where}"
             return replace(failure, summary=summary, detail=stacks.trimmed(trace))

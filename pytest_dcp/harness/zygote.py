@@ -38,6 +38,7 @@ from pytest_dcp.harness.launch import (
     RankFds,
     Signals,
 )
+from pytest_dcp.harness.places import PREPARE_S
 
 CLOSE_S = 5.0
 MESSAGE_BYTES = 1 << 16
@@ -63,6 +64,7 @@ class ZygoteLauncher(Signals):
     """The controller's side: a `launch.Launcher` that has ranks forked."""
 
     name = "fork"
+    first_place = ""
 
     def __init__(self, control: socket.socket, pid: int) -> None:
         self._control = control
@@ -70,6 +72,10 @@ class ZygoteLauncher(Signals):
         self._owner = os.getpid()
         self._news: dict[int, list[Exit | Halt]] = {}
         self._preloaded: set[str] = set()
+        self._importing = "torch"
+        """What it imports, as far as it has said."""
+        self._unready = 1
+        """How many times it has yet to say that it has imported what it was asked for."""
         self._session = ""
         self._files: dict[int, list[guard.File]] = {}
         """By world, what its ranks have open as long as they live."""
@@ -97,6 +103,19 @@ class ZygoteLauncher(Signals):
         theirs.close()
         return cls(ours, pid)
 
+    def await_ready(self) -> None:
+        """Wait until the zygote has imported what it was asked to, and forks at once."""
+        deadline = time.monotonic() + PREPARE_S
+        while self._unready or self.lost:
+            if self.lost:
+                raise self._gone()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                os.kill(self._pid, signal.SIGKILL)
+                raise self._gone(f"still imported {self._importing} after {PREPARE_S:g} s")
+            select.select([self._control], [], [], left_s)
+            self._read()
+
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Have one process forked per order."""
         for order, rank_fds in zip(orders, fds, strict=True):
@@ -115,6 +134,12 @@ class ZygoteLauncher(Signals):
 
     def news(self, world: int) -> list[Exit | Halt]:
         """Ends and stops of this world's ranks since the last call."""
+        self._read()
+        out = self._news.get(world, [])
+        self._news[world] = []
+        return out
+
+    def _read(self) -> None:
         while self._readable():
             try:
                 data = self._control.recv(MESSAGE_BYTES)
@@ -123,10 +148,12 @@ class ZygoteLauncher(Signals):
             if not data:
                 raise self._gone()
             said = json.loads(data)
-            self._news.setdefault(said["world"], []).append(_news(said))
-        out = self._news.get(world, [])
-        self._news[world] = []
-        return out
+            if "importing" in said:
+                self._importing = said["importing"]
+            elif "ready" in said:
+                self._unready -= 1
+            else:
+                self._news.setdefault(said["world"], []).append(_news(said))
 
     def forget(self, world: int) -> None:
         """Drop what is kept for a world that has ended."""
@@ -141,6 +168,8 @@ class ZygoteLauncher(Signals):
         new = [name for name in modules if name not in self._preloaded]
         self._preloaded.update(new)
         for start in range(0, len(new), 200):
+            self._unready += 1
+            self._importing = new[start]
             self._send({"op": "preload", "modules": new[start : start + 200]})
 
     def close(self) -> None:
@@ -165,15 +194,17 @@ class ZygoteLauncher(Signals):
         except ChildProcessError:  # a test waited for any child, and got ours
             return self._pid, 0
 
-    def _gone(self) -> LauncherLostError:
+    def _gone(self, why: str = "") -> LauncherLostError:
         """The error to raise when the zygote is no more.
 
-        Once, it asks the kernel for the reason, and kills what the ranks have left.
+        Once, it asks the kernel for the reason, unless it is known, and kills what the ranks have
+        left.
         """
         if not self.lost:
             _, status = self._wait(0)
             code = os.waitstatus_to_exitcode(status)
             how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
+            how = why or how
             self.lost = f"the zygote (process {self._pid}), which ranks are forked from, {how}"
             files = {file for of_world in self._files.values() for file in of_world}
             guard.sweep(f"{self._session}:", files)
@@ -250,13 +281,16 @@ class _Zygote:
 
     def warm_up(self) -> None:
         """Import what ranks need, and make forking cheap."""
-        self.preload(PRELOAD)
+        for name in PRELOAD:
+            self.say({"importing": name})
+            self.preload([name])
         import torch
 
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         self.rank_main = self.prepare()
         self.freeze()
+        self.say({"ready": True})
 
     def freeze(self) -> None:
         """Keep the collector off what exists, and have it on huge pages from the next world on."""
@@ -315,6 +349,7 @@ class _Zygote:
             case "preload":
                 self.preload(asked["modules"])
                 self.freeze()
+                self.say({"ready": True})
         return True
 
     def fork(self, order: Order, fds: RankFds) -> None:
@@ -404,7 +439,10 @@ class _Zygote:
 
     def tell(self, order: Order, what: dict[str, Any]) -> None:
         """Report what became of a rank."""
-        said = {"world": order.world, "rank": order.rank, **what}
+        self.say({"world": order.world, "rank": order.rank, **what})
+
+    def say(self, said: dict[str, Any]) -> None:
+        """Tell the controller."""
         with contextlib.suppress(OSError):  # the controller is gone: end() follows
             self.control.send(json.dumps(said).encode())
 

@@ -17,6 +17,7 @@ from pytest_dcp.harness import events
 from pytest_dcp.harness.events import (
     NOT_THERE,
     Announce,
+    At,
     Call,
     DebugAnswer,
     DebugAsk,
@@ -33,6 +34,7 @@ from pytest_dcp.harness.events import (
     Message,
     Met,
     Phase,
+    Place,
     RankOutcome,
     RunItem,
     SubReport,
@@ -82,6 +84,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "pid": st.integers(),
         "payload": st.binary(),
     },
+    At: {"place": st.sampled_from(get_args(Place)), "text": texts, "at_s": finite},
     SubReport: {"report": reports},
     Exchange: {"operation": texts, "payload": st.binary()},
     DebugAsk: {"reason": texts},

@@ -1,0 +1,55 @@
+"""Time counts while a rank is in the test itself: not in imports, collection or its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from sample_session import MakeSuite, SessionResult
+
+IMPORT_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def session(make_suite: MakeSuite) -> SessionResult:
+    files = {
+        "test_slow_places.py": "slow_places.py",
+        "conftest.py": "slow_places_conftest.py",
+        "slow_import.py": f"import time\ntime.sleep({IMPORT_S})\n",
+    }
+    return make_suite(files, ini="dcp_grace = 0.5").run("-p", "pytest_dcp")
+
+
+def test_the_first_test_does_not_pay_for_the_imports_of_its_ranks(session: SessionResult) -> None:
+    assert session.outcomes("test_first") == {"call": "passed"}
+    assert session.phases("test_first")["setup"].duration_s < IMPORT_S
+
+
+def test_peers_that_write_their_own_report_are_waited_for(session: SessionResult) -> None:
+    text = session.bad("test_peers_report_slowly").text
+    assert text.startswith("ranks 0-1: ValueError: boom\n  rank 2: ValueError: another, 0.")
+    assert "still in call" not in text
+    assert "slow = <shown after 3 s>" in text
+
+
+def test_a_report_is_no_part_of_the_test_s_time(session: SessionResult) -> None:
+    report = session.bad("test_reports_beyond_the_limit")
+    assert report.headline == "rank 1: AssertionError: assert 1 == 0"
+
+
+def test_a_rank_that_dies_while_it_reports_has_said_what_it_raised(session: SessionResult) -> None:
+    report = session.bad("test_dies_while_it_reports")
+    assert report.headline == (
+        "rank 1: exited with code 4 in call, without a verdict; it had raised ValueError: boom"
+    )
+
+
+def test_a_spawned_rank_s_collection_is_not_timed_and_its_setup_is(make_suite: MakeSuite) -> None:
+    suite = make_suite({"test_spawned_places.py": "spawned_places.py"})
+    session = suite.run("--dcp-launch=spawn")
+    hang = session.phases("test_hangs_in_setup")["setup"]
+    assert session.outcomes("test_passes") == {"call": "passed"}
+    assert hang.headline.startswith("rank 1: still in setup at the time limit of 3 s, at ")
+    assert hang.duration_s < 100
