@@ -9,6 +9,7 @@ reads alike everywhere; there the exception itself is its `__cause__`, unless it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import traceback
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pytest_dcp.checkpoint.coordinate.error_class import bare, combined, facts_of, shared_class
 from pytest_dcp.errors import CheckpointError, DcpError
 from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
 
@@ -71,19 +73,41 @@ class RemoteError(CheckpointError):
         return self.text
 
 
-class StepError(CheckpointException):
-    """A step of an operation failed: on which ranks, and why. The same on every rank."""
+class StepError(CheckpointException, CheckpointError):
+    """A step of an operation failed: on which ranks, and why. The same on every rank.
+
+    It is an instance of torch's CheckpointException, of Exception, and of the most special class
+    that the exceptions of all failed ranks have in common: of OSError, where each failed rank
+    raised one. It has the attributes (`errno`, `missing`) of the lowest failed rank's exception.
+    """
+
+    def __new__(cls, step: str, failures: Mapping[int, Wrapped], *_: object) -> StepError:
+        cause = shared_class([error for error, _ in failures.values()], known=cls)
+        if cause in (RemoteError, PeerAborted):
+            cause = None  # these stand for something else
+        made: StepError = bare(cls if cause is None else combined(cls, cause))
+        return made
 
     def __init__(
         self, step: str, failures: Mapping[int, Wrapped], operation: str = "operation"
     ) -> None:
-        super().__init__(step, dict(failures))
+        # Not the cause's own, which is next in the order of classes and takes other arguments.
+        BaseException.__init__(self, step, dict(failures))
+        first = min(failures, default=None)
+        if first is not None and hasattr(self, "made_for"):
+            self._take_facts(failures[first][0])
+        self._failures = dict(failures)
         self.step = step
         self.operation = operation
 
+    def _take_facts(self, cause: BaseException) -> None:
+        for name, value in facts_of(cause):
+            with contextlib.suppress(AttributeError, TypeError, ValueError):
+                setattr(self, name, value)
+
     def __reduce__(self) -> tuple[Callable[..., StepError], tuple[object, ...], dict[str, object]]:
         state = {k: v for k, v in self.__dict__.items() if k != "_failures"}
-        return type(self), (self.step, self.failures, self.operation), state
+        return StepError, (self.step, self.failures, self.operation), state
 
     def __str__(self) -> str:
         merged = _merge_equal(self.failures)

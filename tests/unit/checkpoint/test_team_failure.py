@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
+import traceback
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,6 +28,12 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     is_echo,
     ranks_text,
     step_error,
+)
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
 )
 
 
@@ -120,6 +129,103 @@ def test_a_class_that_is_missing_on_another_rank_arrives_as_text() -> None:
 def test_a_pickle_that_builds_no_exception_arrives_as_text() -> None:
     rebuilt, _ = Cause(1, "m.T", "m.T: text", (), pickle.dumps(7)).rebuild()
     assert isinstance(rebuilt, RemoteError)
+
+
+class Stubborn(Exception):
+    """Takes two arguments wherever it is made."""
+
+    def __new__(cls, one: int, two: int) -> Stubborn:
+        return super().__new__(cls, one, two)
+
+    def __init__(self, one: int, two: int) -> None:
+        self.one = one
+
+
+class Final(Exception):
+    """Refuses subclasses."""
+
+    def __init_subclass__(cls, **_: object) -> None:
+        raise TypeError("no subclasses")
+
+
+def of_ranks(*errors: BaseException) -> StepError:
+    return step_error("plan", "save", [sent(error, rank) for rank, error in enumerate(errors)])
+
+
+@pytest.mark.parametrize(
+    ("errors", "cls", "facts"),
+    [
+        ([OSError(28, "No space", "/x")], OSError, {"errno": 28, "filename": "/x"}),
+        (
+            [FileNotFoundError(2, "none", "f"), PermissionError(13, "no", "g")],
+            OSError,
+            {"errno": 2, "filename": "f"},
+        ),
+        (
+            [CheckpointMismatchError("m", missing=("a",))],
+            CheckpointMismatchError,
+            {"missing": ("a",)},
+        ),
+        (
+            [CheckpointMismatchError("m"), CheckpointMismatchError("n")],
+            ValueError,
+            {"message": "m"},
+        ),
+        ([CheckpointCorruptError("r", file="f", offset=3)], CheckpointError, {"offset": 3}),
+        (
+            [CheckpointFileMissingError("r"), CheckpointCorruptError("s")],
+            CheckpointCorruptError,
+            {"reason": "r"},
+        ),
+        ([KeyError("w")], KeyError, {}),
+        ([UnicodeDecodeError("utf8", b"x", 0, 1, "r")], UnicodeDecodeError, {"reason": "r"}),
+        ([Stubborn(1, 2)], Stubborn, {"one": 1}),
+        ([RankEndedError("rank 0 ended")], RankEndedError, {}),
+    ],
+)
+def test_a_step_error_is_what_all_failed_ranks_raised(
+    errors: list[BaseException], cls: type[Exception], facts: dict[str, Any]
+) -> None:
+    error = of_ranks(*errors)
+    for one in (error, pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert isinstance(one, cls)
+        assert isinstance(one, CheckpointException)
+        assert type(one) is type(error)
+        assert {name: getattr(one, name) for name in facts} == facts
+        assert str(one) == str(error)
+        assert (one.step, one.operation, list(one.failures)) == (
+            "plan",
+            "save",
+            list(range(len(errors))),
+        )
+        assert str(error) in "".join(traceback.format_exception(one))
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        [ValueError("1"), KeyError("2")],
+        [StopIteration()],
+        [KeyboardInterrupt()],
+        [SyntaxError("x", ("f", 1, 2, "t"))],
+        [ExceptionGroup("two", [ValueError()])],
+        [Final()],
+        [Holder(threading.Lock())],
+        [],
+    ],
+)
+def test_a_step_error_of_nothing_in_common_is_an_exception_all_the_same(
+    errors: list[BaseException],
+) -> None:
+    with pytest.raises(Exception, match="step 'plan' of save failed") as caught:
+        raise of_ranks(*errors)
+    assert type(caught.value) is StepError
+
+
+def test_a_step_error_in_a_step_error_counts_as_its_cause() -> None:
+    inner = of_ranks(OSError(5, "Input/output error"))
+    assert isinstance(of_ranks(inner), OSError)
+    assert type(of_ranks(StepError("s", {}, "load"))) is StepError
 
 
 def test_the_first_line_names_ranks_step_operation_and_causes() -> None:

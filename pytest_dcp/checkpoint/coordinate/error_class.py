@@ -1,0 +1,78 @@
+"""Pure (no I/O): one class that is both an error of a step and the error that caused it.
+
+`except CheckpointMismatchError` around a load shall catch what the load raises, though that is the
+error of a whole step. So the step's error gets a class of its own for each class of causes: a
+subclass of both. All ranks know the same causes, and so raise the same class.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+"""How classes written in C keep their attributes, `OSError.errno` for instance."""
+HEAP_TYPE = 1 << 9
+"""Py_TPFLAGS_HEAPTYPE: made by a class statement."""
+LEFT_OUT = (CheckpointException, StopIteration, StopAsyncIteration, SyntaxError)
+"""Nested step errors say nothing new; the next two would end a generator or a loop; tracebacks show
+a line of a file in place of a SyntaxError's text."""
+
+
+def shared_class(errors: Sequence[BaseException], known: type) -> type[Exception] | None:
+    """The most special class that all errors have in common; None where `known` has it already."""
+    if not errors:
+        return None
+    for cls in type(errors[0]).__mro__:
+        if not issubclass(cls, Exception) or issubclass(known, cls) or issubclass(cls, LEFT_OUT):
+            continue
+        if all(isinstance(error, cls) for error in errors):
+            return cls
+    return None
+
+
+_made: dict[tuple[type, type], type[BaseException]] = {}
+
+
+def combined(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
+    """A subclass of both, under the name of `base`; `base` alone where the two do not go together.
+
+    `base` comes first: its text and its ways count. The same class for the same two.
+    """
+    if (base, cause) not in _made:
+        _made[base, cause] = _combine(base, cause)
+    return _made[base, cause]
+
+
+def _combine(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, "made_for": cause}
+    try:
+        made = type(base.__name__, (base, cause), names)
+        bare(made)
+    except Exception:  # noqa: BLE001 - a class of the user's may refuse in any way
+        return base
+    made.__qualname__ = base.__qualname__
+    return made
+
+
+def bare(cls: type[BaseException]) -> Any:
+    """An instance, not initialised. No code of a class statement is run."""
+    builtin: Any = next(one for one in cls.__mro__ if not one.__flags__ & HEAP_TYPE)
+    return builtin.__new__(cls)
+
+
+def facts_of(error: BaseException) -> Iterable[tuple[str, Any]]:
+    """The attributes that an error has beside those of every exception."""
+    for cls in type(error).__mro__:
+        if cls.__flags__ & HEAP_TYPE or cls in (Exception, BaseException, object):
+            continue
+        for name, member in vars(cls).items():
+            if isinstance(member, MEMBERS) and name != "obj" and not name.startswith("_"):
+                try:
+                    yield name, getattr(error, name)
+                except AttributeError:
+                    continue
+    yield from ((name, value) for name, value in vars(error).items() if not name.startswith("_"))
