@@ -20,7 +20,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp.checkpoint.async_worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
-from pytest_dcp.checkpoint.coordinate import PeerAborted, StepError, Team, team_of
+from pytest_dcp.checkpoint.coordinate import PeerAborted, StepError, Team
 from pytest_dcp.checkpoint.coordinate.failure import Cause
 from pytest_dcp.checkpoint.coordinate.reception import reception
 from pytest_dcp.checkpoint.coordinate.rendezvous import timeout_of
@@ -54,33 +54,27 @@ State = Callable[[], dict[str, Any]]
 class Job:
     """One save."""
 
+    team: Team
+    """Of the rank's own side of the save."""
     state: State
     """Gives the staged state, or raises what kept it from being staged."""
     how: bytes
     """The storage writer and the planner, pickled."""
-    group: dist.ProcessGroup | None
-    """None: this rank is alone."""
+    checkpoint_id: str | os.PathLike[str] | None
+    """What the writer is set to; None: it is set already."""
     use_collectives: bool
 
 
-def save_in_process(
-    state: State,
-    writer: StorageWriter,
-    planner: SavePlanner | None,
-    process_group: dist.ProcessGroup | None,
-    no_dist: bool,
-    use_collectives: bool,
-) -> Future[Metadata]:
-    """A future of the metadata; the save goes on in this rank's background process.
+def save_in_process(job: Job) -> Future[Metadata]:
+    """A future of the metadata; the save goes on in this rank's background process."""
+    return _saver_of(job.team.group).submit(job)
 
-    Raises TypeError when the writer or the planner cannot be sent there.
+
+def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
+    """The writer and the planner for the background process.
+
+    Raises TypeError, which names what cannot be sent there.
     """
-    group = None if no_dist else process_group or dist.group.WORLD
-    job = Job(state, _sendable(writer, planner), group, use_collectives)
-    return _saver_of(group).submit(job)
-
-
-def _sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     for name, value in (("storage_writer", writer), ("planner", planner)):
         try:
             pickled(value)
@@ -192,6 +186,8 @@ class Saver:
     def __init__(self) -> None:
         # It lives as long as this does: the kernel ends the process with the thread that began it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-process")
+        self._jobs: list[tuple[Job, Future[Metadata]]] = []
+        self._queued = threading.Condition()
         self._line: Line | None = None
         self._meeting = ""
         """Names the group that the process joined, alike in all ranks; empty before."""
@@ -199,7 +195,12 @@ class Saver:
 
     def submit(self, job: Job) -> Future[Metadata]:
         """A future of the save's metadata."""
-        return self._thread.submit(self._save, job)
+        future: Future[Metadata] = Future()
+        with self._queued:
+            self._jobs.append((job, future))
+            self._queued.notify_all()
+        self._thread.submit(self._save_next)
+        return future
 
     def close(self) -> None:
         """End the process."""
@@ -210,21 +211,42 @@ class Saver:
         if line is not None:
             line.end()
 
+    def _save_next(self) -> None:
+        """Make one save: the first whose turn has come, which need not be the first submitted."""
+        job, future = self._take_due()
+        if not future.set_running_or_notify_cancel():
+            job.team.refuse(CancelledError("the future of this save was cancelled"))
+            return
+        try:
+            metadata = self._save(job)
+        except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            future.set_exception(error)
+        else:
+            future.set_result(metadata)
+
+    def _take_due(self) -> tuple[Job, Future[Metadata]]:
+        with self._queued:
+            while True:
+                for entry in self._jobs:
+                    if entry[0].team.is_due:
+                        self._jobs.remove(entry)
+                        return entry
+                self._queued.wait(LOOK_S)
+
     def _save(self, job: Job) -> Metadata:
-        alone = job.group is None
+        group = job.team.group
         default_s = dist.constants.default_pg_timeout.total_seconds()
-        silence_s = default_s if job.group is None else timeout_of(job.group)
-        with team_of(
-            job.group, use_dist=not alone, coordinator_rank=0, operation="async_save"
-        ) as team:
+        silence_s = default_s if group is None else timeout_of(group)
+        with job.team.wait_for_turn() as team:
             try:
                 shipment, line = self._prepared(team, job, silence_s)
                 upload = Upload(
                     shipment.pickled,
                     job.how,
                     shipment.memory.nbytes if shipment.memory else 0,
-                    alone,
+                    group is None,
                     job.use_collectives,
+                    job.checkpoint_id,
                 )
                 fd = shipment.memory.fd if shipment.memory else None
                 sent = team.agree("save", lambda: line.ask(upload, team.check, silence_s, fd))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -14,16 +13,19 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from pytest_dcp.checkpoint.async_process import save_in_process
+from pytest_dcp.checkpoint.async_process import Job, save_in_process, sendable
 from pytest_dcp.checkpoint.coordinate import announce
-from pytest_dcp.checkpoint.saving import Save
-from pytest_dcp.checkpoint.storage_choice import alone, plain_state, writer_for
+from pytest_dcp.checkpoint.saving import Save, save_team
+from pytest_dcp.checkpoint.storage_choice import (
+    alone,
+    plain_state,
+    reset_to,
+    writer_for,
+)
 from pytest_dcp.checkpoint.store.staging import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
 from pytest_dcp.tracebacks import drop_inner_frames
 
 COORDINATOR = 0
-Staged = Callable[[], dict[str, Any]]
-"""Gives the copy of the state, once it is made; raises what kept it from being made."""
 
 
 def async_save(
@@ -44,43 +46,80 @@ def async_save(
     that is one), whose own future is then part of an AsyncSaveResponse. The memory of the copy is
     kept for the next save: see `staging.release_memory`. Failures, of the copying too, are the
     future's, on every rank.
-    Collective: every rank must call it, and wait for one save before it begins the next.
+    Collective: every rank must call it, in the same order as its other saves and loads of the
+    group. It may be called again before the last one is done: the saves of a group, `save` too,
+    are made one after another in the order of their calls, each of the state that it was given.
     """
     no_dist = alone(no_dist, "save")
-    writer = writer_for(storage_writer, checkpoint_id)
     in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
-    stager = async_stager or _own_stager(storage_writer)
+    team = save_team(
+        process_group,
+        no_dist,
+        COORDINATOR,
+        storage_writer,
+        checkpoint_id,
+        use_collectives=use_collectives,
+        operation="async_save" if in_process else "save",
+        background=True,
+    )
     if not no_dist:
         # The save begins after the copy; that this rank ends meanwhile is seen from here on.
         announce(process_group, COORDINATOR)
-    copied: Any = None
-    failure: Exception | None = None
-    try:
-        plain = plain_state(state_dict)
-        if stager is None:
-            copied = staged(plain, KEPT_SHARED if in_process else KEPT)
-        else:
-            copied = stager.stage(plain)
-    except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it
-        failure = error
-    later = copied if isinstance(copied, Future) else None
+    with team.preparing():
+        writer = writer_for(storage_writer, checkpoint_id)
+        reset = reset_to(storage_writer, checkpoint_id)
+        stager = async_stager or _own_stager(storage_writer)
+        how = sendable(writer, planner) if in_process else b""
+        staging = _Staging(state_dict, stager, shared=in_process)
+    if in_process:
+        job = Job(team, staging.state, how, reset and checkpoint_id, use_collectives)
+        uploading = save_in_process(job)
+    else:
+        uploading = _save_in_thread(
+            Save(team, staging.state, writer, planner, use_collectives=use_collectives, reset=reset)
+        )
+    return staging.response(uploading)
 
-    def state() -> dict[str, Any]:
-        if failure is not None:
-            raise failure
-        made: dict[str, Any] = copied if later is None else later.result()
+
+class _Staging:
+    """The copy of a state: made, failed, or on its way."""
+
+    def __init__(
+        self, state_dict: dict[str, Any], stager: AsyncStager | None, *, shared: bool
+    ) -> None:
+        """Copy, or let the stager begin to. An exception is kept for the save."""
+        self._stager = stager
+        self._copied: Any = None
+        self._failure: Exception | None = None
+        try:
+            plain = plain_state(state_dict)
+            if stager is None:
+                self._copied = staged(plain, KEPT_SHARED if shared else KEPT)
+            else:
+                self._copied = stager.stage(plain)
+        except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it
+            self._failure = error
+
+    def state(self) -> dict[str, Any]:
+        """The copy, once it is made; raises what kept it from being made."""
+        if self._failure is not None:
+            raise self._failure
+        made: dict[str, Any] = (
+            self._copied.result() if isinstance(self._copied, Future) else self._copied
+        )
         return made
 
-    upload = save_in_process if in_process else _save_in_thread
-    uploading = upload(state, writer, planner, process_group, no_dist, use_collectives)
-    if later is None:
-        if stager is not None and failure is None and stager.should_synchronize_after_execute:
+    def response(self, uploading: Future[Metadata]) -> Future[Metadata] | AsyncSaveResponse:
+        """What `async_save` returns."""
+        stager, later = self._stager, self._copied
+        if isinstance(later, Future):
+            staging: Future[None] = Future()
+            later.add_done_callback(lambda done: _follow(done, staging))
+            # Torch's type has it that the save gives nothing; ours gives the metadata, as `save`.
+            return AsyncSaveResponse(staging, cast(Any, uploading))
+        if stager is not None and self._failure is None and stager.should_synchronize_after_execute:
             stager.synchronize_staging()
         return uploading
-    staging: Future[None] = Future()
-    later.add_done_callback(lambda done: _follow(done, staging))
-    # Torch's type has it that the save gives nothing; ours gives the metadata, as `save` does.
-    return AsyncSaveResponse(staging, cast(Any, uploading))
 
 
 def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
@@ -91,15 +130,7 @@ def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
     return own if isinstance(own, AsyncStager) else None
 
 
-def _save_in_thread(
-    state: Staged,
-    writer: StorageWriter,
-    planner: SavePlanner | None,
-    process_group: dist.ProcessGroup | None,
-    no_dist: bool,
-    use_collectives: bool,
-) -> Future[Metadata]:
-    save = Save(state, writer, planner, process_group, no_dist, use_collectives=use_collectives)
+def _save_in_thread(save: Save) -> Future[Metadata]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
     uploading = pool.submit(drop_inner_frames(save.run))
     # The thread ends with its only job.

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
+from pytest_dcp.checkpoint.coordinate import team_of
 from pytest_dcp.checkpoint.coordinate.failure import capture
 from pytest_dcp.checkpoint.coordinate.reception import machine
 from pytest_dcp.checkpoint.file_writer import FileSystemWriter
@@ -112,6 +114,8 @@ class Upload:
     """Of the shared memory, whose descriptor follows; 0: none does."""
     no_dist: bool
     use_collectives: bool
+    checkpoint_id: str | os.PathLike[str] | None
+    """What the storage writer is set to; None: it is set already."""
 
     def run(self, line: Connection) -> Any:
         flat = _mapped(recv_handle(line), self.nbytes) if self.nbytes else None
@@ -119,12 +123,15 @@ class Upload:
         if isinstance(writer, FileSystemWriter):
             # It is a copy: its original gives every save's copy the same id.
             writer.fresh_id()
+        # The folders were compared by the ranks' own save.
+        team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
         save = Save(
+            team,
             lambda: unpickled(self.state, flat),
             writer,
             planner,
-            no_dist=self.no_dist,
             use_collectives=self.use_collectives,
+            reset=None if self.checkpoint_id is None else partial(writer.reset, self.checkpoint_id),
         )
         return packed_metadata(save.run())
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from pytest_dcp.checkpoint.coordinate import StepError, Team, team_of
+from pytest_dcp.checkpoint.coordinate import OutOfStepError, StepError, Team, ranks_text, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from pytest_dcp.checkpoint.file_reader import FileSystemReader, checked_verify
 from pytest_dcp.checkpoint.file_system import save_of
@@ -34,6 +34,7 @@ from pytest_dcp.checkpoint.storage_choice import (
     plain_state,
     reader_for,
     second_argument,
+    subject_of,
     takes,
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
@@ -57,11 +58,11 @@ def load_state_dict(
     planner: LoadPlanner | None = None,
 ) -> None:
     """Load into a state dict of tensors and values: the older form of `load`, without Stateful."""
-    storage_reader.reset()
-    planner = planner or DefaultLoadPlanner()
-    _Load(
-        lambda: state_dict, storage_reader, planner, process_group, no_dist, coordinator_rank
-    ).run()
+    team = _load_team(process_group, no_dist, coordinator_rank, storage_reader, None)
+    with team.preparing():
+        storage_reader.reset()
+        planner = planner or DefaultLoadPlanner()
+    _Load(team, lambda: state_dict, storage_reader, planner).run()
 
 
 @second_argument("storage_reader")
@@ -102,14 +103,18 @@ def load(
     """
     no_dist = alone(no_dist, "load")
     options = {} if verify is None else {"verify": verify}
-    storage_reader = reader_for(storage_reader, checkpoint_id, **options)
-    chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
-    planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
+    team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
+    with team.preparing():
+        storage_reader = reader_for(storage_reader, checkpoint_id, **options)
+        chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
+        planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
+        if verify is not None:
+            checked_verify(verify)
 
     def ordered() -> dict[str, Any]:
         return plain_state({key: state_dict[key] for key in sorted(state_dict)})
 
-    work = _Load(ordered, storage_reader, planner, process_group, no_dist, progress=progress)
+    work = _Load(team, ordered, storage_reader, planner, progress=progress)
     with verifying(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():
@@ -159,13 +164,36 @@ def load_without_template(
     containers and keys of other classes than Python's own, unless `weights_only` is False.
     """
     no_dist = alone(False, "load")
-    storage_reader = reader_for(storage_reader, checkpoint_id)
+    team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     state_dict: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner(
-        {keys} if isinstance(keys, str) else keys, weights_only=weights_only
-    )
-    _Load(lambda: state_dict, storage_reader, planner, process_group, no_dist).run()
+    with team.preparing():
+        storage_reader = reader_for(storage_reader, checkpoint_id)
+        planner = _EmptyStateDictLoadPlanner(
+            {keys} if isinstance(keys, str) else keys, weights_only=weights_only
+        )
+    _Load(team, lambda: state_dict, storage_reader, planner).run()
     return planner.rebuilt()
+
+
+def _load_team(
+    group: dist.ProcessGroup | None,
+    no_dist: bool,
+    coordinator_rank: int,
+    reader: StorageReader | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+) -> Team:
+    """The team of a load that is called now. Ranks may have copies in folders of their own."""
+    return team_of(
+        group,
+        use_dist=not no_dist,
+        coordinator_rank=coordinator_rank,
+        operation="load",
+        subject=subject_of(reader, checkpoint_id),
+    )
+
+
+Found = tuple[str | None, str | None]
+"""The id of the save that a rank found, and the folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,7 +202,7 @@ class Planned:
 
     plan: LoadPlan | None
     """None where no hook wants to see it."""
-    save_id: str | None
+    found: Found
     idle_renames: Mapping[str, str]
     """Entries of `rename` that find nothing on this rank, and why."""
 
@@ -184,35 +212,26 @@ class _Load:
 
     def __init__(
         self,
+        team: Team,
         state: Callable[[], dict[str, Any]],
         storage_reader: StorageReader,
         planner: LoadPlanner,
-        process_group: dist.ProcessGroup | None = None,
-        no_dist: bool = False,
-        coordinator_rank: int = 0,
         *,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
+        self.team = team
         self.state = state
         """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
         self.state_dict: dict[str, Any] = {}
         self.reader = storage_reader
         self.planner = planner
-        self.group = process_group
-        self.no_dist = no_dist
-        self.coordinator_rank = coordinator_rank
         self.progress = progress
         self.phases = Phases()
         self.save_id: str | None = None
 
     def run(self) -> LoadReport:
         """Load; what `load` returns and raises."""
-        with team_of(
-            self.group,
-            use_dist=not self.no_dist,
-            coordinator_rank=self.coordinator_rank,
-            operation="load",
-        ) as team:
+        with self.team.wait_for_turn() as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.progress)
             with watched(watcher), ranks_known(team.rank, team.size):
                 self._until_it_stays(team)
@@ -249,7 +268,9 @@ class _Load:
         def plan() -> Planned:
             plans.append(self._plan(team))
             idle: dict[str, str] = getattr(self.planner, "idle_renames", {})
-            return Planned(None if self._plans_alone() else plans[0], self.save_id, idle)
+            where = getattr(self.reader, "checkpoint_id", None)
+            found = self.save_id, None if where is None else os.fspath(where)
+            return Planned(None if self._plans_alone() else plans[0], found, idle)
 
         if not self._plans_alone():
             return team.reduce_scatter("plan", plan, self._join)
@@ -322,7 +343,7 @@ class _Load:
 
 def _check_together(said: Sequence[Planned]) -> None:
     """Raise what only all ranks together show to be wrong."""
-    _check_one_save([one.save_id for one in said])
+    check_one_save([one.found for one in said])
     idle = [one.idle_renames for one in said]
     useless = set(idle[0]).intersection(*idle[1:])
     if useless:
@@ -331,14 +352,34 @@ def _check_together(said: Sequence[Planned]) -> None:
         )
 
 
-def _check_one_save(saves: Sequence[str | None]) -> None:
-    """Raise unless all ranks have found the same save."""
-    if len(set(saves)) > 1:
-        found = ", ".join(f"rank {rank}: {save}" for rank, save in enumerate(saves))
-        raise CheckpointReplacedError(
-            "the ranks found different saves: the checkpoint was replaced meanwhile, or the ranks "
-            f"look at different folders; load again ({found[:500]})"
+def check_one_save(found: Sequence[Found]) -> None:
+    """Raise unless all ranks have found the same save.
+
+    Raises OutOfStepError where they looked in different folders, which copies of one save may be
+    in, and else CheckpointReplacedError.
+    """
+    saves, folders = [save for save, _ in found], [folder for _, folder in found]
+    if len(set(saves)) == 1:
+        return
+    if len(set(folders)) > 1:
+        raise OutOfStepError(
+            f"the ranks load different checkpoints ({_by_rank(folders)}): every rank must give the "
+            "same checkpoint_id, and call the group's saves and loads in the same order"
         )
+    raise CheckpointReplacedError(
+        f"the ranks found different saves in {folders[0]}: the checkpoint was replaced meanwhile; "
+        f"load again ({_by_rank(saves)})"
+    )
+
+
+def _by_rank(values: Sequence[str | None]) -> str:
+    """`rank 2: a, ranks 0-1: b`; at most three values."""
+    ranks: dict[str | None, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    rarest = sorted(ranks.items(), key=lambda item: len(item[1]))
+    named = [f"{ranks_text(those)}: {value}" for value, those in rarest[:3]]
+    return ", ".join([*named, "..."] if len(rarest) > 3 else named)
 
 
 @contextmanager

@@ -37,7 +37,9 @@ from pytest_dcp.checkpoint.replica_check import Comparison, Dispute
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
     plain_state,
+    reset_to,
     second_argument,
+    subject_of,
     takes,
     writer_for,
 )
@@ -61,10 +63,8 @@ def save_state_dict(
     planner: SavePlanner | None = None,
 ) -> Metadata:
     """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
-    storage_writer.reset()
-    return Save(
-        lambda: state_dict, storage_writer, planner, process_group, no_dist, coordinator_rank
-    ).run()
+    team = save_team(process_group, no_dist, coordinator_rank, storage_writer)
+    return Save(team, lambda: state_dict, storage_writer, planner, reset=storage_writer.reset).run()
 
 
 @second_argument("storage_writer")
@@ -99,16 +99,43 @@ def save(
     folder's earlier checkpoint is whole then.
     """
     no_dist = alone(no_dist, "save")
-    storage_writer = writer_for(storage_writer, checkpoint_id)
-    return Save(
-        lambda: plain_state(state_dict),
-        storage_writer,
-        _planner_for(planner, replicas),
-        process_group,
-        no_dist,
-        use_collectives=use_collectives,
-        progress=progress,
-    ).run()
+    team = save_team(
+        process_group, no_dist, 0, storage_writer, checkpoint_id, use_collectives=use_collectives
+    )
+    with team.preparing():
+        work = Save(
+            team,
+            lambda: plain_state(state_dict),
+            writer_for(storage_writer, checkpoint_id),
+            _planner_for(planner, replicas),
+            use_collectives=use_collectives,
+            progress=progress,
+            reset=reset_to(storage_writer, checkpoint_id),
+        )
+    return work.run()
+
+
+def save_team(
+    group: dist.ProcessGroup | None,
+    no_dist: bool,
+    coordinator_rank: int,
+    writer: StorageWriter | None,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    *,
+    use_collectives: bool = True,
+    operation: str = "save",
+    background: bool = False,
+) -> Team:
+    """The team of a save that is called now. Ranks that commit on their own may use own folders."""
+    return team_of(
+        group,
+        use_dist=not no_dist,
+        coordinator_rank=coordinator_rank,
+        operation=operation,
+        subject=subject_of(writer, checkpoint_id),
+        one_subject=use_collectives,
+        background=background,
+    )
 
 
 def _planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
@@ -123,27 +150,28 @@ def _planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> 
 
 
 class Save:
-    """One rank's part in one save."""
+    """One rank's part in one save. Made where the save is called, run when its turn comes."""
 
     def __init__(
         self,
+        team: Team,
         state: Callable[[], dict[str, Any]],
         storage_writer: StorageWriter,
         planner: SavePlanner | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        no_dist: bool = False,
-        coordinator_rank: int = 0,
         *,
         use_collectives: bool = True,
         progress: Callable[[Progress], None] | None = None,
+        reset: Callable[[], object] | None = None,
     ) -> None:
+        """reset: makes the writer ready; called in the first step, since an earlier save of the
+        group may still use the same writer.
+        """
+        self.team = team
+        self.reset = reset
         self.state = state
         """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
         self.writer = storage_writer
         self.planner = planner or DefaultSavePlanner()
-        self.group = process_group
-        self.no_dist = no_dist
-        self.coordinator_rank = coordinator_rank
         self.use_collectives = use_collectives
         self.progress = progress
         self.phases = Phases()
@@ -154,12 +182,7 @@ class Save:
 
     def run(self) -> Metadata:
         """Save; what `save` returns and raises."""
-        with team_of(
-            self.group,
-            use_dist=not self.no_dist,
-            coordinator_rank=self.coordinator_rank,
-            operation="save",
-        ) as team:
+        with self.team.wait_for_turn() as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
             with watched(watcher), ranks_known(team.rank, team.size):
                 together = self._together if self.use_collectives else self._each_alone
@@ -175,11 +198,12 @@ class Save:
     def _together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
             sent, checks = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
-        local, comparison = self._local_plan(), self.comparison
-        plan = arrived(sent, local)
+        comparison = self.comparison
 
         def write() -> tuple[Any, Sums | None]:
             with self.phases.phase("write"):
+                local = self._local_plan()
+                plan = arrived(sent, local)
                 return reported(self._write(plan), plan), comparison.sums(local, checks)
 
         def commit(said: list[tuple[Any, Sums | None]]) -> Any:
@@ -195,7 +219,7 @@ class Save:
 
         answer = team.all_reduce("write", write, commit)
         if isinstance(answer, Dispute):
-            comparison.settle(team, local, answer)
+            comparison.settle(team, self._local_plan(), answer)
         return self._whole() if team.is_coordinator else unpacked_metadata(answer)
 
     def _each_alone(self, team: Team) -> Metadata:
@@ -211,6 +235,7 @@ class Save:
 
         if isinstance(self.writer, FileSystemWriter):
             # One id for the parts of one save, so that a load can tell them from another's.
+            self._reset_writer()
             self.writer.take_id(team.broadcast("plan", self.writer.fresh_id))
         results = team.agree("write", write)
         team.agree("commit", commit)
@@ -221,6 +246,7 @@ class Save:
 
     def _plan(self, team: Team) -> SavePlan:
         """This rank's local plan."""
+        self._reset_writer()
         state_dict = self.state()
         meta = self.writer.storage_meta()
         set_up: Any = self.planner.set_up_planner
@@ -248,6 +274,11 @@ class Save:
         prepared = self.writer.prepare_local_plan(asked)
         self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
+
+    def _reset_writer(self) -> None:
+        reset, self.reset = self.reset, None
+        if reset is not None:
+            reset()
 
     def _join(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
         """On the coordinator: what each rank is to write, and to compare."""

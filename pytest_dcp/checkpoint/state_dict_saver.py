@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp.checkpoint.async_saver import async_save
-from pytest_dcp.checkpoint.saving import Save, save, save_state_dict
+from pytest_dcp.checkpoint.saving import Save, save, save_state_dict, save_team
 from pytest_dcp.checkpoint.storage_choice import plain_state
 from pytest_dcp.checkpoint.torch_names import names_of_torch
 
@@ -29,16 +29,12 @@ def _save_state_dict(
     use_collectives: bool = True,
 ) -> Metadata:
     """As `save_state_dict`, without its warning (torch's name; other libraries import it)."""
-    save = Save(
-        lambda: state_dict,
-        storage_writer,
-        planner,
-        process_group,
-        no_dist,
-        coordinator_rank,
-        use_collectives=use_collectives,
+    team = save_team(
+        process_group, no_dist, coordinator_rank, storage_writer, use_collectives=use_collectives
     )
-    return save.run()
+    return Save(
+        team, lambda: state_dict, storage_writer, planner, use_collectives=use_collectives
+    ).run()
 
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.

@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import PurePath
 from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from pytest_dcp.checkpoint.coordinate import Subject
 from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from pytest_dcp.tracebacks import BOUNDARY
 
@@ -25,10 +26,8 @@ Id = str | os.PathLike[str] | None
 
 
 def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
-    """The storage to write to, set to the id where one is given."""
+    """The storage to write to. One that was given is set to the id later, by `reset_to`."""
     if storage is not None:
-        if checkpoint_id is not None:
-            storage.reset(checkpoint_id)
         return storage
     given = _given(checkpoint_id, "storage_writer")
     if not _is_url(given):
@@ -37,6 +36,32 @@ def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWrite
 
     _check_protocol(given, FsspecWriter, "storage_writer")
     return FsspecWriter(given)
+
+
+def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], None] | None:
+    """What sets a storage that was given to the id, if there is anything to set."""
+    if storage is None or checkpoint_id is None:
+        return None
+    return partial(storage.reset, checkpoint_id)
+
+
+def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id) -> Subject | None:
+    """The folder that an operation is about; None where the storage is not of ours. Never raises.
+
+    A storage of the user's may put ranks' files where it likes.
+    """
+    if storage is not None and not isinstance(storage, FileSystemWriter | FileSystemReader):
+        return None
+    given = checkpoint_id or getattr(storage, "checkpoint_id", None)
+    try:
+        if not given:
+            return None
+        name = os.fspath(given)
+        if _is_url(given):
+            return Subject(name, name)
+        return Subject(os.path.abspath(name), os.path.realpath(name))
+    except (TypeError, ValueError, OSError):
+        return None
 
 
 def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:

@@ -9,13 +9,17 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     RankSilentError,
     RemoteError,
     StepError,
+    ranks_text,
 )
+from pytest_dcp.checkpoint.coordinate.sequence import Subject
 from pytest_dcp.checkpoint.coordinate.team import Team, announce, team_of
 
 __all__ = [
     "Team",
     "team_of",
     "announce",
+    "Subject",
+    "ranks_text",
     "StepError",
     "RemoteError",
     "CoordinationError",

@@ -16,11 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
+from pytest_dcp.checkpoint.coordinate.admission import Admission, admit, difference
 from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
 from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
 from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, reception
+from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
     Combine,
@@ -59,7 +61,8 @@ class Hub:
         self._statements: dict[int, Statement] = {}
         self._alert_text: str | None = None
         """What this step's peers have been told to stop for."""
-        self._count = 0
+        self._epochs: set[int] = set()
+        """Of peers whose numbers do not match."""
         self._reception: Reception | None = None
         self._selector: selectors.BaseSelector | None = None
         self._closed = False
@@ -69,16 +72,19 @@ class Hub:
         group = self.site.group
         return "" if group is None else rendezvous.group_key(group, self.site.coordinator)
 
+    @property
+    def _order(self) -> CallOrder:
+        group = self.site.group
+        return CallOrder() if group is None else rendezvous.meeting_of(group).order
+
     def join(self, head: Head) -> None:
         """Be there for the peers, from the first step on."""
         site, group = self.site, self.site.group
         self._alert_text = None
         if self._reception is not None or group is None or site.size == 1:
             return
-        counts = rendezvous.meeting_of(group).counts
-        self._count = counts[site.kind] = counts.get(site.kind, 0) + 1
         self._reception = reception()
-        self._reception.open(self._key, site.operation)
+        self._reception.open(self._key, site.place.kind)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._reception, selectors.EVENT_READ)
         rendezvous.publish(group, site.coordinator)
@@ -121,6 +127,7 @@ class Hub:
                 looked_s = now
                 self._find_dead(head)
                 self._find_silent(head, since_s)
+                self._find_dropped()
                 self._ping()
 
     def _waiting(self) -> bool:
@@ -158,6 +165,20 @@ class Hub:
                 how = self._reception.broken_tether(self._key, rank)
                 if how is not None:
                     self._give_up(self.site.ended(rank, head.name, how))
+        if (refusal := self._refusal()) is not None:
+            self._give_up(refusal)
+
+    def _refusal(self) -> Cause | None:
+        """Why a rank takes no part, if it could not say so here: there was no address yet."""
+        group, site = self.site.group, self.site
+        if group is None or len(self._peers) + 1 == site.size:
+            return None
+        try:
+            data = rendezvous.refused(group, site.coordinator, site.place)
+        except RuntimeError:  # no store any more
+            return None
+        cause = pickle.loads(data) if data is not None else None
+        return cause if isinstance(cause, Cause) else None
 
     def _find_silent(self, head: Head, since_s: float) -> None:
         now = time.monotonic()
@@ -166,6 +187,15 @@ class Hub:
             heard_s = max(since_s, peer.line.heard_s) if peer is not None else since_s
             if now - heard_s > self.site.timeout_s:
                 self._give_up(self.site.silent(rank, head.name))
+
+    def _find_dropped(self) -> None:
+        """Wait for no newcomers once the ranks began to count anew: they have dropped it, too."""
+        site = self.site
+        if site.group is not None and self._order.is_dropped(site.place):
+            for rank in self._missing():
+                if rank not in self._peers:
+                    text = f"went out of step before it came to {site.operation}"
+                    self._give_up(site.out_of_step(rank, text))
 
     def _ping(self) -> None:
         now = time.monotonic()
@@ -200,14 +230,20 @@ class Hub:
 
     def _condemn(self, head: Head, causes: list[Cause]) -> Verdict:
         final = bool(self._stuck)
-        verdict = Verdict(head.name, causes, final, self._count)
-        if final and self.site.group is not None:
-            rendezvous.meeting_of(self.site.group).counts[self.site.kind] = self._count
+        verdict = Verdict(head.name, causes, final, self._new_epoch())
+        if verdict.epoch:
+            self._order.restart(verdict.epoch, causes)
+        if final and len(self._peers) + 1 < self.site.size:
+            self._leave_word(verdict)
         pieces = encode(verdict.frame(head))
         for peer in self._peers.values():
             peer.line.queue_encoded(pieces)
         self._deliver(head, FINAL_S if final else self.site.timeout_s)
         return verdict
+
+    def _new_epoch(self) -> int:
+        """The epoch that a verdict begins; 0 where the ranks' numbers match."""
+        return 1 + max(self._epochs) if self._epochs else 0
 
     def _deliver(self, head: Head, patience_s: float) -> None:
         """Send what is queued; a peer that does not take it is silent in the next step."""
@@ -246,17 +282,39 @@ class Hub:
             return []
         later: list[Arrival] = []
         joined: list[Peer] = []
-        for arrival in self._reception.arrivals(self._key, self.site.operation):
-            hello, line = arrival.hello, arrival.line
-            line.receive()
-            if hello.count < self._count and line.left:
-                line.close()  # what is left of an operation that is over
-            elif hello.rank in self._peers:
+        for arrival in self._reception.arrivals(self._key, self.site.place.kind):
+            if self._answer_late(arrival):
+                continue
+            verdict = self._admit(arrival)
+            if verdict is Admission.STALE:
+                arrival.line.close()
+            elif verdict is Admission.LATER:
                 later.append(arrival)
             else:
-                joined.append(self._join_peer(arrival))
+                joined.append(self._join_peer(arrival, verdict))
         self._reception.give_back(later)
         return joined
+
+    def _answer_late(self, arrival: Arrival) -> bool:
+        """Send a peer away that comes to an operation which this rank has left; whether it did."""
+        hello, line = arrival.hello, arrival.line
+        known = self._order.left(hello.epoch, hello.number)
+        if known is None or self._reception is None:
+            return False
+        line.queue(self._reception.welcome())
+        line.queue(known.frame(START))
+        line.queue(Frame(Kind.BYE))
+        line.close()
+        return True
+
+    def _admit(self, arrival: Arrival) -> Admission:
+        """Whether a peer comes for this operation."""
+        hello, line = arrival.hello, arrival.line
+        line.receive()
+        waited_s = time.monotonic() - arrival.came_s
+        verdict = admit(hello, self.site.place, self._order, left=line.left, waited_s=waited_s)
+        taken = hello.rank in self._peers and verdict is not Admission.STALE
+        return Admission.LATER if taken else verdict
 
     def _watch_door(self, *, open_: bool) -> None:
         """Heed the listening socket no longer: who knocks now comes for the next operation."""
@@ -265,26 +323,19 @@ class Hub:
             if self._reception.fileno() in watched:
                 self._selector.unregister(self._reception)
 
-    def _join_peer(self, arrival: Arrival) -> Peer:
-        hello, site = arrival.hello, self.site
+    def _join_peer(self, arrival: Arrival, verdict: Admission) -> Peer:
+        hello = arrival.hello
         peer = self._peers[hello.rank] = Peer(hello.rank, arrival.line)
         if self._reception is not None and self._selector is not None:
-            answer = self._reception.address.answer.encode()
-            peer.line.queue(Frame(Kind.WELCOME, segments=[answer]))
+            peer.line.queue(self._reception.welcome())
             self._selector.register(peer.line, selectors.EVENT_READ, peer)
             self._flush(peer)
         if self._alert_text is not None:
             self._pass_on(peer, self._alert_text)
-        if hello.operation != site.operation:
-            text = f"runs {hello.operation!r} where the coordinator runs {site.operation!r}"
-            self._give_up(site.out_of_step(hello.rank, text))
-        elif hello.count != self._count:
-            text = (
-                f"is in its {site.kind} number {hello.count} of this group where the coordinator "
-                f"is in number {self._count}: one of them has missed one; run it again"
-            )
-            self._give_up(site.out_of_step(hello.rank, text))
-            self._count = max(self._count, hello.count)
+        if verdict is Admission.OUT_OF_COUNT:
+            self._epochs |= {hello.epoch, self.site.place.epoch}
+        if (text := difference(hello, self.site, verdict)) is not None:
+            self._give_up(self.site.out_of_step(hello.rank, text))
         return peer
 
     def _flush(self, peer: Peer) -> None:
@@ -316,8 +367,9 @@ class Hub:
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Give every peer a final verdict, to late ones within `PARTING_S`, and close."""
-        until_s = time.monotonic() + PARTING_S
-        pieces = encode(Verdict(head.name, [cause], True, self._count).frame(head))
+        # Before the first step peers may come at any time: a word is left for them.
+        until_s = time.monotonic() + (PARTING_S if head.number else 0.0)
+        pieces = encode(Verdict(head.name, [cause], True, self._new_epoch()).frame(head))
         told: set[int] = set()
         while not self._closed and self._selector is not None:
             for peer in self._untold(told):
@@ -328,14 +380,16 @@ class Hub:
                 break
             self._pump(PARTING_S / 20)
         if self._selector is not None and not self._closed and len(told) + 1 < self.site.size:
-            self._leave_word(Verdict(head.name, [cause], True, self._count))
+            verdict = Verdict(head.name, [cause], True, self._new_epoch())
+            self._order.note_left(self.site.place, verdict)
+            self._leave_word(verdict)
         self.close()
 
     def _leave_word(self, verdict: Verdict) -> None:
         group, site = self.site.group, self.site
         if group is not None:
             with contextlib.suppress(RuntimeError):  # no store any more, so the group is ending
-                rendezvous.post(group, site.coordinator, site.kind, pickle.dumps(verdict))
+                rendezvous.post(group, site.coordinator, site.place, pickle.dumps(verdict))
 
     def _untold(self, told: set[int]) -> Iterable[Peer]:
         for peer in [peer for rank, peer in self._peers.items() if rank not in told]:
@@ -352,7 +406,7 @@ class Hub:
             peer.line.close()
         if self._selector is not None and self._reception is not None:
             self._selector.close()
-            self._reception.shut(self._key, self.site.operation)
+            self._reception.shut(self._key, self.site.place.kind)
 
 
 def _told(peer: Peer) -> Cause | None:

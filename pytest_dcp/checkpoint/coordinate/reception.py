@@ -24,12 +24,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
 from pytest_dcp.checkpoint.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.sequence import kind_of
 
 HELLO_BYTES = 65536
 HELLO_S = 5.0
@@ -72,9 +73,15 @@ class Hello:
     group: str
     """The group and its coordinator; a process may have several."""
     operation: str
-    count: int
-    """How many operations of this kind the peer has begun in this group, this one included."""
+    number: int
+    """Of the operation, see sequence."""
     rank: int
+    epoch: int = 0
+    finished_up_to: int = 0
+    """The peer's operations up to this number are over."""
+    unordered: bool = False
+    subject: tuple[str, str] | None = None
+    """The name and the real name of the folder."""
 
     def frame(self, secret: str) -> Frame:
         """The frame that says so."""
@@ -87,6 +94,7 @@ class Arrival:
 
     hello: Hello
     line: Line
+    came_s: float = field(default_factory=time.monotonic)
 
 
 class Reception:
@@ -107,35 +115,39 @@ class Reception:
             answer=secrets.token_hex(16),
         )
 
+    def welcome(self) -> Frame:
+        """The first frame to a peer: it shows that this is the coordinator looked for."""
+        return Frame(Kind.WELCOME, segments=[self.address.answer.encode()])
+
     def fileno(self) -> int:
         """The listening socket's, for a selector."""
         return self._listener.fileno()
 
-    def open(self, group: str, operation: str) -> None:
-        """Say that an operation expects peers."""
+    def open(self, group: str, kind: str) -> None:
+        """Say that an operation of a kind expects peers."""
         with self._lock:
-            self._active[group, operation] += 1
+            self._active[group, kind] += 1
 
-    def shut(self, group: str, operation: str) -> None:
+    def shut(self, group: str, kind: str) -> None:
         """Say that it expects none any more."""
         with self._lock:
-            self._active[group, operation] -= 1
+            self._active[group, kind] -= 1
             self._active += Counter()  # drops what is not positive
 
     def restless(self) -> bool:
         """Whether peers may come without the listening socket telling this operation."""
         return bool(self._lobby) or self._active.total() > 1
 
-    def arrivals(self, group: str, operation: str) -> list[Arrival]:
-        """The peers of a group that ask for this operation, or for one that no one runs here."""
+    def arrivals(self, group: str, kind: str) -> list[Arrival]:
+        """The peers of a group that run this kind of operation, or one that is not run here."""
         with self._lock:
             self._accept()
             self._greet()
             mine: list[Arrival] = []
             others: list[Arrival] = []
             for arrival in self._waiting:
-                asked = (arrival.hello.group, arrival.hello.operation)
-                taken = asked[0] == group and (asked[1] == operation or not self._active[asked])
+                asked = (arrival.hello.group, kind_of(arrival.hello.operation))
+                taken = asked[0] == group and (asked[1] == kind or not self._active[asked])
                 (mine if taken else others).append(arrival)
             self._waiting = others
         return mine
@@ -195,8 +207,10 @@ class Reception:
         if not hmac.compare_digest(bytes(frame.segments[0]), self.address.secret.encode()):
             return None
         try:
-            return Hello(**json.loads(bytes(frame.segments[1])))
-        except (ValueError, TypeError):
+            facts = json.loads(bytes(frame.segments[1]))
+            subject = facts.get("subject")
+            return Hello(**facts | {"subject": None if subject is None else tuple(subject)})
+        except (ValueError, TypeError, AttributeError):
             return None
 
     def close(self) -> None:

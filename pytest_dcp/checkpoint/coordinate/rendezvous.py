@@ -2,8 +2,8 @@
 
 The coordinator puts the address of its reception into the group's c10d store, one key per group and
 coordinator, which is never removed: the address is good for as long as the process lives. Peers
-read it once. One more key per kind of operation, written over each time, tells late peers that the
-coordinator has left. Beyond that an operation does not touch the group: no collective and no
+read it once. One more key for each operation that the coordinator gave up tells late peers why.
+Beyond that an operation does not touch the group: no collective and no
 point-to-point message of it, so that neither the order of the user's collectives nor, when a rank
 is late, gloo's connections come to harm (gloo closes all of them at the first wait that times out).
 """
@@ -11,6 +11,7 @@ is late, gloo's connections come to harm (gloo closes all of them at the first w
 from __future__ import annotations
 
 import base64
+import os
 import threading
 import time
 import weakref
@@ -24,6 +25,7 @@ from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
+from pytest_dcp.checkpoint.coordinate.sequence import CallOrder, Place
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -37,8 +39,8 @@ and the user's other threads have the store to themselves in between."""
 class Meeting:
     """What this process remembers of a group, from one operation to the next."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    """How many operations of each kind (the first word of its name) were begun."""
+    order: CallOrder = field(default_factory=CallOrder)
+    """The operations that this process called in the group."""
     published: dict[int, str] = field(default_factory=dict)
     """By coordinator rank: the secret of this process's address in the store."""
     addresses: dict[int, Address] = field(default_factory=dict)
@@ -119,23 +121,47 @@ def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
     meeting_of(group).addresses.pop(coordinator_rank, None)
 
 
-def post(group: dist.ProcessGroup, coordinator_rank: int, kind: str, data: bytes) -> None:
-    """Leave word for peers that come when the coordinator has left; replaces the last such word."""
-    _store(group).set(_post_key(coordinator_rank, kind), base64.b64encode(data).decode())
+def post(group: dist.ProcessGroup, coordinator_rank: int, place: Place, data: bytes) -> None:
+    """Leave word for peers that come to an operation which the coordinator has given up."""
+    key = _word_key(coordinator_rank, place)
+    _store(group).set(key, base64.b64encode(data).decode())
 
 
-def posted(group: dist.ProcessGroup, coordinator_rank: int, kind: str) -> bytes | None:
+def posted(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> bytes | None:
     """The word that was left, if any; never waits."""
-    store, key = _store(group), _post_key(coordinator_rank, kind)
+    store, key = _store(group), _word_key(coordinator_rank, place)
     return base64.b64decode(store.get(key)) if store.check([key]) else None
 
 
-def _post_key(coordinator_rank: int, kind: str) -> str:
-    return f"{_store_key(coordinator_rank)}/left/{kind}"
+def refuse(group: dist.ProcessGroup, coordinator_rank: int, place: Place, data: bytes) -> None:
+    """Leave word for a coordinator that has no address yet: this rank takes no part."""
+    key = f"{_word_key(coordinator_rank, place)}/refused"
+    _store(group).set(key, base64.b64encode(data).decode())
+
+
+def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> bytes | None:
+    """What a rank that takes no part has left, if one has; never waits."""
+    store, key = _store(group), f"{_word_key(coordinator_rank, place)}/refused"
+    return base64.b64decode(store.get(key)) if store.check([key]) else None
+
+
+def _word_key(coordinator_rank: int, place: Place) -> str:
+    return f"{_store_key(coordinator_rank)}/left/{place.epoch}.{place.number}"
 
 
 def _store_key(coordinator_rank: int) -> str:
     return f"pytest_dcp/coordinator/{coordinator_rank}"
+
+
+def _forget_in_child() -> None:
+    """A forked child runs none of its parent's operations."""
+    global _meeting
+    _meeting = threading.Lock()
+    for meeting in _meetings.values():
+        meeting.order.forget_pending()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _store(group: dist.ProcessGroup) -> Store:

@@ -20,11 +20,12 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
-from pytest_dcp.checkpoint.coordinate.failure import Cause
+from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.parcel import unpack
 from pytest_dcp.checkpoint.coordinate.reception import TETHER, Address, Hello, machine
+from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
     Combine,
@@ -53,7 +54,6 @@ class Spoke:
         self._line: Line | None = None
         self._answer = ""
         self._welcome = False
-        self._count = 0
         self._looked_s = time.monotonic()
 
     @property
@@ -62,13 +62,15 @@ class Spoke:
             raise ValueError(f"rank {self.site.rank} has no group to meet its coordinator in")
         return self.site.group
 
+    @property
+    def _order(self) -> CallOrder:
+        return rendezvous.meeting_of(self._group).order
+
     def join(self, head: Head) -> Verdict | None:
         """Connect, at the first step; a verdict when no coordinator is there."""
         if self._line is not None:
             return None
         site, group = self.site, self._group
-        counts = rendezvous.meeting_of(group).counts
-        counts[site.kind] = counts.get(site.kind, 0) + 1
         try:
             address, sock, how = self._find(time.monotonic() + site.timeout_s + site.margin_s)
         except RuntimeError as error:  # of the store
@@ -77,17 +79,28 @@ class Spoke:
             return self._end(site.silent(site.coordinator, head.name), head)
         if sock is None:
             return self._end(site.ended(site.coordinator, head.name, how), head)
-        self._line, self._answer = Line(sock), address.answer
-        key = rendezvous.group_key(group, site.coordinator)
-        self._count = counts[site.kind]
-        hello = Hello(key, site.operation, self._count, site.rank)
-        self._line.queue(hello.frame(address.secret))
-        self._line.flush()
+        self._say_hello(address, sock)
         try:
             tie(group, site.coordinator, site.rank, address)
         except OSError as error:
             return self._end(site.ended(site.coordinator, head.name, str(error)), head)
         return None
+
+    def _say_hello(self, address: Address, sock: socket.socket) -> None:
+        site, place = self.site, self.site.place
+        self._line, self._answer = Line(sock), address.answer
+        hello = Hello(
+            rendezvous.group_key(self._group, site.coordinator),
+            site.operation,
+            place.number,
+            site.rank,
+            place.epoch,
+            self._order.finished_up_to(),
+            place.unordered,
+            None if place.subject is None else (place.subject.name, place.subject.real),
+        )
+        self._line.queue(hello.frame(address.secret))
+        self._line.flush()
 
     def _find(self, until_s: float) -> tuple[Address | None, socket.socket | None, str]:
         group, coordinator = self._group, self.site.coordinator
@@ -124,6 +137,8 @@ class Spoke:
                 return Verdict(head.name, causes, final=True)
             if (word := self._word_left()) is not None:
                 return self._obey(word)
+            if not self._welcome and self._order.is_dropped(self.site.place):
+                return Verdict(head.name, self._order.causes, final=True)
             _wait(line, min(TICK_S, self.site.ping_s))
 
     def _word_left(self) -> Verdict | None:
@@ -133,12 +148,11 @@ class Spoke:
             return None
         self._looked_s = now
         try:
-            data = rendezvous.posted(self._group, site.coordinator, site.kind)
+            data = rendezvous.posted(self._group, site.coordinator, site.place)
         except RuntimeError:  # no store any more: the line tells the rest
             return None
         verdict = pickle.loads(data) if data is not None else None
-        stands = isinstance(verdict, Verdict) and verdict.count >= self._count
-        return verdict if stands else None
+        return verdict if isinstance(verdict, Verdict) else None
 
     def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
         site = self.site
@@ -158,8 +172,8 @@ class Spoke:
         return None
 
     def _obey(self, verdict: Verdict) -> Verdict:
-        if verdict.count:
-            rendezvous.meeting_of(self._group).counts[self.site.kind] = verdict.count
+        if verdict.epoch:
+            self._order.restart(verdict.epoch, verdict.causes)
         return verdict
 
     def _lost(self, head: Head, since_s: float) -> Cause | None:
@@ -204,7 +218,15 @@ class Spoke:
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the coordinator why, and close."""
-        line, until_s = self._line, time.monotonic() + PARTING_S
+        until_s = time.monotonic() + PARTING_S
+        if self._line is None:
+            self._meet_to_leave(until_s)
+        if self._line is None:
+            with contextlib.suppress(RuntimeError, CoordinationError):
+                rendezvous.refuse(
+                    self._group, self.site.coordinator, self.site.place, pickle.dumps(cause)
+                )
+        line = self._line
         if line is not None and line.fileno() >= 0:
             line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))
             line.queue(Frame(Kind.BYE))
@@ -212,6 +234,13 @@ class Spoke:
                 _wait(line, PARTING_S / 10)
             line.receive()
             line.close()
+
+    def _meet_to_leave(self, until_s: float) -> None:
+        """Connect before the first step, if the coordinator has an address by now."""
+        with contextlib.suppress(RuntimeError, OSError, CoordinationError):
+            address, sock, _ = self._find(until_s)
+            if address is not None and sock is not None:
+                self._say_hello(address, sock)
 
     def close(self) -> None:
         """Say goodbye, and close."""

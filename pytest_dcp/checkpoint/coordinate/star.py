@@ -23,6 +23,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
 )
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind
 from pytest_dcp.checkpoint.coordinate.parcel import Parcel, Segment, pack, unpack
+from pytest_dcp.checkpoint.coordinate.sequence import Place
 
 PINGS_PER_TIMEOUT = 4
 PARTING_S = 1.0
@@ -42,11 +43,10 @@ class Site:
     """Silence of a rank for longer than this is a failure."""
     group: dist.ProcessGroup | None
     """None: this rank is alone."""
-
-    @property
-    def kind(self) -> str:
-        """The operation's first word: operations of one kind are counted together."""
-        return self.operation.split(" ", 1)[0]
+    place: Place
+    """Where in the order of the group's operations it was called."""
+    one_subject: bool = False
+    """Whether all ranks must mean the same folder."""
 
     @property
     def margin_s(self) -> float:
@@ -125,8 +125,8 @@ class Verdict:
     causes: Sequence[Cause]
     final: bool
     """Whether ranks are missing or out of step, so that no further step can be run."""
-    count: int = 0
-    """How many operations of the kind have been begun: every rank goes on from here."""
+    epoch: int = 0
+    """Above 0: every rank counts its operations anew from here on, in this epoch."""
 
     def frame(self, head: Head) -> Frame:
         """The frame that tells a peer."""

@@ -12,10 +12,11 @@ rank is missing or out of step the team is over: each further step fails with th
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -33,6 +34,13 @@ from pytest_dcp.checkpoint.coordinate.failure import (
 from pytest_dcp.checkpoint.coordinate.frame import START, Head, Mode
 from pytest_dcp.checkpoint.coordinate.hub import Hub
 from pytest_dcp.checkpoint.coordinate.parcel import Parcel, bundle, pack, unbundle, unpack
+from pytest_dcp.checkpoint.coordinate.sequence import (
+    CallOrder,
+    Place,
+    Subject,
+    kind_of,
+    wait_for_turn,
+)
 from pytest_dcp.checkpoint.coordinate.spoke import Spoke, tie
 from pytest_dcp.checkpoint.coordinate.star import Replies, Result, Site, Star, Statement, Verdict
 
@@ -51,7 +59,9 @@ class Team:
     then leave as they are on the rank that they hit; the team is over then.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, order: CallOrder) -> None:
+        self._order = order
+        self._place = site.place
         self.rank = site.rank
         self.size = site.size
         self.coordinator_rank = site.coordinator
@@ -66,7 +76,8 @@ class Team:
         self._trouble: str | None = None
         self._working = False
         """Whether a step's local work runs: only then a peer's failure is of interest."""
-        self._finalizer = weakref.finalize(self, self._star.close)
+        self._finalizer = weakref.finalize(self, _end, self._star, order, site.place)
+        self._drop_if_out_of_step()
 
     @property
     def is_coordinator(self) -> bool:
@@ -140,6 +151,16 @@ class Team:
             Mode.BARRIER, step, lambda: None, lambda _, __: nothing, lambda _: None, sends=False
         )
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `wait_for_turn` would return at once."""
+        return all(earlier.done.is_set() for earlier in self._place.waits_for)
+
+    def refuse(self, error: BaseException) -> None:
+        """Take no part in the operation: tell the peers why, in bounded time."""
+        self._leave(error)
+        self.close()
+
     def check(self) -> None:
         """Raise PeerAborted when another rank is known to have failed this step.
 
@@ -160,6 +181,30 @@ class Team:
             self._lock.release()
         if self._trouble is not None:
             raise PeerAborted(f"{self.operation} was given up: {self._trouble}")
+
+    def _drop_if_out_of_step(self) -> None:
+        """Be over where the ranks began to count anew after this operation was called."""
+        if self.size > 1 and self._order.is_dropped(self._place):
+            self._over = Verdict(START.name, self._order.causes, final=True)
+
+    def wait_for_turn(self) -> Self:
+        """This team, once the operations that were called before it and exclude it are over."""
+        with self.preparing():
+            wait_for_turn(self._place)
+        self._drop_if_out_of_step()
+        return self
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is raised inside, before the first step, reaches the peers, in bounded time.
+
+        On this rank it stays as it is, and the operation is over.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.refuse(error)
+            raise
 
     def close(self) -> None:
         """End the operation here; ranks still in it are told. A second call does nothing."""
@@ -207,8 +252,9 @@ class Team:
                 step, self.operation, self._causes(), error
             )
         if outcome.final:
+            # The place is kept until the caller has cleaned up: the next operation begins then.
             self._over = outcome
-            self.close()
+            self._star.close()
         raise step_error(step, self.operation, outcome.causes, raised)
 
     def _begin(self, mode: Mode, step: str) -> None:
@@ -242,6 +288,8 @@ class Team:
         self._over = Verdict(self._head.name, [cause], final=True)
         self._closed = True
         with self._lock:
+            if self._head is START and self.is_coordinator:
+                self._star.join(self._head)
             self._star.leave(self._head, cause)
 
     def _causes(self) -> Sequence[Any]:
@@ -266,18 +314,27 @@ def team_of(
     use_dist: bool,
     coordinator_rank: int,
     operation: str,
+    subject: Subject | None = None,
+    one_subject: bool = False,
+    background: bool = False,
 ) -> Team:
     """This rank's team for one operation of a process group; local, nothing is sent yet.
 
-    `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it is the
-    default group. Without `use_dist` this rank is alone, and its own coordinator. `operation` names
-    what is done, its kind first ("save", "load", "save step_100"): ranks that name different
-    operations fail, and operations that run at once in a group differ in kind.
+    Call it where the operation is called, in program order: it takes the operation's place among
+    those of the group. Before the first step, `wait_for_turn` waits for earlier ones (see
+    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
+    is the default group. Without `use_dist` this rank is alone, and its own coordinator.
+
+    operation: what is done, its kind first ("save", "load", "save step_100"): ranks that name
+        different operations fail.
+    subject: the folder; one_subject: whether ranks that mean different ones fail.
+    background: whether it goes on while the caller does something else.
 
     Raises ValueError when this rank is not in the group, or the coordinator is not.
     """
     if not use_dist:
-        return Team(Site(0, 1, 0, operation, float("inf"), None))
+        place = _alone.take(kind_of(operation), subject, background=background)
+        return Team(Site(0, 1, 0, operation, float("inf"), None, place), _alone)
     group = process_group if process_group is not None else dist.group.WORLD
     if group is None:
         raise ValueError(
@@ -292,8 +349,24 @@ def team_of(
             f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
             f"got {coordinator_rank}"
         )
+    order = rendezvous.meeting_of(group).order
+    place = order.take(kind_of(operation), subject, background=background)
     timeout_s = rendezvous.timeout_of(group)
-    return Team(Site(rank, size, coordinator_rank, operation, timeout_s, group))
+    site = Site(rank, size, coordinator_rank, operation, timeout_s, group, place, one_subject)
+    return Team(site, order)
+
+
+_alone = CallOrder(one_folder_at_a_time=True)
+"""Operations of this process alone: saves to one folder are made one after another."""
+os.register_at_fork(after_in_child=_alone.forget_pending)
+
+
+def _end(star: Star, order: CallOrder, place: Place) -> None:
+    """Close a team's connections, and let the next operation begin."""
+    try:
+        star.close()
+    finally:
+        order.finish(place)
 
 
 def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:

@@ -1,0 +1,179 @@
+"""Pure (no I/O): the order of a group's operations, and which of them belong together.
+
+Theory of operation. Every rank numbers the operations of a group where they are called, in program
+order: saves and loads, in the foreground and in the background, share one series. A `Place` is one
+call: its number, its kind ("save", "load") and its subject (the folder). Operations of different
+ranks belong together when their numbers are equal; kind and subject must be equal then, or every
+rank is told which rank called what.
+
+Within a rank:
+
+- A save waits until the saves that were called before it in this group are over, so that a save in
+  the background and the next one never mix.
+- A load waits for the background saves to its own folder that were called before it, and sees what
+  they saved. Beside other saves it runs at once.
+- An operation that a hook of a running operation calls, in the same thread, does not wait for it.
+
+Threads of the user's may call operations of different kinds at once. Program order does not say
+then which is first, and the ranks may number them differently. Such places are marked `unordered`,
+and meet by their kind.
+
+When numbers do not match (a rank missed an operation, or came after the others had given it up),
+the operation fails on every rank and its verdict begins a new epoch: numbers start again from 1,
+and what was called before and has not begun fails with the same causes.
+
+Assumes that all ranks call the operations of a group in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SAVE, LOAD = "save", "load"
+VERDICTS = 32
+WAIT_S = 0.2
+"""Longest single wait for an earlier operation, so that signals are handled soon."""
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation: the first word of its name; `async_save` is a save."""
+    return operation.split(" ", 1)[0].removeprefix("async_")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What an operation saves to or loads from."""
+
+    name: str
+    """The absolute path, or the URL."""
+    real: str
+    """The same without symbolic links."""
+
+    def is_same(self, other: Subject) -> bool:
+        """Whether both are one folder: by name (on the ranks' own machines), or once resolved."""
+        return self.name == other.name or self.real == other.real
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One operation's place in its group's order."""
+
+    kind: str
+    epoch: int
+    number: int
+    """From 1, in the order of calls."""
+    subject: Subject | None = None
+    background: bool = False
+    unordered: bool = False
+    """Whether an operation that another thread called was under way."""
+    waits_for: tuple[Place, ...] = ()
+    caller: int = 0
+    """The thread that called it."""
+    runner: int = 0
+    """The thread that runs it; 0: none does yet."""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class CallOrder:
+    """The operations that this process called in one group."""
+
+    def __init__(self, *, one_folder_at_a_time: bool = False) -> None:
+        """one_folder_at_a_time: saves to different folders do not wait for each other."""
+        self.epoch = 0
+        self.causes: Sequence[Any] = ()
+        """Why the epoch began."""
+        self._number = 0
+        self._left: dict[tuple[int, int], Any] = {}
+        """Verdicts on the last operations that this rank left before the others came."""
+        self._pending: list[Place] = []
+        self._lock = threading.Lock()
+        self._by_folder = one_folder_at_a_time
+
+    def take(self, kind: str, subject: Subject | None, *, background: bool = False) -> Place:
+        """The next place. Call it in the thread that calls the operation."""
+        caller = threading.get_ident()
+        with self._lock:
+            self._number += 1
+            others = [place for place in self._pending if place.runner != caller]
+            place = Place(kind, self.epoch, self._number, subject, background)
+            place.unordered = any(other.caller != caller for other in others)
+            place.caller = caller
+            place.runner = 0 if background else caller
+            place.waits_for = tuple(other for other in others if self._must_wait(place, other))
+            self._pending.append(place)
+        return place
+
+    def _must_wait(self, place: Place, earlier: Place) -> bool:
+        if earlier.kind != SAVE or place.kind not in (SAVE, LOAD):
+            return False
+        if place.kind == SAVE and not self._by_folder:
+            return True
+        one_folder = (
+            place.subject is not None
+            and earlier.subject is not None
+            and place.subject.is_same(earlier.subject)
+        )
+        return one_folder and (place.kind == SAVE or earlier.background)
+
+    def finish(self, place: Place) -> None:
+        """Say that the operation is over. A second call does nothing."""
+        with self._lock:
+            if place in self._pending:
+                self._pending.remove(place)
+        # The chain of earlier places must not live as long as the last of them.
+        place.waits_for = ()
+        place.done.set()
+
+    def finished_up_to(self) -> int:
+        """The number up to which every operation of this epoch is over."""
+        with self._lock:
+            numbers = [place.number for place in self._pending if place.epoch == self.epoch]
+            return min(numbers, default=self._number + 1) - 1
+
+    def is_pending(self, kind: str, epoch: int, number: int) -> bool:
+        """Whether an operation was called here and is not over."""
+        with self._lock:
+            return any(
+                (place.kind, place.epoch, place.number) == (kind, epoch, number)
+                for place in self._pending
+            )
+
+    def note_left(self, place: Place, verdict: Any) -> None:
+        """Keep the verdict on an operation that this rank left, for peers that come to it."""
+        with self._lock:
+            self._left[place.epoch, place.number] = verdict
+            while len(self._left) > VERDICTS:
+                del self._left[next(iter(self._left))]
+
+    def left(self, epoch: int, number: int) -> Any | None:
+        """The verdict on an operation that this rank left."""
+        return self._left.get((epoch, number))
+
+    def restart(self, epoch: int, causes: Sequence[Any]) -> None:
+        """Begin an epoch, unless it, or a later one, has begun."""
+        with self._lock:
+            if epoch > self.epoch:
+                self.epoch, self._number, self.causes = epoch, 0, causes
+
+    def is_dropped(self, place: Place) -> bool:
+        """Whether an epoch began after the place was taken."""
+        return place.epoch < self.epoch
+
+    def forget_pending(self) -> None:
+        """For a forked child: the threads of its parent's operations are not there."""
+        self._lock = threading.Lock()
+        for place in self._pending:
+            place.done.set()
+        self._pending = []
+
+
+def wait_for_turn(place: Place) -> None:
+    """Return when every operation that the place waits for is over."""
+    place.runner = threading.get_ident()
+    for earlier in place.waits_for:
+        while not earlier.done.wait(WAIT_S):
+            pass
+    place.waits_for = ()
