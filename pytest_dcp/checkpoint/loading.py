@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from pytest_dcp.checkpoint.coordinate import OutOfStepError, StepError, Team, ranks_text, team_of
+from pytest_dcp.checkpoint.coordinate import StepError, Team, ranks_text, team_of
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from pytest_dcp.checkpoint.file_reader import FileSystemReader, checked_verify
 from pytest_dcp.checkpoint.file_system import save_of
@@ -353,18 +353,18 @@ def _check_together(said: Sequence[Planned]) -> None:
 
 
 def check_one_save(found: Sequence[Found]) -> None:
-    """Raise unless all ranks have found the same save.
+    """Raise CheckpointReplacedError unless all ranks have found the same save.
 
-    Raises OutOfStepError where they looked in different folders, which copies of one save may be
-    in, and else CheckpointReplacedError.
+    They may have looked in different folders: copies of one save may be there.
     """
     saves, folders = [save for save, _ in found], [folder for _, folder in found]
     if len(set(saves)) == 1:
         return
     if len(set(folders)) > 1:
-        raise OutOfStepError(
-            f"the ranks load different checkpoints ({_by_rank(folders)}): every rank must give the "
-            "same checkpoint_id, and call the group's saves and loads in the same order"
+        raise CheckpointReplacedError(
+            f"the ranks found different saves, in different folders ({_by_rank(folders)}): every "
+            "rank must give the same checkpoint_id, and call the group's saves and loads in the "
+            "same order"
         )
     raise CheckpointReplacedError(
         f"the ranks found different saves in {folders[0]}: the checkpoint was replaced meanwhile; "
