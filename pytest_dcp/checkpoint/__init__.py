@@ -32,6 +32,7 @@ from pytest_dcp.checkpoint.planner import (
     SavePlanner,
     WriteItem,
 )
+from pytest_dcp.checkpoint.protocol import CheckpointableTensor
 from pytest_dcp.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from pytest_dcp.checkpoint.state_dict_loader import load, load_state_dict, load_without_template
 from pytest_dcp.checkpoint.state_dict_saver import async_save, save, save_state_dict
@@ -65,6 +66,7 @@ __all__ = [
     "SavePlan",
     "SavePlanner",
     "WriteItem",
+    "CheckpointableTensor",
     "BytesStorageMetadata",
     "ChunkStorageMetadata",
     "Metadata",

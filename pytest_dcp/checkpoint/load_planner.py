@@ -32,6 +32,7 @@ from pytest_dcp.checkpoint.plan.match import Dtype, LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
 from pytest_dcp.checkpoint.plan.numbers import fill_tensor, number_of
+from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
@@ -203,7 +204,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             memory = value = state[fqns[row]]
             if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
                 memory = local_tensor(value)
-            if firsts[row] and type(memory) in PLAIN:
+            if firsts[row] and type(memory) in PLAIN and not hasattr(value, BOXES):
                 found: torch.Tensor = memory
                 return found
             return self._box(items, row)

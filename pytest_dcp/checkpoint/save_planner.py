@@ -31,6 +31,7 @@ from pytest_dcp.checkpoint.plan.describe import write_items
 from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, KeyTable
 from pytest_dcp.checkpoint.plan.nested import Path, as_saved, as_saved_path, flatten
+from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck, Replicas
 from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
@@ -190,7 +191,7 @@ class DefaultSavePlanner(SavePlanner):
 
         def data(row: int) -> Any:
             value = state[items.fqns[row]]
-            if type(value) in PLAIN:
+            if type(value) in PLAIN and not hasattr(value, BOXES):
                 return require_memory(items.fqns[row], value)
             if not isinstance(value, torch.Tensor):
                 return value

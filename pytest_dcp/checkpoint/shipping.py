@@ -20,6 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp.checkpoint.plan.parts import parts_said, say_parts, says_parts
 from pytest_dcp.checkpoint.plan.shards import local_tensor
 from pytest_dcp.checkpoint.store.arena import Memory, shared_memory_of, viewed
 from pytest_dcp.checkpoint.store.staging import KEPT_SHARED, dtensor, sharded, staged, tensors_of
@@ -74,6 +75,8 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
             reduced = dtensor, (local_tensor(value), value._spec)
         elif isinstance(value, ShardedTensor):
             reduced = sharded, (value.local_shards(), value.metadata(), value.sharding_spec())
+        elif isinstance(value, torch.Tensor) and says_parts(value):
+            reduced = say_parts, (value.detach(), parts_said(value))
         elif isinstance(value, torch.Tensor):
             reduced = self._place_of(value)
         elif isinstance(value, DeviceMesh):

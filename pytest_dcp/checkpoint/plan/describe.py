@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pytest_dcp.checkpoint.plan.boxes import Ints, padded
 from pytest_dcp.checkpoint.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
 from pytest_dcp.checkpoint.plan.names import Fqns
+from pytest_dcp.checkpoint.plan.parts import BOXES, boxes_said, global_shape, says_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import (
     PLAIN,
@@ -88,6 +89,14 @@ class _Rows:
                 number = self.property_of(memory, memory)
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
 
+    def add_parts(self, fqn: str, value: Any, problems: list[str]) -> None:
+        number, size = self.property_of(value, value), global_shape(value)
+        try:
+            for box in boxes_said(fqn, value):
+                self.add(fqn, SHARD, number, size, (box.offset, box.shape))
+        except PlanError as error:
+            problems.append(str(error))
+
     def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
         """The number of the properties of a tensor that is kept in this memory."""
         key = (memory.dtype, memory.layout, value.requires_grad)
@@ -141,7 +150,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     for fqn, value in state_dict.items():
         kind = type(value)
         memory = local_tensor(value) if kind is DTensor else value
-        if type(memory) in PLAIN:
+        if type(memory) in PLAIN and (kind is DTensor or not hasattr(value, BOXES)):
             # What nearly every value is, without the questions below.
             number = rows.known_property_of(value, memory)
             if number is None:
@@ -163,6 +172,8 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             spoken.append(WriteItems.of(spokesman(value).__create_write_items__(fqn, value)))
         elif isinstance(value, ShardedTensor):
             rows.add_shards(fqn, value, problems)
+        elif says_parts(value):
+            rows.add_parts(fqn, value, problems)
         elif isinstance(value, DTensor):
             rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
         else:
@@ -224,7 +235,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
 
 
 def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
-    if type(value) in PLAIN:
+    if type(value) in PLAIN and not hasattr(value, BOXES):
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
     if speaks_for_itself(value):
@@ -232,6 +243,8 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]
+    if says_parts(value):
+        return [(box.offset, box.shape) for box in boxes_said(fqn, value)]
     if isinstance(value, DTensor):
         return layouts.sides_of(fqn, value)
     shape = value.shape

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp.checkpoint.plan.parts import parts_said, say_parts
 from pytest_dcp.checkpoint.plan.shards import local_tensor
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -42,7 +43,8 @@ def filled(value: torch.Tensor) -> torch.Tensor:
     if isinstance(value, ShardedTensor):
         raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
     if not isinstance(value, DTensor):
-        return torch.empty_like(value, device=current_device(group_device_type()))
+        made = torch.empty_like(value, device=current_device(group_device_type()))
+        return say_parts(made, parts_said(value))
     mesh = value.device_mesh
     local = torch.empty_like(local_tensor(value), device=current_device(mesh.device_type))
     # Shape and stride are said outright: an uneven shard does not tell them.

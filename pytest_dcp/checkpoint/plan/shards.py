@@ -1,8 +1,9 @@
 """The boxes of full tensors that this rank's state dict holds, and the memory that each is in.
 
-Plain tensors are one box, the whole. DTensor and ShardedTensor hold parts. Any other tensor class
-may say its parts itself through the methods that torch's DTensor also has:
-`__create_write_items__(fqn, object)`, `__create_chunk_list__()` and `__get_tensor_shard__(index)`.
+Plain tensors are one box, the whole, unless their attributes say otherwise (`plan.parts`). DTensor
+and ShardedTensor hold parts. Any other tensor class may say its parts itself through the methods
+that torch's DTensor also has: `__create_write_items__(fqn, object)`, `__create_chunk_list__()` and
+`__get_tensor_shard__(index)`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from pytest_dcp.checkpoint.plan.layout import LocalBox, local_boxes, whole_box
+from pytest_dcp.checkpoint.plan.parts import boxes_said, says_parts
 from pytest_dcp.errors import PlanError
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -152,15 +154,16 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
         shard: torch.Tensor = spokesman(value).__get_tensor_shard__(index)
         return shard
     if isinstance(value, ShardedTensor):
-        parts = list(local_shards(value))
+        parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]
     else:
         memory = local_tensor(value) if isinstance(value, DTensor) else value
-        parts = [(box, memory) for box in boxes_of(index.fqn, value)]
+        find_boxes = boxes_said if says_parts(value) else boxes_of
+        parts = [(box, part_of(memory, box)) for box in find_boxes(index.fqn, value)]
     if index.offset is None and len(parts) == 1:
         return parts[0][1]
     for box, memory in parts:
         if box.offset == tuple(index.offset or ()):
-            return part_of(memory, box)
+            return memory
     raise ValueError(f"{_not_found(value, index)} (this rank holds {[b.offset for b, _ in parts]})")
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.plan.containers import alike
+from pytest_dcp.checkpoint.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp.checkpoint.store.arena import Pool, needed_bytes
@@ -191,7 +192,8 @@ def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         ]
         return sharded(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
-        return next(rooms) if _fits(value) else value.detach().to("cpu", copy=True)
+        copied = next(rooms) if _fits(value) else value.detach().to("cpu", copy=True)
+        return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
     if isinstance(value, PerRank):
         return PerRank(_copied(value.value, rooms))
     if isinstance(value, Mapping):

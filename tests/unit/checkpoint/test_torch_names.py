@@ -44,7 +44,6 @@ WITHOUT = frozenset(
         "format_utils",
         "logger",
         "logging_handlers",
-        "protocol",
         "resharding",
     }
 )

@@ -1,0 +1,34 @@
+"""What a plain tensor may say of itself: the names of `torch.distributed.checkpoint.protocol`.
+
+Torch has the module since 2.14. Tensors that keep to it are saved and loaded with any torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from pytest_dcp.checkpoint.torch_names import names_of_torch
+
+__all__ = ["CheckpointableTensor"]
+
+
+@runtime_checkable
+class CheckpointableTensor(Protocol):
+    """A local tensor that holds boxes of a larger, global one, and says so by these attributes.
+
+    The tensor need not be wrapped or subclassed: `tensor.global_shape = (8, 4)` will do. The last
+    three have one member for each box.
+    """
+
+    global_shape: tuple[int, ...]
+    """Of the whole tensor."""
+    global_offsets: tuple[tuple[int, ...], ...]
+    """Where each box begins in the whole tensor."""
+    local_offsets: tuple[tuple[int, ...], ...]
+    """Where each box begins in this tensor, which may hold other elements beside them."""
+    local_sizes: tuple[tuple[int, ...], ...]
+    """The shape of each box."""
+
+
+if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+    __getattr__ = names_of_torch(__name__)
