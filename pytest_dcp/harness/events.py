@@ -66,6 +66,9 @@ class Done:
     """Only at an item's teardown: whether a warm world can go on with this rank."""
     xpassed: bool = False
     """Only for a pass: the test has given itself an xfail marker."""
+    groups: dict[str, Any] | None = None
+    """Only of a warm world's call or teardown: what the item did with process groups so far, as
+    `group_use.to_plain` has it."""
     returncode: int | None = None
     """Only for an exit: what the session is to return."""
     awaits: str = ""

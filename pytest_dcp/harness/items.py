@@ -26,7 +26,7 @@ from _pytest.warnings import catch_warnings_for_item
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
-from pytest_dcp.harness.outcome import Outcome, combine, lost_lines, ranks_text
+from pytest_dcp.harness.outcome import Outcome, combine, in_step, lost_lines, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
 from pytest_dcp.harness.warm import Key, Place, as_running_item, joined, tear_down_survivors
@@ -128,6 +128,7 @@ class MarkedItem:
         outcome = self.world.run("call", Go("call"))
         if any(done.awaits for done in outcome.done.values()):
             outcome = self._conduct(outcome)
+        outcome = in_step(outcome)
         self._conclude(self.world, outcome, "call")
         self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
 
@@ -171,6 +172,7 @@ class MarkedItem:
         """
         follower = self._follower() if keep and world.whole else None
         torn = world.run("teardown", (follower or Place()).order())
+        torn = torn if self.failed else in_step(torn)
         self._absorb(world, torn, "teardown")
         reusable = world.whole and self._absorb_whole_item(torn)
         if torn.kind == "passed" and follower is not None:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import io
 import pickle
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
+
+from pytest_dcp.harness.group_use import GroupUse
 
 CASE = "Failing test case:"
 """How Hypothesis begins the line that has the example as code."""
@@ -72,8 +74,8 @@ class Reply:
     """Whether no further example makes sense: a health check failed."""
     reusable: bool = True
     """Whether the process group is still the world's."""
-    collectives: Mapping[str, int] = field(default_factory=dict)
-    """By process group, how many collectives the example made here."""
+    groups: Mapping[str, GroupUse] = field(default_factory=dict)
+    """What the example did with process groups here."""
     targets: Mapping[str, float] = field(default_factory=dict)
     events: Mapping[str, Any] = field(default_factory=dict)
     draw_times: Mapping[str, float] = field(default_factory=dict)
@@ -215,13 +217,3 @@ def merged_lines(records: Mapping[int, Sequence[Entry]], first: int) -> list[str
             if text not in lines and not (lines and text.startswith(CASE)):
                 others.setdefault(text, []).append(rank)
     return [*lines, *(f"{_ranks(ranks)}: {text}" for text, ranks in others.items())]
-
-
-def same_collectives(replies: Iterable[Reply]) -> bool:
-    """Whether the ranks that are in a process group agree on what they did with it."""
-    made: dict[str, int] = {}
-    return all(
-        made.setdefault(group, count) == count
-        for reply in replies
-        for group, count in reply.collectives.items()
-    )

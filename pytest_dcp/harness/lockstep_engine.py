@@ -9,7 +9,8 @@ Rules that hold inside:
   anew for each example. A rank's `assume` rejects it for all.
 - What the engine learns of an example comes from the record of the rank that decides it, and so is
   the same each time that the example is run.
-- A failure leaves a world that may go on only when every rank answered and their collectives match;
+- Ranks whose process groups are out of step after an example have failed it.
+- A failure leaves a world that may go on only when every rank answered and they are in step;
   otherwise the next example gets a new one.
 """
 

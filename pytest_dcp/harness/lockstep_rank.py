@@ -218,7 +218,8 @@ class Follower:
         self._begin()
         if attempt.final:
             self.reporter.begin_example()
-        made = collectives()
+        counter = self.rank.count_groups()
+        before = counter.totals()
         started = time.perf_counter()
         status, error, data = self._run(state, attempt)
         reply = Reply(
@@ -229,7 +230,7 @@ class Follower:
             location=data.invalid_location,
             fatal=isinstance(error, FailedHealthCheck),
             reusable=process_group_is_ours(self.rank),
-            collectives={name: count - made.get(name, 0) for name, count in collectives().items()},
+            groups=counter.since(before),
             targets=data.target_observations,
             events=data.events,
             draw_times=data.draw_times,
@@ -278,28 +279,6 @@ class Follower:
         self.record.end()
         data.freeze()
         return ("interesting" if error is not None else status), error, data
-
-
-def collectives() -> dict[str, int]:
-    """By process group of this rank, how many collectives it has made."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return {}
-    # Can go when torch lists its process groups.
-    world: Any = dist.distributed_c10d._world
-    counts = {"": world.group_count}
-    for group, name in world.pg_names.items():
-        counts[name] = _count_of(group)
-    return counts
-
-
-def _count_of(group: Any) -> int:
-    try:
-        count: int = group._get_sequence_number_for_group()
-    except RuntimeError:  # a backend that does not count
-        return 0
-    return count
 
 
 def process_group_is_ours(rank: Rank) -> bool:

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 from pytest_dcp.errors import RankFailure
 from pytest_dcp.harness.events import Done
+from pytest_dcp.harness.group_use import out_of_step
 from pytest_dcp.harness.lockstep import (
     Choice,
     Entry,
     Property,
     Reply,
     divergence,
-    same_collectives,
 )
-from pytest_dcp.harness.outcome import Outcome, combine, is_echo
+from pytest_dcp.harness.outcome import OUT_OF_STEP, Outcome, combine, is_echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Verdict:
     """An example, as all ranks had it."""
 
     outcome: Outcome
-    """A failure when ranks drew differently, whatever they said."""
+    """A failure when ranks drew differently or are out of step, whatever they said."""
     replies: Mapping[int, Reply]
     records: Mapping[int, Sequence[Entry]]
     """By rank, what it drew; rank 0's alone when none failed and all drew the same."""
@@ -92,8 +92,7 @@ class Verdict:
         """Whether ranks that are all there can take another example."""
         if self.outcome.lost or not all(reply.reusable for reply in self.replies.values()):
             return False
-        passed = all(reply.status == "valid" for reply in self.replies.values())
-        return passed or same_collectives(self.replies.values())
+        return not _out_of_step(self.replies)
 
 
 def judge(
@@ -102,10 +101,17 @@ def judge(
     """The verdict on an example."""
     ended = len(replies) > 1 and all(reply.status == "valid" for reply in replies.values())
     there = {rank: record for rank, record in records.items() if rank not in outcome.lost}
-    text = divergence(there, ended=ended and outcome.kind == "passed")
+    passed = ended and outcome.kind == "passed"
+    text = divergence(there, ended=passed)
+    if passed and not text and not outcome.lost and (text := _out_of_step(replies)):
+        text = f"{text}: {OUT_OF_STEP}"
     if text:
         outcome = diverged(outcome, text)
     return Verdict(outcome, replies, records, diverged=bool(text))
+
+
+def _out_of_step(replies: Mapping[int, Reply]) -> str:
+    return out_of_step({rank: reply.groups for rank, reply in replies.items()})
 
 
 def reply_of(done: Done) -> Reply:

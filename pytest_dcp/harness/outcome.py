@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from pytest_dcp.errors import LostRank, RankFailure
+from pytest_dcp.harness import group_use
 from pytest_dcp.harness.events import Done
 
 OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
@@ -34,6 +35,11 @@ ECHO = re.compile(
 
 WAITING = re.compile(r", in (the world's exchange|\w+), at ")
 """How `stacks.doing` names a rank that was in a collective."""
+
+
+OUT_OF_STEP = (
+    "what one rank has started and others have not would be taken up by the next test in this world"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,25 @@ def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
             if one.outcome == kind:
                 return SessionEnd(kind, rank, one.text, one.returncode)
     return None
+
+
+def in_step(outcome: Outcome) -> Outcome:
+    """The outcome, failed where the ranks' process groups are out of step.
+
+    Only ranks that tell of their groups count, and no outcome that has failed, lost a rank or ended
+    the session: those worlds are not used again.
+    """
+    told = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
+    if outcome.failures or outcome.lost or outcome.session_end is not None:
+        return outcome
+    if not told or group_use.are_equal([*told.values()]):
+        return outcome
+    text = group_use.out_of_step({rank: group_use.from_plain(one) for rank, one in told.items()})
+    if not text:
+        return outcome
+    phase = next(iter(outcome.done.values())).phase
+    failure = RankFailure(0, "diverged", phase, 0.0, f"{text}: {OUT_OF_STEP}")
+    return combine(0, outcome.done, [failure])
 
 
 def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> Iterable[RankFailure]:

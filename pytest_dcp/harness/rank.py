@@ -39,6 +39,7 @@ from pytest_dcp.harness.events import (
     RunItem,
     encode,
 )
+from pytest_dcp.harness.group_counter import GroupCounter
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
 from pytest_dcp.harness.surroundings import Surroundings
 from pytest_dcp.tracebacks import format_shown
@@ -152,6 +153,8 @@ class Rank:
     modules: int = 0
     """How many modules were imported before the first test."""
     mesh: WarmMesh | None = None
+    counter: GroupCounter | None = None
+    """Counts what is done with process groups, where this rank is used more than once."""
     watchers: list[Watcher] = field(default_factory=list)
     """Of the running test's fixtures, those that are new for each of Hypothesis' examples."""
     unmet: list[Callable[[], list[str]]] = field(default_factory=list)
@@ -160,6 +163,13 @@ class Rank:
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
     )
     """Captures output around work that is no item's phase; yields sections to fill."""
+
+    def count_groups(self) -> GroupCounter:
+        """The counter of this process, at work from the first call on."""
+        if self.counter is None:
+            self.counter = GroupCounter()
+            self.counter.install()
+        return self.counter
 
     def meet(self, operation: str, payload: bytes = b"") -> list[bytes | None]:
         """Every rank's payload, in rank order; waits for all ranks. Collective.
@@ -316,7 +326,10 @@ def _init_process_group(order: Order) -> None:
 
 def _serve(rank: Rank, runner: ItemRunner) -> None:
     """Orders, one after the other, until `Leave`."""
-    before = Surroundings() if rank.order.isolation == "module" else None
+    before = None
+    if rank.order.isolation == "module":
+        before = Surroundings()
+        rank.count_groups()
     while True:
         order = rank.channel.receive()
         match order:

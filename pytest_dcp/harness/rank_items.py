@@ -39,6 +39,8 @@ from pytest_dcp.harness.events import (
     RunItem,
     SubReport,
 )
+from pytest_dcp.harness.group_counter import Totals
+from pytest_dcp.harness.group_use import to_plain
 from pytest_dcp.harness.rank import ItemRunner, Rank, one_line, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
@@ -161,6 +163,8 @@ class RankPlugin:
     _torn_down: Done
     _item: pytest.Item
     _seen: _Seen
+    _groups: Totals
+    """What was counted before the item."""
 
     def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
         self._debugger = debugger
@@ -254,6 +258,8 @@ class RankPlugin:
         if has_request and not any_item._request:
             any_item._initrequest()
         self._item = item
+        counter = self.rank.counter
+        self._groups = counter.totals() if counter is not None else {}
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive()
@@ -323,7 +329,15 @@ class RankPlugin:
                 for when, name, content in item._report_sections[seen.sections :]
             ),
             properties=tuple(item.user_properties[seen.properties :]),
+            groups=self._group_uses() if phase in ("call", "teardown") else None,
         )
+
+    def _group_uses(self) -> dict[str, Any] | None:
+        """What this item did with process groups so far, where the next one will use them."""
+        counter = self.rank.counter
+        if counter is None or self.rank.order.isolation != "module":
+            return None
+        return to_plain(counter.since(self._groups))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:

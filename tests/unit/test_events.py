@@ -79,6 +79,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "threads": tuples_of(texts),
         "reusable": st.booleans(),
         "xpassed": st.booleans(),
+        "groups": st.none() | reports,
         "returncode": st.none() | st.integers(),
         "awaits": texts,
         "pid": st.integers(),

@@ -13,7 +13,6 @@ from pytest_dcp.harness.lockstep import (
     Choice,
     Entry,
     Line,
-    Reply,
     SpanEnd,
     SpanStart,
     add_to_checksum,
@@ -23,7 +22,6 @@ from pytest_dcp.harness.lockstep import (
     encode_line,
     encode_span,
     merged_lines,
-    same_collectives,
 )
 
 choices = st.builds(
@@ -134,15 +132,6 @@ def test_lines_of_the_deciding_rank_come_first_and_others_once() -> None:
     }
     assert merged_lines(ranks, first=0) == [call.format(0), "same", "mine", "ranks 1, 2: odd"]
     assert merged_lines({}, first=0) == []
-
-
-def test_collectives_match_where_ranks_share_a_group() -> None:
-    def reply(**collectives: int) -> Reply:
-        return Reply("valid", (0, 0), collectives=collectives)
-
-    assert same_collectives([reply(all=2, left=1), reply(all=2, right=7)])
-    assert not same_collectives([reply(all=2), reply(all=3)])
-    assert same_collectives([])
 
 
 def test_another_hypothesis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

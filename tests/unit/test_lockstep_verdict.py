@@ -9,6 +9,7 @@ import pytest
 
 from pytest_dcp.errors import FailureKind, RankFailure
 from pytest_dcp.harness.events import Done
+from pytest_dcp.harness.group_use import GroupUse
 from pytest_dcp.harness.lockstep import Choice, Entry, Property, Reply, Status
 from pytest_dcp.harness.lockstep_verdict import (
     Verdict,
@@ -110,16 +111,31 @@ def test_ranks_that_failed_early_drew_less_and_have_not_diverged() -> None:
 
 def test_a_world_may_go_on_after_a_failure_when_its_collectives_match() -> None:
     def after(mine: int, theirs: int) -> bool:
-        failure = reply("interesting", origin="E", collectives={"0": mine})
-        return verdict_of({0: failure, 1: reply(collectives={"0": theirs})}).may_go_on
+        failure = reply("interesting", origin="E", groups={"0": GroupUse(mine)})
+        return verdict_of({0: failure, 1: reply(groups={"0": GroupUse(theirs)})}).may_go_on
 
     assert after(2, 2)
     assert not after(1, 2)
 
 
-def test_ranks_that_passed_may_have_made_different_collectives() -> None:
-    pair = {0: reply(collectives={"0": 1}), 1: reply(collectives={"0": 2})}
-    assert verdict_of(pair).may_go_on
+def test_an_example_that_leaves_the_ranks_out_of_step_has_failed() -> None:
+    verdict = verdict_of({0: reply(groups={"0": GroupUse(1)}), 1: reply(groups={"0": GroupUse(2)})})
+    assert not verdict.may_go_on
+    assert verdict.outcome.kind == "failed"
+    said = "ranks started different numbers of collectives in process group '0' (rank 0: 1, rank 1"
+    assert verdict.outcome.reason.startswith(said)
+    assert verdict.bug == "diverged"
+
+
+def test_a_rank_that_rejects_an_example_does_not_fail_it_by_being_out_of_step() -> None:
+    ahead = reply(groups={"0": GroupUse(1)})
+    verdict = verdict_of({0: reply("invalid", groups={"0": GroupUse(0)}), 1: ahead})
+    assert not verdict.may_go_on
+    assert verdict.rejected_by == 0
+
+
+def test_a_rank_that_cannot_be_used_again_ends_its_world() -> None:
+    assert verdict_of({0: reply(), 1: reply()}).may_go_on
     assert not verdict_of({0: reply(), 1: reply(reusable=False)}).may_go_on
 
 

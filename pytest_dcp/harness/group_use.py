@@ -1,0 +1,110 @@
+"""What each rank did with its process groups -> whether the ranks are in step. Pure (no I/O).
+
+Enters: for each rank and group, how many collectives the rank took part in, and how many messages
+it sent to and received from each member, since some moment at which all ranks were in step. Leaves:
+the first difference in words.
+
+A collective that one rank alone has started is still open: the next one that its peers start would
+be taken for its other half. So would a message that was sent and not received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ANY = -1
+"""In `received`: a receive that took whichever member's message came first."""
+GROUPS_MADE = ""
+"""The name under which a rank counts the process groups that were made."""
+
+Ranks = Mapping[int, Mapping[str, "GroupUse"]]
+"""By rank, and by the group's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUse:
+    """One rank's part in one process group."""
+
+    collectives: int
+    members: tuple[int, ...] = ()
+    """Ranks of the world, ascending; empty for `GROUPS_MADE`."""
+    sent: Mapping[int, int] = field(default_factory=dict)
+    """By receiver, as a rank of the world, how many messages."""
+    received: Mapping[int, int] = field(default_factory=dict)
+    """By sender."""
+
+
+def to_plain(uses: Mapping[str, GroupUse]) -> dict[str, Any]:
+    """The uses as JSON can carry them; `from_plain` reads them."""
+    return {
+        name: [use.collectives, use.members, [*use.sent.items()], [*use.received.items()]]
+        for name, use in uses.items()
+    }
+
+
+def from_plain(plain: Mapping[str, Any]) -> dict[str, GroupUse]:
+    """Inverse of `to_plain`."""
+    return {
+        name: GroupUse(collectives, tuple(members), dict(sent), dict(received))
+        for name, (collectives, members, sent, received) in plain.items()
+    }
+
+
+def are_equal(plains: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether ranks say the same of themselves and tell of no message: in step, at little cost."""
+    first = plains[0]
+    return all(one == first for one in plains) and not any(
+        sent or received for _, _, sent, received in first.values()
+    )
+
+
+def out_of_step(ranks: Ranks) -> str:
+    """The first difference between the ranks in one line; empty when they are in step.
+
+    Only ranks that are there are compared, and only those that have the group.
+    """
+    names = sorted({name for uses in ranks.values() for name in uses})
+    for name in names:
+        uses = {rank: of_rank[name] for rank, of_rank in ranks.items() if name in of_rank}
+        if text := _collectives(name, uses) or _messages(name, uses):
+            return text
+    return ""
+
+
+def _collectives(name: str, uses: Mapping[int, GroupUse]) -> str:
+    by_count: dict[int, list[int]] = {}
+    for rank, use in sorted(uses.items()):
+        by_count.setdefault(use.collectives, []).append(rank)
+    if len(by_count) < 2:
+        return ""
+    said = ", ".join(f"{_ranks(ranks)} {count}" for count, ranks in by_count.items())
+    if name == GROUPS_MADE:
+        return f"ranks made different numbers of process groups ({said})"
+    return f"ranks started different numbers of collectives in process group {name!r} ({said})"
+
+
+def _messages(name: str, uses: Mapping[int, GroupUse]) -> str:
+    for receiver, use in sorted(uses.items()):
+        sent = {
+            sender: uses[sender].sent.get(receiver, 0) for sender in use.members if sender in uses
+        }
+        if ANY in use.received:
+            pairs = [("its peers", sum(sent.values()), sum(use.received.values()))]
+        else:
+            pairs = [
+                (f"rank {sender}", count, use.received.get(sender, 0))
+                for sender, count in sorted(sent.items())
+            ]
+        for sender_name, count, received in pairs:
+            if count != received:
+                return (
+                    f"rank {receiver} received {received} of {count} messages from {sender_name} "
+                    f"in process group {name!r}"
+                )
+    return ""
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {','.join(map(str, ranks))}:"
