@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     Metadata,
@@ -35,14 +37,16 @@ from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck, Replicas
 from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
-from pytest_dcp.checkpoint.store.values import encoded
+from pytest_dcp.checkpoint.store.values import encoded, plain, refusal_of
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import PlanError
 
 logger = logging.getLogger(__name__)
 
 
-OF_ONE_SAVE = frozenset({"state_dict", "plan", "global_plan", "metadata", "offered", "replicas"})
+OF_ONE_SAVE = frozenset(
+    {"state_dict", "plan", "global_plan", "metadata", "offered", "replicas", "_entries"}
+)
 """What a planner has of the save that it plans, or planned last."""
 
 
@@ -70,6 +74,8 @@ class DefaultSavePlanner(SavePlanner):
         if replicas not in get_args(ReplicaCheck):
             raise ValueError(f"replicas must be 'sample', 'check' or 'off', got {replicas!r}")
         self.replica_check: ReplicaCheck = replicas
+        self._entries: dict[str, bytes] = {}
+        """Of values that were encoded before they are written."""
         self.replicas: Replicas | None = None
         """On the coordinator: which rows of the plans hold the same."""
         self.flatten_state_dict = flatten_state_dict
@@ -136,6 +142,8 @@ class DefaultSavePlanner(SavePlanner):
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """The plan that this rank carries out."""
         self.plan = new_plan if self._cache is None else self._cache.finished(new_plan)
+        if not self._makes_data():
+            self._entries = _prepared(self.state_dict, self.plan.items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -165,14 +173,14 @@ class DefaultSavePlanner(SavePlanner):
         """
         if not isinstance(items, WriteItems) or self._makes_data():
             return lambda row: plain_data(items[row].index.fqn, self.resolve_data(items[row]))
-        fqns, state = items.fqns, self.state_dict
+        fqns, state, entries = items.fqns, self.state_dict, self._entries
         values, numels = (items.kind == BYTES).tolist(), volumes(items.shape).tolist()
 
         def data(row: int) -> torch.Tensor | bytes:
             fqn = fqns[row]
             value = state[fqn]
             if values[row]:
-                return _encoded(fqn, value)
+                return entries.pop(fqn, None) or _encoded(fqn, value)
             memory = local_tensor(value) if type(value) is DTensor else value
             whole = type(memory) in PLAIN and memory.numel() == numels[row]
             found: torch.Tensor = memory if whole else find_state_dict_object(state, items.key(row))
@@ -266,6 +274,41 @@ def _merged(data: Sequence[Mapping[str, Path] | None]) -> dict[str, Path]:
     told = (paths.get(DESCRIPTION) for paths in data if paths)
     description = merge_descriptions([path[0] for path in told if path is not None])
     return merged if description is None else DescribedPaths(merged, description)
+
+
+KEPT_BYTES = 64 << 20
+"""Of values that are not plain, encoded once to be judged and kept until they are written."""
+
+
+def _prepared(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict[str, bytes]:
+    """The entries of the values that are not plain; says in one warning which no load will take."""
+    entries: dict[str, bytes] = {}
+    refused: list[str] = []
+    for fqn in _values_of(items):
+        value = state.get(fqn)
+        if plain(value):
+            continue
+        entry = _encoded(fqn, value)
+        reason = refusal_of(value, entry)
+        if reason is not None:
+            refused.append(f"{fqn!r}, a {type(value).__name__}: {reason}")
+        if sum(map(len, entries.values())) + len(entry) <= KEPT_BYTES:
+            entries[fqn] = entry
+    if refused:
+        more = f"\n... and {len(refused) - 10} more" if len(refused) > 10 else ""
+        warnings.warn(
+            f"{len(refused)} value(s) of this save are refused by load unless it is given "
+            "weights_only=False or the class is allowed with torch.serialization.add_safe_globals; "
+            "save them as plain values instead:\n" + "\n".join(refused[:10]) + more,
+            stacklevel=2,
+        )
+    return entries
+
+
+def _values_of(items: Sequence[WriteItem]) -> list[str]:
+    if isinstance(items, WriteItems):
+        return [items.fqns[row] for row in np.flatnonzero(items.kind == BYTES).tolist()]
+    return [item.index.fqn for item in items if item.type == WriteItemType.BYTE_IO]
 
 
 def _encoded(fqn: str, value: Any) -> bytes:

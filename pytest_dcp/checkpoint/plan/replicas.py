@@ -172,7 +172,7 @@ class Difference:
     """What each camp has there."""
 
     def __str__(self) -> str:
-        at = f" first at {self.where}:" if self.where else ""
+        at = f" first at {self.where}:" if self.where else ":"
         told = ", ".join(
             f"{text} on {ranks_text(ranks)}"
             for ranks, text in zip(self.camps, self.shown, strict=True)

@@ -21,7 +21,7 @@ caffe2/serialize/inline_container.cc and miniz of torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -164,10 +164,28 @@ def pickle_of(entry: bytes | memoryview) -> memoryview:
     Raises:
         CheckpointCorruptError: the entry is damaged.
     """
+    return memoryview(records_of(entry)("data.pkl"))
+
+
+def records_of(entry: bytes | memoryview) -> Callable[[str], bytes | memoryview]:
+    """What gives the content of a whole entry's records by name; each CRC is checked.
+
+    Raises:
+        CheckpointCorruptError: the entry, or the record that is asked for, is damaged or missing,
+            or the numbers of a storage are not little-endian.
+    """
     view = memoryview(entry).cast("B")
     source = form.Source(lambda offset, nbytes: view[offset : offset + nbytes], len(view))
     directory = form.read_directory(source, _VALUE_DIRECTORY_LIMIT)
-    return memoryview(form.content(source, directory, "data.pkl", len(view)))
+
+    def read(name: str) -> bytes | memoryview:
+        if name.startswith("data/") and "byteorder" in directory.records:
+            order = form.content(source, directory, "byteorder", len(view))
+            if bytes(order) != b"little":
+                raise form.corrupt("expected little-endian numbers, got others", 0)
+        return form.content(source, directory, name, len(view))
+
+    return read
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

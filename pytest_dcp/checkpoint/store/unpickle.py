@@ -53,7 +53,7 @@ __all__ = [
 _INT64_BOUND = 1 << 63
 # Storage classes by dtype: torch/storage.py, _dtype_to_storage_type_map, without the quantized
 # ones, whose tensors carry scales that a TensorPickle has no place for.
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -140,7 +140,7 @@ def _load_storage(saved_id: object) -> _Storage:
     if type(saved_id) is not tuple or len(saved_id) != 5 or saved_id[0] != "storage":
         raise UnknownGlobalError(f"expected a reference to a storage, got {brief(saved_id)}")
     _, dtype, key, location, numel = saved_id
-    if type(dtype) is not _StorageClass:
+    if type(dtype) is not StorageClass:
         raise UnknownGlobalError(f"expected a storage class of torch, got {brief(dtype)}")
     if type(key) is not str or type(location) is not str:
         raise CheckpointCorruptError(
@@ -151,7 +151,9 @@ def _load_storage(saved_id: object) -> _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class _StorageClass:
+class StorageClass:
+    """What a storage class of torch stands for."""
+
     dtype: torch.dtype
 
 
@@ -192,18 +194,30 @@ def _check_extras(hooks: object, metadata: object = None) -> None:
 
 
 def _described(args: tuple[Any, ...], dtype: torch.dtype | None) -> TensorPickle:
-    storage, offset, shape, stride, requires_grad = args[:5]
+    storage = args[0]
     if type(storage) is not _Storage:
         raise CheckpointCorruptError(f"expected a tensor's storage, got {brief(storage)}")
+    return described(dtype or storage.dtype, storage.key, storage.size_bytes, args[1:5])
+
+
+def described(
+    dtype: torch.dtype, storage_key: str, storage_nbytes: int, facts: tuple[Any, ...]
+) -> TensorPickle:
+    """A tensor over a storage, from its offset, shape, stride and requires_grad, all unchecked.
+
+    Raises:
+        CheckpointCorruptError: they are none, or reach beyond the storage.
+    """
+    offset, shape, stride, requires_grad = facts
     if type(requires_grad) is not bool:
         raise CheckpointCorruptError(f"expected requires_grad, got {brief(requires_grad)}")
     tensor = TensorPickle(
-        dtype=dtype or storage.dtype,
+        dtype=dtype,
         shape=_counts(shape, "a tensor's shape"),
         stride=_counts(stride, "a tensor's stride"),
         storage_offset=_count(offset, "a tensor's storage offset"),
-        storage_key=storage.key,
-        storage_nbytes=storage.size_bytes,
+        storage_key=storage_key,
+        storage_nbytes=storage_nbytes,
         requires_grad=requires_grad,
     )
     _check_within_storage(tensor)
@@ -253,9 +267,9 @@ def _tensor_globals() -> Iterator[tuple[tuple[str, str], object]]:
         ("_rebuild_parameter", _rebuild_parameter),
     ):
         yield ("torch._utils", name), Callee(f"torch._utils.{name}", call)
-    for storage, dtype in _STORAGE_DTYPES.items():
+    for storage, dtype in STORAGE_DTYPES.items():
         for module in ("torch", "torch.storage"):
-            yield (module, storage), _StorageClass(dtype)
+            yield (module, storage), StorageClass(dtype)
 
 
 _TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=_load_storage)

@@ -43,6 +43,7 @@ _FREE_KEY_BYTES = 64
 MOST_LEARNT = 16
 """Patterns of records that a pickle may need: each costs the making of a regular expression."""
 _TEXT = frozenset({str})
+_NESTED_KEYS = (tuple, frozenset)
 _KEY_ATOMS = frozenset({str, int, float, bool, type(None), bytes})
 
 
@@ -63,6 +64,8 @@ class Callee:
     """REDUCE: the result for these arguments; it validates them and charges the machine."""
     new: Callable[[], object] | None = None
     """NEWOBJ without arguments: an instance without fields."""
+    new_of: Callable[[Machine, tuple[Any, ...]], object] | None = None
+    """NEWOBJ with any arguments, of a class that the user has allowed."""
     records: Callable[[Machine, list[Any], int], int] | None = None
     """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
     pushes what they make; returns where the opcodes go on, the same position if it took none."""
@@ -81,6 +84,8 @@ class Vocabulary:
     AttributeError when hashed."""
     persistent: Callable[[object], object] | None = None
     """BINPERSID: what a persistent id stands for."""
+    nested_keys: bool = False
+    """Whether keys may be tuples and frozensets of such."""
 
 
 class Machine:
@@ -140,6 +145,9 @@ class Machine:
         kind = type(key)
         if kind in self.vocabulary.keys:
             return
+        if self.vocabulary.nested_keys and kind in _NESTED_KEYS:
+            self._check_nested_key(key)
+            return
         atoms = key if isinstance(key, tuple) else (key,)
         if len(atoms) > MAX_KEY_ITEMS:
             raise UntrustedPickleError(
@@ -155,6 +163,21 @@ class Machine:
                 self.charge(len(atom))
             elif isinstance(atom, int) and atom.bit_length() > 8 * _FREE_KEY_BYTES:
                 self.charge(atom.bit_length() // 8)
+
+    def _check_nested_key(self, key: object) -> None:
+        """As `_check_key` of every part of tuples and frozensets within each other."""
+        rest, parts = [key], 0
+        while rest:
+            part = rest.pop()
+            parts += 1
+            if parts > MAX_KEY_ITEMS:
+                raise UntrustedPickleError(
+                    f"expected at most {MAX_KEY_ITEMS} items in a key, got more"
+                )
+            if type(part) in _NESTED_KEYS:
+                rest.extend(part)  # type: ignore[arg-type]  # a tuple or frozenset
+            else:
+                self._check_key(part)
 
     def _count_hashes(self, target: Collection[Any], hashes: list[int]) -> None:
         _, counts = self.hashes.setdefault(id(target), (target, {}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -277,8 +277,11 @@ def _find(machine: Machine, module: str, name: str) -> object:
         ) from None
 
 
-def _newobj(_: Machine, stack: list[Any], pos: int) -> int:
+def _newobj(machine: Machine, stack: list[Any], pos: int) -> int:
     args, callee = stack.pop(), stack[-1]
+    if type(callee) is Callee and callee.new_of is not None and type(args) is tuple:
+        stack[-1] = callee.new_of(machine, args)
+        return pos
     if type(callee) is not Callee or callee.new is None or type(args) is not tuple or args:
         raise UnknownGlobalError(
             f"expected a class that checkpoints hold, made without arguments, got {brief(callee)} "
@@ -324,9 +327,9 @@ def _tuple(_: Machine, stack: list[Any], items: list[Any]) -> None:
     stack.append(tuple(items))
 
 
-def _list_of(stack: list[Any]) -> list[Any]:
-    target = stack[-1]
-    if type(target) is not list:
+def _list_of(stack: list[Any]) -> list[Any] | deque[Any]:
+    target: list[Any] | deque[Any] = stack[-1]
+    if type(target) is not list and type(target) is not deque:
         raise UnknownGlobalError(f"expected a list to append to, got {brief(target)}")
     return target
 

@@ -10,9 +10,10 @@ length.
 from __future__ import annotations
 
 import builtins
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,8 +48,8 @@ _ATOMS = frozenset(
 )
 _INT = frozenset({int})
 _SETS = frozenset({set, frozenset})
-_SEQUENCES = frozenset({list, tuple})
-_DICTS = frozenset({dict, OrderedDict, defaultdict})
+_SEQUENCES = frozenset({list, tuple, deque})
+_DICTS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _FREE_ITEMS = 8
 _UNSEEN = (-1, 0)
 _OPEN = (-2, 0)
@@ -217,12 +218,15 @@ _FACTORY_OF: dict[Callee, type] = {
 PLAIN = Vocabulary(globals=dict(_globals()), build={})
 
 
-def check_plain(root: object, what: str) -> None:
+def check_plain(
+    root: object, what: str, others: frozenset[type] = frozenset(), at_most: int = MAX_LOGICAL_ITEMS
+) -> None:
     """Nothing, once every part of `root` is a plain value and walking it is harmless. Pure (no
     I/O).
 
     Looks at each container once, however often it is referred to, without recursion. `what` names
-    `root` in the errors.
+    `root` in the errors. `others` are further classes of values that are not looked into; `at_most`
+    is the number of items when what is shared counts each time.
 
     Raises:
         UnknownGlobalError: a class by itself, or an object that is no plain value.
@@ -232,7 +236,8 @@ def check_plain(root: object, what: str) -> None:
     """
     known: dict[int, tuple[int, int]] = {}
     """By id of a container: depth and items of what it holds, or _OPEN while it is being walked."""
-    path = [_Visit((root,), 0)]
+    limits = _Limits(_ATOMS | others, at_most)
+    path = [_Visit((root,), 0, limits)]
     while True:
         visit = path[-1]
         child = visit.advance(known, what)
@@ -242,7 +247,7 @@ def check_plain(root: object, what: str) -> None:
                     f"expected at most {MAX_DEPTH} containers within each other in {what}, got more"
                 )
             known[id(child)] = _OPEN
-            path.append(_Visit(_children(child), id(child)))
+            path.append(_Visit(_children(child), id(child), limits))
             continue
         path.pop()
         if not path:
@@ -251,12 +256,18 @@ def check_plain(root: object, what: str) -> None:
         path[-1].add(known[visit.key], what)
 
 
+class _Limits(NamedTuple):
+    atoms: frozenset[type]
+    at_most: int
+
+
 class _Visit:
     """A container on the way from the root to where the walk is."""
 
-    __slots__ = ("depth", "items", "key", "rest")
+    __slots__ = ("depth", "items", "key", "limits", "rest")
 
-    def __init__(self, children: Iterable[object], key: int) -> None:
+    def __init__(self, children: Iterable[object], key: int, limits: _Limits) -> None:
+        self.limits = limits
         self.rest: Iterator[Any] = iter(children)
         self.key = key
         self.depth = 0
@@ -265,10 +276,10 @@ class _Visit:
     def add(self, part: tuple[int, int], what: str) -> None:
         self.depth = max(self.depth, part[0])
         self.items += part[1]
-        if self.items > MAX_LOGICAL_ITEMS:
+        if self.items > self.limits.at_most:
             raise UntrustedPickleError(
-                f"expected at most {MAX_LOGICAL_ITEMS} items in {what} when shared ones count each "
-                "time, got more: do not load this file"
+                f"expected at most {self.limits.at_most} items in {what} when shared ones count "
+                "each time, got more: do not load this file"
             )
         if self.depth > MAX_DEPTH:
             raise UntrustedPickleError(
@@ -277,10 +288,11 @@ class _Visit:
 
     def advance(self, known: dict[int, tuple[int, int]], what: str) -> Any:
         """The next child to walk into, or None at the end; counts the others on the way."""
+        atoms = self.limits.atoms
         for child in self.rest:
             self.items += 1
             kind = type(child)
-            if kind in _ATOMS or (kind in _CONTAINERS and not child):
+            if kind in atoms or (kind in _CONTAINERS and not child):
                 continue
             if kind is tuple and _is_short_and_flat(child):
                 self.items += len(child)
@@ -304,8 +316,10 @@ def _is_short_and_flat(value: Any) -> bool:
 
 def _children(container: Any) -> Iterable[Any]:
     """Keys and members are plain already: nothing else passes `Machine.check_keys`."""
+    if type(container) is SimpleNamespace:
+        return vars(container).values()
     held: Iterable[Any] = container.values() if type(container) in _DICTS else container
     return held
 
 
-_CONTAINERS = _SETS | _SEQUENCES | _DICTS
+_CONTAINERS = _SETS | _SEQUENCES | _DICTS | {SimpleNamespace}

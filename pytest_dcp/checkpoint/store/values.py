@@ -1,8 +1,9 @@
 """Python values as entries, and back.
 
 A value is stored as `torch.save` stores it: an archive whose data.pkl is its pickle. Plain values
-are written and read without torch's machinery; the others go through `torch.save`, and come back
-through `torch.load`, with `weights_only=True` unless the caller trusts the checkpoint.
+are written without torch's machinery, the others by `torch.save`. All are read by the engine's own
+reader, whose memory and time are in proportion to the entry; what it does not know goes to
+`torch.load` only where the caller trusts the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
+from datetime import date, timedelta
 from typing import Any
 
+import numpy as np
 import torch
 
-from pytest_dcp.checkpoint.store.entry import pickle_of, value_entry
-from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError, read_value
+from pytest_dcp.checkpoint.plan.shards import PLAIN as PLAIN_TENSORS
+from pytest_dcp.checkpoint.store.entry import records_of, value_entry
+from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp.checkpoint.store.unpickle_stored import read_stored_value
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 PICKLE_PROTOCOL = 2
@@ -23,7 +28,16 @@ PICKLE_PROTOCOL = 2
 
 LEAVES = frozenset({type(None), bool, int, float, str})
 CONTAINERS = frozenset({list, tuple, dict, set, OrderedDict})
+INERT_LEAVES = frozenset(
+    {
+        *(bytes, complex, io.BytesIO, torch.dtype, torch.device, torch.Size),
+        *(date, timedelta, np.bool_, np.float16, np.float32, np.float64),
+        *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+    }
+)
 DEPTH = 16
+MANY = 1000
+"""Items of a container beyond which its parts are not looked at one by one."""
 
 
 def encoded(value: Any) -> bytes:
@@ -39,25 +53,49 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
     """The value of an entry.
 
     Raises CheckpointCorruptError where the bytes are no entry, and UntrustedPickleError where it
-    holds more than `torch.load(weights_only=True)` takes and `weights_only` is not switched off.
+    holds more than plain and inert values, tensors, and classes that the user has allowed, and
+    `weights_only` is not switched off.
     """
+    read = records_of(entry)
     try:
-        return read_value(bytes(pickle_of(entry)))
+        return read_stored_value(bytes(read("data.pkl")), lambda key: read(f"data/{key}"))
     except UntrustedPickleError as unknown:
-        if weights_only and not isinstance(unknown, UnknownGlobalError):
+        if not weights_only:
+            return torch.load(io.BytesIO(entry), weights_only=False)
+        if not isinstance(unknown, UnknownGlobalError):
             raise
-        try:
-            return torch.load(io.BytesIO(entry), weights_only=weights_only)
-        except pickle.UnpicklingError as error:
-            raise UntrustedPickleError(
-                f"{unknown.reason}, which is not loaded by default: pass weights_only=False if you "
-                "trust whoever wrote the checkpoint, or allow the class with "
-                f"torch.serialization.add_safe_globals ({str(error).splitlines()[0]})"
-            ) from error
-        except (RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
-            if not weights_only:
-                raise
-            raise CheckpointCorruptError(f"the value cannot be read: {error}") from error
+        raise UntrustedPickleError(
+            f"{unknown.reason}, which is not loaded by default: pass weights_only=False if you "
+            "trust whoever wrote the checkpoint, or allow the class with "
+            "torch.serialization.add_safe_globals"
+        ) from unknown
+
+
+def refusal_of(value: Any, entry: bytes) -> str | None:
+    """Why a load will refuse, by default, the value of this entry; None where it will not."""
+    if inert(value):
+        return None
+    try:
+        decoded(entry)
+    except CheckpointCorruptError as error:
+        return error.reason
+    return None
+
+
+def inert(value: Any, depth: int = DEPTH) -> bool:
+    """Whether the value is made of what is sure to be read, so that no trial is needed."""
+    kind = type(value)
+    if kind in LEAVES or kind in INERT_LEAVES:
+        return True
+    if kind is np.ndarray:
+        return value.dtype.kind in "biufcSU"
+    if kind in PLAIN_TENSORS:
+        return value.layout is torch.strided and not value.is_quantized
+    if kind not in CONTAINERS or not depth or len(value) > MANY:
+        return False
+    if issubclass(kind, dict):
+        return all(plain(k, 1) and inert(v, depth - 1) for k, v in value.items())
+    return kind is not set and all(inert(v, depth - 1) for v in value)
 
 
 def plain(value: Any, depth: int = DEPTH) -> bool:
