@@ -7,6 +7,7 @@ before 2.4 also kept a mapping without tensors as one value: `plain_mappings_who
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from pytest_dcp.checkpoint.plan.containers import is_plain
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, check_per_rank
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, PlanError
 
 Path = tuple[Any, ...]
 """The keys from the root to a value: a mapping's own keys, and positions in lists."""
@@ -36,7 +37,8 @@ def flatten(
     `note` is called with each container that is more than the flat names say: empty ones, those of
     other classes than dict and list, mappings with keys that are no strings.
 
-    Raises ValueError when two paths give one name; PlanError for a PerRank of distributed tensors.
+    Raises ValueError when two paths give one name; PlanError for a PerRank of distributed tensors,
+    and for what is nested too deeply.
     """
     flat: dict[str, Any] = {}
     paths: dict[str, Path] = {}
@@ -54,7 +56,13 @@ def flatten(
         paths[fqn] = path
 
     for key, value in state_dict.items():
-        _walk((key,), value, visit, note, plain_mappings_whole)
+        try:
+            _walk((key,), value, visit, note, plain_mappings_whole)
+        except RecursionError:
+            raise PlanError(
+                f"the state dict is nested more deeply than Python can walk, below {str(key)!r}, "
+                "or holds a container that is inside itself: save fewer levels"
+            ) from None
     return flat, paths
 
 
@@ -186,6 +194,10 @@ class Room:
         """The path; raises CheckpointCorruptError, naming the key, for what can be none."""
         if not isinstance(path, tuple) or not path or not isinstance(path[0], str):
             raise CheckpointCorruptError(f"its path is {str(path)[:80]!r}", entry=fqn)
+        if len(path) > sys.getrecursionlimit():
+            raise CheckpointCorruptError(
+                f"its path has {len(path)} keys, more levels than Python can walk", entry=fqn
+            )
         for key in path:
             if type(key) is int:
                 if not 0 <= key < self._left:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -28,6 +29,9 @@ LOCK_S = 120.0
 """How long a commit waits for another save's: they take milliseconds."""
 MEMORY_KINDS = ("tmpfs", "ramfs")
 """File systems that fill a reserved page with zeros, to be written a second time."""
+
+CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)
+"""How a file system (of SMB or 9p mounts, some in user space) says that folders have no fsync."""
 
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
 """Local disk file systems, where no other machine can take a file away from under a mapping."""
@@ -170,11 +174,12 @@ class LocalDisk:
     @contextlib.contextmanager
     def create(self, folder: Path, name: str) -> Iterator[Out]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        fd = os.open(folder / name, flags, 0o666)
+        path = folder / name
+        fd = os.open(path, flags, 0o666)
         try:
-            yield LocalOut(fd)
+            yield LocalOut(fd, path)
         finally:
-            os.close(fd)
+            _close(fd, path)
 
     @contextlib.contextmanager
     def open(self, folder: Path, name: str) -> Iterator[In]:
@@ -183,7 +188,7 @@ class LocalDisk:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointCorruptError("not a plain file", file=name)
-            file = LocalIn(fd, status.st_size, _kind_of(status))
+            file = LocalIn(fd, status.st_size, _kind_of(status), folder / name)
             try:
                 yield file
             finally:
@@ -201,8 +206,38 @@ class LocalDisk:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC_FOLDERS:
+                name_file(error, folder)
+                raise
+            _warn_of_unsynced(os.fstat(fd).st_dev, folder, error.errno)
         finally:
             os.close(fd)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_unsynced(device: int, folder: Path, code: int) -> None:
+    """Say once of each folder that its file system cannot do what is promised elsewhere."""
+    warnings.warn(
+        f"{folder} is on a file system that cannot sync folders ({errno.errorcode[code]}, fsync): "
+        "a save that has returned may be undone by a power cut, but not mixed with another. "
+        "With sync_files=False a save waits for no sync at all, and does not say this.",
+        stacklevel=2,
+    )
+
+
+def name_file(error: OSError, path: Any) -> None:
+    """Have the error of a descriptor say which file it is about."""
+    if error.errno is not None and error.filename is None and path is not None:
+        error.filename = os.fspath(path)
+
+
+def _close(fd: int, path: Path) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 def _opened(folder: Path, name: str, *, follow_links: bool) -> int:
@@ -293,14 +328,19 @@ def _kind_of(status: os.stat_result) -> str | None:
 
 
 class LocalOut:
-    """A file descriptor that is written to."""
+    """A file descriptor that is written to. Its errors name the file."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: Path | None = None) -> None:
         self.fd = fd
+        self.path = path
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        for start in range(0, len(buffers), IOV_MAX):
-            self._write_all(list(buffers[start : start + IOV_MAX]))
+        try:
+            for start in range(0, len(buffers), IOV_MAX):
+                self._write_all(list(buffers[start : start + IOV_MAX]))
+        except OSError as error:
+            name_file(error, self.path)
+            raise
 
     def reserve(self, nbytes: int) -> None:
         if nbytes < RESERVE_FROM_BYTES or not hasattr(os, "posix_fallocate"):
@@ -311,14 +351,23 @@ class LocalOut:
             os.posix_fallocate(self.fd, 0, nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                name_file(error, self.path)
                 raise
 
     def end_at(self, nbytes: int) -> None:
-        if os.fstat(self.fd).st_size > nbytes:
-            os.ftruncate(self.fd, nbytes)
+        try:
+            if os.fstat(self.fd).st_size > nbytes:
+                os.ftruncate(self.fd, nbytes)
+        except OSError as error:
+            name_file(error, self.path)
+            raise
 
     def sync(self) -> None:
-        os.fsync(self.fd)
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            name_file(error, self.path)
+            raise
 
     def _write_all(self, buffers: list[Buffer]) -> None:
         left = sum(map(len, buffers))
@@ -332,10 +381,13 @@ class LocalOut:
 
 
 class LocalIn:
-    """A file descriptor that is read from, by position."""
+    """A file descriptor that is read from, by position. Its errors name the file."""
 
-    def __init__(self, fd: int, size: int, kind: str | None = None) -> None:
+    def __init__(
+        self, fd: int, size: int, kind: str | None = None, path: Path | None = None
+    ) -> None:
         self.fd = fd
+        self.path = path
         self.size = size
         self.maps = kind in MAPPED_KINDS
         self._windows = Windows(fd, size)
@@ -360,17 +412,25 @@ class LocalIn:
         return stored
 
     def read_into(self, offset: int, view: memoryview) -> int:
-        done = os.preadv(self.fd, (view,), offset)
-        while done < len(view):
-            more = os.preadv(self.fd, (view[done:],), offset + done)
-            if not more:
-                break
-            done += more
+        try:
+            done = os.preadv(self.fd, (view,), offset)
+            while done < len(view):
+                more = os.preadv(self.fd, (view[done:],), offset + done)
+                if not more:
+                    break
+                done += more
+        except OSError as error:
+            name_file(error, self.path)
+            raise
         return done
 
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
         # One call of the system for each row, without a step of the interpreter between them.
-        done = list(map(os.preadv, repeat(self.fd), zip(views), offsets))
+        try:
+            done = list(map(os.preadv, repeat(self.fd), zip(views), offsets))
+        except OSError as error:
+            name_file(error, self.path)
+            raise
         asked = list(map(len, views))
         if done == asked:
             return sum(done)

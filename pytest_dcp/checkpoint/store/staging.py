@@ -25,6 +25,7 @@ from pytest_dcp.checkpoint.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp.checkpoint.store.arena import Pool, needed_bytes
+from pytest_dcp.errors import PlanError
 
 State = dict[str, Any]
 
@@ -136,7 +137,13 @@ def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = 
     pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
     Raises PlanError for a tensor that has no memory for its values.
     """
-    sources = [require_memory(name, tensor) for name, tensor in _named(state_dict, "")]
+    try:
+        sources = [require_memory(name, tensor) for name, tensor in _named(state_dict, "")]
+    except RecursionError:
+        raise PlanError(
+            "the state dict is nested more deeply than Python can walk, or holds a container that "
+            "is inside itself: save fewer levels"
+        ) from None
     on_gpu = {tensor.device for tensor in sources if tensor.is_cuda}
     with torch.no_grad(), collector_paused():
         arena = pool.lease(needed_bytes(sources))

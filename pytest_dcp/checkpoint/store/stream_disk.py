@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from pytest_dcp.checkpoint.store.disk import Buffer, In, Out
+from pytest_dcp.checkpoint.store.disk import Buffer, In, Out, name_file
 
 
 class StreamDisk:
@@ -38,8 +38,9 @@ class StreamDisk:
 
     @contextlib.contextmanager
     def create(self, folder: Any, name: str) -> Iterator[Out]:
-        with self.fs.create_stream(self.fs.concat_path(folder, name), "wb") as stream:
-            yield StreamOut(stream)
+        path = self.fs.concat_path(folder, name)
+        with self.fs.create_stream(path, "wb") as stream:
+            yield StreamOut(stream, path)
 
     @contextlib.contextmanager
     def open(self, folder: Any, name: str) -> Iterator[In]:
@@ -65,10 +66,18 @@ class StreamDisk:
 class StreamOut:
     """A stream that is written to."""
 
-    def __init__(self, stream: IO[bytes] | io.IOBase) -> None:
+    def __init__(self, stream: IO[bytes] | io.IOBase, path: Any = None) -> None:
         self.stream = stream
+        self.path = path
 
     def write(self, buffers: Sequence[Buffer]) -> None:
+        try:
+            self._write_all(buffers)
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+
+    def _write_all(self, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
             left = memoryview(buffer)
             while left:
@@ -85,12 +94,17 @@ class StreamOut:
         """Nothing: what was written is what there is."""
 
     def sync(self) -> None:
-        self.stream.flush()
+        try:
+            self.stream.flush()
+        except OSError as error:
+            name_file(error, self.path)
+            raise
         try:
             os.fsync(self.stream.fileno())
         except (AttributeError, OSError) as error:
             # Streams without a descriptor (object stores) are durable when they are closed.
             if isinstance(error, OSError) and error.errno is not None:
+                name_file(error, self.path)
                 raise
 
 

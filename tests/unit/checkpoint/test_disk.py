@@ -1,7 +1,12 @@
+import errno
 import os
 import random
 import socket
 import threading
+import warnings
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -385,3 +390,84 @@ def test_a_write_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
         monkeypatch.setattr(subject.os, "writev", lambda fd, buffers: 0)
         with pytest.raises(OSError, match="took no byte"):
             out.write([b"1234"])
+
+
+WRITES = {
+    "writev": lambda out: out.write([b"x"]),
+    "fsync": lambda out: out.sync(),
+    "posix_fallocate": lambda out: out.reserve(2 << 20),
+    "ftruncate": lambda out: (out.write([b"xy"]), out.end_at(1)),
+}
+CODES = [errno.ENOSPC, errno.EIO, errno.EINVAL, errno.EDQUOT]
+
+
+def failing(code: int, then=lambda *_: None):
+    def fails(*arguments: object) -> NoReturn:
+        then(*arguments)
+        raise OSError(code, os.strerror(code))
+
+    return fails
+
+
+def write_with_failing(call: str, code: int, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    with LocalDisk().create(folder, "data") as out:
+        patch.setattr(subject.os, call, failing(code, *([os.close] if call == "close" else [])))
+        if call != "close":
+            WRITES[call](out)
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    # EINVAL of a reservation says that there is none.
+    sorted({*product([*WRITES, "close"], CODES)} - {("posix_fallocate", errno.EINVAL)}),
+)
+def test_a_write_that_fails_names_its_file(call, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"/data'$") as caught:
+        write_with_failing(call, code, tmp_path, patch)
+    assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("read", ["read_into", "read_rows"])
+def test_a_read_that_fails_names_its_file(read, tmp_path, monkeypatch):
+    (tmp_path / "data").write_bytes(b"1234")
+    view = memoryview(bytearray(4))
+    with LocalDisk().open(tmp_path, "data") as file, monkeypatch.context() as patch:
+        patch.setattr(subject.os, "preadv", failing(errno.EIO))
+        with pytest.raises(OSError, match=r"Input/output error: .*/data'$"):
+            file.read_into(0, view) if read == "read_into" else file.read_rows([0], [view])
+
+
+@pytest.mark.parametrize("call", ["write", "flush"])
+def test_a_stream_that_fails_names_its_file(call, tmp_path):
+    with StreamDisk(FileSystem()).create(tmp_path, "data") as out:
+        stream, out.stream = out.stream, MagicFailure(call)
+        with pytest.raises(OSError, match=r"No space left on device: .*/data'$"):
+            out.write([b"x"]) if call == "write" else out.sync()
+        out.stream = stream
+
+
+class MagicFailure:
+    """A stream that has no room."""
+
+    def __init__(self, call: str) -> None:
+        setattr(self, call, failing(errno.ENOSPC))
+
+
+def test_a_folder_that_fails_to_be_synced_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(subject.os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
+        LocalDisk().sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("code", subject.CANNOT_SYNC_FOLDERS)
+def test_a_file_system_that_cannot_sync_folders_is_warned_of_once(code, tmp_path, monkeypatch):
+    subject._warn_of_unsynced.cache_clear()
+    monkeypatch.setattr(subject.os, "fsync", failing(code))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            LocalDisk().sync_folder(tmp_path)
+    (text,) = (str(one.message) for one in warned)
+    assert f"{tmp_path} is on a file system that cannot sync folders" in text
+    assert "sync_files=False" in text

@@ -9,11 +9,13 @@ from torch.distributed.checkpoint import _nested_dict as stock
 
 from pytest_dcp.checkpoint.plan.nested import (
     Position,
+    Room,
     as_saved,
     flatten,
     get_element,
     set_element,
 )
+from pytest_dcp.errors import CheckpointCorruptError, PlanError
 
 # No dots: two paths could then give one name. Digits are told from positions by their type.
 words = st.text("abc01", min_size=1, max_size=2)
@@ -156,3 +158,27 @@ def test_the_default_stands_for_what_no_path_leads_to():
     assert get_element(root, ("a", 1, "b")) == 2
     for path in [("x",), ("a", 5), ("a", -1), ("a", 1, "c"), ("a", 0, "b"), ("a", 1, "b", "c")]:
         assert get_element(root, path, "none") == "none"
+
+
+def deep(levels: int, kind: type) -> object:
+    value: object = torch.ones(1)
+    for _ in range(levels):
+        value = {"k": value} if kind is dict else [value]
+    return value
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_what_is_nested_too_deeply_is_refused_in_words(kind):
+    assert len(flatten({"top": deep(50, kind)})[0]) == 1
+    with pytest.raises(PlanError, match="nested more deeply than Python can walk, below 'top'"):
+        flatten({"top": deep(100_000, kind)})
+    inside = {}
+    inside["itself"] = inside
+    with pytest.raises(PlanError, match="inside itself"):
+        flatten({"top": inside})
+
+
+def test_a_path_that_is_too_long_is_refused_in_words():
+    assert Room(1).checked("w", ("k",) * 100)
+    with pytest.raises(CheckpointCorruptError, match=r"its path has 100000 keys.*\(entry 'w'\)"):
+        Room(1).checked("w", ("k",) * 100_000)
