@@ -102,12 +102,21 @@ class Hub:
                 raise
             except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
                 causes = [capture(self.site.rank, error)]
-        if replies is None:
+        causes = causes or self._given_up(head)
+        if replies is None or causes:
             return self._condemn(head, causes)
         for peer in self._peers.values():
             peer.line.queue(Frame(Kind.RESULT, head, replies.parcel(peer.rank)))
         self._deliver(head, self.site.timeout_s)
         return Result(value=replies.own)
+
+    def _given_up(self, head: Head) -> list[Cause]:
+        """Why the step failed for peers that did not wait while this rank combined."""
+        self._pump(0)
+        impatient = [peer for peer in self._peers.values() if _told(peer) is not None]
+        for peer in impatient:
+            self._take(peer, head)
+        return self._causes() if impatient else []
 
     # Statements.
 
@@ -222,8 +231,10 @@ class Hub:
     def _causes(self) -> list[Cause]:
         """Why the step failed, one cause per rank; echoes only when there is nothing else."""
         stated = {rank: s for rank, s in self._statements.items() if s.cause is not None}
-        found = {rank: s.cause for rank, s in stated.items() if not s.echo} | self._stuck
-        causes = [cause for _, cause in sorted(found.items()) if cause is not None]
+        told = [s.cause for s in stated.values() if s.cause is not None and not s.echo]
+        # Peers that have given up on this rank say so of it.
+        found = {cause.rank: cause for cause in told} | self._stuck
+        causes = [cause for _, cause in sorted(found.items())]
         return causes or [s.cause for s in stated.values() if s.cause is not None]
 
     # Answers.

@@ -133,8 +133,9 @@ class Spoke:
                     return outcome
             lost = self._lost(head, since_s)
             if lost is not None:
-                causes = [lost] if own.cause is None or own.echo else [lost, own.cause]
-                return Verdict(head.name, causes, final=True)
+                # All peers say the same of the coordinator, and tell it, should it come back.
+                line.queue(Statement(cause=lost).frame(head))
+                return Verdict(head.name, [lost], final=True)
             if (word := self._word_left()) is not None:
                 return self._obey(word)
             if not self._welcome and self._order.is_dropped(self.site.place):

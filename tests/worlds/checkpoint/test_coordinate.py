@@ -526,6 +526,35 @@ def test_a_silent_rank_is_named_when_the_timeout_is_over(
         world.gather("")
 
 
+@pytest.mark.parametrize("hangs", ["in its work", "while it combines"])
+def test_a_coordinator_that_comes_back_has_the_verdict_of_all(
+    world: RankWorld, rank: int, hangs: str
+) -> None:
+    group = new_group(1.0)
+
+    def slow(*_: object) -> None:
+        if rank == 0:
+            time.sleep(4)
+
+    def other_failure() -> None:
+        if rank == 2 and hangs == "in its work":
+            raise ValueError("lost in the confusion")
+
+    with team(group) as t:
+        t.barrier("first")
+        with fails("write") as seen:
+            if hangs == "in its work":
+                t.agree("write", slow if rank == 0 else other_failure)
+            else:
+                t.all_reduce("write", nothing, slow)
+    ((failed, (cause, _)),) = seen[0].failures.items()
+    assert failed == 0
+    assert isinstance(cause, RankSilentError)
+    assert len(set(world.gather(str(seen[0])))) == 1
+    with team(group) as t:
+        assert t.all_gather("again", lambda: rank) == [0, 1, 2]
+
+
 def test_a_rank_that_never_comes_is_named(world: RankWorld, rank: int) -> None:
     group = new_group(SHORT_S)
     for coordinator in (0, 2):
