@@ -54,6 +54,10 @@ class Done:
     """pytest's serialised report, when there is something to show."""
     sections: tuple[tuple[str, str, str], ...] = ()
     """Captured output since the last phase: (when, stdout | stderr | log ..., text)."""
+    debug_records: int = 0
+    """How many of the records in the captured log are below INFO, where no log level was set."""
+    log_without_debug: str = ""
+    """The captured log without those."""
     properties: tuple[tuple[str, Any], ...] = ()
     """user_properties that the phase added."""
     warnings: tuple[dict[str, Any], ...] = ()

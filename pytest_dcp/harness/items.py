@@ -26,6 +26,7 @@ from _pytest.warnings import catch_warnings_for_item
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import report
 from pytest_dcp.harness.events import Go, Phase, RunItem
+from pytest_dcp.harness.item_output import ItemOutput
 from pytest_dcp.harness.outcome import Outcome, combine, in_step, lost_lines, ranks_text
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
@@ -78,6 +79,7 @@ class MarkedItem:
     checkpoint_dir: Path = field(default_factory=Path)
     lost: frozenset[int] = frozenset()
     """Ranks that the test has lost as it asked, and that were told of."""
+    output: ItemOutput = field(init=False)
     torn_before: Outcome = PASSED
     """How the item was torn down in worlds that were replaced while it ran."""
 
@@ -103,6 +105,7 @@ class MarkedItem:
         self.lost = frozenset()
         self.unexpectedly = None
         self.torn_before = PASSED
+        self.output = ItemOutput(self.item, self.spec.size, self.harness.options.report_ranks)
         seed = self.harness.seed_of(self.item.nodeid)
         self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
         self.world = self.harness.warm.take(self._warm_key(), self._place())
@@ -256,27 +259,12 @@ class MarkedItem:
 
     def _absorb(self, world: World, outcome: Outcome, when: Phase) -> None:
         """Take over the captured output, the properties and the subtests of a phase."""
-        shown = report.shown_ranks(outcome, self.spec.size, self.harness.options.report_ranks)
-        for part in report.merged_sections(
-            s for s in self._sections(world, outcome, when) if s[0] in shown
-        ):
-            self.item.add_report_section(*part)
+        self.output.absorb(world, outcome, when, self.lost)
         if new := [one for rank, one in outcome.lost.items() if rank not in self.lost]:
             self.item.add_report_section(when, "lost as asked", "\n".join(lost_lines(new)))
         self.lost = frozenset(outcome.lost)
         self.item.user_properties += _properties(outcome)
         self._log_subtests(world)
-
-    def _sections(
-        self, world: World, outcome: Outcome, when: Phase
-    ) -> Iterable[tuple[int, str, str, str]]:
-        for rank in range(self.spec.size):
-            if rank in outcome.done:
-                for part in outcome.done[rank].sections:
-                    yield (rank, *part)
-            elif not world.ended and rank not in self.lost:
-                for name, text in world.output(rank):
-                    yield rank, when, name, text
 
     def _raise_for(self, outcome: Outcome) -> None:
         if outcome.kind == "passed":

@@ -26,6 +26,21 @@ DEAF = sys.maxsize
 """A level that no record has."""
 
 
+def log_without_debug(config: pytest.Config) -> tuple[int, str]:
+    """How many records below INFO the last phase has logged, and its captured log without them.
+
+    (0, "") when it has logged none, and when the user has set a log level: then they are wanted.
+    """
+    plugin: Any = config.pluginmanager.getplugin("logging-plugin")
+    handler: Any = getattr(plugin, "report_handler", None)
+    if handler is None or getattr(plugin, "log_level", None) is not None:
+        return 0, ""
+    kept = [record for record in handler.records if record.levelno >= logging.INFO]
+    if (left_out := len(handler.records) - len(kept)) == 0:
+        return 0, ""
+    return left_out, "\n".join(handler.format(record) for record in kept)
+
+
 class _Place:
     """Where the handlers hang."""
 

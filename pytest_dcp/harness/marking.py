@@ -24,6 +24,15 @@ from pytest_dcp.harness.spec import (
 
 USAGE_ERROR = "dcp_usage_error"
 """Under which an xdist worker hands its controller what is wrong with the suite."""
+STARTS_RANKS = frozenset(
+    (
+        "MultiProcessTestCase",
+        "MultiThreadedTestCase",
+        "MultiProcContinuousTest",
+        "MultiProcContinousTest",  # as torch spelled it until 2.7
+    )
+)
+"""Classes of torch whose methods run in processes or threads that they start for that."""
 MAX_PROBLEMS = 50
 """Lines that one usage error shows."""
 
@@ -87,6 +96,8 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         return None, values.problems
     if not isinstance(item, pytest.Function):
         return None, (f"cannot run a {type(item).__name__} in a world, only a test function",)
+    if problem := _own_ranks_problem(item):
+        return None, (problem,)
     size, problem = _size_of(item, values)
     if problem:
         return None, (problem,)
@@ -95,6 +106,24 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         # The test is told this size: an override went into the parametrization, or is not ours.
         defaults = replace(defaults, world_size=None)
     return resolve(values, size, defaults)
+
+
+def _own_ranks_problem(item: pytest.Function) -> str:
+    """Why a method of torch's multi-process test classes takes no marker; empty for others."""
+    bases = [*getattr(item.cls, "__mro__", ())]
+    if not any(_is_torchs(base) and base.__name__ in STARTS_RANKS for base in bases):
+        return ""
+    name = next(base.__name__ for base in bases if _is_torchs(base))
+    return (
+        f"is on a test of {name}, which starts ranks of its own. To run it in a world, have "
+        f"{item.cls.__name__ if item.cls is not None else 'its class'} inherit from "
+        f"pytest_dcp.WorldTestMixin and TestCase in the place of {name}, without what starts "
+        "processes or the process group in setUp; to leave it to torch, take the marker off"
+    )
+
+
+def _is_torchs(base: type) -> bool:
+    return base.__module__.startswith("torch.testing.")
 
 
 def _parametrized_size(item: pytest.Function) -> int | None:

@@ -29,7 +29,7 @@ from _pytest.skipping import evaluate_xfail_marks
 from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness import measure
+from pytest_dcp.harness import logs, measure
 from pytest_dcp.harness.events import (
     At,
     Done,
@@ -312,6 +312,7 @@ class RankPlugin:
             except pytest.exit.Exception as left:  # `quit` in the debugger
                 outcome, text = "exit", str(left.msg)
         self._debugger.give_back()
+        debug_records, log_without_debug = logs.log_without_debug(self.config)
         if phase == "teardown":  # the last that a rank hears of when its peers are lost
             measure.save()
         return Done(
@@ -328,6 +329,8 @@ class RankPlugin:
                 (when, name, clip(content))
                 for when, name, content in item._report_sections[seen.sections :]
             ),
+            debug_records=debug_records,
+            log_without_debug=clip(log_without_debug),
             properties=tuple(item.user_properties[seen.properties :]),
             groups=self._group_uses() if phase in ("call", "teardown") else None,
         )

@@ -73,6 +73,8 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "text": texts,
         "report": st.none() | reports,
         "sections": tuples_of(st.tuples(texts, texts, texts)),
+        "debug_records": st.integers(),
+        "log_without_debug": texts,
         "properties": tuples_of(st.tuples(texts, json_values)),
         "warnings": tuples_of(reports),
         "imported": tuples_of(texts),
