@@ -130,10 +130,11 @@ class Harness:
     def prepare_launcher(self) -> None:
         """Wait until ranks can be started, before a test's own time begins.
 
-        A launcher that is lost meanwhile is `open`'s to tell of.
+        A launcher that is lost is `open`'s to replace: only inside the test are warnings recorded.
         """
-        with contextlib.suppress(LauncherLostError):
-            self.launcher().await_ready()
+        if self._launcher is not None:
+            with contextlib.suppress(LauncherLostError):
+                self._launcher.await_ready()
 
     def _replace_lost(self, lost: Launcher) -> None:
         """Go on with fresh interpreters: this process has run tests and must not be forked now."""
