@@ -7,7 +7,9 @@ needs more memory than the largest tensor takes, or a bucket of BUCKET_BYTES.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,24 +18,29 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.materialise import current_device, group_device_type
+from pytest_dcp.checkpoint.state.agreement import Agreement, agreeing
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
 from pytest_dcp.checkpoint.state.packing import BUCKET_BYTES, Spec, views
 
 K = TypeVar("K", bound=Hashable)
 
 
-def announced(values: Mapping[K, Any]) -> dict[K, Any]:
-    """Rank 0's values, on every rank, with a Spec for each tensor.
+def announced(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
+    """The values that `made` gives on rank 0, on every rank, with a Spec for each tensor.
 
-    Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values.
+    Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
+    what pickling its values raises.
     """
     message: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        specs = {
-            key: Spec(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
-            for key, value in values.items()
-        }
-        message = [specs, _unsendable(values)]
+    with agreeing("rank 0's state cannot be announced"):
+        if dist.get_rank() == 0:
+            values = made()
+            specs = {
+                key: Spec(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+                for key, value in values.items()
+            }
+            message = [specs, _unsendable(values)]
+            pickle.dumps(message)
     dist.broadcast_object_list(message, src=0)
     specs, problem = message
     if problem:
@@ -60,27 +67,39 @@ def agreed(mismatch: Mismatch) -> Mismatch:
 
 
 def from_rank0(
-    values: Mapping[K, Any], specs: Mapping[K, Any], near: Iterable[Any]
-) -> Iterator[tuple[K, torch.Tensor]]:
-    """Each tensor of rank 0, by its key; it is gone when the next one is asked for.
+    values: Mapping[K, Any],
+    specs: Mapping[K, Any],
+    near: Iterable[Any],
+    take: Callable[[K, torch.Tensor], object],
+) -> None:
+    """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
 
     values: rank 0's; other ranks' are not looked at.
     specs: what `announced` returned.
     near: tensors that are to be filled; what is sent lies on their device where the group can.
+
+    What fails on one rank, in `take` too, is raised on all ranks once all tensors were sent.
     """
     tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
     sizes = [spec.packed_bytes for spec in tensors.values()]
     limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
-    memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
+    with agreeing("no room for what rank 0 sends"):
+        memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
     sends = dist.get_rank() == 0
+    receiving = Agreement("while rank 0's state was received")
     for bucket in _buckets(tensors, limit):
         arrived = dict(zip(bucket, views(memory, list(bucket.values())), strict=True))
-        if sends:
-            for key, view in arrived.items():
-                view.copy_(values[key])
+        for key, view in arrived.items() if sends else ():
+            receiving.run(partial(_copy, view, values, key))
         used = sum(spec.packed_bytes for spec in bucket.values())
         dist.broadcast(memory[:used], src=0)
-        yield from arrived.items()
+        for key, view in arrived.items():
+            receiving.run(partial(take, key, view))
+    receiving.settle()
+
+
+def _copy(view: torch.Tensor, values: Mapping[K, Any], key: K) -> None:
+    view.copy_(values[key])
 
 
 def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from pytest_dcp.checkpoint.plan.materialise import filled
 from pytest_dcp.checkpoint.state import fsdp1
+from pytest_dcp.checkpoint.state.agreement import agreeing
 from pytest_dcp.checkpoint.state.broadcast import agreed, announced, from_rank0
 from pytest_dcp.checkpoint.state.delivery import delivered
 from pytest_dcp.checkpoint.state.mismatch import Mismatch
@@ -129,10 +130,11 @@ def load_model(
     if not given and optional and not scope.options.broadcast_from_rank0:
         return _IncompatibleKeys([], [])
     with fsdp1.states(scope.model):
-        target = _Target.of(scope)
-        if scope.options.broadcast_from_rank0:
-            return _load_from_rank0(target, given, optional)
-        return _load_here(target, given)
+        if not scope.options.broadcast_from_rank0:
+            return _load_here(_Target.of(scope), given)
+        with agreeing("while the models' own tensors were named"):
+            target = _Target.of(scope)
+        return _load_from_rank0(target, given, optional)
 
 
 def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
@@ -170,17 +172,21 @@ def _load_from_rank0(
 ) -> _IncompatibleKeys:
     """Fill the model's own tensors with what rank 0 sends: at most a bucket is here at a time."""
     own = target.own
-    specs = announced(given)
+    specs = announced(lambda: given)
     if optional and not specs:
         return _IncompatibleKeys([], [])
-    mismatch = agreed(target.compare(specs))
+    with agreeing("while rank 0's state was compared with the models"):
+        mismatch = target.compare(specs)
+    mismatch = agreed(mismatch)
     mismatch.require_none(target.kind, strict=target.scope.options.strict)
     assign = any(_is_meta(value) for value in own.values())
     values = {name: spec for name, spec in specs.items() if name in own}
-    for name, full in from_rank0(given, specs, own.values()):
-        if name not in own:
-            continue
-        values[name] = _filled(own[name], full) if _is_tensor(own[name]) else full.clone()
+
+    def take(name: str, full: torch.Tensor) -> None:
+        if name in own:
+            values[name] = _filled(own[name], full) if _is_tensor(own[name]) else full.clone()
+
+    from_rank0(given, specs, own.values(), take)
     return _handed_over(target, values, mismatch, assign=assign)
 
 

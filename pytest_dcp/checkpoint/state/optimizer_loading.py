@@ -7,6 +7,7 @@ answers to each of its names. Each optimizer's own `load_state_dict` has the las
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from pytest_dcp.checkpoint.state import fsdp1
+from pytest_dcp.checkpoint.state.agreement import agreeing
 from pytest_dcp.checkpoint.state.broadcast import agreed, announced, from_rank0
 from pytest_dcp.checkpoint.state.entries import Lack, check_entries
 from pytest_dcp.checkpoint.state.flat import GROUPS, STATE, is_flat, nested
@@ -73,9 +75,13 @@ class OptimizerLoad:
         states = _by_parameter(self.state[STATE], specs)
         owner = {name: target for target in self.targets for name in target.names()}
         values = _by_entry(self.state[STATE]) if dist.get_rank() == 0 else {}
-        for (name, entry), full in from_rank0(values, specs, self.scope.parameters.values()):
+
+        def take(key: tuple[Any, Any], full: torch.Tensor) -> None:
+            name, entry = key
             if name in owner:
                 states[name][entry] = owner[name].filled(name, entry, full)
+
+        from_rank0(values, specs, self.scope.parameters.values(), take)
         return states
 
 
@@ -94,9 +100,11 @@ def check_optimizers(
     if not optimizers:
         return None
     with fsdp1.states(scope.model):
-        targets = _targets(scope, optimizers)
-        raw = is_positional(given)
-        state = _aligned(scope, name_positions(targets, given) if raw else given, targets)
+        from_rank0_only = scope.options.broadcast_from_rank0
+        with agreeing("while the optimizers were named") if from_rank0_only else nullcontext():
+            targets = _targets(scope, optimizers)
+            raw = is_positional(given)
+            state = _aligned(scope, name_positions(targets, given) if raw else given, targets)
         if scope.options.broadcast_from_rank0:
             return _check_from_rank0(scope, optimizers, targets, state, raw)
         if not given and scope.takes_nothing():
@@ -110,14 +118,18 @@ def _check_from_rank0(
     scope: Scope, optimizers: Sequence[Optimizer], targets: Sequence[Target], state: Any, raw: bool
 ) -> OptimizerLoad | None:
     """The same for what rank 0 has; the others learn of its keys and sizes."""
-    values = _by_entry(state[STATE])
-    empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
-    specs = announced({**values, GROUPS: state[GROUPS], STATE: empty, RAW: raw})
+
+    def made() -> dict[Any, Any]:
+        empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
+        return {**_by_entry(state[STATE]), GROUPS: state[GROUPS], STATE: empty, RAW: raw}
+
+    specs = announced(made)
     groups, bare, raw = specs.pop(GROUPS), specs.pop(STATE), specs.pop(RAW)
     if not groups and not bare and not specs and scope.takes_nothing():
         return None
     states = {name: {} for name in bare} | _by_parameter({}, specs)
-    compared = _compared(scope, targets, {STATE: states, GROUPS: groups}, raw)
+    with agreeing("while rank 0's state was compared with the optimizers"):
+        compared = _compared(scope, targets, {STATE: states, GROUPS: groups}, raw)
     mismatch, partners, lacks = compared
     agreed(mismatch).require_none(_kinds(optimizers), strict=scope.options.strict)
     if dist.get_rank() != 0:

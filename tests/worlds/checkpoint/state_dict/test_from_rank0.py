@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +26,7 @@ from pytest_dcp.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),
@@ -328,3 +330,57 @@ def test_rank_0_may_give_an_optimizers_own_state_dict(way: str, rank: int) -> No
     )
     losses = train(source, source_optimizer, steps=2)
     assert train(model, optimizer, steps=2) == pytest.approx(losses, rel=1e-4)
+
+
+BROKEN = {
+    "the model's names": ("model._Target.of", 0),
+    "the comparison of the model": ("model._Target.compare", 0),
+    "the model's first tensor": ("model._filled", 0),
+    "the model's third tensor": ("model._filled", 2),
+    "the optimizers' names": ("optimizer_loading._targets", 0),
+    "the comparison of the optimizers": ("optimizer_loading._compared", 0),
+    "what is announced of the optimizers": ("optimizer_loading._by_entry", 0),
+    "a state's memory": ("optimizer_target.Target.filled", 1),
+    "the message's memory": ("broadcast._meeting_place", 0),
+    "the sending of the second tensor": ("broadcast._copy", 1),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_failure_of_one_rank_is_raised_on_all(
+    broken: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", 300)
+    given = bare_states(rank)
+    model = plain(Net(seed=7))
+    optimizer = adamw(model)
+    where, after = BROKEN[broken]
+    bad = 0 if "sending" in broken or "announced" in broken else 2
+    if rank == bad:
+        module, _, name = where.partition(".")
+        owner: Any = importlib.import_module(f"pytest_dcp.checkpoint.state.{module}")
+        *classes, name = name.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        whole, calls = getattr(owner, name), itertools.count()
+
+        def breaks(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == after:
+                raise MemoryError("no room here")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, staticmethod(breaks) if name == "of" else breaks)
+    with pytest.raises(MemoryError if rank == bad else CheckpointError) as caught:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=given[0],
+            optim_state_dict=given[1],
+            options=FROM_RANK0,
+        )
+    assert ("no room here" if rank == bad else f"rank {bad}: MemoryError: no room here") in str(
+        caught.value
+    )
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == 4

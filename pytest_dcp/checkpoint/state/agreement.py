@@ -1,0 +1,63 @@
+"""Regions that all ranks run between two collectives, which none may leave alone.
+
+A rank that raises there goes on to the next collective all the same, and says there that it failed;
+then all ranks raise, it its own exception and the others one that names it. So no rank waits for
+one that has left. Collective over the default process group.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from pytest_dcp.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """This rank's work in a region: after its first exception the rest is left out."""
+
+    def __init__(self, doing: str) -> None:
+        """doing: for the message, as in "while rank 0's model was received"."""
+        self.doing = doing
+        self.failure: Exception | None = None
+
+    def run(self, work: Callable[[], T]) -> T | None:
+        """What the work gives; None where it, or work before it, failed."""
+        if self.failure is None:
+            try:
+                return work()
+            except Exception as error:  # noqa: BLE001 - raised by `settle`, when all ranks are there
+                self.failure = error
+        return None
+
+    def settle(self) -> None:
+        """Raise on every rank what failed on any. Collective."""
+        said = None if self.failure is None else _text_of(self.failure)
+        every: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, said)
+        if self.failure is not None:
+            raise self.failure
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text is not None]
+        if failed:
+            raise CheckpointError(f"{self.doing}: {'; '.join(failed)}")
+
+
+@contextmanager
+def agreeing(doing: str) -> Iterator[None]:
+    """Raise on every rank what is raised inside on any. Collective at its end."""
+    agreement = Agreement(doing)
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised by `settle`
+        agreement.failure = error
+    agreement.settle()
+
+
+def _text_of(error: Exception) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
