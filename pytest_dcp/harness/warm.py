@@ -147,7 +147,10 @@ def tear_down_survivors(world: World) -> Outcome:
     """
     torn = world.wind_down(Place().order(), WIND_DOWN_S)
     failures = [one for one in torn.failures if one.kind == "failed" and not is_echo(one)]
-    return combine(0, {one.rank: torn.done[one.rank] for one in failures}, failures)
+    said = {one.rank for one in failures}
+    if torn.session_end is not None:
+        said.add(torn.session_end.rank)
+    return combine(0, {rank: torn.done[rank] for rank in said}, failures)
 
 
 def joined(*outcomes: Outcome) -> Outcome:

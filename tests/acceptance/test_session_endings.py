@@ -92,6 +92,13 @@ def test_a_failure_beside_a_rank_that_ends_the_session_is_reported(
     assert ended.exit_code == BESIDE_A_FAILURE[test]
 
 
+def test_a_survivor_s_exit_in_teardown_ends_the_session(endings: Endings) -> None:
+    ended = endings.after("test_exit_in_a_survivor")
+    assert ended.phases("test_exit_in_a_survivor")["call"].category == "failed"
+    assert ended.exit_code == 9
+    assert "::test_exit_in_a_survivor: rank 1: after all" in ended.output
+
+
 WORLDS = """
 import os, pytest
 

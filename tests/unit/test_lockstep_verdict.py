@@ -57,6 +57,14 @@ def test_all_ranks_passed() -> None:
     assert verdict.rejected_by is None
 
 
+def test_no_example_follows_when_a_rank_has_ended_the_session_beside_a_failure() -> None:
+    said = {0: reply("interesting"), 1: reply()}
+    done = {0: Done("call", "failed", 0.0, text="ValueError: 3"), 1: Done("call", "exit", 0.0)}
+    verdict = judge(combine(2, done, ()), said, {0: [integer(1)], 1: [integer(1)]})
+    assert verdict.outcome.kind == "failed"
+    assert verdict.is_last
+
+
 def test_the_rank_that_failed_decides() -> None:
     verdict = verdict_of({0: reply(), 1: reply("interesting", origin="ValueError at x:1")})
     assert (verdict.decisive, verdict.bug) == (1, "ValueError at x:1")

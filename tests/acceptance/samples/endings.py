@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -34,6 +35,19 @@ def test_interrupt_beside_a_failure(rank: int) -> None:
     if rank == 1:
         raise KeyboardInterrupt
     raise ValueError("not to be missed")
+
+
+@pytest.fixture
+def exit_in_teardown(rank: int) -> Iterator[None]:
+    yield
+    if rank == 1:
+        pytest.exit("after all", returncode=9)
+
+
+@pytest.mark.usefixtures("exit_in_teardown")
+def test_exit_in_a_survivor(rank: int) -> None:
+    if rank == 0:
+        os._exit(3)
 
 
 def test_keyboard_interrupt(rank: int) -> None:
