@@ -229,10 +229,15 @@ class Harness:
 
 
 def harness_of(config: pytest.Config) -> Harness:
-    """The session's harness. Raises where there is none: inside a rank."""
-    harness = config.stash.get(HARNESS_KEY, None)
-    if harness is None or current() is not None:
+    """The session's harness. Raises where there is none: inside a rank, or when none was begun."""
+    if current() is not None:
         raise WorldError("worlds are started by the controller, not inside a rank")
+    harness = config.stash.get(HARNESS_KEY, None)
+    if harness is None:
+        raise WorldError(
+            "no test of this session was seen to need worlds when it began: name the fixture "
+            "`worlds` in the arguments of a test or a fixture, not only in getfixturevalue()"
+        )
     return harness
 
 

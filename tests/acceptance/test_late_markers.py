@@ -113,3 +113,19 @@ def test_a_marker_on_a_doctest_itself_is_a_usage_error(suite: Suite) -> None:
     session = suite.run("--doctest-modules", env={"ADD": "doctest"})
     assert session.exit_code == pytest.ExitCode.USAGE_ERROR
     assert "cannot run a DoctestItem in a world, only a test function" in session.output
+
+
+# A fixture that is asked for too late.
+
+DYNAMIC = """
+def test_asks_for_worlds_by_name_only(request):
+    request.getfixturevalue("worlds")
+"""
+
+
+def test_worlds_that_no_argument_asks_for_are_refused(
+    make_suite: MakeSuite,
+) -> None:
+    session = make_suite({"test_dynamic.py": DYNAMIC}).run()
+    report = session.bad("test_asks_for_worlds_by_name_only")
+    assert "name the fixture `worlds` in the arguments of a test or a fixture" in report.text
