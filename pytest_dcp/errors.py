@@ -37,7 +37,7 @@ class RankFailure:
     at_s: float
     """CLOCK_MONOTONIC seconds, comparable between the processes of one machine."""
     summary: str
-    """One line: the exception's type and text, or how the process ended."""
+    """The exception's type and text, or how the process ended. Headings show its first line."""
     detail: str = ""
     """Several lines: the traceback, or the stacks of all threads."""
 

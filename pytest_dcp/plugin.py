@@ -28,13 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
-    from pytest_dcp.harness import fixtures
+    from pytest_dcp.harness import fixtures, headings
 
     # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     options = options_.read_options(config)
     config.stash[OPTIONS_KEY] = options
     config.pluginmanager.register(fixtures, "pytest_dcp.fixtures")
+    if not hasattr(config, "workerinput"):  # a worker of xdist shows nothing: it sends reports
+        config.pluginmanager.register(headings.HeadingColours(), "pytest_dcp.headings")
     if options.marker:
         config.addinivalue_line(
             "markers",

@@ -350,6 +350,8 @@ class MarkedItem:
             seed = self.harness.seed_of(self.item.nodeid)
             override = options.defaults.world_size is not None
             rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
+            # A report's attribute, since it goes along between xdist's processes.
+            setattr(rep, report.HEADING, report.heading_marks(outcome))
             path, line, _ = self.item.reportinfo()
             location = (str(path), (line or 0) + 1)
             if self.found is not None and call.when == "call":
@@ -359,8 +361,10 @@ class MarkedItem:
                     self.found, self.item.config, location, rerun
                 )
             else:
+                # By default the nodeid alone says all of it: the seed is made from it.
+                is_default = options.seed is None and not override
                 rep.longrepr = report.longrepr_for(
-                    outcome, outcome.first, self.item.config, location, rerun
+                    outcome, outcome.first, self.item.config, location, "" if is_default else rerun
                 )
 
     def _nodeid_here(self) -> str:

@@ -36,7 +36,7 @@ from pytest_dcp.harness.lockstep import (
     encode_line,
     encode_span,
 )
-from pytest_dcp.harness.rank import Rank, class_of, one_line, outcome_of
+from pytest_dcp.harness.rank import Rank, class_of, lines_of, outcome_of
 from pytest_dcp.harness.surroundings import Surroundings
 
 AMBIENT = frozenset(
@@ -242,7 +242,7 @@ class Follower:
             time.monotonic(),
             time.perf_counter() - started,
             exception=class_of(error) if error is not None else None,
-            text=one_line(error) if error is not None else "",
+            text=lines_of(error) if error is not None else "",
             payload=pickle.dumps(reply),
         )
         if error is not None and (attempt.final or reply.fatal or done.outcome != "failed"):

@@ -247,8 +247,19 @@ def lead_with(outcome: Outcome, group: Group) -> Outcome:
 
 def headline(group: Group) -> str:
     """One line that names the ranks of the first cause and what became of them."""
-    text = group.failure.summary
+    text = first_line(group.failure.summary)
     return text if group.failure.kind == "diverged" else f"{ranks_text(group.ranks)}: {text}"
+
+
+def first_line(text: str) -> str:
+    """What a heading shows of a text: its first line, and the next after one that only leads in."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    shown = lines[:1]
+    for line in lines[1:]:
+        if not shown[-1].endswith(":"):
+            break
+        shown.append(line)
+    return " ".join(shown)
 
 
 def _mismatch(groups: Sequence[Group]) -> str:
@@ -294,7 +305,8 @@ def _ended(outcome: Outcome, phase: str) -> Iterable[str]:
     ended: dict[str, list[int]] = {}
     for rank, done in sorted(outcome.done.items()):
         if done.phase == phase:
-            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {done.text}"
+            said = first_line(done.text)
+            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {said}"
             ended.setdefault(how, []).append(rank)
     return [f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ended.items()]
 
@@ -304,7 +316,7 @@ def _short(group: Group) -> str:
     summary = group.failure.summary
     match = ECHO.search(summary) if group.echo and group.failure.kind == "failed" else None
     if match is None or summary.startswith("DivergedError"):
-        return summary[:300]
+        return first_line(summary)[:300]
     return f"{match[1]}: {match['cause']}"
 
 

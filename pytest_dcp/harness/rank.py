@@ -45,6 +45,8 @@ from pytest_dcp.harness.surroundings import Surroundings
 from pytest_dcp.tracebacks import format_shown
 
 RECEIVE_BYTES = 1 << 16
+TEXT_CHARS = 2000
+"""Of an exception's text in headings and messages; its traceback has all of it."""
 M = TypeVar("M", bound=Message)
 
 
@@ -272,7 +274,7 @@ def _boot(rank: Rank) -> bool:
                 time.monotonic(),
                 time.perf_counter() - started,
                 exception=class_of(exc),
-                text=one_line(exc),
+                text=lines_of(exc),
                 report={"text": traceback.format_exc()},
                 sections=tuple(sections or ()),
             )
@@ -380,14 +382,14 @@ def _call(rank: Rank, payload: bytes) -> Done:
             outcome, error = outcome_of(exc), exc
     ended = time.monotonic()
     if error is not None and outcome == "failed":
-        rank.channel.send(At("reporting", one_line(error), ended))
+        rank.channel.send(At("reporting", lines_of(error), ended))
     return Done(
         "call",
         outcome,
         ended,
         time.perf_counter() - started,
         exception=class_of(error) if error is not None else None,
-        text=one_line(error) if error is not None else "",
+        text=lines_of(error) if error is not None else "",
         report={"text": _own_traceback(error)} if error is not None else None,
         returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
         sections=tuple(sections or ()),
@@ -431,12 +433,11 @@ def class_of(error: BaseException) -> tuple[str, str]:
     return type(error).__module__, type(error).__qualname__
 
 
-def one_line(error: BaseException) -> str:
-    """`Type: text`, without line breaks, even when the exception's own `__str__` is broken."""
+def lines_of(error: BaseException) -> str:
+    """`Type: text`, in the text's own lines, even when the exception's own `__str__` is broken."""
     try:
         text = str(error)
     except Exception as exc:  # noqa: BLE001 - user code: whatever it raises is only text here
         text = f"<its __str__ raised {type(exc).__name__}>"
-    text = " ".join(text.split())
     name = type(error).__name__
-    return f"{name}: {text[:2000]}" if text else name
+    return f"{name}: {text.strip()[:TEXT_CHARS]}" if text.strip() else name

@@ -41,7 +41,7 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.group_counter import Totals
 from pytest_dcp.harness.group_use import to_plain
-from pytest_dcp.harness.rank import ItemRunner, Rank, one_line, outcome_of
+from pytest_dcp.harness.rank import ItemRunner, Rank, lines_of, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
 SECTION_CHARS = 1 << 16
@@ -364,7 +364,7 @@ class RankPlugin:
         """A failure's report may take long to write: until then its text is known."""
         error = call.excinfo.value if call.excinfo is not None else None
         if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
-            self.rank.channel.send(At("reporting", one_line(error), ended))
+            self.rank.channel.send(At("reporting", lines_of(error), ended))
 
     # Examples of a property; see `lockstep_rank`.
 
@@ -469,7 +469,10 @@ def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[Rank
         return "skipped", str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
     if report.passed:
         return "passed", str(getattr(report, "wasxfail", ""))
-    return "failed", one_line(error) if error is not None else str(report.longrepr)
+    if isinstance(error, pytest.FixtureLookupError):
+        # Its own text is the request's; pytest shows this in its place.
+        return "failed", error.formatrepr().errorstring.partition("\n")[0]
+    return "failed", lines_of(error) if error is not None else str(report.longrepr)
 
 
 def _widen_world_size(item: pytest.Item) -> None:

@@ -35,6 +35,8 @@ from pytest_dcp.harness.outcome import (
 from pytest_dcp.harness.stacks import doing
 
 RERUN = "to rerun just this"
+HEADING = "dcp_heading"
+"""A report's attribute: `heading_marks` of what it shows."""
 TRACE_CHARS = 20_000
 """Of one rank's stacks in a report."""
 
@@ -137,11 +139,21 @@ def longrepr_for(
         if not group.echo and group.failure.kind not in ("blocked", "timeout"):
             text = _text_of(group, outcome.done.get(group.failure.rank), config)
             repr_.addsection(f"{ranks_text(group.ranks)} also failed", text)
-    table = _table(outcome)
+    table = _table(outcome, str(config.rootpath))
     if table:
         repr_.addsection("what the ranks that did not end were doing", table)
-    repr_.addsection(RERUN, rerun, "-")
+    if rerun:
+        repr_.addsection(RERUN, rerun, "-")
     return repr_
+
+
+def heading_marks(outcome: Outcome) -> list[bool]:
+    """For each line that `longrepr_for` puts on top, whether it names a cause.
+
+    The others name what followed from it. A list, so that it can be sent with a report.
+    """
+    groups = [not group.echo for group in outcome.groups[1:]]
+    return [True, *groups, *[False] * (len(peers(outcome)) - len(groups))]
 
 
 def own_longrepr(outcome: Outcome, config: pytest.Config) -> Any:
@@ -174,7 +186,7 @@ def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
     return str(repr_) if repr_ is not None else group.failure.detail or group.failure.summary
 
 
-def _table(outcome: Outcome) -> str:
+def _table(outcome: Outcome, root: str) -> str:
     """Rank by rank, the stacks of those that were killed at a limit, equal ones once."""
     rows: dict[str, list[int]] = {}
     for group in outcome.groups:
@@ -183,7 +195,7 @@ def _table(outcome: Outcome) -> str:
                 rows.setdefault(_clip(group.failure.detail), []).append(rank)
     parts = []
     for trace, ranks in rows.items():
-        what = doing(trace) if trace else "no stack: stopped, or deep in C code"
+        what = doing(trace, root) if trace else "no stack: stopped, or deep in C code"
         parts.append(f"{ranks_text(ranks)}: {what}\n{trace}".rstrip())
     return "\n".join(parts)
 

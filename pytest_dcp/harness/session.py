@@ -80,6 +80,7 @@ class Harness:
             output_limit_bytes=options.output_limit_bytes,
             terminal=self._terminal(),
             launcher=self.launcher,
+            root=str(self.config.rootpath),
         )
 
     def _terminal(self) -> Terminal:

@@ -93,13 +93,19 @@ def _up_to_entry(frames: list[Frame]) -> list[Frame]:
     return frames[: next(begins, len(frames))]
 
 
-def doing(trace: str) -> str:
-    """What a rank was doing: its collective, if it was in one, and the line of user code."""
+def doing(trace: str, root: str = "") -> str:
+    """What a rank was doing: its collective, if it was in one, and the line of user code.
+
+    Files below the folder `root` are named as they lie in it.
+    """
     frames = main_thread(trace)
     if not frames:
         return "its main thread had no Python frame"
     user = next((frame for frame in frames if _is_users(frame)), None)
-    where = f"at {user.file}:{user.line} in {user.name}" if user else f"in {frames[0].name}"
+    where = f"in {frames[0].name}"
+    if user is not None:
+        file = user.file.removeprefix(f"{root}/") if root else user.file
+        where = f"at {file}:{user.line} in {user.name}"
     inner = frames[: frames.index(user)] if user else frames
     collective = next(
         (f.name for f in reversed(inner) if f.name in COLLECTIVES and DISTRIBUTED.search(f.file)),

@@ -70,6 +70,8 @@ class WorldSettings:
     output_limit_bytes: int
     terminal: Terminal
     launcher: Callable[[], Launcher]
+    root: str = ""
+    """The folder that files are named from."""
 
 
 class World:
@@ -355,7 +357,7 @@ class World:
         if failure.kind in ("timeout", "blocked"):
             limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
             limit = f" at the time limit of {limit_s:g} s" if failure.kind == "timeout" else ""
-            where = stacks.doing(trace) if trace else NO_STACK
+            where = stacks.doing(trace, self._settings.root) if trace else NO_STACK
             summary = f"{failure.summary}{limit}, {where}"
             return replace(failure, summary=summary, detail=stacks.trimmed(trace))
         return replace(failure, detail=stacks.trimmed(trace))

@@ -130,7 +130,7 @@ class FunctionWorld:
             if outcome.kind != "failed":
                 return exception_of_end(end, self._where)
             self._on_session_end(end)
-        parts = [f"{name} in a world of {self.size}: {outcome.reason}"]
+        parts = [f"{outcome.reason} ({name} in a world of {self.size})"]
         parts += [f"  {line}" for line in peers(outcome)]
         for group in outcome.groups:
             if group.failure.detail and not group.echo:
@@ -197,10 +197,10 @@ class Worlds:
         values = read_marker((size,), keywords)
         defaults = replace(self._harness.options.defaults, world_size=None)
         if values.is_list:
-            raise pytest.UsageError(f"{self._nodeid}: worlds(...) takes one size; got {size!r}")
+            raise pytest.UsageError(f"worlds(...) takes one size; got {size!r}")
         spec, problems = resolve(values, size, defaults)
         if spec is None:
-            raise pytest.UsageError(f"{self._nodeid}: worlds(...) {'; '.join(problems)}")
+            raise pytest.UsageError(f"worlds(...) {'; '.join(problems)}")
         return WorldBlock(self, spec)
 
     def open_world(self, spec: WorldSpec) -> tuple[World, FunctionWorld]:

@@ -79,7 +79,7 @@ def test_waiting_peers_are_one_line_with_the_time(session: SessionResult) -> Non
     lines = call_of(session, "test_cause_and_waiting_peers").text.splitlines()
     assert lines[0].startswith("rank 2: AssertionError: loss on 2")
     line = re.fullmatch(
-        rf"  ranks 0-1,3: still in call, in all_reduce, at \S+test_reports\.py:\d+ in "
+        rf"  ranks 0-1,3: still in call, in all_reduce, at test_reports\.py:\d+ in "
         rf"test_cause_and_waiting_peers, {LATER}; killed",
         lines[1],
     )
@@ -109,7 +109,8 @@ def test_a_later_failure_is_one_line_under_the_headline(session: SessionResult) 
 def test_equal_failures_are_shown_once(session: SessionResult) -> None:
     report = call_of(session, "test_all_fail_alike")
     assert report.headline.startswith("ranks 0-3: AssertionError: assert 2 == 3")
-    assert report.text.count("assert 2 == 3\n") == 1
+    assert report.text.count("E       assert 2 == 3\n") == 1
+    assert report.text.count("assert 2 == 3\n") == 2, "the heading's and the traceback's"
 
 
 def test_the_short_summary_names_the_rank_and_the_cause(session: SessionResult) -> None:
@@ -166,7 +167,7 @@ def test_the_table_of_a_hang_has_what_each_rank_did(
     session: SessionResult, rank: int, where: str
 ) -> None:
     table = section_of(call_of(session, "test_hang").text, TABLE_TITLE)
-    assert re.search(rf"^rank {rank}: {where}at \S+test_reports\.py:\d+ in test_hang$", table, re.M)
+    assert re.search(rf"^rank {rank}: {where}at test_reports\.py:\d+ in test_hang$", table, re.M)
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -339,6 +340,56 @@ def test_collecting_starts_no_process(selection: Suite) -> None:
     assert [n.partition("::")[2] for n in collected.collected[:3]] == PASSING
     assert collected.children == {"loop": 0, "finish": 0}
     assert collected.exit_code == pytest.ExitCode.OK
+
+
+# Headings.
+
+
+def test_a_heading_shows_the_first_line_alone(session: SessionResult) -> None:
+    report = call_of(session, "test_long_assertion")
+    assert report.headline == "rank 0: AssertionError: first line" or re.match(
+        r"rank \d: AssertionError: first line$", report.headline
+    )
+    assert report.message == report.headline
+    lines = report.text.splitlines()
+    assert all(re.match(r"  rank \d: AssertionError: first line, ", line) for line in lines[1:4])
+    assert len({line.split()[1] for line in lines[1:4]}) == 3, "ranks that differ are not merged"
+    assert "\nE         of rank " in report.text
+
+
+def test_a_line_that_leads_in_brings_the_next_along(session: SessionResult) -> None:
+    report = call_of(session, "test_text_that_leads_in")
+    said = "RuntimeError: Error(s) in loading: Missing key(s): a"
+    assert report.headline == f"ranks 0-3: {said}"
+
+
+def test_files_are_named_from_the_root(session: SessionResult) -> None:
+    report = call_of(session, "test_hang")
+    top = report.text.partition(TABLE_TITLE)[0]
+    assert re.search(r", at test_reports\.py:\d+ in test_hang", report.headline)
+    assert str(session.folder) not in top
+    table = section_of(report.text, TABLE_TITLE)
+    assert re.search(r"^rank 2: at test_reports\.py:\d+ in test_hang$", table, re.M)
+
+
+def test_a_default_seed_needs_no_line_to_rerun(session: SessionResult) -> None:
+    assert not [one.nodeid for one in session.reports if RERUN_TITLE in one.text]
+
+
+@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
+def test_causes_are_red_and_echoes_dim(make_suite: MakeSuite, workers: tuple[str, ...]) -> None:
+    suite = make_suite({"test_reports.py": "reports.py"}, INI)
+    tests = "test_cause_and_waiting_peers or test_cause_and_later_failure"
+    output = suite.run("-k", tests, "--color=yes", *workers).output
+    bold_red, red, dim = "\x1b[31m\x1b[1m", "\x1b[31m", "\x1b[2m"
+    assert f"{bold_red}rank 2: AssertionError: loss on 2" in output
+    assert f"{dim}  ranks 0-1,3: still in call, in all_reduce" in output
+    assert f"{bold_red}rank 1: ValueError: the cause" in output
+    assert f"{red}  rank 3: KeyError: 'later', " in output
+
+
+def test_no_colour_is_written_where_none_is_wanted(session: SessionResult) -> None:
+    assert "\x1b[" not in session.output
 
 
 # The line to rerun a test.

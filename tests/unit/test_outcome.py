@@ -14,6 +14,7 @@ from pytest_dcp.harness.events import Done, RankOutcome
 from pytest_dcp.harness.outcome import (
     SessionEnd,
     combine,
+    first_line,
     headline,
     is_echo,
     lead_with,
@@ -508,3 +509,29 @@ def test_ranks_text_agrees_with_a_naive_one_in_any_order(ranks: set[int], random
     shuffled = list(ranks)
     random.shuffle(shuffled)  # type: ignore[attr-defined]  # a random.Random
     assert ranks_text(shuffled) == naive_ranks_text(ranks)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ValueError: a", "ValueError: a"),
+        ("AssertionError: a\nassert 1 == 2\n +  where", "AssertionError: a"),
+        ("LawError: loading:\n  rank 0: w\n  rank 1: w", "LawError: loading: rank 0: w"),
+        ("E:\n\tone:\n\ttwo\n\tthree", "E: one: two"),
+        ("\n\n  text\n", "text"),
+        ("", ""),
+    ],
+)
+def test_a_heading_shows_the_first_line_that_says_something(text: str, shown: str) -> None:
+    assert first_line(text) == shown
+
+
+def test_failures_that_differ_in_a_later_line_stay_apart() -> None:
+    texts = ["AssertionError: a\nassert 0 == 9", "AssertionError: a\nassert 1 == 9"]
+    done = {
+        rank: Done("call", "failed", float(rank), 0.0, text=text) for rank, text in enumerate(texts)
+    }
+    outcome = combine(2, done, ())
+    assert [group.ranks for group in outcome.groups] == [(0,), (1,)]
+    assert outcome.reason == "rank 0: AssertionError: a"
+    assert peers(outcome) == ["rank 1: AssertionError: a, 1.00 s later"]

@@ -354,3 +354,11 @@ def test_a_trimmed_hang_keeps_every_user_frame_and_ends_there(trace: str, _: str
     assert "_pytest" not in trimmed(trace)
     assert "pluggy" not in trimmed(trace)
     assert "runpy" not in trimmed(trace)
+
+
+def test_files_below_the_root_are_named_as_they_lie_in_it() -> None:
+    trace = dump((TEST, "helper"), (TEST, "test_step"))
+    root, name = TEST.rsplit("/", 1)
+    assert doing(trace, root) == f"at {name}:2 in helper"
+    assert doing(trace, root[:-1]) == f"at {TEST}:2 in helper"
+    assert doing(trace, "/elsewhere") == f"at {TEST}:2 in helper"

@@ -42,6 +42,15 @@ def test_cause_and_later_failure(rank: int, checkpoint_dir: Path) -> None:
         raise KeyError("later")
 
 
+def test_long_assertion(rank: int) -> None:
+    """Of which a heading shows the first line only, though ranks differ in others."""
+    assert {"rank": rank, "a": 1} == {"rank": 9, "a": 1}, f"first line\nof rank {rank}"
+
+
+def test_text_that_leads_in(rank: int) -> None:
+    raise RuntimeError("Error(s) in loading:\n\tMissing key(s): a\n\tUnexpected key(s): b")
+
+
 def test_all_fail_alike() -> None:
     numbers = [1, 2]
     assert len(numbers) == 3

@@ -121,14 +121,14 @@ def test_a_skip_says_by_which_setting(tmp_path: pathlib.Path) -> None:
         TestFsspecMemory().needs_sharing()
 
 
-def tests_of(storage: type[StorageSuite]) -> list[str]:
+def names_of(storage: type[StorageSuite]) -> list[str]:
     return [name for name in dir(storage) if name.startswith("test_")]
 
 
 def test_names_leave_room_for_the_reason_in_a_summary_of_80_columns() -> None:
-    assert len(tests_of(StorageSuite)) == 39
-    assert max(map(len, tests_of(StorageSuite))) <= 22
-    assert all(getattr(StorageSuite, name).__doc__ for name in tests_of(StorageSuite))
+    assert len(names_of(StorageSuite)) == 39
+    assert max(map(len, names_of(StorageSuite))) <= 22
+    assert all(getattr(StorageSuite, name).__doc__ for name in names_of(StorageSuite))
 
 
 def test_a_reader_that_always_fails_does_not_pass_for_one_that_finds_nothing(
