@@ -36,7 +36,7 @@ def failure(
 PASSED, SKIPPED, XFAILED = done(), done("skipped", "no GPU"), done("xfailed", "issue 7")
 XPASSED = Done("call", "passed", 1.0, text="issue 7", xpassed=True)
 
-# As torch 2.13 says them in ranks of one machine, and `rank.one_line` shows them.
+# As torch 2.13 says them in ranks of one machine, and `rank.lines_of` gives them.
 GLOO_CLOSED = (
     "RuntimeError: [/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
     "Connection closed by peer [127.0.0.1]:1234. This is typically caused by a remote worker "
