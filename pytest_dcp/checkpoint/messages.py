@@ -6,7 +6,7 @@ and their hints. Of what it wrote it sends the places; the coordinator knows the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +57,8 @@ def arrived(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
 
 def reported(results: Sequence[WriteResult], told: SavePlan) -> Written | Sequence[WriteResult]:
     """What a rank says that it wrote: only the places, where the items are those it was told."""
-    if isinstance(results, WriteResults) and results.items is told.items:
+    whole = isinstance(results, WriteResults) and results.untouched()
+    if isinstance(results, WriteResults) and whole and results.items is told.items:
         return results.written
     return results
 
@@ -79,8 +80,8 @@ class PackedMetadata:
 
     manifest: bytes
     """Of a catalog without what planner and storage said."""
-    said: tuple[Any, Any, Any]
-    """planner_data, storage_meta, version."""
+    said: tuple[Any, Any, Any, Mapping[str, Any]]
+    """planner_data, storage_meta, version, further attributes."""
 
 
 def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
@@ -88,8 +89,8 @@ def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
     if not isinstance(metadata.storage_data, EntryTable):
         return metadata
     catalog = Catalog.of(metadata)
-    bare = replace(catalog, planner_data=None, storage_meta=None, version=None)
-    said = (metadata.planner_data, metadata.storage_meta, metadata.version)
+    bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
+    said = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
     return PackedMetadata(manifest.encode(bare), said)
 
 
@@ -98,8 +99,14 @@ def unpacked_metadata(sent: PackedMetadata | Metadata) -> Metadata:
     if isinstance(sent, Metadata):
         return sent
     bare = manifest.decode(memoryview(sent.manifest), _no_pickle)
-    planner_data, storage_meta, version = sent.said
-    catalog = replace(bare, planner_data=planner_data, storage_meta=storage_meta, version=version)
+    planner_data, storage_meta, version, further = sent.said
+    catalog = replace(
+        bare,
+        planner_data=planner_data,
+        storage_meta=storage_meta,
+        version=version,
+        further=further,
+    )
     return catalog.metadata()
 
 

@@ -8,12 +8,14 @@ and `index_of` then reads the objects again, so that no planner's edit is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from pytest_dcp.checkpoint.plan.boxes import Ints, padded
 from pytest_dcp.checkpoint.plan.columns import UNKNOWN, position, size_of
+from pytest_dcp.checkpoint.plan.lazy_containers import LazyDict, LazyList
 from pytest_dcp.checkpoint.plan.names import Fqns
 
 
@@ -106,119 +109,86 @@ class Index:
         )
 
 
-class ChunkList(MutableSequence[ChunkStorageMetadata]):
+class ChunkList(LazyList[ChunkStorageMetadata]):
     """The chunks of one key: rows of an index until somebody changes them, then a list."""
 
-    __slots__ = ("_index", "_list", "_made", "_start", "_stop")
+    __slots__ = ("_index", "_start", "_stop")
 
     def __init__(self, index: Index, row: int) -> None:
+        super().__init__()
         self._index = index
         self._start, self._stop = int(index.first[row]), int(index.first[row + 1])
-        self._list: list[ChunkStorageMetadata] | None = None
-        self._made: dict[int, ChunkStorageMetadata] = {}
+
+    def lazy_len(self) -> int:
+        return self._stop - self._start
+
+    def make_item(self, at: int) -> ChunkStorageMetadata:
+        return self._index.chunk(self._start + at)
 
     def untouched(self, index: Index, row: int) -> bool:
         """Whether these are still the chunks of that key of that index."""
         return (
-            self._list is None
-            and self._index is index
+            self._index is index
             and self._start == index.first[row]
-            and all(chunk == index.chunk(at) for at, chunk in self._made.items())
+            and len(self) == self._stop - self._start
+            and all(chunk == index.chunk(self._start + at) for at, chunk in self.made_items())
         )
 
-    def __len__(self) -> int:
-        return self._stop - self._start if self._list is None else len(self._list)
 
-    @overload
-    def __getitem__(self, at: int) -> ChunkStorageMetadata: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[ChunkStorageMetadata]: ...
-    def __getitem__(self, at: int | slice) -> Any:
-        if self._list is not None:
-            return self._list[at]
-        rows = range(self._start, self._stop)[at]
-        if isinstance(rows, range):
-            return [self._chunk(row) for row in rows]
-        return self._chunk(rows)
-
-    def __setitem__(self, at: Any, value: Any) -> None:
-        self._own()[at] = value
-
-    def __delitem__(self, at: int | slice) -> None:
-        del self._own()[at]
-
-    def insert(self, at: int, value: ChunkStorageMetadata) -> None:
-        self._own().insert(at, value)
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, Iterable) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]  # a list, to whoever looks
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self),)
-
-    def _chunk(self, row: int) -> ChunkStorageMetadata:
-        """The row's object, always the same one: it can be changed."""
-        return self._made.get(row) or self._made.setdefault(row, self._index.chunk(row))
-
-    def _own(self) -> list[ChunkStorageMetadata]:
-        if self._list is None:
-            self._list = list(self)
-        return self._list
-
-
-class KeyTable(MutableMapping[str, STORAGE_TYPES]):
+class KeyTable(LazyDict[str, STORAGE_TYPES]):
     """`Metadata.state_dict_metadata` over an index: values are made when they are asked for."""
 
+    __slots__ = ("source",)
+
     def __init__(self, index: Index) -> None:
-        self._index: Index | None = index
-        self._made: dict[str, STORAGE_TYPES] = {}
+        super().__init__()
+        self.source = index
+        """What the table was made from, whatever became of it since."""
+
+    def lazy_keys(self) -> Collection[str]:
+        return self.source.row_of.keys()
+
+    def make_value(self, key: str) -> STORAGE_TYPES:
+        return self.source.value(self.source.row_of[key])
 
     def index(self) -> Index | None:
         """The index, or None when somebody changed a key or a value."""
-        index = self._index
-        if index is None or not all(_as_made(index, *made) for made in self._made.items()):
+        index = self.source
+        if self.is_full and list(self) != list(index.fqns):
             return None
-        return index
+        return index if all(_as_made(index, *made) for made in self.made_items()) else None
 
-    def __getitem__(self, fqn: str) -> STORAGE_TYPES:
-        made = self._made.get(fqn)
-        if made is None:
-            if self._index is None:
-                raise KeyError(fqn)
-            made = self._made[fqn] = self._index.value(self._index.row_of[fqn])
-        return made
+    def stated_size(self, fqn: str) -> torch.Size | None:
+        """The size that the index has for a tensor, whatever somebody made of it since."""
+        row = self.source.row_of.get(fqn)
+        if row is None or self.source.ndim[row] < 0:
+            return None
+        return size_of(self.source.size[row], int(self.source.ndim[row]))
 
-    def __contains__(self, fqn: object) -> bool:
-        return fqn in (self._made if self._index is None else self._index.row_of)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._made if self._index is None else self._index.fqns)
+def stated_sizes(metadata: Metadata | None) -> Mapping[str, torch.Size]:
+    """The sizes of the tensors, where the metadata are another storage's own objects."""
+    keys = None if metadata is None else metadata.state_dict_metadata
+    if keys is None or isinstance(keys, KeyTable):
+        return {}
+    return {fqn: v.size for fqn, v in keys.items() if isinstance(v, TensorStorageMetadata)}
 
-    def __len__(self) -> int:
-        return len(self._made if self._index is None else self._index)
 
-    def __setitem__(self, fqn: str, value: STORAGE_TYPES) -> None:
-        self._own()[fqn] = value
+def resized_keys(metadata: Metadata, before: Mapping[str, torch.Size]) -> frozenset[str]:
+    """The keys whose size somebody has changed since the metadata were read.
 
-    def __delitem__(self, fqn: str) -> None:
-        del self._own()[fqn]
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-    def _own(self) -> dict[str, STORAGE_TYPES]:
-        if self._index is not None:
-            self._made = dict(self)
-            self._index = None
-        return self._made
+    before: the sizes then, of metadata that are not the engine's.
+    """
+    keys = metadata.state_dict_metadata
+    table = keys if isinstance(keys, KeyTable) else None
+    if table is None and not before:
+        return frozenset()
+    resized = set()
+    for fqn, value in keys.items() if table is None else table.made_items():
+        was = before.get(fqn) if table is None else table.stated_size(fqn)
+        if was is not None and isinstance(value, TensorStorageMetadata) and value.size != was:
+            resized.add(fqn)
+    return frozenset(resized)
 
 
 def index_of(metadata: Metadata) -> Index:
@@ -228,10 +198,26 @@ def index_of(metadata: Metadata) -> Index:
     return Index.of(keys) if index is None else index
 
 
+_FIELDS_OF_METADATA = frozenset(field.name for field in fields(Metadata))
+
+
+def further_fields(metadata: Metadata) -> dict[str, Any]:
+    """The attributes that a planner or a framework has set, which are not torch's own."""
+    return {name: v for name, v in vars(metadata).items() if name not in _FIELDS_OF_METADATA}
+
+
+def copy_metadata(metadata: Metadata, **changes: Any) -> Metadata:
+    """A shallow copy with some fields changed; further attributes are kept."""
+    copied = copy.copy(metadata)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied
+
+
 def _as_made(index: Index, fqn: str, value: STORAGE_TYPES) -> bool:
-    if isinstance(value, BytesStorageMetadata):
-        return True
     row = index.row_of[fqn]
+    if not isinstance(value, TensorStorageMetadata):
+        return isinstance(value, BytesStorageMetadata) and bool(index.ndim[row] < 0)
     return (
         isinstance(value.chunks, ChunkList)
         and value.chunks.untouched(index, row)

@@ -192,6 +192,8 @@ class Room:
 
     def checked(self, fqn: str, path: Any) -> Path:
         """The path; raises CheckpointCorruptError, naming the key, for what can be none."""
+        if isinstance(path, list):
+            path = tuple(path)
         if not isinstance(path, tuple) or not path or not isinstance(path[0], str):
             raise CheckpointCorruptError(f"its path is {str(path)[:80]!r}", entry=fqn)
         if len(path) > sys.getrecursionlimit():

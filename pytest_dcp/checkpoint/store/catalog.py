@@ -6,8 +6,8 @@ whose mappings are made as they are looked at; `Catalog.of` reads any `Metadata`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +16,16 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from pytest_dcp.checkpoint.plan.boxes import Ints
+from pytest_dcp.checkpoint.plan.boxes import Ints, spans
 from pytest_dcp.checkpoint.plan.columns import UNKNOWN
-from pytest_dcp.checkpoint.plan.index import Index, KeyTable, index_of
+from pytest_dcp.checkpoint.plan.index import (
+    Index,
+    KeyTable,
+    copy_metadata,
+    further_fields,
+    index_of,
+)
+from pytest_dcp.checkpoint.plan.lazy_containers import LazyDict
 
 BLOCK_BYTES = 1 << 16
 """A checksum every 64 KiB: 4 bytes in 65,536; small enough that a shard's ragged ends can be read
@@ -75,17 +82,19 @@ class Catalog:
     planner_data: Any = None
     storage_meta: StorageMeta | None = None
     version: str | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes that a planner or a framework has set on the Metadata, by name."""
 
     def metadata(self) -> Metadata:
         """This catalog as torch's object; its mappings make their values on demand."""
-        keys: Any = KeyTable(self.index)
-        return Metadata(
-            state_dict_metadata=keys,
+        metadata = Metadata(
+            state_dict_metadata=KeyTable(self.index),
             planner_data=self.planner_data,
             storage_data=EntryTable(self),
             storage_meta=self.storage_meta,
             version=self.version,
         )
+        return copy_metadata(metadata, **self.further) if self.further else metadata
 
     @cached_property
     def row_of(self) -> dict[MetadataIndex, int]:
@@ -98,7 +107,7 @@ class Catalog:
         """The catalog of any metadata with `_StorageInfo` places."""
         table = metadata.storage_data
         index = index_of(metadata)
-        if isinstance(table, EntryTable) and table.catalog.index is index:
+        if isinstance(table, EntryTable) and table.catalog.index is index and table.untouched():
             places = table.catalog.places
         else:
             places = _places_of(index, table) if table else Places.nowhere(len(index.offset))
@@ -108,40 +117,63 @@ class Catalog:
             metadata.planner_data,
             metadata.storage_meta,
             getattr(metadata, "version", None),
+            further_fields(metadata),
         )
 
 
-class EntryTable(Mapping[MetadataIndex, _StorageInfo]):
+class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
     """`Metadata.storage_data` over a catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+    __slots__ = ("_keys", "_origins", "catalog")
 
-    def __getitem__(self, key: MetadataIndex) -> _StorageInfo:
+    def __init__(self, catalog: Catalog) -> None:
+        super().__init__()
+        self.catalog = catalog
+        """What the table was made from, whatever became of it since."""
+        self._keys: Collection[MetadataIndex] | None = None
+        self._origins: dict[int, tuple[_StorageInfo, int]] = {}
+
+    def lazy_keys(self) -> Collection[MetadataIndex]:
+        if self._keys is None:
+            rows = self.catalog.row_of
+            placed = self.catalog.places.file >= 0
+            whole = bool(placed.all())
+            self._keys = rows.keys() if whole else {k: r for k, r in rows.items() if placed[r]}
+        return self._keys
+
+    def make_value(self, key: MetadataIndex) -> _StorageInfo:
         row = self.catalog.row_of[key]
         if self.catalog.places.file[row] < 0:
             raise KeyError(key)
-        return self._info(row)
+        info = info_of(self.catalog.places, row)
+        self._origins[id(info)] = info, row
+        return info
 
-    def __iter__(self) -> Iterator[MetadataIndex]:
-        placed = self.catalog.places.file >= 0
-        return (key for key, row in self.catalog.row_of.items() if placed[row])
+    def origin_of(self, info: _StorageInfo) -> int | None:
+        """The row that a place of this table was made from, unless somebody changed the place."""
+        made, row = self._origins.get(id(info), (None, -1))
+        same = made is info and info == info_of(self.catalog.places, row)
+        return row if same else None
 
-    def __len__(self) -> int:
-        return int((self.catalog.places.file >= 0).sum())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-    def _info(self, row: int) -> _StorageInfo:
-        places = self.catalog.places
-        transforms = places.transforms.get(row)
-        return _StorageInfo(
-            relative_path=places.files[places.file[row]],
-            offset=int(places.start[row]),
-            length=int(places.length[row]),
-            transform_descriptors=None if transforms is None else list(transforms),
+    def untouched(self) -> bool:
+        """Whether these are still the catalog's places, under the catalog's keys."""
+        rows = self.catalog.row_of
+        if self.is_full and len(self) != int((self.catalog.places.file >= 0).sum()):
+            return False
+        return all(
+            key in rows and self.origin_of(info) == rows[key] for key, info in self.made_items()
         )
+
+
+def info_of(places: Places, row: int) -> _StorageInfo:
+    """A chunk's place as torch's object."""
+    transforms = places.transforms.get(row)
+    return _StorageInfo(
+        relative_path=places.files[places.file[row]],
+        offset=int(places.start[row]),
+        length=int(places.length[row]),
+        transform_descriptors=None if transforms is None else list(transforms),
+    )
 
 
 def index_key(index: Index, row: int) -> MetadataIndex:
@@ -154,7 +186,11 @@ def index_key(index: Index, row: int) -> MetadataIndex:
 
 
 def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Places:
-    """The places that torch's mapping names."""
+    """The places that torch's mapping names.
+
+    Of places that come from a catalog, and were only given other keys, what else the catalog knows
+    of their bytes is kept.
+    """
     chunks = len(index.offset)
     # What two keys of torch are equal by; to make one for each row takes longer than all the rest.
     found: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {
@@ -165,8 +201,8 @@ def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Pla
         found.get((fqns[key], tuple(offset[: ndim[key]]) if ndim[key] >= 0 else None))
         for key, offset in zip(index.key_of.tolist(), index.offset.tolist(), strict=True)
     ]
+    infos = [info if hasattr(info, "relative_path") else None for info in infos]
     files: dict[str, int] = {}
-    nowhere = Places.nowhere(chunks)
     for info in infos:
         if info is not None:
             files.setdefault(info.relative_path, len(files))
@@ -176,14 +212,35 @@ def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Pla
         descriptors: Sequence[str] | None = getattr(info, "transform_descriptors", None)
         if descriptors:
             transforms[row] = tuple(descriptors)
-    return Places(
+    bare = replace(
+        Places.nowhere(chunks),
         files=tuple(files),
         file=np.array([-1 if i is None else files[i.relative_path] for i in infos], dtype=np.int32),
         start=np.array([-1 if i is None else i.offset for i in infos], dtype=np.int64),
         length=np.array([-1 if i is None else i.length for i in infos], dtype=np.int64),
-        data_start=nowhere.data_start,
-        data_nbytes=nowhere.data_nbytes,
-        first_sum=nowhere.first_sum,
-        sums=nowhere.sums,
         transforms=transforms,
+    )
+    return _with_known_data(bare, infos, table) if isinstance(table, EntryTable) else bare
+
+
+def _with_known_data(
+    bare: Places, infos: Sequence[_StorageInfo | None], table: EntryTable
+) -> Places:
+    """The places with the data's start and sums, where an entry is still one of the table's."""
+    known = table.catalog.places
+    origin = [None if info is None else table.origin_of(info) for info in infos]
+    row = np.array([-1 if at is None else at for at in origin], dtype=np.int64)
+    here = np.flatnonzero(row >= 0)
+    counts = np.zeros(len(row), dtype=np.int64)
+    counts[here] = np.diff(known.first_sum)[row[here]]
+    data_start, data_nbytes = bare.data_start.copy(), bare.data_nbytes.copy()
+    data_start[here], data_nbytes[here] = known.data_start[row[here]], known.data_nbytes[row[here]]
+    sums = np.repeat(known.first_sum[row[here]], counts[here]) + spans(counts[here])
+    return replace(
+        bare,
+        data_start=data_start,
+        data_nbytes=data_nbytes,
+        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        sums=known.sums[sums],
+        block_bytes=known.block_bytes,
     )

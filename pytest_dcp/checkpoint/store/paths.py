@@ -13,15 +13,15 @@ of versions that had none lack it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytest_dcp.checkpoint.plan.containers import DescribedPaths, description_of
+from pytest_dcp.checkpoint.plan.lazy_containers import LazyDict
 from pytest_dcp.checkpoint.plan.names import Fqns
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -32,42 +32,51 @@ _NO_PATH = -1
 _TEXT = frozenset((str,))
 
 
-@dataclass(frozen=True, eq=False)
-class PathTable(Mapping[str, Path]):
+class PathTable(LazyDict[str, Path]):
     """Paths by name, made on demand. Equal to the dict it stands for, and pickled as one."""
 
-    fqns: Fqns
-    form_of: NDArray[np.int32]
-    """(n,) positions in `forms`; -1: the name is in `extra` or has no path."""
-    forms: tuple[Form, ...]
-    extra: dict[str, Path]
-    description: str | None = None
-    """Of the containers that the paths lead through, where there is more to say of them."""
+    __slots__ = ("_row_of", "description", "extra", "form_of", "forms", "fqns")
 
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        rows = np.flatnonzero(self.form_of >= 0).tolist()
-        return {self.fqns[row]: row for row in rows}
+    def __init__(
+        self,
+        fqns: Fqns,
+        form_of: NDArray[np.int32],
+        forms: tuple[Form, ...],
+        extra: dict[str, Path],
+        description: str | None = None,
+    ) -> None:
+        """form_of: (n,) positions in `forms`; -1: the name is in `extra` or has no path.
 
-    def __getitem__(self, fqn: str) -> Path:
-        row = self._row_of.get(fqn)
-        return self.extra[fqn] if row is None else path_of(fqn, self.forms[self.form_of[row]])
+        description: of the containers that the paths lead through, where there is more to say.
+        """
+        super().__init__()
+        self.fqns, self.form_of, self.forms, self.extra = fqns, form_of, forms, extra
+        self.description = description
+        self._row_of: dict[str, int] | None = None
+        # json takes a dict for empty that has nothing in its own memory.
+        for row in np.flatnonzero(form_of >= 0)[:1].tolist():
+            dict.__setitem__(self, fqns[row], self._path(row))
+        for fqn in islice(extra, 1):
+            dict.__setitem__(self, fqn, extra[fqn])
 
-    def __contains__(self, fqn: object) -> bool:
-        return fqn in self._row_of or fqn in self.extra
+    @property
+    def row_of(self) -> dict[str, int]:
+        """The row of each name that has a form, and -1 for the names in `extra`."""
+        if self._row_of is None:
+            rows = np.flatnonzero(self.form_of >= 0).tolist()
+            self._row_of = {self.fqns[row]: row for row in rows}
+            self._row_of.update(dict.fromkeys(self.extra, _NO_PATH))
+        return self._row_of
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self._row_of
-        yield from self.extra
+    def lazy_keys(self) -> Collection[str]:
+        return self.row_of.keys()
 
-    def __len__(self) -> int:
-        return len(self._row_of) + len(self.extra)
+    def make_value(self, key: str) -> Path:
+        row = self.row_of[key]
+        return self.extra[key] if row < 0 else self._path(row)
 
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+    def _path(self, row: int) -> Path:
+        return path_of(self.fqns[row], self.forms[self.form_of[row]])
 
 
 def path_of(fqn: str, form: Form) -> Path:
@@ -150,11 +159,11 @@ def unpacked(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
         raise CheckpointCorruptError(f"expected the planner's paths, got {error!r:.200}") from None
     if rows.size and not (rows.min() >= _NO_PATH and rows.max() < len(forms)):
         raise CheckpointCorruptError(f"expected forms of paths below {len(forms)}, got others")
-    table = PathTable(fqns, rows, forms, extra, description)
     _check_forms(fqns, rows, forms)
-    if len(extra) != len(told["extra"]) or not table.extra.keys().isdisjoint(table._row_of):
+    formed = {fqns[row] for row in np.flatnonzero(rows >= 0).tolist()} if extra else set()
+    if len(extra) != len(told["extra"]) or not extra.keys().isdisjoint(formed):
         raise CheckpointCorruptError("expected one path a key of the planner, got two of some")
-    return table
+    return PathTable(fqns, rows, forms, extra, description)
 
 
 def _check_forms(fqns: Fqns, rows: NDArray[np.int32], forms: Sequence[Form]) -> None:

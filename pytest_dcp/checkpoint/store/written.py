@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp.checkpoint.plan.boxes import Ints, spans
 from pytest_dcp.checkpoint.plan.columns import WriteItems
 from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.lazy_containers import LazyList
 from pytest_dcp.checkpoint.store.catalog import Places, index_key
 from pytest_dcp.errors import PlanError
 
@@ -36,42 +38,67 @@ class Written:
     """Descriptors, the same for every row."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class WriteResults(Sequence[WriteResult]):
-    """A rank's written items."""
+class WriteResults(LazyList[WriteResult]):
+    """A rank's written items: a list of torch's objects, to whoever looks."""
 
-    items: Sequence[WriteItem]
-    written: Written
+    __slots__ = ("items", "written")
 
-    def __len__(self) -> int:
+    def __init__(self, items: Sequence[WriteItem], written: Written) -> None:
+        super().__init__()
+        self.items = items
+        self.written = written
+
+    def lazy_len(self) -> int:
         return len(self.items)
 
-    @overload
-    def __getitem__(self, at: int) -> WriteResult: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[WriteResult]: ...
-    def __getitem__(self, at: int | slice) -> WriteResult | list[WriteResult]:
-        rows = range(len(self))[at]
-        if isinstance(rows, range):
-            return [self._result(row) for row in rows]
-        return self._result(rows)
-
-    def __iter__(self) -> Iterator[WriteResult]:
-        return map(self._result, range(len(self)))
+    def make_item(self, at: int) -> WriteResult:
+        written = self.written
+        info = _StorageInfo(
+            relative_path=written.files[written.file[at]],
+            offset=int(written.start[at]),
+            length=int(written.length[at]),
+            transform_descriptors=list(written.transforms) or None,
+        )
+        return WriteResult(self.key(at), int(written.length[at]), info)
 
     def key(self, row: int) -> MetadataIndex:
         """The key of an item."""
         return self.items.key(row) if isinstance(self.items, WriteItems) else self.items[row].index
 
-    def _result(self, row: int) -> WriteResult:
-        written = self.written
-        info = _StorageInfo(
-            relative_path=written.files[written.file[row]],
-            offset=int(written.start[row]),
-            length=int(written.length[row]),
-            transform_descriptors=list(written.transforms) or None,
+    def untouched(self) -> bool:
+        """Whether nobody has changed the list, or an object in it."""
+        return len(self) == len(self.items) and all(
+            made == self.make_item(at) for at, made in self.made_items()
         )
-        return WriteResult(self.key(row), int(written.length[row]), info)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.untouched():
+            return WriteResults, (self.items, self.written)
+        return super().__reduce__()
+
+
+def join_results(parts: Sequence[WriteResults]) -> WriteResults:
+    """The results of some files as those of one save, whose transforms are the same."""
+    some = [part.written for part in parts]
+
+    def joined(columns: Sequence[Any], dtype: Any) -> Any:
+        return np.concatenate([*columns, np.zeros(0, dtype=dtype)])
+
+    ends = np.cumsum([0, *(len(written.files) for written in some)])
+    counts = joined([np.diff(written.first_sum) for written in some], np.int64)
+    files = [np.where(w.file < 0, -1, w.file + end) for w, end in zip(some, ends, strict=False)]
+    written = Written(
+        files=tuple(name for w in some for name in w.files),
+        file=joined(files, np.int32).astype(np.int32),
+        start=joined([w.start for w in some], np.int64),
+        length=joined([w.length for w in some], np.int64),
+        data_start=joined([w.data_start for w in some], np.int64),
+        data_nbytes=joined([w.data_nbytes for w in some], np.int64),
+        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        sums=joined([w.sums for w in some], np.uint32),
+        transforms=some[0].transforms if some else (),
+    )
+    return WriteResults([item for part in parts for item in part.items], written)
 
 
 def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
@@ -88,8 +115,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
     data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
     lookup: dict[MetadataIndex, int] = {}
     parts: list[tuple[Ints, NDArray[np.uint32]]] = []
-    for some in results:
-        part = some if isinstance(some, WriteResults) else _of_objects(some)
+    for part in chain.from_iterable(map(_columns_of, results)):
         written = part.written
         rows = _chunk_rows(index, part, lookup)
         found, times = np.unique(rows, return_counts=True)
@@ -155,12 +181,22 @@ def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, in
     return np.array([lookup[key] for key in keys], dtype=np.int64)
 
 
-def _of_objects(results: Sequence[WriteResult]) -> WriteResults:
+def _columns_of(results: Sequence[WriteResult]) -> list[WriteResults]:
+    """The results as columns, those of entries with the same transforms together."""
+    if isinstance(results, WriteResults) and results.untouched():
+        return [results]
+    alike: dict[tuple[str, ...], list[WriteResult]] = {}
+    for result in results:
+        descriptors = getattr(result.storage_data, "transform_descriptors", None) or ()
+        alike.setdefault(tuple(descriptors), []).append(result)
+    return [_of_objects(some, descriptors) for descriptors, some in alike.items()]
+
+
+def _of_objects(results: Sequence[WriteResult], descriptors: tuple[str, ...]) -> WriteResults:
     """Columns of what another storage's code returned with `_StorageInfo` places."""
     infos: list[_StorageInfo] = [result.storage_data for result in results]
     files: dict[str, int] = {}
     none = np.full(len(infos), -1, dtype=np.int64)
-    descriptors = [tuple(getattr(info, "transform_descriptors", None) or ()) for info in infos]
     written = Written(
         file=np.array(
             [files.setdefault(i.relative_path, len(files)) for i in infos], dtype=np.int32
@@ -172,7 +208,7 @@ def _of_objects(results: Sequence[WriteResult]) -> WriteResults:
         data_nbytes=none,
         first_sum=np.zeros(len(infos) + 1, dtype=np.int64),
         sums=np.zeros(0, dtype=np.uint32),
-        transforms=descriptors[0] if descriptors else (),
+        transforms=descriptors,
     )
     # Only the keys of these items are asked for.
     keys = [WriteItem(result.index, WriteItemType.BYTE_IO) for result in results]
