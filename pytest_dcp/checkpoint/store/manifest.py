@@ -1,9 +1,10 @@
-"""The manifest: a catalog as columns, without pickle. Pure (no I/O).
+"""The manifest: a catalog as columns, without pickle but for what frameworks add. Pure (no I/O).
 
 What enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
 
     magic (8), length of the header (8), the header in JSON, then the columns of `_COLUMNS` in that
-    order, each at the next multiple of 8, and nothing behind the last.
+    order, each at the next multiple of 8, then, where the header says so, further attributes of the
+    Metadata (see `further_fields`), and nothing behind the last.
 
 The header holds counts and what is small: properties, transforms, what planner and storage said.
 It has no offsets: where a column lies follows from the counts, so it cannot lie anywhere else. What
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import PosixPath
 from typing import Any
@@ -33,6 +35,7 @@ from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store import paths
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.checks import MAX_DIMS, check_catalog
+from pytest_dcp.checkpoint.store.further_fields import decode_further, encode_further
 from pytest_dcp.checkpoint.store.memory_limit import (
     DEFAULT_LIMIT,
     MemoryLimit,
@@ -93,6 +96,9 @@ def encode(catalog: Catalog) -> bytes:
     }
     header["transforms"], columns["transform_of"] = _transforms(places)
     header["said"], columns["path_forms"], columns["paths"] = _said(catalog)
+    further = encode_further(catalog.further) if catalog.further else b""
+    if further:
+        header["further_bytes"] = len(further)
     header["counts"] = _counts(columns)
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
@@ -100,7 +106,8 @@ def encode(catalog: Catalog) -> bytes:
             f"expected a manifest's header of at most {MAX_HEADER_BYTES} bytes, got {len(text)}: "
             "transforms, properties or the modules of storage_meta are too many"
         )
-    return b"".join([_HEAD.pack(MAGIC, len(text)), *_padded(text), *_laid_out(columns)])
+    pieces = [_HEAD.pack(MAGIC, len(text)), *_padded(text), *_laid_out(columns)]
+    return b"".join([*pieces, *_padded(further)])
 
 
 def decode(
@@ -116,9 +123,12 @@ def decode(
             `offset` counts from the buffer's start.
     """
     header, start = _header(buffer, limit)
-    columns = _columns(buffer, start, _checked_counts(header, len(buffer)))
+    columns, end = _columns(buffer, start, _checked_counts(header, len(buffer)))
+    further = _further(header, buffer, end)
     try:
         catalog = _catalog(header, columns, whole)
+        if further:
+            catalog = replace(catalog, further=decode_further(further))
     except CheckpointCorruptError:
         raise
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -255,8 +265,8 @@ def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
     return {**counts, "key_ends": keys + 1, "chunk_ends": chunks + 1}
 
 
-def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> Columns:
-    """The columns where the counts say they are."""
+def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> tuple[Columns, int]:
+    """The columns where the counts say they are, and where they end."""
     found: dict[str, NDArray[Any]] = {}
     at = start
     for name, kind, rows, width in _COLUMNS:
@@ -272,11 +282,20 @@ def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> Colum
         column.flags.writeable = False
         found[name] = column
         at = end + -end % 8
-    if at != len(buffer):
+    return found, at
+
+
+def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memoryview:
+    """The pickle of further attributes, which is all that follows the columns."""
+    nbytes = header.get("further_bytes", 0)
+    if type(nbytes) is not int or not 0 <= nbytes <= len(buffer):
+        raise CheckpointCorruptError(f"expected a number of bytes, got {nbytes!r:.80}", offset=8)
+    end = start + nbytes + -nbytes % 8
+    if end != len(buffer):
         raise CheckpointCorruptError(
-            f"expected a manifest of {at} bytes, got {len(buffer)}", offset=at
+            f"expected a manifest of {end} bytes, got {len(buffer)}", offset=start
         )
-    return found
+    return buffer[start : start + nbytes]
 
 
 def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Metadata]) -> Catalog:

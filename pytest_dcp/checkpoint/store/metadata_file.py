@@ -66,9 +66,9 @@ class _Trailer:
 
 def encode(catalog: Catalog) -> list[bytes]:
     """The file's bytes, to be written one after the other."""
+    columns = manifest.encode(catalog)
     stock = pickled(catalog)
     gap = bytes(-len(stock) % _ALIGNMENT)
-    columns = manifest.encode(catalog)
     trailer = _Trailer(
         manifest_crc=crc32(columns),
         manifest_start=len(stock) + len(gap),

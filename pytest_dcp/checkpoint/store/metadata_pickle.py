@@ -40,6 +40,7 @@ from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.plan.containers import DescribedPaths
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
+from pytest_dcp.checkpoint.store.further_fields import PlainPickler
 from pytest_dcp.checkpoint.store.paths import PathTable
 
 MARK_OF_OURS = b"pytest_dcp: a manifest follows STOP"
@@ -105,9 +106,10 @@ class _Words:
             "storage_data": None,
             "storage_meta": catalog.storage_meta,
             "version": catalog.version,
+            **catalog.further,
         }
         buffer = BytesIO()
-        pickler = pickle.Pickler(buffer, _PROTOCOL)
+        pickler = PlainPickler(buffer, _PROTOCOL)
         pickler.dump(fields)
         self._memo = pickler.memo.copy()
         self._known = {word: self.number(word) for word in (*_CLASSES, *_KEYS, *transforms)}

@@ -17,6 +17,7 @@ entries may be shared, so change no object in place.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,6 +51,10 @@ __all__ = [
     "read_value",
 ]
 
+logger = logging.getLogger("pytest_dcp.checkpoint")
+
+SHOWN = 20
+"""Classes that the log names."""
 _INT64_BOUND = 1 << 63
 # Storage classes by dtype: torch/storage.py, _dtype_to_storage_type_map, without the quantized
 # ones, whose tensors carry scales that a TensorPickle has no place for.
@@ -95,9 +100,21 @@ def read_metadata(data: bytes | memoryview) -> Metadata:
     """
     # Outside of a handler, which would keep alive what the first try has made.
     with contextlib.suppress(CheckpointCorruptError):
-        return check_metadata(run(data, METADATA, to_the_end=True))
+        return _read_metadata(data, METADATA)
     # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
-    return check_metadata(run(data, STEPWISE, to_the_end=True))
+    return _read_metadata(data, STEPWISE)
+
+
+def _read_metadata(data: bytes | memoryview, vocabulary: Vocabulary) -> Metadata:
+    unread: set[str] = set()
+    metadata = check_metadata(run(data, vocabulary, unread, to_the_end=True))
+    if unread:
+        logger.warning(
+            "the checkpoint's metadata holds objects of classes that are not known here; they are "
+            "kept aside, unread: %s",
+            ", ".join(sorted(unread)[:SHOWN]),
+        )
+    return metadata
 
 
 def read_value(data: bytes | memoryview) -> object:

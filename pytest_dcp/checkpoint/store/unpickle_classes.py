@@ -7,8 +7,9 @@ meaning of its own (TensorProperties) is looked at. All else is judged by `check
 pickle has ended and nothing can change an object any more; there the fqn is known, so that errors
 can name it.
 
-The fields: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.0 to 2.13. Whoever
-adds a field there adds it here, or checkpoints of that torch are refused with the field's name.
+The fields: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.0 to 2.13. Further
+fields, of a later torch or a framework, are kept where they are Metadata's own, and have no effect
+elsewhere. An object of an unknown class (`UnreadObject`) stops a load only where the load needs it.
 """
 
 from __future__ import annotations
@@ -39,13 +40,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pytest_dcp.checkpoint.plan.index import further_fields
 from pytest_dcp.checkpoint.store.unpickle_machine import (
     Callee,
     Machine,
     Vocabulary,
     brief,
 )
+from pytest_dcp.checkpoint.store.unpickle_plans import (
+    UNREAD,
+    check_further,
+    enum_maker,
+    field_setter,
+    plan_builders,
+    plan_globals,
+)
 from pytest_dcp.checkpoint.store.unpickle_records import chunks, entries
+from pytest_dcp.checkpoint.store.unpickle_unread import UnreadObject, may_stay_unread
 from pytest_dcp.checkpoint.store.unpickle_values import (
     PLAIN,
     brief_all,
@@ -70,34 +81,13 @@ _FORMATS = {
     "TORCH_PRESERVE_FORMAT": torch.preserve_format,
 }
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
-_FIELDS: dict[type, frozenset[str]] = {
-    Metadata: frozenset(
-        {"state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"}
-    ),
-    TensorStorageMetadata: frozenset({"properties", "size", "chunks"}),
-    BytesStorageMetadata: frozenset(),
-    ChunkStorageMetadata: frozenset({"offsets", "sizes"}),
-    MetadataIndex: frozenset({"fqn", "offset", "index"}),
-    StorageMeta: frozenset({"checkpoint_id", "save_id", "load_id", "modules"}),
-    _StorageInfo: frozenset({"relative_path", "offset", "length", "transform_descriptors"}),
-}
+_RECORD_CLASSES: tuple[type, ...] = (
+    *(Metadata, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata),
+    *(MetadataIndex, StorageMeta, _StorageInfo),
+)
 
 
 # ---- while the pickle runs
-
-
-def _field_setter(cls: type) -> Callable[[Any, object], None]:
-    allowed, assign = _FIELDS[cls], object.__setattr__
-
-    def build(target: Any, state: object) -> None:
-        if type(state) is not dict:
-            raise _corrupt(cls.__name__, "a dict of its fields", state)
-        for name, value in state.items():
-            if name not in allowed:
-                raise _corrupt(cls.__name__, f"fields among {sorted(allowed)}", name)
-            assign(target, name, value)
-
-    return build
 
 
 def _build_index(index: Any, state: object) -> None:
@@ -126,15 +116,6 @@ def _build_properties(properties: Any, state: object) -> None:
     properties.memory_format = _FORMATS[encoding.name]
     properties.dtype, properties.layout, properties.requires_grad = state[:3]
     properties.pin_memory = state[4]
-
-
-def _encoding_maker(cls: type[Any]) -> Callable[[Machine, tuple[Any, ...]], object]:
-    def call(_: Machine, args: tuple[Any, ...]) -> object:
-        if len(args) != 1 or type(args[0]) is not int or args[0] not in (0, 1, 2):
-            raise CheckpointCorruptError(f"expected {cls.__name__}(0..2), got {brief_all(args)}")
-        return cls(args[0])
-
-    return call
 
 
 def _layout(_: Machine, args: tuple[Any, ...]) -> torch.layout:
@@ -167,11 +148,12 @@ def _path_classes() -> Iterator[tuple[str, type[pathlib.PurePath]]]:
 
 def _globals() -> Iterator[tuple[tuple[str, str], object]]:
     yield from PLAIN.globals.items()
-    for cls in (*_FIELDS, TensorProperties, LegacyProperties):
+    yield from plan_globals()
+    for cls in (*_RECORD_CLASSES, TensorProperties, LegacyProperties):
         new = partial(object.__new__, cls)
         yield (cls.__module__, cls.__name__), Callee(f"{cls.__module__}.{cls.__name__}", new=new)
     for encoding in (_MEM_FORMAT_ENCODING, LegacyEncoding):
-        callee = Callee(encoding.__name__, _encoding_maker(encoding))
+        callee = Callee(encoding.__name__, enum_maker(encoding))
         yield (encoding.__module__, encoding.__name__), callee
     yield ("torch", "Size"), Callee("torch.Size", size_of)
     yield ("torch.serialization", "_get_layout"), Callee("_get_layout", _layout)
@@ -192,16 +174,18 @@ _RECORDS = {
     (_METADATA, ChunkStorageMetadata.__name__): chunks,
     (_METADATA, MetadataIndex.__name__): entries,
 }
-_SET_INDEX = _field_setter(MetadataIndex)
+_SET_INDEX = field_setter(MetadataIndex)
 STEPWISE = Vocabulary(
     globals=dict(_globals()),
-    build={cls: _field_setter(cls) for cls in _FIELDS}
+    build={cls: field_setter(cls) for cls in _RECORD_CLASSES}
+    | plan_builders()
     | {
         MetadataIndex: _build_index,
         TensorProperties: _build_properties,
         LegacyProperties: _build_properties,
     },
     keys=frozenset({MetadataIndex}),
+    keeps_unread=may_stay_unread,
 )
 """Reads a `.metadata` pickle opcode by opcode."""
 METADATA = replace(STEPWISE, globals=dict(_with_records()))
@@ -221,8 +205,9 @@ def check_metadata(root: object) -> Metadata:
     entries = getattr(root, "state_dict_metadata", None)
     if type(entries) is not dict:
         raise _corrupt("Metadata.state_dict_metadata", "a dict of str", entries)
+    _leave_out_unread(root)
     seen: set[int] = set()
-    for fqn, entry in entries.items():
+    for fqn, entry in root.state_dict_metadata.items():
         where = f"state_dict_metadata[{brief(fqn)}]"
         if type(fqn) is not str:
             raise _corrupt(where, "a str as its key", fqn)
@@ -231,8 +216,30 @@ def check_metadata(root: object) -> Metadata:
     _check_storage_meta(root.storage_meta)
     if type(root.version) not in _TEXT_OR_NONE:
         raise _corrupt("Metadata.version", "a str or None", root.version)
-    check_plain(root.planner_data, "Metadata.planner_data")
+    check_plain(root.planner_data, "Metadata.planner_data", UNREAD)
+    for name, value in further_fields(root).items():
+        setattr(root, name, check_further(value, name))
     return root
+
+
+def _leave_out_unread(root: Metadata) -> None:
+    """Keep out what has its place in the metadata, but is of a class that is not known.
+
+    A key described so is as if it were not there; a key whose place is, cannot be loaded.
+    """
+    entries = root.state_dict_metadata
+    root.state_dict_metadata = _without_unread(entries)
+    if type(root.storage_data) is dict:
+        root.storage_data = _without_unread(root.storage_data)
+    for name in ("storage_data", "storage_meta", "version"):
+        if type(getattr(root, name)) is UnreadObject:
+            setattr(root, name, None)
+
+
+def _without_unread(table: dict[Any, Any]) -> dict[Any, Any]:
+    if UnreadObject not in set(map(type, table.values())):
+        return table
+    return {key: value for key, value in table.items() if type(value) is not UnreadObject}
 
 
 def _check_entry(entry: object, where: str, seen: set[int]) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_dcp.checkpoint.store.unpickle_unread import UnreadObject
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 MAX_KEY_ITEMS = 64
@@ -39,6 +40,7 @@ bytes or more and costs 8, a bytearray's byte is copied twice."""
 _BUDGET_BASE = 4096
 _SET_COST = 8
 _MEMBER_COST = 4
+_UNREAD_COST = 4
 _FREE_KEY_BYTES = 64
 MOST_LEARNT = 16
 """Patterns of records that a pickle may need: each costs the making of a regular expression."""
@@ -86,6 +88,9 @@ class Vocabulary:
     """BINPERSID: what a persistent id stands for."""
     nested_keys: bool = False
     """Whether keys may be tuples and frozensets of such."""
+    keeps_unread: Callable[[str, str], bool] | None = None
+    """Whether a class outside the table, by its module and name, becomes an `UnreadObject`; None:
+    no such class does, each is refused."""
 
 
 class Machine:
@@ -93,7 +98,7 @@ class Machine:
 
     __slots__ = (
         *("data", "hashes", "known", "memo", "patterns", "spare", "strings", "to_learn"),
-        "vocabulary",
+        *("unread", "vocabulary"),
     )
 
     def __init__(self, data: bytes, vocabulary: Vocabulary) -> None:
@@ -111,6 +116,8 @@ class Machine:
         """How many more patterns there may be."""
         self.known: dict[bytes, Any] = {}
         """By opcodes that make the same wherever they stand, within records: what they make."""
+        self.unread: set[str] = set()
+        """Names of the classes whose objects were kept aside unread."""
 
     def charge(self, units: int) -> None:
         """Takes `units` of work from the budget.
@@ -124,6 +131,12 @@ class Machine:
                 "expected work in proportion to the pickle's length, got one that copies the same "
                 "values again and again: do not load this file"
             )
+
+    def keep_aside(self, class_name: str) -> UnreadObject:
+        """What stands for an object of a class that the reader does not know."""
+        self.charge(_UNREAD_COST)
+        self.unread.add(class_name)
+        return UnreadObject(class_name)
 
     def check_keys(self, target: Collection[Any], keys: list[Any]) -> None:
         """Nothing, once `keys` may be hashed into `target` without harm."""
@@ -154,7 +167,7 @@ class Machine:
                 f"expected at most {MAX_KEY_ITEMS} items in a tuple that is a key, got {len(atoms)}"
             )
         for atom in atoms:
-            if type(atom) not in _KEY_ATOMS:
+            if type(atom) not in _KEY_ATOMS and type(atom) is not UnreadObject:
                 raise UnknownGlobalError(
                     "expected keys and set members of str, bytes, numbers, None and flat tuples of "
                     f"those, got {brief(atom)}{' in a tuple' if atoms is key else ''}"
@@ -200,6 +213,8 @@ def brief(value: object) -> str:
         return repr(value)
     if isinstance(value, Callee):
         return f"{value.name} itself"
+    if isinstance(value, UnreadObject):
+        return f"{value.class_name[:160]}, which is not known here"
     return f"a {type(value).__name__}"
 
 

@@ -24,18 +24,28 @@ from pytest_dcp.checkpoint.store.unpickle_machine import (
     decoded_text,
     make_set,
 )
+from pytest_dcp.checkpoint.store.unpickle_unread import UnreadObject
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 _NAME_LIMIT = 256
 """Bytes of a global's module or name."""
 _EMPTY_SET_COST = 8
 """An empty set takes 232 bytes; picklers spend two bytes on it, which pay for so much."""
+_FREE_FIELDS = 8
+_FIELD_COST = 2
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
 
 
-def run(data: bytes | memoryview, vocabulary: Vocabulary, *, to_the_end: bool = False) -> Any:
+def run(
+    data: bytes | memoryview,
+    vocabulary: Vocabulary,
+    unread: set[str] | None = None,
+    *,
+    to_the_end: bool = False,
+) -> Any:
     """The object that the pickle at the start of `data` describes.
 
+    unread: where the names of classes go whose objects the vocabulary keeps aside.
     to_the_end: whether the pickle must be all of `data`.
 
     The cyclic garbage collector rests meanwhile: it would look at every new object many times over.
@@ -45,7 +55,10 @@ def run(data: bytes | memoryview, vocabulary: Vocabulary, *, to_the_end: bool = 
     """
     machine = Machine(data if isinstance(data, bytes) else bytes(data), vocabulary)
     with collector_paused():
-        return _interpret(machine, to_the_end)
+        found = _interpret(machine, to_the_end)
+    if unread is not None:
+        unread |= machine.unread
+    return found
 
 
 def _interpret(machine: Machine, to_the_end: bool = False) -> Any:
@@ -213,8 +226,7 @@ def _put(layout: struct.Struct) -> Callable[[Machine, list[Any], int], int]:
 
 
 def _append(_: Machine, stack: list[Any], pos: int) -> int:
-    value = stack.pop()
-    _list_of(stack).append(value)
+    _appends(_, stack, [stack.pop()])
     return pos
 
 
@@ -268,17 +280,23 @@ def _stack_global(machine: Machine, stack: list[Any], pos: int) -> int:
 
 
 def _find(machine: Machine, module: str, name: str) -> object:
-    try:
-        return machine.vocabulary.globals[module, name]
-    except KeyError:
+    found = machine.vocabulary.globals.get((module, name), machine)
+    if found is not machine:
+        return found
+    keeps_unread = machine.vocabulary.keeps_unread
+    if keeps_unread is None or not keeps_unread(module, name):
         raise UnknownGlobalError(
             f"expected plain data, got the global {brief(f'{module[:80]}.{name[:80]}')}, which is "
             "not on the list of what checkpoints hold"
-        ) from None
+        )
+    return machine.keep_aside(f"{module}.{name}")
 
 
 def _newobj(machine: Machine, stack: list[Any], pos: int) -> int:
     args, callee = stack.pop(), stack[-1]
+    if type(callee) is UnreadObject:
+        stack[-1] = machine.keep_aside(callee.class_name)
+        return pos
     if type(callee) is Callee and callee.new_of is not None and type(args) is tuple:
         stack[-1] = callee.new_of(machine, args)
         return pos
@@ -293,16 +311,36 @@ def _newobj(machine: Machine, stack: list[Any], pos: int) -> int:
 
 def _reduce(machine: Machine, stack: list[Any], pos: int) -> int:
     args, callee = stack.pop(), stack[-1]
+    if type(callee) is UnreadObject:
+        stack[-1] = machine.keep_aside(callee.class_name)
+        return pos
     if type(callee) is not Callee or callee.call is None or type(args) is not tuple:
         raise UnknownGlobalError(
             f"expected a call that checkpoints hold, got {brief(callee)} with {brief(args)}"
         )
-    stack[-1] = callee.call(machine, args)
+    try:
+        stack[-1] = callee.call(machine, args)
+    except UnknownGlobalError:
+        if all(type(arg) is not UnreadObject for arg in args):
+            raise
+        stack[-1] = machine.keep_aside(callee.name)
     return pos
+
+
+def _newobj_with_keywords(machine: Machine, stack: list[Any], pos: int) -> int:
+    stack.pop()
+    if type(stack[-2]) is not UnreadObject:
+        _refuse_opcode(pickle.NEWOBJ_EX[0])
+    return _newobj(machine, stack, pos)
 
 
 def _build(machine: Machine, stack: list[Any], pos: int) -> int:
     state, target = stack.pop(), stack[-1]
+    if type(target) is UnreadObject:
+        return pos
+    if type(state) is dict and len(state) > _FREE_FIELDS:
+        # The same state may be given to many objects, each of which keeps a dict of its own.
+        machine.charge(_FIELD_COST * len(state))
     build = machine.vocabulary.build.get(type(target))
     if build is None:
         raise UnknownGlobalError(
@@ -335,11 +373,14 @@ def _list_of(stack: list[Any]) -> list[Any] | deque[Any]:
 
 
 def _appends(_: Machine, stack: list[Any], items: list[Any]) -> None:
-    _list_of(stack).extend(items)
+    if type(stack[-1]) is not UnreadObject:
+        _list_of(stack).extend(items)
 
 
 def _setitems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
     target, keys = stack[-1], items[::2]
+    if type(target) is UnreadObject:
+        return
     if type(target) not in _DICTS:
         raise UnknownGlobalError(f"expected a dict to set items of, got {brief(target)}")
     if len(items) % 2:
@@ -350,6 +391,8 @@ def _setitems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
 
 def _additems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
     target = stack[-1]
+    if type(target) is UnreadObject:
+        return
     if type(target) is not set:
         raise UnknownGlobalError(f"expected a set to add to, got {brief(target)}")
     machine.check_keys(target, items)
@@ -397,6 +440,7 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], int], int]] = {
     pickle.GLOBAL: _global,
     pickle.STACK_GLOBAL: _stack_global,
     pickle.NEWOBJ: _newobj,
+    pickle.NEWOBJ_EX: _newobj_with_keywords,
     pickle.REDUCE: _reduce,
     pickle.BUILD: _build,
     pickle.BINPERSID: _persistent,

@@ -219,14 +219,19 @@ PLAIN = Vocabulary(globals=dict(_globals()), build={})
 
 
 def check_plain(
-    root: object, what: str, others: frozenset[type] = frozenset(), at_most: int = MAX_LOGICAL_ITEMS
+    root: object,
+    what: str,
+    others: frozenset[type] = frozenset(),
+    at_most: int = MAX_LOGICAL_ITEMS,
+    records: frozenset[type] = frozenset(),
 ) -> None:
     """Nothing, once every part of `root` is a plain value and walking it is harmless. Pure (no
     I/O).
 
     Looks at each container once, however often it is referred to, without recursion. `what` names
-    `root` in the errors. `others` are further classes of values that are not looked into; `at_most`
-    is the number of items when what is shared counts each time.
+    `root` in the errors. `others` are further classes of values that are not looked into, and
+    `records` those whose fields are; `at_most` is the number of items when what is shared counts
+    each time.
 
     Raises:
         UnknownGlobalError: a class by itself, or an object that is no plain value.
@@ -236,7 +241,7 @@ def check_plain(
     """
     known: dict[int, tuple[int, int]] = {}
     """By id of a container: depth and items of what it holds, or _OPEN while it is being walked."""
-    limits = _Limits(_ATOMS | others, at_most)
+    limits = _Limits(_ATOMS | others, at_most, records)
     path = [_Visit((root,), 0, limits)]
     while True:
         visit = path[-1]
@@ -247,7 +252,7 @@ def check_plain(
                     f"expected at most {MAX_DEPTH} containers within each other in {what}, got more"
                 )
             known[id(child)] = _OPEN
-            path.append(_Visit(_children(child), id(child), limits))
+            path.append(_Visit(_children(child, records), id(child), limits))
             continue
         path.pop()
         if not path:
@@ -259,6 +264,7 @@ def check_plain(
 class _Limits(NamedTuple):
     atoms: frozenset[type]
     at_most: int
+    records: frozenset[type]
 
 
 class _Visit:
@@ -297,7 +303,7 @@ class _Visit:
             if kind is tuple and _is_short_and_flat(child):
                 self.items += len(child)
                 continue
-            if kind not in _CONTAINERS:
+            if kind not in _CONTAINERS and kind not in self.limits.records:
                 raise UnknownGlobalError(f"expected plain values in {what}, got {brief(child)}")
             part = known.get(id(child), _UNSEEN)
             if part is _UNSEEN:
@@ -314,11 +320,13 @@ def _is_short_and_flat(value: Any) -> bool:
     return len(value) <= _FREE_ITEMS and all(type(item) in _ATOMS for item in value)
 
 
-def _children(container: Any) -> Iterable[Any]:
+def _children(container: Any, records: frozenset[type]) -> Iterable[Any]:
     """Keys and members are plain already: nothing else passes `Machine.check_keys`."""
-    if type(container) is SimpleNamespace:
-        return vars(container).values()
-    held: Iterable[Any] = container.values() if type(container) in _DICTS else container
+    held: Iterable[Any] = container
+    if type(container) is SimpleNamespace or type(container) in records:
+        held = vars(container).values()
+    elif type(container) in _DICTS:
+        held = container.values()
     return held
 
 
