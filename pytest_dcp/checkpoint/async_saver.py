@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp.checkpoint.async_process import Job, save_in_process, sendable
 from pytest_dcp.checkpoint.coordinate import announce
+from pytest_dcp.checkpoint.file_writer import FileSystemWriter
+from pytest_dcp.checkpoint.plan.hooks import overridden
 from pytest_dcp.checkpoint.saving import Save, save_team
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
@@ -69,6 +71,7 @@ def async_save(
         writer = writer_for(storage_writer, checkpoint_id)
         reset = reset_to(storage_writer, checkpoint_id)
         stager = async_stager or _own_stager(storage_writer)
+        _heed_stage(storage_writer, stager)
         how = sendable(writer, planner) if in_process else b""
         staging = _Staging(state_dict, stager, shared=in_process)
     if in_process:
@@ -112,6 +115,8 @@ class _Staging:
     def response(self, uploading: Future[Metadata]) -> Future[Metadata] | AsyncSaveResponse:
         """What `async_save` returns."""
         stager, later = self._stager, self._copied
+        if isinstance(stager, BlockingAsyncStager):
+            stager.hold_for(uploading)
         if isinstance(later, Future):
             staging: Future[None] = Future()
             later.add_done_callback(lambda done: _follow(done, staging))
@@ -122,12 +127,23 @@ class _Staging:
         return uploading
 
 
+STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execute")
+
+
 def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
-    """The writer, where it says how to stage."""
+    """The writer, where it has a way of its own to stage."""
     own: Any = writer
-    if isinstance(own, BlockingAsyncStager) and type(own).stage is BlockingAsyncStager.stage:
-        return own if own.cache_staged_state_dict else None
+    if isinstance(own, FileSystemWriter):
+        changed = overridden(own, FileSystemWriter, STAGING_HOOKS)
+        synchronizes = own.should_synchronize_after_execute
+        return own if own.cache_staged_state_dict or changed or synchronizes else None
     return own if isinstance(own, AsyncStager) else None
+
+
+def _heed_stage(writer: StorageWriter | None, stager: AsyncStager | None) -> None:
+    """What the writer's own `stage` would do beside the copying, where that is done without it."""
+    if stager is None and isinstance(writer, FileSystemWriter):
+        writer.per_thread_copy_ahead = 0
 
 
 def _save_in_thread(save: Save) -> Future[Metadata]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import os
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.filesystem import (
@@ -16,8 +16,16 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from pytest_dcp.checkpoint import file_system
-from pytest_dcp.checkpoint.file_system import FileSystem, new_id, read_catalog, save_of
+from pytest_dcp.checkpoint.file_system import (
+    FileSystem,
+    new_id,
+    read_catalog,
+    save_of,
+    split_path,
+)
 from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.plan.hooks import is_overridden
+from pytest_dcp.checkpoint.plan.index import copy_metadata
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import (
     metadata_name,
@@ -27,6 +35,8 @@ from pytest_dcp.checkpoint.store.memory_limit import MemoryLimit
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.ranges import Verify
 from pytest_dcp.checkpoint.store.read import ReadSettings
+from pytest_dcp.checkpoint.store.read_streams import Streams, read_streams
+from pytest_dcp.checkpoint.store.transforms import FileSlice, StorageReaderTransforms
 from pytest_dcp.errors import (
     CheckpointFileMissingError,
     CheckpointReplacedError,
@@ -65,21 +75,23 @@ class FileSystemReader(StorageReader):
         self.verify: Verify = checked_verify(verify)
         self.thread_count = thread_count
         self.memory = MemoryLimit(max_decoded_bytes)
-        self.registry = _extension_registry or ExtensionRegistry()
+        self.transforms = StorageReaderTransforms(_extension_registry)
+        self.storage_data: Any = {}
+        """Where the entries are, as the metadata says, or whoever sets it."""
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True
         self.filled = Filled()
         self.has_manifest = False
         """Whether the metadata that was read last is this engine's."""
-        self._catalog: Catalog | None = None
+        self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
         self.load_id = new_id()
-        self._catalog = None
+        self._metadata, self.storage_data = None, {}
 
     def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
         self.path = self.fs.init_path(checkpoint_id)
@@ -89,13 +101,24 @@ class FileSystemReader(StorageReader):
 
         Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
         """
-        name = metadata_name(kwargs.get("rank"))
-        catalog = read_catalog(file_system.disk_of(self.fs), self.path, name, self.memory)
+        folder, name = self._metadata_place(kwargs.get("rank"))
+        catalog = read_catalog(file_system.disk_of(self.fs), folder, name, self.memory)
         self.has_manifest = bool((catalog.places.data_start >= 0).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta = dataclasses.replace(meta, load_id=self.load_id)
+        metadata.storage_meta = copy.copy(meta)
+        metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
+        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        return self.fs.concat_path(self.path, metadata_name(rank))
+
+    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
+        """The folder and the name of the metadata file."""
+        if is_overridden(self, FileSystemReader, "_get_metadata_path"):
+            return split_path(self._get_metadata_path(rank))
+        return self.path, metadata_name(rank)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -103,7 +126,7 @@ class FileSystemReader(StorageReader):
         """Take the metadata that plans will be made from."""
         if metadata.storage_data is None:
             raise ValueError("the metadata has no storage_data: it does not say where anything is")
-        self._catalog = Catalog.of(metadata)
+        self._metadata, self.storage_data = metadata, metadata.storage_data
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
 
@@ -117,22 +140,13 @@ class FileSystemReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; done when the future is returned."""
-        if self._catalog is None:
-            raise ValueError("set_up_storage_reader must be called before read_data")
-        settings = ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory)
         try:
-            self.filled = fill(
-                file_system.disk_of(self.fs),
-                self.path,
-                self._catalog,
-                ReadItems.of(plan.items),
-                planner,
-                settings,
-                self.registry,
-                observer("load"),
-            )
+            if self._metadata is None or self._has_streams_of_its_own():
+                self.filled = self._read_streams(plan, planner)
+            else:
+                self.filled = self._fill(self._catalog_of(self._metadata), plan, planner)
         except CheckpointFileMissingError as error:
-            if self._is_replaced(self._catalog):
+            if self._metadata is not None and self._is_replaced(self._metadata):
                 raise CheckpointReplacedError(
                     f"the checkpoint in {self.path} was replaced while it was being loaded, and "
                     "its files are gone: load again"
@@ -142,17 +156,53 @@ class FileSystemReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _is_replaced(self, catalog: Catalog) -> bool:
-        """Whether the folder's checkpoint is another save's than the catalog."""
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """An entry within its file: torch's hook, for subclasses."""
+        return cast(IO[bytes], FileSlice(file, sinfo.offset, sinfo.length))
+
+    def _catalog_of(self, metadata: Metadata) -> Catalog:
+        """The catalog of the metadata, with the places that `storage_data` now has."""
+        return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
+
+    def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+        return fill(
+            file_system.disk_of(self.fs),
+            self.path,
+            catalog,
+            ReadItems.of(plan.items),
+            planner,
+            ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory),
+            self.transforms.extension_registry,
+            observer("load"),
+        )
+
+    def _has_streams_of_its_own(self) -> bool:
+        """Whether a hook of a subclass stands between a file and its entries."""
+        return type(self.transforms) is not StorageReaderTransforms or is_overridden(
+            self, FileSystemReader, "_slice_file"
+        )
+
+    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+        streams = Streams(
+            lambda name: self.fs.create_stream(self.fs.concat_path(self.path, name), "rb"),
+            self._slice_file,
+            self.transforms.transform_load_stream,
+        )
+        watcher, places = observer("load"), self.storage_data
+        nbytes = read_streams(streams, plan.items, places, planner, watcher, self.memory)
+        return Filled(nbytes, nbytes, 0)
+
+    def _is_replaced(self, metadata: Metadata) -> bool:
+        """Whether the folder's checkpoint is another save's than the metadata."""
         disk = file_system.disk_of(self.fs)
-        name = metadata_name(None if self.use_collectives else self.rank)
+        folder, name = self._metadata_place(None if self.use_collectives else self.rank)
         try:
-            now = read_catalog(disk, self.path, name, self.memory)
+            now = read_catalog(disk, folder, name, self.memory)
         except FileNotFoundError:
             # The whole's gave way to the ranks' own, or the other way round.
             other = metadata_name(0 if self.use_collectives else None)
             return disk.exists(self.path, other)
-        return save_of(now.storage_meta) != save_of(catalog.storage_meta)
+        return save_of(now.storage_meta) != save_of(metadata.storage_meta)
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:

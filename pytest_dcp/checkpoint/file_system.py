@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemBase,
-)
+from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from pytest_dcp.checkpoint.store import metadata_file
@@ -79,7 +78,7 @@ def disk_of(fs: FileSystemBase) -> Disk:
     A class that knows a better way than its streams has it as `disk`; a wrapper around one must not
     be gone around.
     """
-    if type(fs) is FileSystem:
+    if type(fs) in (FileSystem, TorchFileSystem):
         return LocalDisk(follow_links=isinstance(fs, FileSystem) and fs.follow_links)
     if hasattr(type(fs), "disk"):
         own: Disk = cast(Any, fs).disk
@@ -107,6 +106,14 @@ def read_catalog(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAUL
             return metadata_file.read(part, file.size, file.stored_bytes, limit)
         except CheckpointCorruptError as error:
             raise error.at(file=name) from error
+
+
+def split_path(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """The folder and the name of a file, as a `Disk` takes them."""
+    if isinstance(path, Path):
+        return path.parent, path.name
+    folder, _, name = os.fspath(path).rpartition("/")
+    return folder, name
 
 
 def files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:

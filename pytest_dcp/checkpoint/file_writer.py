@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import queue
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,18 @@ from torch.distributed.checkpoint._extension import StreamTransformExtension
 from torch.distributed.checkpoint.filesystem import (
     FileSystemBase,
     SerializationFormat,
+    _StoragePrefix,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from pytest_dcp.checkpoint import file_system
-from pytest_dcp.checkpoint.file_system import FileSystem, files_named, new_id
+from pytest_dcp.checkpoint.file_system import FileSystem, files_named, new_id, split_path
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.plan.hooks import is_overridden
+from pytest_dcp.checkpoint.plan.index import copy_metadata
 from pytest_dcp.checkpoint.save_planner import plain_data
 from pytest_dcp.checkpoint.store import metadata_file
 from pytest_dcp.checkpoint.store.catalog import Catalog
@@ -43,8 +47,9 @@ from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.staging import BlockingAsyncStager
+from pytest_dcp.checkpoint.store.transforms import StorageWriterTransforms, extensions_of
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
-from pytest_dcp.checkpoint.store.written import WriteResults, whole_places_of
+from pytest_dcp.checkpoint.store.written import WriteResults, join_results, whole_places_of
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
@@ -56,12 +61,14 @@ CURRENT_DCP_VERSION = "1.0.0"
 """What torch 2.13 writes into metadata."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileNames:
-    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`."""
+@dataclass
+class FileNames(_StoragePrefix):
+    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`.
 
-    prefix: str
-    save: str
+    To a storage that was written for torch it is the prefix that torch's writer has there.
+    """
+
+    save: str = ""
     """Of this save alone."""
 
 
@@ -104,7 +111,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         self.thread_count = thread_count
         self.per_thread_copy_ahead = per_thread_copy_ahead
         self.overwrite = overwrite
-        self.extensions = tuple(_extensions or ())
+        self.transforms = StorageWriterTransforms(_extensions)
         self.serialization_format = serialization_format
         self.save_id = new_id()
         self._used = False
@@ -133,7 +140,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """The plan; the folder is there, and may be written to."""
         disk = self._disk()
         self._make_folder(disk)
-        if self._is_taken(disk):
+        if self._metadata_exists():
             if not self.overwrite:
                 raise CheckpointExistsError(
                     f"Checkpoint already exists and self.overwrite=False: {self.path}"
@@ -160,49 +167,80 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             for rank, plan in enumerate(plans)
         ]
 
-    def _is_taken(self, disk: Disk) -> bool:
-        """Whether the folder has a checkpoint that this save would replace."""
-        if disk.exists(self.path, metadata_name()):
+    def _metadata_exists(self) -> bool:
+        """Whether the folder has a checkpoint that this save would replace: torch's hook."""
+        disk = self._disk()
+        if disk.exists(*self._metadata_place(None)):
             return True
         if self.use_collectives:
             return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
         # Only its own: other ranks may have committed theirs a moment ago.
-        return disk.exists(self.path, metadata_name(self.rank))
+        return disk.exists(*self._metadata_place(self.rank))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items; done when the future is returned."""
         items = plan.items
         table = WriteItems.of(items)
         size_bytes = table.size_bytes()
-        names: FileNames = plan.storage_data
         if self.single_file_per_rank:
             groups = balanced(size_bytes, self.thread_count)
         else:
             groups = [[row] for row in range(len(items))]
         data = np.where(table.kind == BYTES, 0, size_bytes)
+        name = self._data_namer(plan.storage_data)
         jobs = [
-            FileJob(data_name(names.prefix, number, names.save), rows, int(data[rows].sum()))
-            for number, rows in enumerate(groups)
+            FileJob(name(number), rows, int(data[rows].sum())) for number, rows in enumerate(groups)
         ]
         self._used, self._files = True, [job.name for job in jobs]
+        return _done(self._write_jobs(self.path, jobs, items, planner))
+
+    def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
+        """The name of the n-th file, where the plan says how to name it, or is made by hand."""
+        prefix = getattr(storage_data, "prefix", f"__{self.rank or 0}_")
+        save = getattr(storage_data, "save", "") or self.save_id[:12]
+        return lambda number: data_name(prefix, number, save)
+
+    def _write_jobs(
+        self, folder: Any, jobs: Sequence[FileJob], items: Sequence[WriteItem], planner: SavePlanner
+    ) -> WriteResults:
+        """Write these files of the items; where each went."""
         watcher = observer("save")
-        watcher.expect(int(data.sum()))
+        watcher.expect(sum(job.nbytes for job in jobs))
         settings = Settings(
             sync=self.sync_files,
             threads=self.thread_count,
             copy_ahead_bytes=self.per_thread_copy_ahead,
-            transforms=self.extensions,
+            transforms=extensions_of(self.transforms),
         )
         disk, source = self._disk(), source_of(planner, items)
         if self.serialization_format == SerializationFormat.SAFETENSORS:
-            written = write_safetensors(disk, self.path, jobs, source, settings, watcher, items)
+            written = write_safetensors(disk, folder, jobs, source, settings, watcher, items)
         else:
-            written = write_files(disk, self.path, jobs, source, settings, watcher)
+            written = write_files(disk, folder, jobs, source, settings, watcher)
         self._sync_name(disk)
-        results: Any = WriteResults(items, written)
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+        return WriteResults(items, written)
+
+    def _write_data(
+        self, planner: SavePlanner, file_queue: queue.Queue[Any]
+    ) -> Future[list[WriteResult]]:
+        """Write the files of a queue: torch's hook, which a `write_data` of a subclass calls.
+
+        file_queue: for each file its path, the name that the metadata will have for it, and its
+        items. The names are the caller's: a save over another one of the same names has no old
+        checkpoint to fall back to.
+        """
+        parts: list[WriteResults] = []
+        self._used = True
+        while not file_queue.empty():
+            path, name, items = file_queue.get_nowait()
+            table = WriteItems.of(items)
+            folder, own_name = split_path(path)
+            nbytes = int(np.where(table.kind == BYTES, 0, table.size_bytes()).sum())
+            job = FileJob(own_name, range(len(table)), nbytes)
+            part = self._write_jobs(folder, [job], items, planner)
+            named = dataclasses.replace(part.written, files=(name,))
+            parts.append(WriteResults(part.items, named))
+        return _done(join_results(parts))
 
     def _make_folder(self, disk: Disk) -> None:
         """Make the folder; the names of new ones above it last, its own does after `_sync_name`."""
@@ -224,21 +262,24 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """Commit: from here on the folder's checkpoint is this save's."""
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = self._meta()
-        catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
+        catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
         catalog = dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
         disk = self._disk()
         alone = self.rank if not self.use_collectives else None
-        name = metadata_name(alone)
+        folder, name = self._metadata_place(alone)
         content = metadata_file.encode(catalog)
         with disk.locked(self.path):
             self._check_written(disk, catalog)
-            publish(disk, self.path, name, content, self.save_id[:12], sync=self.sync_files)
+            publish(disk, folder, name, content, self.save_id[:12], sync=self.sync_files)
             self._clean(partial(sweep, rank=alone))
 
     def _clean(self, remove: Callable[..., object]) -> None:
         """Remove files of earlier saves; a save goes on, or stands, whatever becomes of this."""
+        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
+            # Which files other checkpoints of the folder name cannot be known.
+            return
         disk = self._disk()
         try:
             remove(disk, self.path, lambda name: files_named(disk, self.path, name))
@@ -291,6 +332,26 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """Let the save to come have this id."""
         self.save_id, self._used, self._files = save_id, False, []
 
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the state dict on the CPU, which needs no copying when it is written."""
+        self.per_thread_copy_ahead = 0
+        return super().stage(state_dict)
+
+    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
+        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        return self.fs.concat_path(self.path, metadata_name(rank))
+
+    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
+        """The folder and the name of the metadata file."""
+        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
+            return split_path(self._get_metadata_path(rank))
+        return self.path, metadata_name(rank)
+
+    @property
+    def metadata_path(self) -> str | os.PathLike[str]:
+        """The metadata file of the whole, as torch before 2.7 called it."""
+        return self._get_metadata_path()
+
     def _meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
 
@@ -331,6 +392,12 @@ def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
         return plain_data(items[row].index.fqn, planner.resolve_data(items[row]))
 
     return resolved
+
+
+def _done(results: list[WriteResult]) -> Future[list[WriteResult]]:
+    future: Future[list[WriteResult]] = Future()
+    future.set_result(results)
+    return future
 
 
 def _names(rank: int, save_id: str) -> FileNames:

@@ -9,10 +9,14 @@ manifest behind the pickle of `.metadata`).
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
+from torch.distributed.checkpoint.filesystem import _StorageInfo as _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StoragePrefix as _StoragePrefix
 
 from pytest_dcp.checkpoint.file_reader import FileSystemReader
-from pytest_dcp.checkpoint.file_system import FileSystem
+from pytest_dcp.checkpoint.file_system import FileSystem, new_id
+from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION as CURRENT_DCP_VERSION
 from pytest_dcp.checkpoint.file_writer import FileSystemWriter
+from pytest_dcp.checkpoint.store import commit, single_entries, transforms
 from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = [
@@ -22,6 +26,15 @@ __all__ = [
     "FileSystemBase",
     "SerializationFormat",
 ]
+
+# What storages of other libraries import beside, under torch's names.
+_metadata_fn = commit.METADATA
+DEFAULT_SUFFIX = commit.SUFFIX
+_generate_uuid = new_id
+_write_item = single_entries.write_item
+_split_by_size_and_type = single_entries.split_by_size_and_type
+_StorageWriterTransforms = transforms.StorageWriterTransforms
+_StorageReaderTransforms = transforms.StorageReaderTransforms
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
     __getattr__ = names_of_torch(__name__)

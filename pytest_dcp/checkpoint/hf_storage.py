@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -25,10 +25,12 @@ from pytest_dcp.checkpoint.file_reader import FileSystemReader
 from pytest_dcp.checkpoint.file_system import disk_of
 from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION, FileSystemWriter, source_of
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
+from pytest_dcp.checkpoint.plan.index import copy_metadata
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import publish
 from pytest_dcp.checkpoint.store.consolidate import Shards, consolidate
 from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.fill import Filled
 from pytest_dcp.checkpoint.store.hf_folder import (
     INDEX_NAME,
     SAVE_KEY,
@@ -37,6 +39,8 @@ from pytest_dcp.checkpoint.store.hf_folder import (
     encode_index,
     final_name,
     is_replaceable,
+    is_temporary,
+    read_files,
     read_folder,
     save_of,
     sweep,
@@ -147,10 +151,12 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._sync_name(disk)
             future.set_result([])
             return future
-        said: Mapping[str, Any] = plan.storage_data
+        said: Mapping[str, Any] = plan.storage_data or {}
         table = WriteItems.of(plan.items)
+        save_id = said.get("save_id")
+        # Only a plan of `prepare_global_plan` says how a whole save is told from others.
         jobs = [
-            FileJob(temporary_name(name, said["save_id"]), rows)
+            FileJob(name if save_id is None else temporary_name(name, save_id), rows)
             for name, rows in _files(table.fqns, said).items()
         ]
         watcher = observer("save")
@@ -164,7 +170,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             settings,
             watcher,
             table,
-            {SAVE_KEY: said["save_id"], **FORMAT},
+            {SAVE_KEY: save_id or self.save_id[:12], **FORMAT},
         )
         self._sync_name(disk)
         results: Any = WriteResults(plan.items, written)
@@ -175,14 +181,15 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """Give the files their names, consolidate if asked to, write the index, remove the old."""
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
-        catalog = Catalog.of(dataclasses.replace(metadata, storage_data=None))
+        catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
         results = [some for some in results if len(some)]
         catalog = _data_only(
             dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         )
         disk = self._disk()
         # A planner that remembers plans may have given the ranks those of an earlier save.
-        save_id = next(map(save_of, catalog.places.files), self.save_id[:12])
+        whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
+        save_id = next(whose, self.save_id[:12])
         catalog = self._renamed(disk, self.path, catalog)
         metadata.storage_data = catalog.metadata().storage_data
         files = catalog.places.files
@@ -325,13 +332,15 @@ def _files(fqns: Sequence[str], said: Mapping[str, Any]) -> dict[str, list[int]]
     """
     mapping: Mapping[str, int] | None = said.get("fqn_to_index_mapping")
     shard: int | None = said.get("shard_index")
+    highest = said.get("highest") or max((mapping or {}).values(), default=1)
     seen: dict[str, int] = {}
     files: dict[str, list[int]] = {}
     for row, fqn in enumerate(fqns):
         nth = seen[fqn] = seen.get(fqn, -1) + 1
-        number = said["numbers"][1 if mapping is None else mapping[fqn]]
-        shard_number = None if shard is None else shard + nth * said["ranks"]
-        files.setdefault(data_name(number, said["highest"], shard_number), []).append(row)
+        number = 1 if mapping is None else mapping[fqn]
+        number = said.get("numbers", {}).get(number, number)
+        shard_number = None if shard is None else shard + nth * said.get("ranks", 1)
+        files.setdefault(data_name(number, highest, shard_number), []).append(row)
     return files
 
 
@@ -379,17 +388,23 @@ class HuggingFaceStorageReader(FileSystemReader):
         metadata.storage_meta = StorageMeta(self.checkpoint_id, load_id=self.load_id)
         return metadata
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Take the metadata that plans will be made from."""
-        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        if self._catalog is not None:
-            # A planner that changed the metadata, or a pickle of it, has lost where data starts.
-            self._catalog = _data_only(self._catalog)
+    def _catalog_of(self, metadata: Metadata) -> Catalog:
+        # A planner that changed the metadata, or a pickle of it, has lost where data starts.
+        return _data_only(super()._catalog_of(metadata))
 
     def _read_catalog(self) -> Catalog:
         return read_folder(disk_of(self.fs), self.path, self.memory)
+
+    def _has_streams_of_its_own(self) -> bool:
+        """Never: tensors lie in the files as they are."""
+        return False
+
+    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+        """Read from the files that `storage_data` names, where that is all that is known."""
+        names = {str(place.relative_path) for place in self.storage_data.values()}
+        inside = {os.path.relpath(n, self.path) if os.path.isabs(n) else n for n in names}
+        catalog = read_files(disk_of(self.fs), self.path, sorted(inside), self.memory)
+        return self._fill(catalog, plan, planner)
 
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.

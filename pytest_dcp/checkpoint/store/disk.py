@@ -148,6 +148,7 @@ class LocalDisk:
         self.follow_links = follow_links
 
     def make_folder(self, folder: Path) -> list[Path]:
+        folder = Path(folder)
         missing = [path for path in folder.parents if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         return [path.parent for path in (folder, *missing)]
@@ -169,12 +170,12 @@ class LocalDisk:
             os.close(fd)
 
     def exists(self, folder: Path, name: str) -> bool:
-        return (folder / name).is_file()
+        return (Path(folder) / name).is_file()
 
     @contextlib.contextmanager
     def create(self, folder: Path, name: str) -> Iterator[Out]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        path = folder / name
+        path = Path(folder) / name
         fd = os.open(path, flags, 0o666)
         try:
             yield LocalOut(fd, path)
@@ -188,7 +189,7 @@ class LocalDisk:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointCorruptError("not a plain file", file=name)
-            file = LocalIn(fd, status.st_size, _kind_of(status), folder / name)
+            file = LocalIn(fd, status.st_size, _kind_of(status), Path(folder) / name)
             try:
                 yield file
             finally:
@@ -197,10 +198,10 @@ class LocalDisk:
             os.close(fd)
 
     def replace(self, folder: Path, old: str, new: str) -> None:
-        (folder / old).replace(folder / new)
+        (Path(folder) / old).replace(Path(folder) / new)
 
     def remove(self, folder: Path, name: str) -> None:
-        (folder / name).unlink(missing_ok=True)
+        (Path(folder) / name).unlink(missing_ok=True)
 
     def sync_folder(self, folder: Path) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from pytest_dcp.checkpoint.plan.boxes import Ints, volumes
+from pytest_dcp.checkpoint.plan.boxes import Ints, volumes, widened
 from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp.checkpoint.plan.index import Index
@@ -184,15 +185,14 @@ def _check_size(item: ReadItem, target: torch.Tensor) -> None:
 
 
 def _with_entries(items: ReadItems, index: Index) -> ReadItems:
-    """The items with the rows of their stored chunks, for those of other planners.
+    """The items with the rows of their stored chunks, for those that are not of this very index.
 
     Raises CheckpointCorruptError for an item that the index does not have.
     """
-    unknown = np.flatnonzero(items.entry < 0)
-    if not len(unknown):
+    if items.source is index:
         return items
     entry = items.entry.copy()
-    for row in unknown.tolist():
+    for row in np.flatnonzero(~_named_rightly(items, index)).tolist():
         fqn = items.stored_fqns[row]
         if fqn not in index.row_of:
             raise CheckpointCorruptError("the plan reads what the metadata lacks", entry=fqn)
@@ -208,3 +208,18 @@ def _with_entries(items: ReadItems, index: Index) -> ReadItems:
             )
         entry[row] = first + int(np.argmax(same))
     return replace(items, entry=entry)
+
+
+def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
+    """Whether each item's row is that of its chunk in this index, too."""
+    known = (items.entry >= 0) & (items.entry < len(index.offset))
+    entry = np.where(known, items.entry, 0)
+    if not known.any():
+        return known
+    key = index.key_of[entry]
+    stored = zip(key.tolist(), items.stored_fqns, strict=True)
+    named = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
+    width = max(items.stored.shape[1], index.offset.shape[1])
+    offset = widened(index.offset[entry], width, 0) == widened(items.stored, width, 0)
+    alike: NDArray[np.bool_] = known & named & (index.ndim[key] == items.ndim) & offset.all(axis=1)
+    return alike

@@ -69,6 +69,11 @@ def final_name(temporary: str) -> str:
     return temporary[: temporary.rindex(SUFFIX) + len(SUFFIX)]
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file has a name that it loses when its save is whole."""
+    return name.endswith(TEMPORARY)
+
+
 def save_of(temporary: str) -> str:
     """The id of the save that a file is of."""
     return temporary.removesuffix(TEMPORARY).rpartition("-")[2]
@@ -139,6 +144,13 @@ def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> 
     parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     if index is not None:
         parts = _as_mapped(parts, index.weight_map)
+    return catalog_of(parts)
+
+
+def read_files(disk: Disk, folder: Any, names: Iterable[str], limit: MemoryLimit) -> Catalog:
+    """The catalog of these files. Raises CheckpointCorruptError for damaged ones."""
+    headers = {checked_path(name): _header(disk, folder, name, limit) for name in names}
+    parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     return catalog_of(parts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,36 +44,49 @@ class BlockingAsyncStager(AsyncStager):
     """Copies the state dict to the CPU and returns when that is done."""
 
     _synchronize_after_execute = False
+    state_dict_cache: State | None = None
+    """The last copy, which the next one goes into; None where no memory is kept."""
+    _upload: Future[Any] | None = None
+    """The save of that copy."""
 
     def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
-        """cache_staged_state_dict: keep the memory for the next copy, once nobody holds this one.
+        """cache_staged_state_dict: keep the copy, and fill it anew at the next one.
 
         type_check: refuse values that are neither tensors nor of Python's plain types.
         """
         self.cache_staged_state_dict = cache_staged_state_dict
         self.type_check = type_check
-        self._pool = Pool(shared=False)
+        self.state_dict_cache = self._upload = None
 
     def stage(self, state_dict: State) -> State:
-        """A copy of the state dict on the CPU."""
+        """A copy of the state dict on the CPU.
+
+        With `cache_staged_state_dict` it is the same copy each time, filled anew: whoever holds
+        the last one sees it change. A save of the last one that is under way is waited for.
+        """
         if self.type_check:
             _check_types(state_dict, "")
-        pool = self._pool if self.cache_staged_state_dict else Pool(shared=False)
-        return staged(state_dict, pool)
+        if not self.cache_staged_state_dict:
+            return staged(state_dict, Pool(shared=False))
+        if self._upload is not None:
+            wait([self._upload])
+        if self.state_dict_cache is None or not refill(self.state_dict_cache, state_dict):
+            self.state_dict_cache = staged(state_dict, Pool(shared=False))
+        return self.state_dict_cache
+
+    def hold_for(self, upload: Future[Any]) -> None:
+        """Leave the kept copy as it is until this save of it is done."""
+        self._upload = upload
 
     def synchronize_staging(self) -> None:
         """Nothing: the copy is made when `stage` returns."""
 
     def close(self) -> None:
         """Let go of the kept memory."""
-        self._pool.clear()
+        self.state_dict_cache = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._pool = Pool(shared=False)
+        return {**self.__dict__, "state_dict_cache": None, "_upload": None}
 
 
 class DefaultStager(AsyncStager):
@@ -157,6 +170,24 @@ def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = 
     for device in on_gpu if queued else ():
         torch.cuda.current_stream(device).synchronize()
     return copied
+
+
+def refill(copied: State, state_dict: State) -> bool:
+    """Whether the copy had the state dict's structure; it then is a copy of that, in place."""
+    rooms, sources = list(_named(copied, "")), list(_named(state_dict, ""))
+    if [_kind_of(*room) for room in rooms] != [_kind_of(*source) for source in sources]:
+        return False
+    with torch.no_grad(), collector_paused():
+        for (_, room), (name, source) in zip(rooms, sources, strict=True):
+            room.copy_(require_memory(name, source))
+        filled: State = _copied(state_dict, (room for _, room in rooms))
+    copied.clear()
+    copied.update(filled)
+    return True
+
+
+def _kind_of(name: str, tensor: torch.Tensor) -> tuple[str, torch.dtype, torch.Size]:
+    return name, tensor.dtype, tensor.shape
 
 
 def _fits(tensor: torch.Tensor) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import IO
 
 import torch
+from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate
 from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
@@ -48,7 +49,7 @@ def plain_entry(
         for extension in extensions:
             if isinstance(extension, StreamTransformExtension):
                 stream = extension.transform_from(stream)
-        entry = _read_at_most(stream, limit + 1)
+        entry = read_at_most(stream, limit + 1)
     except Exception as error:
         # A codec may raise what it likes.
         raise CheckpointCorruptError(
@@ -70,22 +71,32 @@ def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
     key = int(index.key_of[row])
     dtype = index.properties[index.property_of[key]].dtype
     shape = tuple(size_of(index.shape[row], int(index.ndim[key])))
-    frame = tensor_frame(dtype, shape)
     try:
-        record = locate(lambda at, nbytes: entry[at : at + nbytes], len(entry))
+        found = tensor_in(entry)
     except CheckpointCorruptError as error:
         raise error.at(entry=index.fqns[key]) from error
-    if record.dtype != dtype or record.shape != shape:
+    if found.dtype != dtype or tuple(found.shape) != shape:
         raise CheckpointCorruptError(
-            f"the entry holds {record.dtype} of shape {record.shape}, "
+            f"the entry holds {found.dtype} of shape {tuple(found.shape)}, "
             f"the metadata says {dtype} of shape {shape}",
             entry=index.fqns[key],
         )
-    if not frame.data_nbytes:
-        return torch.empty(shape, dtype=dtype)
+    return found
+
+
+def tensor_in(entry: bytes) -> torch.Tensor:
+    """The tensor in a whole entry. Raises CheckpointCorruptError for a damaged one."""
+    record = locate(lambda at, nbytes: entry[at : at + nbytes], len(entry))
+    if not math.prod(record.shape):
+        return torch.empty(record.shape, dtype=record.dtype)
     data = bytearray(memoryview(entry)[record.data_offset :][: record.data_nbytes])
-    flat = torch.frombuffer(data, dtype=dtype)
-    return flat.as_strided(shape, record.stride, record.storage_offset)
+    if record.crc is not None and crc32(data) != record.crc:
+        raise CheckpointCorruptError(
+            f"expected CRC {record.crc:#010x} of the tensor's data, got {crc32(data):#010x}",
+            offset=record.data_offset,
+        )
+    flat = torch.frombuffer(data, dtype=record.dtype)
+    return flat.as_strided(record.shape, record.stride, record.storage_offset)
 
 
 def _limit(catalog: Catalog, row: int, for_values: int) -> int:
@@ -96,7 +107,8 @@ def _limit(catalog: Catalog, row: int, for_values: int) -> int:
     return int(index.shape[row].prod()) * int(index.itemsize[key]) + ROOM_BYTES
 
 
-def _read_at_most(stream: IO[bytes], limit: int) -> bytes:
+def read_at_most(stream: IO[bytes], limit: int) -> bytes:
+    """What the stream has, up to so many bytes."""
     # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
     whole = io.BytesIO()
     while whole.tell() < limit:

@@ -301,7 +301,7 @@ class TestStagers:
             if keep:
                 assert addresses(again) == where
             del held, again
-            assert len(stager._pool.idle) == keep
+            assert (stager.state_dict_cache is not None) == keep
             stager.close()
 
     def test_the_blocking_one_names_a_value_of_another_type(self) -> None:

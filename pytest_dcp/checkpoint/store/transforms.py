@@ -1,0 +1,134 @@
+"""Stream transforms as attributes of a storage, where torch's storages have them.
+
+A storage that was written for torch calls these, hands them to torch's `_write_item`, or puts
+objects of its own in their place.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import IO, Any, cast
+
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms as _OF_TORCH
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+
+
+class StorageWriterTransforms:
+    """What an entry passes through on its way to a file."""
+
+    def __init__(self, extensions: Sequence[StreamTransformExtension] | None = None) -> None:
+        """extensions: the first one is called first; None: none."""
+        self.extensions: Sequence[StreamTransformExtension] = tuple(extensions or ())
+
+    def descriptors(self) -> list[str]:
+        """What a reader must undo, in that order."""
+        return [extension.get_descriptor() for extension in reversed(self.extensions)]
+
+    def transform_save_stream(
+        self, write_item: WriteItem, raw_stream: io.IOBase
+    ) -> tuple[IO[bytes], list[str]]:
+        """A stream to write the entry to, and what is noted of it.
+
+        Closing the stream ends the entry and leaves the raw stream open.
+        """
+        stream = cast(IO[bytes], _EndOfEntry(raw_stream))
+        for extension in self.extensions:
+            stream = extension.transform_to(stream)
+        return stream, self.descriptors()
+
+
+def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
+    """The extensions of a storage's `transforms`, of this class or torch's.
+
+    Raises TypeError for a class of another kind, whose own way would be passed over.
+    """
+    own = type(transforms).transform_save_stream
+    if own in (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream):
+        extensions: Sequence[StreamTransformExtension] = transforms.extensions
+        return extensions
+    raise TypeError(
+        f"the storage's transforms, a {type(transforms).__name__}, have a transform_save_stream of "
+        "their own, which is not called: give the writer StreamTransformExtensions (`_extensions`)"
+    )
+
+
+class StorageReaderTransforms:
+    """What an entry passes through on its way from a file."""
+
+    def __init__(self, extension_registry: ExtensionRegistry | None = None) -> None:
+        self.extension_registry = extension_registry or ExtensionRegistry()
+
+    def transform_load_stream(
+        self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]
+    ) -> IO[bytes]:
+        """The entry as it was before its transforms. Raises ValueError for an unknown one."""
+        stream = raw_stream
+        for extension in self.extension_registry.from_descriptor_list(transform_descriptors):
+            if isinstance(extension, StreamTransformExtension):
+                stream = extension.transform_from(stream)
+        return stream
+
+
+class _EndOfEntry(io.RawIOBase):
+    """Passes everything on but the closing: other entries follow in the same file."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        left = view
+        while left:
+            done = self._raw.write(left)
+            left = left[len(left) if done is None else done :]
+        return len(view)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.flush()
+        super().close()
+
+
+class FileSlice(io.RawIOBase):
+    """A stretch of a seekable file, which looks like a file of its own."""
+
+    def __init__(self, base: Any, offset: int, length: int) -> None:
+        self._base = base
+        self._offset = offset
+        self._length = length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError(f"expected a place within the slice, got {start + offset}")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._at))
+        self._base.seek(self._offset + self._at)
+        done = 0
+        while done < wanted:
+            part = self._base.read(wanted - done)
+            if not part:
+                break
+            view[done : done + len(part)] = part
+            done += len(part)
+        self._at += done
+        return done

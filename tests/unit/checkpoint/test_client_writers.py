@@ -1,0 +1,426 @@
+"""Writers of other libraries, written for torch's, with ours as the base: each way of use."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import queue
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader as TorchReader
+from torch.distributed.checkpoint import filesystem as torchs
+from torch.distributed.checkpoint import load as torch_load
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint import filesystem as ours
+from pytest_dcp.checkpoint.staging import BlockingAsyncStager
+from pytest_dcp.errors import CheckpointCorruptError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
+]
+
+
+def state(step: int = 7) -> dict[str, Any]:
+    return {"w": torch.arange(12.0).reshape(3, 4) * step, "b": torch.ones(2), "step": step}
+
+
+def check_loads(folder: Path, step: int = 7) -> None:
+    for load in (dcp.load, torch_of):
+        target: dict[str, Any] = {"w": torch.zeros(3, 4), "b": torch.zeros(2), "step": 0}
+        load(target, checkpoint_id=folder)
+        assert torch.equal(target["w"], state(step)["w"])
+        assert torch.equal(target["b"], torch.ones(2))
+        assert target["step"] == step
+
+
+def torch_of(target: dict[str, Any], checkpoint_id: Path) -> None:
+    torch_load(target, storage_reader=TorchReader(checkpoint_id), no_dist=True)
+
+
+def done(results: list[WriteResult]) -> Future[list[WriteResult]]:
+    future: Future[list[WriteResult]] = Future()
+    future.set_result(results)
+    return future
+
+
+@pytest.mark.parametrize("module", [torchs, ours], ids=["torch's", "ours"])
+class TestWriteItem:
+    def test_writes_items_one_by_one_with_the_function_of_the_module(
+        self, tmp_path: Path, module: Any
+    ) -> None:
+        """As Megatron-Core's writer, which does so in processes of its own."""
+
+        class OneByOne(dcp.FileSystemWriter):
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                name = f"{plan.storage_data.prefix}0{module.DEFAULT_SUFFIX}"
+                results = []
+                with open(self.fs.concat_path(self.path, name), "wb") as stream:
+                    for item in plan.items:
+                        data: Any = planner.resolve_data(item)
+                        results.append(
+                            module._write_item(
+                                pickle.loads(pickle.dumps(self.transforms)),
+                                stream,
+                                data if item.type == WriteItemType.BYTE_IO else data.cpu(),
+                                item,
+                                name,
+                                serialization_format=module.SerializationFormat.TORCH_SAVE,
+                            )
+                        )
+                return done(results)
+
+        dcp.save(state(), storage_writer=OneByOne(tmp_path))
+        assert [file.name for file in tmp_path.glob("*.distcp")] == ["__0_0.distcp"]
+        check_loads(tmp_path)
+
+    def test_the_items_are_shared_out_by_the_function_of_the_module(
+        self, tmp_path: Path, module: Any
+    ) -> None:
+        """As accelerate's and s3torchconnector's, which name the files and call the base."""
+
+        class Named(dcp.FileSystemWriter):
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                files: queue.Queue[Any] = queue.Queue()
+                for n, bucket in enumerate(module._split_by_size_and_type(2, plan.items)):
+                    name = f"part-{n}{module.DEFAULT_SUFFIX}"
+                    files.put((self.fs.concat_path(self.path, name), name, bucket))
+                return self._write_data(planner, files)
+
+        writer = Named(tmp_path)
+        dcp.save(state(), storage_writer=writer)
+        names = sorted(file.name for file in tmp_path.glob("*.distcp"))
+        assert names == ["part-0.distcp", "part-1.distcp"]
+        check_loads(tmp_path)
+        metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+        assert {place.relative_path for place in metadata.storage_data.values()} == set(names)
+
+
+def test_files_that_a_writer_names_have_checksums_too(tmp_path: Path) -> None:
+    class Named(dcp.FileSystemWriter):
+        def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+            files: queue.Queue[Any] = queue.Queue()
+            for n, item in enumerate(plan.items):
+                name = f"{plan.storage_data.prefix}{n}.distcp"
+                files.put((self.fs.concat_path(self.path, name), name, [item]))
+            return self._write_data(planner, files)
+
+    dcp.save(state(), storage_writer=Named(tmp_path))
+    ones = torch.ones(2).numpy().tobytes()
+    (path,) = (path for path in tmp_path.glob("*.distcp") if ones in path.read_bytes())
+    data = bytearray(path.read_bytes())
+    data[data.find(ones)] ^= 1
+    path.write_bytes(data)
+    target = {"b": torch.zeros(2)}
+    with pytest.raises(BaseException, match="'b'"):
+        dcp.load(target, storage_reader=dcp.FileSystemReader(tmp_path, verify="full"))
+
+
+class TestPlanHooks:
+    def test_a_prefix_of_its_own_names_the_files(self, tmp_path: Path) -> None:
+        """As s3torchconnector's prefix strategies."""
+
+        @dataclass
+        class Prefix:
+            prefix: str
+
+        class Prefixed(dcp.FileSystemWriter):
+            def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+                return [
+                    dataclasses.replace(plan, storage_data=Prefix(f"part{rank}-"))
+                    for rank, plan in enumerate(plans)
+                ]
+
+        dcp.save(state(), storage_writer=Prefixed(tmp_path))
+        assert all(file.name.startswith("part0-") for file in tmp_path.glob("*.distcp"))
+        check_loads(tmp_path)
+
+    def test_the_plan_has_torchs_prefix(self, tmp_path: Path) -> None:
+        seen: list[Any] = []
+
+        class Looking(dcp.FileSystemWriter):
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                seen.append(plan.storage_data)
+                return super().write_data(plan, planner)
+
+        dcp.save(state(), storage_writer=Looking(tmp_path))
+        assert isinstance(seen[0], torchs._StoragePrefix)
+        assert seen[0].prefix == "__0_"
+
+    def test_a_folder_that_it_makes_itself_is_used(self, tmp_path: Path) -> None:
+        class Making(dcp.FileSystemWriter):
+            def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+                os.makedirs(self.path, exist_ok=True)
+                return plan
+
+        dcp.save(state(), storage_writer=Making(tmp_path / "deep" / "er"))
+        check_loads(tmp_path / "deep" / "er")
+
+    def test_what_it_says_of_an_old_checkpoint_counts(self, tmp_path: Path) -> None:
+        class Blind(dcp.FileSystemWriter):
+            def _metadata_exists(self) -> bool:
+                return False
+
+        for step in (1, 2):
+            dcp.save(state(step), storage_writer=Blind(tmp_path, overwrite=False))
+            check_loads(tmp_path, step)
+        writer = dcp.FileSystemWriter(tmp_path)
+        assert writer._metadata_exists()
+        assert writer._get_metadata_path() == writer.metadata_path == tmp_path / ".metadata"
+        assert writer._get_metadata_path(2) == tmp_path / "__2.metadata"
+
+    def test_the_metadata_may_go_to_a_place_of_its_own(self, tmp_path: Path) -> None:
+        class Elsewhere(dcp.FileSystemWriter):
+            def _get_metadata_path(self, rank: int | None = None) -> Path:
+                return Path(self.path) / "index"
+
+        dcp.save(state(), storage_writer=Elsewhere(tmp_path))
+        (tmp_path / "index").rename(tmp_path / ".metadata")
+        check_loads(tmp_path)
+
+
+class TestFinish:
+    def test_a_finish_of_its_own_pickles_the_metadata(self, tmp_path: Path) -> None:
+        """As s3torchconnector's and Megatron-Core's for other storages."""
+
+        class Pickling(dcp.FileSystemWriter):
+            def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+                places: dict[MetadataIndex, Any] = {}
+                for some in results:
+                    assert isinstance(some, list)
+                    places.update({result.index: result.storage_data for result in some})
+                metadata.storage_data = places
+                metadata.storage_meta = self.storage_meta() or StorageMeta()
+                metadata.storage_meta.modules.append("copies=1")
+                temporary = self.fs.concat_path(self.path, ".metadata.tmp")
+                with self.fs.create_stream(temporary, "wb") as stream:
+                    pickle.dump(metadata, stream)
+                    if self.sync_files:
+                        os.fsync(stream.fileno())
+                if self.fs.exists(self.metadata_path):
+                    self.fs.rm_file(self.metadata_path)
+                self.fs.rename(temporary, self.metadata_path)
+
+        for step in (1, 2):
+            dcp.save(state(step), storage_writer=Pickling(tmp_path))
+            check_loads(tmp_path, step)
+        meta = dcp.FileSystemReader(tmp_path).read_metadata().storage_meta
+        assert meta is not None
+        assert meta.modules == ["copies=1"]
+        assert b"pytest_dcp" not in (tmp_path / ".metadata").read_bytes()
+
+    def test_results_that_it_changes_are_what_is_committed(self, tmp_path: Path) -> None:
+        class Moving(dcp.FileSystemWriter):
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                results = super().write_data(plan, planner).value()
+                for result in results:
+                    old = Path(self.path) / result.storage_data.relative_path
+                    if old.exists():
+                        old.rename(Path(self.path) / "moved.distcp")
+                    result.storage_data.relative_path = "moved.distcp"
+                return done(results)
+
+        dcp.save(state(), storage_writer=Moving(tmp_path))
+        assert [file.name for file in tmp_path.glob("*.distcp")] == ["moved.distcp"]
+        check_loads(tmp_path)
+
+
+class TestByHand:
+    def test_torchs_order_of_calls_saves(self, tmp_path: Path) -> None:
+        writer, planner = dcp.FileSystemWriter(tmp_path), dcp.DefaultSavePlanner()
+        writer.reset(tmp_path)
+        planner.set_up_planner(state(), writer.storage_meta(), is_coordinator=True)
+        writer.set_up_storage_writer(True)
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        plan = pickle.loads(pickle.dumps(plan))
+        plans, metadata = planner.create_global_plan([plan])
+        (plan,) = writer.prepare_global_plan(plans)
+        results = writer.write_data(planner.finish_plan(plan), planner).value()
+        writer.finish(metadata, [pickle.loads(pickle.dumps(results))])
+        check_loads(tmp_path)
+
+    @pytest.mark.parametrize("storage_data", [None, torchs._StoragePrefix("__0_")])
+    def test_a_plan_made_by_hand_is_written(self, tmp_path: Path, storage_data: Any) -> None:
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner(state(), is_coordinator=True)
+        items: list[WriteItem] = list(planner.create_local_plan().items)
+        writer = dcp.FileSystemWriter(tmp_path)
+        results = writer.write_data(SavePlan(items, storage_data=storage_data), planner).value()
+        assert [result.index.fqn for result in results] == ["w", "b", "step"]
+        assert all((tmp_path / r.storage_data.relative_path).exists() for r in results)
+
+    @pytest.mark.parametrize(
+        ("storage_data", "options", "names"),
+        [
+            (None, {}, {"model-00001-of-00001.safetensors"}),
+            (
+                {"fqn_to_index_mapping": {"w": 1, "b": 2}},
+                {"fqn_to_index_mapping": {"w": 1, "b": 2}},
+                {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"},
+            ),
+            (
+                {"shard_index": 1},
+                {"save_distributed": True},
+                {"shard-00001-model-00001-of-00001.safetensors"},
+            ),
+        ],
+    )
+    def test_a_plan_made_by_hand_goes_to_files_of_safetensors(
+        self, tmp_path: Path, storage_data: Any, options: Any, names: set[str]
+    ) -> None:
+        tensors = {"w": torch.arange(4.0), "b": torch.ones(3)}
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner(tensors)
+        items: list[WriteItem] = list(planner.create_local_plan().items)
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path), **options)
+        results = writer.write_data(SavePlan(items, storage_data=storage_data), planner).value()
+        assert {result.storage_data.relative_path for result in results} == names
+        assert {file.name for file in tmp_path.iterdir()} == names
+        assert [result.size_in_bytes for result in results] == [16, 12]
+        _, metadata = planner.create_global_plan([SavePlan(items, planner_data=planner.mappings)])
+        writer.finish(metadata, [results])
+        target = {"w": torch.zeros(4), "b": torch.zeros(3)}
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
+        assert torch.equal(target["w"], tensors["w"])
+        assert torch.equal(target["b"], tensors["b"])
+
+
+class TestTransforms:
+    def test_extensions_that_are_set_later_count(self, tmp_path: Path) -> None:
+        pytest.importorskip("zstandard")
+        from torch.distributed.checkpoint._extension import ZStandard
+
+        for transforms in (torchs._StorageWriterTransforms, ours._StorageWriterTransforms):
+            writer = dcp.FileSystemWriter(tmp_path)
+            assert tuple(writer.transforms.extensions) == ()
+            chosen: Any = transforms([ZStandard()])
+            writer.transforms = chosen
+            dcp.save(state(), storage_writer=writer)
+            places = dcp.FileSystemReader(tmp_path).read_metadata().storage_data.values()
+            assert all(place.transform_descriptors for place in places)
+            check_loads(tmp_path)
+
+    def test_a_way_of_its_own_is_not_passed_over(self, tmp_path: Path) -> None:
+        class Odd(torchs._StorageWriterTransforms):
+            def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+                raise AssertionError("is not called")
+
+        writer = dcp.FileSystemWriter(tmp_path)
+        odd: Any = Odd()
+        writer.transforms = odd
+        with pytest.raises(BaseException, match="transform_save_stream of their own"):
+            dcp.save(state(), storage_writer=writer)
+
+
+class TestStaging:
+    def test_the_writers_stage_is_called_and_needs_no_copy_ahead(self, tmp_path: Path) -> None:
+        calls: list[str] = []
+
+        class Staging(dcp.FileSystemWriter):
+            def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+                calls.append("stage")
+                return super().stage(state_dict)
+
+        writer = Staging(tmp_path)
+        dcp.async_save(state(), storage_writer=writer).result(60)
+        assert calls == ["stage"]
+        assert writer.per_thread_copy_ahead == 0
+        check_loads(tmp_path)
+        plain = dcp.FileSystemWriter(tmp_path)
+        dcp.async_save(state(2), storage_writer=plain).result(60)
+        assert plain.per_thread_copy_ahead == 0
+        check_loads(tmp_path, 2)
+
+    def test_a_writer_that_synchronizes_after_the_start_is_asked_to(self, tmp_path: Path) -> None:
+        calls: list[str] = []
+
+        class Late(dcp.FileSystemWriter):
+            _synchronize_after_execute = True
+
+            def synchronize_staging(self) -> None:
+                calls.append("synchronized")
+
+        dcp.async_save(state(), storage_writer=Late(tmp_path)).result(60)
+        assert calls == ["synchronized"]
+        check_loads(tmp_path)
+
+    def test_a_writer_asked_through_the_property_synchronizes(self, tmp_path: Path) -> None:
+        calls: list[str] = []
+
+        class Late(dcp.FileSystemWriter):
+            @property
+            def should_synchronize_after_execute(self) -> bool:
+                return True
+
+            def synchronize_staging(self) -> None:
+                calls.append("synchronized")
+
+        dcp.async_save(state(), storage_writer=Late(tmp_path)).result(60)
+        assert calls == ["synchronized"]
+
+    def test_a_kept_copy_is_filled_anew(self) -> None:
+        stager = BlockingAsyncStager(cache_staged_state_dict=True)
+        assert isinstance(stager, AsyncStager)
+        assert stager.state_dict_cache is None
+        first = stager.stage({"a": {"w": torch.ones(4)}, "step": 1, "l": [torch.ones(2)]})
+        assert stager.state_dict_cache is first
+        where = first["a"]["w"].data_ptr()
+        second = stager.stage({"a": {"w": torch.zeros(4)}, "step": 2, "l": [torch.zeros(2)]})
+        assert second is first
+        assert second["a"]["w"].data_ptr() == where
+        assert second["a"]["w"].tolist() == [0] * 4
+        assert (second["step"], second["l"][0].tolist()) == (2, [0, 0])
+        other = stager.stage({"a": {"w": torch.zeros(5)}})
+        assert other["a"]["w"].shape == (5,)
+        assert list(other) == ["a"]
+
+    def test_a_kept_copy_is_not_filled_while_it_is_saved(self, tmp_path: Path) -> None:
+        class Slow(dcp.FileSystemWriter):
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                started.put(None)
+                assert go_on.get(timeout=60) is None
+                return super().write_data(plan, planner)
+
+        started: queue.Queue[None] = queue.Queue()
+        go_on: queue.Queue[None] = queue.Queue()
+        writer = Slow(tmp_path / "1", cache_staged_state_dict=True)
+        saving = dcp.async_save(state(1), storage_writer=writer)
+        started.get(timeout=60)
+        staged: queue.Queue[Any] = queue.Queue()
+        import threading
+
+        again = threading.Thread(target=lambda: staged.put(writer.stage(state(2))))
+        again.start()
+        with pytest.raises(queue.Empty):
+            staged.get(timeout=0.3)
+        go_on.put(None)
+        again.join(60)
+        assert torch.equal(staged.get(timeout=60)["w"], state(2)["w"])
+        saving.result(60)
+        check_loads(tmp_path / "1", 1)
+
+
+def test_a_lost_file_of_a_client_is_seen_before_the_commit(tmp_path: Path) -> None:
+    class Losing(dcp.FileSystemWriter):
+        def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+            results = super().write_data(plan, planner).value()
+            for result in results:
+                result.storage_data.relative_path = "nowhere.distcp"
+            return done(results)
+
+    with pytest.raises(BaseException) as caught:
+        dcp.save(state(), storage_writer=Losing(tmp_path))
+    causes = [error for error, _ in caught.value.failures.values()]  # type: ignore[attr-defined]
+    assert isinstance(causes[0], CheckpointCorruptError)
+    assert not (tmp_path / ".metadata").exists()
