@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from pytest_dcp.checkpoint.plan.columns import ReadItems
 from pytest_dcp.checkpoint.plan.containers import Description, description_of
 from pytest_dcp.checkpoint.plan.describe import wanted_boxes
 from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
-from pytest_dcp.checkpoint.plan.index import Index, index_of
+from pytest_dcp.checkpoint.plan.index import Index, index_of, resized_keys, stated_sizes
 from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.match import Dtype, LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
@@ -78,6 +78,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         """Entries of the selection's `rename` that find nothing on this rank, and why."""
         self._per_rank: dict[str, PerRank] = {}
         """By what their flat names begin with."""
+        self._saved_sizes: Mapping[str, torch.Size] = {}
 
     def set_up_planner(
         self,
@@ -95,9 +96,15 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
+        if overridden(self, DefaultLoadPlanner, ("create_local_plan",)):
+            # It may change the sizes that the metadata state: see `resized_keys`.
+            self._saved_sizes = stated_sizes(metadata)
 
     def create_local_plan(self) -> LoadPlan:
         """What this rank reads.
+
+        Where a subclass has changed the size that the metadata state for a key, so that it fits a
+        tensor of another size, the part that both have is read.
 
         Raises CheckpointMismatchError naming every key that is missing or does not fit.
         """
@@ -117,6 +124,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
                 on_load=self._materialise,
                 per_rank=self._per_rank,
                 on_number=self._make_room,
+                partial=resized_keys(self.metadata, self._saved_sizes),
             )
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
@@ -307,7 +315,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         places: dict[str, Path] = {}
         for fqn, stored in metadata.state_dict_metadata.items():
             path = room.checked(fqn, paths.get(fqn, (fqn,)))
-            if self._should_include_key(fqn, path):
+            if self._should_include_key(fqn, metadata):
                 flat[fqn], places[fqn] = _empty(fqn, stored), path
                 room.put(state_dict, fqn, path, flat[fqn])
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -330,7 +338,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             return self._filled
         return self._description.rebuilt(
             self._filled,
-            lambda path: self._should_include_key(".".join(map(str, path)), path),
+            lambda path: self._includes(".".join(map(str, path)), path),
             trusted=not self.weights_only,
         )
 
@@ -346,8 +354,14 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
     def _read_as_torch_2_3(self, index: Index) -> None:
         """Nothing: the paths are the checkpoint's own."""
 
-    def _should_include_key(self, fqn: str, path: Path) -> bool:
-        if self.keys is None or fqn in self.keys:
+    def _should_include_key(self, key: str, metadata: Metadata) -> bool:
+        """Whether to load a flat name: for subclasses to extend."""
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        return self._includes(key, tuple(paths.get(key, (key,))))
+
+    def _includes(self, name: str, path: Path) -> bool:
+        """Whether something of this name and path was asked for, or something above it."""
+        if self.keys is None or name in self.keys:
             return True
         above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
         return any(name in self.keys for name in above)
@@ -383,7 +397,13 @@ def create_default_local_load_plan(
     Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
     `strict`.
     """
-    plan, _ = _load_plan(state_dict, index_of(metadata), Selection(), strict=strict)
+    plan, _ = _load_plan(
+        state_dict,
+        index_of(metadata),
+        Selection(),
+        strict=strict,
+        partial=resized_keys(metadata, {}),
+    )
     return _load_lists(plan)
 
 
@@ -401,11 +421,13 @@ def _load_plan(
     on_load: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, value: value,
     per_rank: Mapping[str, PerRank] | None = None,
     on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
+    partial: Container[str] = (),
 ) -> tuple[LoadPlan, LoadReport]:
     """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded.
 
     `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
     empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
+    Of the stored names in `partial` elements may be lacking.
     """
     chosen = selection.chosen(state_dict)
     stored_as = selection.stored_as(chosen)
@@ -426,7 +448,8 @@ def _load_plan(
     # A stored value replaces whatever is here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
     template = found.loaded | dict.fromkeys(replaced)
-    items: Any = read_items(wanted_boxes(template), index, stored_as)
+    lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
+    items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
     )

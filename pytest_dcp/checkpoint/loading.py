@@ -118,7 +118,8 @@ def load(
     with verifying(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():
-        value = state_dict[key]
+        # A planner may build what it loads: then the caller had no value there.
+        value: Any = state_dict.get(key)
         if is_stateful(value):
             value.load_state_dict(loaded)
         else:
@@ -150,6 +151,7 @@ def load_without_template(
     checkpoint_id: str | os.PathLike[str] | None = None,
     storage_reader: StorageReader | None = None,
     process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
     weights_only: bool = True,
 ) -> dict[str, Any]:
     """A state dict built from what the checkpoint holds, whole, on the CPU of every rank.
@@ -159,11 +161,12 @@ def load_without_template(
     dicts and lists, and keys are strings.
 
     keys: only these flat names, and what is below them; None: everything.
+    no_dist: this rank alone, whatever process group there is.
 
     Raises CheckpointException, as `load`; its cause is a CheckpointMismatchError, naming them, for
     containers and keys of other classes than Python's own, unless `weights_only` is False.
     """
-    no_dist = alone(False, "load")
+    no_dist = alone(no_dist, "load")
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     state_dict: dict[str, Any] = {}
     with team.preparing():

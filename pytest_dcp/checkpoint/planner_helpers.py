@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     TensorStorageMetadata,
 )
@@ -16,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from pytest_dcp.checkpoint.plan.boxes import padded
 from pytest_dcp.checkpoint.plan.describe import Wanted, wanted_boxes, write_items
 from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.load import read_items
+from pytest_dcp.checkpoint.plan.load import Everything, read_items
 from pytest_dcp.checkpoint.torch_names import names_of_torch
 
 __all__ = ["create_read_items_for_chunk_list"]
@@ -27,9 +29,9 @@ def create_read_items_for_chunk_list(
     checkpoint_md: TensorStorageMetadata,
     local_chunks: Sequence[ChunkStorageMetadata],
 ) -> list[ReadItem]:
-    """The reads that fill these boxes of a tensor from its stored chunks.
+    """The reads that fill these boxes of a tensor from its stored chunks, as far as they overlap.
 
-    Raises CheckpointCorruptError when the stored chunks do not hold them.
+    Raises CheckpointCorruptError when stored chunks overlap each other.
     """
     rank = len(checkpoint_md.size)
     count = len(local_chunks)
@@ -40,7 +42,7 @@ def create_read_items_for_chunk_list(
         shape=padded([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
         nth=np.arange(count, dtype=np.int64),
     )
-    return list(read_items(wanted, Index.of({fqn: checkpoint_md})))
+    return list(read_items(wanted, Index.of({fqn: checkpoint_md}), partial=Everything()))
 
 
 def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
@@ -49,8 +51,18 @@ def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
 
 
 def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
-    """What this rank reads for one value (torch's name; other libraries import it)."""
-    return list(read_items(wanted_boxes({fqn: obj}), Index.of({fqn: md})))
+    """What this rank reads for one value (torch's name; other libraries import it).
+
+    A tensor of another size than the stored one gets what both have.
+    """
+    if isinstance(md, BytesStorageMetadata):
+        obj = None
+    elif not isinstance(obj, torch.Tensor):
+        raise ValueError(  # noqa: TRY004 - what torch raises
+            f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
+            f"{type(md)}"
+        )
+    return list(read_items(wanted_boxes({fqn: obj}), Index.of({fqn: md}), partial=Everything()))
 
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.

@@ -30,8 +30,8 @@ from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.plan.containers import DESCRIPTION, DescribedPaths, describe
 from pytest_dcp.checkpoint.plan.containers import merged as merge_descriptions
 from pytest_dcp.checkpoint.plan.describe import write_items
-from pytest_dcp.checkpoint.plan.hooks import lists_wanted, overridden
-from pytest_dcp.checkpoint.plan.index import Index, KeyTable
+from pytest_dcp.checkpoint.plan.hooks import is_overridden, lists_wanted, overridden
+from pytest_dcp.checkpoint.plan.index import Index, KeyTable, copy_metadata
 from pytest_dcp.checkpoint.plan.nested import Path, as_saved, as_saved_path, flatten
 from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck, Replicas
@@ -87,6 +87,8 @@ class DefaultSavePlanner(SavePlanner):
                 "DefaultSavePlanner's `dedup_replicated_tensors` argument is being deprecated, "
                 "and no longer has any effect. Please remove this argument from your call."
             )
+        self._enable_plan_caching = enable_plan_caching
+        self._cached_plans_key = type(self).__name__
         self._cache = PlanCache() if enable_plan_caching else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,7 +128,7 @@ class DefaultSavePlanner(SavePlanner):
         Raises PlanError naming every key whose parts do not make one whole tensor.
         """
         if self._cache is None:
-            plans, self.metadata = self._planned(all_plans)
+            plans, self.metadata = self._create_global_plan(all_plans)
             self.global_plan = plans
             return plans, self.metadata
         full, digests = self._cache.incoming(all_plans)
@@ -134,9 +136,10 @@ class DefaultSavePlanner(SavePlanner):
         if before is not None and before[0] == digests:
             same = [SavePlan([], usable=False) for _ in full]
             _, self.global_plan, self.metadata, self.replicas = before
-            return same, replace(self.metadata)
-        self.global_plan, self.metadata = self._planned(full)
-        self._cache.answer = (digests, self.global_plan, replace(self.metadata), self.replicas)
+            return same, copy_metadata(self.metadata)
+        self.global_plan, self.metadata = self._create_global_plan(full)
+        kept = copy_metadata(self.metadata)
+        self._cache.answer = (digests, self.global_plan, kept, self.replicas)
         return self.global_plan, self.metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -213,12 +216,23 @@ class DefaultSavePlanner(SavePlanner):
         hooks = ("resolve_data", "lookup_object", "transform_object")
         return overridden(self, DefaultSavePlanner, hooks)
 
-    def _planned(self, all_plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        together: GlobalPlan = global_plan(
+    def _dedup_save_plans(self, all_plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans without replicas: torch's hook, for subclasses that have their own way."""
+        tables = self._join_plans(all_plans).tables
+        return [replace(p, items=list(t)) for p, t in zip(all_plans, tables, strict=True)]
+
+    def _join_plans(self, all_plans: Sequence[SavePlan]) -> GlobalPlan:
+        return global_plan(
             [WriteItems.of(plan.items) for plan in all_plans],
             to_lowest_rank=self.dedup_save_to_lowest_rank,
             complete=len(all_plans) > 1,
         )
+
+    def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What `create_global_plan` answers, without what it remembers: torch's hook."""
+        if is_overridden(self, DefaultSavePlanner, "_dedup_save_plans"):
+            all_plans = self._dedup_save_plans(list(all_plans))
+        together = self._join_plans(all_plans)
         self.replicas = together.replicas
         lists = lists_wanted(self, DefaultSavePlanner)
         plans = [

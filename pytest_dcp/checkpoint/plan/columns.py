@@ -134,9 +134,9 @@ class WriteItems(ItemTable[WriteItem]):
         chunk = ChunkStorageMetadata(
             size_of(self.offset[row], ndim), size_of(self.shape[row], ndim)
         )
-        data = TensorWriteData(
-            chunk, self.properties[self.property_of[row]], size_of(self.size[row], ndim)
-        )
+        # A copy: a planner may change the properties of one item alone.
+        properties = replace(self.properties[self.property_of[row]])
+        data = TensorWriteData(chunk, properties, size_of(self.size[row], ndim))
         return WriteItem(self.key(row), kind, tensor_data=data)
 
     def key(self, row: int) -> MetadataIndex:
@@ -231,6 +231,8 @@ class ReadItems(ItemTable[ReadItem]):
     """Of the copy."""
     entry: Ints
     """Row of the stored box in the index that the plan was made from; -1: not known."""
+    source: object = None
+    """That index; None where it is not at hand. Stays behind when the table is pickled."""
 
     def __len__(self) -> int:
         return len(self.fqns)
@@ -318,9 +320,12 @@ def position(known: dict[Any, int], properties: TensorProperties) -> int:
     return known.setdefault(key, len(known))
 
 
+_AT_HOME = ("origin", "source")
+
+
 def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:
     """Every field but the names."""
-    names = (f.name for f in fields(table) if "fqns" not in f.name and f.name != "origin")
+    names = (f.name for f in fields(table) if "fqns" not in f.name and f.name not in _AT_HOME)
     return {name: getattr(table, name) for name in names}
 
 

@@ -32,6 +32,7 @@ from pytest_dcp.checkpoint.plan.shards import (
     local_shards,
     local_tensor,
     speaks_for_itself,
+    spoken_items,
     spokesman,
 )
 from pytest_dcp.errors import PlanError
@@ -169,7 +170,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
         elif problem := unsavable(fqn, value):
             problems.append(problem)
         elif speaks_for_itself(value):
-            spoken.append(WriteItems.of(spokesman(value).__create_write_items__(fqn, value)))
+            spoken.append(WriteItems.of(spoken_items(fqn, value)))
         elif isinstance(value, ShardedTensor):
             rows.add_shards(fqn, value, problems)
         elif says_parts(value):

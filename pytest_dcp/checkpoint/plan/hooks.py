@@ -16,15 +16,23 @@ Plan = TypeVar("Plan", SavePlan, LoadPlan)
 
 def overridden(planner: object, base: type, hooks: Iterable[str]) -> bool:
     """Whether the planner's class, or the object itself, has another of the base's hooks."""
-    return any(
-        getattr(type(planner), hook) is not getattr(base, hook) or hook in vars(planner)
-        for hook in hooks
-    )
+    return any(is_overridden(planner, base, hook) for hook in hooks)
+
+
+def is_overridden(owner: object, base: type, hook: str) -> bool:
+    """Whether the owner's class, or the object itself, has another hook than the base."""
+    return getattr(type(owner), hook) is not getattr(base, hook) or hook in vars(owner)
 
 
 def lists_wanted(planner: object, base: type) -> bool:
     """Whether a subclass looks into plans, and may expect lists that it can change."""
-    return overridden(planner, base, ("create_local_plan", "create_global_plan", "finish_plan"))
+    hooks = ("create_local_plan", "create_global_plan", "finish_plan")
+    return overridden(planner, base, hooks) or any(
+        hasattr(base, hook) and is_overridden(planner, base, hook) for hook in _INNER_HOOKS
+    )
+
+
+_INNER_HOOKS = ("_create_global_plan", "_dedup_save_plans")
 
 
 def required(plan: Any, kind: type[Plan], hook: str) -> Plan:

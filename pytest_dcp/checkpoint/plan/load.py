@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -24,12 +25,17 @@ PAIRS_AT_ONCE = 1 << 20
 
 
 def read_items(
-    wanted: Wanted, index: Index, stored_as: Mapping[str, str] | None = None
+    wanted: Wanted,
+    index: Index,
+    stored_as: Mapping[str, str] | None = None,
+    *,
+    partial: Container[str] = (),
 ) -> ReadItems:
     """One row for each overlap of a wanted box with a stored one.
 
     Every wanted name must be in the index, under the name that `stored_as` gives for it. Raises
     CheckpointCorruptError when the stored boxes lack an element that is wanted, or hold one twice.
+    Of the names in `partial` they may lack any.
     """
     width = max(wanted.offset.shape[1], index.offset.shape[1])
     names = wanted.fqns
@@ -49,7 +55,7 @@ def read_items(
         parts.append((want[shared], have[shared], low[shared], shape[shared]))
     want, have, low, shape = _concatenated(parts, width)
     tensors = wanted.ndim[want] >= 0
-    _check_filled(wanted, index, want[tensors], have[tensors], shape[tensors])
+    _check_filled(wanted, want[tensors], shape[tensors], partial)
     fqns = tuple(names[row] for row in want.tolist())
     renamed = stored_fqns is not names
     return ReadItems(
@@ -65,6 +71,7 @@ def read_items(
         from_offset=low - have_offset[have],
         shape=shape,
         entry=have,
+        source=index,
     )
 
 
@@ -84,12 +91,20 @@ def _concatenated(
     return want, have, low, shape
 
 
-def _check_filled(wanted: Wanted, index: Index, want: Ints, have: Ints, shape: Ints) -> None:
+class Everything(Container[str]):
+    """Contains every name."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def _check_filled(wanted: Wanted, want: Ints, shape: Ints, partial: Container[str]) -> None:
     """Raise unless the overlaps fill each wanted box exactly."""
     filled = np.zeros(len(wanted), dtype=np.int64)
     np.add.at(filled, want, volumes(shape))
     asked = np.where(wanted.ndim >= 0, volumes(wanted.shape), 0)
-    for row in np.flatnonzero(filled != asked)[:1].tolist():
+    gaps = (row for row in np.flatnonzero(filled != asked) if wanted.fqns[row] not in partial)
+    for row in islice(gaps, 1):
         shown = tuple(wanted.shape[row, : wanted.ndim[row]].tolist())
         offset = tuple(wanted.offset[row, : wanted.ndim[row]].tolist())
         raise CheckpointCorruptError(

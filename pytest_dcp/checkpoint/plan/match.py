@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.plan.numbers import kind_of, takes_tensor_of
 from pytest_dcp.checkpoint.plan.parts import BOXES, global_shape, says_parts
-from pytest_dcp.checkpoint.plan.shards import PLAIN, full
+from pytest_dcp.checkpoint.plan.shards import PLAIN, full, speaks_for_itself, spoken_items
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20
@@ -149,10 +149,10 @@ def _misfit(
             converted[fqn] = (dtype, kind)
             return None
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
-    here, now = _size_and_dtype(value)
+    here, now = _size_and_dtype(fqn, value)
     if tuple(here) != size:
         return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
-    if dtype is None or dtype == now:
+    if dtype is None or now is None or dtype == now:
         return None
     converted[fqn] = (dtype, now)
     if strict and kind_of(dtype) != kind_of(now):
@@ -160,7 +160,12 @@ def _misfit(
     return None
 
 
-def _size_and_dtype(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:
+    """The full tensor's size, and the dtype of its memory; None where this rank has none."""
+    if speaks_for_itself(value):
+        told = [item.tensor_data for item in spoken_items(fqn, value)]
+        data = next((some for some in told if some is not None), None)
+        return (value.shape, None) if data is None else (data.size, data.properties.dtype)
     if isinstance(value, ShardedTensor):
         # Its own methods warn of its deprecation; its metadata do not.
         found = value.metadata()

@@ -9,12 +9,14 @@ that torch's DTensor also has: `__create_write_items__(fqn, object)`, `__create_
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -60,6 +62,25 @@ def speaks_for_itself(value: Any) -> bool:
 def spokesman(value: Any) -> Any:
     """Who would know the value's parts: itself, or what a DTensor has on this rank."""
     return local_tensor(value) if isinstance(value, DTensor) else value
+
+
+def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
+    """The write items of a value that knows its own parts, of the dtype that its memory has.
+
+    The value itself may show another dtype than it keeps its data in.
+    """
+    speaker = spokesman(value)
+    items: list[WriteItem] = speaker.__create_write_items__(fqn, value)
+    return [item if item.tensor_data is None else _of_memory(speaker, item) for item in items]
+
+
+def _of_memory(speaker: Any, item: WriteItem) -> WriteItem:
+    data: Any = item.tensor_data
+    memory: torch.Tensor = speaker.__get_tensor_shard__(item.index)
+    if memory.dtype == data.properties.dtype:
+        return item
+    properties = replace(data.properties, dtype=memory.dtype)
+    return replace(item, tensor_data=replace(data, properties=properties))
 
 
 def in_mesh(tensor: DTensor) -> bool:
