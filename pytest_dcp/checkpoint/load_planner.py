@@ -154,7 +154,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         elif not isinstance(value, torch.Tensor):
             fill_tensor(fqn, here, value, strict=not self.allow_partial_load)
             self._converted(fqn, type(value), here.dtype)
-        elif type(here) in PLAIN and here.shape == value.shape:
+        elif _is_same_kind(here, value):
             here.detach().copy_(value)
         else:
             self._put(fqn, value)
@@ -365,6 +365,12 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             return True
         above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
         return any(name in self.keys for name in above)
+
+
+def _is_same_kind(here: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a tensor that was stored as a value can be copied into the one that is here."""
+    plain = type(here) in PLAIN and type(value) in PLAIN and here.layout is value.layout
+    return plain and here.shape == value.shape and here.dtype == value.dtype
 
 
 def _is_meta(value: Any) -> bool:

@@ -75,12 +75,21 @@ class Comparison:
         self._planner = planner if isinstance(planner, DefaultSavePlanner) else None
         self._checks: list[Checks] | None = None
 
-    def chosen(self, ranks: int) -> list[Checks | None]:
-        """On the coordinator, once the plan is made: what each rank is to sum."""
+    def chosen(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
+        """On the coordinator, once these local plans are joined: what each rank is to sum.
+
+        Nothing where a subclass has joined other plans than the ranks': their rows are not known.
+        """
         planner = self._planner
         if planner is not None and planner.replicas is not None:
-            self._checks = planner.replicas.chosen(planner.replica_check, secrets.randbits(64))
-        return list(self._checks) if self._checks is not None else [None] * ranks
+            same = len(planner.planned) == len(plans) and all(
+                items is plan.items or not plan.usable
+                for plan, items in zip(plans, planner.planned, strict=True)
+            )
+            if same:
+                seed = secrets.randbits(64)
+                self._checks = planner.replicas.chosen(planner.replica_check, seed)
+        return list(self._checks) if self._checks is not None else [None] * len(plans)
 
     def sums(self, local: SavePlan, checks: Checks | None) -> Sums | None:
         """A sum for each piece that this rank is to compare, of rows of its local plan.

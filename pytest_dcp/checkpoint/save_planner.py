@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 OF_ONE_SAVE = frozenset(
-    {"state_dict", "plan", "global_plan", "metadata", "offered", "replicas", "_entries"}
+    {"state_dict", "plan", "global_plan", "metadata", "offered", "replicas", "planned", "_entries"}
 )
 """What a planner has of the save that it plans, or planned last."""
 
@@ -94,6 +94,9 @@ class DefaultSavePlanner(SavePlanner):
     def __getstate__(self) -> dict[str, Any]:
         """Only what it brings to the next save, which may be in another process."""
         return {name: value for name, value in vars(self).items() if name not in OF_ONE_SAVE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, replicas=None, _entries={})
 
     def set_up_planner(
         self,
@@ -234,6 +237,7 @@ class DefaultSavePlanner(SavePlanner):
             all_plans = self._dedup_save_plans(list(all_plans))
         together = self._join_plans(all_plans)
         self.replicas = together.replicas
+        self.planned = [plan.items for plan in all_plans]
         lists = lists_wanted(self, DefaultSavePlanner)
         plans = [
             replace(plan, items=_plan(items, lists).items)

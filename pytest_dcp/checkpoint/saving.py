@@ -285,7 +285,7 @@ class Save:
         joined, self.metadata = self.planner.create_global_plan(plans)
         self.told = self.writer.prepare_global_plan(joined)
         sent = [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
-        return list(zip(sent, self.comparison.chosen(len(sent)), strict=True))
+        return list(zip(sent, self.comparison.chosen(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         # A planner that remembers plans must not remember where the last save's files were.

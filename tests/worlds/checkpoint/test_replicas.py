@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +152,44 @@ def test_each_save_is_compared_with_a_remembered_plan_too(
 def test_a_save_in_the_background_compares_too(checkpoint_dir: Path, rank: int) -> None:
     future: Any = dcp.async_save({"step": rank}, checkpoint_id=checkpoint_dir)
     assert refused(future.result).keys == ("step",)
+
+
+class Reversing(dcp.DefaultSavePlanner):
+    """Joins other plans than the ranks', as frameworks do that filter or regroup them."""
+
+    def create_global_plan(self, all_plans: list[Any]) -> Any:
+        return super().create_global_plan(
+            [dataclasses.replace(plan, items=list(plan.items)[::-1]) for plan in all_plans]
+        )
+
+
+class Doubling(dcp.DefaultSavePlanner):
+    """Makes what it saves, which differs from what the state holds."""
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        return super().transform_object(write_item, object)
+
+
+@pytest.mark.parametrize("planner", [Reversing, Doubling])
+def test_planners_whose_rows_or_data_are_not_known_are_not_compared(
+    checkpoint_dir: Path, rank: int, planner: Any
+) -> None:
+    state = {"a": torch.zeros(3), "b": torch.full((3,), float(rank)), "c": 1, "d": torch.ones(7)}
+    dcp.save(state, checkpoint_id=checkpoint_dir, planner=planner(replicas="check"))
+    target = blank(state)
+    dcp.load(target, checkpoint_id=checkpoint_dir)
+    assert target["d"].tolist() == [1] * 7
+
+
+def test_a_planner_that_was_pickled_compares(checkpoint_dir: Path, rank: int) -> None:
+    planner = dcp.DefaultSavePlanner(replicas="check")
+    dcp.save({"a": 1, "b": torch.ones(2)}, checkpoint_id=checkpoint_dir / "a", planner=planner)
+    again = pickle.loads(pickle.dumps(planner))
+    state = {"a": (np.ones(1),), "b": torch.ones(2)}
+    dcp.save(state, checkpoint_id=checkpoint_dir / "b", planner=again)
+    differing = {"a": rank, "b": torch.ones(2)}
+    error = refused(lambda: dcp.save(differing, checkpoint_id=checkpoint_dir / "c", planner=again))
+    assert error.keys == ("a",)
 
 
 def test_an_unknown_choice_is_refused() -> None:
