@@ -28,8 +28,8 @@ from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.ranges import Tally
 from pytest_dcp.checkpoint.store.read import ReadSettings, read_copies, read_values
 from pytest_dcp.checkpoint.store.transfer import copies
-from pytest_dcp.checkpoint.store.transformed import plain_entry, tensor_of
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.checkpoint.store.transformed import fill_wrapper, plain_entry, tensor_of
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 BATCH_BYTES = 64 << 20
 """What a planner with hooks of its own is asked for at a time: it may make a buffer for each."""
@@ -65,11 +65,15 @@ def fill(
     stored = np.zeros(len(catalog.index.offset), dtype=bool)
     stored[list(catalog.places.transforms)] = True
     whole = stored[items.entry] & ~values
+    stored[:] = False
+    stored[list(found.wrapped)] = True
+    wrapped = stored[items.entry] & ~values & ~whole
     needed = int(work.nbytes.sum())
     observer.expect(needed)
     work.values(np.flatnonzero(values))
     work.transformed(np.flatnonzero(whole))
-    work.tensors(np.flatnonzero(~values & ~whole))
+    work.wrapped(np.flatnonzero(wrapped))
+    work.tensors(np.flatnonzero(~values & ~whole & ~wrapped))
     return Filled(needed, work.tally.read, work.tally.verified)
 
 
@@ -119,6 +123,25 @@ class _Work:
             target = self.planner.resolve_tensor(item).detach()
             _check_size(item, target)
             target.copy_(tensor)
+            self.planner.commit_tensor(item, target)
+
+    def wrapped(self, rows: Ints) -> None:
+        """Fill the tensors within wrappers that torch has pickled whole."""
+        for row in rows.tolist():
+            ((_, entry),) = self._stored(np.array([row])).items()
+            item = self.items[row]
+            index, stored = self.catalog.index, int(self.items.entry[row])
+            if (self.items.shape[row] != index.shape[stored]).any():
+                raise CheckpointError(
+                    f"{item.dest_index.fqn!r} is stored as a wrapper of other tensors, which can "
+                    f"be loaded whole only, not a part of {tuple(item.lengths)}"
+                )
+            target = self.planner.resolve_tensor(item)
+            _check_size(item, target)
+            try:
+                fill_wrapper(target, entry)
+            except CheckpointCorruptError as error:
+                raise error.at(entry=item.storage_index.fqn) from error
             self.planner.commit_tensor(item, target)
 
     def tensors(self, rows: Ints) -> None:

@@ -12,7 +12,7 @@ Rules inside:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -27,7 +27,12 @@ from pytest_dcp.checkpoint.store.archive import (
     corrupt,
     read_directory,
 )
-from pytest_dcp.checkpoint.store.unpickle import TensorPickle, read_tensor_pickle
+from pytest_dcp.checkpoint.store.unpickle import (
+    TensorPickle,
+    UnknownGlobalError,
+    read_tensor_pickle,
+)
+from pytest_dcp.checkpoint.store.unpickle_wrapped import WrapperPickle, read_subclass_pickle
 from pytest_dcp.errors import CheckpointCorruptError
 
 _TENSOR_DIRECTORY_LIMIT = 64 << 10
@@ -73,9 +78,68 @@ def locate(read: Callable[[int, int], bytes], length: int) -> TensorRecord:
     pickled = content(source, directory, "data.pkl", _TENSOR_PICKLE_LIMIT)
     _check_byteorder(source, directory)
     try:
-        tensor = read_tensor_pickle(pickled)
+        tensor = _read_plain(pickled)
     except CheckpointCorruptError as error:
         raise error.at(offset=content_offset(source, directory.record("data.pkl"))) from error
+    return _record_of(source, directory, tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class WrapperRecord:
+    """Where the tensors of a wrapper are inside its entry."""
+
+    class_name: str
+    dtype: torch.dtype
+    """That the wrapper shows."""
+    shape: tuple[int, ...]
+    inner: Mapping[str, TensorRecord | WrapperRecord]
+    """By the names of the attributes."""
+
+
+def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> WrapperRecord | None:
+    """Where the tensors within a wrapper are in its entry; None where it holds no wrapper.
+
+    As `locate`. Raises CheckpointCorruptError: the entry is damaged.
+    """
+    source = Source(read, length)
+    directory = read_directory(source, _TENSOR_DIRECTORY_LIMIT)
+    pickled = content(source, directory, "data.pkl", _TENSOR_PICKLE_LIMIT)
+    try:
+        found = read_subclass_pickle(pickled)
+    except UnknownGlobalError:
+        return None
+    _check_byteorder(source, directory)
+    return _wrapper_of(source, directory, found) if isinstance(found, WrapperPickle) else None
+
+
+def _wrapper_of(source: Source, directory: Directory, told: WrapperPickle) -> WrapperRecord:
+    inner = {
+        name: _wrapper_of(source, directory, one)
+        if isinstance(one, WrapperPickle)
+        else _record_of(source, directory, one)
+        for name, one in told.inner.items()
+    }
+    return WrapperRecord(told.class_name, told.dtype, told.shape, inner)
+
+
+def _read_plain(pickled: bytes | memoryview) -> TensorPickle:
+    """The tensor's description; of a subclass that has memory of its own, its memory's."""
+    try:
+        return read_tensor_pickle(pickled)
+    except UnknownGlobalError as error:
+        try:
+            found = read_subclass_pickle(pickled)
+        except UnknownGlobalError:
+            raise error from None
+        if isinstance(found, WrapperPickle):
+            raise UnknownGlobalError(
+                f"expected a tensor with memory of its own, got a {found.class_name}, a wrapper of "
+                f"{', '.join(found.inner)}: load it into a tensor of that class"
+            ) from None
+        return found
+
+
+def _record_of(source: Source, directory: Directory, tensor: TensorPickle) -> TensorRecord:
     record = directory.record(f"data/{tensor.storage_key}")
     _check_extent(tensor, record)
     return TensorRecord(

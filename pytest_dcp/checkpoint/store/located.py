@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk, In
 from pytest_dcp.checkpoint.store.entry import tensor_frame
-from pytest_dcp.checkpoint.store.locate import locate
+from pytest_dcp.checkpoint.store.locate import locate, locate_wrapper
+from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
 
 
@@ -28,6 +30,8 @@ class Located:
     catalog: Catalog
     odd_strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Bytes between neighbours, of the chunks that are not stored row-major."""
+    wrapped: set[int] = field(default_factory=set)
+    """The chunks that are stored as wrappers of other tensors: their data are whole entries."""
 
 
 def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located:
@@ -44,7 +48,7 @@ def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located
         try:
             with disk.open(folder, name) as file:
                 for row in order[places.file[order] == number].tolist():
-                    data_start[row], data_nbytes[row] = _find(file, catalog, row, found.odd_strides)
+                    data_start[row], data_nbytes[row] = _find(file, catalog, row, found)
         except FileNotFoundError as error:
             raise CheckpointFileMissingError("the data file is missing", file=name) from error
     found.catalog = replace(
@@ -53,7 +57,7 @@ def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located
     return found
 
 
-def _find(file: In, catalog: Catalog, row: int, odd: dict[int, tuple[int, ...]]) -> tuple[int, int]:
+def _find(file: In, catalog: Catalog, row: int, found: Located) -> tuple[int, int]:
     index, places = catalog.index, catalog.places
     start, length = int(places.start[row]), int(places.length[row])
     key = int(index.key_of[row])
@@ -72,6 +76,11 @@ def _find(file: In, catalog: Catalog, row: int, odd: dict[int, tuple[int, ...]])
         return start + len(frame.head), frame.data_nbytes
     try:
         record = locate(_reader(file, start), length)
+    except UnknownGlobalError as error:
+        if _is_wrapper(file, start, length, dtype, shape):
+            found.wrapped.add(row)
+            return start, length
+        raise error.at(file=name, entry=index.fqns[key], offset=start) from error
     except CheckpointCorruptError as error:
         raise error.at(file=name, entry=index.fqns[key], offset=start) from error
     if record.dtype != dtype or record.shape != shape:
@@ -81,9 +90,17 @@ def _find(file: In, catalog: Catalog, row: int, odd: dict[int, tuple[int, ...]])
             file=name, entry=index.fqns[key], offset=start,
         )  # fmt: skip
     width = dtype.itemsize
-    odd[row] = tuple(step * width for step in record.stride)
+    found.odd_strides[row] = tuple(step * width for step in record.stride)
     skipped = record.storage_offset * width
     return start + record.data_offset + skipped, record.data_nbytes - skipped
+
+
+def _is_wrapper(
+    file: In, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> bool:
+    """Whether the entry holds a wrapper that shows this dtype and shape."""
+    wrapper = locate_wrapper(_reader(file, start), length)
+    return wrapper is not None and (wrapper.dtype, wrapper.shape) == (dtype, shape)
 
 
 def _reader(file: In, start: int) -> Callable[[int, int], bytes]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from typing import IO
+from typing import IO, Any
 
 import torch
 from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.locate import locate
+from pytest_dcp.checkpoint.store.locate import TensorRecord, WrapperRecord, locate, locate_wrapper
 from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 ROOM_BYTES = 1 << 20
 """What an entry may take beside a tensor's data."""
@@ -86,7 +87,41 @@ def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
 
 def tensor_in(entry: bytes) -> torch.Tensor:
     """The tensor in a whole entry. Raises CheckpointCorruptError for a damaged one."""
-    record = locate(lambda at, nbytes: entry[at : at + nbytes], len(entry))
+    return _tensor_at(entry, locate(lambda at, nbytes: entry[at : at + nbytes], len(entry)))
+
+
+def fill_wrapper(target: torch.Tensor, entry: bytes) -> None:
+    """Fill the tensors within a wrapper from a whole entry of one.
+
+    Raises CheckpointMismatchError where the target is no wrapper of tensors of these names, and
+    ValueError where one of them has another size.
+    """
+    wrapper = locate_wrapper(lambda at, nbytes: entry[at : at + nbytes], len(entry))
+    if wrapper is None:
+        raise CheckpointCorruptError("expected a wrapper of tensors, got something else")
+    with torch.no_grad():
+        _fill_inner(target, wrapper, entry)
+
+
+def _fill_inner(target: Any, wrapper: WrapperRecord, entry: bytes) -> None:
+    names = target.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(target) else []
+    if set(names) != set(wrapper.inner):
+        raise CheckpointMismatchError(
+            f"the checkpoint has a {wrapper.class_name}, a wrapper of {', '.join(wrapper.inner)}, "
+            f"and here is a {type(target).__name__}{' of ' if names else ''}{', '.join(names)}: "
+            "load it into a tensor of that class"
+        )
+    for name, record in wrapper.inner.items():
+        inner = getattr(target, name)
+        if isinstance(record, WrapperRecord):
+            _fill_inner(inner, record, entry)
+        elif tuple(inner.shape) != record.shape:
+            raise ValueError(f"{name} has shape {record.shape} there, {tuple(inner.shape)} here")
+        else:
+            inner.copy_(_tensor_at(entry, record))
+
+
+def _tensor_at(entry: bytes, record: TensorRecord) -> torch.Tensor:
     if not math.prod(record.shape):
         return torch.empty(record.shape, dtype=record.dtype)
     data = bytearray(memoryview(entry)[record.data_offset :][: record.data_nbytes])

@@ -290,3 +290,8 @@ def _tensor_globals() -> Iterator[tuple[tuple[str, str], object]]:
 
 
 _TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=_load_storage)
+
+
+def tensor_vocabulary() -> Vocabulary:
+    """What the pickle of a tensor's entry may name: for readers that know more."""
+    return _TENSOR

@@ -1,0 +1,115 @@
+"""Tensors of subclasses that torch has pickled whole: their memory, or the tensors within them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter as TorchWriter
+from torch.distributed.checkpoint import save as torch_save
+from torch.testing._internal.two_tensor import TwoTensor
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.store.transformed import tensor_in
+from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp.errors import CheckpointMismatchError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Marked(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+def two(first: float, size: int = 4) -> Any:
+    return TwoTensor(torch.arange(float(size)) + first, torch.arange(float(size)) - first)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    state = {
+        "w": two(5),
+        "deep": TwoTensor(two(1), two(2)),
+        "m": torch.arange(3.0).as_subclass(Marked),
+        "b": torch.ones(2),
+    }
+    torch_save(state, storage_writer=TorchWriter(tmp_path), no_dist=True)
+    return tmp_path
+
+
+def test_a_wrapper_is_filled_with_the_tensors_within_the_stored_one(saved: Path) -> None:
+    target: dict[str, Any] = {
+        "w": two(0),
+        "deep": TwoTensor(two(0), two(0)),
+        "m": torch.zeros(3).as_subclass(Marked),
+        "b": torch.zeros(2),
+    }
+    inner = target["w"].a
+    dcp.load(target, checkpoint_id=saved)
+    assert target["w"].a is inner
+    assert torch.equal(inner, two(5).a)
+    assert torch.equal(target["w"].b, two(5).b)
+    assert torch.equal(target["deep"].a.b, two(1).b)
+    assert torch.equal(target["deep"].b.a, two(2).a)
+    assert type(target["m"]) is Marked
+    assert target["m"].tolist() == [0, 1, 2]
+    assert target["b"].tolist() == [1, 1]
+
+
+def test_a_subclass_with_memory_is_read_into_a_plain_tensor(saved: Path) -> None:
+    target = {"m": torch.zeros(3), "b": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=saved)
+    assert target["m"].tolist() == [0, 1, 2]
+
+
+def test_a_plain_tensor_cannot_take_a_wrapper(saved: Path) -> None:
+    target = {"w": torch.zeros(4), "b": torch.zeros(2)}
+    with pytest.raises(BaseException, match="a wrapper of a, b") as caught:
+        dcp.load(target, checkpoint_id=saved)
+    assert "TwoTensor" in str(caught.value)
+    assert isinstance(caught.value, CheckpointMismatchError)
+
+
+def test_what_does_not_need_a_wrapper_is_loaded_beside_it(saved: Path) -> None:
+    target = {"b": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=saved)
+    assert target["b"].tolist() == [1, 1]
+
+
+def test_a_part_of_a_wrapper_is_refused_by_name(saved: Path) -> None:
+    class Part(dcp.DefaultLoadPlanner):
+        def create_local_plan(self) -> Any:
+            assert self.metadata is not None
+            entry: Any = self.metadata.state_dict_metadata["w"]
+            entry.size = torch.Size([3])
+            return super().create_local_plan()
+
+    with pytest.raises(BaseException, match="'w' is stored as a wrapper"):
+        dcp.load({"w": two(0, 3)}, checkpoint_id=saved, planner=Part())
+
+
+def entry_of(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_memory_of_a_subclass_is_found_in_its_entry() -> None:
+    assert tensor_in(entry_of(torch.arange(3.0).as_subclass(Marked))).tolist() == [0, 1, 2]
+    with pytest.raises(UnknownGlobalError, match="a wrapper of a, b"):
+        tensor_in(entry_of(two(1)))
+
+
+def test_no_code_of_a_subclass_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return print, ("boom",)
+
+    value: Any = torch.arange(3.0).as_subclass(Marked)
+    value.extra = Bomb()
+    with pytest.raises(UnknownGlobalError):
+        tensor_in(entry_of(value))
+    assert capsys.readouterr().out == ""
