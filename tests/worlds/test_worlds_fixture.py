@@ -397,8 +397,13 @@ def test_a_skip_in_some_ranks_is_a_failure(two: FunctionWorld) -> None:
         two.run(lambda: dist.get_rank() == 1 and pytest.skip("not me"))
 
 
-def test_an_xfail_in_a_rank_is_the_tests(two: FunctionWorld) -> None:
+def test_an_xfail_in_all_ranks_is_the_tests(two: FunctionWorld) -> None:
     with pytest.raises(pytest.xfail.Exception, match="known"):
+        two.run(lambda: pytest.xfail("known"))
+
+
+def test_an_xfail_in_some_ranks_only_is_a_failure(two: FunctionWorld) -> None:
+    with pytest.raises(WorldError, match=r"rank 1 xfailed \(.*known\), but rank 0 passed"):
         two.run(lambda: dist.get_rank() == 1 and pytest.xfail("known"))
 
 
