@@ -28,15 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
-    from pytest_dcp.harness import fixtures, headings
+    from pytest_dcp.harness import fixtures
 
     # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     options = options_.read_options(config)
     config.stash[OPTIONS_KEY] = options
     config.pluginmanager.register(fixtures, "pytest_dcp.fixtures")
-    if not hasattr(config, "workerinput"):  # a worker of xdist shows nothing: it sends reports
-        config.pluginmanager.register(headings.HeadingColours(), "pytest_dcp.headings")
     if options.marker:
         config.addinivalue_line(
             "markers",
@@ -141,6 +139,19 @@ def _needs_worlds(items: list[pytest.Item]) -> bool:
         decided_markers.DECIDED_KEY in item.stash or "worlds" in getattr(item, "fixturenames", ())
         for item in items
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_from_serializable(
+    data: dict[str, Any],
+) -> Generator[None, pytest.TestReport | None, pytest.TestReport | None]:
+    """Put the colours into a report that another process sent."""
+    report = yield
+    if report is not None and "dcp_heading" in data:
+        from pytest_dcp.harness import headings
+
+        headings.put_in_colours(report)
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

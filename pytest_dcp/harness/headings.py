@@ -1,8 +1,8 @@
 """Colours for the lines on top of a report: causes red, what followed from them dim.
 
-Enters: reports as the terminal is about to show them. A report travels between processes (xdist)
-as pytest's own classes, which know no colours, and an attribute of it says which lines name a
-cause; so the entry that can colour is put in only where a terminal shows it.
+Enters: reports, where they are made, or where they arrive. A report travels between processes
+(xdist) as pytest's own classes, which know no colours, and an attribute of it says which lines name
+a cause.
 """
 
 from __future__ import annotations
@@ -29,21 +29,15 @@ class HeadingEntry(ReprEntryNative):
             tw.line(line.rstrip("\n"), red=is_cause, bold=number == 0, light=not is_cause)
 
 
-class HeadingColours:
-    """Puts the colours in, before the terminal takes the report."""
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Let the heading of a world's failure write itself in colours."""
-        marks = getattr(report, HEADING, None)
-        if marks is None or not isinstance(report.longrepr, ExceptionChainRepr):
-            return
-        entries = report.longrepr.chain[-1][0].reprentries
-        if entries and type(entries[0]) is ReprEntryNative and len(entries[0].lines) == len(marks):
-            report.longrepr.chain[-1][0].reprentries = [
-                HeadingEntry(entries[0].lines, marks),
-                *entries[1:],
-            ]
+def put_in_colours(report: pytest.TestReport) -> None:
+    """Let the heading of a world's failure write itself in colours."""
+    marks = getattr(report, HEADING, None)
+    if marks is None or not isinstance(report.longrepr, ExceptionChainRepr):
+        return
+    traceback = report.longrepr.chain[-1][0]
+    entries = traceback.reprentries
+    if entries and type(entries[0]) is ReprEntryNative and len(entries[0].lines) == len(marks):
+        traceback.reprentries = [HeadingEntry(entries[0].lines, marks), *entries[1:]]
 
 
 # Whoever writes a report down names its entries by their class: pytest's own is known everywhere.

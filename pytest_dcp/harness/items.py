@@ -24,7 +24,7 @@ from _pytest.skipping import xfailed_key
 from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import WorldError
-from pytest_dcp.harness import report
+from pytest_dcp.harness import headings, report
 from pytest_dcp.harness.events import Go, Phase, RunItem
 from pytest_dcp.harness.item_output import ItemOutput
 from pytest_dcp.harness.outcome import Outcome, combine, in_step, lost_lines, ranks_text
@@ -366,6 +366,8 @@ class MarkedItem:
                 rep.longrepr = report.longrepr_for(
                     outcome, outcome.first, self.item.config, location, "" if is_default else rerun
                 )
+            if not hasattr(self.item.config, "workerinput"):
+                headings.put_in_colours(rep)
 
     def _nodeid_here(self) -> str:
         """The nodeid as the command line takes it in the folder where pytest was started."""
