@@ -26,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options_.add_options(parser)
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Hooks of ours that others may implement."""
+    from pytest_dcp.harness import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
     from pytest_dcp.harness import fixtures

@@ -8,7 +8,9 @@ Read the files in this order; all shard the small model of `model.py`:
 2. `test_tensor_parallel.py`: a sharded model against the plain one, and its checkpoint;
 3. `test_fsdp.py`: a training step, saved by four ranks and loaded by two;
 4. `test_meta_device.py`: a model built without memory and filled from a checkpoint;
-5. `test_fault.py`: a rank that cannot write, and a rank that dies.
+5. `test_fault.py`: a rank that cannot write, and a rank that dies;
+6. `test_failure_report.py`: a test that fails as expected. `conftest.py` shows its report at the
+   end, below the processes that were started and the time that they took.
 
 Checkpoints are those of `pytest_dcp.checkpoint`, which stands where a user would otherwise have
 imported `torch.distributed.checkpoint`.

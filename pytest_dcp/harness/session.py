@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import uuid
 import warnings
 import zlib
@@ -173,12 +174,21 @@ class Harness:
             gpus = lease.gpus if lease is not None else ()
             world = World(spec, self.settings, seed=seed, gpus=gpus, on_end=end)
             self._open[world.number] = world
-            return world, world.start()
+            return world, self._start(world)
         except BaseException:
             if world is not None:
                 world.kill()
             end()
             raise
+
+    def _start(self, world: World) -> Outcome:
+        """Start a world; tell of it when it is ready."""
+        started = time.monotonic()
+        booted = world.start()
+        if booted.kind == "passed":
+            ready_s = time.monotonic() - started
+            self.config.hook.pytest_dcp_world_started(size=world.spec.size, ready_s=ready_s)
+        return booted
 
     def _lease(self, spec: WorldSpec) -> Lease | None:
         """What the world needs of the machine; None for a second world that goes on without.
