@@ -21,7 +21,7 @@ from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
 from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
-from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, reception
+from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, make_room_for, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
@@ -83,6 +83,7 @@ class Hub:
         self._alert_text = None
         if self._reception is not None or group is None or site.size == 1:
             return
+        make_room_for(2 * site.size)
         self._reception = reception()
         self._reception.open(self._key, site.place.kind)
         self._selector = selectors.DefaultSelector()

@@ -18,6 +18,7 @@ import contextlib
 import hmac
 import json
 import os
+import resource
 import secrets
 import socket
 import threading
@@ -38,6 +39,8 @@ TETHER = ""
 """The operation of a line that only lasts: it breaks when the peer's process ends."""
 BACKLOG = 4096
 """Peers that may wait while the coordinator is busy; the kernel cuts it to net.core.somaxconn."""
+DESCRIPTORS_BESIDE = 512
+"""What a process has open beside its peers' connections."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -233,6 +236,16 @@ def reception() -> Reception:
             _reception = Reception()
             atexit.register(_reception.close)
         return _reception
+
+
+def make_room_for(connections: int) -> None:
+    """Raise this process's soft limit of descriptors where it is too low for its peers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + DESCRIPTORS_BESIDE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):  # not allowed: peers stay queued
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _forget_in_child() -> None:

@@ -37,7 +37,7 @@ from pytest_dcp.checkpoint.coordinate.star import (
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
-"""Per address of the coordinator's machine that does not answer."""
+"""One try of an address that does not answer. A full accept queue answers to none of them."""
 REFUSED_S = 0.5
 """How long a refused address may be replaced by the address of a coordinator that came anew."""
 WORD_S = 0.5
@@ -82,6 +82,8 @@ class Spoke:
         self._say_hello(address, sock)
         try:
             tie(group, site.coordinator, site.rank, address)
+        except TimeoutError:
+            pass  # busy: tied in the next operation, and until the end of this one by its line
         except OSError as error:
             return self._end(site.ended(site.coordinator, head.name, str(error)), head)
         return None
@@ -111,6 +113,11 @@ class Spoke:
                 return None, None, how
             try:
                 return address, connect(address), how
+            except TimeoutError:
+                # Its queue is full, or its machine is busy: it is waited for like any late rank.
+                if time.monotonic() > until_s:
+                    return None, None, how
+                continue
             except OSError as error:
                 how, now = f"nobody answers at its address: {error}", time.monotonic()
             rendezvous.forget(group, coordinator)
@@ -277,26 +284,32 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
 def connect(address: Address) -> socket.socket:
     """A connection to the reception at an address.
 
-    Raises OSError, the last one, when none of its hosts takes a connection. Where the loopback of
-    its machine refuses, its name is not asked for if it is ours: a resolver could take any time.
+    Raises TimeoutError when one of its hosts may be there and did not answer in time, else the last
+    OSError, when none of them takes a connection. Where the loopback of its machine refuses, its
+    name is not asked for if it is ours: a resolver could take any time.
     """
     failed: OSError = ConnectionRefusedError(f"no host in {address}")
     hosts: Sequence[str] = address.hosts
+    busy: OSError | None = None
     if address.machine == machine():
         try:
             return _not_itself(_on_this_machine(address.port))
         except ConnectionRefusedError as error:
             own = socket.gethostname()
             failed, hosts = error, [host for host in hosts if host != own]
+        except TimeoutError as error:
+            failed = busy = error
         except OSError as error:
             failed = error
     for host in hosts:
         try:
             sock = socket.create_connection((host, address.port), timeout=CONNECT_S)
             return _not_itself(sock)
+        except TimeoutError as error:
+            busy = error
         except OSError as error:
             failed = error
-    raise failed
+    raise busy or failed
 
 
 def _on_this_machine(port: int) -> socket.socket:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
+from pytest_dcp.checkpoint.coordinate import spoke
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.reception import (
@@ -20,8 +24,11 @@ from pytest_dcp.checkpoint.coordinate.reception import (
     Hello,
     Reception,
     local_only,
+    make_room_for,
 )
+from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.spoke import connect
+from pytest_dcp.checkpoint.coordinate.star import Site
 
 HELLO = Hello("group", "save", 1, 2)
 LIMIT_S = 10.0
@@ -217,6 +224,63 @@ def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     with pytest.raises(ConnectionRefusedError):
         connect(nobodys)
+
+
+def full_queue(listener: socket.socket) -> list[socket.socket]:
+    """Connections that nobody accepts, until the listener's queue takes no more."""
+    waiting = []
+    while True:
+        sock = socket.socket()
+        sock.settimeout(0.2)
+        waiting.append(sock)
+        try:
+            sock.connect(listener.getsockname())
+        except TimeoutError:
+            return waiting
+
+
+def test_a_coordinator_with_a_full_queue_is_waited_for(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spoke, "CONNECT_S", 0.3)
+    place = CallOrder().take("save", None)
+    group: Any = object()
+    waiter = spoke.Spoke(Site(1, 2, 0, "save", 60.0, group, place))
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
+        address = replace(reception.address, port=listener.getsockname()[1])
+        monkeypatch.setattr(spoke.rendezvous, "look_up", lambda *_: address)
+        crowd = full_queue(listener)
+        with pytest.raises(TimeoutError):
+            connect(address)
+        assert waiter._find(time.monotonic() + 0.5) == (None, None, "")
+
+        def accept() -> None:
+            time.sleep(0.5)
+            for _ in crowd:
+                with contextlib.suppress(TimeoutError):
+                    listener.accept()[0].close()
+
+        listener.settimeout(1.0)
+        thread = threading.Thread(target=accept)
+        thread.start()
+        _, sock, _ = waiter._find(time.monotonic() + LIMIT_S)
+        thread.join()
+        assert sock is not None
+        for one in [sock, *crowd]:
+            one.close()
+
+
+def test_the_soft_limit_of_descriptors_grows_with_the_peers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    make_room_for(100)
+    assert len(limits) == 1
+    make_room_for(1000)
+    make_room_for(9000)
+    assert limits[1:] == [(1512, 4096), (4096, 4096)]
 
 
 @pytest.mark.parametrize("hosts", [(), ("127.0.0.1",)])
