@@ -36,6 +36,8 @@ from pytest_dcp.checkpoint.coordinate.star import (
 TICK_S = 0.5
 RESTLESS_S = 0.005
 """Between looks for peers that no descriptor announces: see Reception.restless."""
+PROCESSES_AT_ONCE = 32
+"""Missing ranks whose processes are looked at together: each may be a request to the store."""
 FINAL_S = 2.0
 """How long a final verdict waits for peers to take it; it stays in their sockets anyway."""
 
@@ -61,6 +63,8 @@ class Hub:
         self._statements: dict[int, Statement] = {}
         self._alert_text: str | None = None
         """What this step's peers have been told to stop for."""
+        self._turn = 0
+        """At which of the missing ranks the next look for ended processes begins."""
         self._epochs: set[int] = set()
         """Of peers whose numbers do not match."""
         self._reception: Reception | None = None
@@ -170,9 +174,15 @@ class Hub:
 
     def _find_dead(self, head: Head) -> None:
         """Notice ranks that ended before they came to this operation."""
-        for rank in self._missing():
+        unmet, missing = 0, self._missing()
+        self._turn += PROCESSES_AT_ONCE
+        at = self._turn % max(1, len(missing))
+        for rank in missing[at:] + missing[:at]:
             if rank not in self._peers and self._reception is not None:
                 how = self._reception.broken_tether(self._key, rank)
+                if how is None and self.site.group is not None and unmet < PROCESSES_AT_ONCE:
+                    unmet += 1
+                    how = rendezvous.ended_process(self.site.group, rank)
                 if how is not None:
                     self._give_up(self.site.ended(rank, head.name, how))
         if (refusal := self._refusal()) is not None:

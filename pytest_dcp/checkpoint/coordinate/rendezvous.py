@@ -11,6 +11,7 @@ is late, gloo's connections come to harm (gloo closes all of them at the first w
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.presence import Presence
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder, Place
 
@@ -47,6 +49,10 @@ class Meeting:
     """By coordinator rank."""
     tethers: dict[int, Line] = field(default_factory=dict)
     """By coordinator rank; see reception."""
+    present: bool = False
+    """Whether this process has said in the store which one it is."""
+    presences: dict[int, Presence] = field(default_factory=dict)
+    """By rank, those that were looked up."""
     tying: threading.Lock = field(default_factory=threading.Lock)
     """Held while a tether is made: a save and a load may begin at once."""
 
@@ -55,6 +61,8 @@ _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakK
 
 
 _meeting = threading.Lock()
+_inherited: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+"""Groups that were there when this process was forked."""
 
 
 def meeting_of(group: dist.ProcessGroup) -> Meeting:
@@ -88,6 +96,34 @@ def timeout_of(group: dist.ProcessGroup) -> float:
         if timeout is not None:
             return float(timeout.total_seconds())
     return float(dist.constants.default_pg_timeout.total_seconds())
+
+
+def say_present(group: dist.ProcessGroup, rank: int) -> None:
+    """Leave this process in the store, once for each group."""
+    meeting = meeting_of(group)
+    if not meeting.present and group not in _inherited:
+        meeting.present = True
+        with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
+            _store(group).set(_presence_key(rank), Presence.own().encode())
+
+
+def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
+    """How it is known that the process of a rank has ended; None where it is not. Never waits."""
+    presences = meeting_of(group).presences
+    if rank not in presences:
+        try:
+            store, key = _store(group), _presence_key(rank)
+            if not store.check([key]):
+                return None
+            presences[rank] = Presence.decode(store.get(key))
+        except (RuntimeError, ValueError, TypeError):
+            return None
+    found = presences[rank]
+    return f"its process {found.pid} has ended" if found.has_ended() else None
+
+
+def _presence_key(rank: int) -> str:
+    return f"pytest_dcp/rank/{rank}"
 
 
 def publish(group: dist.ProcessGroup, coordinator_rank: int) -> None:
@@ -159,6 +195,8 @@ def _forget_in_child() -> None:
     _meeting = threading.Lock()
     for meeting in _meetings.values():
         meeting.order.forget_pending()
+    # Of these groups its parent is the rank.
+    _inherited.update(dist.distributed_c10d._world.pg_map)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

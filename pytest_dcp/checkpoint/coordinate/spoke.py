@@ -75,9 +75,9 @@ class Spoke:
             address, sock, how = self._find(time.monotonic() + site.timeout_s + site.margin_s)
         except RuntimeError as error:  # of the store
             return self._end(site.ended(site.coordinator, head.name, f"its store: {error}"), head)
-        if address is None:
+        if address is None and not how:
             return self._end(site.silent(site.coordinator, head.name), head)
-        if sock is None:
+        if address is None or sock is None:
             return self._end(site.ended(site.coordinator, head.name, how), head)
         self._say_hello(address, sock)
         try:
@@ -108,9 +108,14 @@ class Spoke:
         group, coordinator = self._group, self.site.coordinator
         how, last_s = "", None
         while True:
-            address = rendezvous.look_up(group, coordinator, until_s)
+            address = rendezvous.look_up(
+                group, coordinator, min(until_s, time.monotonic() + TICK_S)
+            )
             if address is None:
-                return None, None, how
+                how = rendezvous.ended_process(group, coordinator) or ""
+                if how or time.monotonic() > until_s:
+                    return None, None, how
+                continue
             try:
                 return address, connect(address), how
             except TimeoutError:

@@ -349,6 +349,8 @@ def team_of(
             f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
             f"got {coordinator_rank}"
         )
+    if size > 1:
+        rendezvous.say_present(group, rank)
     order = rendezvous.meeting_of(group).order
     place = order.take(kind_of(operation), subject, background=background)
     timeout_s = rendezvous.timeout_of(group)

@@ -95,3 +95,29 @@ def test_one_that_began_before_the_coordinator_is_named_in_a_later_save(
     world.kill(1, at=f"{__name__}:copying")
     two = checkpoint_dir / "two"
     assert_named(1, begun(world, two, 1, thread, 0.0), two)
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_before_it_meets_the_others_is_named(
+    world: RankWorld, checkpoint_dir: Path, victim: int
+) -> None:
+    """In the group's first operation; nobody has an address of the coordinator yet."""
+    side = "spoke:Spoke.join" if victim else "hub:Hub.join"
+    world.kill(victim, at=f"pytest_dcp.checkpoint.coordinate.{side}")
+    began_s = time.monotonic()
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
+    assert time.monotonic() - began_s < HEARD_S
+    assert set(caught.value.failures) == {victim}
+    assert f"rank {victim}" in str(caught.value)
+    assert "has ended" in str(caught.value)
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("kind", AsyncCheckpointerType)
+def test_one_that_is_killed_while_it_copies_before_the_coordinator_comes_is_named(
+    world: RankWorld, checkpoint_dir: Path, kind: AsyncCheckpointerType
+) -> None:
+    world.kill(1, at=f"{__name__}:copying")
+    assert_named(1, begun(world, checkpoint_dir, 1, kind, 0.0), checkpoint_dir)
