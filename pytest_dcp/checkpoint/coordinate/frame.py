@@ -18,6 +18,8 @@ MAGIC = b"DCP1"
 HEADER = struct.Struct("<4sBBHIIQ")
 """Magic, kind, mode, bytes of the name, step number, segments, bytes after the header."""
 ALIGNMENT = 16
+FEW_SEGMENTS = 4
+"""Of the first frame of a peer that has not shown the secret yet."""
 MAX_BODY_BYTES = 1 << 40
 """Above any plan: a longer length is garbage."""
 
@@ -111,6 +113,8 @@ class FrameReader:
 
     def __init__(self, limit_bytes: int = MAX_BODY_BYTES) -> None:
         self.limit_bytes = limit_bytes
+        self.only: Kind | None = None
+        """The one kind of frame that may come; None: any."""
         self._header: bytearray = bytearray(HEADER.size)
         self._body: bytearray | None = None
         self._at = 0
@@ -135,9 +139,11 @@ class FrameReader:
         return self._cut(body)
 
     def _body_length(self) -> int:
-        magic, _, _, _, _, _, length = HEADER.unpack(self._header)
+        magic, kind, _, _, _, count, length = HEADER.unpack(self._header)
         if magic != MAGIC:
             raise FrameError(f"expected a frame ({MAGIC!r}), got {bytes(self._header)!r}")
+        if self.only is not None and (kind != self.only or count > FEW_SEGMENTS):
+            raise FrameError(f"expected a {self.only.name}, got kind {kind} with {count} segments")
         if length > self.limit_bytes:
             raise FrameError(f"a frame of {length} bytes; at most {self.limit_bytes} are allowed")
         return int(length)

@@ -17,6 +17,8 @@ from collections import deque
 from pytest_dcp.checkpoint.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
 from pytest_dcp.checkpoint.coordinate.parcel import Segment
 
+READS_AT_ONCE = 4096
+"""Calls of the system in one `receive`: two for each frame, and more for long ones."""
 MAX_PIECES = 512
 """Pieces per sendmsg; Linux takes at most 1,024."""
 
@@ -97,8 +99,13 @@ class Line:
             self._out.popleft()
 
     def receive(self, *, one: bool = False) -> None:
-        """Take what has come into `frames`, or its first frame; pings only count as heard."""
-        while self.ended is None:
+        """Take what has come into `frames`, or its first frame; pings only count as heard.
+
+        Of a peer that sends without end a part is taken; the rest comes at the next call.
+        """
+        for _ in range(READS_AT_ONCE):
+            if self.ended is not None:
+                return
             try:
                 count = self.sock.recv_into(self.reader.space())
             except BlockingIOError:

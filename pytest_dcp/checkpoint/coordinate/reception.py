@@ -1,8 +1,11 @@
 """Where the peers of this process's operations arrive: one listening socket per process.
 
 Peers enter by connecting and saying who they are; `arrivals` hands each to the operation that it
-asks for. Nothing of a stranger is unpickled: whoever connects must show the secret of the address
-that only the group's store holds, within `HELLO_S`, in a frame of at most `HELLO_BYTES`.
+asks for. Nothing of a stranger is unpickled: a peer must first show the secret of the address that
+only the group's store holds, in one HELLO frame of at most `HELLO_BYTES` and `FEW_SEGMENTS`, within
+`HELLO_S` after it was accepted. At most `STRANGERS` connections are open that have not shown it:
+the oldest is closed for the next. A peer that is closed so connects again (see spoke), so a flood
+of strangers delays an operation and does not fail it.
 
 A peer also keeps one idle line, its tether, from its first operation of a group on: by it the
 coordinator knows at once that a rank has died between operations, and will not come.
@@ -33,8 +36,12 @@ from pytest_dcp.checkpoint.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.sequence import kind_of
 
-HELLO_BYTES = 65536
-HELLO_S = 5.0
+HELLO_BYTES = 32768
+"""Room for the secret and twice the longest path."""
+HELLO_S = 1.0
+STRANGERS = 64
+ACCEPTED_AT_ONCE = 512
+"""In one look, so that a flood does not keep the coordinator from its peers."""
 TETHER = ""
 """The operation of a line that only lasts: it breaks when the peer's process ends."""
 BACKLOG = 4096
@@ -174,15 +181,19 @@ class Reception:
             self._waiting.extend(arrivals)
 
     def _accept(self) -> None:
-        while True:
+        for n in range(1, ACCEPTED_AT_ONCE + 1):
             try:
                 sock, _ = self._listener.accept()
             except OSError:
                 # Nobody waits, or who waited is gone already. Out of descriptors: they stay queued.
                 return
             line = Line(sock)
-            line.reader.limit_bytes = HELLO_BYTES
+            line.reader.limit_bytes, line.reader.only = HELLO_BYTES, Kind.HELLO
             self._lobby.append((time.monotonic() + HELLO_S, line))
+            if n % STRANGERS == 0:
+                self._greet()
+            while len(self._lobby) > STRANGERS:
+                self._lobby.pop(0)[1].close()
 
     def _greet(self) -> None:
         staying = []
@@ -194,9 +205,10 @@ class Reception:
                 old = self._tethers.pop((hello.group, hello.rank), None)
                 if old is not None:
                     old.close()
+                line.reader.only = None
                 self._tethers[hello.group, hello.rank] = line
             elif hello is not None:
-                line.reader.limit_bytes = MAX_BODY_BYTES
+                line.reader.limit_bytes, line.reader.only = MAX_BODY_BYTES, None
                 self._waiting.append(Arrival(hello, line))
             elif refused or line.over or time.monotonic() > until_s:
                 line.close()

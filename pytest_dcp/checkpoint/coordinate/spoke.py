@@ -40,6 +40,8 @@ CONNECT_S = 5.0
 """One try of an address that does not answer. A full accept queue answers to none of them."""
 REFUSED_S = 0.5
 """How long a refused address may be replaced by the address of a coordinator that came anew."""
+AGAIN_S = 0.2
+"""Between two tries to be let in, where strangers crowd the coordinator."""
 WORD_S = 0.5
 """How often a peer that is not let in looks whether the coordinator left word for it."""
 TICK_S = 0.5
@@ -54,6 +56,8 @@ class Spoke:
         self._line: Line | None = None
         self._answer = ""
         self._welcome = False
+        self._met_s = 0.0
+        """When this rank last said hello."""
         self._looked_s = time.monotonic()
 
     @property
@@ -90,6 +94,7 @@ class Spoke:
 
     def _say_hello(self, address: Address, sock: socket.socket) -> None:
         site, place = self.site, self.site.place
+        self._met_s = time.monotonic()
         self._line, self._answer = Line(sock), address.answer
         hello = Hello(
             rendezvous.group_key(self._group, site.coordinator),
@@ -143,6 +148,11 @@ class Spoke:
                 outcome = self._judge(head, line.frames.popleft())
                 if outcome is not None:
                     return outcome
+            if self._is_let_in_again(since_s):
+                if line is not self._require_line():
+                    line = self._require_line()
+                    line.queue(own.frame(head))
+                continue
             lost = self._lost(head, since_s)
             if lost is not None:
                 # All peers say the same of the coordinator, and tell it, should it come back.
@@ -153,6 +163,32 @@ class Spoke:
             if not self._welcome and self._order.is_dropped(self.site.place):
                 return Verdict(head.name, self._order.causes, final=True)
             _wait(line, min(TICK_S, self.site.ping_s))
+
+    def _is_let_in_again(self, since_s: float) -> bool:
+        """Say hello anew where the coordinator closed the line before it let this rank in.
+
+        It does so when strangers crowd it. Whether to go on; False: the line is as it was.
+        """
+        site = self.site
+        if self._welcome or self._require_line().ended is None:
+            return False
+        if time.monotonic() - since_s > site.timeout_s + site.margin_s:
+            return False
+        time.sleep(max(0.0, self._met_s + AGAIN_S - time.monotonic()))
+        self._met_s = time.monotonic()
+        rendezvous.forget(self._group, site.coordinator)
+        try:
+            address = rendezvous.look_up(self._group, site.coordinator, 0.0)
+            sock = None if address is None else connect(address)
+        except TimeoutError:
+            return True
+        except (OSError, RuntimeError):
+            return False
+        if address is None or sock is None:
+            return False
+        self._require_line().close()
+        self._say_hello(address, sock)
+        return True
 
     def _word_left(self) -> Verdict | None:
         """The verdict of a coordinator that left this operation before it let this rank in."""
@@ -216,6 +252,8 @@ class Spoke:
                 return "; ".join(c.summary() for c in unpack(frame.segments).causes)
         if (word := self._word_left()) is not None:
             return "; ".join(cause.summary() for cause in word.causes)
+        if self._is_let_in_again(time.monotonic()):
+            return None
         if line.over:
             return f"{self.site.name_of(self.site.coordinator)} {line.ended or 'left'}"
         return None

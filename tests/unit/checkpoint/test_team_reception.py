@@ -14,11 +14,14 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
+from pytest_dcp.checkpoint.coordinate import line as line_module
 from pytest_dcp.checkpoint.coordinate import spoke
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.reception import (
     HELLO_BYTES,
+    HELLO_S,
+    STRANGERS,
     TETHER,
     Address,
     Hello,
@@ -111,6 +114,50 @@ def test_a_stranger_is_shut_out(reception: Reception) -> None:
 def test_a_hello_that_is_too_long_is_shut_out(reception: Reception) -> None:
     long = replace(HELLO, operation="s" * HELLO_BYTES)
     assert is_closed(send(reception, hello(reception, long)), reception)
+
+
+@pytest.mark.parametrize(
+    "frame", [Frame(Kind.PING), Frame(Kind.VALUE, segments=[b"x"]), Frame(Kind.BYE)]
+)
+def test_nothing_but_a_hello_comes_first(reception: Reception, frame: Frame) -> None:
+    data = [bytes(piece) for piece in encode(frame)]
+    assert is_closed(send(reception, data * 100), reception)
+
+
+def test_a_hello_of_many_segments_is_shut_out(reception: Reception) -> None:
+    frame = Frame(Kind.HELLO, segments=[b""] * 8)
+    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+
+
+def test_a_stranger_that_says_nothing_is_shut_out(reception: Reception) -> None:
+    began_s = time.monotonic()
+    assert is_closed(send(reception, []), reception)
+    assert time.monotonic() - began_s >= HELLO_S / 2
+
+
+def test_a_crowd_of_strangers_is_kept_small_and_lets_peers_through(reception: Reception) -> None:
+    idle = [connect(reception.address) for _ in range(3 * STRANGERS)]
+    with send(reception, hello(reception)):
+        idle += [connect(reception.address) for _ in range(3 * STRANGERS)]
+        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+        assert arrival.hello == HELLO
+        assert len(reception._lobby) <= STRANGERS
+        arrival.line.close()
+    for sock in idle:
+        sock.close()
+
+
+def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = socket.socketpair()
+    there.sendall(b"".join(map(bytes, encode(Frame(Kind.PING)))) * 1000)
+    monkeypatch.setattr(line_module, "READS_AT_ONCE", 10)
+    line = Line(here)
+    line.receive()
+    assert here.recv(1, socket.MSG_PEEK)
+    line.close()
+    there.close()
 
 
 def test_a_hello_with_other_facts_is_shut_out(reception: Reception) -> None:
