@@ -32,10 +32,12 @@ from pytest_dcp.checkpoint.plan.match import Dtype, LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
 from pytest_dcp.checkpoint.plan.numbers import fill_tensor, number_of
+from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES, is_opaque
 from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
+from pytest_dcp.checkpoint.store.opaque import fill_opaque
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
@@ -144,6 +146,12 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     def put_value(self, fqn: str, entry: bytes | memoryview) -> None:
         """Decode a value's entry and put it where the state dict has it."""
+        opaque: Any = self.state_dict.get(fqn)
+        if is_opaque(opaque):
+            filled_in = fill_opaque(fqn, opaque, entry)
+            if filled_in is not opaque:
+                self._put(fqn, filled_in)
+            return
         try:
             value = decoded(entry, weights_only=self.weights_only)
         except CheckpointCorruptError as error:
@@ -453,6 +461,7 @@ def _load_plan(
     values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
     # A stored value replaces whatever is here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
+    replaced += _stored_in_one(found.loaded, names, index)
     template = found.loaded | dict.fromkeys(replaced)
     lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
     items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
@@ -460,6 +469,24 @@ def _load_plan(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
     )
     return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
+
+
+def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
+    """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
+
+    Raises CheckpointMismatchError for one that is stored in parts.
+    """
+    if all(properties.dtype in STORED_DTYPES for properties in index.properties):
+        return []
+    opaque = [fqn for fqn, value in loaded.items() if type(value) in PLAIN and value.is_quantized]
+    chunks = {fqn: np.diff(index.first)[index.row_of[names.get(fqn, fqn)]] for fqn in opaque}
+    if parted := [fqn for fqn, count in chunks.items() if count > 1]:
+        raise CheckpointMismatchError(
+            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be put together to a "
+            "tensor of this kind",
+            mismatched=tuple(parted),
+        )
+    return opaque
 
 
 def _choose_per_rank(

@@ -201,10 +201,12 @@ class DefaultSavePlanner(SavePlanner):
         """
         if self._makes_data():
             return None
-        state = self.state_dict
+        state, values = self.state_dict, (items.kind == BYTES).tolist()
 
         def data(row: int) -> Any:
             value = state[items.fqns[row]]
+            if values[row]:
+                return value
             if type(value) in PLAIN and not hasattr(value, BOXES):
                 return require_memory(items.fqns[row], value)
             if not isinstance(value, torch.Tensor):

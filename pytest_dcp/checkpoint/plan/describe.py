@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pytest_dcp.checkpoint.plan.boxes import Ints, padded
 from pytest_dcp.checkpoint.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
 from pytest_dcp.checkpoint.plan.names import Fqns
+from pytest_dcp.checkpoint.plan.opaque import is_opaque, what_no_file_holds
 from pytest_dcp.checkpoint.plan.parts import BOXES, boxes_said, global_shape, says_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import (
@@ -155,17 +156,24 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             # What nearly every value is, without the questions below.
             number = rows.known_property_of(value, memory)
             if number is None:
+                if is_opaque(value):
+                    rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+                    continue
                 if problem := unsavable(fqn, value):
                     problems.append(problem)
                     continue
                 number = rows.property_of(value, memory)
             if kind is DTensor:
                 rows.add_dtensor(fqn, value, number, problems)
+            elif memory.is_nested:  # It looks like others, and has no shape.
+                problems.append(f"{what_no_file_holds(fqn, value)}")
             else:
                 rows.add_tensor(fqn, value, number)
         elif not isinstance(value, torch.Tensor):
             if isinstance(value, PerRank):
                 problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
+            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+        elif is_opaque(value):
             rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
         elif problem := unsavable(fqn, value):
             problems.append(problem)
@@ -191,12 +199,12 @@ def unsavable(fqn: str, value: Any) -> str | None:
     if isinstance(value, ShardedTensor):
         return None
     memory: Any = local_tensor(value) if isinstance(value, DTensor) else value
+    if memory.is_nested:
+        return what_no_file_holds(fqn, memory)
     if memory.is_meta or isinstance(memory, FakeTensor):
         return f"{fqn!r} is on the meta device, or fake, and has no values: materialise it first"
-    if memory.layout is not torch.strided:
-        return f"{fqn!r} has layout {memory.layout}: save its to_dense()"
-    if memory.is_quantized:
-        return f"{fqn!r} is quantized ({memory.dtype}): save its int_repr(), scale and zero point"
+    if problem := what_no_file_holds(fqn, memory):
+        return problem
     if is_traceable_wrapper_subclass(memory) and not speaks_for_itself(value):
         return (
             f"{fqn!r} is a {type(memory).__name__}, a wrapper without memory of its own: "

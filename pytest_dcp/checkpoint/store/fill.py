@@ -59,9 +59,9 @@ def fill(
     Raises CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
     """
     items = _with_entries(items, catalog.index)
-    found = located(disk, folder, catalog, items.entry)
-    work = _Work(disk, folder, found, items, planner, settings, registry, observer)
     values = items.kind == READ_BYTES
+    found = located(disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist()))
+    work = _Work(disk, folder, found, items, planner, settings, registry, observer)
     stored = np.zeros(len(catalog.index.offset), dtype=bool)
     stored[list(catalog.places.transforms)] = True
     whole = stored[items.entry] & ~values

@@ -15,12 +15,17 @@ import torch
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.plan.columns import size_of
+from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk, In
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate, locate_wrapper
 from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
+)
 
 
 @dataclass(slots=True)
@@ -34,8 +39,13 @@ class Located:
     """The chunks that are stored as wrappers of other tensors: their data are whole entries."""
 
 
-def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located:
-    """The catalog with the places of these chunks filled in; byte values are their whole entry."""
+def located(
+    disk: Disk, folder: Any, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
+) -> Located:
+    """The catalog with the places of these chunks filled in; byte values are their whole entry.
+
+    values: chunks that are read as byte values whatever the catalog says of them.
+    """
     places = catalog.places
     lost = np.unique(entries[(places.data_start[entries] < 0) & (places.file[entries] >= 0)])
     if not len(lost):
@@ -48,7 +58,9 @@ def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located
         try:
             with disk.open(folder, name) as file:
                 for row in order[places.file[order] == number].tolist():
-                    data_start[row], data_nbytes[row] = _find(file, catalog, row, found)
+                    data_start[row], data_nbytes[row] = _find(
+                        file, catalog, row, found, whole=row in values
+                    )
         except FileNotFoundError as error:
             raise CheckpointFileMissingError("the data file is missing", file=name) from error
     found.catalog = replace(
@@ -57,7 +69,7 @@ def located(disk: Disk, folder: Any, catalog: Catalog, entries: Ints) -> Located
     return found
 
 
-def _find(file: In, catalog: Catalog, row: int, found: Located) -> tuple[int, int]:
+def _find(file: In, catalog: Catalog, row: int, found: Located, *, whole: bool) -> tuple[int, int]:
     index, places = catalog.index, catalog.places
     start, length = int(places.start[row]), int(places.length[row])
     key = int(index.key_of[row])
@@ -67,10 +79,16 @@ def _find(file: In, catalog: Catalog, row: int, found: Located) -> tuple[int, in
             f"the entry of {length} bytes leaves the file, which has {file.size}",
             file=name, entry=index.fqns[key], offset=start,
         )  # fmt: skip
-    if index.ndim[key] < 0 or row in places.transforms:
+    if whole or index.ndim[key] < 0 or row in places.transforms:
         return start, length
     dtype = index.properties[index.property_of[key]].dtype
     shape = tuple(size_of(index.shape[row], int(index.ndim[key])))
+    if dtype not in STORED_DTYPES:
+        raise CheckpointMismatchError(
+            f"{index.fqns[key]!r} is stored as {dtype}, whose elements mean nothing without their "
+            "scales: load it into a tensor of this dtype",
+            mismatched=(index.fqns[key],),
+        )
     frame = tensor_frame(dtype, shape)
     if length == frame.length and _bytes(file, start, len(frame.head)) == frame.head:
         return start + len(frame.head), frame.data_nbytes

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.plan.containers import alike
+from pytest_dcp.checkpoint.plan.opaque import is_opaque
 from pytest_dcp.checkpoint.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
@@ -230,7 +231,7 @@ def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         ]
         return sharded(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
-        copied = next(rooms) if _fits(value) else value.detach().to("cpu", copy=True)
+        copied = next(rooms) if _fits(value) else _copied_alone(value)
         return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
     if isinstance(value, PerRank):
         return PerRank(_copied(value.value, rooms))
@@ -242,6 +243,22 @@ def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
             return parts
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return copy.deepcopy(value)
+
+
+def _copied_alone(value: Any) -> torch.Tensor:
+    """A copy on the CPU of a tensor that is more than its values.
+
+    A wrapper subclass is made anew around copies: its own `to` may do as it likes.
+    """
+    if not is_opaque(value) or value.is_quantized:
+        copied: torch.Tensor = value.detach().to("cpu", copy=True)
+        return copied
+    names, context = value.__tensor_flatten__()
+    inner = {name: _copied_alone(getattr(value, name)) for name in names}
+    made: torch.Tensor = type(value).__tensor_unflatten__(
+        inner, context, value.size(), value.stride()
+    )
+    return made
 
 
 def _anywhere(metadata: ShardMetadata) -> ShardMetadata:

@@ -152,7 +152,7 @@ class _Storage:
     size_bytes: int
 
 
-def _load_storage(saved_id: object) -> _Storage:
+def load_storage(saved_id: object) -> _Storage:
     """The storage for a persistent id: ('storage', class, key, location, elements)."""
     if type(saved_id) is not tuple or len(saved_id) != 5 or saved_id[0] != "storage":
         raise UnknownGlobalError(f"expected a reference to a storage, got {brief(saved_id)}")
@@ -174,7 +174,7 @@ class StorageClass:
     dtype: torch.dtype
 
 
-def _rebuild_tensor(_: Machine, args: tuple[Any, ...]) -> TensorPickle:
+def rebuild_tensor(args: tuple[Any, ...]) -> TensorPickle:
     """torch._utils._rebuild_tensor_v2: the storage's class has the dtype."""
     if not 6 <= len(args) <= 7:
         raise CheckpointCorruptError(f"expected 6 or 7 facts of a tensor, got {len(args)}")
@@ -279,7 +279,7 @@ def _tensor_globals() -> Iterator[tuple[tuple[str, str], object]]:
             yield key, value
     yield ("collections", "OrderedDict"), Callee("collections.OrderedDict", ordered_dict)
     for name, call in (
-        ("_rebuild_tensor_v2", _rebuild_tensor),
+        ("_rebuild_tensor_v2", lambda _, args: rebuild_tensor(args)),
         ("_rebuild_tensor_v3", _rebuild_tensor_of_dtype),
         ("_rebuild_parameter", _rebuild_parameter),
     ):
@@ -289,7 +289,7 @@ def _tensor_globals() -> Iterator[tuple[tuple[str, str], object]]:
             yield (module, storage), StorageClass(dtype)
 
 
-_TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=_load_storage)
+_TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=load_storage)
 
 
 def tensor_vocabulary() -> Vocabulary:

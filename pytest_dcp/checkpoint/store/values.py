@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_dcp.checkpoint.plan.opaque import is_opaque
 from pytest_dcp.checkpoint.plan.shards import PLAIN as PLAIN_TENSORS
 from pytest_dcp.checkpoint.store.entry import records_of, value_entry
+from pytest_dcp.checkpoint.store.opaque import read_quantised
 from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
 from pytest_dcp.checkpoint.store.unpickle_stored import read_stored_value
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
@@ -64,6 +66,8 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
             return torch.load(io.BytesIO(entry), weights_only=False)
         if not isinstance(unknown, UnknownGlobalError):
             raise
+        if (quantised := read_quantised(entry)) is not None:
+            return quantised
         raise UntrustedPickleError(
             f"{unknown.reason}, which is not loaded by default: pass weights_only=False if you "
             "trust whoever wrote the checkpoint, or allow the class with "
@@ -89,6 +93,8 @@ def inert(value: Any, depth: int = DEPTH) -> bool:
         return True
     if kind is np.ndarray:
         return value.dtype.kind in "biufcSU"
+    if is_opaque(value):  # A load fills one that is there.
+        return True
     if kind in PLAIN_TENSORS:
         return value.layout is torch.strided and not value.is_quantized
     if kind not in CONTAINERS or not depth or len(value) > MANY:

@@ -16,8 +16,19 @@ def quantized() -> torch.Tensor:
         return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
 
 
+def masked() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        return torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+
+
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 UNSAVABLE = {
-    "quantized": (quantized, "quantized"),
+    "nested": (nested, "nested tensor"),
+    "masked": (masked, "masked tensor"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "layout"),
     "meta": (lambda: torch.empty(3, device="meta"), "meta device"),
 }
@@ -38,6 +49,14 @@ def test_all_that_cannot_be_saved_is_named():
         write_items(state | {"good": torch.ones(1)})
     assert all(repr(fqn) in str(caught.value) for fqn in state)
     assert "good" not in str(caught.value)
+
+
+def test_a_quantised_tensor_is_a_value_wherever_it_stands():
+    others = {"a": torch.ones(2), "q": quantized(), "b": torch.ones(2, dtype=torch.uint8)}
+    for order in permutations(others):
+        found = write_items({fqn: others[fqn] for fqn in order})
+        kinds = dict(zip(found.fqns, found.kind.tolist(), strict=True))
+        assert kinds == {"a": TENSOR, "q": BYTES, "b": TENSOR}
 
 
 def test_a_plain_tensor_is_its_own_memory_whatever_it_says_of_itself():

@@ -1,0 +1,62 @@
+"""Tensors that are more than their elements: what they are, and whether a checkpoint can hold them.
+
+An opaque tensor is a wrapper subclass, whose values are in inner tensors (`__tensor_flatten__`:
+torchao's, for one), or has a quantised dtype, which comes with scales. It is saved as a value, in
+torch's own pickle of it, and loaded into a tensor of the same class by its inner tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+HOOK = "__create_write_items__"
+"""A class that has it says itself how it is saved."""
+
+PLAIN_KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Classes whose objects are no wrappers."""
+
+STORED_DTYPES = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool),
+        *(torch.complex128, torch.complex64, torch.complex32),
+        *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+        *(torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2),
+    }
+)
+"""Of the elements that a data file holds."""
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether a value of a state dict is an opaque tensor."""
+    if type(value) in PLAIN_KINDS:
+        quantised: bool = value.is_quantized
+        return quantised
+    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor | ShardedTensor):
+        return False
+    if value.is_nested or hasattr(value, HOOK):
+        return False
+    tensor: Any = value
+    return bool(is_traceable_wrapper_subclass(tensor) or tensor.is_quantized)
+
+
+def what_no_file_holds(fqn: str, memory: Any) -> str | None:
+    """Why no checkpoint can hold a tensor of this kind, naming the key, or None."""
+    if memory.is_nested:
+        return f"{fqn!r} is a nested tensor: save its values() and offsets()"
+    if isinstance(memory, torch.masked.MaskedTensor):
+        return f"{fqn!r} is a masked tensor: save its get_data() and get_mask()"
+    if memory.layout is not torch.strided:
+        return f"{fqn!r} has layout {memory.layout}: save its to_dense()"
+    if memory.is_quantized:
+        return f"{fqn!r} is quantized ({memory.dtype}): save its int_repr(), scale and zero point"
+    if memory.dtype not in STORED_DTYPES:
+        return f"{fqn!r} has dtype {memory.dtype}, which no checkpoint holds: view or convert it"
+    return None
