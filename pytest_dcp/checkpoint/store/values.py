@@ -73,6 +73,9 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
             "trust whoever wrote the checkpoint, or allow the class with "
             "torch.serialization.add_safe_globals"
         ) from unknown
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as e:
+        # What torch, numpy or an allowed class finds wrong with arguments of the right kinds.
+        raise CheckpointCorruptError(f"the value cannot be made: {e!r:.200}") from e
 
 
 def refusal_of(value: Any, entry: bytes) -> str | None:

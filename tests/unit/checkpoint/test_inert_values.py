@@ -27,7 +27,8 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.entry import value_entry
+from pytest_dcp.checkpoint.store import values
+from pytest_dcp.checkpoint.store.entry import pickle_of, records_of, value_entry
 from pytest_dcp.checkpoint.store.values import decoded, encoded, inert, refusal_of
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
@@ -327,6 +328,30 @@ def test_keys_of_one_hash_are_refused_before_they_take_quadratic_time() -> None:
         decoded(value_entry(data))
     assert time.perf_counter() - started < 5
     assert counter
+
+
+def test_what_a_maker_finds_wrong_is_damage_of_the_value() -> None:
+    entry = encoded((torch.arange(4),))
+    data = bytes(pickle_of(entry)).replace(b"\x89ccollections", b"\x88ccollections")
+    with pytest.raises(CheckpointCorruptError, match="cannot be made"):
+        read_again(entry, data)
+    moment = pickle.dumps(np.array([1], "M8[ns]"), 2)
+    without = moment.replace(b"\x02\x00\x00\x00ns", b"\x02\x00\x00\x00XX")
+    assert without != moment
+    with pytest.raises(CheckpointCorruptError, match="unit of a moment"):
+        decoded(value_entry(without))
+    with torch.serialization.safe_globals([Color]), pytest.raises(CheckpointCorruptError):
+        decoded(value_entry(pickle.dumps(Color.RED, 2).replace(b"K\x01", b"K\x07")))
+
+
+def read_again(entry: bytes, data: bytes) -> Any:
+    """What is read of an entry whose pickle is replaced, its storages kept."""
+    read = records_of(entry)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            values, "records_of", lambda _: lambda name: data if name == "data.pkl" else read(name)
+        )
+        return decoded(entry)
 
 
 def test_an_array_of_another_size_than_its_bytes_is_refused() -> None:
