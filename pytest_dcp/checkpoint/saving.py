@@ -30,7 +30,7 @@ from pytest_dcp.checkpoint.messages import (
     unpacked_metadata,
 )
 from pytest_dcp.checkpoint.phases import Phases, logger
-from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
+from pytest_dcp.checkpoint.plan.hooks import kept_whole, required, with_list
 from pytest_dcp.checkpoint.plan.per_rank import ranks_known
 from pytest_dcp.checkpoint.plan.replicas import Checks, ReplicaCheck, Sums
 from pytest_dcp.checkpoint.replica_check import Comparison, Dispute
@@ -271,7 +271,7 @@ class Save:
         else:
             self.writer.set_up_storage_writer(team.is_coordinator)
         asked = required(self.planner.create_local_plan(), SavePlan, "create_local_plan")
-        prepared = self.writer.prepare_local_plan(asked)
+        prepared = self.writer.prepare_local_plan(with_list(asked, self.writer.prepare_local_plan))
         self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
 
@@ -290,6 +290,7 @@ class Save:
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         # A planner that remembers plans must not remember where the last save's files were.
         final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
+        final = with_list(final, self.writer.write_data)
         future = self.writer.write_data(final, self.planner)
         future.wait()
         results: Sequence[WriteResult] = future.value()

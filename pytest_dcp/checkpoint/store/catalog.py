@@ -157,12 +157,13 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
 
     def untouched(self) -> bool:
         """Whether these are still the catalog's places, under the catalog's keys."""
+        made = self.made_items()
+        if not made and not self.is_full:
+            return True  # without the keys, which take as long to make as a plan
         rows = self.catalog.row_of
         if self.is_full and len(self) != int((self.catalog.places.file >= 0).sum()):
             return False
-        return all(
-            key in rows and self.origin_of(info) == rows[key] for key, info in self.made_items()
-        )
+        return all(key in rows and self.origin_of(info) == rows[key] for key, info in made)
 
 
 def info_of(places: Places, row: int) -> _StorageInfo:

@@ -158,6 +158,26 @@ class TestPlanHooks:
         assert isinstance(seen[0], torchs._StoragePrefix)
         assert seen[0].prefix == "__0_"
 
+    def test_the_items_are_lists_that_it_can_sort(self, tmp_path: Path) -> None:
+        """As writers that put the tensors of a file in an order of their own."""
+        seen: list[list[str]] = []
+
+        class Sorting(dcp.FileSystemWriter):
+            def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+                plan.items.sort(key=lambda item: item.index.fqn)
+                return super().prepare_local_plan(plan)
+
+            def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+                plan.items.sort(key=lambda item: item.index.fqn, reverse=True)
+                seen.append([item.index.fqn for item in plan.items])
+                return super().write_data(plan, planner)
+
+        dcp.save(state(), storage_writer=Sorting(tmp_path))
+        assert seen == [["w", "step", "b"]]
+        check_loads(tmp_path)
+        report = dcp.load({"b": torch.zeros(2)}, checkpoint_id=tmp_path)
+        assert report.bytes_verified
+
     def test_a_folder_that_it_makes_itself_is_used(self, tmp_path: Path) -> None:
         class Making(dcp.FileSystemWriter):
             def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
