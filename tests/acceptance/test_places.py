@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from sample_session import MakeSuite, SessionResult
 
-IMPORT_S = 4.0
+IMPORT_S = 12.0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def test_the_first_test_does_not_pay_for_the_imports_of_its_ranks(session: Sessi
 
 def test_peers_that_write_their_own_report_are_waited_for(session: SessionResult) -> None:
     text = session.bad("test_peers_report_slowly").text
-    assert text.startswith("ranks 0-1: ValueError: boom\n  rank 2: ValueError: another, 0.")
+    heading = "\n".join(text.splitlines()[:2])  # whichever came first is on top
+    assert "ranks 0-1: ValueError: boom" in heading
+    assert "rank 2: ValueError: another" in heading
     assert "still in call" not in text
     assert "slow = <shown after 3 s>" in text
 

@@ -1,8 +1,8 @@
-"""Copied as conftest.py: ranks have two seconds to join, after an import that takes four."""
+"""Copied as conftest.py: ranks have ten seconds to join, after an import that takes longer."""
 
 from __future__ import annotations
 
 from pytest_dcp.harness import world, zygote
 
-world.BOOT_S = 2.0
+world.BOOT_S = 10.0
 zygote.PRELOAD = (*zygote.PRELOAD, "slow_import")
