@@ -61,11 +61,11 @@ class Done:
     properties: tuple[tuple[str, Any], ...] = ()
     """user_properties that the phase added."""
     warnings: tuple[dict[str, Any], ...] = ()
-    """Only at an item's teardown: warnings recorded while the item ran."""
+    """Only at an item's teardown: warnings recorded while the item ran; at finish: exit errors."""
     imported: tuple[str, ...] = ()
     """Only at an item's teardown: modules that the rank had to import itself."""
     threads: tuple[str, ...] = ()
-    """Only at an item's teardown: names of the threads that the test left running."""
+    """Only at an item's teardown and at finish: names of the threads that were left running."""
     reusable: bool = True
     """Only at an item's teardown: whether a warm world can go on with this rank."""
     xpassed: bool = False

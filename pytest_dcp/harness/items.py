@@ -26,6 +26,7 @@ from _pytest.warnings import catch_warnings_for_item
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import headings, report
 from pytest_dcp.harness.events import Go, Phase, RunItem
+from pytest_dcp.harness.exit_warnings import warn_of_end
 from pytest_dcp.harness.item_output import ItemOutput
 from pytest_dcp.harness.outcome import Outcome, combine, in_step, lost_lines, ranks_text
 from pytest_dcp.harness.session import Harness
@@ -37,21 +38,10 @@ if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_engine import FoundError
 
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
-EXPECTED_STRAYS = (
-    "multiprocessing.resource_tracker",
-    "multiprocessing.forkserver",
-    "pytest_dcp.checkpoint.async_worker",
-    "dcp-async-save",
-)
-"""Helpers that end by themselves when their rank does, but a moment later."""
 
 PASSED = Outcome("passed", "", (), {})
 
 _folders = itertools.count()
-
-
-class LeftBehindWarning(pytest.PytestWarning):
-    """A rank left processes behind; they were killed."""
 
 
 @dataclass(slots=True)
@@ -166,8 +156,11 @@ class MarkedItem:
             self.world = None
             if not kept:
                 world.kill()
-            self._warn_of_strays(world)
             self._drop_checkpoint_dir()
+            # Where warnings are errors, one must not take the place of a failure.
+            failing = sys.exc_info()[0] is not None
+            with contextlib.suppress(Warning) if failing else contextlib.nullcontext():
+                self._absorb_end(world)
 
     def _tear_down_whole(self, world: World, *, keep: bool) -> tuple[bool, Outcome]:
         """Tear down in every rank, and end the world unless it is kept: whether it is, and how
@@ -232,8 +225,10 @@ class MarkedItem:
 
         def conclude() -> None:
             __tracebackhide__ = True
-            self._warn_of_strays(world)
-            self._raise_for(outcome)
+            try:
+                self._raise_for(outcome)
+            finally:
+                self._absorb_end(world)
 
         with self._recording_warnings():
             call = pytest.CallInfo.from_call(conclude, when="teardown", reraise=None)
@@ -310,18 +305,13 @@ class MarkedItem:
             )
         return all(done.reusable for done in outcome.done.values())
 
-    def _warn_of_strays(self, world: World) -> None:
-        for rank, stray in world.strays:
-            if rank not in world.lost and not any(
-                expected in stray for expected in EXPECTED_STRAYS
-            ):
-                warnings.warn(
-                    LeftBehindWarning(
-                        f"{self.item.nodeid}: rank {rank} left process {stray} behind; it was "
-                        "killed. Wait for it in the test, or end it."
-                    ),
-                    stacklevel=2,
-                )
+    def _absorb_end(self, world: World) -> None:
+        """Keep what ranks printed while they exited, and warn of what went wrong in that."""
+        __tracebackhide__ = True
+        printed = ((rank, *part) for rank, one in world.exited.items() for part in one.sections)
+        for _, name, text in report.merged_sections(printed):
+            self.item.add_report_section("teardown", name, text)
+        warn_of_end(self.item.nodeid, world)
 
     def _drop_checkpoint_dir(self) -> None:
         """By pytest's own retention policy for tmp_path, when every rank is gone."""

@@ -5,11 +5,14 @@ Each is a no-op or a clear OSError where the kernel does not know it; nothing he
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import re
 import signal
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -69,6 +72,57 @@ def _children_by_scan() -> list[int]:
         if int(after_name[1]) == os.getpid():
             mine.append(pid)
     return mine
+
+
+TRACKER = "multiprocessing.resource_tracker"
+"""In the command line of the process that frees SharedMemory when all its users have ended."""
+TRACKER_S = 1.0
+"""For a tracker to free what is left: it needs milliseconds when all users are gone."""
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL a process and its group, but for resource trackers: they still have work to do.
+
+    Costs a look at every process of the machine where there is a tracker, and little elsewhere.
+    """
+    members: tuple[int, ...] = ()
+    trackers: tuple[int, ...] = ()
+    if any(TRACKER in command_of(child) for child in _children_of(pid)):
+        members = tuple(other for other in processes() if group_of(other) == pid)
+        trackers = tuple(other for other in members if TRACKER in command_of(other))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if not trackers:
+            os.killpg(pid, signal.SIGKILL)
+    for other in {pid, *members} - {*trackers}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(other, signal.SIGKILL)
+
+
+def await_trackers(pids: Iterable[int]) -> None:
+    """Wait until those of the processes that are resource trackers have ended; a second at most."""
+    deadline = time.monotonic() + TRACKER_S
+    for pid in pids:
+        if TRACKER in command_of(pid):
+            while state_of(pid) not in ("Z", "X", "") and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+
+def group_of(pid: int) -> int:
+    """The process group of a process; -1 when it is gone."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _children_of(pid: int) -> list[int]:
+    """Children of any process; empty where the kernel does not tell."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            text = Path(f"/proc/{pid}/task/{thread}/children").read_text()
+            found += [int(child) for child in text.split()]
+    return found
 
 
 def processes() -> list[int]:

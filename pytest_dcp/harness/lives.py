@@ -37,7 +37,7 @@ class RankState(enum.Enum):
     DEBUGGING_MEETING = "debugging at an exchange"
     """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
     LEAVING = "leaving"
-    """Was told to end."""
+    """Was told to end; what its exit printed or raised comes before the exit itself."""
     KILLED = "killed"
     """Was sent SIGKILL, is not reaped yet."""
     GONE = "gone"
@@ -58,6 +58,7 @@ TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
     (S.DEBUGGING, At): S.DEBUGGING,
     (S.RUNNING, FaultAsk): S.RUNNING,
     (S.DEBUGGING, FaultAsk): S.DEBUGGING,
+    (S.LEAVING, Done): S.LEAVING,
 }
 HAS_TERMINAL = frozenset({S.DEBUGGING, S.DEBUGGING_MEETING})
 BUSY = frozenset({S.RUNNING, S.MEETING, S.LEAVING}) | HAS_TERMINAL

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from pytest_dcp.errors import DcpError, DivergedError
-from pytest_dcp.harness import measure
+from pytest_dcp.harness import interpreter_exit, measure
 from pytest_dcp.harness.events import (
     Announce,
     At,
@@ -358,12 +358,35 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
 
 
 def _leave(rank: Rank) -> None:
+    """Exit as an interpreter does; tell the controller if there is anything to tell."""
+    measure.save()  # in case the exit hangs
+    started = time.perf_counter()
+    with rank.capture() as sections:
+        exited = interpreter_exit.run_exit()
+    if exited or sections:
+        rank.channel.send(
+            Done(
+                "finish",
+                "passed",
+                time.monotonic(),
+                time.perf_counter() - started,
+                sections=tuple(sections or ()),
+                warnings=tuple(_exit_warning(text) for text in exited.errors),
+                threads=tuple(exited.threads),
+            )
+        )
     measure.save()
     if rank.order.backend == "nccl":
         import torch.distributed as dist
 
         if dist.is_initialized():  # NCCL's threads outlive os._exit's patience otherwise
             dist.destroy_process_group()
+
+
+def _exit_warning(text: str) -> dict[str, Any]:
+    """An error at exit, as pytest warns of errors that nobody can catch."""
+    category = ["pytest", "PytestUnraisableExceptionWarning"]
+    return {"text": text, "category": category, "filename": __file__, "lineno": 0}
 
 
 def _call(rank: Rank, payload: bytes) -> Done:

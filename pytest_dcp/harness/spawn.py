@@ -130,11 +130,16 @@ class SpawnLauncher(Signals):
             self._tell(order.world, halt)
         with self._lock:
             del self._running[order.world, order.rank]
-            strays = self._strays(order, process.pid)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            strays, trackers = self._strays(order, process.pid)
+            if not trackers:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
         self._tell(order.world, Exit(order.rank, status, strays))
+        linux.await_trackers(trackers)
+        for tracker in trackers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(tracker, signal.SIGKILL)
 
     def _halted(self, rank: int, pid: int) -> Halt | None:
         """The next stop of the process or its end; None when the process ended, not yet reaped."""
@@ -150,14 +155,18 @@ class SpawnLauncher(Signals):
         with contextlib.suppress(OSError):
             self._wake_w.send(b"x")
 
-    def _strays(self, order: Order, pid: int) -> tuple[str, ...]:
-        found = []
+    def _strays(self, order: Order, pid: int) -> tuple[tuple[str, ...], list[int]]:
+        """Kill what a rank left behind; as `pid (command)`, and the trackers that may go on."""
+        found, trackers = [], []
         for other in linux.processes():
             if other != pid and linux.variable_of(other, RANK_VARIABLE) == order.token:
-                found.append(f"{other} ({linux.command_of(other)})")
+                if linux.TRACKER in (command := linux.command_of(other)):
+                    trackers.append(other)
+                    continue
+                found.append(f"{other} ({command})")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(other, signal.SIGKILL)
-        return tuple(found)
+        return tuple(found), trackers
 
     def fileno(self) -> int:
         """Readable when something became of a rank."""
@@ -187,6 +196,8 @@ class SpawnLauncher(Signals):
             with contextlib.suppress(ProcessLookupError):
                 if signum == STACKS_SIGNAL:
                     os.kill(process.pid, signum)
+                elif signum == signal.SIGKILL:
+                    linux.kill_group(process.pid)
                 else:
                     os.killpg(process.pid, signum)
 
@@ -250,7 +261,11 @@ class _Collecting:
         config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
         serving = _Serving(self.rank, order)
         config.pluginmanager.register(serving, "pytest_dcp.serving")
-        serving.run(config)
+        capture = self.rank.capture
+        try:
+            serving.run(config)
+        finally:
+            self.rank.capture = capture  # the session's own has ended with it
 
     def tear_down(self, order: Go) -> Done:
         """Nothing: the session of an item has torn down all that it had set up."""

@@ -92,6 +92,8 @@ class World:
         self.sub_reports: list[tuple[int, dict[str, object]]] = []
         self.strays: list[tuple[int, str]] = []
         """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
+        self.exited: Verdicts = {}
+        """What ranks printed, or what went wrong, while they exited; most have nothing to say."""
         self.ended = False
         self._settings = settings
         self._gpus = gpus
@@ -228,8 +230,9 @@ class World:
     def wind_down(self, order: Down, within_s: float) -> Outcome:
         """A last phase on the ranks that outlived a failure, and the end; how the phase went.
 
-        Their fixtures may hold things outside this machine; their peers are dead, so they get only
-        `within_s`. Ranks that are still at work are killed.
+        Their fixtures may hold things outside this machine, and so may what an exiting interpreter
+        sees to; their peers are dead, so they get only `within_s` for each. Ranks that are still at
+        work then are killed.
         """
         with self._guarded():
             self._drain()
@@ -239,13 +242,17 @@ class World:
             self._act(self._supervisor.begin("teardown", orders, deadline))
             self._wait()
             outcome = combine(0, self._supervisor.done, self._explained())
+            leaving: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
+            deadline = time.monotonic() + within_s
+            self._act(self._supervisor.begin("finish", leaving, deadline))
+            self._wait()
             self.kill()
             return outcome
 
     def close(self) -> Outcome:
         """Have every rank leave; an outcome other than passed names those that did not exit with 0.
 
-        What an earlier phase has reported is not told again.
+        What an earlier phase has reported is not told again. See also `exited`.
         """
         with self._guarded():
             if self.ended:
@@ -258,7 +265,8 @@ class World:
                 deadline = time.monotonic() + LEAVE_S
                 self._act(self._supervisor.begin("finish", orders, deadline))
                 told = 0
-            self._wait()
+                self._wait()
+                self.exited = dict(self._supervisor.done)
             outcome = combine(0, {}, self._explained()[told:])
             self.kill()
             return outcome

@@ -7,7 +7,7 @@ rank, or one `WorldError` that carries what went wrong in every rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call, FaultAct
+from pytest_dcp.harness.exit_warnings import warn_of_end
 from pytest_dcp.harness.outcome import Outcome, SessionEnd, peers, ranks_text
 from pytest_dcp.harness.report import exception_of_end, merged_sections
 from pytest_dcp.harness.session import Harness
@@ -147,6 +148,14 @@ class FunctionWorld:
             elif rank not in self._told:
                 sections += [(rank, "call", *part) for part in self._world.output(rank)]
         self._told.update(outcome.lost)
+        self._print(sections)
+
+    def print_exit(self) -> None:
+        """Print what the ranks printed while they exited."""
+        exited = self._world.exited.items()
+        self._print((rank, *part) for rank, one in exited for part in one.sections)
+
+    def _print(self, sections: Iterable[tuple[int, str, str, str]]) -> None:
         for _, name, text in merged_sections(sections):
             stream = sys.stderr if name.startswith("stderr") else sys.stdout
             who = name.partition(" ")[2]
@@ -185,7 +194,7 @@ class Worlds:
 
     def __init__(self, harness: Harness, nodeid: str) -> None:
         self._harness = harness
-        self._nodeid = nodeid
+        self.nodeid = nodeid
         self._open: list[World] = []
 
     def __call__(self, size: int, /, **keywords: object) -> WorldBlock:
@@ -205,14 +214,14 @@ class Worlds:
 
     def open_world(self, spec: WorldSpec) -> tuple[World, FunctionWorld]:
         """Start a world. Raises `WorldError` when it does not come up."""
-        seed = self._harness.seed_of(self._nodeid)
+        seed = self._harness.seed_of(self.nodeid)
         world, booted = self._harness.open(spec, seed)
         self._open.append(world)
         functions = FunctionWorld(
             world,
             seed,
-            self._nodeid,
-            lambda end: self._harness.end_after_item(end, self._nodeid),
+            self.nodeid,
+            lambda end: self._harness.end_after_item(end, self.nodeid),
         )
         try:
             functions.check_boot(booted)
@@ -249,9 +258,12 @@ class WorldBlock:
         except BaseException:
             self._world.kill()
             raise
+        __tracebackhide__ = True
         left = self._world.close()
+        self._functions.print_exit()
         if left.kind != "passed":
             raise WorldError(left.reason, left.failures)
+        warn_of_end(self._worlds.nodeid, self._world)
 
 
 def _boot() -> None:

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pytest_dcp.harness import guard, linux
+from pytest_dcp.harness import guard, interpreter_exit, linux
 from pytest_dcp.harness.launch import (
     RANK_VARIABLE,
     STACKS_SIGNAL,
@@ -41,6 +41,7 @@ from pytest_dcp.harness.launch import (
 from pytest_dcp.harness.places import PREPARE_S
 
 CLOSE_S = 5.0
+TRACKER_LOOK_MS = 250
 MESSAGE_BYTES = 1 << 16
 PRELOAD = (
     "numpy.random",
@@ -259,6 +260,8 @@ class _Zygote:
         self.prepare = prepare
         self.ranks: dict[int, Order] = {}
         """By process id, those not reaped yet."""
+        self.trackers: dict[int, float] = {}
+        """By process id, resource trackers whose rank has ended, and when they have to."""
         self.stopped = False
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
@@ -293,7 +296,11 @@ class _Zygote:
         self.say({"ready": True})
 
     def freeze(self) -> None:
-        """Keep the collector off what exists, and have it on huge pages from the next world on."""
+        """Keep the collector off what exists, and have it on huge pages from the next world on.
+
+        Ranks begin here: at their exit they have no handlers but their own.
+        """
+        interpreter_exit.forget_inherited()
         gc.collect()
         gc.freeze()
         self.collapsed = False
@@ -323,7 +330,8 @@ class _Zygote:
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake_r, select.POLLIN)
         while not self.stopped:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(TRACKER_LOOK_MS if self.trackers else None)}
+            self.end_trackers()
             if self.wake_r.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self.wake_r.recv(4096)
@@ -380,6 +388,9 @@ class _Zygote:
         """Signal a rank that is not reaped yet; all but a wish for stacks go to its group too."""
         for pid, order in self.ranks.items():
             if (order.world, order.rank) == (world, rank):
+                if signum == signal.SIGKILL:
+                    linux.kill_group(pid)
+                    continue
                 if signum != STACKS_SIGNAL:
                     _signal_group(pid, signum)
                 os.kill(pid, signum)
@@ -401,14 +412,37 @@ class _Zygote:
                 continue
             if pid not in self.ranks:
                 os.waitpid(pid, 0)
+                self.trackers.pop(pid, None)
                 continue
             # Not reaped yet: its process id, and so its group's, cannot be another's.
+            spared = self.spare_trackers(pid)
             strays = self.strays_of(pid)
-            _signal_group(pid, signal.SIGKILL)
+            if not spared:
+                _signal_group(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
             shown = [stray[:200] for stray in strays[:20]]
             self.tell(self.ranks.pop(pid), {"status": code, "strays": shown})
+
+    def spare_trackers(self, rank_pid: int) -> bool:
+        """Give resource trackers of a rank that ended time to free what it left; are there any?"""
+        found = [
+            pid
+            for pid in linux.children()
+            if pid not in self.ranks
+            and pid not in self.trackers
+            and linux.TRACKER in linux.command_of(pid)
+            and self.belongs(pid, rank_pid)
+        ]
+        self.trackers.update(dict.fromkeys(found, time.monotonic() + linux.TRACKER_S))
+        return bool(found)
+
+    def end_trackers(self) -> None:
+        """Kill the trackers that had time enough: a process that nobody found has their pipe."""
+        for pid, deadline in self.trackers.items():
+            if time.monotonic() >= deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def strays_of(self, rank_pid: int) -> list[str]:
         """Kill the orphans of a rank that ended; returns them as `pid (command)`."""
@@ -418,6 +452,7 @@ class _Zygote:
                 pid
                 for pid in linux.children()
                 if pid not in self.ranks
+                and pid not in self.trackers
                 and linux.state_of(pid) not in ("Z", "X", "")
                 and self.belongs(pid, rank_pid)
             ]
@@ -433,7 +468,7 @@ class _Zygote:
         """Whether an orphan came from this rank; with the last rank go all that are left."""
         return (
             len(self.ranks) == 1
-            or _group_of(orphan) == rank_pid
+            or linux.group_of(orphan) == rank_pid
             or linux.variable_of(orphan, RANK_VARIABLE) == self.ranks[rank_pid].token
         )
 
@@ -447,12 +482,11 @@ class _Zygote:
             self.control.send(json.dumps(said).encode())
 
     def end(self) -> None:
-        """Kill and reap everything."""
+        """Kill and reap everything; trackers once the ranks are gone, if they do not end first."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for pid in self.ranks:
-            _signal_group(pid, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            linux.kill_group(pid)
+        linux.await_trackers(linux.children())
         deadline = time.monotonic() + CLOSE_S
         while (left := linux.children()) and time.monotonic() < deadline:
             for pid in left:
@@ -477,13 +511,6 @@ def _news(said: dict[str, Any]) -> Exit | Halt:
 def _signal_group(pid: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signum)
-
-
-def _group_of(pid: int) -> int:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return -1
 
 
 def _detach(keep: set[int]) -> None:
