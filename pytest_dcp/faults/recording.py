@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,31 @@ class Desk:
     """A folder that every rank sees and none watches."""
     rank: int = 0
     meet: Meet = field(default=lambda what, brought: (brought,))
+
+    def agree(self, what: str, step: Callable[[], bytes]) -> Sequence[bytes | None]:
+        """What `step` returned in each rank, None for one that has died. Collective.
+
+        Each rank tells the others whether its step failed before any goes on: what it raised is
+        raised there, and RecordingError in the others.
+        """
+        failed: Exception | None = None
+        try:
+            brought = OK + step()
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failed = error
+            text = f"rank {self.rank}: {type(error).__name__}: {error}"
+            # What is wrong with a recording is no rank's own affair: all say the same.
+            brought = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
+        came = self.meet(what, brought)
+        if failed is not None:
+            raise failed
+        for said in came:
+            if said is not None and said.startswith(FAILED):
+                raise RecordingError(said.removeprefix(FAILED).decode())
+        return [None if said is None else said.removeprefix(OK) for said in came]
+
+
+OK, FAILED = b"+", b"-"
 
 
 class Place(Protocol):
@@ -117,40 +142,58 @@ def recording(place: Place, desk: Desk, into: Recorded) -> Iterator[None]:
 
     Raises RecordingError at the end when the folders do not hold what the recorded operations make.
     """
-    folder, leads, bases = _begin(place, desk)
-    log = Log(folder / f"rank-{desk.rank}")
-    try:
-        with place.watching(log, desk.rank):
-            yield
-        log.append(time.monotonic_ns())
-    finally:
-        log.close()
-    alive = desk.meet("record(): it ends", b"here")
-    trace = _read(bases, folder)
-    if leads and None not in alive:
-        # What a killed rank did last may be missing in its file.
-        check(trace, place.trees())
-    desk.meet("record(): it is read", b"")
+    folder, leads = _begin(place, desk)
+    found: list[Trace] = []
+    with ExitStack() as stack:
+        logs: list[Log] = []
+
+        def begin() -> bytes:
+            logs.append(log := Log(folder / f"rank-{desk.rank}"))
+            stack.callback(log.close)
+            stack.enter_context(place.watching(log, desk.rank))
+            return b""
+
+        def end() -> bytes:
+            with stack.pop_all():
+                logs[0].append(time.monotonic_ns())
+            return b""
+
+        desk.agree("record(): it is ready", begin)
+        yield
+        alive = desk.agree("record(): it ends", end)
+
+    def read() -> bytes:
+        bases: Sequence[Tree] = pickle.loads((folder / "base").read_bytes())
+        found.append(_read(bases, folder))
+        if leads and None not in alive:
+            # What a killed rank did last may be missing in its file.
+            check(found[0], place.trees())
+        return b""
+
+    desk.agree("record(): it is read", read)
     if leads:
-        shutil.rmtree(folder)
-    into.end(trace)
+        shutil.rmtree(folder, ignore_errors=True)  # others may be in their next meeting
+    into.end(found[0])
 
 
-def _begin(place: Place, desk: Desk) -> tuple[Path, bool, Sequence[Tree]]:
-    """A folder for this recording, whether this rank leads, and what the folders hold."""
+def _begin(place: Place, desk: Desk) -> tuple[Path, bool]:
+    """A folder for this recording, with what the place holds; and whether this rank leads."""
     came = desk.meet("record(): it begins", b"here")
     leader = next(rank for rank, brought in enumerate(came) if brought)
     leads = leader == (desk.rank if len(came) > 1 else 0)
-    made = b""
-    if leads:
+
+    def make() -> bytes:
+        if not leads:
+            return b""
         desk.place.mkdir(parents=True, exist_ok=True)
-        made = os.fsencode(tempfile.mkdtemp(prefix="recording-", dir=desk.place))
-        Path(os.fsdecode(made), "base").write_bytes(pickle.dumps(place.trees()))
-    brought = desk.meet("record(): the folder as it was", made)[leader]
+        made = tempfile.mkdtemp(prefix="recording-", dir=desk.place)
+        Path(made, "base").write_bytes(pickle.dumps(place.trees()))
+        return os.fsencode(made)
+
+    brought = desk.agree("record(): the folder as it was", make)[leader]
     if brought is None:
         raise RecordingError(f"rank {leader} died before it could tell what the folder holds")
-    folder = Path(os.fsdecode(brought))
-    return folder, leads, pickle.loads((folder / "base").read_bytes())
+    return Path(os.fsdecode(brought)), leads
 
 
 def _read(bases: Sequence[Tree], folder: Path) -> Trace:

@@ -8,13 +8,13 @@ ranks, so that every rank fails with the same words and none is left waiting.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 
 from pytest_dcp.errors import LawError
@@ -23,6 +23,9 @@ from pytest_dcp.tracebacks import set_cause
 TEXT_LIMIT = 2_000
 """Characters of an exception that are told. torch's checkpoint errors have a traceback per rank,
 and what went wrong comes last."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -93,45 +96,131 @@ def check_room(count: int) -> None:
 
 def shared_folder() -> Path:
     """A new temporary folder, the same in every rank. Collective over all ranks of the world."""
-    made = [tempfile.mkdtemp(prefix="dcp-shared-") if rank() == 0 else ""]
+    made: list[str | OSError] = [""]
+    if rank() == 0:
+        try:
+            made = [tempfile.mkdtemp(prefix="dcp-shared-")]
+        except OSError as error:
+            made = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(made)
+    if isinstance(made[0], OSError):
+        raise made[0]
     return Path(made[0])
 
 
-def on_first_ranks(count: int, title: str, step: Callable[[], Sequence[object] | None]) -> None:
+Found = Sequence[object] | None
+"""What a step finds wrong."""
+Stages = Generator[None, None, Found]
+"""A step with a `yield` where this rank alone may have failed and a meeting of ranks follows."""
+
+
+def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -> None:
     """Take a step on the first ranks. Collective: no rank goes on before all of them are done.
 
-    `step` returns what it finds wrong. Raises LawError, the same on every rank of the world, when
-    it found anything or raised in any rank.
+    `step` returns what it finds wrong. One that calls something collective, which must not happen
+    on some ranks after another has failed, is a generator: at each `yield` all ranks agree whether
+    to go on. Raises LawError, the same on every rank of the world, when a step found anything or
+    raised in any rank; skips when a step skipped and none failed.
     """
     __tracebackhide__ = True
-    problems: list[str] = []
-    cause = None
-    if rank() < count:
+    stages = _stages(step) if rank() < count else iter(())
+    going_on = True
+    while going_on:
+        found, cause = _Findings(), None
         try:
-            problems = [str(one) for one in step() or ()]
-        # CheckpointException is no Exception: Hypothesis would stop at it, and shrink nothing.
-        except (Exception, CheckpointException) as error:  # noqa: BLE001  # raised again below
-            problems, cause = [_said(error)], error
-    said = _gathered(problems)
-    if said:
-        broken = LawError(_told(title, said))
-        set_cause(broken, cause)
-        raise broken
+            problems = next(stages, ())
+            found.goes_on = problems is None
+            found.problems = [str(one) for one in problems or ()]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # Of the others some are no Exception: CheckpointException, and what pytest raises to skip.
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            cause = error
+            (found.skips if _is_skip(error) else found.problems).append(_said(error))
+        everywhere = _gathered(found)
+        going_on = everywhere.goes_on
+        if everywhere.problems:
+            broken = LawError(_told(title, everywhere.problems))
+            set_cause(broken, cause)
+            raise broken
+        if everywhere.skips:
+            _skip(everywhere.skips[0], cause)
 
 
-def _gathered(problems: list[str]) -> list[str]:
-    """What all ranks have found, each once; one small message where nobody has anything."""
+def _stages(step: Callable[[], Found | Stages]) -> Iterator[Sequence[object] | None]:
+    """None for each `yield` of the step, and at its end what it found, which is never None."""
+    found = step()
+    if isinstance(found, Generator):
+        found = yield from found
+    yield found or ()
+
+
+@dataclass(slots=True)
+class _Findings:
+    """Of a stage of a step, in one rank or in all."""
+
+    problems: list[str] = field(default_factory=list)
+    skips: list[str] = field(default_factory=list)
+    goes_on: bool = False
+    """Whether another stage follows."""
+
+
+def _gathered(found: _Findings) -> _Findings:
+    """What all ranks have found, each once; one small message where no rank has anything."""
     if not dist.is_initialized():
-        return problems
-    flag = torch.tensor(bool(problems), dtype=torch.uint8, device=device_type())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if not flag.item():
-        return []
-    said: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(said, problems)
-    return list(dict.fromkeys(one for some in said for one in some))
+        return found
+    bad = bool(found.problems or found.skips)
+    flags = torch.tensor([bad, found.goes_on], dtype=torch.uint8, device=device_type())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    bad, goes_on = map(bool, flags.tolist())
+    if not bad:
+        return _Findings(goes_on=goes_on)
+    said: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(said, (found.problems, found.skips))
+    problems, skips = ([one for some in part for one in some] for part in zip(*said, strict=True))
+    return _Findings([*dict.fromkeys(problems)], [*dict.fromkeys(skips)], goes_on)
+
+
+def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
+    """What `make` returns, once it has returned in every rank of the group. Collective.
+
+    `make` calls nothing collective. Where it raises, that is raised; the other ranks raise LawError
+    that names the first such rank.
+    """
+    __tracebackhide__ = True
+    if not dist.is_initialized():
+        return make()
+    made, cause = None, None
+    try:
+        made = make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  # raised again below
+        cause = error
+    said: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, None if cause is None else _said(cause), group=group)
+    if cause is not None:
+        raise cause
+    for number, text in enumerate(said):
+        if text is not None:
+            where = dist.get_global_rank(group, number) if group is not None else number
+            raise LawError(f"{what}: rank {where}: {text}")
+    return cast(T, made)
+
+
+def _is_skip(error: BaseException) -> bool:
+    return type(error).__name__ in ("Skipped", "SkipTest")
+
+
+def _skip(text: str, cause: BaseException | None) -> NoReturn:
+    """Skip on every rank as one did, so that the test is skipped and not broken."""
+    __tracebackhide__ = True
+    if cause is not None:
+        raise cause
+    import pytest
+
+    pytest.skip(text.partition(": ")[2])
 
 
 def _said(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp.properties.bits import Bits, bits_of, tensor_of
 from pytest_dcp.properties.layouts import Places, places_of
 from pytest_dcp.properties.placed import flat, local_of
-from pytest_dcp.properties.subworlds import first_ranks, rank
+from pytest_dcp.properties.subworlds import agree, first_ranks, rank
 
 Parts = dict[str, tuple[Places, Bits]]
 
@@ -23,7 +23,7 @@ def whole(state: dict[str, Any], count: int) -> dict[str, Any]:
     Collective over the first `count` ranks.
     """
     entries = dict(flat(state))
-    parts = {fqn: _part(value) for fqn, value in entries.items() if isinstance(value, DTensor)}
+    parts = agree("parts of the state", first_ranks(count), lambda: _parts(entries))
     said: list[Parts] = [parts]
     if dist.is_initialized():
         gathered: Any = [None] * count if rank() == 0 else None
@@ -32,6 +32,10 @@ def whole(state: dict[str, Any], count: int) -> dict[str, Any]:
     if rank():
         return {}
     return {fqn: _put_together(fqn, value, said) for fqn, value in entries.items()}
+
+
+def _parts(entries: dict[str, Any]) -> Parts:
+    return {fqn: _part(value) for fqn, value in entries.items() if isinstance(value, DTensor)}
 
 
 def _put_together(fqn: str, value: Any, said: list[Parts]) -> Any:

@@ -63,7 +63,11 @@ def assert_overwrite_atomic(
 def recorded_save(dcp: Engine, placed: Placed, folder: Folder) -> Recording:
     """What a save does to the folder; afterwards it is done. Collective over the world."""
     __tracebackhide__ = True
-    Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def make_folder() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+    on_first_ranks(world_size(), "making the folder", make_folder)
     made = Recording()
     with recording(Folders([Path(folder)]), _desk(), made):
         save(dcp, placed, folder)

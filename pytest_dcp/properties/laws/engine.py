@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.properties.subworlds import agree
 
 
 class Engine(Protocol):
@@ -52,7 +53,7 @@ class WithStorage:
         process_group: dist.ProcessGroup | None = None,
     ) -> Any:
         """As the engine's, to the writer's storage."""
-        writer = self.writer(checkpoint_id)
+        writer = agree("making the writer", process_group, lambda: self.writer(checkpoint_id))
         return self.engine.save(state_dict, storage_writer=writer, process_group=process_group)
 
     def load(
@@ -63,7 +64,7 @@ class WithStorage:
         process_group: dist.ProcessGroup | None = None,
     ) -> Any:
         """As the engine's, from the reader's storage."""
-        reader = self.reader(checkpoint_id)
+        reader = agree("making the reader", process_group, lambda: self.reader(checkpoint_id))
         return self.engine.load(state_dict, storage_reader=reader, process_group=process_group)
 
 

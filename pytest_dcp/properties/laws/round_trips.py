@@ -8,11 +8,11 @@ import torch
 
 import pytest_dcp.checkpoint as checkpoint
 from pytest_dcp.properties.bits import memory_of
-from pytest_dcp.properties.differences import Difference, differences
+from pytest_dcp.properties.differences import differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.laws.steps import Folder, blank, enter, load, load_into, save
 from pytest_dcp.properties.placed import Placed, local_of, tensors_of
-from pytest_dcp.properties.subworlds import on_first_ranks, rank
+from pytest_dcp.properties.subworlds import Stages, on_first_ranks, rank
 
 
 def assert_round_trip(
@@ -56,9 +56,10 @@ def assert_inplace(
     enter(saved, loaded)
     save(dcp, saved, folder)
 
-    def step() -> list[object]:
+    def step() -> Stages:
         target = blank(loaded)
         before = {fqn: (tensor, _memory(tensor)) for fqn, tensor in tensors_of(target)}
+        yield
         load_into(dcp, loaded, folder, target)
         problems: list[object] = []
         for fqn, tensor in tensors_of(target):
@@ -91,9 +92,10 @@ def load_part(dcp: Engine, loaded: Placed, keys: Collection[str], folder: Folder
     """Load these keys, which must be as in the state of no world. Collective over the world."""
     __tracebackhide__ = True
 
-    def step() -> list[Difference]:
+    def step() -> Stages:
         target = {key: value for key, value in blank(loaded).items() if key in keys}
         full = {key: value for key, value in loaded.full().items() if key in keys}
+        yield
         with expected_warnings():
             return differences(load_into(dcp, loaded, folder, target), full)
 

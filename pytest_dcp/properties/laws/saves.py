@@ -16,7 +16,7 @@ from pytest_dcp.properties.laws.steps import (
     save_state,
 )
 from pytest_dcp.properties.placed import Placed
-from pytest_dcp.properties.subworlds import on_first_ranks
+from pytest_dcp.properties.subworlds import Stages, on_first_ranks
 
 
 def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = checkpoint) -> None:
@@ -32,8 +32,11 @@ def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = chec
     save(dcp, placed, one)
     load(dcp, placed, one, "loading what was saved twice")
 
-    def again() -> list[str]:
-        state = load_into(dcp, placed, one, blank(placed))
+    def again() -> Stages:
+        state = blank(placed)
+        yield
+        load_into(dcp, placed, one, state)
+        yield
         save_state(dcp, placed, state, two)
         return [
             f"{path}: expected files of {sizes} bytes, got {_sizes(path)}"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, Protocol
 
-from pytest_dcp.properties.differences import Difference, differences
+from pytest_dcp.properties.differences import differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.meshes import MeshSpec
 from pytest_dcp.properties.placed import Placed, emptied
-from pytest_dcp.properties.subworlds import check_room, first_ranks, on_first_ranks
+from pytest_dcp.properties.subworlds import Stages, check_room, first_ranks, on_first_ranks
 
 
 class Sized(Protocol):
@@ -42,8 +42,9 @@ def save(dcp: Engine, placed: Placed, folder: Folder) -> None:
     """Save the state, which must be as before afterwards."""
     __tracebackhide__ = True
 
-    def step() -> list[Difference]:
+    def step() -> Stages:
         state = placed.state()
+        yield
         save_state(dcp, placed, state, folder)
         return differences(state, placed.full())
 
@@ -73,8 +74,12 @@ def load(dcp: Engine, placed: Placed, folder: Folder, title: str, target: Prepar
     """Load the state, which must be equal to the bit to the one of no world."""
     __tracebackhide__ = True
 
-    def step() -> list[Difference]:
+    def step() -> Stages:
         with expected_warnings():
-            return differences(load_into(dcp, placed, folder, target(placed)), placed.full())
+            state = target(placed)
+        yield
+        load_into(dcp, placed, folder, state)
+        with expected_warnings():
+            return differences(state, placed.full())
 
     on_first_ranks(placed.world_size, title, step)

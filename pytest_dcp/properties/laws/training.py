@@ -11,7 +11,7 @@ from pytest_dcp.properties.differences import differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.laws.steps import Folder, enter, load_into, save_state
 from pytest_dcp.properties.meshes import MeshSpec
-from pytest_dcp.properties.subworlds import on_first_ranks, rank
+from pytest_dcp.properties.subworlds import Stages, on_first_ranks, rank
 from pytest_dcp.properties.whole import whole
 
 TOLERANCE = 1e-9
@@ -64,21 +64,35 @@ def assert_training_resumes(
     enter(saved, loaded)
     seen: list[dict[str, Any]] = []
 
-    def straight() -> None:
+    def straight() -> Stages:
         run = saved.start(fresh=False)
+        yield
         run.train(0, steps)
         state = run.state()
+        yield
         seen.append(whole(state, saved.world_size))
         save_state(dcp, saved, state, folder)
+        yield
         run.train(steps, 2 * steps)
-        seen.append(whole(run.state(), saved.world_size))
+        state = run.state()
+        yield
+        seen.append(whole(state, saved.world_size))
+        return ()
 
-    def resumed() -> list[Any]:
+    def resumed() -> Stages:
         run = loaded.start(fresh=True)
-        run.take(load_into(dcp, loaded, folder, run.state()))
-        middle = whole(run.state(), loaded.world_size)
+        state = run.state()
+        yield
+        load_into(dcp, loaded, folder, state)
+        yield
+        run.take(state)
+        state = run.state()
+        yield
+        middle = whole(state, loaded.world_size)
         run.train(steps, 2 * steps)
-        end = whole(run.state(), loaded.world_size)
+        state = run.state()
+        yield
+        end = whole(state, loaded.world_size)
         if rank():
             return []
         found = differences(middle, seen[0])
