@@ -421,10 +421,10 @@ def _call(rank: Rank, payload: bytes) -> Done:
 
 
 def _dump_result(value: object) -> bytes:
-    import cloudpickle
+    from pytest_dcp.harness.function_pickles import dumps
 
     try:
-        dumped: bytes = cloudpickle.dumps(value)
+        dumped = dumps(value)
     except Exception as exc:
         raise TypeError(
             f"the function's result, a {type(value).__qualname__}, cannot be pickled: {exc}"

@@ -8,12 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 Isolation = Literal["test", "module"]
 
+
+class WorldKeywords(TypedDict, total=False):
+    """What the marker and `worlds(...)` take beside the size."""
+
+    backend: Literal["auto", "gloo", "nccl"]
+    device: Literal["auto", "cpu", "cuda"]
+    mesh: list[int] | tuple[int, ...] | None
+    mesh_dim_names: list[str] | tuple[str, ...] | None
+    timeout: float | None
+    """Seconds, above 0."""
+    isolation: Isolation
+
+
+KEYWORDS = tuple(WorldKeywords.__annotations__)
 BACKENDS = ("auto", "gloo", "nccl")
-KEYWORDS = ("backend", "device", "mesh", "mesh_dim_names", "timeout", "isolation")
 MAX_WORLD_SIZE = 1024
 """A larger world on one machine is a typing error: each rank is a process."""
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
 import cloudpickle
 import pytest
@@ -18,11 +18,15 @@ import pytest
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call, FaultAct
 from pytest_dcp.harness.exit_warnings import warn_of_end
+from pytest_dcp.harness.function_pickles import dump_call
 from pytest_dcp.harness.outcome import Outcome, SessionEnd, peers, ranks_text
 from pytest_dcp.harness.report import exception_of_end, merged_sections
 from pytest_dcp.harness.session import Harness
-from pytest_dcp.harness.spec import WorldSpec, read_marker, resolve
+from pytest_dcp.harness.spec import WorldKeywords, WorldSpec, read_marker, resolve
 from pytest_dcp.harness.world import World
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class FunctionWorld:
@@ -35,7 +39,7 @@ class FunctionWorld:
         self._on_session_end = on_session_end
         self._world = world
         self._seed = seed
-        self._running: Running | None = None
+        self._running: Running[Any] | None = None
         self._told: set[int] = set()
         """Lost ranks whose last output was printed."""
 
@@ -49,28 +53,28 @@ class FunctionWorld:
         """Ranks that are neither lost nor stopped, ascending."""
         return self._world.survivors
 
-    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """`function(*args, **kwargs)` in every rank; the results in rank order.
 
         Function, arguments and results are pickled (cloudpickle: closures and lambdas too), so
         ranks work on copies. The time limit counts anew for each call. Raises `WorldError` when
-        any rank fails; the world goes on if all its ranks are still there. A rank that the test has
-        killed, or that was stopped to the end, has a `LostRank` for a result and is not called
-        again.
+        any rank fails, and the world goes on if all its ranks are still there; `TypeError` when
+        something cannot be pickled. A rank that the test has killed, or that was stopped to the
+        end, has a `LostRank` for a result and is not called again.
         """
         return self.start(function, *args, **kwargs).result()
 
-    def start(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Running:
+    def start(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Running[T]:
         """`run` without waiting: ranks run while the test goes on, and can be killed or paused."""
         if self._running is not None:
             raise WorldError(f"{self._running.name} still runs in this world: take its result()")
         if not self._world.sound:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
-        payload = cloudpickle.dumps((function, args, kwargs))
+        payload = dump_call(function, args, kwargs)
         self._world.restart_clock(self._world.spec.timeout_s)
         self._world.begin("call", Call(self._seed, payload))
-        self._running = Running(self, function)
-        return self._running
+        running = self._running = Running(self, function)
+        return running
 
     def kill(self, rank: int) -> None:
         """SIGKILL a rank and what it started; returns when it is gone.
@@ -97,7 +101,7 @@ class FunctionWorld:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         self._world.strike(act, rank, f"{act}({rank}) by the test")
 
-    def finish(self, function: Callable[..., Any]) -> list[Any]:
+    def finish(self, function: Callable[..., T]) -> list[T]:
         """The results of what was started; see `Running.result`."""
         self._running = None
         outcome = self._world.finish()
@@ -107,7 +111,7 @@ class FunctionWorld:
         return [
             cloudpickle.loads(outcome.done[rank].payload)
             if rank in outcome.done
-            else outcome.lost[rank]
+            else outcome.lost[rank]  # type: ignore[misc]  # T alone for those who lose no rank
             for rank in range(self.size)
         ]
 
@@ -162,17 +166,17 @@ class FunctionWorld:
             stream.writelines(f"{who} {line}\n" for line in text.splitlines())
 
 
-class Running:
+class Running(Generic[T]):
     """A function that runs in a world's ranks. Made by `FunctionWorld.start`."""
 
-    def __init__(self, world: FunctionWorld, function: Callable[..., Any]) -> None:
+    def __init__(self, world: FunctionWorld, function: Callable[..., T]) -> None:
         self.name = _name_of(function)
         self._world = world
         self._function = function
-        self._results: list[Any] | None = None
+        self._results: list[T] | None = None
         self._error: BaseException | None = None
 
-    def result(self) -> list[Any]:
+    def result(self) -> list[T]:
         """What `run` returns or raises; waits for it. The same each time."""
         if self._error is not None:
             raise self._error
@@ -197,13 +201,13 @@ class Worlds:
         self.nodeid = nodeid
         self._open: list[World] = []
 
-    def __call__(self, size: int, /, **keywords: object) -> WorldBlock:
+    def __call__(self, size: int, /, **keywords: Unpack[WorldKeywords]) -> WorldBlock:
         """A fresh world of `size` ranks until the block ends; keywords as those of the marker.
 
         Raises `pytest.UsageError` for wrong values, before the block begins; the block raises
         `WorldError` when the world does not come up or a rank does not leave with exit code 0.
         """
-        values = read_marker((size,), keywords)
+        values = read_marker((size,), dict(keywords))
         defaults = replace(self._harness.options.defaults, world_size=None)
         if values.is_list:
             raise pytest.UsageError(f"worlds(...) takes one size; got {size!r}")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -24,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_dcp import RankFailure, WorldError
+from pytest_dcp.harness import worlds as worlds_module
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.worlds import FunctionWorld, Worlds
@@ -483,3 +485,58 @@ def test_hypothesis_shrinks_a_lost_rank_in_worlds_of_their_own(worlds: Worlds) -
     with pytest.raises(WorldError, match="exited with code 1"):
         law()
     assert seen[-1] == 3
+
+
+def test_a_lambda_is_shown_with_its_file_and_line(worlds: Worlds) -> None:
+    with worlds(1) as w, pytest.raises(WorldError) as caught:
+        w.run(lambda: 1 / 0)
+    assert re.search(rf'File "{re.escape(__file__)}", line \d+, in <lambda>', str(caught.value))
+    assert "dynamic-code" not in str(caught.value)
+
+
+def test_a_closure_that_cannot_be_pickled_is_named_and_the_world_goes_on(worlds: Worlds) -> None:
+    lock = threading.Lock()
+    with worlds(1) as w:
+        with pytest.raises(TypeError, match=r"closure variable 'lock' is a _thread\.lock"):
+            w.run(lambda: lock)
+        assert w.run(lambda: 1) == [1]
+
+
+TYPED = """
+from typing import assert_type
+
+from pytest_dcp.harness.worlds import Worlds
+
+
+def squared(number: int, by: float = 1.0) -> float:
+    return number * by
+
+
+def test(worlds: Worlds) -> None:
+    with worlds(2, timeout=5, mesh=(2,), backend="gloo") as w:
+        assert_type(w.run(squared, 2, by=3.0), list[float])
+        assert_type(w.start(squared, 2).result(), list[float])
+        w.run(squared, "2")
+        w.run(squared, 2, bye=3.0)
+    worlds(2, timout=5)
+    worlds(2, timeout="5")
+    worlds(2, device="gpu")
+"""
+
+
+def test_results_arguments_and_keywords_are_typed(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    path = tmp_path / "typed.py"
+    path.write_text(TYPED)
+    harness = Path(worlds_module.__file__).parent
+    files = [str(path), str(harness / "worlds.py"), str(harness / "spec.py")]
+    # The rest of the package is as Any: enough here, and a matter of seconds.
+    options = ["--follow-imports=skip", f"--cache-dir={tmp_path}", "--config-file="]
+    told, _, _ = api.run([*options, *files])
+    wrong = {int(match[1]) for match in re.finditer(r"typed\.py:(\d+): error", told)}
+    lines = TYPED.splitlines()
+    assert wrong == {
+        number
+        for number, line in enumerate(lines, 1)
+        if any(bad in line for bad in ('"2"', "bye=", "timout=", '"5"', '"gpu"'))
+    }, told
