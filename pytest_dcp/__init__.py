@@ -1,33 +1,101 @@
 """Fresh multi-process PyTorch worlds for pytest.
 
 PYTEST_DONT_REWRITE: this module is only the plugin's name, for `pytest -p pytest_dcp` and for the
-entry point; it hands pytest to `pytest_dcp.plugin` and imports nothing heavy.
+entry point; it hands pytest to `pytest_dcp.plugin` and imports nothing heavy. What needs torch is
+imported when it is first asked for.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from pytest_dcp.errors import DcpError, DivergedError, LostRank, RankFailure, WorldError
+from typing import TYPE_CHECKING, Any
+
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
+    CheckpointReplacedError,
+    DcpError,
+    DivergedError,
+    FaultError,
+    LateMarkerError,
+    LawError,
+    LostRank,
+    PlanError,
+    RankFailure,
+    RecordingError,
+    ReplicaMismatchError,
+    SaverProcessError,
+    StoreResponseError,
+    UntrustedPickleError,
+    WorldError,
+)
 
 if TYPE_CHECKING:
+    from pytest_dcp.faults.storage import FaultyStorage
+    from pytest_dcp.harness.exit_warnings import LeftBehindWarning
+    from pytest_dcp.harness.lockstep_world import RankWorld as World
+    from pytest_dcp.harness.rank import announce_death
     from pytest_dcp.harness.world_test_mixin import WorldTestMixin
+    from pytest_dcp.harness.worlds import FunctionWorld, Running, Worlds
 
 __all__ = [
-    "DcpError",
-    "DivergedError",
-    "LostRank",
-    "RankFailure",
-    "WorldError",
+    "World",
+    "Worlds",
+    "FunctionWorld",
+    "Running",
+    "FaultyStorage",
     "WorldTestMixin",
+    "announce_death",
+    "LeftBehindWarning",
+    "DcpError",
+    "WorldError",
+    "RankFailure",
+    "LostRank",
+    "DivergedError",
+    "LateMarkerError",
+    "LawError",
+    "FaultError",
+    "RecordingError",
+    "StoreResponseError",
+    "CheckpointError",
+    "CheckpointCorruptError",
+    "CheckpointExistsError",
+    "CheckpointFileMissingError",
+    "CheckpointMismatchError",
+    "CheckpointReplacedError",
+    "PlanError",
+    "ReplicaMismatchError",
+    "SaverProcessError",
+    "UntrustedPickleError",
     "pytest_plugins",
 ]
 
 pytest_plugins = ["pytest_dcp.plugin"]
 
+_LAZY = {
+    "World": "pytest_dcp.harness.lockstep_world:RankWorld",
+    "Worlds": "pytest_dcp.harness.worlds:Worlds",
+    "FunctionWorld": "pytest_dcp.harness.worlds:FunctionWorld",
+    "Running": "pytest_dcp.harness.worlds:Running",
+    "WorldTestMixin": "pytest_dcp.harness.world_test_mixin:WorldTestMixin",
+    "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
+    "announce_death": "pytest_dcp.harness.rank:announce_death",
+    "LeftBehindWarning": "pytest_dcp.harness.exit_warnings:LeftBehindWarning",
+}
+"""Name -> module and name there."""
 
-def __getattr__(name: str) -> object:
-    """`WorldTestMixin` needs pytest, which the engine alone does not."""
-    if name == "WorldTestMixin":
-        from pytest_dcp.harness.world_test_mixin import WorldTestMixin
 
-        return WorldTestMixin
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module, _, there = _LAZY[name].partition(":")
+    value = globals()[name] = getattr(importlib.import_module(module), there)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

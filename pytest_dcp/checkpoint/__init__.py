@@ -13,7 +13,12 @@ from pytest_dcp.checkpoint import stateful as stateful
 from pytest_dcp.checkpoint import torch_twins as torch_twins
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from pytest_dcp.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+)
+from pytest_dcp.checkpoint.fsspec_storage import FsspecReader, FsspecWriter
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -32,13 +37,31 @@ from pytest_dcp.checkpoint.planner import (
     SavePlanner,
     WriteItem,
 )
+from pytest_dcp.checkpoint.progress import progress_bar
 from pytest_dcp.checkpoint.protocol import CheckpointableTensor
 from pytest_dcp.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from pytest_dcp.checkpoint.state_dict_loader import load, load_state_dict, load_without_template
-from pytest_dcp.checkpoint.state_dict_saver import async_save, save, save_state_dict
+from pytest_dcp.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType,
+    async_save,
+    save,
+    save_state_dict,
+)
 from pytest_dcp.checkpoint.storage import StorageReader, StorageWriter
 from pytest_dcp.checkpoint.store.observe import Progress
 from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
+    CheckpointReplacedError,
+    PlanError,
+    ReplicaMismatchError,
+    SaverProcessError,
+    UntrustedPickleError,
+)
 
 __all__ = [
     "save",
@@ -50,8 +73,13 @@ __all__ = [
     "LoadReport",
     "PerRank",
     "Progress",
+    "progress_bar",
+    "AsyncCheckpointerType",
+    "SerializationFormat",
     "FileSystemReader",
     "FileSystemWriter",
+    "FsspecReader",
+    "FsspecWriter",
     "HuggingFaceStorageReader",
     "HuggingFaceStorageWriter",
     "QuantizedHuggingFaceStorageReader",
@@ -72,6 +100,16 @@ __all__ = [
     "Metadata",
     "TensorStorageMetadata",
     "CheckpointException",
+    "CheckpointError",
+    "CheckpointCorruptError",
+    "CheckpointExistsError",
+    "CheckpointFileMissingError",
+    "CheckpointMismatchError",
+    "CheckpointReplacedError",
+    "PlanError",
+    "ReplicaMismatchError",
+    "SaverProcessError",
+    "UntrustedPickleError",
 ]
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.

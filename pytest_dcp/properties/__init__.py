@@ -11,6 +11,7 @@ What is drawn are descriptions: frozen values that any process builds alike, whi
 that makes them and shrink without a process group. A law takes the `dcp=` that it is about.
 """
 
+from pytest_dcp.errors import LawError, RecordingError
 from pytest_dcp.properties.differences import Difference, assert_state_dict_equal, differences
 from pytest_dcp.properties.dtypes import DTYPES, dtypes
 from pytest_dcp.properties.laws.crash import assert_overwrite_atomic
@@ -82,4 +83,6 @@ __all__ = [
     "assert_training_resumes",
     "CheckpointMachine",
     "StorageSuite",
+    "LawError",
+    "RecordingError",
 ]

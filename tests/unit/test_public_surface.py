@@ -1,0 +1,114 @@
+"""What users import, and from where: four modules, and every name that the manual mentions.
+
+A name that is added to or removed from a public module belongs in this file too.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pytest_dcp
+from pytest_dcp import errors
+
+ROOT = Path(pytest_dcp.__file__).parent
+README = ROOT.parent / "README.md"
+PUBLIC = ("pytest_dcp", "pytest_dcp.checkpoint", "pytest_dcp.faults", "pytest_dcp.properties")
+BESIDE = (
+    "pytest_dcp.checkpoint.state_dict",
+    "pytest_dcp.checkpoint.staging",
+)
+"""Public modules under torch's names."""
+OF_THE_READER = {"Machine"}
+"""Words that stand for something of the reader's own, though a class of ours has that name."""
+LIGHT = {"pytest_dcp", "pytest_dcp.errors"}
+WORLD = """World Worlds FunctionWorld Running FaultyStorage announce_death LeftBehindWarning
+DcpError WorldError RankFailure LostRank pytest_plugins"""
+
+
+def public_names(module: str) -> list[str]:
+    names: list[str] = importlib.import_module(module).__all__
+    return names
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_there_once_and_is_listed(module: str) -> None:
+    found = importlib.import_module(module)
+    names = public_names(module)
+    assert len(set(names)) == len(names)
+    assert [name for name in names if not hasattr(found, name)] == []
+    assert set(names) <= set(dir(found))
+
+
+def test_the_package_itself_has_what_fixtures_give() -> None:
+    assert set(WORLD.split()) <= set(public_names("pytest_dcp"))
+    from pytest_dcp.harness import lockstep_world, worlds
+
+    assert pytest_dcp.World is lockstep_world.RankWorld
+    assert pytest_dcp.Worlds is worlds.Worlds
+    assert pytest_dcp.FaultyStorage is importlib.import_module("pytest_dcp.faults").FaultyStorage
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'pytest_dcp' has no attribute 'Wrold'"):
+        _ = pytest_dcp.Wrold  # type: ignore[attr-defined]  # that is the point
+
+
+def test_every_error_is_exported_by_the_package_and_where_it_is_raised() -> None:
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    classes = {name for name in classes if getattr(errors, name).__module__ == errors.__name__}
+    assert classes <= set(public_names("pytest_dcp"))
+    below = {n for n in classes if issubclass(getattr(errors, n), errors.CheckpointError)}
+    assert below <= set(public_names("pytest_dcp.checkpoint"))
+    assert {"FaultError", "RecordingError"} <= set(public_names("pytest_dcp.faults"))
+    assert {"LawError", "RecordingError"} <= set(public_names("pytest_dcp.properties"))
+
+
+def defined_names() -> set[str]:
+    """Public classes, and functions whose names no manual uses for something else."""
+    found: set[str] = set()
+    for path in ROOT.rglob("*.py"):
+        if "demo" in path.parts:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            is_law = isinstance(node, ast.FunctionDef) and node.name.startswith("assert_")
+            if is_law or isinstance(node, ast.ClassDef):
+                found.add(node.name)
+    return {name for name in found if not name.startswith("_")}
+
+
+def manual_names() -> set[str]:
+    """Words of the manual's code, up to the chapter on how it is built."""
+    text = README.read_text().partition("\n## How it is built")[0]
+    blocks = re.findall(r"```.*?```", text, re.S)
+    code = [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
+    return {word for part in code for word in re.findall(r"[A-Za-z_]\w+", part)}
+
+
+def test_every_name_of_the_manual_can_be_imported_from_a_public_module() -> None:
+    exported = {name for module in (*PUBLIC, *BESIDE) for name in public_names(module)}
+    methods = {name for name in manual_names() if hasattr(pytest_dcp.FaultyStorage, name)}
+    mentioned = manual_names() & defined_names()
+    assert len(mentioned) > 60
+    assert mentioned - exported - methods - OF_THE_READER == set()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, pytest_dcp; print(*(m for m in sys.modules if m.startswith('pytest_dcp')))"
+    code += "; print(*(m for m in ('torch', 'numpy', 'pytest', 'hypothesis') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, heavy = done.stdout.splitlines()
+    assert set(ours.split()) == LIGHT
+    assert heavy == ""
+
+
+def test_a_lazy_name_is_imported_when_it_is_asked_for() -> None:
+    code = "from pytest_dcp import World, Worlds; print(World.__name__, Worlds.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "RankWorld Worlds\n"
