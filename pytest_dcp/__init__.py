@@ -34,6 +34,7 @@ from pytest_dcp.errors import (
 
 if TYPE_CHECKING:
     from pytest_dcp.faults.storage import FaultyStorage
+    from pytest_dcp.harness.carried_state import LostStateWarning
     from pytest_dcp.harness.exit_warnings import LeftBehindWarning
     from pytest_dcp.harness.lockstep_world import RankWorld as World
     from pytest_dcp.harness.rank import announce_death
@@ -49,6 +50,7 @@ __all__ = [
     "WorldTestMixin",
     "announce_death",
     "LeftBehindWarning",
+    "LostStateWarning",
     "DcpError",
     "WorldError",
     "RankFailure",
@@ -82,6 +84,7 @@ _LAZY = {
     "WorldTestMixin": "pytest_dcp.harness.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
     "announce_death": "pytest_dcp.harness.rank:announce_death",
+    "LostStateWarning": "pytest_dcp.harness.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp.harness.exit_warnings:LeftBehindWarning",
 }
 """Name -> module and name there."""

@@ -80,7 +80,8 @@ class Done:
     pid: int = 0
     """Only at boot: the rank's process."""
     payload: bytes = b""
-    """Only for a function's call: its pickled result; or `lockstep` of a property, pickled."""
+    """Pickled: the result of a function's call; `lockstep` of a property; at an item's teardown,
+    what plugins carry home."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from _pytest.skipping import xfailed_key
 from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import WorldError
-from pytest_dcp.harness import headings, report
+from pytest_dcp.harness import carried_state, headings, losing_fixtures, report
 from pytest_dcp.harness.events import Go, Phase, RunItem
 from pytest_dcp.harness.exit_warnings import warn_of_end
 from pytest_dcp.harness.item_output import ItemOutput
@@ -91,6 +91,7 @@ class MarkedItem:
 
     def setup(self) -> None:
         """Start or take a world, and set the item up in every rank."""
+        losing_fixtures.warn_of(self.item)
         self.failed, self.raised, self.outcome, self.world = False, None, None, None
         self.lost = frozenset()
         self.unexpectedly = None
@@ -259,6 +260,9 @@ class MarkedItem:
             self.item.add_report_section(when, "lost as asked", "\n".join(lost_lines(new)))
         self.lost = frozenset(outcome.lost)
         self.item.user_properties += _properties(outcome)
+        if when == "teardown":
+            payloads = {rank: done.payload for rank, done in outcome.done.items() if done.payload}
+            carried_state.deliver(self.item, payloads, self.spec.size)
         self._log_subtests(world)
 
     def _raise_for(self, outcome: Outcome) -> None:

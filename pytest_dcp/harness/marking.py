@@ -9,8 +9,10 @@ from typing import NoReturn
 import pytest
 
 from pytest_dcp.harness import items as items_
+from pytest_dcp.harness import junit_state, losing_fixtures
 from pytest_dcp.harness.decided_markers import markers_of
 from pytest_dcp.harness.item_hooks import ItemHooks
+from pytest_dcp.harness.junit_state import JunitState
 from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.options import Options
 from pytest_dcp.harness.session import HARNESS_KEY, Harness
@@ -71,6 +73,8 @@ def read_specs(items: Sequence[pytest.Item], options: Options) -> list[WorldSpec
         spec, wrong = spec_of(item, options)
         specs.append(spec)
         problems += [f"{item.nodeid}: @pytest.mark.{options.marker} {text}" for text in wrong]
+        if spec is not None:
+            problems += [f"{item.nodeid}: {text}" for text in losing_fixtures.problems_of(item)]
     if problems:
         _refuse(items[0].config, problems)
     return specs
@@ -166,8 +170,9 @@ def begin(session: pytest.Session, options: Options) -> Harness:
     specs = read_specs(session.items, options)
     harness = Harness(session, options)
     session.config.stash[HARNESS_KEY] = harness
-    harness.launcher()
     manager = session.config.pluginmanager
+    manager.register(JunitState(), junit_state.NAME)
+    harness.launcher()
     pdb_invoke = manager.unregister(name="pdbinvoke")
     hooks = ItemHooks(harness, pdb_invoke, SteadyLogs(session.config))
     manager.register(hooks, "pytest_dcp.items")

@@ -29,7 +29,7 @@ from _pytest.skipping import evaluate_xfail_marks
 from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness import logs, measure
+from pytest_dcp.harness import carried_state, junit_state, logs, measure
 from pytest_dcp.harness.events import (
     At,
     Done,
@@ -41,6 +41,7 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.group_counter import Totals
 from pytest_dcp.harness.group_use import to_plain
+from pytest_dcp.harness.junit_state import JunitState
 from pytest_dcp.harness.rank import ItemRunner, Rank, lines_of, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
@@ -72,6 +73,7 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     `tty` names the terminal where this process did not inherit it.
     """
     silence(session.config)
+    _record_for_junit(session.config)
     debugger = RankDebugger(session.config, RankTerminal(session.config, tty))
     debugger.take_over_pdb()
     plugin = RankPlugin(session, debugger)
@@ -82,6 +84,14 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
 
         plugin.follows = lockstep_versions.make_ready()
     return plugin
+
+
+def _record_for_junit(config: pytest.Config) -> None:
+    state: Any = config.pluginmanager.getplugin(junit_state.NAME)
+    if state is None:  # a spawned rank has a session of its own
+        state = JunitState()
+        config.pluginmanager.register(state, junit_state.NAME)
+    state.record(config)
 
 
 def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
@@ -171,6 +181,8 @@ class RankPlugin:
         self.session = session
         self.config = session.config
         self.warnings: list[dict[str, Any]] = []
+        self._carried = b""
+        """What plugins have gathered, for the answer to teardown."""
         self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
 
     def join(self, rank: Rank) -> None:
@@ -204,14 +216,18 @@ class RankPlugin:
         self.warnings, self._seen = [], _Seen.of(item)
         with self.capturing() as sections, self._recording_warnings(item):
             call = pytest.CallInfo.from_call(
-                lambda: self.session._setupstate.teardown_exact(nextitem),
-                when="teardown",
-                reraise=None,
+                lambda: self._tear_down_to(nextitem), when="teardown", reraise=None
             )
         done = self._verdict(item, "teardown", call)
         printed = tuple(("teardown", name, text) for _, name, text in sections)
         done = replace(done, sections=(*done.sections, *printed))
         return self._concluded(done)
+
+    def _tear_down_to(self, nextitem: pytest.Item | None) -> None:
+        try:
+            self.session._setupstate.teardown_exact(nextitem)
+        finally:
+            self._carried = carried_state.collect(self._item)
 
     def _recording_warnings(self, item: pytest.Item) -> contextlib.AbstractContextManager[None]:
         """As pytest does around each item, by the filters that are set for this one."""
@@ -239,6 +255,7 @@ class RankPlugin:
             imported=tuple(imported),
             threads=tuple(t.name for t in threads),
             reusable=not threads and _process_group_is_ours(self.rank),
+            payload=self._carried,
         )
 
     @contextlib.contextmanager
@@ -352,11 +369,16 @@ class RankPlugin:
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
-        """Fail the test when the world's fixture was asked for something that did not happen."""
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Collect what plugins carry home.
+
+        Fails the test when the world's fixture was asked for something that did not happen.
+        """
+        self._carried = b""
         try:
             return (yield)
         finally:
+            self._carried = carried_state.collect(item)
             if missed := [text for unmet in self.rank.unmet for text in unmet()]:
                 pytest.fail("\n".join(missed), pytrace=False)
 

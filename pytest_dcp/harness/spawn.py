@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import pytest
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness import linux, measure, rank, rank_items
+from pytest_dcp.harness import junit_state, linux, measure, rank, rank_items
 from pytest_dcp.harness.events import At, Done, Go, RunItem
 from pytest_dcp.harness.launch import (
     RANK_VARIABLE,
@@ -296,6 +296,8 @@ def _captured(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
 
 def _alone(config: pytest.Config, basetemp: str) -> None:
     """Undo what distributes, repeats or reports: this session is one rank's."""
+    if getattr(config.option, "xmlpath", None):
+        config.stash[junit_state.FAMILY_KEY] = config.getini("junit_family")
     for name, value in (
         ("numprocesses", None), ("dist", "no"), ("tx", []), ("looponfail", False),
         ("basetemp", basetemp), ("xmlpath", None), ("lf", False), ("failedfirst", False),
