@@ -180,7 +180,7 @@ class Supervisor:
             self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
             return self._meet()
         nxt = TRANSITIONS.get((state, type(message)))
-        if nxt is None:
+        if nxt is None or (state is S.LEAVING and not self._is_last_word(rank, message)):
             return self._violate(rank, message, now)
         self.states[rank] = nxt
         match message:
@@ -204,6 +204,11 @@ class Supervisor:
                 why = f"world.{message.act}({message.rank}) in rank {rank}"
                 return [*self.strike(message.act, message.rank, why, now), *self._told()]
         return self._meet()
+
+    def _is_last_word(self, rank: int, message: Up) -> bool:
+        """Whether a rank that leaves says once how its exit went."""
+        is_finish = isinstance(message, Done) and message.phase == "finish"
+        return is_finish and rank not in self.done
 
     def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
         """Have a rank killed, stopped or continued, because the test asked for it."""

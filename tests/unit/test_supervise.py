@@ -912,6 +912,32 @@ def test_a_rank_that_talks_while_it_leaves_is_killed() -> None:
     assert replay.ordered(Kill) == [(T0 + 1, 0)]
 
 
+def test_a_rank_that_leaves_says_once_how_its_exit_went() -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], "finish", order=Leave())
+    last_word = Done("finish", "passed", T0 + 1, threads=("sleeper",))
+    replay.play([(T0 + 1, Says(0, last_word)), (T0 + 2, Ends(0, 0)), (T0 + 2, Ends(1, 0))])
+    assert replay.supervisor.done == {0: last_word}
+    assert replay.supervisor.settled
+    assert replay.failures == []
+
+
+def test_a_rank_that_says_how_its_exit_went_still_has_to_exit_with_0() -> None:
+    replay = Replay.ready(1)
+    replay.begin([0], "finish", order=Leave())
+    replay.play([(T0 + 1, Says(0, Done("finish", "passed", T0 + 1))), (T0 + 2, Ends(0, 3))])
+    assert replay.failures == [(0, "crashed")]
+    assert "exited with code 3 after its verdict" in replay.summary(0)
+
+
+def test_a_rank_that_says_it_twice_is_killed() -> None:
+    replay = Replay.ready(1)
+    replay.begin([0], "finish", order=Leave())
+    last_word = Done("finish", "passed", T0 + 1)
+    replay.play([(T0 + 1, Says(0, last_word)), (T0 + 2, Says(0, last_word))])
+    assert replay.ordered(Kill) == [(T0 + 2, 0)]
+
+
 # The debugger.
 
 
