@@ -97,9 +97,10 @@ class StoreResponseError(DcpError, OSError):
 
 
 class CheckpointError(DcpError):
-    """The base of what the checkpoint engine raises on one rank.
+    """The base of what the checkpoint engine raises.
 
-    Between ranks such an error travels inside torch's `CheckpointException`, one entry per rank.
+    What a save or load of several ranks raises is also torch's `CheckpointException`, with one
+    entry for each failed rank, and of the class that their exceptions have in common.
     """
 
 
