@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-pytestmark = pytest.mark.world_size(2, timeout=20)
+pytestmark = pytest.mark.world_size(2, timeout=60)
 FOREVER_S = 600
 
 
