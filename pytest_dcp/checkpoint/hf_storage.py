@@ -42,6 +42,7 @@ from pytest_dcp.checkpoint.store.hf_folder import (
     is_temporary,
     read_files,
     read_folder,
+    remove_leftovers,
     save_of,
     sweep,
     temporary_name,
@@ -130,6 +131,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             tables = [WriteItems.of(plan.items) for plan in plans]
             _check(tables, self.fqn_to_index_mapping, whole=not self.save_distributed)
             self._layout = _layout(tables, self.fqn_to_index_mapping, self.save_distributed)
+        with self._disk().locked(self.path):
+            remove_leftovers(self._disk(), self.path)
         if self.save_distributed:
             self._refuse_strangers()
         shared: dict[str, Any] = {"save_id": self.save_id[:12], "highest": self._layout.highest}
@@ -159,6 +162,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             FileJob(name if save_id is None else temporary_name(name, save_id), rows)
             for name, rows in _files(table.fqns, said).items()
         ]
+        # For `discard`. A file of a final name may have replaced one of the old checkpoint.
+        self._files = [job.name for job in jobs if is_temporary(job.name)]
         watcher = observer("save")
         watcher.expect(int(table.size_bytes().sum()))
         settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)

@@ -165,6 +165,13 @@ def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
     return SAVE_KEY in said or SHARDING_KEY in said
 
 
+def remove_leftovers(disk: Disk, folder: Any) -> None:
+    """Remove what dead saves left unfinished, so that a full disk has room for the next one."""
+    for name in disk.names(folder):
+        if LEFT_OVER.fullmatch(name):
+            disk.remove(folder, name)
+
+
 def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
     """Remove what earlier saves left: files of theirs, whole or not, that are not to be kept."""
     kept = set(keep)
