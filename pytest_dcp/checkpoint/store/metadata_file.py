@@ -154,7 +154,7 @@ def _checked_pickle(view: memoryview, trailer: _Trailer) -> Metadata:
 
 def _decode_torchs(view: memoryview) -> Catalog:
     with collector_paused():
-        metadata = read_metadata(view)
+        metadata = read_metadata(view, to_the_end=True)
         _check_dimensions(metadata)
         try:
             catalog = Catalog.of(metadata)

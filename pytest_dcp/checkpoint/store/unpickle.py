@@ -92,22 +92,26 @@ class TensorPickle:
     requires_grad: bool
 
 
-def read_metadata(data: bytes | memoryview) -> Metadata:
-    """The Metadata in a `.metadata` file of torch 2.0 to 2.13; the pickle must be all of it.
+def read_metadata(data: bytes | memoryview, *, to_the_end: bool = False) -> Metadata:
+    """The Metadata in a `.metadata` file of torch 2.0 to 2.13.
+
+    to_the_end: whether the pickle must be all of it; otherwise what follows is not read.
 
     Raises:
         CheckpointCorruptError: the pickle, or a field, is not what it should be; names the field.
     """
     # Outside of a handler, which would keep alive what the first try has made.
     with contextlib.suppress(CheckpointCorruptError):
-        return _read_metadata(data, METADATA)
+        return _read_metadata(data, METADATA, to_the_end)
     # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
-    return _read_metadata(data, STEPWISE)
+    return _read_metadata(data, STEPWISE, to_the_end)
 
 
-def _read_metadata(data: bytes | memoryview, vocabulary: Vocabulary) -> Metadata:
+def _read_metadata(
+    data: bytes | memoryview, vocabulary: Vocabulary, to_the_end: bool
+) -> Metadata:
     unread: set[str] = set()
-    metadata = check_metadata(run(data, vocabulary, unread, to_the_end=True))
+    metadata = check_metadata(run(data, vocabulary, unread, to_the_end=to_the_end))
     if unread:
         logger.warning(
             "the checkpoint's metadata holds objects of classes that are not known here; they are "
