@@ -48,13 +48,12 @@ def combined(base: type[BaseException], cause: type[Exception]) -> type[BaseExce
 
 
 def _combine(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
-    names = {"__module__": base.__module__, "__doc__": base.__doc__, "made_for": cause}
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     try:
-        made = type(base.__name__, (base, cause), names)
+        made = type(base.__name__, (base, cause), {**names, "made_for": cause})
         bare(made)
     except Exception:  # noqa: BLE001 - a class of the user's may refuse in any way
         return base
-    made.__qualname__ = base.__qualname__
     return made
 
 

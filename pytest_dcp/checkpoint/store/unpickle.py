@@ -107,9 +107,7 @@ def read_metadata(data: bytes | memoryview, *, to_the_end: bool = False) -> Meta
     return _read_metadata(data, STEPWISE, to_the_end)
 
 
-def _read_metadata(
-    data: bytes | memoryview, vocabulary: Vocabulary, to_the_end: bool
-) -> Metadata:
+def _read_metadata(data: bytes | memoryview, vocabulary: Vocabulary, to_the_end: bool) -> Metadata:
     unread: set[str] = set()
     metadata = check_metadata(run(data, vocabulary, unread, to_the_end=to_the_end))
     if unread:
