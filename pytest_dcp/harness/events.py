@@ -65,11 +65,13 @@ class Done:
     imported: tuple[str, ...] = ()
     """Only at an item's teardown: modules that the rank had to import itself."""
     threads: tuple[str, ...] = ()
-    """Only at an item's teardown and at finish: names of the threads that were left running."""
+    """Only at finish: names of the threads that were left running."""
     reusable: bool = True
     """Only at an item's teardown: whether a warm world can go on with this rank."""
     xpassed: bool = False
     """Only for a pass: the test has given itself an xfail marker."""
+    changed: tuple[str, ...] = ()
+    """Only at an item's teardown: state of the process that the test changed for good."""
     groups: dict[str, Any] | None = None
     """Only of a warm world's call or teardown: what the item did with process groups so far, as
     `group_use.to_plain` has it."""

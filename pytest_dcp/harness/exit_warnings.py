@@ -12,16 +12,9 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from pytest_dcp.harness.events import Done
+from pytest_dcp.harness.launch import HELPERS
 from pytest_dcp.harness.outcome import ranks_text
 from pytest_dcp.harness.world import World
-
-EXPECTED_STRAYS = (
-    "multiprocessing.resource_tracker",
-    "multiprocessing.forkserver",
-    "pytest_dcp.checkpoint.async_worker",
-    "dcp-async-save",
-)
-"""Helpers that end by themselves when their rank does, but a moment later."""
 
 
 class LeftBehindWarning(pytest.PytestWarning):
@@ -44,7 +37,7 @@ def warn_of_end(nodeid: str, world: World) -> None:
 
 def _left_processes(world: World) -> Iterator[str]:
     for rank, stray in world.strays:
-        if rank not in world.lost and not any(expected in stray for expected in EXPECTED_STRAYS):
+        if rank not in world.lost and not any(helper in stray for helper in HELPERS):
             yield (
                 f"rank {rank} left process {stray} behind; it was killed. Wait for it in the test, "
                 "or end it."

@@ -44,6 +44,10 @@ PASSED = Outcome("passed", "", (), {})
 _folders = itertools.count()
 
 
+class ChangedStateWarning(pytest.PytestWarning):
+    """A test of a warm world changed its process for good; the next test got a new world."""
+
+
 @dataclass(slots=True)
 class MarkedItem:
     """The controller's memory of one item while it runs."""
@@ -176,6 +180,7 @@ class MarkedItem:
             if reusable:
                 self.harness.warm.keep(self._warm_key(), world, self, follower)
                 return True, torn
+            self._warn_of_changes(torn)
             torn = world.run("teardown", Place().order())  # what was to stay for the follower
             self._absorb(world, torn, "teardown")
         return False, joined(torn, world.close())
@@ -316,6 +321,23 @@ class MarkedItem:
         for _, name, text in report.merged_sections(printed):
             self.item.add_report_section("teardown", name, text)
         warn_of_end(self.item.nodeid, world)
+
+    def _warn_of_changes(self, outcome: Outcome) -> None:
+        """Say what of the processes' state cannot be put back, where that costs a new world."""
+        by_name: dict[str, list[int]] = {}
+        for rank, done in sorted(outcome.done.items()):
+            for name in done.changed:
+                by_name.setdefault(name, []).append(rank)
+        if by_name:
+            said = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
+            warnings.warn(
+                ChangedStateWarning(
+                    f"{self.item.nodeid}: has changed what cannot be put back: {said}. The next "
+                    "test gets a new world. Put it back in the test, or give the test a world of "
+                    'its own with isolation="test".'
+                ),
+                stacklevel=2,
+            )
 
     def _drop_checkpoint_dir(self) -> None:
         """By pytest's own retention policy for tmp_path, when every rank is gone."""

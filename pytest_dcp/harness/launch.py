@@ -22,6 +22,15 @@ STACKS_SIGNAL = signal.SIGRTMAX - 2
 themselves."""
 
 
+HELPERS = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "pytest_dcp.checkpoint.async_worker",
+    "dcp-async-save",
+)
+"""In the command lines of processes that end by themselves when their rank does, a moment later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """All that a rank needs to know to come up."""

@@ -36,8 +36,9 @@ from pytest_dcp.harness.lockstep import (
     encode_line,
     encode_span,
 )
+from pytest_dcp.harness.process_facets import QUICK_FACETS
+from pytest_dcp.harness.process_state import ProcessState
 from pytest_dcp.harness.rank import Rank, class_of, lines_of, outcome_of
-from pytest_dcp.harness.surroundings import Surroundings
 
 AMBIENT = frozenset(
     ("rank", "local_rank", "world_size", "device", "device_mesh", "world", "request")
@@ -171,7 +172,8 @@ class Follower:
                 "In a world it cannot be: draw what it needs with st.data() instead"
             )
         self._following = True
-        surroundings = Surroundings()
+        self._state = ProcessState(QUICK_FACETS)
+        self._state.settle()
         prop = inside.property_of(state)
         prop = replace(prop, database_key=prop.database_key + self.reporter.variant())
         channel = self.rank.channel
@@ -186,7 +188,6 @@ class Follower:
         )
         try:
             while isinstance(order := channel.receive(), Example):
-                surroundings.restore()
                 channel.send(self._example(state, pickle.loads(order.payload)))
         finally:
             self._following = False
@@ -222,6 +223,7 @@ class Follower:
         before = counter.totals()
         started = time.perf_counter()
         status, error, data = self._run(state, attempt)
+        left = self._state.put_back()
         reply = Reply(
             status,
             self.record.drawn,
@@ -229,7 +231,7 @@ class Follower:
             reason=str(data.events.get("gave up because", "")) if status == "invalid" else "",
             location=data.invalid_location,
             fatal=isinstance(error, FailedHealthCheck),
-            reusable=process_group_is_ours(self.rank),
+            reusable=not left and process_group_is_ours(self.rank),
             groups=counter.since(before),
             targets=data.target_observations,
             events=data.events,

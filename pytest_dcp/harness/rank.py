@@ -41,7 +41,6 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.group_counter import GroupCounter
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
-from pytest_dcp.harness.surroundings import Surroundings
 from pytest_dcp.tracebacks import format_shown
 
 RECEIVE_BYTES = 1 << 16
@@ -150,8 +149,6 @@ class Rank:
     fds: RankFds
     seed: int = 0
     checkpoint_dir: str = ""
-    threads: frozenset[threading.Thread] = frozenset()
-    """Those that were there before the first test."""
     modules: int = 0
     """How many modules were imported before the first test."""
     mesh: WarmMesh | None = None
@@ -282,7 +279,6 @@ def _boot(rank: Rank) -> bool:
         # Stay until killed: a peer may need this process to end its own init.
         rank.channel.receive()
         return False
-    rank.threads = frozenset(threading.enumerate())
     rank.modules = len(sys.modules)
     duration_s = time.perf_counter() - started
     rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s, pid=os.getpid()))
@@ -328,16 +324,12 @@ def _init_process_group(order: Order) -> None:
 
 def _serve(rank: Rank, runner: ItemRunner) -> None:
     """Orders, one after the other, until `Leave`."""
-    before = None
     if rank.order.isolation == "module":
-        before = Surroundings()
         rank.count_groups()
     while True:
         order = rank.channel.receive()
         match order:
             case RunItem():
-                if before is not None:
-                    before.restore()
                 rank.checkpoint_dir = order.checkpoint_dir
                 rank.reseed(order.seed)
                 runner.run(order)

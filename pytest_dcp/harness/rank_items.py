@@ -14,13 +14,12 @@ import contextlib
 import itertools
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.python import get_direct_param_fixture_func
@@ -42,8 +41,12 @@ from pytest_dcp.harness.events import (
 from pytest_dcp.harness.group_counter import Totals
 from pytest_dcp.harness.group_use import to_plain
 from pytest_dcp.harness.junit_state import JunitState
+from pytest_dcp.harness.process_state import UNTOLD
 from pytest_dcp.harness.rank import ItemRunner, Rank, lines_of, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
+
+if TYPE_CHECKING:
+    from pytest_dcp.harness.state_keeper import StateKeeper
 
 SECTION_CHARS = 1 << 16
 """A captured section longer than this keeps its two ends."""
@@ -105,6 +108,11 @@ def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
+    if rank.order.isolation == "module":
+        from pytest_dcp.harness.state_keeper import StateKeeper
+
+        plugin.keeper = StateKeeper(plugin.session)
+        config.pluginmanager.register(plugin.keeper, "pytest_dcp.state")
     return plugin
 
 
@@ -168,6 +176,8 @@ class RankPlugin:
     """pytest's view of a rank: runs items in phases and hears what the session has to say."""
 
     rank: Rank
+    keeper: StateKeeper | None = None
+    """In a warm world."""
     follows = False
     """Whether Hypothesis' properties run in lockstep."""
     _torn_down: Done
@@ -213,6 +223,8 @@ class RankPlugin:
         """
         item = self._item
         nextitem = self._find(order.next_index, order.next_nodeid)
+        if self.keeper is not None:
+            self.keeper.open()
         self.warnings, self._seen = [], _Seen.of(item)
         with self.capturing() as sections, self._recording_warnings(item):
             call = pytest.CallInfo.from_call(
@@ -244,7 +256,6 @@ class RankPlugin:
 
     def _concluded(self, done: Done) -> Done:
         """The answer to teardown, with what is known of the whole item."""
-        threads = [t for t in threading.enumerate() if t not in self.rank.threads]
         # Only the new names are looked at: touching an object here copies its page.
         new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
         imported = [name for name in new if name.partition(".")[0] in ("torch", "numpy")]
@@ -253,10 +264,14 @@ class RankPlugin:
             done,
             warnings=tuple(self.warnings),
             imported=tuple(imported),
-            threads=tuple(t.name for t in threads),
-            reusable=not threads and _process_group_is_ours(self.rank),
+            reusable=not self._left() and _process_group_is_ours(self.rank),
+            changed=tuple(name for name in self._left() if name not in UNTOLD),
             payload=self._carried,
         )
+
+    def _left(self) -> tuple[str, ...]:
+        """What the item has changed for good."""
+        return self.keeper.left if self.keeper is not None else ()
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[list[tuple[str, str, str]]]:

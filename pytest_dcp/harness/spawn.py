@@ -370,8 +370,6 @@ class _Serving:
         """Run the one item in the controller's lockstep."""
         self._served = True
         self._print_to(self._file)
-        # What the session's plugins have started is no test's, and may stay with a warm rank.
-        self.rank.threads = frozenset(threading.enumerate())
         try:
             plugin = rank_items.prepare(session, tty="/dev/tty")
             runner = rank_items.enlist(self.rank, plugin)

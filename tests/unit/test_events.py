@@ -81,6 +81,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "threads": tuples_of(texts),
         "reusable": st.booleans(),
         "xpassed": st.booleans(),
+        "changed": tuples_of(texts),
         "groups": st.none() | reports,
         "returncode": st.none() | st.integers(),
         "awaits": texts,
