@@ -27,7 +27,8 @@ _HARMLESS = frozenset(
     }
 )
 _HARMLESS_OF_TORCH = "torch.distributed."
-"""Where metadata, plans, placements and meshes are, those of a later torch among them."""
+"""Where metadata, plans, placements and meshes are, those of a later torch among them. A dotted
+name is not one of theirs: it may reach what such a module imports, `os.mkdir` for one."""
 
 
 class UnreadObject:
@@ -59,5 +60,5 @@ def may_stay_unread(module: str, name: str) -> bool:
     return (
         module in _HARMLESS_MODULES
         or (module, name) in _HARMLESS
-        or module.startswith(_HARMLESS_OF_TORCH)
+        or (module.startswith(_HARMLESS_OF_TORCH) and "." not in name)
     )
