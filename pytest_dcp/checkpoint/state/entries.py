@@ -19,6 +19,7 @@ from pytest_dcp.checkpoint.state.mismatch import Mismatch
 from pytest_dcp.checkpoint.state.optimizer_target import Target, settings_of
 from pytest_dcp.checkpoint.state.packing import Spec
 from pytest_dcp.checkpoint.state.parts import size_of
+from pytest_dcp.checkpoint.state.settings import needed_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class EntryCheck:
     """By the name of the parameter, or the key of what the optimizer keeps for all of them."""
     strange: tuple[str, ...]
     """Keys of entries that the optimizer does not know: state.<parameter>.<entry>."""
-    bare: tuple[str, ...] = ()
-    """Keys of groups that come without any setting."""
+    unset: tuple[str, ...] = ()
+    """Keys of groups that come without any setting, and of settings that every step needs."""
 
     def mismatch(self) -> Mismatch:
         """The same as keys of a flat state dict; a state that is wholly missing is one key."""
@@ -48,7 +49,7 @@ class EntryCheck:
         for name, lack in self.lacks.items():
             state = f"{STATE}.{name}"
             missing += [state] if lack.whole else [f"{state}.{entry}" for entry in lack.entries]
-        return Mismatch((*missing, *self.bare), self.strange)
+        return Mismatch((*missing, *self.unset), self.strange)
 
 
 def check_entries(
@@ -65,8 +66,11 @@ def check_entries(
     states: the state of each parameter, {} where it has none, and what is kept for all.
     grouped: the parameters that are in a group of the state dict; others are not looked at.
     raw: whether it is the optimizer's own state dict, which says nothing of a parameter that was
-        not stepped yet: such a state is not missing.
+        not stepped yet: such a state is missing only if this optimizer has one, which would be
+        lost. A state dict without any state is of an optimizer that was never stepped, and
+        nothing is missing there.
     """
+    unstepped = raw and not any(states[name] for name in grouped)
     lacks: dict[Any, Lack] = {}
     strange: list[str] = []
     for at, (names, partner) in enumerate(zip(target.groups, partners, strict=True)):
@@ -81,15 +85,15 @@ def check_entries(
                 continue
             required = [k for k, v in (current if made is None else made).items() if v is not None]
             missing = tuple(entry for entry in required if entry not in given)
-            if missing and not (raw and not given):
+            if missing and (given or not raw or (current and not unstepped)):
                 lacks[name] = Lack(missing, whole=not given)
             if made is not None:
                 allowed = made.keys() | current.keys()
                 strange += [f"{STATE}.{name}.{entry}" for entry in given if entry not in allowed]
-    for key in [] if raw else target.common_keys():
+    for key in [] if unstepped else target.common_keys():
         if key not in states:
             lacks[key] = Lack((), whole=True)
-    return EntryCheck(lacks, tuple(strange), _bare_groups(target, partners))
+    return EntryCheck(lacks, tuple(strange), _unset(target, partners, alien=bool(strange)))
 
 
 def _is_trained(target: Target, at: int, name: str) -> bool:
@@ -116,11 +120,21 @@ def _spec(target: Target, name: str) -> Spec:
     return Spec(size_of(layout), layout.dtype)
 
 
-def _bare_groups(target: Target, partners: Sequence[Group | None]) -> tuple[str, ...]:
-    """Groups that come without any setting."""
+def _unset(target: Target, partners: Sequence[Group | None], *, alien: bool) -> tuple[str, ...]:
+    """Keys of groups that come without any setting, and of settings that every step needs.
+
+    alien: the states are of another kind of optimizer. They say so, and its settings are its own.
+    """
+    found: list[str] = []
     own = target.optimizer.param_groups
-    return tuple(
-        f"{GROUPS}.{names[0]}"
-        for names, partner, group in zip(target.groups, partners, own, strict=True)
-        if names and partner is not None and settings_of(group) and not settings_of(partner)
-    )
+    for names, partner, group in zip(target.groups, partners, own, strict=True):
+        if not names or partner is None or not settings_of(group):
+            continue
+        key = f"{GROUPS}.{names[0]}"
+        given = settings_of(partner)
+        if not given:
+            found.append(key)
+        elif not alien:
+            needed = needed_settings(target.optimizer, group, given)
+            found += [f"{key}.{setting}" for setting in needed]
+    return tuple(found)

@@ -773,6 +773,46 @@ def test_a_group_without_settings_is_missed() -> None:
     assert caught.value.missing == ("param_groups.one.weight",)
 
 
+@pytest.mark.parametrize("form", ["named", "flat", "own"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_setting_that_every_step_needs_is_missed(form: str, strict: bool) -> None:
+    model, optimizer = trained(lr=0.5)
+    options = options_for(form == "flat", strict)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    state = copy.deepcopy(optimizer.state_dict() if form == "own" else state)
+    for group in [state] if form == "flat" else state["param_groups"]:
+        for key in [key for key in group if key.split(".")[-1] in ("lr", "betas")]:
+            del group[key]
+    other, other_optimizer = trained(lr=0.25)
+    before = copy.deepcopy(other_optimizer.state_dict())
+    if not strict:
+        set_optimizer_state_dict(other, other_optimizer, state, options=options)
+        assert other_optimizer.param_groups[0]["lr"] == 0.25
+        assert other_optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+        return
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(other, other_optimizer, state, options=options)
+    assert caught.value.missing == ("param_groups.one.weight.lr", "param_groups.one.weight.betas")
+    same(other_optimizer.state_dict(), before)
+
+
+def test_settings_that_an_older_torch_did_not_have_are_not_missed() -> None:
+    """The optimizer gives itself the defaults of those; a scheduler adds what it needs."""
+    model, optimizer = trained()
+    state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+        del state["param_groups"][0][name]
+    state["param_groups"][0]["more"] = 3
+    other, other_optimizer = trained()
+    torch.optim.lr_scheduler.StepLR(other_optimizer, 2)
+    before = copy.deepcopy(other_optimizer.param_groups[0])
+    set_optimizer_state_dict(other, other_optimizer, state)
+    now = other_optimizer.param_groups[0]
+    assert now.pop("more") == 3
+    assert now.keys() == before.keys()
+    assert now["initial_lr"] == before["initial_lr"]
+
+
 def test_an_optimizer_that_does_not_tell_its_entries_is_held_to_those_it_has() -> None:
     """L-BFGS steps with a closure only, and its state grows."""
     model = Net()
@@ -880,3 +920,40 @@ def test_an_optimizers_own_state_dict_is_checked_too() -> None:
     two = adamw(model.one), adamw(model.two)
     with pytest.raises(CheckpointMismatchError, match="which of the 2 optimizers"):
         set_optimizer_state_dict(model, two, optimizer.state_dict())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_own_state_dict_that_lacks_what_the_optimizer_has_of_a_parameter(strict: bool) -> None:
+    _, optimizer = trained(lr=0.5)
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    del state["state"][2]
+    other, other_optimizer = trained()
+    train(other, other_optimizer, steps=3)
+    before: Any = copy.deepcopy(other_optimizer.state_dict())
+    options = StateDictOptions(strict=strict)
+    if strict:
+        with pytest.raises(CheckpointMismatchError) as caught:
+            set_optimizer_state_dict(other, other_optimizer, state, options=options)
+        assert caught.value.missing == ("state.two.weight",)
+        same(other_optimizer.state_dict(), before)
+    else:
+        set_optimizer_state_dict(other, other_optimizer, state, options=options)
+        now: Any = other_optimizer.state_dict()
+        same(now["state"][2], before["state"][2])
+        same(now["state"][1], state["state"][1])
+    unstepped = Net()
+    unstepped_optimizer = adamw(unstepped)
+    set_optimizer_state_dict(unstepped, unstepped_optimizer, state, options=options)
+    assert unstepped.two.weight not in unstepped_optimizer.state
+    assert unstepped.two.bias in unstepped_optimizer.state
+
+
+def test_an_own_state_dict_that_lacks_what_the_optimizer_keeps_for_all() -> None:
+    model, optimizer = trained(Odd)
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    del state["state"]["calls"]
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert caught.value.missing == ("state.calls",)
+    set_optimizer_state_dict(model, optimizer, state, options=LOOSE)
+    assert optimizer.state["calls"] == 2  # type: ignore[index]
