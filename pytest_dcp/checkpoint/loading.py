@@ -322,7 +322,8 @@ class _Load:
             except FileNotFoundError as own:
                 raise CheckpointError(
                     f"no checkpoint in {getattr(self.reader, 'checkpoint_id', self.reader)}: "
-                    f"neither metadata of the whole ({whole}) nor of rank {team.rank} ({own})"
+                    f"it has neither metadata for all ranks ({whole}) nor for rank {team.rank} "
+                    f"alone ({own})"
                 ) from whole
 
     def _read(self, plan: LoadPlan) -> None:

@@ -167,7 +167,7 @@ def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> 
             found.append(_difference(one, copies, at[n], [said[rank][n] for rank in ranks]))
         raise mismatch_error(found, dispute.others)
 
-    team.all_reduce("find the first difference", blocks, conclude)
+    team.all_reduce("compare replicas", blocks, conclude)
 
 
 def _own_row(one: Differing, rank: int) -> int | None:

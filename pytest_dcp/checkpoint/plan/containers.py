@@ -200,7 +200,7 @@ class Description:
                 f"{len(refused)} container(s) or key(s) cannot be given back as they were saved:\n"
                 + "\n".join(refused[:20])
                 + "\nLoad into a state dict that has them, or only other keys, or pass "
-                "weights_only=False if you trust whoever wrote the checkpoint"
+                "weights_only=False if you trust the checkpoint's writer"
             )
         return made if isinstance(made, dict) else root
 

@@ -38,9 +38,10 @@ class Selection:
         shapes = [pattern for pattern in patterns if pattern not in literal]
         idle = [p for p in shapes if not any(fnmatchcase(fqn, p) for fqn in state_dict)]
         if idle:
+            names = f"{len(state_dict)} flat name{'' if len(state_dict) == 1 else 's'}"
             raise CheckpointMismatchError(
-                f"keys={idle!r} fit nothing in the state dict: {len(state_dict)} flat names, "
-                f"for instance {list(state_dict)[:3]!r}"
+                f"keys={idle!r} match nothing in the state dict, which has {names}, "
+                f"such as {list(state_dict)[:3]!r}"
             )
         return {
             fqn: value

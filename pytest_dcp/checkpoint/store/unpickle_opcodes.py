@@ -286,8 +286,7 @@ def _find(machine: Machine, module: str, name: str) -> object:
     keeps_unread = machine.vocabulary.keeps_unread
     if keeps_unread is None or not keeps_unread(module, name):
         raise UnknownGlobalError(
-            f"expected plain data, got the global {brief(f'{module[:80]}.{name[:80]}')}, which is "
-            "not on the list of what checkpoints hold"
+            f"class or function {brief(f'{module[:80]}.{name[:80]}')} is not loaded by default"
         )
     return machine.keep_aside(f"{module}.{name}")
 

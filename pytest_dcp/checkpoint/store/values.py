@@ -69,9 +69,8 @@ def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
         if (quantised := read_quantised(entry)) is not None:
             return quantised
         raise UntrustedPickleError(
-            f"{unknown.reason}, which is not loaded by default: pass weights_only=False if you "
-            "trust whoever wrote the checkpoint, or allow the class with "
-            "torch.serialization.add_safe_globals"
+            f"{unknown.reason}: pass weights_only=False if you trust the checkpoint's writer, or "
+            "allow the class with torch.serialization.add_safe_globals"
         ) from unknown
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as e:
         # What torch, numpy or an allowed class finds wrong with arguments of the right kinds.

@@ -76,7 +76,7 @@ def test_nothing_that_a_pickle_names_is_called(tmp_path: Path) -> None:
     for name in ("more", "a"):
         value = two(1, 2)
         setattr(value, name, evil)
-        with pytest.raises(CheckpointCorruptError, match=r"mkdir.*not on the list.*entry 'w'"):
+        with pytest.raises(CheckpointCorruptError, match=r"mkdir.*not loaded by def.*entry 'w'"):
             fill_opaque("w", target, saved(value))
     whole = changed(saved(two(1, 2)), data_pkl=pickle.dumps(evil, 2))
     with pytest.raises(CheckpointCorruptError, match=r"mkdir"):

@@ -19,7 +19,7 @@ def test_the_chosen_keys_are_those_that_a_pattern_fits(state, patterns):
     if all(any(fit(fqn) for fqn in state) for fit in fits):
         assert Selection(patterns).chosen(state) == expected
     else:
-        with pytest.raises(CheckpointMismatchError, match="fit nothing"):
+        with pytest.raises(CheckpointMismatchError, match="match nothing"):
             Selection(patterns).chosen(state)
 
 

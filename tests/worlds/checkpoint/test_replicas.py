@@ -30,6 +30,7 @@ def refused(save: Callable[[], Any]) -> ReplicaMismatchError:
         save()
     causes = [failure[0] for failure in caught.value.failures.values()]
     assert [type(cause) for cause in causes] == [ReplicaMismatchError]
+    assert "step 'compare replicas'" in str(caught.value)
     found: Any = causes[0]
     return found
 
