@@ -90,6 +90,7 @@ _LAZY = {
 """Name -> module and name there."""
 
 
+# There is no __dir__: pytest gets each name that dir() of a plugin gives, which would import torch.
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -98,7 +99,3 @@ def __getattr__(name: str) -> Any:
     module, _, there = _LAZY[name].partition(":")
     value = globals()[name] = getattr(importlib.import_module(module), there)
     return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})

@@ -121,7 +121,7 @@ def test_xdist_changes_no_failures_text(alone: SessionResult, distributed: Sessi
 
 def test_the_first_cause_and_the_folded_peers_survive_xdist(distributed: SessionResult) -> None:
     told_ = told(distributed)["test_cause_and_waiting_peers", "call", False].splitlines()
-    assert told_[0] == "rank 1: AssertionError: the cause assert 1 != 1"
+    assert told_[0] == "rank 1: AssertionError: the cause"
     assert re.fullmatch(r"  ranks 0,2: still in call, in all_reduce, at .*, ; killed", told_[1])
 
 
