@@ -156,7 +156,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             # What nearly every value is, without the questions below.
             number = rows.known_property_of(value, memory)
             if number is None:
-                if is_opaque(value):
+                if is_opaque(value) and not value.is_meta:
                     rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
                     continue
                 if problem := unsavable(fqn, value):
@@ -173,7 +173,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             if isinstance(value, PerRank):
                 problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
             rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
-        elif is_opaque(value):
+        elif is_opaque(value) and not value.is_meta:
             rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
         elif problem := unsavable(fqn, value):
             problems.append(problem)
@@ -187,11 +187,16 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
             rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
         else:
             rows.add_tensor(fqn, value, rows.property_of(value, value))
-    if problems:
-        raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
+    require_savable(problems)
     if not spoken:
         return rows.items()
     return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
+
+
+def require_savable(problems: Sequence[str]) -> None:
+    """Raise PlanError for the problems of values that cannot be saved, if there are any."""
+    if problems:
+        raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
 
 
 def unsavable(fqn: str, value: Any) -> str | None:

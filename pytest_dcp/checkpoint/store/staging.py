@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.plan.containers import alike
+from pytest_dcp.checkpoint.plan.describe import require_savable, unsavable
 from pytest_dcp.checkpoint.plan.opaque import is_opaque
 from pytest_dcp.checkpoint.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp.checkpoint.plan.per_rank import PerRank
@@ -149,10 +150,10 @@ def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = 
     """A copy of the state dict, its tensors in memory of the pool.
 
     pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
-    Raises PlanError for a tensor that has no memory for its values.
+    Raises PlanError, before anything is copied, for tensors that have no values to copy.
     """
     try:
-        sources = [require_memory(name, tensor) for name, tensor in _named(state_dict, "")]
+        sources = [tensor for _, tensor in _sources(state_dict)]
     except RecursionError:
         raise PlanError(
             "the state dict is nested more deeply than Python can walk, or holds a container that "
@@ -174,13 +175,16 @@ def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = 
 
 
 def refill(copied: State, state_dict: State) -> bool:
-    """Whether the copy had the state dict's structure; it then is a copy of that, in place."""
-    rooms, sources = list(_named(copied, "")), list(_named(state_dict, ""))
+    """Whether the copy had the state dict's structure; it then is a copy of that, in place.
+
+    Raises PlanError, before anything is copied, for tensors that have no values to copy.
+    """
+    rooms, sources = list(_named(copied, "")), _sources(state_dict)
     if [_kind_of(*room) for room in rooms] != [_kind_of(*source) for source in sources]:
         return False
     with torch.no_grad(), collector_paused():
-        for (_, room), (name, source) in zip(rooms, sources, strict=True):
-            room.copy_(require_memory(name, source))
+        for (_, room), (_, source) in zip(rooms, sources, strict=True):
+            room.copy_(source)
         filled: State = _copied(state_dict, (room for _, room in rooms))
     copied.clear()
     copied.update(filled)
@@ -194,7 +198,7 @@ def _kind_of(name: str, tensor: torch.Tensor) -> tuple[str, torch.dtype, torch.S
 def _fits(tensor: torch.Tensor) -> bool:
     """Whether the tensor is no more than its values."""
     plain = type(tensor) in PLAIN and tensor.layout is torch.strided
-    return plain and not tensor.is_quantized and not tensor.is_meta
+    return plain and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
 
 
 def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
@@ -202,22 +206,42 @@ def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
     return (tensor for _, tensor in _named(state_dict, ""))
 
 
-def _named(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a state that go to the arena, in the order in which `_copied` meets them."""
+def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a state that go to the arena, all of which have memory.
+
+    Raises PlanError for those that have not, and in the words of a save for tensors that cannot be
+    copied at all.
+    """
+    problems: list[str] = []
+    named = _named(state_dict, "", problems)
+    found = [(name, require_memory(name, tensor)) for name, tensor in named]
+    require_savable(problems)
+    return found
+
+
+def _named(
+    value: Any, name: str, problems: list[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state that go to the arena, in the order in which `_copied` meets them.
+
+    problems: is given what a save says of the tensors that have no values to copy.
+    """
     if isinstance(value, DTensor):
-        yield from _named(local_tensor(value), name)
+        yield from _named(local_tensor(value), name, problems)
     elif isinstance(value, ShardedTensor):
         for shard in value.local_shards():
-            yield from _named(shard.tensor, name)
+            yield from _named(shard.tensor, name, problems)
     elif isinstance(value, torch.Tensor):
         if _fits(value):
             yield name, value
+        elif problems is not None and (value.is_nested or value.is_meta):
+            problems.append(f"{unsavable(name, value)}")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _named(inner, f"{name}.{key}" if name else str(key))
+            yield from _named(inner, f"{name}.{key}" if name else str(key), problems)
     elif isinstance(value, list | tuple):
         for n, inner in enumerate(value):
-            yield from _named(inner, f"{name}.{n}")
+            yield from _named(inner, f"{name}.{n}", problems)
 
 
 def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:

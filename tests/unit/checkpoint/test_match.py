@@ -125,3 +125,14 @@ def test_a_long_list_of_problems_is_cut_and_counted():
     with pytest.raises(CheckpointMismatchError, match="and 30 more missing keys") as caught:
         match({f"x{n}": torch.zeros(2) for n in range(50)}, index, strict=True)
     assert len(caught.value.missing) == 50
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_to_load_into_is_named(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    stored = index_of({"a": (torch.float32, (2, 3)), "w": (torch.float32, (2, 3))})
+    state = {"a": torch.ones(2, 3), "w": nested}
+    with pytest.raises(CheckpointMismatchError, match="'w' is a nested tensor here") as caught:
+        match(state, stored, strict=False)
+    assert caught.value.mismatched == ("w",)

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.shipping import pickled, shipped, unpickled
@@ -190,6 +192,56 @@ def test_a_tensor_without_memory_is_named() -> None:
     freed.untyped_storage().resize_(0)
     with pytest.raises(PlanError, match=r"'model\.layer\.0' has no memory for its values"):
         staged({"model": {"layer": [freed]}}, Pool(shared=False))
+
+
+def without_values(kind: str) -> torch.Tensor:
+    """A tensor that no save can hold, and most copies fail of."""
+    parts = [torch.ones(2), torch.ones(3)]
+    with warnings.catch_warnings(action="ignore"):  # nested tensors are a prototype
+        if kind == "nested":
+            return torch.nested.nested_tensor(parts)
+        if kind == "jagged":
+            return torch.nested.nested_tensor(parts, layout=torch.jagged)
+    meta = torch.ones(2, device="meta")
+    if kind == "wrapper":
+        wrapper: torch.Tensor = TwoTensor(meta, meta)  # type: ignore[no-untyped-call]
+        return wrapper
+    return meta
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["nested", "jagged", "meta", "wrapper"])
+@pytest.mark.parametrize("verb", ["save", "async_save"])
+def test_what_has_no_values_to_copy_is_named_as_a_save_names_it(
+    verb: str, kind: str, tmp_path: Path
+) -> None:
+    bad: Any = {
+        "k": {"w": without_values(kind)},
+        "more": [without_values(kind)],
+        "b": torch.ones(2),
+    }
+
+    def attempt() -> None:
+        started: Any = getattr(dcp, verb)(bad, checkpoint_id=tmp_path)
+        if verb == "async_save":
+            started.result(60)
+
+    with pytest.raises(BaseException, match=r"2 value\(s\) cannot be saved") as caught:
+        attempt()
+    assert isinstance(caught.value, PlanError)
+    reason = "a nested tensor: save its" if kind in ("nested", "jagged") else "on the meta device"
+    for name in ("k.w", "more.0"):
+        assert f"{name!r} is {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["nested", "jagged", "meta", "wrapper"])
+def test_nothing_is_copied_where_something_has_no_values(kind: str) -> None:
+    stager = BlockingAsyncStager(cache_staged_state_dict=True)
+    kept = stager.stage({"a": torch.ones(2), "b": torch.ones(2)})
+    with pytest.raises(PlanError, match=r"1 value.*\n'b' is "):
+        stager.stage({"a": torch.zeros(2), "b": without_values(kind)})
+    assert kept["a"].tolist() == [1, 1]
+    stager.close()
 
 
 def test_what_an_arena_cannot_hold_is_copied_as_it_is() -> None:
