@@ -139,6 +139,11 @@ class Line:
             self.sock.close()
         self._out.clear()
 
+    def __del__(self) -> None:
+        """Close without a word where the owner ended first: a group that is collected at exit."""
+        if (sock := getattr(self, "sock", None)) is not None:
+            sock.close()
+
 
 def _how(error: OSError) -> str:
     name = os.strerror(error.errno) if error.errno else str(error)
