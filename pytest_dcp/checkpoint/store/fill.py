@@ -139,7 +139,7 @@ class _Work:
             target = self.planner.resolve_tensor(item)
             _check_size(item, target)
             try:
-                fill_wrapper(target, entry)
+                fill_wrapper(item.dest_index.fqn, target, entry)
             except CheckpointCorruptError as error:
                 raise error.at(entry=item.storage_index.fqn) from error
             self.planner.commit_tensor(item, target)

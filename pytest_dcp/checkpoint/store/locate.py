@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -94,6 +95,8 @@ class WrapperRecord:
     shape: tuple[int, ...]
     inner: Mapping[str, TensorRecord | WrapperRecord]
     """By the names of the attributes."""
+    attributes: Mapping[str, Any]
+    """The others, as far as they are plain values."""
 
 
 def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> WrapperRecord | None:
@@ -119,7 +122,7 @@ def _wrapper_of(source: Source, directory: Directory, told: WrapperPickle) -> Wr
         else _record_of(source, directory, one)
         for name, one in told.inner.items()
     }
-    return WrapperRecord(told.class_name, told.dtype, told.shape, inner)
+    return WrapperRecord(told.class_name, told.dtype, told.shape, inner, told.attributes)
 
 
 def _read_plain(pickled: bytes | memoryview) -> TensorPickle:

@@ -22,10 +22,8 @@ from pytest_dcp.checkpoint.store.unpickle_opaque import (
     QuantisedPickle,
     read_opaque_pickle,
 )
+from pytest_dcp.checkpoint.store.wrapper_attributes import require_same_attributes
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
-
-SAYS = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
-"""Attributes that are compared; tuples of them too."""
 
 Storage = Callable[[str], bytes | memoryview]
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -107,17 +105,8 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, storage: Storage
         if not isinstance(part, OpaquePickle):
             raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _told(target))
         copies += _copies(f"{fqn}.{name}", getattr(target, name), part, storage)
-    for name, said in stored.state.items():
-        here = getattr(target, name, said)
-        if name not in names and _says(said) and _says(here) and here != said:
-            raise _mismatch(f"{fqn}.{name}", repr(said), repr(here))
+    require_same_attributes(fqn, target, stored.state, names)
     return copies
-
-
-def _says(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_says, value))
-    return isinstance(value, SAYS)
 
 
 def _tensor(stored: TensorPickle | QuantisedPickle, storage: Storage) -> torch.Tensor:

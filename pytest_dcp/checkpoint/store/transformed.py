@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
@@ -15,6 +16,7 @@ from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.locate import TensorRecord, WrapperRecord, locate, locate_wrapper
 from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp.checkpoint.store.wrapper_attributes import require_same_attributes
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 ROOM_BYTES = 1 << 20
@@ -90,35 +92,45 @@ def tensor_in(entry: bytes) -> torch.Tensor:
     return _tensor_at(entry, locate(lambda at, nbytes: entry[at : at + nbytes], len(entry)))
 
 
-def fill_wrapper(target: torch.Tensor, entry: bytes) -> None:
+def fill_wrapper(fqn: str, target: torch.Tensor, entry: bytes) -> None:
     """Fill the tensors within a wrapper from a whole entry of one.
 
-    Raises CheckpointMismatchError where the target is no wrapper of tensors of these names, and
-    ValueError where one of them has another size.
+    Everything is compared before anything is copied. Raises CheckpointMismatchError, naming the
+    key, where the target is no wrapper of tensors of these names and sizes, or has another value
+    for a plain attribute.
     """
     wrapper = locate_wrapper(lambda at, nbytes: entry[at : at + nbytes], len(entry))
     if wrapper is None:
         raise CheckpointCorruptError("expected a wrapper of tensors, got something else")
     with torch.no_grad():
-        _fill_inner(target, wrapper, entry)
+        for inner, record in list(_inner_records(fqn, target, wrapper)):
+            inner.copy_(_tensor_at(entry, record))
 
 
-def _fill_inner(target: Any, wrapper: WrapperRecord, entry: bytes) -> None:
+def _inner_records(
+    fqn: str, target: Any, wrapper: WrapperRecord
+) -> Iterator[tuple[torch.Tensor, TensorRecord]]:
+    """Each tensor within the target, and where the values for it are."""
     names = target.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(target) else []
     if set(names) != set(wrapper.inner):
         raise CheckpointMismatchError(
-            f"the checkpoint has a {wrapper.class_name}, a wrapper of {', '.join(wrapper.inner)}, "
-            f"and here is a {type(target).__name__}{' of ' if names else ''}{', '.join(names)}: "
-            "load it into a tensor of that class"
+            f"{fqn!r} is a {wrapper.class_name} in the checkpoint, a wrapper of "
+            f"{', '.join(wrapper.inner)}, and a {type(target).__name__}{' of ' if names else ''}"
+            f"{', '.join(names)} here: load it into a tensor of that class",
+            mismatched=(fqn,),
         )
+    require_same_attributes(fqn, target, wrapper.attributes, names)
     for name, record in wrapper.inner.items():
-        inner = getattr(target, name)
+        key, inner = f"{fqn}.{name}", getattr(target, name)
         if isinstance(record, WrapperRecord):
-            _fill_inner(inner, record, entry)
+            yield from _inner_records(key, inner, record)
         elif tuple(inner.shape) != record.shape:
-            raise ValueError(f"{name} has shape {record.shape} there, {tuple(inner.shape)} here")
+            raise CheckpointMismatchError(
+                f"{key!r} has shape {record.shape} there, {tuple(inner.shape)} here",
+                mismatched=(key,),
+            )
         else:
-            inner.copy_(_tensor_at(entry, record))
+            yield inner, record
 
 
 def _tensor_at(entry: bytes, record: TensorRecord) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 What enters: the `data.pkl` of an entry in which torch's writer has put a subclass of Tensor. What
 leaves: the description of its memory, where it has some, or of the tensors within it, where it is a
-wrapper; its class is named and never looked up. What else a wrapper carries is not read: a load
-fills a wrapper that is there already.
+wrapper, with its plain attributes; its class is named and never looked up. Objects that a wrapper
+carries are not read: a load fills a wrapper that is there already.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class WrapperPickle:
     shape: tuple[int, ...]
     inner: Mapping[str, TensorPickle | WrapperPickle]
     """By the names of the attributes."""
+    attributes: Mapping[str, Any]
+    """The others."""
     depth: int
     """Of wrappers within, this one counted."""
 
@@ -88,13 +90,14 @@ def _with_inner(bare: _Bare, state: object) -> WrapperPickle:
         raise UnknownGlobalError(f"expected a wrapper's fields, got {brief(fields)}")
     kinds = (TensorPickle, WrapperPickle)
     inner = {name: value for name, value in fields.items() if type(value) in kinds}
-    if not inner or not all(type(name) is str for name in inner):
+    others = {name: value for name, value in fields.items() if name not in inner}
+    if not inner or not all(type(name) is str for name in fields):
         raise UnknownGlobalError(f"expected a wrapper of tensors, got none in {bare.class_name}")
     depths = [value.depth for value in inner.values() if type(value) is WrapperPickle]
     depth = 1 + max(depths, default=0)
     if depth > MAX_DEPTH:
         raise CheckpointCorruptError(f"expected at most {MAX_DEPTH} wrappers within each other")
-    return WrapperPickle(bare.class_name, bare.dtype, bare.shape, inner, depth)
+    return WrapperPickle(bare.class_name, bare.dtype, bare.shape, inner, others, depth)
 
 
 def _rebuild_wrapper(_: Machine, args: tuple[Any, ...]) -> _Bare:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import save as torch_save
 from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.transformed import tensor_in
+from pytest_dcp.checkpoint.store.transformed import fill_wrapper, tensor_in
 from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -70,6 +70,7 @@ def test_a_plain_tensor_cannot_take_a_wrapper(saved: Path) -> None:
     with pytest.raises(BaseException, match="a wrapper of a, b") as caught:
         dcp.load(target, checkpoint_id=saved)
     assert "TwoTensor" in str(caught.value)
+    assert "'w'" in str(caught.value)
     assert isinstance(caught.value, CheckpointMismatchError)
 
 
@@ -89,6 +90,90 @@ def test_a_part_of_a_wrapper_is_refused_by_name(saved: Path) -> None:
 
     with pytest.raises(BaseException, match="'w' is stored as a wrapper"):
         dcp.load({"w": two(0, 3)}, checkpoint_id=saved, planner=Part())
+
+
+class Scaled(torch.Tensor):
+    """A wrapper of a tensor and its scales, with plain attributes."""
+
+    def __new__(cls, a: torch.Tensor, s: torch.Tensor, **_: Any) -> Scaled:
+        made: Scaled = torch.Tensor._make_wrapper_subclass(cls, a.shape, dtype=a.dtype)  # type: ignore[attr-defined]
+        return made
+
+    def __init__(self, a: torch.Tensor, s: torch.Tensor, **attributes: Any) -> None:
+        self.a, self.s = a, s
+        vars(self).update(attributes)
+
+    def __tensor_flatten__(self) -> Any:
+        inner = ["a", "s"]
+        return inner, {name: one for name, one in vars(self).items() if name not in inner}
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> Scaled:
+        return Scaled(inner["a"], inner["s"], **context)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names, attributes = args[0].__tensor_flatten__()
+        a, scales = (func(getattr(args[0], n), *args[1:], **(kwargs or {})) for n in names)
+        return Scaled(a, scales, **attributes) if isinstance(a, torch.Tensor) else a
+
+
+TAGS = {"tag": "x", "block": (1, 32), "kind": torch.int8, "more": {"k": 1}}
+
+
+def scaled(first: float, scales: int = 2, **attributes: Any) -> Any:
+    return Scaled(torch.arange(4.0) + first, torch.ones(scales) * first, **attributes)
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    state = {"k": {"w": scaled(5, **TAGS)}}
+    torch_save(state, storage_writer=TorchWriter(tmp_path), no_dist=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [("tag", "zz", "'x'"), ("block", (1, 64), r"\(1, 32\)"), ("kind", torch.uint8, "torch.int8")],
+)
+def test_a_plain_attribute_of_a_wrapper_must_be_what_is_stored(
+    name: str, here: Any, there: str, tagged: Path
+) -> None:
+    target = scaled(0, **{**TAGS, name: here})
+    with pytest.raises(BaseException, match=rf"'k\.w\.{name}' is {there} in the check") as caught:
+        dcp.load({"k": {"w": target}}, checkpoint_id=tagged)
+    assert isinstance(caught.value, CheckpointMismatchError)
+    assert torch.equal(target.a, scaled(0).a)
+
+
+def test_an_attribute_of_a_wrapper_within_a_wrapper_is_named_before_anything_is_copied() -> None:
+    stored = TwoTensor(two(5), two(5))
+    target = TwoTensor(two(0), two(0))
+    stored.b.tag, target.b.tag = "x", "zz"
+    with pytest.raises(CheckpointMismatchError, match=r"'w\.b\.tag' is 'x' in the check"):
+        fill_wrapper("w", target, entry_of(stored))
+    assert torch.equal(target.a.a, two(0).a)
+    target.b.tag = "x"
+    fill_wrapper("w", target, entry_of(stored))
+    assert torch.equal(target.b.b, two(5).b)
+
+
+def test_attributes_of_one_side_only_and_those_that_are_no_plain_values_do_not_count(
+    tagged: Path,
+) -> None:
+    target = scaled(0, tag="x", more={"k": 2}, own=3)
+    dcp.load({"k": {"w": target}}, checkpoint_id=tagged)
+    assert torch.equal(target.a, scaled(5).a)
+    assert target.own == 3
+
+
+def test_an_inner_tensor_of_another_size_is_named_and_nothing_is_copied(tagged: Path) -> None:
+    target = scaled(0, scales=3, **TAGS)
+    reason = r"'k\.w\.s' has shape \(2,\) there, \(3,\) here"
+    with pytest.raises(BaseException, match=reason) as caught:
+        dcp.load({"k": {"w": target}}, checkpoint_id=tagged)
+    assert isinstance(caught.value, CheckpointMismatchError)
+    assert torch.equal(target.a, scaled(0).a)
 
 
 def entry_of(value: Any) -> bytes:
