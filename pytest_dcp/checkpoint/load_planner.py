@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,15 @@ from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
-from pytest_dcp.checkpoint.store.opaque import fill_opaque
+from pytest_dcp.checkpoint.plan.value_tensors import check_tensor, tensor_misfit
+from pytest_dcp.checkpoint.store.opaque import fill_opaque, wrapper_in
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    UntrustedPickleError,
+)
 
 ONE_BOX = frozenset((Shard, Replicate))
 """Placements under which the rank's memory is one box of the full tensor; strided shards may be
@@ -146,26 +152,50 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     def put_value(self, fqn: str, entry: bytes | memoryview) -> None:
         """Decode a value's entry and put it where the state dict has it."""
-        opaque: Any = self.state_dict.get(fqn)
-        if is_opaque(opaque):
-            filled_in = fill_opaque(fqn, opaque, entry)
-            if filled_in is not opaque:
-                self._put(fqn, filled_in)
-            return
+        self.prepare_value(fqn, entry)()
+
+    def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
+        """Decode a value's entry; the result puts it where the state dict has it.
+
+        Raises CheckpointMismatchError, naming the key, for a tensor of a kind that the tensor of
+        the state dict cannot take, CheckpointCorruptError for a damaged entry and for a class that
+        is not loaded by default. Nothing has changed then.
+        """
+        here: Any = self.state_dict.get(fqn)
+        if is_opaque(here):
+            return partial(self._fill_opaque, fqn, here, entry)
+        value = self._decoded(fqn, entry, here)
+        if not isinstance(here, torch.Tensor):
+            return partial(self._put, fqn, value)
+        if not isinstance(value, torch.Tensor):
+            return partial(self._fill_number, fqn, here, value)
+        check_tensor(fqn, here, value, strict=not self.allow_partial_load)
+        return partial(self._fill_plain, fqn, here, value)
+
+    def _decoded(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
         try:
-            value = decoded(entry, weights_only=self.weights_only)
+            return decoded(entry, weights_only=self.weights_only)
+        except UntrustedPickleError as error:
+            wrapper = wrapper_in(entry) if isinstance(here, torch.Tensor) else None
+            if wrapper is not None:
+                raise tensor_misfit(fqn, here, wrapper) from error
+            raise error.at(entry=fqn) from error
         except CheckpointCorruptError as error:
             raise error.at(entry=fqn) from error
-        here = self.state_dict.get(fqn)
-        if not isinstance(here, torch.Tensor):
-            self._put(fqn, value)
-        elif not isinstance(value, torch.Tensor):
-            fill_tensor(fqn, here, value, strict=not self.allow_partial_load)
-            self._converted(fqn, type(value), here.dtype)
-        elif _is_same_kind(here, value):
-            here.detach().copy_(value)
-        else:
-            self._put(fqn, value)
+
+    def _fill_opaque(self, fqn: str, here: Any, entry: bytes | memoryview) -> None:
+        filled_in = fill_opaque(fqn, here, entry)
+        if filled_in is not here:
+            self._put(fqn, filled_in)
+
+    def _fill_number(self, fqn: str, here: torch.Tensor, value: Any) -> None:
+        fill_tensor(fqn, here, value, strict=not self.allow_partial_load)
+        self._converted(fqn, type(value), here.dtype)
+
+    def _fill_plain(self, fqn: str, here: torch.Tensor, value: torch.Tensor) -> None:
+        here.detach().copy_(value)
+        if value.dtype != here.dtype:
+            self._converted(fqn, value.dtype, here.dtype)
 
     def _put(self, fqn: str, value: Any) -> None:
         """Let the state dict have this value."""
@@ -373,12 +403,6 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             return True
         above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
         return any(name in self.keys for name in above)
-
-
-def _is_same_kind(here: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a tensor that was stored as a value can be copied into the one that is here."""
-    plain = type(here) in PLAIN and type(value) in PLAIN and here.layout is value.layout
-    return plain and here.shape == value.shape and here.dtype == value.dtype
 
 
 def _is_meta(value: Any) -> bool:

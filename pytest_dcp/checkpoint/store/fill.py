@@ -107,8 +107,9 @@ class _Work:
         """Give the planner the values of these rows."""
         if not len(rows):
             return
-        for row, entry in self._stored(rows).items():
-            self._put(row, entry)
+        # All are decoded before the first is put: what one load refuses leaves no half behind.
+        for put in [self._prepared(row, entry) for row, entry in self._stored(rows).items()]:
+            put()
 
     def transformed(self, rows: Ints) -> None:
         """Fill tensors whose entries passed through stream transforms: each is decoded whole."""
@@ -186,11 +187,13 @@ class _Work:
             for row, entry in zip(rows.tolist(), entries, strict=True)
         }
 
-    def _put(self, row: int, entry: bytes) -> None:
-        if getattr(self.planner, "takes_values", False):
-            self.planner.put_value(self.items.fqns[row], entry)  # type: ignore[attr-defined]  # ours
-            return
-        self.planner.load_bytes(self.items[row], io.BytesIO(entry))
+    def _prepared(self, row: int, entry: bytes) -> Callable[[], None]:
+        """What gives the planner the value of a row."""
+        planner: Any = self.planner
+        if getattr(planner, "takes_values", False):
+            prepared: Callable[[], None] = planner.prepare_value(self.items.fqns[row], entry)
+            return prepared
+        return lambda: planner.load_bytes(self.items[row], io.BytesIO(entry))
 
     def _sizes(self) -> Ints:
         """Bytes of each row."""

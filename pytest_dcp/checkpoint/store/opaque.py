@@ -62,6 +62,17 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
     return _tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
 
 
+def wrapper_in(entry: bytes | memoryview) -> str | None:
+    """The class and size of the wrapper subclass of an entry, in words; None for anything else."""
+    try:
+        stored, _ = _opened(entry)
+    except CheckpointCorruptError:
+        return None
+    if not isinstance(stored, OpaqueWrapper):
+        return None
+    return f"a {stored.kind} of size {tuple(stored.shape)}"
+
+
 def _opened(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
     """What an entry says of its tensor, and what gives the bytes of a storage by its key."""
     read = records_of(entry)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
+from pytest_dcp.errors import CheckpointMismatchError
 
 pytestmark = [
     pytest.mark.world_size(2, isolation="module"),
@@ -95,6 +96,35 @@ def test_what_torch_stored_quantised_is_refused_into_a_plain_tensor(checkpoint_d
     state = {"model": {"w": torch.zeros(6, dtype=torch.uint8)}}
     with pytest.raises(dcp.CheckpointException, match=r"'model\.w' is stored as torch\.quint8"):
         dcp.load(state, checkpoint_id=checkpoint_dir)
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("stored", ["per_tensor", "scaled"])
+def test_they_never_take_the_place_of_a_plain_tensor(
+    stored: str, parameter: bool, checkpoint_dir: Path
+) -> None:
+    made = {"per_tensor": per_tensor, "scaled": scaled}[stored](3)
+    dcp.save({"m": {"first": 7, "w": made, "x": torch.ones(2)}}, checkpoint_id=checkpoint_dir)
+    here = torch.zeros(made.shape)
+    state = {
+        "m": {"first": 1, "w": torch.nn.Parameter(here) if parameter else here, "x": torch.zeros(2)}
+    }
+    there = {
+        "per_tensor": r"a quantised tensor of torch\.quint8 and size \(6,\)",
+        "scaled": r"a opaque_tensors\.Scaled of size \(2, 3\)",
+    }[stored]
+    before = dict(state["m"])
+    said = rf"'m\.w' is {there} in the checkpoint, and a tensor of torch\.float32"
+    with pytest.raises(CheckpointMismatchError, match=said) as caught:
+        dcp.load(state, checkpoint_id=checkpoint_dir)
+    assert caught.value.mismatched == ("m.w",)
+    with torch.serialization.safe_globals([Scaled]):
+        for planner in (dcp.DefaultLoadPlanner(allow_partial_load=True), None):
+            with pytest.raises(CheckpointMismatchError, match=r"'m\.w' is a .* in the checkpoint"):
+                dcp.load(state, checkpoint_id=checkpoint_dir, planner=planner)
+    assert all(state["m"][name] is before[name] for name in before)
+    assert here.tolist() == torch.zeros(made.shape).tolist()
+    assert state["m"]["x"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
