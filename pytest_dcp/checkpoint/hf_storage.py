@@ -43,6 +43,7 @@ from pytest_dcp.checkpoint.store.hf_folder import (
     read_files,
     read_folder,
     remove_leftovers,
+    save_named_in,
     save_of,
     sweep,
     temporary_name,
@@ -194,7 +195,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         disk = self._disk()
         # A planner that remembers plans may have given the ranks those of an earlier save.
         whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
-        save_id = next(whose, self.save_id[:12])
+        save_id: str | None = next(whose, self.save_id[:12])
+        files = catalog.places.files
+        if files and not any(map(is_temporary, files)):
+            # Of results made by hand: the files may be another program's, or not there yet.
+            save_id = save_named_in(disk, self.path, files)
         catalog = self._renamed(disk, self.path, catalog)
         metadata.storage_data = catalog.metadata().storage_data
         files = catalog.places.files
@@ -212,7 +217,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         disk.remove(self.path, INDEX_NAME)
         sweep(disk, self.path, files)
         if self.enable_consolidation:
-            self._consolidate(disk, catalog, save_id)
+            self._consolidate(disk, catalog, save_id or self.save_id[:12])
 
     @property
     def metadata_path(self) -> str:
@@ -248,17 +253,22 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self._publish(disk, folder, encode_index(where, total, save_id), files)
 
     def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
-        """The catalog with the files' own names, which they now have."""
+        """The catalog with the files' own names, which they now have.
+
+        Only temporary names are looked for and taken away: others are a caller's own, who may write
+        the files later.
+        """
         places = catalog.places
+        temporary = [name for name in places.files if is_temporary(name)]
         present = set(disk.names(folder))
-        for name in places.files:
+        for name in temporary:
             if present and name not in present:
                 raise CheckpointCorruptError(
                     "a data file of this save is gone before the commit: does another save write "
                     "to the same folder?",
                     file=name,
                 )
-        for name in places.files:
+        for name in temporary:
             disk.replace(folder, name, final_name(name))
         if self.sync_files:
             disk.sync_folder(folder)

@@ -65,13 +65,15 @@ def temporary_name(name: str, save_id: str) -> str:
 
 
 def final_name(temporary: str) -> str:
-    """What a file is called once its save is whole."""
+    """What a file is called once its save is whole; a name that is not temporary stays."""
+    if not is_temporary(temporary):
+        return temporary
     return temporary[: temporary.rindex(SUFFIX) + len(SUFFIX)]
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file has a name that it loses when its save is whole."""
-    return name.endswith(TEMPORARY)
+    return name.endswith(TEMPORARY) and SUFFIX in name
 
 
 def save_of(temporary: str) -> str:
@@ -79,9 +81,10 @@ def save_of(temporary: str) -> str:
     return temporary.removesuffix(TEMPORARY).rpartition("-")[2]
 
 
-def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str) -> bytes:
-    """The bytes of the index."""
-    said = {"metadata": {"total_size": total_bytes, SAVE_KEY: save_id}, "weight_map": weight_map}
+def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str | None) -> bytes:
+    """The bytes of the index; without a save's id for files that name none."""
+    metadata = {"total_size": total_bytes} | ({SAVE_KEY: save_id} if save_id else {})
+    said = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(said, indent=2).encode()
 
 
@@ -154,6 +157,16 @@ def read_files(disk: Disk, folder: Any, names: Iterable[str], limit: MemoryLimit
     return catalog_of(parts)
 
 
+def save_named_in(disk: Disk, folder: Any, names: Iterable[str]) -> str | None:
+    """The id of the save that the files name; None where they name none, or are not there."""
+    present = [name for name in names if disk.exists(folder, name)]
+    try:
+        saves = {_header(disk, folder, name).metadata.get(SAVE_KEY) for name in present}
+    except CheckpointCorruptError:  # Whoever named such a file may yet write it.
+        return None
+    return saves.pop() if len(saves) == 1 else None
+
+
 def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
     """Whether a file is one that this engine, or torch's, wrote under a name that it gives."""
     if not DATA_NAME.fullmatch(name):
@@ -173,9 +186,15 @@ def remove_leftovers(disk: Disk, folder: Any) -> None:
 
 
 def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
-    """Remove what earlier saves left: files of theirs, whole or not, that are not to be kept."""
-    kept = set(keep)
-    for name in disk.names(folder):
+    """Remove what earlier saves left: files of theirs, whole or not, that are not to be kept.
+
+    Nothing where one to be kept is not there: its name is then another program's for a file that
+    may be among these.
+    """
+    kept, names = set(keep), disk.names(folder)
+    if not kept.issubset(names):
+        return
+    for name in names:
         stale = name not in kept and DATA_NAME.fullmatch(name)
         if LEFT_OVER.fullmatch(name) or (stale and is_replaceable(disk, folder, name)):
             disk.remove(folder, name)

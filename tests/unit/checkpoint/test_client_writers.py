@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import queue
@@ -15,7 +16,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader as TorchReader
 from torch.distributed.checkpoint import filesystem as torchs
 from torch.distributed.checkpoint import load as torch_load
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
@@ -314,6 +320,46 @@ class TestByHand:
         dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
         assert torch.equal(target["w"], tensors["w"])
         assert torch.equal(target["b"], tensors["b"])
+
+    @pytest.mark.parametrize(
+        "name", ["model-00001-of-00001", "model-00001-of-00001.safetensors", "part.tmp"]
+    )
+    @pytest.mark.parametrize("other_files", [False, True])
+    def test_results_made_by_hand_give_the_index_of_their_names(
+        self, tmp_path: Path, name: str, other_files: bool
+    ) -> None:
+        """As tools that write the files themselves, before or after the index."""
+        if other_files:
+            (tmp_path / "config.json").write_text("{}")
+        results = [
+            WriteResult(MetadataIndex(fqn), 16, torchs._StorageInfo(name, at, 16))
+            for fqn, at in (("w", 0), ("b", 16))
+        ]
+        known: Any = {"w": BytesStorageMetadata(), "b": BytesStorageMetadata()}
+        dcp.HuggingFaceStorageWriter(str(tmp_path)).finish(Metadata(known), [results])
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index == {"metadata": {"total_size": 32}, "weight_map": {"w": name, "b": name}}
+
+    def test_an_index_of_names_without_files_removes_no_checkpoint(self, tmp_path: Path) -> None:
+        dcp.save({"w": torch.ones(4)}, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path)))
+        (file,) = tmp_path.glob("*.safetensors")
+        result = WriteResult(MetadataIndex("w"), 16, torchs._StorageInfo(file.stem, 0, 16))
+        known: Any = {"w": BytesStorageMetadata()}
+        dcp.HuggingFaceStorageWriter(str(tmp_path)).finish(Metadata(known), [[result]])
+        assert file.exists()
+
+    def test_the_index_of_another_programs_files_lets_them_be_read(self, tmp_path: Path) -> None:
+        save_file = pytest.importorskip("safetensors.torch").save_file
+        name, place = "own.safetensors", MetadataIndex("w", torch.Size([0]))
+        save_file({"w": torch.arange(4.0)}, tmp_path / name)
+        result = WriteResult(place, 16, torchs._StorageInfo(name, 0, 16))
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner({"w": torch.arange(4.0)}, is_coordinator=True)
+        _, metadata = planner.create_global_plan([planner.create_local_plan()])
+        dcp.HuggingFaceStorageWriter(str(tmp_path)).finish(metadata, [[result]])
+        target = {"w": torch.zeros(4)}
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
+        assert target["w"].tolist() == [0, 1, 2, 3]
 
 
 class TestTransforms:
