@@ -20,6 +20,7 @@ from pytest_dcp.checkpoint.plan.hooks import overridden
 from pytest_dcp.checkpoint.saving import Save, save_team
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
+    check_state_dict,
     plain_state,
     reset_to,
     writer_for,
@@ -30,6 +31,7 @@ from pytest_dcp.tracebacks import drop_inner_frames
 COORDINATOR = 0
 
 
+@drop_inner_frames
 def async_save(
     state_dict: dict[str, Any],
     *,
@@ -68,6 +70,7 @@ def async_save(
         # The save begins after the copy; that this rank ends meanwhile is seen from here on.
         announce(process_group, COORDINATOR)
     with team.preparing():
+        check_state_dict(state_dict)
         writer = writer_for(storage_writer, checkpoint_id)
         reset = reset_to(storage_writer, checkpoint_id)
         stager = async_stager or _own_stager(storage_writer)

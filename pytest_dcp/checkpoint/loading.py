@@ -30,6 +30,7 @@ from pytest_dcp.checkpoint.plan.per_rank import ranks_known
 from pytest_dcp.checkpoint.plan.select import Rename, Selection
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
+    check_state_dict,
     is_stateful,
     plain_state,
     reader_for,
@@ -60,6 +61,7 @@ def load_state_dict(
     """Load into a state dict of tensors and values: the older form of `load`, without Stateful."""
     team = _load_team(process_group, no_dist, coordinator_rank, storage_reader, None)
     with team.preparing():
+        check_state_dict(state_dict)
         storage_reader.reset()
         planner = planner or DefaultLoadPlanner()
     _Load(team, lambda: state_dict, storage_reader, planner).run()
@@ -105,6 +107,7 @@ def load(
     options = {} if verify is None else {"verify": verify}
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     with team.preparing():
+        check_state_dict(state_dict)
         storage_reader = reader_for(storage_reader, checkpoint_id, **options)
         chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
         planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)

@@ -36,6 +36,7 @@ from pytest_dcp.checkpoint.plan.replicas import Checks, ReplicaCheck, Sums
 from pytest_dcp.checkpoint.replica_check import Comparison, Dispute
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
+    check_state_dict,
     plain_state,
     reset_to,
     second_argument,
@@ -64,6 +65,8 @@ def save_state_dict(
 ) -> Metadata:
     """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
     team = save_team(process_group, no_dist, coordinator_rank, storage_writer)
+    with team.preparing():
+        check_state_dict(state_dict)
     return Save(team, lambda: state_dict, storage_writer, planner, reset=storage_writer.reset).run()
 
 
@@ -103,6 +106,7 @@ def save(
         process_group, no_dist, 0, storage_writer, checkpoint_id, use_collectives=use_collectives
     )
     with team.preparing():
+        check_state_dict(state_dict)
         work = Save(
             team,
             lambda: plain_state(state_dict),

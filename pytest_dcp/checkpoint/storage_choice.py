@@ -79,12 +79,16 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
     return FsspecReader(given, **options)
 
 
-def _given(checkpoint_id: Id, argument: str) -> str | os.PathLike[str]:
+def _given(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
+    if checkpoint_id is not None and not isinstance(checkpoint_id, str | os.PathLike):
+        kind = type(checkpoint_id).__name__
+        raise TypeError(f"checkpoint_id must be a str or an os.PathLike, got {kind}")
     if not checkpoint_id:
         raise RuntimeError(
             f"`checkpoint_id` must be specified if {argument} is None: say which folder"
         )
-    return checkpoint_id
+    given: str | os.PathLike[str] = checkpoint_id
+    return given
 
 
 def _is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -108,6 +112,13 @@ def is_stateful(value: Any) -> bool:
     of which there are thousands, are never Stateful.
     """
     return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+def check_state_dict(state_dict: object) -> None:
+    """Raise TypeError for what is no mapping and has no `items` either, as a ModuleDict does."""
+    if not isinstance(state_dict, Mapping) and not hasattr(state_dict, "items"):
+        kind = type(state_dict).__name__
+        raise TypeError(f"state_dict must be a mapping of names to values, got {kind}")
 
 
 def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:

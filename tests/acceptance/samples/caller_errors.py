@@ -56,6 +56,21 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     dcp.load({"w": torch.ones(3)}, checkpoint_id=tmp_path / "none")
 
 
+def test_state_of_another_kind(tmp_path: Path) -> None:
+    state: Any = [1]
+    dcp.save(state, checkpoint_id=tmp_path)
+
+
+def test_state_of_another_kind_in_the_background(tmp_path: Path) -> None:
+    state: Any = [1]
+    dcp.async_save(state, checkpoint_id=tmp_path)
+
+
+def test_id_of_another_kind() -> None:
+    folder: Any = 5
+    dcp.load({"w": torch.ones(3)}, checkpoint_id=folder)
+
+
 def test_background(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "file" / "x").result()

@@ -25,6 +25,12 @@ def loosely_typed() -> tuple[Any, Any]:
     return dcp.save, dcp.load
 
 
+def call_to_its_end(verb: str, state: Any, folder: Any) -> None:
+    made = getattr(dcp, verb)(state, checkpoint_id=folder)
+    if verb == "async_save":
+        made.result()
+
+
 @four
 class TestArguments:
     def test_the_storage_may_be_the_second_argument_with_a_warning(
@@ -77,6 +83,26 @@ class TestArguments:
                 verb({"w": numbered(3)})
             with pytest.raises(RuntimeError, match="Cannot detect which storage"):
                 verb({"w": numbered(3)}, checkpoint_id="nowhere://at/all")
+
+    @pytest.mark.parametrize("wrong", ["every rank", "rank 1"])
+    @pytest.mark.parametrize("verb", ["save", "load", "async_save"])
+    def test_a_wrong_argument_is_named_on_every_rank(
+        self, verb: str, wrong: str, checkpoint_dir: Path
+    ) -> None:
+        has_it = wrong == "every rank" or dist.get_rank() == 1
+        if verb == "load":
+            dcp.save({}, checkpoint_id=checkpoint_dir)
+        for state, folder, text in (
+            ([1], checkpoint_dir, "state_dict must be a mapping of names to values, got list"),
+            ({}, 5, "checkpoint_id must be a str or an os.PathLike, got int"),
+            ({}, b"folder", "checkpoint_id must be a str or an os.PathLike, got bytes"),
+        ):
+            given = (state, folder) if has_it else ({}, checkpoint_dir)
+            with pytest.raises(TypeError, match=f"{text}$") as caught:
+                call_to_its_end(verb, *given)
+            assert (type(caught.value) is TypeError) == has_it
+            assert len(str(caught.value).splitlines()) == 1
+            dist.barrier()
 
     def test_what_is_returned(self, checkpoint_dir: Path, device_mesh: DeviceMesh) -> None:
         state = {"w": spread(numbered(5, 2), device_mesh, Shard(0)), "v": 3}
