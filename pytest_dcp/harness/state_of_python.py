@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pytest_dcp.harness import linux
@@ -117,15 +117,17 @@ def _put_back_arguments(then: list[str]) -> None:
 
 def _read_interpreter() -> list[Any]:
     hooks = [getattr(sys, name) for name in HOOKS]
-    return [*hooks, threading.excepthook, sys.getrecursionlimit(), sys.getswitchinterval()]
+    numbers = (sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_int_max_str_digits())
+    return [*hooks, threading.excepthook, *numbers]
 
 
 def _put_back_interpreter(then: list[Any]) -> None:
-    *hooks, threading.excepthook, recursion_limit, switch_interval = then
+    *hooks, threading.excepthook, recursion_limit, switch_interval, digits = then
     for name, hook in zip(HOOKS, hooks, strict=True):
         setattr(sys, name, hook)
     sys.setrecursionlimit(recursion_limit)
     sys.setswitchinterval(switch_interval)
+    sys.set_int_max_str_digits(digits)
 
 
 def _put_back_collector(then: tuple[bool, tuple[int, int, int], int]) -> None:
@@ -163,6 +165,9 @@ class _Touches:
         return counting
 
 
+AS_MADE = (logging.NOTSET, False, True, (), ())
+"""The settings of a logger that was not set up."""
+
 _touches: _Touches | None = None
 
 
@@ -171,6 +176,12 @@ class _Loggers(dict[str, Any]):
 
     touches = -1
     """How many there had been when the settings were these."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        known = settings.modules if isinstance(settings, _Loggers) else frozenset(sys.modules)
+        self.modules: frozenset[str] = known
+        """What had been imported then."""
 
 
 def _read_logging() -> _Loggers:
@@ -189,27 +200,44 @@ def _read_root() -> dict[str, Any]:
 
 
 def _has_other_loggers(then: _Loggers) -> bool:
-    """Whether loggers that were there differ; new ones are no change."""
+    """Whether loggers that were there differ, or new ones are not as `getLogger` makes them."""
     if then[""] != _read_root()[""]:
         return True
     if _touches is not None and _touches.count == then.touches:
         return False
     now = _read_logging()
     changed = any(now.get(name) != settings for name, settings in then.items())
+    changed = changed or any(now[name] != AS_MADE for name in _new_loggers(now, then))
     if not changed:
         then.touches = now.touches
     return changed
 
 
+def _new_loggers(names: Iterable[str], then: _Loggers) -> list[str]:
+    """Those that were not there and that a test made.
+
+    Not those of modules that were imported since: the import set them up, and is not run again.
+    """
+    new = [name for name in names if name not in then]
+    imported = sys.modules.keys() - then.modules if new else set()
+    return [name for name in new if imported.isdisjoint(_prefixes(name))]
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
 def _settings_of(one: logging.Logger) -> tuple[Any, ...]:
-    handlers = _users(one.handlers) if one.handlers else ()
+    handlers = (*_users(one.handlers),) if one.handlers else ()
     filters = (*one.filters,) if one.filters else ()
     return one.level, one.disabled, one.propagate, handlers, filters
 
 
 def _put_back_logging(then: _Loggers) -> None:
     logging.disable(then[""][-1])
-    for name, settings in then.items():
+    new = _new_loggers(_read_logging(), then)
+    for name, settings in {**then, **dict.fromkeys(new, AS_MADE)}.items():
         one = logging.getLogger(name) if name else logging.root
         level, one.disabled, one.propagate, handlers, filters = settings[:5]
         one.setLevel(level)

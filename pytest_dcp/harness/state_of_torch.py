@@ -76,6 +76,7 @@ SETTINGS: list[Setting] = [
         *((f"{kind}_sdp_enabled", f"sdp_use_{kind}") for kind in ATTENTION),
     ),
     (c10d.get_debug_level, c10d.set_debug_level),
+    (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
 ]
 
 

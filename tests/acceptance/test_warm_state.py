@@ -17,6 +17,11 @@ class Helper:
 def help_out():
     return 1
 """
+LOGS_AT_IMPORT = """\
+import logging
+
+logging.getLogger(f"{__name__}.inner").setLevel(logging.ERROR)
+"""
 REPLACED = ("test_interop_threads", "test_thread", "test_child", "test_mode")
 
 
@@ -26,6 +31,7 @@ def session(make_suite: MakeSuite) -> SessionResult:
         "test_warm_state.py": "warm_state.py",
         "state_changes.py": "state_changes.py",
         "helpers_of_suite.py": HELPERS,
+        "logs_at_import.py": LOGS_AT_IMPORT,
     }
     return make_suite(files).run()
 

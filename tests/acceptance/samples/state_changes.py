@@ -96,6 +96,24 @@ def look_at_functions() -> object:
     return [one is replaced for one in (*found, helpers_of_suite.Helper.help_out)]
 
 
+def set_up_new_logger() -> None:
+    made = logging.getLogger("made.in_the_test")
+    made.setLevel(logging.CRITICAL)
+    made.propagate = False
+    made.addHandler(logging.NullHandler())
+
+
+def look_at_new_logger() -> object:
+    made = logging.Logger.manager.loggerDict.get("made.in_the_test")
+    if not isinstance(made, logging.Logger):
+        return logging.NOTSET, True, []
+    return made.level, made.propagate, made.handlers
+
+
+def other_sharing_strategy() -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+
+
 CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "environment": (set_environment, lambda: (os.environ.get("LEFT_BEHIND"), time.tzname)),
     "environ": (lambda: setattr(os, "environ", {}), lambda: "PATH" in os.environ),
@@ -121,6 +139,12 @@ CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "recursion": (lambda: sys.setrecursionlimit(5000), sys.getrecursionlimit),
     "collector": (lambda: gc.set_threshold(1), lambda: (gc.isenabled(), gc.get_threshold())),
     "logging": (hang_handler, look_at_logging),
+    "new logger": (set_up_new_logger, look_at_new_logger),
+    "digits": (lambda: sys.set_int_max_str_digits(5000), sys.get_int_max_str_digits),
+    "sharing strategy": (
+        other_sharing_strategy,
+        lambda: torch.multiprocessing.get_sharing_strategy(),
+    ),
     "filters": (
         lambda: warnings.simplefilter("ignore"),
         lambda: warnings.filters[0][:3] == ("ignore", None, Warning),

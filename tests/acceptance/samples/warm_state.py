@@ -17,7 +17,7 @@ from state_changes import CHANGES, look
 
 pytestmark = pytest.mark.world_size(1, isolation="module")
 left_open: list[torch.inference_mode] = []
-QUICK = sorted(CHANGES.keys() - {"logging", "functions"})
+QUICK = sorted(CHANGES.keys() - {"logging", "new logger", "functions"})
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,13 @@ def test_examples(name: str) -> None:
     examples()
     assert len({*seen}) == 1
     note("world of the restored", pid=os.getpid())
+
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_state_of_a_logger_that_an_import_set_up(time: int) -> None:
+    import logs_at_import  # type: ignore[import-not-found]  # noqa: F401  # written by the suite
+
+    assert logging.getLogger("logs_at_import.inner").level == logging.ERROR
 
 
 # Fixtures of wider scope make the state that tests find.
