@@ -228,7 +228,7 @@ class FaultAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Controller -> rank: end with exit code 0."""
+    """Controller -> rank: exit as an interpreter does, answer `Done("finish")`, end with code 0."""
 
 
 Up = Done | At | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk

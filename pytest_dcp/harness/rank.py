@@ -1,7 +1,8 @@
 """A rank's life: boot, orders, end.
 
 Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit
-code 0, which only a rank that was told to leave returns. Everything that pytest knows of a rank
+code 0, which only a rank that was told to leave returns; its last message is `Done("finish")`,
+which says that its exit ran to the end. Everything that pytest knows of a rank
 is in `rank_items`; here is what any rank does, also one that only runs functions.
 """
 
@@ -350,12 +351,18 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
 
 
 def _leave(rank: Rank) -> None:
-    """Exit as an interpreter does; tell the controller if there is anything to tell."""
+    """Exit as an interpreter does, and say so: code 0 alone does not prove it."""
     measure.save()  # in case the exit hangs
     started = time.perf_counter()
     with rank.capture() as sections:
         exited = interpreter_exit.run_exit()
-    if exited or sections:
+    measure.save()
+    if rank.order.backend == "nccl":
+        import torch.distributed as dist
+
+        if dist.is_initialized():  # NCCL's threads outlive os._exit's patience otherwise
+            dist.destroy_process_group()
+    if rank.channel.is_ours:  # not in a process that a handler forked
         rank.channel.send(
             Done(
                 "finish",
@@ -367,12 +374,6 @@ def _leave(rank: Rank) -> None:
                 threads=tuple(exited.threads),
             )
         )
-    measure.save()
-    if rank.order.backend == "nccl":
-        import torch.distributed as dist
-
-        if dist.is_initialized():  # NCCL's threads outlive os._exit's patience otherwise
-            dist.destroy_process_group()
 
 
 def _exit_warning(text: str) -> dict[str, Any]:

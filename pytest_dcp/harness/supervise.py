@@ -10,6 +10,8 @@ Rules that hold inside:
   bound.
 - When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
 - While a rank holds the terminal every clock stands still.
+- A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
+  or a thread may have called `os._exit(0)` before.
 - A rank that is stopped because the test asked for it holds nobody up.
 - A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
   `places`.
@@ -262,9 +264,10 @@ class Supervisor:
         if state in HAS_TERMINAL:
             self._resume(now)
         as_asked = self.deaths.ended(rank, exit_text(status))
-        if as_asked or state in (S.KILLED, S.GONE) or (state is S.LEAVING and status == 0):
+        has_left = state is S.LEAVING and status == 0 and rank in self.done
+        if as_asked or state in (S.KILLED, S.GONE) or has_left:
             return [*self._meet(), *self._told()]
-        text = f"{exit_text(status)}{_when(state, self.phase)}"
+        text = f"{exit_text(status)}{_when(state, status, self.phase)}"
         if raised is not None:
             text += f"; it had raised {raised.text}"
         self._fail(rank, "crashed", text, now, now)
@@ -445,10 +448,10 @@ class Supervisor:
         return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]
 
 
-def _when(state: S, phase: Phase) -> str:
+def _when(state: S, status: int, phase: Phase) -> str:
     """When a rank ended that should not have."""
     if state is S.LEAVING:
-        return " after its verdict"
+        return " before its exit had finished" if status == 0 else " after its verdict"
     if state is S.IDLE:
         return f" after {phase}"
     return f" in {phase}, without a verdict" if state in BUSY else ", without a verdict"

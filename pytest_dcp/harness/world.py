@@ -93,7 +93,7 @@ class World:
         self.strays: list[tuple[int, str]] = []
         """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
         self.exited: Verdicts = {}
-        """What ranks printed, or what went wrong, while they exited; most have nothing to say."""
+        """What ranks printed, and what went wrong, while they exited."""
         self.ended = False
         self._settings = settings
         self._gpus = gpus

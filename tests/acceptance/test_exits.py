@@ -30,7 +30,10 @@ def forked(suite: Suite) -> SessionResult:
 
 @pytest.fixture(scope="module")
 def spawned(suite: Suite) -> SessionResult:
-    tests = "TestExits and (atexit or folder or memory and not killed) or TestErrors and atexit"
+    tests = (
+        "TestExits and (atexit or folder or memory and not killed)"
+        " or TestErrors and (atexit or by_a_handler)"
+    )
     return suite.run("--dcp-launch=spawn", "-k", tests)
 
 
@@ -170,7 +173,40 @@ def test_a_daemon_child_is_ended_and_another_is_named(forked: SessionResult) -> 
         ("test_signal_at_exit", "rank 1: was killed by signal 11 (SIGSEGV) after its"),
     ],
 )
-def test_the_exit_code_is_the_last_evidence(forked: SessionResult, test: str, text: str) -> None:
+def test_an_exit_with_another_code_is_an_error(forked: SessionResult, test: str, text: str) -> None:
     report = forked.bad(f"TestErrors::{test}")
     assert report.when == "teardown"
     assert report.headline.startswith(text)
+
+
+NOT_FINISHED = "rank 1: exited with code 0 before its exit had finished"
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "TestErrors::test_end_of_process_by_a_handler",
+        "TestErrors::test_end_of_process_by_a_thread",
+        "TestErrors::test_exit_goes_on_in_a_child",
+        "TestWarmEnd::test_end_of_process_by_a_handler",
+    ],
+)
+def test_code_0_before_the_end_of_the_exit_is_an_error(forked: SessionResult, test: str) -> None:
+    report = forked.bad(test)
+    assert report.when == "teardown"
+    assert report.headline.startswith(NOT_FINISHED)
+
+
+def test_code_0_before_the_end_of_a_spawned_rank_s_exit_is_an_error(
+    spawned: SessionResult,
+) -> None:
+    report = spawned.bad("TestErrors::test_end_of_process_by_a_handler")
+    assert report.when == "teardown"
+    assert report.headline.startswith(NOT_FINISHED)
+
+
+def test_a_child_that_is_forked_at_exit_does_not_speak_for_its_rank(forked: SessionResult) -> None:
+    test = "TestErrors::test_child_that_is_forked_at_exit"
+    assert forked.outcomes(test) == PASSED
+    sections = dict(forked.phases(test)["teardown"].sections)
+    assert "cannot speak for the rank" not in "".join(sections.values())

@@ -873,13 +873,19 @@ def test_a_rank_that_speaks_out_of_turn_is_killed_and_named_with_what_it_said(
 
 # Leaving.
 
+EXITED = Done("finish", "passed", T0 + 1)
+
 
 def test_ranks_that_leave_with_code_0_are_gone_without_a_failure() -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], "finish", order=Leave())
     assert replay.sent(1) == [Leave()]
     replay.play(
-        [(T0 + 1, Closes(0)), (T0 + 1, Ends(0, 0)), (T0 + 5, Closes(1)), (T0 + 6, Ends(1, 0))]
+        [
+            *((T0 + 1, event) for event in (Says(0, EXITED), Closes(0), Ends(0, 0))),
+            *((T0 + 5, event) for event in (Says(1, EXITED), Closes(1))),
+            (T0 + 6, Ends(1, 0)),
+        ]
     )
     assert replay.failures == []
     assert replay.supervisor.settled
@@ -891,16 +897,32 @@ def test_ranks_that_leave_with_code_0_are_gone_without_a_failure() -> None:
 def test_a_rank_that_leaves_otherwise_failed_after_its_verdict(status: int, how: str) -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], "finish", order=Leave())
-    replay.play([(T0 + 1, Ends(0, 0)), (T0 + 1, Ends(1, status))])
+    replay.play([(T0 + 1, Says(0, EXITED)), (T0 + 1, Ends(0, 0)), (T0 + 1, Ends(1, status))])
     assert replay.failures == [(1, "crashed")]
     assert how in replay.summary(1)
     assert "after its verdict" in replay.summary(1)
 
 
+def test_code_0_of_a_rank_that_did_not_say_that_its_exit_ran_is_a_failure() -> None:
+    replay = Replay.ready(2)
+    replay.begin([0, 1], "finish", order=Leave())
+    replay.play([(T0 + 1, Says(0, EXITED)), (T0 + 1, Ends(0, 0)), (T0 + 1, Ends(1, 0))])
+    assert replay.failures == [(1, "crashed")]
+    assert replay.summary(1) == "exited with code 0 before its exit had finished"
+
+
+def test_the_verdict_of_an_earlier_phase_does_not_say_that_the_exit_ran() -> None:
+    replay = Replay.calling(1)
+    replay.play([(T0 + 1, Says(0, PASSED))])
+    replay.begin([0], "finish", order=Leave())
+    replay.play([(T0 + 2, Ends(0, 0))])
+    assert replay.failures == [(0, "crashed")]
+
+
 def test_a_rank_that_does_not_leave_in_time_is_killed() -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], "finish", limit_s=20.0, order=Leave())
-    replay.play([(T0 + 1, Ends(0, 0)), (T0 + 1, Closes(1))])
+    replay.play([(T0 + 1, Says(0, EXITED)), (T0 + 1, Ends(0, 0)), (T0 + 1, Closes(1))])
     assert replay.log[2:] == [(T0 + 20, Dump(1)), (T0 + 20 + STACKS_S, Kill(1))]
     assert replay.failures == [(1, "timeout")]
 
@@ -916,8 +938,9 @@ def test_a_rank_that_leaves_says_once_how_its_exit_went() -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], "finish", order=Leave())
     last_word = Done("finish", "passed", T0 + 1, threads=("sleeper",))
-    replay.play([(T0 + 1, Says(0, last_word)), (T0 + 2, Ends(0, 0)), (T0 + 2, Ends(1, 0))])
-    assert replay.supervisor.done == {0: last_word}
+    said = [(T0 + 1, Says(0, last_word)), (T0 + 1, Says(1, EXITED))]
+    replay.play([*said, (T0 + 2, Ends(0, 0)), (T0 + 2, Ends(1, 0))])
+    assert replay.supervisor.done == {0: last_word, 1: EXITED}
     assert replay.supervisor.settled
     assert replay.failures == []
 
@@ -1342,8 +1365,6 @@ class Witness:
         self.stopped: set[int] = set()
         self.halting: list[Halts] = []
         """What signals will do, not yet told."""
-        self.left: set[int] = set()
-        """Ranks that went with code 0."""
         self.ordered: set[int] = set(range(size))
         """Ranks that owe an answer to this phase."""
         self.paused_s = 0.0
@@ -1448,8 +1469,6 @@ class Witness:
     def end(self, rank: int, status: int) -> None:
         self.doing[rank] = "gone"
         self.stopped.discard(rank)
-        if status == 0:
-            self.left.add(rank)
         self.tell(Ends(rank, status))
 
     def tell(self, event: Event) -> None:
@@ -1465,7 +1484,7 @@ class Witness:
     def begin(self, phase: Phase, order: Down) -> None:
         ranks = [rank for rank, state in self.doing.items() if state == "idle"]
         assert self.supervisor.idle == ranks
-        self.ordered, self.left = set(ranks), set()
+        self.ordered = set(ranks)
         self.deadline, self.paused_s = self.now + self.limit_s, 0.0
         self.watch(self.supervisor.begin(phase, dict.fromkeys(ranks, order), self.deadline))
 
@@ -1496,7 +1515,7 @@ class Witness:
         lost = self.supervisor.deaths.lost
         assert lost.keys() <= self.asked
         for rank in self.ordered:
-            said = rank in self.supervisor.done or rank in failed or rank in self.left
+            said = rank in self.supervisor.done or rank in failed
             assert said or rank in lost or rank in self.stopped
         for rank, state in self.doing.items():
             assert state in ("idle", "killed", "gone") or rank in self.stopped

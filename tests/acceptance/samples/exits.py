@@ -141,6 +141,30 @@ class TestErrors:
         if rank == 1:
             atexit.register(os._exit, 3)
 
+    def test_end_of_process_by_a_handler(self, rank: int) -> None:
+        if rank == 1:
+            atexit.register(os._exit, 0)
+
+    def test_end_of_process_by_a_thread(self, rank: int) -> None:
+        def end() -> None:
+            time.sleep(0.5)
+            os._exit(0)
+
+        if rank == 1:
+            threading.Thread(target=end).start()
+
+    def test_exit_goes_on_in_a_child(self, rank: int) -> None:
+        def turn_into_a_daemon() -> None:
+            if os.fork():
+                os._exit(0)
+
+        if rank == 1:
+            atexit.register(turn_into_a_daemon)
+
+    def test_child_that_is_forked_at_exit(self, rank: int) -> None:
+        if rank == 1:
+            atexit.register(os.fork)
+
     def test_signal_at_exit(self, rank: int) -> None:
         if rank == 1:
             atexit.register(os.kill, os.getpid(), 11)
@@ -153,6 +177,13 @@ class TestWarm:
 
     def test_second(self) -> None:
         pass
+
+
+@pytest.mark.world_size(3, isolation="module")
+class TestWarmEnd:
+    def test_end_of_process_by_a_handler(self, rank: int) -> None:
+        if rank == 1:
+            atexit.register(os._exit, 0)
 
 
 def fail_at_exit() -> None:
