@@ -96,7 +96,7 @@ class At:
 
     place: Place
     text: str = ""
-    """What it prepares, as in "importing torch"; or the exception's one-line text."""
+    """What it prepares, as in "importing torch"; or the exception: its class, then its text."""
     at_s: float = 0.0
     """Only for `reporting`: CLOCK_MONOTONIC seconds when the phase raised."""
 

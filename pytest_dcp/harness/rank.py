@@ -183,6 +183,14 @@ class Rank:
             raise DivergedError(met.error)
         return met.values()
 
+    def say_raised(self, error: BaseException, at_s: float) -> None:
+        """Tell the controller what this rank is about to write a report of.
+
+        Its class at once, then its text, which the exception's own `__str__` may take long to make.
+        """
+        self.channel.send(At("reporting", type(error).__name__, at_s))
+        self.channel.send(At("reporting", lines_of(error), at_s))
+
     def reseed(self, seed: int) -> None:
         """Seed random, numpy and torch alike on every rank."""
         self.seed = seed
@@ -398,7 +406,7 @@ def _call(rank: Rank, payload: bytes) -> Done:
             outcome, error = outcome_of(exc), exc
     ended = time.monotonic()
     if error is not None and outcome == "failed":
-        rank.channel.send(At("reporting", lines_of(error), ended))
+        rank.say_raised(error, ended)
     return Done(
         "call",
         outcome,

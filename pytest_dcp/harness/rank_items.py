@@ -30,7 +30,6 @@ from _pytest.warnings import catch_warnings_for_item
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import carried_state, junit_state, logs, measure
 from pytest_dcp.harness.events import (
-    At,
     Done,
     Go,
     Phase,
@@ -401,7 +400,7 @@ class RankPlugin:
         """A failure's report may take long to write: until then its text is known."""
         error = call.excinfo.value if call.excinfo is not None else None
         if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
-            self.rank.channel.send(At("reporting", lines_of(error), ended))
+            self.rank.say_raised(error, ended)
 
     # Examples of a property; see `lockstep_rank`.
 

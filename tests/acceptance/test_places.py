@@ -48,6 +48,16 @@ def test_a_rank_that_dies_while_it_reports_has_said_what_it_raised(session: Sess
     )
 
 
+@pytest.mark.parametrize("test", ["test_text_is_slow", "test_text_is_slow_in_a_function"])
+def test_an_exception_s_text_that_takes_long_is_waited_for(
+    session: SessionResult, test: str
+) -> None:
+    text = session.bad(test).text
+    assert "rank 0: ValueError: boom" in text
+    assert "rank 1: SlowToTellError: told late" in text
+    assert "still in call" not in text
+
+
 def test_a_spawned_rank_s_collection_is_not_timed_and_its_setup_is(make_suite: MakeSuite) -> None:
     suite = make_suite({"test_spawned_places.py": "spawned_places.py"})
     session = suite.run("--dcp-launch=spawn")

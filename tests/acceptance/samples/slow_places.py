@@ -19,6 +19,14 @@ class SlowToShow:
         return f"<shown after {self.seconds:g} s>"
 
 
+class SlowToTellError(Exception):
+    """Its text takes longer than peers get once a rank has failed."""
+
+    def __str__(self) -> str:
+        time.sleep(1.5)
+        return "told late"
+
+
 class FatalToShow:
     def __repr__(self) -> str:
         os._exit(4)
@@ -47,6 +55,20 @@ def test_peers_report_slowly(rank: int, slow: SlowToShow) -> None:
 @pytest.mark.world_size(2, timeout=2)
 def test_reports_beyond_the_limit(rank: int, slow: SlowToShow) -> None:
     assert rank == 0
+
+
+@pytest.mark.world_size(2, timeout=60)
+def test_text_is_slow(rank: int) -> None:
+    raise SlowToTellError if rank == 1 else ValueError("boom")
+
+
+def raise_slow_text() -> None:
+    raise SlowToTellError if os.environ["RANK"] == "1" else ValueError("boom")
+
+
+def test_text_is_slow_in_a_function(worlds: object) -> None:
+    with worlds(2) as w:  # type: ignore[operator]  # the fixture
+        w.run(raise_slow_text)
 
 
 @pytest.mark.world_size(2)
