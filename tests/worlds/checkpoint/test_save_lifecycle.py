@@ -186,6 +186,7 @@ class TestInTheBackground:
         }
         assert same(found(checkpoint_dir, expected), expected)
 
+    @pytest.mark.filterwarnings("ignore:1 value.s. of this save are refused by load:UserWarning")
     @pytest.mark.parametrize("kind", ["set", "bytearray", "inner set", "named tuple"])
     def test_values_that_are_changed_are_saved_as_they_were(
         self, checkpoint_dir: Path, kind: str
