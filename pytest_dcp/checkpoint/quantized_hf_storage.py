@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from pytest_dcp.checkpoint.file_system import disk_of
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.checkpoint.plan.columns import ReadItems
+from pytest_dcp.checkpoint.plan.hooks import is_overridden
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.consolidate import Shards, Slab
@@ -110,6 +111,8 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; done when the future is returned."""
+        if self._has_requests_of_its_own():
+            return super().read_data(plan, planner)
         items = ReadItems.of(plan.items)
         quantised = np.array([fqn in self._scale_of for fqn in items.stored_fqns], dtype=bool)
         plain = Filled()
@@ -133,6 +136,17 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             plain.bytes_needed + nbytes, plain.bytes_read + nbytes, plain.bytes_verified
         )
         return future
+
+    def _has_requests_of_its_own(self) -> bool:
+        return is_overridden(self, QuantizedHuggingFaceStorageReader, "_process_read_request")
+
+    def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+        """Fill one item, dequantised where it must be: torch's hook, for subclasses."""
+        if req.storage_index.fqn not in self._scale_of:
+            super()._process_read_request(f, req, planner)
+            return
+        items = ReadItems.of([req])
+        self._job(items, 0, self._pieces(items, 0), planner, observer("load"))(Stop())
 
     def _pieces(self, items: ReadItems, row: int) -> list[Piece]:
         """The row's box in pieces of bounded size along its first dimension."""

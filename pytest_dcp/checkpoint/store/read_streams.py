@@ -51,11 +51,8 @@ def read_streams(
 
     Raises CheckpointCorruptError for an item that has no place, and for a damaged entry.
     """
-    by_file: dict[str, list[ReadItem]] = {}
-    for item in items:
-        by_file.setdefault(_place_of(item, places).relative_path, []).append(item)
     total = 0
-    for name, some in by_file.items():
+    for name, some in items_by_file(items, places).items():
         try:
             with streams.open_file(name) as file:
                 for item in some:
@@ -66,6 +63,16 @@ def read_streams(
         except FileNotFoundError as error:
             raise CheckpointFileMissingError("the data file is missing", file=name) from error
     return total
+
+
+def items_by_file(
+    items: Sequence[ReadItem], places: Mapping[Any, Any]
+) -> dict[str, list[ReadItem]]:
+    """The items of each file. Raises CheckpointCorruptError for an item that has no place."""
+    by_file: dict[str, list[ReadItem]] = {}
+    for item in items:
+        by_file.setdefault(str(_place_of(item, places).relative_path), []).append(item)
+    return by_file
 
 
 def _place_of(item: ReadItem, places: Mapping[Any, Any]) -> Any:

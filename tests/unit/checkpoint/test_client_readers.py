@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import pytest
 import torch
@@ -218,6 +218,67 @@ class TestHooks:
             dcp.load(target, storage_reader=reader)
             check_loaded(target)
         assert reader.read_metadata() is reader.kept
+
+
+class TestRequestsOfSafetensors:
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_a_subclass_makes_the_values_itself(self, tmp_path: Path, threads: int) -> None:
+        """As readers that dequantise with scales of the same file."""
+
+        class Scaling(dcp.HuggingFaceStorageReader):
+            asked: ClassVar[list[str]] = []
+
+            def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+                name = req.storage_index.fqn
+                self.asked.append(name)
+                if name != "w":
+                    super()._process_read_request(f, req, planner)
+                    return
+                assert f.get_slice("w").get_shape() == [4, 3]
+                assert f.get_slice("w").get_dtype() == "F16"
+                box = tuple(
+                    slice(at, at + n)
+                    for at, n in zip(req.storage_offsets, req.lengths, strict=True)
+                )
+                values = f.get_slice("w")[box].float() * f.get_tensor("scale")
+                target = planner.resolve_tensor(req)
+                target.copy_(values)
+                planner.commit_tensor(req, target)
+
+        stored = {
+            "w": torch.arange(12.0).reshape(4, 3).half(),
+            "scale": torch.tensor(3.0),
+            "x": torch.ones(2),
+        }
+        mapping = {"w": 1, "scale": 1, "x": 2}
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path), mapping)
+        dcp.save(stored, storage_writer=writer)
+        target = {"w": torch.zeros(4, 3), "scale": torch.zeros(()), "x": torch.zeros(2)}
+        report = dcp.load(target, storage_reader=Scaling(str(tmp_path), threads))
+        assert sorted(Scaling.asked) == ["scale", "w", "x"]
+        assert target["w"].tolist() == (torch.arange(12.0).reshape(4, 3) * 3).tolist()
+        assert (target["scale"].item(), target["x"].tolist()) == (3.0, [1.0, 1.0])
+        assert report.bytes_read == 24 + 4 + 4 + 8
+
+    def test_a_subclass_of_the_quantised_reader_is_asked_too(self, tmp_path: Path) -> None:
+        class Watching(dcp.QuantizedHuggingFaceStorageReader):
+            asked: ClassVar[list[str]] = []
+
+            def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+                self.asked.append(req.storage_index.fqn)
+                super()._process_read_request(f, req, planner)
+
+        stored = {
+            "a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
+            "a.weight_scale_inv": torch.full((1, 1), 2.0),
+            "b": torch.arange(6.0).reshape(2, 3),
+        }
+        dcp.save(stored, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path)))
+        target = {"a.weight": torch.zeros(4, 4), "b": torch.zeros(2, 3)}
+        dcp.load(target, storage_reader=Watching(str(tmp_path)))
+        assert sorted(Watching.asked) == ["a.weight", "b"]
+        assert target["a.weight"].tolist() == [[2.0] * 4] * 4
+        assert target["b"].tolist() == stored["b"].tolist()
 
 
 class Copied(FileSystemBase):
