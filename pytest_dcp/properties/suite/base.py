@@ -17,6 +17,8 @@ import pytest_dcp.checkpoint as checkpoint
 from pytest_dcp.errors import RecordingError
 from pytest_dcp.properties.laws.engine import WithStorage
 
+SWITCHES = ("shared", "keeps_files", "records")
+
 
 class StorageTests:
     """The base of the suite's parts: how storages are made, and what is true of them."""
@@ -55,6 +57,9 @@ class StorageTests:
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Mark the known failures, on copies: other storages have the same tests."""
         super().__init_subclass__(**keywords)
+        for name in SWITCHES:
+            if not isinstance(value := getattr(cls, name), bool):
+                raise TypeError(f"{cls.__name__}.{name} must be True or False, got {value!r}")
         for name, reason in cls.known_failures.items():
             if not callable(getattr(cls, name, None)):
                 near = difflib.get_close_matches(name, [n for n in dir(cls) if n[:5] == "test_"])

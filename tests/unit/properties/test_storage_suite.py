@@ -112,6 +112,12 @@ def test_a_storage_that_cannot_be_recorded_is_told_what_to_say(tmp_path: pathlib
     assert any("has records = False" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("name", ["shared", "keeps_files", "records"])
+def test_a_switch_that_is_no_bool_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Wrong\.{name} must be True or False, got 'no'$"):
+        type("Wrong", (StorageSuite,), {name: "no"})
+
+
 def test_a_skip_says_by_which_setting(tmp_path: pathlib.Path) -> None:
     with pytest.raises(pytest.skip.Exception, match=r"^records = False: C code writes the files"):
         TestSqlite().test_killed_save(tmp_path)
