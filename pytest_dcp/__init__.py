@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_dcp.faults.storage import FaultyStorage
     from pytest_dcp.harness.carried_state import LostStateWarning
     from pytest_dcp.harness.exit_warnings import LeftBehindWarning
+    from pytest_dcp.harness.items import ChangedStateWarning
     from pytest_dcp.harness.lockstep_world import RankWorld as World
     from pytest_dcp.harness.rank import announce_death
     from pytest_dcp.harness.world_test_mixin import WorldTestMixin
@@ -49,6 +50,7 @@ __all__ = [
     "FaultyStorage",
     "WorldTestMixin",
     "announce_death",
+    "ChangedStateWarning",
     "LeftBehindWarning",
     "LostStateWarning",
     "DcpError",
@@ -84,6 +86,7 @@ _LAZY = {
     "WorldTestMixin": "pytest_dcp.harness.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
     "announce_death": "pytest_dcp.harness.rank:announce_death",
+    "ChangedStateWarning": "pytest_dcp.harness.items:ChangedStateWarning",
     "LostStateWarning": "pytest_dcp.harness.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp.harness.exit_warnings:LeftBehindWarning",
 }

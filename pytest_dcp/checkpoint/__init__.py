@@ -12,6 +12,7 @@ from pytest_dcp.checkpoint import staging as staging
 from pytest_dcp.checkpoint import stateful as stateful
 from pytest_dcp.checkpoint import torch_twins as torch_twins
 from pytest_dcp.checkpoint.api import CheckpointException
+from pytest_dcp.checkpoint.coordinate import StepError
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from pytest_dcp.checkpoint.filesystem import (
     FileSystemReader,
@@ -109,6 +110,7 @@ __all__ = [
     "PlanError",
     "ReplicaMismatchError",
     "SaverProcessError",
+    "StepError",
     "UntrustedPickleError",
 ]
 

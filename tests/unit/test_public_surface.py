@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pickle
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 import pytest_dcp
 from pytest_dcp import errors
+from pytest_dcp.checkpoint import StepError
 
 ROOT = Path(pytest_dcp.__file__).parent
 README = ROOT.parent / "README.md"
@@ -53,6 +56,25 @@ def test_the_package_itself_has_what_fixtures_give() -> None:
     assert pytest_dcp.World is lockstep_world.RankWorld
     assert pytest_dcp.Worlds is worlds.Worlds
     assert pytest_dcp.FaultyStorage is importlib.import_module("pytest_dcp.faults").FaultyStorage
+
+
+def test_every_warning_of_the_harness_is_exported_by_the_package() -> None:
+    warned = {"ChangedStateWarning", "LeftBehindWarning", "LostStateWarning"}
+    assert warned <= {name for name in defined_names() if name.endswith("Warning")}
+    assert warned <= set(public_names("pytest_dcp"))
+    assert all(issubclass(getattr(pytest_dcp, name), pytest.PytestWarning) for name in warned)
+
+
+def test_a_failed_step_is_shown_and_pickled_under_its_public_name() -> None:
+    wrapped = (FileNotFoundError(2, "gone"), traceback.StackSummary())
+    for failures in ({}, {0: wrapped}):
+        error = StepError("plan", failures, "save")
+        assert traceback.format_exception_only(error)[0].startswith(
+            "pytest_dcp.checkpoint.StepError: step 'plan'"
+        )
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -81,6 +81,9 @@ class StepError(CheckpointException, CheckpointError):
     raised one. It has the attributes (`errno`, `missing`) of the lowest failed rank's exception.
     """
 
+    __module__ = "pytest_dcp.checkpoint"
+    """Where users import it from, which is what tracebacks and pickles name."""
+
     def __new__(cls, step: str, failures: Mapping[int, Wrapped], *_: object) -> StepError:
         cause = shared_class([error for error, _ in failures.values()], known=cls)
         if cause in (RemoteError, PeerAborted):
