@@ -152,7 +152,7 @@ def _misfit(
             converted[fqn] = (dtype, kind)
             return None
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
-    if value.is_nested:
+    if not isinstance(value, ShardedTensor) and value.is_nested:
         return f"{fqn!r} is a nested tensor here: load its values() and offsets()"
     here, now = _size_and_dtype(fqn, value)
     if tuple(here) != size:
