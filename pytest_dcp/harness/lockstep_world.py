@@ -73,7 +73,7 @@ class RankWorld:
         __tracebackhide__ = True
         import cloudpickle
 
-        self._check("src", src)
+        self._check("broadcast", "src", src)
         payload = cloudpickle.dumps(value) if self.rank == src else b""
         data = self._rank.meet(f"broadcast(src={src})", payload)[src]
         if data is None:
@@ -109,7 +109,7 @@ class RankWorld:
         function, in whichever thread: then every rank makes the call, and it acts in the named one.
         A death that was asked for is no failure of the test; one that does not come is.
         """
-        self._check("rank", rank)
+        self._check("kill", "rank", rank)
         if at is None:
             self._ask("kill", rank)
         elif self.rank == rank:
@@ -121,7 +121,7 @@ class RankWorld:
         `at` and `nth` as in `kill`. A rank that nobody resumes is killed when the others have ended
         the phase, or at the time limit.
         """
-        self._check("rank", rank)
+        self._check("pause", "rank", rank)
         if at is None:
             self._ask("pause", rank)
         elif self.rank == rank:
@@ -129,7 +129,7 @@ class RankWorld:
 
     def resume(self, rank: int) -> None:
         """SIGCONT a rank that was paused; returns when it goes on. Not collective."""
-        self._check("rank", rank)
+        self._check("resume", "rank", rank)
         self._ask("resume", rank)
 
     def disarm(self) -> list[str]:
@@ -145,6 +145,6 @@ class RankWorld:
             raise WorldError(answer.error)
         return answer.survivors
 
-    def _check(self, name: str, rank: int) -> None:
+    def _check(self, call: str, name: str, rank: int) -> None:
         if not 0 <= rank < self.size:
-            raise ValueError(f"{name} takes a rank from 0 to {self.size - 1}; got {rank!r}")
+            raise ValueError(f"{call}(): {name} must be from 0 to {self.size - 1}, got {rank!r}")

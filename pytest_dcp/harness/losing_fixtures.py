@@ -33,8 +33,8 @@ KNOWN = {
             "syrupy",
             "syrupy",
             "refused",
-            "its session would take their snapshots for unused, and delete them with "
-            "--snapshot-update",
+            "syrupy in pytest's own process would take the snapshots of ranks for unused, and "
+            "delete them with --snapshot-update",
         ),
         Losing(
             "snapshottest",
@@ -45,16 +45,27 @@ KNOWN = {
     ),
     "benchmark": (
         Losing(
-            "pytest_benchmark", "pytest-benchmark", "warned of", "its table has no such results"
+            "pytest_benchmark",
+            "pytest-benchmark",
+            "warned of",
+            "the table of benchmarks has no results of ranks",
         ),
     ),
     "benchmark_weave": (
         Losing(
-            "pytest_benchmark", "pytest-benchmark", "warned of", "its table has no such results"
+            "pytest_benchmark",
+            "pytest-benchmark",
+            "warned of",
+            "the table of benchmarks has no results of ranks",
         ),
     ),
     "json_metadata": (
-        Losing("pytest_jsonreport", "pytest-json-report", "warned of", "its file has no such data"),
+        Losing(
+            "pytest_jsonreport",
+            "pytest-json-report",
+            "warned of",
+            "the JSON report has no data of ranks",
+        ),
     ),
 }
 CURE = (

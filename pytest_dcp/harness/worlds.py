@@ -96,7 +96,7 @@ class FunctionWorld:
 
     def _strike(self, act: FaultAct, rank: int) -> None:
         if not 0 <= rank < self.size:
-            raise ValueError(f"rank takes a rank from 0 to {self.size - 1}; got {rank!r}")
+            raise ValueError(f"{act}(): rank must be from 0 to {self.size - 1}, got {rank!r}")
         if self._world.ended:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         self._world.strike(act, rank, f"{act}({rank}) by the test")

@@ -104,7 +104,7 @@ def test_only_the_source_has_to_give_a_value_that_can_be_pickled(
 
 @pytest.mark.parametrize("src", [-1, 3])
 def test_broadcast_from_no_rank_is_an_error_in_every_rank(world: RankWorld, src: int) -> None:
-    with pytest.raises(ValueError, match=f"src takes a rank from 0 to 2; got {src}"):
+    with pytest.raises(ValueError, match=rf"broadcast\(\): src must be from 0 to 2, got {src}"):
         world.broadcast("value", src=src)
     world.barrier()
 
