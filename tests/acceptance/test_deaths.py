@@ -106,7 +106,7 @@ FAILED = (
     ),
     Failed("test_no_such_point[test_deaths:FOREVER_S]", "rank 0: ValueError: .*is no function"),
     Failed(
-        "test_kill_of_no_rank", "ranks 0-2: ValueError: kill(): rank must be from 0 to 2, got 3"
+        "test_kill_of_no_rank", r"ranks 0-2: ValueError: kill\(\): rank must be from 0 to 2, got 3"
     ),
 )
 
