@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
 LIBRARY = re.compile(r"(/site-packages/|/lib/python3\.\d+/|<frozen )")
+STANDARD_LIBRARY = re.compile(r"/lib/python3\.\d+/(?!site-packages/)|<frozen ")
 DISTRIBUTED = re.compile(r"/torch/(distributed/|_C/_distributed)")
 COLLECTIVES = frozenset(
     (
@@ -83,6 +84,20 @@ def _is_users(frame: Frame) -> bool:
     return not (LIBRARY.search(frame.file) or OURS.search(frame.file))
 
 
+def _users_frame(frames: list[Frame]) -> Frame | None:
+    """The innermost frame outside of libraries; in an installed suite, the test's own frame.
+
+    The tests of an installed package lie among the libraries, and are known by their place: they
+    are what the runner called.
+    """
+    if user := next((frame for frame in frames if _is_users(frame)), None):
+        return user
+    runner = next((i for i, frame in enumerate(frames) if RUNNER.search(frame.file)), 0)
+    called = (f for f in reversed(frames[:runner]) if not STANDARD_LIBRARY.search(f.file))
+    first = next(called, None)
+    return None if first is None or OURS.search(first.file) else first
+
+
 def _up_to_entry(frames: list[Frame]) -> list[Frame]:
     """The frames of a rank: what is outside of its beginning is how the process came to be."""
     begins = (
@@ -101,7 +116,7 @@ def doing(trace: str, root: str = "") -> str:
     frames = main_thread(trace)
     if not frames:
         return "its main thread had no Python frame"
-    user = next((frame for frame in frames if _is_users(frame)), None)
+    user = _users_frame(frames)
     where = f"in {frames[0].name}"
     if user is not None:
         file = user.file.removeprefix(f"{root}/") if root else user.file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,14 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import pytest_dcp
-
 if TYPE_CHECKING:
     from sample_session import MakeSuite, SessionResult
 
 LINES = 21
 """Of a whole report: arguments, the test's few lines, the error, what it printed."""
-PACKAGE = str(Path(pytest_dcp.__file__).parent)
+PACKAGE = f"{os.sep}pytest_dcp{os.sep}"
+"""In the paths of the package's own frames, wherever the sessions have it installed."""
 MISTAKES = {
     "test_missing_key": "CheckpointMismatchError: Missing key in checkpoint state_dict: other",
     "test_missing_key_in_ranks": "CheckpointMismatchError: Missing key in checkpoint state_dict",

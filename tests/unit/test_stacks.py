@@ -120,6 +120,14 @@ def test_a_stack_without_user_code_is_named_by_its_innermost_function() -> None:
     assert doing(trace) == "in synchronize"
 
 
+@pytest.mark.parametrize("between", [(), ("/usr/lib/python3.11/unittest/case.py",)])
+def test_a_test_of_an_installed_suite_is_named_by_its_own_line(between: tuple[str, ...]) -> None:
+    files = [C10D, f"{SITE}/wheel/tests/test_step.py", *between, f"{SITE}/_pytest/python.py"]
+    lines = [f'  File "{file}", line {i} in all_reduce' for i, file in enumerate(files, 1)]
+    trace = "\n".join(["Current thread 0x00007f (most recent call first):", *lines])
+    assert doing(trace) == f"in all_reduce, at {files[1]}:2 in all_reduce"
+
+
 def test_the_current_thread_is_meant_also_when_others_come_first_and_after() -> None:
     waiting, done = threading.Event(), threading.Event()
 
