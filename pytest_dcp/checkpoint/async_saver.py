@@ -17,7 +17,8 @@ from pytest_dcp.checkpoint.async_process import Job, save_in_process, sendable
 from pytest_dcp.checkpoint.coordinate import announce
 from pytest_dcp.checkpoint.file_writer import FileSystemWriter
 from pytest_dcp.checkpoint.plan.hooks import overridden
-from pytest_dcp.checkpoint.saving import Save, save_team
+from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck
+from pytest_dcp.checkpoint.saving import Save, planner_for, save_team
 from pytest_dcp.checkpoint.storage_choice import (
     alone,
     check_state_dict,
@@ -43,6 +44,7 @@ def async_save(
     async_stager: AsyncStager | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    replicas: ReplicaCheck | None = None,
 ) -> Future[Metadata] | AsyncSaveResponse:
     """A future of what `save` returns; the state may be changed as soon as it is returned.
 
@@ -53,6 +55,8 @@ def async_save(
     Collective: every rank must call it, in the same order as its other saves and loads of the
     group. It may be called again before the last one is done: the saves of a group, `save` too,
     are made one after another in the order of their calls, each of the state that it was given.
+
+    replicas: as for `save`; the copies are compared while the state is saved, in a process too.
     """
     no_dist = alone(no_dist, "save")
     in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
@@ -71,18 +75,19 @@ def async_save(
         announce(process_group, COORDINATOR)
     with team.preparing():
         check_state_dict(state_dict)
+        chosen = planner_for(planner, replicas)
         writer = writer_for(storage_writer, checkpoint_id)
         reset = reset_to(storage_writer, checkpoint_id)
         stager = async_stager or _own_stager(storage_writer)
         _heed_stage(storage_writer, stager)
-        how = sendable(writer, planner) if in_process else b""
+        how = sendable(writer, chosen) if in_process else b""
         staging = _Staging(state_dict, stager, shared=in_process)
     if in_process:
         job = Job(team, staging.state, how, reset and checkpoint_id, use_collectives)
         uploading = save_in_process(job)
     else:
         uploading = _save_in_thread(
-            Save(team, staging.state, writer, planner, use_collectives=use_collectives, reset=reset)
+            Save(team, staging.state, writer, chosen, use_collectives=use_collectives, reset=reset)
         )
     return staging.response(uploading)
 

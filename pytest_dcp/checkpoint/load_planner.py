@@ -36,6 +36,7 @@ from pytest_dcp.checkpoint.plan.numbers import fill_tensor, number_of
 from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES, is_opaque
 from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
+from pytest_dcp.checkpoint.plan.rank_paths import check_one_tree
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp.checkpoint.plan.value_tensors import check_tensor, tensor_misfit
@@ -315,7 +316,10 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         if not self.flatten_state_dict or not unknown:
             return
         flat, paths = self._flat(plain_mappings_whole=True)
-        if unknown & set(flat):
+        # Such a checkpoint has a mapping whole or in parts: both are of ranks that saved different
+        # things under one key.
+        in_parts = (self.state_dict.keys() - flat.keys()) & index.row_of.keys()
+        if unknown & flat.keys() and not in_parts:
             self.state_dict, self.mappings = flat, paths
 
 
@@ -355,7 +359,9 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             path = room.checked(fqn, paths.get(fqn, (fqn,)))
             if self._should_include_key(fqn, metadata):
                 flat[fqn], places[fqn] = _empty(fqn, stored), path
-                room.put(state_dict, fqn, path, flat[fqn])
+        check_one_tree(places.values())
+        for fqn, path in places.items():
+            room.put(state_dict, fqn, path, flat[fqn])
         super().set_up_planner(state_dict, metadata, is_coordinator)
         # What was built would be flattened otherwise where a list holds no tensor any more.
         self.state_dict, self.mappings = flat, places

@@ -27,13 +27,13 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp.checkpoint.plan.boxes import volumes
 from pytest_dcp.checkpoint.plan.cache import PlanCache
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
-from pytest_dcp.checkpoint.plan.containers import DESCRIPTION, DescribedPaths, describe
-from pytest_dcp.checkpoint.plan.containers import merged as merge_descriptions
+from pytest_dcp.checkpoint.plan.containers import DESCRIPTION, describe
 from pytest_dcp.checkpoint.plan.describe import write_items
 from pytest_dcp.checkpoint.plan.hooks import is_overridden, lists_wanted, overridden
 from pytest_dcp.checkpoint.plan.index import Index, KeyTable, copy_metadata
 from pytest_dcp.checkpoint.plan.nested import Path, as_saved, as_saved_path, flatten
 from pytest_dcp.checkpoint.plan.parts import BOXES
+from pytest_dcp.checkpoint.plan.rank_paths import merge_paths
 from pytest_dcp.checkpoint.plan.replicas import ReplicaCheck, Replicas
 from pytest_dcp.checkpoint.plan.save import GlobalPlan, concatenated, global_plan
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, require_memory
@@ -247,7 +247,7 @@ class DefaultSavePlanner(SavePlanner):
         ]
         metadata = _metadata(together.index)
         if self.flatten_state_dict:
-            metadata = replace(metadata, planner_data=_merged([p.planner_data for p in plans]))
+            metadata = replace(metadata, planner_data=merge_paths([p.planner_data for p in plans]))
         return plans, metadata
 
 
@@ -279,21 +279,6 @@ def _plan(items: Any, lists: bool) -> SavePlan:
 def _metadata(index: Index) -> Metadata:
     keys: Any = KeyTable(index)
     return Metadata(keys)
-
-
-def _merged(data: Sequence[Mapping[str, Path] | None]) -> dict[str, Path]:
-    """The ranks' paths together; where ranks differ, the lowest counts."""
-    merged: dict[str, Path] = {}
-    for paths in data:
-        if paths and paths != merged:
-            for fqn, path in paths.items():
-                merged.setdefault(fqn, path)
-    if DESCRIPTION not in merged:
-        return merged
-    del merged[DESCRIPTION]
-    told = (paths.get(DESCRIPTION) for paths in data if paths)
-    description = merge_descriptions([path[0] for path in told if path is not None])
-    return merged if description is None else DescribedPaths(merged, description)
 
 
 KEPT_BYTES = 64 << 20

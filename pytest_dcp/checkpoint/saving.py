@@ -111,7 +111,7 @@ def save(
             team,
             lambda: plain_state(state_dict),
             writer_for(storage_writer, checkpoint_id),
-            _planner_for(planner, replicas),
+            planner_for(planner, replicas),
             use_collectives=use_collectives,
             progress=progress,
             reset=reset_to(storage_writer, checkpoint_id),
@@ -142,7 +142,7 @@ def save_team(
     )
 
 
-def _planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
+def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
     """The given planner, or a default one with this option, which is for it alone."""
     if planner is None:
         return DefaultSavePlanner(replicas=replicas or "sample")

@@ -156,6 +156,14 @@ def merged(texts: Iterable[str]) -> str | None:
     return json.dumps(list(known.values()), separators=(",", ":"))
 
 
+def paths_of_kind(text: str, kind: str | None = None) -> frozenset[Path]:
+    """Where the description has containers of this kind; None: of any."""
+    if kind is not None and f'"{kind}"' not in text:
+        return frozenset()
+    entries = json.loads(text)
+    return frozenset(tuple(e["path"]) for e in entries if kind in (None, e["kind"]))
+
+
 def alike(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A container of these items that is described as the original is: of its class if known."""
     name = _NAME_OF.get(type(original), "dict")

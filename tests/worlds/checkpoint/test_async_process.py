@@ -32,7 +32,7 @@ from pytest_dcp.checkpoint import async_process
 from pytest_dcp.checkpoint.coordinate import StepError
 from pytest_dcp.checkpoint.staging import DefaultStager, StagingOptions
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from pytest_dcp.errors import SaverProcessError
+from pytest_dcp.errors import ReplicaMismatchError, SaverProcessError
 
 pytestmark = pytest.mark.world_size(2, timeout=400)
 
@@ -130,12 +130,23 @@ def test_a_save_in_a_process_is_a_save(
     for shared in (True, False):
         a_stager_may_take_its_time(checkpoint_dir / f"stager {shared}", device_mesh, shared)
     a_failing_stager_is_named(checkpoint_dir / "failing stager", rank)
+    replicas_are_compared_as_asked(checkpoint_dir / "replicas", rank)
     what_cannot_be_sent_is_named_at_once(checkpoint_dir / "refused")
     assert len(set(PROCESSES)) == 1
 
 
 PROCESSES: list[int] = []
 """Process ids of the background processes that this module saw in this rank."""
+
+
+def replicas_are_compared_as_asked(folder: Path, rank: int) -> None:
+    large = {"w": torch.arange(1 << 15)}
+    large["w"][-1] = rank
+    begun(large, folder / "off", replicas="off").result(WAIT_S)
+    error = failure(begun(large, folder / "check", replicas="check"))
+    assert isinstance(error, ReplicaMismatchError)
+    assert "'w' differs first at index (32767,): 0 on rank 0, 1 on rank 1" in str(error)
+    assert not (folder / "check" / ".metadata").exists()
 
 
 def it_is_saved_as_it_was(folder: Path, mesh: DeviceMesh) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.plan.replicas import SAMPLED_AT_LEAST
-from pytest_dcp.errors import CheckpointMismatchError, ReplicaMismatchError
+from pytest_dcp.errors import CheckpointMismatchError, PlanError, ReplicaMismatchError
 
 pytestmark = pytest.mark.world_size(4, isolation="module")
 
@@ -297,3 +297,61 @@ def test_a_distributed_tensor_is_no_value_of_one_rank(
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     with pytest.raises(CheckpointException, match="'w' is a PerRank: it needs flatten_state_dict"):
         dcp.save({"w": dcp.PerRank(1)}, checkpoint_id=checkpoint_dir, planner=planner)
+
+
+@pytest.mark.parametrize(
+    "other", [5, torch.ones(2), {"x": 1}, {}, [torch.ones(1)], {"rank_0_of_4": 1}], ids=repr
+)
+def test_a_value_per_rank_beside_another_value_under_its_key_is_refused(
+    checkpoint_dir: Path, rank: int, other: Any
+) -> None:
+    value = other if rank == 2 else dcp.PerRank(rank)
+    state = {"data": {"rng": value, "step": 1}}
+    if rank == 3:
+        del state["data"]["rng"]  # A rank may lack the key.
+    with pytest.raises(
+        CheckpointException, match=r"'data\.rng' is a PerRank on ranks 0-1, and .* on rank 2\n"
+    ) as caught:
+        dcp.save(state, checkpoint_id=checkpoint_dir)
+    assert isinstance(caught.value, PlanError)
+    assert not any(checkpoint_dir.iterdir())
+
+
+def test_a_value_per_rank_may_be_lacking_on_a_rank(checkpoint_dir: Path, rank: int) -> None:
+    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    for step in range(2):
+        state = {"step": step} if rank == 1 else {"step": step, "rng": dcp.PerRank(rank)}
+        dcp.save(state, checkpoint_id=checkpoint_dir / str(step), planner=planner)
+    found = dcp.load_without_template(checkpoint_id=checkpoint_dir / "1")
+    assert found == {"step": 1, "rng": {0: 0, 2: 2, 3: 3}}
+
+
+@pytest.mark.parametrize("below", [1, torch.ones(1)], ids=["value", "tensor"])
+@pytest.mark.parametrize("above", [5, torch.ones(3)], ids=["value", "tensor"])
+def test_a_value_on_one_rank_and_a_container_on_another_have_no_common_state_dict(
+    checkpoint_dir: Path, rank: int, above: Any, below: Any
+) -> None:
+    state = {"a": above if rank == 0 else {"b": below}, "c": 2}
+    dcp.save(state, checkpoint_id=checkpoint_dir)
+    target = blank(state)
+    dcp.load(target, checkpoint_id=checkpoint_dir)
+    assert same(target, state)
+    with pytest.raises(CheckpointMismatchError, match=r"'a' is a value, and 'a\.b' is below it"):
+        dcp.load_without_template(checkpoint_id=checkpoint_dir)
+    assert dcp.load_without_template(checkpoint_id=checkpoint_dir, keys=["c"]) == {"c": 2}
+
+
+def test_a_save_in_the_background_compares_as_asked(checkpoint_dir: Path, rank: int) -> None:
+    def save(name: str, **options: Any) -> Any:
+        state = {"w": torch.full((2,), float(rank // 2)), "equal": 1}
+        future: Any = dcp.async_save(state, checkpoint_id=checkpoint_dir / name, **options)
+        return future.result()
+
+    save("off", replicas="off")
+    error = refused(lambda: save("check", replicas="check"))
+    assert "'w' differs first at index (0,): 0.0 on ranks 0-1, 1.0 on ranks 2-3" in str(error)
+    assert not (checkpoint_dir / "check" / ".metadata").exists()
+    with pytest.raises(ValueError, match="'sample', 'check' or 'off'"):
+        save("no", replicas="always")
+    with pytest.raises(ValueError, match="give it to your DefaultSavePlanner"):
+        save("no", replicas="check", planner=dcp.DefaultSavePlanner())
