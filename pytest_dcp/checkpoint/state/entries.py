@@ -21,6 +21,11 @@ from pytest_dcp.checkpoint.state.packing import Spec
 from pytest_dcp.checkpoint.state.parts import size_of
 from pytest_dcp.checkpoint.state.settings import needed_settings
 
+ANEW = (
+    "The state dict has no state of any parameter, as before an optimizer's first step, and this "
+    "optimizer has: to let it begin anew, clear it first with optimizer.state.clear().",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Lack:
@@ -42,6 +47,8 @@ class EntryCheck:
     """Keys of entries that the optimizer does not know: state.<parameter>.<entry>."""
     unset: tuple[str, ...] = ()
     """Keys of groups that come without any setting, and of settings that every step needs."""
+    advice: tuple[str, ...] = ()
+    """What to do about it, where that is not plain."""
 
     def mismatch(self) -> Mismatch:
         """The same as keys of a flat state dict; a state that is wholly missing is one key."""
@@ -49,7 +56,7 @@ class EntryCheck:
         for name, lack in self.lacks.items():
             state = f"{STATE}.{name}"
             missing += [state] if lack.whole else [f"{state}.{entry}" for entry in lack.entries]
-        return Mismatch((*missing, *self.unset), self.strange)
+        return Mismatch((*missing, *self.unset), self.strange, advice=self.advice)
 
 
 def check_entries(
@@ -66,11 +73,13 @@ def check_entries(
     states: the state of each parameter, {} where it has none, and what is kept for all.
     grouped: the parameters that are in a group of the state dict; others are not looked at.
     raw: whether it is the optimizer's own state dict, which says nothing of a parameter that was
-        not stepped yet: such a state is missing only if this optimizer has one, which would be
-        lost. A state dict without any state is of an optimizer that was never stepped, and
-        nothing is missing there.
+        not stepped yet. There, and where the state dict has no state of any parameter, a state is
+        missing only if this optimizer has one, which would be lost.
+
+    Collective with FSDP1, where such a state is looked for.
     """
-    unstepped = raw and not any(states[name] for name in grouped)
+    unstepped = not any(states[name] for name in grouped)
+    if_held = raw or unstepped
     lacks: dict[Any, Lack] = {}
     strange: list[str] = []
     for at, (names, partner) in enumerate(zip(target.groups, partners, strict=True)):
@@ -85,15 +94,16 @@ def check_entries(
                 continue
             required = [k for k, v in (current if made is None else made).items() if v is not None]
             missing = tuple(entry for entry in required if entry not in given)
-            if missing and (given or not raw or (current and not unstepped)):
+            if missing and (given or not if_held or target.holds(name)):
                 lacks[name] = Lack(missing, whole=not given)
             if made is not None:
                 allowed = made.keys() | current.keys()
                 strange += [f"{STATE}.{name}.{entry}" for entry in given if entry not in allowed]
-    for key in [] if unstepped else target.common_keys():
+    for key in target.common_keys():
         if key not in states:
             lacks[key] = Lack((), whole=True)
-    return EntryCheck(lacks, tuple(strange), _unset(target, partners, alien=bool(strange)))
+    unset = _unset(target, partners, alien=bool(strange))
+    return EntryCheck(lacks, tuple(strange), unset, ANEW if unstepped and lacks else ())
 
 
 def _is_trained(target: Target, at: int, name: str) -> bool:

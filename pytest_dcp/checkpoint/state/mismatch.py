@@ -26,6 +26,8 @@ class Mismatch:
     """What both have, and why it does not fit."""
     groups: tuple[str, ...] = ()
     """Groups of parameters that have no counterpart, and why."""
+    advice: tuple[str, ...] = ()
+    """What to do about what is missing, beside what is said always."""
 
     def merged(self, others: Iterable[Mismatch]) -> Mismatch:
         """All that is in this one or in the others."""
@@ -35,6 +37,7 @@ class Mismatch:
             tuple(dict.fromkeys(name for one in every for name in one.unexpected)),
             {name: why for one in every for name, why in one.misfits.items()},
             tuple(dict.fromkeys(why for one in every for why in one.groups)),
+            tuple(dict.fromkeys(line for one in every for line in one.advice)),
         )
 
     def require_none(self, what: str, *, strict: bool) -> None:
@@ -63,6 +66,7 @@ class Mismatch:
             lines.append(f"... and {hidden} more, see the error's attributes")
         if strict:
             lines += _nearest(self.missing, self.unexpected)
+            lines += self.advice
         if strict and not self.misfits:
             lines.append(
                 "Load what belongs to this model, or load what fits with "

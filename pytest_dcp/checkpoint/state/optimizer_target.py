@@ -40,6 +40,8 @@ class Target:
     fsdp_names: dict[str, str]
     """FSDP1's own names of the parameters; {} without FSDP1."""
     _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _held: list[frozenset[str]] = field(default_factory=list)
+    """Under FSDP1, once it was asked for: the names of which the optimizer has a state."""
 
     @classmethod
     def of(cls, scope: Scope, optimizer: Optimizer) -> Target:
@@ -163,8 +165,7 @@ class Target:
         theirs = self.fsdp_names
         states = {theirs.get(key, key): of for key, of in state[STATE].items() if of != {}}
         if lacking or self.names() - state[STATE].keys():
-            own = own_method(self.optimizer, "state_dict")()
-            current = fsdp1.named(self.scope.model, self.optimizer, own)[STATE]
+            current = self._named_by_fsdp1()
             given = {theirs[name] for name in state[STATE].keys() & theirs.keys()}
             states |= {name: of for name, of in current.items() if name not in given}
             for name in lacking.keys() & state[STATE].keys():
@@ -176,6 +177,22 @@ class Target:
         """What the optimizer has of a parameter; {} under FSDP1, where it has something else."""
         parameter = self.parameters.get(name)
         return {} if parameter is None else self.optimizer.state.get(parameter, {})
+
+    def holds(self, name: str) -> bool:
+        """Whether the optimizer has a state of a parameter. Collective under FSDP1."""
+        if not self.fsdp_names:
+            return any(value is not None for value in self.current(name).values())
+        if not self._held:
+            states = self._named_by_fsdp1().items()
+            canonical = self.scope.names.canonical
+            self._held.append(frozenset(canonical(key) for key, of in states if of))
+        return name in self._held[0]
+
+    def _named_by_fsdp1(self) -> dict[str, Any]:
+        """What the optimizer has of each parameter, by FSDP1's names. Collective."""
+        own = own_method(self.optimizer, "state_dict")()
+        states: dict[str, Any] = fsdp1.named(self.scope.model, self.optimizer, own)[STATE]
+        return states
 
     def _layout(self, name: str, entry: str, size: torch.Size) -> torch.Tensor | None:
         """A tensor that lies as the state is to lie; None where it is to stay as it is."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_dcp.checkpoint.state import fsdp1
 from pytest_dcp.checkpoint.state.flat import GROUPS, STATE
+from pytest_dcp.checkpoint.state.fsdp1_own import name_own
 from pytest_dcp.checkpoint.state.groups import PARAMS
 from pytest_dcp.checkpoint.state.optimizer_target import Target
 from pytest_dcp.errors import CheckpointMismatchError
@@ -46,7 +46,14 @@ def name_positions(targets: Sequence[Target], given: Mapping[str, Any]) -> dict[
             "get_optimizer_state_dict, which has names"
         )
     if target.fsdp_names:
-        named = fsdp1.named(target.scope.model, target.optimizer, dict(given))
+        if target.scope.options.broadcast_from_rank0:
+            raise CheckpointMismatchError(
+                "the state dict has numbers for its parameters, as an optimizer's own "
+                "state_dict() has: within FSDP1 that is the state of one rank's parts, which "
+                "broadcast_from_rank0 cannot give the others. Save the state dict of "
+                "get_optimizer_state_dict with full_state_dict=True"
+            )
+        named = name_own(target, given)
         canonical = target.scope.names.canonical
         return _renamed(named, {theirs: canonical(theirs) for theirs in named[STATE]}, target)
     numbers = [number for group in given[GROUPS] for number in group[PARAMS]]

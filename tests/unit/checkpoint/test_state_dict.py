@@ -900,12 +900,38 @@ def test_an_optimizers_own_state_dict_is_taken(kind: Any, stepped: bool) -> None
         other_optimizer.state["calls"] = 0
     train(other, other_optimizer)
     other.load_state_dict(model.state_dict())
+    if not stepped:
+        other_optimizer.state.clear()  # What it has would be lost: see below.
     set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(optimizer.state_dict()))
     if stepped:
         same(other_optimizer.state_dict(), optimizer.state_dict())
         assert train(other, other_optimizer) == train(model, optimizer)
     else:
         assert not [key for key in other_optimizer.state if isinstance(key, torch.Tensor)]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Odd])
+def test_a_state_dict_without_states_never_empties_an_optimizer(kind: Any, named: bool) -> None:
+    model, optimizer = trained(kind)
+    fresh = kind(model.parameters(), **({} if kind is Odd else {"lr": 0.9}))
+    state: Any = copy.deepcopy(fresh.state_dict())
+    if named:
+        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        state["param_groups"] = copy.deepcopy(groups)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"optimizer\.state\.clear\(\)") as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    names = {f"state.{name}" for name, _ in model.named_parameters()}
+    assert set(caught.value.missing) == names | ({"state.calls"} if kind is Odd else set())
+    same(optimizer.state_dict(), before)
+    set_optimizer_state_dict(model, optimizer, state, options=LOOSE)
+    same(optimizer.state_dict()["state"], before["state"])
+    set_optimizer_state_dict(model, fresh, state)
+    assert not fresh.state
+    optimizer.state.clear()
+    set_optimizer_state_dict(model, optimizer, state)
+    assert not optimizer.state
 
 
 def test_an_optimizers_own_state_dict_is_checked_too() -> None:

@@ -21,7 +21,7 @@ from pytest_dcp.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
-from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),
@@ -261,6 +261,63 @@ def test_an_optimizers_own_state_dict_is_taken_in_every_way(way: str) -> None:
     set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(optimizer.state_dict()))
     losses = train(model, optimizer, steps=2)
     assert train(other, other_optimizer, steps=2) == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["plain", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_own_state_dict_never_takes_states_away(way: str, empty: bool) -> None:
+    model = WAYS[way](Net())
+    optimizer = adamw(model)
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, steps=2)
+    if not empty:
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"].pop(0, None)  # FSDP1 has it where a part of the parameter is.
+    before = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        set_optimizer_state_dict(model, optimizer, state)
+    assert ("optimizer.state.clear()" in str(caught.value)) == empty
+    assert (len(caught.value.missing) == 8) == empty
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+    close(get_optimizer_state_dict(model, optimizer, options=FULL), before)
+    optimizer.state.clear()
+    if way == "fsdp1" and not empty:  # Its parameters lie together, and so are stepped together.
+        with pytest.raises(CheckpointMismatchError, match=r"first\.up\.weight is not in"):
+            set_optimizer_state_dict(model, optimizer, state)
+    else:
+        set_optimizer_state_dict(model, optimizer, state)
+        assert len(optimizer.state) == (0 if empty else len(state["state"]))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("entry", [None, "exp_avg"])
+def test_an_own_state_dict_that_lacks_one_ranks_part_of_a_state(
+    rank: int, strict: bool, entry: str | None
+) -> None:
+    model = WAYS["fsdp1"](Net())
+    optimizer = adamw(model)
+    train(model, optimizer)
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    if rank == 2:  # Ranks 1 and 2 have elements of the second parameter.
+        del (state["state"] if entry is None else state["state"][1])[entry or 1]
+    train(model, optimizer)
+    before = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=FULL))
+    what = "'exp_avg', 'exp_avg_sq', 'step'" if entry is None else "'exp_avg'"
+    with pytest.raises(
+        CheckpointMismatchError, match=rf"'state\.first\.up\.bias': {what} missing on rank 2"
+    ):
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=strict))
+    close(get_optimizer_state_dict(model, optimizer, options=FULL), before)
+
+
+def test_an_own_state_dict_within_fsdp1_cannot_be_broadcast(rank: int) -> None:
+    model = WAYS["fsdp1"](Net())
+    optimizer = adamw(model)
+    train(model, optimizer)
+    state: Any = optimizer.state_dict() if rank == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    with pytest.raises(CheckpointError, match="broadcast_from_rank0 cannot give the others"):
+        set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
 def test_parameters_that_are_whole_after_a_forward_are_found_sharded() -> None:
