@@ -40,6 +40,8 @@ from pytest_dcp.checkpoint.storage_choice import (
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
 from pytest_dcp.checkpoint.store.ranges import Verify
+from pytest_dcp.checkpoint.wire import record
+from pytest_dcp.checkpoint.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError, CheckpointReplacedError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -213,6 +215,9 @@ class Planned:
     """Entries of `rename` that find nothing on this rank, and why."""
 
 
+record(Planned)
+
+
 class _Load:
     """One rank's part in one load."""
 
@@ -231,6 +236,7 @@ class _Load:
         self.state_dict: dict[str, Any] = {}
         self.reader = storage_reader
         self.planner = planner
+        team.pickles = allows_pickles(planner, storage_reader)
         self.progress = progress
         self.phases = Phases()
         self.save_id: str | None = None

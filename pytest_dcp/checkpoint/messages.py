@@ -19,6 +19,7 @@ from pytest_dcp.checkpoint.plan.columns import WriteItems
 from pytest_dcp.checkpoint.store import manifest
 from pytest_dcp.checkpoint.store.catalog import Catalog, EntryTable
 from pytest_dcp.checkpoint.store.written import WriteResults, Written
+from pytest_dcp.checkpoint.wire import record
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +83,9 @@ class PackedMetadata:
     """Of a catalog without what planner and storage said."""
     said: tuple[Any, Any, Any, Mapping[str, Any]]
     """planner_data, storage_meta, version, further attributes."""
+
+
+record(Homeward, PackedMetadata)
 
 
 def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:

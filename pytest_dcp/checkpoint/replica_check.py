@@ -37,6 +37,7 @@ from pytest_dcp.checkpoint.store.digests import (
     sum_of_tensor,
 )
 from pytest_dcp.checkpoint.store.memory import memory_of
+from pytest_dcp.checkpoint.wire import record
 
 Lookup = Callable[[int], Any]
 """The data of a row of the local plan: this rank's memory of a box, or a value."""
@@ -63,6 +64,9 @@ class _Copy:
     offset: tuple[int, ...] = ()
     """Of the box in the full tensor."""
     dtype: torch.dtype = torch.uint8
+
+
+record(Dispute, _Copy)
 
 
 class Comparison:

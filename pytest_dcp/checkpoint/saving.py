@@ -45,6 +45,7 @@ from pytest_dcp.checkpoint.storage_choice import (
     writer_for,
 )
 from pytest_dcp.checkpoint.store.observe import Observer, Progress, watched
+from pytest_dcp.checkpoint.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -176,6 +177,7 @@ class Save:
         """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
         self.writer = storage_writer
         self.planner = planner or DefaultSavePlanner()
+        team.pickles = allows_pickles(self.planner, storage_writer)
         self.use_collectives = use_collectives
         self.progress = progress
         self.phases = Phases()

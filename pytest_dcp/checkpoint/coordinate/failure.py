@@ -1,23 +1,24 @@
 """Pure (no I/O): how a rank's failure travels, and what every rank raises for it.
 
-An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and its
-pickle where that builds the same exception again. Causes reach every rank, which raises one
-`StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that it
-reads alike everywhere; there the exception itself is its `__cause__`, unless it is explained (see
-`pytest_dcp.tracebacks`): then the text has it all, and the exception is its `__context__`.
+An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and what it
+is made of, where that is plain data (see `carried_error`). Causes reach every rank, which raises
+one `StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that
+it reads alike everywhere; there the exception itself is its `__cause__`, unless it is explained
+(see `pytest_dcp.tracebacks`): then the text has it all, and the exception is its `__context__`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pytest_dcp.checkpoint import wire
+from pytest_dcp.checkpoint.coordinate.carried_error import CarriedError, carry, is_whole, rebuild
 from pytest_dcp.checkpoint.coordinate.error_class import bare, combined, facts_of, shared_class
 from pytest_dcp.errors import CheckpointError, DcpError
 from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
@@ -26,8 +27,6 @@ Wrapped = tuple[BaseException, traceback.StackSummary]
 """torch's WRAPPED_EXCEPTION."""
 
 MAX_TEXT = 64 * 1024
-MAX_PICKLE_BYTES = 1024 * 1024
-"""Above it (an exception that holds a tensor) the text travels alone: every rank gets a copy."""
 NAMED_ON_FIRST_LINE = 3
 OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -60,7 +59,7 @@ class PeerAborted(CoordinationError):
 
 
 class RemoteError(CheckpointError):
-    """Stands for an exception of another rank that cannot be rebuilt from its pickle."""
+    """Stands for an exception of another rank that cannot be rebuilt here from plain data."""
 
     def __init__(self, type_name: str, text: str) -> None:
         super().__init__(type_name, text)
@@ -136,8 +135,12 @@ class Cause:
     text: str
     frames: tuple[tuple[str, int, str, str], ...]
     """File, line, function and source line, outermost first, without this package's own."""
-    pickled: bytes | None
-    """None: the text stands for the exception."""
+    error: CarriedError | None = None
+    """What the exception is made of; None: the text stands for it."""
+    nested: tuple[Cause, ...] = ()
+    """Of a StepError, which is an operation's within this one: its causes ..."""
+    step: tuple[str, str] | None = None
+    """... its step and its operation."""
 
     def summary(self) -> str:
         """One line: the rank, and the first line of the exception."""
@@ -149,14 +152,42 @@ class Cause:
         return _rebuild(self), traceback.StackSummary.from_list(list(self.frames))
 
 
+wire.record(Cause)
+
+
 def capture(rank: int, error: BaseException) -> Cause:
     """The cause that stands for an exception of this rank."""
-    return Cause(
-        rank=rank,
-        type_name=_name_of(error),
-        text=_text_of(error)[:MAX_TEXT],
-        frames=tuple(_frames_of(error)),
-        pickled=_faithful_pickle(error),
+    return _captured(rank, error, traceback.extract_tb(error.__traceback__))
+
+
+def _captured(rank: int, error: BaseException, stack: traceback.StackSummary) -> Cause:
+    found: tuple[CarriedError | None, tuple[Cause, ...], tuple[str, str] | None]
+    if isinstance(error, StepError):
+        inner = tuple(_captured(at, *wrapped) for at, wrapped in error.failures.items())
+        found = None, inner, (error.step, error.operation)
+    else:
+        found = carry(error), (), None
+    return Cause(rank, _name_of(error), _text_of(error)[:MAX_TEXT], _frames_of(stack), *found)
+
+
+def checked_cause(value: object) -> Cause:
+    """The cause that another rank has sent. Raises ValueError where it is none."""
+    if not isinstance(value, Cause) or not _is_whole(value):
+        raise ValueError(f"expected the cause of a failure, got {value!r:.200}")
+    return value
+
+
+def _is_whole(cause: Cause) -> bool:
+    texts = (cause.type_name, cause.text, *(cause.step or ()))
+    frames, nested = cause.frames, cause.nested
+    return (
+        type(cause.rank) is int
+        and {str}.issuperset(map(type, texts))
+        and (cause.step is None or len(cause.step) == 2)
+        and {tuple}.issuperset(map(type, (frames, nested)))
+        and all(tuple(map(type, frame)) == (str, int, str, str) for frame in frames)
+        and (cause.error is None or is_whole(cause.error))
+        and all(isinstance(inner, Cause) and _is_whole(inner) for inner in nested)
     )
 
 
@@ -185,10 +216,9 @@ def is_echo(error: BaseException) -> bool:
     return False
 
 
-def _frames_of(error: BaseException) -> list[tuple[str, int, str, str]]:
-    summary = traceback.extract_tb(error.__traceback__)
+def _frames_of(summary: traceback.StackSummary) -> tuple[tuple[str, int, str, str], ...]:
     frames = [(f.filename, f.lineno or 0, f.name, f.line or "") for f in summary]
-    return [frame for frame in frames if not frame[0].startswith(OWN_FOLDER)]
+    return tuple(frame for frame in frames if not frame[0].startswith(OWN_FOLDER))
 
 
 def _text_of(error: BaseException) -> str:
@@ -198,32 +228,15 @@ def _text_of(error: BaseException) -> str:
         return f"{type(error).__name__} (its text cannot be had: {type(broken).__name__})"
 
 
-def _faithful_pickle(error: BaseException) -> bytes | None:
-    """The pickle of an exception, if it is small and builds the same class with the same text."""
-    try:
-        data = pickle.dumps(error, protocol=5)
-        if len(data) > MAX_PICKLE_BYTES:
-            return None
-        copy = pickle.loads(data)
-        same = type(copy) is type(error) and str(copy) == str(error)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: BLE001 - any class may come, and pickling runs its code
-        return None
-    return data if same else None
-
-
 def _rebuild(cause: Cause) -> BaseException:
-    if cause.pickled is not None:
-        try:
-            error = pickle.loads(cause.pickled)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # noqa: BLE001 - the class may be missing or broken on this rank
-            return RemoteError(cause.type_name, cause.text)
-        if isinstance(error, BaseException):
-            return error
-    return RemoteError(cause.type_name, cause.text)
+    if cause.step is not None:
+        step, operation = cause.step
+        return StepError(step, {inner.rank: inner.rebuild() for inner in cause.nested}, operation)
+    error: BaseException | None = None
+    if cause.error is not None:
+        with contextlib.suppress(Exception):  # the class may be another one on this rank
+            error = rebuild(cause.error)
+    return RemoteError(cause.type_name, cause.text) if error is None else error
 
 
 def _headline(error: BaseException) -> str:

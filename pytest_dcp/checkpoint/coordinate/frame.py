@@ -20,6 +20,7 @@ HEADER = struct.Struct("<4sBBHIIQ")
 ALIGNMENT = 16
 FEW_SEGMENTS = 4
 """Of the first frame of a peer that has not shown the secret yet."""
+MAX_ALERT_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1 << 40
 """Above any plan: a longer length is garbage."""
 
@@ -106,6 +107,30 @@ def encode(frame: Frame) -> list[Segment]:
     head = frame.head
     header = HEADER.pack(MAGIC, frame.kind, head.mode, len(name), head.number, len(sizes), length)
     return [header + front, *pieces]
+
+
+def encode_alert(text: str) -> list[Segment]:
+    """The segments of an ALERT."""
+    return [text.encode("utf-8", "replace")]
+
+
+def alert_text(frame: Frame) -> str:
+    """What an ALERT says, on one line."""
+    said = bytes(frame.segments[0]) if frame.segments else b""
+    return said[:MAX_ALERT_BYTES].decode("utf-8", "replace")
+
+
+def decode(data: bytes) -> Frame:
+    """The one frame of these bytes. Raises FrameError where they are anything else."""
+    reader, view = FrameReader(len(data)), memoryview(data)
+    while view:
+        space = reader.space()
+        count = min(len(space), len(view))
+        space[:count] = view[:count]
+        view = view[count:]
+        if (frame := reader.filled(count)) is not None and not view:
+            return frame
+    raise FrameError(f"expected one frame, got {len(data)} bytes that are none")
 
 
 class FrameReader:

@@ -9,7 +9,6 @@ waits until every rank has stated how its work ended, so that no rank writes on 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import selectors
 import time
 from collections.abc import Iterable
@@ -18,9 +17,15 @@ from dataclasses import dataclass
 from pytest_dcp.checkpoint.coordinate import rendezvous
 from pytest_dcp.checkpoint.coordinate.admission import Admission, admit, difference
 from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
-from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, encode
+from pytest_dcp.checkpoint.coordinate.frame import (
+    START,
+    Frame,
+    Head,
+    Kind,
+    encode,
+    encode_alert,
+)
 from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
 from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, make_room_for, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
@@ -118,7 +123,7 @@ class Hub:
     def _given_up(self, head: Head) -> list[Cause]:
         """Why the step failed for peers that did not wait while this rank combined."""
         self._pump(0)
-        impatient = [peer for peer in self._peers.values() if _told(peer) is not None]
+        impatient = [peer for peer in self._peers.values() if self._told(peer) is not None]
         for peer in impatient:
             self._take(peer, head)
         return self._causes() if impatient else []
@@ -160,7 +165,11 @@ class Hub:
                 text = f"is in step {frame.head} where the coordinator is in {head}"
                 self._give_up(site.out_of_step(peer.rank, text))
                 return
-            statement = self._statements[peer.rank] = Statement.read(frame)
+            try:
+                statement = self._statements[peer.rank] = Statement.read(frame)
+            except ValueError as error:
+                self._give_up(site.out_of_step(peer.rank, f"sent garbage: {error}"))
+                return
             if statement.cause is not None and not statement.echo:
                 self._alert(statement.cause)
         if line.over:
@@ -194,11 +203,10 @@ class Hub:
         if group is None or len(self._peers) + 1 == site.size:
             return None
         try:
-            data = rendezvous.refused(group, site.coordinator, site.place)
-        except RuntimeError:  # no store any more
+            word = rendezvous.refused(group, site.coordinator, site.place)
+            return None if word is None else Statement.read(word).cause
+        except (RuntimeError, ValueError):  # no store any more, or somebody else's word
             return None
-        cause = pickle.loads(data) if data is not None else None
-        return cause if isinstance(cause, Cause) else None
 
     def _find_silent(self, head: Head, since_s: float) -> None:
         now = time.monotonic()
@@ -236,7 +244,7 @@ class Hub:
                 self._pass_on(peer, self._alert_text)
 
     def _pass_on(self, peer: Peer, text: str) -> None:
-        peer.line.queue(Frame(Kind.ALERT, START, pack(text)))
+        peer.line.queue(Frame(Kind.ALERT, START, encode_alert(text)))
         self._flush(peer)
 
     def _causes(self) -> list[Cause]:
@@ -378,13 +386,23 @@ class Hub:
         """What a peer has told of, or that it is gone; passes it on to the others."""
         self._pump(0)
         for peer in self._peers.values():
-            cause = self._stuck.get(peer.rank) or _told(peer)
+            cause = self._stuck.get(peer.rank) or self._told(peer)
             if cause is None and peer.line.over:
                 cause = self.site.ended(peer.rank, "its work", peer.line.ended or "it left")
             if cause is not None:
                 self._alert(cause)
                 return cause.summary()
         self._ping()
+        return None
+
+    def _told(self, peer: Peer) -> Cause | None:
+        """The failure that a peer has told of, in a frame that is not taken yet."""
+        for frame in peer.line.frames:
+            if frame.kind is Kind.FAILED:
+                try:
+                    return Statement.read(frame).cause
+                except ValueError as error:
+                    return self.site.out_of_step(peer.rank, f"sent garbage: {error}")
         return None
 
     def leave(self, head: Head, cause: Cause) -> None:
@@ -411,7 +429,7 @@ class Hub:
         group, site = self.site.group, self.site
         if group is not None:
             with contextlib.suppress(RuntimeError):  # no store any more, so the group is ending
-                rendezvous.post(group, site.coordinator, site.place, pickle.dumps(verdict))
+                rendezvous.post(group, site.coordinator, site.place, verdict.frame(START))
 
     def _untold(self, told: set[int]) -> Iterable[Peer]:
         for peer in [peer for rank, peer in self._peers.items() if rank not in told]:
@@ -429,11 +447,3 @@ class Hub:
         if self._selector is not None and self._reception is not None:
             self._selector.close()
             self._reception.shut(self._key, self.site.place.kind)
-
-
-def _told(peer: Peer) -> Cause | None:
-    for frame in peer.line.frames:
-        if frame.kind is Kind.FAILED:
-            cause: Cause = unpack(frame.segments)
-            return cause
-    return None

@@ -1,35 +1,35 @@
 """Pure (no I/O): a value <-> the segments of bytes that carry it between ranks.
 
-A value enters and its parcel leaves: one pickle (protocol 5), then the buffers that the pickle
-refers to (numpy arrays, mostly) as they lie in memory. Nothing is copied on the way out, and what
-is unpacked shares the memory of the segments that it came from. Parcels are unpacked only from
-links whose two ends have shown each other the group's secrets.
+A value enters and its parcel leaves, as plain data (see `wire`). Nothing is copied on the way out,
+and what is unpacked shares the memory of the segments that it came from.
 """
 
 from __future__ import annotations
 
-import pickle
 import struct
 from collections.abc import Sequence
 from typing import Any
 
-Segment = bytes | bytearray | memoryview
-Parcel = Sequence[Segment]
+from pytest_dcp.checkpoint import wire
+from pytest_dcp.checkpoint.wire import Parcel, Segment
+
+__all__ = ["Parcel", "Segment", "pack", "unpack", "bundle", "unbundle"]
 
 
-def pack(value: object) -> list[Segment]:
-    """The parcel of a value: its pickle and its buffers.
+def pack(value: object, *, pickles: bool = False) -> list[Segment]:
+    """The parcel of a value; it aliases the value's memory until it is sent.
 
-    The buffers alias the value's memory: leave it unchanged until the parcel is sent.
+    pickles: whether objects that are no plain data may be pickled. Raises TypeError for others.
     """
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return [head, *(buffer.raw() for buffer in buffers)]
+    return wire.encode(value, pickles=pickles)
 
 
-def unpack(parcel: Parcel) -> Any:
-    """The value of a parcel; its arrays lie in the parcel's segments."""
-    return pickle.loads(parcel[0], buffers=parcel[1:])
+def unpack(parcel: Parcel, *, pickles: bool = False) -> Any:
+    """The value of a parcel; its arrays lie in the parcel's segments.
+
+    pickles: whether pickles are opened. Raises ValueError for what `pack` does not make.
+    """
+    return wire.decode(parcel, pickles=pickles)
 
 
 def bundle(parcels: Sequence[Parcel]) -> list[Segment]:

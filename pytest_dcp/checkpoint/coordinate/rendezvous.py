@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, decode, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.presence import Presence
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
@@ -157,28 +157,35 @@ def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
     meeting_of(group).addresses.pop(coordinator_rank, None)
 
 
-def post(group: dist.ProcessGroup, coordinator_rank: int, place: Place, data: bytes) -> None:
+def post(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
     """Leave word for peers that come to an operation which the coordinator has given up."""
-    key = _word_key(coordinator_rank, place)
-    _store(group).set(key, base64.b64encode(data).decode())
+    _leave_word(group, _word_key(coordinator_rank, place), word)
 
 
-def posted(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> bytes | None:
-    """The word that was left, if any; never waits."""
-    store, key = _store(group), _word_key(coordinator_rank, place)
-    return base64.b64decode(store.get(key)) if store.check([key]) else None
+def posted(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
+    """The word that was left, if any; never waits. Raises ValueError for what is no word."""
+    return _word_at(group, _word_key(coordinator_rank, place))
 
 
-def refuse(group: dist.ProcessGroup, coordinator_rank: int, place: Place, data: bytes) -> None:
+def refuse(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
     """Leave word for a coordinator that has no address yet: this rank takes no part."""
-    key = f"{_word_key(coordinator_rank, place)}/refused"
-    _store(group).set(key, base64.b64encode(data).decode())
+    _leave_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
 
 
-def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> bytes | None:
-    """What a rank that takes no part has left, if one has; never waits."""
-    store, key = _store(group), f"{_word_key(coordinator_rank, place)}/refused"
-    return base64.b64decode(store.get(key)) if store.check([key]) else None
+def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
+    """What a rank that takes no part has left, if one has. As `posted`."""
+    return _word_at(group, f"{_word_key(coordinator_rank, place)}/refused")
+
+
+def _leave_word(group: dist.ProcessGroup, key: str, word: Frame) -> None:
+    _store(group).set(key, base64.b64encode(b"".join(encode(word))).decode())
+
+
+def _word_at(group: dist.ProcessGroup, key: str) -> Frame | None:
+    store = _store(group)
+    if not store.check([key]):
+        return None
+    return decode(base64.b64decode(store.get(key), validate=True))
 
 
 def _word_key(coordinator_rank: int, place: Place) -> str:

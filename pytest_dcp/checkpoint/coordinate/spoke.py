@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hmac
 import os
-import pickle
 import select
 import socket
 import time
@@ -21,9 +20,8 @@ import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
 from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind
+from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, alert_text
 from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.parcel import unpack
 from pytest_dcp.checkpoint.coordinate.reception import TETHER, Address, Hello, machine
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
@@ -197,11 +195,10 @@ class Spoke:
             return None
         self._looked_s = now
         try:
-            data = rendezvous.posted(self._group, site.coordinator, site.place)
-        except RuntimeError:  # no store any more: the line tells the rest
+            word = rendezvous.posted(self._group, site.coordinator, site.place)
+            return None if word is None else Verdict.read(word)
+        except (RuntimeError, ValueError):  # no store any more, or somebody else's word
             return None
-        verdict = pickle.loads(data) if data is not None else None
-        return verdict if isinstance(verdict, Verdict) else None
 
     def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
         site = self.site
@@ -212,7 +209,10 @@ class Spoke:
             stranger = site.out_of_step(site.coordinator, "did not show that it is the coordinator")
             return self._end(stranger, head)
         elif frame.kind is Kind.VERDICT:
-            return self._obey(unpack(frame.segments))
+            try:
+                return self._obey(Verdict.read(frame))
+            except ValueError as error:
+                return self._end(site.out_of_step(site.coordinator, f"sent garbage: {error}"), head)
         elif frame.kind is Kind.RESULT and frame.head == head:
             return Result(frame.segments)
         elif frame.kind is not Kind.ALERT:
@@ -247,9 +247,10 @@ class Spoke:
         line.flush()
         for frame in line.frames:
             if self._welcome_in(frame) and frame.kind is Kind.ALERT:
-                return str(unpack(frame.segments))
+                return alert_text(frame)
             if self._welcome and frame.kind is Kind.VERDICT:
-                return "; ".join(c.summary() for c in unpack(frame.segments).causes)
+                with contextlib.suppress(ValueError):  # told by the next exchange
+                    return "; ".join(cause.summary() for cause in Verdict.read(frame).causes)
         if (word := self._word_left()) is not None:
             return "; ".join(cause.summary() for cause in word.causes)
         if self._is_let_in_again(time.monotonic()):
@@ -274,9 +275,8 @@ class Spoke:
             self._meet_to_leave(until_s)
         if self._line is None:
             with contextlib.suppress(RuntimeError, CoordinationError):
-                rendezvous.refuse(
-                    self._group, self.site.coordinator, self.site.place, pickle.dumps(cause)
-                )
+                word = Statement(cause=cause).frame(START)
+                rendezvous.refuse(self._group, self.site.coordinator, self.site.place, word)
         line = self._line
         if line is not None and line.fileno() >= 0:
             line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))

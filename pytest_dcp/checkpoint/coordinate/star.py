@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from pytest_dcp.checkpoint import wire
 from pytest_dcp.checkpoint.coordinate.failure import (
     Cause,
     OutOfStepError,
@@ -20,6 +21,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     RankLeftError,
     RankSilentError,
     capture,
+    checked_cause,
 )
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind
 from pytest_dcp.checkpoint.coordinate.parcel import Parcel, Segment, pack, unpack
@@ -101,10 +103,12 @@ class Statement:
 
     @classmethod
     def read(cls, frame: Frame) -> Statement:
-        """The statement of such a frame."""
+        """The statement of such a frame. Raises ValueError for a frame that is none."""
         if frame.kind is Kind.VALUE:
             return cls(parcel=frame.segments)
-        return cls(cause=unpack(frame.segments), echo=frame.kind is Kind.ABORTED)
+        if frame.kind not in (Kind.FAILED, Kind.ABORTED):
+            raise ValueError(f"expected a statement, got a frame of kind {frame.kind.name}")
+        return cls(cause=checked_cause(unpack(frame.segments)), echo=frame.kind is Kind.ABORTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,27 @@ class Verdict:
     def frame(self, head: Head) -> Frame:
         """The frame that tells a peer."""
         return Frame(Kind.VERDICT, head, pack(self))
+
+    @classmethod
+    def read(cls, frame: Frame) -> Verdict:
+        """The verdict of such a frame. Raises ValueError for a frame that is none."""
+        found: Any = unpack(frame.segments) if frame.kind is Kind.VERDICT else frame.kind.name
+        whole = (
+            isinstance(found, Verdict)
+            and type(found.step) is str
+            and type(found.final) is bool
+            and type(found.epoch) is int
+            and isinstance(found.causes, list | tuple)
+        )
+        if not whole:
+            raise ValueError(f"expected the verdict on a step, got {found!r:.200}")
+        for cause in found.causes:
+            checked_cause(cause)
+        verdict: Verdict = found
+        return verdict
+
+
+wire.record(Verdict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
 )
 from pytest_dcp.checkpoint.coordinate.frame import START, Head, Mode
 from pytest_dcp.checkpoint.coordinate.hub import Hub
-from pytest_dcp.checkpoint.coordinate.parcel import Parcel, bundle, pack, unbundle, unpack
+from pytest_dcp.checkpoint.coordinate.parcel import Parcel, Segment, bundle, pack, unbundle, unpack
 from pytest_dcp.checkpoint.coordinate.sequence import (
     CallOrder,
     Place,
@@ -74,6 +74,8 @@ class Team:
         self._lock = threading.Lock()
         self._checked_s = 0.0
         self._trouble: str | None = None
+        self.pickles = False
+        """Whether values that are no plain data may travel as pickles; see `wire`."""
         self._working = False
         """Whether a step's local work runs: only then a peer's failure is of interest."""
         self._finalizer = weakref.finalize(self, _end, self._star, order, site.place)
@@ -95,30 +97,30 @@ class Team:
                 raise ValueError(
                     f"step {step!r}: expected one result per rank ({self.size}), got {len(replies)}"
                 )
-            parts = [() if rank == self.rank else pack(r) for rank, r in enumerate(replies)]
+            parts = [() if rank == self.rank else self._pack(r) for rank, r in enumerate(replies)]
             return Replies(replies[self.rank], apart=parts)
 
-        return cast("R", self._run(Mode.REDUCE_SCATTER, step, local, combine, unpack))
+        return cast("R", self._run(Mode.REDUCE_SCATTER, step, local, combine, self._unpack))
 
     def all_reduce(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
         """The result of `reduce`, which the coordinator runs on all ranks' local values."""
 
         def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
             reduced = reduce(self._values(value, parcels))
-            return Replies(reduced, pack(reduced) if self.size > 1 else ())
+            return Replies(reduced, self._pack(reduced) if self.size > 1 else ())
 
-        return cast("R", self._run(Mode.ALL_REDUCE, step, local, combine, unpack))
+        return cast("R", self._run(Mode.ALL_REDUCE, step, local, combine, self._unpack))
 
     def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
         """All ranks' local values, in rank order; they pass the coordinator unopened."""
 
         def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
-            own = pack(value) if self.size > 1 else ()
+            own = self._pack(value) if self.size > 1 else ()
             sent = [own if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
             return Replies(self._values(value, parcels), bundle(sent))
 
         def values(parcel: Parcel) -> list[T]:
-            return [unpack(part) for part in unbundle(parcel)]
+            return [self._unpack(part) for part in unbundle(parcel)]
 
         return cast("list[T]", self._run(Mode.ALL_GATHER, step, local, combine, values))
 
@@ -136,12 +138,12 @@ class Team:
         """The value of `local`, which only the coordinator runs. Waits for all ranks."""
 
         def combine(value: T | None, parcels: Sequence[Parcel]) -> Replies:
-            return Replies(value, pack(value) if self.size > 1 else ())
+            return Replies(value, self._pack(value) if self.size > 1 else ())
 
         def only_here() -> T | None:
             return local() if self.is_coordinator else None
 
-        got = self._run(Mode.BROADCAST, step, only_here, combine, unpack, sends=False)
+        got = self._run(Mode.BROADCAST, step, only_here, combine, self._unpack, sends=False)
         return cast("T", got)
 
     def barrier(self, step: str) -> None:
@@ -272,7 +274,7 @@ class Team:
         self._working = self.size > 1
         try:
             value = local()
-            parcel = pack(value) if sends and not self.is_coordinator else ()
+            parcel = self._pack(value) if sends and not self.is_coordinator else ()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
@@ -295,15 +297,21 @@ class Team:
     def _causes(self) -> Sequence[Any]:
         return self._over.causes if self._over is not None else ()
 
+    def _pack(self, value: object) -> list[Segment]:
+        return pack(value, pickles=self.pickles)
+
+    def _unpack(self, parcel: Parcel) -> Any:
+        return unpack(parcel, pickles=self.pickles)
+
     def _values(self, own: T, parcels: Sequence[Parcel]) -> list[T]:
         """All ranks' values, this rank's as it is."""
         values = []
         for rank, parcel in enumerate(parcels):
             try:
-                values.append(own if rank == self.rank else unpack(parcel))
+                values.append(own if rank == self.rank else self._unpack(parcel))
             except Exception as error:
                 raise CoordinationError(
-                    f"the value of rank {rank} cannot be unpickled on the coordinator: {error!r}"
+                    f"the value of rank {rank} cannot be read on the coordinator: {error!r}"
                 ) from error
         return values
 

@@ -32,10 +32,15 @@ from pytest_dcp.checkpoint.plan.columns import WriteItems
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.written import WriteResults, Written
+from pytest_dcp.checkpoint.wire import decode, encode
 
 
 def sent(message):
-    return pickle.loads(pickle.dumps(message))
+    return decode([bytes(segment) for segment in encode(message)])
+
+
+def plain(lazy):
+    return pickle.loads(pickle.dumps(lazy))
 
 
 def local_plan(count: int = 4, **more) -> SavePlan:
@@ -117,10 +122,10 @@ def test_metadata_comes_home_as_it_was(sample):
     assert isinstance(message, PackedMetadata)
     back = unpacked_metadata(sent(message))
     assert same(Catalog.of(back), sample.catalog)
-    plain = replace(
+    copy = replace(
         back,
-        state_dict_metadata=sent(back.state_dict_metadata),
-        storage_data=sent(back.storage_data),
+        state_dict_metadata=plain(back.state_dict_metadata),
+        storage_data=plain(back.storage_data),
         planner_data=sample.stock.planner_data,
     )
     expected = Metadata(
@@ -129,8 +134,8 @@ def test_metadata_comes_home_as_it_was(sample):
         sample.stock.storage_data,
         sample.stock.storage_meta,
     )
-    assert told(plain.state_dict_metadata) == told(expected.state_dict_metadata)
-    assert plain.storage_data == expected.storage_data
+    assert told(copy.state_dict_metadata) == told(expected.state_dict_metadata)
+    assert copy.storage_data == expected.storage_data
 
 
 @given(samples())
@@ -168,3 +173,9 @@ def test_an_edit_of_the_keys_is_sent_where_some_chunks_have_no_file():
     assert dict(unpacked_metadata(sent(packed_metadata(metadata))).state_dict_metadata) == {
         "a": entry
     }
+
+
+@given(samples())
+@fewer(8)
+def test_metadata_of_other_storages_arrives_as_it_was(sample):
+    assert sent(sample.stock) == sample.stock

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,14 +22,16 @@ from pytest_dcp.checkpoint.coordinate import (
     RemoteError,
     StepError,
 )
+from pytest_dcp.checkpoint.coordinate.carried_error import MAX_DATA_BYTES, CarriedError
 from pytest_dcp.checkpoint.coordinate.failure import (
-    MAX_PICKLE_BYTES,
     Cause,
     capture,
+    checked_cause,
     is_echo,
     ranks_text,
     step_error,
 )
+from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -45,10 +48,8 @@ def raised(error: BaseException) -> BaseException:
 
 
 def sent(error: BaseException, rank: int = 2) -> Cause:
-    """The cause of an exception, after a trip through pickle."""
-    cause = pickle.loads(pickle.dumps(capture(rank, raised(error))))
-    assert isinstance(cause, Cause)
-    return cause
+    """The cause of an exception, after a trip to another rank."""
+    return checked_cause(unpack(pack(capture(rank, raised(error)))))
 
 
 class Mute(Exception):
@@ -59,14 +60,27 @@ class Mute(Exception):
 
 
 class Trap(Exception):
-    """Its pickle ends the process that loads it."""
+    """Its pickle ends the process that loads it; so does making it, or setting its attributes."""
+
+    def __new__(cls, *args: object) -> Trap:
+        if args and args[0] != "made by hand":
+            _leave(2)
+        return super().__new__(cls, *args)
 
     def __reduce__(self) -> tuple[type[SystemExit], tuple[int]]:
         return (_leave, (1,))  # type: ignore[return-value]  # a function does as well as a class
 
+    def __setattr__(self, name: str, value: object) -> None:
+        _leave(3)
+
 
 def _leave(code: int) -> None:
     raise SystemExit(code)
+
+
+def Local() -> Exception:
+    """An exception of a class that no other rank can find."""
+    return type("Local", (Exception,), {"__qualname__": "Local.<locals>.Local"})("local")
 
 
 class Holder(Exception):
@@ -103,7 +117,7 @@ def test_a_step_error_survives_pickling() -> None:
     assert copy.failures[2][1][0].name == "raised"
 
 
-def test_an_exception_that_pickles_arrives_as_itself() -> None:
+def test_an_exception_of_plain_data_arrives_as_itself() -> None:
     error, stack = sent(OSError(28, "No space left on device", "/data/x")).rebuild()
     assert isinstance(error, OSError)
     assert (error.errno, error.filename) == (28, "/data/x")
@@ -111,24 +125,93 @@ def test_an_exception_that_pickles_arrives_as_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [Mute(), Trap("x"), Holder(threading.Lock()), Holder(bytes(MAX_PICKLE_BYTES))]
+    "error",
+    [
+        *(Mute(), Holder(threading.Lock()), Holder(bytes(MAX_DATA_BYTES)), Local()),
+        ExceptionGroup("two", [ValueError()]),
+    ],
 )
-def test_an_exception_that_does_not_pickle_arrives_as_text(error: Exception) -> None:
+def test_an_exception_that_is_no_plain_data_arrives_as_text(error: Exception) -> None:
     rebuilt, _ = sent(error).rebuild()
     assert isinstance(rebuilt, RemoteError)
-    assert rebuilt.type_name == f"{__name__}.{type(error).__name__}"
+    assert rebuilt.type_name == f"{type(error).__module__}.{type(error).__qualname__}"
     assert type(error).__name__ in str(rebuilt)
 
 
-def test_a_class_that_is_missing_on_another_rank_arrives_as_text() -> None:
-    cause = Cause(1, "gone.Missing", "gone.Missing: text", (), b"cgone\nMissing\n.")
-    rebuilt, _ = cause.rebuild()
+def test_nothing_of_an_exceptions_class_runs_where_it_arrives() -> None:
+    trap = Trap("made by hand")
+    vars(trap)["more"] = [1, {"a": (2,)}]
+    cause = sent(trap)
+    other = replace(cause, error=replace(cause.error, args=("a stranger's",)))
+    for arrived, args in ((cause, ("made by hand",)), (other, ("a stranger's",))):
+        rebuilt, _ = arrived.rebuild()
+        assert (type(rebuilt), rebuilt.args, vars(rebuilt)) == (Trap, args, vars(trap))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("gone", "Missing"), ("os", "system"), ("builtins", "int"), ("os", "path.join")),
+        *(("builtins", "Gone"), (__name__, "Asked.inside"), ("", ""), ("builtins", "")),
+    ],
+)
+def test_what_names_no_exception_that_is_loaded_here_arrives_as_text(
+    names: tuple[str, str],
+) -> None:
+    cause = Cause(1, "gone.Missing", "gone.Missing: text", (), CarriedError(*names, ("x",), {}))
+    rebuilt, _ = checked_cause(unpack(pack(cause))).rebuild()
+    assert isinstance(rebuilt, RemoteError)
     assert str(rebuilt) == "gone.Missing: text"
 
 
-def test_a_pickle_that_builds_no_exception_arrives_as_text() -> None:
-    rebuilt, _ = Cause(1, "m.T", "m.T: text", (), pickle.dumps(7)).rebuild()
-    assert isinstance(rebuilt, RemoteError)
+@pytest.mark.parametrize(
+    "error",
+    [
+        CarriedError("builtins", "UnicodeDecodeError", ("too few",), {}),
+        CarriedError("builtins", "ValueError", (), {"__class__": 7}),
+    ],
+)
+def test_what_its_class_cannot_be_made_of_arrives_as_text_or_harmless(error: CarriedError) -> None:
+    rebuilt, _ = Cause(1, "m.T", "m.T: text", (), error).rebuild()
+    assert type(rebuilt) in (RemoteError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(
+            {"rank": "1"},
+            {"text": 7},
+            {"frames": (("f", 1, "g"),)},
+            {"frames": [("f", 1, "g", "")]},
+        ),
+        *({"error": 7}, {"nested": ("x",)}, {"step": ("one",)}, {"type_name": None}),
+        {"error": CarriedError("builtins", "ValueError", ["x"], {})},  # type: ignore[arg-type]
+        {"error": CarriedError("builtins", "ValueError", (), {1: 2})},  # type: ignore[dict-item]
+    ],
+)
+def test_a_cause_of_wrong_parts_is_refused(changed: dict[str, Any]) -> None:
+    wrong = replace(sent(ValueError("x")), **changed)
+    for value in (wrong, replace(sent(ValueError("x")), nested=(wrong,)), 7):
+        with pytest.raises(ValueError, match="expected the cause of a failure"):
+            checked_cause(unpack(pack(value)))
+
+
+def test_a_step_error_within_an_operation_arrives_with_its_failures() -> None:
+    inner = of_ranks(OSError(28, "No space", "/x"), RemoteError("m.T", "m.T: text"))
+    rebuilt, _ = sent(inner).rebuild()
+    assert isinstance(rebuilt, StepError)
+    assert (str(rebuilt), rebuilt.step, rebuilt.operation) == (str(inner), "plan", "save")
+    assert rebuilt.failures[0][0].errno == 28
+
+
+class Asked(Exception):
+    """Its attributes run code, and are not asked for."""
+
+    @property
+    def inside(self) -> type:
+        _leave(4)
+        return ValueError
 
 
 class Stubborn(Exception):
