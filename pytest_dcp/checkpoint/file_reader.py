@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import AbstractContextManager
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry
@@ -30,14 +31,17 @@ from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import (
     metadata_name,
 )
-from pytest_dcp.checkpoint.store.fill import Filled, fill
+from pytest_dcp.checkpoint.store.disk import LocalDisk
+from pytest_dcp.checkpoint.store.fill import Filled, files_of, fill
 from pytest_dcp.checkpoint.store.memory_limit import MemoryLimit
 from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.open_files import OpenFiles
 from pytest_dcp.checkpoint.store.ranges import Verify
 from pytest_dcp.checkpoint.store.read import ReadSettings
 from pytest_dcp.checkpoint.store.read_streams import Streams, read_streams
 from pytest_dcp.checkpoint.store.transforms import FileSlice, StorageReaderTransforms
 from pytest_dcp.errors import (
+    CheckpointCorruptError,
     CheckpointFileMissingError,
     CheckpointReplacedError,
 )
@@ -85,6 +89,7 @@ class FileSystemReader(StorageReader):
         self.has_manifest = False
         """Whether the metadata that was read last is this engine's."""
         self._metadata: Metadata | None = None
+        self._open_files: OpenFiles | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same."""
@@ -92,6 +97,7 @@ class FileSystemReader(StorageReader):
             self._point_at(checkpoint_id)
         self.load_id = new_id()
         self._metadata, self.storage_data = None, {}
+        self.close_files()
 
     def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
         self.path = self.fs.init_path(checkpoint_id)
@@ -138,6 +144,51 @@ class FileSystemReader(StorageReader):
         """The plans as they are."""
         return plans
 
+    def leased(self, rank: int) -> AbstractContextManager[None]:
+        """Hold off the next save's commit, for some seconds, where the storage can do that."""
+        disk = file_system.disk_of(self.fs)
+        folder, name = self._metadata_place(None)
+        if not disk.exists(folder, name):
+            folder, name = self._metadata_place(rank)
+        return disk.leased(folder, name)
+
+    def open_files(self, plan: LoadPlan) -> bool:
+        """Open the files of the plan, to be read even if another save removes them meanwhile.
+
+        Whether all are open now, and the plan is sure to be carried out. Raises
+        CheckpointReplacedError where another save has done so already. Any other file that cannot
+        be opened is left to `read_data`, and so are all where that is a subclass's own.
+        """
+        disk = file_system.disk_of(self.fs)
+        if self._metadata is None or not isinstance(disk, LocalDisk) or self._reads_its_own_way():
+            return False
+        kept = self._open_files = self._open_files or OpenFiles(disk, self.path)
+        for name in files_of(self._catalog_of(self._metadata), ReadItems.of(plan.items)):
+            try:
+                kept.keep(name)
+            except FileNotFoundError as error:
+                kept.complete = False
+                if self._is_replaced(self._metadata):
+                    raise self._replaced() from error
+            except (OSError, CheckpointCorruptError):
+                kept.complete = False
+        return kept.complete
+
+    def close_files(self) -> None:
+        """Close what `open_files` has opened."""
+        if self._open_files is not None:
+            self._open_files.close()
+            self._open_files = None
+
+    def _reads_its_own_way(self) -> bool:
+        return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
+
+    def _replaced(self) -> CheckpointReplacedError:
+        return CheckpointReplacedError(
+            f"the checkpoint in {self.path} was replaced while it was being loaded, and "
+            "its files are gone: load again"
+        )
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; done when the future is returned."""
         try:
@@ -147,10 +198,7 @@ class FileSystemReader(StorageReader):
                 self.filled = self._fill(self._catalog_of(self._metadata), plan, planner)
         except CheckpointFileMissingError as error:
             if self._metadata is not None and self._is_replaced(self._metadata):
-                raise CheckpointReplacedError(
-                    f"the checkpoint in {self.path} was replaced while it was being loaded, and "
-                    "its files are gone: load again"
-                ) from error
+                raise self._replaced() from error
             raise
         future: Future[None] = Future()
         future.set_result(None)
@@ -166,7 +214,7 @@ class FileSystemReader(StorageReader):
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
         return fill(
-            file_system.disk_of(self.fs),
+            self._open_files or file_system.disk_of(self.fs),
             self.path,
             catalog,
             ReadItems.of(plan.items),

@@ -276,6 +276,14 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         """
         return type(self) is DefaultLoadPlanner and not self.allow_partial_load
 
+    @property
+    def plans_again(self) -> bool:
+        """Whether a load that has read nothing yet may be planned again, by another checkpoint.
+
+        A planner of the user's may not expect it.
+        """
+        return type(self) in (DefaultLoadPlanner, _EmptyStateDictLoadPlanner)
+
     def begin_again(self) -> None:
         """Prepare for another try with the same state dict."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -200,6 +201,10 @@ def _load_team(
     )
 
 
+RETRY_S = 120.0
+"""How long a load tries again while other saves replace the checkpoint; one retry is enough where
+the storage has leases."""
+
 Found = tuple[str | None, str | None]
 """The id of the save that a rank found, and the folder."""
 
@@ -240,6 +245,12 @@ class _Load:
         self.progress = progress
         self.phases = Phases()
         self.save_id: str | None = None
+        self.all_open = False
+        """Whether every file that this rank needs is open."""
+        self.found: list[Found] | None = None
+        """On the coordinator: what the ranks of this try have found; None where one failed."""
+        self.found_before: list[Found] | None = None
+        self.first_conflict_s: float | None = None
 
     def run(self) -> LoadReport:
         """Load; what `load` returns and raises."""
@@ -254,31 +265,62 @@ class _Load:
         return report
 
     def _until_it_stays(self, team: Team) -> None:
-        """Plan and read; again, if another save replaced the checkpoint meanwhile."""
-        for tries_left in (2, 1, 0):
+        """Plan and read; again, as long as other saves replace the checkpoint meanwhile.
+
+        Ranks that come together again hold a lease while they plan and open their files, so that
+        the second try succeeds where the storage has leases and enough descriptors; so does the
+        first of a planner that has only one. Elsewhere each try must have seen another save.
+        """
+        planner: Any = self.planner
+        leased = not getattr(planner, "plans_again", False)
+        while True:
             try:
-                self._once(team)
+                self._once(team, leased=leased)
             except StepError as error:
-                causes = [cause for cause, _ in error.failures.values()]
-                replaced = all(isinstance(cause, CheckpointReplacedError) for cause in causes)
-                planner: Any = self.planner
-                if not (replaced and tries_left and getattr(planner, "repeatable", False)):
+                if not self._may_repeat(error):
+                    raise
+                if not team.broadcast("retry", self._goes_on):
                     raise
                 planner.begin_again()
+                leased = True
             else:
                 return
+            finally:
+                self._close_files()
 
-    def _once(self, team: Team) -> None:
-        with self.phases.phase("plan", planning=True):
-            plan = self._planned(team)
-        with self.phases.phase("read"):
-            team.agree("read", lambda: self._read(plan))
+    def _may_repeat(self, error: StepError) -> bool:
+        """Whether a further try may succeed, and harms nothing. The same on every rank."""
+        causes = [cause for cause, _ in error.failures.values()]
+        allows = "repeatable" if error.step == "read" else "plans_again"
+        return bool(getattr(self.planner, allows, False)) and all(
+            isinstance(cause, CheckpointReplacedError) for cause in causes
+        )
 
-    def _planned(self, team: Team) -> LoadPlan:
+    def _goes_on(self) -> bool:
+        """On the coordinator: whether there is time, and the last try has seen something new."""
+        now_s = time.monotonic()
+        self.first_conflict_s = self.first_conflict_s or now_s
+        moves = self.found is None or self.found != self.found_before
+        self.found, self.found_before = None, self.found
+        return moves and now_s - self.first_conflict_s < RETRY_S
+
+    def _once(self, team: Team, *, leased: bool) -> None:
+        with ExitStack() as lease:
+            with self.phases.phase("plan", planning=True):
+                plan = self._planned(team, lease if leased else None)
+            if self.all_open:
+                lease.close()
+            with self.phases.phase("read"):
+                team.agree("read", lambda: self._read(plan))
+
+    def _planned(self, team: Team, lease: ExitStack | None) -> LoadPlan:
         plans: list[LoadPlan] = []
 
         def plan() -> Planned:
+            if lease is not None and isinstance(self.reader, FileSystemReader):
+                lease.enter_context(self.reader.leased(team.rank))
             plans.append(self._plan(team))
+            self._open_files(plans[0])
             idle: dict[str, str] = getattr(self.planner, "idle_renames", {})
             where = getattr(self.reader, "checkpoint_id", None)
             found = self.save_id, None if where is None else os.fspath(where)
@@ -286,8 +328,21 @@ class _Load:
 
         if not self._plans_alone():
             return team.reduce_scatter("plan", plan, self._join)
-        team.all_reduce("plan", plan, _check_together)
+        team.all_reduce("plan", plan, self._check)
         return plans[0]
+
+    def _open_files(self, plan: LoadPlan) -> None:
+        """From here on the plan can be carried out, whatever other saves do."""
+        reader = self.reader
+        self.all_open = isinstance(reader, FileSystemReader) and reader.open_files(plan)
+
+    def _close_files(self) -> None:
+        if isinstance(self.reader, FileSystemReader):
+            self.reader.close_files()
+
+    def _check(self, said: Sequence[Planned]) -> None:
+        self.found = [one.found for one in said]
+        _check_together(said)
 
     def _plans_alone(self) -> bool:
         """Whether no hook wants to see the plans of all ranks."""
@@ -312,7 +367,7 @@ class _Load:
         return kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
 
     def _join(self, said: list[Planned]) -> list[LoadPlan]:
-        _check_together(said)
+        self._check(said)
         plans = [one.plan for one in said if one.plan is not None]
         return self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
 

@@ -20,6 +20,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
+from pytest_dcp.checkpoint.store.lease import hold_lease, wait_for_leases
 from pytest_dcp.checkpoint.store.windows import IOV_MAX, Windows
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
@@ -132,6 +133,12 @@ class Disk(Protocol):
     def locked(self, folder: Any) -> AbstractContextManager[None]:
         """Keep other saves' commits out of the folder, where the storage has a way to."""
 
+    def leased(self, folder: Any, name: str) -> AbstractContextManager[None]:
+        """Keep a commit from replacing this file, for a while, where the storage has a way to."""
+
+    def between_leases(self, folder: Any, name: str) -> AbstractContextManager[None]:
+        """Replace this file inside: its readers have let go, or were given their time."""
+
 
 class LocalDisk:
     """The local disk, by file descriptors."""
@@ -168,6 +175,12 @@ class LocalDisk:
             yield
         finally:
             os.close(fd)
+
+    def leased(self, folder: Path, name: str) -> AbstractContextManager[None]:
+        return hold_lease(folder, name)
+
+    def between_leases(self, folder: Path, name: str) -> AbstractContextManager[None]:
+        return wait_for_leases(folder, name)
 
     def exists(self, folder: Path, name: str) -> bool:
         return (Path(folder) / name).is_file()
@@ -439,6 +452,12 @@ class LocalIn:
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         return self._windows.window(offset, nbytes) if self.maps else None
+
+    def again(self) -> LocalIn:
+        """The same open file, for one more thread; valid as long as this one is."""
+        again = LocalIn(self.fd, self.size, path=self.path)
+        again.maps = self.maps
+        return again
 
     def close(self) -> None:
         """Give back what was opened beside the file; the descriptor is its owner's."""

@@ -77,6 +77,16 @@ def fill(
     return Filled(needed, work.tally.read, work.tally.verified)
 
 
+def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
+    """The names of the files that the items are in; none for items that the index lacks."""
+    try:
+        entry = _with_entries(items, catalog.index).entry
+    except CheckpointCorruptError:
+        return []
+    numbers = np.unique(catalog.places.file[entry])
+    return [catalog.places.files[number] for number in numbers[numbers >= 0].tolist()]
+
+
 class _Work:
     """One rank's plan and everything that it is carried out with."""
 

@@ -62,6 +62,12 @@ class StreamDisk:
     def locked(self, folder: Any) -> Iterator[None]:
         yield
 
+    def leased(self, folder: Any, name: str) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def between_leases(self, folder: Any, name: str) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
 
 class StreamOut:
     """A stream that is written to."""

@@ -6,6 +6,8 @@ Also what a load does when other saves replace the checkpoint under it.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from io import IOBase
@@ -22,7 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint import loading
 from pytest_dcp.checkpoint.filesystem import FileSystem
+from pytest_dcp.checkpoint.store import lease, open_files
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -735,18 +739,32 @@ class TestReplacedMeanwhile:
             dcp.load({"a": torch.zeros(4)}, storage_reader=reader)
 
     def test_a_load_that_may_lack_keys_is_not_repeated_over_what_it_has_loaded(
+        self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dcp.save(OLD, checkpoint_id=checkpoint_dir)
+        state = {"a": numbered(4, start=50), "more": 1}
+        reader = Interrupted(checkpoint_dir, self.replacing(checkpoint_dir, rank, state))
+        target = {"a": torch.zeros(4), "w": torch.full((2, 2), 9.0)}
+        monkeypatch.setattr(open_files, "most_files", lambda: 0)
+        with pytest.raises(CheckpointException, match="load again"):
+            dcp.load(target, storage_reader=reader, strict=False)
+        assert reader.readings == 1
+
+    def test_a_load_that_may_lack_keys_and_has_read_nothing_is_repeated(
         self, checkpoint_dir: Path, rank: int
     ) -> None:
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
         state = {"a": numbered(4, start=50), "more": 1}
         reader = Interrupted(checkpoint_dir, self.replacing(checkpoint_dir, rank, state))
         target = {"a": torch.zeros(4), "w": torch.full((2, 2), 9.0)}
-        with pytest.raises(CheckpointException, match="load again"):
-            dcp.load(target, storage_reader=reader, strict=False)
+        dcp.load(target, storage_reader=reader, strict=False)
+        assert same(target, {"a": numbered(4, start=50), "w": torch.full((2, 2), 9.0)})
 
     def test_a_planner_of_the_users_is_told_to_load_again(
-        self, checkpoint_dir: Path, rank: int
+        self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(lease, "LEASE_S", 0.01)
+
         class Mine(dcp.DefaultLoadPlanner):
             pass
 
@@ -761,15 +779,81 @@ class TestReplacedMeanwhile:
         dcp.load(target, storage_reader=reader, planner=Mine())
         assert same(target, NEW)
 
-    def test_a_checkpoint_that_never_stays_is_given_up(
-        self, checkpoint_dir: Path, rank: int
+    def test_a_checkpoint_that_stays_late_is_loaded(
+        self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Each commit waits for the leases of its own program, in vain."""
+        monkeypatch.setattr(lease, "LEASE_S", 0.01)
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
         replace = self.replacing(checkpoint_dir, rank, NEW)
         reader = Interrupted(checkpoint_dir, replace, at=range(9))
+        target = blank(OLD)
+        dcp.load(target, storage_reader=reader)
+        assert same(target, NEW)
+        assert reader.readings == 10
+
+    def test_a_checkpoint_that_never_stays_is_given_up(
+        self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lease, "LEASE_S", 0.01)
+        monkeypatch.setattr(loading, "RETRY_S", 0.2)
+        dcp.save(OLD, checkpoint_id=checkpoint_dir)
+        replace = self.replacing(checkpoint_dir, rank, NEW)
+        reader = Interrupted(checkpoint_dir, replace, at=range(10**6))
         with pytest.raises(CheckpointException, match="load again"):
             dcp.load(blank(OLD), storage_reader=reader)
-        assert reader.readings == 3
+        assert reader.readings > 1
+
+    def test_ranks_that_come_together_again_succeed_at_once(
+        self, checkpoint_dir: Path, rank: int
+    ) -> None:
+        """The save that would come between waits for their lease, in a thread of its own."""
+        dcp.save(OLD, checkpoint_id=checkpoint_dir)
+        saving: list[threading.Thread] = []
+
+        def save_beside() -> None:
+            if rank == 0 and reader.readings > 1:
+                dist.barrier()
+                saving.append(threading.Thread(target=save_alone, args=(OLD, checkpoint_dir)))
+                saving[0].start()
+                time.sleep(0.2)
+            elif reader.readings > 1:
+                dist.barrier()
+                time.sleep(0.4)
+            else:
+                self.replacing(checkpoint_dir, rank, NEW)()
+
+        reader = Interrupted(checkpoint_dir, save_beside, at=(0, 1))
+        target = blank(OLD)
+        dcp.load(target, storage_reader=reader)
+        assert same(target, NEW)
+        assert reader.readings == 2
+        for thread in saving:
+            thread.join(30)
+            assert not thread.is_alive()
+        dist.barrier()
+        dcp.load(target, checkpoint_id=checkpoint_dir)
+        assert same(target, OLD)
+
+    def test_a_load_that_has_opened_its_files_reads_them_though_they_are_removed(
+        self, checkpoint_dir: Path, rank: int
+    ) -> None:
+        replace = self.replacing(checkpoint_dir, rank, NEW)
+
+        class Late(dcp.FileSystemReader):
+            def read_data(self, plan: Any, planner: Any) -> Any:
+                replace()
+                return super().read_data(plan, planner)
+
+            def _reads_its_own_way(self) -> bool:
+                return False
+
+        dcp.save(OLD, checkpoint_id=checkpoint_dir)
+        before = {path.name for path in checkpoint_dir.glob("*.distcp")}
+        target = blank(OLD)
+        dcp.load(target, storage_reader=Late(checkpoint_dir))
+        assert same(target, OLD)
+        assert not before & {path.name for path in checkpoint_dir.glob("*.distcp")}
 
     def test_a_checkpoint_that_is_taken_away_is_not_waited_for(
         self, checkpoint_dir: Path, rank: int
@@ -804,6 +888,49 @@ class TestReplacedMeanwhile:
         target = blank(OLD)
         dcp.load(target, storage_reader=reader)
         assert same(target, NEW)
+
+
+@two
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("files", [True, False], ids=["files kept open", "no descriptors"])
+def test_readers_beside_many_overwrites_always_load_one_save(
+    checkpoint_dir: Path, rank: int, files: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not files:
+        monkeypatch.setattr(open_files, "most_files", lambda: 0)
+    if rank == 0:
+        save_alone({"a": torch.zeros(1000), "b": torch.zeros(10)}, checkpoint_dir)
+    dist.barrier()
+    errors: list[BaseException] = []
+
+    def overwrite() -> None:
+        try:
+            for fill in map(float, range(1, 60)):
+                writer = dcp.FileSystemWriter(checkpoint_dir, sync_files=False)
+                state = {"a": torch.full((1000,), fill), "b": torch.full((10,), fill)}
+                dcp.save(state, storage_writer=writer, no_dist=True)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            errors.append(error)
+
+    saving = threading.Thread(target=overwrite)
+    if rank == 0:
+        saving.start()
+    loads, going = 0, torch.ones(1)
+    while going:
+        state = {"a": torch.full((1000,), -1.0), "b": torch.full((10,), -1.0)}
+        dcp.load(state, checkpoint_id=checkpoint_dir)
+        loads += 1
+        fills = torch.cat([state["a"], state["b"]]).unique()
+        both = [torch.zeros_like(fills) for _ in range(2)]
+        dist.all_gather(both, fills)
+        assert len(fills) == 1
+        assert both[0] == both[1]
+        going = torch.tensor([float(saving.is_alive())])
+        dist.all_reduce(going)
+    if rank == 0:
+        saving.join(60)
+    assert not errors
+    assert loads > 1
 
 
 @two
@@ -848,8 +975,10 @@ class TestDifferentSaves:
         assert same(target, OLD)
 
     def test_a_planner_of_the_users_is_told_to_load_again(
-        self, checkpoint_dir: Path, rank: int
+        self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(lease, "LEASE_S", 0.01)
+
         class Mine(dcp.DefaultLoadPlanner):
             pass
 

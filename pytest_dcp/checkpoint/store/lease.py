@@ -1,0 +1,96 @@
+"""Leases: readers of a save hold it for a moment, and the next save's commit waits that long.
+
+The lock is flock(2) on the file that a commit replaces, the metadata of the save in force: shared
+for readers, exclusive for the commit. No lock file is left in the folder, and the lock of a process
+that dies ends with it. All ranks that hold a lease on the file of that name at one time have read
+one save, because no commit can lie between.
+
+Who does what:
+
+- a reader opens the file, locks it, and looks whether the name still leads to it; if not, a commit
+  came between, and it begins again with the new file;
+- a commit locks the file that is there, then renames its own over it. A reader that is slow, or
+  stopped, delays it by `LEASE_S` at most: then it goes on, and the reader finds another save.
+
+Assumes that the file system has flock, between machines too where they share it. Where it has not,
+nothing is locked, and readers try again instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+LEASE_S = 10.0
+"""How long a commit waits for readers: they plan and open their files meanwhile."""
+FIRST_PAUSE_S = 0.0005
+LAST_PAUSE_S = 0.02
+
+
+@contextlib.contextmanager
+def hold_lease(folder: Path, name: str) -> Iterator[None]:
+    """Hold off the commit that would replace this file; nothing where there is no such file."""
+    fd = _locked_file(Path(folder) / name)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _locked_file(path: Path) -> int | None:
+    """A descriptor of the file that has this name now, with a shared lock; None without one."""
+    until_s = time.monotonic() + LEASE_S
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None  # whoever reads it will say what is wrong
+        try:
+            locked = _lock(fd, fcntl.LOCK_SH, until_s)
+            if not locked or os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() > until_s:
+            return None
+
+
+@contextlib.contextmanager
+def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
+    """Let no reader begin to hold this file inside, once those that do have ended, or are late."""
+    try:
+        fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        yield  # there is nothing to replace, or the replacing itself says what is wrong
+        return
+    try:
+        _lock(fd, fcntl.LOCK_EX, time.monotonic() + LEASE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, how: int, until_s: float) -> bool:
+    """Whether the lock was had before that time; it goes with the descriptor."""
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+        except OSError:
+            return False  # a file system without such locks
+        else:
+            return True

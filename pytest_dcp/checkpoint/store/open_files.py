@@ -1,0 +1,81 @@
+"""Files that stay open from the moment a load knows them until it has read them.
+
+A file that a later save removes, or replaces under its name, is still there for a descriptor. So a
+load that has opened every file of its plan cannot be disturbed any more. Descriptors are few: a
+load takes at most half of those that the process may have, and opens the rest when it reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from pytest_dcp.checkpoint.store.disk import Disk, In, LocalDisk, LocalIn
+
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+def most_files() -> int:
+    """How many files a load may keep open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (1 << 20) if soft == resource.RLIM_INFINITY else soft // 2
+
+
+class OpenFiles(LocalDisk):
+    """A disk that answers from files of one folder that are open; others it opens as before."""
+
+    def __init__(self, disk: LocalDisk, folder: Any) -> None:
+        super().__init__(follow_links=disk.follow_links)
+        self.disk: Disk = disk
+        self.folder = folder
+        self.complete = True
+        """Whether every file that was to be kept is open."""
+        self._most = most_files()
+        self._files: dict[str, LocalIn] = {}
+        self._stack = contextlib.ExitStack()
+
+    def keep(self, name: str) -> In | None:
+        """Open the file and keep it; None where there are no descriptors left for it.
+
+        Raises what opening it raises.
+        """
+        if name in self._files:
+            return self._files[name]
+        if len(self._files) >= self._most:
+            self.complete = False
+            return None
+        try:
+            file = self._stack.enter_context(self.disk.open(self.folder, name))
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTORS:
+                raise
+            # The process needs some for its other work.
+            self.complete, self._most = False, 0
+            return None
+        if not isinstance(file, LocalIn):
+            self.complete = False
+            return file
+        self._files[name] = file
+        return file
+
+    @contextlib.contextmanager
+    def open(self, folder: Any, name: str) -> Iterator[In]:
+        kept = self._files.get(name) if os.fspath(folder) == os.fspath(self.folder) else None
+        if kept is None:
+            with self.disk.open(folder, name) as file:
+                yield file
+            return
+        again = kept.again()
+        try:
+            yield again
+        finally:
+            again.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.clear()
+        self._stack.close()
