@@ -30,7 +30,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in i
 
 from pytest_dcp.checkpoint.coordinate import team_of
 from pytest_dcp.checkpoint.coordinate.failure import capture
-from pytest_dcp.checkpoint.coordinate.reception import machine
+from pytest_dcp.checkpoint.coordinate.machines import machine
 from pytest_dcp.checkpoint.file_writer import FileSystemWriter
 from pytest_dcp.checkpoint.messages import packed_metadata
 from pytest_dcp.checkpoint.saving import Save

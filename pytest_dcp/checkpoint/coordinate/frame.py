@@ -47,7 +47,9 @@ class Kind(IntEnum):
     PING = 9
     """The sender is alive."""
     BYE = 10
-    """The sender leaves the operation."""
+    """The sender leaves the operation; the connection may serve its next one."""
+    HANG_UP = 11
+    """The sender closes the connection, and lives."""
 
 
 class Mode(IntEnum):

@@ -9,6 +9,8 @@ waits until every rank has stated how its work ended, so that no rank writes on 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import selectors
 import time
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
 from pytest_dcp.checkpoint.coordinate.admission import Admission, admit, difference
+from pytest_dcp.checkpoint.coordinate.descriptors import exhausted, make_room_for
 from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
 from pytest_dcp.checkpoint.coordinate.frame import (
     START,
@@ -26,7 +29,7 @@ from pytest_dcp.checkpoint.coordinate.frame import (
     encode_alert,
 )
 from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, make_room_for, reception
+from pytest_dcp.checkpoint.coordinate.reception import Arrival, Reception, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
@@ -43,6 +46,8 @@ RESTLESS_S = 0.005
 """Between looks for peers that no descriptor announces: see Reception.restless."""
 PROCESSES_AT_ONCE = 32
 """Missing ranks whose processes are looked at together: each may be a request to the store."""
+FULL_S = 5.0
+"""How long peers may wait for this process to close descriptors that it has open elsewhere."""
 FINAL_S = 2.0
 """How long a final verdict waits for peers to take it; it stays in their sockets anyway."""
 
@@ -53,8 +58,8 @@ class Peer:
 
     rank: int
     line: Line
-    writing: bool = False
-    """Whether the selector waits for room in its socket."""
+    watched: bool = False
+    """Whether the selector has its connection."""
 
 
 class Hub:
@@ -66,6 +71,10 @@ class Hub:
         self._stuck: dict[int, Cause] = {}
         """Ranks with which no further step is possible."""
         self._statements: dict[int, Statement] = {}
+        self._missing: set[int] = set()
+        """Ranks that have not stated how this step's work ended, and still can."""
+        self._writing: set[Peer] = set()
+        """Peers whose sockets have not taken all that is queued."""
         self._alert_text: str | None = None
         """What this step's peers have been told to stop for."""
         self._turn = 0
@@ -74,6 +83,8 @@ class Hub:
         """Of peers whose numbers do not match."""
         self._reception: Reception | None = None
         self._selector: selectors.BaseSelector | None = None
+        self._door_open = False
+        """Whether the selector has the reception."""
         self._closed = False
 
     @property
@@ -92,12 +103,13 @@ class Hub:
         self._alert_text = None
         if self._reception is not None or group is None or site.size == 1:
             return
-        make_room_for(2 * site.size)
         self._reception = reception()
         self._reception.open(self._key, site.place.kind)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._reception, selectors.EVENT_READ)
+        self._door_open = True
         rendezvous.publish(group, site.coordinator)
+        make_room_for(site.size - 1)
 
     def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
         """Collect the statements of all ranks, and answer."""
@@ -115,8 +127,10 @@ class Hub:
         causes = causes or self._given_up(head)
         if replies is None or causes:
             return self._condemn(head, causes)
+        shared = None if replies.apart else encode(Frame(Kind.RESULT, head, replies.shared))
         for peer in self._peers.values():
-            peer.line.queue(Frame(Kind.RESULT, head, replies.parcel(peer.rank)))
+            frame = shared or encode(Frame(Kind.RESULT, head, replies.parcel(peer.rank)))
+            peer.line.queue_encoded(frame)
         self._deliver(head, self.site.timeout_s)
         return Result(value=replies.own)
 
@@ -133,12 +147,13 @@ class Hub:
     def _collect(self, head: Head, own: Statement) -> None:
         site, since_s = self.site, time.monotonic()
         self._statements = {site.rank: own}
+        self._missing = set(range(site.size)) - {site.rank} - self._stuck.keys()
         if own.cause is not None and not own.echo:
             self._alert(own.cause)
         for peer in self._peers.values():
             self._take(peer, head)
         looked_s = since_s
-        while self._waiting():
+        while self._missing:
             for peer in self._pump(min(TICK_S, site.ping_s)):
                 self._take(peer, head)
             now = time.monotonic()
@@ -147,14 +162,14 @@ class Hub:
                 self._find_dead(head)
                 self._find_silent(head, since_s)
                 self._find_dropped()
+                self._find_descriptors()
                 self._ping()
 
-    def _waiting(self) -> bool:
-        return len(self._statements.keys() | self._stuck.keys()) < self.site.size
-
-    def _missing(self) -> list[int]:
-        done = self._statements.keys() | self._stuck.keys()
-        return [rank for rank in range(self.site.size) if rank not in done]
+    def _find_descriptors(self) -> None:
+        """Raise CoordinationError when the peers cannot be accepted for want of descriptors."""
+        if self._reception is not None and self._reception.full_for_s() > FULL_S:
+            error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise exhausted(error, self.site.size - 1)
 
     def _take(self, peer: Peer, head: Head) -> None:
         """Read what a peer says of this step."""
@@ -170,6 +185,9 @@ class Hub:
             except ValueError as error:
                 self._give_up(site.out_of_step(peer.rank, f"sent garbage: {error}"))
                 return
+            self._missing.discard(peer.rank)
+            if statement.cause is not None:
+                line.receive()  # it may leave for good with this
             if statement.cause is not None and not statement.echo:
                 self._alert(statement.cause)
         if line.over:
@@ -183,12 +201,12 @@ class Hub:
 
     def _find_dead(self, head: Head) -> None:
         """Notice ranks that ended before they came to this operation."""
-        unmet, missing = 0, self._missing()
+        unmet, missing = 0, sorted(self._missing - self._peers.keys())
         self._turn += PROCESSES_AT_ONCE
         at = self._turn % max(1, len(missing))
         for rank in missing[at:] + missing[:at]:
-            if rank not in self._peers and self._reception is not None:
-                how = self._reception.broken_tether(self._key, rank)
+            if self._reception is not None:
+                how = self._reception.broken_connection(self._key, rank)
                 if how is None and self.site.group is not None and unmet < PROCESSES_AT_ONCE:
                     unmet += 1
                     how = rendezvous.ended_process(self.site.group, rank)
@@ -210,7 +228,7 @@ class Hub:
 
     def _find_silent(self, head: Head, since_s: float) -> None:
         now = time.monotonic()
-        for rank in self._missing():
+        for rank in sorted(self._missing):
             peer = self._peers.get(rank)
             heard_s = max(since_s, peer.line.heard_s) if peer is not None else since_s
             if now - heard_s > self.site.timeout_s:
@@ -220,10 +238,9 @@ class Hub:
         """Wait for no newcomers once the ranks began to count anew: they have dropped it, too."""
         site = self.site
         if site.group is not None and self._order.is_dropped(site.place):
-            for rank in self._missing():
-                if rank not in self._peers:
-                    text = f"went out of step before it came to {site.operation}"
-                    self._give_up(site.out_of_step(rank, text))
+            for rank in sorted(self._missing - self._peers.keys()):
+                text = f"went out of step before it came to {site.operation}"
+                self._give_up(site.out_of_step(rank, text))
 
     def _ping(self) -> None:
         now = time.monotonic()
@@ -234,6 +251,7 @@ class Hub:
 
     def _give_up(self, cause: Cause) -> None:
         self._stuck.setdefault(cause.rank, cause)
+        self._missing.discard(cause.rank)
         self._alert(cause)
 
     def _alert(self, cause: Cause) -> None:
@@ -280,13 +298,12 @@ class Hub:
         until_s = time.monotonic() + patience_s
         for peer in self._peers.values():
             self._flush(peer)
-        while any(peer.line.pending for peer in self._peers.values()):
+        while self._writing:
             if time.monotonic() > until_s:
                 break
             self._pump(min(TICK_S, self.site.ping_s))
-        for peer in self._peers.values():
-            if peer.line.pending:
-                self._stuck.setdefault(peer.rank, self.site.silent(peer.rank, head.name))
+        for peer in self._writing:
+            self._stuck.setdefault(peer.rank, self.site.silent(peer.rank, head.name))
 
     # Lines.
 
@@ -299,16 +316,19 @@ class Hub:
         wait_s = 0.0 if newcomers else min(timeout_s, RESTLESS_S) if restless else timeout_s
         moved = list(newcomers)
         for key, _ in self._selector.select(wait_s):
-            if isinstance(key.data, Peer):
-                key.data.line.receive()
-                self._flush(key.data)
-                moved.append(key.data)
+            peer: Peer | None = key.data
+            if peer is not None:
+                # The selector tells again of what is left: no call of the system to find nothing.
+                peer.line.receive(one=True)
+                if peer in self._writing or peer.line.over:
+                    self._flush(peer)
+                moved.append(peer)
         return moved
 
     def _let_in(self) -> list[Peer]:
         """Take in the peers that have come; those who come for a later operation wait."""
         if self._reception is None or len(self._peers) + 1 == self.site.size:
-            self._watch_door(open_=False)
+            self._close_door()
             return []
         later: list[Arrival] = []
         joined: list[Peer] = []
@@ -317,7 +337,7 @@ class Hub:
                 continue
             verdict = self._admit(arrival)
             if verdict is Admission.STALE:
-                arrival.line.close()
+                self._reception.keep(self._key, arrival.hello.rank, arrival.line)
             elif verdict is Admission.LATER:
                 later.append(arrival)
             else:
@@ -333,8 +353,7 @@ class Hub:
             return False
         line.queue(self._reception.welcome())
         line.queue(known.frame(START))
-        line.queue(Frame(Kind.BYE))
-        line.close()
+        self._reception.keep(hello.group, hello.rank, line)
         return True
 
     def _admit(self, arrival: Arrival) -> Admission:
@@ -346,12 +365,11 @@ class Hub:
         taken = hello.rank in self._peers and verdict is not Admission.STALE
         return Admission.LATER if taken else verdict
 
-    def _watch_door(self, *, open_: bool) -> None:
-        """Heed the listening socket no longer: who knocks now comes for the next operation."""
-        if self._selector is not None and self._reception is not None and not open_:
-            watched = self._selector.get_map()
-            if self._reception.fileno() in watched:
-                self._selector.unregister(self._reception)
+    def _close_door(self) -> None:
+        """Stop accepting: every peer has joined, and later ones belong to later operations."""
+        if self._door_open and self._selector is not None and self._reception is not None:
+            self._door_open = False
+            self._selector.unregister(self._reception)
 
     def _join_peer(self, arrival: Arrival, verdict: Admission) -> Peer:
         hello = arrival.hello
@@ -359,6 +377,7 @@ class Hub:
         if self._reception is not None and self._selector is not None:
             peer.line.queue(self._reception.welcome())
             self._selector.register(peer.line, selectors.EVENT_READ, peer)
+            peer.watched = True
             self._flush(peer)
         if self._alert_text is not None:
             self._pass_on(peer, self._alert_text)
@@ -370,15 +389,19 @@ class Hub:
 
     def _flush(self, peer: Peer) -> None:
         """Send what goes, and have the selector wait for what is still of interest."""
-        peer.line.flush()
-        if self._selector is None or peer.line.fileno() not in self._selector.get_map():
+        done = peer.line.flush()
+        if self._selector is None or not peer.watched:
             return
         if peer.line.over:
             self._selector.unregister(peer.line)
-        elif peer.writing != peer.line.pending:
-            peer.writing = peer.line.pending
-            write = selectors.EVENT_WRITE if peer.writing else 0
-            self._selector.modify(peer.line, selectors.EVENT_READ | write, peer)
+            self._writing.discard(peer)
+            peer.watched = False
+        elif done and peer in self._writing:
+            self._writing.remove(peer)
+            self._selector.modify(peer.line, selectors.EVENT_READ, peer)
+        elif not done and peer not in self._writing:
+            self._writing.add(peer)
+            self._selector.modify(peer.line, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
 
     # Failures outside of the exchange.
 
@@ -437,13 +460,12 @@ class Hub:
             yield peer
 
     def close(self) -> None:
-        """Say goodbye to every peer, and close."""
+        """Say goodbye to every peer, and keep the connections for the next operation."""
         if self._closed:
             return
         self._closed = True
-        for peer in self._peers.values():
-            peer.line.queue(Frame(Kind.BYE))
-            peer.line.close()
         if self._selector is not None and self._reception is not None:
             self._selector.close()
+            for peer in self._peers.values():
+                self._reception.keep(self._key, peer.rank, peer.line)
             self._reception.shut(self._key, self.site.place.kind)

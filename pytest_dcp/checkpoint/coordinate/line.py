@@ -1,8 +1,12 @@
 """A link between the coordinator and one peer: frames over a non-blocking socket.
 
 Frames enter with `queue` and leave the socket with `flush`; frames that came lie in `frames`
-after `receive`, in order. No call blocks. How a link ended is kept, never raised: `left` (the other
-end said so) or `ended` (the connection broke, as it does when a process dies).
+after `receive`, in order. No call blocks. How a link ended is kept, never raised: `hung_up` (the
+other end closed it on purpose) or `ended` (the connection broke, as it does when a process dies).
+
+A link serves one operation after another. Each begins with the peer's HELLO and ends with one BYE
+from either end, in any order: `finish` sends ours. What still comes of an operation that this end
+has left is dropped up to the other's BYE; nothing behind a BYE is read before `finish`.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ class Line:
         self.frames: deque[Frame] = deque()
         """Received and not yet taken."""
         self.left = False
+        """Whether the other end has left the operation."""
+        self.hung_up = False
+        """Whether the other end has closed the connection on purpose."""
         self.ended: str | None = None
         """How the connection broke."""
         self.heard_s = time.monotonic()
@@ -44,6 +51,8 @@ class Line:
         self.said_s = self.heard_s
         """When a frame was last queued."""
         self._out: deque[memoryview] = deque()
+        self._unfinished = 0
+        """Operations that this end has left and the other has not."""
         _open.add(self)
 
     def fileno(self) -> int:
@@ -52,8 +61,13 @@ class Line:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can come."""
-        return self.left or self.ended is not None
+        """Whether nothing more can come of this operation."""
+        return self.left or self.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can come at all."""
+        return self.hung_up or self.ended is not None
 
     @property
     def pending(self) -> bool:
@@ -104,7 +118,7 @@ class Line:
         Of a peer that sends without end a part is taken; the rest comes at the next call.
         """
         for _ in range(READS_AT_ONCE):
-            if self.ended is not None:
+            if self.over:
                 return
             try:
                 count = self.sock.recv_into(self.reader.space())
@@ -127,10 +141,34 @@ class Line:
         except FrameError as error:
             self.ended = f"it sent garbage: {error}"
             return
-        if frame is not None and frame.kind is Kind.BYE:
+        if frame is None or frame.kind is Kind.PING:
+            return
+        if frame.kind is Kind.HANG_UP:
+            self.hung_up = True
+        elif frame.kind is Kind.BYE and self._unfinished:
+            self._unfinished -= 1
+        elif frame.kind is Kind.BYE:
             self.left = True
-        elif frame is not None and frame.kind is not Kind.PING:
+        elif not self._unfinished:
             self.frames.append(frame)
+
+    def finish(self) -> None:
+        """Leave the operation, so that the connection can serve the next one."""
+        self.queue(Frame(Kind.BYE))
+        self.frames.clear()
+        if self.left:
+            self.left = False
+        else:
+            self._unfinished += 1
+        self.flush()
+
+    def hang_up(self) -> None:
+        """Close the connection and say that this process lives."""
+        self.queue(Frame(Kind.HANG_UP))
+        if self.sock.fileno() >= 0:
+            self.flush()
+            self.receive()  # what is unread would have the kernel reset the connection
+        self.close()
 
     def close(self) -> None:
         """Send what can be sent at once, and close. A second call does nothing."""

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_dcp.checkpoint.coordinate.reception import machine
+from pytest_dcp.checkpoint.coordinate.machines import machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ only the group's store holds, in one HELLO frame of at most `HELLO_BYTES` and `F
 the oldest is closed for the next. A peer that is closed so connects again (see spoke), so a flood
 of strangers delays an operation and does not fail it.
 
-A peer also keeps one idle line, its tether, from its first operation of a group on: by it the
-coordinator knows at once that a rank has died between operations, and will not come.
+One connection per peer serves all operations of a group. When an operation is over, `keep` takes
+the connection back; it is idle until the peer says HELLO for its next operation. An idle connection
+that breaks tells at once that a rank has died between operations, and will not come.
 
-There is no thread: peers wait in the kernel's queue until the coordinator looks. The socket stays
-open until the process ends, so that later operations need no store and no new port.
+There is no thread: peers wait in the kernel's queue until the coordinator looks. A full queue makes
+them wait, too: see spoke. The socket stays open until the process ends, so that later operations
+need no store and no new port.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ import contextlib
 import hmac
 import json
 import os
-import resource
 import secrets
+import selectors
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from pathlib import Path
 
+from pytest_dcp.checkpoint.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp.checkpoint.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
 from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.machines import hosts_of, local_only, machine
 from pytest_dcp.checkpoint.coordinate.sequence import kind_of
 
 HELLO_BYTES = 32768
@@ -42,13 +44,10 @@ HELLO_S = 1.0
 STRANGERS = 64
 ACCEPTED_AT_ONCE = 512
 """In one look, so that a flood does not keep the coordinator from its peers."""
-TETHER = ""
-"""The operation of a line that only lasts: it breaks when the peer's process ends."""
+IDLE = ""
+"""The operation of a peer that runs none yet: its connection only shows that it lives."""
 BACKLOG = 4096
 """Peers that may wait while the coordinator is busy; the kernel cuts it to net.core.somaxconn."""
-DESCRIPTORS_BESIDE = 512
-"""What a process has open beside its peers' connections."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +106,30 @@ class Arrival:
     came_s: float = field(default_factory=time.monotonic)
 
 
+Member = tuple[str, int]
+"""A group (see rendezvous.group_key) and a rank in it."""
+
+
 class Reception:
-    """This process's listening socket and the peers that no operation has taken yet."""
+    """This process's listening socket, the peers that no operation has, and the idle ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listener = _listen(local_only(os.environ))
+        self._selector = selectors.DefaultSelector()
+        """Of the listening socket, the lobby and the idle connections."""
+        self._selector.register(self._listener, selectors.EVENT_READ)
         self._lobby: list[tuple[float, Line]] = []
+        """Connections that have not shown the secret, and until when they may."""
         self._waiting: list[Arrival] = []
-        self._tethers: dict[tuple[str, int], Line] = {}
+        self._idle: dict[Line, Member] = {}
+        self._ended: dict[Member, str] = {}
+        """How the last connection of a member broke while it was idle."""
         self._active: Counter[tuple[str, str]] = Counter()
+        self._full_s: float | None = None
+        """Since when no connection can be accepted for want of descriptors."""
         self.address = Address(
-            hosts=_hosts(os.environ),
+            hosts=hosts_of(os.environ),
             port=self._listener.getsockname()[1],
             machine=machine(),
             secret=secrets.token_hex(16),
@@ -130,8 +141,8 @@ class Reception:
         return Frame(Kind.WELCOME, segments=[self.address.answer.encode()])
 
     def fileno(self) -> int:
-        """The listening socket's, for a selector."""
-        return self._listener.fileno()
+        """A descriptor for a selector: readable when a peer has come or has gone."""
+        return self._selector.fileno()
 
     def open(self, group: str, kind: str) -> None:
         """Say that an operation of a kind expects peers."""
@@ -145,14 +156,13 @@ class Reception:
             self._active += Counter()  # drops what is not positive
 
     def restless(self) -> bool:
-        """Whether peers may come without the listening socket telling this operation."""
+        """Whether peers may come without the descriptor telling this operation."""
         return bool(self._lobby) or self._active.total() > 1
 
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
         """The peers of a group that run this kind of operation, or one that is not run here."""
         with self._lock:
-            self._accept()
-            self._greet()
+            self._look()
             mine: list[Arrival] = []
             others: list[Arrival] = []
             for arrival in self._waiting:
@@ -162,38 +172,77 @@ class Reception:
             self._waiting = others
         return mine
 
-    def broken_tether(self, group: str, rank: int) -> str | None:
-        """How the process of a rank ended, as far as its tether tells."""
-        with self._lock:
-            line = self._tethers.get((group, rank))
-            if line is None:
-                return None
-            line.receive()
-            if line.left:  # the rank has done with the group, and lives
-                line.close()
-                del self._tethers[group, rank]
-                return None
-            return line.ended
+    def broken_connection(self, group: str, rank: int) -> str | None:
+        """How the process of a rank ended, as far as its idle connection tells."""
+        return self._ended.get((group, rank))
+
+    def full_for_s(self) -> float:
+        """For how long no connection could be accepted for want of descriptors."""
+        return 0.0 if self._full_s is None else time.monotonic() - self._full_s
 
     def give_back(self, arrivals: Sequence[Arrival]) -> None:
         """Keep peers for a later operation."""
         with self._lock:
             self._waiting.extend(arrivals)
 
+    def keep(self, group: str, rank: int, line: Line) -> None:
+        """Leave the operation of a peer's connection, and wait for what it does next."""
+        line.finish()
+        with self._lock:
+            self._add_idle((group, rank), line)
+
+    def forget(self, group: str) -> None:
+        """Close the idle connections of a group that is gone."""
+        with self._lock:
+            for line in [line for line, member in self._idle.items() if member[0] == group]:
+                self._drop_idle(line)
+                line.hang_up()
+            for member in [member for member in self._ended if member[0] == group]:
+                del self._ended[member]
+
+    def _look(self) -> None:
+        """Accept, greet, and read what has come on idle connections."""
+        self._heed_listener()
+        lobby = False
+        for key, _ in self._selector.select(0):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif (member := self._idle.get(key.data)) is not None:
+                self._read_idle(key.data, member)
+            else:
+                lobby = True
+        if lobby or self._lobby:
+            self._greet()
+
+    def _heed_listener(self) -> None:
+        if self._listener not in self._selector.get_map():
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
     def _accept(self) -> None:
         for n in range(1, ACCEPTED_AT_ONCE + 1):
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                # Nobody waits, or who waited is gone already. Out of descriptors: they stay queued.
+            except OSError as error:
+                # The queue is empty, or the peer is gone already, or there are no descriptors.
+                self._note_full(error)
                 return
             line = Line(sock)
             line.reader.limit_bytes, line.reader.only = HELLO_BYTES, Kind.HELLO
+            self._selector.register(line, selectors.EVENT_READ, line)
             self._lobby.append((time.monotonic() + HELLO_S, line))
             if n % STRANGERS == 0:
                 self._greet()
             while len(self._lobby) > STRANGERS:
-                self._lobby.pop(0)[1].close()
+                self._close_stranger(self._lobby.pop(0)[1])
+
+    def _note_full(self, error: OSError) -> None:
+        """Note whether peers stay in the kernel's queue for want of descriptors."""
+        if error.errno not in EXHAUSTED:
+            self._full_s = None
+        elif not make_more_room():
+            self._full_s = self._full_s or time.monotonic()
+            # Until the next look: it would wake the operation all the time.
+            self._selector.unregister(self._listener)
 
     def _greet(self) -> None:
         staying = []
@@ -201,20 +250,60 @@ class Reception:
             line.receive(one=True)
             refused = bool(line.frames)
             hello = self._read_hello(line.frames.popleft()) if line.frames else None
-            if hello is not None and hello.operation == TETHER:
-                old = self._tethers.pop((hello.group, hello.rank), None)
-                if old is not None:
-                    old.close()
-                line.reader.only = None
-                self._tethers[hello.group, hello.rank] = line
-            elif hello is not None:
+            if hello is not None:
                 line.reader.limit_bytes, line.reader.only = MAX_BODY_BYTES, None
-                self._waiting.append(Arrival(hello, line))
+                self._seat(hello, line)
             elif refused or line.over or time.monotonic() > until_s:
-                line.close()
+                self._close_stranger(line)
             else:
                 staying.append((until_s, line))
         self._lobby = staying
+
+    def _close_stranger(self, line: Line) -> None:
+        if line.fileno() >= 0:
+            self._selector.unregister(line)
+            line.close()
+
+    def _seat(self, hello: Hello, line: Line) -> None:
+        """Note that a peer is here, and for which operation."""
+        self._ended.pop((hello.group, hello.rank), None)
+        if hello.operation != IDLE:
+            self._selector.unregister(line)
+            self._waiting.append(Arrival(hello, line))
+        else:
+            self._idle[line] = (hello.group, hello.rank)
+
+    def _read_idle(self, line: Line, member: Member) -> None:
+        """Take the next HELLO of a peer whose connection is idle, or note that it ended."""
+        if line.pending and line.flush():
+            self._selector.modify(line, selectors.EVENT_READ, line)
+        line.receive(one=True)
+        if line.frames:
+            hello = self._read_hello(line.frames.popleft())
+            if hello is not None and (hello.group, hello.rank) == member:
+                del self._idle[line]
+                self._seat(hello, line)
+                return
+            line.ended = "it sent something else than its next operation"
+        if line.over:
+            self._drop_idle(line)
+            if line.ended is not None:
+                self._ended[member] = line.ended
+            line.close()
+
+    def _add_idle(self, member: Member, line: Line) -> None:
+        if line.closed or line.fileno() < 0:
+            if line.ended is not None:
+                self._ended[member] = line.ended
+            line.close()
+            return
+        self._idle[line] = member
+        write = selectors.EVENT_WRITE if line.pending else 0
+        self._selector.register(line, selectors.EVENT_READ | write, line)
+
+    def _drop_idle(self, line: Line) -> None:
+        del self._idle[line]
+        self._selector.unregister(line)
 
     def _read_hello(self, frame: Frame) -> Hello | None:
         if frame.kind is not Kind.HELLO or len(frame.segments) != 2:
@@ -231,8 +320,9 @@ class Reception:
     def close(self) -> None:
         """Close every socket; for the end of the process."""
         self._listener.close()
+        self._selector.close()
         waiting = [line for _, line in self._lobby] + [a.line for a in self._waiting]
-        for line in [*waiting, *self._tethers.values()]:
+        for line in [*waiting, *self._idle]:
             line.close()
 
 
@@ -250,16 +340,6 @@ def reception() -> Reception:
         return _reception
 
 
-def make_room_for(connections: int) -> None:
-    """Raise this process's soft limit of descriptors where it is too low for its peers."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + DESCRIPTORS_BESIDE
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(ValueError, OSError):  # not allowed: peers stay queued
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
 def _forget_in_child() -> None:
     """A forked child has no peers; its copy of the socket would keep a dead parent's port open."""
     global _reception, _making
@@ -268,34 +348,12 @@ def _forget_in_child() -> None:
         atexit.unregister(_reception.close)
         with contextlib.suppress(OSError):
             _reception._listener.close()
+            # The kernel's list of what it watches is the parent's, too: it is left as it is.
+            _reception._selector.close()
         _reception = None
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def local_only(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun's variables say that all ranks are on this machine."""
-    if environ.get("MASTER_ADDR") in LOOPBACK:
-        return True
-    size = environ.get("WORLD_SIZE")
-    return size is not None and size == environ.get("LOCAL_WORLD_SIZE")
-
-
-def machine() -> str:
-    """Equal in processes that share a kernel and its network, and so a loopback.
-
-    Copies of one virtual machine may share it, too, and no loopback.
-    """
-    try:
-        return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-@cache
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _listen(loopback: bool) -> socket.socket:
@@ -310,17 +368,3 @@ def _listen(loopback: bool) -> socket.socket:
             listener = socket.create_server(("", 0), backlog=BACKLOG)
     listener.setblocking(False)
     return listener
-
-
-def _hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """This machine's addresses, best first: the one that the master is reached from, the name."""
-    hosts = []
-    master = environ.get("MASTER_ADDR")
-    if master and master not in LOOPBACK:
-        with contextlib.suppress(OSError):
-            family, kind, *_, where = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(where)  # sends nothing; only asks the kernel for the route
-                hosts.append(probe.getsockname()[0])
-    hosts.append(socket.gethostname())
-    return tuple(dict.fromkeys(hosts))

@@ -23,14 +23,15 @@ import torch
 import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, decode, encode
-from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.frame import Frame, decode, encode
 from pytest_dcp.checkpoint.coordinate.presence import Presence
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder, Place
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+    from pytest_dcp.checkpoint.coordinate.link import Link
 
 POLL_S = (0.001, 0.1)
 """First and longest pause between looks into the store: `check` never blocks, so that Ctrl-C works
@@ -47,14 +48,14 @@ class Meeting:
     """By coordinator rank: the secret of this process's address in the store."""
     addresses: dict[int, Address] = field(default_factory=dict)
     """By coordinator rank."""
-    tethers: dict[int, Line] = field(default_factory=dict)
-    """By coordinator rank; see reception."""
+    idle: dict[int, Link] = field(default_factory=dict)
+    """By coordinator rank: this process's connection to it while no operation has it."""
     present: bool = False
     """Whether this process has said in the store which one it is."""
     presences: dict[int, Presence] = field(default_factory=dict)
     """By rank, those that were looked up."""
     tying: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a tether is made: a save and a load may begin at once."""
+    """Held while `idle` changes: a save and a load may begin at once."""
 
 
 _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
@@ -71,20 +72,26 @@ def meeting_of(group: dist.ProcessGroup) -> Meeting:
         meeting = _meetings.get(group)
         if meeting is None:
             meeting = _meetings[group] = Meeting()
-            # Not at exit: a tether that breaks without a word says that the process has ended.
-            weakref.finalize(group, _untie, meeting.tethers).atexit = False
+            # Not at exit: a connection that breaks without a word says that the process has ended.
+            weakref.finalize(group, _end, meeting, group.group_name, group.size()).atexit = False
         return meeting
 
 
-def _untie(tethers: dict[int, Line]) -> None:
-    for line in tethers.values():
-        line.queue(Frame(Kind.BYE))
-        line.close()
+def _end(meeting: Meeting, name: str, size: int) -> None:
+    """Close the idle connections of a group that is gone, on both sides."""
+    for link in meeting.idle.values():
+        link.line.hang_up()
+    for coordinator_rank in meeting.published:
+        reception().forget(_key(name, coordinator_rank, size))
 
 
 def group_key(group: dist.ProcessGroup, coordinator_rank: int) -> str:
     """The group and its coordinator, alike on all ranks."""
-    return f"{group.group_name}/{coordinator_rank}/{group.size()}"
+    return _key(group.group_name, coordinator_rank, group.size())
+
+
+def _key(group_name: str, coordinator_rank: int, size: int) -> str:
+    return f"{group_name}/{coordinator_rank}/{size}"
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:
@@ -202,6 +209,8 @@ def _forget_in_child() -> None:
     _meeting = threading.Lock()
     for meeting in _meetings.values():
         meeting.order.forget_pending()
+        meeting.idle.clear()
+        meeting.published.clear()
     # Of these groups its parent is the rank.
     _inherited.update(dist.distributed_c10d._world.pg_map)
 

@@ -1,6 +1,6 @@
 """A peer's side of the star: one line to the coordinator.
 
-The peer connects before its first step's work, so that the coordinator notices its end from then
+The peer says hello before its first step's work, so that the coordinator notices its end from then
 on. It waits as long as the coordinator is heard of; a coordinator in long work of its own may be
 silent for the timeout and a margin.
 """
@@ -8,13 +8,9 @@ silent for the timeout and a margin.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hmac
-import os
 import select
-import socket
 import time
-from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -22,7 +18,8 @@ from pytest_dcp.checkpoint.coordinate import rendezvous
 from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, alert_text
 from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.reception import TETHER, Address, Hello, machine
+from pytest_dcp.checkpoint.coordinate.link import GONE, Link, connect, keep, take_idle
+from pytest_dcp.checkpoint.coordinate.reception import Hello
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
@@ -33,9 +30,8 @@ from pytest_dcp.checkpoint.coordinate.star import (
     Verdict,
 )
 
-LOOPBACK_ADDRESS = "127.0.0.1"
-CONNECT_S = 5.0
-"""One try of an address that does not answer. A full accept queue answers to none of them."""
+UNREACHED_S = 60.0
+"""How long a network that leads to none of the coordinator's addresses may take to recover."""
 REFUSED_S = 0.5
 """How long a refused address may be replaced by the address of a coordinator that came anew."""
 AGAIN_S = 0.2
@@ -51,12 +47,12 @@ class Spoke:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._line: Line | None = None
-        self._answer = ""
+        self._link: Link | None = None
         self._welcome = False
         self._met_s = 0.0
         """When this rank last said hello."""
         self._looked_s = time.monotonic()
+        self._kept = False
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -69,31 +65,26 @@ class Spoke:
         return rendezvous.meeting_of(self._group).order
 
     def join(self, head: Head) -> Verdict | None:
-        """Connect, at the first step; a verdict when no coordinator is there."""
-        if self._line is not None:
+        """Say hello, at the first step; a verdict when no coordinator is there."""
+        if self._link is not None:
             return None
-        site, group = self.site, self._group
-        try:
-            address, sock, how = self._find(time.monotonic() + site.timeout_s + site.margin_s)
-        except RuntimeError as error:  # of the store
-            return self._end(site.ended(site.coordinator, head.name, f"its store: {error}"), head)
-        if address is None and not how:
-            return self._end(site.silent(site.coordinator, head.name), head)
-        if address is None or sock is None:
-            return self._end(site.ended(site.coordinator, head.name, how), head)
-        self._say_hello(address, sock)
-        try:
-            tie(group, site.coordinator, site.rank, address)
-        except TimeoutError:
-            pass  # busy: tied in the next operation, and until the end of this one by its line
-        except OSError as error:
-            return self._end(site.ended(site.coordinator, head.name, str(error)), head)
+        site = self.site
+        found: Link | Cause | None = take_idle(self._group, site.coordinator)
+        if found is None:
+            try:
+                until_s = time.monotonic() + site.timeout_s + site.margin_s
+                found = self._find(until_s, head.name)
+            except RuntimeError as error:  # of the store
+                found = site.ended(site.coordinator, head.name, f"its store: {error}")
+        if isinstance(found, Cause):
+            return self._end(found, head)
+        self._say_hello(found)
         return None
 
-    def _say_hello(self, address: Address, sock: socket.socket) -> None:
+    def _say_hello(self, link: Link) -> None:
         site, place = self.site, self.site.place
         self._met_s = time.monotonic()
-        self._line, self._answer = Line(sock), address.answer
+        self._link = link
         hello = Hello(
             rendezvous.group_key(self._group, site.coordinator),
             site.operation,
@@ -104,35 +95,41 @@ class Spoke:
             place.unordered,
             None if place.subject is None else (place.subject.name, place.subject.real),
         )
-        self._line.queue(hello.frame(address.secret))
-        self._line.flush()
+        link.line.queue(hello.frame(link.address.secret))
+        link.line.flush()
 
-    def _find(self, until_s: float) -> tuple[Address | None, socket.socket | None, str]:
-        group, coordinator = self._group, self.site.coordinator
-        how, last_s = "", None
+    def _find(self, until_s: float, step: str) -> Link | Cause:
+        """A new connection, or why there is none.
+
+        A coordinator that has not come, or whose queue is full, is waited for like any late rank.
+        """
+        site, group = self.site, self._group
+        refused_s = unreached_s = until_s
         while True:
-            address = rendezvous.look_up(
-                group, coordinator, min(until_s, time.monotonic() + TICK_S)
-            )
+            now = time.monotonic()
+            address = rendezvous.look_up(group, site.coordinator, min(until_s, now + TICK_S))
             if address is None:
-                how = rendezvous.ended_process(group, coordinator) or ""
-                if how or time.monotonic() > until_s:
-                    return None, None, how
-                continue
-            try:
-                return address, connect(address), how
-            except TimeoutError:
-                # Its queue is full, or its machine is busy: it is waited for like any late rank.
-                if time.monotonic() > until_s:
-                    return None, None, how
-                continue
-            except OSError as error:
-                how, now = f"nobody answers at its address: {error}", time.monotonic()
-            rendezvous.forget(group, coordinator)
-            last_s = last_s or now + REFUSED_S
-            if now > min(last_s, until_s):
-                return address, None, how
-            time.sleep(REFUSED_S / 10)
+                if (how := rendezvous.ended_process(group, site.coordinator)) is not None:
+                    return site.ended(site.coordinator, step, how)
+            else:
+                try:
+                    return Link(Line(connect(address)), address)
+                except TimeoutError:
+                    refused_s = unreached_s = until_s
+                except GONE as error:
+                    refused_s = min(refused_s, now + REFUSED_S)
+                    if time.monotonic() > refused_s:
+                        how = f"nobody answers at its address: {error}"
+                        return site.ended(site.coordinator, step, how)
+                    rendezvous.forget(group, site.coordinator)
+                    time.sleep(REFUSED_S / 10)
+                except OSError as error:
+                    unreached_s = min(unreached_s, now + UNREACHED_S)
+                    if time.monotonic() > unreached_s:
+                        return site.unreached(site.coordinator, step, error)
+                    time.sleep(AGAIN_S)
+            if time.monotonic() > until_s:
+                return site.silent(site.coordinator, step)
 
     def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
         """Send the statement and wait for the result; `combine` is the coordinator's."""
@@ -177,15 +174,15 @@ class Spoke:
         rendezvous.forget(self._group, site.coordinator)
         try:
             address = rendezvous.look_up(self._group, site.coordinator, 0.0)
-            sock = None if address is None else connect(address)
-        except TimeoutError:
-            return True
-        except (OSError, RuntimeError):
+            link = None if address is None else Link(Line(connect(address)), address)
+        except (*GONE, RuntimeError):
             return False
-        if address is None or sock is None:
+        except OSError:  # its queue is full, or it cannot be reached just now
+            return True
+        if link is None:
             return False
         self._require_line().close()
-        self._say_hello(address, sock)
+        self._say_hello(link)
         return True
 
     def _word_left(self) -> Verdict | None:
@@ -203,10 +200,11 @@ class Spoke:
     def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
         site = self.site
         if frame.kind is Kind.WELCOME:
-            shown = bytes(frame.segments[0]) if frame.segments else b""
-            self._welcome = hmac.compare_digest(shown, self._answer.encode())
+            self._welcome_in(frame)
         elif not self._welcome:
-            stranger = site.out_of_step(site.coordinator, "did not show that it is the coordinator")
+            text = "did not show that it is the coordinator"
+            stranger = site.out_of_step(site.coordinator, text)
+            self._require_line().ended = f"it {text}"  # so that it is not used again
             return self._end(stranger, head)
         elif frame.kind is Kind.VERDICT:
             try:
@@ -238,8 +236,7 @@ class Spoke:
 
     def trouble(self) -> str | None:
         """What the coordinator has told of, or that it is gone; says that this rank is alive."""
-        line = self._line
-        if line is None or line.fileno() < 0:
+        if self._link is None or self._kept or (line := self._link.line).fileno() < 0:
             return None
         line.receive()
         if not line.pending and time.monotonic() - line.said_s > self.site.ping_s:
@@ -260,9 +257,9 @@ class Spoke:
         return None
 
     def _welcome_in(self, frame: Frame) -> bool:
-        if frame.kind is Kind.WELCOME and frame.segments:
-            shown = bytes(frame.segments[0])
-            self._welcome = hmac.compare_digest(shown, self._answer.encode())
+        if frame.kind is Kind.WELCOME and self._link is not None:
+            shown = bytes(frame.segments[0]) if frame.segments else b""
+            self._welcome = hmac.compare_digest(shown, self._link.address.answer.encode())
         return self._welcome
 
     def _end(self, cause: Cause, head: Head) -> Verdict:
@@ -271,112 +268,42 @@ class Spoke:
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the coordinator why, and close."""
         until_s = time.monotonic() + PARTING_S
-        if self._line is None:
+        if self._link is None:
             self._meet_to_leave(until_s)
-        if self._line is None:
+        if self._link is None:
             with contextlib.suppress(RuntimeError, CoordinationError):
                 word = Statement(cause=cause).frame(START)
                 rendezvous.refuse(self._group, self.site.coordinator, self.site.place, word)
-        line = self._line
-        if line is not None and line.fileno() >= 0:
+        elif not self._kept and (line := self._link.line).fileno() >= 0:
             line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))
-            line.queue(Frame(Kind.BYE))
+            line.finish()
             while not line.flush() and time.monotonic() < until_s:
                 _wait(line, PARTING_S / 10)
-            line.receive()
-            line.close()
+            self._keep()
 
     def _meet_to_leave(self, until_s: float) -> None:
         """Connect before the first step, if the coordinator has an address by now."""
+        group, coordinator = self._group, self.site.coordinator
         with contextlib.suppress(RuntimeError, OSError, CoordinationError):
-            address, sock, _ = self._find(until_s)
-            if address is not None and sock is not None:
-                self._say_hello(address, sock)
+            found = take_idle(group, coordinator) or self._find(until_s, START.name)
+            if isinstance(found, Link):
+                self._say_hello(found)
 
     def close(self) -> None:
-        """Say goodbye, and close."""
-        if self._line is not None and self._line.fileno() >= 0:
-            self._line.queue(Frame(Kind.BYE))
-            self._line.close()
+        """Say goodbye, and keep the connection for the next operation."""
+        if self._link is not None and not self._kept:
+            self._link.line.finish()
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._link is not None:
+            self._kept = True
+            keep(self._group, self.site.coordinator, self._link)
 
     def _require_line(self) -> Line:
-        if self._line is None:
+        if self._link is None:
             raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
-        return self._line
-
-
-def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
-    """Make sure that the coordinator sees this process end, in later operations too.
-
-    Raises OSError when nobody answers there.
-    """
-    meeting = rendezvous.meeting_of(group)
-    with meeting.tying:
-        old = meeting.tethers.get(coordinator)
-        if old is not None and old.fileno() >= 0:
-            old.receive()
-            if not old.over:
-                return
-            old.close()
-        tether = meeting.tethers[coordinator] = Line(connect(address))
-        hello = Hello(rendezvous.group_key(group, coordinator), TETHER, 0, rank)
-        tether.queue(hello.frame(address.secret))
-        tether.flush()
-
-
-def connect(address: Address) -> socket.socket:
-    """A connection to the reception at an address.
-
-    Raises TimeoutError when one of its hosts may be there and did not answer in time, else the last
-    OSError, when none of them takes a connection. Where the loopback of its machine refuses, its
-    name is not asked for if it is ours: a resolver could take any time.
-    """
-    failed: OSError = ConnectionRefusedError(f"no host in {address}")
-    hosts: Sequence[str] = address.hosts
-    busy: OSError | None = None
-    if address.machine == machine():
-        try:
-            return _not_itself(_on_this_machine(address.port))
-        except ConnectionRefusedError as error:
-            own = socket.gethostname()
-            failed, hosts = error, [host for host in hosts if host != own]
-        except TimeoutError as error:
-            failed = busy = error
-        except OSError as error:
-            failed = error
-    for host in hosts:
-        try:
-            sock = socket.create_connection((host, address.port), timeout=CONNECT_S)
-            return _not_itself(sock)
-        except TimeoutError as error:
-            busy = error
-        except OSError as error:
-            failed = error
-    raise busy or failed
-
-
-def _on_this_machine(port: int) -> socket.socket:
-    """A connection through the loopback, which needs no resolver."""
-    sock = socket.socket()
-    try:
-        sock.settimeout(CONNECT_S)
-        sock.connect((LOOPBACK_ADDRESS, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _not_itself(sock: socket.socket) -> socket.socket:
-    """The socket, unless nobody listens there and the kernel lent it the very port."""
-    try:
-        itself = sock.getsockname() == sock.getpeername()
-    except OSError:  # it ended already: whoever reads sees it
-        itself = False
-    if itself:
-        sock.close()
-        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    return sock
+        return self._link.line
 
 
 def _wait(line: Line, timeout_s: float) -> None:

@@ -82,6 +82,11 @@ class Site:
         text = f"{self.name_of(rank)} was silent for {self.timeout_s:g} s {self._in(step)}"
         return capture(rank, RankSilentError(f"{text}: it hangs, or has not come to this step"))
 
+    def unreached(self, rank: int, step: str, error: OSError) -> Cause:
+        """The cause that no network leads to a rank, which says nothing of its process."""
+        text = f"{self.name_of(rank)} cannot be reached from rank {self.rank} {self._in(step)}"
+        return capture(rank, RankSilentError(f"{text}: {error}"))
+
     def out_of_step(self, rank: int, text: str) -> Cause:
         """The cause that a rank does something else than the coordinator."""
         return capture(rank, OutOfStepError(f"{self.name_of(rank)} {text}"))

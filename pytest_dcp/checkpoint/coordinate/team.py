@@ -33,6 +33,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
 )
 from pytest_dcp.checkpoint.coordinate.frame import START, Head, Mode
 from pytest_dcp.checkpoint.coordinate.hub import Hub
+from pytest_dcp.checkpoint.coordinate.link import tie
 from pytest_dcp.checkpoint.coordinate.parcel import Parcel, Segment, bundle, pack, unbundle, unpack
 from pytest_dcp.checkpoint.coordinate.sequence import (
     CallOrder,
@@ -41,7 +42,7 @@ from pytest_dcp.checkpoint.coordinate.sequence import (
     kind_of,
     wait_for_turn,
 )
-from pytest_dcp.checkpoint.coordinate.spoke import Spoke, tie
+from pytest_dcp.checkpoint.coordinate.spoke import Spoke
 from pytest_dcp.checkpoint.coordinate.star import Replies, Result, Site, Star, Statement, Verdict
 
 T = TypeVar("T")

@@ -15,22 +15,23 @@ from typing import Any, NoReturn, TypeVar
 import pytest
 
 from pytest_dcp.checkpoint.coordinate import line as line_module
-from pytest_dcp.checkpoint.coordinate import spoke
+from pytest_dcp.checkpoint.coordinate import link, spoke
+from pytest_dcp.checkpoint.coordinate.descriptors import make_room_for
+from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.link import Link, connect
+from pytest_dcp.checkpoint.coordinate.machines import local_only
 from pytest_dcp.checkpoint.coordinate.reception import (
     HELLO_BYTES,
     HELLO_S,
+    IDLE,
     STRANGERS,
-    TETHER,
     Address,
     Hello,
     Reception,
-    local_only,
-    make_room_for,
 )
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
-from pytest_dcp.checkpoint.coordinate.spoke import connect
 from pytest_dcp.checkpoint.coordinate.star import Site
 
 HELLO = Hello("group", "save", 1, 2)
@@ -191,25 +192,28 @@ def short_until(found: Callable[[], object]) -> None:
     raise TimeoutError
 
 
-def test_a_broken_tether_tells_that_a_process_ended(reception: Reception) -> None:
-    sock = send(reception, hello(reception, replace(HELLO, operation=TETHER)))
+def broken(reception: Reception, rank: int = 2) -> str | None:
+    assert reception.arrivals("group", "save") == []
+    return reception.broken_connection("group", rank)
+
+
+def test_an_idle_connection_that_breaks_tells_that_a_process_ended(reception: Reception) -> None:
+    sock = send(reception, hello(reception, replace(HELLO, operation=IDLE)))
     with pytest.raises(TimeoutError):
-        short_until(lambda: reception.arrivals("group", "save"))
-    assert reception.broken_tether("group", 2) is None
+        short_until(lambda: broken(reception))
     sock.close()
-    assert until(lambda: reception.broken_tether("group", 2)) == "connection closed"
-    assert reception.broken_tether("group", 1) is None
+    assert until(lambda: broken(reception)) == "connection closed"
+    assert broken(reception, rank=1) is None
 
 
-def test_a_tether_that_is_untied_tells_of_no_end(reception: Reception) -> None:
-    line = Line(send(reception, hello(reception, replace(HELLO, operation=TETHER))))
+def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(reception: Reception) -> None:
+    line = Line(send(reception, hello(reception, replace(HELLO, operation=IDLE))))
     with pytest.raises(TimeoutError):
-        short_until(lambda: reception.arrivals("group", "save"))
-    line.queue(Frame(Kind.BYE))
-    line.close()
+        short_until(lambda: broken(reception))
+    line.hang_up()
     for _ in range(20):
         time.sleep(0.001)
-        assert reception.broken_tether("group", 2) is None
+        assert broken(reception) is None
 
 
 def test_a_fork_keeps_no_line_open(reception: Reception) -> None:
@@ -289,7 +293,7 @@ def full_queue(listener: socket.socket) -> list[socket.socket]:
 def test_a_coordinator_with_a_full_queue_is_waited_for(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spoke, "CONNECT_S", 0.3)
+    monkeypatch.setattr(link, "CONNECT_S", 0.3)
     place = CallOrder().take("save", None)
     group: Any = object()
     waiter = spoke.Spoke(Site(1, 2, 0, "save", 60.0, group, place))
@@ -299,7 +303,9 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
         crowd = full_queue(listener)
         with pytest.raises(TimeoutError):
             connect(address)
-        assert waiter._find(time.monotonic() + 0.5) == (None, None, "")
+        late = waiter._find(time.monotonic() + 0.5, "plan")
+        assert isinstance(late, Cause)
+        assert late.type_name.endswith("RankSilentError")
 
         def accept() -> None:
             time.sleep(0.5)
@@ -310,24 +316,37 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
         listener.settimeout(1.0)
         thread = threading.Thread(target=accept)
         thread.start()
-        _, sock, _ = waiter._find(time.monotonic() + LIMIT_S)
+        found = waiter._find(time.monotonic() + LIMIT_S, "plan")
         thread.join()
-        assert sock is not None
-        for one in [sock, *crowd]:
+        assert isinstance(found, Link)
+        found.line.close()
+        for one in crowd:
             one.close()
 
 
-def test_the_soft_limit_of_descriptors_grows_with_the_peers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What the limits of descriptors were, one after another."""
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    return limits
+
+
+def test_the_soft_limit_of_descriptors_grows_with_the_peers(
+    limits: list[tuple[int, int]],
+) -> None:
     make_room_for(100)
     assert len(limits) == 1
     make_room_for(1000)
-    make_room_for(9000)
+    make_room_for(4000)
     assert limits[1:] == [(1512, 4096), (4096, 4096)]
+
+
+def test_a_hard_limit_that_is_too_low_is_named(limits: list[tuple[int, int]]) -> None:
+    with pytest.raises(CoordinationError, match=r"only 4096 .* `ulimit -n 9512` before"):
+        make_room_for(9000)
+    assert limits[1:] == [(4096, 4096)]
 
 
 @pytest.mark.parametrize("hosts", [(), ("127.0.0.1",)])

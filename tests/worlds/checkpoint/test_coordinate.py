@@ -6,15 +6,17 @@ so that every rank can assert what it saw.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
+import stat
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from pytest_dcp.checkpoint.coordinate import (
     Team,
     team_of,
 )
+from pytest_dcp.checkpoint.coordinate.reception import reception
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_world import RankWorld
@@ -661,11 +664,57 @@ def test_operations_leave_no_thread_and_no_descriptor(rank: int) -> None:
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     save()
-    save()  # the tethers of the first are accepted by the second
+    save()
     before = held()
     for _ in range(20):
         save()
     assert held() == before
+
+
+def sockets() -> int:
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself
+            found += stat.S_ISSOCK(os.fstat(int(fd)).st_mode)
+    return found
+
+
+def test_one_connection_for_each_rank_serves_all_operations(
+    world: RankWorld, group: dist.ProcessGroup, rank: int
+) -> None:
+    if rank == 0:
+        reception()
+    before = sockets()
+    for _ in range(3):
+        with team(group) as t:
+            t.barrier("meet")
+            assert sockets() - before == (SIZE - 1 if rank == 0 else 1)
+            world.barrier()  # some are done later than others
+    thread = threading.Thread(target=lambda: steps_of("save", group))
+    thread.start()
+    steps_of("load", group)
+    thread.join()
+    steps_of("save", group)
+    assert sockets() - before == (SIZE - 1 if rank == 0 else 1)
+
+
+def steps_of(operation: str, group: dist.ProcessGroup) -> None:
+    with team(group, operation=operation) as t:
+        for n in range(20):
+            t.barrier(f"step {n}")
+
+
+def test_a_group_that_is_gone_holds_no_connection() -> None:
+    def use_a_group() -> int:
+        group = new_group(60)
+        steps_of("save", group)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        return sockets()
+
+    first = use_a_group()
+    assert [use_a_group() for _ in range(3)] == [first] * 3
 
 
 def test_a_group_can_be_destroyed_and_made_again_after_a_failure(rank: int) -> None:

@@ -97,7 +97,7 @@ def test_a_peer_that_was_crowded_out_says_hello_again(
             while lobby and len(refused) < 6:
                 line = lobby.pop()[1]
                 refused.append(line.sock)
-                line.sock.close()
+                reception()._close_stranger(line)
             whole()
 
         monkeypatch.setattr(reception(), "_greet", crowded)

@@ -1,0 +1,188 @@
+"""What one coordinator costs with many peers: the time of its steps, and its open descriptors.
+
+The coordinator is a process of its own that begins with the soft limit of descriptors of an
+ordinary login (1,024). One other process plays all its peers, with one socket each. Both run on
+this machine, so the time of a step includes what the peers' process needs; `cpu_ms` does not.
+"""
+
+import argparse
+import json
+import os
+import resource
+import selectors
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pytest_dcp.checkpoint.coordinate import rendezvous, team_of
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode, encode
+from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.reception import Address, Hello, reception
+from pytest_dcp.checkpoint.coordinate.spoke import connect
+
+PEERS = (64, 512, 4096)
+STEPS = 20
+SOFT_LIMIT = 1024
+"""Of descriptors, in a login shell of the common distributions."""
+LIMIT_S = 300.0
+OPERATION = "save"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTimes:
+    """What one coordinator took for one number of peers."""
+
+    peers: int
+    join_ms: float
+    """The first step: all peers connect and say who they are."""
+    rejoin_ms: float
+    """The first step of the next operation."""
+    agree_ms: float
+    """One further step; the median."""
+    cpu_ms: float
+    """Time of the coordinator's processor in such a step; the mean."""
+    descriptors: int
+    """That the coordinator has open during the second operation, beyond those before the first."""
+
+
+def measure_peers(counts: Sequence[int] = PEERS, steps: int = STEPS) -> list[PeerTimes]:
+    """The times of one coordinator, for each number of peers.
+
+    Raises RuntimeError when a process fails.
+    """
+    return [_measure(count, steps) for count in counts]
+
+
+def _measure(peers: int, steps: int) -> PeerTimes:
+    program = [sys.executable, str(Path(__file__).resolve())]
+    with ExitStack() as stack:
+        coordinator = stack.enter_context(
+            subprocess.Popen(
+                [*program, "coordinator", str(peers), str(steps)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        stack.callback(coordinator.kill)
+        assert coordinator.stdout is not None
+        address = coordinator.stdout.readline().strip()
+        crowd = stack.enter_context(
+            subprocess.Popen([*program, "peers", str(peers), str(steps), address])
+        )
+        stack.callback(crowd.kill)
+        answer, _ = coordinator.communicate(timeout=LIMIT_S)
+        crowd.wait(LIMIT_S)
+        if coordinator.returncode or crowd.returncode:
+            raise RuntimeError(f"{peers} peers: a process failed, see above")
+    return PeerTimes(**json.loads(answer))
+
+
+# The coordinator's process.
+
+
+def run_coordinator(peers: int, steps: int) -> None:
+    """Print the address, run two operations, and print the times."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(SOFT_LIMIT, hard), hard))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=peers + 1)
+    before = _count_descriptors()
+    print(reception().address.encode(), flush=True)
+    join_ms, _, _, _ = _run_operation(steps)
+    rejoin_ms, agree_ms, cpu_ms, held = _run_operation(steps)
+    times = PeerTimes(peers, join_ms, rejoin_ms, agree_ms, cpu_ms, held - before)
+    print(json.dumps(asdict(times)))
+
+
+def _run_operation(steps: int) -> tuple[float, float, float, int]:
+    """Times in ms of the first step, and of the others by the clock and the processor."""
+    taken = []
+    with team_of(None, use_dist=True, coordinator_rank=0, operation=OPERATION) as team:
+        for step in range(steps + 1):
+            began_s = time.perf_counter()
+            team.agree(f"step {step}", lambda: None)
+            taken.append(1000 * (time.perf_counter() - began_s))
+            if step == 0:
+                cpu_s = time.process_time()
+        cpu_ms = 1000 * (time.process_time() - cpu_s) / steps
+        return taken[0], statistics.median(taken[1:]), cpu_ms, _count_descriptors()
+
+
+def _count_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# The peers' process.
+
+
+def run_peers(peers: int, steps: int, address: Address) -> None:
+    """Play ranks 1 to `peers` in both operations."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=1, world_size=peers + 1)
+    world = dist.group.WORLD
+    assert world is not None
+    group = rendezvous.group_key(world, 0)
+    with selectors.DefaultSelector() as selector:
+        lines: dict[int, Line] = {}
+        for number in (1, 2):
+            for rank in range(1, peers + 1):
+                line = lines[rank] if number > 1 else Line(connect(address))
+                lines[rank] = line
+                line.queue(Hello(group, OPERATION, number, rank).frame(address.secret))
+                line.flush()
+                selector.register(line, selectors.EVENT_READ, line)
+            _run_steps(lines.values(), selector, steps)
+            for line in lines.values():
+                line.finish()
+                if line in selector.get_map():
+                    selector.unregister(line)
+        for line in lines.values():
+            line.close()
+
+
+def _run_steps(lines: Collection[Line], selector: selectors.BaseSelector, steps: int) -> None:
+    for step in range(steps + 1):
+        head = Head(step + 1, Mode.AGREE, f"step {step}")
+        pieces = encode(Frame(Kind.VALUE, head))
+        for line in lines:
+            line.queue_encoded(pieces)
+            line.flush()
+        waiting = set(lines)
+        while waiting:
+            for key, _ in selector.select():
+                line: Line = key.data
+                line.receive()
+                if any(frame.kind is Kind.RESULT for frame in line.frames):
+                    waiting.discard(line)
+                line.frames.clear()
+                if line.over:  # after the last step
+                    selector.unregister(line)
+                    if line in waiting:
+                        raise RuntimeError(f"the coordinator has left: {line.ended}")
+
+
+def main() -> None:
+    """Play one of the processes, or measure all and print a line for each number of peers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("role", nargs="?", choices=["coordinator", "peers"])
+    parser.add_argument("facts", nargs="*")
+    chosen = parser.parse_args()
+    if chosen.role is None:
+        for times in measure_peers():
+            print(times, flush=True)
+    elif chosen.role == "coordinator":
+        run_coordinator(*map(int, chosen.facts))
+    else:
+        *counts, address = chosen.facts
+        run_peers(*map(int, counts), Address.decode(address.encode()))
+
+
+if __name__ == "__main__":
+    main()

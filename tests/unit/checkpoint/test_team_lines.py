@@ -1,0 +1,92 @@
+"""A connection that serves one operation after another."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode
+from pytest_dcp.checkpoint.coordinate.line import Line
+
+HELLO = Frame(Kind.HELLO, segments=[b"secret"])
+VALUE = Frame(Kind.VALUE, Head(1, Mode.AGREE, "write"))
+Ends = tuple[Line, Line]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    here, there = map(Line, socket.socketpair())
+    yield here, there
+    here.close()
+    there.close()
+
+
+def say(line: Line, *frames: Frame) -> None:
+    for frame in frames:
+        line.queue(frame)
+    assert line.flush()
+
+
+def heard(line: Line) -> list[Kind]:
+    line.receive()
+    kinds = [frame.kind for frame in line.frames]
+    line.frames.clear()
+    return kinds
+
+
+def test_what_follows_an_operation_waits_until_this_end_has_finished_it(ends: Ends) -> None:
+    here, there = ends
+    say(there, VALUE)
+    there.finish()
+    say(there, HELLO)
+    assert heard(here) == [Kind.VALUE]
+    assert here.left
+    assert here.over
+    here.finish()
+    assert not here.over
+    assert heard(here) == [Kind.HELLO]
+
+
+def test_what_comes_of_an_operation_that_this_end_has_left_is_dropped(ends: Ends) -> None:
+    here, there = ends
+    here.finish()
+    say(there, VALUE, VALUE)
+    assert heard(here) == []
+    there.finish()
+    say(there, HELLO)
+    assert heard(here) == [Kind.HELLO]
+    assert not here.over
+
+
+def test_both_ends_may_run_ahead_by_several_operations(ends: Ends) -> None:
+    here, there = ends
+    for _ in range(3):
+        say(here, HELLO)
+        here.finish()
+    for _ in range(3):
+        assert heard(there) == [Kind.HELLO]
+        there.finish()
+    say(there, VALUE)
+    assert heard(here) == [Kind.VALUE]
+
+
+def test_a_hang_up_is_no_end_of_a_process(ends: Ends) -> None:
+    here, there = ends
+    here.finish()
+    there.hang_up()
+    here.receive()
+    assert here.closed
+    assert here.hung_up
+    assert here.ended is None
+
+
+def test_a_connection_that_breaks_is_one(ends: Ends) -> None:
+    here, there = ends
+    there.finish()
+    there.close()
+    here.finish()
+    here.receive()
+    assert here.closed
+    assert here.ended == "connection closed"
