@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
+from pytest_dcp.checkpoint.coordinate.absence import Absences
 from pytest_dcp.checkpoint.coordinate.admission import Admission, admit, difference
 from pytest_dcp.checkpoint.coordinate.descriptors import exhausted, make_room_for
 from pytest_dcp.checkpoint.coordinate.failure import Cause, capture
@@ -44,8 +45,6 @@ from pytest_dcp.checkpoint.coordinate.star import (
 TICK_S = 0.5
 RESTLESS_S = 0.005
 """Between looks for peers that no descriptor announces: see Reception.restless."""
-PROCESSES_AT_ONCE = 32
-"""Missing ranks whose processes are looked at together: each may be a request to the store."""
 FULL_S = 5.0
 """How long peers may wait for this process to close descriptors that it has open elsewhere."""
 FINAL_S = 2.0
@@ -77,8 +76,7 @@ class Hub:
         """Peers whose sockets have not taken all that is queued."""
         self._alert_text: str | None = None
         """What this step's peers have been told to stop for."""
-        self._turn = 0
-        """At which of the missing ranks the next look for ended processes begins."""
+        self._absences: Absences | None = None
         self._epochs: set[int] = set()
         """Of peers whose numbers do not match."""
         self._reception: Reception | None = None
@@ -105,6 +103,7 @@ class Hub:
             return
         self._reception = reception()
         self._reception.open(self._key, site.place.kind)
+        self._absences = Absences(group, self._key, self._reception)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._reception, selectors.EVENT_READ)
         self._door_open = True
@@ -201,17 +200,10 @@ class Hub:
 
     def _find_dead(self, head: Head) -> None:
         """Notice ranks that ended before they came to this operation."""
-        unmet, missing = 0, sorted(self._missing - self._peers.keys())
-        self._turn += PROCESSES_AT_ONCE
-        at = self._turn % max(1, len(missing))
-        for rank in missing[at:] + missing[:at]:
-            if self._reception is not None:
-                how = self._reception.broken_connection(self._key, rank)
-                if how is None and self.site.group is not None and unmet < PROCESSES_AT_ONCE:
-                    unmet += 1
-                    how = rendezvous.ended_process(self.site.group, rank)
-                if how is not None:
-                    self._give_up(self.site.ended(rank, head.name, how))
+        if self._absences is not None:
+            missing = sorted(self._missing - self._peers.keys())
+            for rank, how in self._absences.find_ended(missing).items():
+                self._give_up(self.site.ended(rank, head.name, how))
         if (refusal := self._refusal()) is not None:
             self._give_up(refusal)
 
@@ -464,6 +456,8 @@ class Hub:
         if self._closed:
             return
         self._closed = True
+        if self._absences is not None:
+            self._absences.close()
         if self._selector is not None and self._reception is not None:
             self._selector.close()
             for peer in self._peers.values():

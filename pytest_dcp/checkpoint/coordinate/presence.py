@@ -1,19 +1,25 @@
 """Which process a rank is, and whether it has ended, as far as this machine can tell.
 
-Each rank leaves its process in the group's store at its first operation, before it has met anybody.
-So a rank of this machine that is killed before it meets the coordinator is missed within seconds,
-and so is the coordinator. Nothing is concluded of a process of another machine, container or user,
-nor of a rank that has not come to its first operation.
+Each rank leaves its process in the group's store at its first operation, before it has met anybody:
+its pid, where it listens if the ranks are on several machines, and torchrun's error file. So a rank
+that is killed before it meets the coordinator is missed within seconds, and so is the coordinator.
+Nothing is concluded here of a process of another machine, container or user, unless torchrun's
+error file says so in a folder that both see.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_dcp.checkpoint.coordinate.machines import machine
+from pytest_dcp.checkpoint.coordinate.machines import LOOPBACK, machine
+
+MAX_ERROR_BYTES = 1 << 20
+"""Of torchrun's error file: it holds one traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +31,22 @@ class Presence:
     """When, in clock ticks since boot: another process may get the same pid."""
     scope: str
     """Equal in processes that see each other by these pids: machine, pid namespace and user."""
+    hosts: tuple[str, ...] = ()
+    """Numeric addresses at which it listens, for other machines."""
+    port: int = 0
+    """0: it does not listen."""
+    error_file: str = ""
+    """Where torchrun has a worker that fails say why; empty where it was there already."""
 
     @classmethod
-    def own(cls) -> Presence:
-        """This process."""
+    def own(cls, hosts: Sequence[str] = (), port: int = 0) -> Presence:
+        """This process. hosts: those that are no names, which a resolver could take long for."""
         pid = os.getpid()
         _, started = _stat_of(pid) or ("", "")
-        return cls(pid, started, _scope())
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+        if os.path.exists(error_file):
+            error_file = ""
+        return cls(pid, started, _scope(), tuple(filter(_is_numeric, hosts)), port, error_file)
 
     def encode(self) -> str:
         """What the store keeps."""
@@ -40,11 +55,32 @@ class Presence:
     @classmethod
     def decode(cls, data: bytes) -> Presence:
         """The presence in a store's value."""
-        return cls(**json.loads(data))
+        facts = json.loads(data)
+        return cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether this process sees by its pid whether it has ended."""
+        return bool(self.started) and self.scope == _scope()
+
+    def listens_at(self) -> tuple[str, int] | None:
+        """Host and port of its listening socket, as seen from here; None where it has none."""
+        if not self.port:
+            return None
+        if self.scope.startswith(f"{machine()}/"):  # another container, or user
+            return LOOPBACK[1], self.port
+        return (self.hosts[0], self.port) if self.hosts else None
+
+    def how_ended(self) -> str | None:
+        """How it is known that the process has ended, or None. Never waits."""
+        said = _reported_error(self.error_file)
+        if said is None and not self.has_ended():
+            return None
+        return f"its process {self.pid} has ended" + (f": {said}" if said else "")
 
     def has_ended(self) -> bool:
         """Whether the process is certainly gone, or a zombie."""
-        if not self.started or self.scope != _scope():
+        if not self.is_visible:
             return False
         found = _stat_of(self.pid)
         if found is None:
@@ -87,3 +123,22 @@ def _scope() -> str:
     except OSError:
         return f"unknown {os.getpid()}"
     return f"{machine()}/{namespace}/{os.geteuid()}"
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _reported_error(path: str) -> str | None:
+    """The first line of torchrun's error file of a worker that failed; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            said = json.loads(file.read(MAX_ERROR_BYTES))["message"]
+        text = said["message"] if isinstance(said, dict) else said
+        return str(text).partition("\n")[0]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not whole yet
+        return None

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, decode, encode
+from pytest_dcp.checkpoint.coordinate.machines import local_only
 from pytest_dcp.checkpoint.coordinate.presence import Presence
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder, Place
@@ -105,17 +106,28 @@ def timeout_of(group: dist.ProcessGroup) -> float:
     return float(dist.constants.default_pg_timeout.total_seconds())
 
 
-def say_present(group: dist.ProcessGroup, rank: int) -> None:
-    """Leave this process in the store, once for each group."""
+def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
+    """Leave this process in the store, and a coordinator's address; once for each group.
+
+    Where the ranks are on several machines this process listens from now on: others see by it that
+    it lives.
+    """
     meeting = meeting_of(group)
-    if not meeting.present and group not in _inherited:
-        meeting.present = True
-        with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
-            _store(group).set(_presence_key(rank), Presence.own().encode())
+    if meeting.present or group in _inherited:
+        return
+    meeting.present = True
+    with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
+        if rank == coordinator_rank:
+            publish(group, coordinator_rank)
+        if local_only(os.environ):
+            own = Presence.own()
+        else:
+            own = Presence.own(reception().address.hosts, reception().address.port)
+        _store(group).set(_presence_key(rank), own.encode())
 
 
-def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
-    """How it is known that the process of a rank has ended; None where it is not. Never waits."""
+def presence_of(group: dist.ProcessGroup, rank: int) -> Presence | None:
+    """The process of a rank, or None where it has not said which one it is. Never waits."""
     presences = meeting_of(group).presences
     if rank not in presences:
         try:
@@ -123,10 +135,15 @@ def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
             if not store.check([key]):
                 return None
             presences[rank] = Presence.decode(store.get(key))
-        except (RuntimeError, ValueError, TypeError):
+        except (RuntimeError, ValueError, TypeError, KeyError):
             return None
-    found = presences[rank]
-    return f"its process {found.pid} has ended" if found.has_ended() else None
+    return presences[rank]
+
+
+def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
+    """How it is known that the process of a rank has ended; None where it is not. Never waits."""
+    presence = presence_of(group, rank)
+    return None if presence is None else presence.how_ended()
 
 
 def _presence_key(rank: int) -> str:

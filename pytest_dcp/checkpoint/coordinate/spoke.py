@@ -228,7 +228,8 @@ class Spoke:
         if line.left:
             return site.left(site.coordinator, head.name)
         if line.ended is not None:
-            return site.ended(site.coordinator, head.name, line.ended)
+            how = rendezvous.ended_process(self._group, site.coordinator) or line.ended
+            return site.ended(site.coordinator, head.name, how)
         quiet_s = time.monotonic() - max(since_s, line.heard_s)
         if quiet_s > site.timeout_s + site.margin_s:
             return site.silent(site.coordinator, head.name)

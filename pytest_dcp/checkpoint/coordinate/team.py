@@ -359,7 +359,7 @@ def team_of(
             f"got {coordinator_rank}"
         )
     if size > 1:
-        rendezvous.say_present(group, rank)
+        rendezvous.say_present(group, rank, coordinator_rank)
     order = rendezvous.meeting_of(group).order
     place = order.take(kind_of(operation), subject, background=background)
     timeout_s = rendezvous.timeout_of(group)

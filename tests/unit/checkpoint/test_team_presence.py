@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,46 @@ def test_another_process_of_the_same_pid_is_not_the_rank() -> None:
 @pytest.mark.parametrize("other", [{"scope": "another machine"}, {"started": ""}])
 def test_nothing_is_said_of_what_cannot_be_seen(other: dict[str, str], child: Presence) -> None:
     assert not replace(child, **other).has_ended()
+
+
+@pytest.fixture
+def error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"message": {"message": "ValueError: boom\\nmore", "extraInfo": {}}}',
+        '{"message": "ValueError: boom"}',
+    ],
+)
+def test_torchruns_error_file_tells_that_a_worker_failed(error_file: Path, text: str) -> None:
+    elsewhere = replace(Presence.own(), scope="another machine")
+    assert elsewhere.how_ended() is None
+    error_file.write_text(text)
+    assert elsewhere.how_ended() == f"its process {os.getpid()} has ended: ValueError: boom"
+
+
+@pytest.mark.parametrize("text", ["", '{"message"', "[]", '{"message": null', "\0"])
+def test_an_error_file_that_is_not_whole_says_nothing(error_file: Path, text: str) -> None:
+    own = Presence.own()
+    error_file.write_text(text)
+    assert own.how_ended() is None
+
+
+def test_an_error_file_of_an_earlier_worker_says_nothing(error_file: Path) -> None:
+    error_file.write_text('{"message": "ValueError: before"}')
+    assert Presence.own().how_ended() is None
+
+
+def test_only_numeric_addresses_are_left_for_other_machines() -> None:
+    own = Presence.own(["10.0.0.1", "node-1", "fe80::1"], 29500)
+    elsewhere = replace(own, scope="another machine")
+    assert Presence.decode(elsewhere.encode().encode()) == elsewhere
+    assert elsewhere.listens_at() == ("10.0.0.1", 29500)
+    assert own.listens_at() == ("127.0.0.1", 29500)
+    assert replace(elsewhere, hosts=()).listens_at() is None
+    assert Presence.own(["10.0.0.1"]).listens_at() is None

@@ -12,6 +12,10 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.api import CheckpointException
+from pytest_dcp.checkpoint.coordinate import presence, probe, rendezvous
+from pytest_dcp.checkpoint.coordinate.frame import Head
+from pytest_dcp.checkpoint.coordinate.machines import machine
+from pytest_dcp.checkpoint.coordinate.spoke import Spoke
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from pytest_dcp.harness.lockstep_world import RankWorld
 
@@ -121,3 +125,50 @@ def test_one_that_is_killed_while_it_copies_before_the_coordinator_comes_is_name
 ) -> None:
     world.kill(1, at=f"{__name__}:copying")
     assert_named(1, begun(world, checkpoint_dir, 1, kind, 0.0), checkpoint_dir)
+
+
+@pytest.fixture
+def apart(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank is on a machine of its own, as far as it sees."""
+    scope = f"{machine()}/seen by rank {rank} alone"
+    monkeypatch.setattr(presence, "_scope", lambda: scope)
+    monkeypatch.setattr(rendezvous, "local_only", lambda _: False)
+    monkeypatch.setattr(probe, "REFUSED_S", 3.0)
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_of_another_machine_that_is_killed_before_it_meets_the_others_is_named(
+    world: RankWorld, checkpoint_dir: Path, victim: int
+) -> None:
+    """In the group's first operation; no rank sees the process of another."""
+    side = "spoke:Spoke.join" if victim else "hub:Hub.join"
+    world.kill(victim, at=f"pytest_dcp.checkpoint.coordinate.{side}")
+    began_s = time.monotonic()
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
+    assert time.monotonic() - began_s < HEARD_S
+    assert set(caught.value.failures) == {victim}
+    assert f"rank {victim}" in str(caught.value)
+    assert ("nothing listens at its address" if victim else "ended") in str(caught.value)
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.usefixtures("apart")
+def test_a_late_rank_of_another_machine_is_waited_for(
+    world: RankWorld, rank: int, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has begun, and comes after the time in which a rank that ended is named."""
+    monkeypatch.setattr(probe, "REFUSED_S", 0.1)
+    monkeypatch.setattr(probe, "CONFIRM_S", 0.1)
+    whole = Spoke.join
+
+    def late(spoke: Spoke, head: Head) -> object:
+        time.sleep(2.0)
+        return whole(spoke, head)
+
+    if rank == 1:
+        monkeypatch.setattr(Spoke, "join", late)
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
+    assert (checkpoint_dir / ".metadata").exists()
