@@ -31,7 +31,7 @@ from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.commit import (
     metadata_name,
 )
-from pytest_dcp.checkpoint.store.disk import LocalDisk
+from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk
 from pytest_dcp.checkpoint.store.fill import Filled, files_of, fill
 from pytest_dcp.checkpoint.store.memory_limit import MemoryLimit
 from pytest_dcp.checkpoint.store.observe import observer
@@ -152,17 +152,26 @@ class FileSystemReader(StorageReader):
             folder, name = self._metadata_place(rank)
         return disk.leased(folder, name)
 
+    def keep_files(self) -> None:
+        """Keep the files open that are opened from now on, until `close_files`.
+
+        Not where a subclass reads in a way of its own.
+        """
+        disk = file_system.disk_of(self.fs)
+        self.close_files()
+        if isinstance(disk, LocalDisk) and not self._reads_its_own_way():
+            self._open_files = OpenFiles(disk, self.path)
+
     def open_files(self, plan: LoadPlan) -> bool:
         """Open the files of the plan, to be read even if another save removes them meanwhile.
 
         Whether all are open now, and the plan is sure to be carried out. Raises
         CheckpointReplacedError where another save has done so already. Any other file that cannot
-        be opened is left to `read_data`, and so are all where that is a subclass's own.
+        be opened is left to `read_data`.
         """
-        disk = file_system.disk_of(self.fs)
-        if self._metadata is None or not isinstance(disk, LocalDisk) or self._reads_its_own_way():
+        kept = self._open_files
+        if self._metadata is None or kept is None:
             return False
-        kept = self._open_files = self._open_files or OpenFiles(disk, self.path)
         for name in files_of(self._catalog_of(self._metadata), ReadItems.of(plan.items)):
             try:
                 kept.keep(name)
@@ -175,10 +184,19 @@ class FileSystemReader(StorageReader):
         return kept.complete
 
     def close_files(self) -> None:
-        """Close what `open_files` has opened."""
+        """Close what was kept open."""
         if self._open_files is not None:
             self._open_files.close()
             self._open_files = None
+
+    def _forget_files(self) -> None:
+        """Begin anew with what is kept open, if anything is."""
+        if self._open_files is not None:
+            self.keep_files()
+
+    def _reading_disk(self) -> Disk:
+        """The disk, by the files that are open where there are any."""
+        return self._open_files or file_system.disk_of(self.fs)
 
     def _reads_its_own_way(self) -> bool:
         return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
@@ -214,7 +232,7 @@ class FileSystemReader(StorageReader):
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
         return fill(
-            self._open_files or file_system.disk_of(self.fs),
+            self._reading_disk(),
             self.path,
             catalog,
             ReadItems.of(plan.items),

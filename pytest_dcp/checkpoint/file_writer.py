@@ -45,6 +45,7 @@ from pytest_dcp.checkpoint.store.commit import (
 )
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.observe import observer
+from pytest_dcp.checkpoint.store.registering_disk import Made, RegisteringDisk
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.staging import BlockingAsyncStager
 from pytest_dcp.checkpoint.store.transforms import StorageWriterTransforms, extensions_of
@@ -115,8 +116,10 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         self.serialization_format = serialization_format
         self.save_id = new_id()
         self._used = False
-        self._files: list[str] = []
-        """Names of the data files of this rank's save."""
+        self._made: Made = {}
+        """What this rank has made on the disk for this save."""
+        self._cleaned_for: str | None = None
+        """The save that leftovers of dead ones have been removed for."""
         self._above: Sequence[Any] = ()
         """Where the folder's own name is, which may not last yet."""
         self.rank: int | None = None
@@ -156,16 +159,27 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """The plans, each with the names of its files to be; dead saves make room for them."""
-        disk = self._disk()
-        if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
-            with disk.locked(self.path):
-                self._clean(remove_unnamed)
+        self.remove_leftovers()
         return [
             plan
             if plan.storage_data is not None
             else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
             for rank, plan in enumerate(plans)
         ]
+
+    def remove_leftovers(self) -> None:
+        """Remove what dead saves have left, so that a full disk has room for this one.
+
+        The engine calls it before anything is written, whatever steps a subclass replaces.
+        """
+        if self._cleaned_for != self.save_id:
+            self._cleaned_for = self.save_id
+            self._remove_leftovers(self._disk())
+
+    def _remove_leftovers(self, disk: Disk) -> None:
+        if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
+            with disk.locked(self.path):
+                self._clean(remove_unnamed)
 
     def _metadata_exists(self) -> bool:
         """Whether the folder has a checkpoint that this save would replace: torch's hook."""
@@ -191,7 +205,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         jobs = [
             FileJob(name(number), rows, int(data[rows].sum())) for number, rows in enumerate(groups)
         ]
-        self._used, self._files = True, [job.name for job in jobs]
+        self._used = True
         return _done(self._write_jobs(self.path, jobs, items, planner))
 
     def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
@@ -212,7 +226,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             copy_ahead_bytes=self.per_thread_copy_ahead,
             transforms=extensions_of(self.transforms),
         )
-        disk, source = self._disk(), source_of(planner, items)
+        disk, source = self._registering_disk(), source_of(planner, items)
         if self.serialization_format == SerializationFormat.SAFETENSORS:
             written = write_safetensors(disk, folder, jobs, source, settings, watcher, items)
         else:
@@ -266,7 +280,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         catalog = dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
-        disk = self._disk()
+        disk = self._registering_disk()
         alone = self.rank if not self.use_collectives else None
         folder, name = self._metadata_place(alone)
         content = metadata_file.encode(catalog)
@@ -288,19 +302,24 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def discard(self) -> None:
         """Remove this rank's files of a save that failed, unless it was committed after all."""
-        if not self._files:
-            return
-        disk = self._disk()
-        with disk.locked(self.path):
-            committed = {
-                name
-                for name in (metadata_name(), metadata_name(self.rank))
-                if disk.exists(self.path, name)
-            }
-            named = {file for name in committed for file in files_named(disk, self.path, name)}
-            for name in self._files:
-                if name not in named:
-                    disk.remove(self.path, name)
+        disk, made, self._made = self._disk(), self._made, {}
+        for folder in dict.fromkeys(folder for folder, _ in made):
+            with disk.locked(folder):
+                kept = self._committed(disk, folder)
+                for name in [name for place, name in made if place == folder]:
+                    if name not in kept:
+                        disk.remove(folder, name)
+
+    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+        """The files of the folder that a checkpoint consists of.
+
+        Raises CheckpointCorruptError where that cannot be told.
+        """
+        kept: set[str] = set()
+        for place, name in dict.fromkeys(map(self._metadata_place, (None, self.rank))):
+            if disk.exists(place, name):
+                kept |= {name, *files_named(disk, place, name)}
+        return kept
 
     def retire_whole(self) -> None:
         """Remove the checkpoint of the whole, after every rank has committed its own part.
@@ -311,7 +330,8 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         if not disk.exists(self.path, metadata_name()):
             return
         with disk.locked(self.path):
-            disk.remove(self.path, metadata_name())
+            with disk.between_leases(self.path, metadata_name()):
+                disk.remove(self.path, metadata_name())
             if self.sync_files:
                 disk.sync_folder(self.path)
             self._clean(remove_unnamed)
@@ -330,7 +350,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def take_id(self, save_id: str) -> None:
         """Let the save to come have this id."""
-        self.save_id, self._used, self._files = save_id, False, []
+        self.save_id, self._used, self._made = save_id, False, {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state dict on the CPU, which needs no copying when it is written."""
@@ -367,6 +387,10 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
 
     def _disk(self) -> Disk:
         return file_system.disk_of(self.fs)
+
+    def _registering_disk(self) -> Disk:
+        """The disk, for everything that a save makes: see `discard`."""
+        return RegisteringDisk(self._disk(), self._made)
 
     def _check_written(self, disk: Disk, catalog: Catalog) -> None:
         """Raise unless every file that the metadata will name is there."""

@@ -1,10 +1,7 @@
 """Checkpoints as Hugging Face keeps them: safetensors files and `model.safetensors.index.json`.
 
 Names, arguments and files are those of `torch.distributed.checkpoint.hf_storage`; what a folder
-must be to be one checkpoint is in `store.hf_folder`. A save writes its files under temporary names,
-then renames them; the index comes last, and files of earlier saves are removed after it. Between
-the first rename and the end a reader finds files of two saves and says so: the format has no place
-for several files to change at one instant.
+must be to be one checkpoint is in `store.hf_folder`, and how a save becomes it in `store.hf_saves`.
 """
 
 from __future__ import annotations
@@ -12,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from torch.futures import Future
 
 from pytest_dcp.checkpoint.file_reader import FileSystemReader
 from pytest_dcp.checkpoint.file_system import disk_of
+from pytest_dcp.checkpoint.file_system import save_of as save_of_meta
 from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION, FileSystemWriter, source_of
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
 from pytest_dcp.checkpoint.plan.hooks import is_overridden
@@ -41,20 +40,29 @@ from pytest_dcp.checkpoint.store.consolidate import Shards, consolidate
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.fill import Filled
 from pytest_dcp.checkpoint.store.hf_folder import (
-    INDEX_NAME,
-    SAVE_KEY,
-    SUFFIX,
-    data_name,
     encode_index,
-    final_name,
+    files_in_force,
     is_replaceable,
-    is_temporary,
+    leased_name,
+    look_of,
+    next_number,
     read_files,
     read_folder,
     remove_leftovers,
     save_named_in,
-    save_of,
     sweep,
+)
+from pytest_dcp.checkpoint.store.hf_saves import (
+    FILES_KEY,
+    INDEX_NAME,
+    LEFT_OVER,
+    NUMBER_KEY,
+    SAVE_KEY,
+    SUFFIX,
+    data_name,
+    final_names,
+    is_temporary,
+    save_of,
     temporary_name,
 )
 from pytest_dcp.checkpoint.store.observe import observer
@@ -144,11 +152,14 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             tables = [WriteItems.of(plan.items) for plan in plans]
             _check(tables, self.fqn_to_index_mapping, whole=not self.save_distributed)
             self._layout = _layout(tables, self.fqn_to_index_mapping, self.save_distributed)
-        with self._disk().locked(self.path):
-            remove_leftovers(self._disk(), self.path)
+        self.remove_leftovers()
         if self.save_distributed:
             self._refuse_strangers()
-        shared: dict[str, Any] = {"save_id": self.save_id[:12], "highest": self._layout.highest}
+        shared: dict[str, Any] = {
+            "save_id": self.save_id[:12],
+            "highest": self._layout.highest,
+            "number": next_number(self._disk(), self.path),
+        }
         if self.fqn_to_index_mapping is not None:
             shared["fqn_to_index_mapping"] = self.fqn_to_index_mapping
         told = []
@@ -157,12 +168,22 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             if self.save_distributed:
                 own = {**own, "shard_index": rank + 1, "ranks": len(plans)}
             told.append(dataclasses.replace(plan, storage_data=shared | own))
-        return told
+        counts = [_count_files(plan) for plan in told if len(plan.items)]
+        shared = {"files": sum(counts)}
+        return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in told]
+
+    def _remove_leftovers(self, disk: Disk) -> None:
+        if any(map(LEFT_OVER.fullmatch, disk.names(self.path))):
+            with disk.locked(self.path):
+                remove_leftovers(disk, self.path)
+
+    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+        return files_in_force(disk, folder)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors, under temporary names; done when the future is returned."""
         future: Future[list[WriteResult]] = Future()
-        disk = self._disk()
+        disk = self._registering_disk()
         if not len(plan.items):
             self._sync_name(disk)
             future.set_result([])
@@ -175,8 +196,6 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             FileJob(name if save_id is None else temporary_name(name, save_id), rows)
             for name, rows in _files(table.fqns, said).items()
         ]
-        # For `discard`. A file of a final name may have replaced one of the old checkpoint.
-        self._files = [job.name for job in jobs if is_temporary(job.name)]
         watcher = observer("save")
         watcher.expect(int(table.size_bytes().sum()))
         settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
@@ -188,7 +207,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             settings,
             watcher,
             table,
-            {SAVE_KEY: save_id or self.save_id[:12], **FORMAT},
+            {SAVE_KEY: save_id or self.save_id[:12], **_stated(said), **FORMAT},
         )
         self._sync_name(disk)
         results: Any = WriteResults(plan.items, written)
@@ -204,7 +223,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         catalog = _data_only(
             dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         )
-        disk = self._disk()
+        disk = self._registering_disk()
         # A planner that remembers plans may have given the ranks those of an earlier save.
         whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
         save_id: str | None = next(whose, self.save_id[:12])
@@ -212,24 +231,32 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         if files and not any(map(is_temporary, files)):
             # Of results made by hand: the files may be another program's, or not there yet.
             save_id = save_named_in(disk, self.path, files)
-        catalog = self._renamed(disk, self.path, catalog)
-        metadata.storage_data = catalog.metadata().storage_data
-        files = catalog.places.files
-        if not self.save_distributed:
-            file = catalog.places.file.tolist()
-            keys = catalog.index.key_of.tolist()
-            where = {
-                catalog.index.fqns[key]: files[n]
-                for key, n in zip(keys, file, strict=True)
-                if n >= 0
-            }
-            nbytes = int(catalog.places.data_nbytes.sum())
-            self._publish(disk, self.path, encode_index(where, nbytes, save_id), files)
-            return
-        disk.remove(self.path, INDEX_NAME)
-        sweep(disk, self.path, files)
-        if self.enable_consolidation:
+        with self._replacing(disk, self.path):
+            catalog = self._renamed(disk, self.path, catalog)
+            metadata.storage_data = catalog.metadata().storage_data
+            files = catalog.places.files
+            if self.save_distributed:
+                self._commit_shards(disk, files)
+            else:
+                nbytes = int(catalog.places.data_nbytes.sum())
+                index = encode_index(_files_of_tensors(catalog), nbytes, save_id)
+                self._publish(disk, self.path, index, files)
+        if self.save_distributed and self.enable_consolidation:
             self._consolidate(disk, catalog, save_id or self.save_id[:12])
+
+    @contextmanager
+    def _replacing(self, disk: Disk, folder: Any) -> Iterator[None]:
+        """Keep other commits, and new readers, out of the folder inside."""
+        with disk.locked(folder), disk.between_leases(folder, leased_name(disk, folder)):
+            yield
+
+    def _commit_shards(self, disk: Disk, files: Iterable[str]) -> None:
+        """The files have their names: they are the checkpoint, unless an index names others."""
+        if disk.exists(self.path, INDEX_NAME):
+            disk.remove(self.path, INDEX_NAME)
+            if self.sync_files:
+                disk.sync_folder(self.path)
+        sweep(disk, self.path, files)
 
     @property
     def metadata_path(self) -> str:
@@ -246,23 +273,19 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             name = data_name(1 if mapping is None else mapping[fqn], highest)
             files.setdefault(name, []).append(fqn)
         temporary = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
-        try:
-            total = consolidate(
-                Shards(disk, self.path, catalog),
-                folder,
-                temporary,
-                {SAVE_KEY: save_id, **FORMAT},
-                threads=self.thread_count_consolidation,
-                sync=self.sync_files,
-            )
-        except BaseException:
-            for name in temporary:
-                disk.remove(folder, name)
-            raise
-        for name in temporary:
-            disk.replace(folder, name, final_name(name))
-        where = {fqn: name for name, fqns in files.items() for fqn in fqns}
-        self._publish(disk, folder, encode_index(where, total, save_id), files)
+        stated = _stated({"files": len(files), "number": next_number(disk, folder)})
+        total = consolidate(
+            Shards(disk, self.path, catalog),
+            folder,
+            temporary,
+            {SAVE_KEY: save_id, **stated, **FORMAT},
+            threads=self.thread_count_consolidation,
+            sync=self.sync_files,
+        )
+        with self._replacing(disk, folder):
+            finals = self._give_names(disk, folder, list(temporary))
+            where = {fqn: finals[name] for name, fqns in temporary.items() for fqn in fqns}
+            self._publish(disk, folder, encode_index(where, total, save_id), finals.values())
 
     def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
@@ -280,15 +303,22 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                     "to the same folder?",
                     file=name,
                 )
-        for name in temporary:
-            disk.replace(folder, name, final_name(name))
-        if self.sync_files:
-            disk.sync_folder(folder)
-        names = tuple(map(final_name, places.files))
+        finals = self._give_names(disk, folder, temporary)
+        names = tuple(finals.get(name, name) for name in places.files)
         return dataclasses.replace(catalog, places=dataclasses.replace(places, files=names))
 
+    def _give_names(self, disk: Disk, folder: Any, temporary: Sequence[str]) -> dict[str, str]:
+        """The files' own names, which they now have."""
+        finals = final_names(temporary, disk.names(folder))
+        for name, final in finals.items():
+            disk.replace(folder, name, final)
+        if self.sync_files:
+            disk.sync_folder(folder)
+        return finals
+
     def _publish(self, disk: Disk, folder: Any, index: bytes, files: Iterable[str]) -> None:
-        publish(disk, folder, INDEX_NAME, [index], self.save_id[:12], sync=self.sync_files)
+        save, sync = self.save_id[:12], self.sync_files
+        publish(disk, folder, INDEX_NAME, [index], save, sync=sync, waits=False)
         sweep(disk, folder, files)
 
     def _refuse_strangers(self) -> None:
@@ -371,6 +401,27 @@ def _files(fqns: Sequence[str], said: Mapping[str, Any]) -> dict[str, list[int]]
     return files
 
 
+def _count_files(plan: SavePlan) -> int:
+    """How many files a rank writes."""
+    table, said = WriteItems.of(plan.items), plan.storage_data
+    if len(set(table.fqns)) == len(table.fqns):
+        return len(said["numbers"])
+    return len(_files(table.fqns, said))
+
+
+def _stated(said: Mapping[str, Any]) -> dict[str, str]:
+    """What a file says of its save, where that is known."""
+    keys = {FILES_KEY: "files", NUMBER_KEY: "number"}
+    return {key: str(said[name]) for key, name in keys.items() if name in said}
+
+
+def _files_of_tensors(catalog: Catalog) -> dict[str, str]:
+    """The file of each tensor, for an index."""
+    file, files = catalog.places.file.tolist(), catalog.places.files
+    keys = catalog.index.key_of.tolist()
+    return {catalog.index.fqns[k]: files[n] for k, n in zip(keys, file, strict=True) if n >= 0}
+
+
 def _data_only(catalog: Catalog) -> Catalog:
     """The catalog with data at the start of each entry, as it is in safetensors files."""
     places = catalog.places
@@ -412,7 +463,8 @@ class HuggingFaceStorageReader(FileSystemReader):
         """
         catalog = self._read_catalog()
         metadata = catalog.metadata()
-        metadata.storage_meta = StorageMeta(self.checkpoint_id, load_id=self.load_id)
+        meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta = StorageMeta(self.checkpoint_id, meta.save_id, self.load_id)
         return metadata
 
     def _catalog_of(self, metadata: Metadata) -> Catalog:
@@ -420,7 +472,29 @@ class HuggingFaceStorageReader(FileSystemReader):
         return _data_only(super()._catalog_of(metadata))
 
     def _read_catalog(self) -> Catalog:
-        return read_folder(disk_of(self.fs), self.path, self.memory)
+        """The folder's catalog; read again, as long as saves change the folder meanwhile."""
+        look: object = None
+        while True:
+            try:
+                return read_folder(self._reading_disk(), self.path, self.memory)
+            except (CheckpointCorruptError, FileNotFoundError):
+                before, look = look, look_of(disk_of(self.fs), self.path)
+                if before == look:
+                    raise
+                self._forget_files()
+
+    def leased(self, rank: int) -> AbstractContextManager[None]:
+        """Hold off the next save's commit, for some seconds, where the storage can do that."""
+        disk = disk_of(self.fs)
+        return disk.leased(self.path, leased_name(disk, self.path))
+
+    def _is_replaced(self, metadata: Metadata) -> bool:
+        meta = metadata.storage_meta or StorageMeta()
+        try:
+            now = read_folder(disk_of(self.fs), self.path, self.memory).storage_meta
+        except (CheckpointCorruptError, FileNotFoundError):
+            return False
+        return save_of_meta(now) != meta.save_id
 
     def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
         """Fill one item from its open file: torch's hook, for subclasses.
@@ -455,7 +529,7 @@ class HuggingFaceStorageReader(FileSystemReader):
 
     def _read_requests(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
         """Hand each item to the hook, files by several threads."""
-        watcher, disk, read = observer("load"), disk_of(self.fs), [0]
+        watcher, disk, read = observer("load"), self._reading_disk(), [0]
         count = threading.Lock()
 
         def advance(nbytes: int) -> None:
@@ -486,7 +560,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Read from the files that `storage_data` names, where that is all that is known."""
         names = {str(place.relative_path) for place in self.storage_data.values()}
         inside = {os.path.relpath(n, self.path) if os.path.isabs(n) else n for n in names}
-        catalog = read_files(disk_of(self.fs), self.path, sorted(inside), self.memory)
+        catalog = read_files(self._reading_disk(), self.path, sorted(inside), self.memory)
         return self._fill(catalog, plan, planner)
 
 

@@ -319,6 +319,8 @@ class _Load:
         def plan() -> Planned:
             if lease is not None and isinstance(self.reader, FileSystemReader):
                 lease.enter_context(self.reader.leased(team.rank))
+            if isinstance(self.reader, FileSystemReader):
+                self.reader.keep_files()
             plans.append(self._plan(team))
             self._open_files(plans[0])
             idle: dict[str, str] = getattr(self.planner, "idle_renames", {})

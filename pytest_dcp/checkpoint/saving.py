@@ -289,6 +289,8 @@ class Save:
     def _join(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
         """On the coordinator: what each rank is to write, and to compare."""
         joined, self.metadata = self.planner.create_global_plan(plans)
+        if isinstance(self.writer, FileSystemWriter):
+            self.writer.remove_leftovers()
         self.told = self.writer.prepare_global_plan(joined)
         sent = [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
         return list(zip(sent, self.comparison.chosen(plans), strict=True))

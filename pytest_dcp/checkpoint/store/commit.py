@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from pytest_dcp.checkpoint.store.disk import Buffer, Disk
@@ -47,9 +48,18 @@ def data_name(prefix: str, number: int, save: str) -> str:
 
 
 def publish(
-    disk: Disk, folder: Any, name: str, content: Sequence[Buffer], save: str, *, sync: bool
+    disk: Disk,
+    folder: Any,
+    name: str,
+    content: Sequence[Buffer],
+    save: str,
+    *,
+    sync: bool,
+    waits: bool = True,
 ) -> None:
     """Steps 1 to 4: make `content` the metadata of this name.
+
+    waits: for readers; not where the caller has waited for them.
 
     Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
     """
@@ -62,7 +72,7 @@ def publish(
             if sync:
                 out.sync()
         if disk.renames:
-            with disk.between_leases(folder, name):
+            with disk.between_leases(folder, name) if waits else nullcontext():
                 disk.replace(folder, temporary, name)
     except BaseException as error:
         if not disk.renames:

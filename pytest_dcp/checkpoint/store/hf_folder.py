@@ -5,7 +5,8 @@ tensor to its file; a folder of shards has none. What the engine adds: each file
 the save that they are of, so that files of two saves are never taken for one checkpoint:
 
 - with an index, the files that it names are the checkpoint, and they are of its save;
-- without one, all files are, and they are of one save: one id, or none and one way of naming;
+- without one, the files of the newest save that is whole are, see `hf_saves`; of files that do not
+  say how many there are, all, and they are of one save: one id, or none and one way of naming;
 - no part of a tensor is in two files.
 
 What breaks a rule raises CheckpointCorruptError naming the file.
@@ -13,20 +14,29 @@ What breaks a rule raises CheckpointCorruptError naming the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties
 
 from pytest_dcp.checkpoint.plan.boxes import overlapping_pairs, padded
 from pytest_dcp.checkpoint.plan.index import Index
 from pytest_dcp.checkpoint.store.catalog import Catalog, Places
 from pytest_dcp.checkpoint.store.checks import check_catalog, checked_path
 from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.hf_saves import (
+    DATA_NAME,
+    INDEX_NAME,
+    LEFT_OVER,
+    SAVE_KEY,
+    SUFFIX,
+    files_of_newest_save,
+    number_of,
+)
 from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp.checkpoint.store.safetensors import (
     FQN_KEY,
@@ -41,44 +51,8 @@ from pytest_dcp.checkpoint.store.safetensors import (
 )
 from pytest_dcp.errors import CheckpointCorruptError
 
-INDEX_NAME = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
-TEMPORARY = ".tmp"
-SAVE_KEY = "DCP_SAVE_ID"
-"""In the files' `__metadata__` and in the index's `metadata`."""
 MAX_INDEX_BYTES = 100_000_000
 """As of a header, which holds as much for each tensor."""
-
-DATA_NAME = re.compile(r"(?P<shard>shard-\d{5,}-)?model-\d{5,}-of-(?P<count>\d{5,})\.safetensors")
-LEFT_OVER = re.compile(rf"({DATA_NAME.pattern}|{re.escape(INDEX_NAME)})-[0-9a-f]+\.tmp")
-
-
-def data_name(number: int, count: int, shard: int | None = None) -> str:
-    """The file number 1 to `count` of a checkpoint, or of one rank's shards."""
-    name = f"model-{number:05d}-of-{count:05d}{SUFFIX}"
-    return name if shard is None else f"shard-{shard:05d}-{name}"
-
-
-def temporary_name(name: str, save_id: str) -> str:
-    """What a file is called until its save is whole."""
-    return f"{name}-{save_id}{TEMPORARY}"
-
-
-def final_name(temporary: str) -> str:
-    """What a file is called once its save is whole; a name that is not temporary stays."""
-    if not is_temporary(temporary):
-        return temporary
-    return temporary[: temporary.rindex(SUFFIX) + len(SUFFIX)]
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file has a name that it loses when its save is whole."""
-    return name.endswith(TEMPORARY) and SUFFIX in name
-
-
-def save_of(temporary: str) -> str:
-    """The id of the save that a file is of."""
-    return temporary.removesuffix(TEMPORARY).rpartition("-")[2]
 
 
 def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str | None) -> bytes:
@@ -142,12 +116,53 @@ def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> 
         names = sorted(set(index.weight_map.values()))
     if not names:
         raise FileNotFoundError(f"no {SUFFIX} files in {folder}")
-    headers = {name: _header(disk, folder, name, limit) for name in names}
+    headers: Mapping[str, Header] = {n: _header(disk, folder, n, limit) for n in names}
+    if index is None:
+        headers = files_of_newest_save(headers)
     _check_one_save(headers, index)
     parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     if index is not None:
         parts = _as_mapped(parts, index.weight_map)
-    return catalog_of(parts)
+    save_id = next(iter(headers.values())).metadata.get(SAVE_KEY)
+    return replace(catalog_of(parts), storage_meta=StorageMeta(save_id=save_id))
+
+
+def files_in_force(disk: Disk, folder: Any) -> set[str]:
+    """The files of the folder's checkpoint, and its index; none where there is no checkpoint.
+
+    Raises CheckpointCorruptError where that cannot be told.
+    """
+    index = read_index(disk, folder)
+    if index is not None:
+        return {INDEX_NAME, *index.weight_map.values()}
+    names = [name for name in disk.names(folder) if name.endswith(SUFFIX)]
+    return set(files_of_newest_save({name: _header(disk, folder, name) for name in names}))
+
+
+def next_number(disk: Disk, folder: Any) -> int:
+    """The number of the next save to the folder: one more than that of any file."""
+    numbers = [0]
+    for name in disk.names(folder):
+        if DATA_NAME.fullmatch(name):
+            with contextlib.suppress(CheckpointCorruptError):
+                numbers.append(number_of(_header(disk, folder, name)))
+    return max(numbers) + 1
+
+
+def leased_name(disk: Disk, folder: Any) -> str:
+    """The file that tells the checkpoint in force from others: it is gone, or another, after it."""
+    if disk.exists(folder, INDEX_NAME):
+        return INDEX_NAME
+    return min((name for name in disk.names(folder) if name.endswith(SUFFIX)), default=INDEX_NAME)
+
+
+def look_of(disk: Disk, folder: Any) -> object:
+    """What any save to the folder changes: its names and its index."""
+    try:
+        index = read_index(disk, folder)
+    except (FileNotFoundError, CheckpointCorruptError):
+        index = None
+    return disk.names(folder), None if index is None else index.save_id
 
 
 def read_files(disk: Disk, folder: Any, names: Iterable[str], limit: MemoryLimit) -> Catalog:

@@ -2,7 +2,8 @@
 
 A file that a later save removes, or replaces under its name, is still there for a descriptor. So a
 load that has opened every file of its plan cannot be disturbed any more. Descriptors are few: a
-load takes at most half of those that the process may have, and opens the rest when it reads them.
+load takes at most half of those that the process may have, and opens the rest each time. Of those
+it remembers which file it was: another one under the same name is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pytest_dcp.checkpoint.store.disk import Disk, In, LocalDisk, LocalIn
+from pytest_dcp.errors import CheckpointReplacedError
 
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
@@ -36,6 +38,8 @@ class OpenFiles(LocalDisk):
         """Whether every file that was to be kept is open."""
         self._most = most_files()
         self._files: dict[str, LocalIn] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
+        """Of files that are not kept: which one it was, to be told from a later one."""
         self._stack = contextlib.ExitStack()
 
     def keep(self, name: str) -> In | None:
@@ -64,18 +68,30 @@ class OpenFiles(LocalDisk):
 
     @contextlib.contextmanager
     def open(self, folder: Any, name: str) -> Iterator[In]:
-        kept = self._files.get(name) if os.fspath(folder) == os.fspath(self.folder) else None
-        if kept is None:
-            with self.disk.open(folder, name) as file:
-                yield file
+        inside = os.fspath(folder) == os.fspath(self.folder)
+        kept = self.keep(name) if inside else None
+        if isinstance(kept, LocalIn):
+            again = kept.again()
+            try:
+                yield again
+            finally:
+                again.close()
             return
-        again = kept.again()
-        try:
-            yield again
-        finally:
-            again.close()
+        with self.disk.open(folder, name) as file:
+            if inside and isinstance(file, LocalIn):
+                self._check_same(name, os.fstat(file.fd))
+            yield file
+
+    def _check_same(self, name: str, status: os.stat_result) -> None:
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._seen.setdefault(name, now) != now:
+            raise CheckpointReplacedError(
+                f"the checkpoint in {self.folder} was replaced while it was being loaded, and "
+                f"{name} is another file now: load again"
+            )
 
     def close(self) -> None:
         """Close the files."""
         self._files.clear()
+        self._seen.clear()
         self._stack.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp.checkpoint.store.disk import LocalDisk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -80,3 +83,56 @@ def test_what_a_killed_save_left_is_removed_before_the_next_writes(tmp_path: Pat
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path))
     dcp.save(STATE, storage_writer=writer, planner=Looking(), no_dist=True)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("name", ["replace", "sync_folder", "remove"])
+def test_a_commit_that_fails_takes_its_files_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Wherever it fails before the index is in place; after that the new checkpoint is there."""
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), {"a": 1, "b": 2})
+    dcp.save(STATE, storage_writer=writer, no_dist=True)
+    newer = {key: value + 5 for key, value in STATE.items()}
+    real = getattr(LocalDisk, name)
+    for place in range(6):
+        calls = [0]
+
+        def failing(*args: Any, calls: list[int] = calls, place: int = place) -> Any:
+            calls[0] += 1
+            if calls[0] > place:
+                raise OSError(errno.EIO, "the disk fails")
+            return real(*args)
+
+        before = names(tmp_path)
+        monkeypatch.setattr(LocalDisk, name, failing)
+        failed = False
+        try:
+            dcp.save(newer, storage_writer=writer, no_dist=True)
+        except dcp.CheckpointException:
+            failed = True
+        monkeypatch.undo()
+        loaded = {key: torch.zeros_like(value) for key, value in STATE.items()}
+        dcp.load(loaded, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+        found = [
+            all(torch.equal(loaded[key], state[key]) for key in state) for state in (STATE, newer)
+        ]
+        assert found[1] or (failed and found[0])
+        if failed and found[0]:
+            assert names(tmp_path) == before or name == "remove"
+        dcp.save(STATE, storage_writer=writer, no_dist=True)
+        assert len(names(tmp_path)) == 3
+
+
+def test_a_save_over_another_changes_no_file_of_it(tmp_path: Path) -> None:
+    """Its files get other names where the usual ones are taken; the next save finds them free."""
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path))
+    usual = "model-00001-of-00001.safetensors"
+    dcp.save(STATE, storage_writer=writer, no_dist=True)
+    assert usual in names(tmp_path)
+    dcp.save(STATE, storage_writer=writer, no_dist=True)
+    (other,) = tmp_path.glob("*.safetensors")
+    assert re.fullmatch(r"model-00001-of-00001-[0-9a-f]{12}\.safetensors", other.name)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {other.name}
+    dcp.save(STATE, storage_writer=writer, no_dist=True)
+    assert names(tmp_path) == [usual, "model.safetensors.index.json"]

@@ -31,6 +31,7 @@ from pytest_dcp.checkpoint.filesystem import FileSystemWriter
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.store import disk as disk_module
 from pytest_dcp.checkpoint.store.disk import Buffer, In, LocalDisk, Out
+from pytest_dcp.checkpoint.store.write import FileJob
 from pytest_dcp.errors import CheckpointReplacedError
 
 pytestmark = [
@@ -356,6 +357,51 @@ def test_a_reader_beside_saves_gets_whole_checkpoints(tmp_path: Path) -> None:
     assert found == sorted(found)
     assert loaded(tmp_path) == 39
     assert len(found) > replaced
+
+
+# ---- writers of the user's that replace steps
+
+
+class OwnSteps(FileSystemWriter):
+    """Replaces what names, writes and cleans up, and fails at the end."""
+
+    fails = True
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        assert not list(self.path.glob("*dead*")), "leftovers take the room of this save"
+        return plans
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        job = FileJob("mine.bin", range(len(plan.items)), 0)
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(self._write_jobs(self.path, [job], plan.items, planner))
+        return future
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        if self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().finish(metadata, results)
+
+
+def test_files_of_a_writer_that_replaces_steps_are_removed_too(tmp_path: Path) -> None:
+    (tmp_path / "__0_0-dead0123.distcp").write_bytes(b"of a save that was killed")
+    for _ in range(2):
+        with pytest.raises(dcp.CheckpointException, match="No space left"):
+            dcp.save(state(1), storage_writer=OwnSteps(tmp_path))
+        assert files_in(tmp_path) == {}
+    writer = OwnSteps(tmp_path)
+    writer.fails = False
+    dcp.save(state(1), storage_writer=writer)
+    assert sorted(files_in(tmp_path)) == [".metadata", "mine.bin"]
+
+
+def test_a_file_that_the_old_checkpoint_has_is_not_removed(tmp_path: Path) -> None:
+    writer = OwnSteps(tmp_path)
+    writer.fails = False
+    dcp.save(state(1), storage_writer=writer)
+    with pytest.raises(dcp.CheckpointException, match="No space left"):
+        dcp.save(state(2), storage_writer=OwnSteps(tmp_path))
+    assert sorted(files_in(tmp_path)) == [".metadata", "mine.bin"]
 
 
 # ---- ranks that fail

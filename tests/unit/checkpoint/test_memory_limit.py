@@ -20,7 +20,8 @@ from pytest_dcp.checkpoint.file_system import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.checkpoint.store import metadata_file, safetensors
 from pytest_dcp.checkpoint.store.disk import LocalDisk
-from pytest_dcp.checkpoint.store.hf_folder import INDEX_NAME, decode_index
+from pytest_dcp.checkpoint.store.hf_folder import decode_index
+from pytest_dcp.checkpoint.store.hf_saves import INDEX_NAME
 from pytest_dcp.checkpoint.store.memory_limit import (
     BYTES_PER_STORED_BYTE,
     FREE_BYTES,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -252,40 +253,95 @@ def test_a_reader_beside_a_save_is_no_part_of_it(faulty_storage: FaultyStorage, 
     assert read == sorted(read)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_a_crash_leaves_a_hugging_face_folder_right_or_refused(
-    tell: Tell, *, distributed: bool
-) -> None:
-    """Its format has no instant at which several files change: a mix is an error, never loaded."""
+MAPPING = {"fqn_to_index_mapping": {f"w{n}": 1 + n % 3 for n in range(4)}}
+SHARDS = {"save_distributed": True}
+FULL = {"enable_consolidation": True}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Saves to a Hugging Face folder, one over the other."""
+
+    old: dict[str, Any] | None
+    """Options of the older save; None: another program wrote a single `model.safetensors`."""
+    new: dict[str, Any]
+    least: int
+
+
+HUGGING_FACE = {
+    "one file": Folder({}, {}, 20),
+    "three files": Folder(MAPPING, MAPPING, 80),
+    "one file over three": Folder(MAPPING, {}, 30),
+    "three files over one": Folder({}, MAPPING, 70),
+    "a file of shards": Folder(SHARDS, SHARDS, 12),
+    "three files of shards": Folder(SHARDS | MAPPING, SHARDS | MAPPING, 75),
+    "shards over whole tensors": Folder(MAPPING, SHARDS | MAPPING, 75),
+    "whole tensors over shards": Folder(SHARDS | MAPPING, MAPPING, 80),
+    "another program's file": Folder(None, MAPPING, 70),
+    "full tensors of shards": Folder(SHARDS | FULL | MAPPING, SHARDS | FULL | MAPPING, 400),
+}
+
+
+def hugging_face_saver(values: State, options: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda folder: dcp.save(
+        values, storage_writer=HuggingFaceStorageWriter(str(folder), **options)
+    )
+
+
+def load_hugging_face(target: State, checkpoint_id: Path) -> None:
+    reader = HuggingFaceStorageReader(str(checkpoint_id))
+    dcp.load(target, storage_reader=reader, no_dist=True)
+
+
+def hugging_face_states(folder: Folder, old: State, new: State) -> Iterator[CrashState]:
+    def by_another_program(place: Path) -> None:
+        safetensors.torch.save_file(old, place / "model.safetensors", {"format": "pt"})
+
+    before = by_another_program
+    if folder.old is not None:
+        before = hugging_face_saver(old, folder.old)
+    return different([recorded(hugging_face_saver(new, folder.new), before)])
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_crash_leaves_the_old_or_the_new_hugging_face_folder(tell: Tell, name: str) -> None:
+    """An index names the old files or the new ones; of shards all are there, or not."""
     old, new = ({f"w{n}": torch.full((3,), fill + n) for n in range(4)} for fill in (1.0, 2.0))
-    mapping = None if distributed else {f"w{n}": 1 + n % 3 for n in range(4)}
+    states = hugging_face_states(HUGGING_FACE[name], old, new)
+    outcomes = Counter(loads_one_of(one, old, new, load_hugging_face) for one in states)
+    assert {"old", "new"} <= outcomes.keys()
+    tell(f"Hugging Face folders, {name}", outcomes, HUGGING_FACE[name].least)
 
-    def save(values: State) -> Callable[[Path], object]:
-        return lambda folder: dcp.save(
-            values,
-            storage_writer=HuggingFaceStorageWriter(
-                str(folder), mapping, save_distributed=distributed
-            ),
-        )
 
-    def load(target: State, checkpoint_id: Path) -> None:
+@pytest.mark.parametrize("name", ["three files", "three files of shards", "one file"])
+def test_the_next_save_cleans_a_hugging_face_folder_after_any_crash(name: str) -> None:
+    old, new = ({f"w{n}": torch.full((3,), fill + n) for n in range(4)} for fill in (1.0, 2.0))
+    newer = {f"w{n}": torch.full((3,), 9.0 + n) for n in range(4)}
+    folder = HUGGING_FACE[name]
+    wanted = (3 if MAPPING.items() <= folder.new.items() else 1) + ("shards" not in name)
+    for crashed in list(hugging_face_states(folder, old, new))[::3]:
+        with crashed.restored() as place:
+            writer = HuggingFaceStorageWriter(str(place), **folder.new)
+            writer.sync_files = False
+            dcp.save(newer, storage_writer=writer)
+            target = blank(newer)
+            load_hugging_face(target, place)
+            assert not list(differences(target, newer))
+            assert len(list(place.iterdir())) == wanted, crashed
+
+
+@pytest.mark.parametrize("options", [{}, MAPPING, SHARDS | MAPPING], ids=str)
+def test_a_crash_of_a_first_save_leaves_no_part_of_a_hugging_face_folder(
+    options: dict[str, Any],
+) -> None:
+    new = {f"w{n}": torch.full((3,), 2.0 + n) for n in range(4)}
+
+    def load_all(target: State, checkpoint_id: Path) -> None:
         reader = HuggingFaceStorageReader(str(checkpoint_id))
-        dcp.load(target, storage_reader=reader, no_dist=True)
+        target.update(dcp.load_without_template(storage_reader=reader, no_dist=True))
 
-    outcomes: Outcomes = Counter()
-    for one in different([recorded(save(new), save(old))]):
-        outcomes[or_refused(one, old, new, load)] += 1
-    tell(f"Hugging Face folders, distributed {distributed}", outcomes, 10)
-
-
-def or_refused(one: CrashState, old: State, new: State, load: Any) -> str:
-    """Which of the two is there; "refused" where no whole one is and the load says so."""
-    try:
-        return loads_one_of(one, old, new, load)
-    except AssertionError:
-        assert not one.returned
-        assert {loads_one_of(one, None, values, load) for values in (old, new)} == {"nothing"}
-        return "refused"
+    for one in different([recorded(hugging_face_saver(new, options))]):
+        assert loads_one_of(one, None, new, load_all) in ("new", "nothing")
 
 
 # ---- several ranks: each looks at its share of the states
