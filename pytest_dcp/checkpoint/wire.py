@@ -108,7 +108,10 @@ def _parsed(text: bytes) -> Any:
             f"expected a value that takes at most {limit} bytes of memory, since its text has "
             f"{len(text)}, got one that takes {needed}"
         )
-    return json.loads(text.decode("utf-8", "surrogatepass"))
+    try:
+        return json.loads(text.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected a value of another rank, got {text[:20]!r} ...") from None
 
 
 # ---- classes

@@ -7,11 +7,13 @@ bytes to come and never asks for more than its limit.
 
 from __future__ import annotations
 
+import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from pytest_dcp.checkpoint.coordinate.handshake import SEAL_BYTES, Seal
 from pytest_dcp.checkpoint.coordinate.parcel import Segment
 
 MAGIC = b"DCP1"
@@ -142,6 +144,8 @@ class FrameReader:
         self.limit_bytes = limit_bytes
         self.only: Kind | None = None
         """The one kind of frame that may come; None: any."""
+        self.seal: Seal | None = None
+        """Makes the seals that the frames must carry behind their bodies."""
         self._header: bytearray = bytearray(HEADER.size)
         self._body: bytearray | None = None
         self._at = 0
@@ -162,7 +166,11 @@ class FrameReader:
             self._body, self._at = bytearray(self._body_length()), 0
         if self._at < len(self._body):
             return None
-        body, self._body, self._at = self._body, None, 0
+        body, self._body, self._at = memoryview(self._body), None, 0
+        if self.seal is not None:
+            shown, body = bytes(body[-SEAL_BYTES:]), body[:-SEAL_BYTES]
+            if not hmac.compare_digest(shown, self.seal.next((self._header, body))):
+                raise FrameError("a frame without the seal that a rank of the group gives it")
         return self._cut(body)
 
     def _body_length(self) -> int:
@@ -173,20 +181,20 @@ class FrameReader:
             raise FrameError(f"expected a {self.only.name}, got kind {kind} with {count} segments")
         if length > self.limit_bytes:
             raise FrameError(f"a frame of {length} bytes; at most {self.limit_bytes} are allowed")
-        return int(length)
+        return int(length) + (SEAL_BYTES if self.seal is not None else 0)
 
-    def _cut(self, body: bytearray) -> Frame:
+    def _cut(self, body: memoryview) -> Frame:
         _, kind, mode, name_bytes, number, count, _ = HEADER.unpack(self._header)
-        view, table_bytes = memoryview(body), 8 * count
+        table_bytes = 8 * count
         if table_bytes + name_bytes > len(body):
             raise FrameError(f"a table of {count} segments in a body of {len(body)} bytes")
         sizes = struct.unpack_from(f"<{count}Q", body)
         at = table_bytes + name_bytes
-        name = bytes(view[table_bytes:at]).decode("utf-8", "replace")
+        name = bytes(body[table_bytes:at]).decode("utf-8", "replace")
         segments: list[Segment] = []
         for size in sizes:
             at += -at % ALIGNMENT
-            segments.append(view[at : at + size])
+            segments.append(body[at : at + size])
             at += size
         if at > len(body):
             raise FrameError(f"segments of {sum(sizes)} bytes in a body of {len(body)} bytes")

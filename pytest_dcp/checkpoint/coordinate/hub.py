@@ -273,7 +273,9 @@ class Hub:
         verdict = Verdict(head.name, causes, final, self._new_epoch())
         if verdict.epoch:
             self._order.restart(verdict.epoch, causes)
-        if final and len(self._peers) + 1 < self.site.size:
+        # A peer whose connection ended for garbage may not have heard that it was let in.
+        unheard = any(peer.line.is_garbled for peer in self._peers.values())
+        if final and (unheard or len(self._peers) + 1 < self.site.size):
             self._leave_word(verdict)
         pieces = encode(verdict.frame(head))
         for peer in self._peers.values():
@@ -325,6 +327,9 @@ class Hub:
         later: list[Arrival] = []
         joined: list[Peer] = []
         for arrival in self._reception.arrivals(self._key, self.site.place.kind):
+            if not self._is_of_another_rank(arrival):
+                arrival.line.close()
+                continue
             if self._answer_late(arrival):
                 continue
             verdict = self._admit(arrival)
@@ -343,10 +348,14 @@ class Hub:
         known = self._order.left(hello.epoch, hello.number)
         if known is None or self._reception is None:
             return False
-        line.queue(self._reception.welcome())
+        line.queue(self._reception.welcome(hello))
         line.queue(known.frame(START))
         self._reception.keep(hello.group, hello.rank, line)
         return True
+
+    def _is_of_another_rank(self, arrival: Arrival) -> bool:
+        rank = arrival.hello.rank
+        return 0 <= rank < self.site.size and rank != self.site.rank
 
     def _admit(self, arrival: Arrival) -> Admission:
         """Whether a peer comes for this operation."""
@@ -367,7 +376,7 @@ class Hub:
         hello = arrival.hello
         peer = self._peers[hello.rank] = Peer(hello.rank, arrival.line)
         if self._reception is not None and self._selector is not None:
-            peer.line.queue(self._reception.welcome())
+            peer.line.queue(self._reception.welcome(hello))
             self._selector.register(peer.line, selectors.EVENT_READ, peer)
             peer.watched = True
             self._flush(peer)

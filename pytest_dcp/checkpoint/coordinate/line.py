@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 
 from pytest_dcp.checkpoint.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
+from pytest_dcp.checkpoint.coordinate.handshake import Seal
 from pytest_dcp.checkpoint.coordinate.parcel import Segment
 
 READS_AT_ONCE = 4096
@@ -46,6 +47,8 @@ class Line:
         """Whether the other end has closed the connection on purpose."""
         self.ended: str | None = None
         """How the connection broke."""
+        self.is_garbled = False
+        """Whether it ended because the other end is no rank of the group, or misbehaves."""
         self.heard_s = time.monotonic()
         """When bytes last came."""
         self.said_s = self.heard_s
@@ -53,6 +56,7 @@ class Line:
         self._out: deque[memoryview] = deque()
         self._unfinished = 0
         """Operations that this end has left and the other has not."""
+        self._seal: Seal | None = None
         _open.add(self)
 
     def fileno(self) -> int:
@@ -74,6 +78,15 @@ class Line:
         """Whether queued bytes wait to be sent."""
         return bool(self._out)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether frames carry seals."""
+        return self._seal is not None
+
+    def seal(self, *, outgoing: Seal, incoming: Seal) -> None:
+        """Seal what is queued from now on, and take only frames with the other end's seals."""
+        self._seal, self.reader.seal = outgoing, incoming
+
     def queue(self, frame: Frame) -> None:
         """Send a frame as soon as the socket takes it; its segments must stay as they are."""
         self.queue_encoded(encode(frame))
@@ -82,6 +95,8 @@ class Line:
         """Send the pieces of an encoded frame."""
         self.said_s = time.monotonic()
         if self.ended is None:
+            if self._seal is not None:
+                pieces = [*pieces, self._seal.next(pieces)]
             views = (memoryview(piece) for piece in pieces)
             self._out.extend(view.cast("B") for view in views if view.nbytes)
 
@@ -139,7 +154,7 @@ class Line:
         try:
             frame = self.reader.filled(count)
         except FrameError as error:
-            self.ended = f"it sent garbage: {error}"
+            self.ended, self.is_garbled = f"it sent garbage: {error}", True
             return
         if frame is None or frame.kind is Kind.PING:
             return

@@ -21,7 +21,7 @@ from pytest_dcp.checkpoint.coordinate import rendezvous
 from pytest_dcp.checkpoint.coordinate.descriptors import EXHAUSTED, exhausted
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.machines import machine
-from pytest_dcp.checkpoint.coordinate.reception import IDLE, Address, Hello
+from pytest_dcp.checkpoint.coordinate.reception import IDLE, Address, Hello, greet
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
@@ -36,7 +36,7 @@ class Link:
 
     line: Line
     address: Address
-    """Where it leads: the secrets that the two ends show each other."""
+    """Where it leads, and what the two ends prove that they know."""
 
     @property
     def lasts(self) -> bool:
@@ -84,8 +84,7 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
             held.line.close()
         link = meeting.idle[coordinator] = Link(Line(connect(address)), address)
         hello = Hello(rendezvous.group_key(group, coordinator), IDLE, 0, rank)
-        link.line.queue(hello.frame(address.secret))
-        link.line.flush()
+        greet(link.line, hello, address.key())
 
 
 def connect(address: Address) -> socket.socket:

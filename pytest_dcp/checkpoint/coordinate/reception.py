@@ -1,9 +1,9 @@
 """Where the peers of this process's operations arrive: one listening socket per process.
 
 Peers enter by connecting and saying who they are; `arrivals` hands each to the operation that it
-asks for. Nothing of a stranger is unpickled: a peer must first show the secret of the address that
-only the group's store holds, in one HELLO frame of at most `HELLO_BYTES` and `FEW_SEGMENTS`, within
-`HELLO_S` after it was accepted. At most `STRANGERS` connections are open that have not shown it:
+asks for. A peer must first prove that it knows the group's key (see handshake), in one HELLO frame
+of at most `HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most
+`STRANGERS` connections are open that have not proved it:
 the oldest is closed for the next. A peer that is closed so connects again (see spoke), so a flood
 of strangers delays an operation and does not fail it.
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hmac
 import json
 import os
 import secrets
@@ -30,18 +29,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from pytest_dcp.checkpoint.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp.checkpoint.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
+from pytest_dcp.checkpoint.coordinate.handshake import GroupKey, SeenNonces, new_nonce
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.machines import hosts_of, local_only, machine
 from pytest_dcp.checkpoint.coordinate.sequence import kind_of
 
 HELLO_BYTES = 32768
-"""Room for the secret and twice the longest path."""
+"""Room for the proof and twice the longest path."""
+MAX_ADDRESS_BYTES = 65536
 HELLO_S = 1.0
 STRANGERS = 64
+WAITING_OF_A_RANK = 64
+"""Operations that a rank may have come to before the coordinator does."""
 ACCEPTED_AT_ONCE = 512
 """In one look, so that a flood does not keep the coordinator from its peers."""
 IDLE = ""
@@ -52,7 +55,7 @@ BACKLOG = 4096
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a process's reception is, and how both ends prove that they know it."""
+    """Where a process's reception is, and what both ends prove that they know."""
 
     hosts: tuple[str, ...]
     """In order of trial, for a peer on another machine."""
@@ -60,9 +63,13 @@ class Address:
     machine: str
     """Equal for processes that reach each other through the loopback."""
     secret: str
-    """Shown by the peer."""
-    answer: str
-    """Shown by the coordinator."""
+    """Never sent over a connection; a part of the group's key."""
+    check: str = ""
+    """Equal to the check of the peer's key, unless DCP_SHARED_KEY differs."""
+
+    def key(self) -> GroupKey:
+        """What a rank of the group proves with."""
+        return GroupKey.of(self.secret)
 
     def encode(self) -> str:
         """What the store keeps."""
@@ -70,9 +77,16 @@ class Address:
 
     @classmethod
     def decode(cls, data: bytes) -> Address:
-        """The address in a store's value."""
-        facts = json.loads(data)
-        return cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+        """The address in a store's value. Raises ValueError for anything else."""
+        try:
+            facts = json.loads(data[:MAX_ADDRESS_BYTES])
+            address = cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise ValueError(f"expected a coordinator's address, got {error!r:.200}") from None
+        texts = (*address.hosts, address.machine, address.secret, address.check)
+        if type(address.port) is not int or not {str}.issuperset(map(type, texts)):
+            raise ValueError(f"expected a coordinator's address, got {address!r:.200}")
+        return address
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +105,40 @@ class Hello:
     unordered: bool = False
     subject: tuple[str, str] | None = None
     """The name and the real name of the folder."""
+    nonce: str = ""
+    """A number of the peer's that was never used, so that no HELLO can be said again."""
 
-    def frame(self, secret: str) -> Frame:
-        """The frame that says so."""
-        return Frame(Kind.HELLO, segments=[secret.encode(), json.dumps(asdict(self)).encode()])
+    def is_whole(self) -> bool:
+        """Whether every field is of its type, as a rank says it."""
+        texts = (self.group, self.operation, self.nonce, *(self.subject or ()))
+        numbers = (self.number, self.rank, self.epoch, self.finished_up_to)
+        return (
+            {str}.issuperset(map(type, texts))
+            and {int}.issuperset(map(type, numbers))
+            and type(self.unordered) is bool
+            and (self.subject is None or len(self.subject) == 2)
+        )
+
+    def frame(self, key: GroupKey) -> Frame:
+        """The frame that says so, and proves that a rank of the group does."""
+        text = json.dumps(asdict(self)).encode()
+        return Frame(Kind.HELLO, segments=[key.proof(text), text])
+
+
+def greet(line: Line, hello: Hello, key: GroupKey) -> bytes:
+    """Say hello on a peer's line, sealed from then on; what the coordinator must answer."""
+    hello = replace(hello, nonce=new_nonce())
+    line.queue(hello.frame(key))
+    seals = key.seals(hello.nonce)
+    if seals is not None and not line.is_sealed:
+        line.seal(outgoing=seals[0], incoming=seals[1])
+    line.flush()
+    return key.welcome(hello.nonce)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A peer that showed the secret."""
+    """A peer that proved that it knows the group's key."""
 
     hello: Hello
     line: Line
@@ -128,17 +167,20 @@ class Reception:
         self._active: Counter[tuple[str, str]] = Counter()
         self._full_s: float | None = None
         """Since when no connection can be accepted for want of descriptors."""
+        self._seen = SeenNonces()
+        secret = secrets.token_hex(16)
+        self._group_key = GroupKey.of(secret)
         self.address = Address(
             hosts=hosts_of(os.environ),
             port=self._listener.getsockname()[1],
             machine=machine(),
-            secret=secrets.token_hex(16),
-            answer=secrets.token_hex(16),
+            secret=secret,
+            check=self._group_key.check(),
         )
 
-    def welcome(self) -> Frame:
+    def welcome(self, hello: Hello) -> Frame:
         """The first frame to a peer: it shows that this is the coordinator looked for."""
-        return Frame(Kind.WELCOME, segments=[self.address.answer.encode()])
+        return Frame(Kind.WELCOME, segments=[self._group_key.welcome(hello.nonce)])
 
     def fileno(self) -> int:
         """A descriptor for a selector: readable when a peer has come or has gone."""
@@ -250,7 +292,11 @@ class Reception:
             line.receive(one=True)
             refused = bool(line.frames)
             hello = self._read_hello(line.frames.popleft()) if line.frames else None
-            if hello is not None:
+            if hello is not None and (seals := self._group_key.seals(hello.nonce)) is not None:
+                line.seal(outgoing=seals[1], incoming=seals[0])
+            if hello is not None and self._has_too_many(hello):
+                self._close_stranger(line)
+            elif hello is not None:
                 line.reader.limit_bytes, line.reader.only = MAX_BODY_BYTES, None
                 self._seat(hello, line)
             elif refused or line.over or time.monotonic() > until_s:
@@ -305,17 +351,27 @@ class Reception:
         del self._idle[line]
         self._selector.unregister(line)
 
+    def _has_too_many(self, hello: Hello) -> bool:
+        """Whether a rank has as many connections here, that no operation took, as it may have."""
+        member = (hello.group, hello.rank)
+        waiting = sum((a.hello.group, a.hello.rank) == member for a in self._waiting)
+        idle = sum(other == member for other in self._idle.values())
+        return waiting + idle >= WAITING_OF_A_RANK
+
     def _read_hello(self, frame: Frame) -> Hello | None:
+        """Who a peer is; None where it does not prove that it is a rank of the group."""
         if frame.kind is not Kind.HELLO or len(frame.segments) != 2:
             return None
-        if not hmac.compare_digest(bytes(frame.segments[0]), self.address.secret.encode()):
+        shown, text = frame.segments[0], bytes(frame.segments[1])
+        if not self._group_key.is_proof(shown, text):
             return None
         try:
-            facts = json.loads(bytes(frame.segments[1]))
+            facts = json.loads(text)
             subject = facts.get("subject")
-            return Hello(**facts | {"subject": None if subject is None else tuple(subject)})
-        except (ValueError, TypeError, AttributeError):
+            hello = Hello(**facts | {"subject": None if subject is None else tuple(subject)})
+        except (ValueError, TypeError, AttributeError, RecursionError):
             return None
+        return hello if hello.is_whole() and self._seen.take(hello.nonce) else None
 
     def close(self) -> None:
         """Close every socket; for the end of the process."""

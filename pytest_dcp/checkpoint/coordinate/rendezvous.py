@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate.failure import CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, decode, encode
+from pytest_dcp.checkpoint.coordinate.handshake import open_word, seal_word
 from pytest_dcp.checkpoint.coordinate.machines import local_only
 from pytest_dcp.checkpoint.coordinate.presence import Presence
 from pytest_dcp.checkpoint.coordinate.reception import Address, reception
@@ -202,14 +203,16 @@ def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Fr
 
 
 def _leave_word(group: dist.ProcessGroup, key: str, word: Frame) -> None:
-    _store(group).set(key, base64.b64encode(b"".join(encode(word))).decode())
+    sealed = seal_word(os.environ, key, b"".join(encode(word)))
+    _store(group).set(key, base64.b64encode(sealed).decode())
 
 
 def _word_at(group: dist.ProcessGroup, key: str) -> Frame | None:
     store = _store(group)
     if not store.check([key]):
         return None
-    return decode(base64.b64decode(store.get(key), validate=True))
+    sealed = base64.b64decode(store.get(key), validate=True)
+    return decode(open_word(os.environ, key, sealed))
 
 
 def _word_key(coordinator_rank: int, place: Place) -> str:

@@ -15,11 +15,12 @@ import time
 import torch.distributed as dist
 
 from pytest_dcp.checkpoint.coordinate import rendezvous
-from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
+from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError, capture
 from pytest_dcp.checkpoint.coordinate.frame import START, Frame, Head, Kind, alert_text
+from pytest_dcp.checkpoint.coordinate.handshake import SHARED_KEY
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.link import GONE, Link, connect, keep, take_idle
-from pytest_dcp.checkpoint.coordinate.reception import Hello
+from pytest_dcp.checkpoint.coordinate.reception import Hello, greet
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import (
     PARTING_S,
@@ -48,6 +49,8 @@ class Spoke:
     def __init__(self, site: Site) -> None:
         self.site = site
         self._link: Link | None = None
+        self._answer = b""
+        """What the coordinator must show."""
         self._welcome = False
         self._met_s = 0.0
         """When this rank last said hello."""
@@ -78,6 +81,9 @@ class Spoke:
                 found = site.ended(site.coordinator, head.name, f"its store: {error}")
         if isinstance(found, Cause):
             return self._end(found, head)
+        if found.address.check != found.address.key().check():
+            found.line.hang_up()
+            return self._end(capture(site.rank, _other_key(site.rank)), head)
         self._say_hello(found)
         return None
 
@@ -95,8 +101,7 @@ class Spoke:
             place.unordered,
             None if place.subject is None else (place.subject.name, place.subject.real),
         )
-        link.line.queue(hello.frame(link.address.secret))
-        link.line.flush()
+        self._answer = greet(link.line, hello, link.address.key())
 
     def _find(self, until_s: float, step: str) -> Link | Cause:
         """A new connection, or why there is none.
@@ -165,7 +170,8 @@ class Spoke:
         It does so when strangers crowd it. Whether to go on; False: the line is as it was.
         """
         site = self.site
-        if self._welcome or self._require_line().ended is None:
+        line = self._require_line()
+        if self._welcome or line.ended is None or line.is_garbled:
             return False
         if time.monotonic() - since_s > site.timeout_s + site.margin_s:
             return False
@@ -175,13 +181,13 @@ class Spoke:
         try:
             address = rendezvous.look_up(self._group, site.coordinator, 0.0)
             link = None if address is None else Link(Line(connect(address)), address)
-        except (*GONE, RuntimeError):
+        except (*GONE, RuntimeError, ValueError):
             return False
         except OSError:  # its queue is full, or it cannot be reached just now
             return True
         if link is None:
             return False
-        self._require_line().close()
+        line.close()
         self._say_hello(link)
         return True
 
@@ -258,9 +264,9 @@ class Spoke:
         return None
 
     def _welcome_in(self, frame: Frame) -> bool:
-        if frame.kind is Kind.WELCOME and self._link is not None:
+        if frame.kind is Kind.WELCOME:
             shown = bytes(frame.segments[0]) if frame.segments else b""
-            self._welcome = hmac.compare_digest(shown, self._link.address.answer.encode())
+            self._welcome = hmac.compare_digest(shown, self._answer)
         return self._welcome
 
     def _end(self, cause: Cause, head: Head) -> Verdict:
@@ -305,6 +311,13 @@ class Spoke:
         if self._link is None:
             raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
         return self._link.line
+
+
+def _other_key(rank: int) -> CoordinationError:
+    return CoordinationError(
+        f"rank {rank} has another {SHARED_KEY} in its environment than the coordinator: set it to "
+        "the same value on every rank, or on none"
+    )
 
 
 def _wait(line: Line, timeout_s: float) -> None:

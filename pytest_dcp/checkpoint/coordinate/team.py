@@ -302,17 +302,23 @@ class Team:
         return pack(value, pickles=self.pickles)
 
     def _unpack(self, parcel: Parcel) -> Any:
-        return unpack(parcel, pickles=self.pickles)
+        try:
+            return unpack(parcel, pickles=self.pickles)
+        except ValueError as error:
+            raise CoordinationError(
+                f"what the coordinator sent cannot be read on rank {self.rank}: {error}"
+            ) from error
 
     def _values(self, own: T, parcels: Sequence[Parcel]) -> list[T]:
         """All ranks' values, this rank's as it is."""
         values = []
         for rank, parcel in enumerate(parcels):
             try:
-                values.append(own if rank == self.rank else self._unpack(parcel))
+                own_value = rank == self.rank
+                values.append(own if own_value else unpack(parcel, pickles=self.pickles))
             except Exception as error:
                 raise CoordinationError(
-                    f"the value of rank {rank} cannot be read on the coordinator: {error!r}"
+                    f"the value of rank {rank} cannot be read on the coordinator: {error}"
                 ) from error
         return values
 

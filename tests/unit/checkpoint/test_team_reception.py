@@ -16,9 +16,11 @@ import pytest
 
 from pytest_dcp.checkpoint.coordinate import line as line_module
 from pytest_dcp.checkpoint.coordinate import link, spoke
+from pytest_dcp.checkpoint.coordinate import reception as reception_module
 from pytest_dcp.checkpoint.coordinate.descriptors import make_room_for
 from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
+from pytest_dcp.checkpoint.coordinate.handshake import GroupKey, new_nonce
 from pytest_dcp.checkpoint.coordinate.line import Line
 from pytest_dcp.checkpoint.coordinate.link import Link, connect
 from pytest_dcp.checkpoint.coordinate.machines import local_only
@@ -34,7 +36,7 @@ from pytest_dcp.checkpoint.coordinate.reception import (
 from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
 from pytest_dcp.checkpoint.coordinate.star import Site
 
-HELLO = Hello("group", "save", 1, 2)
+FIRST = Hello("group", "save", 1, 2)
 LIMIT_S = 10.0
 T = TypeVar("T")
 
@@ -63,8 +65,14 @@ def send(reception: Reception, pieces: list[bytes]) -> socket.socket:
     return sock
 
 
-def hello(reception: Reception, said: Hello = HELLO) -> list[bytes]:
-    return [bytes(piece) for piece in encode(said.frame(reception.address.secret))]
+def fresh(**facts: Any) -> Hello:
+    """A greeting that was never said."""
+    return replace(FIRST, nonce=new_nonce(), **facts)
+
+
+def hello(reception: Reception, said: Hello | None = None) -> list[bytes]:
+    said = said or fresh()
+    return [bytes(piece) for piece in encode(said.frame(reception.address.key()))]
 
 
 def is_closed(sock: socket.socket, reception: Reception) -> bool:
@@ -86,10 +94,56 @@ def is_closed(sock: socket.socket, reception: Reception) -> bool:
 
 
 def test_a_peer_with_the_secret_arrives(reception: Reception) -> None:
-    with send(reception, hello(reception)):
+    said = fresh()
+    with send(reception, hello(reception, said)) as sock:
         (arrival,) = until(lambda: reception.arrivals("group", "save"))
-        assert arrival.hello == HELLO
+        assert arrival.hello == said
+        assert reception.address.secret.encode() not in b"".join(hello(reception, said))
+        arrival.line.queue(reception.welcome(said))
+        arrival.line.flush()
+        assert reception.address.key().welcome(said.nonce) in sock.recv(1000)
         arrival.line.close()
+
+
+def test_a_hello_that_was_said_before_is_shut_out(reception: Reception) -> None:
+    data = hello(reception)
+    with send(reception, data):
+        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+        assert is_closed(send(reception, data), reception)
+        arrival.line.close()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"rank": "2"}, {"rank": [2]}, {"number": 1.5}, {"operation": None}, {"nonce": 7}),
+        *(
+            {"subject": (1, 2)},
+            {"subject": ("a",)},
+            {"unordered": 1},
+            {"epoch": None},
+            {"group": 0},
+        ),
+    ],
+)
+def test_a_hello_with_facts_of_other_types_is_shut_out(
+    reception: Reception, facts: dict[str, Any]
+) -> None:
+    wrong = replace(fresh(), **facts)
+    assert is_closed(send(reception, hello(reception, wrong)), reception)
+
+
+def test_a_rank_has_no_more_connections_than_it_may(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception_module, "WAITING_OF_A_RANK", 3)
+    reception.open("group", "load")
+    socks = [send(reception, hello(reception, fresh(operation="load"))) for _ in range(5)]
+    assert is_closed(socks[4], reception)
+    arrivals = reception.arrivals("group", "load")
+    assert len(arrivals) == 3
+    for one in [*(arrival.line for arrival in arrivals), *socks[:4]]:
+        one.close()
 
 
 def test_a_hello_may_come_in_pieces_and_with_what_follows_it(reception: Reception) -> None:
@@ -104,7 +158,7 @@ def test_a_hello_may_come_in_pieces_and_with_what_follows_it(reception: Receptio
 
 
 def test_a_peer_with_another_secret_is_shut_out(reception: Reception) -> None:
-    frame = HELLO.frame("0" * 32)
+    frame = fresh().frame(GroupKey.of("0" * 32))
     assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
 
 
@@ -113,7 +167,7 @@ def test_a_stranger_is_shut_out(reception: Reception) -> None:
 
 
 def test_a_hello_that_is_too_long_is_shut_out(reception: Reception) -> None:
-    long = replace(HELLO, operation="s" * HELLO_BYTES)
+    long = fresh(operation="s" * HELLO_BYTES)
     assert is_closed(send(reception, hello(reception, long)), reception)
 
 
@@ -141,7 +195,7 @@ def test_a_crowd_of_strangers_is_kept_small_and_lets_peers_through(reception: Re
     with send(reception, hello(reception)):
         idle += [connect(reception.address) for _ in range(3 * STRANGERS)]
         (arrival,) = until(lambda: reception.arrivals("group", "save"))
-        assert arrival.hello == HELLO
+        assert (arrival.hello.group, arrival.hello.rank) == ("group", 2)
         assert len(reception._lobby) <= STRANGERS
         arrival.line.close()
     for sock in idle:
@@ -162,14 +216,14 @@ def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
 
 
 def test_a_hello_with_other_facts_is_shut_out(reception: Reception) -> None:
-    secret = reception.address.secret.encode()
-    frame = Frame(Kind.HELLO, segments=[secret, b'{"group": "group"}'])
+    text = b'{"group": "group"}'
+    frame = Frame(Kind.HELLO, segments=[reception.address.key().proof(text), text])
     assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
 
 
 def test_peers_wait_for_the_operation_that_they_ask_for(reception: Reception) -> None:
     reception.open("group", "load")
-    with send(reception, hello(reception, replace(HELLO, operation="load"))):
+    with send(reception, hello(reception, fresh(operation="load"))):
         with pytest.raises(TimeoutError):
             short_until(lambda: reception.arrivals("group", "save"))
         (arrival,) = reception.arrivals("group", "load")
@@ -179,7 +233,7 @@ def test_peers_wait_for_the_operation_that_they_ask_for(reception: Reception) ->
 def test_peers_that_ask_for_what_nobody_runs_are_seen_by_who_is_there(
     reception: Reception,
 ) -> None:
-    with send(reception, hello(reception, replace(HELLO, operation="load"))):
+    with send(reception, hello(reception, fresh(operation="load"))):
         (arrival,) = until(lambda: reception.arrivals("group", "save"))
         arrival.line.close()
 
@@ -198,7 +252,7 @@ def broken(reception: Reception, rank: int = 2) -> str | None:
 
 
 def test_an_idle_connection_that_breaks_tells_that_a_process_ended(reception: Reception) -> None:
-    sock = send(reception, hello(reception, replace(HELLO, operation=IDLE)))
+    sock = send(reception, hello(reception, fresh(operation=IDLE)))
     with pytest.raises(TimeoutError):
         short_until(lambda: broken(reception))
     sock.close()
@@ -207,7 +261,7 @@ def test_an_idle_connection_that_breaks_tells_that_a_process_ended(reception: Re
 
 
 def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(reception: Reception) -> None:
-    line = Line(send(reception, hello(reception, replace(HELLO, operation=IDLE))))
+    line = Line(send(reception, hello(reception, fresh(operation=IDLE))))
     with pytest.raises(TimeoutError):
         short_until(lambda: broken(reception))
     line.hang_up()
@@ -232,8 +286,21 @@ def test_a_fork_keeps_no_line_open(reception: Reception) -> None:
 
 
 def test_an_address_survives_the_store() -> None:
-    address = Address(("10.0.0.1", "node-1"), 29500, "m", "s", "a")
+    address = Address(("10.0.0.1", "node-1"), 29500, "m", "s", "c")
     assert Address.decode(address.encode().encode()) == address
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"[]", b"{}", b"\x80\x04.", b"[" * 70_000, b'{"hosts": 1}'),
+        Address(("h",), 1, "m", "s", "c").encode().replace("1", '"1"').encode(),
+        Address((7,), 1, "m", "s", "c").encode().encode(),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_address_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="expected a coordinator's address"):
+        Address.decode(data)
 
 
 @pytest.mark.parametrize(
