@@ -21,7 +21,7 @@ from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
-Place = Literal["preparing", "ready", "reporting"]
+Place = Literal["preparing", "ready", "reporting", "interrupted"]
 FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
@@ -91,7 +91,8 @@ class At:
     """Rank -> controller: where this rank is in its phase. No answer.
 
     `preparing`: it imports or collects what the phase needs, which is not timed; `ready`: from here
-    on it is; `reporting`: the phase has raised, and the rank writes the report of that.
+    on it is; `reporting`: the phase has raised, and the rank writes the report of that;
+    `interrupted`: it was asked to end the phase, and does.
     """
 
     place: Place

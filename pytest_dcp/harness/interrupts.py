@@ -1,24 +1,94 @@
-"""Ctrl-C while a debugger has the terminal: the debugger's, not the controller's."""
+"""When signals may interrupt the controller: while it waits for ranks, and not in half an action.
+
+Enters: the handlers of signals that are set when a world is driven. Leaves: the same handlers,
+which meanwhile were called only where an exception of theirs does no harm. An order that was sent
+to one rank and not to the next would leave that one waiting, and a message that was read and not
+handled would be lost.
+
+Signals are not blocked for that: another thread of the process, of a library in C, would take them.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+RELAYED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGALRM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+"""Signals whose handlers raise: Python's own, and those of plugins for timeouts and the like."""
 
-class InterruptsIgnored:
-    """Ctrl-C is the debugger's, not the controller's, while a rank has the terminal."""
+
+class Interrupts:
+    """The signals of this process while it drives a world."""
 
     def __init__(self) -> None:
-        self._previous: Any = None
+        self.ignored = False
+        """Whether Ctrl-C is a debugger's in a rank that has the terminal, and not the controller's.
+        """
+        self._depth = 0
+        self._handlers: dict[int, Callable[[int, Any], object]] = {}
+        self._is_holding = False
+        self._held: list[int] = []
 
-    def set(self, ignored: bool) -> None:
-        """Ignore SIGINT, or handle it as before."""
+    @contextmanager
+    def relayed(self) -> Iterator[None]:
+        """In the block, handlers are called through `held` and `ignored`. May be nested."""
         if threading.current_thread() is not threading.main_thread():
+            yield
             return
-        if ignored and self._previous is None:
-            self._previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        elif not ignored and self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        try:
+            self._depth += 1
+            if self._depth == 1:
+                self._take()
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._give_back()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The block is not interrupted in the middle, but at its end. May be nested."""
+        was_holding, self._is_holding = self._is_holding, True
+        try:
+            yield
+        finally:
+            self._is_holding = was_holding
+        while self._held and not self._is_holding:
+            self._relay(self._held.pop(0), sys._getframe())
+
+    def _take(self) -> None:
+        for signum in RELAYED:
+            handler = signal.getsignal(signum)
+            if callable(handler):
+                self._handlers[signum] = handler
+                signal.signal(signum, self._relay)
+
+    def _give_back(self) -> None:
+        """Set the handlers as they were; what one of them raises meanwhile is raised at the end."""
+        raised: BaseException | None = None
+        while self._handlers:
+            try:
+                signum, handler = next(iter(self._handlers.items()))
+                signal.signal(signum, handler)
+                del self._handlers[signum]
+            except BaseException as error:  # noqa: BLE001  # raised below
+                raised = error
+        if raised is not None:
+            raise raised
+
+    def _relay(self, signum: int, frame: Any) -> None:
+        if self._is_holding:
+            self._held.append(signum)
+        elif not (self.ignored and signum == signal.SIGINT) and signum in self._handlers:
+            self._handlers[signum](signum, frame)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.harness.items import ITEM_KEY, module_of
+from pytest_dcp.harness.items import ITEM_KEY, MarkedItem, module_of
 from pytest_dcp.harness.logs import SteadyLogs
 from pytest_dcp.harness.session import Harness
+from pytest_dcp.harness.warm import SESSION_ENDS
 
 
 class ItemHooks:
@@ -57,6 +58,9 @@ class ItemHooks:
             try:
                 with self._steady_logs.during_an_item():
                     result = yield
+            except SESSION_ENDS:
+                self._end_cut_off(marked)
+                raise
             finally:
                 if nextitem is None or ITEM_KEY not in nextitem.stash:
                     self._steady_logs.take_off()
@@ -64,6 +68,16 @@ class ItemHooks:
         self._warm.end_all(but_module=None if self._harness.is_ending else module)
         self._harness.check_end()
         return result
+
+    def _end_cut_off(self, marked: MarkedItem) -> None:
+        """Have the item's ranks tear down; an interrupt meanwhile kills the idle ones, too."""
+        if marked.world is not None and marked.world.ended:  # by a second interrupt
+            self._warm.kill_all()
+        try:
+            marked.end_cut_off()
+        except BaseException:
+            self._warm.kill_all()
+            raise
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(

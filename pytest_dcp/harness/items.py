@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +28,36 @@ from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import carried_state, headings, losing_fixtures, report
 from pytest_dcp.harness.events import Go, Phase, RunItem
 from pytest_dcp.harness.exit_warnings import warn_of_end
+from pytest_dcp.harness.interruption import TORN_DOWN
 from pytest_dcp.harness.item_output import ItemOutput
-from pytest_dcp.harness.outcome import Outcome, combine, in_step, lost_lines, ranks_text
+from pytest_dcp.harness.outcome import (
+    Outcome,
+    combine,
+    in_step,
+    is_echo,
+    lost_lines,
+    ranks_text,
+)
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldSpec
-from pytest_dcp.harness.warm import Key, Place, as_running_item, joined, tear_down_survivors
-from pytest_dcp.harness.world import World
+from pytest_dcp.harness.warm import (
+    HURRIED_S,
+    PASSED,
+    SESSION_ENDS,
+    Key,
+    Place,
+    as_running_item,
+    end_cut_off,
+    end_idle,
+    joined,
+    tear_down_survivors,
+)
+from pytest_dcp.harness.world import CutOff, World
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_engine import FoundError
 
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
-
-PASSED = Outcome("passed", "", (), {})
 
 _folders = itertools.count()
 
@@ -123,9 +141,13 @@ class MarkedItem:
         if self.world is None:
             raise WorldError(f"{self.item.nodeid}: called, but its setup started no world")
         self.found = None
-        outcome = self.world.run("call", Go("call"))
-        if any(done.awaits for done in outcome.done.values()):
-            outcome = self._conduct(outcome)
+        try:
+            outcome = self.world.run("call", Go("call"))
+            if any(done.awaits for done in outcome.done.values()):
+                outcome = self._conduct(outcome)
+        except BaseException:  # of this process: an interrupt, a timer
+            self.failed = True
+            raise
         outcome = in_step(outcome)
         self._conclude(self.world, outcome, "call")
         self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
@@ -140,16 +162,15 @@ class MarkedItem:
         except lockstep_item.FoundError as found:
             self.found = found
             return found.found[0].outcome
-        except Exception:
-            self.failed = True
-            raise
 
     def teardown(self) -> None:
         """Tear the item down in every rank, and the world unless it is kept warm."""
         if self.world is None:
             return
-        world, kept = self.world, False
+        world, kept, is_cut_off = self.world, False, False
         try:
+            if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
+                self._report_cut_off(world, cut)
             torn = joined(self.torn_before, combine(0, {}, world.died()))
             if world.sound:
                 kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
@@ -157,15 +178,50 @@ class MarkedItem:
             elif not world.ended:
                 torn = joined(torn, tear_down_survivors(world))
             self._raise_for(torn)
+        except SESSION_ENDS as end:
+            is_cut_off = end is not self.raised
+            raise
         finally:
-            self.world = None
-            if not kept:
-                world.kill()
+            if not is_cut_off:  # else `end_cut_off` follows
+                self._let_go(world, kept=kept)
+
+    def _let_go(self, world: World, *, kept: bool) -> None:
+        """The item is over; so is its world, unless it is kept."""
+        self.world = None
+        if not kept:
+            world.kill()
+        self._drop_checkpoint_dir()
+        # Where warnings are errors, one must not take the place of a failure.
+        failing = sys.exc_info()[0] is not None
+        with contextlib.suppress(Warning) if failing else contextlib.nullcontext():
+            self._absorb_end(world)
+
+    def end_cut_off(self) -> None:
+        """The session has ended while this item ran: have its ranks tear down every scope.
+
+        What its ranks raised is reported. Does nothing when they are gone.
+        """
+        world, self.world = self.world, None
+        if world is None:
+            return
+        hear = partial(self.absorb_late, world)
+        cut = world.cut_off
+        try:
+            if cut is None or cut.phase in TORN_DOWN:
+                ended = end_cut_off(world, hear)
+            else:
+                self._report_cut_off(world, cut)
+                ended = PASSED if world.ended else end_idle(world, HURRIED_S, hear)
+        finally:
+            world.kill()
             self._drop_checkpoint_dir()
-            # Where warnings are errors, one must not take the place of a failure.
-            failing = sys.exc_info()[0] is not None
-            with contextlib.suppress(Warning) if failing else contextlib.nullcontext():
-                self._absorb_end(world)
+        self.report_late(world, ended)
+
+    def _report_cut_off(self, world: World, cut: CutOff) -> None:
+        """Report what failed in a phase that was cut off, but for what follows from that alone."""
+        self._absorb(world, cut.outcome, cut.phase)
+        if not all(one.kind == "failed" and is_echo(one) for one in cut.outcome.failures):
+            self.report_late(world, cut.outcome, cut.phase)
 
     def _tear_down_whole(self, world: World, *, keep: bool) -> tuple[bool, Outcome]:
         """Tear down in every rank, and end the world unless it is kept: whether it is, and how
@@ -226,8 +282,8 @@ class MarkedItem:
         with self._recording_warnings():
             self._absorb_whole_item(outcome)
 
-    def report_late(self, world: World, outcome: Outcome) -> None:
-        """Report, at this test's teardown, what went wrong in its world when the test was over."""
+    def report_late(self, world: World, outcome: Outcome, when: Phase = "teardown") -> None:
+        """Report, as of a phase of this test, what went wrong in its world when that was over."""
 
         def conclude() -> None:
             __tracebackhide__ = True
@@ -237,7 +293,11 @@ class MarkedItem:
                 self._absorb_end(world)
 
         with self._recording_warnings():
-            call = pytest.CallInfo.from_call(conclude, when="teardown", reraise=None)
+            call = pytest.CallInfo.from_call(
+                conclude,
+                when=when,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
+                reraise=None,
+            )
         if call.excinfo is not None:
             with as_running_item(self.item):
                 ihook = self.item.ihook

@@ -20,6 +20,10 @@ RANK_VARIABLE = "PYTEST_DCP_RANK"
 STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2
 themselves."""
+INTERRUPT_SIGNAL = signal.SIGRTMAX - 3
+"""Ends what a rank does in its phase by a KeyboardInterrupt; see `rank_interrupts`."""
+OWN_SIGNALS = frozenset((STACKS_SIGNAL, INTERRUPT_SIGNAL))
+"""Signals that a rank has handlers for, and what it has started has not."""
 
 
 HELPERS = (
@@ -150,6 +154,9 @@ class Launcher(Protocol):
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write the stacks of all its threads to its trace descriptor."""
 
+    def interrupt(self, world: int, rank: int) -> None:
+        """Raise KeyboardInterrupt in the rank, where it is at work in a phase."""
+
     def kill(self, world: int, rank: int) -> None:
         """SIGKILL the rank and its process group."""
 
@@ -173,6 +180,10 @@ class Signals:
         """Have the rank write its stacks."""
         self._signal(world, rank, STACKS_SIGNAL)
 
+    def interrupt(self, world: int, rank: int) -> None:
+        """Raise KeyboardInterrupt in the rank."""
+        self._signal(world, rank, INTERRUPT_SIGNAL)
+
     def kill(self, world: int, rank: int) -> None:
         """SIGKILL the rank and its process group."""
         self._signal(world, rank, signal.SIGKILL)
@@ -186,5 +197,8 @@ class Signals:
         self._signal(world, rank, signal.SIGCONT)
 
     def _signal(self, world: int, rank: int, signum: int) -> None:
-        """Signal the rank, and for all but its stacks what it started; nothing if it is gone."""
+        """Signal the rank, and unless it is one of `OWN_SIGNALS` what it started, too.
+
+        Does nothing when the rank is gone.
+        """
         raise NotImplementedError

@@ -172,6 +172,28 @@ def at_work(pid: int) -> bool:
     return any(state_of(f"{pid}/task/{thread}") in ("R", "D") for thread in threads)
 
 
+def main_thread_cpu_s(pid: int) -> float:
+    """Seconds of processor time that a process's main thread has used; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text()
+        return int(text.split()[0]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
+def signal_main_thread(pid: int, signum: int) -> None:
+    """Send a signal to a process's main thread, though others could handle it.
+
+    The kernel gives a signal of the process to another thread while the main one has one to handle.
+    Raises OSError.
+    """
+    libc = _libc()
+    if not hasattr(libc, "tgkill"):  # glibc before 2.30
+        os.kill(pid, signum)
+    elif libc.tgkill(pid, pid, signum) != 0:
+        raise OSError(ctypes.get_errno(), f"tgkill of process {pid}")
+
+
 def collapse_memory() -> int:
     """Back this process's private heap with huge pages; returns the bytes covered.
 

@@ -50,6 +50,8 @@ TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
     (S.RUNNING, Done): S.IDLE,
     (S.RUNNING, Exchange): S.MEETING,
     (S.MEETING, Met): S.RUNNING,
+    (S.MEETING, Done): S.IDLE,  # this and the next only of a rank that was interrupted
+    (S.MEETING, At): S.MEETING,
     (S.RUNNING, DebugAsk): S.DEBUGGING,
     (S.DEBUGGING, DebugDone): S.RUNNING,
     (S.DEBUGGING, Exchange): S.DEBUGGING_MEETING,
@@ -80,6 +82,13 @@ class Dump:
 
 
 @dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Raise KeyboardInterrupt in the rank."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """SIGKILL the rank and what it started."""
 
@@ -100,7 +109,7 @@ class Continue:
     rank: int
 
 
-Action = Send | Dump | Kill | Stop | Continue
+Action = Send | Dump | Interrupt | Kill | Stop | Continue
 
 
 def exit_text(status: int) -> str:

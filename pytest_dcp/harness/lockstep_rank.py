@@ -177,7 +177,7 @@ class Follower:
         prop = inside.property_of(state)
         prop = replace(prop, database_key=prop.database_key + self.reporter.variant())
         channel = self.rank.channel
-        channel.send(
+        order = channel.answer(
             Done(
                 "call",
                 "passed",
@@ -187,8 +187,8 @@ class Follower:
             )
         )
         try:
-            while isinstance(order := channel.receive(), Example):
-                channel.send(self._example(state, pickle.loads(order.payload)))
+            while isinstance(order, Example):
+                order = channel.answer(self._example(state, pickle.loads(order.payload)))
         finally:
             self._following = False
         if order != Go("call"):

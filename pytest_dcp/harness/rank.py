@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import os
 import random
+import select
 import signal
 import socket
 import sys
@@ -29,9 +30,11 @@ from pytest_dcp.harness.events import (
     Announce,
     At,
     Call,
+    DebugAnswer,
     Decoder,
     Done,
     Exchange,
+    FaultAnswer,
     Go,
     Leave,
     Message,
@@ -42,6 +45,7 @@ from pytest_dcp.harness.events import (
 )
 from pytest_dcp.harness.group_counter import GroupCounter
 from pytest_dcp.harness.launch import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
+from pytest_dcp.harness.rank_interrupts import RankInterrupts
 from pytest_dcp.tracebacks import format_shown
 
 RECEIVE_BYTES = 1 << 16
@@ -57,7 +61,8 @@ class ControllerGoneError(DcpError):
 class Channel:
     """A rank's end of the report socket: send, and wait for the reply."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, interrupts: RankInterrupts) -> None:
+        self._interrupts = interrupts
         self._socket = socket.socket(fileno=fd)
         self._decoder = Decoder()
         self._pending: list[Message] = []
@@ -78,18 +83,40 @@ class Channel:
                 f"process {os.getpid()} was forked from rank process {self._pid} and cannot "
                 "speak for the rank: use the world's fixtures in the rank itself"
             )
-        with self._sending:
-            self._socket.sendall(encode(message))
+        data = encode(message)
+        with self._interrupts.held(), self._sending:
+            self._socket.sendall(data)
 
     def receive(self) -> Message:
         """The next message; waits for it."""
         with self._lock:
             while not self._pending:
-                data = self._socket.recv(RECEIVE_BYTES)
-                if not data:
-                    raise ControllerGoneError("the controller closed the report socket")
-                self._pending = self._decoder.feed(data)
+                select.select([self._socket], [], [])  # the wait itself may be interrupted
+                with self._interrupts.held():
+                    self._read()
             return self._pending.pop(0)
+
+    def _read(self) -> None:
+        data = self._socket.recv(RECEIVE_BYTES)
+        if not data:
+            raise ControllerGoneError("the controller closed the report socket")
+        self._pending = self._decoder.feed(data)
+
+    def receive_order(self) -> Message:
+        """The next order; waits for it, and is not interrupted.
+
+        Replies that an interrupted phase did not wait for are left out.
+        """
+        with self._interrupts.unheard():
+            while isinstance(message := self.receive(), Met | DebugAnswer | FaultAnswer):
+                pass
+            return message
+
+    def answer(self, done: Done) -> Message:
+        """Answer inside a phase, and wait for the next order; neither is interrupted."""
+        with self._interrupts.unheard():
+            self.send(done)
+            return self.receive_order()
 
     def put_back(self, message: Message) -> None:
         """Have `receive` give this message next: it is meant for somebody else."""
@@ -148,6 +175,7 @@ class Rank:
     order: Order
     channel: Channel
     fds: RankFds
+    interrupts: RankInterrupts
     seed: int = 0
     checkpoint_dir: str = ""
     modules: int = 0
@@ -238,8 +266,10 @@ def run(
     global _current
     code = 1
     try:
-        channel = Channel(fds.socket)
-        rank = _current = Rank(order, channel, fds, seed=order.seed)
+        interrupts = RankInterrupts()
+        channel = Channel(fds.socket, interrupts)
+        interrupts.install(lambda: channel.send(At("interrupted")))
+        rank = _current = Rank(order, channel, fds, interrupts, seed=order.seed)
         _watch_faults(fds.trace)
         runner = prepare(rank)
         if _boot(rank):
@@ -336,7 +366,7 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
     if rank.order.isolation == "module":
         rank.count_groups()
     while True:
-        order = rank.channel.receive()
+        order = rank.channel.receive_order()
         match order:
             case RunItem():
                 rank.checkpoint_dir = order.checkpoint_dir
@@ -399,9 +429,10 @@ def _call(rank: Rank, payload: bytes) -> Done:
     result, error = b"", None
     with rank.capture() as sections:
         try:
-            function, args, kwargs = cloudpickle.loads(payload)
-            value = function(*args, **kwargs)
-            result = _dump_result(value)
+            with rank.interrupts.heard():
+                function, args, kwargs = cloudpickle.loads(payload)
+                value = function(*args, **kwargs)
+                result = _dump_result(value)
         except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
             outcome, error = outcome_of(exc), exc
     ended = time.monotonic()

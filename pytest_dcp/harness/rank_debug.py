@@ -145,7 +145,9 @@ class RankDebugger:
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         """--pdb: post mortem in the rank that gets the terminal."""
-        if self._pdb_invoke is None or not self._ask_for_terminal("post_mortem"):
+        if self._pdb_invoke is None or self.rank.interrupts.came:
+            return
+        if not self._ask_for_terminal("post_mortem"):
             return
         try:
             self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)

@@ -47,6 +47,11 @@ class RankEnd:
         left_out = f"\n[... {size - 2 * END_BYTES} bytes left out ...]\n"
         return head.decode(errors="replace") + left_out + tail.decode(errors="replace")
 
+    def empty_trace(self) -> None:
+        """Have what the rank writes next stand at the begin: the offset is shared with it."""
+        os.ftruncate(self.trace, 0)
+        os.lseek(self.trace, 0, os.SEEK_SET)
+
     def unwatch(self, selector: selectors.BaseSelector) -> None:
         """Listen to the socket no more."""
         with contextlib.suppress(KeyError):

@@ -293,7 +293,7 @@ class RankPlugin:
         self._groups = counter.totals() if counter is not None else {}
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
-            go = self.rank.channel.receive()
+            go = self.rank.channel.receive_order()
             if not isinstance(go, Go):
                 raise DcpError(f"expected a phase of {item.nodeid!r}, was told {go!r}")
             if go.phase == "teardown":
@@ -314,7 +314,8 @@ class RankPlugin:
 
         def run_phase() -> None:
             __tracebackhide__ = True
-            hook(item=item, **kwargs)
+            with self.rank.interrupts.heard():
+                hook(item=item, **kwargs)
 
         call = pytest.CallInfo.from_call(
             run_phase,

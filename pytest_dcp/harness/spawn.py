@@ -28,8 +28,8 @@ from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import junit_state, linux, measure, rank, rank_items
 from pytest_dcp.harness.events import At, Done, Go, RunItem
 from pytest_dcp.harness.launch import (
+    OWN_SIGNALS,
     RANK_VARIABLE,
-    STACKS_SIGNAL,
     Exit,
     Halt,
     Order,
@@ -194,8 +194,8 @@ class SpawnLauncher(Signals):
             if process is None:
                 return
             with contextlib.suppress(ProcessLookupError):
-                if signum == STACKS_SIGNAL:
-                    os.kill(process.pid, signum)
+                if signum in OWN_SIGNALS:
+                    linux.signal_main_thread(process.pid, signum)
                 elif signum == signal.SIGKILL:
                     linux.kill_group(process.pid)
                 else:

@@ -13,6 +13,8 @@ Rules that hold inside:
 - A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
   or a thread may have called `os._exit(0)` before.
 - A rank that is stopped because the test asked for it holds nobody up.
+- An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
+  `interruption`.
 - A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
   `places`.
 """
@@ -41,6 +43,7 @@ from pytest_dcp.harness.events import (
     Phase,
     Up,
 )
+from pytest_dcp.harness.interruption import Interruption
 from pytest_dcp.harness.lives import (
     BUSY,
     HAS_TERMINAL,
@@ -48,13 +51,14 @@ from pytest_dcp.harness.lives import (
     Action,
     Continue,
     Dump,
+    Interrupt,
     Kill,
     Send,
     Stop,
     exit_text,
 )
 from pytest_dcp.harness.lives import RankState as S
-from pytest_dcp.harness.places import REPORT_S, Places
+from pytest_dcp.harness.places import NEVER, REPORT_S, Places
 
 STACKS_S = 0.2
 """How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
@@ -99,6 +103,7 @@ class Supervisor:
         self._timed_out = False
         self._paused_at: float | None = None
         self._places = Places()
+        self._interruption = Interruption()
         self.prepared_too_long = False
         """Whether ranks have reached the limit of what comes before the phase itself."""
 
@@ -145,7 +150,8 @@ class Supervisor:
         waits = self.busy and not self._timed_out
         deadline = self._places.limit_at(self.deadline) if waits else float("inf")
         owed = self.deaths.due_at()
-        return min([deadline, self._reap_at, self._kill_at, self._lost_at, owed, *closed])
+        again = self._interruption.due_at() if self.busy else float("inf")
+        return min([deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, *closed])
 
     # What the world tells.
 
@@ -168,6 +174,7 @@ class Supervisor:
         self._reap_at = self._kill_at = float("inf")
         self._timed_out = self.prepared_too_long = False
         self._places.begin()
+        self._interruption.end()
         for rank, order in orders.items():
             kind = Leave if isinstance(order, Leave) else Go
             self.states[rank] = TRANSITIONS[self.states[rank], kind]
@@ -182,14 +189,18 @@ class Supervisor:
             self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
             return self._meet()
         nxt = TRANSITIONS.get((state, type(message)))
-        if nxt is None or (state is S.LEAVING and not self._is_last_word(rank, message)):
+        if nxt is None or not self._is_in_order(rank, message):
             return self._violate(rank, message, now)
         self.states[rank] = nxt
         match message:
+            case At("interrupted"):
+                self._interruption.heed(rank)
             case At():
                 self.deadline += self._places.move(rank, message, self._clock(now))
             case Done():
                 self._leave_place(rank, now)
+                self._meeting.pop(rank, None)
+                self.deaths.silence(rank)
                 self.done[rank] = message
                 if message.outcome == "failed":
                     self._fail(rank, "failed", message.text, message.at_s, now)
@@ -207,10 +218,16 @@ class Supervisor:
                 return [*self.strike(message.act, message.rank, why, now), *self._told()]
         return self._meet()
 
-    def _is_last_word(self, rank: int, message: Up) -> bool:
-        """Whether a rank that leaves says once how its exit went."""
-        is_finish = isinstance(message, Done) and message.phase == "finish"
-        return is_finish and rank not in self.done
+    def _is_in_order(self, rank: int, message: Up) -> bool:
+        """Whether a rank in its state may say this, of what it may say there at all."""
+        state = self.states[rank]
+        if isinstance(message, At):
+            return state is not S.MEETING or message.place == "interrupted"
+        if not isinstance(message, Done):
+            return True
+        if state is S.LEAVING:  # it says once how its exit went
+            return message.phase == "finish" and rank not in self.done
+        return state is not S.MEETING or message.outcome == "interrupt" or self._interruption.is_on
 
     def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
         """Have a rank killed, stopped or continued, because the test asked for it."""
@@ -288,6 +305,26 @@ class Supervisor:
         text = f"printed {size_bytes} bytes in {self.phase}, more than the limit"
         return self._kill(rank, "flooded", text, now)
 
+    def cut_off(self, now: float) -> list[Action]:
+        """The session wants no more of the phase: have its ranks end it, in bounded time.
+
+        A rank with the terminal is killed: its clock stands still.
+        """
+        at_prompt = [rank for rank in self.busy if self.states[rank] in HAS_TERMINAL]
+        text = f"stopped in {self.phase}, in a debugger"
+        killed = [a for rank in at_prompt for a in self._kill(rank, "blocked", text, now)]
+        self._reap_at = self._interruption.begin(self.phase, now)
+        return [*killed, *self._interrupt(now)]
+
+    def see_work(self, rank: int, now: float) -> None:
+        """The rank is at work: where the phase is cut off, it may yet hear of that."""
+        self._interruption.see_work(rank, now)
+
+    def _interrupt(self, now: float) -> list[Action]:
+        if not self._interruption.take_due(now):
+            return []
+        return [Interrupt(rank) for rank in self.busy]
+
     def interrupt(self, now: float) -> list[Action]:
         """Kill everything now: the session is being stopped."""
         return [a for rank in self.states for a in self._kill(rank, "blocked", "stopped", now)]
@@ -303,12 +340,13 @@ class Supervisor:
         self.deaths = Deaths(self.size, lost=self.deaths.lost)
         self._paused_at = None
         self._reap_at = self._kill_at = self._lost_at = float("inf")
+        self._interruption.end()
 
     def tick(self, now: float) -> list[Action]:
         """What is due by now."""
         if self._paused_at is not None:
             return []
-        actions: list[Action] = []
+        actions = self._interrupt(now)
         for rank, at in list(self._closed.items()):
             if now >= at + CLOSED_S:
                 text = f"closed its report socket in {self.phase}, and lives"
@@ -319,7 +357,7 @@ class Supervisor:
             self._reap_at = now
         if now >= self._reap_at:
             self._reap_at = float("inf")
-            dumped = (Dump(rank) for rank in self.busy if not self._may_report(rank, now))
+            dumped = (Dump(rank) for rank in self.busy if now >= self._spared_until(rank))
             actions += [*self.dismiss(now), *dumped]
             self._kill_at = now + STACKS_S
         if now >= self._kill_at:
@@ -346,18 +384,23 @@ class Supervisor:
         for rank in self.busy:
             kind: FailureKind = "timeout" if self._timed_out else "blocked"
             raised = self._places.raised(rank)
-            if self._may_report(rank, now):
-                self._reap_at = min(self._reap_at, self._places.report_due_at(rank))
+            if now < (spared_until := self._spared_until(rank)):
+                self._reap_at = min(self._reap_at, spared_until)
             elif raised is not None and self.states[rank] is S.RUNNING:
-                text = f"{raised.text} (killed: it wrote the report of that for {REPORT_S:g} s)"
+                for_s = "" if self._interruption.is_on else f" for {REPORT_S:g} s"
+                text = f"{raised.text} (killed: it wrote the report of that{for_s})"
                 actions += self._kill(rank, "failed", text, now, raised.at_s)
             else:
-                text = f"still {self._places.describe(rank, self.phase)}"
+                where = self._places.describe(rank, self.phase)
+                text = f"still {where}{self._interruption.describe(now)}"
                 actions += self._kill(rank, kind, text, now)
         return actions
 
-    def _may_report(self, rank: int, now: float) -> bool:
-        return self.states[rank] is S.RUNNING and now < self._places.report_due_at(rank)
+    def _spared_until(self, rank: int) -> float:
+        """Until when a rank that should have ended may go on."""
+        if self._interruption.is_on:
+            return self._interruption.limit_at(rank)
+        return self._places.report_due_at(rank) if self.states[rank] is S.RUNNING else NEVER
 
     def _leave_place(self, rank: int, now: float) -> None:
         self.deadline += self._places.leave(rank, self._clock(now))
@@ -368,7 +411,7 @@ class Supervisor:
 
     def _end_soon(self, now: float) -> None:
         """Peers of a rank that cannot pass get the grace, and no more."""
-        if self._kill_at == float("inf") and not self._timed_out:
+        if self._kill_at == float("inf") and not self._timed_out and not self._interruption.is_on:
             self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
 
     def _kill(

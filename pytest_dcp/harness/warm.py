@@ -7,6 +7,8 @@ Rules that hold inside:
 
 - An idle world ends in one way only, `end_idle`: its ranks tear down every scope that is still set
   up in them, and leave. Where a rank is gone, the others tear down.
+- An interrupt of the session cuts that short: what is under way has a bounded time to end, and what
+  it came to is reported. Another interrupt kills the ranks at once.
 - What is wrong with an idle world is an error of the test that ran last in it, its owner. The
   owner has made all its reports by then, so it makes another one, of its teardown.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pytest
@@ -29,6 +32,10 @@ WIND_DOWN_S = 2.0
 """For the fixtures of ranks that outlived their peers: enough to close what they hold."""
 HURRIED_S = 10.0
 """For the fixtures of an idle world when the session was interrupted."""
+
+SESSION_ENDS = (KeyboardInterrupt, pytest.exit.Exception)
+"""What pytest lets pass from inside a test: the session is over."""
+PASSED = Outcome("passed", "", (), {})
 
 Key = tuple[str, WorldSpec]
 """The nodeid of a module, and the world that its tests ask for."""
@@ -86,7 +93,11 @@ class WarmWorlds:
             return None
         if idle.kept_for != place:
             idle.world.restart_clock(idle.world.spec.timeout_s)
-            torn = idle.world.run("teardown", place.order())
+            try:
+                torn = idle.world.run("teardown", place.order())
+            except SESSION_ENDS:
+                self._retire_cut_off(idle)
+                raise
             if torn.kind != "passed":
                 self._retire(idle, idle.world.spec.timeout_s, torn)
                 return None
@@ -106,20 +117,48 @@ class WarmWorlds:
             limit_s = idle.world.spec.timeout_s
             self._retire(idle, min(limit_s, HURRIED_S) if hurried else limit_s)
 
+    def kill_all(self) -> None:
+        """Kill the ranks of every world at once: nobody waits for them to tear down."""
+        while self._idle:
+            self._idle.popitem()[1].world.kill()
+
     def _retire(self, idle: _Idle, limit_s: float, torn: Outcome | None = None) -> None:
         """End a world and report what went wrong; `torn` is what is known of that already."""
 
-        def hear(outcome: Outcome) -> None:
-            idle.owner.absorb_late(idle.world, outcome)
-
+        hear = partial(idle.owner.absorb_late, idle.world)
         try:
             if torn is not None:
                 hear(torn)
             ended = end_idle(idle.world, limit_s, hear)
             ended = ended if torn is None else joined(torn, ended)
+        except SESSION_ENDS:
+            self._retire_cut_off(idle)
+            raise
         finally:
             idle.world.kill()
         idle.owner.report_late(idle.world, ended)
+
+    def _retire_cut_off(self, idle: _Idle) -> None:
+        """End a world whose teardown an interrupt has cut off, and report what went wrong."""
+        hear = partial(idle.owner.absorb_late, idle.world)
+        try:
+            ended = end_cut_off(idle.world, hear)
+        finally:
+            idle.world.kill()
+        idle.owner.report_late(idle.world, ended)
+
+
+def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
+    """End a world in whose last phase an interrupt came; what went wrong in that, and since.
+
+    Its ranks tear down what they have not, unless another interrupt came and they were killed.
+    """
+    cut = PASSED if world.cut_off is None else world.cut_off.outcome
+    if world.cut_off is not None:
+        hear(cut)
+    if world.ended:
+        return cut
+    return joined(cut, end_idle(world, min(world.spec.timeout_s, HURRIED_S), hear))
 
 
 def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> Outcome:

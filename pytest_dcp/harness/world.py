@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
 from pytest_dcp.harness import linux, stacks
 from pytest_dcp.harness.events import (
@@ -31,9 +33,9 @@ from pytest_dcp.harness.events import (
     WireError,
     encode,
 )
-from pytest_dcp.harness.interrupts import InterruptsIgnored
+from pytest_dcp.harness.interrupts import Interrupts
 from pytest_dcp.harness.launch import Halt, Launcher, LauncherLostError, Order
-from pytest_dcp.harness.lives import Action, Continue, Dump, Kill, Send, Stop
+from pytest_dcp.harness.lives import Action, Continue, Dump, Interrupt, Kill, Send, Stop
 from pytest_dcp.harness.outcome import Outcome, combine
 from pytest_dcp.harness.places import PREPARE_S
 from pytest_dcp.harness.rank_end import SEND_S, RankEnd
@@ -46,6 +48,8 @@ LEAVE_S = 20.0
 """For a rank's exit once it was told to leave."""
 LOOK_S = 0.25
 """How often the captured output's size is looked at."""
+WORK_S = 0.005
+"""Of processor time: a thread that hangs uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
 """How often somebody who need not wait to the end is asked whether to."""
 RECEIVE_BYTES = 1 << 16
@@ -56,6 +60,14 @@ Verdicts = Mapping[int, Done]
 Failures = Sequence[RankFailure]
 
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """How a phase ended that an interrupt of this process has cut off."""
+
+    phase: Phase
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,10 @@ class World:
         self.exited: Verdicts = {}
         """What ranks printed, and what went wrong, while they exited."""
         self.ended = False
+        self.cut_off: CutOff | None = None
+        """Set when an interrupt came while this process waited for a phase's end."""
+        self._is_awaited = False
+        """Whether a phase has begun whose outcome was not returned yet."""
         self._settings = settings
         self._gpus = gpus
         self._launcher = settings.launcher()
@@ -104,7 +120,7 @@ class World:
         self._selector = selectors.DefaultSelector()
         self._store = settings.folder / f"store-{os.getpid()}-{self.number}"
         self._port = socket.socket()
-        self._interrupts = InterruptsIgnored()
+        self._interrupts = Interrupts()
         self._on_end = on_end
         self._limit_s = BOOT_S
         self._deadline = float("inf")
@@ -167,22 +183,26 @@ class World:
 
     def run(self, phase: Phase, order: Down) -> Outcome:
         """One phase on every rank; fails at once when a rank has died since the last."""
-        self.begin(phase, order)
-        return self.finish()
+        with self._guarded():  # an interrupt may come between the two
+            self.begin(phase, order)
+            return self.finish()
 
     def begin(self, phase: Phase, order: Down) -> None:
         """Have every rank start a phase, but those that were lost as asked; `finish` follows."""
         with self._guarded():
             self._drain()
-            if not self._supervisor.failures or self.sound:
-                orders = dict.fromkeys(self._supervisor.idle, order)
-                self._act(self._supervisor.begin(phase, orders, self._deadline))
+            self._is_awaited = True
+            with self._interrupts.held():
+                if not self._supervisor.failures or self.sound:
+                    orders = dict.fromkeys(self._supervisor.idle, order)
+                    self._act(self._supervisor.begin(phase, orders, self._deadline))
 
     def finish(self) -> Outcome:
         """Wait until every rank has answered, died or been killed; how the phase went."""
         with self._guarded():
             outcome = self._settle()
             self._deadline = self._supervisor.deadline
+            self._is_awaited = False
             return outcome
 
     def run_until(
@@ -193,14 +213,15 @@ class World:
         It is asked at every event, and now and then. A world in which a rank was not waited
         for is of no use any more: it is not `sound`.
         """
-        self.begin(phase, order)
         with self._guarded():
+            self.begin(phase, order)
             while not self._supervisor.settled:
                 self._step(BRIEF_LOOK_S)
                 if enough(self._supervisor.done, self._supervisor.failures):
                     break
             else:
                 return self.finish()
+            self._is_awaited = False
             return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
 
     def strike(self, act: FaultAct, rank: int, why: str) -> None:
@@ -332,12 +353,59 @@ class World:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Whatever ends the session, Ctrl-C above all, ends the world first."""
+        """An error ends the world; Ctrl-C and its like only the phase, so that ranks tear down."""
+        with self._interrupts.relayed(), self._ending_on_error():
+            yield
+
+    @contextlib.contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
         try:
             yield
+        except BaseException as error:
+            is_interrupt = isinstance(error, pytest.exit.Exception)  # an Exception, too
+            if is_interrupt or not isinstance(error, Exception):
+                self._cut_phase_off()
+            else:
+                self.kill()
+            raise
+
+    def _cut_phase_off(self) -> None:
+        """Have the ranks end their phase, in bounded time. Another interrupt kills them at once."""
+        if self.ended:
+            return
+        try:
+            with self._interrupts.held():
+                self._act(self._supervisor.cut_off(time.monotonic()))
+            seen_s: dict[int, float] = {}
+            while not self._supervisor.settled:
+                self._look_for_work(seen_s)
+                self._step()
+            self._wait()
+            if self._is_awaited:
+                self._is_awaited = False
+                self.cut_off = CutOff(self._supervisor.phase, self._outcome_of_cut_off())
         except BaseException:
             self.kill()
             raise
+
+    def _look_for_work(self, seen_s: dict[int, float]) -> None:
+        """Tell the supervisor which busy ranks' main threads have worked since the last look.
+
+        `seen_s` is the processor time that each had used then. Not their states: a thread that
+        hangs wakes up for each signal.
+        """
+        for rank in self._supervisor.busy:
+            used_s = linux.main_thread_cpu_s(self._ranks[rank].pid)
+            if used_s >= seen_s.setdefault(rank, used_s) + WORK_S:
+                seen_s[rank] = used_s
+                self._supervisor.see_work(rank, time.monotonic())
+
+    def _outcome_of_cut_off(self) -> Outcome:
+        """What the ranks came to, but for the KeyboardInterrupt that they got from this process."""
+        done = self._supervisor.done
+        others = {rank: one for rank, one in done.items() if one.outcome != "interrupt"}
+        outcome = combine(0, others, self._explained(), self.lost)
+        return replace(outcome, done=dict(done), session_end=None)
 
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""
@@ -372,11 +440,18 @@ class World:
 
     def _step(self, within_s: float = LOOK_S) -> None:
         """Wait for one thing to happen, and handle it."""
-        if self._launcher.has_news(self.number) and self._hear_news():
-            return
+        with self._interrupts.held():
+            if self._launcher.has_news(self.number) and self._hear_news():
+                return
         now = time.monotonic()
         wake = min(self._supervisor.wake_at() - now, within_s)
-        for key, _ in self._selector.select(max(0.0, wake)):
+        ready = self._selector.select(max(0.0, wake))
+        with self._interrupts.held():
+            self._handle(ready)
+
+    def _handle(self, ready: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
+        """Handle what there is to read, and what is due."""
+        for key, _ in ready:
             if key.data < 0:
                 self._hear_news()
             else:
@@ -384,20 +459,21 @@ class World:
         now = time.monotonic()
         self._act(self._supervisor.tick(now))
         if not self._supervisor.paused:
-            self._interrupts.set(ignored=False)
+            self._interrupts.ignored = False
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._look_at_output(now)
 
     def _drain(self) -> None:
         """What happened while nobody listened: a rank that died between phases."""
-        if self._launcher.has_news(self.number):
-            self._hear_news()
-        for key, _ in self._selector.select(0):
-            if key.data < 0:
+        with self._interrupts.held():
+            if self._launcher.has_news(self.number):
                 self._hear_news()
-            else:
-                self._hear(key.data)
+            for key, _ in self._selector.select(0):
+                if key.data < 0:
+                    self._hear_news()
+                else:
+                    self._hear(key.data)
 
     def _hear_news(self) -> bool:
         """Handle what became of processes; whether there was something.
@@ -467,7 +543,7 @@ class World:
             match action:
                 case Send(rank, message):
                     if isinstance(message, DebugAnswer) and message.granted:
-                        self._interrupts.set(ignored=True)
+                        self._interrupts.ignored = True
                     if id(message) not in frames:
                         frames[id(message)] = encode(message)
                     try:
@@ -475,8 +551,10 @@ class World:
                     except OSError:
                         self._act(self._supervisor.closed(rank, time.monotonic()))
                 case Dump(rank):
-                    os.ftruncate(self._ranks[rank].trace, 0)
+                    self._ranks[rank].empty_trace()
                     self._signal(self._launcher.stacks, rank)
+                case Interrupt(rank):
+                    self._signal(self._launcher.interrupt, rank)
                 case Kill(rank):
                     self._signal(self._launcher.kill, rank)
                 case Stop(rank):
@@ -498,7 +576,7 @@ class World:
 
     def _release(self) -> None:
         self.ended = True
-        self._interrupts.set(ignored=False)
+        self._interrupts.ignored = False
         self._selector.close()
         self._port.close()
         for one in self._ranks:

@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 from pytest_dcp.harness import guard, interpreter_exit, linux
 from pytest_dcp.harness.launch import (
+    OWN_SIGNALS,
     RANK_VARIABLE,
-    STACKS_SIGNAL,
     Exit,
     Halt,
     LauncherLostError,
@@ -385,14 +385,16 @@ class _Zygote:
             os.close(fd)
 
     def signal(self, world: int, rank: int, signum: int) -> None:
-        """Signal a rank that is not reaped yet; all but a wish for stacks go to its group too."""
+        """Signal a rank that is not reaped yet; all but `OWN_SIGNALS` go to its group too."""
         for pid, order in self.ranks.items():
             if (order.world, order.rank) == (world, rank):
                 if signum == signal.SIGKILL:
                     linux.kill_group(pid)
                     continue
-                if signum != STACKS_SIGNAL:
-                    _signal_group(pid, signum)
+                if signum in OWN_SIGNALS:
+                    linux.signal_main_thread(pid, signum)
+                    continue
+                _signal_group(pid, signum)
                 os.kill(pid, signum)
 
     def reap(self) -> None:

@@ -100,12 +100,14 @@ class LiveSession:
             self._listen()
         return found
 
-    def wait_until_gone(self, processes: Iterable[psutil.Process]) -> None:
+    def wait_until_gone(
+        self, processes: Iterable[psutil.Process], within_s: float = GONE_S
+    ) -> None:
         """Wait for their ends; AssertionError when one is late."""
-        deadline = time.monotonic() + GONE_S
+        deadline = time.monotonic() + within_s
         while left := [process for process in processes if _runs(process)]:
             if time.monotonic() > deadline:
-                raise AssertionError(f"after {GONE_S:g} s there were still {left}")
+                raise AssertionError(f"after {within_s:g} s there were still {left}")
             self._listen()
 
     def _listen(self) -> None:
