@@ -160,10 +160,10 @@ def desk_at(place: Path, rank: int) -> Desk:
 
     place: a folder that every rank sees and none watches.
     """
-    from pytest_dcp.harness.rank import current
+    from pytest_dcp.harness.rank import current, waiting_with
 
     world = current()
-    return Desk(place, rank) if world is None else Desk(place, rank, world.meet)
+    return Desk(place, rank) if world is None else Desk(place, rank, world.meet, waiting_with)
 
 
 def loads_one_of(

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,10 @@ class Desk:
     """A folder that every rank sees and none watches."""
     rank: int = 0
     meet: Meet = field(default=lambda what, brought: (brought,))
+    waiting_with: Callable[[BaseException | None], AbstractContextManager[None]] = field(
+        default=lambda error: nullcontext()
+    )
+    """Around a meeting at which this rank tells its peers of an error."""
 
     def agree(self, what: str, step: Callable[[], bytes]) -> Sequence[bytes | None]:
         """What `step` returned in each rank, None for one that has died. Collective.
@@ -53,7 +57,8 @@ class Desk:
             text = f"rank {self.rank}: {type(error).__name__}: {error}"
             # What is wrong with a recording is no rank's own affair: all say the same.
             brought = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
-        came = self.meet(what, brought)
+        with self.waiting_with(failed):
+            came = self.meet(what, brought)
         if failed is not None:
             raise failed
         for said in came:

@@ -21,7 +21,7 @@ from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
-Place = Literal["preparing", "ready", "reporting", "interrupted"]
+Place = Literal["preparing", "ready", "reporting", "failing", "agreed", "interrupted"]
 FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
@@ -92,14 +92,17 @@ class At:
 
     `preparing`: it imports or collects what the phase needs, which is not timed; `ready`: from here
     on it is; `reporting`: the phase has raised, and the rank writes the report of that;
-    `interrupted`: it was asked to end the phase, and does.
+    `failing`: the rank has met an error and waits for its peers to hear of it; `agreed`: they have,
+    and the phase goes on; `interrupted`: it was asked to end the phase, and does.
     """
 
     place: Place
     text: str = ""
     """What it prepares, as in "importing torch"; or the exception: its class, then its text."""
     at_s: float = 0.0
-    """Only for `reporting`: CLOCK_MONOTONIC seconds when the phase raised."""
+    """Only with an exception: CLOCK_MONOTONIC seconds when it was raised."""
+    detail: str = ""
+    """Only for `failing`: the traceback."""
 
 
 @dataclass(frozen=True, slots=True)

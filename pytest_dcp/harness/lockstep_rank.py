@@ -26,7 +26,7 @@ from hypothesis.errors import FailedHealthCheck, StopTest, UnsatisfiedAssumption
 from pytest_dcp.errors import DcpError
 from pytest_dcp.harness import lockstep_folders
 from pytest_dcp.harness import lockstep_hypothesis as inside
-from pytest_dcp.harness.events import Done, Example, Go
+from pytest_dcp.harness.events import At, Done, Example, Go
 from pytest_dcp.harness.lockstep import (
     Attempt,
     Reply,
@@ -223,6 +223,10 @@ class Follower:
         before = counter.totals()
         started = time.perf_counter()
         status, error, data = self._run(state, attempt)
+        outcome = outcome_of(error) if error is not None else "passed"
+        if error is not None and outcome == "failed":
+            # Its text may take long to make, and is part of no example's time.
+            self.rank.channel.send(At("reporting", type(error).__name__, time.monotonic()))
         left = self._state.put_back()
         reply = Reply(
             status,
@@ -240,7 +244,7 @@ class Follower:
         )
         done = Done(
             "call",
-            outcome_of(error) if error is not None else "passed",
+            outcome,
             time.monotonic(),
             time.perf_counter() - started,
             exception=class_of(error) if error is not None else None,

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -219,6 +219,12 @@ class Rank:
         self.channel.send(At("reporting", type(error).__name__, at_s))
         self.channel.send(At("reporting", lines_of(error), at_s))
 
+    def say_failing(self, error: BaseException) -> None:
+        """Tell the controller that this rank waits for its peers with an error of its own."""
+        now = time.monotonic()
+        self.channel.send(At("failing", type(error).__name__, now))
+        self.channel.send(At("failing", lines_of(error), now, _own_traceback(error)))
+
     def reseed(self, seed: int) -> None:
         """Seed random, numpy and torch alike on every rank."""
         self.seed = seed
@@ -255,6 +261,24 @@ def announce_death(reason: str) -> None:
     """
     if _current is not None and _current.channel.is_ours:
         _current.channel.send(Announce(reason))
+
+
+@contextlib.contextmanager
+def waiting_with(error: BaseException | None) -> Iterator[None]:
+    """In the block this rank waits until its peers have heard of an error that it met.
+
+    Where they do not come, as they hang, the test fails with that error. Does nothing without an
+    error, nor in a process that is no rank.
+    """
+    rank = _current
+    if error is None or rank is None or not rank.channel.is_ours:
+        yield
+        return
+    rank.say_failing(error)
+    try:
+        yield
+    finally:
+        rank.channel.send(At("agreed"))
 
 
 def run(

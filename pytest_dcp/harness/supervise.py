@@ -151,7 +151,9 @@ class Supervisor:
         deadline = self._places.limit_at(self.deadline) if waits else float("inf")
         owed = self.deaths.due_at()
         again = self._interruption.due_at() if self.busy else float("inf")
-        return min([deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, *closed])
+        failing = self._places.failing_due_at()
+        due = [deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, failing]
+        return min([*due, *closed])
 
     # What the world tells.
 
@@ -355,6 +357,8 @@ class Supervisor:
             self._timed_out = True
             self.prepared_too_long = self._places.is_preparing
             self._reap_at = now
+        if self._places.take_failing_due(now) and self._kill_at == float("inf"):
+            self._reap_at = now
         if now >= self._reap_at:
             self._reap_at = float("inf")
             dumped = (Dump(rank) for rank in self.busy if now >= self._spared_until(rank))
@@ -386,15 +390,21 @@ class Supervisor:
             raised = self._places.raised(rank)
             if now < (spared_until := self._spared_until(rank)):
                 self._reap_at = min(self._reap_at, spared_until)
-            elif raised is not None and self.states[rank] is S.RUNNING:
-                for_s = "" if self._interruption.is_on else f" for {REPORT_S:g} s"
-                text = f"{raised.text} (killed: it wrote the report of that{for_s})"
-                actions += self._kill(rank, "failed", text, now, raised.at_s)
+            elif raised is not None and self.states[rank] in (S.RUNNING, S.MEETING):
+                text = f"{raised.text} (killed: {self._where_it_was(raised)})"
+                actions += self._kill(rank, "failed", text, now, raised)
             else:
                 where = self._places.describe(rank, self.phase)
                 text = f"still {where}{self._interruption.describe(now)}"
                 actions += self._kill(rank, kind, text, now)
         return actions
+
+    def _where_it_was(self, raised: At) -> str:
+        """What a rank did with an error when it was killed."""
+        if raised.place == "failing":
+            return "it waited for its peers to hear of that"
+        for_s = "" if self._interruption.is_on else f" for {REPORT_S:g} s"
+        return f"it wrote the report of that{for_s}"
 
     def _spared_until(self, rank: int) -> float:
         """Until when a rank that should have ended may go on."""
@@ -405,8 +415,10 @@ class Supervisor:
     def _leave_place(self, rank: int, now: float) -> None:
         self.deadline += self._places.leave(rank, self._clock(now))
 
-    def _fail(self, rank: int, kind: FailureKind, text: str, at_s: float, now: float) -> None:
-        self.failures.append(RankFailure(rank, kind, self.phase, at_s, text))
+    def _fail(
+        self, rank: int, kind: FailureKind, text: str, at_s: float, now: float, detail: str = ""
+    ) -> None:
+        self.failures.append(RankFailure(rank, kind, self.phase, at_s, text, detail))
         self._end_soon(now)
 
     def _end_soon(self, now: float) -> None:
@@ -415,13 +427,14 @@ class Supervisor:
             self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
 
     def _kill(
-        self, rank: int, kind: FailureKind, text: str, now: float, at_s: float | None = None
+        self, rank: int, kind: FailureKind, text: str, now: float, raised: At | None = None
     ) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
         self.deaths.forgive(rank)
         actions = self._end(rank, now)
-        self._fail(rank, kind, text, now if at_s is None else at_s, now)
+        at_s, detail = (now, "") if raised is None else (raised.at_s, raised.detail)
+        self._fail(rank, kind, text, at_s, now, detail)
         return [*actions, *self._meet()]
 
     def _end(self, rank: int, now: float) -> list[Action]:

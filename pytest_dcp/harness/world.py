@@ -429,6 +429,8 @@ class World:
         done = self._supervisor.done.get(failure.rank)
         if failure.kind == "failed" and done is not None:
             return replace(failure, detail=str((done.report or {}).get("text", "")))
+        if failure.detail:  # the rank had said it
+            return failure
         trace = self.trace(failure.rank)
         if failure.kind in ("timeout", "blocked"):
             limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
@@ -103,7 +104,8 @@ def shared_folder() -> Path:
         except OSError as error:
             made = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(made)
+        with _telling(made[0] if isinstance(made[0], OSError) else None):
+            dist.broadcast_object_list(made)
     if isinstance(made[0], OSError):
         raise made[0]
     return Path(made[0])
@@ -138,7 +140,8 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -
         except BaseException as error:  # noqa: BLE001  # raised again below
             cause = error
             (found.skips if _is_skip(error) else found.problems).append(_said(error))
-        everywhere = _gathered(found)
+        with _telling(cause):
+            everywhere = _gathered(found)
         going_on = everywhere.goes_on
         if everywhere.problems:
             broken = LawError(_told(title, everywhere.problems))
@@ -199,7 +202,8 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
     except BaseException as error:  # noqa: BLE001  # raised again below
         cause = error
     said: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, None if cause is None else _said(cause), group=group)
+    with _telling(cause):
+        dist.all_gather_object(said, None if cause is None else _said(cause), group=group)
     if cause is not None:
         raise cause
     for number, text in enumerate(said):
@@ -207,6 +211,29 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
             where = dist.get_global_rank(group, number) if group is not None else number
             raise LawError(f"{what}: rank {where}: {text}")
     return cast(T, made)
+
+
+@contextmanager
+def _telling(error: BaseException | None) -> Iterator[None]:
+    """In the block all ranks meet to hear of an error of this one.
+
+    They may not come: one that hangs, in what this rank has left by that error, or one that calls
+    something else. Then the error is what is told: by the world, or by raising it here.
+    """
+    if error is None or _is_skip(error):
+        yield
+        return
+    from pytest_dcp.harness.rank import waiting_with
+
+    in_vain: Exception | None = None
+    try:
+        with waiting_with(error):
+            yield
+    except Exception as failed:  # noqa: BLE001 - told below: the first error is the cause
+        in_vain = failed
+    if in_vain is not None:
+        error.add_note(f"The other ranks did not hear of this: {_said(in_vain)}")
+        raise error
 
 
 def _is_skip(error: BaseException) -> bool:

@@ -58,6 +58,18 @@ def test_an_exception_s_text_that_takes_long_is_waited_for(
     assert "still in call" not in text
 
 
+@pytest.mark.parametrize("of", ["law_of_an_engine", "recording"])
+def test_an_error_that_the_peers_do_not_come_to_hear_of_is_the_cause(
+    session: SessionResult, of: str
+) -> None:
+    report = session.bad(f"test_{of}_that_fails_on_one_rank")
+    assert report.headline == (
+        "rank 0: ValueError: met by rank 0 alone (killed: it waited for its peers to hear of that)"
+    )
+    assert "rank 1: still in call at the time limit of 3 s, in recv, at " in report.text
+    assert 'raise ValueError("met by rank 0 alone")' in report.text  # with its traceback
+
+
 def test_a_spawned_rank_s_collection_is_not_timed_and_its_setup_is(make_suite: MakeSuite) -> None:
     suite = make_suite({"test_spawned_places.py": "spawned_places.py"})
     session = suite.run("--dcp-launch=spawn")

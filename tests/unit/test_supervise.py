@@ -52,7 +52,7 @@ from pytest_dcp.harness.lives import (
     Stop,
     exit_text,
 )
-from pytest_dcp.harness.places import PREPARE_S, REPORT_S
+from pytest_dcp.harness.places import FAILING_S, PREPARE_S, REPORT_S
 from pytest_dcp.harness.supervise import CLOSED_S, LOST_S, STACKS_S, Supervisor, Terminal
 
 T0 = 100.0
@@ -861,6 +861,58 @@ def test_the_survivors_of_a_failed_phase_can_not_meet_the_dead() -> None:
     replay.log.clear()
     replay.play([(replay.now, Says(0, Exchange("barrier()")))], until=replay.now)
     assert "in vain" in error_to(replay, 0)
+
+
+# An error that the peers of a rank have not heard of.
+
+FAILING = At("failing", "ValueError: 3", 99.5, "the traceback")
+AGREED = At("agreed")
+
+
+def test_a_rank_whose_peers_hang_when_it_waits_with_an_error_names_that() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, FAILING))])
+    assert replay.ordered(Dump) == [(T0 + 1 + FAILING_S, rank) for rank in (0, 1)]
+    assert replay.failures == [(0, "failed"), (1, "blocked")]
+    said = "ValueError: 3 (killed: it waited for its peers to hear of that)"
+    assert replay.summary(0) == said
+    first = replay.supervisor.failures[0]
+    assert (first.at_s, first.detail) == (99.5, "the traceback")
+    assert replay.summary(1) == "still in call"
+
+
+def test_peers_that_come_late_to_hear_of_an_error_make_no_failure_of_it() -> None:
+    replay = Replay.calling(2)
+    replay.play(
+        [
+            (T0 + 1, Says(0, FAILING)),
+            (T0 + FAILING_S, Says(0, AGREED)),
+            (T0 + 2 * FAILING_S, Says(0, PASSED)),  # it was expected
+            (T0 + 2 * FAILING_S, Says(1, PASSED)),
+        ]
+    )
+    assert (replay.failures, replay.ordered(Dump)) == ([], [])
+
+
+def test_the_time_limit_of_a_test_that_waits_with_an_error_is_not_the_cause() -> None:
+    replay = Replay.calling(2, limit_s=5.0)
+    wait = [(T0 + 1, Says(0, FAILING)), (T0 + 1, Says(0, Exchange("record(): it ends")))]
+    replay.play(wait)
+    assert replay.failures == [(0, "failed"), (1, "timeout")]
+    assert replay.ordered(Kill)[0][0] == T0 + 5 + STACKS_S
+
+
+def test_a_rank_that_dies_while_it_waits_with_an_error_has_told_of_it() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, FAILING)), (T0 + 2, Ends(0, -11)), (T0 + 2, Says(1, PASSED))])
+    assert replay.failures == [(0, "crashed")]
+    assert replay.summary(0).endswith("it had raised ValueError: 3")
+
+
+def test_the_wait_with_an_error_stands_still_while_a_rank_has_the_terminal() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(0, FAILING)), *debugged(1.5, 900, 1)])
+    assert replay.ordered(Dump)[0][0] == T0 + 1 + (900 - 1.5) + FAILING_S
 
 
 # A phase that an interrupt of the session cuts off.

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp.faults.crashes import desk_at
+from pytest_dcp.properties import Layout, MeshSpec, StateSpec, TensorSpec, assert_round_trip
 
 
 class SlowToShow:
@@ -69,6 +77,38 @@ def raise_slow_text() -> None:
 def test_text_is_slow_in_a_function(worlds: object) -> None:
     with worlds(2) as w:  # type: ignore[operator]  # the fixture
         w.run(raise_slow_text)
+
+
+HANGS_S = 3.0
+SHARDED = StateSpec({"w": TensorSpec((4,))}).on(Layout(MeshSpec((2,)), (Shard(0),)))
+
+
+class FailsAloneEngine:
+    """Its load raises on rank 0, where rank 1 waits for what never comes."""
+
+    save = staticmethod(dcp.save)
+
+    @staticmethod
+    def load(state: object, **keywords: object) -> None:
+        if dist.get_rank() == 0:
+            raise ValueError("met by rank 0 alone")
+        dist.recv(torch.zeros(1), src=0)
+
+
+@pytest.mark.world_size(2, timeout=HANGS_S)
+def test_law_of_an_engine_that_fails_on_one_rank(checkpoint_dir: Path) -> None:
+    assert_round_trip(SHARDED, SHARDED, checkpoint_dir, dcp=FailsAloneEngine())
+
+
+@pytest.mark.world_size(2, timeout=HANGS_S)
+def test_recording_that_fails_on_one_rank(rank: int, tmp_path: Path) -> None:
+    def step() -> bytes:
+        if rank == 0:
+            raise ValueError("met by rank 0 alone")
+        dist.recv(torch.zeros(1), src=0)
+        return b""
+
+    desk_at(tmp_path, rank).agree("ready", step)
 
 
 @pytest.mark.world_size(2)
