@@ -39,7 +39,7 @@ def hold_lease(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         if fd is not None:
-            os.close(fd)
+            _close(fd)
 
 
 def _locked_file(path: Path) -> int | None:
@@ -57,9 +57,9 @@ def _locked_file(path: Path) -> int | None:
         except FileNotFoundError:
             pass
         except BaseException:
-            os.close(fd)
+            _close(fd)
             raise
-        os.close(fd)
+        _close(fd)
         if time.monotonic() > until_s:
             return None
 
@@ -76,6 +76,12 @@ def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
         _lock(fd, fcntl.LOCK_EX, time.monotonic() + LEASE_S)
         yield
     finally:
+        _close(fd)
+
+
+def _close(fd: int) -> None:
+    """Let go of a file that was only read: what its closing says changes nothing."""
+    with contextlib.suppress(OSError):
         os.close(fd)
 
 

@@ -91,7 +91,8 @@ class OpenFiles(LocalDisk):
             )
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files. What that says of files that were only read changes nothing."""
         self._files.clear()
         self._seen.clear()
-        self._stack.close()
+        with contextlib.suppress(OSError):
+            self._stack.close()
