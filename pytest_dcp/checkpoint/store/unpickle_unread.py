@@ -51,7 +51,12 @@ class UnreadObject:
 
 
 def may_stay_unread(module: str, name: str) -> bool:
-    """Whether a checkpoint may name this class or function without being refused."""
+    """Whether a checkpoint may name this class or function without being refused.
+
+    A name that no Python code could define is damage.
+    """
+    if not all(part.isidentifier() for part in f"{module}.{name}".split(".")):
+        return False
     package = module.partition(".")[0]
     if package in _OF_PYTHON_2:
         return False

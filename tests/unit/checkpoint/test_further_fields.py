@@ -315,6 +315,9 @@ def test_load_plans_and_prefixes_are_read() -> None:
         ("numpy", "load", False),
         ("numpy.testing._private.utils", "runstring", False),
         ("functools", "partial", False),
+        ("megatron.core.x(y", "Thing", False),
+        ("megatron..x", "Thing", False),
+        ("megatron.core.x", "a b", False),
     ],
 )
 def test_what_an_attack_would_call_is_refused_as_ever(
