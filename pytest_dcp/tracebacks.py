@@ -67,10 +67,7 @@ def is_explained(error: BaseException) -> bool:
     if isinstance(error, ASKED):
         files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
         return _is_asked_by_us(files)
-    innermost = _innermost(error.__traceback__)
-    if innermost is None or owner_of(innermost.tb_frame.f_code.co_filename) != "package":
-        return False
-    return innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == RAISE
+    return owner_of_innermost(error) == "package" and is_raised_on_purpose(error)
 
 
 def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool:
@@ -130,8 +127,21 @@ def hides_frames(excinfo: ExceptionInfo) -> bool:
 
 def is_raised_by_user(error: BaseException) -> bool:
     """Whether the innermost frame of an error is the user's."""
+    return owner_of_innermost(error) in ("user", None)
+
+
+def owner_of_innermost(error: BaseException) -> Owner | None:
+    """Whose code the innermost frame of an error is; None for an error without frames."""
     innermost = _innermost(error.__traceback__)
-    return innermost is None or owner_of(innermost.tb_frame.f_code.co_filename) == "user"
+    return None if innermost is None else owner_of(innermost.tb_frame.f_code.co_filename)
+
+
+def is_raised_on_purpose(error: BaseException) -> bool:
+    """Whether a `raise` statement of Python code made the error."""
+    innermost = _innermost(error.__traceback__)
+    if innermost is None:
+        return False
+    return innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == RAISE
 
 
 def _hides_frames_of(error: BaseException) -> bool:

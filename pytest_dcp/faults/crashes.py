@@ -17,7 +17,14 @@ from typing import Any, Literal
 
 from pytest_dcp.faults import replay
 from pytest_dcp.faults.holdings import blank, differences
-from pytest_dcp.faults.loaders import Finished, Load, check_signature, is_own_mistake
+from pytest_dcp.faults.loaders import (
+    NO_VERDICT,
+    Finished,
+    Load,
+    check_signature,
+    is_own_mistake,
+    is_refusal,
+)
 from pytest_dcp.faults.losses import Model
 from pytest_dcp.faults.operations import Operation
 from pytest_dcp.faults.recording import Desk, Folders, Recorded, recording
@@ -198,7 +205,9 @@ def loads_one_of(
                     load(actual, checkpoint_id=folder, **keywords)
             # torch's CheckpointException is no Exception
             except (Exception, CheckpointException) as error:
-                if is_own_mistake(error):
+                passes = old is None and not state.returned
+                if is_own_mistake(error) or (passes and not is_refusal(error, str(folder))):
+                    error.add_note(NO_VERDICT)
                     raise
                 said.append(f"{type(error).__name__}: {error}")
                 refusal = error

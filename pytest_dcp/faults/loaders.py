@@ -1,33 +1,54 @@
 """A caller's `load=`: when its exception is a word on the folder, and when its own mistake.
 
-A crash may leave a folder that cannot be loaded, so a loader may raise there. An exception counts
-as a refusal of the folder only if the loader
+A crash may leave a folder that cannot be loaded, so a loader may raise there. What it raises
+refuses the folder only if the loader
 
 - can be called as it will be: `load(state_dict, checkpoint_id=folder, **keywords)`;
 - loads the folder as the recorded save left it when it ended;
-- does not fail an assertion, or miss a name, in the caller's own code.
+- and the exception tells of the folder: it is a `CheckpointError`, torch's `CheckpointException`,
+  an OSError about a file of the folder or about none, what a library says of bytes that it cannot
+  read, or an exception that names one of these as its cause (`raise Mine() from error`).
 
-Anything else is raised as it is: it would make a wrong loader look like a checkpoint that is safe.
+Nothing else makes a state right, an exception of the caller's own code least of all: it would make
+a wrong loader look like a checkpoint that is safe.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from traceback import StackSummary
 from typing import Any
 
+from pytest_dcp.errors import CheckpointError
 from pytest_dcp.faults import replay
 from pytest_dcp.faults.holdings import blank
 from pytest_dcp.faults.machine import Machine, Rules
 from pytest_dcp.faults.states import in_order
 from pytest_dcp.faults.trace import Trace
-from pytest_dcp.tracebacks import is_raised_by_user
+from pytest_dcp.tracebacks import (
+    is_raised_by_user,
+    is_raised_on_purpose,
+    owner_of,
+    owner_of_innermost,
+)
 
 Load = Callable[..., Any]
 """`load(state_dict, checkpoint_id=folder, **keywords)`: fills the state dict from the folder."""
-MISTAKES = (AssertionError, NameError, ImportError, NotImplementedError)
+MISTAKES = (
+    *(AssertionError, NameError, ImportError, NotImplementedError),
+    *(TypeError, AttributeError, RecursionError),
+)
 """What code raises that is wrong, whatever the folder holds."""
+READ = (EOFError, UnicodeError)
+"""Of the exceptions that are built into Python, those that tell of bytes."""
+NO_VERDICT = (
+    "raised by load= in a folder that a crash could have left: an exception of the loader's own "
+    "code is no verdict on the folder. To refuse one, let it raise FileNotFoundError or "
+    "pytest_dcp.checkpoint.CheckpointError"
+)
 
 
 def check_signature(load: Load, keywords: Mapping[str, Any]) -> None:
@@ -47,8 +68,47 @@ def check_signature(load: Load, keywords: Mapping[str, Any]) -> None:
 
 
 def is_own_mistake(error: BaseException) -> bool:
-    """Whether a loader's exception tells of the loader, not of the folder."""
-    return isinstance(error, MISTAKES) and is_raised_by_user(error)
+    """Whether a loader's exception is of a kind that tells of its code alone."""
+    return isinstance(error, (*MISTAKES, LookupError)) and is_raised_by_user(error)
+
+
+def is_refusal(error: BaseException, folder: str) -> bool:
+    """Whether a loader's exception tells of the folder, not of the loader."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        return not any(_is_mistake_of_user(*failure) for failure in error.failures.values())
+    if isinstance(error, CheckpointError):
+        return True
+    if isinstance(error, OSError):
+        return _may_be_in(folder, error.filename)
+    if error.__cause__ is not None and is_refusal(error.__cause__, folder):
+        return True
+    match owner_of_innermost(error):
+        case "library":
+            return not isinstance(error, MISTAKES)
+        case "user":
+            return not is_raised_on_purpose(error) and _tells_of_bytes(error)
+    return False
+
+
+def _is_mistake_of_user(error: BaseException, stack: StackSummary) -> bool:
+    """Whether a step of an engine failed of a mistake in code of the user's that it called."""
+    last = stack[-1].filename if stack else ""
+    return isinstance(error, MISTAKES) and bool(last) and owner_of(last) == "user"
+
+
+def _tells_of_bytes(error: BaseException) -> bool:
+    """Whether a function in C that the user called could have found its input to be damaged."""
+    return isinstance(error, READ) or type(error).__module__ != "builtins"
+
+
+def _may_be_in(folder: str, name: object) -> bool:
+    """Whether what the system calls a file may be one of the folder."""
+    if not isinstance(name, str | bytes):
+        return True
+    inside, path = os.path.realpath(folder), os.path.realpath(os.fsdecode(name))
+    return path == inside or path.startswith(inside + os.sep)
 
 
 class Finished:

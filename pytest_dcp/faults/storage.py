@@ -219,8 +219,9 @@ class FaultyStorage:
         Once the recorded block had ended in any rank, only the new one will do. old: None where
         there was no checkpoint before; then a load may also fail. load, keywords: as of
         `assert_loads`, but every rank loads alone (`no_dist=True`), and no fault acts. A loader
-        that cannot be called so, does not load the folder of the finished save, or fails an
-        assertion of its own is wrong itself: what it raises is raised.
+        that cannot be called so, does not load the folder of the finished save, or makes a mistake
+        of its own is wrong itself: what it raises is raised. It refuses a folder by
+        FileNotFoundError, CheckpointError, or what a library says of bytes that it cannot read.
         """
         with self._injector.at_rest():
             return loads_one_of(state, old, new, load, **keywords)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as torch_dcp
 
+import pytest_dcp.checkpoint as dcp
 from pytest_dcp.faults import recorded
 from pytest_dcp.faults.crashes import CrashState, loads_one_of
 from pytest_dcp.faults.storage import FaultyStorage
@@ -48,6 +53,55 @@ def wrong_name_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> No
     load(state, checkpoint_id)
 
 
+def looks_up(state: dict[str, Any], checkpoint_id: Any) -> None:
+    files = {name: name for name in os.listdir(checkpoint_id)}
+    load({**state, "file": files["state.json"]}, checkpoint_id)
+    load(state, checkpoint_id)
+
+
+def wrong_argument_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    len(None if not os.listdir(checkpoint_id) else "")  # type: ignore[arg-type]  # the mistake
+    load(state, checkpoint_id)
+
+
+def wrong_attribute_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        None.loader  # type: ignore[attr-defined]  # noqa: B018 - the mistake
+    load(state, checkpoint_id)
+
+
+def wrong_in_a_library_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    os.path.join(checkpoint_id, None if not os.listdir(checkpoint_id) else "loader")  # type: ignore[arg-type]
+    load(state, checkpoint_id)
+
+
+def looks_elsewhere_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        open("/nowhere/loader.cfg").close()
+    load(state, checkpoint_id)
+
+
+def says_so_in_its_own_words(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        raise ValueError("the loader has no state here")
+    load(state, checkpoint_id)
+
+
+class Stumbling(dcp.DefaultLoadPlanner):
+    """Makes a mistake of its own where the engine calls it."""
+
+    def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        state_dict.loader  # noqa: B018 - the mistake
+
+
+def wrong_planner_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        with tempfile.TemporaryDirectory() as whole:
+            dcp.save({"step": 1}, checkpoint_id=whole, no_dist=True)
+            dcp.load({"step": 0}, checkpoint_id=whole, planner=Stumbling(), no_dist=True)
+    load(state, checkpoint_id)
+
+
 def test_a_loader_that_refuses_what_a_crash_left_is_right() -> None:
     found = [loads_one_of(state, None, NEW, load) for state in states()]
     assert set(found) == {"nothing", "new"}
@@ -71,16 +125,68 @@ def test_keywords_are_part_of_the_signature() -> None:
         (always_wrong, TypeError),
         (wrong_where_nothing_is, AssertionError),
         (wrong_name_where_nothing_is, NameError),
+        (looks_up, KeyError),
+        (wrong_argument_where_nothing_is, TypeError),
+        (wrong_attribute_where_nothing_is, AttributeError),
+        (wrong_in_a_library_where_nothing_is, TypeError),
+        (looks_elsewhere_where_nothing_is, FileNotFoundError),
+        (says_so_in_its_own_words, ValueError),
+        (wrong_planner_where_nothing_is, dcp.CheckpointException),
     ],
 )
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_mistake_of_the_loader_is_no_verdict(
     wrong: Callable[..., None], error: type[Exception]
 ) -> None:
     """With no old checkpoint a load that fails is a right answer: a mistake must not be one."""
     empty = next(state for state in states() if not state.files)
     assert loads_one_of(empty, None, NEW, load) == "nothing"
-    with pytest.raises(error, match=r"loader|no_such_name"):
+    with pytest.raises(error) as caught:
         loads_one_of(empty, None, NEW, wrong)
+    assert re.search(r"load|no_such_name|len\(\)|state\.json|join\(\)", str(caught.value))
+    (note,) = caught.value.__notes__
+    assert "no verdict" in note or "tells nothing of crashes" in note
+
+
+def refuses_with_a_checkpoint_error(state: dict[str, Any], checkpoint_id: Any) -> None:
+    if not os.listdir(checkpoint_id):
+        raise dcp.CheckpointError("nothing is here")
+    load(state, checkpoint_id)
+
+
+def refuses_for_a_reason(state: dict[str, Any], checkpoint_id: Any) -> None:
+    try:
+        load(state, checkpoint_id)
+    except (OSError, ValueError) as error:
+        raise RuntimeError("my storage cannot be read") from error
+
+
+@pytest.mark.parametrize(
+    "right", [refuses_with_a_checkpoint_error, refuses_for_a_reason, load], ids=lambda f: f.__name__
+)
+def test_a_refusal_is_a_verdict(right: Callable[..., None]) -> None:
+    found = [loads_one_of(state, None, NEW, right) for state in states()]
+    assert set(found) == {"nothing", "new"}
+
+
+def test_what_a_function_in_c_says_of_bytes_is_a_verdict() -> None:
+    def unpickles(state: dict[str, Any], checkpoint_id: Any) -> None:
+        state.update(pickle.loads((Path(checkpoint_id) / "state.pkl").read_bytes()))
+
+    trace = recorded(lambda folder: (folder / "state.pkl").write_bytes(pickle.dumps(NEW)))
+    found = [loads_one_of(state, None, NEW, unpickles) for state in trace.crash_states("kill")]
+    assert set(found) == {"nothing", "new"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_engine_refuses_by_its_own_exception(tmp_path: Path) -> None:
+    def torch_load(state: dict[str, Any], checkpoint_id: Any) -> None:
+        torch_dcp.load(state, checkpoint_id=checkpoint_id, no_dist=True)
+
+    new = {"step": 2}
+    trace = recorded(lambda folder: dcp.save(new, checkpoint_id=folder, no_dist=True))
+    found = [loads_one_of(state, None, new, torch_load) for state in trace.crash_states("kill", 9)]
+    assert set(found) == {"nothing", "new"}
 
 
 def test_a_mistake_says_that_it_is_no_verdict_on_a_crash() -> None:
