@@ -33,8 +33,8 @@ from pytest_dcp.checkpoint.plan.shards import (
     local_shards,
     local_tensor,
     speaks_for_itself,
+    spoken_chunks,
     spoken_items,
-    spokesman,
 )
 from pytest_dcp.errors import PlanError
 
@@ -92,8 +92,9 @@ class _Rows:
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
 
     def add_parts(self, fqn: str, value: Any, problems: list[str]) -> None:
-        number, size = self.property_of(value, value), global_shape(value)
+        number = self.property_of(value, value)
         try:
+            size = global_shape(fqn, value)
             for box in boxes_said(fqn, value):
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
         except PlanError as error:
@@ -178,7 +179,10 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
         elif problem := unsavable(fqn, value):
             problems.append(problem)
         elif speaks_for_itself(value):
-            spoken.append(WriteItems.of(spoken_items(fqn, value)))
+            try:
+                spoken.append(WriteItems.of(spoken_items(fqn, value)))
+            except PlanError as error:
+                problems.append(str(error))
         elif isinstance(value, ShardedTensor):
             rows.add_shards(fqn, value, problems)
         elif says_parts(value):
@@ -253,7 +257,7 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
     if speaks_for_itself(value):
-        chunks = spokesman(value).__create_chunk_list__()
+        chunks = spoken_chunks(fqn, value)
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]

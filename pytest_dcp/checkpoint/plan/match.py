@@ -131,6 +131,19 @@ def match(
     return Match(loaded, tuple(missing), unexpected, converted)
 
 
+def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
+    """One error that says what all of these say; the error itself where it is the only one."""
+    if len(errors) == 1:
+        return errors[0]
+    more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    return CheckpointMismatchError(
+        "\n".join([error.message for error in errors[:SHOWN]] + more),
+        missing=tuple(fqn for error in errors for fqn in error.missing),
+        unexpected=tuple(fqn for error in errors for fqn in error.unexpected),
+        mismatched=tuple(fqn for error in errors for fqn in error.mismatched),
+    )
+
+
 def _misfit(
     fqn: str,
     value: Any,
@@ -176,7 +189,7 @@ def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dt
         found = value.metadata()
         return found.size, found.tensor_properties.dtype
     if says_parts(value):
-        return global_shape(value), value.dtype
+        return global_shape(fqn, value), value.dtype
     return value.shape, value.dtype
 
 

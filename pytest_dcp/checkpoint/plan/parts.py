@@ -6,6 +6,8 @@ entry in `global_offsets`, `local_offsets` and `local_sizes`. The tensor may hol
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,18 +42,22 @@ def say_parts(tensor: torch.Tensor, said: dict[str, Any]) -> torch.Tensor:
     return tensor
 
 
-def global_shape(value: Any) -> torch.Size:
-    """The shape of the tensor that the value is a part of."""
-    return torch.Size(value.global_shape)
+def global_shape(fqn: str, value: Any) -> torch.Size:
+    """The shape of the tensor that the value is a part of.
+
+    Raises PlanError, naming the fqn, for what is no shape.
+    """
+    return torch.Size(_integers(fqn, "global_shape", value.global_shape))
 
 
 def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     """The boxes that the value says it holds.
 
-    Raises PlanError, naming the fqn, for boxes that are not inside the tensors they belong to.
+    Raises PlanError, naming the fqn, for attributes of other types than sequences of integers, and
+    for boxes that are not inside the tensors they belong to.
     """
-    shape, local = tuple(value.global_shape), tuple(value.shape)
-    lists = (value.global_offsets, value.local_offsets, value.local_sizes)
+    shape, local = tuple(global_shape(fqn, value)), tuple(value.shape)
+    lists = [_each(fqn, name, getattr(value, name)) for name in ATTRIBUTES[1:]]
     if len({len(of) for of in lists}) > 1:
         raise PlanError(
             f"{fqn!r} says that it holds {len(lists[0])} part(s) of a tensor of size {shape}: its "
@@ -65,8 +71,23 @@ def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
                 a < 0 or b < 0 or a + b > c for a, b, c in zip(start, size, full, strict=True)
             ):
                 raise PlanError(
-                    f"{fqn!r}: part {n} of size {tuple(size)} at {what}_offsets[{n}] = "
-                    f"{tuple(start)} is outside of the {what} shape {full}"
+                    f"{fqn!r}: part {n} of size {size} at {what}_offsets[{n}] = {start} is outside "
+                    f"of the {what} shape {full}"
                 )
-        boxes.append(LocalBox(tuple(offset), tuple(size), tuple(inside)))
+        boxes.append(LocalBox(offset, size, inside))
     return tuple(boxes)
+
+
+def _each(fqn: str, name: str, told: Any) -> list[tuple[int, ...]]:
+    if isinstance(told, str) or not isinstance(told, Iterable):
+        raise PlanError(f"{fqn!r}: its {name} must be a sequence of integers a part, got {told!r}")
+    return [_integers(fqn, f"{name}[{n}]", one) for n, one in enumerate(told)]
+
+
+def _integers(fqn: str, name: str, told: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(side) for side in told)
+    except TypeError:
+        raise PlanError(
+            f"{fqn!r}: its {name} must be a sequence of integers, got {told!r}"
+        ) from None

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -24,6 +24,7 @@ from pytest_dcp.checkpoint.plan.layout import LocalBox, local_boxes, whole_box
 from pytest_dcp.checkpoint.plan.parts import boxes_said, says_parts
 from pytest_dcp.errors import PlanError
 
+T = TypeVar("T")
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes whose objects are their own memory, whatever a subclass may be."""
 
@@ -67,16 +68,51 @@ def spokesman(value: Any) -> Any:
 def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
     """The write items of a value that knows its own parts, of the dtype that its memory has.
 
-    The value itself may show another dtype than it keeps its data in.
+    The value itself may show another dtype than it keeps its data in. Raises PlanError, naming the
+    fqn, where its methods are missing or give something else.
     """
+    found = _asked(fqn, value, "__create_write_items__", fqn, value)
+    items = _listed(fqn, "__create_write_items__", found, WriteItem)
+    return [item if item.tensor_data is None else _of_memory(fqn, value, item) for item in items]
+
+
+def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
+    """The boxes of a value that knows its own parts; raises as `spoken_items`."""
+    found = _asked(fqn, value, "__create_chunk_list__")
+    return _listed(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
+
+
+def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
+    """The memory of a box of a value that knows its own parts; raises as `spoken_items`."""
+    found: object = _asked(fqn, value, "__get_tensor_shard__", index)
+    if not isinstance(found, torch.Tensor):
+        raise PlanError(f"{fqn!r}: its __get_tensor_shard__ must give a tensor, it gave {found!r}")
+    return found
+
+
+def _asked(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
     speaker = spokesman(value)
-    items: list[WriteItem] = speaker.__create_write_items__(fqn, value)
-    return [item if item.tensor_data is None else _of_memory(speaker, item) for item in items]
+    method = getattr(speaker, hook, None)
+    if not callable(method):
+        raise PlanError(
+            f"{fqn!r} is a {type(speaker).__name__}, which has no {hook}: a class that says itself "
+            f"how it is saved needs {', '.join(SPEAKS_FOR_ITSELF)}"
+        )
+    return method(*args)
 
 
-def _of_memory(speaker: Any, item: WriteItem) -> WriteItem:
+def _listed(fqn: str, hook: str, found: object, kind: type[T]) -> list[T]:
+    items: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+    if strange := [item for item in items if not isinstance(item, kind)]:
+        raise PlanError(
+            f"{fqn!r}: its {hook} must give a list of {kind.__name__}, it gave {strange[0]!r:.200}"
+        )
+    return items
+
+
+def _of_memory(fqn: str, value: torch.Tensor, item: WriteItem) -> WriteItem:
     data: Any = item.tensor_data
-    memory: torch.Tensor = speaker.__get_tensor_shard__(item.index)
+    memory = spoken_shard(fqn, value, item.index)
     if memory.dtype == data.properties.dtype:
         return item
     properties = replace(data.properties, dtype=memory.dtype)
@@ -172,8 +208,7 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
     Raises ValueError when the rank holds no box there.
     """
     if hasattr(spokesman(value), "__get_tensor_shard__"):
-        shard: torch.Tensor = spokesman(value).__get_tensor_shard__(index)
-        return shard
+        return spoken_shard(index.fqn, value, index)
     if isinstance(value, ShardedTensor):
         parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]
     else:

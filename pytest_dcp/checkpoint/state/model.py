@@ -227,7 +227,11 @@ def misfit(name: str, own: Any, value: Any) -> str | None:
     if there is None:
         return f"{name!r}: expected a tensor of size {tuple(here)}, got {type(value).__name__}"
     if here != there:
-        return f"size mismatch for {name!r}: expected size {tuple(here)}, got {tuple(there)}"
+        # The words of torch's `load_state_dict`, which programs look for.
+        return (
+            f"size mismatch for {name}: copying a param with shape {there} from checkpoint, the "
+            f"shape in current model is {here}."
+        )
     return None
 
 

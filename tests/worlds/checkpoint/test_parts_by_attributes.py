@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
+from pytest_dcp.errors import PlanError
 
 pytestmark = [
     pytest.mark.world_size(2, isolation="module"),
@@ -137,6 +144,61 @@ def test_parts_that_cannot_be_are_refused_by_name(
     setattr(local, name, value)
     with pytest.raises(dcp.CheckpointException, match=rf"(?s)'model\.w'.*{said}"):
         dcp.save({"model": {"w": local}}, checkpoint_id=checkpoint_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("global_shape", "x", "its global_shape must be a sequence of integers, got 'x'"),
+        ("global_shape", None, "its global_shape must be a sequence of integers, got None"),
+        ("global_shape", (8, 6.0), r"its global_shape must be .*, got \(8, 6.0\)"),
+        ("global_offsets", None, "its global_offsets must be a sequence of integers a part"),
+        ("local_offsets", "ab", "its local_offsets must be a sequence of integers a part"),
+        ("local_sizes", (2, 6), r"its local_sizes\[0\] must be a sequence of integers, got 2"),
+        ("local_sizes", (("2", 6),) * 2, r"its local_sizes\[0\] must be a sequence of integers"),
+    ],
+)
+def test_attributes_of_other_types_are_refused_by_name(
+    rank: int, checkpoint_dir: Path, name: str, value: Any, said: str
+) -> None:
+    local = part(rank, two_bands(rank))
+    setattr(local, name, value)
+    with pytest.raises(dcp.CheckpointException, match=rf"'model\.w': {said}") as caught:
+        dcp.save({"model": {"w": local, "b": torch.ones(2)}}, checkpoint_id=checkpoint_dir)
+    assert isinstance(caught.value, PlanError)
+    dcp.save({"model": {"w": FULL.clone()}}, checkpoint_id=checkpoint_dir)
+    with pytest.raises(dcp.CheckpointException, match=rf"'model\.w': {said}"):
+        dcp.load({"model": {"w": local}}, checkpoint_id=checkpoint_dir)
+
+
+class Speaks(torch.Tensor):
+    """Says itself how it is saved, and wrongly."""
+
+    gives: Any = None
+
+    def __create_write_items__(self, fqn: str, value: Any) -> Any:
+        return self.gives
+
+    def __create_chunk_list__(self) -> Any:
+        return self.gives
+
+
+@pytest.mark.parametrize("gives", [None, ["x"], "x"])
+def test_hooks_that_give_something_else_are_named(checkpoint_dir: Path, gives: Any) -> None:
+    tensor = torch.ones(3).as_subclass(Speaks)
+    tensor.gives = gives
+    said = r"'m\.w': its __create_write_items__ must give a list of WriteItem, it gave"
+    with pytest.raises(dcp.CheckpointException, match=said):
+        dcp.save({"m": {"w": tensor}}, checkpoint_id=checkpoint_dir)
+    size = torch.Size([3])
+    data = TensorWriteData(
+        ChunkStorageMetadata(torch.Size([0]), size), TensorProperties(torch.float32), size
+    )
+    index = MetadataIndex("m.w", [0])
+    tensor.gives = [WriteItem(index, WriteItemType.SHARD, tensor_data=data)]
+    said = r"'m\.w' is a Speaks, which has no __get_tensor_shard__"
+    with pytest.raises(dcp.CheckpointException, match=said):
+        dcp.save({"m": {"w": tensor}}, checkpoint_id=checkpoint_dir)
 
 
 def test_the_protocol_is_a_type() -> None:

@@ -172,7 +172,9 @@ def test_states_that_are_not_shaped_as_their_parameter_go_round(way: str) -> Non
         assert train(other, other_optimizer, steps=2) == pytest.approx(losses, rel=1e-3)
     wrong: Any = copy.deepcopy(states[1])
     wrong["state"]["first.up.weight"]["rows"] = torch.ones(3)
-    with pytest.raises(CheckpointMismatchError, match=r"expected size \(8,\), got \(3,\)"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"shape torch\.Size\(\[3\]\) from .* torch\.Size\(\[8\]\)"
+    ):
         set_optimizer_state_dict(model, optimizer, wrong)
 
 
@@ -194,7 +196,7 @@ def test_everything_that_does_not_fit_is_named_in_every_way(way: str) -> None:
     assert set(keys.unexpected_keys) == {"strange", "stranger"}
     broken["scale"] = torch.ones(17)
     with pytest.raises(
-        CheckpointMismatchError, match=r"'scale': expected size \(3,\), got \(17,\)"
+        CheckpointMismatchError, match=r"mismatch for scale: .*Size\(\[17\]\) from .*Size\(\[3\]\)"
     ):
         set_model_state_dict(model, broken, options=loose)
     groups: Any = optimizer_state["param_groups"]
