@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry
@@ -32,7 +33,7 @@ from pytest_dcp.checkpoint.store.commit import (
     metadata_name,
 )
 from pytest_dcp.checkpoint.store.disk import Disk, LocalDisk
-from pytest_dcp.checkpoint.store.fill import Filled, files_of, fill
+from pytest_dcp.checkpoint.store.fill import Filled, Work, files_of, prepare
 from pytest_dcp.checkpoint.store.memory_limit import MemoryLimit
 from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.open_files import OpenFiles
@@ -90,13 +91,15 @@ class FileSystemReader(StorageReader):
         """Whether the metadata that was read last is this engine's."""
         self._metadata: Metadata | None = None
         self._open_files: OpenFiles | None = None
+        self._prepared: tuple[LoadPlan, Work] | None = None
+        """What `prepare_data` has prepared, for the plan that it was given."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
         self.load_id = new_id()
-        self._metadata, self.storage_data = None, {}
+        self._metadata, self.storage_data, self._prepared = None, {}, None
         self.close_files()
 
     def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
@@ -207,20 +210,45 @@ class FileSystemReader(StorageReader):
             "its files are gone: load again"
         )
 
+    def prepares(self) -> bool:
+        """Whether `read_data` goes on from `prepare_data`: not where a subclass has its own."""
+        return not is_overridden(self, FileSystemReader, "read_data")
+
+    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read and judge what may not fit its target, and change nothing; `read_data` goes on.
+
+        Raises CheckpointMismatchError, naming every key, for values that do not fit.
+        """
+        if self._metadata is not None and not self._has_streams_of_its_own():
+            with self._noticing_a_replacement():
+                self._prepared = (
+                    plan,
+                    self._work_of(self._catalog_of(self._metadata), plan, planner),
+                )
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; done when the future is returned."""
-        try:
-            if self._metadata is None or self._has_streams_of_its_own():
+        prepared, self._prepared = self._prepared, None
+        with self._noticing_a_replacement():
+            if prepared is not None and prepared[0] is plan:
+                self.filled = prepared[1].run()
+            elif self._metadata is None or self._has_streams_of_its_own():
                 self.filled = self._read_streams(plan, planner)
             else:
                 self.filled = self._fill(self._catalog_of(self._metadata), plan, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @contextmanager
+    def _noticing_a_replacement(self) -> Iterator[None]:
+        """Say so where a data file is missing since another save has replaced the checkpoint."""
+        try:
+            yield
         except CheckpointFileMissingError as error:
             if self._metadata is not None and self._is_replaced(self._metadata):
                 raise self._replaced() from error
             raise
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         """An entry within its file: torch's hook, for subclasses."""
@@ -231,7 +259,10 @@ class FileSystemReader(StorageReader):
         return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
-        return fill(
+        return self._work_of(catalog, plan, planner).run()
+
+    def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
+        return prepare(
             self._reading_disk(),
             self.path,
             catalog,

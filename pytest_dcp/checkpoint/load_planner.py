@@ -32,7 +32,7 @@ from pytest_dcp.checkpoint.plan.load import read_items
 from pytest_dcp.checkpoint.plan.match import Dtype, LoadReport, match
 from pytest_dcp.checkpoint.plan.materialise import filled, materialise
 from pytest_dcp.checkpoint.plan.nested import Path, Room, flatten, set_element
-from pytest_dcp.checkpoint.plan.numbers import fill_tensor, number_of
+from pytest_dcp.checkpoint.plan.numbers import check_number, fill_tensor, number_of
 from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES, is_opaque
 from pytest_dcp.checkpoint.plan.parts import BOXES
 from pytest_dcp.checkpoint.plan.per_rank import PerRank, is_of_other_ranks, resized_names
@@ -40,7 +40,7 @@ from pytest_dcp.checkpoint.plan.rank_paths import check_one_tree
 from pytest_dcp.checkpoint.plan.select import Selection
 from pytest_dcp.checkpoint.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp.checkpoint.plan.value_tensors import check_tensor, tensor_misfit
-from pytest_dcp.checkpoint.store.opaque import fill_opaque, wrapper_in
+from pytest_dcp.checkpoint.store.opaque import prepare_opaque, wrapper_in
 from pytest_dcp.checkpoint.store.values import decoded
 from pytest_dcp.checkpoint.utils import find_state_dict_object
 from pytest_dcp.errors import (
@@ -59,6 +59,8 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     original_state_dict: dict[str, Any]
     mappings: dict[str, Path]
+    _numbers: dict[str, type]
+    """By name: the class of each number that is loaded from a tensor."""
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             materialise(state_dict)
         self.original_state_dict = state_dict
         self._per_rank = {}
-        self._numbers: dict[str, type] = {}
+        self._numbers = {}
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -158,20 +160,32 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
         """Decode a value's entry; the result puts it where the state dict has it.
 
-        Raises CheckpointMismatchError, naming the key, for a tensor of a kind that the tensor of
+        Raises CheckpointMismatchError, naming the key, for a tensor or a number that the tensor of
         the state dict cannot take, CheckpointCorruptError for a damaged entry and for a class that
         is not loaded by default. Nothing has changed then.
         """
         here: Any = self.state_dict.get(fqn)
+        strict = not self.allow_partial_load
         if is_opaque(here):
-            return partial(self._fill_opaque, fqn, here, entry)
+            return partial(self._fill_opaque, fqn, here, prepare_opaque(fqn, here, entry))
         value = self._decoded(fqn, entry, here)
         if not isinstance(here, torch.Tensor):
             return partial(self._put, fqn, value)
         if not isinstance(value, torch.Tensor):
-            return partial(self._fill_number, fqn, here, value)
-        check_tensor(fqn, here, value, strict=not self.allow_partial_load)
+            number = check_number(fqn, here, value, strict=strict)
+            return partial(self._fill_number, fqn, here, number)
+        check_tensor(fqn, here, value, strict=strict)
         return partial(self._fill_plain, fqn, here, value)
+
+    @property
+    def takes_numbers(self) -> Container[str]:
+        """Names of numbers that are loaded from tensors, into memory of the planner's own."""
+        return getattr(self, "_numbers", ())
+
+    def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Raise CheckpointMismatchError where the number that was read does not fit."""
+        fqn = read_item.dest_index.fqn
+        number_of(fqn, tensor, self._numbers[fqn], strict=not self.allow_partial_load)
 
     def _decoded(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
         try:
@@ -184,14 +198,14 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         except CheckpointCorruptError as error:
             raise error.at(entry=fqn) from error
 
-    def _fill_opaque(self, fqn: str, here: Any, entry: bytes | memoryview) -> None:
-        filled_in = fill_opaque(fqn, here, entry)
+    def _fill_opaque(self, fqn: str, here: Any, fill: Callable[[], torch.Tensor]) -> None:
+        filled_in = fill()
         if filled_in is not here:
             self._put(fqn, filled_in)
 
-    def _fill_number(self, fqn: str, here: torch.Tensor, value: Any) -> None:
-        fill_tensor(fqn, here, value, strict=not self.allow_partial_load)
-        self._converted(fqn, type(value), here.dtype)
+    def _fill_number(self, fqn: str, here: torch.Tensor, number: Any) -> None:
+        fill_tensor(here, number)
+        self._converted(fqn, type(number), here.dtype)
 
     def _fill_plain(self, fqn: str, here: torch.Tensor, value: torch.Tensor) -> None:
         here.detach().copy_(value)
@@ -239,10 +253,10 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
         """What gives the whole wanted box of the n-th item; None where hooks must be asked.
 
-        The engine narrows it itself, for many items at a time.
+        The engine narrows it itself, for many items at a time. It is not asked for `takes_numbers`.
         """
         hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
-        if self._numbers or overridden(self, DefaultLoadPlanner, hooks):
+        if overridden(self, DefaultLoadPlanner, hooks):
             return None
         firsts = (items.wanted_hint == 0).tolist()
         fqns, state = items.fqns, self.state_dict
@@ -287,11 +301,16 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     def begin_again(self) -> None:
         """Prepare for another try with the same state dict."""
 
-    def _materialise(self, fqn: str, value: torch.Tensor) -> torch.Tensor:
-        """An empty tensor in the place of a meta tensor that is to be loaded."""
-        made = filled(value)
-        self._put(fqn, made)
-        return made
+    def _materialise(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put empty tensors in the place of meta tensors that are to be loaded."""
+        if sharded := [fqn for fqn, value in values.items() if isinstance(value, ShardedTensor)]:
+            raise CheckpointMismatchError(
+                f"{', '.join(map(repr, sharded[:20]))}: a ShardedTensor on the meta device cannot "
+                "be loaded to",
+                mismatched=tuple(sharded),
+            )
+        for fqn, made in {fqn: filled(value) for fqn, value in values.items()}.items():
+            self._put(fqn, made)
 
     def _make_room(self, fqn: str, kind: type, stored: torch.Tensor) -> torch.Tensor:
         """A tensor for a number that is to be loaded from a stored one."""
@@ -470,12 +489,12 @@ def _load_plan(
     selection: Selection,
     *,
     strict: bool,
-    on_load: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, value: value,
+    on_load: Callable[[Mapping[str, torch.Tensor]], object] = lambda _: None,
     per_rank: Mapping[str, PerRank] | None = None,
     on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
     partial: Container[str] = (),
 ) -> tuple[LoadPlan, LoadReport]:
-    """The plan and how the keys met; `on_load` gives memory to a meta tensor that is loaded.
+    """The plan and how the keys met; `on_load` gives memory to the meta tensors among them.
 
     `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
     empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
@@ -493,9 +512,6 @@ def _load_plan(
             stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
             room = torch.empty(stored.size, dtype=stored.properties.dtype)
             found.loaded[fqn] = on_number(fqn, kind, room)
-    for fqn, value in found.loaded.items():
-        if _is_meta(value):
-            found.loaded[fqn] = on_load(fqn, value)
     values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
     # A stored value replaces whatever is here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
@@ -503,6 +519,8 @@ def _load_plan(
     template = found.loaded | dict.fromkeys(replaced)
     lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
     items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
+    # Last: what does not fit is refused before the state dict changes.
+    on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
     )

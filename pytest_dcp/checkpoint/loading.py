@@ -25,6 +25,7 @@ from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStat
 from pytest_dcp.checkpoint.file_reader import FileSystemReader, checked_verify
 from pytest_dcp.checkpoint.file_system import save_of
 from pytest_dcp.checkpoint.phases import Phases
+from pytest_dcp.checkpoint.plan.columns import has_values
 from pytest_dcp.checkpoint.plan.hooks import kept_whole, required
 from pytest_dcp.checkpoint.plan.match import LoadReport
 from pytest_dcp.checkpoint.plan.per_rank import ranks_known
@@ -218,6 +219,8 @@ class Planned:
     found: Found
     idle_renames: Mapping[str, str]
     """Entries of `rename` that find nothing on this rank, and why."""
+    may_misfit: bool
+    """Whether it has something to read that is not known to fit before it is read."""
 
 
 record(Planned)
@@ -251,6 +254,8 @@ class _Load:
         """On the coordinator: what the ranks of this try have found; None where one failed."""
         self.found_before: list[Found] | None = None
         self.first_conflict_s: float | None = None
+        self.final: LoadPlan | None = None
+        """The plan to carry out, once the planner has finished it."""
 
     def run(self) -> LoadReport:
         """Load; what `load` returns and raises."""
@@ -305,15 +310,20 @@ class _Load:
         return moves and now_s - self.first_conflict_s < RETRY_S
 
     def _once(self, team: Team, *, leased: bool) -> None:
+        self.final = None
         with ExitStack() as lease:
             with self.phases.phase("plan", planning=True):
-                plan = self._planned(team, lease if leased else None)
+                plan, may_misfit = self._planned(team, lease if leased else None)
             if self.all_open:
                 lease.close()
             with self.phases.phase("read"):
+                if may_misfit:
+                    # No rank's state changes before all that any rank reads is known to fit.
+                    team.agree("read", lambda: self._prepare(plan))
                 team.agree("read", lambda: self._read(plan))
 
-    def _planned(self, team: Team, lease: ExitStack | None) -> LoadPlan:
+    def _planned(self, team: Team, lease: ExitStack | None) -> tuple[LoadPlan, bool]:
+        """This rank's plan, and whether any rank has something to judge before it fills."""
         plans: list[LoadPlan] = []
 
         def plan() -> Planned:
@@ -326,12 +336,21 @@ class _Load:
             idle: dict[str, str] = getattr(self.planner, "idle_renames", {})
             where = getattr(self.reader, "checkpoint_id", None)
             found = self.save_id, None if where is None else os.fspath(where)
-            return Planned(None if self._plans_alone() else plans[0], found, idle)
+            mine = None if self._plans_alone() else plans[0]
+            return Planned(mine, found, idle, self._may_misfit(plans[0]))
 
         if not self._plans_alone():
             return team.reduce_scatter("plan", plan, self._join)
-        team.all_reduce("plan", plan, self._check)
-        return plans[0]
+        may_misfit = team.all_reduce("plan", plan, self._check)
+        return plans[0], may_misfit
+
+    def _may_misfit(self, plan: LoadPlan) -> bool:
+        reader = self.reader
+        if not isinstance(reader, FileSystemReader) or not reader.prepares():
+            return False
+        # Of torch's entries only the files tell which are wrappers of other tensors.
+        foreign = not reader.has_manifest
+        return foreign or bool(getattr(self.planner, "takes_numbers", ())) or has_values(plan.items)
 
     def _open_files(self, plan: LoadPlan) -> None:
         """From here on the plan can be carried out, whatever other saves do."""
@@ -342,9 +361,9 @@ class _Load:
         if isinstance(self.reader, FileSystemReader):
             self.reader.close_files()
 
-    def _check(self, said: Sequence[Planned]) -> None:
+    def _check(self, said: Sequence[Planned]) -> bool:
         self.found = [one.found for one in said]
-        _check_together(said)
+        return _check_together(said)
 
     def _plans_alone(self) -> bool:
         """Whether no hook wants to see the plans of all ranks."""
@@ -368,10 +387,11 @@ class _Load:
         prepared = self.reader.prepare_local_plan(asked)
         return kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
 
-    def _join(self, said: list[Planned]) -> list[LoadPlan]:
-        self._check(said)
+    def _join(self, said: list[Planned]) -> list[tuple[LoadPlan, bool]]:
+        may_misfit = self._check(said)
         plans = [one.plan for one in said if one.plan is not None]
-        return self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
+        joined = self.reader.prepare_global_plan(self.planner.create_global_plan(plans))
+        return [(plan, may_misfit) for plan in joined]
 
     def _metadata(self, team: Team) -> tuple[Metadata, bool]:
         """The metadata of the whole, or this rank's own, and whether it is the whole's."""
@@ -392,8 +412,13 @@ class _Load:
                     f"alone ({own})"
                 ) from whole
 
+    def _prepare(self, plan: LoadPlan) -> None:
+        self.final = self.planner.finish_plan(plan)
+        if isinstance(self.reader, FileSystemReader) and self.reader.prepares():
+            self.reader.prepare_data(self.final, self.planner)
+
     def _read(self, plan: LoadPlan) -> None:
-        final = self.planner.finish_plan(plan)
+        final, self.final = self.final or self.planner.finish_plan(plan), None
         self.reader.read_data(final, self.planner).wait()
 
     def _report(self) -> LoadReport:
@@ -411,8 +436,8 @@ class _Load:
         )
 
 
-def _check_together(said: Sequence[Planned]) -> None:
-    """Raise what only all ranks together show to be wrong."""
+def _check_together(said: Sequence[Planned]) -> bool:
+    """Raise what only all ranks together show to be wrong; whether any rank may meet a misfit."""
     check_one_save([one.found for one in said])
     idle = [one.idle_renames for one in said]
     useless = set(idle[0]).intersection(*idle[1:])
@@ -420,6 +445,7 @@ def _check_together(said: Sequence[Planned]) -> None:
         raise CheckpointMismatchError(
             "\n".join(reason for entry, reason in idle[0].items() if entry in useless)
         )
+    return any(one.may_misfit for one in said)
 
 
 def check_one_save(found: Sequence[Found]) -> None:

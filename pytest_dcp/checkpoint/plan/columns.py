@@ -337,3 +337,10 @@ def rebuilt_writes(names: bytes, columns: dict[str, Any]) -> WriteItems:
 def rebuilt_reads(names: bytes, stored: bytes, columns: dict[str, Any]) -> ReadItems:
     """The table that was pickled."""
     return ReadItems(fqns=unpacked(names), stored_fqns=unpacked(stored), **columns)
+
+
+def has_values(items: Sequence[ReadItem]) -> bool:
+    """Whether a Python value is among what is read."""
+    if isinstance(items, ReadItems):
+        return bool((items.kind == READ_BYTES).any())
+    return any(item.type == LoadItemType.BYTE_IO for item in items)

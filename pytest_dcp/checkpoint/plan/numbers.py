@@ -51,8 +51,8 @@ def number_of(fqn: str, tensor: torch.Tensor, kind: type, *, strict: bool) -> An
     return number
 
 
-def fill_tensor(fqn: str, target: torch.Tensor, value: Any, *, strict: bool) -> None:
-    """Fill a tensor of one element with a number, in place.
+def check_number(fqn: str, target: torch.Tensor, value: Any, *, strict: bool) -> Any:
+    """The number that a tensor of one element can be filled with.
 
     Raises CheckpointMismatchError, naming the fqn, for anything else than a number that fits.
     """
@@ -64,6 +64,11 @@ def fill_tensor(fqn: str, target: torch.Tensor, value: Any, *, strict: bool) -> 
         raise _misfit(fqn, f"the number {number!r}", here)
     if strict and not _fits(number, target.dtype):
         raise _misfit(fqn, f"the number {number!r}", f"{here}, which it does not fit")
+    return number
+
+
+def fill_tensor(target: torch.Tensor, number: Any) -> None:
+    """Fill a tensor with a number that was checked, in place."""
     memory = local_tensor(target) if isinstance(target, DTensor) else target.detach()
     with torch.no_grad():
         memory.copy_(torch.tensor(number).to(memory.dtype))

@@ -1,7 +1,9 @@
 """A load plan -> the planner's targets filled.
 
-Tensors are filled in place, many at a time where the planner gives its targets outright; a planner
-with hooks of its own is asked item by item, in batches of bounded size. Values go to the planner.
+First everything that may not fit its target is read and judged, then the targets are filled: a
+load that refuses something leaves no half behind. Tensors are filled in place, many at a time where
+the planner gives its targets outright; a planner with hooks of its own is asked item by item, in
+batches of bounded size. Values go to the planner.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +24,18 @@ from pytest_dcp.checkpoint.plan.boxes import Ints, volumes, widened
 from pytest_dcp.checkpoint.plan.collector import collector_paused
 from pytest_dcp.checkpoint.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp.checkpoint.plan.match import together
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.disk import Disk
 from pytest_dcp.checkpoint.store.located import Located, located
 from pytest_dcp.checkpoint.store.observe import Observer
+from pytest_dcp.checkpoint.store.opaque import Copy as WrapperCopy
+from pytest_dcp.checkpoint.store.opaque import check_wrapper, fill_wrapper
 from pytest_dcp.checkpoint.store.ranges import Tally
 from pytest_dcp.checkpoint.store.read import ReadSettings, read_copies, read_values
 from pytest_dcp.checkpoint.store.transfer import copies
-from pytest_dcp.checkpoint.store.transformed import fill_wrapper, plain_entry, tensor_of
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.checkpoint.store.transformed import plain_entry, tensor_of
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 BATCH_BYTES = 64 << 20
 """What a planner with hooks of its own is asked for at a time: it may make a buffer for each."""
@@ -44,7 +50,7 @@ class Filled:
     bytes_verified: int = 0
 
 
-def fill(
+def prepare(
     disk: Disk,
     folder: Any,
     catalog: Catalog,
@@ -53,28 +59,20 @@ def fill(
     settings: ReadSettings,
     registry: ExtensionRegistry,
     observer: Observer,
-) -> Filled:
-    """Read every item of the plan to where the planner wants it.
+) -> Work:
+    """The work of filling the planner's targets, once all that may not fit was read and judged.
 
-    Raises CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
+    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of it
+    touches a target. Raises CheckpointMismatchError, naming every key, for what does not fit;
+    CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
     """
     items = _with_entries(items, catalog.index)
     values = items.kind == READ_BYTES
     found = located(disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist()))
-    work = _Work(disk, folder, found, items, planner, settings, registry, observer)
-    stored = np.zeros(len(catalog.index.offset), dtype=bool)
-    stored[list(catalog.places.transforms)] = True
-    whole = stored[items.entry] & ~values
-    stored[:] = False
-    stored[list(found.wrapped)] = True
-    wrapped = stored[items.entry] & ~values & ~whole
-    needed = int(work.nbytes.sum())
-    observer.expect(needed)
-    work.values(np.flatnonzero(values))
-    work.transformed(np.flatnonzero(whole))
-    work.wrapped(np.flatnonzero(wrapped))
-    work.tensors(np.flatnonzero(~values & ~whole & ~wrapped))
-    return Filled(needed, work.tally.read, work.tally.verified)
+    work = Work(disk, folder, found, items, planner, settings, registry, observer)
+    observer.expect(int(work.nbytes.sum()))
+    work.prepare(values)
+    return work
 
 
 def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
@@ -87,8 +85,8 @@ def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
     return [catalog.places.files[number] for number in numbers[numbers >= 0].tolist()]
 
 
-class _Work:
-    """One rank's plan and everything that it is carried out with."""
+class Work:
+    """One rank's plan and everything that it is carried out with; made by `prepare`."""
 
     def __init__(
         self,
@@ -112,34 +110,61 @@ class _Work:
         self.observer = observer
         self.tally = Tally()
         self.nbytes = self._sizes()
+        self._puts: list[Callable[[], None]] = []
+        """What puts the values where they belong, and what commits the numbers."""
+        self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
+        """By row: the target, and what goes where within it."""
+        self._transformed: Ints = np.zeros(0, dtype=np.int64)
+        self._tensors: Ints = self._transformed
 
-    def values(self, rows: Ints) -> None:
-        """Give the planner the values of these rows."""
+    def prepare(self, values: NDArray[np.bool_]) -> None:
+        """Read and judge what may not fit. values: the rows that are Python values."""
+        entries, stored = self.items.entry, np.zeros(len(self.catalog.index.offset), dtype=bool)
+        stored[list(self.catalog.places.transforms)] = True
+        transformed = stored[entries] & ~values
+        stored[:] = False
+        stored[list(self.found.wrapped)] = True
+        wrapped = stored[entries] & ~values & ~transformed
+        numbers = self._numbers() & ~values & ~wrapped
+        self._transformed = np.flatnonzero(transformed & ~numbers)
+        self._tensors = np.flatnonzero(~values & ~transformed & ~wrapped & ~numbers)
+        misfits: list[CheckpointMismatchError] = []
+        self._prepare_values(np.flatnonzero(values), misfits)
+        self._prepare_wrapped(np.flatnonzero(wrapped), misfits)
+        self._prepare_numbers(np.flatnonzero(numbers), transformed, misfits)
+        if misfits:
+            raise together(misfits)
+
+    def run(self) -> Filled:
+        """Fill the targets."""
+        for put in self._puts:
+            put()
+        for row in self._transformed.tolist():
+            self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
+        for row, (target, parts) in self._wrapped.items():
+            self._fill_wrapped(row, target, parts)
+        self._fill_tensors(self._tensors)
+        return Filled(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
+
+    def _numbers(self) -> NDArray[np.bool_]:
+        """Which rows are numbers for the planner, and tensors in the checkpoint."""
+        names = getattr(self.planner, "takes_numbers", ())
+        if not names:
+            return np.zeros(len(self.items), dtype=bool)
+        return np.fromiter((fqn in names for fqn in self.items.fqns), np.bool_, len(self.items))
+
+    def _prepare_values(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         if not len(rows):
             return
-        # All are decoded before the first is put: what one load refuses leaves no half behind.
-        for put in [self._prepared(row, entry) for row, entry in self._stored(rows).items()]:
-            put()
+        for row, entry in self._stored(rows).items():
+            try:
+                self._puts.append(self._prepared(row, entry))
+            except CheckpointMismatchError as error:
+                misfits.append(error)
 
-    def transformed(self, rows: Ints) -> None:
-        """Fill tensors whose entries passed through stream transforms: each is decoded whole."""
+    def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        """Compare the wrappers that torch has pickled whole with the targets."""
         for row in rows.tolist():
-            ((_, entry),) = self._stored(np.array([row])).items()
-            tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
-            item = self.items[row]
-            for dim, (start, length) in enumerate(
-                zip(item.storage_offsets, item.lengths, strict=True)
-            ):
-                tensor = tensor.narrow(dim, start, length)
-            target = self.planner.resolve_tensor(item).detach()
-            _check_size(item, target)
-            target.copy_(tensor)
-            self.planner.commit_tensor(item, target)
-
-    def wrapped(self, rows: Ints) -> None:
-        """Fill the tensors within wrappers that torch has pickled whole."""
-        for row in rows.tolist():
-            ((_, entry),) = self._stored(np.array([row])).items()
             item = self.items[row]
             index, stored = self.catalog.index, int(self.items.entry[row])
             if (self.items.shape[row] != index.shape[stored]).any():
@@ -150,13 +175,51 @@ class _Work:
             target = self.planner.resolve_tensor(item)
             _check_size(item, target)
             try:
-                fill_wrapper(item.dest_index.fqn, target, entry)
-            except CheckpointCorruptError as error:
-                raise error.at(entry=item.storage_index.fqn) from error
-            self.planner.commit_tensor(item, target)
+                wrapper = self.found.wrapped[stored]
+                parts = check_wrapper(item.dest_index.fqn, target, wrapper)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._wrapped[row] = target, parts
 
-    def tensors(self, rows: Ints) -> None:
-        """Fill the targets of these rows."""
+    def _prepare_numbers(
+        self, rows: Ints, transformed: NDArray[np.bool_], misfits: list[CheckpointMismatchError]
+    ) -> None:
+        """Read what the planner takes out of tensors of its own."""
+        planner: Any = self.planner
+        targets = self._filled_by_hooks(rows[~transformed[rows]])
+        targets |= {row: self._fill_transformed(row) for row in rows[transformed[rows]].tolist()}
+        for row, target in targets.items():
+            item = self.items[row]
+            try:
+                planner.check_read_number(item, target)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._puts.append(partial(planner.commit_tensor, item, target))
+
+    def _fill_transformed(self, row: int) -> torch.Tensor:
+        """The target of a tensor whose entry passed through stream transforms: decoded whole."""
+        ((_, entry),) = self._stored(np.array([row])).items()
+        tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
+        item = self.items[row]
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        target = self.planner.resolve_tensor(item).detach()
+        _check_size(item, target)
+        target.copy_(tensor)
+        return target
+
+    def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
+        item = self.items[row]
+        ((_, entry),) = self._stored(np.array([row])).items()
+        try:
+            fill_wrapper(parts, entry)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=item.storage_index.fqn) from error
+        self.planner.commit_tensor(item, target)
+
+    def _fill_tensors(self, rows: Ints) -> None:
         direct = getattr(self.planner, "targets", None)
         target = None if direct is None else direct(self.items)
         if target is not None:
@@ -164,17 +227,18 @@ class _Work:
             return
         done = self.nbytes[rows].cumsum() - self.nbytes[rows]
         for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
-            self._by_hooks(batch)
+            for row, target in self._filled_by_hooks(batch).items():
+                self.planner.commit_tensor(self.items[row], target)
 
-    def _by_hooks(self, rows: Ints) -> None:
+    def _filled_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
+        """The targets that the planner's hooks give, filled."""
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
             _check_size(self.items[row], target)
         # What resolve_tensor gives is narrowed already.
         narrowed = replace(self.items, to_offset=np.zeros_like(self.items.to_offset))
         self._copy(narrowed, rows, targets.__getitem__)
-        for row, target in targets.items():
-            self.planner.commit_tensor(self.items[row], target)
+        return targets
 
     def _copy(self, items: ReadItems, rows: Ints, target: Callable[[int], torch.Tensor]) -> None:
         with collector_paused():

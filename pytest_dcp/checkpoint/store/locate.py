@@ -12,10 +12,9 @@ Rules inside:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ from pytest_dcp.checkpoint.store.unpickle import (
     UnknownGlobalError,
     read_tensor_pickle,
 )
-from pytest_dcp.checkpoint.store.unpickle_wrapped import WrapperPickle, read_subclass_pickle
+from pytest_dcp.checkpoint.store.unpickle_opaque import OpaqueWrapper, read_opaque_pickle
 from pytest_dcp.errors import CheckpointCorruptError
 
 _TENSOR_DIRECTORY_LIMIT = 64 << 10
@@ -85,22 +84,8 @@ def locate(read: Callable[[int, int], bytes], length: int) -> TensorRecord:
     return _record_of(source, directory, tensor)
 
 
-@dataclass(frozen=True, slots=True)
-class WrapperRecord:
-    """Where the tensors of a wrapper are inside its entry."""
-
-    class_name: str
-    dtype: torch.dtype
-    """That the wrapper shows."""
-    shape: tuple[int, ...]
-    inner: Mapping[str, TensorRecord | WrapperRecord]
-    """By the names of the attributes."""
-    attributes: Mapping[str, Any]
-    """The others, as far as they are plain values."""
-
-
-def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> WrapperRecord | None:
-    """Where the tensors within a wrapper are in its entry; None where it holds no wrapper.
+def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> OpaqueWrapper | None:
+    """What an entry says of the wrapper of tensors in it; None where it holds something else.
 
     As `locate`. Raises CheckpointCorruptError: the entry is damaged.
     """
@@ -108,21 +93,10 @@ def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> WrapperRec
     directory = read_directory(source, _TENSOR_DIRECTORY_LIMIT)
     pickled = content(source, directory, "data.pkl", _TENSOR_PICKLE_LIMIT)
     try:
-        found = read_subclass_pickle(pickled)
+        found = read_opaque_pickle(pickled)
     except UnknownGlobalError:
         return None
-    _check_byteorder(source, directory)
-    return _wrapper_of(source, directory, found) if isinstance(found, WrapperPickle) else None
-
-
-def _wrapper_of(source: Source, directory: Directory, told: WrapperPickle) -> WrapperRecord:
-    inner = {
-        name: _wrapper_of(source, directory, one)
-        if isinstance(one, WrapperPickle)
-        else _record_of(source, directory, one)
-        for name, one in told.inner.items()
-    }
-    return WrapperRecord(told.class_name, told.dtype, told.shape, inner, told.attributes)
+    return found if isinstance(found, OpaqueWrapper) and found.inner() else None
 
 
 def _read_plain(pickled: bytes | memoryview) -> TensorPickle:
@@ -131,14 +105,16 @@ def _read_plain(pickled: bytes | memoryview) -> TensorPickle:
         return read_tensor_pickle(pickled)
     except UnknownGlobalError as error:
         try:
-            found = read_subclass_pickle(pickled)
+            found = read_opaque_pickle(pickled)
         except UnknownGlobalError:
             raise error from None
-        if isinstance(found, WrapperPickle):
+        if isinstance(found, OpaqueWrapper):
             raise UnknownGlobalError(
-                f"expected a tensor with memory of its own, got a {found.class_name}, a wrapper of "
-                f"{', '.join(found.inner)}: load it into a tensor of that class"
+                f"expected a tensor with memory of its own, got a {found.kind}, a wrapper of "
+                f"{', '.join(found.inner())}: load it into a tensor of that class"
             ) from None
+        if not isinstance(found, TensorPickle):
+            raise error from None
         return found
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from pytest_dcp.checkpoint.plan.boxes import Ints
 from pytest_dcp.checkpoint.plan.columns import size_of
@@ -21,6 +20,7 @@ from pytest_dcp.checkpoint.store.disk import Disk, In
 from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.locate import locate, locate_wrapper
 from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp.checkpoint.store.unpickle_opaque import OpaqueWrapper
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointFileMissingError,
@@ -35,8 +35,9 @@ class Located:
     catalog: Catalog
     odd_strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Bytes between neighbours, of the chunks that are not stored row-major."""
-    wrapped: set[int] = field(default_factory=set)
-    """The chunks that are stored as wrappers of other tensors: their data are whole entries."""
+    wrapped: dict[int, OpaqueWrapper] = field(default_factory=dict)
+    """What is said of the chunks that are stored as wrappers of other tensors: their data are whole
+    entries."""
 
 
 def located(
@@ -95,8 +96,9 @@ def _find(file: In, catalog: Catalog, row: int, found: Located, *, whole: bool) 
     try:
         record = locate(_reader(file, start), length)
     except UnknownGlobalError as error:
-        if _is_wrapper(file, start, length, dtype, shape):
-            found.wrapped.add(row)
+        wrapper = locate_wrapper(_reader(file, start), length)
+        if wrapper is not None and (wrapper.dtype, wrapper.shape) == (dtype, shape):
+            found.wrapped[row] = wrapper
             return start, length
         raise error.at(file=name, entry=index.fqns[key], offset=start) from error
     except CheckpointCorruptError as error:
@@ -111,14 +113,6 @@ def _find(file: In, catalog: Catalog, row: int, found: Located, *, whole: bool) 
     found.odd_strides[row] = tuple(step * width for step in record.stride)
     skipped = record.storage_offset * width
     return start + record.data_offset + skipped, record.data_nbytes - skipped
-
-
-def _is_wrapper(
-    file: In, start: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> bool:
-    """Whether the entry holds a wrapper that shows this dtype and shape."""
-    wrapper = locate_wrapper(_reader(file, start), length)
-    return wrapper is not None and (wrapper.dtype, wrapper.shape) == (dtype, shape)
 
 
 def _reader(file: In, start: int) -> Callable[[int, int], bytes]:

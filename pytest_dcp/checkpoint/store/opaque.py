@@ -2,16 +2,18 @@
 
 Nothing of the checkpoint's classes is imported or run: the target says by `__tensor_flatten__`
 which inner tensors it has, and each gets the values that the entry has for it. What else the entry
-says of the tensor must be what the target says. Everything is compared before anything is copied.
+says of the tensor must be what the target says. First everything is compared, for which the bytes
+of the tensors are not needed, then everything is made, then copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES
 from pytest_dcp.checkpoint.store.entry import records_of
@@ -26,28 +28,63 @@ from pytest_dcp.checkpoint.store.wrapper_attributes import require_same_attribut
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 Storage = Callable[[str], bytes | memoryview]
-Copy = tuple[torch.Tensor, torch.Tensor]
+"""The bytes of a storage, by its key."""
+Stored = TensorPickle | QuantisedPickle
+Copy = tuple[torch.Tensor, Stored]
 """Where to, and what."""
 
 
-def fill_opaque(fqn: str, target: torch.Tensor, entry: bytes | memoryview) -> torch.Tensor:
-    """The opaque tensor, with the values of an entry.
+def prepare_opaque(
+    fqn: str, target: torch.Tensor, entry: bytes | memoryview
+) -> Callable[[], torch.Tensor]:
+    """What gives the opaque tensor with the values of an entry, which was found to fit.
 
-    A new one where the target is quantised and has no scales yet, as an empty tensor of such a
+    A new tensor where the target is quantised and has no scales yet, as an empty tensor of such a
     dtype: it cannot be given any. Raises CheckpointMismatchError, naming the key, where the entry
-    holds another kind of tensor; CheckpointCorruptError where it is damaged.
+    holds another kind of tensor; CheckpointCorruptError where it is damaged, which may come to
+    light only when the values are made.
     """
     try:
         stored, storage = _opened(entry)
         if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
-            return _tensor(stored, storage)
-        copies = _copies(fqn, target, stored, storage)
+            return lambda: _tensor(stored, storage)
+        copies = _copies(fqn, target, stored, same_class=True)
     except CheckpointCorruptError as error:
         raise error.at(entry=fqn) from error
+
+    def put() -> torch.Tensor:
+        try:
+            _copy(copies, storage)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=fqn) from error
+        return target
+
+    return put
+
+
+def check_wrapper(fqn: str, target: torch.Tensor, stored: OpaqueWrapper) -> list[Copy]:
+    """What is to be copied into which tensor within the target, of a wrapper that torch wrote.
+
+    The target may be of another class, if the tensors within it have the same names. Raises
+    CheckpointMismatchError, naming the key, where what is stored does not fit.
+    """
+    return _copies(fqn, target, stored, same_class=False)
+
+
+def fill_wrapper(copies: Sequence[Copy], entry: bytes | memoryview) -> None:
+    """Copy the tensors of a whole entry to where `check_wrapper` found that they belong.
+
+    Raises CheckpointCorruptError, before anything is copied, for a damaged entry.
+    """
+    read = records_of(entry)
+    _copy(copies, lambda key: read(f"data/{key}"))
+
+
+def _copy(copies: Sequence[Copy], storage: Storage) -> None:
+    values = [(target, _tensor(stored, storage)) for target, stored in copies]
     with torch.no_grad():
-        for to, value in copies:
-            to.copy_(value)
-    return target
+        for target, value in values:
+            target.copy_(value)
 
 
 def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
@@ -90,54 +127,72 @@ def _lacks_scales(target: torch.Tensor) -> bool:
     return False
 
 
-def _copies(fqn: str, target: Any, stored: OpaquePickle, storage: Storage) -> list[Copy]:
+def _copies(fqn: str, target: Any, stored: OpaquePickle, *, same_class: bool) -> list[Copy]:
     """What has to be copied where."""
     if isinstance(stored, OpaqueWrapper):
-        return _inner_copies(fqn, target, stored, storage)
-    shape = stored.shape if isinstance(stored, TensorPickle) else stored.data.shape
-    if hasattr(target, "__tensor_flatten__") or tuple(target.shape) != shape:
-        raise _mismatch(fqn, f"a tensor of size {shape}", _told(target))
-    value = _tensor(stored, storage)
-    if value.dtype != target.dtype:
-        raise _mismatch(fqn, f"{value.dtype}", f"{target.dtype}")
-    if value.is_quantized and value.qscheme() != target.qscheme():
-        raise _mismatch(fqn, f"{value.qscheme()}", f"{target.qscheme()}")
-    return [(target, value)]
+        return _inner_copies(fqn, target, stored, same_class=same_class)
+    data = stored if isinstance(stored, TensorPickle) else stored.data
+    if is_traceable_wrapper_subclass(target) or tuple(target.shape) != data.shape:
+        raise _mismatch(fqn, f"a tensor of size {data.shape}", _told(target))
+    floats = data.dtype.is_floating_point and target.dtype.is_floating_point
+    if data.dtype != target.dtype and not floats:
+        raise _mismatch(fqn, f"{data.dtype}", f"{target.dtype}")
+    if isinstance(stored, QuantisedPickle):
+        _scales_of(stored)
+        if stored.scheme != target.qscheme():
+            raise _mismatch(fqn, f"{stored.scheme}", f"{target.qscheme()}")
+    return [(target, stored)]
 
 
-def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, storage: Storage) -> list[Copy]:
+def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: bool) -> list[Copy]:
+    names = target.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(target) else ()
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
-    if stored.kind != kind or tuple(target.shape) != tuple(stored.shape):
-        raise _mismatch(fqn, f"a {stored.kind} of size {tuple(stored.shape)}", _told(target))
-    names, _ = target.__tensor_flatten__()
+    other = stored.kind != kind if same_class else not names
+    if other or tuple(target.shape) != stored.shape:
+        there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
+        raise _mismatch(fqn, there, _told(target))
+    for name in stored.inner().keys() - set(names):
+        # Kept by the class beside those that count, or else lost.
+        if not isinstance(getattr(target, name, None), torch.Tensor):
+            raise _mismatch(f"{fqn}.{name}", "a tensor", "no tensor of this name")
     copies: list[Copy] = []
     for name in names:
         part = stored.state.get(name)
         if not isinstance(part, OpaquePickle):
             raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _told(target))
-        copies += _copies(f"{fqn}.{name}", getattr(target, name), part, storage)
+        inner = getattr(target, name)
+        copies += _copies(f"{fqn}.{name}", inner, part, same_class=same_class)
     require_same_attributes(fqn, target, stored.state, names)
     return copies
 
 
-def _tensor(stored: TensorPickle | QuantisedPickle, storage: Storage) -> torch.Tensor:
+def _tensor(stored: Stored, storage: Storage) -> torch.Tensor:
     if isinstance(stored, TensorPickle):
         return _plain(stored, storage, stored.dtype)
+    scales, zeros, *axis = _scales_of(stored)
     whole = _plain(stored.data, storage, _integers_of(stored.data.dtype)).contiguous()
+    if not axis:
+        return torch._make_per_tensor_quantized_tensor(whole, scales, zeros)
+    of_scales = _plain(scales, storage, scales.dtype)
+    of_zeros = _plain(zeros, storage, zeros.dtype)
+    return torch._make_per_channel_quantized_tensor(whole, of_scales, of_zeros, *axis)
+
+
+def _scales_of(stored: QuantisedPickle) -> tuple[Any, ...]:
+    """Scale and zero point; or, by channel, TensorPickles of them, and the axis."""
+    shape = stored.data.shape
     match stored.scheme, stored.parameters:
-        case torch.per_tensor_affine, (float(scale), int(zero)):
-            return torch._make_per_tensor_quantized_tensor(whole, scale, zero)
+        case torch.per_tensor_affine, (float(), int()):
+            return stored.parameters
         case (
             torch.per_channel_affine | torch.per_channel_affine_float_qparams,
             (TensorPickle() as scales, TensorPickle() as zeros, int(axis)),
         ):
-            sizes = {scales.shape, zeros.shape, whole.shape[axis : axis + 1]}
-            if 0 <= axis < whole.ndim and len(sizes) == 1:
-                of_scales = _plain(scales, storage, scales.dtype)
-                of_zeros = _plain(zeros, storage, zeros.dtype)
-                return torch._make_per_channel_quantized_tensor(whole, of_scales, of_zeros, axis)
+            sizes = {scales.shape, zeros.shape, shape[axis : axis + 1]}
+            if 0 <= axis < len(shape) and len(sizes) == 1:
+                return stored.parameters
     raise CheckpointCorruptError(
-        f"expected scales that belong to a quantised tensor of size {tuple(whole.shape)}, got "
+        f"expected scales that belong to a quantised tensor of size {shape}, got "
         f"{stored.scheme} with {stored.parameters!r:.200}"
     )
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 import torch
 from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp.checkpoint.plan.columns import size_of
 from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.locate import TensorRecord, WrapperRecord, locate, locate_wrapper
+from pytest_dcp.checkpoint.store.locate import TensorRecord, locate
 from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT, MemoryLimit
-from pytest_dcp.checkpoint.store.wrapper_attributes import require_same_attributes
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20
 """What an entry may take beside a tensor's data."""
@@ -90,47 +87,6 @@ def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
 def tensor_in(entry: bytes) -> torch.Tensor:
     """The tensor in a whole entry. Raises CheckpointCorruptError for a damaged one."""
     return _tensor_at(entry, locate(lambda at, nbytes: entry[at : at + nbytes], len(entry)))
-
-
-def fill_wrapper(fqn: str, target: torch.Tensor, entry: bytes) -> None:
-    """Fill the tensors within a wrapper from a whole entry of one.
-
-    Everything is compared before anything is copied. Raises CheckpointMismatchError, naming the
-    key, where the target is no wrapper of tensors of these names and sizes, or has another value
-    for a plain attribute.
-    """
-    wrapper = locate_wrapper(lambda at, nbytes: entry[at : at + nbytes], len(entry))
-    if wrapper is None:
-        raise CheckpointCorruptError("expected a wrapper of tensors, got something else")
-    with torch.no_grad():
-        for inner, record in list(_inner_records(fqn, target, wrapper)):
-            inner.copy_(_tensor_at(entry, record))
-
-
-def _inner_records(
-    fqn: str, target: Any, wrapper: WrapperRecord
-) -> Iterator[tuple[torch.Tensor, TensorRecord]]:
-    """Each tensor within the target, and where the values for it are."""
-    names = target.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(target) else []
-    if set(names) != set(wrapper.inner):
-        raise CheckpointMismatchError(
-            f"{fqn!r} is a {wrapper.class_name} in the checkpoint, a wrapper of "
-            f"{', '.join(wrapper.inner)}, and a {type(target).__name__}{' of ' if names else ''}"
-            f"{', '.join(names)} here: load it into a tensor of that class",
-            mismatched=(fqn,),
-        )
-    require_same_attributes(fqn, target, wrapper.attributes, names)
-    for name, record in wrapper.inner.items():
-        key, inner = f"{fqn}.{name}", getattr(target, name)
-        if isinstance(record, WrapperRecord):
-            yield from _inner_records(key, inner, record)
-        elif tuple(inner.shape) != record.shape:
-            raise CheckpointMismatchError(
-                f"{key!r} has shape {record.shape} there, {tuple(inner.shape)} here",
-                mismatched=(key,),
-            )
-        else:
-            yield inner, record
 
 
 def _tensor_at(entry: bytes, record: TensorRecord) -> torch.Tensor:

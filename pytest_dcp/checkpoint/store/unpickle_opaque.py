@@ -1,8 +1,9 @@
-"""Reads the pickle of a wrapper subclass or a quantised tensor: descriptions, and no object of it.
+"""Reads the pickle of a tensor of any class or dtype: descriptions, and no object of it.
 
-What enters: the `data.pkl` of an entry that `torch.save` made of one tensor. What leaves: an
-`OpaquePickle`. Classes that the pickle names are kept aside unread, what it would make of them is
-left out: the tensor that is loaded to knows it already.
+What enters: the `data.pkl` of an entry that `torch.save` made of one tensor: of a subclass with
+memory of its own, a wrapper of other tensors, a quantised one. What leaves: an `OpaquePickle`.
+Classes that the pickle names are kept aside unread, and so are objects that a wrapper carries: the
+tensor that is loaded to has them already. Pure (no I/O).
 """
 
 from __future__ import annotations
@@ -47,9 +48,15 @@ class OpaqueWrapper:
 
     kind: str
     """Its class, by module and name."""
+    dtype: torch.dtype
+    """That it shows; its inner tensors have their own."""
     shape: tuple[int, ...]
     state: Mapping[str, Any]
     """Its attributes: TensorPickle, OpaqueWrapper, QuantisedPickle, plain values, UnreadObject."""
+
+    def inner(self) -> dict[str, OpaquePickle]:
+        """The tensors among its attributes."""
+        return {name: one for name, one in self.state.items() if isinstance(one, OpaquePickle)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,13 +103,17 @@ class _Outside:
     """What `_rebuild_wrapper_subclass` makes: a wrapper around nothing yet."""
 
     kind: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def _wrapper(_: Machine, args: tuple[Any, ...]) -> _Outside:
-    if len(args) < 3 or type(args[0]) is not UnreadObject or not isinstance(args[2], tuple):
+    kind, dtype, shape = args[:3] if len(args) >= 3 else (None,) * 3
+    if type(kind) is not UnreadObject or type(dtype) is not torch.dtype:
         raise CheckpointCorruptError(f"expected a wrapper's class, dtype and size, got {len(args)}")
-    return _Outside(args[0].class_name, args[2])
+    if not isinstance(shape, tuple):
+        raise CheckpointCorruptError(f"expected a wrapper's size, got {brief(shape)}")
+    return _Outside(kind.class_name, dtype, tuple(shape))
 
 
 def _layout(machine: Machine, args: tuple[Any, ...]) -> UnreadObject:
@@ -120,7 +131,7 @@ def _from_type(machine: Machine, args: tuple[Any, ...]) -> object:
         raise UnknownGlobalError(f"expected a function that makes a tensor, got {make.name}")
     made = make.call(machine, inner)
     if type(made) is _Outside:
-        return OpaqueWrapper(made.kind, made.shape, _fields(state))
+        return OpaqueWrapper(made.kind, made.dtype, made.shape, _fields(state))
     return made  # A subclass with memory of its own, or a parameter.
 
 

@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES
 from pytest_dcp.checkpoint.store import entry
-from pytest_dcp.checkpoint.store.opaque import fill_opaque
+from pytest_dcp.checkpoint.store.opaque import prepare_opaque
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
@@ -48,6 +48,10 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.canary),)
+
+
+def fill_opaque(fqn: str, target: torch.Tensor, entry: bytes) -> torch.Tensor:
+    return prepare_opaque(fqn, target, entry)()
 
 
 def test_dtypes_are_those_of_data_files() -> None:
@@ -94,6 +98,29 @@ def test_what_a_wrapper_carries_of_other_classes_is_left_out() -> None:
     value.a = Further()
     with pytest.raises(CheckpointMismatchError, match=r"'w\.a' is no tensor of this name"):
         fill_opaque("w", target, saved(value))
+
+
+def test_an_inner_tensor_that_the_target_does_not_have_is_not_lost_without_a_word() -> None:
+    value, target = two(1, 2), two(0, 0)
+    value.zero_point = torch.ones(3)
+    with pytest.raises(CheckpointMismatchError, match=r"'w\.zero_point' is a tensor in the check"):
+        prepare_opaque("w", target, saved(value))
+    target.zero_point = torch.zeros(3)  # Beside its inner tensors: what the class keeps for itself.
+    fill_opaque("w", target, saved(value))
+    assert target.a.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [(torch.float64, True), (torch.int32, False)])
+def test_inner_tensors_convert_between_floats_only(dtype: torch.dtype, fits: bool) -> None:
+    entry, target = saved(two(1, 2)), two(0, 0)
+    target.b = target.b.to(dtype)
+    if fits:
+        fill_opaque("w", target, entry)
+        assert target.b.tolist() == [2.0] * 3
+        return
+    with pytest.raises(CheckpointMismatchError, match=r"'w\.b' is torch\.float32 in the check"):
+        prepare_opaque("w", target, entry)
+    assert target.a.tolist() == [0.0] * 3
 
 
 def test_a_target_keeps_its_values_where_a_part_does_not_fit() -> None:
