@@ -48,7 +48,11 @@ from pytest_dcp.checkpoint.store.observe import observer
 from pytest_dcp.checkpoint.store.registering_disk import Made, RegisteringDisk
 from pytest_dcp.checkpoint.store.safetensors import write_safetensors
 from pytest_dcp.checkpoint.store.staging import BlockingAsyncStager
-from pytest_dcp.checkpoint.store.transforms import StorageWriterTransforms, extensions_of
+from pytest_dcp.checkpoint.store.transforms import (
+    StorageWriterTransforms,
+    extensions_of,
+    own_way_of,
+)
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
 from pytest_dcp.checkpoint.store.written import WriteResults, join_results, whole_places_of
 from pytest_dcp.errors import (
@@ -225,6 +229,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             threads=self.thread_count,
             copy_ahead_bytes=self.per_thread_copy_ahead,
             transforms=extensions_of(self.transforms),
+            through=own_way_of(self.transforms, items),
         )
         disk, source = self._registering_disk(), source_of(planner, items)
         if self.serialization_format == SerializationFormat.SAFETENSORS:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import queue
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
+    WriteItem,
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -31,13 +32,14 @@ from pytest_dcp.checkpoint.file_system import disk_of
 from pytest_dcp.checkpoint.file_system import save_of as save_of_meta
 from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION, FileSystemWriter, source_of
 from pytest_dcp.checkpoint.plan.columns import BYTES, WriteItems
-from pytest_dcp.checkpoint.plan.hooks import is_overridden
+from pytest_dcp.checkpoint.plan.hooks import is_overridden, overridden
 from pytest_dcp.checkpoint.plan.index import copy_metadata
 from pytest_dcp.checkpoint.store.catalog import Catalog
 from pytest_dcp.checkpoint.store.checks import checked_path
 from pytest_dcp.checkpoint.store.commit import publish
 from pytest_dcp.checkpoint.store.consolidate import Shards, consolidate
 from pytest_dcp.checkpoint.store.disk import Disk
+from pytest_dcp.checkpoint.store.file_queue import FileQueue
 from pytest_dcp.checkpoint.store.fill import Filled
 from pytest_dcp.checkpoint.store.hf_folder import (
     encode_index,
@@ -73,7 +75,12 @@ from pytest_dcp.checkpoint.store.threads import Stop, run_all
 from pytest_dcp.checkpoint.store.write import FileJob, Settings
 from pytest_dcp.checkpoint.store.written import WriteResults, whole_places_of
 from pytest_dcp.checkpoint.torch_names import names_of_torch
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError, PlanError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointExistsError,
+    PlanError,
+)
 
 __all__ = ["HuggingFaceStorageWriter", "HuggingFaceStorageReader"]
 
@@ -168,7 +175,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             if self.save_distributed:
                 own = {**own, "shard_index": rank + 1, "ranks": len(plans)}
             told.append(dataclasses.replace(plan, storage_data=shared | own))
-        counts = [_count_files(plan) for plan in told if len(plan.items)]
+        counts = [
+            _count_files(plan, self._split(plan.items, plan.storage_data))
+            for plan in told
+            if len(plan.items)
+        ]
         shared = {"files": sum(counts)}
         return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in told]
 
@@ -194,7 +205,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         # Only a plan of `prepare_global_plan` says how a whole save is told from others.
         jobs = [
             FileJob(name if save_id is None else temporary_name(name, save_id), rows)
-            for name, rows in _files(table.fqns, said).items()
+            for name, rows in _files(table.fqns, said, self._split(plan.items, said)).items()
         ]
         watcher = observer("save")
         watcher.expect(int(table.size_bytes().sum()))
@@ -213,6 +224,36 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         results: Any = WriteResults(plan.items, written)
         future.set_result(results)
         return future
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        """The items of each file, by its number from 1: torch's hook, for subclasses.
+
+        storage_plan: the number of each tensor's file; None: all go to the first.
+        """
+        if storage_plan is None:
+            return {1: items}
+        files: dict[int, list[WriteItem]] = {}
+        for item in items:
+            if item.index.fqn not in storage_plan:
+                raise PlanError(f"{item.index.fqn!r} is not in fqn_to_index_mapping")
+            files.setdefault(storage_plan[item.index.fqn], []).append(item)
+        return files
+
+    def _split(self, items: Sequence[WriteItem], said: Mapping[str, Any]) -> list[int] | None:
+        """The number of each item's file, where a subclass says it; None: as the mapping says."""
+        if not is_overridden(self, HuggingFaceStorageWriter, "_split_by_storage_plan"):
+            return None
+        known = list(items)
+        split = self._split_by_storage_plan(said.get("fqn_to_index_mapping"), known)
+        number = {item.index: at for at, some in split.items() for item in some}
+        if lost := [item.index.fqn for item in known if item.index not in number]:
+            raise PlanError(
+                f"{len(lost)} item(s) are in no file of {type(self).__name__}."
+                f"_split_by_storage_plan: {lost[:SHOWN]}"
+            )
+        return [number[item.index] for item in known]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Give the files their names, consolidate if asked to, write the index, remove the old."""
@@ -381,8 +422,10 @@ def _layout(
     return _Layout(numbers, len(pairs))
 
 
-def _files(fqns: Sequence[str], said: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The names of a rank's files, and the rows of each.
+def _files(
+    fqns: Sequence[str], said: Mapping[str, Any], split: Sequence[int] | None
+) -> dict[str, list[int]]:
+    """The names of a rank's files, and the rows of each. split: the number of each row's file.
 
     A tensor's second part on the rank goes to another file, with a shard number that no rank has:
     a file has one tensor of a name, and readers take the name for the tensor's.
@@ -390,23 +433,25 @@ def _files(fqns: Sequence[str], said: Mapping[str, Any]) -> dict[str, list[int]]
     mapping: Mapping[str, int] | None = said.get("fqn_to_index_mapping")
     shard: int | None = said.get("shard_index")
     highest = said.get("highest") or max((mapping or {}).values(), default=1)
+    highest = max([highest, *(split or ())])
     seen: dict[str, int] = {}
     files: dict[str, list[int]] = {}
     for row, fqn in enumerate(fqns):
         nth = seen[fqn] = seen.get(fqn, -1) + 1
-        number = 1 if mapping is None else mapping[fqn]
+        own = 1 if mapping is None else mapping[fqn]
+        number = own if split is None else split[row]
         number = said.get("numbers", {}).get(number, number)
         shard_number = None if shard is None else shard + nth * said.get("ranks", 1)
         files.setdefault(data_name(number, highest, shard_number), []).append(row)
     return files
 
 
-def _count_files(plan: SavePlan) -> int:
-    """How many files a rank writes."""
+def _count_files(plan: SavePlan, split: Sequence[int] | None) -> int:
+    """How many files a rank writes. split: see `_files`."""
     table, said = WriteItems.of(plan.items), plan.storage_data
-    if len(set(table.fqns)) == len(table.fqns):
+    if split is None and len(set(table.fqns)) == len(table.fqns):
         return len(said["numbers"])
-    return len(_files(table.fqns, said))
+    return len(_files(table.fqns, said, split))
 
 
 def _stated(said: Mapping[str, Any]) -> dict[str, str]:
@@ -524,33 +569,50 @@ class HuggingFaceStorageReader(FileSystemReader):
         return future
 
     def _has_requests_of_its_own(self) -> bool:
-        """Whether a subclass makes the values of an item itself."""
-        return is_overridden(self, HuggingFaceStorageReader, "_process_read_request")
+        """Whether a subclass makes the values of an item itself, or opens the files."""
+        hooks = ("_process_read_request", "_read_files_from_queue")
+        return overridden(self, HuggingFaceStorageReader, hooks)
 
     def _read_requests(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
         """Hand each item to the hook, files by several threads."""
-        watcher, disk, read = observer("load"), self._reading_disk(), [0]
-        count = threading.Lock()
-
-        def advance(nbytes: int) -> None:
-            with count:
-                read[0] += nbytes
-            watcher.advance(nbytes)
-
-        def job(name: str, items: Sequence[ReadItem]) -> Callable[[Stop], None]:
-            def run(stop: Stop) -> None:
-                inside = os.path.relpath(name, self.path) if os.path.isabs(name) else name
-                with disk.open(self.path, checked_path(inside)) as file:
-                    opened = SafetensorsFile(file, inside, self.memory, advance)
-                    for item in items:
-                        stop.check()
-                        self._process_read_request(opened, item, planner)
-
-            return run
-
         by_file = items_by_file(list(plan.items), self.storage_data)
-        run_all([job(name, some) for name, some in by_file.items()], self.thread_count or 1)
-        return Filled(read[0], read[0], 0)
+        paths = ((self._full_path(name), items) for name, items in by_file.items())
+        files, done = FileQueue(paths, observer("load")), queue.Queue[Any]()
+
+        def job(stop: Stop) -> None:
+            files.stop = stop
+            self._read_files_from_queue(files, done, planner)
+
+        threads = self.thread_count or 1
+        run_all([job] * min(threads, len(by_file)), threads)
+        if done.qsize() != len(by_file):
+            raise CheckpointError(f"{done.qsize()} of {len(by_file)} files of the plan were read")
+        return Filled(files.bytes_read, files.bytes_read, 0)
+
+    def _full_path(self, name: str) -> str:
+        return name if os.path.isabs(name) else str(self.fs.concat_path(self.path, name))
+
+    def _read_files_from_queue(
+        self, file_queue: queue.Queue[Any], result_queue: queue.Queue[Any], planner: LoadPlanner
+    ) -> None:
+        """Read files until their queue is empty: torch's hook, run by each thread.
+
+        file_queue: of each file its path and its items. result_queue: gets True for each.
+        """
+        disk = self._reading_disk()
+        own = file_queue if isinstance(file_queue, FileQueue) else None
+        advance = observer("load").advance if own is None else own.advance
+        while True:
+            try:
+                path, items = file_queue.get_nowait()
+            except queue.Empty:
+                return
+            inside = os.path.relpath(path, self.path) if os.path.isabs(path) else path
+            with disk.open(self.path, checked_path(inside)) as file:
+                opened = SafetensorsFile(file, inside, self.memory, advance)
+                for item in items:
+                    self._process_read_request(opened, item, planner)
+            result_queue.put(True)
 
     def _has_streams_of_its_own(self) -> bool:
         """Never: tensors lie in the files as they are."""

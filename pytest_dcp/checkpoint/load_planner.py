@@ -173,7 +173,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             return partial(self._put, fqn, value)
         if not isinstance(value, torch.Tensor):
             number = check_number(fqn, here, value, strict=strict)
-            return partial(self._fill_number, fqn, here, number)
+            return partial(self._fill_number, fqn, here, number, type(value))
         check_tensor(fqn, here, value, strict=strict)
         return partial(self._fill_plain, fqn, here, value)
 
@@ -203,9 +203,9 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         if filled_in is not here:
             self._put(fqn, filled_in)
 
-    def _fill_number(self, fqn: str, here: torch.Tensor, number: Any) -> None:
+    def _fill_number(self, fqn: str, here: torch.Tensor, number: Any, kind: type) -> None:
         fill_tensor(here, number)
-        self._converted(fqn, type(number), here.dtype)
+        self._converted(fqn, kind, here.dtype)
 
     def _fill_plain(self, fqn: str, here: torch.Tensor, value: torch.Tensor) -> None:
         here.detach().copy_(value)
@@ -386,7 +386,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             path = room.checked(fqn, paths.get(fqn, (fqn,)))
             if self._should_include_key(fqn, metadata):
                 flat[fqn], places[fqn] = _empty(fqn, stored), path
-        check_one_tree(places.values())
+        check_one_tree(places)
         for fqn, path in places.items():
             room.put(state_dict, fqn, path, flat[fqn])
         super().set_up_planner(state_dict, metadata, is_coordinator)

@@ -134,20 +134,41 @@ class DefaultSavePlanner(SavePlanner):
             plans, self.metadata = self._create_global_plan(all_plans)
             self.global_plan = plans
             return plans, self.metadata
-        full, digests = self._cache.incoming(all_plans)
-        before = self._cache.answer
+        told, self.global_plan, self.metadata = self._create_global_plan_with_caching(all_plans)
+        return told, self.metadata
+
+    def _create_global_plan_with_caching(
+        self, all_plans: list[SavePlan]
+    ) -> tuple[list[SavePlan], list[SavePlan], Metadata]:
+        """What to tell the ranks, the plans in full, and the metadata: torch's hook.
+
+        A rank is told an unusable plan where it remembers its own.
+        """
+        cache = self._remembering()
+        full, digests = cache.incoming(all_plans)
+        before = cache.answer
         if before is not None and before[0] == digests:
-            same = [SavePlan([], usable=False) for _ in full]
-            _, self.global_plan, self.metadata, self.replicas = before
-            return same, copy_metadata(self.metadata)
-        self.global_plan, self.metadata = self._create_global_plan(full)
-        kept = copy_metadata(self.metadata)
-        self._cache.answer = (digests, self.global_plan, kept, self.replicas)
-        return self.global_plan, self.metadata
+            _, plans, metadata, self.replicas = before
+            told = [SavePlan([], usable=False) for _ in full]
+            return told, plans, copy_metadata(metadata)
+        plans, metadata = self._create_global_plan(full)
+        cache.answer = (digests, plans, copy_metadata(metadata), self.replicas)
+        return plans, plans, metadata
+
+    def _finish_plan_with_caching(self, new_plan: SavePlan) -> SavePlan:
+        """The plan that was told, or the one that is remembered in its place: torch's hook."""
+        return self._remembering().finished(new_plan)
+
+    def _remembering(self) -> PlanCache:
+        """What is remembered of the last save: from here on, where nothing was so far."""
+        if self._cache is None:
+            self._cache = PlanCache()
+        return self._cache
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """The plan that this rank carries out."""
-        self.plan = new_plan if self._cache is None else self._cache.finished(new_plan)
+        caching = self._cache is not None
+        self.plan = self._finish_plan_with_caching(new_plan) if caching else new_plan
         if not self._makes_data():
             self._entries = _prepared(self.state_dict, self.plan.items)
         return self.plan

@@ -184,6 +184,9 @@ ROOM_AT_LEAST = 1 << 16
 filled up with None, and a path of a damaged file could ask for any number."""
 
 
+_NOTHING = object()
+
+
 class Room:
     """Puts values at paths that a file says, in bounds."""
 
@@ -219,7 +222,19 @@ class Room:
                 )
             if wanted is list:
                 self._left -= max(0, key + 1 - len(container or ()))
-            container = None if container is None else get_element(container, (key,))
+            inner = _NOTHING if container is None else get_element(container, (key,), _NOTHING)
+            below, taken = depth < len(path) - 1, inner is not _NOTHING
+            # None is a hole in a list, and a value to be read in a mapping.
+            if (
+                taken
+                and (isinstance(inner, list | dict) is not below)
+                and (inner is not None or wanted is dict)
+            ):
+                raise CheckpointCorruptError(
+                    f"its path {path!r} leads through another value at {path[: depth + 1]!r}",
+                    entry=fqn,
+                )
+            container = inner if taken else None
         if self._left < 0:
             raise CheckpointCorruptError("its path needs longer lists than it has", entry=fqn)
         set_element(root, path, value)

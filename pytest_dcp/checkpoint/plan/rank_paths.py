@@ -7,7 +7,7 @@ the ranks' own state dicts gives each its own back, but no single state dict can
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pytest_dcp.checkpoint.plan.containers import DESCRIPTION, DescribedPaths, paths_of_kind
 from pytest_dcp.checkpoint.plan.containers import merged as merge_descriptions
@@ -74,9 +74,12 @@ def _holds(paths: RankPaths, text: str | None, wanted: Path) -> bool:
     return text is not None and wanted in paths_of_kind(text)
 
 
-def check_one_tree(paths: Iterable[Path]) -> None:
-    """Raise CheckpointMismatchError, naming the keys, where a value lies above another's path."""
-    taken = set(paths)
+def check_one_tree(paths: Mapping[str, Path]) -> None:
+    """Raise CheckpointMismatchError, naming the keys, where a value lies above another's path.
+
+    Only of keys whose paths are their names: others are of a damaged checkpoint.
+    """
+    taken = {path for fqn, path in paths.items() if _name(path) == fqn}
     problems = []
     for path in taken:
         above = next((path[:depth] for depth in range(1, len(path)) if path[:depth] in taken), None)

@@ -303,7 +303,7 @@ def write_safetensors(
 
     Raises TypeError naming a tensor that the format cannot hold.
     """
-    if settings.transforms:
+    if not settings.is_plain:
         raise ValueError("stream transforms do not go with safetensors files: drop one of the two")
     table = WriteItems.of(items)
 

@@ -7,7 +7,7 @@ objects of its own in their place.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
@@ -39,19 +39,35 @@ class StorageWriterTransforms:
         return stream, self.descriptors()
 
 
-def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
-    """The extensions of a storage's `transforms`, of this class or torch's.
+Through = Callable[[int, io.IOBase], tuple[IO[bytes], Sequence[str]]]
+"""For the n-th item and the stream to its file: where to write its entry, and what is noted."""
 
-    Raises TypeError for a class of another kind, whose own way would be passed over.
-    """
-    own = type(transforms).transform_save_stream
-    if own in (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream):
-        extensions: Sequence[StreamTransformExtension] = transforms.extensions
-        return extensions
-    raise TypeError(
-        f"the storage's transforms, a {type(transforms).__name__}, have a transform_save_stream of "
-        "their own, which is not called: give the writer StreamTransformExtensions (`_extensions`)"
-    )
+
+def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
+    """The extensions of a storage's `transforms`; none where it has a way of its own."""
+    if has_own_way(transforms):
+        return ()
+    extensions: Sequence[StreamTransformExtension] = transforms.extensions
+    return extensions
+
+
+def has_own_way(transforms: Any) -> bool:
+    """Whether a client's class stands between an entry and its file."""
+    own = getattr(type(transforms), "transform_save_stream", None)
+    known = (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream)
+    return own not in known
+
+
+def own_way_of(transforms: Any, items: Sequence[WriteItem]) -> Through | None:
+    """What asks a client's class for the stream of each item; None where there is none."""
+    if not has_own_way(transforms):
+        return None
+
+    def through(row: int, raw: io.IOBase) -> tuple[IO[bytes], Sequence[str]]:
+        stream, descriptors = transforms.transform_save_stream(items[row], raw)
+        return stream, tuple(descriptors or ())
+
+    return through
 
 
 class StorageReaderTransforms:

@@ -26,6 +26,7 @@ from pytest_dcp.checkpoint.store.entry import tensor_frame
 from pytest_dcp.checkpoint.store.memory import is_flat, memory_of, pieces
 from pytest_dcp.checkpoint.store.observe import Observer
 from pytest_dcp.checkpoint.store.threads import Stop, run_all
+from pytest_dcp.checkpoint.store.transforms import Through
 from pytest_dcp.checkpoint.store.windows import HUGE_PAGE_BYTES
 from pytest_dcp.checkpoint.store.written import Written
 
@@ -55,6 +56,13 @@ class Settings:
     copy_ahead_bytes: int = COPY_AHEAD_BYTES
     """For a tensor that must be copied (strided, on a GPU): how much at a time."""
     transforms: Sequence[StreamTransformExtension] = ()
+    through: Through | None = None
+    """In place of `transforms`, what gives the stream that an entry is written to."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether entries reach the file as they are."""
+        return not self.transforms and self.through is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,8 @@ class Rows:
     places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """The row, its entry's start and length, its data's start and bytes."""
     sums: list[list[int]] = field(default_factory=list)
+    descriptors: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Of the rows that went through a stream of the client's own."""
 
     def add(
         self, row: int, start: int, length: int, data_start: int, nbytes: int, sums: list[int]
@@ -115,13 +125,13 @@ def _write_file(
     stop: Stop,
 ) -> Rows:
     with disk.create(folder, job.name) as out:
-        if not settings.transforms:
+        if settings.is_plain:
             out.reserve(job.nbytes)
         file = File(out, observer, stop, job.nbytes)
         rows = Rows()
         for row in job.rows:
             data = source(row)
-            if settings.transforms:
+            if not settings.is_plain:
                 _put_transformed(file, rows, row, data, settings)
             elif isinstance(data, torch.Tensor):
                 _put_tensor(file, rows, row, data, settings)
@@ -244,6 +254,9 @@ def _put_transformed(
     stream: IO[bytes] = cast(IO[bytes], tap)
     for transform in settings.transforms:
         stream = transform.transform_to(stream)
+    if settings.through is not None:
+        stream, descriptors = settings.through(row, tap)
+        rows.descriptors[row] = tuple(descriptors)
     if isinstance(data, torch.Tensor):
         frame = tensor_frame(data.dtype, tuple(data.shape))
         stream.write(frame.head)
@@ -257,7 +270,11 @@ def _put_transformed(
         stream.write(data)
     stream.close()
     length = file.position - start
-    rows.add(row, start, length, start, length, tap.sums())
+    if settings.through is not None and not rows.descriptors[row]:
+        # Nothing will say that it is not the entry itself: where its data are must be looked up.
+        rows.add(row, start, length, -1, -1, [])
+    else:
+        rows.add(row, start, length, start, length, tap.sums())
 
 
 class _Tap(io.RawIOBase):
@@ -271,6 +288,9 @@ class _Tap(io.RawIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self._file.position
 
     def write(self, data: Any, /) -> int:
         view = memoryview(bytes(data))
@@ -339,4 +359,5 @@ def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings)
         first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
         sums=np.fromiter(chain.from_iterable(ordered), np.uint32),
         transforms=descriptors,
+        own_transforms={at: of for rows in done for at, of in rows.descriptors.items()},
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,12 @@ class Written:
     sums: NDArray[np.uint32]
     transforms: tuple[str, ...] = ()
     """Descriptors, the same for every row."""
+    own_transforms: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """The descriptors of the rows that have others."""
+
+    def descriptors(self, row: int) -> tuple[str, ...]:
+        """What a reader must undo of the row's entry, in that order."""
+        return self.own_transforms.get(row, self.transforms)
 
 
 class WriteResults(LazyList[WriteResult]):
@@ -57,7 +63,7 @@ class WriteResults(LazyList[WriteResult]):
             relative_path=written.files[written.file[at]],
             offset=int(written.start[at]),
             length=int(written.length[at]),
-            transform_descriptors=list(written.transforms) or None,
+            transform_descriptors=list(written.descriptors(at)) or None,
         )
         return WriteResult(self.key(at), int(written.length[at]), info)
 
@@ -87,6 +93,12 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
     ends = np.cumsum([0, *(len(written.files) for written in some)])
     counts = joined([np.diff(written.first_sum) for written in some], np.int64)
     files = [np.where(w.file < 0, -1, w.file + end) for w, end in zip(some, ends, strict=False)]
+    firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    own = {
+        first + row: of
+        for first, w in zip(firsts, some, strict=False)
+        for row, of in w.own_transforms.items()
+    }
     written = Written(
         files=tuple(name for w in some for name in w.files),
         file=joined(files, np.int32).astype(np.int32),
@@ -97,6 +109,7 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
         first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
         sums=joined([w.sums for w in some], np.uint32),
         transforms=some[0].transforms if some else (),
+        own_transforms=own,
     )
     return WriteResults([item for part in parts for item in part.items], written)
 
@@ -130,6 +143,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
         counts[rows] = np.diff(written.first_sum)
         if written.transforms:
             transforms |= dict.fromkeys(rows.tolist(), written.transforms)
+        transforms |= {int(rows[at]): of for at, of in written.own_transforms.items() if of}
         parts.append((rows, written.sums))
     first_sum = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
     sums = np.zeros(first_sum[-1], dtype=np.uint32)

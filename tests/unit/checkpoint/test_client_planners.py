@@ -385,6 +385,48 @@ class TestSaving:
         assert calls == ["global", "dedup"] * (1 if caching else 2)
         assert dcp.FileSystemReader(tmp_path).read_metadata().of_mine == 3  # type: ignore[attr-defined]  # the same
 
+    def test_torchs_hooks_of_remembered_plans_are_called(self, tmp_path: Path) -> None:
+        """As Megatron-Core's planners, which remember in a way of their own around these."""
+        told: list[tuple[bool, bool]] = []
+
+        class Remembering(dcp.DefaultSavePlanner):
+            def _create_global_plan_with_caching(self, all_plans: list[SavePlan]) -> Any:
+                delta, plans, metadata = super()._create_global_plan_with_caching(all_plans)
+                told.append((delta[0].usable, plans[0].usable))
+                assert isinstance(metadata, Metadata)
+                assert len(plans[0].items) == 2
+                return delta, plans, metadata
+
+            def _finish_plan_with_caching(self, new_plan: SavePlan) -> SavePlan:
+                plan = super()._finish_plan_with_caching(new_plan)
+                assert len(plan.items) == 2
+                return plan
+
+        planner = Remembering(enable_plan_caching=True)
+        for step in range(3):
+            state = {"w": numbered(4, 3) * step, "step": step}
+            dcp.save(state, checkpoint_id=tmp_path / str(step), planner=planner)
+            target = {"w": torch.zeros(4, 3), "step": -1}
+            dcp.load(target, checkpoint_id=tmp_path / str(step))
+            assert torch.equal(target["w"], state["w"])
+            assert target["step"] == step
+        assert told == [(True, True), (False, True), (False, True)]
+
+    def test_remembered_plans_by_hand(self) -> None:
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner({"w": numbered(2, 2)}, is_coordinator=True)
+        plan = planner.create_local_plan()
+        first, whole, metadata = planner._create_global_plan_with_caching([plan])
+        assert first[0] is whole[0]
+        assert planner._finish_plan_with_caching(first[0]) is whole[0]
+        again, same, metadata_again = planner._create_global_plan_with_caching([plan])
+        assert not again[0].usable
+        assert same[0] is whole[0]
+        assert planner._finish_plan_with_caching(again[0]).items is whole[0].items
+        assert dict(metadata_again.state_dict_metadata) == dict(metadata.state_dict_metadata)
+        metadata_again.storage_data = {"x": 1}
+        assert planner._create_global_plan_with_caching([plan])[2].storage_data is None
+
 
 class Wrapped(torch.Tensor):
     """Looks like float32 of one size, and is int64 of another, of which its hooks tell."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import queue
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.filesystem import FileSystem, FileSystemBase
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -259,6 +260,68 @@ class TestRequestsOfSafetensors:
         assert target["w"].tolist() == (torch.arange(12.0).reshape(4, 3) * 3).tolist()
         assert (target["scale"].item(), target["x"].tolist()) == (3.0, [1.0, 1.0])
         assert report.bytes_read == 24 + 4 + 4 + 8
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_the_files_are_given_to_threads_in_a_queue(self, tmp_path: Path, threads: int) -> None:
+        """As readers that open the files themselves, or retry; and the hook called by hand."""
+        safe_open = pytest.importorskip("safetensors").safe_open
+
+        class Opening(dcp.HuggingFaceStorageReader):
+            opened: ClassVar[list[str]] = []
+
+            def _read_files_from_queue(
+                self, file_queue: queue.Queue[Any], result_queue: queue.Queue[Any], planner: Any
+            ) -> None:
+                while True:
+                    try:
+                        name, items = file_queue.get_nowait()
+                    except queue.Empty:
+                        return
+                    with safe_open(filename=name, framework="pt") as file:
+                        for item in items:
+                            self._process_read_request(file, item, planner)
+                    self.opened.append(os.path.basename(name))
+                    result_queue.put(True)
+
+        class Losing(dcp.HuggingFaceStorageReader):
+            def _read_files_from_queue(self, *_: Any) -> None: ...
+
+        class ByHand(dcp.HuggingFaceStorageReader):
+            def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+                files: queue.Queue[Any] = queue.Queue()
+                done: queue.Queue[Any] = queue.Queue()
+                for item in plan.items:
+                    files.put((self.storage_data[item.storage_index].relative_path, [item]))
+                self._read_files_from_queue(files, done, planner)
+                assert done.qsize() == len(plan.items)
+                future: torch.futures.Future[None] = torch.futures.Future()
+                future.set_result(None)
+                return future
+
+        stored = {name: torch.full((3,), float(n)) for n, name in enumerate("abcd")}
+        mapping = {"a": 1, "b": 2, "c": 3, "d": 3}
+        dcp.save(stored, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), mapping))
+        for kind in (Opening, ByHand):
+            target = {name: torch.zeros(3) for name in "abcd"}
+            dcp.load(target, storage_reader=kind(str(tmp_path), threads))
+            assert [value.tolist() for value in target.values()] == [[n] * 3 for n in range(4)]
+        assert len(Opening.opened) == 3
+        with pytest.raises(CheckpointError, match="0 of 3 files of the plan were read"):
+            dcp.load(target, storage_reader=Losing(str(tmp_path), threads))
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_a_failure_in_one_file_ends_the_others(self, tmp_path: Path, threads: int) -> None:
+        class Failing(dcp.HuggingFaceStorageReader):
+            def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+                if req.storage_index.fqn == "b":
+                    raise OSError("no such shelf")
+                super()._process_read_request(f, req, planner)
+
+        stored = {name: torch.ones(3) for name in "abc"}
+        mapping = {"a": 1, "b": 2, "c": 3}
+        dcp.save(stored, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), mapping))
+        with pytest.raises(OSError, match="no such shelf"):
+            dcp.load(stored, storage_reader=Failing(str(tmp_path), threads))
 
     def test_a_subclass_of_the_quantised_reader_is_asked_too(self, tmp_path: Path) -> None:
         class Watching(dcp.QuantizedHuggingFaceStorageReader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader as TorchReader
 from torch.distributed.checkpoint import filesystem as torchs
 from torch.distributed.checkpoint import load as torch_load
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -30,7 +32,7 @@ from torch.futures import Future
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint import filesystem as ours
 from pytest_dcp.checkpoint.staging import BlockingAsyncStager
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, PlanError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -362,6 +364,41 @@ class TestByHand:
         assert target["w"].tolist() == [0, 1, 2, 3]
 
 
+class TestFilesOfSafetensors:
+    def test_the_items_of_each_file_are_the_subclass_own(self, tmp_path: Path) -> None:
+        class Own(dcp.HuggingFaceStorageWriter):
+            def _split_by_storage_plan(self, storage_plan: Any, items: Any) -> Any:
+                assert storage_plan == self.fqn_to_index_mapping
+                split = super()._split_by_storage_plan(storage_plan, items)
+                (last,) = [item for item in items if item.index.fqn == "c"]
+                return {n: [i for i in of if i is not last] for n, of in split.items()} | {
+                    4: [last]
+                }
+
+        stored = {name: torch.full((2,), float(n)) for n, name in enumerate("abc")}
+        dcp.save(stored, storage_writer=Own(str(tmp_path), {"a": 1, "b": 2, "c": 2}))
+        weights = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+        assert [weights[name].split("-")[1] for name in "abc"] == ["00001", "00002", "00004"]
+        target = {name: torch.zeros(2) for name in "abc"}
+        dcp.load(target, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
+        assert [value.tolist() for value in target.values()] == [[n] * 2 for n in range(3)]
+
+    def test_the_split_by_hand_and_one_that_loses_an_item(self, tmp_path: Path) -> None:
+        class Losing(dcp.HuggingFaceStorageWriter):
+            def _split_by_storage_plan(self, storage_plan: Any, items: Any) -> Any:
+                return {1: items[1:]}
+
+        items = [WriteItem(MetadataIndex(name), WriteItemType.TENSOR) for name in "abc"]
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path))
+        assert writer._split_by_storage_plan(None, items) == {1: items}
+        split = writer._split_by_storage_plan({"a": 2, "b": 1, "c": 2}, items)
+        assert split == {2: [items[0], items[2]], 1: [items[1]]}
+        with pytest.raises(PlanError, match="'c' is not in fqn_to_index_mapping"):
+            writer._split_by_storage_plan({"a": 2, "b": 1}, items)
+        with pytest.raises(PlanError, match=r"1 item\(s\) are in no file of Losing"):
+            dcp.save({"a": torch.ones(1), "b": torch.ones(1)}, storage_writer=Losing(str(tmp_path)))
+
+
 class TestTransforms:
     def test_extensions_that_are_set_later_count(self, tmp_path: Path) -> None:
         pytest.importorskip("zstandard")
@@ -377,16 +414,124 @@ class TestTransforms:
             assert all(place.transform_descriptors for place in places)
             check_loads(tmp_path)
 
-    def test_a_way_of_its_own_is_not_passed_over(self, tmp_path: Path) -> None:
-        class Odd(torchs._StorageWriterTransforms):
+    @pytest.mark.parametrize("base", [torchs._StorageWriterTransforms, object])
+    def test_a_stream_of_its_own_for_each_item(self, tmp_path: Path, base: Any) -> None:
+        """One that says what a reader must undo, for some of the items."""
+        asked: list[str] = []
+
+        class Own(base):  # type: ignore[misc]  # any class
             def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
-                raise AssertionError("is not called")
+                asked.append(write_item.index.fqn)
+                plain = write_item.index.fqn == "b"
+                assert raw_stream.tell() >= 0
+                return _Flipping(raw_stream, 0 if plain else 255), [] if plain else [
+                    "stream.flip/1"
+                ]
 
         writer = dcp.FileSystemWriter(tmp_path)
-        odd: Any = Odd()
-        writer.transforms = odd
-        with pytest.raises(BaseException, match="transform_save_stream of their own"):
-            dcp.save(state(), storage_writer=writer)
+        own: Any = Own()
+        writer.transforms = own
+        dcp.save(state(), storage_writer=writer)
+        assert sorted(asked) == ["b", "step", "w"]
+        registry = ExtensionRegistry()
+        registry.register(Flip)
+        for reader in (
+            dcp.FileSystemReader(tmp_path, registry, verify="full"),
+            TorchReader(tmp_path, registry),
+        ):
+            target: dict[str, Any] = {"w": torch.zeros(3, 4), "b": torch.zeros(2), "step": 0}
+            load = dcp.load if isinstance(reader, dcp.FileSystemReader) else torch_load
+            load(target, storage_reader=reader, no_dist=True)
+            assert torch.equal(target["w"], state()["w"])
+            assert target["b"].tolist() == [1, 1]
+            assert target["step"] == 7
+        places = dcp.FileSystemReader(tmp_path).read_metadata().storage_data
+        told = {key.fqn: place.transform_descriptors for key, place in places.items()}
+        assert told == {"w": ["stream.flip/1"], "step": ["stream.flip/1"], "b": None}
+
+    def test_a_stream_that_no_reader_is_told_of_is_undone_by_the_readers_own(
+        self, tmp_path: Path
+    ) -> None:
+        class Own:
+            def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+                return _Flipping(raw_stream, 255), []
+
+        class Back:
+            def transform_load_stream(self, item: Any, descriptors: Any, stream: Any) -> Any:
+                return io.BytesIO(bytes(byte ^ 255 for byte in stream.read()))
+
+        writer, reader = dcp.FileSystemWriter(tmp_path), dcp.FileSystemReader(tmp_path)
+        own: Any = Own()
+        back: Any = Back()
+        writer.transforms, reader.transforms = own, back
+        dcp.save(state(), storage_writer=writer)
+        target: dict[str, Any] = {"w": torch.zeros(3, 4), "b": torch.zeros(2), "step": 0}
+        dcp.load(target, storage_reader=reader)
+        assert torch.equal(target["w"], state()["w"])
+        assert target["step"] == 7
+        for verify in ("auto", "off"):
+            with pytest.raises(CheckpointCorruptError):
+                dcp.load({"w": torch.zeros(3, 4)}, checkpoint_id=tmp_path, verify=verify)  # type: ignore[arg-type]
+
+    def test_a_stream_of_its_own_in_a_file_for_each_item_and_in_safetensors(
+        self, tmp_path: Path
+    ) -> None:
+        own: Any = _FlipsAll()
+        writer = dcp.FileSystemWriter(tmp_path, single_file_per_rank=False, thread_count=2)
+        writer.transforms = own
+        dcp.save(state(), storage_writer=writer)
+        registry = ExtensionRegistry()
+        registry.register(Flip)
+        target: dict[str, Any] = {"w": torch.zeros(3, 4), "b": torch.zeros(2), "step": 0}
+        dcp.load(target, storage_reader=dcp.FileSystemReader(tmp_path, registry))
+        assert torch.equal(target["w"], state()["w"])
+        kind = torchs.SerializationFormat.SAFETENSORS
+        writer = dcp.FileSystemWriter(tmp_path / "st", serialization_format=kind)
+        writer.transforms = own
+        with pytest.raises(BaseException, match="do not go with safetensors"):
+            dcp.save({"w": torch.ones(3)}, storage_writer=writer)
+
+
+class _Flipping(io.RawIOBase):
+    """Flips bits on the way to a stream, which it closes too, as a careless one does."""
+
+    def __init__(self, raw: Any, bits: int) -> None:
+        self.raw, self.bits = raw, bits
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        return int(self.raw.write(bytes(byte ^ self.bits for byte in memoryview(data).cast("B"))))
+
+    def close(self) -> None:
+        if not self.closed:
+            self.raw.close()
+        super().close()
+
+
+class _FlipsAll:
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> Any:
+        return _Flipping(raw_stream, 255), ["stream.flip/1"]
+
+
+class Flip(StreamTransformExtension):
+    @staticmethod
+    def registry_name() -> str:
+        return "stream.flip"
+
+    @staticmethod
+    def from_descriptor(version: str) -> Flip:
+        return Flip()
+
+    def get_descriptor(self) -> str:
+        return "stream.flip/1"
+
+    def transform_to(self, output: Any) -> Any:
+        return _Flipping(output, 255)
+
+    def transform_from(self, input: Any) -> Any:
+        return io.BytesIO(bytes(byte ^ 255 for byte in input.read()))
 
 
 class TestStaging:
