@@ -203,15 +203,21 @@ class Boundary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        if error is not None and is_explained(error):
-            logger.debug("raised to the caller: %s", kind, exc_info=error)
-            # The interpreter raises it again with the traceback that it has now.
-            error.__traceback__ = None
-            with contextlib.suppress(AttributeError, TypeError):
-                setattr(error, EXPLAINED, True)
+        if error is not None:
+            # The interpreter raises it again with the traceback that it has then.
+            forget_frames(error)
 
 
 BOUNDARY = Boundary()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the frames of an explained error that leaves the package, at once or in a future."""
+    if is_explained(error):
+        logger.debug("raised to the caller: %s", type(error), exc_info=error)
+        error.__traceback__ = None
+        with contextlib.suppress(AttributeError, TypeError):
+            setattr(error, EXPLAINED, True)
 
 
 def drop_inner_frames(function: Callable[P, R]) -> Callable[P, R]:

@@ -40,6 +40,7 @@ from pytest_dcp.checkpoint.coordinate.rendezvous import timeout_of
 from pytest_dcp.checkpoint.messages import unpacked_metadata
 from pytest_dcp.checkpoint.shipping import Shipment, pickled, shipped
 from pytest_dcp.errors import SaverProcessError
+from pytest_dcp.tracebacks import forget_frames
 
 START_S = 300.0
 """How long a process may take to begin: on a busy machine the imports alone may take a minute."""
@@ -220,6 +221,7 @@ class Saver:
         try:
             metadata = self._save(job)
         except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            forget_frames(error)
             future.set_exception(error)
         else:
             future.set_result(metadata)
@@ -251,7 +253,8 @@ class Saver:
                 fd = shipment.memory.fd if shipment.memory else None
                 sent = team.agree("save", lambda: line.ask(upload, team.check, silence_s, fd))
             except StepError as error:
-                raise _plainly(error) from error
+                # Its text has all that this one says, which stays the context, for debuggers.
+                raise _plainly(error) from None
         return unpacked_metadata(sent)
 
     def _prepared(self, team: Team, job: Job, silence_s: float) -> tuple[Shipment, Line]:

@@ -27,7 +27,7 @@ from pytest_dcp.checkpoint.storage_choice import (
     writer_for,
 )
 from pytest_dcp.checkpoint.store.staging import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
-from pytest_dcp.tracebacks import drop_inner_frames
+from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
 
 COORDINATOR = 0
 
@@ -155,8 +155,21 @@ def _heed_stage(writer: StorageWriter | None, stager: AsyncStager | None) -> Non
 
 
 def _save_in_thread(save: Save) -> Future[Metadata]:
+    uploading: Future[Metadata] = Future()
+    # It has begun: its place among the group's operations is taken.
+    uploading.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            metadata = save.run()
+        except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            forget_frames(error)
+            uploading.set_exception(error)
+        else:
+            uploading.set_result(metadata)
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
-    uploading = pool.submit(drop_inner_frames(save.run))
+    pool.submit(run)
     # The thread ends with its only job.
     pool.shutdown(wait=False)
     return uploading

@@ -33,6 +33,7 @@ from pytest_dcp.checkpoint.store import disk as disk_module
 from pytest_dcp.checkpoint.store.disk import Buffer, In, LocalDisk, Out
 from pytest_dcp.checkpoint.store.write import FileJob
 from pytest_dcp.errors import CheckpointReplacedError
+from pytest_dcp.tracebacks import owner_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -601,3 +602,14 @@ def test_a_save_that_lost_a_result_is_not_committed(
     with pytest.raises(dcp.CheckpointException, match=r"1 item\(s\).*by no rank.*'w'"):
         dcp.save({"v": torch.zeros(2), "w": torch.zeros(2)}, storage_writer=writer(str(tmp_path)))
     assert {name: files_in(tmp_path)[name] for name in before} == before
+
+
+def test_a_failure_in_the_background_shows_no_frames_of_the_package(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    saving: Any = dcp.async_save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "file" / "inside")
+    with pytest.raises(NotADirectoryError) as caught:
+        saving.result()
+    files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert files[0] == __file__
+    assert "package" not in {owner_of(file) for file in files}
+    assert not saving.cancel()

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from pytest_dcp.checkpoint.coordinate import StepError
 from pytest_dcp.checkpoint.staging import DefaultStager, StagingOptions
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from pytest_dcp.errors import ReplicaMismatchError, SaverProcessError
+from pytest_dcp.tracebacks import owner_of
 
 pytestmark = pytest.mark.world_size(2, timeout=400)
 
@@ -72,10 +74,18 @@ def failure(future: Future[Metadata]) -> StepError:
     error = future.exception(WAIT_S)
     assert isinstance(error, CheckpointException)
     assert isinstance(error, StepError)
+    assert not [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame)]
+    assert error.__cause__ is None
+    assert error.__suppress_context__
     texts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(texts, str(error))
     assert len(set(texts)) == 1
     return error
+
+
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame of a traceback is the package's."""
+    return owner_of(frame.filename) == "package"
 
 
 def process_of(group: dist.ProcessGroup | None = None) -> int:
