@@ -90,9 +90,9 @@ def test_every_value_that_does_not_fit_is_named_at_once(folder: Path) -> None:
     before = told(state)
     with pytest.raises(dcp.CheckpointException) as caught:
         dcp.load(state, checkpoint_id=folder)
-    (cause,) = {failure[0] for failure in caught.value.failures.values()}
-    assert isinstance(cause, CheckpointMismatchError)
-    assert set(cause.mismatched) == set(MISFITS)
+    for cause, _ in caught.value.failures.values():
+        assert isinstance(cause, CheckpointMismatchError)
+        assert set(cause.mismatched) == set(MISFITS)
     assert told(state) == before
 
 
