@@ -6,6 +6,7 @@ this machine, so the time of a step includes what the peers' process needs; `cpu
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -14,8 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,13 +24,18 @@ import torch.distributed as dist
 from pytest_dcp.checkpoint.coordinate import rendezvous, team_of
 from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode, encode
 from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.reception import Address, Hello, reception
+from pytest_dcp.checkpoint.coordinate.reception import Address, Hello, greet, reception
 from pytest_dcp.checkpoint.coordinate.spoke import connect
 
 PEERS = (64, 512, 4096)
+QUICK_PEERS = (8, 64)
 STEPS = 20
 SOFT_LIMIT = 1024
 """Of descriptors, in a login shell of the common distributions."""
+MS_PER_PEER = 0.1
+"""Of the coordinator's processor in one step: what is promised."""
+BESIDE = 8
+"""Descriptors that do not grow with the peers."""
 LIMIT_S = 300.0
 OPERATION = "save"
 
@@ -41,47 +46,69 @@ class PeerTimes:
 
     peers: int
     join_ms: float
-    """The first step: all peers connect and say who they are."""
+    """The first step of the first operation: all peers connect and say who they are."""
     rejoin_ms: float
-    """The first step of the next operation."""
+    """The first step of the second operation."""
     agree_ms: float
     """One further step; the median."""
     cpu_ms: float
     """Time of the coordinator's processor in such a step; the mean."""
     descriptors: int
-    """That the coordinator has open during the second operation, beyond those before the first."""
+    """That the coordinator has open in the second operation, and had not before the first."""
+    met: bool
+    """Whether a step takes at most `MS_PER_PEER`, and a peer one descriptor."""
 
 
-def measure_peers(counts: Sequence[int] = PEERS, steps: int = STEPS) -> list[PeerTimes]:
+def measure(*, quick: bool = False) -> list[PeerTimes]:
     """The times of one coordinator, for each number of peers.
 
     Raises RuntimeError when a process fails.
     """
-    return [_measure(count, steps) for count in counts]
+    return [_measure(peers, STEPS) for peers in (QUICK_PEERS if quick else PEERS)]
 
 
 def _measure(peers: int, steps: int) -> PeerTimes:
-    program = [sys.executable, str(Path(__file__).resolve())]
-    with ExitStack() as stack:
-        coordinator = stack.enter_context(
-            subprocess.Popen(
-                [*program, "coordinator", str(peers), str(steps)],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-        stack.callback(coordinator.kill)
-        assert coordinator.stdout is not None
-        address = coordinator.stdout.readline().strip()
-        crowd = stack.enter_context(
-            subprocess.Popen([*program, "peers", str(peers), str(steps), address])
-        )
-        stack.callback(crowd.kill)
+    with (
+        _started("coordinator", peers, steps) as coordinator,
+        _started("peers", peers, steps) as crowd,
+    ):
+        address, _ready = _read_line(coordinator), _read_line(crowd)
+        for process in (crowd, coordinator):
+            _write_line(process, address)
         answer, _ = coordinator.communicate(timeout=LIMIT_S)
         crowd.wait(LIMIT_S)
         if coordinator.returncode or crowd.returncode:
             raise RuntimeError(f"{peers} peers: a process failed, see above")
     return PeerTimes(**json.loads(answer))
+
+
+@contextlib.contextmanager
+def _started(role: str, peers: int, steps: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed when the block is left."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), role, str(peers), str(steps)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"MASTER_ADDR": "localhost"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _read_line(process: subprocess.Popen[str]) -> str:
+    line = "" if process.stdout is None else process.stdout.readline()
+    if not line:
+        raise RuntimeError("a process failed, see above")
+    return line.strip()
+
+
+def _write_line(process: subprocess.Popen[str], text: str) -> None:
+    if process.stdin is not None:
+        process.stdin.write(f"{text}\n")
+        process.stdin.flush()
 
 
 # The coordinator's process.
@@ -94,9 +121,11 @@ def run_coordinator(peers: int, steps: int) -> None:
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=peers + 1)
     before = _count_descriptors()
     print(reception().address.encode(), flush=True)
+    sys.stdin.readline()  # the peers are ready, too
     join_ms, _, _, _ = _run_operation(steps)
     rejoin_ms, agree_ms, cpu_ms, held = _run_operation(steps)
-    times = PeerTimes(peers, join_ms, rejoin_ms, agree_ms, cpu_ms, held - before)
+    met = cpu_ms <= MS_PER_PEER * peers + 1 and held - before <= peers + BESIDE
+    times = PeerTimes(peers, join_ms, rejoin_ms, agree_ms, cpu_ms, held - before, met)
     print(json.dumps(asdict(times)))
 
 
@@ -121,7 +150,7 @@ def _count_descriptors() -> int:
 # The peers' process.
 
 
-def run_peers(peers: int, steps: int, address: Address) -> None:
+def run_peers(peers: int, steps: int) -> None:
     """Play ranks 1 to `peers` in both operations."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -129,14 +158,15 @@ def run_peers(peers: int, steps: int, address: Address) -> None:
     world = dist.group.WORLD
     assert world is not None
     group = rendezvous.group_key(world, 0)
+    print("ready", flush=True)
+    address = Address.decode(sys.stdin.readline().encode())
     with selectors.DefaultSelector() as selector:
         lines: dict[int, Line] = {}
         for number in (1, 2):
             for rank in range(1, peers + 1):
                 line = lines[rank] if number > 1 else Line(connect(address))
                 lines[rank] = line
-                line.queue(Hello(group, OPERATION, number, rank).frame(address.secret))
-                line.flush()
+                greet(line, Hello(group, OPERATION, number, rank), address.key())
                 selector.register(line, selectors.EVENT_READ, line)
             _run_steps(lines.values(), selector, steps)
             for line in lines.values():
@@ -172,16 +202,15 @@ def main() -> None:
     """Play one of the processes, or measure all and print a line for each number of peers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("role", nargs="?", choices=["coordinator", "peers"])
-    parser.add_argument("facts", nargs="*")
+    parser.add_argument("facts", nargs="*", type=int)
     chosen = parser.parse_args()
     if chosen.role is None:
-        for times in measure_peers():
+        for times in measure():
             print(times, flush=True)
     elif chosen.role == "coordinator":
-        run_coordinator(*map(int, chosen.facts))
+        run_coordinator(*chosen.facts)
     else:
-        *counts, address = chosen.facts
-        run_peers(*map(int, counts), Address.decode(address.encode()))
+        run_peers(*chosen.facts)
 
 
 if __name__ == "__main__":
