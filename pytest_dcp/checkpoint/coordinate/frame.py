@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 from pytest_dcp.checkpoint.coordinate.handshake import SEAL_BYTES, Seal
 from pytest_dcp.checkpoint.coordinate.parcel import Segment
@@ -137,6 +138,12 @@ def decode(data: bytes) -> Frame:
     raise FrameError(f"expected one frame, got {len(data)} bytes that are none")
 
 
+@lru_cache(maxsize=16)
+def _head(number: int, mode: int, name: bytes) -> Head:
+    """The head with these facts: thousands of peers send the same one. Raises ValueError."""
+    return Head(number, Mode(mode), name.decode("utf-8", "replace"))
+
+
 class FrameReader:
     """Cuts frames from a stream: fill `space()`, then say how many bytes came with `filled`."""
 
@@ -190,7 +197,7 @@ class FrameReader:
             raise FrameError(f"a table of {count} segments in a body of {len(body)} bytes")
         sizes = struct.unpack_from(f"<{count}Q", body)
         at = table_bytes + name_bytes
-        name = bytes(body[table_bytes:at]).decode("utf-8", "replace")
+        name = bytes(body[table_bytes:at])
         segments: list[Segment] = []
         for size in sizes:
             at += -at % ALIGNMENT
@@ -199,6 +206,6 @@ class FrameReader:
         if at > len(body):
             raise FrameError(f"segments of {sum(sizes)} bytes in a body of {len(body)} bytes")
         try:
-            return Frame(Kind(kind), Head(number, Mode(mode), name), segments)
+            return Frame(Kind(kind), _head(number, mode, name), segments)
         except ValueError as error:
             raise FrameError(f"a frame of unknown kind {kind} or mode {mode}") from error

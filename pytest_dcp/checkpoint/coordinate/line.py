@@ -17,6 +17,7 @@ import socket
 import time
 import weakref
 from collections import deque
+from itertools import islice
 
 from pytest_dcp.checkpoint.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
 from pytest_dcp.checkpoint.coordinate.handshake import Seal
@@ -103,7 +104,7 @@ class Line:
     def flush(self) -> bool:
         """Send what the socket takes; whether nothing is left to send."""
         while self._out and self.ended is None:
-            pieces = [piece for piece, _ in zip(self._out, range(MAX_PIECES), strict=False)]
+            pieces = islice(self._out, MAX_PIECES)
             try:
                 sent = self.sock.sendmsg(pieces)
             except BlockingIOError:

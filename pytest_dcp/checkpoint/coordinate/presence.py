@@ -54,9 +54,14 @@ class Presence:
 
     @classmethod
     def decode(cls, data: bytes) -> Presence:
-        """The presence in a store's value."""
+        """The presence in a store's value. Raises ValueError, TypeError or KeyError for another."""
         facts = json.loads(data)
-        return cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+        presence = cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+        texts = (presence.started, presence.scope, presence.error_file, *presence.hosts)
+        numbers = (presence.pid, presence.port)
+        if not ({str}.issuperset(map(type, texts)) and {int}.issuperset(map(type, numbers))):
+            raise ValueError(f"expected what a rank says of its process, got {presence!r:.200}")
+        return presence
 
     @property
     def is_visible(self) -> bool:

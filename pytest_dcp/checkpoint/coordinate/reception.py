@@ -288,15 +288,17 @@ class Reception:
 
     def _greet(self) -> None:
         staying = []
+        held = self._count_held()
         for until_s, line in self._lobby:
             line.receive(one=True)
             refused = bool(line.frames)
             hello = self._read_hello(line.frames.popleft()) if line.frames else None
             if hello is not None and (seals := self._group_key.seals(hello.nonce)) is not None:
                 line.seal(outgoing=seals[1], incoming=seals[0])
-            if hello is not None and self._has_too_many(hello):
+            if hello is not None and held[hello.group, hello.rank] >= WAITING_OF_A_RANK:
                 self._close_stranger(line)
             elif hello is not None:
+                held[hello.group, hello.rank] += 1
                 line.reader.limit_bytes, line.reader.only = MAX_BODY_BYTES, None
                 self._seat(hello, line)
             elif refused or line.over or time.monotonic() > until_s:
@@ -351,12 +353,10 @@ class Reception:
         del self._idle[line]
         self._selector.unregister(line)
 
-    def _has_too_many(self, hello: Hello) -> bool:
-        """Whether a rank has as many connections here, that no operation took, as it may have."""
-        member = (hello.group, hello.rank)
-        waiting = sum((a.hello.group, a.hello.rank) == member for a in self._waiting)
-        idle = sum(other == member for other in self._idle.values())
-        return waiting + idle >= WAITING_OF_A_RANK
+    def _count_held(self) -> Counter[Member]:
+        """How many connections each rank has here that no operation took."""
+        waiting = Counter((arrival.hello.group, arrival.hello.rank) for arrival in self._waiting)
+        return waiting + Counter(self._idle.values())
 
     def _read_hello(self, frame: Frame) -> Hello | None:
         """Who a peer is; None where it does not prove that it is a rank of the group."""
