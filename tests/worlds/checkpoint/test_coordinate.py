@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import resource
 import signal
 import stat
 import threading
@@ -34,9 +35,12 @@ from pytest_dcp.checkpoint.coordinate import (
     RemoteError,
     StepError,
     Team,
+    link,
+    rendezvous,
     team_of,
 )
-from pytest_dcp.checkpoint.coordinate.reception import reception
+from pytest_dcp.checkpoint.coordinate.descriptors import FEW
+from pytest_dcp.checkpoint.coordinate.reception import BACKLOG, reception
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_world import RankWorld
@@ -579,6 +583,41 @@ def test_a_rank_that_never_comes_is_named(world: RankWorld, rank: int) -> None:
                 t.barrier("meet")
             assert isinstance(seen[0].failures[2][0], RankSilentError)
         world.barrier()
+
+
+def test_a_coordinator_with_a_full_queue_is_waited_for(
+    world: RankWorld, group: dist.ProcessGroup, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One peer fits into its queue; the connections of the other are not answered."""
+    monkeypatch.setattr(link, "CONNECT_S", 0.2)
+    if rank == 0:
+        rendezvous.publish(group, 0)
+        reception()._listener.listen(0)
+    world.barrier()
+    try:
+        if rank == 0:
+            time.sleep(2.0)
+        with team(group) as t:
+            assert t.all_gather("first", lambda: rank) == [0, 1, 2]
+    finally:
+        if rank == 0:
+            reception()._listener.listen(BACKLOG)
+
+
+def test_a_coordinator_that_may_open_too_few_descriptors_says_so_to_all(
+    group: dist.ProcessGroup, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank == 0:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (FEW, FEW))
+        monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    with team(group) as t, fails("meet") as seen:
+        t.barrier("meet")
+    assert list(seen[0].failures) == [0]
+    assert f"may have only {FEW} descriptors open: raise the hard limit" in str(seen[0])
+    assert "`ulimit -n " in str(seen[0])
+    monkeypatch.undo()
+    with team(group) as t:
+        assert t.all_gather("again", lambda: rank) == [0, 1, 2]
 
 
 @each_coordinator
