@@ -246,24 +246,33 @@ class _Slot:
     """One lock file, taken at most once at a time, over processes and within this one."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         # A soft lock would outlive a killed holder, so a file system without flock is an error.
         self._lock = FileLock(path, thread_local=False, fallback_to_soft=False)
         # A FileLock is reentrant: by itself it would let this process take a slot again.
         self._taken_here = threading.Lock()
 
     def take(self) -> bool:
-        """Whether the slot is now ours; False if anyone has it, never waits."""
+        """Whether the slot is now ours; False if anyone has it, never waits.
+
+        Raises `LeaseFolderRejected` when its file cannot be a lock: another kind of file is in its
+        place, or the disk is full.
+        """
         if not self._taken_here.acquire(blocking=False):
             return False
+        taken = False
         try:
             self._lock.acquire(blocking=False)
+            taken = True
         except Timeout:
-            self._taken_here.release()
-            return False
-        except BaseException:
-            self._taken_here.release()
-            raise
-        return True
+            pass
+        except OSError as exc:
+            problem = f"has no usable lock file {self._path.name!r}: {exc.strerror or exc}"
+            raise LeaseFolderRejected(self._path.parent, (problem,)) from exc
+        finally:
+            if not taken:
+                self._taken_here.release()
+        return taken
 
     def release(self) -> None:
         """Free the slot; from any thread of the process that took it."""

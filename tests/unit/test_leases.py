@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import pytest_dcp
 from pytest_dcp.harness.leases import (
@@ -598,6 +601,49 @@ def test_a_folder_swapped_while_the_pool_lives_is_rejected(folder: Path, tmp_pat
     folder.symlink_to(tmp_path / "moved")
     with pytest.raises(LeaseFolderRejected, match="is a symbolic link"):
         pool.acquire(LeaseRequest(1, 0), 0)
+
+
+def put_link(path: Path) -> None:
+    path.symlink_to(path.parent.parent / "precious")
+
+
+def put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(path))
+
+
+@pytest.mark.parametrize(
+    "put", [put_link, Path.mkdir, put_socket], ids=["link", "folder", "socket"]
+)
+@pytest.mark.parametrize("name", ["turnstile.lock", "cpu-0.lock"])
+def test_what_is_no_lock_file_is_refused_by_name_and_left_alone(
+    tmp_path: Path, put: Callable[[Path], None], name: str
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder = tmp_path / "locks"
+    pool = LeasePool(folder, max_processes=1)
+    put(folder / name)
+    with pytest.raises(LeaseFolderRejected, match=f"no usable lock file '{name}': .*TMPDIR"):
+        pool.acquire(LeaseRequest(processes=1, gpus=0), 5.0)
+    assert precious.read_text() == "precious"
+    if put is Path.mkdir:
+        (folder / name).rmdir()
+    else:
+        (folder / name).unlink()
+    pool.acquire(LeaseRequest(processes=1, gpus=0), 5.0).release()
+
+
+def test_a_full_disk_is_told_of_with_the_lock_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(self: FileLock, **keywords: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pool = LeasePool(tmp_path / "locks", max_processes=1)
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(LeaseFolderRejected, match=r"'turnstile.lock': No space left on device"):
+        pool.acquire(LeaseRequest(processes=1, gpus=0), 5.0)
 
 
 def test_a_folder_removed_while_the_pool_lives_is_made_again(folder: Path) -> None:
