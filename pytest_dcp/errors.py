@@ -24,10 +24,11 @@ class RankFailure:
     """What went wrong in one rank.
 
     `failed`: an exception; `crashed`: the process ended without its verdict; `closed`: it closed
-    its report socket; `flooded`: it printed more than the limit; `timeout`: it was running at the
-    time limit; `blocked`: it was still running when the grace after a peer's failure ended;
-    `diverged`: it skipped or passed where its peers did not; `lost`: it could not be killed;
-    `spared`: its end was asked for, and it lives.
+    its report socket, or what came there was no report of its own; `flooded`: it printed more than
+    the limit; `timeout`: it was running at the time limit; `blocked`: it was still running when the
+    grace after a peer's failure ended; `diverged`: it skipped or passed
+    where its peers did not; `lost`: it could not be killed; `spared`: its end was asked for, and
+    it lives.
     """
 
     rank: int
@@ -40,6 +41,8 @@ class RankFailure:
     """The exception's type and text, or how the process ended. Headings show its first line."""
     detail: str = ""
     """Several lines: the traceback, or the stacks of all threads."""
+    is_echo: bool = False
+    """Whether the rank itself says that it only follows from what a peer did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,9 @@ class WorldError(DcpError):
 
 class DivergedError(DcpError):
     """Ranks left lockstep: they asked for different things, or a peer had already left."""
+
+    is_echo: bool = False
+    """Whether a peer's end or question alone caused it: a report then begins with the peer."""
 
 
 class LateMarkerError(DcpError):

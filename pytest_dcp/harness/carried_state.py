@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness.function_pickles import dumps
+from pytest_dcp.harness.function_pickles import dumps, load_from_rank
 from pytest_dcp.harness.outcome import ranks_text
 
 
@@ -42,7 +42,10 @@ def collect(item: pytest.Item) -> bytes:
 
 def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None:
     """Give each plugin what its like gathered in the ranks; warn where none takes it."""
-    came = {rank: pickle.loads(payload) for rank, payload in payloads.items() if payload}
+    what = "what plugins gathered in the process"
+    came = {
+        rank: load_from_rank(payload, rank, what) for rank, payload in payloads.items() if payload
+    }
     names = dict.fromkeys(name for values in came.values() for name in values)
     takers = dict(_implementations(item, "pytest_dcp_take_rank_states")) if names else {}
     for name in names:
@@ -54,7 +57,11 @@ def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None
             item.warn(LostStateWarning(f"{text}: it has no pytest_dcp_take_rank_states"))
             continue
         found = [came.get(rank, {}).get(name) for rank in range(size)]
-        states = [None if data is None else pickle.loads(data) for data in found]
+        what = f"what the plugin {name!r} gathered in the process"
+        states = [
+            None if data is None else load_from_rank(data, rank, what)
+            for rank, data in enumerate(found)
+        ]
         takers[name]({"item": item, "states": states})
 
 

@@ -6,8 +6,9 @@ u32 lengths, a JSON object, and raw bytes:
     u32 json_bytes | u32 payload_bytes | json | payload
 
 The JSON names the message's class and its fields, but for those that have their default; only
-`payload` is binary, and nobody but the process that it is meant for unpickles it. A frame that does
-not decode is a `WireError`.
+`payload` is binary, and only the process that it is meant for unpickles it. A frame that does not
+decode, or whose fields are not of the types that the class names, is a `WireError`. Bytes that
+cannot be the beginning of a frame are refused before the rest of it comes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from pytest_dcp.errors import DcpError
+from pytest_dcp.harness.group_use import PlainGroups
+from pytest_dcp.harness.wire_types import Read, reader_for
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
@@ -25,16 +28,30 @@ Place = Literal["preparing", "ready", "reporting", "failing", "agreed", "interru
 FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
+OPENING = b'["'
+"""How the JSON of every frame begins."""
 PLAIN_DEPTH = 50
 """pytest's reports nest to about 10."""
 MAX_FRAME_BYTES = 1 << 30
 """A longer frame is a broken peer, not a message."""
+SHOWN_BYTES = 80
+"""Of what is no message, in an error."""
 NOT_THERE = -1
 """In `Met.sizes`, of a rank without which the others met: it was lost or stopped as asked."""
 
 
 class WireError(DcpError):
     """Bytes that are no message of ours."""
+
+
+class RecordedWarning(TypedDict):
+    """A warning, as the controller can give it again."""
+
+    text: str
+    category: tuple[str, str]
+    """Module and qualified name of its class."""
+    filename: str
+    lineno: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +63,8 @@ class Done:
     at_s: float
     """CLOCK_MONOTONIC seconds at the end."""
     duration_s: float = 0.0
+    is_echo: bool = False
+    """Only for a failure: whether it says itself that a peer caused it."""
     exception: tuple[str, str] | None = None
     """Module and qualified name of the exception's class."""
     text: str = ""
@@ -60,7 +79,7 @@ class Done:
     """The captured log without those."""
     properties: tuple[tuple[str, Any], ...] = ()
     """user_properties that the phase added."""
-    warnings: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[RecordedWarning, ...] = ()
     """Only at an item's teardown: warnings recorded while the item ran; at finish: exit errors."""
     imported: tuple[str, ...] = ()
     """Only at an item's teardown: modules that the rank had to import itself."""
@@ -72,15 +91,13 @@ class Done:
     """Only for a pass: the test has given itself an xfail marker."""
     changed: tuple[str, ...] = ()
     """Only at an item's teardown: state of the process that the test changed for good."""
-    groups: dict[str, Any] | None = None
+    groups: PlainGroups | None = None
     """Only of a warm world's call or teardown: what the item did with process groups so far, as
     `group_use.to_plain` has it."""
     returncode: int | None = None
     """Only for an exit: what the session is to return."""
     awaits: str = ""
     """Only for a call that is not over: the property whose examples the rank waits for."""
-    pid: int = 0
-    """Only at boot: the rank's process."""
     payload: bytes = b""
     """Pickled: the result of a function's call; `lockstep` of a property; at an item's teardown,
     what plugins carry home."""
@@ -248,8 +265,12 @@ _CLASSES: dict[str, type[Any]] = {
 }  # fmt: skip
 # Looked up once: a test in a world of four costs two dozen frames.
 _DEFAULTS = {cls: [(f.name, f.default) for f in fields(cls)] for cls in _CLASSES.values()}
-_TUPLES = {
-    cls: {f.name for f in fields(cls) if str(f.type).startswith("tuple")}
+_READERS: dict[type[Any], dict[str, Read]] = {
+    cls: {
+        name: reader_for(annotation)
+        for name, annotation in get_type_hints(cls).items()
+        if name != "payload"
+    }
     for cls in _CLASSES.values()
 }
 _ENCODER = json.JSONEncoder(default=repr)
@@ -314,6 +335,9 @@ class Decoder:
         text_bytes, payload_bytes = HEADER.unpack_from(self.buffer)
         if text_bytes + payload_bytes > MAX_FRAME_BYTES:
             raise WireError(f"a frame claims {text_bytes + payload_bytes} bytes")
+        opening = self.buffer[HEADER.size : HEADER.size + len(OPENING)]
+        if text_bytes < len(OPENING) or not OPENING.startswith(opening):
+            raise WireError(f"not the beginning of a message: {bytes(self.buffer[:SHOWN_BYTES])!r}")
         end = HEADER.size + text_bytes + payload_bytes
         if len(self.buffer) < end:
             return None
@@ -327,18 +351,9 @@ def _build(text: bytes, payload: bytes) -> Message:
     try:
         name, body = json.loads(text.decode())
         cls = _CLASSES[name]
-        body = {**body, "payload": payload} if payload else {**body}
-        tuples = _TUPLES[cls]
-        message: Message = cls(
-            **{key: _tuples(value) if key in tuples else value for key, value in body.items()}
-        )
+        readers = _READERS[cls]
+        values = {key: readers[key](value) for key, value in body.items()}
+        message: Message = cls(**values, payload=payload) if payload else cls(**values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise WireError(f"not a message: {text[:200]!r}: {exc}") from exc
+        raise WireError(f"not a message: {text[:SHOWN_BYTES]!r}: {exc!s:.200}") from exc
     return message
-
-
-def _tuples(value: Any) -> Any:
-    """JSON arrays -> tuples, two levels deep: what our messages hold."""
-    if not isinstance(value, list):
-        return value
-    return tuple(tuple(part) if isinstance(part, list) else part for part in value)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import collections
 import inspect
 import io
+import pickle
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import cloudpickle
+
+from pytest_dcp.errors import WorldError
 
 DEPTH = 5
 """Functions in functions that are looked into for what cannot be pickled."""
@@ -25,6 +28,21 @@ def dumps(value: object) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()
+
+
+def load_from_rank(payload: bytes, rank: int, what: str) -> Any:
+    """The value that a rank pickled; `what` it is, for people.
+
+    Loading runs code of the rank's own choice: the test's, which runs as the same user. Raises
+    `WorldError` that names the rank when that fails.
+    """
+    try:
+        return pickle.loads(payload)
+    except Exception as error:  # noqa: BLE001 - the value's own code: any error
+        is_of_values_own_code = error.__traceback__ is not None and error.__traceback__.tb_next
+        raise WorldError(
+            f"{what} of rank {rank} cannot be unpickled here: {type(error).__name__}: {error}"
+        ) from (error if is_of_values_own_code else None)
 
 
 def dump_call(

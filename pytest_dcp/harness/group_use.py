@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 ANY = -1
 """In `received`: a receive that took whichever member's message came first."""
@@ -36,15 +35,20 @@ class GroupUse:
     """By sender."""
 
 
-def to_plain(uses: Mapping[str, GroupUse]) -> dict[str, Any]:
+Counts = tuple[tuple[int, int], ...]
+PlainGroups = dict[str, tuple[int, tuple[int, ...], Counts, Counts]]
+"""By the group's name: collectives, members, sent, received."""
+
+
+def to_plain(uses: Mapping[str, GroupUse]) -> PlainGroups:
     """The uses as JSON can carry them; `from_plain` reads them."""
     return {
-        name: [use.collectives, use.members, [*use.sent.items()], [*use.received.items()]]
+        name: (use.collectives, use.members, (*use.sent.items(),), (*use.received.items(),))
         for name, use in uses.items()
     }
 
 
-def from_plain(plain: Mapping[str, Any]) -> dict[str, GroupUse]:
+def from_plain(plain: PlainGroups) -> dict[str, GroupUse]:
     """Inverse of `to_plain`."""
     return {
         name: GroupUse(collectives, tuple(members), dict(sent), dict(received))
@@ -52,7 +56,7 @@ def from_plain(plain: Mapping[str, Any]) -> dict[str, GroupUse]:
     }
 
 
-def are_equal(plains: Sequence[Mapping[str, Any]]) -> bool:
+def are_equal(plains: Sequence[PlainGroups]) -> bool:
     """Whether ranks say the same of themselves and tell of no message: in step, at little cost."""
     first = plains[0]
     return all(one == first for one in plains) and not any(

@@ -26,10 +26,11 @@ from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness import carried_state, headings, losing_fixtures, report
-from pytest_dcp.harness.events import Go, Phase, RunItem
+from pytest_dcp.harness.events import Go, Phase, RecordedWarning, RunItem
 from pytest_dcp.harness.exit_warnings import warn_of_end
 from pytest_dcp.harness.interruption import TORN_DOWN
 from pytest_dcp.harness.item_output import ItemOutput
+from pytest_dcp.harness.launch import is_worth_preloading
 from pytest_dcp.harness.outcome import (
     Outcome,
     combine,
@@ -360,10 +361,9 @@ class MarkedItem:
 
     def _absorb_whole_item(self, outcome: Outcome) -> bool:
         """Warn again of what ranks warned of, once; whether the world can be kept."""
-        self.harness.launcher().preload(
-            sorted({name for done in outcome.done.values() for name in done.imported})
-        )
-        told: dict[tuple[str, ...], dict[str, Any]] = {}
+        imported = {name for done in outcome.done.values() for name in done.imported}
+        self.harness.launcher().preload(sorted(filter(is_worth_preloading, imported)))
+        told: dict[tuple[str, ...], RecordedWarning] = {}
         for done in outcome.done.values():
             for warning in done.warnings:
                 told.setdefault(tuple(map(str, warning.values())), warning)

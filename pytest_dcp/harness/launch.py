@@ -35,6 +35,11 @@ HELPERS = (
 """In the command lines of processes that end by themselves when their rank does, a moment later."""
 
 
+def is_worth_preloading(module: str) -> bool:
+    """Whether a launcher may import a module for later ranks: never one of the user's own."""
+    return module.partition(".")[0] in ("torch", "numpy")
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """All that a rank needs to know to come up."""
@@ -138,6 +143,9 @@ class Launcher(Protocol):
 
         Raises `LauncherLostError` when the launcher is gone, or not ready by then.
         """
+
+    def check_running(self) -> None:
+        """Raise `LauncherLostError` when a test has stopped the launcher's process. Cheap."""
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one process per order. Raises `WorldError` when that is impossible."""

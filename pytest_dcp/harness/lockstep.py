@@ -155,24 +155,43 @@ def encode_choice(kind: str, constraints: Mapping[str, Any], value: Any, forced:
     return out.getvalue()
 
 
+class _RecordUnpickler(pickle.Unpickler):
+    """Loads what Hypothesis describes its choices with, and no other class or function.
+
+    The record is a file, which other processes of the user can reach and write to.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) != INTERVALS:
+            raise pickle.UnpicklingError(f"a record of choices holds no {module}.{name}")
+        return super().find_class(module, name)
+
+
+INTERVALS = ("hypothesis.internal.intervalsets", "IntervalSet")
+
+
 def decode(record: bytes) -> list[Entry]:
-    """The entries of a rank's record; one that was cut off is left out."""
+    """The entries of a rank's record, up to the first that is cut off or is none."""
     stream = io.BytesIO(record)
     entries: list[Entry] = []
     while True:
         try:
-            raw = pickle.load(stream)
-        except (EOFError, pickle.UnpicklingError):
+            entries.append(_entry(_RecordUnpickler(stream).load()))
+        except Exception:  # noqa: BLE001 - any bytes may have been written, and raise anything
             return entries
-        match raw:
-            case bool():
-                entries.append(SpanEnd(raw))
-            case int():
-                entries.append(SpanStart(raw))
-            case str():
-                entries.append(Line(raw))
-            case _:
-                entries.append(Choice(*raw))
+
+
+def _entry(raw: Any) -> Entry:
+    match raw:
+        case bool():
+            return SpanEnd(raw)
+        case int():
+            return SpanStart(raw)
+        case str():
+            return Line(raw)
+        case (str(kind), dict(constraints), value, bool(forced)):
+            return Choice(kind, constraints, value, forced)
+    raise ValueError(f"no entry of a record: {raw!r:.80}")
 
 
 def add_to_checksum(drawn: tuple[int, int], encoded: bytes) -> tuple[int, int]:

@@ -217,7 +217,7 @@ class _Engine:
             self._hung = True
         elif len(outcome.done) == world.spec.size:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
-        replies = {rank: reply_of(done) for rank, done in outcome.done.items()}
+        replies = {rank: reply_of(rank, done) for rank, done in outcome.done.items()}
         size = world.spec.size
         ranks = (0,) if drew_the_same(outcome, replies, size) else range(size)
         return judge(outcome, replies, {rank: decode(world.draws(rank)) for rank in ranks})
@@ -290,7 +290,7 @@ class _Impatience:
         if not self._final and any(not is_echo(failure) for failure in failures):
             self._decided_at = min(self._decided_at, now)
         if now >= self._look_at:
-            if any(reply_of(one).rejects for one in done.values()) or self._diverged():
+            if any(reply_of(rank, one).rejects for rank, one in done.items()) or self._diverged():
                 self._decided_at = min(self._decided_at, now)
             # A long record takes long to look at.
             self._look_at = now + max(DRAWS_LOOK_S, LOOK_SHARE * (time.monotonic() - now))

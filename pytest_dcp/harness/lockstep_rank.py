@@ -38,7 +38,7 @@ from pytest_dcp.harness.lockstep import (
 )
 from pytest_dcp.harness.process_facets import QUICK_FACETS
 from pytest_dcp.harness.process_state import ProcessState
-from pytest_dcp.harness.rank import Rank, class_of, lines_of, outcome_of
+from pytest_dcp.harness.rank import Rank, class_of, is_echo, lines_of, outcome_of
 
 AMBIENT = frozenset(
     ("rank", "local_rank", "world_size", "device", "device_mesh", "world", "request")
@@ -247,6 +247,7 @@ class Follower:
             outcome,
             time.monotonic(),
             time.perf_counter() - started,
+            is_echo=is_echo(error),
             exception=class_of(error) if error is not None else None,
             text=lines_of(error) if error is not None else "",
             payload=pickle.dumps(reply),

@@ -9,12 +9,13 @@ passed, or that only suffered from the others.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pytest_dcp.errors import RankFailure
+from pytest_dcp.errors import RankFailure, WorldError
 from pytest_dcp.harness.events import Done
+from pytest_dcp.harness.function_pickles import load_from_rank
 from pytest_dcp.harness.group_use import out_of_step
 from pytest_dcp.harness.lockstep import (
     Choice,
@@ -114,12 +115,20 @@ def _out_of_step(replies: Mapping[int, Reply]) -> str:
     return out_of_step({rank: reply.groups for rank, reply in replies.items()})
 
 
-def reply_of(done: Done) -> Reply:
+def reply_of(rank: int, done: Done) -> Reply:
     """What a rank said of an example; a rank that ended the whole test instead has the last say."""
     if not done.payload:
         return Reply("interesting", (0, 0), origin=done.text, fatal=True)
-    reply: Reply = pickle.loads(done.payload)
+    reply: Reply = _loaded(rank, done, Reply)
     return reply
+
+
+def _loaded(rank: int, done: Done, kind: type[Any]) -> Any:
+    what = f"a {kind.__name__.lower()}"
+    value = load_from_rank(done.payload, rank, what)
+    if not isinstance(value, kind):
+        raise WorldError(f"rank {rank} sent a {type(value).__qualname__} where {what} was expected")
+    return value
 
 
 def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> bool:
@@ -136,7 +145,7 @@ def awaited(outcome: Outcome) -> Property | Outcome | None:
     """The property that all ranks wait for, None when none does; a failure when they differ."""
     if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
         return None
-    told = {rank: _property(done) for rank, done in sorted(outcome.done.items())}
+    told = {rank: _property(rank, done) for rank, done in sorted(outcome.done.items())}
     first = next(prop for prop in told.values() if prop is not None)
     if all(same(prop, first) for prop in told.values()):
         return first
@@ -158,8 +167,8 @@ def diverged(outcome: Outcome, text: str) -> Outcome:
     return combine(0, outcome.done, [failure], outcome.lost)
 
 
-def _property(done: Done) -> Property | None:
-    prop: Property | None = pickle.loads(done.payload) if done.awaits else None
+def _property(rank: int, done: Done) -> Property | None:
+    prop: Property | None = _loaded(rank, done, Property) if done.awaits else None
     return prop
 
 

@@ -43,5 +43,5 @@ def _error(there: Mapping[int, Exchange], left: Mapping[int, str]) -> str:
         return f"ranks asked the world for different things ({asked})"
     if left:
         gone = ", ".join(f"rank {rank} ({how})" for rank, how in left.items())
-        return f"waited in vain ({asked}): {gone} will not come"
+        return f"the world's exchange cannot complete ({asked}): {gone} will not come"
     return ""

@@ -23,15 +23,15 @@ from pytest_dcp.harness.events import Done
 OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
 
 ECHO = re.compile(
-    r"^(RuntimeError|ConnectionError|ConnectionResetError|BrokenPipeError|DivergedError"
+    r"^(RuntimeError|ConnectionError|ConnectionResetError|BrokenPipeError"
     r"|Dist(Backend|Network|Store)?Error).*?"
     r"(?P<cause>(connection )?closed by peer|(connection )?reset by peer|broken pipe"
-    r"|connection refused|connection was likely closed|socket closed|waited in vain"
-    r"|different things|remote process exited|connection closed by remote"
+    r"|connection refused|connection was likely closed|socket closed"
+    r"|remote process exited|connection closed by remote"
     r"|application timeout caused pair closure)",
     re.DOTALL | re.IGNORECASE,
 )
-"""What gloo, NCCL, c10d stores and our exchange say when a peer went away."""
+"""What gloo, NCCL and c10d stores say when a peer went away: they have no other sign for it."""
 
 WAITING = re.compile(r", in (the world's exchange|\w+), at ")
 """How `stacks.doing` names a rank that was in a collective."""
@@ -116,7 +116,7 @@ def _combine(
     failures = [
         *failures,
         *(
-            RankFailure(rank, "failed", one.phase, one.at_s, one.text)
+            RankFailure(rank, "failed", one.phase, one.at_s, one.text, is_echo=one.is_echo)
             for rank, one in done.items()
             if one.outcome == "failed" and rank not in known
         ),
@@ -208,10 +208,11 @@ def _one_sided(
 
 
 def is_echo(failure: RankFailure) -> bool:
-    """Whether a failure reads like the consequence of another rank's."""
+    """Whether a failure is the consequence of another rank's: it says so, or torch's text does."""
     if failure.kind in ("blocked", "lost"):
         return True
-    return failure.kind == "failed" and ECHO.search(failure.summary) is not None
+    is_told = failure.is_echo or ECHO.search(failure.summary) is not None
+    return failure.kind == "failed" and is_told
 
 
 def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
@@ -221,15 +222,19 @@ def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
     for failure in sorted(failures, key=_first_cause_first):
         echo = failure not in causes and (failure.kind, failure.summary) not in causes_said
-        said = failure.summary
-        if echo and failure.kind == "failed" and (match := ECHO.search(said)):
-            said = match["cause"]
+        said = _consequence(failure) if echo and failure.kind == "failed" else failure.summary
         merged.setdefault((echo, failure.kind, said), []).append(failure)
     groups = [
         Group(tuple(sorted({f.rank for f in alike})), alike[0], echo, tuple(alike))
         for (echo, _, _), alike in merged.items()
     ]
     return tuple(sorted(groups, key=lambda g: g.echo))
+
+
+def _consequence(failure: RankFailure) -> str:
+    """What echoes have in common that differ in their details."""
+    match = None if failure.is_echo else ECHO.search(failure.summary)
+    return match["cause"] if match is not None else "of the exchange"
 
 
 def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
@@ -315,7 +320,7 @@ def _short(group: Group) -> str:
     """What became of a group, without the peers' addresses that gloo adds to an echo."""
     summary = group.failure.summary
     match = ECHO.search(summary) if group.echo and group.failure.kind == "failed" else None
-    if match is None or summary.startswith("DivergedError"):
+    if match is None or group.failure.is_echo:
         return first_line(summary)[:300]
     return f"{match[1]}: {match['cause']}"
 

@@ -40,6 +40,7 @@ from pytest_dcp.harness.events import (
     Message,
     Met,
     RankOutcome,
+    RecordedWarning,
     RunItem,
     encode,
 )
@@ -208,7 +209,9 @@ class Rank:
         __tracebackhide__ = True
         met = self.channel.ask(Exchange(operation, payload), Met)
         if met.error:
-            raise DivergedError(met.error)
+            error = DivergedError(met.error)
+            error.is_echo = True
+            raise error
         return met.values()
 
     def say_raised(self, error: BaseException, at_s: float) -> None:
@@ -344,7 +347,7 @@ def _boot(rank: Rank) -> bool:
         return False
     rank.modules = len(sys.modules)
     duration_s = time.perf_counter() - started
-    rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s, pid=os.getpid()))
+    rank.channel.send(Done("boot", "passed", time.monotonic(), duration_s))
     return True
 
 
@@ -438,9 +441,9 @@ def _leave(rank: Rank) -> None:
         )
 
 
-def _exit_warning(text: str) -> dict[str, Any]:
-    """An error at exit, as pytest warns of errors that nobody can catch."""
-    category = ["pytest", "PytestUnraisableExceptionWarning"]
+def _exit_warning(text: str) -> RecordedWarning:
+    """An error at exit, as pytest warns of errors that cannot be caught."""
+    category = ("pytest", "PytestUnraisableExceptionWarning")
     return {"text": text, "category": category, "filename": __file__, "lineno": 0}
 
 
@@ -467,6 +470,7 @@ def _call(rank: Rank, payload: bytes) -> Done:
         outcome,
         ended,
         time.perf_counter() - started,
+        is_echo=is_echo(error),
         exception=class_of(error) if error is not None else None,
         text=lines_of(error) if error is not None else "",
         report={"text": _own_traceback(error)} if error is not None else None,
@@ -506,6 +510,11 @@ def outcome_of(error: BaseException) -> RankOutcome:
         "KeyboardInterrupt": "interrupt",
     }
     return names.get(type(error).__name__, "failed")
+
+
+def is_echo(error: BaseException | None) -> bool:
+    """Whether an error says itself that a peer caused it."""
+    return isinstance(error, DivergedError) and error.is_echo
 
 
 def class_of(error: BaseException) -> tuple[str, str]:

@@ -34,14 +34,16 @@ from pytest_dcp.harness.events import (
     Go,
     Phase,
     RankOutcome,
+    RecordedWarning,
     RunItem,
     SubReport,
 )
 from pytest_dcp.harness.group_counter import Totals
-from pytest_dcp.harness.group_use import to_plain
+from pytest_dcp.harness.group_use import PlainGroups, to_plain
 from pytest_dcp.harness.junit_state import JunitState
+from pytest_dcp.harness.launch import is_worth_preloading
 from pytest_dcp.harness.process_state import UNTOLD
-from pytest_dcp.harness.rank import ItemRunner, Rank, lines_of, outcome_of
+from pytest_dcp.harness.rank import ItemRunner, Rank, is_echo, lines_of, outcome_of
 from pytest_dcp.harness.rank_debug import RankDebugger, RankTerminal
 
 if TYPE_CHECKING:
@@ -189,7 +191,7 @@ class RankPlugin:
         self._debugger = debugger
         self.session = session
         self.config = session.config
-        self.warnings: list[dict[str, Any]] = []
+        self.warnings: list[RecordedWarning] = []
         self._carried = b""
         """What plugins have gathered, for the answer to teardown."""
         self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
@@ -257,7 +259,7 @@ class RankPlugin:
         """The answer to teardown, with what is known of the whole item."""
         # Only the new names are looked at: touching an object here copies its page.
         new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
-        imported = [name for name in new if name.partition(".")[0] in ("torch", "numpy")]
+        imported = [name for name in new if is_worth_preloading(name)]
         imported.reverse()
         return replace(
             done,
@@ -352,6 +354,7 @@ class RankPlugin:
             outcome,
             ended,
             call.duration,
+            is_echo=is_echo(error),
             exception=(type(error).__module__, type(error).__qualname__) if error else None,
             text=text,
             report=None if outcome == "passed" else self._serialise(report),
@@ -367,7 +370,7 @@ class RankPlugin:
             groups=self._group_uses() if phase in ("call", "teardown") else None,
         )
 
-    def _group_uses(self) -> dict[str, Any] | None:
+    def _group_uses(self) -> PlainGroups | None:
         """What this item did with process groups so far, where the next one will use them."""
         counter = self.rank.counter
         if counter is None or self.rank.order.isolation != "module":
@@ -473,7 +476,7 @@ class RankPlugin:
         self.warnings.append(
             {
                 "text": str(warning_message.message),
-                "category": [category.__module__, category.__qualname__],
+                "category": (category.__module__, category.__qualname__),
                 "filename": warning_message.filename,
                 "lineno": warning_message.lineno,
             }

@@ -84,6 +84,9 @@ class SpawnLauncher(Signals):
     def await_ready(self) -> None:
         """An interpreter can be started at any time."""
 
+    def check_running(self) -> None:
+        """Nothing: this process is the launcher."""
+
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Start one interpreter per order."""
         self._start_guard(orders[0].session)

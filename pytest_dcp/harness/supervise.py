@@ -59,6 +59,7 @@ from pytest_dcp.harness.lives import (
 )
 from pytest_dcp.harness.lives import RankState as S
 from pytest_dcp.harness.places import NEVER, REPORT_S, Places
+from pytest_dcp.harness.refusals import refusal
 
 STACKS_S = 0.2
 """How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
@@ -190,10 +191,10 @@ class Supervisor:
         if isinstance(message, Announce):  # from any thread, at any time
             self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
             return self._meet()
-        nxt = TRANSITIONS.get((state, type(message)))
-        if nxt is None or not self._is_in_order(rank, message):
-            return self._violate(rank, message, now)
-        self.states[rank] = nxt
+        is_cut_off = self._interruption.is_on
+        if text := refusal(rank, message, state, self.phase, self.done, self.size, is_cut_off):
+            return self._kill(rank, "closed", text, now)
+        self.states[rank] = TRANSITIONS[state, type(message)]
         match message:
             case At("interrupted"):
                 self._interruption.heed(rank)
@@ -205,7 +206,9 @@ class Supervisor:
                 self.deaths.silence(rank)
                 self.done[rank] = message
                 if message.outcome == "failed":
-                    self._fail(rank, "failed", message.text, message.at_s, now)
+                    self._fail(
+                        rank, "failed", message.text, message.at_s, now, is_echo=message.is_echo
+                    )
                 elif message.outcome in ("exit", "interrupt"):
                     self._end_soon(now)
             case Exchange():
@@ -219,17 +222,6 @@ class Supervisor:
                 why = f"world.{message.act}({message.rank}) in rank {rank}"
                 return [*self.strike(message.act, message.rank, why, now), *self._told()]
         return self._meet()
-
-    def _is_in_order(self, rank: int, message: Up) -> bool:
-        """Whether a rank in its state may say this, of what it may say there at all."""
-        state = self.states[rank]
-        if isinstance(message, At):
-            return state is not S.MEETING or message.place == "interrupted"
-        if not isinstance(message, Done):
-            return True
-        if state is S.LEAVING:  # it says once how its exit went
-            return message.phase == "finish" and rank not in self.done
-        return state is not S.MEETING or message.outcome == "interrupt" or self._interruption.is_on
 
     def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
         """Have a rank killed, stopped or continued, because the test asked for it."""
@@ -299,6 +291,10 @@ class Supervisor:
                 self._resume(now)
             self._closed.setdefault(rank, self._clock(now))
         return []
+
+    def refused(self, rank: int, text: str, now: float) -> list[Action]:
+        """What came from a rank is no message of its own, or no message gets to it."""
+        return self._kill(rank, "closed", text, now)
 
     def flooded(self, rank: int, size_bytes: int, now: float) -> list[Action]:
         """A rank's captured output passed the limit."""
@@ -416,9 +412,18 @@ class Supervisor:
         self.deadline += self._places.leave(rank, self._clock(now))
 
     def _fail(
-        self, rank: int, kind: FailureKind, text: str, at_s: float, now: float, detail: str = ""
+        self,
+        rank: int,
+        kind: FailureKind,
+        text: str,
+        at_s: float,
+        now: float,
+        detail: str = "",
+        *,
+        is_echo: bool = False,
     ) -> None:
-        self.failures.append(RankFailure(rank, kind, self.phase, at_s, text, detail))
+        failure = RankFailure(rank, kind, self.phase, at_s, text, detail, is_echo)
+        self.failures.append(failure)
         self._end_soon(now)
 
     def _end_soon(self, now: float) -> None:
@@ -447,11 +452,6 @@ class Supervisor:
         self.states[rank] = S.KILLED
         self._lost_at = self._clock(now) + LOST_S
         return [Kill(rank)]
-
-    def _violate(self, rank: int, message: Up, now: float) -> list[Action]:
-        state = self.states[rank].value
-        text = f"sent {type(message).__name__} while {state}: another thread used its socket?"
-        return self._kill(rank, "closed", text, now)
 
     def _debug_asked(self, rank: int, now: float) -> list[Action]:
         terminal = self.terminal

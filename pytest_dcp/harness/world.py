@@ -13,6 +13,7 @@ import os
 import selectors
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from pytest_dcp.harness.events import (
     Leave,
     Phase,
     SubReport,
+    Up,
     WireError,
     encode,
 )
@@ -47,12 +49,11 @@ BOOT_S = 120.0
 LEAVE_S = 20.0
 """For a rank's exit once it was told to leave."""
 LOOK_S = 0.25
-"""How often the captured output's size is looked at."""
+"""How often the captured output's size and the launcher are looked at."""
 WORK_S = 0.005
 """Of processor time: a thread that hangs uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
 """How often somebody who need not wait to the end is asked whether to."""
-RECEIVE_BYTES = 1 << 16
 NO_STACK = "and wrote no stack: stopped, or deep in C code"
 
 Verdicts = Mapping[int, Done]
@@ -118,7 +119,8 @@ class World:
         self._supervisor = Supervisor(spec.size, grace_s=settings.grace_s, terminal=terminal)
         self._ranks: list[RankEnd] = []
         self._selector = selectors.DefaultSelector()
-        self._store = settings.folder / f"store-{os.getpid()}-{self.number}"
+        # A name that no earlier test can have taken.
+        self._store = settings.folder / f"store-{uuid.uuid4().hex}"
         self._port = socket.socket()
         self._interrupts = Interrupts()
         self._on_end = on_end
@@ -131,6 +133,7 @@ class World:
     def start(self) -> Outcome:
         """Launch the ranks and wait until all joined the process group."""
         try:
+            self._make_folder()
             # Bound, not listening: the number stays ours, and a rank may still listen on it.
             self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._port.bind(("127.0.0.1", 0))
@@ -147,13 +150,25 @@ class World:
             for one in self._ranks:
                 one.theirs.close()
             outcome = self._settle()
-            for rank, done in outcome.done.items():
-                self._ranks[rank].pid = done.pid
         except BaseException:
             self.kill()
             raise
         self.restart_clock(self.spec.timeout_s)
         return outcome
+
+    def _make_folder(self) -> None:
+        """Make the session's folder anew when a test has removed it.
+
+        Not what is above it: that may lie where other users could make it first.
+        """
+        folder = self._settings.folder
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise WorldError(
+                f"the session's temporary folder {str(folder.parent)!r} is gone: a test has "
+                f"removed it, and worlds need it ({exc.strerror})"
+            ) from exc
 
     def restart_clock(self, limit_s: float) -> None:
         """The time limit counts from here."""
@@ -298,6 +313,11 @@ class World:
             return
         try:
             self._drain()
+        finally:
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        try:
             self._act(self._supervisor.interrupt(time.monotonic()))
             while not self._supervisor.settled:
                 self._step()
@@ -316,8 +336,7 @@ class World:
 
     def draws(self, rank: int) -> bytes:
         """What a rank wrote down of what it drew for the last example."""
-        fd = self._ranks[rank].draws
-        return os.pread(fd, os.fstat(fd).st_size, 0)
+        return self._ranks[rank].read_draws()
 
     def at_work(self, rank: int) -> bool:
         """Whether a rank does something, polls, or would if it had a processor."""
@@ -465,6 +484,7 @@ class World:
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._look_at_output(now)
+            self._look_at_launcher()
 
     def _drain(self) -> None:
         """What happened while nobody listened: a rank that died between phases."""
@@ -518,26 +538,31 @@ class World:
         one = self._ranks[rank]
         now = time.monotonic()
         try:
-            data = one.socket.recv(RECEIVE_BYTES)
+            data = one.receive()
+            if data:
+                self._take(rank, data, now)
+                return True
         except (BlockingIOError, TimeoutError):
             return False
-        except OSError:
-            data = b""
-        try:
-            if not data:
-                one.unwatch(self._selector)
-                self._act(self._supervisor.closed(rank, now))
-                return False
-            for message in one.decoder.feed(data):
-                if isinstance(message, SubReport):
-                    self.sub_reports.append((rank, message.report))
-                else:
-                    self._act(self._supervisor.heard(rank, message, now))  # type: ignore[arg-type]  # the wire carries ranks' messages only this way
-        except WireError:
+        except WireError as error:
             one.unwatch(self._selector)
-            self._act(self._supervisor.closed(rank, now))
+            text = f"what came on its report socket in {self._supervisor.phase} is refused: {error}"
+            self._act(self._supervisor.refused(rank, text, now))
             return False
-        return True
+        except OSError:
+            pass  # reset: as good as its end
+        one.unwatch(self._selector)
+        self._act(self._supervisor.closed(rank, now))
+        return False
+
+    def _take(self, rank: int, data: bytes, now: float) -> None:
+        for message in self._ranks[rank].decoder.feed(data):
+            if isinstance(message, SubReport):
+                self.sub_reports.append((rank, message.report))
+            elif isinstance(message, Up):
+                self._act(self._supervisor.heard(rank, message, now))
+            else:
+                raise WireError(f"a {type(message).__name__}, which only the controller sends")
 
     def _act(self, actions: Sequence[Action]) -> None:
         frames: dict[int, bytes] = {}  # an order to all ranks is encoded once
@@ -548,10 +573,7 @@ class World:
                         self._interrupts.ignored = True
                     if id(message) not in frames:
                         frames[id(message)] = encode(message)
-                    try:
-                        self._ranks[rank].socket.sendall(frames[id(message)])
-                    except OSError:
-                        self._act(self._supervisor.closed(rank, time.monotonic()))
+                    self._send(rank, frames[id(message)])
                 case Dump(rank):
                     self._ranks[rank].empty_trace()
                     self._signal(self._launcher.stacks, rank)
@@ -564,6 +586,17 @@ class World:
                 case Continue(rank):
                     self._signal(self._launcher.resume, rank)
 
+    def _send(self, rank: int, frame: bytes) -> None:
+        try:
+            self._ranks[rank].socket.sendall(frame)
+        except TimeoutError:
+            # Ended at once: it may have said much that is yet to be answered, and each answer would
+            # be waited for anew.
+            text = f"took nothing from its report socket for {SEND_S:g} s"
+            self._act(self._supervisor.refused(rank, text, time.monotonic()))
+        except OSError:
+            self._act(self._supervisor.closed(rank, time.monotonic()))
+
     def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
         try:
             signal_rank(self.number, rank)
@@ -575,6 +608,12 @@ class World:
             size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
             if size > self._settings.output_limit_bytes:
                 self._act(self._supervisor.flooded(rank, size, now))
+
+    def _look_at_launcher(self) -> None:
+        try:
+            self._launcher.check_running()
+        except LauncherLostError as lost:
+            self._abandon(lost)
 
     def _release(self) -> None:
         self.ended = True

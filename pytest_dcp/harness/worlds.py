@@ -12,13 +12,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack
 
-import cloudpickle
 import pytest
 
 from pytest_dcp.errors import WorldError
 from pytest_dcp.harness.events import Call, FaultAct
 from pytest_dcp.harness.exit_warnings import warn_of_end
-from pytest_dcp.harness.function_pickles import dump_call
+from pytest_dcp.harness.function_pickles import dump_call, load_from_rank
 from pytest_dcp.harness.outcome import Outcome, SessionEnd, peers, ranks_text
 from pytest_dcp.harness.report import exception_of_end, merged_sections
 from pytest_dcp.harness.session import Harness
@@ -108,8 +107,9 @@ class FunctionWorld:
         self._print_output(outcome)
         if outcome.kind != "passed":
             raise self._error(outcome, function)
+        what = f"the result of {_name_of(function)}"
         return [
-            cloudpickle.loads(outcome.done[rank].payload)
+            load_from_rank(outcome.done[rank].payload, rank, what)
             if rank in outcome.done
             else outcome.lost[rank]  # type: ignore[misc]  # T alone for those who lose no rank
             for rank in range(self.size)

@@ -41,6 +41,8 @@ from pytest_dcp.harness.launch import (
 from pytest_dcp.harness.places import PREPARE_S
 
 CLOSE_S = 5.0
+SEND_S = 60.0
+"""For the zygote to take an order: many fit in the socket's buffer, as long as it imports."""
 TRACKER_LOOK_MS = 250
 MESSAGE_BYTES = 1 << 16
 PRELOAD = (
@@ -102,20 +104,26 @@ class ZygoteLauncher(Signals):
             ours.close()
             _zygote_main(theirs, parent, prepare, detach)
         theirs.close()
+        ours.settimeout(SEND_S)
         return cls(ours, pid)
 
     def await_ready(self) -> None:
         """Wait until the zygote has imported what it was asked to, and forks at once."""
         deadline = time.monotonic() + PREPARE_S
+        self.check_running()
         while self._unready or self.lost:
             if self.lost:
                 raise self._gone()
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                os.kill(self._pid, signal.SIGKILL)
                 raise self._gone(f"still imported {self._importing} after {PREPARE_S:g} s")
             select.select([self._control], [], [], left_s)
             self._read()
+
+    def check_running(self) -> None:
+        """Raise `LauncherLostError` when a test has stopped the zygote, which nothing continues."""
+        if not self.lost and linux.state_of(self._pid) == "T":
+            raise self._gone("was stopped by a signal; it was killed")
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Have one process forked per order."""
@@ -178,16 +186,19 @@ class ZygoteLauncher(Signals):
         if os.getpid() != self._owner or self._control.fileno() < 0:
             return
         self._control.close()
-        if self.lost:
-            return
-        deadline = time.monotonic() + CLOSE_S
+        if not self.lost:
+            self._end(CLOSE_S)
+
+    def _end(self, within_s: float) -> int:
+        """The status with which the zygote ends; it is killed where it does not by itself."""
+        deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
-            pid, _ = self._wait(os.WNOHANG)
+            pid, status = self._wait(os.WNOHANG)
             if pid:
-                return
+                return status
             time.sleep(0.001)
         os.kill(self._pid, signal.SIGKILL)
-        self._wait(0)
+        return self._wait(0)[1]
 
     def _wait(self, flags: int) -> tuple[int, int]:
         try:
@@ -198,11 +209,11 @@ class ZygoteLauncher(Signals):
     def _gone(self, why: str = "") -> LauncherLostError:
         """The error to raise when the zygote is no more.
 
-        Once, it asks the kernel for the reason, unless it is known, and kills what the ranks have
-        left.
+        Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills what
+        the ranks have left.
         """
         if not self.lost:
-            _, status = self._wait(0)
+            status = self._end(0.0 if why else CLOSE_S)
             code = os.waitstatus_to_exitcode(status)
             how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
             how = why or how
@@ -219,6 +230,8 @@ class ZygoteLauncher(Signals):
             raise self._gone()
         try:
             socket.send_fds(self._control, [json.dumps(message).encode()], fds)
+        except TimeoutError as exc:  # a test has stopped it
+            raise self._gone(f"took no order for {SEND_S:g} s") from exc
         except OSError as exc:
             raise self._gone() from exc
 

@@ -62,6 +62,7 @@ def tuples_of(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(items, max_size=3).map(tuple)
 
 
+counts = tuples_of(st.tuples(st.integers(), st.integers()))
 phases = st.sampled_from(get_args(Phase))
 FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
     Done: {
@@ -69,6 +70,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "outcome": st.sampled_from(get_args(RankOutcome)),
         "at_s": finite,
         "duration_s": finite,
+        "is_echo": st.booleans(),
         "exception": st.none() | st.tuples(texts, texts),
         "text": texts,
         "report": st.none() | reports,
@@ -76,19 +78,35 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "debug_records": st.integers(),
         "log_without_debug": texts,
         "properties": tuples_of(st.tuples(texts, json_values)),
-        "warnings": tuples_of(reports),
+        "warnings": tuples_of(
+            st.fixed_dictionaries(
+                {
+                    "text": texts,
+                    "category": st.tuples(texts, texts),
+                    "filename": texts,
+                    "lineno": st.integers(),
+                }
+            )
+        ),
         "imported": tuples_of(texts),
         "threads": tuples_of(texts),
         "reusable": st.booleans(),
         "xpassed": st.booleans(),
         "changed": tuples_of(texts),
-        "groups": st.none() | reports,
+        "groups": st.none()
+        | st.dictionaries(
+            texts, st.tuples(st.integers(), tuples_of(st.integers()), counts, counts), max_size=3
+        ),
         "returncode": st.none() | st.integers(),
         "awaits": texts,
-        "pid": st.integers(),
         "payload": st.binary(),
     },
-    At: {"place": st.sampled_from(get_args(Place)), "text": texts, "at_s": finite},
+    At: {
+        "place": st.sampled_from(get_args(Place)),
+        "text": texts,
+        "at_s": finite,
+        "detail": texts,
+    },
     SubReport: {"report": reports},
     Exchange: {"operation": texts, "payload": st.binary()},
     DebugAsk: {"reason": texts},
@@ -270,7 +288,7 @@ def test_a_header_makes_no_room_before_its_bytes_come() -> None:
     tracemalloc.start()
     try:
         assert decoder.feed(struct.pack(">II", 16, events.MAX_FRAME_BYTES - 16)) == []
-        assert decoder.feed(b"x" * 1000) == []
+        assert decoder.feed(b'["Exchange", {}]' + b"x" * 1000) == []
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -285,6 +303,95 @@ def test_a_message_longer_than_the_limit_is_not_sent(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(events, "MAX_FRAME_BYTES", size_bytes - 1)
     with pytest.raises(WireError, match="Exchange"):
         encode(message)
+
+
+def plain(value: object) -> object:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+WRONG: dict[str, Any] = {
+    "null": None,
+    "a number": 5,
+    "a fraction": 0.5,
+    "text": "text",
+    "true": True,
+    "a list": [[1]],
+    "an object": {"x": [1]},
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_field_of_another_type_is_a_wire_error_that_names_the_value(data: st.DataObject) -> None:
+    cls = data.draw(st.sampled_from([cls for cls, by_field in FIELDS.items() if by_field]))
+    message = data.draw(MESSAGES[cls])
+    names = [name for name in FIELDS[cls] if name != "payload"]
+    body = {name: plain(getattr(message, name)) for name in names}
+    if not names:
+        return
+    name = data.draw(st.sampled_from(names))
+    body[name] = wrong = data.draw(st.sampled_from([*WRONG.values()]))
+    try:
+        (got,) = decoded(frame(json.dumps([cls.__name__, body]).encode()))
+    except WireError:
+        return
+    # What was taken is what the field can hold.
+    back = plain(getattr(got, name))
+    assert back == wrong
+    assert type(back) is type(wrong)
+    (again,) = decoded(encode(got))
+    assert same_message(again, got)
+
+
+@pytest.mark.parametrize(
+    ("cls", "body", "expected"),
+    [
+        (Done, {"phase": "call", "outcome": "passed", "at_s": "now"}, "expected a number"),
+        (Done, {"phase": "call", "outcome": "passed", "at_s": float("nan")}, "expected a number"),
+        (Done, {"phase": "call", "outcome": "fine", "at_s": 1}, "expected one of exit, failed"),
+        (Done, {"phase": ["call"], "outcome": "passed", "at_s": 1}, "expected one of boot, call"),
+        (FaultAsk, {"act": "kill", "rank": True}, "expected int, got True"),
+        (FaultAsk, {"act": "kill", "rank": "1"}, "expected int, got '1'"),
+        (Exchange, {"operation": 5}, "expected str, got 5"),
+        (SubReport, {"report": [1]}, r"expected an object, got \[1\]"),
+        (Met, {"sizes": 5}, "expected a list, got 5"),
+        (Met, {"sizes": [None]}, "expected int, got None"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_was_expected(
+    cls: type[Any], body: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(WireError, match=expected):
+        decoded(frame(json.dumps([cls.__name__, body]).encode()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("exception", ["one"]),
+        ("sections", [["call", "stdout"]]),
+        ("properties", [["name"]]),
+        ("properties", [[1, 2]]),
+        ("warnings", [{}]),
+        ("warnings", [{"text": "x", "category": "y", "filename": "z", "lineno": 0}]),
+        ("groups", {"": [1]}),
+        ("groups", {"": [1, [], [[0]], []]}),
+        ("imported", "torch"),
+    ],
+)
+def test_a_wrong_shape_inside_a_field_is_a_wire_error(field: str, value: object) -> None:
+    body = {"phase": "call", "outcome": "passed", "at_s": 1.0, field: value}
+    with pytest.raises(WireError, match="expected"):
+        decoded(frame(json.dumps(["Done", body]).encode()))
+
+
+@pytest.mark.parametrize(
+    "data", [b"\0\0\0\x64\x20\0\0\0" + encode(Leave()), b"\0\0\0\1\0\0\0\0", b"\0" * 9]
+)
+def test_what_cannot_begin_a_message_is_refused_before_the_rest_of_it_comes(data: bytes) -> None:
+    with pytest.raises(WireError, match="not the beginning of a message"):
+        decoded(data)
 
 
 def only_wire_errors(feed: Callable[[bytes], object], data: bytes) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.internal.intervalsets import IntervalSet
 
 from pytest_dcp.harness import lockstep_hypothesis, lockstep_versions
 from pytest_dcp.harness.lockstep import (
@@ -77,6 +79,33 @@ def test_a_record_that_was_cut_off_keeps_what_is_whole(
     assert decode(cut) == written[: len(decode(cut))]
     if len(cut) < len(whole):
         assert len(decode(cut)) < len(written)
+
+
+def test_intervals_of_text_strategies_are_read() -> None:
+    # What Hypothesis hands over with each character that it draws.
+    intervals = IntervalSet.from_string("abc")
+    (entry,) = decode(encode_choice("string", {"intervals": intervals}, "a", False))
+    assert isinstance(entry, Choice)
+    assert entry.constraints["intervals"].intervals == intervals.intervals
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"cnomodule\nnothing\n.",
+        b"cos\nsystem\n(S'exit 3'\ntR.",
+        pickle.dumps(Line),
+        pickle.dumps((1, 2)),
+        pickle.dumps(("integer", None, 1, False)),
+        pickle.dumps([]),
+        bytes(100),
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+    ],
+    ids=repr,
+)
+def test_what_is_no_entry_ends_the_record_and_is_not_run(damage: bytes) -> None:
+    good = encode_line("one")
+    assert decode(good + damage + good) == [Line("one")]
 
 
 def test_equal_choices_are_equal_bytes() -> None:

@@ -154,7 +154,7 @@ def test_a_health_check_ends_it_all() -> None:
 
 
 def test_a_rank_that_ended_the_test_has_the_last_say() -> None:
-    said = reply_of(Done("call", "failed", 0.0, text="ValueError: in a thread"))
+    said = reply_of(0, Done("call", "failed", 0.0, text="ValueError: in a thread"))
     assert said.fatal
     assert said.origin == "ValueError: in a thread"
 

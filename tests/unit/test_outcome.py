@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import pytest
@@ -30,7 +31,10 @@ def done(outcome: RankOutcome = "passed", text: str = "", at_s: float = 1.0) -> 
 def failure(
     rank: int, summary: str = "ValueError: 3", at_s: float = 1.0, kind: FailureKind = "failed"
 ) -> RankFailure:
-    return RankFailure(rank, kind, "call", at_s, summary)
+    """A failure; the exchange's own error says that it is an echo."""
+    return RankFailure(
+        rank, kind, "call", at_s, summary, is_echo=(kind, summary) == ("failed", NOT_MET)
+    )
 
 
 PASSED, SKIPPED, XFAILED = done(), done("skipped", "no GPU"), done("xfailed", "issue 7")
@@ -74,7 +78,10 @@ NCCL_CLOSED = (  # https://github.com/NVIDIA/nccl/issues/1514
     "internal error, NCCL version 2.14.3 ncclInternalError: Internal check failed. Last error: "
     "Net : Connection closed by remote peer node2<50260>"
 )
-IN_VAIN = "DivergedError: waited in vain (rank 0: barrier()): rank 1 (ValueError: 3) will not come"
+NOT_MET = (
+    "DivergedError: the world's exchange cannot complete (rank 0: barrier()): rank 1 (ValueError: "
+    "3) will not come"
+)
 ECHOES = {
     "gloo, peer died": GLOO_CLOSED,
     "gloo, peer died, before 2.5": GLOO_OLD,
@@ -84,7 +91,7 @@ ECHOES = {
     "nccl, connection reset": NCCL_RESET,
     "nccl, remote error": NCCL_REMOTE,
     "nccl, connection closed": NCCL_CLOSED,
-    "our exchange": IN_VAIN,
+    "our exchange": NOT_MET,
     "the standard library, broken": "BrokenPipeError: [Errno 32] Broken pipe",
     "the standard library, reset": "ConnectionResetError: [Errno 104] Connection reset by peer",
 }
@@ -200,7 +207,7 @@ def test_a_failure_beside_a_rank_that_ends_the_session_is_shown_and_the_session_
     "follows",
     [
         failure(0, "still in call, in all_reduce, at x.py:3 in f", kind="blocked"),
-        failure(0, "DivergedError: waited in vain (rank 0: barrier()): rank 1 will not come"),
+        failure(0, NOT_MET),
     ],
     ids=["waited", "waited in an exchange"],
 )
@@ -276,6 +283,14 @@ def test_a_rank_that_says_failed_fails_the_world_even_when_nobody_noted_it() -> 
 @pytest.mark.parametrize("summary", ECHOES.values(), ids=ECHOES)
 def test_what_a_rank_says_when_its_peer_went_away_is_an_echo(summary: str) -> None:
     assert is_echo(failure(0, summary))
+
+
+def test_our_exchange_s_error_is_an_echo_by_its_flag_and_not_by_its_words() -> None:
+    assert is_echo(RankFailure(0, "failed", "call", 1.0, "any words", is_echo=True))
+    assert not is_echo(RankFailure(0, "failed", "call", 1.0, NOT_MET))
+    said = replace(done("failed", "any words"), is_echo=True)
+    outcome = combine(2, {0: said, 1: done("failed", "ValueError: 3")}, ())
+    assert outcome.reason == "rank 1: ValueError: 3"
 
 
 @pytest.mark.parametrize("summary", CAUSES.values(), ids=CAUSES)
@@ -396,7 +411,7 @@ def test_a_failure_that_looks_like_an_echo_is_the_cause_when_it_is_alone() -> No
     assert GLOO_CLOSED in outcome.reason
 
 
-summaries = st.sampled_from([GLOO_CLOSED, NCCL_RESET, IN_VAIN, *CAUSES.values()])
+summaries = st.sampled_from([GLOO_CLOSED, NCCL_RESET, NOT_MET, *CAUSES.values()])
 failures_ = st.builds(
     failure,
     st.integers(0, 9),

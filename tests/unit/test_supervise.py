@@ -13,7 +13,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -365,10 +365,12 @@ def test_a_rank_that_dies_while_it_imports_starts_the_clock() -> None:
 
 
 def test_the_limit_of_a_phase_stands_still_while_a_rank_collects() -> None:
-    replay = Replay.calling(2)
+    replay = Replay.ready(2)
+    replay.begin(range(2), "setup")
+    replay.log.clear()
     collecting = At("preparing", "collecting the test")
     said = [(T0 + 1, Says(0, collecting)), (T0 + 301, Says(0, READY))]
-    replay.play([*said, (T0 + 302, Says(0, PASSED))])
+    replay.play([*said, (T0 + 302, Says(0, done("setup")))])
     assert replay.failures == [(1, "timeout")]
     assert replay.ordered(Dump) == [(T0 + LIMIT_S + 300, 1)]
 
@@ -830,7 +832,7 @@ def test_who_waits_for_a_rank_that_will_not_come_is_told_at_once_and_why(
     replay.play([(T0 + 1 + i / 4, one) for i, one in enumerate(both)], until=T0 + 1.25)
     error = error_to(replay, 0)
     assert replay.ordered(Send) == [(T0 + 1.25, 0)]
-    assert "in vain" in error
+    assert "cannot complete" in error
     assert "rank 1" in error
     assert "barrier()" in error
     assert why in error
@@ -842,7 +844,7 @@ def test_a_socket_that_closed_does_not_yet_end_a_meeting_but_the_exit_does() -> 
     replay.play([(T0 + 1, Says(0, Exchange("barrier()"))), (T0 + 1, Closes(1))], until=T0 + 1.125)
     assert replay.log == []
     replay.play([(T0 + 1.1875, Ends(1, 1))], until=T0 + 1.1875)
-    assert "in vain" in error_to(replay, 0)
+    assert "cannot complete" in error_to(replay, 0)
 
 
 def test_a_rank_that_dies_at_an_exchange_frees_the_others() -> None:
@@ -860,7 +862,7 @@ def test_the_survivors_of_a_failed_phase_can_not_meet_the_dead() -> None:
     replay.begin([0], "teardown")
     replay.log.clear()
     replay.play([(replay.now, Says(0, Exchange("barrier()")))], until=replay.now)
-    assert "in vain" in error_to(replay, 0)
+    assert "cannot complete" in error_to(replay, 0)
 
 
 # An error that the peers of a rank have not heard of.
@@ -1029,6 +1031,7 @@ OUT_OF_TURN: dict[str, tuple[list[Up], Up]] = {
     ),
     "a second debugger": ([DebugAsk("set_trace")], DebugAsk("set_trace")),
     "a message that is not the supervisor's": ([], SubReport({})),
+    "preparing what the call needs": ([], At("preparing", "collecting the test")),
 }
 
 
@@ -1043,6 +1046,27 @@ def test_a_rank_that_speaks_out_of_turn_is_killed_and_named_with_what_it_said(
     assert replay.failures == [(1, "closed")]
     assert type(message).__name__ in replay.summary(1)
     assert not replay.supervisor.paused
+
+
+@pytest.mark.parametrize("phase", ["setup", "teardown", "finish"])
+@pytest.mark.parametrize("outcome", ["passed", "failed"])
+def test_an_answer_to_another_order_is_no_answer(phase: Phase, outcome: RankOutcome) -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(1, done(phase, outcome))), (T0 + 1, Says(0, PASSED))])
+    assert replay.failures == [(1, "closed")]
+    assert 1 not in replay.supervisor.done
+    assert replay.summary(1).startswith(f"ended {phase} while in call: ")
+
+
+@pytest.mark.parametrize("act", get_args(FaultAct))
+@pytest.mark.parametrize("rank", [-1, 2, 10**30])
+def test_a_fault_for_a_rank_that_the_world_does_not_have_is_refused(
+    act: FaultAct, rank: int
+) -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Says(1, FaultAsk(act, rank))), (T0 + 1, Says(0, PASSED))])
+    assert replay.failures == [(1, "closed")]
+    assert replay.summary(1) == f"asked to {act} rank {rank} of a world of 2"
 
 
 # Leaving.
@@ -1243,7 +1267,7 @@ def test_who_waits_in_the_debugger_for_a_rank_that_will_not_come_keeps_the_termi
     granted, met = replay.sent(0)
     assert granted == DebugAnswer(granted=True)
     assert isinstance(met, Met)
-    assert "in vain" in met.error
+    assert "cannot complete" in met.error
     assert replay.supervisor.paused
 
 
