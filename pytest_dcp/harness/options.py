@@ -6,6 +6,7 @@ Light on purpose: this is imported by every session, also one without a single w
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,29 +124,27 @@ def _ini_type(takes: type[Any]) -> Any:
 def read_options(config: pytest.Config) -> Options:
     """The session's options. Raises `pytest.UsageError` naming every wrong one."""
     raw = {option.name: _value(config, option) for option in OPTIONS}
-    problems: list[str] = []
+    reader = _Reader(raw, {option.name: _given_as(config, option) for option in OPTIONS})
     for option in OPTIONS:
         if option.choices and raw[option.name] not in option.choices:
-            problems.append(
-                f"--dcp-{option.name} takes {', '.join(option.choices)}; got {raw[option.name]!r}"
-            )
+            reader.refuse(option.name, ", ".join(option.choices))
         if option.takes is bool and raw[option.name].lower() not in FLAGS:
-            problems.append(f"{option.key} takes true or false; got {raw[option.name]!r}")
+            reader.refuse(option.name, "true or false")
     if raw["marker"] and not raw["marker"].isidentifier():
-        problems.append(f"--dcp-marker takes a name such as world_size; got {raw['marker']!r}")
-    world_size = _number(raw, "world-size", problems, low=1, high=MAX_WORLD_SIZE)
-    timeout = _number(raw, "timeout", problems, low=0) or float("inf")
-    grace = _number(raw, "grace", problems, low=0)
-    output = _number(raw, "output-limit", problems, low=0, high=1e6)
-    max_procs = _number(raw, "max-procs", problems, low=0)
-    seed = _number(raw, "seed", problems, low=0, high=2**63 - 1)
+        reader.refuse("marker", "a name such as world_size")
+    world_size = reader.number("world-size", low=1, high=MAX_WORLD_SIZE)
+    timeout = reader.number("timeout", low=0) or float("inf")
+    grace = reader.number("grace", low=0)
+    output = reader.number("output-limit", low=0, high=1e6)
+    max_procs = reader.number("max-procs", low=0)
+    seed = reader.number("seed", low=0, high=2**63 - 1)
     raw["fault-budget"] = FAULT_BUDGETS.get(raw["fault-budget"], raw["fault-budget"])
-    fault_budget = _number(raw, "fault-budget", problems, low=1)
+    fault_budget = reader.number("fault-budget", low=1)
     pdb_rank = None
     if raw["pdb-rank"] != "first":
-        pdb_rank = _number(raw, "pdb-rank", problems, low=0)
-    if problems:
-        raise pytest.UsageError("; ".join(problems))
+        pdb_rank = reader.number("pdb-rank", low=0)
+    if reader.problems:
+        raise pytest.UsageError("; ".join(reader.problems))
     return Options(
         marker=raw["marker"],
         launch=raw["launch"],
@@ -175,6 +174,11 @@ def _value(config: pytest.Config, option: _Option) -> str:
     return text if text or option.name == "marker" else option.default
 
 
+def _given_as(config: pytest.Config, option: _Option) -> str:
+    """The option's name in the place that its value comes from: command line, or ini file."""
+    return option.key if config.getoption(option.key) is None else f"--dcp-{option.name}"
+
+
 def _ini_value(config: pytest.Config, key: str) -> object:
     """What the ini or TOML file says, of whatever type; None when it says nothing.
 
@@ -199,30 +203,37 @@ FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
 """Names of budgets: about a second, and about two minutes, for a small checkpoint."""
 
 
-def _number(
-    raw: dict[str, str],
-    name: str,
-    problems: list[str],
-    *,
-    low: float,
-    high: float = float("inf"),
-) -> float | None:
-    text = raw[name]
-    if not text:
-        return None
-    kind = "a whole number" if name in INTEGERS else "a number"
-    if name == "fault-budget":
-        kind = f"{', '.join(FAULT_BUDGETS)} or {kind}"
-    try:
-        value: float = int(text) if name in INTEGERS else float(text)
-    except ValueError:
-        problems.append(f"--dcp-{name} takes {kind}; got {text!r}")
-        return None
-    if not low <= value <= high:
-        bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-        problems.append(f"--dcp-{name} takes {kind} {bounds}; got {text!r}")
-        return None
-    return value
+class _Reader:
+    """Reads values of options, and gathers what is wrong with them."""
+
+    def __init__(self, raw: Mapping[str, str], given_as: Mapping[str, str]) -> None:
+        self.problems: list[str] = []
+        self._raw = raw
+        self._given_as = given_as
+        """By option, its name where its value was written."""
+
+    def refuse(self, name: str, takes: str) -> None:
+        """Note that an option `takes` something else."""
+        self.problems.append(f"{self._given_as[name]} takes {takes}; got {self._raw[name]!r}")
+
+    def number(self, name: str, *, low: float, high: float = float("inf")) -> float | None:
+        """The value as a number from `low` to `high`, inclusive; None for none, or a wrong one."""
+        text = self._raw[name]
+        if not text:
+            return None
+        kind = "a whole number" if name in INTEGERS else "a number"
+        if name == "fault-budget":
+            kind = f"{', '.join(FAULT_BUDGETS)} or {kind}"
+        try:
+            value: float = int(text) if name in INTEGERS else float(text)
+        except ValueError:
+            self.refuse(name, kind)
+            return None
+        if not low <= value <= high:
+            bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+            self.refuse(name, f"{kind} {bounds}")
+            return None
+        return value
 
 
 def cpu_count() -> int:

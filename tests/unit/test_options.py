@@ -182,8 +182,13 @@ WRONG = [
 def test_a_wrong_value_is_refused_with_the_option_s_name_and_the_value(
     name: str, text: str
 ) -> None:
-    for told in (refused({name: text}), refused(ini={name: text})):
-        assert f"--dcp-{name} " in told
+    ini_name = f"dcp_{name.replace('-', '_')}"
+    for given_as, told in (
+        (f"--dcp-{name}", refused({name: text})),
+        (ini_name, refused(ini={name: text})),
+        (f"--dcp-{name}", refused({name: text}, ini={name: "another"})),
+    ):
+        assert told.startswith(f"{given_as} takes ")
         assert repr(text) in told
 
 
