@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp.checkpoint.async_worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
 from pytest_dcp.checkpoint.coordinate import PeerAborted, StepError, Team
 from pytest_dcp.checkpoint.coordinate.failure import Cause
+from pytest_dcp.checkpoint.coordinate.machines import machine
 from pytest_dcp.checkpoint.coordinate.reception import reception
 from pytest_dcp.checkpoint.coordinate.rendezvous import timeout_of
 from pytest_dcp.checkpoint.messages import unpacked_metadata
@@ -261,18 +262,20 @@ class Saver:
         """The state to send, and a process that has joined the others'."""
         kept: list[Shipment] = []
 
-        def prepare() -> str:
+        def prepare() -> tuple[str, str]:
             kept.append(shipped(job.state()))
-            return self._meeting if self._line is not None and self._line.is_alive() else ""
+            alive = self._line is not None and self._line.is_alive()
+            return self._meeting if alive else "", machine()
 
-        meetings = set(team.all_gather("prepare", prepare))
+        said = team.all_gather("prepare", prepare)
+        meetings, machines = {meeting for meeting, _ in said}, {where for _, where in said}
         if len(meetings) != 1 or "" in meetings:
-            self._begin(team, silence_s)
+            self._begin(team, silence_s, one_machine=len(machines) == 1)
         if self._line is None:
             raise SaverProcessError("there is no background process: the group was destroyed")
         return kept[0], self._line
 
-    def _begin(self, team: Team, silence_s: float) -> None:
+    def _begin(self, team: Team, silence_s: float, *, one_machine: bool) -> None:
         """Start the ranks' processes anew, and let them meet."""
         if self._line is not None:
             self._line.end()
@@ -281,12 +284,12 @@ class Saver:
         if team.group is not None:
 
             def meet() -> tuple[str, int, tuple[str, ...], str]:
-                port = line.ask(Host(silence_s), team.check, START_S)
+                port = line.ask(Host(silence_s, one_machine), team.check, START_S)
                 address = reception().address
                 return uuid.uuid4().hex, port, address.hosts, address.machine
 
-            meeting, port, hosts, machine = team.broadcast("meet", meet)
-            join = Join(team.rank, team.size, port, hosts, machine, silence_s)
+            meeting, port, hosts, there = team.broadcast("meet", meet)
+            join = Join(team.rank, team.size, port, hosts, there, silence_s, one_machine)
             team.agree("join", lambda: line.ask(join, team.check, START_S))
         else:
             meeting = "alone"

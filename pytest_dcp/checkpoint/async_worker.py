@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ PROGRAM = (
 BEAT_S = 0.25
 BEAT = "beat"
 """Sent every `BEAT_S` until the answer, and no answer to any order."""
-LOOPBACK = "127.0.0.1"
+LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
 """What the system calls the process, also while it ends; at most 15 bytes."""
@@ -62,10 +63,13 @@ class Host:
     """Open the store at which the ranks' processes meet; its port."""
 
     timeout_s: float
+    one_machine: bool
+    """Whether all ranks are on this machine: then nobody on another one reaches the store."""
 
     def run(self, line: Connection) -> int:
-        _store.append(_store_at(LOOPBACK, 0, self.timeout_s, host=True))
-        port: int = _store[0].port
+        listener = socket.create_server((LOOPBACK if self.one_machine else "", 0))
+        port: int = listener.getsockname()[1]
+        _store.append(_store_at(LOOPBACK, port, self.timeout_s, listener))
         return port
 
 
@@ -81,8 +85,14 @@ class Join:
     machine: str
     """The coordinator's."""
     timeout_s: float
+    one_machine: bool
 
     def run(self, line: Connection) -> None:
+        if self.one_machine:
+            # The sockets of gloo and of the save itself; a rank's own environment stays as it is.
+            os.environ["MASTER_ADDR"] = LOOPBACK
+            if LOOPBACK_NAME in (name for _, name in socket.if_nameindex()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_NAME)
         store = _store[0] if _store else self._reached()
         dist.init_process_group(
             "gloo",
@@ -97,7 +107,7 @@ class Join:
         failed: Exception = ConnectionError(f"no host to meet the background processes at: {self}")
         for host in hosts:
             try:
-                return _store_at(host, self.port, self.timeout_s, host=False)
+                return _store_at(host, self.port, self.timeout_s)
             except (RuntimeError, OSError) as error:  # c10d's errors are RuntimeErrors
                 failed = error
         raise failed
@@ -201,9 +211,17 @@ def _mapped(fd: int, nbytes: int) -> torch.Tensor:
         os.close(fd)
 
 
-def _store_at(name: str, port: int, timeout_s: float, *, host: bool) -> TCPStore:
+def _store_at(
+    name: str, port: int, timeout_s: float, listener: socket.socket | None = None
+) -> TCPStore:
+    """The store at this address; hosted here, and given this socket, where there is one."""
     return TCPStore(
-        name, port, is_master=host, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        name,
+        port,
+        is_master=listener is not None,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=None if listener is None else listener.detach(),
     )
 
 

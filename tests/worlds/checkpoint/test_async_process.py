@@ -69,6 +69,18 @@ def begun(state: dict[str, Any], folder: Path | None = None, **options: Any) -> 
     return started.upload_completion if isinstance(started, AsyncSaveResponse) else started
 
 
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process listens, as the kernel writes them (proc_pid_net(5))."""
+    links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, status, *rest = line.split()
+            if status == "0A" and f"socket:[{rest[5]}]" in links:
+                found.add(local.partition(":")[0])
+    return found
+
+
 def failure(future: Future[Metadata]) -> StepError:
     """What a save failed of, told to every rank alike."""
     error = future.exception(WAIT_S)
@@ -143,6 +155,8 @@ def test_a_save_in_a_process_is_a_save(
     replicas_are_compared_as_asked(checkpoint_dir / "replicas", rank)
     what_cannot_be_sent_is_named_at_once(checkpoint_dir / "refused")
     assert len(set(PROCESSES)) == 1
+    # Rank 0's has the store; gloo's sockets are in all of them.
+    assert listening(PROCESSES[0]) == {"0100007F"}
 
 
 PROCESSES: list[int] = []
