@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -45,7 +46,7 @@ HELLO_S = 1.0
 STRANGERS = 64
 WAITING_OF_A_RANK = 64
 """Operations that a rank may have come to before the coordinator does."""
-ACCEPTED_AT_ONCE = 512
+ACCEPT_S = 0.003
 """In one look, so that a flood does not keep the coordinator from its peers."""
 IDLE = ""
 """The operation of a peer that runs none yet: its connection only shows that it lives."""
@@ -243,17 +244,17 @@ class Reception:
                 del self._ended[member]
 
     def _look(self) -> None:
-        """Accept, greet, and read what has come on idle connections."""
+        """Read what has come on idle connections; then accept, and greet."""
         self._heed_listener()
-        lobby = False
+        knocks = False
         for key, _ in self._selector.select(0):
             if key.fileobj is self._listener:
-                self._accept()
+                knocks = True
             elif (member := self._idle.get(key.data)) is not None:
                 self._read_idle(key.data, member)
-            else:
-                lobby = True
-        if lobby or self._lobby:
+        if knocks:
+            self._accept()
+        if self._lobby:
             self._greet()
 
     def _heed_listener(self) -> None:
@@ -261,7 +262,8 @@ class Reception:
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _accept(self) -> None:
-        for n in range(1, ACCEPTED_AT_ONCE + 1):
+        until_s = time.monotonic() + ACCEPT_S
+        for n in itertools.count(1):
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
@@ -276,6 +278,8 @@ class Reception:
                 self._greet()
             while len(self._lobby) > STRANGERS:
                 self._close_stranger(self._lobby.pop(0)[1])
+            if time.monotonic() > until_s:
+                return
 
     def _note_full(self, error: OSError) -> None:
         """Note whether peers stay in the kernel's queue for want of descriptors."""
