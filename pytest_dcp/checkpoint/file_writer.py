@@ -54,7 +54,7 @@ from pytest_dcp.checkpoint.store.transforms import (
     own_way_of,
 )
 from pytest_dcp.checkpoint.store.write import FileJob, Settings, Source, balanced, write_files
-from pytest_dcp.checkpoint.store.written import WriteResults, join_results, whole_places_of
+from pytest_dcp.checkpoint.store.written import WriteResults, join_results, places_and_more
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
@@ -282,10 +282,16 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = self._meta()
         catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
-        catalog = dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
+        disk = self._registering_disk()
+        places, beside = places_and_more(catalog.index, results)
+        if beside:
+            # Their files are the checkpoint's, too, and are not swept.
+            present = set(disk.names(self.path)) - set(places.files)
+            named = {place.relative_path for place in beside.values()}
+            places = dataclasses.replace(places, files=(*places.files, *sorted(present & named)))
+        catalog = dataclasses.replace(catalog, places=places, beside=beside)
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
-        disk = self._registering_disk()
         alone = self.rank if not self.use_collectives else None
         folder, name = self._metadata_place(alone)
         content = metadata_file.encode(catalog)

@@ -84,13 +84,18 @@ class Catalog:
     version: str | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
     """Attributes that a planner or a framework has set on the Metadata, by name."""
+    beside: Mapping[MetadataIndex, _StorageInfo] = field(default_factory=dict)
+    """Places of what a client wrote that the index lacks: for clients that look them up."""
 
     def metadata(self) -> Metadata:
         """This catalog as torch's object; its mappings make their values on demand."""
+        table = EntryTable(self)
+        for key, place in self.beside.items():
+            table[key] = place
         metadata = Metadata(
             state_dict_metadata=KeyTable(self.index),
             planner_data=self.planner_data,
-            storage_data=EntryTable(self),
+            storage_data=table,
             storage_meta=self.storage_meta,
             version=self.version,
         )
@@ -118,6 +123,7 @@ class Catalog:
             metadata.storage_meta,
             getattr(metadata, "version", None),
             further_fields(metadata),
+            table.catalog.beside if isinstance(table, EntryTable) else {},
         )
 
 

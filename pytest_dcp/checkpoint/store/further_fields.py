@@ -33,8 +33,11 @@ class PlainPickler(pickle.Pickler):
         return NotImplemented
 
 
-def encode_further(further: Mapping[str, Any]) -> bytes:
-    """The attributes as a pickle. Raises PlanError, naming it, for one that cannot be pickled."""
+def encode_further(further: Mapping[str, Any], beside: Mapping[Any, Any]) -> bytes:
+    """The attributes, and places beside the index, as a pickle.
+
+    Raises PlanError, naming it, for an attribute that cannot be pickled.
+    """
     buffer = io.BytesIO()
     for name, value in further.items():
         try:
@@ -43,12 +46,13 @@ def encode_further(further: Mapping[str, Any]) -> bytes:
             raise PlanError(
                 f"the attribute {name!r} that was set on the Metadata cannot be pickled: {error}"
             ) from error
-    metadata = Metadata({})
+    metadata = Metadata({}, storage_data=dict(beside) or None)
     vars(metadata).update(further)
     PlainPickler(buffer, _PROTOCOL).dump(metadata)
     return buffer.getvalue()
 
 
-def decode_further(data: bytes | memoryview) -> dict[str, Any]:
-    """The attributes of `encode_further`. Raises CheckpointCorruptError for other bytes."""
-    return further_fields(read_metadata(data))
+def decode_further(data: bytes | memoryview) -> tuple[dict[str, Any], Mapping[Any, Any]]:
+    """What `encode_further` was given. Raises CheckpointCorruptError for other bytes."""
+    metadata = read_metadata(data)
+    return further_fields(metadata), metadata.storage_data or {}

@@ -96,7 +96,8 @@ def encode(catalog: Catalog) -> bytes:
     }
     header["transforms"], columns["transform_of"] = _transforms(places)
     header["said"], columns["path_forms"], columns["paths"] = _said(catalog)
-    further = encode_further(catalog.further) if catalog.further else b""
+    more = catalog.further or catalog.beside
+    further = encode_further(catalog.further, catalog.beside) if more else b""
     if further:
         header["further_bytes"] = len(further)
     header["counts"] = _counts(columns)
@@ -128,7 +129,8 @@ def decode(
     try:
         catalog = _catalog(header, columns, whole)
         if further:
-            catalog = replace(catalog, further=decode_further(further))
+            attributes, beside = decode_further(further)
+            catalog = replace(catalog, further=attributes, beside=beside)
     except CheckpointCorruptError:
         raise
     except (ValueError, TypeError, LookupError, RecursionError) as error:

@@ -84,7 +84,7 @@ def pickled(catalog: Catalog) -> bytes:
     words = _Words(catalog)
     pieces: list[_Piece] = [words.head, words("state_dict_metadata"), pickle.EMPTY_DICT]
     pieces += _keys(words, catalog.index)
-    pieces += [words("storage_data"), pickle.EMPTY_DICT]
+    pieces += [words("storage_data"), words.beside]
     pieces += _entries(words, catalog.index, catalog.places)
     pieces.append(_CLOSE + pickle.STOP)
     return b"".join(pieces)
@@ -97,13 +97,14 @@ class _Words:
         index, places = catalog.index, catalog.places
         states = [p.__reduce_ex__(_PROTOCOL)[2] for p in index.properties]
         transforms = sorted({text for some in places.transforms.values() for text in some})
+        beside = dict(catalog.beside)
         fields = {
             "state_dict_metadata": (
                 *(MARK_OF_OURS.decode(), _CLASSES, _KEYS),
                 *(index.fqns, places.files, states, transforms),
             ),
             "planner_data": _plain(catalog.planner_data),
-            "storage_data": None,
+            "storage_data": beside or None,
             "storage_meta": catalog.storage_meta,
             "version": catalog.version,
             **catalog.further,
@@ -114,6 +115,9 @@ class _Words:
         self._memo = pickler.memo.copy()
         self._known = {word: self.number(word) for word in (*_CLASSES, *_KEYS, *transforms)}
         self.head = _head(buffer.getvalue())
+        number = self.number(beside).to_bytes(4, "little") if beside else b""
+        self.beside = pickle.LONG_BINGET + number if beside else pickle.EMPTY_DICT
+        """The opcodes of the dict that the places are put into."""
         self.states = self.numbers(states)
         self.fqns = self.numbers(index.fqns)
         self.files = self.numbers(places.files)

@@ -174,6 +174,22 @@ def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> P
     return places
 
 
+def places_and_more(
+    index: Index, results: Sequence[Sequence[WriteResult]]
+) -> tuple[Places, dict[MetadataIndex, Any]]:
+    """As `whole_places_of`, and the places of what was written that the index lacks, by key."""
+    try:
+        return whole_places_of(index, results), {}
+    except PlanError:
+        known = {index_key(index, row) for row in range(len(index.offset))}
+        every = [result for some in results for result in some]
+        more = {one.index: one.storage_data for one in every if one.index not in known}
+        if not more:
+            raise
+    planned = [[one for one in some if one.index in known] for some in results]
+    return whole_places_of(index, planned), more
+
+
 def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:
     """The index's rows of what was written; by their hints where those are right."""
     items = part.items

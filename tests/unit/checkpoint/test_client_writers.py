@@ -364,6 +364,50 @@ class TestByHand:
         assert target["w"].tolist() == [0, 1, 2, 3]
 
 
+class TestResultsBesideThePlan:
+    @pytest.mark.parametrize("known", [True, False])
+    def test_what_a_writer_adds_is_kept_for_readers_of_its_own(
+        self, tmp_path: Path, known: bool
+    ) -> None:
+        """As writers that keep a file of their own with the checkpoint, and look it up again."""
+        own = MetadataIndex("own", torch.Size([2]))
+
+        class Adding(dcp.FileSystemWriter):
+            def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+                name = f"__9_0_{self.save_id[:12]}.distcp"
+                (Path(self.path) / name).write_bytes(b"own bytes")
+                place = torchs._StorageInfo(name, 4, 5, ["stream.own/1"])
+                super().finish(metadata, [*results, [WriteResult(own, 5, place)]])
+
+        saved = state() if known else {}
+        for step in range(2):
+            metadata = dcp.save(saved | {"n": step}, storage_writer=Adding(tmp_path))
+            assert metadata.storage_data[own].length == 5
+        for reader in (dcp.FileSystemReader(tmp_path), TorchReader(tmp_path)):
+            found = reader.read_metadata()
+            place = found.storage_data[own]
+            data = (tmp_path / place.relative_path).read_bytes()
+            assert data[place.offset :][: place.length] == b"bytes"
+            assert place.transform_descriptors == ["stream.own/1"]
+            assert "own" not in found.state_dict_metadata
+            assert len(found.storage_data) == 2 + len(saved)
+        if known:
+            check_loads(tmp_path)
+        target = {"n": -1}
+        dcp.load(target, checkpoint_id=tmp_path)
+        assert target == {"n": 1}
+
+    def test_an_item_that_no_rank_wrote_is_still_an_error(self, tmp_path: Path) -> None:
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner({"w": torch.ones(2)}, is_coordinator=True)
+        _, metadata = planner.create_global_plan([planner.create_local_plan()])
+        place = torchs._StorageInfo("other", 0, 5)
+        with pytest.raises(PlanError, match="written by no rank"):
+            dcp.FileSystemWriter(tmp_path).finish(
+                metadata, [[WriteResult(MetadataIndex("x"), 5, place)]]
+            )
+
+
 class TestFilesOfSafetensors:
     def test_the_items_of_each_file_are_the_subclass_own(self, tmp_path: Path) -> None:
         class Own(dcp.HuggingFaceStorageWriter):
