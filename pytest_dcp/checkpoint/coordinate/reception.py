@@ -235,8 +235,11 @@ class Reception:
             self._add_idle((group, rank), line)
 
     def forget(self, group: str) -> None:
-        """Close the idle connections of a group that is gone."""
+        """Close the connections of a group that is gone."""
         with self._lock:
+            for arrival in [one for one in self._waiting if one.hello.group == group]:
+                self._waiting.remove(arrival)
+                arrival.line.hang_up()
             for line in [line for line, member in self._idle.items() if member[0] == group]:
                 self._drop_idle(line)
                 line.hang_up()

@@ -118,13 +118,13 @@ def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> N
         return
     meeting.present = True
     with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
-        if rank == coordinator_rank:
-            publish(group, coordinator_rank)
         if local_only(os.environ):
             own = Presence.own()
         else:
             own = Presence.own(reception().address.hosts, reception().address.port)
         _store(group).set(_presence_key(rank), own.encode())
+        if rank == coordinator_rank:
+            publish(group, coordinator_rank)
 
 
 def presence_of(group: dist.ProcessGroup, rank: int) -> Presence | None:
