@@ -24,8 +24,14 @@ ALIGNMENT = 16
 FEW_SEGMENTS = 4
 """Of the first frame of a peer that has not shown the secret yet."""
 MAX_ALERT_BYTES = 64 * 1024
-MAX_BODY_BYTES = 1 << 40
-"""Above any plan: a longer length is garbage."""
+MAX_BODY_BYTES = 1 << 32
+"""Twenty times the metadata of a million chunks: a longer length is garbage."""
+SMALL_BYTES = 1 << 17
+"""Of a frame that says no more than a few words."""
+CAUSE_BYTES = 1 << 28
+"""Of a rank's failure: one of a whole operation holds those of its ranks."""
+FIRST_BYTES = 1 << 22
+"""What is taken for the body of a frame before any of it has come; then twice what has."""
 
 
 class Kind(IntEnum):
@@ -65,6 +71,13 @@ class Mode(IntEnum):
     AGREE = 4
     BROADCAST = 5
     BARRIER = 6
+
+
+LIMITS = {
+    **dict.fromkeys((Kind.VALUE, Kind.RESULT, Kind.VERDICT), MAX_BODY_BYTES),
+    **dict.fromkeys((Kind.FAILED, Kind.ABORTED), CAUSE_BYTES),
+}
+"""Bytes after the header, by kind, where that is more than SMALL_BYTES."""
 
 
 class FrameError(ValueError):
@@ -155,6 +168,8 @@ class FrameReader:
         """Makes the seals that the frames must carry behind their bodies."""
         self._header: bytearray = bytearray(HEADER.size)
         self._body: bytearray | None = None
+        self._length = 0
+        """Of the whole body; memory for it is taken as it comes."""
         self._at = 0
 
     def space(self) -> memoryview:
@@ -170,8 +185,14 @@ class FrameReader:
         if self._body is None:
             if self._at < HEADER.size:
                 return None
-            self._body, self._at = bytearray(self._body_length()), 0
+            self._length = self._body_length()
+            self._body, self._at = bytearray(min(self._length, FIRST_BYTES)), 0
         if self._at < len(self._body):
+            return None
+        if self._at < self._length:
+            larger = bytearray(min(self._length, 2 * self._at))
+            larger[: self._at] = self._body
+            self._body = larger
             return None
         body, self._body, self._at = memoryview(self._body), None, 0
         if self.seal is not None:
@@ -186,8 +207,9 @@ class FrameReader:
             raise FrameError(f"expected a frame ({MAGIC!r}), got {bytes(self._header)!r}")
         if self.only is not None and (kind != self.only or count > FEW_SEGMENTS):
             raise FrameError(f"expected a {self.only.name}, got kind {kind} with {count} segments")
-        if length > self.limit_bytes:
-            raise FrameError(f"a frame of {length} bytes; at most {self.limit_bytes} are allowed")
+        limit = min(self.limit_bytes, LIMITS.get(kind, SMALL_BYTES))
+        if length > limit:
+            raise FrameError(f"a frame of {length} bytes; at most {limit} are allowed")
         return int(length) + (SEAL_BYTES if self.seal is not None else 0)
 
     def _cut(self, body: memoryview) -> Frame:

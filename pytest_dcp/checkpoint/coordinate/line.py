@@ -25,6 +25,10 @@ from pytest_dcp.checkpoint.coordinate.parcel import Segment
 
 READS_AT_ONCE = 4096
 """Calls of the system in one `receive`: two for each frame, and more for long ones."""
+MOST_WAITING = 64
+"""Frames that may wait to be taken: a rank that is busy gets a few for each step."""
+PINGED_S, MOST_PINGS = 1.0, 1000
+"""A rank pings four times in a group's timeout."""
 MAX_PIECES = 512
 """Pieces per sendmsg; Linux takes at most 1,024."""
 
@@ -58,6 +62,8 @@ class Line:
         self._unfinished = 0
         """Operations that this end has left and the other has not."""
         self._seal: Seal | None = None
+        self._pings, self._pinged_s = 0, self.heard_s
+        """Pings since then."""
         _open.add(self)
 
     def fileno(self) -> int:
@@ -157,7 +163,9 @@ class Line:
         except FrameError as error:
             self.ended, self.is_garbled = f"it sent garbage: {error}", True
             return
-        if frame is None or frame.kind is Kind.PING:
+        if frame is None or self._is_too_much(frame):
+            return
+        if frame.kind is Kind.PING:
             return
         if frame.kind is Kind.HANG_UP:
             self.hung_up = True
@@ -167,6 +175,20 @@ class Line:
             self.left = True
         elif not self._unfinished:
             self.frames.append(frame)
+
+    def _is_too_much(self, frame: Frame) -> bool:
+        """Whether the other end sends more than any rank has to say; that ends the connection."""
+        if frame.kind is not Kind.PING:
+            full = len(self.frames) >= MOST_WAITING
+        elif self.heard_s - self._pinged_s > PINGED_S:
+            self._pinged_s, self._pings, full = self.heard_s, 1, False
+        else:
+            self._pings += 1
+            full = self._pings > MOST_PINGS
+        if full:
+            what = "pings without end" if frame.kind is Kind.PING else "more than a step has"
+            self.ended, self.is_garbled = f"it sent garbage: {what}", True
+        return full
 
     def finish(self) -> None:
         """Leave the operation, so that the connection can serve the next one."""

@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_dcp.checkpoint.coordinate.frame import (
+    FIRST_BYTES,
     HEADER,
+    LIMITS,
     MAGIC,
+    MAX_BODY_BYTES,
+    SMALL_BYTES,
     Frame,
     FrameError,
     FrameReader,
@@ -83,6 +87,34 @@ def test_a_body_above_the_limit_is_refused_before_memory_is_taken() -> None:
     reader.space()[:] = HEADER.pack(MAGIC, 1, 0, 0, 0, 0, 2**39)
     with pytest.raises(FrameError, match="at most 1000"):
         reader.filled(HEADER.size)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_each_kind_of_frame_has_its_limit(kind: Kind) -> None:
+    limit = LIMITS.get(kind, SMALL_BYTES)
+    reader = FrameReader()
+    reader.space()[:] = HEADER.pack(MAGIC, kind, 0, 0, 0, 0, limit + 1)
+    with pytest.raises(FrameError, match=f"at most {limit}"):
+        reader.filled(HEADER.size)
+
+
+def test_memory_for_a_frame_is_taken_as_its_bytes_come() -> None:
+    reader = FrameReader()
+    reader.space()[:] = HEADER.pack(MAGIC, Kind.VALUE, 0, 0, 1, 0, MAX_BODY_BYTES)
+    assert reader.filled(HEADER.size) is None
+    taken = 0
+    for _ in range(4):
+        room = len(reader.space())
+        assert taken + room <= max(FIRST_BYTES, 2 * taken)
+        taken += room
+        assert reader.filled(room) is None
+
+
+@pytest.mark.parametrize("size", [FIRST_BYTES - 48, FIRST_BYTES, 5 * FIRST_BYTES + 7])
+def test_a_long_frame_arrives(size: int) -> None:
+    data = np.arange(size, dtype=np.uint8).tobytes()
+    (frame,) = read(b"".join(encode(Frame(Kind.VALUE, segments=[data, b"end"]))), [1 << 20])
+    assert [bytes(segment) for segment in frame.segments] == [data, b"end"]
 
 
 def test_segments_longer_than_the_body_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pytest_dcp.checkpoint.coordinate.handshake import (
     seal_word,
     shared_key,
 )
-from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp.checkpoint.coordinate.line import MOST_PINGS, MOST_WAITING, Line
 
 KEY = {SHARED_KEY: "k" * 32}
 OTHER = {SHARED_KEY: "K" * 32}
@@ -146,6 +147,25 @@ def test_a_frame_that_no_rank_of_the_group_sent_ends_the_connection(
     assert len(line.frames) == (1 if attack == "repeated" else 0)
     assert line.is_garbled
     assert "sent garbage: a frame" in (line.ended or "")
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
+        ([Frame(Kind.PING)] * (MOST_PINGS + 1), "pings without end"),
+        ([FRAMES[0]] * (MOST_WAITING + 1), "more than a step has"),
+    ],
+)
+def test_a_rank_that_sends_without_end_is_heard_no_longer(frames: list[Frame], text: str) -> None:
+    here, there = socket.socketpair()
+    line = Line(there)
+    with here, contextlib.closing(line):
+        for frame in frames:
+            here.sendall(b"".join(map(bytes, encode(frame))))
+            line.receive()
+        assert line.is_garbled
+        assert line.ended == f"it sent garbage: {text}"
+        assert len(line.frames) <= MOST_WAITING
 
 
 def test_words_in_the_store_carry_a_seal_where_there_is_a_key() -> None:
