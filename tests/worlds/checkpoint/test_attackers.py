@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -322,6 +323,42 @@ def test_a_rank_with_another_shared_key_says_so(
     elif rank == 0:
         rendezvous.publish(dist.group.WORLD, 0)
     world.barrier()
+
+
+class Noted:
+    """An object of the user's own, in what a planner sends."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+class NotingPlanner(dcp.DefaultSavePlanner):
+    """Sends an object of the user's own with each plan."""
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        paths: Any = {**self.mappings, "noted": Noted(dist.get_rank())}
+        return dataclasses.replace(super().create_local_plan(), planner_data=paths)
+
+    def create_global_plan(self, all_plans: list[dcp.SavePlan]) -> Any:
+        noted = [plan.planner_data.pop("noted").rank for plan in all_plans]
+        assert noted == list(range(SIZE))
+        return super().create_global_plan(all_plans)
+
+
+@pytest.mark.parametrize("allowed", [None, False])
+def test_objects_of_a_users_planner_travel_unless_it_forbids_pickles(
+    rank: int, checkpoint_dir: Path, allowed: bool | None
+) -> None:
+    planner = NotingPlanner()
+    if allowed is False:
+        vars(planner)["pickles_between_ranks"] = False
+        with pytest.raises(TypeError, match=r"a .*Noted cannot be sent to another rank"):
+            dcp.save({"w": torch.ones(2)}, checkpoint_id=checkpoint_dir, planner=planner)
+        return
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=checkpoint_dir, planner=planner)
+    target = {"w": torch.zeros(2)}
+    dcp.load(target, checkpoint_id=checkpoint_dir)
+    assert target["w"].tolist() == [1.0, 1.0]
 
 
 def test_saves_and_loads_go_on_with_a_shared_key(
