@@ -60,6 +60,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marking.parametrize(metafunc, metafunc.config.stash[OPTIONS_KEY])
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Leave our frames out of an error at collection, too, where they say nothing."""
+    report = yield
+    # pytest keeps the error there until the report is told of (pytest 9.2).
+    excinfo = getattr(getattr(report, "call", None), "excinfo", None)
+    if report.failed and excinfo is not None and tracebacks.mark_frames(excinfo.value):
+        shown: Any = collector.repr_failure(excinfo)
+        if hasattr(shown, "toterminal"):
+            report.longrepr = shown
+    return report
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
     """Check every marker, also those of tests that are deselected: all problems at once."""

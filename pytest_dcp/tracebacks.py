@@ -166,15 +166,16 @@ def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
 __tracebackhide__ = hides_frames
 
 
-def mark_frames(error: BaseException) -> None:
+def mark_frames(error: BaseException) -> bool:
     """Let pytest ask `hides_frames` of each frame of the package, in the error and its causes.
 
     The mark is put on the frame's module: so no module or function has to say it for itself, and
-    none can be forgotten.
+    none can be forgotten. Returns whether there is such a frame.
     """
-    for frame in _frames_of(error):
-        if owner_of(frame.f_code.co_filename) == "package":
-            frame.f_globals.setdefault(HIDE, hides_frames)
+    ours = [f for f in _frames_of(error) if owner_of(f.f_code.co_filename) == "package"]
+    for frame in ours:
+        frame.f_globals.setdefault(HIDE, hides_frames)
+    return bool(ours)
 
 
 def _frames_of(error: BaseException) -> Iterator[FrameType]:

@@ -49,7 +49,7 @@ def late_markers(item: pytest.Item, name: str) -> tuple[pytest.Mark, ...]:
 def refuse_late_markers(item: pytest.Item, name: str) -> None:
     """Raise `LateMarkerError` when the item has a marker that came too late."""
     if late := late_markers(item, name):
-        raise LateMarkerError(_explain(item, late))
+        raise LateMarkerError(_explain(late))
 
 
 def fail_for_late_markers(
@@ -61,7 +61,7 @@ def fail_for_late_markers(
     refused = call.excinfo is not None and isinstance(call.excinfo.value, LateMarkerError)
     if refused or any(mark not in reported for mark in late):
         item.stash[REPORTED_KEY] = late
-        _fail(call, report, _explain(item, late) if late else "", refused=refused)
+        _fail(call, report, _explain(late) if late else "", refused=refused)
 
 
 def _fail(
@@ -93,10 +93,11 @@ def _exc_info(
     return type(error), error, traceback
 
 
-def _explain(item: pytest.Item, late: tuple[pytest.Mark, ...]) -> str:
+def _explain(late: tuple[pytest.Mark, ...]) -> str:
+    """For a report of the test, which names it."""
     marks = ", ".join(_show(mark) for mark in late)
     return (
-        f"{item.nodeid}: {marks} was added too late to give the test a world. Decorate the test, "
+        f"{marks} was added too late to give the test a world. Decorate the test, "
         "its class or its module, or add the marker in pytest_itemcollected or "
         "pytest_collection_modifyitems."
     )

@@ -140,7 +140,7 @@ class MarkedItem:
     def runtest(self) -> None:
         """Call the test in every rank."""
         if self.world is None:
-            raise WorldError(f"{self.item.nodeid}: called, but its setup started no world")
+            raise WorldError("the test was called, but its setup started no world")
         self.found = None
         try:
             outcome = self.world.run("call", Go("call"))

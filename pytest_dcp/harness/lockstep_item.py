@@ -58,7 +58,7 @@ class Company:
     def world(self) -> World:
         """Where the item is running now."""
         if self._marked.world is None:
-            raise WorldError(f"{self._marked.item.nodeid}: has no world to run an example in")
+            raise WorldError("the test has no world to run an example in")
         return self._marked.world
 
     def renew(self) -> Outcome:

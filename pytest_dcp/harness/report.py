@@ -32,7 +32,7 @@ from pytest_dcp.harness.outcome import (
     peers,
     ranks_text,
 )
-from pytest_dcp.harness.stacks import doing
+from pytest_dcp.harness.stacks import doing, from_root
 
 RERUN = "to rerun just this"
 HEADING = "dcp_heading"
@@ -123,6 +123,7 @@ def longrepr_for(
     if repr_ is None:
         limited = first.failure.kind in ("blocked", "timeout")
         detail = "" if limited else _clip(first.failure.detail).rstrip("\n")
+        detail = from_root(detail, str(config.rootpath))
         crash = ReprFileLocation(*location, outcome.reason)
         entries = ReprTraceback(
             [ReprEntryNative([f"{detail}\n"])] if detail else [], None, "native"
@@ -183,7 +184,9 @@ def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> Excepti
 
 def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
     repr_ = _own_repr(group, done, config)
-    return str(repr_) if repr_ is not None else group.failure.detail or group.failure.summary
+    if repr_ is not None:
+        return str(repr_)
+    return from_root(group.failure.detail, str(config.rootpath)) or group.failure.summary
 
 
 def _table(outcome: Outcome, root: str) -> str:
@@ -196,7 +199,7 @@ def _table(outcome: Outcome, root: str) -> str:
     parts = []
     for trace, ranks in rows.items():
         what = doing(trace, root) if trace else "no stack: stopped, or deep in C code"
-        parts.append(f"{ranks_text(ranks)}: {what}\n{trace}".rstrip())
+        parts.append(f"{ranks_text(ranks)}: {what}\n{from_root(trace, root)}".rstrip())
     return "\n".join(parts)
 
 

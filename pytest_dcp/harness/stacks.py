@@ -108,6 +108,14 @@ def _up_to_entry(frames: list[Frame]) -> list[Frame]:
     return frames[: next(begins, len(frames))]
 
 
+def from_root(text: str, root: str) -> str:
+    """The text of stacks or tracebacks with files below the folder `root` named as they lie in it.
+
+    For people only: what looks into stacks knows libraries by their whole paths.
+    """
+    return text.replace(f'File "{root}/', 'File "') if root.strip("/") else text
+
+
 def doing(trace: str, root: str = "") -> str:
     """What a rank was doing: its collective, if it was in one, and the line of user code.
 

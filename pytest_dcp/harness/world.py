@@ -176,6 +176,11 @@ class World:
         self._deadline = time.monotonic() + limit_s
 
     @property
+    def root(self) -> str:
+        """The folder that files are named from."""
+        return self._settings.root
+
+    @property
     def whole(self) -> bool:
         """Whether all ranks are alive, idle and unharmed."""
         return not self.ended and len(self._supervisor.idle) == self.spec.size

@@ -22,6 +22,7 @@ from pytest_dcp.harness.outcome import Outcome, SessionEnd, peers, ranks_text
 from pytest_dcp.harness.report import exception_of_end, merged_sections
 from pytest_dcp.harness.session import Harness
 from pytest_dcp.harness.spec import WorldKeywords, WorldSpec, read_marker, resolve
+from pytest_dcp.harness.stacks import from_root
 from pytest_dcp.harness.world import World
 
 P = ParamSpec("P")
@@ -139,7 +140,8 @@ class FunctionWorld:
         parts += [f"  {line}" for line in peers(outcome)]
         for group in outcome.groups:
             if group.failure.detail and not group.echo:
-                parts.append(f"--- {ranks_text(group.ranks)} ---\n{group.failure.detail.rstrip()}")
+                detail = from_root(group.failure.detail.rstrip(), self._world.root)
+                parts.append(f"--- {ranks_text(group.ranks)} ---\n{detail}")
         return WorldError("\n".join(parts), outcome.failures)
 
     def _print_output(self, outcome: Outcome) -> None:

@@ -109,6 +109,20 @@ def test_a_bug_of_the_package_shows_all_that_led_to_it(session: SessionResult) -
     assert "Traceback (most recent call last)" in text
 
 
+AT_COLLECTION = """
+import pytest_dcp.checkpoint as dcp
+
+reader = dcp.FileSystemReader("/nowhere", verify="nope")
+"""
+
+
+def test_a_mistake_at_collection_shows_the_callers_line_alone(make_suite: MakeSuite) -> None:
+    session = make_suite({"test_mine.py": AT_COLLECTION}).run()
+    assert "test_mine.py:4: in <module>" in session.output
+    assert "E   ValueError: verify must be 'auto', 'full' or 'off', got 'nope'" in session.output
+    assert PACKAGE not in session.output
+
+
 PROGRAM = """
 import sys, warnings
 warnings.simplefilter("ignore")
