@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_hardening.py [--only SECTION]... [--quick] [--out DIR]
         [--markdown] [--list]
 
-Each section is a module `hardening_SECTION` beside this file, with one public function, `measure`.
-It returns rows, which are dataclasses: their fields are the columns of the section's table, and a
+Each section is a module `hardening_SECTION` beside this file, with one public function, `measure`
+(or `measure_SECTION`). It returns rows, which are dataclasses: their fields are the columns of the section's table, and a
 field `met` says whether the row keeps what is promised. A promise that is not kept is reported and
 is no failure. `--quick` shows that everything runs: its figures mean little.
 
@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +78,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(section: str, *, quick: bool) -> Answer:
     """The rows of a section."""
-    function: Callable[..., Sequence[Any]] = importlib.import_module(f"hardening_{section}").measure
+    module: Any = importlib.import_module(f"hardening_{section}")
+    function: Callable[..., Sequence[Any]] = getattr(
+        module, "measure", getattr(module, f"measure_{section}", None)
+    )
     options = {"quick": quick} if "quick" in inspect.signature(function).parameters else {}
     return [asdict(row) for row in function(**options)]
 
@@ -107,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{name}  ({title})" for name, title in present().items()))
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
+    warnings.simplefilter("ignore")  # overwriting, and saves of one rank, are meant here
     where, answers, failed = bench_worlds.environment(), {}, []
     for name in options.sections:
         try:
