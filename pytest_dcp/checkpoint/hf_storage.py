@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointExistsError,
+    CheckpointReplacedError,
     PlanError,
 )
 
@@ -517,12 +518,15 @@ class HuggingFaceStorageReader(FileSystemReader):
         return _data_only(super()._catalog_of(metadata))
 
     def _read_catalog(self) -> Catalog:
+        return self._read_settled(self._reading_disk)
+
+    def _read_settled(self, disk: Callable[[], Disk]) -> Catalog:
         """The folder's catalog; read again, as long as saves change the folder meanwhile."""
         look: object = None
         while True:
             try:
-                return read_folder(self._reading_disk(), self.path, self.memory)
-            except (CheckpointCorruptError, FileNotFoundError):
+                return read_folder(disk(), self.path, self.memory)
+            except (CheckpointCorruptError, FileNotFoundError, CheckpointReplacedError):
                 before, look = look, look_of(disk_of(self.fs), self.path)
                 if before == look:
                     raise
@@ -536,7 +540,7 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _is_replaced(self, metadata: Metadata) -> bool:
         meta = metadata.storage_meta or StorageMeta()
         try:
-            now = read_folder(disk_of(self.fs), self.path, self.memory).storage_meta
+            now = self._read_settled(lambda: disk_of(self.fs)).storage_meta
         except (CheckpointCorruptError, FileNotFoundError):
             return False
         return save_of_meta(now) != meta.save_id
@@ -613,6 +617,9 @@ class HuggingFaceStorageReader(FileSystemReader):
                 for item in items:
                     self._process_read_request(opened, item, planner)
             result_queue.put(True)
+
+    def _reads_its_own_way(self) -> bool:
+        return is_overridden(self, HuggingFaceStorageReader, "read_data")
 
     def _has_streams_of_its_own(self) -> bool:
         """Never: tensors lie in the files as they are."""

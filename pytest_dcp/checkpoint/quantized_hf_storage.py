@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from pytest_dcp.checkpoint.file_system import disk_of
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.checkpoint.plan.columns import ReadItems
 from pytest_dcp.checkpoint.plan.hooks import is_overridden
@@ -94,6 +93,9 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self.block_size = block_size
         self._stored: Catalog | None = None
         self._scale_of: dict[str, str] = {}
+
+    def _reads_its_own_way(self) -> bool:
+        return is_overridden(self, QuantizedHuggingFaceStorageReader, "read_data")
 
     def _read_catalog(self) -> Catalog:
         """The catalog as plans see it; what is stored is kept for the reading."""
@@ -205,7 +207,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def _dequantised(self, piece: Piece, watcher: Observer) -> torch.Tensor:
         if self._stored is None:
             raise ValueError("read_metadata must be called before read_data")
-        shards = Shards(disk_of(self.fs), self.path, self._stored)
+        shards = Shards(self._reading_disk(), self.path, self._stored)
         values, scale = shards.read([piece.values, piece.scale], watcher)
         if piece.skip is None:
             return matrix_values(values, scale, piece, self.block_size, self.target_dtype)

@@ -4,9 +4,10 @@
         [--markdown] [--list]
 
 Each section is a module `hardening_SECTION` beside this file, with one public function, `measure`
-(or `measure_SECTION`). It returns rows, which are dataclasses: their fields are the columns of the section's table, and a
-field `met` says whether the row keeps what is promised. A promise that is not kept is reported and
-is no failure. `--quick` shows that everything runs: its figures mean little.
+or `measure_SECTION`. It returns rows, which are dataclasses: their fields are the columns of the
+section's table, and a field `met` says whether the row keeps what is promised. A promise that is
+not kept is reported and is no failure. `--quick` shows that everything runs: its figures mean
+little.
 
 Needs the extras `test` and `bench`, and Linux.
 """

@@ -187,6 +187,24 @@ def test_a_save_that_dies_leaves_the_old_checkpoint_and_no_files_of_its_own(
     assert not [name for name in names_in(tmp_path) if name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "shards"])
+def test_files_are_read_as_their_headers_were(
+    tmp_path: Path, distributed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save after it has the usual names again, which the plan means."""
+    real = HuggingFaceStorageReader.open_files
+
+    def open_then_replace(self: HuggingFaceStorageReader, plan: Any) -> bool:
+        opened = real(self, plan)
+        for fill in (1.0, 2.0):
+            save(tmp_path, {"w": torch.full((3,), fill)}, save_distributed=distributed)
+        return opened
+
+    save(tmp_path, {"w": torch.zeros(3)}, save_distributed=distributed)
+    monkeypatch.setattr(HuggingFaceStorageReader, "open_files", open_then_replace)
+    assert read(tmp_path, "w")["w"].tolist() == [0.0] * 3
+
+
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("kept", [True, False], ids=["files kept open", "no descriptors"])
 @pytest.mark.parametrize("distributed", [False, True], ids=["whole", "shards"])

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RANKS = 3
 HEARD_S = 30.0
 """Far below the group's timeout, which is half an hour."""
-LIMIT_S = 60
+LIMIT_S = 120
 ELEMENTS = 20_000
 IS_NIGHTLY = settings().max_examples >= 10_000
 
@@ -110,7 +110,7 @@ MODES = {
 def run_rank(mode: Mode, rank: int, place: Path, ready: int) -> None:
     """One rank's life; its end is told in a file."""
     # Says where it hangs, and ends.
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(2 * LIMIT_S, exit=True, file=sys.__stderr__)
     torch.set_num_threads(1)
     folder = place / "checkpoint"
     store = FileStore(str(place / "store"), RANKS)
@@ -185,7 +185,7 @@ def with_kill(child: int) -> None:
 
 
 def wait_for_end(child: int) -> int:
-    until_s = time.monotonic() + 2 * LIMIT_S
+    until_s = time.monotonic() + 3 * LIMIT_S
     while time.monotonic() < until_s:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
