@@ -1,17 +1,18 @@
 """What each rank did with its process groups -> whether the ranks are in step. Pure (no I/O).
 
-Enters: for each rank and group, how many collectives the rank took part in, and how many messages
-it sent to and received from each member, since some moment at which all ranks were in step. Leaves:
-the first difference in words.
+Enters: for each rank and group, how many collectives the rank took part in and which, as far as
+that is known, and how many messages it sent to and received from each member, since some moment at
+which all ranks were in step. Leaves: the first difference in words.
 
 A collective that one rank alone has started is still open: the next one that its peers start would
-be taken for its other half. So would a message that was sent and not received.
+be taken for its other half. So are two that differ, and so is a message that was not received.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 ANY = -1
 """In `received`: a receive that took whichever member's message came first."""
@@ -20,6 +21,19 @@ GROUPS_MADE = ""
 
 Ranks = Mapping[int, Mapping[str, "GroupUse"]]
 """By rank, and by the group's name."""
+
+
+class Kinds(NamedTuple):
+    """Which collectives Python has called in a process group."""
+
+    called: int = 0
+    digest: int = 0
+    """Of their names, in order."""
+    last: tuple[str, ...] = ()
+    """The names of the last of them."""
+
+
+NO_KINDS = Kinds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +47,25 @@ class GroupUse:
     """By receiver, as a rank of the world, how many messages."""
     received: Mapping[int, int] = field(default_factory=dict)
     """By sender."""
+    kinds: Kinds = NO_KINDS
 
 
 Counts = tuple[tuple[int, int], ...]
-PlainGroups = dict[str, tuple[int, tuple[int, ...], Counts, Counts]]
-"""By the group's name: collectives, members, sent, received."""
+PlainKinds = tuple[int, int, tuple[str, ...]]
+PlainGroups = dict[str, tuple[int, tuple[int, ...], Counts, Counts, PlainKinds]]
+"""By the group's name: collectives, members, sent, received, kinds."""
 
 
 def to_plain(uses: Mapping[str, GroupUse]) -> PlainGroups:
     """The uses as JSON can carry them; `from_plain` reads them."""
     return {
-        name: (use.collectives, use.members, (*use.sent.items(),), (*use.received.items(),))
+        name: (
+            use.collectives,
+            use.members,
+            (*use.sent.items(),),
+            (*use.received.items(),),
+            (use.kinds.called, use.kinds.digest, use.kinds.last),
+        )
         for name, use in uses.items()
     }
 
@@ -51,8 +73,14 @@ def to_plain(uses: Mapping[str, GroupUse]) -> PlainGroups:
 def from_plain(plain: PlainGroups) -> dict[str, GroupUse]:
     """Inverse of `to_plain`."""
     return {
-        name: GroupUse(collectives, tuple(members), dict(sent), dict(received))
-        for name, (collectives, members, sent, received) in plain.items()
+        name: GroupUse(
+            collectives,
+            tuple(members),
+            dict(sent),
+            dict(received),
+            Kinds(kinds[0], kinds[1], tuple(kinds[2])),
+        )
+        for name, (collectives, members, sent, received, kinds) in plain.items()
     }
 
 
@@ -60,7 +88,7 @@ def are_equal(plains: Sequence[PlainGroups]) -> bool:
     """Whether ranks say the same of themselves and tell of no message: in step, at little cost."""
     first = plains[0]
     return all(one == first for one in plains) and not any(
-        sent or received for _, _, sent, received in first.values()
+        sent or received for _, _, sent, received, _ in first.values()
     )
 
 
@@ -72,7 +100,7 @@ def out_of_step(ranks: Ranks) -> str:
     names = sorted({name for uses in ranks.values() for name in uses})
     for name in names:
         uses = {rank: of_rank[name] for rank, of_rank in ranks.items() if name in of_rank}
-        if text := _collectives(name, uses) or _messages(name, uses):
+        if text := _collectives(name, uses) or _kinds(name, uses) or _messages(name, uses):
             return text
     return ""
 
@@ -87,6 +115,26 @@ def _collectives(name: str, uses: Mapping[int, GroupUse]) -> str:
     if name == GROUPS_MADE:
         return f"ranks made different numbers of process groups ({said})"
     return f"ranks started different numbers of collectives in process group {name!r} ({said})"
+
+
+def _kinds(name: str, uses: Mapping[int, GroupUse]) -> str:
+    """What differs where all ranks started as many collectives, all or as many of them in Python.
+
+    Where one rank has called in Python what another has in C++, nothing can be compared.
+    """
+    by_kinds: dict[Kinds, list[int]] = {}
+    for rank, use in sorted(uses.items()):
+        by_kinds.setdefault(use.kinds, []).append(rank)
+    if len(by_kinds) < 2 or len({kinds.called for kinds in by_kinds}) > 1:
+        return ""
+    text = f"ranks started different collectives in process group {name!r}"
+    if len({kinds.last for kinds in by_kinds}) == 1:
+        return f"{text}, before the last {len(next(iter(by_kinds)).last)}"
+    said = ", ".join(
+        f"{_ranks(ranks)} {'... ' * (kinds.called > len(kinds.last))}{', '.join(kinds.last)}"
+        for kinds, ranks in by_kinds.items()
+    )
+    return f"{text} ({said})"
 
 
 def _messages(name: str, uses: Mapping[int, GroupUse]) -> str:

@@ -220,7 +220,7 @@ class Follower:
         if attempt.final:
             self.reporter.begin_example()
         counter = self.rank.count_groups()
-        before = counter.totals()
+        before = counter.mark()
         started = time.perf_counter()
         status, error, data = self._run(state, attempt)
         outcome = outcome_of(error) if error is not None else "passed"

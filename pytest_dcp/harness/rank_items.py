@@ -292,7 +292,7 @@ class RankPlugin:
             any_item._initrequest()
         self._item = item
         counter = self.rank.counter
-        self._groups = counter.totals() if counter is not None else {}
+        self._groups = counter.mark() if counter is not None else {}
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive_order()

@@ -17,6 +17,11 @@ GUILTY = {
         "teardown",
         f"{COLLECTIVES} '0' (ranks 0,2: 0, rank 1: 1)",
     ),
+    "test_collectives_of_two_kinds": (
+        "call",
+        "ranks started different collectives in process group '0' (rank 0: broadcast, ranks 1,2: "
+        "all_reduce)",
+    ),
     "test_message_that_is_not_received": (
         "call",
         "rank 2 received 0 of 1 messages from rank 0 in process group '0'",

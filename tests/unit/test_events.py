@@ -63,6 +63,7 @@ def tuples_of(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 counts = tuples_of(st.tuples(st.integers(), st.integers()))
+kinds = st.tuples(st.integers(), st.integers(), tuples_of(texts))
 phases = st.sampled_from(get_args(Phase))
 FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
     Done: {
@@ -95,7 +96,9 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "changed": tuples_of(texts),
         "groups": st.none()
         | st.dictionaries(
-            texts, st.tuples(st.integers(), tuples_of(st.integers()), counts, counts), max_size=3
+            texts,
+            st.tuples(st.integers(), tuples_of(st.integers()), counts, counts, kinds),
+            max_size=3,
         ),
         "returncode": st.none() | st.integers(),
         "awaits": texts,
@@ -376,7 +379,8 @@ def test_a_wrong_value_is_told_with_what_was_expected(
         ("warnings", [{}]),
         ("warnings", [{"text": "x", "category": "y", "filename": "z", "lineno": 0}]),
         ("groups", {"": [1]}),
-        ("groups", {"": [1, [], [[0]], []]}),
+        ("groups", {"": [1, [], [[0]], [], [0, 0, []]]}),
+        ("groups", {"": [1, [], [], [], [0, 0]]}),
         ("imported", "torch"),
     ],
 )

@@ -31,7 +31,7 @@ class FakeRank:
     def count_groups(self) -> FakeRank:
         return self
 
-    def totals(self) -> dict[str, Any]:
+    def mark(self) -> dict[str, Any]:
         return {}
 
     def since(self, before: dict[str, Any]) -> dict[str, Any]:

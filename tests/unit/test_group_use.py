@@ -11,6 +11,7 @@ from pytest_dcp.harness.group_use import (
     ANY,
     GROUPS_MADE,
     GroupUse,
+    Kinds,
     from_plain,
     out_of_step,
     to_plain,
@@ -39,6 +40,33 @@ def test_a_collective_that_one_rank_started_alone_is_named_with_its_group() -> N
         "ranks started different numbers of collectives in process group '0' "
         "(ranks 0,2: 3, rank 1: 2)"
     )
+
+
+def kinds_of(*last: str, called: int | None = None, digest: int | None = None) -> GroupUse:
+    """Three collectives, some of which Python has called."""
+    digest = hash(last) if digest is None else digest
+    return GroupUse(3, PAIR, kinds=Kinds(len(last) if called is None else called, digest, last))
+
+
+def test_as_many_collectives_of_other_kinds_are_named() -> None:
+    ranks = {
+        0: {"0": kinds_of("all_reduce", "barrier")},
+        1: {"0": kinds_of("broadcast", "barrier")},
+    }
+    assert out_of_step(ranks) == (
+        "ranks started different collectives in process group '0' "
+        "(rank 0: all_reduce, barrier, rank 1: broadcast, barrier)"
+    )
+    long = {
+        rank: {"0": kinds_of("barrier", called=9, digest=digest)}
+        for rank, digest in ((0, 7), (1, 8))
+    }
+    assert out_of_step(long).endswith("in process group '0', before the last 1")
+
+
+def test_what_only_one_rank_has_called_in_python_is_not_compared() -> None:
+    in_python, in_cpp = kinds_of("all_reduce"), kinds_of()
+    assert out_of_step({0: {"0": in_python}, 1: {"0": in_cpp}}) == ""
 
 
 def test_only_the_ranks_of_a_group_are_compared_in_it() -> None:
@@ -81,7 +109,11 @@ def test_a_receive_from_anyone_takes_a_message_of_any_member() -> None:
 
 
 def test_uses_survive_the_wire() -> None:
-    uses = {**use(3, sent={1: 2}, received={ANY: 1}), GROUPS_MADE: GroupUse(1)}
+    uses = {
+        **use(3, sent={1: 2}, received={ANY: 1}),
+        GROUPS_MADE: GroupUse(1),
+        "1": kinds_of("barrier", "gather"),
+    }
     assert from_plain(json.loads(json.dumps(to_plain(uses)))) == uses
 
 

@@ -51,6 +51,13 @@ def test_collective_at_teardown(leaves_a_collective: None) -> None:
     pass
 
 
+def test_collectives_of_two_kinds(rank: int) -> None:
+    if rank == 0:
+        open_works.append(dist.broadcast(torch.ones(1), 0, async_op=True))
+    else:
+        open_works.append(dist.all_reduce(torch.ones(1), async_op=True))
+
+
 def test_message_that_is_not_received(rank: int) -> None:
     if rank == 0:
         open_works.append(dist.isend(torch.ones(1), 2))
