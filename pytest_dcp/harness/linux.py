@@ -19,6 +19,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
 OMP_PAUSE_HARD = 2  # omp.h
+PF_EXITING = 0x4  # linux/sched.h
 HUGE_PAGE_BYTES = 2 << 20
 ANY_CHANGE = os.WEXITED | os.WSTOPPED | os.WCONTINUED
 """For waitid: a child ended, was stopped, or goes on."""
@@ -170,6 +171,15 @@ def at_work(pid: int) -> bool:
     except OSError:
         return False
     return any(state_of(f"{pid}/task/{thread}") in ("R", "D") for thread in threads)
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether the kernel has begun to end a process, or has ended it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return bool(int(fields[6]) & PF_EXITING)
+    except (OSError, IndexError):
+        return True
 
 
 def main_thread_cpu_s(pid: int) -> float:

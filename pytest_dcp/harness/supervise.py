@@ -66,6 +66,9 @@ STACKS_S = 0.2
 machine may take its time to schedule it."""
 CLOSED_S = 0.25
 """How long after its socket closed a rank's exit may still come, and name the real cause."""
+EXITING_S = 10.0
+"""How long it may take where the kernel has begun to end the process: it closes the socket early,
+and frees a large memory page by page."""
 LOST_S = 10.0
 """How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
 
@@ -101,6 +104,7 @@ class Supervisor:
         self._kill_at = float("inf")
         self._lost_at = float("inf")
         self._closed: dict[int, float] = {}
+        """Ranks whose socket closed, and until when their exit may come."""
         self._timed_out = False
         self._paused_at: float | None = None
         self._places = Places()
@@ -147,14 +151,13 @@ class Supervisor:
         """When `tick` has something to do if nothing happens before; inf for never."""
         if self._paused_at is not None:
             return float("inf")
-        closed = [at + CLOSED_S for at in self._closed.values()]
         waits = self.busy and not self._timed_out
         deadline = self._places.limit_at(self.deadline) if waits else float("inf")
         owed = self.deaths.due_at()
         again = self._interruption.due_at() if self.busy else float("inf")
         failing = self._places.failing_due_at()
         due = [deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, failing]
-        return min([*due, *closed])
+        return min([*due, *self._closed.values()])
 
     # What the world tells.
 
@@ -284,12 +287,17 @@ class Supervisor:
         self._fail(rank, "crashed", text, now, now)
         return [*self._meet(), *self._told()]
 
-    def closed(self, rank: int, now: float) -> list[Action]:
-        """A rank's report socket reached its end; most often its exit follows at once."""
+    def closed(self, rank: int, now: float, *, exiting: bool = False) -> list[Action]:
+        """A rank's report socket reached its end; most often its exit follows at once.
+
+        `exiting`: it is known to follow.
+        """
         if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
             if self.states[rank] in HAS_TERMINAL:  # it can no longer say that it is done with it
                 self._resume(now)
-            self._closed.setdefault(rank, self._clock(now))
+            if exiting:
+                self._closed[rank] = self._clock(now) + EXITING_S
+            self._closed.setdefault(rank, self._clock(now) + CLOSED_S)
         return []
 
     def refused(self, rank: int, text: str, now: float) -> list[Action]:
@@ -345,8 +353,8 @@ class Supervisor:
         if self._paused_at is not None:
             return []
         actions = self._interrupt(now)
-        for rank, at in list(self._closed.items()):
-            if now >= at + CLOSED_S:
+        for rank, until in list(self._closed.items()):
+            if now >= until:
                 text = f"closed its report socket in {self.phase}, and lives"
                 actions += self._kill(rank, "closed", text, now)
         if now >= self._places.limit_at(self.deadline) and self.busy and not self._timed_out:

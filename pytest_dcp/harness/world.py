@@ -557,7 +557,8 @@ class World:
         except OSError:
             pass  # reset: as good as its end
         one.unwatch(self._selector)
-        self._act(self._supervisor.closed(rank, now))
+        exiting = one.pid != 0 and linux.is_exiting(one.pid)
+        self._act(self._supervisor.closed(rank, now, exiting=exiting))
         return False
 
     def _take(self, rank: int, data: bytes, now: float) -> None:

@@ -389,3 +389,25 @@ def test_pausing_openmp_ends_its_threads(start: Start) -> None:
     if threads == ["no", "libgomp"]:
         pytest.skip("there is no system-wide libgomp")
     assert threads == ["4", "1"]
+
+
+def test_a_process_that_ended_is_exiting_and_one_that_runs_is_not() -> None:
+    assert not linux.is_exiting(os.getpid())
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+        assert linux.is_exiting(process.pid)
+    assert linux.is_exiting(process.pid)
+
+
+def test_the_main_thread_of_a_process_uses_time_when_it_works() -> None:
+    before = linux.main_thread_cpu_s(os.getpid())
+    while time.process_time() < 0.02 + before:
+        pass
+    assert linux.main_thread_cpu_s(os.getpid()) > before
+
+
+def test_a_signal_for_the_main_thread_says_when_there_is_none() -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    with pytest.raises(ProcessLookupError):
+        linux.signal_main_thread(process.pid, 0)

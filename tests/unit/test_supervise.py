@@ -53,7 +53,7 @@ from pytest_dcp.harness.lives import (
     exit_text,
 )
 from pytest_dcp.harness.places import FAILING_S, PREPARE_S, REPORT_S
-from pytest_dcp.harness.supervise import CLOSED_S, LOST_S, STACKS_S, Supervisor, Terminal
+from pytest_dcp.harness.supervise import CLOSED_S, EXITING_S, LOST_S, STACKS_S, Supervisor, Terminal
 
 T0 = 100.0
 """When phases begin."""
@@ -78,6 +78,7 @@ class Ends:
 @dataclass(frozen=True, slots=True)
 class Closes:
     rank: int
+    exiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ def hand_over(supervisor: Supervisor, event: Event, now: float) -> list[Action]:
             return supervisor.heard(rank, message, now)
         case Ends(rank, status):
             return supervisor.exited(rank, status, now)
-        case Closes(rank):
-            return supervisor.closed(rank, now)
+        case Closes(rank, exiting):
+            return supervisor.closed(rank, now, exiting=exiting)
         case Floods(rank, size_bytes):
             return supervisor.flooded(rank, size_bytes, now)
         case Halts(rank, stopped):
@@ -837,6 +838,22 @@ def test_who_waits_for_a_rank_that_will_not_come_is_told_at_once_and_why(
     assert "barrier()" in error
     assert why in error
     assert 0 in replay.supervisor.busy
+
+
+def test_a_rank_that_the_kernel_ends_may_take_its_time_and_has_exited() -> None:
+    replay = Replay.calling(2)
+    late = T0 + 1 + EXITING_S - 1
+    replay.play(
+        [(T0 + 1, Closes(0)), (T0 + 1.125, Closes(0, exiting=True)), (late, Ends(0, 0))], until=late
+    )
+    assert replay.failures == [(0, "crashed")]
+    assert replay.summary(0) == "exited with code 0 in call, without a verdict"
+
+
+def test_a_rank_that_the_kernel_does_not_get_to_end_is_killed() -> None:
+    replay = Replay.calling(2)
+    replay.play([(T0 + 1, Closes(0, exiting=True)), (T0 + 2, Says(1, PASSED))])
+    assert replay.ordered(Kill) == [(T0 + 1 + EXITING_S, 0)]
 
 
 def test_a_socket_that_closed_does_not_yet_end_a_meeting_but_the_exit_does() -> None:
