@@ -3,9 +3,9 @@
 A forked rank cannot return through the frames that it was forked in, and tearing torch's modules
 down takes longer than a small test. So a rank does by hand, in CPython's order, what a program can
 rely on: it joins threads, runs `atexit` handlers (`weakref.finalize` and `TemporaryDirectory` are
-among them), collects cycles, and lets the resource tracker of `multiprocessing` free what is left,
-such as `SharedMemory`. It does not clear modules: an object that only a module's global keeps is
-not finalised.
+among them), collects cycles, flushes what C code has printed, and lets the resource tracker of
+`multiprocessing` free what is left, such as `SharedMemory`. It does not clear modules: an object
+that only a module's global keeps is not finalised.
 
 What a process inherits by a fork belongs to the parent. `forget_inherited` makes sure that its
 handlers do not run in ranks: they would remove the parent's files, once for each rank.
@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+
+from pytest_dcp.harness import linux
 
 JOIN_S = 2.0
 """How long threads and the resource tracker get to end. An interpreter would wait for ever."""
@@ -104,6 +106,7 @@ def run_exit() -> ExitReport:
             if hasattr(sys, name):
                 delattr(sys, name)
         gc.collect()
+        linux.flush_c_streams()
         _stop_resource_tracker()
     return report
 

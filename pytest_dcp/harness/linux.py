@@ -204,6 +204,14 @@ def signal_main_thread(pid: int, signum: int) -> None:
         raise OSError(ctypes.get_errno(), f"tgkill of process {pid}")
 
 
+def flush_c_streams() -> None:
+    """Write what C code has printed and its library keeps: `os._exit` would drop it.
+
+    Before a fork, too: each child would write it again.
+    """
+    _libc().fflush(None)
+
+
 def collapse_memory() -> int:
     """Back this process's private heap with huge pages; returns the bytes covered.
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from pytest_dcp.errors import DcpError, DivergedError
-from pytest_dcp.harness import interpreter_exit, measure
+from pytest_dcp.harness import interpreter_exit, linux, measure
 from pytest_dcp.harness.events import (
     Announce,
     At,
@@ -312,6 +312,7 @@ def run(
             sys.stdout.flush()
         with contextlib.suppress(BaseException):
             sys.stderr.flush()
+        linux.flush_c_streams()
         os._exit(code)
 
 
@@ -462,6 +463,7 @@ def _call(rank: Rank, payload: bytes) -> Done:
                 result = _dump_result(value)
         except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
             outcome, error = outcome_of(exc), exc
+        linux.flush_c_streams()
     ended = time.monotonic()
     if error is not None and outcome == "failed":
         rank.say_raised(error, ended)

@@ -28,7 +28,7 @@ from _pytest.skipping import evaluate_xfail_marks
 from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp.errors import DcpError
-from pytest_dcp.harness import carried_state, junit_state, logs, measure
+from pytest_dcp.harness import carried_state, junit_state, linux, logs, measure
 from pytest_dcp.harness.events import (
     Done,
     Go,
@@ -83,6 +83,7 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     plugin = RankPlugin(session, debugger)
     session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
+    session.config.pluginmanager.register(CStreams(), "pytest_dcp.c_streams")
     if "hypothesis" in sys.modules:
         from pytest_dcp.harness import lockstep_versions
 
@@ -171,6 +172,32 @@ class _Seen:
     def of(cls, item: pytest.Item) -> _Seen:
         marks = len(list(item.iter_markers("xfail")))
         return cls(len(item._report_sections), len(item.user_properties), marks)
+
+
+class CStreams:
+    """A plugin: what C code prints in a phase is captured in it, not when its buffer is full."""
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_setup(self) -> Generator[None, object, object]:
+        """Inside of pytest's capture."""
+        return (yield from self._flushing())
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        """As in setup."""
+        return (yield from self._flushing())
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """As in setup."""
+        return (yield from self._flushing())
+
+    def _flushing(self) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        try:
+            return (yield)
+        finally:
+            linux.flush_c_streams()
 
 
 class RankPlugin:

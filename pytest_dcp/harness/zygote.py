@@ -95,6 +95,7 @@ class ZygoteLauncher(Signals):
         linux.pause_openmp()
         sys.stdout.flush()
         sys.stderr.flush()
+        linux.flush_c_streams()
         with warnings.catch_warnings():
             # Python 3.12 warns of any thread; `plugin` has looked at them, and xdist's is safe.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -314,6 +315,7 @@ class _Zygote:
         Ranks begin here: at their exit they have no handlers but their own.
         """
         interpreter_exit.forget_inherited()
+        linux.flush_c_streams()
         gc.collect()
         gc.freeze()
         self.collapsed = False

@@ -31,7 +31,7 @@ def forked(suite: Suite) -> SessionResult:
 @pytest.fixture(scope="module")
 def spawned(suite: Suite) -> SessionResult:
     tests = (
-        "TestExits and (atexit or folder or memory and not killed)"
+        "TestExits and (atexit or output or folder or memory and not killed)"
         " or TestErrors and (atexit or by_a_handler)"
     )
     return suite.run("--dcp-launch=spawn", "-k", tests)
@@ -86,6 +86,13 @@ def test_memory_that_a_killed_rank_shared_is_freed(forked: SessionResult) -> Non
 def test_log_handlers_are_flushed(forked: SessionResult) -> None:
     paths = [Path(note["path"]) for note in forked.noted("log")]
     assert [path.read_text() for path in paths] == ["kept in memory\n"] * 2
+
+
+def test_what_c_code_prints_is_output_of_the_phase_that_printed_it(session: SessionResult) -> None:
+    phases = session.phases("TestExits::test_output_of_c")
+    of_call, of_exit = (dict(phases[when].sections) for when in ("call", "teardown"))
+    assert of_call == {"Captured stdout [ranks 0-1] call": "printed by C in the test\n"}
+    assert of_exit["Captured stdout [ranks 0-1] teardown"] == "printed by C at the exit\n"
 
 
 def test_what_is_printed_at_exit_is_output_of_the_test(session: SessionResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import logging
 import logging.handlers
@@ -20,6 +21,8 @@ import pytest
 from session_recorder import note
 
 FOREVER_S = 600.0
+libc = ctypes.CDLL(None)
+libc.puts(b"printed by C at collection")
 kept: list[object] = []
 """What lives until its process exits."""
 
@@ -48,6 +51,10 @@ class TestExits:
     def test_atexit(self, rank: int) -> None:
         atexit.register(leave, "atexit")
         atexit.register(print, "printed at the exit of", rank)
+
+    def test_output_of_c(self) -> None:
+        atexit.register(libc.puts, b"printed by C at the exit")
+        libc.puts(b"printed by C in the test")
 
     def test_finalizer(self) -> None:
         kept.append(Owner())
