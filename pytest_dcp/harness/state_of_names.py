@@ -44,13 +44,23 @@ FUNCTIONS = {
     "torch.cuda": "current_device current_stream device_count empty_cache get_device_name "
     "is_available is_initialized manual_seed memory_allocated set_device synchronize Event Stream",
     "torch.distributed.checkpoint": "async_save load save FileSystemReader FileSystemWriter",
+    "torch.nn.functional": "cross_entropy dropout embedding gelu layer_norm linear mse_loss relu "
+    "scaled_dot_product_attention softmax",
+    "torch.nn.utils": "clip_grad_norm_ clip_grad_value_",
     "torch.serialization": "load save add_safe_globals _load _save",
     "pytest_dcp.checkpoint": "async_save load save FileSystemReader FileSystemWriter",
 }
 """Functions of these modules that tests replace."""
 MODULES = ("torch.distributed",)
 """Modules of which every name is looked at."""
-CLASSES = (("torch", "Tensor"), ("torch.nn", "Module"), ("pathlib", "Path"))
+CLASSES = (
+    ("torch", "Tensor"),
+    ("torch.nn", "Module"),
+    ("torch.nn", "Linear"),
+    ("torch.optim", "Optimizer"),
+    ("pathlib", "Path"),
+)
+"""Not the optimizers themselves: torch wraps their `step` when the first one is made."""
 INHERITED = object()
 LIBRARIES = ("/site-packages/", "/dist-packages/")
 

@@ -23,6 +23,7 @@ from typing import Any
 import helpers_of_suite
 import numpy as np
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 
@@ -89,11 +90,15 @@ def replace_functions() -> None:
     helpers_of_suite.help_out = replaced
     helpers_of_suite.Helper.help_out = replaced  # type: ignore[method-assign]
     torch.Tensor.sum = replaced  # type: ignore[assignment]
+    torch.nn.Linear.forward = replaced  # type: ignore[assignment]
+    torch.optim.Optimizer.step = replaced  # type: ignore[assignment]
+    torch.nn.functional.relu = replaced
 
 
 def look_at_functions() -> object:
     found = (dist.all_reduce, time.sleep, helpers_of_suite.help_out, torch.Tensor.sum)
-    return [one is replaced for one in (*found, helpers_of_suite.Helper.help_out)]
+    of_nn = (torch.nn.Linear.forward, torch.optim.Optimizer.step, torch.nn.functional.relu)
+    return [one is replaced for one in (*found, *of_nn, helpers_of_suite.Helper.help_out)]
 
 
 def set_up_new_logger() -> None:
@@ -203,6 +208,14 @@ CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "module hooks": (
         lambda: torch.nn.modules.module.register_module_forward_hook(hook),
         lambda: len(torch.nn.modules.module._global_forward_hooks),
+    ),
+    "conversions": (
+        lambda: torch.__future__.set_swap_module_params_on_conversion(True),
+        torch.__future__.get_swap_module_params_on_conversion,
+    ),
+    "compile": (
+        lambda: setattr(torch._dynamo.config, "recompile_limit", 3),
+        lambda: torch._dynamo.config.recompile_limit,
     ),
     "printing": (
         lambda: [torch.set_printoptions(precision=1), np.set_printoptions(precision=1)],
