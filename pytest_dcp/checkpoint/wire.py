@@ -406,7 +406,7 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # The plans of large states are not kept by the dozen.
 def _rows_of(
     keys: bytes, text: bytes, lengths: bytes, ints: bytes
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
