@@ -7,19 +7,24 @@ they read, and a file that somebody altered gives an error, never a wrong tensor
 
 from typing import TYPE_CHECKING
 
+from pytest_dcp._engine import torch_twins as torch_twins
+from pytest_dcp._engine.coordinate import StepError
+from pytest_dcp._engine.io.progress_observer import Progress
+from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.per_rank import PerRank
+from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
+from pytest_dcp._engine.torch_names import names_of_torch
+from pytest_dcp._engine.verbs.progress_bar import progress_bar
 from pytest_dcp.checkpoint import planner_helpers as planner_helpers
 from pytest_dcp.checkpoint import staging as staging
 from pytest_dcp.checkpoint import stateful as stateful
-from pytest_dcp.checkpoint import torch_twins as torch_twins
 from pytest_dcp.checkpoint.api import CheckpointException
-from pytest_dcp.checkpoint.coordinate import StepError
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from pytest_dcp.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
     SerializationFormat,
 )
-from pytest_dcp.checkpoint.fsspec_storage import FsspecReader, FsspecWriter
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from pytest_dcp.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,8 +33,6 @@ from pytest_dcp.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from pytest_dcp.checkpoint.optimizer import load_sharded_optimizer_state_dict
-from pytest_dcp.checkpoint.plan.match import LoadReport
-from pytest_dcp.checkpoint.plan.per_rank import PerRank
 from pytest_dcp.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -38,7 +41,6 @@ from pytest_dcp.checkpoint.planner import (
     SavePlanner,
     WriteItem,
 )
-from pytest_dcp.checkpoint.progress import progress_bar
 from pytest_dcp.checkpoint.protocol import CheckpointableTensor
 from pytest_dcp.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from pytest_dcp.checkpoint.state_dict_loader import load, load_state_dict, load_without_template
@@ -49,8 +51,6 @@ from pytest_dcp.checkpoint.state_dict_saver import (
     save_state_dict,
 )
 from pytest_dcp.checkpoint.storage import StorageReader, StorageWriter
-from pytest_dcp.checkpoint.store.observe import Progress
-from pytest_dcp.checkpoint.torch_names import names_of_torch
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint._extension import (
     ZStandard,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "Extension",

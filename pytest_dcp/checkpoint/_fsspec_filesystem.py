@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint import _fsspec_filesystem
 
-from pytest_dcp.checkpoint import fsspec_storage
-from pytest_dcp.checkpoint.fsspec_storage import FileSystem as FileSystem
-from pytest_dcp.checkpoint.fsspec_storage import FsspecReader, FsspecWriter
-from pytest_dcp.checkpoint.torch_names import names_of_torch
-from pytest_dcp.checkpoint.torch_twins import register
+from pytest_dcp._engine.storages.fsspec import FileSystem as FileSystem
+from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
+from pytest_dcp._engine.torch_names import names_of_torch
+from pytest_dcp._engine.torch_twins import register
 
-register(_fsspec_filesystem, fsspec_storage, ("FileSystem", "FsspecReader", "FsspecWriter"))
+register(_fsspec_filesystem, (FileSystem, FsspecReader, FsspecWriter))
 
 __all__ = ["FsspecWriter", "FsspecReader"]
 

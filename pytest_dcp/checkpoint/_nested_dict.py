@@ -8,7 +8,7 @@ from torch.distributed.checkpoint._nested_dict import (
     unflatten_state_dict,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "FLATTEN_MAPPING",

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint._traverse import (
     traverse_state_dict,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "OBJ_PATH",

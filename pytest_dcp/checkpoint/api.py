@@ -6,7 +6,7 @@ from torch.distributed.checkpoint.api import (
     CheckpointException,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "CheckpointException",

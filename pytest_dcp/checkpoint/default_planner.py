@@ -8,22 +8,22 @@ which it may change as it likes.
 
 from typing import TYPE_CHECKING
 
-from pytest_dcp.checkpoint.load_planner import (
+from pytest_dcp._engine.planners.load_planner import (
     DefaultLoadPlanner,
     create_default_global_load_plan,
     create_default_local_load_plan,
 )
 
 # torch's name for it, which other libraries import.
-from pytest_dcp.checkpoint.load_planner import (
+from pytest_dcp._engine.planners.load_planner import (
     _EmptyStateDictLoadPlanner as _EmptyStateDictLoadPlanner,
 )
-from pytest_dcp.checkpoint.save_planner import (
+from pytest_dcp._engine.planners.save_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
     create_default_local_save_plan,
 )
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "DefaultSavePlanner",

@@ -2,7 +2,7 @@
 
 Arguments, hooks and files are those of `torch.distributed.checkpoint.filesystem`: torch's reader
 opens what this writer writes, and this reader what torch's writer wrote. What is new on disk is
-described in `store.commit` (when a save becomes the checkpoint) and `store.metadata_file` (the
+described in `io.commit` (when a save becomes the checkpoint) and `format.metadata_file` (the
 manifest behind the pickle of `.metadata`).
 """
 
@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase, Serializatio
 from torch.distributed.checkpoint.filesystem import _StorageInfo as _StorageInfo
 from torch.distributed.checkpoint.filesystem import _StoragePrefix as _StoragePrefix
 
-from pytest_dcp.checkpoint.file_reader import FileSystemReader
-from pytest_dcp.checkpoint.file_system import FileSystem, new_id
-from pytest_dcp.checkpoint.file_writer import CURRENT_DCP_VERSION as CURRENT_DCP_VERSION
-from pytest_dcp.checkpoint.file_writer import FileSystemWriter
-from pytest_dcp.checkpoint.store import commit, single_entries, transforms
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.io import commit, single_entries, transforms
+from pytest_dcp._engine.storages.folder_reader import FileSystemReader
+from pytest_dcp._engine.storages.folder_writer import CURRENT_DCP_VERSION as CURRENT_DCP_VERSION
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.storages.local_filesystem import FileSystem, new_id
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "FileSystemWriter",

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "ChunkStorageMetadata",

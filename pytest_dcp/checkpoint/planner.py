@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "WriteItemType",

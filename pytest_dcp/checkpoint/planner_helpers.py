@@ -1,69 +1,13 @@
-"""Making read and write items, for planners that do it themselves."""
+"""What planners call: the names of `torch.distributed.checkpoint.planner_helpers`."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from torch.distributed.checkpoint.metadata import (
-    STORAGE_TYPES,
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, WriteItem
-
-from pytest_dcp.checkpoint.plan.boxes import padded
-from pytest_dcp.checkpoint.plan.describe import Wanted, wanted_boxes, write_items
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.load import Everything, read_items
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.planners.item_factories import _create_read_items as _create_read_items
+from pytest_dcp._engine.planners.item_factories import _create_write_items as _create_write_items
+from pytest_dcp._engine.planners.item_factories import create_read_items_for_chunk_list
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = ["create_read_items_for_chunk_list"]
-
-
-def create_read_items_for_chunk_list(
-    fqn: str,
-    checkpoint_md: TensorStorageMetadata,
-    local_chunks: Sequence[ChunkStorageMetadata],
-) -> list[ReadItem]:
-    """The reads that fill these boxes of a tensor from its stored chunks, as far as they overlap.
-
-    Raises CheckpointCorruptError when stored chunks overlap each other.
-    """
-    rank = len(checkpoint_md.size)
-    count = len(local_chunks)
-    wanted = Wanted(
-        fqns=(fqn,) * count,
-        ndim=np.full(count, rank, dtype=np.int16),
-        offset=padded([tuple(chunk.offsets) for chunk in local_chunks], rank, 0),
-        shape=padded([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
-        nth=np.arange(count, dtype=np.int64),
-    )
-    return list(read_items(wanted, Index.of({fqn: checkpoint_md}), partial=Everything()))
-
-
-def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
-    """What this rank could write of one value (torch's name; other libraries import it)."""
-    return list(write_items({fqn: object}))
-
-
-def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
-    """What this rank reads for one value (torch's name; other libraries import it).
-
-    A tensor of another size than the stored one gets what both have.
-    """
-    if isinstance(md, BytesStorageMetadata):
-        obj = None
-    elif not isinstance(obj, torch.Tensor):
-        raise ValueError(  # noqa: TRY004 - what torch raises
-            f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
-            f"{type(md)}"
-        )
-    return list(read_items(wanted_boxes({fqn: obj}), Index.of({fqn: md}), partial=Everything()))
-
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
     __getattr__ = names_of_torch(__name__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = ["CheckpointableTensor"]
 

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 
-from pytest_dcp.checkpoint.store.staging import (
-    BlockingAsyncStager,
-    DefaultStager,
-    release_memory,
-)
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.staging.stager import BlockingAsyncStager, DefaultStager, release_memory
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "AsyncStager",

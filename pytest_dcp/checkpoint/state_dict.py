@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
-from pytest_dcp.checkpoint.state.model import load_model, read_model
-from pytest_dcp.checkpoint.state.optimizer_loading import check_optimizers
-from pytest_dcp.checkpoint.state.optimizer_reading import read_optimizers
-from pytest_dcp.checkpoint.state.options import StateDictOptions
-from pytest_dcp.checkpoint.state.scope import PATCHED, Scope
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.state_dicts.model import load_model, read_model
+from pytest_dcp._engine.state_dicts.optimizer_loading import check_optimizers
+from pytest_dcp._engine.state_dicts.optimizer_reading import read_optimizers
+from pytest_dcp._engine.state_dicts.options import StateDictOptions
+from pytest_dcp._engine.state_dicts.scope import PATCHED, Scope
+from pytest_dcp._engine.torch_names import names_of_torch
 from pytest_dcp.tracebacks import drop_inner_frames
 
 __all__ = [

@@ -3,8 +3,8 @@
 import inspect
 from typing import TYPE_CHECKING
 
-from pytest_dcp.checkpoint.loading import load, load_state_dict, load_without_template
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
+from pytest_dcp._engine.verbs.load import load, load_state_dict, load_without_template
 
 __all__ = ["load_state_dict", "load", "load_without_template"]
 

@@ -8,10 +8,10 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from pytest_dcp.checkpoint.async_saver import async_save
-from pytest_dcp.checkpoint.saving import Save, save, save_state_dict, save_team
-from pytest_dcp.checkpoint.storage_choice import plain_state
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.background.async_save import async_save
+from pytest_dcp._engine.torch_names import names_of_torch
+from pytest_dcp._engine.verbs.save import Save, save, save_state_dict, save_team
+from pytest_dcp._engine.verbs.torch_arguments import plain_state
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
 

@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.stateful import (
     StatefulT,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "Stateful",

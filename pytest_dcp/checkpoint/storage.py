@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.storage import (
     WriteResult,
 )
 
-from pytest_dcp.checkpoint.torch_names import names_of_torch
+from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [
     "WriteResult",

@@ -5,7 +5,7 @@ seeds. What leaves: for each seed one changed file, the same one every time. Pur
 
 A pickle is changed opcode by opcode or field by field; the manifest of this engine in its header or
 in its columns, and then its lengths and checksums are made true again, so that the change gets past
-the first look. The file's layout is told in `pytest_dcp.checkpoint.store.metadata_file`.
+the first look. The file's layout is told in `pytest_dcp._engine.format.metadata_file`.
 """
 
 from __future__ import annotations

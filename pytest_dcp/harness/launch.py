@@ -29,7 +29,7 @@ OWN_SIGNALS = frozenset((STACKS_SIGNAL, INTERRUPT_SIGNAL))
 HELPERS = (
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",
-    "pytest_dcp.checkpoint.async_worker",
+    "pytest_dcp._engine.background.worker",
     "dcp-async-save",
 )
 """In the command lines of processes that end by themselves when their rank does, a moment later."""

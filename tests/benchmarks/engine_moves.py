@@ -32,9 +32,9 @@ from engine_cases import (
 )
 from engine_ranks import World, alternate
 
-from pytest_dcp.checkpoint.store.read import STAGING_BYTES, WINDOW_BYTES
-from pytest_dcp.checkpoint.store.windows import HUGE_PAGE_BYTES
-from pytest_dcp.checkpoint.store.write import WRITE_BYTES
+from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
+from pytest_dcp._engine.io.read_copies import STAGING_BYTES, WINDOW_BYTES
+from pytest_dcp._engine.io.write_files import WRITE_BYTES
 
 Answer = dict[str, dict[str, Any]]
 Step = Callable[[], object]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import filesystem, state_dict_loader, state_di
 from torch.distributed.tensor import DTensor, Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp._engine.format.catalog import Catalog
 
 MODE = 0o644
 WHOLE_FILE = "whole.pt"

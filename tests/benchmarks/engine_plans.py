@@ -36,12 +36,12 @@ from torch.distributed.checkpoint.planner import (
 )
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
-from pytest_dcp.checkpoint.messages import arrived, homeward
-from pytest_dcp.checkpoint.plan.columns import WriteItems
-from pytest_dcp.checkpoint.plan.index import index_of
-from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES, Catalog, Places
+from pytest_dcp._engine.coordinate.parcel import pack, unpack
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, Places
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.index import index_of
+from pytest_dcp._engine.verbs.save_messages import arrived, homeward
 
 TENSORS = 1_000
 COLUMNS = 1_024

@@ -24,7 +24,7 @@ import hardening_makers as makers
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT
 
 MIB = 1 << 20
 DEADLINE_S = 300.0

@@ -214,7 +214,7 @@ def _fork_attacker(attack: Attack, pipe: int, other_user: bool) -> int:
 def save_beside(world: World, folder: str, pipes: list[int], saves: int) -> dict[str, Any]:
     """One rank's part: save in peace, let the attackers begin, and save again."""
     import pytest_dcp.checkpoint as dcp
-    from pytest_dcp.checkpoint.coordinate.reception import reception
+    from pytest_dcp._engine.coordinate.reception import reception
 
     state = {f"t{n}": torch.full((ELEMENTS,), float(n)) for n in range(TENSORS)}
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store import manifest, metadata_file
-from pytest_dcp.checkpoint.store.entry import value_entry
-from pytest_dcp.checkpoint.store.hf_saves import INDEX_NAME
+from pytest_dcp._engine.format import manifest, metadata_file
+from pytest_dcp._engine.format.entry import value_entry
+from pytest_dcp._engine.huggingface.saves import INDEX_NAME
 
 MIB = 1 << 20
 NAMES = 1_000_000

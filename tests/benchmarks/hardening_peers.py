@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pytest_dcp.checkpoint.coordinate import rendezvous, team_of
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode, encode
-from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.reception import Address, Hello, greet, reception
-from pytest_dcp.checkpoint.coordinate.spoke import connect
+from pytest_dcp._engine.coordinate import rendezvous, team_of
+from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode, encode
+from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.reception import Address, Hello, greet, reception
+from pytest_dcp._engine.coordinate.spoke import connect
 
 PEERS = (64, 512, 4096)
 QUICK_PEERS = (8, 64)

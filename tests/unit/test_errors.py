@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 import pytest_dcp
-from pytest_dcp.checkpoint.coordinate.failure import (
+from pytest_dcp._engine.coordinate.failure import (
     CoordinationError,
     OutOfStepError,
     PeerAborted,
@@ -24,7 +24,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     RemoteError,
     StepError,
 )
-from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.plan.index import Index
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
 FILES = ["__0_0.distcp", "__1_0.distcp", "run-7/__0_0.distcp", "…\n'\"name .distcp"]

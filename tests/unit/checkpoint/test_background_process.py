@@ -22,7 +22,7 @@ PROGRAM = """
 import sys, time
 import torch
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import async_process
+from pytest_dcp._engine.background import process as async_process
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 class Slow(dcp.FileSystemWriter):

@@ -14,20 +14,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store.batches import (
-    AT_A_TIME,
-    BATCH,
-    FEW,
-    Kind,
-    read_together,
-    stretches,
-)
-from pytest_dcp.checkpoint.store.catalog import BLOCK_BYTES, Catalog, Places
-from pytest_dcp.checkpoint.store.observe import Observer, Progress
-from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally
-from pytest_dcp.checkpoint.store.threads import Stop, Stopped
-from pytest_dcp.checkpoint.store.transfer import Copies
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, Places
+from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally
+from pytest_dcp._engine.io.copy_plan import Copies
+from pytest_dcp._engine.io.progress_observer import Observer, Progress
+from pytest_dcp._engine.io.small_reads import AT_A_TIME, BATCH, FEW, Kind, read_together, stretches
+from pytest_dcp._engine.io.threads import Stop, Stopped
+from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 WINDOW_BYTES = 1 << 20

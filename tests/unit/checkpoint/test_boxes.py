@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tilings import Box, boxes_in, elements, fewer, shapes, tilings
 
-from pytest_dcp.checkpoint.plan.boxes import (
+from pytest_dcp._engine.plan.boxes import (
     intersect,
     out_of_bounds,
     overlapping_pairs,

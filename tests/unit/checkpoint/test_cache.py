@@ -10,10 +10,10 @@ from tilings import fewer, shard_item, value_item
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from pytest_dcp.checkpoint.plan.cache import PlanCache, Unchanged, digest_of
-from pytest_dcp.checkpoint.plan.columns import WriteItems
-from pytest_dcp.checkpoint.plan.describe import write_items
-from pytest_dcp.checkpoint.plan.nested import as_saved, flatten
+from pytest_dcp._engine.plan.cache import PlanCache, Unchanged, digest_of
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.describe import write_items
+from pytest_dcp._engine.plan.nested import as_saved, flatten
 from pytest_dcp.errors import PlanError
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from pytest_dcp.checkpoint.plan.columns import ReadItems, WriteItems
+from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
 
 hints = st.one_of(st.none(), st.integers(0, 9))
 

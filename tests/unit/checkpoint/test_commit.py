@@ -5,13 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp.checkpoint.store.commit import (
-    data_name,
-    metadata_name,
-    publish,
-    remove_unnamed,
-    sweep,
-)
+from pytest_dcp._engine.io.commit import data_name, metadata_name, publish, remove_unnamed, sweep
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 SAVE = "0123456789ab"

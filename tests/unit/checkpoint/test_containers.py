@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.plan.containers import Description, describe, description_of, merged
-from pytest_dcp.checkpoint.plan.nested import as_saved, as_saved_path, flatten, set_element
+from pytest_dcp._engine.plan.containers import Description, describe, description_of, merged
+from pytest_dcp._engine.plan.nested import as_saved, as_saved_path, flatten, set_element
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.coverage import problems_of
-from pytest_dcp.checkpoint.plan.index import Index
+from pytest_dcp._engine.plan.coverage import problems_of
+from pytest_dcp._engine.plan.index import Index
 
 
 def index_of(tensors: dict[str, tuple[tuple, list[Box]]]) -> Index:

@@ -6,8 +6,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from pytest_dcp.checkpoint.plan.columns import BYTES, TENSOR
-from pytest_dcp.checkpoint.plan.describe import wanted_boxes, write_items
+from pytest_dcp._engine.plan.columns import BYTES, TENSOR
+from pytest_dcp._engine.plan.describe import wanted_boxes, write_items
 from pytest_dcp.errors import PlanError
 
 

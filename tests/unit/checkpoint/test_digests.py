@@ -16,18 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.plan.replicas import (
+from pytest_dcp._engine.io.digests import block_sums, digest_of_value, outline, sum_of_tensor
+from pytest_dcp._engine.plan.replicas import (
     NOT_COMPARED,
     SAMPLE_BYTES,
     Replicas,
     first_difference,
     ranks_text,
-)
-from pytest_dcp.checkpoint.store.digests import (
-    block_sums,
-    digest_of_value,
-    outline,
-    sum_of_tensor,
 )
 
 atoms = st.one_of(
@@ -78,7 +73,7 @@ def test_the_order_of_a_dict_plays_no_part_and_that_of_an_ordered_one_does(
 SCRIPT = """
 import torch, numpy as np
 from collections import Counter, deque
-from pytest_dcp.checkpoint.store.digests import digest_of_value
+from pytest_dcp._engine.io.digests import digest_of_value
 class Own:
     def __init__(self): self.names = {"a", "b", "c", "d"}; self.me = self
 value = ({"x", "y", "z", "w"}, frozenset("abcdef"), Counter("hello"), deque("ab"), Own(),

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tilings import fewer
 from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
 
+from pytest_dcp._engine.io import disk as subject
+from pytest_dcp._engine.io.disk import LocalDisk, LocalIn, LocalOut
+from pytest_dcp._engine.io.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.checkpoint.filesystem import FileSystem
-from pytest_dcp.checkpoint.store import disk as subject
-from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalIn, LocalOut
-from pytest_dcp.checkpoint.store.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.errors import CheckpointCorruptError
 
 DISKS = [LocalDisk(), StreamDisk(TorchFileSystem()), StreamDisk(FileSystem())]

@@ -21,9 +21,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.store.archive import Source
-from pytest_dcp.checkpoint.store.entry import pickle_of, tensor_frame, value_entry
-from pytest_dcp.checkpoint.store.locate import TensorRecord, locate
+from pytest_dcp._engine.format.entry import pickle_of, tensor_frame, value_entry
+from pytest_dcp._engine.format.entry_locator import TensorRecord, locate
+from pytest_dcp._engine.format.zip_archive import Source
 from pytest_dcp.errors import CheckpointCorruptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import file_system
+from pytest_dcp._engine.io import disk as disk_module
+from pytest_dcp._engine.io.disk import Buffer, In, LocalDisk, Out
+from pytest_dcp._engine.io.write_files import FileJob
+from pytest_dcp._engine.storages import local_filesystem as file_system
 from pytest_dcp.checkpoint.filesystem import FileSystemWriter
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageWriter
-from pytest_dcp.checkpoint.store import disk as disk_module
-from pytest_dcp.checkpoint.store.disk import Buffer, In, LocalDisk, Out
-from pytest_dcp.checkpoint.store.write import FileJob
 from pytest_dcp.errors import CheckpointReplacedError
 from pytest_dcp.tracebacks import owner_of
 

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.unpickle import read_metadata
-from pytest_dcp.checkpoint.store.unpickle_unread import UnreadObject, may_stay_unread
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.unpickle import read_metadata
+from pytest_dcp._engine.unpickle.unread_fields import UnreadObject, may_stay_unread
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 pytestmark = [

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.format.entry import value_entry
+from pytest_dcp._engine.verbs.load import load_without_template
 from pytest_dcp.checkpoint.filesystem import FileSystemReader
-from pytest_dcp.checkpoint.loading import load_without_template
-from pytest_dcp.checkpoint.store.entry import value_entry
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 pytestmark = [

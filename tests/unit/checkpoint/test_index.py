@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.index import ChunkList, Index, KeyTable, index_of
+from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable, index_of
 
 
 def chunk(offset: tuple, shape: tuple) -> ChunkStorageMetadata:

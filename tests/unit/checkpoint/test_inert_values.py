@@ -27,9 +27,9 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store import values
-from pytest_dcp.checkpoint.store.entry import pickle_of, records_of, value_entry
-from pytest_dcp.checkpoint.store.values import decoded, encoded, inert, refusal_of
+from pytest_dcp._engine.format import python_values as values
+from pytest_dcp._engine.format.entry import pickle_of, records_of, value_entry
+from pytest_dcp._engine.format.python_values import decoded, encoded, inert, refusal_of
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.checkpoint.plan.lazy_containers import LazyDict, LazyList
+from pytest_dcp._engine.plan.lazy_containers import LazyDict, LazyList
 
 ITEMS = {"b": [1], "a": [2], "c": [3]}
 

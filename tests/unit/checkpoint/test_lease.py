@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store import lease, open_files
-from pytest_dcp.checkpoint.store.disk import LocalDisk
-from pytest_dcp.checkpoint.store.lease import hold_lease, wait_for_leases
-from pytest_dcp.checkpoint.store.open_files import OpenFiles
+from pytest_dcp._engine.io import lease, open_files
+from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
+from pytest_dcp._engine.io.open_files import OpenFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

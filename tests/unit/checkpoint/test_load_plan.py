@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from pytest_dcp.checkpoint.plan import load
-from pytest_dcp.checkpoint.plan.boxes import padded
-from pytest_dcp.checkpoint.plan.columns import ReadItems
-from pytest_dcp.checkpoint.plan.describe import Wanted
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.load import read_items
+from pytest_dcp._engine.plan import load
+from pytest_dcp._engine.plan.boxes import padded
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.describe import Wanted
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp.errors import CheckpointCorruptError
 
 Tensors = dict[str, tuple[tuple, list[Box]]]

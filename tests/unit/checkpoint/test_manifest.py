@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store import checks, manifest, paths
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places
-from pytest_dcp.checkpoint.store.checks import check_catalog, checked_path
+from pytest_dcp._engine.format import catalog_checks as checks
+from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format import planner_paths as paths
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
+from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 EXTREMES = [0, 1, -1, -2, 63, 1 << 31, 1 << 62, (1 << 63) - 1, -(1 << 63)]

@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.match import kind_of, match
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.match import kind_of, match
 from pytest_dcp.errors import CheckpointMismatchError
 
 KINDS = {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer, shapes
 
-from pytest_dcp.checkpoint.store.memory import is_flat, memory_at, memory_of, pieces, strided
+from pytest_dcp._engine.io.tensor_memory import is_flat, memory_at, memory_of, pieces, strided
 
 
 @st.composite

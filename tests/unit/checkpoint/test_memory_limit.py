@@ -16,18 +16,19 @@ from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.file_system import read_catalog
-from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
-from pytest_dcp.checkpoint.store import metadata_file, safetensors
-from pytest_dcp.checkpoint.store.disk import LocalDisk
-from pytest_dcp.checkpoint.store.hf_folder import decode_index
-from pytest_dcp.checkpoint.store.hf_saves import INDEX_NAME
-from pytest_dcp.checkpoint.store.memory_limit import (
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.memory_limit import (
     BYTES_PER_STORED_BYTE,
     FREE_BYTES,
     MemoryLimit,
     estimate_json_bytes,
 )
+from pytest_dcp._engine.huggingface.folder import decode_index
+from pytest_dcp._engine.huggingface.saves import INDEX_NAME
+from pytest_dcp._engine.io import write_safetensors as safetensors
+from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.storages.local_filesystem import read_catalog
+from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.errors import CheckpointCorruptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

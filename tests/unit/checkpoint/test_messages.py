@@ -18,7 +18,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
-from pytest_dcp.checkpoint.messages import (
+from pytest_dcp._engine.coordinate.wire import decode, encode
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.verbs.save_messages import (
     Homeward,
     PackedMetadata,
     arrived,
@@ -28,11 +33,6 @@ from pytest_dcp.checkpoint.messages import (
     results_of,
     unpacked_metadata,
 )
-from pytest_dcp.checkpoint.plan.columns import WriteItems
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places
-from pytest_dcp.checkpoint.store.written import WriteResults, Written
-from pytest_dcp.checkpoint.wire import decode, encode
 
 
 def sent(message):

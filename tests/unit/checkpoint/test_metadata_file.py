@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointCorruptError
 
 TRAILER_BYTES = 48

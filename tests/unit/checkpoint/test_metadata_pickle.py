@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.nested import Position
-from pytest_dcp.checkpoint.store.catalog import Catalog
-from pytest_dcp.checkpoint.store.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
-from pytest_dcp.checkpoint.store.unpickle import read_metadata
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
+from pytest_dcp._engine.plan.nested import Position
+from pytest_dcp._engine.unpickle import read_metadata
 
 
 def metadata(chunks: int, dims: int = 2, transform: bool = False) -> Metadata:

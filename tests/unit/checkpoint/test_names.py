@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.plan.names import packed, unpacked
+from pytest_dcp._engine.plan.names import packed, unpacked
 
 AWKWARD = ["", '"', '"a', "a\nb", "\n", "\r", "\u2028", "\0", '"\ud800', "\udfff", "é", "\\n"]
 names = st.one_of(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tilings import fewer
 from torch.distributed.checkpoint import _nested_dict as stock
 
-from pytest_dcp.checkpoint.plan.nested import (
+from pytest_dcp._engine.plan.nested import (
     Position,
     Room,
     as_saved,

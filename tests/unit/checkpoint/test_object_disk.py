@@ -12,8 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.store import object_disk
-from pytest_dcp.checkpoint.store.object_disk import GAP_BYTES, GET_BYTES, ObjectDisk, renames, spans
+from pytest_dcp._engine.io import object_disk
+from pytest_dcp._engine.io.object_disk import GAP_BYTES, GET_BYTES, ObjectDisk, renames, spans
 
 BYTES = bytes(range(251)) * 8
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from pytest_dcp.checkpoint.store.observe import Observer, Progress, observer, watched
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, observer, watched
 
 
 def test_bytes_of_every_thread_are_counted():

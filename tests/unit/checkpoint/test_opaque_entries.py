@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pytest_dcp.checkpoint.plan.opaque import STORED_DTYPES
-from pytest_dcp.checkpoint.store import entry
-from pytest_dcp.checkpoint.store.opaque import prepare_opaque
+from pytest_dcp._engine.format import entry
+from pytest_dcp._engine.format.opaque_values import prepare_opaque
+from pytest_dcp._engine.plan.opaque import STORED_DTYPES
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

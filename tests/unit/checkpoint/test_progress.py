@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.progress import progress_bar
-from pytest_dcp.checkpoint.store.observe import Progress
+from pytest_dcp._engine.io.progress_observer import Progress
+from pytest_dcp._engine.verbs.progress_bar import progress_bar
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.store import ranges
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places
-from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.ranges import RangeReader, Tally
-from pytest_dcp.checkpoint.store.threads import Stop, Stopped
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.io import checked_ranges as ranges
+from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.threads import Stop, Stopped
+from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 LEAD = 5

@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pytest_dcp.checkpoint.store.disk import LocalDisk
-from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.safetensors import (
+from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.write_files import FileJob, Settings
+from pytest_dcp._engine.io.write_safetensors import (
     DTYPES,
     MAX_HEADER_BYTES,
     Header,
@@ -34,8 +36,6 @@ from pytest_dcp.checkpoint.store.safetensors import (
     read_header,
     write_safetensors,
 )
-from pytest_dcp.checkpoint.store.write import FileJob, Settings
-from pytest_dcp.checkpoint.store.written import Written
 from pytest_dcp.errors import CheckpointCorruptError
 
 dtypes = st.sampled_from(list(DTYPES.values()))

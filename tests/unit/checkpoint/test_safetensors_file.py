@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.file_system import FileSystem, disk_of
-from pytest_dcp.checkpoint.store.memory_limit import DEFAULT_LIMIT
-from pytest_dcp.checkpoint.store.safetensors_file import SafetensorsFile
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT
+from pytest_dcp._engine.huggingface.safetensors_file import SafetensorsFile
+from pytest_dcp._engine.storages.local_filesystem import FileSystem, disk_of
 from pytest_dcp.errors import CheckpointCorruptError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

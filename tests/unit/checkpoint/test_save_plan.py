@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from pytest_dcp.checkpoint.plan.columns import WriteItems
-from pytest_dcp.checkpoint.plan.index import KeyTable
-from pytest_dcp.checkpoint.plan.save import concatenated, global_plan
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.index import KeyTable
+from pytest_dcp._engine.plan.save import concatenated, global_plan
 from pytest_dcp.errors import PlanError
 
 DTYPES = [torch.float32, torch.int8, torch.float64]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.plan.select import Selection
+from pytest_dcp._engine.plan.select import Selection
 from pytest_dcp.errors import CheckpointMismatchError
 
 names = st.text("ab.*", min_size=1, max_size=4)

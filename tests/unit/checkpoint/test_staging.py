@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.shipping import pickled, shipped, unpickled
+from pytest_dcp._engine.background.state_transfer import pickled, shipped, unpickled
+from pytest_dcp._engine.staging.arena import IDLE, Memory, Pool, shared_memory_of
+from pytest_dcp._engine.staging.stager import KEPT, staged
 from pytest_dcp.checkpoint.staging import (
     BlockingAsyncStager,
     DefaultStager,
     StagingOptions,
     release_memory,
 )
-from pytest_dcp.checkpoint.store.arena import IDLE, Memory, Pool, shared_memory_of
-from pytest_dcp.checkpoint.store.staging import KEPT, staged
 from pytest_dcp.errors import PlanError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.state.flat import flattened, nested
-from pytest_dcp.checkpoint.state.groups import paired
+from pytest_dcp._engine.state_dicts.flat import flattened, nested
+from pytest_dcp._engine.state_dicts.groups import paired
 
 
 def group(*names: str, **settings: Any) -> dict[str, Any]:

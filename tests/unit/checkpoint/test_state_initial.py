@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_dcp.checkpoint.state import initial
-from pytest_dcp.checkpoint.state.initial import initial_states
+from pytest_dcp._engine.state_dicts import initial
+from pytest_dcp._engine.state_dicts.initial import initial_states
 from pytest_dcp.errors import CheckpointError
 
 ALIKE: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [

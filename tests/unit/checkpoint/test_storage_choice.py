@@ -4,7 +4,7 @@ from types import MethodType
 
 import pytest
 
-from pytest_dcp.checkpoint.storage_choice import takes
+from pytest_dcp._engine.verbs.torch_arguments import takes
 
 
 class Hooks:

@@ -8,7 +8,7 @@ import weakref
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp.checkpoint.coordinate import CoordinationError, StepError, Team, team_of
+from pytest_dcp._engine.coordinate import CoordinationError, StepError, Team, team_of
 
 
 def alone() -> Team:

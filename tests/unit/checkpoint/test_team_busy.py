@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate import link, reception, spoke
-from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
-from pytest_dcp.checkpoint.coordinate.hub import FULL_S, Hub
-from pytest_dcp.checkpoint.coordinate.link import Link, connect
-from pytest_dcp.checkpoint.coordinate.reception import Address, Reception
-from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
-from pytest_dcp.checkpoint.coordinate.star import Site
+from pytest_dcp._engine.coordinate import link, reception, spoke
+from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
+from pytest_dcp._engine.coordinate.hub import FULL_S, Hub
+from pytest_dcp._engine.coordinate.link import Link, connect
+from pytest_dcp._engine.coordinate.reception import Address, Reception
+from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.star import Site
 
 LIMIT_S = 10.0
 ADDRESS = Address(("10.0.0.1",), 29500, "another machine", "secret")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp.checkpoint.coordinate import (
+from pytest_dcp._engine.coordinate import (
     CoordinationError,
     OutOfStepError,
     PeerAborted,
@@ -22,8 +22,8 @@ from pytest_dcp.checkpoint.coordinate import (
     RemoteError,
     StepError,
 )
-from pytest_dcp.checkpoint.coordinate.carried_error import MAX_DATA_BYTES, CarriedError
-from pytest_dcp.checkpoint.coordinate.failure import (
+from pytest_dcp._engine.coordinate.carried_error import MAX_DATA_BYTES, CarriedError
+from pytest_dcp._engine.coordinate.failure import (
     Cause,
     capture,
     checked_cause,
@@ -31,7 +31,7 @@ from pytest_dcp.checkpoint.coordinate.failure import (
     ranks_text,
     step_error,
 )
-from pytest_dcp.checkpoint.coordinate.parcel import pack, unpack
+from pytest_dcp._engine.coordinate.parcel import pack, unpack
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,

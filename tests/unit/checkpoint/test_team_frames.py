@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.coordinate.frame import (
+from pytest_dcp._engine.coordinate.frame import (
     FIRST_BYTES,
     HEADER,
     LIMITS,
@@ -25,7 +25,7 @@ from pytest_dcp.checkpoint.coordinate.frame import (
     Mode,
     encode,
 )
-from pytest_dcp.checkpoint.coordinate.parcel import bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.parcel import bundle, pack, unbundle, unpack
 
 heads = st.builds(
     Head, st.integers(0, 2**32 - 1), st.sampled_from(Mode), st.text(max_size=20).filter(str.isascii)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode, encode
-from pytest_dcp.checkpoint.coordinate.handshake import (
+from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode, encode
+from pytest_dcp._engine.coordinate.handshake import (
     SEAL_BYTES,
     SHARED_KEY,
     WINDOW,
@@ -25,7 +25,7 @@ from pytest_dcp.checkpoint.coordinate.handshake import (
     seal_word,
     shared_key,
 )
-from pytest_dcp.checkpoint.coordinate.line import MOST_PINGS, MOST_WAITING, Line
+from pytest_dcp._engine.coordinate.line import MOST_PINGS, MOST_WAITING, Line
 
 KEY = {SHARED_KEY: "k" * 32}
 OTHER = {SHARED_KEY: "K" * 32}

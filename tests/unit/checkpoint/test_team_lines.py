@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Head, Kind, Mode
-from pytest_dcp.checkpoint.coordinate.line import Line
+from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode
+from pytest_dcp._engine.coordinate.line import Line
 
 HELLO = Frame(Kind.HELLO, segments=[b"secret"])
 VALUE = Frame(Kind.VALUE, Head(1, Mode.AGREE, "write"))

@@ -7,15 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate.admission import RACE_S, Admission, admit
-from pytest_dcp.checkpoint.coordinate.reception import Hello
-from pytest_dcp.checkpoint.coordinate.sequence import (
-    CallOrder,
-    Place,
-    Subject,
-    kind_of,
-    wait_for_turn,
-)
+from pytest_dcp._engine.coordinate.admission import RACE_S, Admission, admit
+from pytest_dcp._engine.coordinate.reception import Hello
+from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of, wait_for_turn
 
 A, B = Subject("/a", "/a"), Subject("/b", "/b")
 

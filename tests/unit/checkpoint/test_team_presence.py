@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate.presence import Presence, _stat_of
+from pytest_dcp._engine.coordinate.presence import Presence, _stat_of
 
 
 def test_this_process_is_there() -> None:

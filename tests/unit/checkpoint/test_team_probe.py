@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate import probe as probe_module
-from pytest_dcp.checkpoint.coordinate.probe import Probe
+from pytest_dcp._engine.coordinate import probe as probe_module
+from pytest_dcp._engine.coordinate.probe import Probe
 
 HOST = "127.0.0.1"
 LIMIT_S = 10.0

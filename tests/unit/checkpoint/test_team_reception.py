@@ -14,17 +14,17 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
-from pytest_dcp.checkpoint.coordinate import line as line_module
-from pytest_dcp.checkpoint.coordinate import link, spoke
-from pytest_dcp.checkpoint.coordinate import reception as reception_module
-from pytest_dcp.checkpoint.coordinate.descriptors import make_room_for
-from pytest_dcp.checkpoint.coordinate.failure import Cause, CoordinationError
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
-from pytest_dcp.checkpoint.coordinate.handshake import GroupKey, new_nonce
-from pytest_dcp.checkpoint.coordinate.line import Line
-from pytest_dcp.checkpoint.coordinate.link import Link, connect
-from pytest_dcp.checkpoint.coordinate.machines import local_only
-from pytest_dcp.checkpoint.coordinate.reception import (
+from pytest_dcp._engine.coordinate import line as line_module
+from pytest_dcp._engine.coordinate import link, spoke
+from pytest_dcp._engine.coordinate import reception as reception_module
+from pytest_dcp._engine.coordinate.descriptors import make_room_for
+from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
+from pytest_dcp._engine.coordinate.frame import Frame, Kind, encode
+from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
+from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.link import Link, connect
+from pytest_dcp._engine.coordinate.machines import local_only
+from pytest_dcp._engine.coordinate.reception import (
     HELLO_BYTES,
     HELLO_S,
     IDLE,
@@ -33,8 +33,8 @@ from pytest_dcp.checkpoint.coordinate.reception import (
     Hello,
     Reception,
 )
-from pytest_dcp.checkpoint.coordinate.sequence import CallOrder
-from pytest_dcp.checkpoint.coordinate.star import Site
+from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.star import Site
 
 FIRST = Hello("group", "save", 1, 2)
 LIMIT_S = 10.0

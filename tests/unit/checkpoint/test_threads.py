@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp.checkpoint.store.threads import Stop, Stopped, run_all
+from pytest_dcp._engine.io.threads import Stop, Stopped, run_all
 
 
 def running() -> list[str]:

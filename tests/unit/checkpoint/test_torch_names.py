@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as our_dcp
+from pytest_dcp._engine.torch_names import OURS, TORCH
 from pytest_dcp.checkpoint import state_dict_loader, state_dict_saver
-from pytest_dcp.checkpoint.torch_names import OURS, TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -11,20 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import boxes_in, fewer, shapes, shard_item, tilings
 
-from pytest_dcp.checkpoint.plan.boxes import padded
-from pytest_dcp.checkpoint.plan.columns import ReadItems, WriteItems
-from pytest_dcp.checkpoint.plan.describe import Wanted
-from pytest_dcp.checkpoint.plan.load import read_items
-from pytest_dcp.checkpoint.plan.save import concatenated
-from pytest_dcp.checkpoint.store import ranges, read, write
-from pytest_dcp.checkpoint.store.catalog import Catalog, Places
-from pytest_dcp.checkpoint.store.disk import LocalDisk
-from pytest_dcp.checkpoint.store.located import located
-from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.read import ReadSettings, read_copies
-from pytest_dcp.checkpoint.store.transfer import copies, runs, slabs, span_of, starts
-from pytest_dcp.checkpoint.store.write import FileJob, Settings, balanced, write_files
-from pytest_dcp.checkpoint.store.written import WriteResults, places_of
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.write_results import WriteResults, places_of
+from pytest_dcp._engine.io import checked_ranges as ranges
+from pytest_dcp._engine.io import read_copies as read
+from pytest_dcp._engine.io import write_files as write
+from pytest_dcp._engine.io.copy_plan import copies, runs, slabs, span_of, starts
+from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.entry_places import located
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
+from pytest_dcp._engine.io.write_files import FileJob, Settings, balanced, write_files
+from pytest_dcp._engine.plan.boxes import padded
+from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
+from pytest_dcp._engine.plan.describe import Wanted
+from pytest_dcp._engine.plan.load import read_items
+from pytest_dcp._engine.plan.save import concatenated
 from pytest_dcp.errors import CheckpointCorruptError, PlanError
 
 BLOCK = 16

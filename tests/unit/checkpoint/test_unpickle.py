@@ -33,14 +33,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.store.unpickle import (
+from pytest_dcp._engine.unpickle import (
     TensorPickle,
     UnknownGlobalError,
     read_metadata,
     read_tensor_pickle,
     read_value,
 )
-from pytest_dcp.checkpoint.store.unpickle_unread import may_stay_unread
+from pytest_dcp._engine.unpickle.unread_fields import may_stay_unread
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 READERS: tuple[Callable[[bytes], object], ...] = (read_metadata, read_tensor_pickle, read_value)

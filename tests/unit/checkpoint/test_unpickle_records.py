@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp.checkpoint.store.unpickle import read_metadata
-from pytest_dcp.checkpoint.store.unpickle_classes import METADATA, STEPWISE
-from pytest_dcp.checkpoint.store.unpickle_machine import MOST_LEARNT, Machine
-from pytest_dcp.checkpoint.store.unpickle_opcodes import _interpret
-from pytest_dcp.checkpoint.store.unpickle_records import LEFT_OUT
+from pytest_dcp._engine.unpickle import read_metadata
+from pytest_dcp._engine.unpickle.machine import MOST_LEARNT, Machine
+from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE
+from pytest_dcp._engine.unpickle.metadata_records import LEFT_OUT
+from pytest_dcp._engine.unpickle.opcodes import _interpret
 from pytest_dcp.errors import CheckpointCorruptError
 
 NUMBERS = st.sampled_from([0, 1, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**40, 2**62])

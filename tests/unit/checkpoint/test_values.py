@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp.checkpoint.store.values import decoded, encoded, plain
+from pytest_dcp._engine.format.python_values import decoded, encoded, plain
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 keys = st.one_of(

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from pytest_dcp.checkpoint.store import windows as subject
-from pytest_dcp.checkpoint.store.windows import Windows
+from pytest_dcp._engine.io import mapped_windows as subject
+from pytest_dcp._engine.io.mapped_windows import Windows
 
 HUGE = subject.HUGE_PAGE_BYTES
 TOUCHED = subject.TOUCHED_FROM_BYTES

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
-from pytest_dcp.checkpoint import wire
+from pytest_dcp._engine.coordinate import wire
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.checkpoint.default_planner import DefaultSavePlanner
-from pytest_dcp.checkpoint.file_writer import FileSystemWriter
-from pytest_dcp.checkpoint.wire_classes import allows_pickles
 
 texts = st.text(st.characters(codec=None), max_size=8)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts

@@ -13,11 +13,11 @@ from torch.distributed.checkpoint import save as torch_save
 from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.locate import locate_wrapper
-from pytest_dcp.checkpoint.store.opaque import check_wrapper
-from pytest_dcp.checkpoint.store.opaque import fill_wrapper as fill_parts
-from pytest_dcp.checkpoint.store.transformed import tensor_in
-from pytest_dcp.checkpoint.store.unpickle import UnknownGlobalError
+from pytest_dcp._engine.format.entry_locator import locate_wrapper
+from pytest_dcp._engine.format.opaque_values import check_wrapper
+from pytest_dcp._engine.format.opaque_values import fill_wrapper as fill_parts
+from pytest_dcp._engine.io.stream_transforms import tensor_in
+from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointMismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -16,22 +16,21 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp.checkpoint.plan.columns import WriteItems
-from pytest_dcp.checkpoint.plan.index import Index
-from pytest_dcp.checkpoint.plan.save import concatenated
-from pytest_dcp.checkpoint.store import write
-from pytest_dcp.checkpoint.store.catalog import Places, index_key
-from pytest_dcp.checkpoint.store.disk import LocalDisk, LocalOut
-from pytest_dcp.checkpoint.store.observe import Observer
-from pytest_dcp.checkpoint.store.values import encoded
-from pytest_dcp.checkpoint.store.write import (
-    FileJob,
-    Settings,
-    balanced,
-    block_sums,
-    write_files,
+from pytest_dcp._engine.format.catalog import Places, index_key
+from pytest_dcp._engine.format.python_values import encoded
+from pytest_dcp._engine.format.write_results import (
+    WriteResults,
+    Written,
+    places_of,
+    whole_places_of,
 )
-from pytest_dcp.checkpoint.store.written import WriteResults, Written, places_of, whole_places_of
+from pytest_dcp._engine.io import write_files as write
+from pytest_dcp._engine.io.disk import LocalDisk, LocalOut
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.write_files import FileJob, Settings, balanced, block_sums, write_files
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.save import concatenated
 from pytest_dcp.errors import PlanError
 
 BLOCK = 16

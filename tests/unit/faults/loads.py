@@ -10,8 +10,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.verbs.load import load_without_template
 from pytest_dcp.checkpoint.filesystem import FileSystemReader
-from pytest_dcp.checkpoint.loading import load_without_template
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
 SAVERS = {"ours": dcp.save, "torch": torch_save}

@@ -12,8 +12,8 @@ from forks import forked, limited
 from hypothesis import settings
 from loads import ending, load, load_all, save
 
-from pytest_dcp.checkpoint.store import metadata_file
-from pytest_dcp.checkpoint.store.catalog import Catalog
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.faults import fuzzed_metadata
 

@@ -56,7 +56,7 @@ def sang(canary: Path) -> bool:
 OWN_ERRORS = {
     *(("pytest_dcp.errors", name) for name in ("_rebuild_corrupt", "CheckpointCorruptError")),
     ("pytest_dcp.errors", "UntrustedPickleError"),
-    ("pytest_dcp.checkpoint.store.unpickle_machine", "UnknownGlobalError"),
+    ("pytest_dcp._engine.unpickle.machine", "UnknownGlobalError"),
 }
 """What a load unpickles that fails: its own error, to see whether it can be sent to other ranks."""
 

@@ -12,7 +12,7 @@ from sqlite_storage import SqliteReader, SqliteWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.fsspec_storage import FsspecReader, FsspecWriter
+from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp.errors import LawError, RecordingError
 from pytest_dcp.properties.suite import StorageSuite
 

@@ -11,11 +11,11 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.coordinate import presence, probe, rendezvous
+from pytest_dcp._engine.coordinate.frame import Head
+from pytest_dcp._engine.coordinate.machines import machine
+from pytest_dcp._engine.coordinate.spoke import Spoke
 from pytest_dcp.checkpoint.api import CheckpointException
-from pytest_dcp.checkpoint.coordinate import presence, probe, rendezvous
-from pytest_dcp.checkpoint.coordinate.frame import Head
-from pytest_dcp.checkpoint.coordinate.machines import machine
-from pytest_dcp.checkpoint.coordinate.spoke import Spoke
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from pytest_dcp.harness.lockstep_world import RankWorld
 
@@ -108,7 +108,7 @@ def test_a_rank_that_is_killed_before_it_meets_the_others_is_named(
 ) -> None:
     """In the group's first operation; nobody has an address of the coordinator yet."""
     side = "spoke:Spoke.join" if victim else "hub:Hub.join"
-    world.kill(victim, at=f"pytest_dcp.checkpoint.coordinate.{side}")
+    world.kill(victim, at=f"pytest_dcp._engine.coordinate.{side}")
     began_s = time.monotonic()
     with pytest.raises(CheckpointException) as caught:
         dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
@@ -144,7 +144,7 @@ def test_a_rank_of_another_machine_that_is_killed_before_it_meets_the_others_is_
 ) -> None:
     """In the group's first operation; no rank sees the process of another."""
     side = "spoke:Spoke.join" if victim else "hub:Hub.join"
-    world.kill(victim, at=f"pytest_dcp.checkpoint.coordinate.{side}")
+    world.kill(victim, at=f"pytest_dcp._engine.coordinate.{side}")
     began_s = time.monotonic()
     with pytest.raises(CheckpointException) as caught:
         dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)

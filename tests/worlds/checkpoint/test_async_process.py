@@ -29,8 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import async_process
-from pytest_dcp.checkpoint.coordinate import StepError
+from pytest_dcp._engine.background import process as async_process
+from pytest_dcp._engine.coordinate import StepError
 from pytest_dcp.checkpoint.staging import DefaultStager, StagingOptions
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from pytest_dcp.errors import ReplicaMismatchError, SaverProcessError

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.coordinate import StepError, Team, rendezvous, team_of
-from pytest_dcp.checkpoint.coordinate.reception import Address
+from pytest_dcp._engine.coordinate import StepError, Team, rendezvous, team_of
+from pytest_dcp._engine.coordinate.reception import Address
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_world import RankWorld
@@ -365,7 +365,9 @@ def test_saves_and_loads_go_on_with_a_shared_key(
     rank: int, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCP_SHARED_KEY", KEY)
-    monkeypatch.setattr("pytest_dcp.checkpoint.wire.pickle", None)  # no pickle is made or opened
+    monkeypatch.setattr(
+        "pytest_dcp._engine.coordinate.wire.pickle", None
+    )  # no pickle is made or opened
     state = {"w": torch.arange(9.0), "n": {"step": 7, "words": ["a", {"b": (1,)}]}}
     dcp.save(state, checkpoint_id=checkpoint_dir)
     copy = {"w": torch.zeros(9), "n": {"step": 0, "words": ["", {"b": (0,)}]}}

@@ -26,7 +26,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp.checkpoint.coordinate import (
+from pytest_dcp._engine.coordinate import (
     OutOfStepError,
     PeerAborted,
     RankEndedError,
@@ -39,8 +39,8 @@ from pytest_dcp.checkpoint.coordinate import (
     rendezvous,
     team_of,
 )
-from pytest_dcp.checkpoint.coordinate.descriptors import FEW
-from pytest_dcp.checkpoint.coordinate.reception import BACKLOG, reception
+from pytest_dcp._engine.coordinate.descriptors import FEW
+from pytest_dcp._engine.coordinate.reception import BACKLOG, reception
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_world import RankWorld

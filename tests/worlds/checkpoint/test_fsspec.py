@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.io import object_disk
 from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from pytest_dcp.checkpoint.store import object_disk
 
 URL = f"{object_store.PROTOCOL}://runs/last"
 FOLDER = "runs/last"

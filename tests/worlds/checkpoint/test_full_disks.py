@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.commit import data_name
-from pytest_dcp.checkpoint.store.hf_saves import data_name as hf_data_name
-from pytest_dcp.checkpoint.store.hf_saves import temporary_name
+from pytest_dcp._engine.huggingface.saves import data_name as hf_data_name
+from pytest_dcp._engine.huggingface.saves import temporary_name
+from pytest_dcp._engine.io.commit import data_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

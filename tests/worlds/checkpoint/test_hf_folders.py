@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.fsspec_storage import FsspecReader
+from pytest_dcp._engine.io import open_files
+from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.storages.fsspec import FsspecReader
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from pytest_dcp.checkpoint.store import open_files
-from pytest_dcp.checkpoint.store.disk import LocalDisk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -30,8 +30,8 @@ from hypothesis import settings
 from torch.distributed import FileStore  # type: ignore[attr-defined] # re-exported by torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import async_process
-from pytest_dcp.checkpoint.coordinate import rendezvous
+from pytest_dcp._engine.background import process as async_process
+from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import loading
+from pytest_dcp._engine.io import lease, open_files
+from pytest_dcp._engine.verbs import load as loading
 from pytest_dcp.checkpoint.filesystem import FileSystem
-from pytest_dcp.checkpoint.store import lease, open_files
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,

@@ -19,8 +19,8 @@ from states import EXISTING, without_warnings
 from torch.distributed.checkpoint.metadata import Metadata
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.coordinate import OutOfStepError, StepError, Team, team_of
 from pytest_dcp.checkpoint.api import CheckpointException
-from pytest_dcp.checkpoint.coordinate import OutOfStepError, StepError, Team, team_of
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 if TYPE_CHECKING:

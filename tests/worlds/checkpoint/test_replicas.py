@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.plan.replicas import SAMPLED_AT_LEAST
+from pytest_dcp._engine.plan.replicas import SAMPLED_AT_LEAST
 from pytest_dcp.errors import CheckpointMismatchError, PlanError, ReplicaMismatchError
 
 pytestmark = pytest.mark.world_size(4, isolation="module")

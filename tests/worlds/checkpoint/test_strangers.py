@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.coordinate.reception import reception
+from pytest_dcp._engine.coordinate.reception import reception
 
 if TYPE_CHECKING:
     from pytest_dcp.harness.lockstep_world import RankWorld
@@ -49,7 +49,7 @@ while True:
 }
 PROGRAM = """
 import collections, socket, sys
-from pytest_dcp.checkpoint.coordinate.frame import Frame, Kind, encode
+from pytest_dcp._engine.coordinate.frame import Frame, Kind, encode
 where = ("127.0.0.1", int(sys.argv[1]))
 print("here", flush=True)
 """

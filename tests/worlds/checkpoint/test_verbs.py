@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint.store.observe import Progress
+from pytest_dcp._engine.io.progress_observer import Progress
 
 four = pytest.mark.world_size(4, isolation="module")
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrappings import WAYS, Net, adamw, by_name, close, plain, train
 
-from pytest_dcp.checkpoint.state import broadcast, delivery
+from pytest_dcp._engine.state_dicts import broadcast, delivery
 from pytest_dcp.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -358,7 +358,7 @@ def test_a_failure_of_one_rank_is_raised_on_all(
     bad = 0 if "sending" in broken or "announced" in broken else 2
     if rank == bad:
         module, _, name = where.partition(".")
-        owner: Any = importlib.import_module(f"pytest_dcp.checkpoint.state.{module}")
+        owner: Any = importlib.import_module(f"pytest_dcp._engine.state_dicts.{module}")
         *classes, name = name.split(".")
         for each in classes:
             owner = getattr(owner, each)

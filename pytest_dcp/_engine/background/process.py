@@ -1,0 +1,354 @@
+"""A rank's background process for `async_save`: started, kept for later saves, replaced, ended.
+
+Orders and answers go over a pair of sockets; the other end is `async_worker`. The ranks' processes
+form a process group of their own, alike in ranks and size. The ranks run the steps of a save
+together: they look whether each has its process still, begin new ones everywhere if one is gone,
+and then each waits for its own. A process that ends, or of which nothing is heard for the group's
+timeout, is the failure of its rank, which every rank is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from pytest_dcp._engine.background.state_transfer import Shipment, pickled, shipped
+from pytest_dcp._engine.background.worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
+from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
+from pytest_dcp._engine.coordinate.failure import Cause
+from pytest_dcp._engine.coordinate.machines import machine
+from pytest_dcp._engine.coordinate.reception import reception
+from pytest_dcp._engine.coordinate.rendezvous import timeout_of
+from pytest_dcp._engine.verbs.save_messages import unpacked_metadata
+from pytest_dcp.errors import SaverProcessError
+from pytest_dcp.tracebacks import forget_frames
+
+START_S = 300.0
+"""How long a process may take to begin: on a busy machine the imports alone may take a minute."""
+GRACE_S = 2.0
+"""What a process has for its answer once another rank's save has failed: so has its own, then."""
+LOOK_S = 0.05
+
+State = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One save."""
+
+    team: Team
+    """Of the rank's own side of the save."""
+    state: State
+    """Gives the staged state, or raises what kept it from being staged."""
+    how: bytes
+    """The storage writer and the planner, pickled."""
+    checkpoint_id: str | os.PathLike[str] | None
+    """What the writer is set to; None: it is set already."""
+    use_collectives: bool
+
+
+def save_in_process(job: Job) -> Future[Metadata]:
+    """A future of the metadata; the save goes on in this rank's background process."""
+    return _saver_of(job.team.group).submit(job)
+
+
+def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
+    """The writer and the planner for the background process.
+
+    Raises TypeError, which names what cannot be sent there.
+    """
+    for name, value in (("storage_writer", writer), ("planner", planner)):
+        try:
+            pickled(value)
+        except Exception as error:
+            raise TypeError(
+                f"the {name}, a {type(value).__name__}, cannot be pickled, which a save in a "
+                f"process needs: {error}. Save in a thread, or leave what cannot be pickled out of "
+                "its __getstate__"
+            ) from error
+    return pickled((writer, planner))
+
+
+class Line:
+    """A background process and the line to it. For one thread, which outlives it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            told = {
+                "fd": theirs.fileno(),
+                "parent": os.getpid(),
+                "path": [path for path in sys.path if isinstance(path, str)],
+                "threads": torch.get_num_threads(),
+            }
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, json.dumps(told)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    def ask(
+        self,
+        order: Order,
+        check: Callable[[], None],
+        silence_s: float,
+        memory_fd: int | None = None,
+    ) -> Any:
+        """The answer to an order. After a SaverProcessError the process has ended.
+
+        check: called while waiting; once it has raised PeerAborted the answer has `GRACE_S`.
+        silence_s: the process may be silent so long.
+        Raises what carrying out the order raised, or SaverProcessError.
+        """
+        try:
+            self._connection.send(order)
+            if memory_fd is not None:
+                send_handle(self._connection, memory_fd, self.process.pid)
+            answer = self._answer(check, silence_s)
+        except (EOFError, OSError) as error:
+            raise SaverProcessError(self._how_it_ended()) from error
+        if isinstance(answer, Cause):
+            raise answer.rebuild()[0]
+        return answer
+
+    def _answer(self, check: Callable[[], None], silence_s: float) -> Any:
+        heard_s = time.monotonic()
+        until_s = float("inf")
+        while True:
+            if self._connection.poll(LOOK_S):
+                answer = self._connection.recv()
+                if answer != BEAT:
+                    return answer
+                heard_s = time.monotonic()
+            try:
+                check()
+            except PeerAborted:
+                until_s = min(until_s, time.monotonic() + GRACE_S)
+            if time.monotonic() > until_s:
+                self._give_up("did not give up its save when another rank's had failed")
+            if time.monotonic() > heard_s + silence_s:
+                self._give_up(f"has been silent for {silence_s:.3g} s")
+
+    def _give_up(self, why: str) -> None:
+        self.end()
+        raise SaverProcessError(f"the background process {self.process.pid} {why}: it was killed")
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            how = "closed its line: it was killed"
+        else:
+            how = f"was killed by {_signal(-status)}" if status < 0 else f"exited with {status}"
+        self.end()
+        return f"the background process {self.process.pid} {how}"
+
+    def end(self) -> None:
+        """Kill the process and reap it."""
+        self.process.kill()
+        self.process.wait()
+        self._connection.close()
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Saver:
+    """The saves of one group in this rank's background process, one after another."""
+
+    def __init__(self) -> None:
+        # It lives as long as this does: the kernel ends the process with the thread that began it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-process")
+        self._jobs: list[tuple[Job, Future[Metadata]]] = []
+        self._queued = threading.Condition()
+        self._line: Line | None = None
+        self._meeting = ""
+        """Names the group that the process joined, alike in all ranks; empty before."""
+        self._owner = os.getpid()
+
+    def submit(self, job: Job) -> Future[Metadata]:
+        """A future of the save's metadata."""
+        future: Future[Metadata] = Future()
+        with self._queued:
+            self._jobs.append((job, future))
+            self._queued.notify_all()
+        self._thread.submit(self._save_next)
+        return future
+
+    def close(self) -> None:
+        """End the process."""
+        if os.getpid() != self._owner:
+            return  # a fork's copy
+        self._thread.shutdown(wait=False)
+        line, self._line = self._line, None
+        if line is not None:
+            line.end()
+
+    def _save_next(self) -> None:
+        """Make one save: the first whose turn has come, which need not be the first submitted."""
+        job, future = self._take_due()
+        if not future.set_running_or_notify_cancel():
+            job.team.refuse(CancelledError("the future of this save was cancelled"))
+            return
+        try:
+            metadata = self._save(job)
+        except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            forget_frames(error)
+            future.set_exception(error)
+        else:
+            future.set_result(metadata)
+
+    def _take_due(self) -> tuple[Job, Future[Metadata]]:
+        with self._queued:
+            while True:
+                for entry in self._jobs:
+                    if entry[0].team.is_due:
+                        self._jobs.remove(entry)
+                        return entry
+                self._queued.wait(LOOK_S)
+
+    def _save(self, job: Job) -> Metadata:
+        group = job.team.group
+        default_s = dist.constants.default_pg_timeout.total_seconds()
+        silence_s = default_s if group is None else timeout_of(group)
+        with job.team.wait_for_turn() as team:
+            try:
+                shipment, line = self._prepared(team, job, silence_s)
+                upload = Upload(
+                    shipment.pickled,
+                    job.how,
+                    shipment.memory.nbytes if shipment.memory else 0,
+                    group is None,
+                    job.use_collectives,
+                    job.checkpoint_id,
+                )
+                fd = shipment.memory.fd if shipment.memory else None
+                sent = team.agree("save", lambda: line.ask(upload, team.check, silence_s, fd))
+            except StepError as error:
+                # Its text has all that this one says, which stays the context, for debuggers.
+                raise _plainly(error) from None
+        return unpacked_metadata(sent)
+
+    def _prepared(self, team: Team, job: Job, silence_s: float) -> tuple[Shipment, Line]:
+        """The state to send, and a process that has joined the others'."""
+        kept: list[Shipment] = []
+
+        def prepare() -> tuple[str, str]:
+            kept.append(shipped(job.state()))
+            alive = self._line is not None and self._line.is_alive()
+            return self._meeting if alive else "", machine()
+
+        said = team.all_gather("prepare", prepare)
+        meetings, machines = {meeting for meeting, _ in said}, {where for _, where in said}
+        if len(meetings) != 1 or "" in meetings:
+            self._begin(team, silence_s, one_machine=len(machines) == 1)
+        if self._line is None:
+            raise SaverProcessError("there is no background process: the group was destroyed")
+        return kept[0], self._line
+
+    def _begin(self, team: Team, silence_s: float, *, one_machine: bool) -> None:
+        """Start the ranks' processes anew, and let them meet."""
+        if self._line is not None:
+            self._line.end()
+        self._meeting = ""
+        line = self._line = team.agree("start", lambda: _started(team))
+        if team.group is not None:
+
+            def meet() -> tuple[str, int, tuple[str, ...], str]:
+                port = line.ask(Host(silence_s, one_machine), team.check, START_S)
+                address = reception().address
+                return uuid.uuid4().hex, port, address.hosts, address.machine
+
+            meeting, port, hosts, there = team.broadcast("meet", meet)
+            join = Join(team.rank, team.size, port, hosts, there, silence_s, one_machine)
+            team.agree("join", lambda: line.ask(join, team.check, START_S))
+        else:
+            meeting = "alone"
+        self._meeting = meeting
+
+
+def _started(team: Team) -> Line:
+    line = Line()
+    try:
+        line.ask(Begin(), team.check, START_S)
+    except BaseException:
+        line.end()
+        raise
+    return line
+
+
+def _plainly(error: StepError) -> StepError:
+    """The failure with those of the processes' own save in place of the ranks that pass them on.
+
+    What befell a process is said by its rank, which saw it.
+    """
+    failures = {}
+    step = error.step
+    for cause, _ in error.failures.values():
+        if isinstance(cause, StepError):
+            failures.update(cause.failures)
+            step = cause.step
+    failures.update(
+        (rank, said) for rank, said in error.failures.items() if not isinstance(said[0], StepError)
+    )
+    return StepError(step, failures, "save")
+
+
+_savers: weakref.WeakKeyDictionary[dist.ProcessGroup, Saver] = weakref.WeakKeyDictionary()
+_alone: list[Saver] = []
+_making = threading.Lock()
+
+
+def _saver_of(group: dist.ProcessGroup | None) -> Saver:
+    """This process's saver of a group, or of this rank alone."""
+    with _making:
+        if group is None:
+            if not _alone:
+                _alone.append(Saver())
+                weakref.finalize(_alone[0], _alone[0].close)
+            return _alone[0]
+        saver = _savers.get(group)
+        if saver is None:
+            saver = _savers[group] = Saver()
+            weakref.finalize(group, saver.close)
+        return saver
+
+
+def _forget_in_child() -> None:
+    """A forked child has neither the threads nor the processes."""
+    global _making
+    _making = threading.Lock()
+    _alone.clear()
+    _savers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

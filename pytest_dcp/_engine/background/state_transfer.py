@@ -1,0 +1,125 @@
+"""What goes from a rank to its background process: a pickle, and one stretch of shared memory.
+
+A staged state enters; in its pickle each tensor is only its place in the memory, which both
+processes map. Classes and functions of the user's own program travel by value, since the background
+process does not run that program.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.parts import parts_said, say_parts, says_parts
+from pytest_dcp._engine.plan.shards import local_tensor
+from pytest_dcp._engine.staging.arena import Memory, shared_memory_of, viewed
+from pytest_dcp._engine.staging.stager import KEPT_SHARED, dtensor, sharded, staged, tensors_of
+
+Reduced = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """A state on its way."""
+
+    pickled: bytes
+    memory: Memory | None
+    """Where its tensors are; None where it has none."""
+    state: Any
+    """Keeps the memory from being used for another state meanwhile."""
+
+
+def shipped(state: dict[str, Any]) -> Shipment:
+    """A staged state as it is sent: as it lies, or copied where it is not in shared memory.
+
+    Raises TypeError, or what pickling a value raises.
+    """
+    memories = {shared_memory_of(tensor) for tensor in tensors_of(state)}
+    if len(memories) > 1 or None in memories:
+        state = staged(state, KEPT_SHARED)
+        memories = {shared_memory_of(tensor) for tensor in tensors_of(state)}
+    memory = next(iter(memories), None)
+    return Shipment(pickled(state, memory), memory, state)
+
+
+def pickled(value: Any, memory: Memory | None = None) -> bytes:
+    """The pickle of a value for the background process."""
+    stream = io.BytesIO()
+    _Packer(stream, memory).dump(value)
+    return stream.getvalue()
+
+
+def unpickled(data: bytes, flat: torch.Tensor | None = None) -> Any:
+    """The value, its tensors over the bytes of the shared memory. Only for what a rank sent."""
+    return _Unpacker(io.BytesIO(data), flat).load()
+
+
+class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+    def __init__(self, stream: io.BytesIO, memory: Memory | None) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self._memory = memory
+
+    def reducer_override(self, value: Any) -> Any:
+        reduced: Reduced | None = None
+        if isinstance(value, DTensor):
+            reduced = dtensor, (local_tensor(value), value._spec)
+        elif isinstance(value, ShardedTensor):
+            reduced = sharded, (value.local_shards(), value.metadata(), value.sharding_spec())
+        elif isinstance(value, torch.Tensor) and says_parts(value):
+            reduced = say_parts, (value.detach(), parts_said(value))
+        elif isinstance(value, torch.Tensor):
+            reduced = self._place_of(value)
+        elif isinstance(value, DeviceMesh):
+            reduced = _reduced_mesh(value)
+        return super().reducer_override(value) if reduced is None else reduced
+
+    def _place_of(self, tensor: torch.Tensor) -> Reduced | None:
+        if self._memory is None or shared_memory_of(tensor) is not self._memory:
+            return None
+        if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
+            return None
+        start = tensor.data_ptr() - self._memory.address if tensor.numel() else 0
+        return placed, (start, tensor.dtype, tuple(tensor.shape))
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, flat: torch.Tensor | None) -> None:
+        super().__init__(stream)
+        self._flat = flat
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (placed.__module__, placed.__name__):
+            return self._placed
+        return super().find_class(module, name)
+
+    def _placed(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        if self._flat is None:
+            raise ValueError("the pickle names shared memory, but none came with it")
+        return viewed(self._flat, start, dtype, shape)
+
+
+def placed(start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """Stands in a pickle for a tensor in the shared memory; `unpickled` knows where that is."""
+    raise TypeError("a state for the background process is read by `unpickled` only")
+
+
+def _reduced_mesh(mesh: DeviceMesh) -> Reduced:
+    """The mesh without its process groups, which the background process does not have."""
+    new: Callable[..., Any] = copyreg.__newobj__  # type: ignore[attr-defined]  # not in typeshed
+    return new, (type(mesh),), mesh.__getstate__(), None, None, _set_mesh
+
+
+def _set_mesh(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
+    # The mesh's own `__setstate__` looks for the groups, and warns of each that is not there.
+    mesh.__dict__.update(state)
+    mesh._pg_registry = {}

@@ -1,0 +1,234 @@
+"""The background process of one rank: takes orders from its rank, saves, answers, until it is left.
+
+It ends with its rank, whatever way that goes: by a signal of the kernel, or when the line to it
+breaks. While an order is carried out it says again and again that it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
+
+from pytest_dcp._engine.background.state_transfer import unpickled
+from pytest_dcp._engine.coordinate import team_of
+from pytest_dcp._engine.coordinate.failure import capture
+from pytest_dcp._engine.coordinate.machines import machine
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.verbs.save import Save
+from pytest_dcp._engine.verbs.save_messages import packed_metadata
+
+PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; "
+    "from pytest_dcp._engine.background.worker import main; main()"
+)
+BEAT_S = 0.25
+BEAT = "beat"
+"""Sent every `BEAT_S` until the answer, and no answer to any order."""
+LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+NAME = b"dcp-async-save"
+"""What the system calls the process, also while it ends; at most 15 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Say that the imports are done."""
+
+    def run(self, line: Connection) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Open the store at which the ranks' processes meet; its port."""
+
+    timeout_s: float
+    one_machine: bool
+    """Whether all ranks are on this machine: then nobody on another one reaches the store."""
+
+    def run(self, line: Connection) -> int:
+        listener = socket.create_server((LOOPBACK if self.one_machine else "", 0))
+        port: int = listener.getsockname()[1]
+        _store.append(_store_at(LOOPBACK, port, self.timeout_s, listener))
+        return port
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Form a process group with the other ranks' processes."""
+
+    rank: int
+    size: int
+    port: int
+    hosts: tuple[str, ...]
+    """Of the coordinator, in order of trial from another machine."""
+    machine: str
+    """The coordinator's."""
+    timeout_s: float
+    one_machine: bool
+
+    def run(self, line: Connection) -> None:
+        if self.one_machine:
+            # The sockets of gloo and of the save itself; a rank's own environment stays as it is.
+            os.environ["MASTER_ADDR"] = LOOPBACK
+            if LOOPBACK_NAME in (name for _, name in socket.if_nameindex()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_NAME)
+        store = _store[0] if _store else self._reached()
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+
+    def _reached(self) -> TCPStore:
+        hosts = (LOOPBACK, *self.hosts) if self.machine == machine() else self.hosts
+        failed: Exception = ConnectionError(f"no host to meet the background processes at: {self}")
+        for host in hosts:
+            try:
+                return _store_at(host, self.port, self.timeout_s)
+            except (RuntimeError, OSError) as error:  # c10d's errors are RuntimeErrors
+                failed = error
+        raise failed
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Save a state; its metadata, packed."""
+
+    state: bytes
+    how: bytes
+    """The storage writer and the planner."""
+    nbytes: int
+    """Of the shared memory, whose descriptor follows; 0: none does."""
+    no_dist: bool
+    use_collectives: bool
+    checkpoint_id: str | os.PathLike[str] | None
+    """What the storage writer is set to; None: it is set already."""
+
+    def run(self, line: Connection) -> Any:
+        flat = _mapped(recv_handle(line), self.nbytes) if self.nbytes else None
+        writer, planner = unpickled(self.how)
+        if isinstance(writer, FileSystemWriter):
+            # It is a copy: its original gives every save's copy the same id.
+            writer.fresh_id()
+        # The folders were compared by the ranks' own save.
+        team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
+        save = Save(
+            team,
+            lambda: unpickled(self.state, flat),
+            writer,
+            planner,
+            use_collectives=self.use_collectives,
+            reset=None if self.checkpoint_id is None else partial(writer.reset, self.checkpoint_id),
+        )
+        return packed_metadata(save.run())
+
+
+Order = Begin | Host | Join | Upload
+
+_store: list[TCPStore] = []
+"""The one that is hosted here, if one is."""
+
+
+def main() -> None:
+    """The process's whole life."""
+    told = json.loads(sys.argv[1])
+    _end_with(told["parent"])
+    # Ctrl-C in a terminal reaches all; the rank decides what becomes of its saves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(told["threads"])
+    with contextlib.suppress(EOFError, OSError):
+        serve(Connection(told["fd"]))
+    # Nothing is open, and what torch does at exit may wait for peers.
+    os._exit(0)
+
+
+def serve(line: Connection) -> None:
+    """Carry out orders until the line breaks, which raises EOFError or OSError."""
+    while True:
+        order: Order = line.recv()
+        with _beating(line):
+            answer = _answer(order, line)
+        line.send(answer)
+        del order, answer
+        # A state that is kept alive by a cycle would keep its memory mapped.
+        gc.collect()
+
+
+def _answer(order: Order, line: Connection) -> Any:
+    try:
+        return order.run(line)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the rank is told
+        return capture(order.rank if isinstance(order, Join) else 0, error)
+
+
+@contextlib.contextmanager
+def _beating(line: Connection) -> Iterator[None]:
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            try:
+                line.send(BEAT)
+            except OSError:
+                os._exit(1)  # the rank has ended
+
+    thread = threading.Thread(target=beat, name="dcp-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _mapped(fd: int, nbytes: int) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.frombuffer(mmap.mmap(fd, nbytes), dtype=np.uint8))
+    finally:
+        os.close(fd)
+
+
+def _store_at(
+    name: str, port: int, timeout_s: float, listener: socket.socket | None = None
+) -> TCPStore:
+    """The store at this address; hosted here, and given this socket, where there is one."""
+    return TCPStore(
+        name,
+        port,
+        is_master=listener is not None,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def _end_with(parent: int) -> None:
+    """Be killed when the parent's thread that started this process ends, or end now if it has."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_NAME, NAME, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

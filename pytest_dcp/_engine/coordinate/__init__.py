@@ -1,0 +1,31 @@
+"""How ranks run the steps of a save or a load together, so that every failure reaches all."""
+
+from pytest_dcp._engine.coordinate.failure import (
+    CoordinationError,
+    OutOfStepError,
+    PeerAborted,
+    RankEndedError,
+    RankLeftError,
+    RankSilentError,
+    RemoteError,
+    StepError,
+    ranks_text,
+)
+from pytest_dcp._engine.coordinate.sequence import Subject
+from pytest_dcp._engine.coordinate.team import Team, announce, team_of
+
+__all__ = [
+    "Team",
+    "team_of",
+    "announce",
+    "Subject",
+    "ranks_text",
+    "StepError",
+    "RemoteError",
+    "CoordinationError",
+    "OutOfStepError",
+    "PeerAborted",
+    "RankEndedError",
+    "RankLeftError",
+    "RankSilentError",
+]

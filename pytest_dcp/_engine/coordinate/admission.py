@@ -1,0 +1,77 @@
+"""Pure (no I/O): whether a peer that arrives belongs to the operation that the coordinator runs."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from pytest_dcp._engine.coordinate.reception import Hello
+from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of
+from pytest_dcp._engine.coordinate.star import Site
+
+RACE_S = 0.5
+"""How long an operation with the number of another kind's may be the other half of a race between
+two threads of the user's: their calls come at about the same time on every rank."""
+
+
+class Admission(Enum):
+    """What becomes of a peer."""
+
+    JOIN = auto()
+    """It runs this operation."""
+    LATER = auto()
+    """It runs another that is called here too, or will be."""
+    STALE = auto()
+    """It runs one that is over, and has left."""
+    ASTRAY = auto()
+    """It runs something else in the place of this operation."""
+    OUT_OF_COUNT = auto()
+    """The same, and the numbers of the two ranks do not match."""
+
+
+def admit(hello: Hello, mine: Place, order: CallOrder, *, left: bool, waited_s: float) -> Admission:
+    """What to do with a peer that says hello.
+
+    mine: the operation that looks. left: the peer has left already. waited_s: since it arrived.
+    """
+    kind = kind_of(hello.operation)
+    if hello.epoch != mine.epoch:
+        return Admission.STALE if left else Admission.OUT_OF_COUNT
+    if hello.number == mine.number and kind == mine.kind:
+        return Admission.JOIN
+    if order.is_pending(kind, hello.epoch, hello.number):
+        return Admission.LATER
+    if left and hello.number < mine.number:
+        return Admission.STALE
+    if kind == mine.kind and (hello.unordered or mine.unordered):
+        return Admission.JOIN
+    if hello.number == mine.number:
+        return Admission.LATER if waited_s < RACE_S else Admission.ASTRAY
+    if hello.number > mine.number:
+        missed = hello.finished_up_to >= mine.number
+        return Admission.OUT_OF_COUNT if missed else Admission.LATER
+    return Admission.OUT_OF_COUNT
+
+
+def difference(hello: Hello, site: Site, verdict: Admission) -> str | None:
+    """Why a peer that has come cannot take part in the coordinator's operation; None: it can."""
+    mine = site.place.subject
+    theirs = None if hello.subject is None else Subject(*hello.subject)
+    if hello.operation.removeprefix("async_") != site.operation.removeprefix("async_"):
+        what, ours = _described(hello.operation, theirs), _described(site.operation, mine)
+        return f"runs {what} where the coordinator runs {ours}"
+    if verdict is Admission.OUT_OF_COUNT:
+        return (
+            f"is in operation {hello.number} of this group where the coordinator is in "
+            f"{site.place.number}: one of them has missed one; run it again"
+        )
+    if not site.one_subject or theirs is None or mine is None or theirs.is_same(mine):
+        return None
+    return (
+        f"runs {site.operation!r} with {theirs.name!r} where the coordinator runs it with "
+        f"{mine.name!r}: every rank must give the same checkpoint_id, and call the group's "
+        "saves and loads in the same order"
+    )
+
+
+def _described(operation: str, subject: Subject | None) -> str:
+    return f"{operation!r}" if subject is None else f"{operation!r} of {subject.name!r}"

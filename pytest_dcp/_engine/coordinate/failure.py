@@ -1,0 +1,299 @@
+"""Pure (no I/O): how a rank's failure travels, and what every rank raises for it.
+
+An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and what it
+is made of, where that is plain data (see `carried_error`). Causes reach every rank, which raises
+one `StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that
+it reads alike everywhere; there the exception itself is its `__cause__`, unless it is explained
+(see `pytest_dcp.tracebacks`): then the text has it all, and the exception is its `__context__`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pytest_dcp._engine.coordinate import wire
+from pytest_dcp._engine.coordinate.carried_error import CarriedError, carry, is_whole, rebuild
+from pytest_dcp._engine.coordinate.error_class import bare, combined, facts_of, shared_class
+from pytest_dcp.errors import CheckpointError, DcpError
+from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
+
+Wrapped = tuple[BaseException, traceback.StackSummary]
+"""torch's WRAPPED_EXCEPTION."""
+
+MAX_TEXT = 64 * 1024
+NAMED_ON_FIRST_LINE = 3
+OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class CoordinationError(CheckpointError):
+    """Ranks could not run an operation together."""
+
+
+class RankEndedError(CoordinationError):
+    """A rank's process ended, or it closed its connection, before the operation was over."""
+
+
+class RankLeftError(CoordinationError):
+    """A rank left the operation before its last step."""
+
+
+class RankSilentError(CoordinationError):
+    """Nothing was heard of a rank for as long as the group's timeout."""
+
+
+class OutOfStepError(CoordinationError):
+    """Ranks run different operations or different steps."""
+
+
+class PeerAborted(CoordinationError):
+    """Another rank failed, so that this rank's work is in vain; raised by `Team.check`.
+
+    A rank that lets it out of a step's work has not failed itself: it is in no failure list.
+    """
+
+
+class RemoteError(CheckpointError):
+    """Stands for an exception of another rank that cannot be rebuilt here from plain data."""
+
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(type_name, text)
+        self.type_name = type_name
+        """Module and name of the exception's class."""
+        self.text = text
+        """As the last lines of its traceback have it."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class StepError(CheckpointException, CheckpointError):
+    """A step of an operation failed: on which ranks, and why. The same on every rank.
+
+    It is an instance of torch's CheckpointException, of Exception, and of the most special class
+    that the exceptions of all failed ranks have in common: of OSError, where each failed rank
+    raised one. It has the attributes (`errno`, `missing`) of the lowest failed rank's exception.
+    """
+
+    __module__ = "pytest_dcp.checkpoint"
+    """Where users import it from, which is what tracebacks and pickles name."""
+
+    def __new__(cls, step: str, failures: Mapping[int, Wrapped], *_: object) -> StepError:
+        cause = shared_class([error for error, _ in failures.values()], known=cls)
+        if cause in (RemoteError, PeerAborted):
+            cause = None  # these stand for something else
+        made: StepError = bare(cls if cause is None else combined(cls, cause))
+        return made
+
+    def __init__(
+        self, step: str, failures: Mapping[int, Wrapped], operation: str = "operation"
+    ) -> None:
+        # Not the cause's own, which is next in the order of classes and takes other arguments.
+        BaseException.__init__(self, step, dict(failures))
+        first = min(failures, default=None)
+        if first is not None and hasattr(self, "made_for"):
+            self._take_facts(failures[first][0])
+        self._failures = dict(failures)
+        self.step = step
+        self.operation = operation
+
+    def _take_facts(self, cause: BaseException) -> None:
+        for name, value in facts_of(cause):
+            with contextlib.suppress(AttributeError, TypeError, ValueError):
+                setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Callable[..., StepError], tuple[object, ...], dict[str, object]]:
+        state = {k: v for k, v in self.__dict__.items() if k != "_failures"}
+        return StepError, (self.step, self.failures, self.operation), state
+
+    def __str__(self) -> str:
+        merged = _merge_equal(self.failures)
+        named = "; ".join(
+            f"{ranks}: {_headline(wrapped[0])}" for ranks, wrapped in merged[:NAMED_ON_FIRST_LINE]
+        )
+        more = len(merged) - NAMED_ON_FIRST_LINE
+        rest = f"; and {more} more" if more > 0 else ""
+        lines = [f"step {self.step!r} of {self.operation} failed on {named}{rest}"]
+        alone = len(merged) == 1
+        for nth, (ranks, wrapped) in enumerate(merged):
+            lines += _details(ranks, wrapped, named=nth < NAMED_ON_FIRST_LINE, alone=alone)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One rank's failure as it travels."""
+
+    rank: int
+    """In the group."""
+    type_name: str
+    text: str
+    frames: tuple[tuple[str, int, str, str], ...]
+    """File, line, function and source line, outermost first, without this package's own."""
+    error: CarriedError | None = None
+    """What the exception is made of; None: the text stands for it."""
+    nested: tuple[Cause, ...] = ()
+    """Of a StepError, which is an operation's within this one: its causes ..."""
+    step: tuple[str, str] | None = None
+    """... its step and its operation."""
+
+    def summary(self) -> str:
+        """One line: the rank, and the first line of the exception."""
+        line = self.text.partition("\n")[0]
+        return f"rank {self.rank}: {line.removeprefix(_module_of(self.type_name))}"
+
+    def rebuild(self) -> Wrapped:
+        """The exception and its stack; a RemoteError where the exception cannot be built here."""
+        return _rebuild(self), traceback.StackSummary.from_list(list(self.frames))
+
+
+wire.record(Cause)
+
+
+def capture(rank: int, error: BaseException) -> Cause:
+    """The cause that stands for an exception of this rank."""
+    return _captured(rank, error, traceback.extract_tb(error.__traceback__))
+
+
+def _captured(rank: int, error: BaseException, stack: traceback.StackSummary) -> Cause:
+    found: tuple[CarriedError | None, tuple[Cause, ...], tuple[str, str] | None]
+    if isinstance(error, StepError):
+        inner = tuple(_captured(at, *wrapped) for at, wrapped in error.failures.items())
+        found = None, inner, (error.step, error.operation)
+    else:
+        found = carry(error), (), None
+    return Cause(rank, _name_of(error), _text_of(error)[:MAX_TEXT], _frames_of(stack), *found)
+
+
+def checked_cause(value: object) -> Cause:
+    """The cause that another rank has sent. Raises ValueError where it is none."""
+    if not isinstance(value, Cause) or not _is_whole(value):
+        raise ValueError(f"expected the cause of a failure, got {value!r:.200}")
+    return value
+
+
+def _is_whole(cause: Cause) -> bool:
+    texts = (cause.type_name, cause.text, *(cause.step or ()))
+    frames, nested = cause.frames, cause.nested
+    return (
+        type(cause.rank) is int
+        and {str}.issuperset(map(type, texts))
+        and (cause.step is None or len(cause.step) == 2)
+        and {tuple}.issuperset(map(type, (frames, nested)))
+        and all(tuple(map(type, frame)) == (str, int, str, str) for frame in frames)
+        and (cause.error is None or is_whole(cause.error))
+        and all(isinstance(inner, Cause) and _is_whole(inner) for inner in nested)
+    )
+
+
+def step_error(
+    step: str, operation: str, causes: Iterable[Cause], raised: BaseException | None = None
+) -> StepError:
+    """What every rank raises for these causes; `raised` is what this rank itself met."""
+    ordered = sorted(causes, key=lambda cause: cause.rank)
+    error = StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
+    if raised is not None and is_echo(raised):
+        error.__cause__ = raised  # Not in the text: it is no failure of this rank.
+    else:
+        set_cause(error, raised)
+    return error
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception only passes on that another rank failed (see PeerAborted)."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, PeerAborted):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return False
+
+
+def _frames_of(summary: traceback.StackSummary) -> tuple[tuple[str, int, str, str], ...]:
+    frames = [(f.filename, f.lineno or 0, f.name, f.line or "") for f in summary]
+    return tuple(frame for frame in frames if not frame[0].startswith(OWN_FOLDER))
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception_only(error)).rstrip()
+    except Exception as broken:  # noqa: BLE001 - any class may come, with any __str__
+        return f"{type(error).__name__} (its text cannot be had: {type(broken).__name__})"
+
+
+def _rebuild(cause: Cause) -> BaseException:
+    if cause.step is not None:
+        step, operation = cause.step
+        return StepError(step, {inner.rank: inner.rebuild() for inner in cause.nested}, operation)
+    error: BaseException | None = None
+    if cause.error is not None:
+        with contextlib.suppress(Exception):  # the class may be another one on this rank
+            error = rebuild(cause.error)
+    return RemoteError(cause.type_name, cause.text) if error is None else error
+
+
+def _headline(error: BaseException) -> str:
+    name = error.type_name if isinstance(error, RemoteError) else _name_of(error)
+    text = error.text if isinstance(error, RemoteError) else _text_of(error)
+    return text.partition("\n")[0].removeprefix(_module_of(name))
+
+
+def _name_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
+
+
+def _module_of(type_name: str) -> str:
+    """What a traceback writes before a class's name; a qualified name may hold dots itself."""
+    return type_name.removesuffix(type_name.rpartition(".")[2])
+
+
+def _details(ranks: str, wrapped: Wrapped, *, named: bool, alone: bool) -> list[str]:
+    """What the first line does not say of a failure that it `named`, or of one that it did not.
+
+    Of an explained one its further lines; of any other its traceback.
+    """
+    error, stack = wrapped
+    if not _is_explained(error, stack):
+        return [f"{ranks}: {_traceback_text(wrapped)}"]
+    _, *more = _text_of(error).splitlines() or [""]
+    if not named:
+        return [f"{ranks}: {_headline(error)}", *more]
+    return more if alone or not more else [f"{ranks}:", *more]
+
+
+def _is_explained(error: BaseException, stack: Sequence[traceback.FrameSummary]) -> bool:
+    ours = isinstance(error, DcpError | CheckpointException) and not isinstance(error, RemoteError)
+    return ours or is_explained_at(error, stack)
+
+
+def _traceback_text(wrapped: Wrapped) -> str:
+    error, stack = wrapped
+    shown = traceback.StackSummary.from_list(without_ours(stack))
+    return f"Traceback (most recent call last):\n{''.join(shown.format())}{_text_of(error)}"
+
+
+def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:
+    """Failures with the same text and stack as one, with the ranks that have it."""
+    merged: dict[str, tuple[list[int], Wrapped]] = {}
+    for rank, wrapped in sorted(failures.items()):
+        merged.setdefault(_traceback_text(wrapped), ([], wrapped))[0].append(rank)
+    return [(ranks_text(ranks), wrapped) for ranks, wrapped in merged.values()]
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 2`, or `ranks 0-3,7` of ascending ranks."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -1,0 +1,188 @@
+"""Pure (no I/O): how a peer and a coordinator show each other that they belong to one group.
+
+Theory of operation. The coordinator's address in the group's store holds a secret, which is never
+sent over a connection. With DCP_SHARED_KEY set in every rank's environment the key of the group is
+made of both, so that reading the store is not enough; without it, of the secret alone.
+
+    HELLO    peer: who it is, what it runs, a number that it has never used (the nonce), and an HMAC
+             of all that. Who listens at the address learns nothing with which to pose as a rank.
+    WELCOME  coordinator: an HMAC of the nonce. Who cannot make it is not the coordinator.
+
+A HELLO that was recorded and is sent again is refused: the coordinator remembers the nonces. With a
+shared key every further frame, in either direction, carries a seal: an HMAC with a key of this
+connection and direction, over the frame's number and its bytes. So a frame that was altered, left
+out, put in, repeated or swapped ends the connection.
+
+Every HMAC is HMAC-SHA256. Nothing is encrypted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pytest_dcp._engine.coordinate.wire import Segment
+
+SHARED_KEY = "DCP_SHARED_KEY"
+SHORTEST_KEY = 16
+"""Characters: a shorter one can be guessed from a recorded HELLO."""
+SEAL_BYTES = 32
+WINDOW = 1024
+"""How far a nonce may be behind the newest of its peer: connections overtake each other."""
+COUNTER_DIGITS = 16
+
+
+def shared_key(environ: Mapping[str, str]) -> bytes:
+    """The key that the user gave to all ranks; empty where there is none.
+
+    Raises ValueError for one that is too short.
+    """
+    text = environ.get(SHARED_KEY, "")
+    if text and len(text) < SHORTEST_KEY:
+        raise ValueError(
+            f"{SHARED_KEY} must have at least {SHORTEST_KEY} characters, got {len(text)}: set it "
+            "to one random value on every rank, for instance of `openssl rand -hex 32`"
+        )
+    return text.encode("utf-8", "surrogateescape")
+
+
+@dataclass(slots=True)
+class Seal:
+    """The seals of the frames that go one way over one connection."""
+
+    key: bytes
+    count: int = 0
+    """Frames so far."""
+
+    def next(self, pieces: Iterable[Segment]) -> bytes:
+        """The seal of the next frame, which consists of these pieces."""
+        made = hmac.new(self.key, self.count.to_bytes(8, "little"), hashlib.sha256)
+        self.count += 1
+        for piece in pieces:
+            made.update(piece)
+        return made.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What the ranks of a group can prove with."""
+
+    key: bytes = field(repr=False)
+    seals_frames: bool
+    """Whether there is a shared key."""
+
+    @classmethod
+    def of(cls, secret: str, environ: Mapping[str, str] | None = None) -> GroupKey:
+        """The key for a coordinator's secret, in this environment."""
+        shared = shared_key(os.environ if environ is None else environ)
+        return cls(_mac(shared, b"group", secret.encode()), bool(shared))
+
+    def check(self) -> str:
+        """Equal on ranks with the same key; nothing can be proved with it."""
+        return _mac(self.key, b"check").hex()
+
+    def proof(self, hello: bytes) -> bytes:
+        """What a peer shows with its HELLO."""
+        return _mac(self.key, b"hello", hello)
+
+    def is_proof(self, shown: Segment, hello: bytes) -> bool:
+        """Whether this was shown by a rank of the group."""
+        return hmac.compare_digest(bytes(shown), self.proof(hello))
+
+    def welcome(self, nonce: str) -> bytes:
+        """What the coordinator answers."""
+        return _mac(self.key, b"welcome", nonce.encode())
+
+    def seals(self, nonce: str) -> tuple[Seal, Seal] | None:
+        """The peer's and the coordinator's, for the connection that began with this nonce."""
+        if not self.seals_frames:
+            return None
+        peers, coordinators = (
+            _mac(self.key, who, nonce.encode()) for who in (b"peer", b"coordinator")
+        )
+        return Seal(peers), Seal(coordinators)
+
+
+def seal_word(environ: Mapping[str, str], key: str, word: bytes) -> bytes:
+    """A word for the store, behind its seal where there is a shared key."""
+    shared = shared_key(environ)
+    return (_mac(shared, b"word", key.encode(), word) if shared else b"") + word
+
+
+def open_word(environ: Mapping[str, str], key: str, sealed: bytes) -> bytes:
+    """The word of `seal_word`. Raises ValueError where its seal is not that of a rank."""
+    word = sealed[SEAL_BYTES:] if shared_key(environ) else sealed
+    if not hmac.compare_digest(seal_word(environ, key, word), sealed):
+        raise ValueError("expected a word with the seal of a rank, got another's")
+    return word
+
+
+def _mac(key: bytes, *parts: bytes) -> bytes:
+    made = hmac.new(key, digestmod=hashlib.sha256)
+    for part in parts:
+        made.update(len(part).to_bytes(8, "little"))
+        made.update(part)
+    return made.digest()
+
+
+class Nonces:
+    """Numbers that no process uses twice: the process's own random one, and a count."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = secrets.token_hex(16)
+        self._count = 0
+
+    def next(self) -> str:
+        """Another one."""
+        with self._lock:
+            self._count += 1
+            return f"{self._process}{self._count:0{COUNTER_DIGITS}x}"
+
+
+class SeenNonces:
+    """The nonces that have come: of each process the newest, and which of the ones before it."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, tuple[int, int]] = {}
+        """By process: the newest count, and a bit for each of the `WINDOW` up to it."""
+
+    def take(self, nonce: str) -> bool:
+        """Whether it comes for the first time. Call it for peers that have shown their proof."""
+        process, digits = nonce[:-COUNTER_DIGITS], nonce[-COUNTER_DIGITS:]
+        try:
+            count = int(digits, 16)
+        except ValueError:
+            return False
+        newest, bits = self._newest.get(process, (0, 0))
+        if count > newest:
+            shifted = bits << min(count - newest, WINDOW)
+            self._newest[process] = count, (shifted | 1) & ((1 << WINDOW) - 1)
+            return True
+        bit = 1 << (newest - count) if newest - count < WINDOW else 0
+        if not bit or bits & bit:
+            return False
+        self._newest[process] = newest, bits | bit
+        return True
+
+
+_nonces = Nonces()
+
+
+def new_nonce() -> str:
+    """A number that was never used."""
+    return _nonces.next()
+
+
+def _forget_in_child() -> None:
+    """A forked child is another process, whose counts would be its parent's."""
+    global _nonces
+    _nonces = Nonces()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,236 @@
+"""A link between the coordinator and one peer: frames over a non-blocking socket.
+
+Frames enter with `queue` and leave the socket with `flush`; frames that came lie in `frames`
+after `receive`, in order. No call blocks. How a link ended is kept, never raised: `hung_up` (the
+other end closed it on purpose) or `ended` (the connection broke, as it does when a process dies).
+
+A link serves one operation after another. Each begins with the peer's HELLO and ends with one BYE
+from either end, in any order: `finish` sends ours. What still comes of an operation that this end
+has left is dropped up to the other's BYE; nothing behind a BYE is read before `finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import weakref
+from collections import deque
+from itertools import islice
+
+from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
+from pytest_dcp._engine.coordinate.handshake import Seal
+from pytest_dcp._engine.coordinate.parcel import Segment
+
+READS_AT_ONCE = 4096
+"""Calls of the system in one `receive`: two for each frame, and more for long ones."""
+MOST_WAITING = 64
+"""Frames that may wait to be taken: a rank that is busy gets a few for each step."""
+PINGED_S, MOST_PINGS = 1.0, 1000
+"""A rank pings four times in a group's timeout."""
+MAX_PIECES = 512
+"""Pieces per sendmsg; Linux takes at most 1,024."""
+
+_open: weakref.WeakSet[Line] = weakref.WeakSet()
+
+
+class Line:
+    """One end of a link."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.reader = FrameReader()
+        self.frames: deque[Frame] = deque()
+        """Received and not yet taken."""
+        self.left = False
+        """Whether the other end has left the operation."""
+        self.hung_up = False
+        """Whether the other end has closed the connection on purpose."""
+        self.ended: str | None = None
+        """How the connection broke."""
+        self.is_garbled = False
+        """Whether it ended because the other end is no rank of the group, or misbehaves."""
+        self.heard_s = time.monotonic()
+        """When bytes last came."""
+        self.said_s = self.heard_s
+        """When a frame was last queued."""
+        self._out: deque[memoryview] = deque()
+        self._unfinished = 0
+        """Operations that this end has left and the other has not."""
+        self._seal: Seal | None = None
+        self._pings, self._pinged_s = 0, self.heard_s
+        """Pings since then."""
+        _open.add(self)
+
+    def fileno(self) -> int:
+        """The socket's, for a selector; -1 when closed."""
+        return self.sock.fileno()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can come of this operation."""
+        return self.left or self.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can come at all."""
+        return self.hung_up or self.ended is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether queued bytes wait to be sent."""
+        return bool(self._out)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether frames carry seals."""
+        return self._seal is not None
+
+    def seal(self, *, outgoing: Seal, incoming: Seal) -> None:
+        """Seal what is queued from now on, and take only frames with the other end's seals."""
+        self._seal, self.reader.seal = outgoing, incoming
+
+    def queue(self, frame: Frame) -> None:
+        """Send a frame as soon as the socket takes it; its segments must stay as they are."""
+        self.queue_encoded(encode(frame))
+
+    def queue_encoded(self, pieces: list[Segment]) -> None:
+        """Send the pieces of an encoded frame."""
+        self.said_s = time.monotonic()
+        if self.ended is None:
+            if self._seal is not None:
+                pieces = [*pieces, self._seal.next(pieces)]
+            views = (memoryview(piece) for piece in pieces)
+            self._out.extend(view.cast("B") for view in views if view.nbytes)
+
+    def flush(self) -> bool:
+        """Send what the socket takes; whether nothing is left to send."""
+        while self._out and self.ended is None:
+            pieces = islice(self._out, MAX_PIECES)
+            try:
+                sent = self.sock.sendmsg(pieces)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                # What came before the break is still to be read: it may say why.
+                self.receive()
+                self.ended = self.ended or _how(error)
+                break
+            self._drop(sent)
+        if self.ended is not None:
+            self._out.clear()
+        return not self._out
+
+    def _drop(self, sent: int) -> None:
+        while sent and self._out:
+            first = self._out[0]
+            if sent < len(first):
+                self._out[0] = first[sent:]
+                return
+            sent -= len(first)
+            self._out.popleft()
+
+    def receive(self, *, one: bool = False) -> None:
+        """Take what has come into `frames`, or its first frame; pings only count as heard.
+
+        Of a peer that sends without end a part is taken; the rest comes at the next call.
+        """
+        for _ in range(READS_AT_ONCE):
+            if self.over:
+                return
+            try:
+                count = self.sock.recv_into(self.reader.space())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.ended = _how(error)
+                return
+            if count == 0:
+                self.ended = "connection closed"
+                return
+            self.heard_s = time.monotonic()
+            self._filled(count)
+            if one and self.frames:
+                return
+
+    def _filled(self, count: int) -> None:
+        try:
+            frame = self.reader.filled(count)
+        except FrameError as error:
+            self.ended, self.is_garbled = f"it sent garbage: {error}", True
+            return
+        if frame is None or self._is_too_much(frame):
+            return
+        if frame.kind is Kind.PING:
+            return
+        if frame.kind is Kind.HANG_UP:
+            self.hung_up = True
+        elif frame.kind is Kind.BYE and self._unfinished:
+            self._unfinished -= 1
+        elif frame.kind is Kind.BYE:
+            self.left = True
+        elif not self._unfinished:
+            self.frames.append(frame)
+
+    def _is_too_much(self, frame: Frame) -> bool:
+        """Whether the other end sends more than any rank has to say; that ends the connection."""
+        if frame.kind is not Kind.PING:
+            full = len(self.frames) >= MOST_WAITING
+        elif self.heard_s - self._pinged_s > PINGED_S:
+            self._pinged_s, self._pings, full = self.heard_s, 1, False
+        else:
+            self._pings += 1
+            full = self._pings > MOST_PINGS
+        if full:
+            what = "pings without end" if frame.kind is Kind.PING else "more than a step has"
+            self.ended, self.is_garbled = f"it sent garbage: {what}", True
+        return full
+
+    def finish(self) -> None:
+        """Leave the operation, so that the connection can serve the next one."""
+        self.queue(Frame(Kind.BYE))
+        self.frames.clear()
+        if self.left:
+            self.left = False
+        else:
+            self._unfinished += 1
+        self.flush()
+
+    def hang_up(self) -> None:
+        """Close the connection and say that this process lives."""
+        self.queue(Frame(Kind.HANG_UP))
+        if self.sock.fileno() >= 0:
+            self.flush()
+            self.receive()  # what is unread would have the kernel reset the connection
+        self.close()
+
+    def close(self) -> None:
+        """Send what can be sent at once, and close. A second call does nothing."""
+        if self.sock.fileno() >= 0:
+            self.flush()
+            self.sock.close()
+        self._out.clear()
+
+    def __del__(self) -> None:
+        """Close without a word where the owner ended first: a group that is collected at exit."""
+        if (sock := getattr(self, "sock", None)) is not None:
+            sock.close()
+
+
+def _how(error: OSError) -> str:
+    name = os.strerror(error.errno) if error.errno else str(error)
+    return f"connection lost: {name}"
+
+
+def _forget_in_child() -> None:
+    """Close a forked child's copies: they would hide from the peers that this process ended."""
+    for line in list(_open):
+        with contextlib.suppress(OSError):
+            line.sock.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

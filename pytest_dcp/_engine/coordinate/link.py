@@ -1,0 +1,150 @@
+"""A peer's connections to its coordinators: one for each group, kept between operations.
+
+An operation takes the idle connection with `take_idle`, or makes one with `connect`, and gives it
+back with `keep`. Where two operations run at once the second makes its own, and the first that is
+given back is kept. While a connection is idle it only lasts: it breaks when this process ends, by
+which the coordinator knows at once that this rank will not come.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, exhausted
+from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.machines import machine
+from pytest_dcp._engine.coordinate.reception import IDLE, Address, Hello, greet
+
+LOOPBACK_ADDRESS = "127.0.0.1"
+CONNECT_S = 5.0
+"""One try of an address that does not answer. A full accept queue answers to none of them."""
+GONE = (ConnectionRefusedError, ConnectionResetError)
+"""What only an address where nobody listens answers with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One connection to a coordinator."""
+
+    line: Line
+    address: Address
+    """Where it leads, and what the two ends prove that they know."""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it can serve an operation."""
+        return self.line.fileno() >= 0 and not self.line.closed
+
+
+def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
+    """The idle connection to a coordinator, for one operation; None where there is none."""
+    meeting = rendezvous.meeting_of(group)
+    with meeting.tying:
+        link = meeting.idle.pop(coordinator, None)
+    if link is None:
+        return None
+    link.line.receive()
+    if not link.lasts:
+        link.line.close()
+        return None
+    return link
+
+
+def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
+    """Keep a connection whose operation is over for the next one."""
+    meeting = rendezvous.meeting_of(group)
+    with meeting.tying:
+        held = meeting.idle.get(coordinator)
+        if link.lasts and (held is None or not held.lasts):
+            meeting.idle[coordinator] = link
+            return
+    link.line.hang_up()
+
+
+def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
+    """Make sure that the coordinator sees this process end, before its first operation, too.
+
+    Raises OSError when nobody answers there.
+    """
+    meeting = rendezvous.meeting_of(group)
+    with meeting.tying:
+        held = meeting.idle.get(coordinator)
+        if held is not None:
+            held.line.receive()
+            if held.lasts:
+                return
+            held.line.close()
+        link = meeting.idle[coordinator] = Link(Line(connect(address)), address)
+        hello = Hello(rendezvous.group_key(group, coordinator), IDLE, 0, rank)
+        greet(link.line, hello, address.key())
+
+
+def connect(address: Address) -> socket.socket:
+    """A connection to the reception at an address.
+
+    Where none of its hosts takes a connection, raises what says most of the process there:
+
+    - TimeoutError: a host may be there and did not answer in time; it is busy.
+    - ConnectionRefusedError or ConnectionResetError: nobody listens there.
+    - another OSError: no host can be reached from here, which says nothing of the process.
+
+    Raises CoordinationError when this process cannot open a socket.
+    """
+    met: list[OSError] = []
+    for attempt in _attempts(address, met):
+        try:
+            return _not_itself(attempt())
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise exhausted(error, 1) from error
+            met.append(error)
+    telling: list[OSError] = [error for error in met if isinstance(error, TimeoutError)]
+    telling += [error for error in met if isinstance(error, GONE)]
+    raise (telling or met or [ConnectionRefusedError(f"no host in {address}")])[0]
+
+
+def _attempts(address: Address, met: Sequence[OSError]) -> Iterator[Callable[[], socket.socket]]:
+    """Ways to connect, best first; `met` is what the earlier ones raised.
+
+    Where the loopback of its machine refuses, its name is not asked for if it is ours: a resolver
+    could take any time.
+    """
+    own = ""
+    if address.machine == machine():
+        yield lambda: _on_this_machine(address.port)
+        own = socket.gethostname() if isinstance(met[0], ConnectionRefusedError) else ""
+    for host in address.hosts:
+        if host != own:
+            yield partial(socket.create_connection, (host, address.port), CONNECT_S)
+
+
+def _on_this_machine(port: int) -> socket.socket:
+    """A connection through the loopback, which needs no resolver."""
+    sock = socket.socket()
+    try:
+        sock.settimeout(CONNECT_S)
+        sock.connect((LOOPBACK_ADDRESS, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _not_itself(sock: socket.socket) -> socket.socket:
+    """The socket, unless nobody listens there and the kernel lent it the very port."""
+    try:
+        itself = sock.getsockname() == sock.getpeername()
+    except OSError:  # it ended already: whoever reads sees it
+        itself = False
+    if itself:
+        sock.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return sock

@@ -1,0 +1,249 @@
+"""What an operation needs of a process group: who is in it, its patience, and where to meet.
+
+The coordinator puts the address of its reception into the group's c10d store, one key per group and
+coordinator, which is never removed: the address is good for as long as the process lives. Peers
+read it once. One more key for each operation that the coordinator gave up tells late peers why.
+Beyond that an operation does not touch the group: no collective and no
+point-to-point message of it, so that neither the order of the user's collectives nor, when a rank
+is late, gloo's connections come to harm (gloo closes all of them at the first wait that times out).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate.failure import CoordinationError
+from pytest_dcp._engine.coordinate.frame import Frame, decode, encode
+from pytest_dcp._engine.coordinate.handshake import open_word, seal_word
+from pytest_dcp._engine.coordinate.machines import local_only
+from pytest_dcp._engine.coordinate.presence import Presence
+from pytest_dcp._engine.coordinate.reception import Address, reception
+from pytest_dcp._engine.coordinate.sequence import CallOrder, Place
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from pytest_dcp._engine.coordinate.link import Link
+
+POLL_S = (0.001, 0.1)
+"""First and longest pause between looks into the store: `check` never blocks, so that Ctrl-C works
+and the user's other threads have the store to themselves in between."""
+
+
+@dataclass(slots=True)
+class Meeting:
+    """What this process remembers of a group, from one operation to the next."""
+
+    order: CallOrder = field(default_factory=CallOrder)
+    """The operations that this process called in the group."""
+    published: dict[int, str] = field(default_factory=dict)
+    """By coordinator rank: the secret of this process's address in the store."""
+    addresses: dict[int, Address] = field(default_factory=dict)
+    """By coordinator rank."""
+    idle: dict[int, Link] = field(default_factory=dict)
+    """By coordinator rank: this process's connection to it while no operation has it."""
+    present: bool = False
+    """Whether this process has said in the store which one it is."""
+    presences: dict[int, Presence] = field(default_factory=dict)
+    """By rank, those that were looked up."""
+    tying: threading.Lock = field(default_factory=threading.Lock)
+    """Held while `idle` changes: a save and a load may begin at once."""
+
+
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakKeyDictionary()
+
+
+_meeting = threading.Lock()
+_inherited: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+"""Groups that were there when this process was forked."""
+
+
+def meeting_of(group: dist.ProcessGroup) -> Meeting:
+    """What is remembered of a group."""
+    with _meeting:
+        meeting = _meetings.get(group)
+        if meeting is None:
+            meeting = _meetings[group] = Meeting()
+            # Not at exit: a connection that breaks without a word says that the process has ended.
+            weakref.finalize(group, _end, meeting, group.group_name, group.size()).atexit = False
+        return meeting
+
+
+def _end(meeting: Meeting, name: str, size: int) -> None:
+    """Close the idle connections of a group that is gone, on both sides."""
+    for link in meeting.idle.values():
+        link.line.hang_up()
+    for coordinator_rank in meeting.published:
+        reception().forget(_key(name, coordinator_rank, size))
+
+
+def group_key(group: dist.ProcessGroup, coordinator_rank: int) -> str:
+    """The group and its coordinator, alike on all ranks."""
+    return _key(group.group_name, coordinator_rank, group.size())
+
+
+def _key(group_name: str, coordinator_rank: int, size: int) -> str:
+    return f"{group_name}/{coordinator_rank}/{size}"
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """The group's timeout in seconds: its CPU backend's, else its first device's, else torch's."""
+    devices = sorted(group._device_types, key=lambda device: device.type != "cpu")
+    for device in devices:
+        backend = group._get_backend(torch.device(device))
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return float(dist.constants.default_pg_timeout.total_seconds())
+
+
+def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
+    """Leave this process in the store, and a coordinator's address; once for each group.
+
+    Where the ranks are on several machines this process listens from now on: others see by it that
+    it lives.
+    """
+    meeting = meeting_of(group)
+    if meeting.present or group in _inherited:
+        return
+    meeting.present = True
+    with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
+        if local_only(os.environ):
+            own = Presence.own()
+        else:
+            own = Presence.own(reception().address.hosts, reception().address.port)
+        _store(group).set(_presence_key(rank), own.encode())
+        if rank == coordinator_rank:
+            publish(group, coordinator_rank)
+
+
+def presence_of(group: dist.ProcessGroup, rank: int) -> Presence | None:
+    """The process of a rank, or None where it has not said which one it is. Never waits."""
+    presences = meeting_of(group).presences
+    if rank not in presences:
+        try:
+            store, key = _store(group), _presence_key(rank)
+            if not store.check([key]):
+                return None
+            presences[rank] = Presence.decode(store.get(key))
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            return None
+    return presences[rank]
+
+
+def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
+    """How it is known that the process of a rank has ended; None where it is not. Never waits."""
+    presence = presence_of(group, rank)
+    return None if presence is None else presence.how_ended()
+
+
+def _presence_key(rank: int) -> str:
+    return f"pytest_dcp/rank/{rank}"
+
+
+def publish(group: dist.ProcessGroup, coordinator_rank: int) -> None:
+    """Put this process's address where the peers look."""
+    published, address = meeting_of(group).published, reception().address
+    if published.get(coordinator_rank) != address.secret:
+        _store(group).set(_store_key(coordinator_rank), address.encode())
+        published[coordinator_rank] = address.secret
+
+
+def look_up(group: dist.ProcessGroup, coordinator_rank: int, until_s: float) -> Address | None:
+    """The coordinator's address, or None when it has put none there until then.
+
+    `until_s` is a time of CLOCK_MONOTONIC. Raises RuntimeError when the store cannot be reached.
+    """
+    meeting, key, pause = meeting_of(group), _store_key(coordinator_rank), POLL_S[0]
+    while coordinator_rank not in meeting.addresses:
+        store = _store(group)
+        if store.check([key]):
+            meeting.addresses[coordinator_rank] = Address.decode(store.get(key))
+        elif time.monotonic() > until_s:
+            return None
+        else:
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S[1])
+    return meeting.addresses[coordinator_rank]
+
+
+def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
+    """Look the address up anew next time: nobody answers there."""
+    meeting_of(group).addresses.pop(coordinator_rank, None)
+
+
+def post(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
+    """Leave word for peers that come to an operation which the coordinator has given up."""
+    _leave_word(group, _word_key(coordinator_rank, place), word)
+
+
+def posted(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
+    """The word that was left, if any; never waits. Raises ValueError for what is no word."""
+    return _word_at(group, _word_key(coordinator_rank, place))
+
+
+def refuse(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
+    """Leave word for a coordinator that has no address yet: this rank takes no part."""
+    _leave_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
+
+
+def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
+    """What a rank that takes no part has left, if one has. As `posted`."""
+    return _word_at(group, f"{_word_key(coordinator_rank, place)}/refused")
+
+
+def _leave_word(group: dist.ProcessGroup, key: str, word: Frame) -> None:
+    sealed = seal_word(os.environ, key, b"".join(encode(word)))
+    _store(group).set(key, base64.b64encode(sealed).decode())
+
+
+def _word_at(group: dist.ProcessGroup, key: str) -> Frame | None:
+    store = _store(group)
+    if not store.check([key]):
+        return None
+    sealed = base64.b64decode(store.get(key), validate=True)
+    return decode(open_word(os.environ, key, sealed))
+
+
+def _word_key(coordinator_rank: int, place: Place) -> str:
+    return f"{_store_key(coordinator_rank)}/left/{place.epoch}.{place.number}"
+
+
+def _store_key(coordinator_rank: int) -> str:
+    return f"pytest_dcp/coordinator/{coordinator_rank}"
+
+
+def _forget_in_child() -> None:
+    """A forked child runs none of its parent's operations."""
+    global _meeting
+    _meeting = threading.Lock()
+    for meeting in _meetings.values():
+        meeting.order.forget_pending()
+        meeting.idle.clear()
+        meeting.published.clear()
+    # Of these groups its parent is the rank.
+    _inherited.update(dist.distributed_c10d._world.pg_map)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _store(group: dist.ProcessGroup) -> Store:
+    known = dist.distributed_c10d._world.pg_map.get(group)
+    store = known[1] if known is not None else group.get_group_store()
+    if store is None:
+        raise CoordinationError(
+            f"the process group {group.group_name!r} has no store to meet through: make it with "
+            "init_process_group or new_group"
+        )
+    return store

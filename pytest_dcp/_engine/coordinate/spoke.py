@@ -1,0 +1,321 @@
+"""A peer's side of the star: one line to the coordinator.
+
+The peer says hello before its first step's work, so that the coordinator notices its end from then
+on. It waits as long as the coordinator is heard of; a coordinator in long work of its own may be
+silent for the timeout and a margin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import select
+import time
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
+from pytest_dcp._engine.coordinate.frame import START, Frame, Head, Kind, alert_text
+from pytest_dcp._engine.coordinate.handshake import SHARED_KEY
+from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.link import GONE, Link, connect, keep, take_idle
+from pytest_dcp._engine.coordinate.reception import Hello, greet
+from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.star import PARTING_S, Combine, Result, Site, Statement, Verdict
+
+UNREACHED_S = 60.0
+"""How long a network that leads to none of the coordinator's addresses may take to recover."""
+REFUSED_S = 0.5
+"""How long a refused address may be replaced by the address of a coordinator that came anew."""
+AGAIN_S = 0.2
+"""Between two tries to be let in, where strangers crowd the coordinator."""
+WORD_S = 0.5
+"""How often a peer that is not let in looks whether the coordinator left word for it."""
+TICK_S = 0.5
+"""Longest single wait, so that signals are handled soon on every Python."""
+
+
+class Spoke:
+    """A peer's line to the coordinator, for one operation."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._link: Link | None = None
+        self._answer = b""
+        """What the coordinator must show."""
+        self._welcome = False
+        self._met_s = 0.0
+        """When this rank last said hello."""
+        self._looked_s = time.monotonic()
+        self._kept = False
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self.site.group is None:
+            raise ValueError(f"rank {self.site.rank} has no group to meet its coordinator in")
+        return self.site.group
+
+    @property
+    def _order(self) -> CallOrder:
+        return rendezvous.meeting_of(self._group).order
+
+    def join(self, head: Head) -> Verdict | None:
+        """Say hello, at the first step; a verdict when no coordinator is there."""
+        if self._link is not None:
+            return None
+        site = self.site
+        found: Link | Cause | None = take_idle(self._group, site.coordinator)
+        if found is None:
+            try:
+                until_s = time.monotonic() + site.timeout_s + site.margin_s
+                found = self._find(until_s, head.name)
+            except RuntimeError as error:  # of the store
+                found = site.ended(site.coordinator, head.name, f"its store: {error}")
+        if isinstance(found, Cause):
+            return self._end(found, head)
+        if found.address.check != found.address.key().check():
+            found.line.hang_up()
+            return self._end(capture(site.rank, _other_key(site.rank)), head)
+        self._say_hello(found)
+        return None
+
+    def _say_hello(self, link: Link) -> None:
+        site, place = self.site, self.site.place
+        self._met_s = time.monotonic()
+        self._link = link
+        hello = Hello(
+            rendezvous.group_key(self._group, site.coordinator),
+            site.operation,
+            place.number,
+            site.rank,
+            place.epoch,
+            self._order.finished_up_to(),
+            place.unordered,
+            None if place.subject is None else (place.subject.name, place.subject.real),
+        )
+        self._answer = greet(link.line, hello, link.address.key())
+
+    def _find(self, until_s: float, step: str) -> Link | Cause:
+        """A new connection, or why there is none.
+
+        A coordinator that has not come, or whose queue is full, is waited for like any late rank.
+        """
+        site, group = self.site, self._group
+        refused_s = unreached_s = until_s
+        while True:
+            now = time.monotonic()
+            address = rendezvous.look_up(group, site.coordinator, min(until_s, now + TICK_S))
+            if address is None:
+                if (how := rendezvous.ended_process(group, site.coordinator)) is not None:
+                    return site.ended(site.coordinator, step, how)
+            else:
+                try:
+                    return Link(Line(connect(address)), address)
+                except TimeoutError:
+                    refused_s = unreached_s = until_s
+                except GONE as error:
+                    refused_s = min(refused_s, now + REFUSED_S)
+                    if time.monotonic() > refused_s:
+                        how = f"nobody answers at its address: {error}"
+                        return site.ended(site.coordinator, step, how)
+                    rendezvous.forget(group, site.coordinator)
+                    time.sleep(REFUSED_S / 10)
+                except OSError as error:
+                    unreached_s = min(unreached_s, now + UNREACHED_S)
+                    if time.monotonic() > unreached_s:
+                        return site.unreached(site.coordinator, step, error)
+                    time.sleep(AGAIN_S)
+            if time.monotonic() > until_s:
+                return site.silent(site.coordinator, step)
+
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+        """Send the statement and wait for the result; `combine` is the coordinator's."""
+        line = self._require_line()
+        line.queue(own.frame(head))
+        since_s = time.monotonic()
+        while True:
+            line.flush()
+            line.receive()
+            while line.frames:
+                outcome = self._judge(head, line.frames.popleft())
+                if outcome is not None:
+                    return outcome
+            if self._is_let_in_again(since_s):
+                if line is not self._require_line():
+                    line = self._require_line()
+                    line.queue(own.frame(head))
+                continue
+            lost = self._lost(head, since_s)
+            if lost is not None:
+                # All peers say the same of the coordinator, and tell it, should it come back.
+                line.queue(Statement(cause=lost).frame(head))
+                return Verdict(head.name, [lost], final=True)
+            if (word := self._word_left()) is not None:
+                return self._obey(word)
+            if not self._welcome and self._order.is_dropped(self.site.place):
+                return Verdict(head.name, self._order.causes, final=True)
+            _wait(line, min(TICK_S, self.site.ping_s))
+
+    def _is_let_in_again(self, since_s: float) -> bool:
+        """Say hello anew where the coordinator closed the line before it let this rank in.
+
+        It does so when strangers crowd it. Whether to go on; False: the line is as it was.
+        """
+        site = self.site
+        line = self._require_line()
+        if self._welcome or line.ended is None or line.is_garbled:
+            return False
+        if time.monotonic() - since_s > site.timeout_s + site.margin_s:
+            return False
+        time.sleep(max(0.0, self._met_s + AGAIN_S - time.monotonic()))
+        self._met_s = time.monotonic()
+        rendezvous.forget(self._group, site.coordinator)
+        try:
+            address = rendezvous.look_up(self._group, site.coordinator, 0.0)
+            link = None if address is None else Link(Line(connect(address)), address)
+        except (*GONE, RuntimeError, ValueError):
+            return False
+        except OSError:  # its queue is full, or it cannot be reached just now
+            return True
+        if link is None:
+            return False
+        line.close()
+        self._say_hello(link)
+        return True
+
+    def _word_left(self) -> Verdict | None:
+        """The verdict of a coordinator that left this operation before it let this rank in."""
+        now, site = time.monotonic(), self.site
+        if self._welcome or now - self._looked_s < WORD_S:
+            return None
+        self._looked_s = now
+        try:
+            word = rendezvous.posted(self._group, site.coordinator, site.place)
+            return None if word is None else Verdict.read(word)
+        except (RuntimeError, ValueError):  # no store any more, or somebody else's word
+            return None
+
+    def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
+        site = self.site
+        if frame.kind is Kind.WELCOME:
+            self._welcome_in(frame)
+        elif not self._welcome:
+            text = "did not show that it is the coordinator"
+            stranger = site.out_of_step(site.coordinator, text)
+            self._require_line().ended = f"it {text}"  # so that it is not used again
+            return self._end(stranger, head)
+        elif frame.kind is Kind.VERDICT:
+            try:
+                return self._obey(Verdict.read(frame))
+            except ValueError as error:
+                return self._end(site.out_of_step(site.coordinator, f"sent garbage: {error}"), head)
+        elif frame.kind is Kind.RESULT and frame.head == head:
+            return Result(frame.segments)
+        elif frame.kind is not Kind.ALERT:
+            text = f"answered step {frame.head} with {frame.kind.name} where {head} was run"
+            return self._end(site.out_of_step(site.coordinator, text), head)
+        return None
+
+    def _obey(self, verdict: Verdict) -> Verdict:
+        if verdict.epoch:
+            self._order.restart(verdict.epoch, verdict.causes)
+        return verdict
+
+    def _lost(self, head: Head, since_s: float) -> Cause | None:
+        line, site = self._require_line(), self.site
+        if line.left:
+            return site.left(site.coordinator, head.name)
+        if line.ended is not None:
+            how = rendezvous.ended_process(self._group, site.coordinator) or line.ended
+            return site.ended(site.coordinator, head.name, how)
+        quiet_s = time.monotonic() - max(since_s, line.heard_s)
+        if quiet_s > site.timeout_s + site.margin_s:
+            return site.silent(site.coordinator, head.name)
+        return None
+
+    def trouble(self) -> str | None:
+        """What the coordinator has told of, or that it is gone; says that this rank is alive."""
+        if self._link is None or self._kept or (line := self._link.line).fileno() < 0:
+            return None
+        line.receive()
+        if not line.pending and time.monotonic() - line.said_s > self.site.ping_s:
+            line.queue(Frame(Kind.PING))
+        line.flush()
+        for frame in line.frames:
+            if self._welcome_in(frame) and frame.kind is Kind.ALERT:
+                return alert_text(frame)
+            if self._welcome and frame.kind is Kind.VERDICT:
+                with contextlib.suppress(ValueError):  # told by the next exchange
+                    return "; ".join(cause.summary() for cause in Verdict.read(frame).causes)
+        if (word := self._word_left()) is not None:
+            return "; ".join(cause.summary() for cause in word.causes)
+        if self._is_let_in_again(time.monotonic()):
+            return None
+        if line.over:
+            return f"{self.site.name_of(self.site.coordinator)} {line.ended or 'left'}"
+        return None
+
+    def _welcome_in(self, frame: Frame) -> bool:
+        if frame.kind is Kind.WELCOME:
+            shown = bytes(frame.segments[0]) if frame.segments else b""
+            self._welcome = hmac.compare_digest(shown, self._answer)
+        return self._welcome
+
+    def _end(self, cause: Cause, head: Head) -> Verdict:
+        return Verdict(head.name, [cause], final=True)
+
+    def leave(self, head: Head, cause: Cause) -> None:
+        """Tell the coordinator why, and close."""
+        until_s = time.monotonic() + PARTING_S
+        if self._link is None:
+            self._meet_to_leave(until_s)
+        if self._link is None:
+            with contextlib.suppress(RuntimeError, CoordinationError):
+                word = Statement(cause=cause).frame(START)
+                rendezvous.refuse(self._group, self.site.coordinator, self.site.place, word)
+        elif not self._kept and (line := self._link.line).fileno() >= 0:
+            line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))
+            line.finish()
+            while not line.flush() and time.monotonic() < until_s:
+                _wait(line, PARTING_S / 10)
+            self._keep()
+
+    def _meet_to_leave(self, until_s: float) -> None:
+        """Connect before the first step, if the coordinator has an address by now."""
+        group, coordinator = self._group, self.site.coordinator
+        with contextlib.suppress(RuntimeError, OSError, CoordinationError):
+            found = take_idle(group, coordinator) or self._find(until_s, START.name)
+            if isinstance(found, Link):
+                self._say_hello(found)
+
+    def close(self) -> None:
+        """Say goodbye, and keep the connection for the next operation."""
+        if self._link is not None and not self._kept:
+            self._link.line.finish()
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._link is not None:
+            self._kept = True
+            keep(self._group, self.site.coordinator, self._link)
+
+    def _require_line(self) -> Line:
+        if self._link is None:
+            raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
+        return self._link.line
+
+
+def _other_key(rank: int) -> CoordinationError:
+    return CoordinationError(
+        f"rank {rank} has another {SHARED_KEY} in its environment than the coordinator: set it to "
+        "the same value on every rank, or on none"
+    )
+
+
+def _wait(line: Line, timeout_s: float) -> None:
+    """Wait until something came, or queued bytes can go on; or until the time is over."""
+    poll = select.poll()
+    with contextlib.suppress(ValueError):  # closed: the caller sees it
+        poll.register(line.fileno(), select.POLLIN | (select.POLLOUT if line.pending else 0))
+        poll.poll(max(1.0, timeout_s * 1000))

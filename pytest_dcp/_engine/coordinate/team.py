@@ -1,0 +1,399 @@
+"""The ranks of a process group, running the steps of one operation together.
+
+A step's local work enters on each rank; its result leaves on each, or one `StepError` that is the
+same on all: whatever any rank raised, that it died, that it was silent for the group's timeout, or
+that it ran another step. Steps go through the coordinator; the group itself is only used to meet
+(see rendezvous), so an operation may run in a thread beside the user's collectives.
+
+After a plain failure of a step the team can go on, and so can the next team of the group. When a
+rank is missing or out of step the team is over: each further step fails with the same causes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.failure import (
+    CoordinationError,
+    PeerAborted,
+    StepError,
+    capture,
+    is_echo,
+    step_error,
+)
+from pytest_dcp._engine.coordinate.frame import START, Head, Mode
+from pytest_dcp._engine.coordinate.hub import Hub
+from pytest_dcp._engine.coordinate.link import tie
+from pytest_dcp._engine.coordinate.parcel import Parcel, Segment, bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of, wait_for_turn
+from pytest_dcp._engine.coordinate.spoke import Spoke
+from pytest_dcp._engine.coordinate.star import Replies, Result, Site, Star, Statement, Verdict
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+CHECK_S = 0.25
+"""`check` looks at most this often: it is called between blocks of data."""
+
+
+class Team:
+    """One rank's part in an operation; made by `team_of`, closed by `close` or `with`.
+
+    All ranks run the same steps in the same order, in one thread at a time; `check` may be called
+    from any thread. KeyboardInterrupt and SystemExit are told to the peers, in bounded time, and
+    then leave as they are on the rank that they hit; the team is over then.
+    """
+
+    def __init__(self, site: Site, order: CallOrder) -> None:
+        self._order = order
+        self._place = site.place
+        self.rank = site.rank
+        self.size = site.size
+        self.coordinator_rank = site.coordinator
+        self.group = site.group
+        self.operation = site.operation
+        self._star: Star = Hub(site) if site.rank == site.coordinator else Spoke(site)
+        self._head = START
+        self._over: Verdict | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._checked_s = 0.0
+        self._trouble: str | None = None
+        self.pickles = False
+        """Whether values that are no plain data may travel as pickles; see `wire`."""
+        self._working = False
+        """Whether a step's local work runs: only then a peer's failure is of interest."""
+        self._finalizer = weakref.finalize(self, _end, self._star, order, site.place)
+        self._drop_if_out_of_step()
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank reduces and broadcasts."""
+        return self.rank == self.coordinator_rank
+
+    def reduce_scatter(
+        self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], Sequence[R]]
+    ) -> R:
+        """This rank's part of `reduce`, which the coordinator runs on all ranks' local values."""
+
+        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
+            replies = list(reduce(self._values(value, parcels)))
+            if len(replies) != self.size:
+                raise ValueError(
+                    f"step {step!r}: expected one result per rank ({self.size}), got {len(replies)}"
+                )
+            parts = [() if rank == self.rank else self._pack(r) for rank, r in enumerate(replies)]
+            return Replies(replies[self.rank], apart=parts)
+
+        return cast("R", self._run(Mode.REDUCE_SCATTER, step, local, combine, self._unpack))
+
+    def all_reduce(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
+        """The result of `reduce`, which the coordinator runs on all ranks' local values."""
+
+        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
+            reduced = reduce(self._values(value, parcels))
+            return Replies(reduced, self._pack(reduced) if self.size > 1 else ())
+
+        return cast("R", self._run(Mode.ALL_REDUCE, step, local, combine, self._unpack))
+
+    def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
+        """All ranks' local values, in rank order; they pass the coordinator unopened."""
+
+        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
+            own = self._pack(value) if self.size > 1 else ()
+            sent = [own if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
+            return Replies(self._values(value, parcels), bundle(sent))
+
+        def values(parcel: Parcel) -> list[T]:
+            return [self._unpack(part) for part in unbundle(parcel)]
+
+        return cast("list[T]", self._run(Mode.ALL_GATHER, step, local, combine, values))
+
+    def agree(self, step: str, local: Callable[[], T]) -> T:
+        """This rank's local value, when the local work of every rank succeeded. Nothing is sent."""
+        kept: list[T] = []
+
+        def keep() -> None:
+            kept.append(local())
+
+        self._run(Mode.AGREE, step, keep, lambda _, __: Replies(None), lambda _: None, sends=False)
+        return kept[0]
+
+    def broadcast(self, step: str, local: Callable[[], T]) -> T:
+        """The value of `local`, which only the coordinator runs. Waits for all ranks."""
+
+        def combine(value: T | None, parcels: Sequence[Parcel]) -> Replies:
+            return Replies(value, self._pack(value) if self.size > 1 else ())
+
+        def only_here() -> T | None:
+            return local() if self.is_coordinator else None
+
+        got = self._run(Mode.BROADCAST, step, only_here, combine, self._unpack, sends=False)
+        return cast("T", got)
+
+    def barrier(self, step: str) -> None:
+        """Return when all ranks have come to this step."""
+        nothing = Replies(None)
+        self._run(
+            Mode.BARRIER, step, lambda: None, lambda _, __: nothing, lambda _: None, sends=False
+        )
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `wait_for_turn` would return at once."""
+        return all(earlier.done.is_set() for earlier in self._place.waits_for)
+
+    def refuse(self, error: BaseException) -> None:
+        """Take no part in the operation: tell the peers why, in bounded time."""
+        self._leave(error)
+        self.close()
+
+    def check(self) -> None:
+        """Raise PeerAborted when another rank is known to have failed this step.
+
+        For a step's long local work, between its blocks: four times a second it looks, without
+        waiting, at what has come; otherwise, and outside of local work, it does nothing. It also
+        says that this rank is alive: whoever calls it is never silent, however long it works.
+        """
+        recent = time.monotonic() - self._checked_s < CHECK_S
+        if not self._working or (self._trouble is None and recent):
+            return
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._checked_s = time.monotonic()
+            if self._trouble is None:
+                self._trouble = self._star.trouble()
+        finally:
+            self._lock.release()
+        if self._trouble is not None:
+            raise PeerAborted(f"{self.operation} was given up: {self._trouble}")
+
+    def _drop_if_out_of_step(self) -> None:
+        """Be over where the ranks began to count anew after this operation was called."""
+        if self.size > 1 and self._order.is_dropped(self._place):
+            self._over = Verdict(START.name, self._order.causes, final=True)
+
+    def wait_for_turn(self) -> Self:
+        """This team, once the operations that were called before it and exclude it are over."""
+        with self.preparing():
+            wait_for_turn(self._place)
+        self._drop_if_out_of_step()
+        return self
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is raised inside, before the first step, reaches the peers, in bounded time.
+
+        On this rank it stays as it is, and the operation is over.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.refuse(error)
+            raise
+
+    def close(self) -> None:
+        """End the operation here; ranks still in it are told. A second call does nothing."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, StepError) and not self._closed:
+            self._leave(error)
+        self.close()
+
+    # One step.
+
+    def _run(
+        self,
+        mode: Mode,
+        step: str,
+        local: Callable[[], Any],
+        combine: Callable[[Any, Sequence[Parcel]], Replies],
+        open_parcel: Callable[[Parcel], Any],
+        *,
+        sends: bool = True,
+    ) -> Any:
+        """Run one step: local work, exchange, result. `sends`: the local value leaves the rank."""
+        self._begin(mode, step)
+        raised: BaseException | None = None
+        try:
+            outcome: Result | Verdict | None = self._star.join(self._head)
+            if outcome is None:
+                value, own, raised = self._state(local, sends=sends)
+                with self._lock:
+                    outcome = self._star.exchange(self._head, own, lambda p: combine(value, p))
+            if isinstance(outcome, Result):
+                return outcome.value if self.is_coordinator else open_parcel(outcome.parcel)
+        except BaseException as error:
+            self._leave(error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise step_error(  # noqa: B904 - it has the cause that is to be shown
+                step, self.operation, self._causes(), error
+            )
+        if outcome.final:
+            # The place is kept until the caller has cleaned up: the next operation begins then.
+            self._over = outcome
+            self._star.close()
+        raise step_error(step, self.operation, outcome.causes, raised)
+
+    def _begin(self, mode: Mode, step: str) -> None:
+        if self._over is not None:
+            raise step_error(step, self.operation, self._over.causes)
+        if self._closed:
+            raise CoordinationError(f"step {step!r}: this rank has closed {self.operation} before")
+        self._head = Head(self._head.number + 1, mode, step)
+        self._trouble = None
+
+    def _state(
+        self, local: Callable[[], T], *, sends: bool
+    ) -> tuple[T | None, Statement, BaseException | None]:
+        """The local value, the statement of it, and what was raised."""
+        self._working = self.size > 1
+        try:
+            value = local()
+            parcel = self._pack(value) if sends and not self.is_coordinator else ()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
+            cause = capture(self.rank, error)
+            return None, Statement(cause=cause, echo=is_echo(error)), error
+        finally:
+            self._working = False
+        return value, Statement(parcel), None
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the peers why this rank goes, and be over."""
+        cause = capture(self.rank, error)
+        self._over = Verdict(self._head.name, [cause], final=True)
+        self._closed = True
+        with self._lock:
+            if self._head is START and self.is_coordinator:
+                self._star.join(self._head)
+            self._star.leave(self._head, cause)
+
+    def _causes(self) -> Sequence[Any]:
+        return self._over.causes if self._over is not None else ()
+
+    def _pack(self, value: object) -> list[Segment]:
+        return pack(value, pickles=self.pickles)
+
+    def _unpack(self, parcel: Parcel) -> Any:
+        try:
+            return unpack(parcel, pickles=self.pickles)
+        except ValueError as error:
+            raise CoordinationError(
+                f"what the coordinator sent cannot be read on rank {self.rank}: {error}"
+            ) from error
+
+    def _values(self, own: T, parcels: Sequence[Parcel]) -> list[T]:
+        """All ranks' values, this rank's as it is."""
+        values = []
+        for rank, parcel in enumerate(parcels):
+            try:
+                own_value = rank == self.rank
+                values.append(own if own_value else unpack(parcel, pickles=self.pickles))
+            except Exception as error:
+                raise CoordinationError(
+                    f"the value of rank {rank} cannot be read on the coordinator: {error}"
+                ) from error
+        return values
+
+
+def team_of(
+    process_group: dist.ProcessGroup | None,
+    *,
+    use_dist: bool,
+    coordinator_rank: int,
+    operation: str,
+    subject: Subject | None = None,
+    one_subject: bool = False,
+    background: bool = False,
+) -> Team:
+    """This rank's team for one operation of a process group; local, nothing is sent yet.
+
+    Call it where the operation is called, in program order: it takes the operation's place among
+    those of the group. Before the first step, `wait_for_turn` waits for earlier ones (see
+    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
+    is the default group. Without `use_dist` this rank is alone, and its own coordinator.
+
+    operation: what is done, its kind first ("save", "load", "save step_100"): ranks that name
+        different operations fail.
+    subject: the folder; one_subject: whether ranks that mean different ones fail.
+    background: whether it goes on while the caller does something else.
+
+    Raises ValueError when this rank is not in the group, or the coordinator is not.
+    """
+    if not use_dist:
+        place = _alone.take(kind_of(operation), subject, background=background)
+        return Team(Site(0, 1, 0, operation, float("inf"), None, place), _alone)
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError(
+            f"{operation}: no process group is initialized; call init_process_group, or ask for "
+            "an operation of this rank alone (no_dist=True)"
+        )
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"{operation}: this rank is not in the process group")
+    if not 0 <= coordinator_rank < size:
+        raise ValueError(
+            f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
+            f"got {coordinator_rank}"
+        )
+    if size > 1:
+        rendezvous.say_present(group, rank, coordinator_rank)
+    order = rendezvous.meeting_of(group).order
+    place = order.take(kind_of(operation), subject, background=background)
+    timeout_s = rendezvous.timeout_of(group)
+    site = Site(rank, size, coordinator_rank, operation, timeout_s, group, place, one_subject)
+    return Team(site, order)
+
+
+_alone = CallOrder(one_folder_at_a_time=True)
+"""Operations of this process alone: saves to one folder are made one after another."""
+os.register_at_fork(after_in_child=_alone.forget_pending)
+
+
+def _end(star: Star, order: CallOrder, place: Place) -> None:
+    """Close a team's connections, and let the next operation begin."""
+    try:
+        star.close()
+    finally:
+        order.finish(place)
+
+
+def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
+    """Have this rank's end seen by the others from now on, before its first step.
+
+    The coordinator is where its peers look, and a peer is tied to a coordinator that is there
+    already. Asks the group's store once, the first time; what fails is left to the first step.
+    """
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None:
+        return
+    with contextlib.suppress(CoordinationError, RuntimeError, ValueError, OSError):
+        rank = dist.get_rank(group)
+        if rank == coordinator_rank:
+            rendezvous.publish(group, coordinator_rank)
+        elif rank >= 0:
+            address = rendezvous.look_up(group, coordinator_rank, until_s=0.0)
+            if address is not None:
+                tie(group, coordinator_rank, rank, address)

@@ -1,0 +1,1 @@
+"""Bytes <-> values: entries, archives, the manifest and the metadata of a checkpoint."""

@@ -1,0 +1,270 @@
+"""What must hold of a catalog that nobody vouches for, before its numbers are used. Pure (no I/O).
+
+What enters: an index and places whose arrays have the shapes and dtypes that their classes say.
+What leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no number may make
+arithmetic wrap around into an accepted one; each check is one pass over a column, and a single row
+is looked at only to name the culprit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.columns import UNKNOWN
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp.errors import CheckpointCorruptError
+
+MAX_DIMS = 64
+"""Dimensions of a tensor: torch allows no more (c10, at::dim_bitset_size)."""
+MAX_TENSOR_BYTES = 1 << 62
+"""Of one tensor, an empty side counted as 1: torch's strides are such products. Every number
+derived from sizes then fits int64."""
+MAX_BLOCK_BYTES = 1 << 31
+"""Of data under one sum: times the number of sums it still fits int64."""
+MAX_PATH_BYTES = 4096
+"""PATH_MAX of Linux."""
+_NO_PARTS = frozenset({"", ".", ".."})
+_SLAB = 1 << 15
+_MAX_INT64 = np.iinfo(np.int64).max
+_FAR = (1 << 62) - 1
+"""Two numbers up to it have a sum in int64."""
+
+Mask = NDArray[np.bool_]
+
+
+def checked_path(name: str) -> str:
+    """The name of a data file, once it is sure to stay inside the checkpoint's folder.
+
+    It is relative and in plain form: no "", "." or ".." between its slashes, no NUL, not too long.
+
+    Raises:
+        CheckpointCorruptError: any other name.
+    """
+    whole = "\0" not in name and len(name.encode("utf-8", "surrogatepass")) < MAX_PATH_BYTES
+    if not whole or not _NO_PARTS.isdisjoint(name.split("/")):
+        raise CheckpointCorruptError(
+            "expected the name of a file inside the checkpoint's folder, got "
+            f"{name if len(name) < 200 else name[:200] + '...'!r}: do not load this checkpoint"
+        )
+    return name
+
+
+def check_catalog(catalog: Catalog) -> None:
+    """Nothing, once every rule that `Index` and `Places` state holds of the catalog.
+
+    A chunk without elements may lie outside its tensor: so planners describe ranks that hold
+    nothing.
+
+    Raises:
+        CheckpointCorruptError: the first rule that does not hold, with the key's name as `entry`.
+    """
+    index, places = catalog.index, catalog.places
+    _check_keys(index)
+    _check_firsts(index)
+    _check_tables(index, places)
+    least = int(index.ndim.min(initial=MAX_DIMS))
+    for start in range(0, len(places.file), _SLAB):
+        slab = _Slab(index, slice(start, start + _SLAB), least)
+        if _usual(slab, places):
+            continue
+        nbytes = _check_chunks(slab)
+        _check_entries(slab, places)
+        _check_data(slab, places, nbytes)
+        _check_sums(slab, places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """Some chunks in a row: few enough that what is computed of them stays in caches."""
+
+    index: Index
+    rows: slice
+    least_ndim: int
+    """Of any key: dimensions from there on may be padding."""
+
+    @property
+    def keys(self) -> Ints:
+        return self.index.key_of[self.rows]
+
+    def refuse(self, odd: Mask, expected: str) -> None:
+        """Nothing where no chunk is odd."""
+        if not odd.any():
+            return
+        row = self.rows.start + int(odd.argmax())
+        key = int(self.index.key_of[row])
+        at = row - int(self.index.first[key])
+        raise CheckpointCorruptError(
+            f"expected {expected}, got others in chunk {at}", entry=self.index.fqns[key]
+        )
+
+
+def _usual(slab: _Slab, places: Places) -> bool:
+    """Whether the chunks are what nearly all are: inside their tensor, in a file, with data.
+
+    Then every rule holds of them; of others the rules are looked at one by one, with twice the
+    passes. As unsigned numbers, negative ones are larger than any limit here.
+    """
+    index, rows, keys = slab.index, slab.rows, slab.keys
+    offset, shape, size = index.offset[rows], index.shape[rows], index.size.take(keys, axis=0)
+    inside = _unsigned(shape) <= _unsigned(size)
+    inside &= _unsigned(offset) <= _unsigned(size - shape)
+    if not shape[:, max(slab.least_ndim, 0) :].all():
+        return False  # in a padded dimension, whose size is 1, only 0 and 1 are right
+    expected = index.itemsize.take(keys)
+    for side in shape.T:
+        expected *= side
+    start, length, nbytes = (
+        column[rows] for column in (places.start, places.length, places.data_nbytes)
+    )
+    lead = places.data_start[rows] - start
+    counts = np.diff(places.first_sum[rows.start : rows.stop + 1])
+    unused = counts * places.block_bytes - nbytes  # of the last block
+    unlike = nbytes != expected
+    if slab.least_ndim < 0:
+        unlike &= index.ndim.take(keys) >= 0  # a value has no shape
+    return bool(
+        inside.all()
+        and _unsigned(places.file[rows], np.uint32).max() < len(places.files)
+        and max(_unsigned(column).max() for column in (start, length, lead, nbytes)) <= _FAR
+        and not unlike.any()
+        and (lead + nbytes <= length).all()
+        and _unsigned(unused).max() < places.block_bytes
+    )
+
+
+def _unsigned(column: NDArray[Any], kind: type = np.uint64) -> NDArray[Any]:
+    """The same bits, without a sign."""
+    return column.view(kind)
+
+
+def _check_keys(index: Index) -> None:
+    rank = index.size.shape[1]
+    if rank > MAX_DIMS:
+        raise CheckpointCorruptError(f"expected at most {MAX_DIMS} dimensions, got {rank}")
+    if len(index.row_of) != len(index):
+        twice = next(fqn for row, fqn in enumerate(index.fqns) if index.row_of[fqn] != row)
+        raise CheckpointCorruptError("expected each key once, got it twice", entry=twice)
+    ndim, known = index.ndim, len(index.properties)
+    tensor = ndim >= 0
+    _refuse_keys(index, (ndim < UNKNOWN) | (ndim > rank), f"-1 to {rank} dimensions")
+    proper = np.where(tensor, index.property_of >= 0, index.property_of == UNKNOWN)
+    _refuse_keys(index, ~proper | (index.property_of >= known), f"one of {known} properties")
+    padding = np.arange(rank) >= np.maximum(ndim, 0)[:, None]
+    _refuse_keys(index, (index.size < 0).any(axis=1), "sizes of 0 or more")
+    _refuse_keys(index, (padding & (index.size != 1)).any(axis=1), "sizes padded with 1")
+    nbytes = np.maximum(index.size, 1).prod(axis=1, dtype=np.float64) * index.itemsize
+    _refuse_keys(index, nbytes > MAX_TENSOR_BYTES, f"a tensor of at most {MAX_TENSOR_BYTES} bytes")
+
+
+def _refuse_keys(index: Index, odd: Mask | np.bool_, expected: str) -> None:
+    if odd.any():
+        raise CheckpointCorruptError(
+            f"expected {expected}, got others", entry=index.fqns[int(odd.argmax())]
+        )
+
+
+def _check_firsts(index: Index) -> None:
+    _check_groups(index.first, len(index.offset), "chunks")
+    odd = (index.ndim < 0) & (np.diff(index.first) != 1)
+    _refuse_keys(index, odd, "one chunk for a byte value")
+
+
+def _check_groups(first: Ints, total: int, what: str) -> None:
+    """Group i is first[i] to first[i + 1] - 1: the groups cover 0 to total - 1 in order."""
+    if first[0] != 0 or first[-1] != total or (first[1:] < first[:-1]).any():
+        raise CheckpointCorruptError(
+            f"expected the first {what} of each group to rise from 0 to {total}, got other numbers"
+        )
+
+
+def _check_tables(index: Index, places: Places) -> None:
+    for name in places.files:
+        checked_path(name)
+    _check_groups(places.first_sum, len(places.sums), "sums")
+    if not 0 < places.block_bytes <= MAX_BLOCK_BYTES:
+        raise CheckpointCorruptError(
+            f"expected blocks of 1 to {MAX_BLOCK_BYTES} bytes, got {places.block_bytes}"
+        )
+    chunks = len(places.file)
+    if any(not 0 <= row < chunks or places.file[row] < 0 for row in places.transforms):
+        raise CheckpointCorruptError("expected transforms of chunks with a file, got others")
+
+
+def _check_chunks(slab: _Slab) -> Ints:
+    """Bytes of each chunk's data."""
+    index, keys = slab.index, slab.keys
+    nbytes = index.itemsize.take(keys)
+    outside = np.zeros(len(keys), dtype=np.bool_)
+    for dim in range(index.size.shape[1]):
+        offset, shape = index.offset[slab.rows, dim], index.shape[slab.rows, dim]
+        slab.refuse((offset | shape) < 0, "offsets and shapes of 0 or more")
+        if dim >= slab.least_ndim:
+            padding = (index.ndim <= dim).take(keys)
+            odd = padding & ((offset != 0) | (shape != 1))
+            slab.refuse(odd, "offsets padded with 0 and shapes with 1")
+        outside |= shape > index.size[:, dim].take(keys) - offset
+        nbytes *= shape
+    if outside.any():
+        filled = (index.shape[slab.rows] > 0).all(axis=1)
+        slab.refuse(outside & filled, "chunks inside their tensor")
+    return nbytes
+
+
+def _check_entries(slab: _Slab, places: Places) -> None:
+    file, start, length = (
+        column[slab.rows] for column in (places.file, places.start, places.length)
+    )
+    known = len(places.files)
+    least = file.min()
+    if least < UNKNOWN or file.max() >= known:
+        slab.refuse((file >= known) | (file < UNKNOWN), f"one of {known} files")
+    if least >= 0:
+        slab.refuse((start | length) < 0, "an entry of 0 or more bytes at 0 or more")
+        slab.refuse(length > _MAX_INT64 - start, "an entry that ends below 2**63")
+        return
+    placed = file >= 0
+    data = places.data_start[slab.rows], places.data_nbytes[slab.rows]
+    stated = np.logical_or.reduce([column != UNKNOWN for column in (start, length, *data)])
+    slab.refuse(~placed & stated, "no place for a chunk without a file")
+    slab.refuse(placed & ((start | length) < 0), "an entry of 0 or more bytes at 0 or more")
+    far = placed & (length > _MAX_INT64 - np.maximum(start, 0))
+    slab.refuse(far, "an entry that ends below 2**63")
+
+
+def _check_data(slab: _Slab, places: Places, expected: Ints) -> None:
+    start, nbytes = places.data_start[slab.rows], places.data_nbytes[slab.rows]
+    lead = start - places.start[slab.rows]  # wraps around only where `start` is refused below
+    outside = ((lead | nbytes) < 0) | (nbytes > places.length[slab.rows] - lead)
+    unlike = nbytes != expected
+    if not outside.any() and not unlike.any():
+        return
+    known = start >= 0
+    slab.refuse(
+        ~known & ((start != UNKNOWN) | (nbytes != UNKNOWN)),
+        "the data's start and length both -1 or neither",
+    )
+    slab.refuse(known & outside, "data inside its entry")
+    tensors = known & (slab.index.ndim.take(slab.keys) >= 0)
+    for row in places.transforms:
+        if slab.rows.start <= row < slab.rows.stop:
+            # A transformed entry is stored, and summed, as one stream.
+            tensors[row - slab.rows.start] = False
+    slab.refuse(tensors & unlike, "data of the chunk's shape and dtype")
+
+
+def _check_sums(slab: _Slab, places: Places) -> None:
+    """A chunk has no sums, or one for each block of its data; empty data may have one."""
+    rows = slice(slab.rows.start, slab.rows.stop + 1)
+    counts = np.diff(places.first_sum[rows])
+    nbytes, block_bytes = places.data_nbytes[slab.rows], places.block_bytes
+    unused = counts * block_bytes - nbytes  # of the last block; negative: blocks are missing
+    if unused.min() < 0 or unused.max() >= block_bytes:
+        empty = (nbytes == 0) & (counts == 1)
+        odd = ((unused < 0) | (unused >= block_bytes)) & ~empty
+        slab.refuse((counts != 0) & odd, "a sum for each block of data")

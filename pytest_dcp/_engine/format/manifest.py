@@ -1,0 +1,386 @@
+"""The manifest: a catalog as columns, without pickle but for what frameworks add. Pure (no I/O).
+
+What enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
+
+    magic (8), length of the header (8), the header in JSON, then the columns of `_COLUMNS` in that
+    order, each at the next multiple of 8, then, where the header says so, further attributes of the
+    Metadata (see `further_fields`), and nothing behind the last.
+
+The header holds counts and what is small: properties, transforms, what planner and storage said.
+It has no offsets: where a column lies follows from the counts, so it cannot lie anywhere else. What
+the default planner says travels in columns too (see `paths`); of what is no plain value the header
+says that it stands in the pickle alone.
+
+`decode` believes nothing: every count is compared with the bytes at hand before it is used, and
+every rule of the catalog is checked. The arrays it returns are read-only views of the buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import PosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+
+from pytest_dcp._engine.format import planner_paths as paths
+from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
+from pytest_dcp._engine.format.further_fields import decode_further, encode_further
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
+from pytest_dcp._engine.plan import names
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp.errors import CheckpointCorruptError
+
+MAGIC = b"\x89DCPcat\n"
+"""As PNG's: not text, and damaged by whatever changes line ends."""
+MAX_HEADER_BYTES = 1 << 24
+"""The header's JSON takes about 20 times its length in memory."""
+_HEAD = struct.Struct("<8sQ")
+_COLUMNS = (
+    # name, dtype, rows, columns (None: one-dimensional); counts are the header's
+    ("fqns", "<u1", "fqn_bytes", None),
+    ("property_of", "<i4", "keys", None),
+    ("ndim", "<i2", "keys", None),
+    ("size", "<i8", "keys", "rank"),
+    ("first", "<i8", "key_ends", None),
+    ("offset", "<i8", "chunks", "rank"),
+    ("shape", "<i8", "chunks", "rank"),
+    ("files", "<u1", "file_bytes", None),
+    ("file", "<i4", "chunks", None),
+    ("start", "<i8", "chunks", None),
+    ("length", "<i8", "chunks", None),
+    ("data_start", "<i8", "chunks", None),
+    ("data_nbytes", "<i8", "chunks", None),
+    ("first_sum", "<i8", "chunk_ends", None),
+    ("sums", "<u4", "sums", None),
+    ("transform_of", "<i4", "transformed", None),
+    ("path_forms", "<i4", "pathed", None),
+    ("paths", "<u1", "path_bytes", None),
+)
+_COUNTS = (
+    *("keys", "chunks", "rank", "sums", "transformed", "pathed"),
+    *("fqn_bytes", "file_bytes", "path_bytes"),
+)
+_SAID = ("planner_data", "storage_meta", "version")
+_NONE, _IN_PICKLE, _PATHS, _VALUE = "none", "pickle", "paths", "value"
+
+_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_LAYOUTS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)}
+_FORMATS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)}
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+def encode(catalog: Catalog) -> bytes:
+    """The manifest of the catalog. Raises ValueError where its header would be too long."""
+    index, places = catalog.index, catalog.places
+    header: dict[str, Any] = {"block_bytes": places.block_bytes}
+    header["properties"] = [_property_names(p) for p in index.properties]
+    columns: dict[str, Any] = {
+        "fqns": names.packed(index.fqns),
+        "files": names.packed(places.files),
+        **{name: getattr(index, name) for name in _INDEX},
+        **{name: getattr(places, name) for name in _PLACES},
+    }
+    header["transforms"], columns["transform_of"] = _transforms(places)
+    header["said"], columns["path_forms"], columns["paths"] = _said(catalog)
+    more = catalog.further or catalog.beside
+    further = encode_further(catalog.further, catalog.beside) if more else b""
+    if further:
+        header["further_bytes"] = len(further)
+    header["counts"] = _counts(columns)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"expected a manifest's header of at most {MAX_HEADER_BYTES} bytes, got {len(text)}: "
+            "transforms, properties or the modules of storage_meta are too many"
+        )
+    pieces = [_HEAD.pack(MAGIC, len(text)), *_padded(text), *_laid_out(columns)]
+    return b"".join([*pieces, *_padded(further)])
+
+
+def decode(
+    buffer: memoryview, whole: Callable[[], Metadata], limit: MemoryLimit = DEFAULT_LIMIT
+) -> Catalog:
+    """The catalog of a manifest, its arrays read-only views of `buffer`.
+
+    `whole` reads the metadata from the pickle; it is called only where planner or storage said
+    something that the manifest could not hold.
+
+    Raises:
+        CheckpointCorruptError: bytes that are no manifest, or a catalog that breaks a rule;
+            `offset` counts from the buffer's start.
+    """
+    header, start = _header(buffer, limit)
+    columns, end = _columns(buffer, start, _checked_counts(header, len(buffer)))
+    further = _further(header, buffer, end)
+    try:
+        catalog = _catalog(header, columns, whole)
+        if further:
+            attributes, beside = decode_further(further)
+            catalog = replace(catalog, further=attributes, beside=beside)
+    except CheckpointCorruptError:
+        raise
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointCorruptError(f"expected a manifest, got {error!r:.200}") from None
+    check_catalog(catalog)
+    return catalog
+
+
+_INDEX = ("property_of", "ndim", "size", "first", "offset", "shape")
+_PLACES = ("file", "start", "length", "data_start", "data_nbytes", "first_sum", "sums")
+
+
+# ---- writing
+
+
+def _counts(columns: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        "keys": len(columns["ndim"]),
+        "chunks": len(columns["file"]),
+        "rank": columns["size"].shape[1],
+        "sums": len(columns["sums"]),
+        "transformed": len(columns["transform_of"]),
+        "pathed": len(columns["path_forms"]),
+        "fqn_bytes": len(columns["fqns"]),
+        "file_bytes": len(columns["files"]),
+        "path_bytes": len(columns["paths"]),
+    }
+
+
+def _laid_out(columns: Mapping[str, Any]) -> list[bytes | memoryview]:
+    pieces: list[bytes | memoryview] = []
+    for name, dtype, _, _ in _COLUMNS:
+        column = columns[name]
+        if not isinstance(column, bytes):
+            column = np.ascontiguousarray(column, dtype).reshape(-1).view(np.uint8).data
+        pieces += _padded(column)
+    return pieces
+
+
+def _padded(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
+    return piece, bytes(-len(piece) % 8)
+
+
+def _property_names(properties: TensorProperties) -> list[Any]:
+    p = properties
+    return [str(p.dtype), str(p.layout), p.requires_grad, str(p.memory_format), p.pin_memory]
+
+
+def _transforms(places: Places) -> tuple[list[list[str]], NDArray[np.int32]]:
+    """The distinct descriptors, and for each chunk their position or -1; no column without any."""
+    known: dict[tuple[str, ...], int] = {}
+    column = np.full(len(places.file) if places.transforms else 0, -1, dtype=np.int32)
+    for row, descriptors in places.transforms.items():
+        column[row] = known.setdefault(tuple(descriptors), len(known))
+    return [list(some) for some in known], column
+
+
+def _said(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
+    """What planner and storage said, each as [how, value]; the columns of the planner's paths."""
+    packed = paths.packed(catalog.planner_data, catalog.index.fqns)
+    said = {
+        "planner_data": [_IN_PICKLE if packed is None else _PATHS],
+        "storage_meta": _told_storage(catalog.storage_meta),
+        "version": [_VALUE, catalog.version] if _is_text(catalog.version) else [_IN_PICKLE],
+    }
+    if catalog.planner_data is None:
+        said["planner_data"] = [_NONE]
+    return said, *(packed or (np.zeros(0, dtype=np.int32), b""))
+
+
+def _told_storage(meta: StorageMeta | None) -> list[Any]:
+    if meta is None:
+        return [_NONE]
+    told = dict(meta.__dict__) if type(meta) is StorageMeta else {}
+    folder = told.pop("checkpoint_id", None)
+    modules = told.get("modules")
+    known = told.keys() == {"save_id", "load_id", "modules"} and isinstance(modules, list)
+    plain = known and all(map(_is_text, (told["save_id"], told["load_id"], *told["modules"])))
+    kind = type(folder).__name__
+    text = None if folder is None else str(folder)
+    if not plain or type(folder) not in (type(None), str, PosixPath) or not _is_text(text):
+        return [_IN_PICKLE]
+    return [_VALUE, {**told, "checkpoint_id": [kind, text]}]
+
+
+def _is_text(value: object) -> bool:
+    """None, or a string that survives JSON, which joins the halves of a surrogate pair."""
+    return value is None or (type(value) is str and json.loads(json.dumps(value)) == value)
+
+
+# ---- reading
+
+
+def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int]:
+    """The header and where the columns start."""
+    if len(buffer) < _HEAD.size:
+        raise CheckpointCorruptError(f"expected a manifest, got {len(buffer)} bytes", offset=0)
+    magic, length = _HEAD.unpack_from(buffer)
+    if magic != MAGIC:
+        raise CheckpointCorruptError(f"expected a manifest's {MAGIC!r}, got {magic!r}", offset=0)
+    end = _HEAD.size + length
+    if end > len(buffer) or length > MAX_HEADER_BYTES:
+        raise CheckpointCorruptError(
+            f"expected a header within {min(len(buffer), MAX_HEADER_BYTES)} bytes, got {length}",
+            offset=8,
+        )
+    text = bytes(buffer[_HEAD.size : end])
+    limit.check("a header", estimate_json_bytes(text), length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(
+            f"expected a header in JSON, got {error!r:.200}", offset=_HEAD.size
+        ) from None
+    if not isinstance(header, dict):
+        raise CheckpointCorruptError("expected a header with names", offset=_HEAD.size)
+    return header, end + -end % 8
+
+
+def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
+    """The header's counts, and those that follow from them."""
+    counts = header.get("counts")
+    if not isinstance(counts, dict) or counts.keys() != set(_COUNTS):
+        raise CheckpointCorruptError(f"expected the counts {', '.join(_COUNTS)}", offset=_HEAD.size)
+    for name, count in counts.items():
+        limit = MAX_DIMS if name == "rank" else most
+        if type(count) is not int or not 0 <= count <= limit:
+            raise CheckpointCorruptError(
+                f"expected 0 to {limit} as count of {name}, got {count!r:.80}", offset=_HEAD.size
+            )
+    keys, chunks = counts["keys"], counts["chunks"]
+    if counts["transformed"] not in (0, chunks) or counts["pathed"] not in (0, keys):
+        raise CheckpointCorruptError("expected a row for each chunk and key", offset=_HEAD.size)
+    return {**counts, "key_ends": keys + 1, "chunk_ends": chunks + 1}
+
+
+def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> tuple[Columns, int]:
+    """The columns where the counts say they are, and where they end."""
+    found: dict[str, NDArray[Any]] = {}
+    at = start
+    for name, kind, rows, width in _COLUMNS:
+        dtype = np.dtype(kind)
+        shape = (counts[rows],) if width is None else (counts[rows], counts[width])
+        end = at + prod(shape) * dtype.itemsize
+        if end > len(buffer):
+            raise CheckpointCorruptError(
+                f"expected column {name} of {shape} within {len(buffer)} bytes, got it up to {end}",
+                offset=at,
+            )
+        column = np.frombuffer(buffer[at:end], dtype).reshape(shape)
+        column.flags.writeable = False
+        found[name] = column
+        at = end + -end % 8
+    return found, at
+
+
+def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memoryview:
+    """The pickle of further attributes, which is all that follows the columns."""
+    nbytes = header.get("further_bytes", 0)
+    if type(nbytes) is not int or not 0 <= nbytes <= len(buffer):
+        raise CheckpointCorruptError(f"expected a number of bytes, got {nbytes!r:.80}", offset=8)
+    end = start + nbytes + -nbytes % 8
+    if end != len(buffer):
+        raise CheckpointCorruptError(
+            f"expected a manifest of {end} bytes, got {len(buffer)}", offset=start
+        )
+    return buffer[start : start + nbytes]
+
+
+def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Metadata]) -> Catalog:
+    fqns = names.unpacked(columns["fqns"].tobytes())
+    files = names.unpacked(columns["files"].tobytes())
+    if len(fqns) != len(columns["ndim"]):
+        raise ValueError(f"{len(fqns)} names for {len(columns['ndim'])} keys")
+    if type(header["block_bytes"]) is not int:
+        raise TypeError(f"blocks of {header['block_bytes']!r:.80} bytes")
+    index = Index(
+        fqns=fqns,
+        properties=tuple(_properties(told) for told in header["properties"]),
+        **{name: columns[name] for name in _INDEX},
+    )
+    places = Places(
+        files=files,
+        block_bytes=header["block_bytes"],
+        transforms=_transforms_of(header["transforms"], columns["transform_of"]),
+        **{name: columns[name] for name in _PLACES},
+    )
+    return Catalog(index, places, **_what_was_said(header["said"], fqns, columns, whole))
+
+
+def _properties(told: Sequence[Any]) -> TensorProperties:
+    dtype, layout, requires_grad, memory_format, pin_memory = told
+    if type(requires_grad) is not bool or type(pin_memory) is not bool:
+        raise ValueError(f"properties {told!r:.200}")
+    return TensorProperties(
+        _DTYPES[dtype], _LAYOUTS[layout], requires_grad, _FORMATS[memory_format], pin_memory
+    )
+
+
+def _transforms_of(
+    told: Sequence[Sequence[str]], column: NDArray[np.int32]
+) -> dict[int, tuple[str, ...]]:
+    known = [tuple(_text(text) for text in some) for some in told]
+    rows = np.flatnonzero(column >= 0)
+    which = column[rows].tolist()
+    return {row: known[i] for row, i in zip(rows.tolist(), which, strict=True)}
+
+
+def _what_was_said(
+    said: Mapping[str, Sequence[Any]],
+    fqns: names.Fqns,
+    columns: Columns,
+    whole: Callable[[], Metadata],
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    metadata: Metadata | None = None
+    for name in _SAID:
+        how, *value = said[name]
+        if how == _IN_PICKLE:
+            metadata = metadata or whole()
+            found[name] = getattr(metadata, name)
+        elif how == _NONE:
+            found[name] = None
+        elif how == _PATHS and name == "planner_data":
+            found[name] = paths.unpacked(fqns, columns["path_forms"], columns["paths"].tobytes())
+        elif how == _VALUE and name == "storage_meta":
+            found[name] = _storage_meta(*value)
+        elif how == _VALUE and name == "version":
+            found[name] = _text_or_none(*value)
+        else:
+            raise ValueError(f"{how!r:.80} for {name}")
+    return found
+
+
+def _storage_meta(told: Mapping[str, Any]) -> StorageMeta:
+    kind, folder = told["checkpoint_id"]
+    if (kind == "NoneType") is not (_text_or_none(folder) is None) or kind not in _FOLDERS:
+        raise ValueError(f"checkpoint_id {told['checkpoint_id']!r:.200}")
+    return StorageMeta(
+        checkpoint_id=None if folder is None else _FOLDERS[kind](folder),
+        save_id=_text_or_none(told["save_id"]),
+        load_id=_text_or_none(told["load_id"]),
+        modules=[_text(module) for module in told["modules"]],
+    )
+
+
+_FOLDERS: dict[str, Callable[[str], Any]] = {"NoneType": str, "str": str, "PosixPath": PosixPath}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {value!r:.80}")
+    return value
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value)

@@ -1,0 +1,251 @@
+"""A committed checkpoint's `.metadata` file. Pure (no I/O).
+
+What enters and leaves: a catalog and the file's bytes:
+
+    pickle    what torch reads; `pickle.load` stops at its end (see `metadata_pickle`)
+    zeros     up to the next multiple of 64
+    manifest  what the engine reads (see `manifest`)
+    trailer   48 bytes: magic, format version, CRC-32 of the manifest, the manifest's offset and
+              length, the pickle's length and CRC-32, CRC-32 of the trailer up to here
+
+All numbers are little-endian. Both parts are in one file, so one rename publishes both and they can
+never be of two saves. A file without a trailer is torch's: its pickle is read, by the engine's own
+reader. Two things tell it from a file of ours that lost its end: ours says within its first bytes
+that a manifest follows, and torch's ends with STOP.
+
+`decode` vouches for every byte but the pickle's, which it does not look at; `verify_pickle` does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isal.isal_zlib import crc32
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.catalog_checks import check_catalog
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.unpickle import read_metadata
+from pytest_dcp.errors import CheckpointCorruptError
+
+MAGIC = b"\x89DCPend\n"
+"""As PNG's: not text, and damaged by whatever changes line ends."""
+FORMAT_VERSION = 1
+_BODY = struct.Struct("<8sIIQQQI")
+_CRC = struct.Struct("<I")
+_TRAILER_BYTES = _BODY.size + _CRC.size
+_ALIGNMENT = 64
+"""Columns then start at multiples of 8 in memory when the file is mapped."""
+_STOP = ord(".")
+
+FileBytes = bytes | bytearray | memoryview | mmap.mmap
+
+
+@dataclass(frozen=True, slots=True)
+class _Trailer:
+    manifest_crc: int
+    manifest_start: int
+    manifest_length: int
+    pickle_length: int
+    pickle_crc: int
+
+    def packed(self) -> bytes:
+        body = _BODY.pack(
+            *(MAGIC, FORMAT_VERSION, self.manifest_crc, self.manifest_start),
+            *(self.manifest_length, self.pickle_length, self.pickle_crc),
+        )
+        return body + _CRC.pack(crc32(body))
+
+
+def encode(catalog: Catalog) -> list[bytes]:
+    """The file's bytes, to be written one after the other."""
+    columns = manifest.encode(catalog)
+    stock = pickled(catalog)
+    gap = bytes(-len(stock) % _ALIGNMENT)
+    trailer = _Trailer(
+        manifest_crc=crc32(columns),
+        manifest_start=len(stock) + len(gap),
+        manifest_length=len(columns),
+        pickle_length=len(stock),
+        pickle_crc=crc32(stock),
+    )
+    return [stock, gap, columns, trailer.packed()]
+
+
+def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
+    """The catalog of a `.metadata` file, of this engine or of torch.
+
+    Its arrays are read-only views of `data` where the file has a manifest.
+
+    Raises:
+        CheckpointCorruptError: the file is damaged, cut off, or holds what no checkpoint does.
+    """
+    view = memoryview(data)
+    trailer = _trailer(view)
+    if trailer is None:
+        return _decode_torchs(view)
+    start = trailer.manifest_start
+    part = view[start : start + trailer.manifest_length]
+    _check_crc("the manifest", part, trailer.manifest_crc, start)
+    try:
+        return manifest.decode(part, lambda: _checked_pickle(view, trailer), limit)
+    except CheckpointCorruptError as error:
+        raise error.at(offset=start) from None
+
+
+def read(
+    get: Callable[[int, int], memoryview],
+    size: int,
+    stored_bytes: int | None = None,
+    limit: MemoryLimit = DEFAULT_LIMIT,
+) -> Catalog:
+    """The catalog of a `.metadata` file of `size` bytes, of which `get(offset, nbytes)` gives some.
+
+    As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for. Memory
+    is taken only within `limit`. stored_bytes: what the file occupies on its disk; None: its size.
+    """
+    stored = size if stored_bytes is None else stored_bytes
+    at = size - _TRAILER_BYTES
+    tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
+    if tail[: len(MAGIC)] != MAGIC:
+        # Before memory is taken for it: a sparse file of any size takes no room on a disk.
+        _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
+        limit.check("a pickle", size, stored)
+        return decode(get(0, size), limit)
+    trailer = _trailer_of(tail, at)
+    start, length = trailer.manifest_start, trailer.pickle_length
+    _check_parts(trailer, at)
+    limit.check("a pickle and a manifest", size, stored)
+    _check_gap(get(length, start - length), length)
+    part = get(start, trailer.manifest_length)
+    _check_crc("the manifest", part, trailer.manifest_crc, start)
+    try:
+        return manifest.decode(part, lambda: _checked_pickle(get(0, length), trailer), limit)
+    except CheckpointCorruptError as error:
+        raise error.at(offset=start) from None
+
+
+def verify_pickle(data: FileBytes) -> None:
+    """Nothing, once the pickle that torch reads is what was written.
+
+    A file of torch has no sum for it.
+
+    Raises:
+        CheckpointCorruptError: it is not, or the trailer that says so is damaged.
+    """
+    view = memoryview(data)
+    trailer = _trailer(view)
+    if trailer is not None:
+        _check_crc("the pickle", view[: trailer.pickle_length], trailer.pickle_crc, 0)
+
+
+def _checked_pickle(view: memoryview, trailer: _Trailer) -> Metadata:
+    part = view[: trailer.pickle_length]
+    _check_crc("the pickle", part, trailer.pickle_crc, 0)
+    return read_metadata(part)
+
+
+def _decode_torchs(view: memoryview) -> Catalog:
+    with collector_paused():
+        metadata = read_metadata(view, to_the_end=True)
+        _check_dimensions(metadata)
+        try:
+            catalog = Catalog.of(metadata)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise CheckpointCorruptError(
+                f"expected chunks and places that fit together in torch's metadata, got "
+                f"{error!r:.200}"
+            ) from error
+        # Its objects end here, a million of them, before the collector looks again.
+        del metadata
+    check_catalog(catalog)
+    return catalog
+
+
+def _check_dimensions(metadata: Metadata) -> None:
+    """Nothing, once chunks have their tensor's number of dimensions: columns cannot tell later."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            for chunk in entry.chunks:
+                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+                    raise CheckpointCorruptError(
+                        f"expected chunks of {len(entry.size)} dimensions, got offset "
+                        f"{tuple(chunk.offsets)} and shape {tuple(chunk.sizes)}",
+                        entry=fqn,
+                    )
+
+
+def _trailer(view: memoryview) -> _Trailer | None:
+    """The trailer, or None for a file of torch."""
+    at = len(view) - _TRAILER_BYTES
+    if at < 0 or view[at : at + len(MAGIC)] != MAGIC:
+        _check_torchs(view)
+        return None
+    trailer = _trailer_of(view[at:], at)
+    _check_parts(trailer, at)
+    length, start = trailer.pickle_length, trailer.manifest_start
+    _check_gap(view[length:start], length)
+    return trailer
+
+
+def _trailer_of(tail: memoryview, at: int) -> _Trailer:
+    """The trailer in the file's last bytes, which begin at `at`."""
+    body = tail[: _BODY.size]
+    _check_crc("the trailer", body, _CRC.unpack_from(tail, _BODY.size)[0], at)
+    _, version, *numbers = _BODY.unpack(body)
+    if version != FORMAT_VERSION:
+        raise CheckpointCorruptError(
+            f"expected format version {FORMAT_VERSION}, got {version}: read it with the version of "
+            "pytest-dcp that wrote it, or remove the file's end from the manifest on",
+            offset=at,
+        )
+    return _Trailer(*numbers)
+
+
+def _check_parts(trailer: _Trailer, at: int) -> None:
+    """Pickle, zeros, manifest and trailer are the whole file."""
+    length, start = trailer.pickle_length, trailer.manifest_start
+    follow = start == length + -length % _ALIGNMENT and start + trailer.manifest_length == at
+    if not follow or start > at:
+        raise CheckpointCorruptError(
+            f"expected a pickle, zeros and a manifest that end at {at}, got a pickle of {length} "
+            f"bytes and a manifest of {trailer.manifest_length} at {start}",
+            offset=at,
+        )
+
+
+def _check_gap(gap: memoryview, start: int) -> None:
+    if any(gap):
+        raise CheckpointCorruptError("expected zeros between pickle and manifest", offset=start)
+
+
+def _check_torchs(view: memoryview) -> None:
+    if MARK_OF_OURS in bytes(view[:MARK_WITHIN]):
+        raise CheckpointCorruptError(
+            "expected a trailer at the file's end, since a manifest follows the pickle, got none: "
+            "the file was cut off or its end is damaged",
+            offset=len(view),
+        )
+    if not len(view) or view[-1] != _STOP:
+        raise CheckpointCorruptError(
+            f"expected a .metadata file that ends with a pickle's STOP, got {bytes(view[-1:])!r}: "
+            "the file was cut off or damaged",
+            offset=max(len(view) - 1, 0),
+        )
+
+
+def _check_crc(what: str, part: memoryview, expected: int, start: int) -> None:
+    got = crc32(part)
+    if got != expected:
+        raise CheckpointCorruptError(
+            f"expected CRC-32 {expected:#010x} of {what} ({len(part)} bytes), got {got:#010x}: the "
+            "file is damaged",
+            offset=start,
+        )

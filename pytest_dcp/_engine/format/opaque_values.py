@@ -1,0 +1,227 @@
+"""The entry of a wrapper subclass or a quantised tensor -> into the tensor that is loaded to.
+
+Nothing of the checkpoint's classes is imported or run: the target says by `__tensor_flatten__`
+which inner tensors it has, and each gets the values that the entry has for it. What else the entry
+says of the tensor must be what the target says. First everything is compared, for which the bytes
+of the tensors are not needed, then everything is made, then copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pytest_dcp._engine.format.entry import records_of
+from pytest_dcp._engine.format.wrapper_attributes import require_same_attributes
+from pytest_dcp._engine.plan.opaque import STORED_DTYPES
+from pytest_dcp._engine.unpickle import TensorPickle, UnknownGlobalError
+from pytest_dcp._engine.unpickle.opaque_tensors import (
+    OpaquePickle,
+    OpaqueWrapper,
+    QuantisedPickle,
+    read_opaque_pickle,
+)
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
+
+Storage = Callable[[str], bytes | memoryview]
+"""The bytes of a storage, by its key."""
+Stored = TensorPickle | QuantisedPickle
+Copy = tuple[torch.Tensor, Stored]
+"""Where to, and what."""
+
+
+def prepare_opaque(
+    fqn: str, target: torch.Tensor, entry: bytes | memoryview
+) -> Callable[[], torch.Tensor]:
+    """What gives the opaque tensor with the values of an entry, which was found to fit.
+
+    A new tensor where the target is quantised and has no scales yet, as an empty tensor of such a
+    dtype: it cannot be given any. Raises CheckpointMismatchError, naming the key, where the entry
+    holds another kind of tensor; CheckpointCorruptError where it is damaged, which may come to
+    light only when the values are made.
+    """
+    try:
+        stored, storage = _opened(entry)
+        if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
+            return lambda: _tensor(stored, storage)
+        copies = _copies(fqn, target, stored, same_class=True)
+    except CheckpointCorruptError as error:
+        raise error.at(entry=fqn) from error
+
+    def put() -> torch.Tensor:
+        try:
+            _copy(copies, storage)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=fqn) from error
+        return target
+
+    return put
+
+
+def check_wrapper(fqn: str, target: torch.Tensor, stored: OpaqueWrapper) -> list[Copy]:
+    """What is to be copied into which tensor within the target, of a wrapper that torch wrote.
+
+    The target may be of another class, if the tensors within it have the same names. Raises
+    CheckpointMismatchError, naming the key, where what is stored does not fit.
+    """
+    return _copies(fqn, target, stored, same_class=False)
+
+
+def fill_wrapper(copies: Sequence[Copy], entry: bytes | memoryview) -> None:
+    """Copy the tensors of a whole entry to where `check_wrapper` found that they belong.
+
+    Raises CheckpointCorruptError, before anything is copied, for a damaged entry.
+    """
+    read = records_of(entry)
+    _copy(copies, lambda key: read(f"data/{key}"))
+
+
+def _copy(copies: Sequence[Copy], storage: Storage) -> None:
+    values = [(target, _tensor(stored, storage)) for target, stored in copies]
+    with torch.no_grad():
+        for target, value in values:
+            target.copy_(value)
+
+
+def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
+    """The quantised tensor of an entry; None where it holds something else.
+
+    Raises CheckpointCorruptError for a damaged one.
+    """
+    try:
+        stored, storage = _opened(entry)
+    except UnknownGlobalError:
+        return None
+    return _tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
+
+
+def wrapper_in(entry: bytes | memoryview) -> str | None:
+    """The class and size of the wrapper subclass of an entry, in words; None for anything else."""
+    try:
+        stored, _ = _opened(entry)
+    except CheckpointCorruptError:
+        return None
+    if not isinstance(stored, OpaqueWrapper):
+        return None
+    return f"a {stored.kind} of size {tuple(stored.shape)}"
+
+
+def _opened(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
+    """What an entry says of its tensor, and what gives the bytes of a storage by its key."""
+    read = records_of(entry)
+    stored = read_opaque_pickle(read("data.pkl"))
+    return stored, lambda key: read(f"data/{key}")
+
+
+def _lacks_scales(target: torch.Tensor) -> bool:
+    if not target.is_quantized:
+        return False
+    try:
+        target.qscheme()
+    except RuntimeError:  # What torch says of one whose quantiser is unknown.
+        return True
+    return False
+
+
+def _copies(fqn: str, target: Any, stored: OpaquePickle, *, same_class: bool) -> list[Copy]:
+    """What has to be copied where."""
+    if isinstance(stored, OpaqueWrapper):
+        return _inner_copies(fqn, target, stored, same_class=same_class)
+    data = stored if isinstance(stored, TensorPickle) else stored.data
+    if is_traceable_wrapper_subclass(target) or tuple(target.shape) != data.shape:
+        raise _mismatch(fqn, f"a tensor of size {data.shape}", _told(target))
+    floats = data.dtype.is_floating_point and target.dtype.is_floating_point
+    if data.dtype != target.dtype and not floats:
+        raise _mismatch(fqn, f"{data.dtype}", f"{target.dtype}")
+    if isinstance(stored, QuantisedPickle):
+        _scales_of(stored)
+        if stored.scheme != target.qscheme():
+            raise _mismatch(fqn, f"{stored.scheme}", f"{target.qscheme()}")
+    return [(target, stored)]
+
+
+def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: bool) -> list[Copy]:
+    names = target.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(target) else ()
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    other = stored.kind != kind if same_class else not names
+    if other or tuple(target.shape) != stored.shape:
+        there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
+        raise _mismatch(fqn, there, _told(target))
+    for name in stored.inner().keys() - set(names):
+        # Kept by the class beside those that count, or else lost.
+        if not isinstance(getattr(target, name, None), torch.Tensor):
+            raise _mismatch(f"{fqn}.{name}", "a tensor", "no tensor of this name")
+    copies: list[Copy] = []
+    for name in names:
+        part = stored.state.get(name)
+        if not isinstance(part, OpaquePickle):
+            raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _told(target))
+        inner = getattr(target, name)
+        copies += _copies(f"{fqn}.{name}", inner, part, same_class=same_class)
+    require_same_attributes(fqn, target, stored.state, names)
+    return copies
+
+
+def _tensor(stored: Stored, storage: Storage) -> torch.Tensor:
+    if isinstance(stored, TensorPickle):
+        return _plain(stored, storage, stored.dtype)
+    scales, zeros, *axis = _scales_of(stored)
+    whole = _plain(stored.data, storage, _integers_of(stored.data.dtype)).contiguous()
+    if not axis:
+        return torch._make_per_tensor_quantized_tensor(whole, scales, zeros)
+    of_scales = _plain(scales, storage, scales.dtype)
+    of_zeros = _plain(zeros, storage, zeros.dtype)
+    return torch._make_per_channel_quantized_tensor(whole, of_scales, of_zeros, *axis)
+
+
+def _scales_of(stored: QuantisedPickle) -> tuple[Any, ...]:
+    """Scale and zero point; or, by channel, TensorPickles of them, and the axis."""
+    shape = stored.data.shape
+    match stored.scheme, stored.parameters:
+        case torch.per_tensor_affine, (float(), int()):
+            return stored.parameters
+        case (
+            torch.per_channel_affine | torch.per_channel_affine_float_qparams,
+            (TensorPickle() as scales, TensorPickle() as zeros, int(axis)),
+        ):
+            sizes = {scales.shape, zeros.shape, shape[axis : axis + 1]}
+            if 0 <= axis < len(shape) and len(sizes) == 1:
+                return stored.parameters
+    raise CheckpointCorruptError(
+        f"expected scales that belong to a quantised tensor of size {shape}, got "
+        f"{stored.scheme} with {stored.parameters!r:.200}"
+    )
+
+
+def _integers_of(dtype: torch.dtype) -> torch.dtype:
+    integers = {torch.quint8: torch.uint8, torch.qint8: torch.int8, torch.qint32: torch.int32}
+    if dtype not in integers:
+        raise CheckpointCorruptError(f"expected a quantised dtype of whole bytes, got {dtype}")
+    return integers[dtype]
+
+
+def _plain(stored: TensorPickle, storage: Storage, dtype: torch.dtype) -> torch.Tensor:
+    data = storage(stored.storage_key)
+    if len(data) != stored.storage_nbytes:
+        raise CheckpointCorruptError(
+            f"expected a storage of {stored.storage_nbytes} bytes, got one of {len(data)}"
+        )
+    if dtype not in STORED_DTYPES:
+        raise CheckpointCorruptError(f"expected a dtype of plain elements, got {dtype}")
+    usable = len(data) // dtype.itemsize * dtype.itemsize
+    flat = torch.from_numpy(np.frombuffer(data, np.uint8)[:usable].copy()).view(dtype)
+    return flat.as_strided(stored.shape, stored.stride, stored.storage_offset)
+
+
+def _told(target: Any) -> str:
+    return f"a {type(target).__name__} of size {tuple(target.shape)}"
+
+
+def _mismatch(fqn: str, there: str, here: str) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        f"{fqn!r} is {there} in the checkpoint, and {here} here", mismatched=(fqn,)
+    )

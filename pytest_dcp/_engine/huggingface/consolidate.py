@@ -1,0 +1,165 @@
+"""A sharded checkpoint -> files of full tensors, with bounded memory.
+
+Every full tensor is cut into slabs that are runs of its file. Slabs are gathered into batches; a
+batch is read from the shards, in the order of their files and checked, and written in one go. What
+is held is `BATCH_BYTES` for each thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.io.copy_plan import copies, slabs
+from pytest_dcp._engine.io.disk import Disk, Out
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
+from pytest_dcp._engine.io.tensor_memory import memory_of
+from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.write_safetensors import StoredTensor, encode, placed
+from pytest_dcp._engine.plan.boxes import padded, strides_of
+from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp._engine.plan.describe import Wanted
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.load import read_items
+
+BATCH_BYTES = 32 << 20
+"""Large enough that a read and a write of it cost more than their calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A box of a full tensor that is one run of its bytes."""
+
+    fqn: str
+    dtype: torch.dtype
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its data."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A sharded checkpoint on a disk."""
+
+    disk: Disk
+    folder: Any
+    catalog: Catalog
+
+    def read(self, wanted: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
+        """The slabs' values, in their order."""
+        index = self.catalog.index
+        rank = index.size.shape[1]
+        boxes = Wanted(
+            fqns=tuple(slab.fqn for slab in wanted),
+            ndim=np.array([len(slab.shape) for slab in wanted], dtype=np.int16),
+            offset=padded([slab.offset for slab in wanted], rank, 0),
+            shape=padded([slab.shape for slab in wanted], rank, 1),
+            nth=np.arange(len(wanted), dtype=np.int64),
+        )
+        items = read_items(boxes, index)
+        tensors = [torch.empty(slab.shape, dtype=slab.dtype) for slab in wanted]
+        if not len(items):
+            return tensors
+        rows = np.arange(len(items), dtype=np.int64)
+        nth = items.wanted_hint.tolist()
+        found = copies(items, rows, index, lambda row: tensors[nth[row]], {})
+        read_copies(self.disk, self.folder, self.catalog, items, found, ReadSettings(), observer)
+        return tensors
+
+
+def consolidate(
+    shards: Shards,
+    folder: Any,
+    files: Mapping[str, Sequence[str]],
+    metadata: Mapping[str, str],
+    *,
+    threads: int = 1,
+    sync: bool = True,
+) -> int:
+    """Bytes of all tensors; the files are whole.
+
+    files: the names of the files to write into `folder`, and the tensors of each. metadata: what
+    each says under `__metadata__`.
+
+    Raises CheckpointCorruptError where the shards do not make a tensor whole.
+    """
+
+    def job(name: str, fqns: Sequence[str]) -> Callable[[Stop], int]:
+        return lambda stop: _write(shards, folder, name, fqns, metadata, stop, sync=sync)
+
+    return sum(run_all([job(*file) for file in files.items()], threads))
+
+
+def _write(
+    shards: Shards,
+    folder: Any,
+    name: str,
+    fqns: Sequence[str],
+    metadata: Mapping[str, str],
+    stop: Stop,
+    *,
+    sync: bool,
+) -> int:
+    tensors = full_tensors(shards.catalog.index, fqns)
+    with shards.disk.create(folder, name) as out:
+        out.write([encode(tensors, metadata)])
+        for batch in _batches(tensors):
+            stop.check()
+            _put(out, shards.read(batch, Observer("load")))
+        if sync:
+            out.sync()
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _put(out: Out, tensors: Sequence[torch.Tensor]) -> None:
+    out.write([memory_of(tensor) for tensor in tensors])
+
+
+def full_tensors(index: Index, fqns: Sequence[str]) -> list[StoredTensor]:
+    """The tensors as one file holds them: wide elements first, so that all are aligned."""
+    rows = [index.row_of[fqn] for fqn in fqns]
+    kinds = [
+        (
+            index.fqns[row],
+            index.properties[index.property_of[row]].dtype,
+            tuple(size_of(index.size[row], int(index.ndim[row]))),
+        )
+        for row in rows
+    ]
+    return placed(sorted(kinds, key=lambda kind: -kind[1].itemsize))
+
+
+def _batches(tensors: Sequence[StoredTensor]) -> Iterator[list[Slab]]:
+    batch: list[Slab] = []
+    held = 0
+    for tensor in tensors:
+        for slab in slabs_of(tensor, BATCH_BYTES):
+            if batch and held + slab.nbytes > BATCH_BYTES:
+                yield batch
+                batch, held = [], 0
+            batch.append(slab)
+            held += slab.nbytes
+    if batch:
+        yield batch
+
+
+def slabs_of(tensor: StoredTensor, limit: int) -> list[Slab]:
+    """The tensor in runs of at most `limit` bytes, in the order of its data; none when empty."""
+    if not tensor.nbytes:
+        return []
+    shape = np.array([tensor.shape], dtype=np.int64).reshape(1, len(tensor.shape))
+    stride = strides_of(shape)[0] * tensor.dtype.itemsize
+    return [
+        Slab(tensor.name, tensor.dtype, tuple(offset.tolist()), tuple(part.tolist()))
+        for offset, part in slabs(shape[0], stride, tensor.dtype.itemsize, limit)
+    ]

@@ -1,0 +1,1 @@
+"""Disks, reading and writing, and how a save is committed."""

@@ -1,0 +1,227 @@
+"""Ranges of entries' data, read and checked.
+
+A range is checked by the blocks that it covers whole: the checksum before the first and the one
+after the last are in the catalog. Its ragged ends belong to blocks of which the rest is not
+wanted; that rest is read as well where it is little (beside the range, or because the whole chunk
+is one block), or always for `full`.
+
+Files of checkpoints that have checksums are written once under names of their own, so windows of
+them may be mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from isal.isal_zlib import crc32
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.io.disk import In
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.threads import Stop
+from pytest_dcp.errors import CheckpointCorruptError
+
+Verify = Literal["auto", "full", "off"]
+
+PIECE_BYTES = 1 << 20
+"""What is read and hashed at a time: the second reads it from the processor's cache."""
+EXTEND_FROM_BYTES = 16 << 20
+"""From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
+64 KiB on average, 0.4 % of it."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of data so far."""
+
+    read: int = 0
+    verified: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Count another's as well."""
+        self.read += other.read
+        self.verified += other.verified
+
+
+class RangeReader:
+    """Reads ranges of the entries of one open file. For one thread."""
+
+    def __init__(
+        self, file: In, name: str, catalog: Catalog, verify: Verify, observer: Observer, stop: Stop
+    ) -> None:
+        self.file = file
+        self.name = name
+        self.catalog = catalog
+        self.verify = verify
+        self.observer = observer
+        self.stop = stop
+        self.tally = Tally()
+        self._carry: tuple[int, int, int] | None = None
+        """Of the last range, where it ended inside a block whose beginning it had: entry, end, sum
+        up to there."""
+
+    def read(self, entry: int, low: int, view: memoryview) -> None:
+        """Fill the view from byte `low` of the entry's data, all of which is wanted.
+
+        Raises CheckpointCorruptError where the file is too short or a checksum differs.
+        """
+        self.fetch(entry, low, view)
+        self.observer.advance(len(view))
+
+    def fetch(self, entry: int, low: int, view: memoryview) -> None:
+        """As `read`, of bytes that may be wanted in part: progress is the caller's to tell."""
+        places = self.catalog.places
+        nbytes = int(places.data_nbytes[entry])
+        if len(view) == nbytes <= places.block_bytes and self._checks(entry):
+            # Most small tensors: one block, one sum, one read.
+            self.raw(entry, 0, view)
+            if crc32(view) != places.sums[places.first_sum[entry]]:
+                self.fail(entry, 0, "the checksum differs")
+            self.tally.verified += nbytes
+        else:
+            self._take(entry, low, len(view), self._filled(entry, low, view))
+
+    def check(self, entry: int, low: int, window: memoryview) -> None:
+        """Check a window of the entry's data, from byte `low`, as if it had been read."""
+        self._take(entry, low, len(window), _cut(low, window))
+        self.tally.read += len(window)
+
+    def window(self, entry: int, low: int, nbytes: int) -> memoryview | None:
+        """Bytes of the entry's data as memory, not checked; None where they must be read."""
+        if not self.maps(entry):
+            return None
+        return self.file.window(int(self.catalog.places.data_start[entry]) + low, nbytes)
+
+    def maps(self, entry: int) -> bool:
+        """Whether windows of this entry can be had: it was written once, under a name of its own,
+        and nobody cuts it short."""
+        return self.file.maps and self._has_sums(entry)
+
+    def raw(self, entry: int, low: int, view: memoryview) -> None:
+        """Fill the view without a check."""
+        got = self.file.read_into(int(self.catalog.places.data_start[entry]) + low, view)
+        if got != len(view):
+            self.fail(entry, low + got, f"the file ends here, {len(view) - got} bytes early")
+        self.tally.read += got
+
+    def rows(self, entry: int, lows: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Fill each view from its byte of the entry's data, without a check."""
+        start = int(self.catalog.places.data_start[entry])
+        got = self.file.read_rows([start + low for low in lows], views)
+        if got != sum(map(len, views)):
+            self.fail(entry, self.file.size - start, "the file ends here, too early")
+        self.tally.read += got
+
+    def fail(self, entry: int, low: int, reason: str) -> None:
+        """Raise CheckpointCorruptError naming file, entry and the offset in the file."""
+        index = self.catalog.index
+        raise CheckpointCorruptError(
+            reason,
+            file=self.name,
+            entry=index.fqns[index.key_of[entry]],
+            offset=int(self.catalog.places.data_start[entry]) + low,
+        )
+
+    def _has_sums(self, entry: int) -> bool:
+        first: Any = self.catalog.places.first_sum
+        return bool(first[entry + 1] > first[entry])
+
+    def _checks(self, entry: int) -> bool:
+        return self.verify != "off" and self._has_sums(entry)
+
+    def _filled(self, entry: int, low: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Fill the view piece by piece: where each begins in the entry's data, and the piece."""
+        for at in range(0, len(view), PIECE_BYTES):
+            piece = view[at : at + PIECE_BYTES]
+            self.raw(entry, low + at, piece)
+            yield low + at, piece
+
+    def _take(
+        self, entry: int, low: int, nbytes: int, pieces: Iterator[tuple[int, memoryview]]
+    ) -> None:
+        """Go through the pieces, which come when they are filled, and check them."""
+        have = int(self.catalog.places.data_nbytes[entry])
+        if low + nbytes > have:
+            self.fail(entry, low, f"asks for bytes past the data, which has {have}")
+        if self._checks(entry):
+            self._checked(entry, low, low + nbytes, pieces)
+            return
+        for _ in pieces:
+            self.stop.check()
+
+    def _checked(
+        self, entry: int, low: int, high: int, pieces: Iterator[tuple[int, memoryview]]
+    ) -> None:
+        """Check every block that the pieces, and what was read just before, make whole.
+
+        Sums run on: the state at `start` and the one at `end` check all blocks between.
+        """
+        places = self.catalog.places
+        block, nbytes = places.block_bytes, int(places.data_nbytes[entry])
+        one_block = nbytes <= block
+        extend = self.verify == "full" or one_block or high - low >= EXTEND_FROM_BYTES
+        crc, start, carried = self._begin(entry, low, extend)
+        last = -(-high // block) if extend or high == nbytes else high // block
+        end = min(last * block, nbytes)
+        whole = rest = crc
+        for begin, piece in pieces:
+            self.stop.check()
+            until = begin + len(piece)
+            if begin < end:
+                whole = rest = _summed(piece, begin, max(begin, start), min(until, end), whole)
+            # What follows the last whole block, for whoever reads on from there.
+            rest = _summed(piece, begin, max(begin, start, end), until, rest)
+        if end > high:
+            whole = crc32(self._extra(entry, high, end), whole)
+        if start < end:
+            if whole != self._sum(entry, last - 1):
+                self._find_damage(entry, start // block, last, nbytes)
+            self.tally.verified += min(end, high) - max(start, low) + carried
+        self._carry = (entry, high, rest) if end < high and start <= high else None
+
+    def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int, int]:
+        """The running checksum, where it goes on from, at or after `low`, and the bytes before
+        `low` that it stands for: those that the last range had read and could not check alone."""
+        block = self.catalog.places.block_bytes
+        first, inside = divmod(low, block)
+        if self._carry is not None and self._carry[:2] == (entry, low):
+            return self._carry[2], low, inside
+        if not inside:
+            return self._sum(entry, first - 1), low, 0
+        if extend:
+            before = self._extra(entry, first * block, low)
+            return crc32(before, self._sum(entry, first - 1)), low, 0
+        return self._sum(entry, first), (first + 1) * block, 0
+
+    def _sum(self, entry: int, block: int) -> int:
+        """The running checksum after a block; 0 before the first."""
+        if block < 0:
+            return 0
+        return int(self.catalog.places.sums[self.catalog.places.first_sum[entry] + block])
+
+    def _extra(self, entry: int, low: int, high: int) -> memoryview:
+        view = memoryview(bytearray(high - low))
+        self.raw(entry, low, view)
+        return view
+
+    def _find_damage(self, entry: int, first: int, last: int, nbytes: int) -> None:
+        """Raise for the first block that is not as it was written."""
+        size = self.catalog.places.block_bytes
+        for block in range(first, last):
+            data = self._extra(entry, block * size, min((block + 1) * size, nbytes))
+            if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):
+                self.fail(entry, block * size, "the checksum of the block that starts here differs")
+        self.fail(entry, first * size, "the checksum differed once and not when read again")
+
+
+def _cut(low: int, window: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The window in pieces, and where each begins in the entry's data."""
+    for at in range(0, len(window), PIECE_BYTES):
+        yield low + at, window[at : at + PIECE_BYTES]
+
+
+def _summed(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:
+    """The checksum run on over the bytes `low` to `high` of a piece that begins at `begin`."""
+    return crc32(piece[low - begin : high - begin], crc) if low < high else crc

@@ -1,0 +1,220 @@
+"""Read items -> copies between a file and memory, as columns. Pure (no I/O).
+
+A stored chunk is row-major, so a box of it is a number of equal runs. Where runs follow each other
+in the file and in the target without gaps, on the CPU and in one dtype, the box is one copy from
+the file into the target's memory. Any other box is *strided*: it is read by runs or by spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, padded, strides_of, volumes, widened
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.shards import require_memory
+from pytest_dcp.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """n boxes to copy, one row each."""
+
+    row: Ints
+    """Of the read items."""
+    entry: Ints
+    """Of the catalog: which stored chunk."""
+    shape: Ints
+    """(n, k) of the box."""
+    from_stride: Ints
+    """(n, k) bytes between neighbours in the file."""
+    from_start: Ints
+    """Bytes from the start of the chunk's data to the box's first element."""
+    to_stride: Ints
+    """(n, k) bytes between neighbours in the target."""
+    address: Ints
+    """Of the box's first element in the target's memory; 0 where it is not in CPU memory."""
+    nbytes: Ints
+    """Of the box, as stored."""
+    flat: NDArray[np.bool_]
+    """Whether the box is one run in the file and in memory, of one dtype."""
+    target: Sequence[torch.Tensor]
+    """The tensor that each box is a part of."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+class _Memory:
+    """The targets' own memory, asked for all of it at once: there are thousands, and to come back
+    to a tensor is to fetch it from far away again."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Sequence[int]] = []
+        self.strides: list[Sequence[int]] = []
+        """In elements."""
+        self.dtypes: list[torch.dtype] = []
+        self.plain: list[bool] = []
+        """Whether it is the CPU's, and the values are there as they are."""
+        self.addresses: list[int] = []
+        """0 where it is not plain."""
+
+    def add(self, tensor: torch.Tensor) -> None:
+        plain = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+        self.shapes.append(tensor.shape)
+        self.strides.append(tensor.stride())
+        self.dtypes.append(tensor.dtype)
+        self.plain.append(plain)
+        self.addresses.append(tensor.data_ptr() if plain else 0)
+
+
+def copies(
+    items: ReadItems,
+    rows: Ints,
+    index: Index,
+    target: Callable[[int], torch.Tensor],
+    odd_strides: Mapping[int, Sequence[int]],
+) -> Copies:
+    """The copies for these rows of the items; `target` gives the whole wanted box of a row.
+
+    odd_strides: bytes between neighbours of the chunks that are not stored row-major.
+    """
+    width = items.shape.shape[1]
+    fqns = items.fqns
+    # All of them before any address: to ask for one may move another's memory.
+    tensors = [target(row) for row in rows.tolist()]
+    memory = _Memory()
+    for row, tensor in zip(rows.tolist(), tensors, strict=True):
+        memory.add(require_memory(fqns[row], tensor))
+    entry, shape = items.entry[rows], items.shape[rows]
+    dtypes = [p.dtype for p in index.properties]
+    itemsize = index.itemsize[index.key_of[entry]]
+    stored_shape = widened(index.shape[entry][:, :width], width, 1)
+    _check_inside(items, rows, stored_shape, padded(memory.shapes, width, 1))
+    from_stride = strides_of(stored_shape) * itemsize[:, None]
+    for n, odd in _odd(entry, odd_strides):
+        from_stride[n, : len(odd)] = odd
+    to_stride = padded(memory.strides, width, 0)
+    address, plain = np.array(memory.addresses, dtype=np.int64), np.array(memory.plain, dtype=bool)
+    _check_apart(items, rows, shape, to_stride)
+    to_stride = to_stride * itemsize[:, None]
+    stored = [dtypes[n] for n in index.property_of[index.key_of[entry]].tolist()]
+    same = np.array([a == b for a, b in zip(stored, memory.dtypes, strict=True)], dtype=bool)
+    flat = plain & same & _row_major(shape, from_stride, itemsize)
+    flat &= _row_major(shape, to_stride, itemsize)
+    moved = address + (items.to_offset[rows] * to_stride).sum(axis=1, dtype=np.int64)
+    return Copies(
+        row=rows,
+        entry=entry,
+        shape=shape,
+        from_stride=from_stride,
+        from_start=(items.from_offset[rows] * from_stride).sum(axis=1, dtype=np.int64),
+        to_stride=to_stride,
+        address=np.where(plain & same, moved, 0),
+        nbytes=volumes(shape) * itemsize,
+        flat=flat,
+        target=tensors,
+    )
+
+
+def _odd(
+    entry: Ints, odd_strides: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, Sequence[int]]]:
+    if odd_strides:
+        for n, row in enumerate(entry.tolist()):
+            if row in odd_strides:
+                yield n, odd_strides[row]
+
+
+def _check_inside(items: ReadItems, rows: Ints, stored: Ints, room: Ints) -> None:
+    """Raise PlanError unless every box lies in its stored chunk and in its target.
+
+    Plans of any planner come here, and what they say is written to memory unseen.
+    """
+    shape = items.shape[rows]
+    bad = out_of_bounds(items.from_offset[rows], shape, stored)
+    bad |= out_of_bounds(items.to_offset[rows], shape, room)
+    for n in np.flatnonzero(bad)[:1].tolist():
+        raise PlanError(
+            f"the plan for {items.fqns[rows[n]]!r} copies shape {shape[n].tolist()} from offset "
+            f"{items.from_offset[rows[n]].tolist()} of a stored chunk of {stored[n].tolist()} to "
+            f"offset {items.to_offset[rows[n]].tolist()} of a target of {room[n].tolist()}"
+        )
+
+
+def _check_apart(items: ReadItems, rows: Ints, shape: Ints, to_stride: Ints) -> None:
+    """Raise PlanError for an expanded target, whose elements share their memory."""
+    shared = ((to_stride == 0) & (shape > 1)).any(axis=1)
+    for n in np.flatnonzero(shared)[:1].tolist():
+        raise PlanError(
+            f"{items.fqns[rows[n]]!r} is expanded: several of its elements are one place in memory"
+        )
+
+
+def _row_major(shape: Ints, stride: Ints, itemsize: Ints) -> NDArray[np.bool_]:
+    """Whether boxes of these strides (bytes) are one run. A dimension of one has no say."""
+    expected = strides_of(shape) * itemsize[:, None]
+    result: NDArray[np.bool_] = np.all((shape == 1) | (stride == expected), axis=1)
+    return result
+
+
+def runs(shape: Ints, from_stride: Ints, to_stride: Ints, itemsize: int) -> tuple[int, int]:
+    """How many inner dimensions of one box form a run in both places, and the run's bytes."""
+    nbytes = itemsize
+    inner = 0
+    for dim in range(len(shape) - 1, -1, -1):
+        alone = shape[dim] == 1
+        if not alone and (from_stride[dim] != nbytes or to_stride[dim] != nbytes):
+            break
+        nbytes *= int(shape[dim])
+        inner += 1
+    return inner, nbytes
+
+
+def starts(shape: Ints, stride: Ints) -> Ints:
+    """Byte offsets of every element of a box of this shape, in row-major order."""
+    offsets = np.zeros(1, dtype=np.int64)
+    for length, step in zip(shape.tolist(), stride.tolist(), strict=True):
+        offsets = (offsets[:, None] + np.arange(length, dtype=np.int64) * step).ravel()
+    return offsets
+
+
+def span_of(shape: Ints, stride: Ints, itemsize: int) -> int:
+    """Bytes from the first byte of a strided box to its last, inclusive."""
+    if not shape.all():
+        return 0
+    return int(((shape - 1) * stride).sum()) + itemsize
+
+
+def slabs(shape: Ints, stride: Ints, itemsize: int, limit: int) -> list[tuple[Ints, Ints]]:
+    """A box cut into boxes that each span at most `limit` bytes: (offset, shape) of each.
+
+    Cut along the outermost dimension that is longer than one, again and again; a single element
+    is never cut.
+    """
+    if span_of(shape, stride, itemsize) <= limit:
+        return [(np.zeros_like(shape), shape)]
+    todo = [(np.zeros_like(shape), shape)]
+    done: list[tuple[Ints, Ints]] = []
+    while todo:
+        offset, part = todo.pop()
+        longer = np.flatnonzero(part > 1)
+        if not len(longer) or span_of(part, stride, itemsize) <= limit:
+            done.append((offset, part))
+            continue
+        dim = int(longer[0])
+        inner = part.copy()
+        inner[dim] = 1
+        room = limit - span_of(inner, stride, itemsize)
+        step = max(1, room // max(int(stride[dim]), 1) + 1) if room > 0 else 1
+        for start in range(0, int(part[dim]), step):
+            piece, at = part.copy(), offset.copy()
+            piece[dim] = min(step, int(part[dim]) - start)
+            at[dim] += start
+            todo.append((at, piece))
+    return sorted(done, key=lambda slab: int((slab[0] * stride).sum()))

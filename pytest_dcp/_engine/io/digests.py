@@ -1,0 +1,185 @@
+"""Sums of tensors and digests of Python values, by which ranks compare their copies.
+
+Equal values have equal digests on every rank and in every process: what is the same object, where
+it lies, in which order a set happens to iterate or a dict was filled plays no part. Values are
+walked as `copy` walks them, by `__reduce_ex__`; what cannot be walked so is not compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import reprlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from isal.isal_zlib import crc32
+
+from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
+from pytest_dcp._engine.plan.replicas import NOT_COMPARED
+from pytest_dcp._engine.plan.shards import PLAIN
+
+PIECE_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16
+"""Of a tensor whose copies differ: blocks are compared first, then the elements of one."""
+OUTLINE_AT_MOST = 1 << 14
+"""Leaves of a value that are compared to find the first difference."""
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes})
+
+
+def sum_of_tensor(tensor: torch.Tensor, start: int, nbytes: int) -> int:
+    """A sum of these bytes of the tensor's row-major data, never `NOT_COMPARED`."""
+    if is_flat(tensor):
+        return crc32(memory_of(tensor)[start : start + nbytes]) + 1
+    crc = 0
+    if start or nbytes < tensor.numel() * tensor.itemsize:
+        width = tensor.itemsize
+        tensor = _elements(tensor.detach(), start // width, (start + nbytes) // width)
+    for piece in pieces(tensor, PIECE_BYTES):
+        crc = crc32(piece, crc)
+    return crc + 1
+
+
+def _elements(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Elements number `first` to `last` - 1 in row-major order, one after the other."""
+    while tensor.dim() > 1:
+        inner = tensor.numel() // tensor.size(0)
+        low, high = first // inner, -(-last // inner)
+        first, last = first - low * inner, last - low * inner
+        if high - low > 1:
+            tensor = tensor[low:high].reshape(-1)
+            break
+        tensor = tensor[low]
+    return tensor.reshape(-1)[first:last]
+
+
+def data_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's values as a flat tensor on the CPU."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    return plain.contiguous().reshape(-1)
+
+
+def block_sums(tensor: torch.Tensor) -> list[int]:
+    """A sum for each block of the tensor's row-major data."""
+    flat = data_of(tensor)
+    return [crc32(piece) for piece in pieces(flat, BLOCK_BYTES)]
+
+
+def digest_of_value(value: Any) -> int:
+    """64 bits that are equal for equal values; `NOT_COMPARED` for what cannot be walked."""
+    try:
+        text = _canonical(value, ())
+    except Exception:  # noqa: BLE001 - any class may fail as it likes; the save itself says so
+        return NOT_COMPARED
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def _canonical(value: Any, above: tuple[int, ...]) -> bytes:
+    """Bytes that say the value; `above` are the ids of the objects that it is in."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return _leaf(value)
+    if id(value) in above:
+        return b"up%d" % (len(above) - above.index(id(value)))
+    within = (*above, id(value))
+    if kind is list or kind is tuple:
+        return _sequence(kind.__name__.encode(), value, within)
+    if kind is dict:
+        pairs = [(_canonical(k, within), _canonical(v, within)) for k, v in value.items()]
+        return _framed(b"dict", [part for pair in sorted(pairs) for part in pair])
+    if kind is set or kind is frozenset:
+        return _framed(b"set", sorted(_canonical(item, within) for item in value))
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if kind is np.ndarray and not value.dtype.hasobject:
+        said = f"{value.dtype.str}{value.dtype.fields}{value.shape}".encode()
+        return _framed(b"array", [said, _hash(np.ascontiguousarray(value).tobytes())])
+    if isinstance(value, type | FunctionType):
+        return f"global {value.__module__}.{value.__qualname__}".encode()
+    return _reduced(value, within)
+
+
+def _leaf(value: Any) -> bytes:
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 4)
+    # Without a memo equal values give equal bytes, whichever of their parts are one object.
+    pickler.fast = True
+    pickler.dump(value)
+    return stream.getvalue()
+
+
+def _sequence(name: bytes, value: Any, within: tuple[int, ...]) -> bytes:
+    if _LEAVES.issuperset(map(type, value)):
+        return _framed(name, [_leaf(value)])
+    return _framed(name, [_canonical(item, within) for item in value])
+
+
+def _tensor(value: torch.Tensor) -> bytes:
+    said = f"{type(value).__qualname__}{value.dtype}{tuple(value.shape)}".encode()
+    if type(value) not in PLAIN or value.layout is not torch.strided or value.is_meta:
+        raise TypeError("a tensor that is not its values alone")
+    return _framed(b"tensor", [said, struct.pack("<q", sum_of_tensor(value, 0, _nbytes(value)))])
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _reduced(value: Any, within: tuple[int, ...]) -> bytes:
+    """The parts that pickle would make the object from again."""
+    reduced = value.__reduce_ex__(4)
+    if isinstance(reduced, str):
+        return f"global {type(value).__module__}.{reduced}".encode()
+    parts = [_canonical(part, within) for part in reduced[:3]]
+    if len(reduced) > 3 and reduced[3] is not None:
+        parts.append(_canonical(list(reduced[3]), within))
+    if len(reduced) > 4 and reduced[4] is not None:
+        items = [(_canonical(k, within), _canonical(v, within)) for k, v in reduced[4]]
+        pairs = items if isinstance(value, OrderedDict) else sorted(items)
+        parts.append(_framed(b"items", [part for pair in pairs for part in pair]))
+    return _framed(b"object", parts)
+
+
+def _framed(name: bytes, parts: list[bytes]) -> bytes:
+    """The parts with their lengths, so that no two lists of parts give the same bytes."""
+    heads = [b"%d:%b" % (len(part), part) for part in parts]
+    return b"%b[%d %b]" % (name, len(parts), b"".join(heads))
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+# ---- for the error
+
+
+def outline(value: Any) -> list[tuple[str, str, int]]:
+    """The first leaves of a value: where each is, what it looks like, its digest."""
+    leaves: list[tuple[str, str, int]] = []
+    for leaf in _leaves(value, ""):
+        leaves.append(leaf)
+        if len(leaves) == OUTLINE_AT_MOST:
+            break
+    return leaves
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, str, int]]:
+    if type(value) in PLAIN and value.layout is torch.strided and value.numel():
+        value = value.detach().cpu().tolist()
+    elif type(value) is np.ndarray and value.size:
+        value = value.tolist()
+    if type(value) in (list, tuple) and value:
+        for at, item in enumerate(value):
+            yield from _leaves(item, f"{where}[{at}]")
+    elif isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{where}[{reprlib.repr(key)}]")
+    else:
+        yield where, reprlib.repr(value), digest_of_value(value)

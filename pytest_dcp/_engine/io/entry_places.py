@@ -1,0 +1,124 @@
+"""Where the data of entries begins, for those whose catalog does not say: torch's own.
+
+One small read an entry: when its bytes are what our own writer would have put before the data,
+the data follows. Otherwise the entry's directory is parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.format.entry_locator import locate, locate_wrapper
+from pytest_dcp._engine.io.disk import Disk, In
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp._engine.plan.opaque import STORED_DTYPES
+from pytest_dcp._engine.unpickle import UnknownGlobalError
+from pytest_dcp._engine.unpickle.opaque_tensors import OpaqueWrapper
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
+)
+
+
+@dataclass(slots=True)
+class Located:
+    """A catalog whose wanted entries all say where their data is."""
+
+    catalog: Catalog
+    odd_strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Bytes between neighbours, of the chunks that are not stored row-major."""
+    wrapped: dict[int, OpaqueWrapper] = field(default_factory=dict)
+    """What is said of the chunks that are stored as wrappers of other tensors: their data are whole
+    entries."""
+
+
+def located(
+    disk: Disk, folder: Any, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
+) -> Located:
+    """The catalog with the places of these chunks filled in; byte values are their whole entry.
+
+    values: chunks that are read as byte values whatever the catalog says of them.
+    """
+    places = catalog.places
+    lost = np.unique(entries[(places.data_start[entries] < 0) & (places.file[entries] >= 0)])
+    if not len(lost):
+        return Located(catalog)
+    found = Located(catalog)
+    data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
+    order = lost[np.lexsort((places.start[lost], places.file[lost]))]
+    for number in np.unique(places.file[order]).tolist():
+        name = places.files[number]
+        try:
+            with disk.open(folder, name) as file:
+                for row in order[places.file[order] == number].tolist():
+                    data_start[row], data_nbytes[row] = _find(
+                        file, catalog, row, found, whole=row in values
+                    )
+        except FileNotFoundError as error:
+            raise CheckpointFileMissingError("the data file is missing", file=name) from error
+    found.catalog = replace(
+        catalog, places=replace(places, data_start=data_start, data_nbytes=data_nbytes)
+    )
+    return found
+
+
+def _find(file: In, catalog: Catalog, row: int, found: Located, *, whole: bool) -> tuple[int, int]:
+    index, places = catalog.index, catalog.places
+    start, length = int(places.start[row]), int(places.length[row])
+    key = int(index.key_of[row])
+    name = places.files[places.file[row]]
+    if start < 0 or start + length > file.size:
+        raise CheckpointCorruptError(
+            f"the entry of {length} bytes leaves the file, which has {file.size}",
+            file=name, entry=index.fqns[key], offset=start,
+        )  # fmt: skip
+    if whole or index.ndim[key] < 0 or row in places.transforms:
+        return start, length
+    dtype = index.properties[index.property_of[key]].dtype
+    shape = tuple(size_of(index.shape[row], int(index.ndim[key])))
+    if dtype not in STORED_DTYPES:
+        raise CheckpointMismatchError(
+            f"{index.fqns[key]!r} is stored as {dtype}, whose elements mean nothing without their "
+            "scales: load it into a tensor of this dtype",
+            mismatched=(index.fqns[key],),
+        )
+    frame = tensor_frame(dtype, shape)
+    if length == frame.length and _bytes(file, start, len(frame.head)) == frame.head:
+        return start + len(frame.head), frame.data_nbytes
+    try:
+        record = locate(_reader(file, start), length)
+    except UnknownGlobalError as error:
+        wrapper = locate_wrapper(_reader(file, start), length)
+        if wrapper is not None and (wrapper.dtype, wrapper.shape) == (dtype, shape):
+            found.wrapped[row] = wrapper
+            return start, length
+        raise error.at(file=name, entry=index.fqns[key], offset=start) from error
+    except CheckpointCorruptError as error:
+        raise error.at(file=name, entry=index.fqns[key], offset=start) from error
+    if record.dtype != dtype or record.shape != shape:
+        raise CheckpointCorruptError(
+            f"the entry holds {record.dtype} of shape {record.shape}, "
+            f"the metadata says {dtype} of shape {shape}",
+            file=name, entry=index.fqns[key], offset=start,
+        )  # fmt: skip
+    width = dtype.itemsize
+    found.odd_strides[row] = tuple(step * width for step in record.stride)
+    skipped = record.storage_offset * width
+    return start + record.data_offset + skipped, record.data_nbytes - skipped
+
+
+def _reader(file: In, start: int) -> Callable[[int, int], bytes]:
+    return lambda offset, nbytes: _bytes(file, start + offset, nbytes)
+
+
+def _bytes(file: In, offset: int, nbytes: int) -> bytes:
+    view = memoryview(bytearray(nbytes))
+    return bytes(view[: file.read_into(offset, view)])

@@ -1,0 +1,325 @@
+"""A load plan -> the planner's targets filled.
+
+First everything that may not fit its target is read and judged, then the targets are filled: a
+load that refuses something leaves no half behind. Tensors are filled in place, many at a time where
+the planner gives its targets outright; a planner with hooks of its own is asked item by item, in
+batches of bounded size. Values go to the planner.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.opaque_values import Copy as WrapperCopy
+from pytest_dcp._engine.format.opaque_values import check_wrapper, fill_wrapper
+from pytest_dcp._engine.io.checked_ranges import Tally
+from pytest_dcp._engine.io.copy_plan import copies
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.entry_places import Located, located
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
+from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
+from pytest_dcp._engine.plan.boxes import Ints, volumes, widened
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.match import together
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+
+BATCH_BYTES = 64 << 20
+"""What a planner with hooks of its own is asked for at a time: it may make a buffer for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a rank's plan took."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    bytes_verified: int = 0
+
+
+def prepare(
+    disk: Disk,
+    folder: Any,
+    catalog: Catalog,
+    items: ReadItems,
+    planner: LoadPlanner,
+    settings: ReadSettings,
+    registry: ExtensionRegistry,
+    observer: Observer,
+) -> Work:
+    """The work of filling the planner's targets, once all that may not fit was read and judged.
+
+    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of it
+    touches a target. Raises CheckpointMismatchError, naming every key, for what does not fit;
+    CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
+    """
+    items = _with_entries(items, catalog.index)
+    values = items.kind == READ_BYTES
+    found = located(disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist()))
+    work = Work(disk, folder, found, items, planner, settings, registry, observer)
+    observer.expect(int(work.nbytes.sum()))
+    work.prepare(values)
+    return work
+
+
+def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
+    """The names of the files that the items are in; none for items that the index lacks."""
+    try:
+        entry = _with_entries(items, catalog.index).entry
+    except CheckpointCorruptError:
+        return []
+    numbers = np.unique(catalog.places.file[entry])
+    return [catalog.places.files[number] for number in numbers[numbers >= 0].tolist()]
+
+
+class Work:
+    """One rank's plan and everything that it is carried out with; made by `prepare`."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: Any,
+        found: Located,
+        items: ReadItems,
+        planner: LoadPlanner,
+        settings: ReadSettings,
+        registry: ExtensionRegistry,
+        observer: Observer,
+    ) -> None:
+        self.disk = disk
+        self.folder = folder
+        self.found = found
+        self.catalog = found.catalog
+        self.items = items
+        self.planner = planner
+        self.settings = settings
+        self.registry = registry
+        self.observer = observer
+        self.tally = Tally()
+        self.nbytes = self._sizes()
+        self._puts: list[Callable[[], None]] = []
+        """What puts the values where they belong, and what commits the numbers."""
+        self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
+        """By row: the target, and what goes where within it."""
+        self._transformed: Ints = np.zeros(0, dtype=np.int64)
+        self._tensors: Ints = self._transformed
+
+    def prepare(self, values: NDArray[np.bool_]) -> None:
+        """Read and judge what may not fit. values: the rows that are Python values."""
+        entries, stored = self.items.entry, np.zeros(len(self.catalog.index.offset), dtype=bool)
+        stored[list(self.catalog.places.transforms)] = True
+        transformed = stored[entries] & ~values
+        stored[:] = False
+        stored[list(self.found.wrapped)] = True
+        wrapped = stored[entries] & ~values & ~transformed
+        numbers = self._numbers() & ~values & ~wrapped
+        self._transformed = np.flatnonzero(transformed & ~numbers)
+        self._tensors = np.flatnonzero(~values & ~transformed & ~wrapped & ~numbers)
+        misfits: list[CheckpointMismatchError] = []
+        self._prepare_values(np.flatnonzero(values), misfits)
+        self._prepare_wrapped(np.flatnonzero(wrapped), misfits)
+        self._prepare_numbers(np.flatnonzero(numbers), transformed, misfits)
+        if misfits:
+            raise together(misfits)
+
+    def run(self) -> Filled:
+        """Fill the targets."""
+        for put in self._puts:
+            put()
+        for row in self._transformed.tolist():
+            self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
+        for row, (target, parts) in self._wrapped.items():
+            self._fill_wrapped(row, target, parts)
+        self._fill_tensors(self._tensors)
+        return Filled(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
+
+    def _numbers(self) -> NDArray[np.bool_]:
+        """Which rows are numbers for the planner, and tensors in the checkpoint."""
+        names = getattr(self.planner, "takes_numbers", ())
+        if not names:
+            return np.zeros(len(self.items), dtype=bool)
+        return np.fromiter((fqn in names for fqn in self.items.fqns), np.bool_, len(self.items))
+
+    def _prepare_values(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        if not len(rows):
+            return
+        for row, entry in self._stored(rows).items():
+            try:
+                self._puts.append(self._prepared(row, entry))
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+
+    def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        """Compare the wrappers that torch has pickled whole with the targets."""
+        for row in rows.tolist():
+            item = self.items[row]
+            index, stored = self.catalog.index, int(self.items.entry[row])
+            if (self.items.shape[row] != index.shape[stored]).any():
+                raise CheckpointError(
+                    f"{item.dest_index.fqn!r} is stored as a wrapper of other tensors, which can "
+                    f"be loaded whole only, not a part of {tuple(item.lengths)}"
+                )
+            target = self.planner.resolve_tensor(item)
+            _check_size(item, target)
+            try:
+                wrapper = self.found.wrapped[stored]
+                parts = check_wrapper(item.dest_index.fqn, target, wrapper)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._wrapped[row] = target, parts
+
+    def _prepare_numbers(
+        self, rows: Ints, transformed: NDArray[np.bool_], misfits: list[CheckpointMismatchError]
+    ) -> None:
+        """Read what the planner takes out of tensors of its own."""
+        planner: Any = self.planner
+        targets = self._filled_by_hooks(rows[~transformed[rows]])
+        targets |= {row: self._fill_transformed(row) for row in rows[transformed[rows]].tolist()}
+        for row, target in targets.items():
+            item = self.items[row]
+            try:
+                planner.check_read_number(item, target)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._puts.append(partial(planner.commit_tensor, item, target))
+
+    def _fill_transformed(self, row: int) -> torch.Tensor:
+        """The target of a tensor whose entry passed through stream transforms: decoded whole."""
+        ((_, entry),) = self._stored(np.array([row])).items()
+        tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
+        item = self.items[row]
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        target = self.planner.resolve_tensor(item).detach()
+        _check_size(item, target)
+        target.copy_(tensor)
+        return target
+
+    def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
+        item = self.items[row]
+        ((_, entry),) = self._stored(np.array([row])).items()
+        try:
+            fill_wrapper(parts, entry)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=item.storage_index.fqn) from error
+        self.planner.commit_tensor(item, target)
+
+    def _fill_tensors(self, rows: Ints) -> None:
+        direct = getattr(self.planner, "targets", None)
+        target = None if direct is None else direct(self.items)
+        if target is not None:
+            self._copy(self.items, rows, target)
+            return
+        done = self.nbytes[rows].cumsum() - self.nbytes[rows]
+        for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
+            for row, target in self._filled_by_hooks(batch).items():
+                self.planner.commit_tensor(self.items[row], target)
+
+    def _filled_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
+        """The targets that the planner's hooks give, filled."""
+        targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
+        for row, target in targets.items():
+            _check_size(self.items[row], target)
+        # What resolve_tensor gives is narrowed already.
+        narrowed = replace(self.items, to_offset=np.zeros_like(self.items.to_offset))
+        self._copy(narrowed, rows, targets.__getitem__)
+        return targets
+
+    def _copy(self, items: ReadItems, rows: Ints, target: Callable[[int], torch.Tensor]) -> None:
+        with collector_paused():
+            found = copies(items, rows, self.catalog.index, target, self.found.odd_strides)
+        self.tally.add(
+            read_copies(
+                self.disk, self.folder, self.catalog, items, found, self.settings, self.observer
+            )
+        )
+
+    def _stored(self, rows: Ints) -> dict[int, bytes]:
+        """The entries of these rows, as they were before any stream transform."""
+        entries = self.items.entry[rows].tolist()
+        found, tally = read_values(
+            self.disk, self.folder, self.catalog, entries, self.settings, self.observer
+        )
+        self.tally.add(tally)
+        return {
+            row: plain_entry(found[entry], self.catalog, entry, self.registry, self.settings.memory)
+            for row, entry in zip(rows.tolist(), entries, strict=True)
+        }
+
+    def _prepared(self, row: int, entry: bytes) -> Callable[[], None]:
+        """What gives the planner the value of a row."""
+        planner: Any = self.planner
+        if getattr(planner, "takes_values", False):
+            prepared: Callable[[], None] = planner.prepare_value(self.items.fqns[row], entry)
+            return prepared
+        return lambda: planner.load_bytes(self.items[row], io.BytesIO(entry))
+
+    def _sizes(self) -> Ints:
+        """Bytes of each row."""
+        index, places = self.catalog.index, self.catalog.places
+        entry = self.items.entry
+        tensors = volumes(self.items.shape) * index.itemsize[index.key_of[entry]]
+        return np.where(self.items.kind == READ_BYTES, places.length[entry], tensors)
+
+
+def _check_size(item: ReadItem, target: torch.Tensor) -> None:
+    if target.size() != item.lengths:
+        raise ValueError(
+            f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}"
+        )
+
+
+def _with_entries(items: ReadItems, index: Index) -> ReadItems:
+    """The items with the rows of their stored chunks, for those that are not of this very index.
+
+    Raises CheckpointCorruptError for an item that the index does not have.
+    """
+    if items.source is index:
+        return items
+    entry = items.entry.copy()
+    for row in np.flatnonzero(~_named_rightly(items, index)).tolist():
+        fqn = items.stored_fqns[row]
+        if fqn not in index.row_of:
+            raise CheckpointCorruptError("the plan reads what the metadata lacks", entry=fqn)
+        key = index.row_of[fqn]
+        first, last = int(index.first[key]), int(index.first[key + 1])
+        width = min(items.stored.shape[1], index.offset.shape[1])
+        same = (index.offset[first:last, :width] == items.stored[row, :width]).all(axis=1)
+        if not same.any():
+            raise CheckpointCorruptError(
+                f"the plan reads a chunk at offset {items.stored[row].tolist()}, "
+                "which the metadata lacks",
+                entry=fqn,
+            )
+        entry[row] = first + int(np.argmax(same))
+    return replace(items, entry=entry)
+
+
+def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
+    """Whether each item's row is that of its chunk in this index, too."""
+    known = (items.entry >= 0) & (items.entry < len(index.offset))
+    entry = np.where(known, items.entry, 0)
+    if not known.any():
+        return known
+    key = index.key_of[entry]
+    stored = zip(key.tolist(), items.stored_fqns, strict=True)
+    named = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
+    width = max(items.stored.shape[1], index.offset.shape[1])
+    offset = widened(index.offset[entry], width, 0) == widened(items.stored, width, 0)
+    alike: NDArray[np.bool_] = known & named & (index.ndim[key] == items.ndim) & offset.all(axis=1)
+    return alike

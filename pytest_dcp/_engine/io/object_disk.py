@@ -1,0 +1,268 @@
+"""Any file system of fsspec as the engine's `Disk`: object stores above all.
+
+Every operation is one or a few requests to a store that may be far away, so a file is read by
+ranges, small files are put in one piece, and what lies near together is fetched together. What a
+store lists may be old: nothing is decided by the absence of a name in a listing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pytest_dcp._engine.io.commit import METADATA
+from pytest_dcp._engine.io.disk import Buffer, In, Out
+from pytest_dcp._engine.io.stream_disk import StreamOut
+
+ONE_PUT_BYTES = 16 << 20
+"""Data files up to this size are put in one request. Longer ones are held in memory so far, and
+then sent as the file system sends streams."""
+GET_BYTES = 32 << 20
+"""What is asked for at a time: bounds the memory beside the target."""
+GAP_BYTES = 256 << 10
+"""Bytes that nobody wants are fetched too where that saves a request: a round trip's worth."""
+
+
+class ObjectDisk:
+    """A file system of fsspec."""
+
+    def __init__(self, fs: Any, path_of: Mapping[str, str]) -> None:
+        """path_of: what the file system itself calls a folder, where that is not its URL."""
+        self.fs = fs
+        self.path_of = path_of
+        self.renames = renames(fs)
+
+    def make_folder(self, folder: str) -> tuple[()]:
+        # In a store without folders this does nothing, or makes the bucket.
+        self.fs.makedirs(self._folder(folder), exist_ok=True)
+        return ()
+
+    def names(self, folder: str) -> list[str]:
+        self._look_anew(folder)
+        try:
+            entries = self.fs.ls(self._folder(folder), detail=True)
+        except FileNotFoundError:
+            return []
+        files = [str(entry["name"]) for entry in entries if entry["type"] != "directory"]
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
+
+    def exists(self, folder: str, name: str) -> bool:
+        self._look_anew(folder)
+        return bool(self.fs.exists(self._path(folder, name)))
+
+    @contextlib.contextmanager
+    def create(self, folder: str, name: str) -> Iterator[Out]:
+        # Metadata replace others at one instant, so they are never sent as a stream.
+        limit = None if name.endswith(METADATA) else ONE_PUT_BYTES
+        out = ObjectOut(self.fs, self._path(folder, name), limit)
+        try:
+            yield out
+        except BaseException:
+            out.give_up()
+            raise
+        out.put()
+
+    @contextlib.contextmanager
+    def open(self, folder: str, name: str) -> Iterator[In]:
+        path = self._path(folder, name)
+        if name.endswith(METADATA):
+            # The one kind of file that another save replaces: in one request it is of one save.
+            yield MemoryIn(self.fs.cat_file(path))
+            return
+        self._look_anew(folder)
+        yield ObjectIn(self.fs, path)
+
+    def replace(self, folder: str, old: str, new: str) -> None:
+        self.fs.mv(self._path(folder, old), self._path(folder, new))
+
+    def remove(self, folder: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(folder, name))
+
+    def sync_folder(self, folder: str) -> None:
+        """Nothing: what a store has taken is durable."""
+
+    @contextlib.contextmanager
+    def locked(self, folder: str) -> Iterator[None]:
+        """Nothing: a store has no locks. Two saves to a folder at once are for users to avoid."""
+        yield
+
+    def leased(self, folder: Any, name: str) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def between_leases(self, folder: Any, name: str) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def _folder(self, folder: str) -> str:
+        return self.path_of.get(folder, folder).rstrip("/")
+
+    def _path(self, folder: str, name: str) -> str:
+        return f"{self._folder(folder)}/{name}"
+
+    def _look_anew(self, folder: str) -> None:
+        self.fs.invalidate_cache(self._folder(folder))
+
+
+def renames(fs: Any) -> bool:
+    """Whether the file system renames by itself; fsspec's own way is to copy and to remove."""
+    from fsspec import AbstractFileSystem
+
+    return type(fs).mv is not AbstractFileSystem.mv
+
+
+class ObjectOut:
+    """A new file: put whole at its end, or sent as a stream once it is long."""
+
+    def __init__(self, fs: Any, path: str, limit_bytes: int | None) -> None:
+        """limit_bytes: how much is held before it is sent as a stream; None: everything."""
+        self.fs = fs
+        self.path = path
+        self._limit_bytes = limit_bytes
+        self._held: list[bytes] = []
+        self._nbytes = 0
+        self._stream: Any = None
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        if self._stream is None:
+            # The caller may use its memory again.
+            self._held += map(bytes, buffers)
+            self._nbytes += sum(map(len, buffers))
+            if self._limit_bytes is None or self._nbytes <= self._limit_bytes:
+                return
+            self._stream = self.fs.open(self.path, "wb")
+            buffers, self._held = self._held, []
+        StreamOut(self._stream).write(buffers)
+
+    def reserve(self, nbytes: int) -> None:
+        """Nothing: a store has no call for it."""
+
+    def end_at(self, nbytes: int) -> None:
+        """Nothing: what was written is what there is."""
+
+    def sync(self) -> None:
+        """Nothing: the file is durable once it is put."""
+
+    def put(self) -> None:
+        """Make the file; returns when the store has it."""
+        if self._stream is None:
+            self.fs.pipe_file(self.path, b"".join(self._held))
+        else:
+            self._stream.close()
+
+    def give_up(self) -> None:
+        """Leave no file, as far as that goes: nothing names it anyway."""
+        if self._stream is None:
+            return
+        with contextlib.suppress(OSError, NotImplementedError):
+            self._stream.discard()
+        with contextlib.suppress(AttributeError):
+            # Its finalizer would complete the upload.
+            self._stream.closed = True
+        with contextlib.suppress(OSError, NotImplementedError):
+            self.fs.rm_file(self.path)
+
+
+class ObjectIn:
+    """A file that is read by ranges, each a request."""
+
+    maps = True
+    """A window is one request for all that lies near together."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self.fs = fs
+        self.path = path
+        self.size = self.stored_bytes = int(fs.info(path)["size"])
+        self._lock = threading.Lock()
+        self._end = 0
+        """Where the last small read ended."""
+        self._ahead = (0, b"")
+        """What was fetched beyond one: its offset, its bytes."""
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        if len(view) <= GAP_BYTES:
+            return self._read_small(offset, view)
+        done = 0
+        while done < len(view):
+            data = self._get(offset + done, min(len(view) - done, GET_BYTES))
+            if not data:
+                break
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
+
+    def _read_small(self, offset: int, view: memoryview) -> int:
+        """As `read_into`; a second read near the last fetches what may be asked for next."""
+        with self._lock:
+            near = 0 <= offset - self._end <= GAP_BYTES
+            self._end = offset + len(view)
+            start, data = self._ahead
+            if not start <= offset <= self._end <= start + len(data):
+                start, data = offset, self._get(offset, GAP_BYTES if near else len(view))
+                self._ahead = start, data
+        part = data[offset - start : offset - start + len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
+        got = 0
+        for first, last, low, high in spans(offsets, [len(view) for view in views]):
+            data = self._get(low, high - low)
+            for offset, view in zip(offsets[first:last], views[first:last], strict=True):
+                part = data[offset - low : offset - low + len(view)]
+                view[: len(part)] = part
+                got += len(part)
+        return got
+
+    def window(self, offset: int, nbytes: int) -> memoryview | None:
+        if offset + nbytes > self.size or not nbytes:
+            return None
+        data = self._get(offset, nbytes)
+        return memoryview(bytearray(data)) if len(data) == nbytes else None
+
+    def _get(self, offset: int, nbytes: int) -> bytes:
+        # Some stores refuse a range that begins at the end.
+        end = min(offset + nbytes, self.size)
+        data: bytes = self.fs.cat_file(self.path, start=offset, end=end) if end > offset else b""
+        return data
+
+
+class MemoryIn:
+    """A file that has been read."""
+
+    maps = False
+
+    def __init__(self, content: bytes) -> None:
+        self.content = memoryview(content)
+        self.size = self.stored_bytes = len(content)
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        part = self.content[offset : offset + len(view)]
+        view[: len(part)] = part
+        return len(part)
+
+    def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
+        return sum(map(self.read_into, offsets, views))
+
+    def window(self, offset: int, nbytes: int) -> memoryview | None:
+        return None
+
+
+def spans(offsets: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Which rows to get together: first row, last (exclusive), first byte, last (exclusive).
+
+    Rows ascend, and may overlap; where one goes back, another get begins. Pure (no I/O).
+    """
+    first = low = end = 0
+    for row, (offset, size) in enumerate(zip(offsets, nbytes, strict=True)):
+        until = offset + size
+        near = low <= offset <= end + GAP_BYTES and max(end, until) - low <= GET_BYTES
+        if row and near:
+            end = max(end, until)
+            continue
+        if row:
+            yield first, row, low, end
+        first, low, end = row, offset, until
+    if offsets:
+        yield first, len(offsets), low, end

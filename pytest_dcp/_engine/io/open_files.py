@@ -1,0 +1,98 @@
+"""Files that stay open from the moment a load knows them until it has read them.
+
+A file that a later save removes, or replaces under its name, is still there for a descriptor. So a
+load that has opened every file of its plan cannot be disturbed any more. Descriptors are few: a
+load takes at most half of those that the process may have, and opens the rest each time. Of those
+it remembers which file it was: another one under the same name is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from pytest_dcp._engine.io.disk import Disk, In, LocalDisk, LocalIn
+from pytest_dcp.errors import CheckpointReplacedError
+
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+def most_files() -> int:
+    """How many files a load may keep open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (1 << 20) if soft == resource.RLIM_INFINITY else soft // 2
+
+
+class OpenFiles(LocalDisk):
+    """A disk that answers from files of one folder that are open; others it opens as before."""
+
+    def __init__(self, disk: LocalDisk, folder: Any) -> None:
+        super().__init__(follow_links=disk.follow_links)
+        self.disk: Disk = disk
+        self.folder = folder
+        self.complete = True
+        """Whether every file that was to be kept is open."""
+        self._most = most_files()
+        self._files: dict[str, LocalIn] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
+        """Of files that are not kept: which one it was, to be told from a later one."""
+        self._stack = contextlib.ExitStack()
+
+    def keep(self, name: str) -> In | None:
+        """Open the file and keep it; None where there are no descriptors left for it.
+
+        Raises what opening it raises.
+        """
+        if name in self._files:
+            return self._files[name]
+        if len(self._files) >= self._most:
+            self.complete = False
+            return None
+        try:
+            file = self._stack.enter_context(self.disk.open(self.folder, name))
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTORS:
+                raise
+            # The process needs some for its other work.
+            self.complete, self._most = False, 0
+            return None
+        if not isinstance(file, LocalIn):
+            self.complete = False
+            return file
+        self._files[name] = file
+        return file
+
+    @contextlib.contextmanager
+    def open(self, folder: Any, name: str) -> Iterator[In]:
+        inside = os.fspath(folder) == os.fspath(self.folder)
+        kept = self.keep(name) if inside else None
+        if isinstance(kept, LocalIn):
+            again = kept.again()
+            try:
+                yield again
+            finally:
+                again.close()
+            return
+        with self.disk.open(folder, name) as file:
+            if inside and isinstance(file, LocalIn):
+                self._check_same(name, os.fstat(file.fd))
+            yield file
+
+    def _check_same(self, name: str, status: os.stat_result) -> None:
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._seen.setdefault(name, now) != now:
+            raise CheckpointReplacedError(
+                f"the checkpoint in {self.folder} was replaced while it was being loaded, and "
+                f"{name} is another file now: load again"
+            )
+
+    def close(self) -> None:
+        """Close the files. What that says of files that were only read changes nothing."""
+        self._files.clear()
+        self._seen.clear()
+        with contextlib.suppress(OSError):
+            self._stack.close()

@@ -1,0 +1,72 @@
+"""One item written to a stream, and items shared out to files: for storages that do it themselves.
+
+Storages written for torch have functions of these names from torch's `filesystem` module.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from isal.isal_zlib import crc32
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.io.stream_disk import StreamOut
+from pytest_dcp._engine.io.tensor_memory import pieces
+from pytest_dcp._engine.io.write_files import PIECE_BYTES, balanced
+from pytest_dcp._engine.plan.columns import WriteItems
+
+
+def write_item(
+    transforms: Any,
+    stream: io.IOBase,
+    data: io.BytesIO | torch.Tensor,
+    write_item: WriteItem,
+    storage_key: str,
+    serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+) -> WriteResult:
+    """Where the item's entry went: it is appended to the stream.
+
+    transforms: with `transform_save_stream`, as a storage's `transforms`. storage_key: what the
+    metadata calls the file. In the safetensors format tensors are not written here: the caller
+    writes them together.
+    """
+    start = stream.tell()
+    through, descriptors = transforms.transform_save_stream(write_item, stream)
+    whole = serialization_format == SerializationFormat.TORCH_SAVE
+    if isinstance(data, io.BytesIO):
+        if write_item.type != WriteItemType.BYTE_IO:
+            raise TypeError(f"{write_item.index.fqn!r} is planned as a tensor, and is a BytesIO")
+        StreamOut(through).write([data.getbuffer()])
+    elif write_item.type == WriteItemType.BYTE_IO:
+        raise TypeError(f"{write_item.index.fqn!r} is planned as a BytesIO, and is a tensor")
+    elif whole:
+        _write_tensor(StreamOut(through), data.detach())
+    through.close()
+    grown = whole or isinstance(data, io.BytesIO)
+    length = stream.tell() - start if grown else data.numel() * data.itemsize  # type: ignore[union-attr]  # a tensor
+    place = _StorageInfo(storage_key, start, length, descriptors or None)
+    return WriteResult(write_item.index, length, place)
+
+
+def _write_tensor(out: StreamOut, tensor: torch.Tensor) -> None:
+    frame = tensor_frame(tensor.dtype, tuple(tensor.shape))
+    out.write([frame.head])
+    crc = 0
+    for piece in pieces(tensor, PIECE_BYTES):
+        crc = crc32(piece, crc)
+        out.write([piece])
+    out.write([frame.tail(crc)])
+
+
+def split_by_size_and_type(bins: int, items: list[WriteItem]) -> list[list[WriteItem]]:
+    """The items in `bins` lists of nearly equal bytes."""
+    if bins == 1:
+        return [items]
+    groups = balanced(WriteItems.of(items).size_bytes(), bins)
+    split = [[items[row] for row in group] for group in groups]
+    return split + [[] for _ in range(bins - len(split))]

@@ -1,0 +1,126 @@
+"""Small parts of a file, read many at a time: most tensors of a model are small.
+
+A part is small when it is one run of at most a block in the file and in memory, and is checked by
+one sum or by none. Parts that follow each other are copied out of one window of the file, or asked
+for by one call of its disk. Everything is in the file's order: the disks of object stores read
+ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from itertools import pairwise
+from operator import add
+
+import numpy as np
+from isal.isal_zlib import crc32
+from numpy.typing import NDArray
+
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog
+from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally, Verify
+from pytest_dcp._engine.io.copy_plan import Copies
+from pytest_dcp._engine.io.tensor_memory import memory_at
+from pytest_dcp._engine.plan.boxes import Ints
+
+FEW = 16
+"""Fewer parts are not worth a window."""
+BATCH = 256
+"""Parts of one window."""
+AT_A_TIME = 64
+"""Parts that are read, and then summed out of the core's cache, between two looks at whether to go
+on."""
+SPARSE = 16
+"""Of a window at least this part is wanted: its gaps come along."""
+LOOSE = 2
+"""Of a batch that is got by few requests at least this part is wanted."""
+
+
+class Kind(IntEnum):
+    """How a part is read."""
+
+    ALONE = 0
+    """Not small."""
+    BLOCK = 1
+    """A whole chunk, with its only sum."""
+    UNCHECKED = 2
+    """Small, without a sum or where none is asked for."""
+
+
+def stretches(
+    catalog: Catalog, copies: Copies, rows: Ints, verify: Verify
+) -> Iterator[tuple[Kind, Ints]]:
+    """The rows in their order, cut where the kind changes; one between others goes with them."""
+    kind = _kinds(catalog, copies, rows, verify)
+    if (kind == Kind.ALONE).any():
+        lengths = np.diff(_cuts(kind))
+        kind[np.repeat(lengths == 1, lengths)] = Kind.ALONE
+    for start, stop in pairwise(_cuts(kind)):
+        yield Kind(kind[start]), rows[start:stop]
+
+
+def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDArray[np.int8]:
+    places, entry = catalog.places, copies.entry[rows]
+    nbytes, have = copies.nbytes[rows], places.data_nbytes[entry]
+    sums = places.first_sum[entry + 1] - places.first_sum[entry]
+    checked = (sums > 0) & (verify != "off")
+    small = copies.flat[rows] & (nbytes <= min(places.block_bytes, BLOCK_BYTES))
+    small &= copies.from_start[rows] + nbytes <= have
+    kind = np.full(len(rows), Kind.ALONE, dtype=np.int8)
+    kind[small & checked & (sums == 1) & (nbytes == have)] = Kind.BLOCK
+    kind[small & ~checked] = Kind.UNCHECKED
+    return kind
+
+
+def _cuts(kind: NDArray[np.int8]) -> list[int]:
+    """Where stretches of one kind begin, and the end."""
+    return [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]
+
+
+def read_together(
+    reader: RangeReader, copies: Copies, rows: Ints, kind: Kind, window_bytes: int
+) -> None:
+    """Fill these copies' parts of their targets, all of one kind and not `ALONE`.
+
+    Raises CheckpointCorruptError where the file is too short or a checksum differs.
+    """
+    places = reader.catalog.places
+    for at in range(0, len(rows), BATCH):
+        batch = rows[at : at + BATCH]
+        entry, low = copies.entry[batch], copies.from_start[batch]
+        place, nbytes = (places.data_start[entry] + low).tolist(), copies.nbytes[batch].tolist()
+        views = list(map(memory_at, copies.address[batch].tolist(), nbytes))
+        first_sum = places.first_sum[entry]
+        sums = places.sums[first_sum].tolist() if kind is Kind.BLOCK else None
+        total, span = sum(nbytes), max(map(add, place, nbytes)) - place[0]
+        # What has no sums may be no file of ours, and be cut short while it is mapped.
+        ours = bool((places.first_sum[entry + 1] > first_sum).all())
+        worth = len(batch) >= FEW and span <= window_bytes and total * SPARSE >= span
+        window = reader.file.window(place[0], span) if ours and worth else None
+        # Where nothing is to be summed, and little to be left out, one call may do for all.
+        step = BATCH if sums is None and total * LOOSE >= span else AT_A_TIME
+        for start in range(0, len(batch), step):
+            some = slice(start, start + step)
+            wanted = sum(nbytes[some])
+            reader.stop.check()
+            if window is None:
+                got = reader.file.read_rows(place[some], views[some])
+            else:
+                got = _copied(window, [where - place[0] for where in place[some]], views[some])
+            right = got == wanted
+            if right and sums is not None:
+                right = list(map(crc32, views[some])) == sums[some]
+            if right:
+                reader.tally.add(Tally(wanted, wanted if sums is not None else 0))
+                reader.observer.advance(wanted)
+                continue
+            # Again, one by one, to say what is wrong.
+            for one, low_, view in zip(entry[some], low[some], views[some], strict=True):
+                reader.read(int(one), int(low_), view)
+        window = None  # or it would be there until the next one is, too
+
+
+def _copied(window: memoryview, starts: Sequence[int], views: Sequence[memoryview]) -> int:
+    for start, view in zip(starts, views, strict=True):
+        view[:] = window[start : start + len(view)]
+    return sum(map(len, views))

@@ -1,0 +1,122 @@
+"""Entries that passed through stream transforms (compression), decoded whole and in bounds."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import IO
+
+import torch
+from isal.isal_zlib import crc32
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.entry_locator import TensorRecord, locate
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+
+ROOM_BYTES = 1 << 20
+"""What an entry may take beside a tensor's data."""
+
+
+def plain_entry(
+    stored: bytes,
+    catalog: Catalog,
+    row: int,
+    registry: ExtensionRegistry,
+    memory: MemoryLimit = DEFAULT_LIMIT,
+) -> bytes:
+    """The entry as it was before its transforms; as it is where it had none.
+
+    Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past the
+    limit of memory.
+    """
+    descriptors = catalog.places.transforms.get(row)
+    if not descriptors:
+        return stored
+    fqn = catalog.index.fqns[catalog.index.key_of[row]]
+    try:
+        extensions = registry.from_descriptor_list(list(descriptors))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{fqn!r} was written through {list(descriptors)}, of which something is not known "
+            f"here: give the reader a registry that has it ({error})"
+        ) from error
+    stream: IO[bytes] = io.BytesIO(stored)
+    limit = _limit(catalog, row, memory.of(len(stored)))
+    try:
+        for extension in extensions:
+            if isinstance(extension, StreamTransformExtension):
+                stream = extension.transform_from(stream)
+        entry = read_at_most(stream, limit + 1)
+    except Exception as error:
+        # A codec may raise what it likes.
+        raise CheckpointCorruptError(
+            f"the entry cannot be decoded by {list(descriptors)}: {error}", entry=fqn
+        ) from error
+    if len(entry) > limit:
+        raise CheckpointCorruptError(
+            f"the entry, of {len(stored)} bytes, grows past {limit} when it is decoded: a tensor "
+            "is never so large, and for a value that you trust raise max_decoded_bytes of the "
+            "storage reader",
+            entry=fqn,
+        )
+    return entry
+
+
+def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
+    """The stored chunk in a whole entry, sharing its memory."""
+    index = catalog.index
+    key = int(index.key_of[row])
+    dtype = index.properties[index.property_of[key]].dtype
+    shape = tuple(size_of(index.shape[row], int(index.ndim[key])))
+    try:
+        found = tensor_in(entry)
+    except CheckpointCorruptError as error:
+        raise error.at(entry=index.fqns[key]) from error
+    if found.dtype != dtype or tuple(found.shape) != shape:
+        raise CheckpointCorruptError(
+            f"the entry holds {found.dtype} of shape {tuple(found.shape)}, "
+            f"the metadata says {dtype} of shape {shape}",
+            entry=index.fqns[key],
+        )
+    return found
+
+
+def tensor_in(entry: bytes) -> torch.Tensor:
+    """The tensor in a whole entry. Raises CheckpointCorruptError for a damaged one."""
+    return _tensor_at(entry, locate(lambda at, nbytes: entry[at : at + nbytes], len(entry)))
+
+
+def _tensor_at(entry: bytes, record: TensorRecord) -> torch.Tensor:
+    if not math.prod(record.shape):
+        return torch.empty(record.shape, dtype=record.dtype)
+    data = bytearray(memoryview(entry)[record.data_offset :][: record.data_nbytes])
+    if record.crc is not None and crc32(data) != record.crc:
+        raise CheckpointCorruptError(
+            f"expected CRC {record.crc:#010x} of the tensor's data, got {crc32(data):#010x}",
+            offset=record.data_offset,
+        )
+    flat = torch.frombuffer(data, dtype=record.dtype)
+    return flat.as_strided(record.shape, record.stride, record.storage_offset)
+
+
+def _limit(catalog: Catalog, row: int, for_values: int) -> int:
+    index = catalog.index
+    key = int(index.key_of[row])
+    if index.ndim[key] < 0:
+        return for_values
+    return int(index.shape[row].prod()) * int(index.itemsize[key]) + ROOM_BYTES
+
+
+def read_at_most(stream: IO[bytes], limit: int) -> bytes:
+    """What the stream has, up to so many bytes."""
+    # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
+    whole = io.BytesIO()
+    while whole.tell() < limit:
+        part = stream.read(min(limit - whole.tell(), 1 << 20))
+        if not part:
+            break
+        whole.write(part)
+    return whole.getvalue()

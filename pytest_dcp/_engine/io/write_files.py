@@ -1,0 +1,363 @@
+"""Items -> data files: one job a file, each written once from its start to its end.
+
+Tensors go from their memory to the file without a copy but of their ends: writes end at multiples
+of a constant where the tensors are flat, so that the page cache can hold a large file in huge
+pages. Checksums are taken on the way, while the bytes are in the processor's cache. What is held
+besides the tensors is bounded by `Settings.copy_ahead_bytes` and a huge page for each thread.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from isal.isal_zlib import crc32
+from torch.distributed.checkpoint._extension import StreamTransformExtension
+
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES
+from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.io.disk import Buffer, Disk, Out
+from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
+from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.transforms import Through
+from pytest_dcp._engine.plan.boxes import Ints
+
+Source = Callable[[int], torch.Tensor | bytes]
+"""The data of a row: a tensor, or a value's entry."""
+
+WRITE_BYTES = 1 << 20
+"""Writes end at multiples of this."""
+HUGE_FROM_BYTES = 1 << 30
+"""Files from this size on are written by whole huge pages: the cache then keeps them so, and a load
+maps each for next to nothing, in place of 90 us. A huge page is one of memory that was not in use
+lately, which a virtual machine may have to ask its host for: 2.5 ms, and small pages in use before
+are to be had for shorter files, not for long ones."""
+PIECE_BYTES = 1 << 20
+"""What is hashed and written at a time: fits the second-level cache."""
+COPY_AHEAD_BYTES = 10_000_000
+"""The least that a tensor elsewhere than in flat CPU memory is copied by, as torch's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to write."""
+
+    sync: bool = True
+    """fsync each file once it is whole."""
+    threads: int = 1
+    copy_ahead_bytes: int = COPY_AHEAD_BYTES
+    """For a tensor that must be copied (strided, on a GPU): how much at a time."""
+    transforms: Sequence[StreamTransformExtension] = ()
+    through: Through | None = None
+    """In place of `transforms`, what gives the stream that an entry is written to."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether entries reach the file as they are."""
+        return not self.transforms and self.through is None
+
+
+@dataclass(frozen=True, slots=True)
+class FileJob:
+    """One file to be."""
+
+    name: str
+    rows: Sequence[int]
+    """Of the plan, in the order of the file."""
+    nbytes: int = 0
+    """What the file will have at least, as far as the plan tells."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """What is known of the rows written so far."""
+
+    places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """The row, its entry's start and length, its data's start and bytes."""
+    sums: list[list[int]] = field(default_factory=list)
+    descriptors: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Of the rows that went through a stream of the client's own."""
+
+    def add(
+        self, row: int, start: int, length: int, data_start: int, nbytes: int, sums: list[int]
+    ) -> None:
+        self.places.append((row, start, length, data_start, nbytes))
+        self.sums.append(sums)
+
+
+def write_files(
+    disk: Disk,
+    folder: Any,
+    jobs: Sequence[FileJob],
+    source: Source,
+    settings: Settings,
+    observer: Observer,
+) -> Written:
+    """Where every row went. The files are whole, and on stable storage if `settings.sync`.
+
+    Raises what the disk, the source or the observer raises, from whichever thread.
+    """
+
+    def job(number: int) -> Callable[[Stop], Rows]:
+        return lambda stop: _write_file(
+            disk, folder, jobs[number], source, settings, observer, stop
+        )
+
+    done = run_all([job(n) for n in range(len(jobs))], settings.threads)
+    return written_rows(done, [job.name for job in jobs], settings)
+
+
+def _write_file(
+    disk: Disk,
+    folder: Any,
+    job: FileJob,
+    source: Source,
+    settings: Settings,
+    observer: Observer,
+    stop: Stop,
+) -> Rows:
+    with disk.create(folder, job.name) as out:
+        if settings.is_plain:
+            out.reserve(job.nbytes)
+        file = File(out, observer, stop, job.nbytes)
+        rows = Rows()
+        for row in job.rows:
+            data = source(row)
+            if not settings.is_plain:
+                _put_transformed(file, rows, row, data, settings)
+            elif isinstance(data, torch.Tensor):
+                _put_tensor(file, rows, row, data, settings)
+            else:
+                _put_value(file, rows, row, data)
+        file.flush()
+        out.end_at(file.position)
+        if settings.sync:
+            out.sync()
+    return rows
+
+
+class File:
+    """A file in the making, written in parts that end at multiples of `step` unless flushed."""
+
+    def __init__(self, out: Out, observer: Observer, stop: Stop, nbytes: int = 0) -> None:
+        self.step = WRITE_BYTES if nbytes < HUGE_FROM_BYTES else HUGE_PAGE_BYTES
+        self.out = out
+        self.observer = observer
+        self.stop = stop
+        self.position = 0
+        self._written = 0
+        self._buffers: list[Buffer] = []
+        self._data = 0
+
+    def put(self, buffer: Buffer, data: int = 0) -> None:
+        """Append bytes, so many of them tensor data.
+
+        They must stay as they are until `settle` or `flush`.
+        """
+        self.position += len(buffer)
+        self._data += data
+        self._buffers.append(buffer)
+        if self.position // self.step > self._written // self.step:
+            self._write(self.position % self.step)
+
+    def settle(self) -> None:
+        """Copy what is held of memory that is not ours, less than `step`.
+
+        A planner may take the memory of one tensor for the next.
+        """
+        for n in range(len(self._buffers) - 1, -1, -1):
+            if isinstance(self._buffers[n], bytes):
+                return  # and so is what came before, or it is a part of such
+            self._buffers[n] = bytes(self._buffers[n])
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._buffers:
+            self._write(0)
+
+    def _write(self, kept: int) -> None:
+        """Write what is held but for so many bytes at the end of the last buffer."""
+        self.stop.check()
+        last = memoryview(self._buffers.pop())
+        cut = len(last) - kept
+        self.out.write([*self._buffers, last[:cut]])
+        self._written = self.position - kept
+        self._buffers = [last[cut:]] if kept else []
+        data, self._data = self._data, min(kept, self._data)
+        self.observer.advance(data - self._data)
+
+
+def _put_tensor(file: File, rows: Rows, row: int, tensor: torch.Tensor, settings: Settings) -> None:
+    frame = tensor_frame(tensor.dtype, tuple(tensor.shape))
+    start = file.position
+    data_start = start + len(frame.head)
+    if frame.data_nbytes <= BLOCK_BYTES and is_flat(tensor):
+        memory = memory_of(tensor)
+        crc = crc32(memory)
+        sums = [crc] if frame.data_nbytes else []
+        file.put(b"".join((frame.head, memory, frame.tail(crc))), frame.data_nbytes)
+    else:
+        file.put(frame.head)
+        sums = put_data(file, tensor, settings)
+        file.put(frame.tail(sums[-1] if sums else 0))
+    rows.add(row, start, frame.length, data_start, frame.data_nbytes, sums)
+
+
+def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
+    """Write the tensor's values; their checksums."""
+    sums: list[int] = []
+    crc, filled = 0, 0
+    flat = is_flat(tensor)
+    step = PIECE_BYTES if flat else max(settings.copy_ahead_bytes, BLOCK_BYTES)
+    for piece in pieces(tensor, step):
+        for part in range(0, len(piece), PIECE_BYTES):
+            view = piece[part : part + PIECE_BYTES]
+            at = 0
+            while at < len(view):
+                # Blocks are counted from the tensor's start, whatever the pieces are.
+                until = min(at + BLOCK_BYTES - filled, len(view))
+                crc = crc32(view[at:until], crc)
+                filled = (filled + until - at) % BLOCK_BYTES
+                at = until
+                if not filled:
+                    sums.append(crc)
+            file.put(view, len(view))
+        if not flat:  # the next piece takes the memory of this one
+            file.flush()
+    file.settle()
+    if filled:
+        sums.append(crc)
+    return sums
+
+
+def _put_value(file: File, rows: Rows, row: int, entry: bytes) -> None:
+    start = file.position
+    rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
+    file.put(entry)
+    file.settle()
+
+
+def _put_transformed(
+    file: File, rows: Rows, row: int, data: torch.Tensor | bytes, settings: Settings
+) -> None:
+    """Write the entry through the stream transforms; sums are of the bytes that are stored."""
+    start = file.position
+    tap = _Tap(file)
+    stream: IO[bytes] = cast(IO[bytes], tap)
+    for transform in settings.transforms:
+        stream = transform.transform_to(stream)
+    if settings.through is not None:
+        stream, descriptors = settings.through(row, tap)
+        rows.descriptors[row] = tuple(descriptors)
+    if isinstance(data, torch.Tensor):
+        frame = tensor_frame(data.dtype, tuple(data.shape))
+        stream.write(frame.head)
+        crc = 0
+        for piece in pieces(data, max(settings.copy_ahead_bytes, BLOCK_BYTES)):
+            crc = crc32(piece, crc)
+            stream.write(piece)
+        stream.write(frame.tail(crc))
+        file.put(b"", frame.data_nbytes)
+    else:
+        stream.write(data)
+    stream.close()
+    length = file.position - start
+    if settings.through is not None and not rows.descriptors[row]:
+        # Nothing will say that it is not the entry itself: where its data are must be looked up.
+        rows.add(row, start, length, -1, -1, [])
+    else:
+        rows.add(row, start, length, start, length, tap.sums())
+
+
+class _Tap(io.RawIOBase):
+    """The end of a chain of transforms: passes bytes to the file and hashes them."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._sums: list[int] = []
+        self._crc = 0
+        self._filled = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.position
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(bytes(data))
+        for at in _cuts(len(view), self._filled):
+            self._crc = crc32(view[at], self._crc)
+            self._filled = (self._filled + at.stop - at.start) % BLOCK_BYTES
+            if not self._filled:
+                self._sums.append(self._crc)
+        self._file.put(view)
+        self._file.settle()
+        return len(view)
+
+    def sums(self) -> list[int]:
+        """Checksums of what has passed."""
+        return [*self._sums, *([self._crc] if self._filled else [])]
+
+
+def _cuts(nbytes: int, filled: int) -> list[slice]:
+    """Slices of `nbytes` that end where blocks end, the current one being filled so far."""
+    edges = [0, *range(BLOCK_BYTES - filled, nbytes, BLOCK_BYTES), nbytes]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def block_sums(data: Buffer) -> list[int]:
+    """The running CRC-32 at the end of each block."""
+    view = memoryview(data)
+    sums: list[int] = []
+    crc = 0
+    for at in range(0, len(view), BLOCK_BYTES):
+        crc = crc32(view[at : at + BLOCK_BYTES], crc)
+        sums.append(crc)
+    return sums
+
+
+def balanced(size_bytes: Ints, bins: int) -> list[list[int]]:
+    """The rows in at most `bins` groups of nearly equal bytes, each in the rows' order."""
+    if bins <= 1 or len(size_bytes) <= 1:
+        return [list(range(len(size_bytes)))]
+    load = [0] * bins
+    groups: list[list[int]] = [[] for _ in range(bins)]
+    for row in np.argsort(-size_bytes, kind="stable").tolist():
+        least = load.index(min(load))
+        load[least] += int(size_bytes[row])
+        groups[least].append(row)
+    return [sorted(group) for group in groups if group]
+
+
+def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings) -> Written:
+    """The rows of all files, in the plan's order."""
+    places = [place for rows in done for place in rows.places]
+    columns = np.array(places, dtype=np.int64).reshape(-1, 5).T
+    order = np.argsort(columns[0])
+    _, start, length, data_start, data_nbytes = columns[:, order]
+    sums = [block for rows in done for block in rows.sums]
+    ordered = [sums[i] for i in order.tolist()]
+    counts = np.fromiter(map(len, ordered), np.int64, len(ordered))
+    descriptors = tuple(t.get_descriptor() for t in reversed(settings.transforms))
+    file = np.repeat(np.arange(len(done), dtype=np.int32), [len(rows.places) for rows in done])
+    return Written(
+        files=tuple(names),
+        file=file[order],
+        start=start,
+        length=length,
+        data_start=data_start,
+        data_nbytes=data_nbytes,
+        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        sums=np.fromiter(chain.from_iterable(ordered), np.uint32),
+        transforms=descriptors,
+        own_transforms={at: of for rows in done for at, of in rows.descriptors.items()},
+    )

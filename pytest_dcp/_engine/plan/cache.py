@@ -1,0 +1,94 @@
+"""What a save planner remembers between saves, so that an unchanged plan is not sent again.
+
+Each planner instance has its own memory. A rank remembers the local plan that it sent last, the
+coordinator all of them and the global plan that they gave. Everything that a plan says is
+compared: names, boxes, dtypes, properties, the paths of the state dict. A rank that sends nothing
+sends the digest of what it means, so that a coordinator with another memory finds out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.replicas import Replicas
+from pytest_dcp.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """Stands in `planner_data` of a plan that is not sent: the digest of the one that is meant."""
+
+    digest: bytes
+
+
+@dataclass(slots=True)
+class PlanCache:
+    """One planner's memory."""
+
+    pending: bytes | None = None
+    """Digest of the local plan of the save under way, remembered once that save has its plan."""
+    sent: bytes | None = None
+    final: SavePlan | None = None
+    """What this rank was told to write."""
+    all_plans: dict[int, tuple[bytes, SavePlan]] = field(default_factory=dict)
+    """On the coordinator: each rank's last plan."""
+    answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata, Replicas | None] | None = None
+    """On the coordinator: the digests, and the plans, metadata and replicas that they gave."""
+
+    def outgoing(self, plan: SavePlan) -> SavePlan:
+        """The plan to send: this one, or a note that it is the same as last time."""
+        self.pending = digest_of(plan)
+        if self.pending == self.sent and self.final is not None:
+            return SavePlan([], planner_data=Unchanged(self.pending), usable=False)
+        return plan
+
+    def incoming(self, plans: Sequence[SavePlan]) -> tuple[list[SavePlan], tuple[bytes, ...]]:
+        """Every rank's plan in full, and their digests.
+
+        Raises PlanError naming the ranks whose unchanged plan is not the one remembered here.
+        """
+        strangers = []
+        for rank, plan in enumerate(plans):
+            if plan.usable:
+                self.all_plans[rank] = (digest_of(plan), plan)
+            elif self.all_plans.get(rank, (b"",))[0] != getattr(plan.planner_data, "digest", None):
+                strangers.append(rank)
+        if strangers:
+            raise PlanError(
+                f"ranks {strangers} say that their plan is unchanged, but the coordinator does not "
+                "remember it: with enable_plan_caching every rank must keep and reuse its planner"
+            )
+        known = [self.all_plans[rank] for rank in range(len(plans))]
+        return [plan for _, plan in known], tuple(digest for digest, _ in known)
+
+    def finished(self, plan: SavePlan) -> SavePlan:
+        """The plan to carry out: the one told, or the remembered one."""
+        if not plan.usable:
+            if self.final is None:
+                raise PlanError("the coordinator sent no plan, and none is remembered")
+            # Where it goes is of this save alone.
+            return replace(self.final, storage_data=plan.storage_data)
+        self.sent, self.final = self.pending, plan
+        return plan
+
+
+def digest_of(plan: SavePlan) -> bytes:
+    """A digest of everything that the plan says."""
+    data = plan.planner_data
+    paths = tuple(data.items()) if isinstance(data, Mapping) else data
+    said: Any = (WriteItems.of(plan.items), paths, plan.storage_data)
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 5)
+    # Without a memo equal plans give equal bytes, whichever of their strings are one object.
+    pickler.fast = True
+    pickler.dump(said)
+    return hashlib.blake2b(stream.getbuffer(), digest_size=16).digest()

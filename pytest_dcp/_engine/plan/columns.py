@@ -1,0 +1,346 @@
+"""Plans as columns that look like sequences of torch's items.
+
+`WriteItems` and `ReadItems` stand in `SavePlan.items` and `LoadPlan.items`. A planner or storage
+that was written for torch iterates over them and sees `WriteItem` and `ReadItem` objects, made on
+the way; the engine reads the columns. They are pickled as a few arrays and one block of names.
+
+A box is padded to the width of its table (see `boxes`); `ndim` tells how many dimensions are real,
+and is -1 where an item has no offset at all (a byte value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadItemType,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from pytest_dcp._engine.plan.boxes import Ints, padded, volumes
+from pytest_dcp._engine.plan.names import Fqns, packed, unpacked
+
+Item = TypeVar("Item", WriteItem, ReadItem)
+
+WRITE_KINDS = tuple(WriteItemType)
+BYTES, TENSOR, SHARD = (
+    WRITE_KINDS.index(kind)
+    for kind in (WriteItemType.BYTE_IO, WriteItemType.TENSOR, WriteItemType.SHARD)
+)
+READ_KINDS = tuple(LoadItemType)
+READ_BYTES, READ_TENSOR = (
+    READ_KINDS.index(kind) for kind in (LoadItemType.BYTE_IO, LoadItemType.TENSOR)
+)
+UNKNOWN = -1
+"""No hint, no property, no number of bytes; as `ndim`: no offset."""
+
+
+class ItemTable(Sequence[Item]):
+    """Rows that become items when somebody looks at them. Immutable."""
+
+    __slots__ = ()
+
+    @overload
+    def __getitem__(self, at: int) -> Item: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Item]: ...
+    def __getitem__(self, at: int | slice) -> Item | list[Item]:
+        if isinstance(at, slice):
+            return [self.item(row) for row in range(*at.indices(len(self)))]
+        return self.item(range(len(self))[at])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.item, range(len(self)))
+
+    def __add__(self, other: Sequence[Item]) -> list[Item]:
+        return list(self) + list(other)
+
+    def __radd__(self, other: Sequence[Item]) -> list[Item]:
+        return list(other) + list(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # compares by content, as a list does
+
+    def item(self, row: int) -> Item:
+        """The row as torch's object."""
+        raise NotImplementedError
+
+
+def size_of(row: Ints, ndim: int) -> torch.Size:
+    """The real dimensions of a padded row."""
+    return torch.Size(row[:ndim].tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """The rows of a table that another was taken from."""
+
+    table: WriteItems
+    rows: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WriteItems(ItemTable[WriteItem]):
+    """What one rank writes, one row an item."""
+
+    fqns: Fqns
+    kind: NDArray[np.int8]
+    """Positions in WRITE_KINDS."""
+    properties: tuple[TensorProperties, ...]
+    """The distinct ones."""
+    property_of: NDArray[np.int32]
+    """Positions in `properties`; -1 for bytes."""
+    ndim: NDArray[np.int16]
+    size: Ints
+    """Of the full tensor."""
+    offset: Ints
+    shape: Ints
+    """Of this rank's box in it."""
+    hint: Ints
+    """`MetadataIndex.index`: the box's position in the metadata's list; -1: none."""
+    nbytes: Ints
+    """Of a byte value, where the planner knows it; else -1."""
+    origin: Origin | None = None
+    """Where the rows were taken from; stays behind when the table is pickled."""
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def item(self, row: int) -> WriteItem:
+        ndim = int(self.ndim[row])
+        kind = WRITE_KINDS[self.kind[row]]
+        if self.kind[row] == BYTES:
+            nbytes = int(self.nbytes[row])
+            known = None if nbytes < 0 else BytesIOWriteData(nbytes)
+            return WriteItem(self.key(row), kind, bytes_io_data=known)
+        chunk = ChunkStorageMetadata(
+            size_of(self.offset[row], ndim), size_of(self.shape[row], ndim)
+        )
+        # A copy: a planner may change the properties of one item alone.
+        properties = replace(self.properties[self.property_of[row]])
+        data = TensorWriteData(chunk, properties, size_of(self.size[row], ndim))
+        return WriteItem(self.key(row), kind, tensor_data=data)
+
+    def key(self, row: int) -> MetadataIndex:
+        """The key of the row's item."""
+        hint = int(self.hint[row])
+        ndim = int(self.ndim[row])
+        offset = None if ndim < 0 else self.offset[row, :ndim].tolist()
+        return MetadataIndex(self.fqns[row], offset, None if hint < 0 else hint)
+
+    def take(self, rows: Ints, hint: Ints | None = None) -> WriteItems:
+        """These rows in this order, with other hints where given."""
+        fqns = self.fqns
+        everything = len(rows) == len(fqns) and bool((rows == np.arange(len(rows))).all())
+        return replace(
+            self,
+            fqns=fqns if everything else tuple(fqns[row] for row in rows.tolist()),
+            kind=self.kind[rows],
+            property_of=self.property_of[rows],
+            ndim=self.ndim[rows],
+            size=self.size[rows],
+            offset=self.offset[rows],
+            shape=self.shape[rows],
+            hint=self.hint[rows] if hint is None else hint,
+            nbytes=self.nbytes[rows],
+            origin=Origin(self, rows),
+        )
+
+    def size_bytes(self) -> Ints:
+        """Bytes of data of each row's box; of a byte value, what is known, at least 1."""
+        width = np.array([p.dtype.itemsize for p in self.properties] or [1], dtype=np.int64)
+        tensors = volumes(self.shape) * width[self.property_of]
+        return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), tensors)
+
+    @classmethod
+    def of(cls, items: Sequence[WriteItem]) -> WriteItems:
+        """The table of any planner's items."""
+        if isinstance(items, cls):
+            return items
+        known: dict[Any, int] = {}
+        data = [item.tensor_data for item in items]
+        rank = max((len(d.size) for d in data if d is not None), default=0)
+        offsets = [
+            item.index.offset if d is None else d.chunk.offsets
+            for item, d in zip(items, data, strict=True)
+        ]
+        return cls(
+            fqns=tuple(item.index.fqn for item in items),
+            kind=np.array([WRITE_KINDS.index(item.type) for item in items], dtype=np.int8),
+            property_of=np.array(
+                [UNKNOWN if d is None else position(known, d.properties) for d in data],
+                dtype=np.int32,
+            ),
+            properties=tuple(TensorProperties(*key) for key in known),
+            ndim=np.array([UNKNOWN if o is None else len(o) for o in offsets], dtype=np.int16),
+            size=padded([() if d is None else d.size for d in data], rank, 1),
+            offset=padded([() if o is None else o for o in offsets], rank, 0),
+            shape=padded([() if d is None else d.chunk.sizes for d in data], rank, 1),
+            hint=np.array([hint_of(item.index) for item in items], dtype=np.int64),
+            nbytes=np.array(
+                [UNKNOWN if i.bytes_io_data is None else i.bytes_io_data.nbytes for i in items],
+                dtype=np.int64,
+            ),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuilt_writes, (packed(self.fqns), columns_of(self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadItems(ItemTable[ReadItem]):
+    """What one rank reads, one row a copy from a stored box to a part of a wanted box."""
+
+    fqns: Fqns
+    """Of the wanted boxes."""
+    stored_fqns: Fqns
+    """What the checkpoint calls them: the same tuple unless keys are renamed on the way."""
+    kind: NDArray[np.int8]
+    """Positions in READ_KINDS."""
+    ndim: NDArray[np.int16]
+    wanted: Ints
+    """Offset of the wanted box in the full tensor (`dest_index.offset`)."""
+    wanted_hint: Ints
+    """The wanted box's position among this rank's boxes of the tensor; -1: none."""
+    to_offset: Ints
+    """Where the copy lands, relative to the wanted box."""
+    stored: Ints
+    """Offset of the stored box in the full tensor (`storage_index.offset`)."""
+    stored_hint: Ints
+    from_offset: Ints
+    """Where the copy starts, relative to the stored box."""
+    shape: Ints
+    """Of the copy."""
+    entry: Ints
+    """Row of the stored box in the index that the plan was made from; -1: not known."""
+    source: object = None
+    """That index; None where it is not at hand. Stays behind when the table is pickled."""
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def item(self, row: int) -> ReadItem:
+        fqn, stored_fqn = self.fqns[row], self.stored_fqns[row]
+        ndim = int(self.ndim[row])
+        if self.kind[row] == READ_BYTES:
+            zero = torch.Size((0,))
+            key, stored = MetadataIndex(fqn), MetadataIndex(stored_fqn)
+            return ReadItem(LoadItemType.BYTE_IO, key, zero, stored, zero, zero)
+        return ReadItem(
+            LoadItemType.TENSOR,
+            dest_index=index_at(fqn, self.wanted[row], ndim, self.wanted_hint[row]),
+            dest_offsets=size_of(self.to_offset[row], ndim),
+            storage_index=index_at(stored_fqn, self.stored[row], ndim, self.stored_hint[row]),
+            storage_offsets=size_of(self.from_offset[row], ndim),
+            lengths=size_of(self.shape[row], ndim),
+        )
+
+    @classmethod
+    def of(cls, items: Sequence[ReadItem]) -> ReadItems:
+        """The table of any planner's items."""
+        if isinstance(items, cls):
+            return items
+        rank = max((len(i.lengths) for i in items if i.type == LoadItemType.TENSOR), default=0)
+        tensors = [item.type == LoadItemType.TENSOR for item in items]
+
+        def box(pick: str, fill: int) -> Ints:
+            rows = [getattr(i, pick) if t else () for i, t in zip(items, tensors, strict=True)]
+            return padded(rows, rank, fill)
+
+        def corner(index: str) -> Ints:
+            rows = [
+                getattr(i, index).offset or () if t else ()
+                for i, t in zip(items, tensors, strict=True)
+            ]
+            return padded(rows, rank, 0)
+
+        return cls(
+            fqns=tuple(item.dest_index.fqn for item in items),
+            stored_fqns=tuple(item.storage_index.fqn for item in items),
+            kind=np.array([READ_KINDS.index(item.type) for item in items], dtype=np.int8),
+            ndim=np.array(
+                [len(i.lengths) if t else UNKNOWN for i, t in zip(items, tensors, strict=True)],
+                dtype=np.int16,
+            ),
+            wanted=corner("dest_index"),
+            wanted_hint=np.array([hint_of(i.dest_index) for i in items], dtype=np.int64),
+            to_offset=box("dest_offsets", 0),
+            stored=corner("storage_index"),
+            stored_hint=np.array([hint_of(i.storage_index) for i in items], dtype=np.int64),
+            from_offset=box("storage_offsets", 0),
+            shape=box("lengths", 1),
+            entry=np.full(len(items), UNKNOWN, dtype=np.int64),
+        )
+
+    def take(self, rows: Ints) -> Self:
+        """These rows in this order."""
+        columns = {name: column[rows] for name, column in columns_of(self).items()}
+        fqns = tuple(self.fqns[row] for row in rows.tolist())
+        renamed = self.stored_fqns is not self.fqns
+        stored = tuple(self.stored_fqns[row] for row in rows.tolist()) if renamed else fqns
+        return replace(self, fqns=fqns, stored_fqns=stored, **columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = (packed(self.fqns), packed(self.stored_fqns))
+        return rebuilt_reads, (*names, columns_of(self))
+
+
+def index_at(fqn: str, offset: Ints, ndim: int, hint: int) -> MetadataIndex:
+    """The key of a box from its padded offset."""
+    return MetadataIndex(fqn, offset[:ndim].tolist(), None if hint < 0 else int(hint))
+
+
+def hint_of(index: MetadataIndex) -> int:
+    """The key's hint, -1 for none."""
+    return UNKNOWN if index.index is None else index.index
+
+
+def position(known: dict[Any, int], properties: TensorProperties) -> int:
+    """The number of these properties among those known, which they join when they are new."""
+    p = properties
+    key = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
+    return known.setdefault(key, len(known))
+
+
+_AT_HOME = ("origin", "source")
+
+
+def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:
+    """Every field but the names."""
+    names = (f.name for f in fields(table) if "fqns" not in f.name and f.name not in _AT_HOME)
+    return {name: getattr(table, name) for name in names}
+
+
+def rebuilt_writes(names: bytes, columns: dict[str, Any]) -> WriteItems:
+    """The table that was pickled."""
+    return WriteItems(fqns=unpacked(names), **columns)
+
+
+def rebuilt_reads(names: bytes, stored: bytes, columns: dict[str, Any]) -> ReadItems:
+    """The table that was pickled."""
+    return ReadItems(fqns=unpacked(names), stored_fqns=unpacked(stored), **columns)
+
+
+def has_values(items: Sequence[ReadItem]) -> bool:
+    """Whether a Python value is among what is read."""
+    if isinstance(items, ReadItems):
+        return bool((items.kind == READ_BYTES).any())
+    return any(item.type == LoadItemType.BYTE_IO for item in items)

@@ -1,0 +1,94 @@
+"""Whether the boxes of an index tile their tensors. Pure (no I/O)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, overlapping_pairs, volumes
+from pytest_dcp._engine.plan.index import Index
+
+
+def problems_of(index: Index, *, complete: bool) -> list[str]:
+    """What is wrong with the boxes, one line a problem, in the order of the keys.
+
+    Boxes out of bounds, overlapping boxes, and, where `complete`, elements that no box holds.
+    """
+    key = index.key_of
+    problems: list[tuple[int, str]] = []
+    outside = out_of_bounds(index.offset, index.shape, index.size[key]) & (index.ndim[key] >= 0)
+    for row in np.flatnonzero(outside):
+        chunk = index.chunk(int(row))
+        at = int(key[row])
+        problems.append((at, f"key:{index.fqns[at]} has out of bounds chunk: "
+                             f"tensor-size:{_size(index, at)} chunk: {chunk}"))  # fmt: skip
+    bad = set(key[outside].tolist())
+    for at, one, other in overlaps(index, bad):
+        problems.append((at, f"key:{index.fqns[at]} has overlapping chunks: "
+                             f"{index.chunk(one)} {index.chunk(other)}"))  # fmt: skip
+        bad.add(at)
+    if complete:
+        for at, held, whole in _gaps(index, bad):
+            problems.append((at, f"key:{index.fqns[at]} invalid fill tensor-volume: "
+                                 f"{whole} chunks-volume: {held}"))  # fmt: skip
+    return [text for _, text in sorted(problems, key=lambda problem: problem[0])]
+
+
+def _gaps(index: Index, bad: set[int]) -> list[tuple[int, int, int]]:
+    """Keys whose boxes do not add up to the tensor: key, elements held, elements of the tensor."""
+    held = np.zeros(len(index), dtype=np.int64)
+    np.add.at(held, index.key_of, volumes(index.shape))
+    whole = volumes(index.size)
+    wrong = np.flatnonzero((held != whole) & (index.ndim >= 0))
+    return [(int(at), int(held[at]), int(whole[at])) for at in wrong if int(at) not in bad]
+
+
+def overlaps(
+    index: Index, skip: Collection[int] = (), only: NDArray[np.bool_] | None = None
+) -> list[tuple[int, int, int]]:
+    """Keys with overlapping boxes and two rows that do, one pair a key."""
+    found: list[tuple[int, int, int]] = []
+    seen: dict[bytes, list[tuple[int, int]]] = {}
+    suspects = _suspects(index) if only is None else _suspects(index) & only
+    for at in np.flatnonzero(suspects).tolist():
+        if at in skip:
+            continue
+        rows = slice(int(index.first[at]), int(index.first[at + 1]))
+        offset, shape = index.offset[rows], index.shape[rows]
+        # Layers of a model repeat the same boxes.
+        layout = offset.tobytes() + shape.tobytes()
+        if layout not in seen:
+            seen[layout] = overlapping_pairs(offset, shape, limit=1)
+        found += [(at, rows.start + one, rows.start + other) for one, other in seen[layout]]
+    return found
+
+
+def _suspects(index: Index) -> NDArray[np.bool_]:
+    """Keys that may have overlapping boxes.
+
+    Where all boxes of a key are cut along one dimension only, and lie in the order of their
+    offsets, it is enough that each ends where or before the next begins.
+    """
+    chunks = len(index.offset)
+    several = np.diff(index.first) > 1
+    if not chunks or not several.any():
+        return several
+    partial = index.shape != index.size[index.key_of]
+    cut = np.logical_or.reduceat(partial, np.minimum(index.first[:-1], chunks - 1), axis=0)
+    one_dim = cut.sum(axis=1) <= 1
+    dim = np.argmax(cut, axis=1)[index.key_of]
+    row = np.arange(chunks)
+    start: Ints = index.offset[row, dim]
+    stop = start + index.shape[row, dim]
+    meets = np.zeros(chunks, dtype=bool)
+    meets[1:] = (stop[:-1] > start[1:]) & (index.key_of[1:] == index.key_of[:-1])
+    clash = np.zeros(len(index), dtype=bool)
+    clash[index.key_of[meets]] = True
+    suspects: NDArray[np.bool_] = several & (~one_dim | clash)
+    return suspects
+
+
+def _size(index: Index, at: int) -> tuple[int, ...]:
+    return tuple(index.size[at, : max(int(index.ndim[at]), 0)].tolist())

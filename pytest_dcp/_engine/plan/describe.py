@@ -1,0 +1,269 @@
+"""A flat state dict -> what this rank writes (`WriteItems`) or wants (`Wanted`), as columns.
+
+Both read the same parts of the same tensors; only the questions differ. Every problem of a state
+dict is named at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pytest_dcp._engine.plan.boxes import Ints, padded
+from pytest_dcp._engine.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
+from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.opaque import is_opaque, what_no_file_holds
+from pytest_dcp._engine.plan.parts import BOXES, boxes_said, global_shape, says_parts
+from pytest_dcp._engine.plan.per_rank import PerRank
+from pytest_dcp._engine.plan.shards import (
+    PLAIN,
+    SPEAKS_FOR_ITSELF,
+    Layouts,
+    full,
+    local_shards,
+    local_tensor,
+    speaks_for_itself,
+    spoken_chunks,
+    spoken_items,
+)
+from pytest_dcp.errors import PlanError
+
+Box = tuple[Sequence[int], Sequence[int]]
+"""Offset and shape in the full tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """The boxes that a rank wants to load, one row a box; a byte value has no dimensions."""
+
+    fqns: Fqns
+    ndim: NDArray[np.int16]
+    """-1 for a byte value."""
+    offset: Ints
+    shape: Ints
+    nth: Ints
+    """The box's position among the rank's boxes of the same name."""
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+
+class _Rows:
+    """Rows in the making."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, int, Sequence[int], Box]] = []
+        """Name, kind, property, size of the full tensor, box."""
+        self.known: dict[Any, int] = {}
+        self.layouts = Layouts()
+
+    def add(self, fqn: str, kind: int, number: int, size: Sequence[int], box: Box) -> None:
+        self.rows.append((fqn, kind, number, size, box))
+
+    def add_tensor(self, fqn: str, tensor: torch.Tensor, number: int) -> None:
+        shape = tensor.shape
+        self.add(fqn, TENSOR, number, shape, (ORIGINS[len(shape)], shape))
+
+    def add_dtensor(self, fqn: str, value: DTensor, number: int, problems: list[str]) -> None:
+        size = full(value).shape
+        try:
+            for box in self.layouts.sides_of(fqn, value):
+                self.add(fqn, SHARD, number, size, box)
+        except PlanError as error:
+            problems.append(str(error))
+
+    def add_shards(self, fqn: str, value: ShardedTensor, problems: list[str]) -> None:
+        size = tuple(value.metadata().size)
+        for box, memory in local_shards(value):
+            if problem := unsavable(fqn, memory):
+                problems.append(problem)
+            else:
+                number = self.property_of(memory, memory)
+                self.add(fqn, SHARD, number, size, (box.offset, box.shape))
+
+    def add_parts(self, fqn: str, value: Any, problems: list[str]) -> None:
+        number = self.property_of(value, value)
+        try:
+            size = global_shape(fqn, value)
+            for box in boxes_said(fqn, value):
+                self.add(fqn, SHARD, number, size, (box.offset, box.shape))
+        except PlanError as error:
+            problems.append(str(error))
+
+    def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
+        """The number of the properties of a tensor that is kept in this memory."""
+        key = (memory.dtype, memory.layout, value.requires_grad)
+        return self.known.setdefault(key, len(self.known))
+
+    def known_property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int | None:
+        """As `property_of`; None where no tensor before had these, or the memory is no CPU's.
+
+        Whether properties are of something that can be saved needs be asked once.
+        """
+        layout = memory.layout
+        if layout is not torch.strided or not memory.is_cpu:
+            return None
+        return self.known.get((memory.dtype, layout, value.requires_grad))
+
+    def items(self) -> WriteItems:
+        fqns, kinds, numbers, sizes, boxes = (
+            zip(*self.rows, strict=True) if self.rows else ((),) * 5
+        )
+        rank = max(map(len, sizes), default=0)
+        kind = np.array(kinds, dtype=np.int8)
+        ndim = np.fromiter(map(len, sizes), np.int16, len(sizes))
+        count = len(fqns)
+        return WriteItems(
+            fqns=fqns,
+            kind=kind,
+            properties=tuple(TensorProperties(*key) for key in self.known),
+            property_of=np.array(numbers, dtype=np.int32),
+            ndim=np.where(kind == BYTES, UNKNOWN, ndim).astype(np.int16),
+            size=padded(sizes, rank, 1),
+            offset=padded([box[0] for box in boxes], rank, 0),
+            shape=padded([box[1] for box in boxes], rank, 1),
+            hint=np.full(count, UNKNOWN, dtype=np.int64),
+            nbytes=np.full(count, UNKNOWN, dtype=np.int64),
+        )
+
+
+NOTHING: Box = ((), ())
+ORIGINS = tuple((0,) * rank for rank in range(65))
+"""The offset of a whole tensor, by its number of dimensions (torch has at most 64)."""
+
+
+def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
+    """One row for each box of a tensor that this rank holds, and for each value.
+
+    Raises PlanError naming every value that cannot be saved.
+    """
+    rows = _Rows()
+    problems: list[str] = []
+    spoken: list[WriteItems] = []
+    for fqn, value in state_dict.items():
+        kind = type(value)
+        memory = local_tensor(value) if kind is DTensor else value
+        if type(memory) in PLAIN and (kind is DTensor or not hasattr(value, BOXES)):
+            # What nearly every value is, without the questions below.
+            number = rows.known_property_of(value, memory)
+            if number is None:
+                if is_opaque(value) and not value.is_meta:
+                    rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+                    continue
+                if problem := unsavable(fqn, value):
+                    problems.append(problem)
+                    continue
+                number = rows.property_of(value, memory)
+            if kind is DTensor:
+                rows.add_dtensor(fqn, value, number, problems)
+            elif memory.is_nested:  # It looks like others, and has no shape.
+                problems.append(f"{what_no_file_holds(fqn, value)}")
+            else:
+                rows.add_tensor(fqn, value, number)
+        elif not isinstance(value, torch.Tensor):
+            if isinstance(value, PerRank):
+                problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
+            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+        elif is_opaque(value) and not value.is_meta:
+            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+        elif problem := unsavable(fqn, value):
+            problems.append(problem)
+        elif speaks_for_itself(value):
+            try:
+                spoken.append(WriteItems.of(spoken_items(fqn, value)))
+            except PlanError as error:
+                problems.append(str(error))
+        elif isinstance(value, ShardedTensor):
+            rows.add_shards(fqn, value, problems)
+        elif says_parts(value):
+            rows.add_parts(fqn, value, problems)
+        elif isinstance(value, DTensor):
+            rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
+        else:
+            rows.add_tensor(fqn, value, rows.property_of(value, value))
+    require_savable(problems)
+    if not spoken:
+        return rows.items()
+    return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
+
+
+def require_savable(problems: Sequence[str]) -> None:
+    """Raise PlanError for the problems of values that cannot be saved, if there are any."""
+    if problems:
+        raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
+
+
+def unsavable(fqn: str, value: Any) -> str | None:
+    """Why a tensor has no bytes that could be saved, or None."""
+    if isinstance(value, ShardedTensor):
+        return None
+    memory: Any = local_tensor(value) if isinstance(value, DTensor) else value
+    if memory.is_nested:
+        return what_no_file_holds(fqn, memory)
+    if memory.is_meta or isinstance(memory, FakeTensor):
+        return f"{fqn!r} is on the meta device, or fake, and has no values: materialise it first"
+    if problem := what_no_file_holds(fqn, memory):
+        return problem
+    if is_traceable_wrapper_subclass(memory) and not speaks_for_itself(value):
+        return (
+            f"{fqn!r} is a {type(memory).__name__}, a wrapper without memory of its own: "
+            f"give the class {', '.join(SPEAKS_FOR_ITSELF)}, or save its inner tensors"
+        )
+    return None
+
+
+def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
+    """One row for each box of a tensor that this rank wants filled, and for each value.
+
+    Raises PlanError for a DTensor with a pending reduction.
+    """
+    rows: list[tuple[str, Box, int, int]] = []
+    layouts = Layouts()
+    for fqn, value in state_dict.items():
+        kind = type(value)
+        found: Sequence[Box]
+        if kind is DTensor and type(local_tensor(value)) in PLAIN:
+            found = layouts.sides_of(fqn, value)
+        elif kind in PLAIN or isinstance(value, torch.Tensor):
+            found = _boxes_wanted(fqn, value, layouts)
+        else:
+            rows.append((fqn, NOTHING, UNKNOWN, 0))
+            continue
+        for n, box in enumerate(found):
+            rows.append((fqn, box, len(box[1]), n))
+    fqns, boxes, ndim, nth = zip(*rows, strict=True) if rows else ((),) * 4
+    rank = max(0, *ndim) if ndim else 0
+    return Wanted(
+        fqns=fqns,
+        ndim=np.array(ndim, dtype=np.int16),
+        offset=padded([box[0] for box in boxes], rank, 0),
+        shape=padded([box[1] for box in boxes], rank, 1),
+        nth=np.array(nth, dtype=np.int64),
+    )
+
+
+def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
+    if type(value) in PLAIN and not hasattr(value, BOXES):
+        shape = value.shape
+        return ((ORIGINS[len(shape)], shape),)
+    if speaks_for_itself(value):
+        chunks = spoken_chunks(fqn, value)
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+    if isinstance(value, ShardedTensor):
+        return [(box.offset, box.shape) for box, _ in local_shards(value)]
+    if says_parts(value):
+        return [(box.offset, box.shape) for box in boxes_said(fqn, value)]
+    if isinstance(value, DTensor):
+        return layouts.sides_of(fqn, value)
+    shape = value.shape
+    return ((ORIGINS[len(shape)], shape),)

@@ -1,0 +1,239 @@
+"""A state dict against a checkpoint's index: what fits, what does not. Pure (no I/O).
+
+Every key that does not fit is named at once, with the nearest names that exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.numbers import kind_of, takes_tensor_of
+from pytest_dcp._engine.plan.parts import BOXES, global_shape, says_parts
+from pytest_dcp._engine.plan.shards import PLAIN, full, speaks_for_itself, spoken_items
+from pytest_dcp.errors import CheckpointMismatchError
+
+SHOWN = 20
+USUAL = (*PLAIN, DTensor)
+"""Classes whose own shape and dtype are those of the full tensor."""
+SUGGESTED_FROM = 2000
+"""Names are compared for likeness with at most so many others: it takes a while."""
+
+
+Dtype = torch.dtype | type
+"""Of a tensor, or the class of a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys."""
+
+    missing: tuple[str, ...] = ()
+    """Asked for, not in the checkpoint: left as they were."""
+    unexpected: tuple[str, ...] = ()
+    """In the checkpoint, not asked for."""
+    converted: Mapping[str, tuple[Dtype, Dtype]] = field(default_factory=dict)
+    """Loaded from another dtype: (stored, asked for). A number has its class for a dtype: a tensor
+    of one element is filled with a stored number, and a number is taken from such a tensor."""
+    bytes_needed: int = 0
+    """Of tensor data and values that the plan asked for."""
+    bytes_read: int = 0
+    """From storage, for them."""
+    bytes_verified: int = 0
+    """Of those read, how many a checksum vouches for."""
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """`missing`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        return list(self.missing)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """`unexpected`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        return list(self.unexpected)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """As `missing_keys, unexpected_keys = load(...)`."""
+        return iter((self.missing_keys, self.unexpected_keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The outcome of comparing keys."""
+
+    loaded: dict[str, Any]
+    """The values to load."""
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    converted: dict[str, tuple[Dtype, Dtype]]
+
+
+def match(
+    state_dict: Mapping[str, Any],
+    index: Index,
+    *,
+    strict: bool,
+    stored_as: Mapping[str, str] | None = None,
+    numbers: bool = False,
+) -> Match:
+    """What of the flat state dict the index holds.
+
+    A stored Python value is not judged: it replaces a value, and is known only when it is read.
+    numbers: let a number be loaded from a tensor of one element; such a key is in `converted`.
+
+    Raises CheckpointMismatchError, naming all at once: keys that are missing (if `strict`), values
+    of another kind or size, and, if `strict`, of a dtype of another kind (float, int, bool,
+    complex). A dtype of the same kind is converted, as `copy_` does.
+    """
+    row_of = index.row_of
+    renamed = stored_as or {}
+    names = {fqn: renamed.get(fqn, fqn) for fqn in state_dict}
+    loaded = dict(state_dict)
+    missing: list[str] = []
+    unexpected: tuple[str, ...] = ()
+    if stored_as or loaded.keys() != row_of.keys():
+        missing = [fqn for fqn in state_dict if names[fqn] not in row_of]
+        used = set(names.values())
+        unexpected = tuple(fqn for fqn in index.fqns if fqn not in used)
+        for fqn in missing:
+            del loaded[fqn]
+    problems: dict[str, str] = {}
+    converted: dict[str, tuple[Dtype, Dtype]] = {}
+    ndims = index.ndim.tolist()
+    sizes = [tuple(size[:n]) for size, n in zip(index.size.tolist(), ndims, strict=True)]
+    dtypes = [p.dtype for p in index.properties]
+    stored = [dtypes[n] if n >= 0 else None for n in index.property_of.tolist()]
+    for fqn, value in loaded.items():
+        row = row_of[names[fqn]]
+        if ndims[row] < 0:
+            continue
+        if type(value) in USUAL:
+            here = full(value)
+            try:
+                same = here.shape == sizes[row] and here.dtype is stored[row]
+            except RuntimeError:  # Of a nested tensor; to ask every tensor would cost more.
+                same = False
+            if same and not hasattr(value, BOXES):
+                continue  # What nearly every value is, without the questions below.
+        problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted, numbers)
+        if problem:
+            problems[fqn] = problem
+    if problems or (missing and strict):
+        raise _error(missing if strict else (), names, unexpected, problems, index)
+    return Match(loaded, tuple(missing), unexpected, converted)
+
+
+def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
+    """One error that says what all of these say; the error itself where it is the only one."""
+    if len(errors) == 1:
+        return errors[0]
+    more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+    return CheckpointMismatchError(
+        "\n".join([error.message for error in errors[:SHOWN]] + more),
+        missing=tuple(fqn for error in errors for fqn in error.missing),
+        unexpected=tuple(fqn for error in errors for fqn in error.unexpected),
+        mismatched=tuple(fqn for error in errors for fqn in error.mismatched),
+    )
+
+
+def _misfit(
+    fqn: str,
+    value: Any,
+    size: tuple[int, ...],
+    dtype: torch.dtype | None,
+    strict: bool,
+    converted: dict[str, Any],
+    numbers: bool,
+) -> str | None:
+    """Why a value cannot take the stored tensor, or None."""
+    if not isinstance(value, torch.Tensor):
+        kind = type(value)
+        if (
+            numbers
+            and dtype
+            and math.prod(size) == 1
+            and takes_tensor_of(kind, dtype, strict=strict)
+        ):
+            converted[fqn] = (dtype, kind)
+            return None
+        return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
+    if not isinstance(value, ShardedTensor) and value.is_nested:
+        return f"{fqn!r} is a nested tensor here: load its values() and offsets()"
+    here, now = _size_and_dtype(fqn, value)
+    if tuple(here) != size:
+        return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
+    if dtype is None or now is None or dtype == now:
+        return None
+    converted[fqn] = (dtype, now)
+    if strict and kind_of(dtype) != kind_of(now):
+        return f"dtype mismatch between saved {dtype} and current: {now} for {fqn}"
+    return None
+
+
+def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:
+    """The full tensor's size, and the dtype of its memory; None where this rank has none."""
+    if speaks_for_itself(value):
+        told = [item.tensor_data for item in spoken_items(fqn, value)]
+        data = next((some for some in told if some is not None), None)
+        return (value.shape, None) if data is None else (data.size, data.properties.dtype)
+    if isinstance(value, ShardedTensor):
+        # Its own methods warn of its deprecation; its metadata do not.
+        found = value.metadata()
+        return found.size, found.tensor_properties.dtype
+    if says_parts(value):
+        return global_shape(fqn, value), value.dtype
+    return value.shape, value.dtype
+
+
+def _error(
+    missing: Sequence[str],
+    names: Mapping[str, str],
+    unexpected: Sequence[str],
+    problems: Mapping[str, str],
+    index: Index,
+) -> CheckpointMismatchError:
+    lines = list(problems.values())
+    if missing:
+        pool = unexpected or index.fqns
+        likely = [_with_nearest(fqn, names[fqn], pool, index.row_of) for fqn in missing[:SHOWN]]
+        lines.insert(0, f"Missing key in checkpoint state_dict: {', '.join(likely)}.")
+    if len(missing) > SHOWN:
+        lines.insert(1, f"... and {len(missing) - SHOWN} more missing keys")
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"]
+    return CheckpointMismatchError(
+        "\n".join(lines),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        mismatched=tuple(problems),
+    )
+
+
+def _with_nearest(fqn: str, stored_as: str, names: Iterable[str], stored: Collection[str]) -> str:
+    """A missing name, with what the checkpoint has in its place."""
+    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
+    below = [name for name in stored if name.startswith(f"{stored_as}.")]
+    if below:
+        return (
+            f"{said} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; what "
+            "the state dict has there is empty or is no container)"
+        )
+    above = next((name for name in _names_above(stored_as) if name in stored), None)
+    if above is not None:
+        return f"{said} (the checkpoint has {above!r} itself, with nothing below it)"
+    pool = list(names)[:SUGGESTED_FROM]
+    nearest = difflib.get_close_matches(stored_as, pool, n=1)
+    return f"{said} (nearest: {nearest[0]!r})" if nearest else said
+
+
+def _names_above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]

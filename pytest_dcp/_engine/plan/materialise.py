@@ -1,0 +1,68 @@
+"""Meta tensors of a state dict -> empty tensors on the device that they are to be loaded to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.parts import parts_said, say_parts
+from pytest_dcp._engine.plan.shards import local_tensor
+from pytest_dcp.errors import CheckpointMismatchError
+
+
+def materialise(state_dict: dict[Any, Any]) -> None:
+    """Replace every meta tensor, wherever it is nested, in place: containers stay the same objects.
+
+    A DTensor goes to its mesh's device type, a plain tensor to the process group's (the CPU where
+    it has one, or where there is no group), both to this rank's current device there.
+    """
+    for key, value in state_dict.items():
+        state_dict[key] = _materialised(value)
+
+
+def _materialised(value: Any) -> Any:
+    if isinstance(value, ShardedTensor):
+        return value
+    if isinstance(value, torch.Tensor):
+        return filled(value) if value.is_meta else value
+    if isinstance(value, dict):
+        materialise(value)
+    elif isinstance(value, list):
+        value[:] = [_materialised(inner) for inner in value]
+    elif type(value) is tuple:
+        return tuple(_materialised(inner) for inner in value)
+    return value
+
+
+def filled(value: torch.Tensor) -> torch.Tensor:
+    """An empty tensor for a meta tensor, in the same layout."""
+    if isinstance(value, ShardedTensor):
+        raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
+    if not isinstance(value, DTensor):
+        made = torch.empty_like(value, device=current_device(group_device_type()))
+        return say_parts(made, parts_said(value))
+    mesh = value.device_mesh
+    local = torch.empty_like(local_tensor(value), device=current_device(mesh.device_type))
+    # Shape and stride are said outright: an uneven shard does not tell them.
+    return DTensor.from_local(
+        local, mesh, value.placements, shape=value.size(), stride=value.stride()
+    )
+
+
+def group_device_type() -> str:
+    """The device type that the default group's tensors are on."""
+    if not dist.is_initialized():
+        return "cpu"
+    kinds = [pair.split(":")[0] for pair in dist.get_backend_config().split(",")]
+    return "cpu" if "cpu" in kinds else kinds[0]
+
+
+def current_device(device_type: str) -> torch.device:
+    """This rank's current device of the type."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.get_device_module(device_type).current_device())

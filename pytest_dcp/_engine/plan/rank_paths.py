@@ -1,0 +1,99 @@
+"""The paths of the ranks' state dicts, joined into those of one checkpoint. Pure (no I/O).
+
+Each rank says where its values are (`planner_data`); the ranks need not hold the same keys. Where
+one rank has a value, another may have a container: flat names keep them apart, so that a load into
+the ranks' own state dicts gives each its own back, but no single state dict can hold both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pytest_dcp._engine.plan.containers import DESCRIPTION, DescribedPaths, paths_of_kind
+from pytest_dcp._engine.plan.containers import merged as merge_descriptions
+from pytest_dcp._engine.plan.nested import Path
+from pytest_dcp._engine.plan.replicas import ranks_text
+from pytest_dcp.errors import CheckpointMismatchError, PlanError
+
+SHOWN = 20
+RankPaths = Mapping[str, Path] | None
+"""By flat name; the text that describes a rank's containers is the only key of `DESCRIPTION`."""
+
+
+def merge_paths(data: Sequence[RankPaths]) -> dict[str, Path]:
+    """The ranks' paths in one dict; where ranks differ, the lowest rank counts.
+
+    Raises PlanError, naming key and ranks, where a PerRank on one rank is no PerRank on another.
+    """
+    merged: dict[str, Path] = {}
+    for paths in data:
+        if paths and paths != merged:
+            for fqn, path in paths.items():
+                merged.setdefault(fqn, path)
+    if DESCRIPTION not in merged:
+        return merged
+    del merged[DESCRIPTION]
+    texts = [_description(paths) for paths in data]
+    _check_per_rank(data, texts)
+    description = merge_descriptions([text for text in texts if text is not None])
+    return merged if description is None else DescribedPaths(merged, description)
+
+
+def _description(paths: RankPaths) -> str | None:
+    found = paths.get(DESCRIPTION) if paths else None
+    return None if found is None else str(found[0])
+
+
+def _check_per_rank(data: Sequence[RankPaths], texts: Sequence[str | None]) -> None:
+    """Raise PlanError for a key that holds a PerRank on some ranks and something else on others."""
+    known = {text: paths_of_kind(text, "PerRank") for text in set(texts) if text is not None}
+    of_rank = [known.get(text, frozenset()) if text else frozenset() for text in texts]
+    problems = []
+    for per_rank in dict.fromkeys(path for paths in known.values() for path in paths):
+        lacking = [rank for rank, paths in enumerate(of_rank) if per_rank not in paths]
+        other = [rank for rank in lacking if _holds(data[rank], texts[rank], per_rank)]
+        if other:
+            own = [rank for rank, paths in enumerate(of_rank) if per_rank in paths]
+            problems.append(
+                f"{_name(per_rank)!r} is a PerRank on {ranks_text(own)}, and another value on "
+                f"{ranks_text(other)}"
+            )
+    if problems:
+        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise PlanError(
+            "\n".join(sorted(problems)[:SHOWN]) + more + "\nEvery rank that has the key must wrap "
+            "its value in PerRank, or none"
+        )
+
+
+def _holds(paths: RankPaths, text: str | None, wanted: Path) -> bool:
+    """Whether a rank has anything at the path: a value, or a container, which may be empty."""
+    depth = len(wanted)
+    if paths and any(path[:depth] == wanted for path in paths.values()):
+        return True
+    return text is not None and wanted in paths_of_kind(text)
+
+
+def check_one_tree(paths: Mapping[str, Path]) -> None:
+    """Raise CheckpointMismatchError, naming the keys, where a value lies above another's path.
+
+    Only of keys whose paths are their names: others are of a damaged checkpoint.
+    """
+    taken = {path for fqn, path in paths.items() if _name(path) == fqn}
+    problems = []
+    for path in taken:
+        above = next((path[:depth] for depth in range(1, len(path)) if path[:depth] in taken), None)
+        if above is not None:
+            problems.append(f"{_name(above)!r} is a value, and {_name(path)!r} is below it")
+    if problems:
+        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CheckpointMismatchError(
+            "no state dict can hold both of these, which different ranks saved:\n"
+            + "\n".join(sorted(problems)[:SHOWN])
+            + more
+            + "\nLoad into a state dict that has one of them, or choose with keys="
+        )
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))

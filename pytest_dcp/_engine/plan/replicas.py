@@ -1,0 +1,215 @@
+"""Which parts of a state dict several ranks hold, and whether their copies are equal.
+
+A save keeps one copy of each replicated box or value, on whichever rank has the least to write. So
+copies that differ would leave a checkpoint that no rank ever held. How they are compared:
+
+1. The global plan groups the ranks' rows by key and offset (`Replicas`). The coordinator chooses
+   what to compare (`chosen`) and sends each rank the rows: every replicated value, and of the
+   tensors a few short pieces (a sample) or all bytes.
+2. Each rank sends a 64-bit sum for each of its rows with the result of its write.
+3. The coordinator compares the sums (`differing`) before it commits. Only where some differ do the
+   ranks send more, so that the error can name the first index.
+
+Pure (no I/O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp.errors import ReplicaMismatchError
+
+ReplicaCheck = Literal["sample", "check", "off"]
+"""What to compare of what several ranks hold: all values and a sample of the tensors, everything,
+or nothing."""
+Sums = NDArray[np.uint64]
+NOT_COMPARED = 0
+"""The sum of a value that cannot be reduced to bytes; it equals every other."""
+SAMPLE_BYTES = 4096
+"""Of one sampled tensor: replicas that drifted apart differ nearly everywhere."""
+SAMPLED_AT_LEAST = 8
+SAMPLED_ONE_IN = 64
+"""Tensors of a sample. Both keep its cost below 3 % of a save: looking a tensor up and summing a
+piece takes about a fifth of the time that writing a small one does."""
+SHOWN = 5
+"""Keys that an error describes in full."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checks:
+    """What one rank sums, one row a piece."""
+
+    rows: Ints
+    """Of its local plan."""
+    start: Ints
+    """Of the piece, in bytes of the box's row-major data; 0 for a value."""
+    nbytes: Ints
+    """Of the piece; -1: a Python value."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replicas:
+    """The rows of all ranks' local plans, in groups that hold the same box or value."""
+
+    group: list[Ints]
+    """Of each rank: the group of each of its rows."""
+    count: Ints
+    """Rows of each group."""
+    nbytes: Ints
+    """Of each group's box; -1: a Python value."""
+    fqns: Fqns
+    key: Ints
+    """Of each group: the position of its name in `fqns`."""
+
+    def chosen(self, how: ReplicaCheck, seed: int) -> list[Checks] | None:
+        """What each rank is to sum; None where there is nothing to compare.
+
+        The same seed chooses the same sample; a new one each save finds in time what one misses.
+        """
+        many = self.count > 1
+        if how == "off" or not many.any():
+            return None
+        values, tensors = many & (self.nbytes < 0), many & (self.nbytes > 0)
+        start = np.zeros(len(self.count), dtype=np.int64)
+        length = self.nbytes.copy()
+        if how == "sample":
+            random = np.random.default_rng(seed)
+            some = _some(np.flatnonzero(tensors), random)
+            tensors = np.zeros(len(tensors), dtype=bool)
+            tensors[some] = True
+            pieces = -(-self.nbytes[some] // SAMPLE_BYTES)
+            start[some] = random.integers(0, np.maximum(pieces, 1)) * SAMPLE_BYTES
+            length[some] = np.minimum(self.nbytes[some] - start[some], SAMPLE_BYTES)
+        wanted = values | tensors
+        rows = [np.flatnonzero(wanted[group]) for group in self.group]
+        return [
+            Checks(own, start[group[own]], length[group[own]])
+            for own, group in zip(rows, self.group, strict=True)
+        ]
+
+    def differing(self, checks: Sequence[Checks], sums: Sequence[Sums | None]) -> list[Differing]:
+        """The groups whose members' sums are not all equal, in the order of the first rank's rows.
+
+        A rank that gave no sums (its planner makes the data as it goes) is not compared.
+        """
+        ranks = [rank for rank, some in enumerate(sums) if some is not None]
+        if not ranks:
+            return []
+        rows = np.concatenate([checks[rank].rows for rank in ranks])
+        rank_of = np.repeat(ranks, [len(checks[rank]) for rank in ranks])
+        group = np.concatenate([self.group[rank][checks[rank].rows] for rank in ranks])
+        told = np.concatenate([cast("Sums", sums[rank]) for rank in ranks])
+        known = told != NOT_COMPARED
+        rows, rank_of, group, told = rows[known], rank_of[known], group[known], told[known]
+        first = np.zeros(len(self.count), dtype=np.uint64)
+        # Backwards, so that the lowest rank's sum is the one that stays.
+        first[group[::-1]] = told[::-1]
+        odd = set(group[told != first[group]].tolist())
+        found: dict[int, dict[int, tuple[int, int]]] = {}
+        for at in np.flatnonzero(np.isin(group, list(odd))).tolist():
+            members = found.setdefault(int(group[at]), {})
+            members[int(rank_of[at])] = (int(rows[at]), int(told[at]))
+        return [Differing(self.fqns[self.key[at]], members) for at, members in found.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """A box or value whose copies differ."""
+
+    fqn: str
+    members: dict[int, tuple[int, int]]
+    """By rank: the row of its local plan, and its sum."""
+
+    def camps(self) -> list[list[int]]:
+        """The ranks in groups of equal copies, the lowest rank's first."""
+        by_sum: dict[int, list[int]] = {}
+        for rank, (_, told) in sorted(self.members.items()):
+            by_sum.setdefault(told, []).append(rank)
+        return list(by_sum.values())
+
+
+def _some(rows: Ints, random: np.random.Generator) -> Ints:
+    """A sample of the rows."""
+    most = max(SAMPLED_AT_LEAST, len(rows) // SAMPLED_ONE_IN)
+    return rows if len(rows) <= most else np.sort(random.choice(rows, most, replace=False))
+
+
+def groups_of_ranks(lengths: Sequence[int], order: Ints, starts: Ints) -> list[Ints]:
+    """The group of each rank's rows.
+
+    `lengths` are the ranks' numbers of rows; `order` sorts the rows of all, joined, and a group
+    begins at each of `starts` in that order.
+    """
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
+    return np.split(group, np.cumsum(lengths)[:-1])
+
+
+# ---- what the error says
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where the copies of one key differ first."""
+
+    fqn: str
+    camps: list[list[int]]
+    """Ranks with equal copies."""
+    where: str
+    """The first index, or the first place in a Python value; may be empty."""
+    shown: list[str]
+    """What each camp has there."""
+
+    def __str__(self) -> str:
+        at = f" first at {self.where}:" if self.where else ":"
+        told = ", ".join(
+            f"{text} on {ranks_text(ranks)}"
+            for ranks, text in zip(self.camps, self.shown, strict=True)
+        )
+        return f"{self.fqn!r} differs{at} {told}"
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """The ranks as an error names them: `rank 3`, `ranks 0-2, 5`."""
+    parts = []
+    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        numbers = [rank for _, rank in run]
+        parts.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    more = ", ..." if len(parts) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts[:8])}{more}"
+
+
+def mismatch_error(
+    differences: Sequence[Difference], others: Iterable[str] = ()
+) -> ReplicaMismatchError:
+    """The error for these differences, and for other keys that are named only."""
+    named = list(others)
+    fqns = tuple(dict.fromkeys([*(d.fqn for d in differences), *named]))
+    lines = [f"{len(fqns)} key(s) that several ranks hold are not equal on them:"]
+    lines += [str(difference) for difference in differences]
+    if named:
+        lines.append(f"and {', '.join(map(repr, named[:20]))}{' ...' if len(named) > 20 else ''}")
+    lines.append(
+        "One copy of each is saved. Make them equal (broadcast them before the save), save a value "
+        "of each rank as PerRank(value), or pass replicas='off' to save any rank's copy."
+    )
+    return ReplicaMismatchError("\n".join(lines), keys=fqns)
+
+
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
+    """The first position at which two sequences differ, a missing end counted; None if none."""
+    for at, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return at
+    return None if len(one) == len(other) else min(len(one), len(other))

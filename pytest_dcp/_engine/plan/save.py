@@ -1,0 +1,275 @@
+"""The ranks' write items -> who writes what, and the index of the whole. Pure (no I/O).
+
+Boxes with one name and one offset are replicas: one rank keeps each, chosen so that the bytes to
+write are balanced. What is left must tile every tensor: boxes inside it, none overlapping, no gap.
+All of it works on columns of all ranks at once; nothing here loops over ranks x tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.metadata import TensorProperties
+
+from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widened
+from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
+from pytest_dcp._engine.plan.coverage import problems_of
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.replicas import Replicas, groups_of_ranks
+from pytest_dcp.errors import PlanError
+
+SHOWN = 20
+"""Problems that an error lists in full; the rest are counted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GlobalPlan:
+    """Who writes what."""
+
+    tables: list[WriteItems]
+    """Of each rank: its own rows that it keeps, in its own order, with hints into the index."""
+    rows: list[Ints]
+    """Of each rank: which of its rows those are."""
+    index: Index
+    replicas: Replicas
+    """The groups of rows of which one is kept."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _All:
+    """Every rank's rows, one after the other."""
+
+    fqns: Fqns
+    """The distinct names, in the order of their first appearance."""
+    key: Ints
+    """(rows,) positions in `fqns`."""
+    rank: Ints
+    kind: NDArray[np.int8]
+    properties: tuple[TensorProperties, ...]
+    property_of: NDArray[np.int32]
+    ndim: NDArray[np.int16]
+    size: Ints
+    offset: Ints
+    shape: Ints
+    nbytes: Ints
+    """Of each row's data."""
+
+
+def global_plan(
+    tables: Sequence[WriteItems], *, to_lowest_rank: bool = False, complete: bool = True
+) -> GlobalPlan:
+    """The ranks' plans without replicas, and the index of what they write together.
+
+    `to_lowest_rank` keeps each replica on the lowest rank that has it, instead of balancing bytes.
+    `complete` demands that the boxes fill every tensor; without it a gap is no error (each rank
+    plans alone). Raises PlanError naming every key whose boxes do not fit.
+    """
+    rows = _joined(tables)
+    _check_bounds(rows)
+    linear = _linear(rows)
+    order = _by_key_and_offset(rows, linear)
+    starts = _group_starts(rows.key[order], linear[order])
+    _check_replicas(rows, order, starts)
+    keeper = _keepers(rows, order, starts, to_lowest_rank)
+    index, first_chunk = _index(rows, order[starts])
+    problems = problems_of(index, complete=complete)
+    if problems:
+        raise PlanError(_listed("Failed to validate global plan: ", problems))
+    hint_of_row = np.full(len(rows.key), UNKNOWN, dtype=np.int64)
+    hints = np.arange(len(starts)) - first_chunk[rows.key[order[starts]]]
+    hint_of_row[keeper] = np.where(rows.kind[keeper] == BYTES, UNKNOWN, hints)
+    lead = order[starts]
+    replicas = Replicas(
+        group=groups_of_ranks([len(table) for table in tables], order, starts),
+        count=np.diff(np.append(starts, len(order))),
+        nbytes=np.where(rows.kind[lead] == BYTES, UNKNOWN, rows.nbytes[lead]),
+        fqns=rows.fqns,
+        key=rows.key[lead],
+    )
+    kept = _shared_out(tables, np.sort(keeper), hint_of_row)
+    return GlobalPlan(*kept, index, replicas)
+
+
+def concatenated(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
+    """The tables with hints, and the index of all rows as they are: replicas stay, no check.
+
+    Chunks keep the order of the ranks. Raises PlanError when a value or an unsharded tensor is
+    in two plans.
+    """
+    rows = _joined(tables)
+    order = np.argsort(rows.key, kind="stable")
+    twice = np.flatnonzero((np.diff(rows.key[order]) == 0) & (rows.kind[order][1:] != SHARD))
+    if len(twice):
+        names = sorted({rows.fqns[rows.key[order[at]]] for at in twice.tolist()})
+        raise PlanError(_listed("Planned more than once: ", names))
+    index, first = _index(rows, order)
+    hint = np.full(len(order), UNKNOWN, dtype=np.int64)
+    hint[order] = np.arange(len(order)) - first[rows.key[order]]
+    hint[rows.kind == BYTES] = UNKNOWN
+    shared, _ = _shared_out(tables, np.arange(len(order)), hint)
+    return shared, index
+
+
+def _joined(tables: Sequence[WriteItems]) -> _All:
+    width = max((table.size.shape[1] for table in tables), default=0)
+    names: dict[str, int] = {}
+    known: dict[Any, int] = {}
+    ids: dict[int, Ints] = {}
+    for table in tables:
+        if id(table.fqns) not in ids:
+            numbers = [names.setdefault(fqn, len(names)) for fqn in table.fqns]
+            ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)
+    lookup = [
+        np.array([*(position(known, p) for p in table.properties), UNKNOWN], dtype=np.int32)
+        for table in tables
+    ]
+
+    def joined(columns: Sequence[Any], empty: Any) -> Any:
+        return np.concatenate([*columns, empty])
+
+    none, nothing = np.zeros(0, dtype=np.int64), np.zeros((0, width), dtype=np.int64)
+    return _All(
+        fqns=tuple(names),
+        key=joined([ids[id(table.fqns)] for table in tables], none),
+        rank=np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+        kind=joined([t.kind for t in tables], none.astype(np.int8)),
+        properties=tuple(TensorProperties(*key) for key in known),
+        property_of=joined(
+            [of[t.property_of] for of, t in zip(lookup, tables, strict=True)],
+            none.astype(np.int32),
+        ),
+        ndim=joined([t.ndim for t in tables], none.astype(np.int16)),
+        size=joined([widened(t.size, width, 1) for t in tables], nothing),
+        offset=joined([widened(t.offset, width, 0) for t in tables], nothing),
+        shape=joined([widened(t.shape, width, 1) for t in tables], nothing),
+        nbytes=joined([t.size_bytes() for t in tables], none),
+    )
+
+
+def _linear(rows: _All) -> Ints:
+    """A number for each row's offset, distinct within a tensor, also for boxes at its very end."""
+    linear: Ints = (rows.offset * strides_of(rows.size + 1)).sum(axis=1, dtype=np.int64)
+    return linear
+
+
+def _by_key_and_offset(rows: _All, linear: Ints) -> Ints:
+    """The rows sorted by key, offset, rank."""
+    span = int(linear.max(initial=0)) + 1
+    if int(linear.min(initial=0)) >= 0 and len(rows.fqns) * span < 1 << 62:
+        return np.argsort(rows.key * span + linear, kind="stable")
+    return np.lexsort((rows.rank, linear, rows.key))
+
+
+def _group_starts(key: Ints, linear: Ints) -> Ints:
+    """Where, in sorted rows, a new key or offset begins."""
+    if not len(key):
+        return key
+    new = np.ones(len(key), dtype=bool)
+    new[1:] = (key[1:] != key[:-1]) | (linear[1:] != linear[:-1])
+    return np.flatnonzero(new)
+
+
+def _check_bounds(rows: _All) -> None:
+    """Raise PlanError for boxes outside their tensors: what follows takes offsets for numbers."""
+    outside = np.flatnonzero(out_of_bounds(rows.offset, rows.shape, rows.size) & (rows.ndim >= 0))
+    problems = [
+        f"key:{rows.fqns[rows.key[row]]} has out of bounds chunk: "
+        f"tensor-size:{tuple(rows.size[row, : rows.ndim[row]].tolist())} "
+        f"offset:{tuple(rows.offset[row, : rows.ndim[row]].tolist())} "
+        f"shape:{tuple(rows.shape[row, : rows.ndim[row]].tolist())} on rank {rows.rank[row]}"
+        for row in outside.tolist()
+    ]
+    if problems:
+        raise PlanError(_listed("Failed to validate global plan: ", problems))
+
+
+def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
+    """Raise PlanError unless every row agrees with the first of its key, replicas on the shape."""
+    group = np.repeat(starts, np.diff(np.append(starts, len(order))))
+    one, other = order[group], order
+    first_of_key = np.full(len(rows.fqns), len(order), dtype=np.int64)
+    np.minimum.at(first_of_key, rows.key, np.arange(len(order)))
+    lead = first_of_key[rows.key]
+    dtypes = {p.dtype: n for n, p in enumerate(rows.properties)}
+    dtype_of = np.array([*(dtypes[p.dtype] for p in rows.properties), UNKNOWN])[rows.property_of]
+    every = np.arange(len(order))
+    other_size = (rows.ndim != rows.ndim[lead]) | (rows.size != rows.size[lead]).any(axis=1)
+    checks = (
+        ("kind", (rows.kind == BYTES) != (rows.kind[lead] == BYTES), every, lead),
+        ("size", other_size, every, lead),
+        ("dtype", dtype_of != dtype_of[lead], every, lead),
+        ("shape", (rows.shape[one] != rows.shape[other]).any(axis=1), other, one),
+    )
+    problems = [
+        f"{rows.fqns[rows.key[row]]!r}: ranks {rows.rank[beside[at]]} and {rows.rank[row]} "
+        f"hold it with another {what}"
+        for what, wrong, which, beside in checks
+        for at in np.flatnonzero(wrong)[:SHOWN]
+        for row in [which[at]]
+    ]
+    if problems:
+        raise PlanError(_listed("The ranks disagree: ", problems))
+
+
+def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
+    """The row that keeps each group's box: of its replicas the one on the least burdened rank."""
+    count = np.diff(np.append(starts, len(order)))
+    keeper = order[starts]
+    if to_lowest_rank:
+        return keeper
+    alone = count == 1
+    ranks = int(rows.rank.max(initial=-1)) + 1
+    burden = np.zeros(ranks, dtype=np.int64)
+    np.add.at(burden, rows.rank[keeper[alone]], rows.nbytes[keeper[alone]])
+    load = burden.tolist()
+    shared = np.flatnonzero(~alone)
+    shared = shared[np.argsort(-rows.nbytes[keeper[shared]], kind="stable")]
+    # One after the other, for each depends on those before: lists answer sooner than arrays.
+    rank_of, nbytes = rows.rank[order].tolist(), rows.nbytes[order].tolist()
+    kept = []
+    for first, many in zip(starts[shared].tolist(), count[shared].tolist(), strict=True):
+        owners = rank_of[first : first + many]
+        least = min(owners, key=load.__getitem__)
+        at = first + owners.index(least)
+        load[least] += nbytes[at]
+        kept.append(at)
+    keeper[shared] = order[np.array(kept, dtype=np.int64)]
+    return keeper
+
+
+def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
+    """The index of these rows (sorted by key and offset), and each key's first chunk."""
+    counts = np.bincount(rows.key[chunk], minlength=len(rows.fqns))
+    first = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    lead = chunk[first[:-1]] if len(chunk) else chunk
+    index = Index(
+        fqns=rows.fqns,
+        property_of=rows.property_of[lead],
+        properties=rows.properties,
+        ndim=rows.ndim[lead],
+        size=rows.size[lead],
+        first=first,
+        offset=rows.offset[chunk],
+        shape=rows.shape[chunk],
+    )
+    return index, first
+
+
+def _shared_out(
+    tables: Sequence[WriteItems], kept: Ints, hint: Ints
+) -> tuple[list[WriteItems], list[Ints]]:
+    """Each rank's part of the kept rows, and which of its rows those are."""
+    ends = np.cumsum([len(table) for table in tables])
+    parts = np.split(kept, np.searchsorted(kept, ends[:-1]))
+    rows = [part - (end - len(t)) for part, end, t in zip(parts, ends, tables, strict=True)]
+    return [t.take(r, hint[p]) for t, r, p in zip(tables, rows, parts, strict=True)], rows
+
+
+def _listed(headline: str, problems: Sequence[str]) -> str:
+    more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return headline + "\n".join(problems[:SHOWN]) + more

@@ -1,0 +1,264 @@
+"""The boxes of full tensors that this rank's state dict holds, and the memory that each is in.
+
+Plain tensors are one box, the whole, unless their attributes say otherwise (`plan.parts`). DTensor
+and ShardedTensor hold parts. Any other tensor class may say its parts itself through the methods
+that torch's DTensor also has: `__create_write_items__(fqn, object)`, `__create_chunk_list__()` and
+`__get_tensor_shard__(index)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from pytest_dcp._engine.plan.layout import LocalBox, local_boxes, whole_box
+from pytest_dcp._engine.plan.parts import boxes_said, says_parts
+from pytest_dcp.errors import PlanError
+
+T = TypeVar("T")
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Classes whose objects are their own memory, whatever a subclass may be."""
+
+Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""Offset and shape in the full tensor, of some boxes."""
+SPEAKS_FOR_ITSELF = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
+
+
+def local_tensor(tensor: DTensor) -> torch.Tensor:
+    """The rank's own part of a DTensor, sharing its memory.
+
+    `to_local()` makes an autograd node and a view for each call, which costs more than all else
+    that planning does with a tensor; the attribute can go when torch offers a plain accessor.
+    """
+    return tensor._local_tensor
+
+
+def spec_of(tensor: DTensor) -> DTensorSpec:
+    """Mesh, placements, and the full tensor's shape and dtype, of a DTensor.
+
+    The tensor's own attributes are a call through torch's dispatcher each; see `local_tensor`.
+    """
+    return tensor._spec
+
+
+def full(value: Any) -> Any:
+    """What has the shape and the dtype of the full tensor, soonest."""
+    return value._spec.tensor_meta if type(value) is DTensor else value
+
+
+def speaks_for_itself(value: Any) -> bool:
+    """Whether the value, not being a DTensor of plain tensors, knows its own parts."""
+    return hasattr(spokesman(value), "__create_write_items__")
+
+
+def spokesman(value: Any) -> Any:
+    """Who would know the value's parts: itself, or what a DTensor has on this rank."""
+    return local_tensor(value) if isinstance(value, DTensor) else value
+
+
+def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
+    """The write items of a value that knows its own parts, of the dtype that its memory has.
+
+    The value itself may show another dtype than it keeps its data in. Raises PlanError, naming the
+    fqn, where its methods are missing or give something else.
+    """
+    found = _asked(fqn, value, "__create_write_items__", fqn, value)
+    items = _listed(fqn, "__create_write_items__", found, WriteItem)
+    return [item if item.tensor_data is None else _of_memory(fqn, value, item) for item in items]
+
+
+def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
+    """The boxes of a value that knows its own parts; raises as `spoken_items`."""
+    found = _asked(fqn, value, "__create_chunk_list__")
+    return _listed(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
+
+
+def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
+    """The memory of a box of a value that knows its own parts; raises as `spoken_items`."""
+    found: object = _asked(fqn, value, "__get_tensor_shard__", index)
+    if not isinstance(found, torch.Tensor):
+        raise PlanError(f"{fqn!r}: its __get_tensor_shard__ must give a tensor, it gave {found!r}")
+    return found
+
+
+def _asked(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
+    speaker = spokesman(value)
+    method = getattr(speaker, hook, None)
+    if not callable(method):
+        raise PlanError(
+            f"{fqn!r} is a {type(speaker).__name__}, which has no {hook}: a class that says itself "
+            f"how it is saved needs {', '.join(SPEAKS_FOR_ITSELF)}"
+        )
+    return method(*args)
+
+
+def _listed(fqn: str, hook: str, found: object, kind: type[T]) -> list[T]:
+    items: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+    if strange := [item for item in items if not isinstance(item, kind)]:
+        raise PlanError(
+            f"{fqn!r}: its {hook} must give a list of {kind.__name__}, it gave {strange[0]!r:.200}"
+        )
+    return items
+
+
+def _of_memory(fqn: str, value: torch.Tensor, item: WriteItem) -> WriteItem:
+    data: Any = item.tensor_data
+    memory = spoken_shard(fqn, value, item.index)
+    if memory.dtype == data.properties.dtype:
+        return item
+    properties = replace(data.properties, dtype=memory.dtype)
+    return replace(item, tensor_data=replace(data, properties=properties))
+
+
+def in_mesh(tensor: DTensor) -> bool:
+    """Whether this rank is one of the tensor's mesh and holds a part of it."""
+    return tensor.device_mesh.get_coordinate() is not None
+
+
+class Layouts:
+    """The boxes that this rank holds of DTensors; what is true of a whole mesh is asked once."""
+
+    def __init__(self) -> None:
+        self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
+        self._boxes: dict[Any, tuple[tuple[LocalBox, ...], Sides]] = {}
+
+    def boxes_of(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
+        """The boxes of a DTensor; none outside its mesh.
+
+        Raises PlanError, naming the fqn, for one with a pending reduction.
+        """
+        return self._known(fqn, value)[0]
+
+    def sides_of(self, fqn: str, value: DTensor) -> Sides:
+        """Offset and shape of each of the boxes."""
+        return self._known(fqn, value)[1]
+
+    def _known(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
+        spec = spec_of(value)
+        placements = spec.placements
+        if len(placements) == 1 and type(placements[0]) is Shard:
+            key: Any = (id(spec.mesh), placements[0].dim, full(value).shape)  # the commonest
+        else:
+            key = (id(spec.mesh), *map(_kind_of, placements), full(value).shape)
+        known = self._boxes.get(key)
+        if known is None:
+            found = self._find(fqn, value)
+            known = found, tuple((box.offset, box.shape) for box in found)
+            self._boxes[key] = known
+        return known
+
+    def _find(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
+        mesh = value.device_mesh
+        if id(mesh) not in self._meshes:
+            at = mesh.get_coordinate()
+            self._meshes[id(mesh)] = (tuple(mesh.shape), None if at is None else tuple(at))
+        mesh_shape, coordinate = self._meshes[id(mesh)]
+        if coordinate is None:
+            return ()
+        try:
+            return local_boxes(tuple(value.shape), mesh_shape, coordinate, value.placements)
+        except ValueError as error:
+            raise PlanError(f"{fqn!r} cannot be saved or loaded: {error}") from error
+
+
+def _kind_of(placement: Placement) -> Hashable:
+    """What is equal for placements that hold the same part; torch's own hash is 1 us of Python."""
+    kind: type = type(placement)
+    if kind is Shard:
+        dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard's
+        return dim
+    return kind if kind is Replicate else placement
+
+
+def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
+    """The boxes that this rank holds of one plain tensor or DTensor; see `Layouts`."""
+    if isinstance(value, DTensor):
+        return Layouts().boxes_of(fqn, value)
+    return (whole_box(value.shape),)
+
+
+def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:
+    """The boxes that this rank holds of a ShardedTensor, and their memory.
+
+    A shard that is sharded again (tensor parallelism under FSDP1) counts as its innermost shards.
+    """
+    for shard in tensor.local_shards():
+        origin = tuple(shard.metadata.shard_offsets)
+        if not isinstance(shard.tensor, ShardedTensor):
+            sizes = tuple(shard.metadata.shard_sizes)
+            yield LocalBox(origin, sizes, (0,) * len(sizes)), shard.tensor
+            continue
+        for box, memory in local_shards(shard.tensor):
+            offset = tuple(a + b for a, b in zip(origin, box.offset, strict=True))
+            yield LocalBox(offset, box.shape, box.local_offset), memory
+
+
+def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
+    """The memory of the box at `index.offset` of a tensor that this rank holds a part of.
+
+    Raises ValueError when the rank holds no box there.
+    """
+    if hasattr(spokesman(value), "__get_tensor_shard__"):
+        return spoken_shard(index.fqn, value, index)
+    if isinstance(value, ShardedTensor):
+        parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]
+    else:
+        memory = local_tensor(value) if isinstance(value, DTensor) else value
+        find_boxes = boxes_said if says_parts(value) else boxes_of
+        parts = [(box, part_of(memory, box)) for box in find_boxes(index.fqn, value)]
+    if index.offset is None and len(parts) == 1:
+        return parts[0][1]
+    for box, memory in parts:
+        if box.offset == tuple(index.offset or ()):
+            return memory
+    raise ValueError(f"{_not_found(value, index)} (this rank holds {[b.offset for b, _ in parts]})")
+
+
+def _not_found(value: torch.Tensor, index: MetadataIndex) -> str:
+    """The words that torch has for it, which programs look for."""
+    if not isinstance(value, ShardedTensor | DTensor):
+        return f"FQN: '{index.fqn}' is not a ShardedTensor, can't find by offset: '{index.offset}'"
+    if index.offset is None:
+        return f"Cannot lookup {index.fqn} since its a ShardedTensor and no offset was provided"
+    return f"Could not find shard at '{index.offset}' for FQN: '{index.fqn}'"
+
+
+def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, whose memory is as large as its shape and strides say.
+
+    It is not where a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
+    PlanError naming the fqn: what is read or written through a pointer must be there.
+    """
+    count = tensor.numel()
+    if not count:
+        return tensor
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((n - 1) * step for n, step in steps)
+    last = tensor.storage_offset() + count
+    have = tensor.untyped_storage().nbytes()
+    fake = type(tensor) not in PLAIN and isinstance(tensor, FakeTensor)
+    if last * tensor.itemsize > have or fake or not tensor.data_ptr():
+        raise PlanError(
+            f"{fqn!r} has no memory for its values: shape {tuple(tensor.shape)} of {tensor.dtype} "
+            f"needs {last * tensor.itemsize} bytes, its storage has {have}"
+        )
+    return tensor
+
+
+def part_of(memory: torch.Tensor, box: LocalBox) -> torch.Tensor:
+    """The box's own part of the local tensor, a view."""
+    if box.whole and tuple(memory.shape) == box.shape:
+        return memory
+    for dim, (start, length) in enumerate(zip(box.local_offset, box.shape, strict=True)):
+        memory = memory.narrow(dim, start, length)
+    return memory

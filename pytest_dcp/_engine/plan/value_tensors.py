@@ -1,0 +1,42 @@
+"""A tensor that was stored as a value, and the tensor to load it into: what fits. Pure (no I/O).
+
+Nothing takes the place of the tensor that is there: a model or an optimizer holds it, and would
+never see the other one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pytest_dcp._engine.plan.numbers import kind_of
+from pytest_dcp._engine.plan.shards import PLAIN
+from pytest_dcp.errors import CheckpointMismatchError
+
+
+def check_tensor(fqn: str, here: torch.Tensor, value: torch.Tensor, *, strict: bool) -> None:
+    """Nothing where the stored tensor can be copied into the one that is here.
+
+    Raises CheckpointMismatchError, naming the key and both kinds, where it is of another class or
+    layout, quantised, or of another size, and, if `strict`, of a dtype of another kind.
+    """
+    plain = type(here) in PLAIN and type(value) in PLAIN and here.layout is value.layout
+    fits = plain and here.shape == value.shape and not value.is_quantized
+    if not fits or (strict and kind_of(here.dtype) != kind_of(value.dtype)):
+        raise tensor_misfit(fqn, here, _described(value))
+
+
+def tensor_misfit(fqn: str, here: torch.Tensor, stored: str) -> CheckpointMismatchError:
+    """The error for a tensor that cannot take what is stored for it."""
+    return CheckpointMismatchError(
+        f"{fqn!r} is {stored} in the checkpoint, and {_described(here)} here: load it into a "
+        "tensor of the stored kind",
+        mismatched=(fqn,),
+    )
+
+
+def _described(tensor: torch.Tensor) -> str:
+    kind = type(tensor)
+    name = "tensor" if kind in PLAIN else f"{kind.__module__}.{kind.__qualname__}"
+    quantised = "quantised " if tensor.is_quantized else ""
+    layout = "" if tensor.layout is torch.strided else f" and {tensor.layout}"
+    return f"a {quantised}{name} of {tensor.dtype}{layout} and size {tuple(tensor.shape)}"

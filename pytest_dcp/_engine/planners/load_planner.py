@@ -1,0 +1,576 @@
+"""The load planner: a state dict and a checkpoint's index to read items, and their targets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+)
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from pytest_dcp._engine.format.opaque_values import prepare_opaque, wrapper_in
+from pytest_dcp._engine.format.python_values import decoded
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.containers import Description, description_of
+from pytest_dcp._engine.plan.describe import wanted_boxes
+from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
+from pytest_dcp._engine.plan.index import Index, index_of, resized_keys, stated_sizes
+from pytest_dcp._engine.plan.load import read_items
+from pytest_dcp._engine.plan.match import Dtype, LoadReport, match
+from pytest_dcp._engine.plan.materialise import filled, materialise
+from pytest_dcp._engine.plan.nested import Path, Room, flatten, set_element
+from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of
+from pytest_dcp._engine.plan.opaque import STORED_DTYPES, is_opaque
+from pytest_dcp._engine.plan.parts import BOXES
+from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
+from pytest_dcp._engine.plan.rank_paths import check_one_tree
+from pytest_dcp._engine.plan.select import Selection
+from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, spec_of
+from pytest_dcp._engine.plan.value_tensors import check_tensor, tensor_misfit
+from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    UntrustedPickleError,
+)
+
+ONE_BOX = frozenset((Shard, Replicate))
+"""Placements under which the rank's memory is one box of the full tensor; strided shards may be
+several."""
+
+
+class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
+    """Plans a load into a state dict: tensors in place, values replaced, in any layout."""
+
+    original_state_dict: dict[str, Any]
+    mappings: dict[str, Path]
+    _numbers: dict[str, type]
+    """By name: the class of each number that is loaded from a tensor."""
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        weights_only: bool = True,
+        selection: Selection | None = None,
+    ) -> None:
+        """As torch's, and:
+
+        weights_only: whether values of arbitrary classes are refused. Pass False only for a
+            checkpoint whose writer you trust: such values run code when they are loaded.
+        selection: which keys to load and what the checkpoint calls them; None: all, by their names.
+        """
+        self.flatten_state_dict = flatten_state_dict
+        self.flatten_sharded_tensors = flatten_sharded_tensors
+        self.original_state_dict = {}
+        self.mappings = {}
+        self.allow_partial_load = allow_partial_load
+        self.weights_only = weights_only
+        self.selection = selection or Selection()
+        self.report = LoadReport()
+        self.idle_renames: dict[str, str] = {}
+        """Entries of the selection's `rename` that find nothing on this rank, and why."""
+        self._per_rank: dict[str, PerRank] = {}
+        """By what their flat names begin with."""
+        self._saved_sizes: Mapping[str, torch.Size] = {}
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state dict to fill."""
+        if overridden(self, DefaultLoadPlanner, ("create_local_plan",)):
+            # Its own plan may take any of them.
+            materialise(state_dict)
+        self.original_state_dict = state_dict
+        self._per_rank = {}
+        self._numbers = {}
+        self.state_dict, self.mappings = self._flat()
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+        if overridden(self, DefaultLoadPlanner, ("create_local_plan",)):
+            # It may change the sizes that the metadata state: see `resized_keys`.
+            self._saved_sizes = stated_sizes(metadata)
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank reads.
+
+        Where a subclass has changed the size that the metadata state for a key, so that it fits a
+        tensor of another size, the part that both have is read.
+
+        Raises CheckpointMismatchError naming every key that is missing or does not fit.
+        """
+        if self.metadata is None:
+            raise ValueError("the planner was set up without metadata: it has nothing to load from")
+        index = index_of(self.metadata)
+        self._read_as_torch_2_3(index)
+        self.idle_renames = self.selection.idle_renames(
+            self.state_dict, index.row_of, tuple(self._per_rank)
+        )
+        try:
+            plan, self.report = _load_plan(
+                self.state_dict,
+                index,
+                self.selection,
+                strict=not self.allow_partial_load,
+                on_load=self._materialise,
+                per_rank=self._per_rank,
+                on_number=self._make_room,
+                partial=resized_keys(self.metadata, self._saved_sizes),
+            )
+        except CheckpointMismatchError as error:
+            raise error.with_lines(self.idle_renames.values()) from None
+        return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are: no rank's load depends on another's."""
+        return create_default_global_load_plan(global_plan)
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return new_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value where the state dict has it."""
+        self.put_value(read_item.dest_index.fqn, value.getbuffer())
+
+    def put_value(self, fqn: str, entry: bytes | memoryview) -> None:
+        """Decode a value's entry and put it where the state dict has it."""
+        self.prepare_value(fqn, entry)()
+
+    def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
+        """Decode a value's entry; the result puts it where the state dict has it.
+
+        Raises CheckpointMismatchError, naming the key, for a tensor or a number that the tensor of
+        the state dict cannot take, CheckpointCorruptError for a damaged entry and for a class that
+        is not loaded by default. Nothing has changed then.
+        """
+        here: Any = self.state_dict.get(fqn)
+        strict = not self.allow_partial_load
+        if is_opaque(here):
+            return partial(self._fill_opaque, fqn, here, prepare_opaque(fqn, here, entry))
+        value = self._decoded(fqn, entry, here)
+        if not isinstance(here, torch.Tensor):
+            return partial(self._put, fqn, value)
+        if not isinstance(value, torch.Tensor):
+            number = check_number(fqn, here, value, strict=strict)
+            return partial(self._fill_number, fqn, here, number, type(value))
+        check_tensor(fqn, here, value, strict=strict)
+        return partial(self._fill_plain, fqn, here, value)
+
+    @property
+    def takes_numbers(self) -> Container[str]:
+        """Names of numbers that are loaded from tensors, into memory of the planner's own."""
+        return getattr(self, "_numbers", ())
+
+    def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Raise CheckpointMismatchError where the number that was read does not fit."""
+        fqn = read_item.dest_index.fqn
+        number_of(fqn, tensor, self._numbers[fqn], strict=not self.allow_partial_load)
+
+    def _decoded(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
+        try:
+            return decoded(entry, weights_only=self.weights_only)
+        except UntrustedPickleError as error:
+            wrapper = wrapper_in(entry) if isinstance(here, torch.Tensor) else None
+            if wrapper is not None:
+                raise tensor_misfit(fqn, here, wrapper) from error
+            raise error.at(entry=fqn) from error
+        except CheckpointCorruptError as error:
+            raise error.at(entry=fqn) from error
+
+    def _fill_opaque(self, fqn: str, here: Any, fill: Callable[[], torch.Tensor]) -> None:
+        filled_in = fill()
+        if filled_in is not here:
+            self._put(fqn, filled_in)
+
+    def _fill_number(self, fqn: str, here: torch.Tensor, number: Any, kind: type) -> None:
+        fill_tensor(here, number)
+        self._converted(fqn, kind, here.dtype)
+
+    def _fill_plain(self, fqn: str, here: torch.Tensor, value: torch.Tensor) -> None:
+        here.detach().copy_(value)
+        if value.dtype != here.dtype:
+            self._converted(fqn, value.dtype, here.dtype)
+
+    def _put(self, fqn: str, value: Any) -> None:
+        """Let the state dict have this value."""
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], value)
+        else:
+            self.original_state_dict[fqn] = value
+        self.state_dict[fqn] = value
+
+    def _converted(self, fqn: str, stored: Dtype, asked: Dtype) -> None:
+        self.report = replace(
+            self.report, converted={**self.report.converted, fqn: (stored, asked)}
+        )
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The view of the target that an item fills."""
+        return self.transform_tensor(read_item, self.lookup_tensor(read_item.dest_index))
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing where the tensor was filled in place; a number is taken out of its own."""
+        fqn = read_item.dest_index.fqn
+        if fqn in self._numbers:
+            kind, strict = self._numbers[fqn], not self.allow_partial_load
+            self._put(fqn, number_of(fqn, tensor, kind, strict=strict))
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The rank's own memory of a wanted box: for subclasses to extend."""
+        found: torch.Tensor = find_state_dict_object(self.state_dict, index)
+        return found
+
+    def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of it that an item fills: for subclasses to extend."""
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            if (start, length) != (0, tensor.size(dim)):
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
+        """What gives the whole wanted box of the n-th item; None where hooks must be asked.
+
+        The engine narrows it itself, for many items at a time. It is not asked for `takes_numbers`.
+        """
+        hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
+        if overridden(self, DefaultLoadPlanner, hooks):
+            return None
+        firsts = (items.wanted_hint == 0).tolist()
+        fqns, state = items.fqns, self.state_dict
+
+        def target(row: int) -> torch.Tensor:
+            memory = value = state[fqns[row]]
+            if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
+                memory = local_tensor(value)
+            if firsts[row] and type(memory) in PLAIN and not hasattr(value, BOXES):
+                found: torch.Tensor = memory
+                return found
+            return self._box(items, row)
+
+        return target
+
+    @property
+    def plans_alone(self) -> bool:
+        """Whether no rank's plan depends on another's, so that none need be sent."""
+        return not overridden(self, DefaultLoadPlanner, ("create_global_plan",))
+
+    @property
+    def takes_values(self) -> bool:
+        """Whether `put_value` may be used in place of `load_bytes`."""
+        return not overridden(self, DefaultLoadPlanner, ("load_bytes",))
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a load that was cut short may be begun again with another checkpoint.
+
+        Not where keys may be missing: they would keep what the first try has loaded.
+        """
+        return type(self) is DefaultLoadPlanner and not self.allow_partial_load
+
+    @property
+    def plans_again(self) -> bool:
+        """Whether a load that has read nothing yet may be planned again, by another checkpoint.
+
+        A planner of the user's may not expect it.
+        """
+        return type(self) in (DefaultLoadPlanner, _EmptyStateDictLoadPlanner)
+
+    def begin_again(self) -> None:
+        """Prepare for another try with the same state dict."""
+
+    def _materialise(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put empty tensors in the place of meta tensors that are to be loaded."""
+        if sharded := [fqn for fqn, value in values.items() if isinstance(value, ShardedTensor)]:
+            raise CheckpointMismatchError(
+                f"{', '.join(map(repr, sharded[:20]))}: a ShardedTensor on the meta device cannot "
+                "be loaded to",
+                mismatched=tuple(sharded),
+            )
+        for fqn, made in {fqn: filled(value) for fqn, value in values.items()}.items():
+            self._put(fqn, made)
+
+    def _make_room(self, fqn: str, kind: type, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor for a number that is to be loaded from a stored one."""
+        self._numbers[fqn] = kind
+        self.state_dict[fqn] = stored
+        return stored
+
+    def _box(self, items: ReadItems, row: int) -> torch.Tensor:
+        """The rank's memory of the box that the row fills, of a tensor that it has more of."""
+        offset = items.wanted[row, : items.ndim[row]].tolist()
+        return self.lookup_tensor(MetadataIndex(items.fqns[row], offset))
+
+    def _flat(
+        self, *, plain_mappings_whole: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Path]]:
+        if not self.flatten_state_dict:
+            return dict(self.original_state_dict), {}
+
+        def note(path: Path, container: Any) -> None:
+            if isinstance(container, PerRank):
+                self._per_rank[".".join(map(str, (*path, "")))] = container
+
+        return flatten(
+            self.original_state_dict, plain_mappings_whole=plain_mappings_whole, note=note
+        )
+
+    def _read_as_torch_2_3(self, index: Index) -> None:
+        """Flatten as torch before 2.4 did, if the checkpoint has keys that only this gives."""
+        unknown = set(index.fqns) - set(self.state_dict)
+        if not self.flatten_state_dict or not unknown:
+            return
+        flat, paths = self._flat(plain_mappings_whole=True)
+        # Such a checkpoint has a mapping whole or in parts: both are of ranks that saved different
+        # things under one key.
+        in_parts = (self.state_dict.keys() - flat.keys()) & index.row_of.keys()
+        if unknown & flat.keys() and not in_parts:
+            self.state_dict, self.mappings = flat, paths
+
+
+class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
+    """Loads without a template: builds the state dict from what the checkpoint holds.
+
+    keys: load only these, each a flat name or the name of anything above it; None: everything.
+    Every rank that uses it holds all of it.
+    """
+
+    def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        self.keys = keys
+        self._filled: dict[str, Any] = {}
+        self._description: Description | None = None
+        super().__init__(*args, **kwargs)
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Fill the state dict, which must be empty, with empty tensors to load into."""
+        if state_dict:
+            raise ValueError(
+                f"the state dict must be empty, it is built here: it has {sorted(state_dict)[:5]}"
+            )
+        if metadata is None:
+            raise ValueError("the planner was set up without metadata: it has nothing to load from")
+        self._filled = state_dict
+        self._description = None
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        room = Room(len(metadata.state_dict_metadata))
+        flat: dict[str, Any] = {}
+        places: dict[str, Path] = {}
+        for fqn, stored in metadata.state_dict_metadata.items():
+            path = room.checked(fqn, paths.get(fqn, (fqn,)))
+            if self._should_include_key(fqn, metadata):
+                flat[fqn], places[fqn] = _empty(fqn, stored), path
+        check_one_tree(places)
+        for fqn, path in places.items():
+            room.put(state_dict, fqn, path, flat[fqn])
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        # What was built would be flattened otherwise where a list holds no tensor any more.
+        self.state_dict, self.mappings = flat, places
+        described = description_of(metadata.planner_data)
+        if described is not None:
+            self._description = Description(described)
+            if self.weights_only:
+                # What cannot be given back is refused before anything is read.
+                self.rebuilt()
+
+    def rebuilt(self) -> dict[Any, Any]:
+        """The state dict that was loaded, with the containers and keys that were saved.
+
+        Raises CheckpointMismatchError, naming them, for those of other classes than Python's own,
+        unless the planner trusts the checkpoint.
+        """
+        if self._description is None:
+            return self._filled
+        return self._description.rebuilt(
+            self._filled,
+            lambda path: self._includes(".".join(map(str, path)), path),
+            trusted=not self.weights_only,
+        )
+
+    @property
+    def repeatable(self) -> bool:
+        """Always: what was built is thrown away."""
+        return True
+
+    def begin_again(self) -> None:
+        """Empty the state dict, to be built anew."""
+        self._filled.clear()
+
+    def _read_as_torch_2_3(self, index: Index) -> None:
+        """Nothing: the paths are the checkpoint's own."""
+
+    def _should_include_key(self, key: str, metadata: Metadata) -> bool:
+        """Whether to load a flat name: for subclasses to extend."""
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        return self._includes(key, tuple(paths.get(key, (key,))))
+
+    def _includes(self, name: str, path: Path) -> bool:
+        """Whether something of this name and path was asked for, or something above it."""
+        if self.keys is None or name in self.keys:
+            return True
+        above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
+        return any(name in self.keys for name in above)
+
+
+def _is_meta(value: Any) -> bool:
+    if type(value) in PLAIN or type(value) is DTensor:
+        return bool(value.is_meta)
+    if isinstance(value, ShardedTensor):
+        # Asked itself, it would answer only where it has exactly one shard.
+        return any(shard.tensor.is_meta for shard in value.local_shards())
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _empty(fqn: str, stored: Any) -> torch.Tensor | None:
+    """Memory for a stored tensor; None for a value. Raises CheckpointCorruptError for too much."""
+    if not isinstance(stored, TensorStorageMetadata):
+        return None
+    try:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointCorruptError(
+            f"there is no memory for a tensor of {tuple(stored.size)} of {stored.properties.dtype}",
+            entry=fqn,
+        ) from error
+
+
+def create_default_local_load_plan(
+    state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
+) -> LoadPlan:
+    """What this rank reads into a flat state dict.
+
+    Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
+    `strict`.
+    """
+    plan, _ = _load_plan(
+        state_dict,
+        index_of(metadata),
+        Selection(),
+        strict=strict,
+        partial=resized_keys(metadata, {}),
+    )
+    return _load_lists(plan)
+
+
+def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
+    """The plans as they are: no rank's load depends on another's."""
+    return all_plans
+
+
+def _load_plan(
+    state_dict: Mapping[str, Any],
+    index: Index,
+    selection: Selection,
+    *,
+    strict: bool,
+    on_load: Callable[[Mapping[str, torch.Tensor]], object] = lambda _: None,
+    per_rank: Mapping[str, PerRank] | None = None,
+    on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
+    partial: Container[str] = (),
+) -> tuple[LoadPlan, LoadReport]:
+    """The plan and how the keys met; `on_load` gives memory to the meta tensors among them.
+
+    `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
+    empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
+    Of the stored names in `partial` elements may be lacking.
+    """
+    chosen = selection.chosen(state_dict)
+    stored_as = selection.stored_as(chosen)
+    if per_rank:
+        stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
+    numbers = on_number is not None
+    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=numbers)
+    names = stored_as or {}
+    for fqn, (_, kind) in found.converted.items():
+        if on_number is not None and isinstance(kind, type):
+            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
+            room = torch.empty(stored.size, dtype=stored.properties.dtype)
+            found.loaded[fqn] = on_number(fqn, kind, room)
+    values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
+    # A stored value replaces whatever is here.
+    replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
+    replaced += _stored_in_one(found.loaded, names, index)
+    template = found.loaded | dict.fromkeys(replaced)
+    lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
+    items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
+    # Last: what does not fit is refused before the state dict changes.
+    on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
+    unexpected = tuple(
+        name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
+    )
+    return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
+
+
+def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
+    """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
+
+    Raises CheckpointMismatchError for one that is stored in parts.
+    """
+    if all(properties.dtype in STORED_DTYPES for properties in index.properties):
+        return []
+    opaque = [fqn for fqn, value in loaded.items() if type(value) in PLAIN and value.is_quantized]
+    chunks = {fqn: np.diff(index.first)[index.row_of[names.get(fqn, fqn)]] for fqn in opaque}
+    if parted := [fqn for fqn, count in chunks.items() if count > 1]:
+        raise CheckpointMismatchError(
+            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be put together to a "
+            "tensor of this kind",
+            mismatched=tuple(parted),
+        )
+    return opaque
+
+
+def _choose_per_rank(
+    chosen: dict[str, Any],
+    stored_as: Mapping[str, str] | None,
+    index: Index,
+    per_rank: Mapping[str, PerRank],
+    *,
+    strict: bool,
+) -> dict[str, str]:
+    """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
+
+    Takes out of `chosen` what is to stay as it is.
+    """
+    names = dict(stored_as or {})
+    wanted = {
+        fqn: (names.get(fqn, fqn), value)
+        for prefix, value in per_rank.items()
+        for fqn in chosen
+        if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
+    }
+    for fqn, name in resized_names(wanted, index.fqns, strict=strict).items():
+        if name is None:
+            del chosen[fqn]
+        else:
+            names[fqn] = name
+    return names
+
+
+def _load_lists(plan: LoadPlan) -> LoadPlan:
+    return replace(plan, items=list(plan.items))

@@ -1,0 +1,1 @@
+"""Copying a state before it is saved in the background."""

@@ -1,0 +1,321 @@
+"""A state dict -> a copy of it on the CPU, so that training can go on while it is saved.
+
+The tensors' values enter in whatever layout and on whatever device they are; they leave row-major,
+one behind the other in the memory of an arena. What a tensor views is copied, not its storage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
+from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.containers import alike
+from pytest_dcp._engine.plan.describe import require_savable, unsavable
+from pytest_dcp._engine.plan.opaque import is_opaque
+from pytest_dcp._engine.plan.parts import BOXES, parts_said, say_parts
+from pytest_dcp._engine.plan.per_rank import PerRank
+from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, require_memory
+from pytest_dcp._engine.staging.arena import Pool, needed_bytes
+from pytest_dcp.errors import PlanError
+
+State = dict[str, Any]
+
+KEPT = Pool(shared=False)
+KEPT_SHARED = Pool(shared=True)
+"""Where `async_save` stages when it is given no stager; shared for a save in a process."""
+
+
+def release_memory() -> None:
+    """Give back what is kept for the next `async_save`; memory in use is kept when it is free."""
+    KEPT.clear()
+    KEPT_SHARED.clear()
+
+
+class BlockingAsyncStager(AsyncStager):
+    """Copies the state dict to the CPU and returns when that is done."""
+
+    _synchronize_after_execute = False
+    state_dict_cache: State | None = None
+    """The last copy, which the next one goes into; None where no memory is kept."""
+    _upload: Future[Any] | None = None
+    """The save of that copy."""
+
+    def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
+        """cache_staged_state_dict: keep the copy, and fill it anew at the next one.
+
+        type_check: refuse values that are neither tensors nor of Python's plain types.
+        """
+        self.cache_staged_state_dict = cache_staged_state_dict
+        self.type_check = type_check
+        self.state_dict_cache = self._upload = None
+
+    def stage(self, state_dict: State) -> State:
+        """A copy of the state dict on the CPU.
+
+        With `cache_staged_state_dict` it is the same copy each time, filled anew: whoever holds
+        the last one sees it change. A save of the last one that is under way is waited for.
+        """
+        if self.type_check:
+            _check_types(state_dict, "")
+        if not self.cache_staged_state_dict:
+            return staged(state_dict, Pool(shared=False))
+        if self._upload is not None:
+            wait([self._upload])
+        if self.state_dict_cache is None or not refill(self.state_dict_cache, state_dict):
+            self.state_dict_cache = staged(state_dict, Pool(shared=False))
+        return self.state_dict_cache
+
+    def hold_for(self, upload: Future[Any]) -> None:
+        """Leave the kept copy as it is until this save of it is done."""
+        self._upload = upload
+
+    def synchronize_staging(self) -> None:
+        """Nothing: the copy is made when `stage` returns."""
+
+    def close(self) -> None:
+        """Let go of the kept memory."""
+        self.state_dict_cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "state_dict_cache": None, "_upload": None}
+
+
+class DefaultStager(AsyncStager):
+    """Copies the state dict to memory of its own, which it keeps for the next copy.
+
+    What the options say of GPUs does nothing where there is none.
+    """
+
+    def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - as torch's
+        """use_pinned_memory: copy from a GPU into pages that are locked for it.
+
+        use_shared_memory: copy to where a background process finds it without another copy.
+        use_async_staging: copy in a thread; the state must stay as it is until the future is done.
+        use_non_blocking_copy: queue all copies from a GPU, and wait once.
+        """
+        self._config = config
+        self._pool = Pool(shared=config.use_shared_memory)
+        self._thread: ThreadPoolExecutor | None = None
+        if config.use_async_staging:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
+        self._under_way: Future[State] | None = None
+
+    def stage(self, state_dict: State, **kwargs: Any) -> State | Future[State]:
+        """A copy of the state dict on the CPU, or its future with `use_async_staging`."""
+        if self._thread is None:
+            return self._stage(state_dict, None)
+        # What the GPU was told to compute before now has to be done before it is copied.
+        before = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
+        self._under_way = self._thread.submit(self._stage, state_dict, before)
+        return self._under_way
+
+    def synchronize_staging(self) -> None:
+        """Return when the last copy is made."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def close(self) -> None:
+        """Wait for the copy under way, and let go of the memory."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+        self._pool.close()
+
+    def _stage(self, state_dict: State, before: torch.Stream | None) -> State:
+        config = self._config
+        with ExitStack() as stack:
+            if before is not None:
+                stream = torch.Stream(before.device)
+                stream.wait_stream(before)
+                stack.enter_context(stream)
+            return staged(
+                state_dict,
+                self._pool,
+                pin=config.use_pinned_memory,
+                blocking=not config.use_non_blocking_copy,
+            )
+
+
+def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = False) -> State:
+    """A copy of the state dict, its tensors in memory of the pool.
+
+    pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
+    Raises PlanError, before anything is copied, for tensors that have no values to copy.
+    """
+    try:
+        sources = [tensor for _, tensor in _sources(state_dict)]
+    except RecursionError:
+        raise PlanError(
+            "the state dict is nested more deeply than Python can walk, or holds a container that "
+            "is inside itself: save fewer levels"
+        ) from None
+    on_gpu = {tensor.device for tensor in sources if tensor.is_cuda}
+    with torch.no_grad(), collector_paused():
+        arena = pool.lease(needed_bytes(sources))
+        if on_gpu and pin:
+            arena.memory.pin()
+        queued = bool(on_gpu) and arena.memory.pinned and not blocking
+        rooms = arena.rooms(sources)
+        for room, source in zip(rooms, sources, strict=True):
+            room.copy_(source, non_blocking=queued)
+        copied: State = _copied(state_dict, iter(rooms))
+    for device in on_gpu if queued else ():
+        torch.cuda.current_stream(device).synchronize()
+    return copied
+
+
+def refill(copied: State, state_dict: State) -> bool:
+    """Whether the copy had the state dict's structure; it then is a copy of that, in place.
+
+    Raises PlanError, before anything is copied, for tensors that have no values to copy.
+    """
+    rooms, sources = list(_named(copied, "")), _sources(state_dict)
+    if [_kind_of(*room) for room in rooms] != [_kind_of(*source) for source in sources]:
+        return False
+    with torch.no_grad(), collector_paused():
+        for (_, room), (_, source) in zip(rooms, sources, strict=True):
+            room.copy_(source)
+        filled: State = _copied(state_dict, (room for _, room in rooms))
+    copied.clear()
+    copied.update(filled)
+    return True
+
+
+def _kind_of(name: str, tensor: torch.Tensor) -> tuple[str, torch.dtype, torch.Size]:
+    return name, tensor.dtype, tensor.shape
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is no more than its values."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
+
+
+def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
+    """The tensors of a state that are no more than their values; these go to the arena."""
+    return (tensor for _, tensor in _named(state_dict, ""))
+
+
+def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a state that go to the arena, all of which have memory.
+
+    Raises PlanError for those that have not, and in the words of a save for tensors that cannot be
+    copied at all.
+    """
+    problems: list[str] = []
+    named = _named(state_dict, "", problems)
+    found = [(name, require_memory(name, tensor)) for name, tensor in named]
+    require_savable(problems)
+    return found
+
+
+def _named(
+    value: Any, name: str, problems: list[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state that go to the arena, in the order in which `_copied` meets them.
+
+    problems: is given what a save says of the tensors that have no values to copy.
+    """
+    if isinstance(value, DTensor):
+        yield from _named(local_tensor(value), name, problems)
+    elif isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            yield from _named(shard.tensor, name, problems)
+    elif isinstance(value, torch.Tensor):
+        if _fits(value):
+            yield name, value
+        elif problems is not None and (value.is_nested or value.is_meta):
+            problems.append(f"{unsavable(name, value)}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _named(inner, f"{name}.{key}" if name else str(key), problems)
+    elif isinstance(value, list | tuple):
+        for n, inner in enumerate(value):
+            yield from _named(inner, f"{name}.{n}", problems)
+
+
+def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
+    """The value with the next room in the place of each tensor, and copies of all else."""
+    if isinstance(value, DTensor):
+        local = _copied(local_tensor(value), rooms)
+        return dtensor(local, value._spec)
+    if isinstance(value, ShardedTensor):
+        shards = [
+            Shard(_copied(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
+        ]
+        return sharded(shards, value.metadata(), value.sharding_spec())
+    if isinstance(value, torch.Tensor):
+        copied = next(rooms) if _fits(value) else _copied_alone(value)
+        return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
+    if isinstance(value, PerRank):
+        return PerRank(_copied(value.value, rooms))
+    if isinstance(value, Mapping):
+        return alike(value, {key: _copied(inner, rooms) for key, inner in value.items()})
+    if isinstance(value, list | tuple):
+        parts = [_copied(inner, rooms) for inner in value]
+        if isinstance(value, list):
+            return parts
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return copy.deepcopy(value)
+
+
+def _copied_alone(value: Any) -> torch.Tensor:
+    """A copy on the CPU of a tensor that is more than its values.
+
+    A wrapper subclass is made anew around copies: its own `to` may do as it likes.
+    """
+    if not is_opaque(value) or value.is_quantized:
+        copied: torch.Tensor = value.detach().to("cpu", copy=True)
+        return copied
+    names, context = value.__tensor_flatten__()
+    inner = {name: _copied_alone(getattr(value, name)) for name in names}
+    made: torch.Tensor = type(value).__tensor_unflatten__(
+        inner, context, value.size(), value.stride()
+    )
+    return made
+
+
+def _anywhere(metadata: ShardMetadata) -> ShardMetadata:
+    """The same part of a tensor, wherever it is: a Shard refuses to be elsewhere than it says."""
+    return ShardMetadata(metadata.shard_offsets, metadata.shard_sizes, placement=None)
+
+
+def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
+    """A DTensor of this part, wherever that is: `from_local` would move it to the mesh's device."""
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def sharded(shards: list[Shard], metadata: Any, spec: Any) -> ShardedTensor:
+    """A ShardedTensor of these shards that needs no process group: it can be saved, no more."""
+    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
+        shards, metadata, sharding_spec=spec
+    )
+    tensor: ShardedTensor = made
+    return tensor
+
+
+PLAIN_VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None))
+
+
+def _check_types(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_types(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple | set):
+        for n, inner in enumerate(value):
+            _check_types(inner, f"{name}.{n}")
+    elif not isinstance(value, PLAIN_VALUES):
+        raise ValueError(  # noqa: TRY004 - what torch's stager raises
+            f"{name.lstrip('.')!r} is a {type(value).__name__}: with type_check=True a state dict "
+            "holds tensors and values of Python's plain types only"
+        )

@@ -1,0 +1,123 @@
+"""What rank 0 has, sent to every rank, a bucket of tensors at a time.
+
+First all ranks learn what will come (`announced`) and agree that it fits (`agreed`); then the
+tensors come (`from_rank0`). Everything here is collective over the default process group. No rank
+needs more memory than the largest tensor takes, or a bucket of BUCKET_BYTES.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.materialise import current_device, group_device_type
+from pytest_dcp._engine.state_dicts.agreement import Agreement, agreeing
+from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
+
+K = TypeVar("K", bound=Hashable)
+
+
+def announced(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
+    """The values that `made` gives on rank 0, on every rank, with a Spec for each tensor.
+
+    Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
+    what pickling its values raises.
+    """
+    message: list[Any] = [None, None]
+    with agreeing("rank 0's state cannot be announced"):
+        if dist.get_rank() == 0:
+            values = made()
+            specs = {
+                key: Spec(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+                for key, value in values.items()
+            }
+            message = [specs, _unsendable(values)]
+            pickle.dumps(message)
+    dist.broadcast_object_list(message, src=0)
+    specs, problem = message
+    if problem:
+        raise ValueError(problem)
+    return dict(specs)
+
+
+def _unsendable(values: Mapping[K, Any]) -> str | None:
+    parts = [key for key, value in values.items() if isinstance(value, DTensor | ShardedTensor)]
+    empty = [k for k, v in values.items() if isinstance(v, torch.Tensor) and v.is_meta]
+    if not parts and not empty:
+        return None
+    return (
+        f"rank 0 cannot broadcast {parts + empty}: with broadcast_from_rank0 its state dict must "
+        "hold whole tensors with values, as get_*_state_dict makes with full_state_dict=True"
+    )
+
+
+def agreed(mismatch: Mismatch) -> Mismatch:
+    """Everything that does not fit on any rank, so that all raise or none."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mismatch)
+    return Mismatch().merged(every)
+
+
+def from_rank0(
+    values: Mapping[K, Any],
+    specs: Mapping[K, Any],
+    near: Iterable[Any],
+    take: Callable[[K, torch.Tensor], object],
+) -> None:
+    """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
+
+    values: rank 0's; other ranks' are not looked at.
+    specs: what `announced` returned.
+    near: tensors that are to be filled; what is sent lies on their device where the group can.
+
+    What fails on one rank, in `take` too, is raised on all ranks once all tensors were sent.
+    """
+    tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
+    sizes = [spec.packed_bytes for spec in tensors.values()]
+    limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
+    with agreeing("no room for what rank 0 sends"):
+        memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
+    sends = dist.get_rank() == 0
+    receiving = Agreement("while rank 0's state was received")
+    for bucket in _buckets(tensors, limit):
+        arrived = dict(zip(bucket, views(memory, list(bucket.values())), strict=True))
+        for key, view in arrived.items() if sends else ():
+            receiving.run(partial(_copy, view, values, key))
+        used = sum(spec.packed_bytes for spec in bucket.values())
+        dist.broadcast(memory[:used], src=0)
+        for key, view in arrived.items():
+            receiving.run(partial(take, key, view))
+    receiving.settle()
+
+
+def _copy(view: torch.Tensor, values: Mapping[K, Any], key: K) -> None:
+    view.copy_(values[key])
+
+
+def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
+    """The tensors in their order, in groups that fit into so many bytes; empty ones too."""
+    bucket: dict[K, Spec] = {}
+    used = 0
+    for key, spec in tensors.items():
+        if used + spec.packed_bytes > limit:
+            yield bucket
+            bucket, used = {}, 0
+        bucket[key] = spec
+        used += spec.packed_bytes
+    if bucket:
+        yield bucket
+
+
+def _meeting_place(near: Iterable[Any]) -> torch.device:
+    """The device that tensors are sent on: that of the first target which the group serves."""
+    served = {pair.split(":")[0] for pair in dist.get_backend_config().split(",")}
+    kinds = (value.device.type for value in near if isinstance(value, torch.Tensor))
+    return current_device(next((kind for kind in kinds if kind in served), group_device_type()))

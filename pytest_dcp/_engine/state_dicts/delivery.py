@@ -1,0 +1,140 @@
+"""A state dict as the options want it: sharded or whole, on its device or the CPU, or on rank 0.
+
+Whole tensors are gathered in their order, small ones several in a message. No more than a bucket,
+or one tensor, is underway at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from pytest_dcp._engine.plan.layout import LocalBox, local_boxes
+from pytest_dcp._engine.plan.shards import local_tensor
+from pytest_dcp._engine.state_dicts.options import StateDictOptions
+from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
+from pytest_dcp._engine.state_dicts.parts import cut, whole
+
+
+def delivered(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
+    """The state as the options want it. Collective if it is to be whole.
+
+    {} where rank 0 alone is to have it and this is another rank.
+    """
+    if not options.full_state_dict:
+        return _changed(state, _on_cpu) if options.cpu_offload else state
+    tensors: list[torch.Tensor] = []
+    _changed(state, tensors.append)
+    arriving = whole_tensors(tensors)
+    if not options.cpu_offload:
+        return _changed(state, lambda _: next(arriving))
+    if dist.is_initialized() and dist.get_rank():
+        for _ in arriving:  # This rank's parts are needed, and nothing is kept.
+            pass
+        return {}
+    return _changed(state, lambda _: next(arriving).cpu())
+
+
+def _changed(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    """The state with each tensor in it changed, in order; containers are new."""
+    return {key: _mapped(value, change) for key, value in state.items()}
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(inner, change) for inner in value)
+    return value
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, ShardedTensor) and all(
+        shard.tensor.is_cpu for shard in tensor.local_shards()
+    ):
+        return tensor
+    return tensor.cpu()
+
+
+def whole_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The full tensor of each, in order; the same object where it is no part of one. Collective."""
+    bucket: list[torch.Tensor] = []
+    used = 0
+    for tensor in tensors:
+        size_bytes = tensor.numel() * tensor.itemsize if _way_of(tensor) is not None else 0
+        if used + size_bytes > BUCKET_BYTES:
+            yield from _whole_bucket(bucket)
+            bucket, used = [], 0
+        bucket.append(tensor)
+        used += size_bytes
+    yield from _whole_bucket(bucket)
+
+
+_Way = tuple[DeviceMesh, int]
+"""A mesh and the one dimension of it that tensors are sharded over."""
+
+
+def _way_of(tensor: torch.Tensor) -> _Way | None:
+    """How a tensor is gathered together with others; None where it goes by itself."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
+        return None
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if type(placement) is Shard]
+    others = [placement for placement in tensor.placements if type(placement) is not Shard]
+    if len(sharded) != 1 or not all(type(placement) is Replicate for placement in others):
+        return None
+    return tensor.device_mesh, sharded[0]
+
+
+def _whole_bucket(bucket: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    together: dict[_Way, list[int]] = {}
+    for at, tensor in enumerate(bucket):
+        if (way := _way_of(tensor)) is not None:
+            together.setdefault(way, []).append(at)
+    found: dict[int, torch.Tensor] = {}
+    for way, places in together.items():
+        parts = [bucket[at] for at in places]
+        found |= zip(places, _gathered_together(way, parts), strict=True)
+    for at, tensor in enumerate(bucket):
+        yield found[at] if at in found else whole(tensor)
+
+
+def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
+    """The full tensors of DTensors, from one message of each rank."""
+    mesh, dim = way
+    group = mesh.get_group(dim)
+    boxes = [[_box_at(part, dim, at) for part in parts] for at in range(mesh.size(dim))]
+    specs = [
+        [Spec(torch.Size(box.shape), part.dtype) for box, part in zip(of, parts, strict=True)]
+        for of in boxes
+    ]
+    longest = max(sum(spec.packed_bytes for spec in of) for of in specs)
+    device = local_tensor(parts[0]).device
+    memory = torch.empty(len(specs), longest, dtype=torch.uint8, device=device)
+    here = mesh.get_local_rank(dim)
+    mine = torch.empty_like(memory[0])
+    for view, part in zip(views(mine, specs[here]), parts, strict=True):
+        if view.numel():  # What holds nothing may have any shape.
+            view.copy_(local_tensor(part))
+    dist.all_gather(list(memory), mine, group=group)
+    full = [torch.empty(part.size(), dtype=part.dtype, device=device) for part in parts]
+    for row, of, held in zip(memory, specs, boxes, strict=True):
+        for target, box, view in zip(full, held, views(row, of), strict=True):
+            cut(target, box).copy_(view)
+    return full
+
+
+def _box_at(part: DTensor, dim: int, at: int) -> LocalBox:
+    """What a rank holds of a tensor, by its place along the mesh's dimension."""
+    mesh = part.device_mesh
+    coordinate = list(mesh.get_coordinate() or ())
+    coordinate[dim] = at
+    (box,) = local_boxes(tuple(part.size()), tuple(mesh.shape), tuple(coordinate), part.placements)
+    return box

@@ -1,0 +1,150 @@
+"""Which entries the state of each parameter must have, and which it may have.
+
+What decides is what the optimizer itself makes in its first step, with the settings that it will
+have after the load: AMSGrad's third average belongs to a state dict whose groups say so. Where the
+optimizer does not tell, as L-BFGS, the entries that it holds now are the measure, and nothing is
+unexpected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.groups import Group
+from pytest_dcp._engine.state_dicts.initial import initial_entries
+from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.optimizer_target import Target, settings_of
+from pytest_dcp._engine.state_dicts.packing import Spec
+from pytest_dcp._engine.state_dicts.parts import size_of
+from pytest_dcp._engine.state_dicts.settings import needed_settings
+
+ANEW = (
+    "The state dict has no state of any parameter, as before an optimizer's first step, and this "
+    "optimizer has: to let it begin anew, clear it first with optimizer.state.clear().",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """What a state dict does not have of one state."""
+
+    entries: tuple[str, ...]
+    """The entries that are missing."""
+    whole: bool
+    """Whether it has nothing of the state at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryCheck:
+    """How the states of one optimizer and of a state dict compare, entry by entry."""
+
+    lacks: Mapping[Any, Lack]
+    """By the name of the parameter, or the key of what the optimizer keeps for all of them."""
+    strange: tuple[str, ...]
+    """Keys of entries that the optimizer does not know: state.<parameter>.<entry>."""
+    unset: tuple[str, ...] = ()
+    """Keys of groups that come without any setting, and of settings that every step needs."""
+    advice: tuple[str, ...] = ()
+    """What to do about it, where that is not plain."""
+
+    def mismatch(self) -> Mismatch:
+        """The same as keys of a flat state dict; a state that is wholly missing is one key."""
+        missing: list[str] = []
+        for name, lack in self.lacks.items():
+            state = f"{STATE}.{name}"
+            missing += [state] if lack.whole else [f"{state}.{entry}" for entry in lack.entries]
+        return Mismatch((*missing, *self.unset), self.strange, advice=self.advice)
+
+
+def check_entries(
+    target: Target,
+    partners: Sequence[Group | None],
+    states: Mapping[Any, Any],
+    grouped: Collection[str],
+    *,
+    raw: bool,
+) -> EntryCheck:
+    """Compare what a state dict has of each parameter in these groups with what it must have.
+
+    partners: for each group of the optimizer, the group of the state dict that belongs to it.
+    states: the state of each parameter, {} where it has none, and what is kept for all.
+    grouped: the parameters that are in a group of the state dict; others are not looked at.
+    raw: whether it is the optimizer's own state dict, which says nothing of a parameter that was
+        not stepped yet. There, and where the state dict has no state of any parameter, a state is
+        missing only if this optimizer has one, which would be lost.
+
+    Collective with FSDP1, where such a state is looked for.
+    """
+    unstepped = not any(states[name] for name in grouped)
+    if_held = raw or unstepped
+    lacks: dict[Any, Lack] = {}
+    strange: list[str] = []
+    for at, (names, partner) in enumerate(zip(target.groups, partners, strict=True)):
+        specs = {n: _spec(target, n) for n in names if n in grouped and _is_trained(target, at, n)}
+        known = _entries_of(target, at, partner, specs.values())
+        for name, spec in specs.items():
+            given, made = states[name], known.get(spec)
+            if made is not None and given.keys() == made.keys():
+                continue  # What nearly every state is, without the questions below.
+            current = target.current(name)
+            if made is None and not spec.shape.numel():
+                continue
+            required = [k for k, v in (current if made is None else made).items() if v is not None]
+            missing = tuple(entry for entry in required if entry not in given)
+            if missing and (given or not if_held or target.holds(name)):
+                lacks[name] = Lack(missing, whole=not given)
+            if made is not None:
+                allowed = made.keys() | current.keys()
+                strange += [f"{STATE}.{name}.{entry}" for entry in given if entry not in allowed]
+    for key in target.common_keys():
+        if key not in states:
+            lacks[key] = Lack((), whole=True)
+    unset = _unset(target, partners, alien=bool(strange))
+    return EntryCheck(lacks, tuple(strange), unset, ANEW if unstepped and lacks else ())
+
+
+def _is_trained(target: Target, at: int, name: str) -> bool:
+    parameter = target.scope.parameters.get(name)
+    if parameter is not None:
+        return parameter.requires_grad and name not in target.scope.frozen
+    # FSDP1 shows flat parameters in place of the model's own.
+    return all(flat.requires_grad for flat in target.optimizer.param_groups[at]["params"])
+
+
+def _entries_of(
+    target: Target, at: int, partner: Group | None, specs: Iterable[Spec]
+) -> dict[Spec, dict[str, Any]]:
+    # No optimizer needs to keep anything of a parameter without elements.
+    different = [spec for spec in dict.fromkeys(specs) if spec.shape.numel()]
+    if not different:
+        return {}
+    group = {**target.optimizer.param_groups[at], **settings_of(partner or {})}
+    return initial_entries(target.optimizer, group, different)
+
+
+def _spec(target: Target, name: str) -> Spec:
+    layout = target.layouts[name]
+    return Spec(size_of(layout), layout.dtype)
+
+
+def _unset(target: Target, partners: Sequence[Group | None], *, alien: bool) -> tuple[str, ...]:
+    """Keys of groups that come without any setting, and of settings that every step needs.
+
+    alien: the states are of another kind of optimizer. They say so, and its settings are its own.
+    """
+    found: list[str] = []
+    own = target.optimizer.param_groups
+    for names, partner, group in zip(target.groups, partners, own, strict=True):
+        if not names or partner is None or not settings_of(group):
+            continue
+        key = f"{GROUPS}.{names[0]}"
+        given = settings_of(partner)
+        if not given:
+            found.append(key)
+        elif not alien:
+            needed = needed_settings(target.optimizer, group, given)
+            found += [f"{key}.{setting}" for setting in needed]
+    return tuple(found)

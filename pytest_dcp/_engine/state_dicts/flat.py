@@ -1,0 +1,99 @@
+"""An optimizer's state dict with one key for each state and setting of a parameter. Pure (no I/O).
+
+`state.<parameter>.<name>` and `param_groups.<parameter>.<setting>`: a parameter's keys are the same
+however parameters are grouped, so that any layout of pipeline stages or groups can load them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pytest_dcp._engine.state_dicts.groups import PARAMS
+
+STATE = "state"
+GROUPS = "param_groups"
+SCALARS = frozenset({bool, int, float, str, type(None)})
+"""What nearly every setting is, and is compared without the questions that tensors need."""
+
+
+def flattened(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat form of a nested state dict; a group without parameters leaves no key."""
+    flat: dict[str, Any] = {}
+    for name, entries in state[STATE].items():
+        for entry, value in entries.items():
+            flat[f"{STATE}.{name}.{entry}"] = value
+    for group in state[GROUPS]:
+        for name in group[PARAMS]:
+            for setting, value in group.items():
+                if setting != PARAMS:
+                    flat[f"{GROUPS}.{name}.{setting}"] = value
+    return flat
+
+
+def is_flat(state: Mapping[str, Any]) -> bool:
+    """Whether it is of that form."""
+    return STATE not in state and GROUPS not in state
+
+
+def nested(
+    flat: Mapping[str, Any], groups: Sequence[Sequence[str]], names: Collection[str]
+) -> dict[str, Any]:
+    """The nested form, with the parameters grouped as in `groups` where their settings are equal.
+
+    names: every parameter of the model. A key belongs to the longest of them that it begins with;
+    what belongs to none is a parameter of that name, without its last part.
+    """
+    known = frozenset(names)
+    states: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, _, rest = key.partition(".")
+        name, _, entry = rest.rpartition(".")
+        if name not in known:
+            name, entry = _split(rest, known)
+        (states if kind == STATE else settings).setdefault(name, {})[entry] = value
+    for name in states:
+        settings.setdefault(name, {})
+    made = [group for wanted in groups for group in _grouped(wanted, settings)]
+    placed = {name for group in made for name in group[PARAMS]}
+    others = [{**of, PARAMS: [name]} for name, of in settings.items() if name not in placed]
+    return {STATE: states, GROUPS: made + others}
+
+
+def _split(rest: str, known: Collection[str]) -> tuple[str, str]:
+    name, _, entry = rest.rpartition(".")
+    shorter, tail = name, entry
+    while shorter and shorter not in known:
+        shorter, _, step = shorter.rpartition(".")
+        tail = f"{step}.{tail}"
+    return (shorter, tail) if shorter else (name, entry)
+
+
+def _grouped(wanted: Sequence[str], settings: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The wanted group, or several where the settings of its parameters differ."""
+    made: list[tuple[dict[str, Any], list[str]]] = []
+    for name in wanted:
+        if name not in settings:
+            continue
+        mine = settings[name]
+        names = next((names for others, names in made if _equal(others, mine)), None)
+        if names is None:
+            made.append((mine, [name]))
+        else:
+            names.append(name)
+    return [{**of, PARAMS: names} for of, names in made]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if type(one) in SCALARS and type(other) in SCALARS:
+        return bool(one == other)
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return bool(torch.equal(torch.as_tensor(one).cpu(), torch.as_tensor(other).cpu()))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)

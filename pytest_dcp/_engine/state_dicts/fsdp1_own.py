@@ -1,0 +1,97 @@
+"""An optimizer's own state dict within FSDP1, whole before it is given to FSDP1.
+
+Each rank's own state dict has what that rank holds: of its part of a flat parameter, or, with
+`use_orig_params`, of the parameters that it has elements of. FSDP1 joins the ranks' parts to name
+them; where one rank's part is missing its assertions fail on that rank, and the others wait for it.
+So the ranks compare first what they have. Everything here is collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.plan.replicas import ranks_text
+from pytest_dcp._engine.state_dicts import fsdp1
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.groups import PARAMS
+from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.optimizer_target import Target
+from pytest_dcp._engine.state_dicts.scope import own_method
+from pytest_dcp.errors import CheckpointMismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What one rank has of a parameter that it has elements of."""
+
+    given: frozenset[str]
+    """The entries of the state that is given."""
+    stepped: bool
+    """Whether its optimizer has a state now."""
+
+
+def name_own(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict by FSDP1's names of the original parameters.
+
+    A state that no rank was given stays as the optimizer has it, unless `strict`. Raises
+    CheckpointMismatchError, on every rank, for states that are missing.
+    """
+    own = own_method(target.optimizer, "state_dict")()
+    numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
+    state = dict(given.get(STATE, {}))
+    mine = _held(target, [state.get(n, {}) for n in numbers], own)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    if any(held.given for one in every for held in one.values()):
+        kept = _kept(target, every)
+        state |= {numbers[at]: own[STATE][at] for at in kept if at in own[STATE]}
+    try:
+        return fsdp1.named(target.scope.model, target.optimizer, {**given, STATE: state})
+    except RuntimeError as error:  # It says which parameters that lie together are not there.
+        raise CheckpointMismatchError(
+            f"FSDP1 cannot read the state dict that the optimizers of the ranks made: {error}"
+        ) from error
+
+
+def _held(target: Target, states: Sequence[Any], own: Mapping[str, Any]) -> dict[int, _Held]:
+    parameters = [p for group in target.optimizer.param_groups for p in group[PARAMS]]
+    return {
+        at: _Held(frozenset(states[at]), bool(own[STATE].get(at)))
+        for at, parameter in enumerate(parameters)
+        if parameter.numel()
+    }
+
+
+def _kept(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[int]:
+    """The parameters whose states stay, since no rank was given any of them."""
+    keys = _keys(target)
+    kept: list[int] = []
+    torn: dict[str, str] = {}
+    for at in sorted({at for held in every for at in held}):
+        held = {rank: mine[at] for rank, mine in enumerate(every) if at in mine}
+        entries = {rank: of.given for rank, of in held.items()}
+        if len(set(entries.values())) > 1:
+            torn[keys[at]] = _torn(keys[at], entries)
+        elif not any(entries.values()) and any(of.stepped for of in held.values()):
+            kept.append(at)
+    mismatch = Mismatch(missing=tuple(keys[at] for at in kept), misfits=torn)
+    mismatch.require_none(type(target.optimizer).__name__, strict=target.scope.options.strict)
+    return kept
+
+
+def _keys(target: Target) -> list[str]:
+    """What the state of each parameter is called: by its number where it is a flat one."""
+    names = [name for group in target.groups for name in group]
+    count = sum(len(group[PARAMS]) for group in target.optimizer.param_groups)
+    return [f"{STATE}.{names[at] if count == len(names) else at}" for at in range(count)]
+
+
+def _torn(key: str, entries: Mapping[int, frozenset[str]]) -> str:
+    whole = frozenset().union(*entries.values())
+    lacking = [rank for rank, of in entries.items() if of != whole]
+    lost = sorted(whole - frozenset.intersection(*entries.values()))
+    return f"{key!r}: {', '.join(map(repr, lost))} missing on {ranks_text(lacking)}, of its part"

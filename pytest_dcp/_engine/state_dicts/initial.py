@@ -1,0 +1,168 @@
+"""The states that an optimizer begins with, found without touching it or its parameters.
+
+Optimizers make their states inside their first step. A twin of the optimizer takes one step on
+zeros with gradients of zero, and what it first sets each entry to is kept: Adam's step count is 0,
+Rprop's step size the learning rate, although the twin's own have moved on by the end of its step.
+Where only the names of the entries are asked for, the twin steps on meta tensors, which cost
+neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pytest_dcp._engine.state_dicts.packing import Spec
+from pytest_dcp.errors import CheckpointError
+
+BATCH_BYTES = 64 << 20
+"""So many bytes of parameters are stood in for at a time, or one parameter: the twin needs three to
+four times that much."""
+
+
+def initial_states(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[torch.Tensor]
+) -> list[dict[str, Any]]:
+    """The state of each of these parameters of a group before its first step.
+
+    {} where the optimizer keeps none. Raises CheckpointError where the optimizer cannot step on
+    stand-ins.
+    """
+    states: list[dict[str, Any]] = []
+    for batch in _batches(parameters):
+        states += _step_of_twin(optimizer, group, batch)
+    return states
+
+
+def _batches(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    size_bytes = 0
+    for parameter in parameters:
+        nbytes = parameter.numel() * parameter.itemsize
+        if batch and size_bytes + nbytes > BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(parameter)
+        size_bytes += nbytes
+    if batch:
+        yield batch
+
+
+def _step_of_twin(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[torch.Tensor]
+) -> list[dict[str, Any]]:
+    stand_ins = [torch.zeros_like(p, requires_grad=True) for p in parameters]
+    return _first_step(optimizer, group, stand_ins)
+
+
+def _first_step(
+    optimizer: Optimizer, group: dict[str, Any], stand_ins: Sequence[torch.Tensor]
+) -> list[dict[str, Any]]:
+    """What each stand-in's entries are first set to by a twin that steps on them."""
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    # A scheduler's or a user's replacement of `step` would step the optimizer itself.
+    twin.__dict__.pop("step", None)
+    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
+    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+    # A step may change a tensor among the settings in place, such as a learning rate.
+    settings = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
+    twin.param_groups = [{**settings, "params": list(stand_ins)}]
+    states: defaultdict[torch.Tensor, Any] = defaultdict(_FirstValues)
+    twin.state = states
+    with _without_gradients(optimizer):
+        for stand_in in stand_ins:
+            stand_in.grad = torch.zeros_like(stand_in)
+        try:
+            twin.step()
+        except Exception as error:
+            kind = type(optimizer).__name__
+            raise CheckpointError(
+                f"{kind} has not been stepped, and its states cannot be made without a step "
+                f"({type(error).__name__}: {error}): step it once before you ask for its state dict"
+            ) from error
+    return [states[s].first if s in states else {} for s in stand_ins]
+
+
+@contextmanager
+def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
+    """Take the parameters' gradients away: an optimizer that holds its parameters elsewhere than
+    in its groups, and so steps on them, finds nothing to do."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+REAL_BYTES = 1 << 20
+"""An optimizer that cannot step on meta tensors steps on real ones, of at most this size."""
+
+PLAIN_STEP = {"foreach": False, "fused": False, "capturable": False}
+"""Settings of torch's optimizers that choose how they compute, not what they keep: meta tensors
+allow only the plain way."""
+
+
+def initial_entries(
+    optimizer: Optimizer, group: dict[str, Any], specs: Sequence[Spec]
+) -> dict[Spec, dict[str, Any]]:
+    """The entries that the optimizer makes in its first step for parameters of these sizes.
+
+    group: the settings to step with. {} where the optimizer keeps no state for a parameter. Values
+    have no meaning, except that None stays None. What the optimizer does not tell is left out.
+    """
+    plain = {**group, **{key: value for key, value in PLAIN_STEP.items() if key in group}}
+    try:
+        return _entries_on("meta", optimizer, plain, specs)
+    except CheckpointError:
+        small = [spec for spec in specs if spec.packed_bytes <= REAL_BYTES]
+    try:
+        return _entries_on("cpu", optimizer, plain, small)
+    except CheckpointError:
+        return {}
+
+
+def _entries_on(
+    device: str, optimizer: Optimizer, group: dict[str, Any], specs: Sequence[Spec]
+) -> dict[Spec, dict[str, Any]]:
+    stand_ins = [
+        torch.zeros(spec.shape, dtype=spec.dtype, device=device, requires_grad=True)
+        for spec in specs
+    ]
+    return dict(zip(specs, _first_step(optimizer, group, stand_ins), strict=True))
+
+
+class _FirstValues(dict[str, Any]):
+    """A state that remembers what each entry was first set to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.first:
+            self.first[key] = _copied(value)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **more: Any) -> None:
+        for key, value in dict(*args, **more).items():
+            self[key] = value
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

@@ -1,0 +1,135 @@
+"""Optimizers -> their state dict under the names of the model's parameters.
+
+{"state": {parameter: {name: value}}, "param_groups": [{..., "params": [parameter, ...]}]}, of all
+optimizers together. Every parameter that can be trained has its states: those that it would begin
+with, where it was never stepped. So the keys do not depend on how long was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pytest_dcp._engine.state_dicts import fsdp1
+from pytest_dcp._engine.state_dicts.delivery import delivered
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, flattened
+from pytest_dcp._engine.state_dicts.groups import PARAMS
+from pytest_dcp._engine.state_dicts.initial import initial_states
+from pytest_dcp._engine.state_dicts.scope import Scope, own_method
+from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
+
+
+@torch.no_grad()
+def read_optimizers(scope: Scope, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """The optimizers' state dict, as the options want it. The optimizers are left as they are.
+
+    Collective if the options ask for whole tensors, and with FSDP1. Raises CheckpointMismatchError
+    for parameters that are not the model's, CheckpointError for an optimizer that must be stepped
+    first, ValueError for parameters that are in two optimizers.
+    """
+    state: dict[str, Any] = {STATE: {}, GROUPS: []}
+    for optimizer in optimizers:
+        one = _read(scope, optimizer)
+        if twice := _parameters_of(state) & _parameters_of(one):
+            raise ValueError(f"{sorted(twice)} are in more than one of the optimizers")
+        state[STATE].update(one[STATE])
+        state[GROUPS] += one[GROUPS]
+    state = delivered(_asked_for(scope, state), scope.options)
+    return flattened(state) if state and scope.options.flatten_optimizer_state_dict else state
+
+
+def group_names(scope: Scope, optimizer: Optimizer) -> list[list[str]]:
+    """The names of the parameters in each group of an optimizer. Not for FSDP1.
+
+    Raises CheckpointMismatchError for parameters that are not the model's.
+    """
+    names = scope.first_names()
+    strangers = [
+        f"parameter {n} of group {at}, of size {tuple(parameter.shape)}"
+        for at, group in enumerate(optimizer.param_groups)
+        for n, parameter in enumerate(group[PARAMS])
+        if parameter not in names
+    ]
+    if strangers:
+        raise CheckpointMismatchError(
+            f"{type(optimizer).__name__} has parameters that are not the model's: "
+            f"{', '.join(strangers[:20])}. Give the model that the optimizer was made for, and "
+            "make the optimizer after the model was wrapped, sharded or taken off the meta device",
+            unexpected=tuple(strangers),
+        )
+    return [[names[p] for p in group[PARAMS]] for group in optimizer.param_groups]
+
+
+def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
+    if fsdp1.within(scope.model):
+        packed = _complete(optimizer, own_method(optimizer, "state_dict")())
+        with fsdp1.states(scope.model):
+            named = fsdp1.named(scope.model, optimizer, packed)
+        return _renamed(named, scope.names.canonical)
+    names = group_names(scope, optimizer)
+    packed = _complete(optimizer, own_method(optimizer, "state_dict")())
+    by_id = {
+        at: name
+        for group, of in zip(packed[GROUPS], names, strict=True)
+        for at, name in zip(group[PARAMS], of, strict=True)
+    }
+    return _renamed(packed, lambda at: by_id.get(at, at))
+
+
+def _renamed(state: Mapping[str, Any], name: Callable[[Any], Any]) -> dict[str, Any]:
+    return {
+        STATE: {name(key): value for key, value in state.get(STATE, {}).items()},
+        GROUPS: [
+            {**group, PARAMS: [name(key) for key in group[PARAMS]]}
+            for group in state.get(GROUPS, [])
+        ],
+    }
+
+
+def _complete(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's own state dict with the states of parameters that were not stepped yet."""
+    states = dict(packed[STATE])
+    for group, of in zip(optimizer.param_groups, packed[GROUPS], strict=True):
+        # Under FSDP1 a rank may hold nothing of a parameter; then it has no state of it either.
+        absent = {
+            at: parameter
+            for at, parameter in zip(of[PARAMS], group[PARAMS], strict=True)
+            if at not in states and parameter.requires_grad and parameter.numel()
+        }
+        try:
+            made = initial_states(optimizer, group, list(absent.values()))
+        except CheckpointError:
+            if not packed[STATE]:
+                raise
+            # It was stepped and keeps no states here: one for all its parameters, as L-BFGS does.
+            continue
+        states |= {at: state for at, state in zip(absent, made, strict=True) if state}
+    return {**packed, STATE: states}
+
+
+def _asked_for(scope: Scope, state: dict[str, Any]) -> dict[str, Any]:
+    keys = {name: scope.key_of(name) for name in _parameters_of(state)}
+    asked_for = {name: key for name, key in keys.items() if key is not None}
+    if len(set(asked_for.values())) < len(asked_for):
+        raise ValueError(
+            f"parameters of the submodules {list(scope.prefixes)} have the same names: ask for one "
+            "of them, or keep_submodule_prefixes"
+        )
+    return {
+        STATE: {
+            asked_for.get(name, name): value
+            for name, value in state[STATE].items()
+            if name in asked_for or name not in keys
+        },
+        GROUPS: [
+            {**group, PARAMS: [asked_for[name] for name in group[PARAMS] if name in asked_for]}
+            for group in state[GROUPS]
+        ],
+    }
+
+
+def _parameters_of(state: Mapping[str, Any]) -> set[str]:
+    return {name for group in state[GROUPS] for name in group[PARAMS]}

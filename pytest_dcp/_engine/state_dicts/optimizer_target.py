@@ -1,0 +1,228 @@
+"""One optimizer that is loaded to: what its parameters are called, and how its states lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from pytest_dcp._engine.state_dicts import fsdp1
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
+from pytest_dcp._engine.state_dicts.initial import initial_states
+from pytest_dcp._engine.state_dicts.optimizer_reading import group_names
+from pytest_dcp._engine.state_dicts.packing import Spec
+from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
+from pytest_dcp._engine.state_dicts.scope import Scope, own_method
+from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
+
+States = Mapping[str, Any]
+"""Of each parameter a dict of its states; under other keys, what the optimizer keeps for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An optimizer, by the names of the model."""
+
+    scope: Scope
+    optimizer: Optimizer
+    groups: list[list[str]]
+    """Names of the parameters in each group, in the optimizer's order."""
+    layouts: Mapping[str, torch.Tensor]
+    """Of each parameter a tensor that has its size and lies as it does."""
+    parameters: dict[str, torch.Tensor]
+    """What the optimizer has for each name; {} under FSDP1, where it has something else."""
+    fsdp_names: dict[str, str]
+    """FSDP1's own names of the parameters; {} without FSDP1."""
+    _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _held: list[frozenset[str]] = field(default_factory=list)
+    """Under FSDP1, once it was asked for: the names of which the optimizer has a state."""
+
+    @classmethod
+    def of(cls, scope: Scope, optimizer: Optimizer) -> Target:
+        """The target for an optimizer whose model is not in FSDP1.
+
+        Raises CheckpointMismatchError for parameters that are not the model's or on the meta
+        device, which would swallow their states.
+        """
+        groups = group_names(scope, optimizer)
+        held = list(chain.from_iterable(group[PARAMS] for group in optimizer.param_groups))
+        parameters = dict(zip(chain.from_iterable(groups), held, strict=True))
+        if meta := [name for name, parameter in parameters.items() if parameter.is_meta]:
+            raise CheckpointMismatchError(
+                f"parameters of {type(optimizer).__name__} are on the meta device: {meta[:20]}: "
+                "load the model first and make the optimizer after that",
+                mismatched=tuple(meta),
+            )
+        return cls(scope, optimizer, groups, parameters, parameters, {})
+
+    @classmethod
+    def of_fsdp1(
+        cls, scope: Scope, optimizer: Optimizer, layouts: Mapping[str, torch.Tensor]
+    ) -> Target:
+        """The same within FSDP1. Collective."""
+        settings = own_method(optimizer, "state_dict")()[GROUPS]
+        named = fsdp1.named(scope.model, optimizer, {STATE: {}, GROUPS: settings})
+        canonical = scope.names.canonical
+        groups = [[canonical(name) for name in group[PARAMS]] for group in named[GROUPS]]
+        theirs = {canonical(name): name for group in named[GROUPS] for name in group[PARAMS]}
+        return cls(scope, optimizer, groups, layouts, {}, theirs)
+
+    def names(self) -> set[str]:
+        """Every parameter."""
+        return set(chain.from_iterable(self.groups))
+
+    def misfit(self, name: str, entry: str, value: Any) -> str | None:
+        """Why a state, or the spec of one, cannot be the parameter's, or None."""
+        size = value.shape if isinstance(value, Spec) else _size(value)
+        if size is None or size == size_of(self.layouts[name]) or size.numel() == 1:
+            return None
+        expected = self.layouts[name] if self.fsdp_names else self._expected(name, entry)
+        here = _size(expected)
+        if here is None or here == size:
+            return None
+        return f"state {entry!r} of {name!r}: expected size {tuple(here)}, got {tuple(size)}"
+
+    def laid_out(self, name: str, entry: str, value: Any) -> Any:
+        """A state in the layout that the optimizer keeps it in; what is no tensor stays so."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        like = self._layout(name, entry, size_of(value))
+        return value if like is None else laid_out(value, like, keep=True)
+
+    def filled(self, name: str, entry: str, full: torch.Tensor) -> Any:
+        """The same for a whole tensor that will be overwritten: where there is a state, in it."""
+        current: Any = self.current(name).get(entry)
+        if _size(current) == full.shape and current.dtype == full.dtype:
+            fill(current, full)
+            return current
+        like = self._layout(name, entry, full.shape)
+        if like is None:
+            # The optimizer moves it to the parameter, unless it wants it on the CPU.
+            return full.to("cpu", copy=True)
+        part = laid_out(full, like, keep=True)
+        return part.clone() if part is full else part
+
+    def load(
+        self,
+        states: States,
+        partners: Sequence[Group | None],
+        lacking: Mapping[Any, Sequence[str]],
+    ) -> None:
+        """Load the states of its own parameters and the settings of its groups' partners.
+
+        A parameter that `states` does not have keeps its own; it has to have {} to lose them.
+        lacking: the entries of each state that `states` does not have: they stay as they are.
+        """
+        groups = [
+            {**settings_of(group), **settings_of(partner or {}), PARAMS: names}
+            for group, partner, names in zip(
+                self.optimizer.param_groups, partners, self.groups, strict=True
+            )
+        ]
+        for group, own in zip(groups, self.optimizer.param_groups, strict=True):
+            # Torch's own labels of the parameters: they are this optimizer's, whatever was saved.
+            group.update({k: v for k, v in own.items() if k == "param_names"})
+        mine = self.names()
+        kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
+        state = {STATE: kept, GROUPS: groups}
+        pack = self._packed_by_fsdp1 if self.fsdp_names else self._packed
+        packed = pack(state, lacking)
+        own_method(self.optimizer, "load_state_dict")(packed)
+
+    def keeps(self, key: Any) -> bool:
+        """Whether the optimizer keeps something under this key, which is no parameter's name."""
+        return key in self.optimizer.state
+
+    def common_keys(self) -> list[Any]:
+        """The keys of what it keeps for all its parameters."""
+        return [key for key in self.optimizer.state if not isinstance(key, torch.Tensor)]
+
+    def _packed(
+        self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
+    ) -> dict[str, Any]:
+        ids = {name: at for at, name in enumerate(chain.from_iterable(self.groups))}
+        states = {ids.get(key, key): value for key, value in state[STATE].items() if value != {}}
+        for name in ids.keys() - state[STATE].keys():
+            if current := self.current(name):
+                states[ids[name]] = current
+        for name in lacking.keys() & ids.keys() & state[STATE].keys():
+            own = {entry: self._expected(name, entry) for entry in lacking[name]}
+            kept = {entry: value for entry, value in own.items() if value is not None}
+            states[ids[name]] = {**kept, **states[ids[name]]}
+        states |= {key: self.optimizer.state[key] for key in self.common_keys() if key in lacking}
+        groups = [{**g, PARAMS: [ids[name] for name in g[PARAMS]]} for g in state[GROUPS]]
+        return {STATE: states, GROUPS: groups}
+
+    def _packed_by_fsdp1(
+        self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
+    ) -> dict[str, Any]:
+        theirs = self.fsdp_names
+        states = {theirs.get(key, key): of for key, of in state[STATE].items() if of != {}}
+        if lacking or self.names() - state[STATE].keys():
+            current = self._named_by_fsdp1()
+            given = {theirs[name] for name in state[STATE].keys() & theirs.keys()}
+            states |= {name: of for name, of in current.items() if name not in given}
+            for name in lacking.keys() & state[STATE].keys():
+                states[theirs[name]] = {**current.get(theirs[name], {}), **state[STATE][name]}
+        groups = [{**g, PARAMS: [theirs[name] for name in g[PARAMS]]} for g in state[GROUPS]]
+        return fsdp1.packed(self.scope.model, self.optimizer, {STATE: states, GROUPS: groups})
+
+    def current(self, name: str) -> Mapping[str, Any]:
+        """What the optimizer has of a parameter; {} under FSDP1, where it has something else."""
+        parameter = self.parameters.get(name)
+        return {} if parameter is None else self.optimizer.state.get(parameter, {})
+
+    def holds(self, name: str) -> bool:
+        """Whether the optimizer has a state of a parameter. Collective under FSDP1."""
+        if not self.fsdp_names:
+            return any(value is not None for value in self.current(name).values())
+        if not self._held:
+            states = self._named_by_fsdp1().items()
+            canonical = self.scope.names.canonical
+            self._held.append(frozenset(canonical(key) for key, of in states if of))
+        return name in self._held[0]
+
+    def _named_by_fsdp1(self) -> dict[str, Any]:
+        """What the optimizer has of each parameter, by FSDP1's names. Collective."""
+        own = own_method(self.optimizer, "state_dict")()
+        states: dict[str, Any] = fsdp1.named(self.scope.model, self.optimizer, own)[STATE]
+        return states
+
+    def _layout(self, name: str, entry: str, size: torch.Size) -> torch.Tensor | None:
+        """A tensor that lies as the state is to lie; None where it is to stay as it is."""
+        parameter = self.layouts[name]
+        if size == size_of(parameter):
+            return parameter
+        if size.numel() == 1 or not isinstance(parameter, DTensor) or self.fsdp_names:
+            return None
+        expected = self._expected(name, entry)
+        return expected if isinstance(expected, torch.Tensor) else None
+
+    def _expected(self, name: str, entry: str) -> Any:
+        """The state that the optimizer has or would begin with, or None."""
+        current = self.current(name)
+        if entry in current:
+            return current[entry]
+        if name not in self._initial:
+            at = next(at for at, names in enumerate(self.groups) if name in names)
+            group, parameter = self.optimizer.param_groups[at], self.parameters[name]
+            try:
+                (self._initial[name],) = initial_states(self.optimizer, group, [parameter])
+            except CheckpointError:  # It cannot tell: the state is taken as it comes.
+                self._initial[name] = {}
+        return self._initial[name].get(entry)
+
+
+def _size(value: Any) -> torch.Size | None:
+    return size_of(value) if isinstance(value, torch.Tensor) else None
+
+
+def settings_of(group: Group) -> dict[str, Any]:
+    """What a group says beside its parameters."""
+    return {key: value for key, value in group.items() if key != PARAMS}

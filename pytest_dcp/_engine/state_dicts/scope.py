@@ -1,0 +1,98 @@
+"""What one call is about: a model, the names in it, the options, and which names are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from pytest_dcp._engine.state_dicts.names import Names
+from pytest_dcp._engine.state_dicts.options import StateDictOptions
+
+PATCHED = "_pytest_dcp_patched"
+"""The mark of a method of an object that was replaced by this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One call's model and options."""
+
+    model: nn.Module
+    names: Names
+    options: StateDictOptions
+    prefixes: tuple[str, ...]
+    """Names that begin with one of these are asked for; () asks for all."""
+    parameters: dict[str, nn.Parameter]
+    """By every canonical name."""
+    frozen: frozenset[str]
+    """The names that `ignore_frozen_params` leaves out."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        options: StateDictOptions | None,
+        submodules: Iterable[nn.Module] | None = None,
+    ) -> Scope:
+        """The scope of a call. Raises ValueError for options that contradict each other."""
+        options = StateDictOptions() if options is None else options
+        if options.broadcast_from_rank0 and not options.full_state_dict:
+            raise ValueError(
+                "full_state_dict must be True when broadcast_from_rank0 is True: rank 0 sends "
+                "whole tensors"
+            )
+        _reshard(model)
+        names = Names(model, options.dsd_fqn_modifiers)
+        parameters = dict(names.parameters())
+        skip = options.ignore_frozen_params
+        frozen = [name for name, p in parameters.items() if skip and not p.requires_grad]
+        prefixes = names.prefixes(submodules) if submodules else ()
+        return cls(model, names, options, prefixes, parameters, frozenset(frozen))
+
+    def takes_nothing(self) -> bool:
+        """Whether an empty state dict leaves the model or the optimizers alone, as in torch.
+
+        Otherwise everything is missing. Ranks other than 0 get one with `cpu_offload` and
+        `full_state_dict`.
+        """
+        options = self.options
+        return not options.strict or (options.cpu_offload and options.full_state_dict)
+
+    def first_names(self) -> dict[nn.Parameter, str]:
+        """The first canonical name of each parameter: the one that optimizer states are under."""
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in self.parameters.items():
+            names.setdefault(parameter, name)
+        return names
+
+    def key_of(self, name: str) -> str | None:
+        """The key under which a canonical name is returned; None where it is not asked for."""
+        if name in self.frozen:
+            return None
+        if not self.prefixes:
+            return name
+        prefix = next((p for p in self.prefixes if name.startswith(p)), None)
+        if prefix is None or self.options.keep_submodule_prefixes:
+            return None if prefix is None else name
+        return name[len(prefix) :]
+
+
+def own_method(of: Any, name: str) -> Callable[..., Any]:
+    """A method of a model or an optimizer: its class's, where this package patched the object's."""
+    bound: Callable[..., Any] = getattr(of, name)
+    if getattr(bound, PATCHED, False):
+        bound = getattr(type(of), name).__get__(of)
+    return bound
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give FSDP2's modules their sharded parameters back, which optimizers and names refer to.
+
+    After a forward without a backward the whole parameters are still in their place.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

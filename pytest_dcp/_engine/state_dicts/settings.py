@@ -1,0 +1,41 @@
+"""Which settings a group of parameters must come with.
+
+An optimizer fills in, in its `__setstate__`, the settings that its older versions did not have. The
+others that its constructor sets are those without which its own `load_state_dict` leaves a group
+that cannot be stepped: `lr` and `betas` of Adam, but not `amsgrad`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from pytest_dcp._engine.state_dicts.flat import GROUPS
+from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
+
+
+def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]:
+    """The settings of an optimizer's group that the given one lacks and that every step needs.
+
+    None of those that something else has added to the group, such as a scheduler's `initial_lr`.
+    """
+    defaults = getattr(optimizer, "defaults", {})
+    lacking = [name for name in own if name in defaults and name not in given and name != PARAMS]
+    if not lacking:
+        return []
+    filled = _filled_in(optimizer, given)
+    return [name for name in lacking if name not in filled]
+
+
+def _filled_in(optimizer: Optimizer, given: Group) -> dict[str, Any]:
+    """The given settings and those that the optimizer fills in; all of its own if it cannot."""
+    group = {**given, PARAMS: []}
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__, defaults=dict(optimizer.defaults))
+    try:
+        twin.__setstate__({"state": {}, GROUPS: [group]})
+    except Exception:  # noqa: BLE001 - any class may want more than that
+        # The optimizer's own load_state_dict has the last word.
+        return dict(optimizer.defaults)
+    return group

@@ -1,0 +1,1 @@
+"""Checkpoints in folders: writers and readers, on local disks and on fsspec."""

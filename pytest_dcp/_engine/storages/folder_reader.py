@@ -1,0 +1,326 @@
+"""The reader of checkpoints in folders."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import IO, Any, cast
+
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemBase,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.memory_limit import MemoryLimit
+from pytest_dcp._engine.io.checked_ranges import Verify
+from pytest_dcp._engine.io.commit import metadata_name
+from pytest_dcp._engine.io.disk import Disk, LocalDisk
+from pytest_dcp._engine.io.load_into_targets import Filled, Work, files_of, prepare
+from pytest_dcp._engine.io.open_files import OpenFiles
+from pytest_dcp._engine.io.progress_observer import observer
+from pytest_dcp._engine.io.read_copies import ReadSettings
+from pytest_dcp._engine.io.read_streams import Streams, read_streams
+from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.index import copy_metadata
+from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages.local_filesystem import (
+    FileSystem,
+    new_id,
+    read_catalog,
+    save_of,
+    split_path,
+)
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointFileMissingError,
+    CheckpointReplacedError,
+)
+
+
+class FileSystemReader(StorageReader):
+    """Reads checkpoints from folders: ours, and those that torch 2.0 to 2.13 wrote."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        verify: Verify = "auto",
+        thread_count: int | None = None,
+        max_decoded_bytes: int | None = None,
+        follow_links: bool = False,
+    ) -> None:
+        """As torch's, and:
+
+        verify: "auto" checks every block of 64 KiB that is read whole, "full" reads blocks whole
+            so that every byte is checked, "off" checks nothing. Only our own checkpoints have
+            checksums.
+        thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
+        max_decoded_bytes: the most memory that `.metadata`, or a compressed value, may take to
+            read; None: 64 MiB, and 20 bytes for each byte stored. Raise it for a checkpoint that
+            you trust.
+        follow_links: whether a file of the checkpoint may be a symbolic link that leads out of its
+            folder, to a plain file anywhere: for folders whose maker you trust.
+        """
+        super().__init__()
+        self.follow_links = follow_links
+        self.fs: FileSystemBase = FileSystem(follow_links=follow_links)
+        self.path = self.fs.init_path(path)
+        self.verify: Verify = checked_verify(verify)
+        self.thread_count = thread_count
+        self.memory = MemoryLimit(max_decoded_bytes)
+        self.transforms = StorageReaderTransforms(_extension_registry)
+        self.storage_data: Any = {}
+        """Where the entries are, as the metadata says, or whoever sets it."""
+        self.load_id = new_id()
+        self.rank: int | None = None
+        self.use_collectives = True
+        self.filled = Filled()
+        self.has_manifest = False
+        """Whether the metadata that was read last is this engine's."""
+        self._metadata: Metadata | None = None
+        self._open_files: OpenFiles | None = None
+        self._prepared: tuple[LoadPlan, Work] | None = None
+        """What `prepare_data` has prepared, for the plan that it was given."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another load, from the given folder or the same."""
+        if checkpoint_id:
+            self._point_at(checkpoint_id)
+        self.load_id = new_id()
+        self._metadata, self.storage_data, self._prepared = None, {}, None
+        self.close_files()
+
+    def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata of the whole checkpoint, or of `rank` where each rank saved on its own.
+
+        Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
+        """
+        folder, name = self._metadata_place(kwargs.get("rank"))
+        catalog = read_catalog(file_system.disk_of(self.fs), folder, name, self.memory)
+        self.has_manifest = bool((catalog.places.data_start >= 0).any())
+        metadata = catalog.metadata()
+        meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta = copy.copy(meta)
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
+        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        return self.fs.concat_path(self.path, metadata_name(rank))
+
+    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
+        """The folder and the name of the metadata file."""
+        if is_overridden(self, FileSystemReader, "_get_metadata_path"):
+            return split_path(self._get_metadata_path(rank))
+        return self.path, metadata_name(rank)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the metadata that plans will be made from."""
+        if metadata.storage_data is None:
+            raise ValueError("the metadata has no storage_data: it does not say where anything is")
+        self._metadata, self.storage_data = metadata, metadata.storage_data
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def leased(self, rank: int) -> AbstractContextManager[None]:
+        """Hold off the next save's commit, for some seconds, where the storage can do that."""
+        disk = file_system.disk_of(self.fs)
+        folder, name = self._metadata_place(None)
+        if not disk.exists(folder, name):
+            folder, name = self._metadata_place(rank)
+        return disk.leased(folder, name)
+
+    def keep_files(self) -> None:
+        """Keep the files open that are opened from now on, until `close_files`.
+
+        Not where a subclass reads in a way of its own.
+        """
+        disk = file_system.disk_of(self.fs)
+        self.close_files()
+        if isinstance(disk, LocalDisk) and not self._reads_its_own_way():
+            self._open_files = OpenFiles(disk, self.path)
+
+    def open_files(self, plan: LoadPlan) -> bool:
+        """Open the files of the plan, to be read even if another save removes them meanwhile.
+
+        Whether all are open now, and the plan is sure to be carried out. Raises
+        CheckpointReplacedError where another save has done so already. Any other file that cannot
+        be opened is left to `read_data`.
+        """
+        kept = self._open_files
+        if self._metadata is None or kept is None:
+            return False
+        for name in files_of(self._catalog_of(self._metadata), ReadItems.of(plan.items)):
+            try:
+                kept.keep(name)
+            except FileNotFoundError as error:
+                kept.complete = False
+                if self._is_replaced(self._metadata):
+                    raise self._replaced() from error
+            except (OSError, CheckpointCorruptError):
+                kept.complete = False
+        return kept.complete
+
+    def close_files(self) -> None:
+        """Close what was kept open."""
+        if self._open_files is not None:
+            self._open_files.close()
+            self._open_files = None
+
+    def _forget_files(self) -> None:
+        """Begin anew with what is kept open, if anything is."""
+        if self._open_files is not None:
+            self.keep_files()
+
+    def _reading_disk(self) -> Disk:
+        """The disk, by the files that are open where there are any."""
+        return self._open_files or file_system.disk_of(self.fs)
+
+    def _reads_its_own_way(self) -> bool:
+        return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
+
+    def _replaced(self) -> CheckpointReplacedError:
+        return CheckpointReplacedError(
+            f"the checkpoint in {self.path} was replaced while it was being loaded, and "
+            "its files are gone: load again"
+        )
+
+    def prepares(self) -> bool:
+        """Whether `read_data` goes on from `prepare_data`: not where a subclass has its own."""
+        return not is_overridden(self, FileSystemReader, "read_data")
+
+    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read and judge what may not fit its target, and change nothing; `read_data` goes on.
+
+        Raises CheckpointMismatchError, naming every key, for values that do not fit.
+        """
+        if self._metadata is not None and not self._has_streams_of_its_own():
+            with self._noticing_a_replacement():
+                self._prepared = (
+                    plan,
+                    self._work_of(self._catalog_of(self._metadata), plan, planner),
+                )
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into the planner's targets; done when the future is returned."""
+        prepared, self._prepared = self._prepared, None
+        with self._noticing_a_replacement():
+            if prepared is not None and prepared[0] is plan:
+                self.filled = prepared[1].run()
+            elif self._metadata is None or self._has_streams_of_its_own():
+                self.filled = self._read_streams(plan, planner)
+            else:
+                self.filled = self._fill(self._catalog_of(self._metadata), plan, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @contextmanager
+    def _noticing_a_replacement(self) -> Iterator[None]:
+        """Say so where a data file is missing since another save has replaced the checkpoint."""
+        try:
+            yield
+        except CheckpointFileMissingError as error:
+            if self._metadata is not None and self._is_replaced(self._metadata):
+                raise self._replaced() from error
+            raise
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """An entry within its file: torch's hook, for subclasses."""
+        return cast(IO[bytes], FileSlice(file, sinfo.offset, sinfo.length))
+
+    def _catalog_of(self, metadata: Metadata) -> Catalog:
+        """The catalog of the metadata, with the places that `storage_data` now has."""
+        return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
+
+    def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+        return self._work_of(catalog, plan, planner).run()
+
+    def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
+        return prepare(
+            self._reading_disk(),
+            self.path,
+            catalog,
+            ReadItems.of(plan.items),
+            planner,
+            ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory),
+            self.transforms.extension_registry,
+            observer("load"),
+        )
+
+    def _has_streams_of_its_own(self) -> bool:
+        """Whether a hook of a subclass stands between a file and its entries."""
+        return type(self.transforms) is not StorageReaderTransforms or is_overridden(
+            self, FileSystemReader, "_slice_file"
+        )
+
+    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+        streams = Streams(
+            lambda name: self.fs.create_stream(self.fs.concat_path(self.path, name), "rb"),
+            self._slice_file,
+            self.transforms.transform_load_stream,
+        )
+        watcher, places = observer("load"), self.storage_data
+        nbytes = read_streams(streams, plan.items, places, planner, watcher, self.memory)
+        return Filled(nbytes, nbytes, 0)
+
+    def _is_replaced(self, metadata: Metadata) -> bool:
+        """Whether the folder's checkpoint is another save's than the metadata."""
+        disk = file_system.disk_of(self.fs)
+        folder, name = self._metadata_place(None if self.use_collectives else self.rank)
+        try:
+            now = read_catalog(disk, folder, name, self.memory)
+        except FileNotFoundError:
+            # The whole's gave way to the ranks' own, or the other way round.
+            other = metadata_name(0 if self.use_collectives else None)
+            return disk.exists(self.path, other)
+        return save_of(now.storage_meta) != save_of(metadata.storage_meta)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+def checked_verify(verify: str) -> Verify:
+    """The setting; raises ValueError for what is none."""
+    if verify not in ("auto", "full", "off"):
+        raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
+    return cast(Verify, verify)
+
+
+def _threads() -> int:
+    """Reader threads for this rank: its share of the cores that it may use, at most 4."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    return max(1, min(4, cores // max(ranks, 1)))

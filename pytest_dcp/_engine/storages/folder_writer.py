@@ -1,0 +1,435 @@
+"""The writer of checkpoints in folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import queue
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint._extension import StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemBase,
+    SerializationFormat,
+    _StoragePrefix,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.catalog_checks import check_catalog
+from pytest_dcp._engine.format.write_results import WriteResults, join_results, places_and_more
+from pytest_dcp._engine.io.commit import (
+    RANK_METADATA,
+    data_name,
+    is_leftover,
+    metadata_name,
+    publish,
+    remove_unnamed,
+    sweep,
+)
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.progress_observer import observer
+from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
+from pytest_dcp._engine.io.transforms import StorageWriterTransforms, extensions_of, own_way_of
+from pytest_dcp._engine.io.write_files import FileJob, Settings, Source, balanced, write_files
+from pytest_dcp._engine.io.write_safetensors import write_safetensors
+from pytest_dcp._engine.plan.columns import BYTES, WriteItems
+from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.index import copy_metadata
+from pytest_dcp._engine.planners.save_planner import plain_data
+from pytest_dcp._engine.staging.stager import BlockingAsyncStager
+from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages.local_filesystem import FileSystem, files_named, new_id, split_path
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointExistsError,
+)
+
+logger = logging.getLogger("pytest_dcp.checkpoint")
+
+CURRENT_DCP_VERSION = "1.0.0"
+"""What torch 2.13 writes into metadata."""
+
+
+@dataclass
+class FileNames(_StoragePrefix):
+    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`.
+
+    To a storage that was written for torch it is the prefix that torch's writer has there.
+    """
+
+    save: str = ""
+    """Of this save alone."""
+
+
+class FileSystemWriter(StorageWriter, BlockingAsyncStager):
+    """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
+
+    The data files have names of their own save; the old checkpoint, if there is one, stays whole
+    and loadable until the new one has replaced it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+    ) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder; made if it is not there.
+        single_file_per_rank: one file for each rank and thread, instead of one for each item.
+        sync_files: wait for stable storage, of files and folder, before the save is committed.
+        thread_count: files of a rank that are written at the same time.
+        per_thread_copy_ahead: bytes of a tensor outside flat CPU memory that are copied at a time.
+        cache_staged_state_dict: keep the memory of `stage` for the next save of the same state.
+        overwrite: whether a checkpoint that is there may be replaced; if not, the save raises
+            CheckpointExistsError and nothing is changed.
+        """
+        StorageWriter.__init__(self)
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict)
+        self.fs: FileSystemBase = FileSystem()
+        self.path = self.fs.init_path(path)
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.overwrite = overwrite
+        self.transforms = StorageWriterTransforms(_extensions)
+        self.serialization_format = serialization_format
+        self.save_id = new_id()
+        self._used = False
+        self._made: Made = {}
+        """What this rank has made on the disk for this save."""
+        self._cleaned_for: str | None = None
+        """The save that leftovers of dead ones have been removed for."""
+        self._above: Sequence[Any] = ()
+        """Where the folder's own name is, which may not last yet."""
+        self.rank: int | None = None
+        self.use_collectives = True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another save, to the given folder or the same."""
+        if checkpoint_id:
+            self._point_at(checkpoint_id)
+        self.fresh_id()
+
+    def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take this rank's number, and whether all ranks commit together."""
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan; the folder is there, and may be written to."""
+        disk = self._disk()
+        self._make_folder(disk)
+        if self._metadata_exists():
+            if not self.overwrite:
+                raise CheckpointExistsError(
+                    f"Checkpoint already exists and self.overwrite=False: {self.path}"
+                )
+            warnings.warn(
+                f"Detected an existing checkpoint in {self.path}, overwriting since "
+                "self.overwrite=True: it stays whole until the new one has replaced it.",
+                stacklevel=2,
+            )
+        if self.rank is not None and not self.use_collectives:
+            plan = dataclasses.replace(plan, storage_data=_names(self.rank, self.save_id))
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans, each with the names of its files to be; dead saves make room for them."""
+        self.remove_leftovers()
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def remove_leftovers(self) -> None:
+        """Remove what dead saves have left, so that a full disk has room for this one.
+
+        The engine calls it before anything is written, whatever steps a subclass replaces.
+        """
+        if self._cleaned_for != self.save_id:
+            self._cleaned_for = self.save_id
+            self._remove_leftovers(self._disk())
+
+    def _remove_leftovers(self, disk: Disk) -> None:
+        if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
+            with disk.locked(self.path):
+                self._clean(remove_unnamed)
+
+    def _metadata_exists(self) -> bool:
+        """Whether the folder has a checkpoint that this save would replace: torch's hook."""
+        disk = self._disk()
+        if disk.exists(*self._metadata_place(None)):
+            return True
+        if self.use_collectives:
+            return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
+        # Only its own: other ranks may have committed theirs a moment ago.
+        return disk.exists(*self._metadata_place(self.rank))
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items; done when the future is returned."""
+        items = plan.items
+        table = WriteItems.of(items)
+        size_bytes = table.size_bytes()
+        if self.single_file_per_rank:
+            groups = balanced(size_bytes, self.thread_count)
+        else:
+            groups = [[row] for row in range(len(items))]
+        data = np.where(table.kind == BYTES, 0, size_bytes)
+        name = self._data_namer(plan.storage_data)
+        jobs = [
+            FileJob(name(number), rows, int(data[rows].sum())) for number, rows in enumerate(groups)
+        ]
+        self._used = True
+        return _done(self._write_jobs(self.path, jobs, items, planner))
+
+    def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
+        """The name of the n-th file, where the plan says how to name it, or is made by hand."""
+        prefix = getattr(storage_data, "prefix", f"__{self.rank or 0}_")
+        save = getattr(storage_data, "save", "") or self.save_id[:12]
+        return lambda number: data_name(prefix, number, save)
+
+    def _write_jobs(
+        self, folder: Any, jobs: Sequence[FileJob], items: Sequence[WriteItem], planner: SavePlanner
+    ) -> WriteResults:
+        """Write these files of the items; where each went."""
+        watcher = observer("save")
+        watcher.expect(sum(job.nbytes for job in jobs))
+        settings = Settings(
+            sync=self.sync_files,
+            threads=self.thread_count,
+            copy_ahead_bytes=self.per_thread_copy_ahead,
+            transforms=extensions_of(self.transforms),
+            through=own_way_of(self.transforms, items),
+        )
+        disk, source = self._registering_disk(), source_of(planner, items)
+        if self.serialization_format == SerializationFormat.SAFETENSORS:
+            written = write_safetensors(disk, folder, jobs, source, settings, watcher, items)
+        else:
+            written = write_files(disk, folder, jobs, source, settings, watcher)
+        self._sync_name(disk)
+        return WriteResults(items, written)
+
+    def _write_data(
+        self, planner: SavePlanner, file_queue: queue.Queue[Any]
+    ) -> Future[list[WriteResult]]:
+        """Write the files of a queue: torch's hook, which a `write_data` of a subclass calls.
+
+        file_queue: for each file its path, the name that the metadata will have for it, and its
+        items. The names are the caller's: a save over another one of the same names has no old
+        checkpoint to fall back to.
+        """
+        parts: list[WriteResults] = []
+        self._used = True
+        while not file_queue.empty():
+            path, name, items = file_queue.get_nowait()
+            table = WriteItems.of(items)
+            folder, own_name = split_path(path)
+            nbytes = int(np.where(table.kind == BYTES, 0, table.size_bytes()).sum())
+            job = FileJob(own_name, range(len(table)), nbytes)
+            part = self._write_jobs(folder, [job], items, planner)
+            named = dataclasses.replace(part.written, files=(name,))
+            parts.append(WriteResults(part.items, named))
+        return _done(join_results(parts))
+
+    def _make_folder(self, disk: Disk) -> None:
+        """Make the folder; the names of new ones above it last, its own does after `_sync_name`."""
+        above = disk.make_folder(self.path)
+        self._above = above[:1]
+        self._sync(disk, above[1:])
+
+    def _sync_name(self, disk: Disk) -> None:
+        """Have the folder's name last: after the files, whose sync has done most of it."""
+        self._sync(disk, self._above)
+
+    def _sync(self, disk: Disk, folders: Sequence[Any]) -> None:
+        """Have the names in these folders last, where that is asked for."""
+        if self.sync_files:
+            for folder in folders:
+                disk.sync_folder(folder)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: from here on the folder's checkpoint is this save's."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = self._meta()
+        catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
+        disk = self._registering_disk()
+        places, beside = places_and_more(catalog.index, results)
+        if beside:
+            # Their files are the checkpoint's, too, and are not swept.
+            present = set(disk.names(self.path)) - set(places.files)
+            named = {place.relative_path for place in beside.values()}
+            places = dataclasses.replace(places, files=(*places.files, *sorted(present & named)))
+        catalog = dataclasses.replace(catalog, places=places, beside=beside)
+        check_catalog(catalog)
+        metadata.storage_data = catalog.metadata().storage_data
+        alone = self.rank if not self.use_collectives else None
+        folder, name = self._metadata_place(alone)
+        content = metadata_file.encode(catalog)
+        with disk.locked(self.path):
+            self._check_written(disk, catalog)
+            publish(disk, folder, name, content, self.save_id[:12], sync=self.sync_files)
+            self._clean(partial(sweep, rank=alone))
+
+    def _clean(self, remove: Callable[..., object]) -> None:
+        """Remove files of earlier saves; a save goes on, or stands, whatever becomes of this."""
+        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
+            # Which files other checkpoints of the folder name cannot be known.
+            return
+        disk = self._disk()
+        try:
+            remove(disk, self.path, lambda name: files_named(disk, self.path, name))
+        except (OSError, CheckpointCorruptError) as error:
+            logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
+
+    def discard(self) -> None:
+        """Remove this rank's files of a save that failed, unless it was committed after all."""
+        disk, made, self._made = self._disk(), self._made, {}
+        for folder in dict.fromkeys(folder for folder, _ in made):
+            with disk.locked(folder):
+                kept = self._committed(disk, folder)
+                for name in [name for place, name in made if place == folder]:
+                    if name not in kept:
+                        disk.remove(folder, name)
+
+    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+        """The files of the folder that a checkpoint consists of.
+
+        Raises CheckpointCorruptError where that cannot be told.
+        """
+        kept: set[str] = set()
+        for place, name in dict.fromkeys(map(self._metadata_place, (None, self.rank))):
+            if disk.exists(place, name):
+                kept |= {name, *files_named(disk, place, name)}
+        return kept
+
+    def retire_whole(self) -> None:
+        """Remove the checkpoint of the whole, after every rank has committed its own part.
+
+        Until then a reader finds the old checkpoint, from then on the ranks' own.
+        """
+        disk = self._disk()
+        if not disk.exists(self.path, metadata_name()):
+            return
+        with disk.locked(self.path):
+            with disk.between_leases(self.path, metadata_name()):
+                disk.remove(self.path, metadata_name())
+            if self.sync_files:
+                disk.sync_folder(self.path)
+            self._clean(remove_unnamed)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Where and what the save is that begins or goes on."""
+        if self._used:
+            # Another save of the same writer: its files must not have the names of the last one's.
+            self.fresh_id()
+        return self._meta()
+
+    def fresh_id(self) -> str:
+        """Another id for the save to come."""
+        self.take_id(new_id())
+        return self.save_id
+
+    def take_id(self, save_id: str) -> None:
+        """Let the save to come have this id."""
+        self.save_id, self._used, self._made = save_id, False, {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the state dict on the CPU, which needs no copying when it is written."""
+        self.per_thread_copy_ahead = 0
+        return super().stage(state_dict)
+
+    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
+        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        return self.fs.concat_path(self.path, metadata_name(rank))
+
+    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
+        """The folder and the name of the metadata file."""
+        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
+            return split_path(self._get_metadata_path(rank))
+        return self.path, metadata_name(rank)
+
+    @property
+    def metadata_path(self) -> str | os.PathLike[str]:
+        """The metadata file of the whole, as torch before 2.7 called it."""
+        return self._get_metadata_path()
+
+    def _meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id is one of a local folder."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _disk(self) -> Disk:
+        return file_system.disk_of(self.fs)
+
+    def _registering_disk(self) -> Disk:
+        """The disk, for everything that a save makes: see `discard`."""
+        return RegisteringDisk(self._disk(), self._made)
+
+    def _check_written(self, disk: Disk, catalog: Catalog) -> None:
+        """Raise unless every file that the metadata will name is there."""
+        present = set(disk.names(self.path))
+        missing = [name for name in catalog.places.files if present and name not in present]
+        # A store may list what was there a while ago.
+        gone = [name for name in missing if not disk.exists(self.path, name)]
+        if gone:
+            raise CheckpointCorruptError(
+                "a data file of this save is gone before the commit: does another save write to "
+                "the same folder?",
+                file=gone[0],
+            )
+
+
+def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
+    """What gives the data of an item: the planner's own short way, or its hook."""
+    if hasattr(planner, "source"):
+        source: Source = planner.source(items)
+        return source
+
+    def resolved(row: int) -> torch.Tensor | bytes:
+        return plain_data(items[row].index.fqn, planner.resolve_data(items[row]))
+
+    return resolved
+
+
+def _done(results: list[WriteResult]) -> Future[list[WriteResult]]:
+    future: Future[list[WriteResult]] = Future()
+    future.set_result(results)
+    return future
+
+
+def _names(rank: int, save_id: str) -> FileNames:
+    return FileNames(f"__{rank}_", save_id[:12])

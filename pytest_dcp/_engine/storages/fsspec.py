@@ -1,0 +1,193 @@
+"""Checkpoints wherever fsspec reaches: `s3://bucket/folder`, `gs://`, `memory://`, `file://` ...
+
+The files and the promises are those of `filesystem`. A store that cannot rename commits by one put
+of `.metadata`, which it does whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from io import IOBase
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
+
+from pytest_dcp._engine.io.checked_ranges import Verify
+from pytest_dcp._engine.io.object_disk import ObjectDisk
+from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages.folder_reader import FileSystemReader
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+
+Id = str | os.PathLike[str]
+
+READERS = 8
+"""Threads of a load: they wait for the network, not for a processor."""
+
+
+class FileSystem(FileSystemBase):
+    """A file system of fsspec, the one that the path asks for."""
+
+    def __init__(self) -> None:
+        self.fs: Any = None
+        self.options: dict[str, Any] = {}
+        self.path_of: dict[str, str] = {}
+        """What the file system itself calls a path: without protocols."""
+
+    @property
+    def disk(self) -> ObjectDisk:
+        """How the engine reaches it."""
+        return ObjectDisk(self.fs, self.path_of)
+
+    @contextmanager
+    def create_stream(self, path: Id, mode: str) -> Generator[IOBase, None, None]:
+        """A stream that leaves no file behind when writing it fails."""
+        with self.fs.open(os.fspath(path), mode) as stream:
+            try:
+                yield stream
+            except BaseException:
+                if "r" not in mode:
+                    stream.close()
+                    self.fs.rm_file(os.fspath(path))
+                raise
+
+    def concat_path(self, path: Id, suffix: str) -> Id:
+        return f"{os.fspath(path).rstrip('/')}/{suffix}"
+
+    def init_path(self, path: Id, **options: Any) -> Id:
+        """The path, whose file system this is from now on.
+
+        options: of that file system, kept for later paths.
+
+        Raises ImportError naming the package that a protocol needs, ValueError for an unknown one.
+        """
+        from fsspec.core import url_to_fs
+
+        self.options |= options
+        try:
+            self.fs, self.path_of[os.fspath(path)] = url_to_fs(os.fspath(path), **self.options)
+        except ImportError as error:
+            raise ImportError(f"{os.fspath(path)!r} cannot be reached: {error}") from error
+        return path
+
+    def rename(self, path: Id, new_path: Id) -> None:
+        self.fs.mv(os.fspath(path), os.fspath(new_path))
+
+    def mkdir(self, path: Id) -> None:
+        self.fs.makedirs(os.fspath(path), exist_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:
+        """Whether the id is a URL of a protocol that fsspec knows."""
+        from fsspec import available_protocols
+        from fsspec.core import split_protocol
+
+        if isinstance(checkpoint_id, Path):
+            return False
+        outermost = os.fspath(checkpoint_id).split("::")[0]
+        protocol = split_protocol(outermost)[0]
+        return (protocol or outermost) in available_protocols()
+
+    def exists(self, path: Id) -> bool:
+        self.fs.invalidate_cache(os.fspath(path))
+        return bool(self.fs.exists(os.fspath(path)))
+
+    def rm_file(self, path: Id) -> None:
+        self.fs.rm_file(os.fspath(path))
+
+    def ls(self, path: Id) -> list[str]:
+        self.fs.invalidate_cache(os.fspath(path))
+        names: list[str] = self.fs.ls(os.fspath(path), detail=False)
+        return names
+
+
+def _opened(
+    path: Id, options: dict[str, Any], *, follow_links: bool = False
+) -> tuple[FileSystemBase, Id]:
+    """The file system of a path, and how it calls the path; the local one is the engine's own."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    remote = FileSystem()
+    remote.init_path(path, **options)
+    if type(remote.fs) is not LocalFileSystem:
+        return remote, path
+    local = file_system.FileSystem(follow_links=follow_links)
+    return local, local.init_path(remote.path_of[os.fspath(path)])
+
+
+class FsspecWriter(FileSystemWriter):
+    """Writes a checkpoint to wherever fsspec reaches."""
+
+    def __init__(
+        self,
+        path: Id,
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        overwrite: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+        **kwargs: Any,
+    ) -> None:
+        """As FileSystemWriter's. kwargs: options of the file system: keys, endpoints ..."""
+        super().__init__(
+            path,
+            single_file_per_rank,
+            sync_files,
+            thread_count,
+            per_thread_copy_ahead,
+            overwrite=overwrite,
+            _extensions=_extensions,
+            serialization_format=serialization_format,
+        )
+        self.options = kwargs
+        self.fs, self.path = _opened(path, kwargs)
+
+    def _point_at(self, checkpoint_id: Id) -> None:
+        self.fs, self.path = _opened(checkpoint_id, self.options)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:
+        """Whether the id is a URL of a protocol that fsspec knows."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+class FsspecReader(FileSystemReader):
+    """Reads checkpoints from wherever fsspec reaches."""
+
+    def __init__(
+        self,
+        path: Id,
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        verify: Verify = "auto",
+        thread_count: int | None = None,
+        max_decoded_bytes: int | None = None,
+        follow_links: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As FileSystemReader's, but for 8 threads. kwargs: options of the file system."""
+        super().__init__(
+            path,
+            _extension_registry,
+            verify=verify,
+            thread_count=thread_count,
+            max_decoded_bytes=max_decoded_bytes,
+            follow_links=follow_links,
+        )
+        self.options = kwargs
+        self.fs, self.path = _opened(path, kwargs, follow_links=follow_links)
+        if thread_count is None and isinstance(self.fs, FileSystem):
+            self.thread_count = READERS
+
+    def _point_at(self, checkpoint_id: Id) -> None:
+        self.fs, self.path = _opened(checkpoint_id, self.options, follow_links=self.follow_links)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:
+        """Whether the id is a URL of a protocol that fsspec knows."""
+        return FileSystem.validate_checkpoint_id(checkpoint_id)

@@ -1,0 +1,124 @@
+"""The local file system under torch's names, and how the engine reaches any of them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from io import IOBase
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.metadata import StorageMeta
+
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.io.disk import Disk, LocalDisk
+from pytest_dcp._engine.io.stream_disk import StreamDisk
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+)
+
+
+class FileSystem(FileSystemBase):
+    """The local file system."""
+
+    def __init__(self, *, follow_links: bool = False) -> None:
+        """follow_links: whether a link in a checkpoint may lead out of it, to a plain file."""
+        super().__init__()
+        self.follow_links = follow_links
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[IOBase, None, None]:
+        with Path(path).open(mode) as stream:
+            yield cast(IOBase, stream)
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str | os.PathLike[str]:
+        return Path(path) / suffix
+
+    def init_path(self, path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+        return Path(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        Path(path).replace(new_path)
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether the id can be a local path: one that is there, or whose parent can be."""
+        if isinstance(checkpoint_id, Path):
+            return True
+        if "://" in str(checkpoint_id):
+            return False
+        above = [Path(checkpoint_id), *Path(checkpoint_id).parents]
+        return any(p.exists() and os.access(p, os.W_OK) for p in above)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return Path(path).exists()
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        Path(path).unlink()
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(entry) for entry in Path(path).iterdir()]
+
+
+def disk_of(fs: FileSystemBase) -> Disk:
+    """How the engine reaches this file system: by descriptors where it is the local one.
+
+    A class that knows a better way than its streams has it as `disk`; a wrapper around one must not
+    be gone around.
+    """
+    if type(fs) in (FileSystem, TorchFileSystem):
+        return LocalDisk(follow_links=isinstance(fs, FileSystem) and fs.follow_links)
+    if hasattr(type(fs), "disk"):
+        own: Disk = cast(Any, fs).disk
+        return own
+    return StreamDisk(fs)
+
+
+def save_of(meta: StorageMeta | None) -> str | None:
+    """Which save wrote the checkpoint, where it says so."""
+    return None if meta is None else meta.save_id
+
+
+def read_catalog(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
+    """The catalog of a metadata file.
+
+    Raises FileNotFoundError, and CheckpointCorruptError naming the file.
+    """
+    with disk.open(folder, name) as file:
+
+        def part(offset: int, nbytes: int) -> memoryview:
+            view = np.empty(nbytes, dtype=np.uint8).data
+            return view[: file.read_into(offset, view)]
+
+        try:
+            return metadata_file.read(part, file.size, file.stored_bytes, limit)
+        except CheckpointCorruptError as error:
+            raise error.at(file=name) from error
+
+
+def split_path(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """The folder and the name of a file, as a `Disk` takes them."""
+    if isinstance(path, Path):
+        return path.parent, path.name
+    folder, _, name = os.fspath(path).rpartition("/")
+    return folder, name
+
+
+def files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:
+    return read_catalog(disk, folder, name).places.files
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex

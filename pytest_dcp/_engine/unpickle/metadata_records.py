@@ -1,0 +1,253 @@
+"""Runs of equal records in a `.metadata` pickle of torch: many opcodes at a step.
+
+Nearly all of such a file are two sequences of opcodes, again and again: one that makes a chunk, one
+that makes a key and its place. Each is a regular expression here. What a record makes goes to the
+machine's stack and memo as if its opcodes had run one by one, and is charged alike; where a record
+looks different in any way, nothing is done, and the opcodes run.
+
+Of what a record memoizes only its objects and sizes are kept. A pickle that takes one of the others
+from the memo finds `LEFT_OUT`, which no reader accepts: `unpickle.read_metadata` then reads the
+pickle again, opcode by opcode.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+from pytest_dcp._engine.unpickle.machine import Machine, decoded_text
+
+LEFT_OUT = object()
+
+# Opcodes with their arguments; the first byte of each tells it from all others.
+_GET = rb"(?:h.|j....)"
+_INT = rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
+_TEXT = rb"\x8c(?:" + b"|".join(re.escape(bytes([n])) + rb".{%d}" % n for n in range(129)) + rb")"
+_TEXT_OR_GET = rb"(" + _TEXT + rb"\x94|" + _GET + rb")"
+_TUPLES = (
+    *(_INT + rb"\x85", _INT * 2 + rb"\x86", _INT * 3 + rb"\x87"),
+    rb"\(" + _INT + rb"{4,64}t",
+)
+_NUMBERS = rb"(" + rb"|".join(_TUPLES) + rb")"
+"""A tuple of ints."""
+_NEW = rb"\)\x81\x94\}\x94\("
+"""Make an instance, and open the dict of its fields; both are memoized."""
+_CALL = rb"\x94\x85\x94R\x94"
+"""Call a class with the tuple as its one argument; tuple, arguments and result are memoized."""
+_BUILD = rb"ub"
+Named = Callable[[str], bytes]
+"""The opcode that gets a class or the name of a field from the memo."""
+
+
+def _chunk(get: Named) -> bytes:
+    sizes = (get(name) + get("torch.Size") + _NUMBERS + _CALL for name in ("offsets", "sizes"))
+    return get("class") + _NEW + b"".join(sizes) + _BUILD
+
+
+def _entry(get: Named) -> bytes:
+    size = get("torch.Size") + _NUMBERS + _CALL
+    return b"".join(
+        (
+            *(get("class"), _NEW, get("fqn"), _TEXT_OR_GET),
+            *(get("index"), rb"(" + _INT + rb")"),
+            *(get("offset"), rb"(?:" + size + rb"|(" + _GET + rb"))", _BUILD),
+            *(get("place"), _NEW, get("relative_path"), _TEXT_OR_GET),
+            *(get("offset"), rb"(" + _INT + rb")", get("length"), rb"(" + _INT + rb")"),
+            *(rb"(?:" + get("transform_descriptors") + rb"(N))?", _BUILD),
+        )
+    )
+
+
+_NOTHING = rb"(?!)"
+
+
+def _learning(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
+    """The record wherever its names are in the memo: a group for each, the same all through."""
+    seen: set[str] = set()
+
+    def get(name: str) -> bytes:
+        group = _group(name).encode()
+        if name in seen:
+            return b"(?P=" + group + b")"
+        seen.add(name)
+        return b"(?P<" + group + b">" + _GET + b")"
+
+    return re.compile(template(get), re.DOTALL)
+
+
+def _known(template: Callable[[Named], bytes], found: Mapping[str, bytes]) -> re.Pattern[bytes]:
+    """The record whose names are where they were found; without what was not found."""
+
+    def get(name: str) -> bytes:
+        opcode = found.get(_group(name))
+        return _NOTHING if opcode is None else re.escape(opcode)
+
+    return re.compile(template(get), re.DOTALL)
+
+
+def _group(name: str) -> str:
+    return name.replace(".", "_")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kind:
+    """A kind of record."""
+
+    template: Callable[[Named], bytes]
+    learning: re.Pattern[bytes]
+    meanings: Mapping[str, object]
+    """What the names stand for: keys of the vocabulary's globals for classes, else themselves."""
+
+
+def _matches(machine: Machine, kind: _Kind, start: int) -> Iterator[re.Match[bytes]]:
+    """The records that begin at `start` and follow each other."""
+    data = machine.data
+    pattern = machine.patterns.get(kind)
+    match = pattern.match(data, start) if pattern is not None else None
+    if match is None:
+        pattern = _learnt(machine, kind, start)
+        match = pattern.match(data, start) if pattern is not None else None
+    while match is not None:
+        yield match
+        match = pattern.match(data, match.end())  # type: ignore[union-attr]  # it has matched
+
+
+def _learnt(machine: Machine, kind: _Kind, start: int) -> re.Pattern[bytes] | None:
+    """The pattern of the record that begins here, if its names are what they must be."""
+    match = kind.learning.match(machine.data, start) if machine.to_learn else None
+    if match is None:
+        return None
+    machine.to_learn -= 1
+    found = {name: got for name, got in match.groupdict().items() if got is not None}
+    if any(_got(machine, got) != _meaning(machine, kind, name) for name, got in found.items()):
+        return None
+    pattern = machine.patterns[kind] = _known(kind.template, found)
+    return pattern
+
+
+def _meaning(machine: Machine, kind: _Kind, name: str) -> object:
+    meaning = kind.meanings.get(name, name)
+    return machine.vocabulary.globals[meaning] if isinstance(meaning, tuple) else meaning
+
+
+def chunks(machine: Machine, stack: list[Any], start: int) -> int:
+    """Where the opcodes go on: behind the chunks that begin at `start`, which are on the stack."""
+    memo, known, new, end = machine.memo, machine.known, object.__new__, start
+    for match in _matches(machine, _CHUNKS, start):
+        numbers, more = match.groups()
+        offsets = known.get(numbers) or _size(machine, numbers)
+        sizes = known.get(more) or _size(machine, more)
+        machine.charge(len(offsets) + len(sizes))
+        chunk = new(ChunkStorageMetadata)
+        fields = chunk.__dict__
+        fields["offsets"], fields["sizes"] = offsets, sizes
+        stack.append(chunk)
+        memo += (chunk, LEFT_OUT, LEFT_OUT, LEFT_OUT, offsets, LEFT_OUT, LEFT_OUT, sizes)
+        end = match.end()
+    return end
+
+
+def entries(machine: Machine, stack: list[Any], start: int) -> int:
+    """Where the opcodes go on: behind the keys and places that begin at `start`, and are pushed."""
+    memo, new, end = machine.memo, object.__new__, start
+    for match in _matches(machine, _ENTRIES, start):
+        fqn, hint, numbers, size, path, offset, length, none = match.groups()
+        key, place = new(MetadataIndex), new(_StorageInfo)
+        made = [key, LEFT_OUT]
+        fields = key.__dict__
+        fields["fqn"] = _text(machine, fqn, made)
+        fields["index"] = _number(machine, hint)
+        fields["offset"] = _where(machine, numbers, size, made)
+        if not _is_key(fields):
+            break
+        made += (place, LEFT_OUT)
+        fields = place.__dict__
+        fields["relative_path"] = _text(machine, path, made)
+        fields["offset"], fields["length"] = _number(machine, offset), _number(machine, length)
+        if none is not None:
+            fields["transform_descriptors"] = None
+        stack += (key, place)
+        memo += made
+        end = match.end()
+    return end
+
+
+def _is_key(fields: Mapping[str, Any]) -> bool:
+    """Whether a MetadataIndex may have these fields: whatever is wrong, the opcodes will say."""
+    fqn, hint, offset = fields["fqn"], fields["index"], fields["offset"]
+    whole = type(fqn) is str and type(offset) is torch.Size
+    return whole and hint >= 0 and min(offset, default=0) >= 0
+
+
+# What opcodes make; `Machine.known` has what they made before, which is the same object then.
+
+
+def _got(machine: Machine, opcode: bytes) -> Any:
+    return machine.memo[int.from_bytes(opcode[1:], "little")]
+
+
+def _text(machine: Machine, opcode: bytes, made: list[Any]) -> Any:
+    """A new string, which is memoized, or what the memo has."""
+    if opcode[0] != _SHORT_BINUNICODE:
+        return _got(machine, opcode)
+    text = machine.known.get(opcode)
+    if text is None:
+        text = machine.known[opcode] = decoded_text(machine, opcode[2:-1])
+    made.append(text)
+    return text
+
+
+def _where(machine: Machine, numbers: bytes | None, opcode: bytes, made: list[Any]) -> Any:
+    """A new size, which is memoized, or what the memo has."""
+    if numbers is None:
+        return _got(machine, opcode)
+    size = machine.known.get(numbers) or _size(machine, numbers)
+    machine.charge(len(size))
+    made += (LEFT_OUT, LEFT_OUT, size)
+    return size
+
+
+def _size(machine: Machine, numbers: bytes) -> torch.Size:
+    ints, end = [], len(numbers) - 1
+    at = 1 if numbers[0] == _MARK else 0
+    while at < end:
+        behind = at + (_WIDTHS.get(numbers[at]) or 2 + numbers[at + 1])
+        ints.append(_number(machine, numbers[at:behind]))
+        at = behind
+    size = machine.known[numbers] = torch.Size(ints)
+    return size
+
+
+def _number(machine: Machine, opcode: bytes) -> int:
+    number: int | None = machine.known.get(opcode)
+    if number is None:
+        op = opcode[0]
+        raw = opcode[2:] if op == _LONG1 else opcode[1:]
+        number = int.from_bytes(raw, "little", signed=op in (_BININT, _LONG1))
+        machine.known[opcode] = number
+    return number
+
+
+_LONG1, _BININT, _MARK = pickle.LONG1[0], pickle.BININT[0], pickle.MARK[0]
+_SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
+_WIDTHS = {pickle.BININT1[0]: 2, pickle.BININT2[0]: 3, _BININT: 5}
+"""Bytes of an int's opcode; LONG1 says its length itself."""
+_CHUNKS = _Kind(
+    _chunk,
+    _learning(_chunk),
+    {"class": (ChunkStorageMetadata.__module__, ChunkStorageMetadata.__name__)}
+    | {"torch_Size": ("torch", "Size")},
+)
+_ENTRIES = _Kind(
+    _entry,
+    _learning(_entry),
+    {"class": (MetadataIndex.__module__, MetadataIndex.__name__)}
+    | {"place": (_StorageInfo.__module__, _StorageInfo.__name__), "torch_Size": ("torch", "Size")},
+)

@@ -1,0 +1,235 @@
+"""Reads the pickle of a stored Python value: plain and inert values, and tensors within them.
+
+What enters: the bytes of an entry's `data.pkl`, and what gives the bytes of its storages. What
+leaves: the value, or `UnknownGlobalError` naming the class that a checkpoint is not trusted with.
+Every byte that is made comes out of one budget, in proportion to the entry: containers and work by
+the machine's rules, arrays and storages by the bytes that are really there.
+
+Classes that the user has allowed with `torch.serialization.add_safe_globals` are made as
+`torch.load` makes them: what they do when they are made and given their state is the user's to
+know.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
+from pytest_dcp._engine.unpickle import STORAGE_DTYPES, StorageClass, TensorPickle, described
+from pytest_dcp._engine.unpickle.inert_classes import BUILD, KEYS, inert_globals
+from pytest_dcp._engine.unpickle.machine import (
+    Callee,
+    Machine,
+    UnknownGlobalError,
+    Vocabulary,
+    brief,
+)
+from pytest_dcp._engine.unpickle.opcodes import run
+from pytest_dcp._engine.unpickle.plain_values import MAX_LOGICAL_ITEMS, PLAIN, check_plain
+from pytest_dcp.errors import CheckpointCorruptError
+
+Storages = Callable[[str], bytes | memoryview]
+"""The bytes of a storage, by its key in the entry."""
+_Args = tuple[Any, ...]
+
+
+def read_stored_value(data: bytes, storages: Storages) -> Any:
+    """The value that the `data.pkl` of an entry describes.
+
+    Raises:
+        UnknownGlobalError: it holds a class that is neither inert nor allowed by the user.
+        CheckpointCorruptError: the pickle is malformed or made to exhaust its reader, or a tensor
+            reaches beyond its storage.
+    """
+    known, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
+    persistent = _Storages(storages).find
+    value = run(data, Vocabulary(known, build, KEYS, persistent, nested_keys=True))
+    check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
+    return value
+
+
+@lru_cache(maxsize=8)
+def _vocabulary(
+    allowed: tuple[Any, ...],
+) -> tuple[dict[tuple[str, str], object], dict[type, Any], frozenset[type]]:
+    """The globals, the setters of state, and the further classes of values.
+
+    allowed: classes and functions, or (one, its full name), as torch keeps them.
+    """
+    known = dict(PLAIN.globals) | dict(inert_globals()) | dict(_tensors())
+    made_of = set()
+    for one in allowed:
+        made, name = one if isinstance(one, tuple) else (one, None)
+        module, _, inside = str(name).rpartition(".")
+        key = (made.__module__, made.__qualname__) if name is None else (module, inside)
+        known[key] = _callee(made)
+        if isinstance(made, type):
+            made_of.add(made)
+    return known, BUILD | dict.fromkeys(made_of, _build_allowed), _OTHERS | made_of
+
+
+_OTHERS = frozenset(
+    {
+        *(KEYS | BUILD.keys() | set(PLAIN_TENSORS)) - {OrderedDict, SimpleNamespace},
+        *(np.dtype(code).type for code in "?bhilqBHILQefdgFDGSUMm"),
+        *(array, type(...), type(NotImplemented), torch.qscheme, torch.memory_format),
+    }
+)
+"""Values that hold no others."""
+
+
+# ---- tensors
+
+
+class _Storages:
+    """The storages of one entry, each read once: tensors that share one share it again."""
+
+    def __init__(self, read: Storages) -> None:
+        self._read = read
+        self._known: dict[str, torch.UntypedStorage] = {}
+
+    def find(self, saved_id: object) -> _Stored:
+        """What a persistent id stands for: ('storage', class, key, location, elements)."""
+        if type(saved_id) is not tuple or len(saved_id) != 5 or saved_id[0] != "storage":
+            raise UnknownGlobalError(f"expected a reference to a storage, got {brief(saved_id)}")
+        _, kind, key, _, numel = saved_id
+        if type(kind) is not StorageClass or type(key) is not str:
+            raise UnknownGlobalError(f"expected a storage of plain elements, got {brief(kind)}")
+        if type(numel) is not int or numel < 0:
+            raise CheckpointCorruptError(f"expected a storage's elements, got {brief(numel)}")
+        return _Stored(self, kind.dtype, key, numel * kind.dtype.itemsize)
+
+    def bytes_of(self, key: str, nbytes: int) -> torch.UntypedStorage:
+        found = self._known.get(key)
+        if found is None:
+            raw = bytearray(self._read(key))
+            made = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+            found = self._known[key] = made.untyped_storage()
+        if found.nbytes() != nbytes:
+            raise CheckpointCorruptError(
+                f"expected a storage of {nbytes} bytes, got one of {found.nbytes()}"
+            )
+        return found
+
+    def tensor(self, told: TensorPickle) -> torch.Tensor:
+        """The tensor that is described, over its storage."""
+        memory = self.bytes_of(told.storage_key, told.storage_nbytes)
+        tensor = torch.empty(0, dtype=told.dtype)
+        tensor.set_(memory, told.storage_offset, told.shape, told.stride)
+        return tensor.requires_grad_(told.requires_grad)
+
+
+class _Stored:
+    """A storage that a pickle refers to."""
+
+    __slots__ = ("dtype", "key", "loader", "nbytes")
+
+    def __init__(self, loader: _Storages, dtype: torch.dtype, key: str, nbytes: int) -> None:
+        self.loader, self.dtype, self.key, self.nbytes = loader, dtype, key, nbytes
+
+
+def _tensors() -> dict[tuple[str, str], object]:
+    calls: dict[str, Callable[[Machine, _Args], object]] = {
+        "_rebuild_tensor_v2": partial(_rebuild, 5),
+        "_rebuild_tensor_v3": partial(_rebuild, 6),
+        "_rebuild_parameter": _parameter,
+        "_rebuild_sparse_tensor": _sparse,
+    }
+    return {
+        ("torch._utils", name): Callee(f"torch._utils.{name}", call) for name, call in calls.items()
+    } | dict(_storage_classes())
+
+
+def _storage_classes() -> Iterator[tuple[tuple[str, str], object]]:
+    for name, dtype in STORAGE_DTYPES.items():
+        for module in ("torch", "torch.storage"):
+            yield (module, name), StorageClass(dtype)
+
+
+def _rebuild(facts: int, machine: Machine, args: _Args) -> torch.Tensor:
+    """_rebuild_tensor_v2 and _v3: storage, offset, shape, stride, requires_grad, hooks, dtype."""
+    hooks_at = 5
+    if not facts < len(args) <= facts + 2 or type(args[0]) is not _Stored:
+        raise UnknownGlobalError(f"expected a tensor over a storage, got {len(args)} facts of one")
+    dtype = args[6] if facts > hooks_at else args[0].dtype
+    if type(dtype) is not torch.dtype:
+        raise CheckpointCorruptError(f"expected a tensor's dtype, got {brief(dtype)}")
+    if type(args[hooks_at]) is not OrderedDict or args[hooks_at]:
+        raise UnknownGlobalError("expected a tensor without hooks, got one with them")
+    machine.charge(_TENSOR_COST)
+    stored = args[0]
+    tensor = stored.loader.tensor(described(dtype, stored.key, stored.nbytes, args[1:5]))
+    bits = args[facts + 1] if len(args) == facts + 2 else {}
+    return _with_bits(tensor, bits)
+
+
+_TENSOR_COST = 128
+"""A tensor takes about 600 bytes, and its pickle some 100."""
+
+
+def _with_bits(tensor: torch.Tensor, bits: object) -> torch.Tensor:
+    """The tensor with the lazy bits that its metadata says."""
+    if bits is None or bits == {}:
+        return tensor
+    if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:
+        raise UnknownGlobalError("expected a tensor with a conjugate or negative bit at most")
+    if bits.get("conj") and tensor.is_complex():
+        tensor = torch._conj(tensor)
+    return torch._neg_view(tensor) if bits.get("neg") else tensor
+
+
+def _parameter(_: Machine, args: _Args) -> torch.nn.Parameter:
+    if len(args) != 3 or type(args[0]) is not torch.Tensor or type(args[1]) is not bool:
+        raise UnknownGlobalError("expected a parameter over a tensor, got one over something else")
+    return torch.nn.Parameter(args[0].detach(), requires_grad=args[1])
+
+
+def _sparse(_: Machine, args: _Args) -> torch.Tensor:
+    """_rebuild_sparse_tensor(layout, (indices, values, size, is_coalesced))."""
+    parts = args[1] if len(args) == 2 and args[0] is torch.sparse_coo else ()
+    if type(parts) is not tuple or not 3 <= len(parts) <= 4 or type(parts[2]) is not torch.Size:
+        raise UnknownGlobalError("expected a sparse tensor in coordinates, got another layout")
+    coalesced = parts[3] if len(parts) == 4 else None
+    try:
+        return torch.sparse_coo_tensor(
+            parts[0], parts[1], parts[2], check_invariants=True, is_coalesced=coalesced
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointCorruptError(
+            f"expected a sparse tensor's indices and values, got {error!s:.200}"
+        ) from None
+
+
+# ---- classes that the user has allowed
+
+
+def _callee(made: Any) -> Callee:
+    def call(_: Machine, args: _Args) -> Any:
+        return made(*args)
+
+    def new(_: Machine, args: _Args) -> Any:
+        return made.__new__(made, *args)
+
+    return Callee(getattr(made, "__qualname__", repr(made)), call, None, new)
+
+
+def _build_allowed(target: Any, state: Any) -> None:
+    """As `pickle` gives an object its state."""
+    if hasattr(target, "__setstate__"):
+        target.__setstate__(state)
+        return
+    slots: Any = None
+    if type(state) is tuple and len(state) == 2:
+        state, slots = state
+    if state:
+        target.__dict__.update(state)
+    for name, value in (slots or {}).items():
+        setattr(target, name, value)

@@ -1,0 +1,245 @@
+"""A save's comparison of what several ranks hold: the steps that `plan.replicas` describes.
+
+Where copies differ, two further steps find out where: the lowest rank of each group of equal
+copies sends the sums of the tensor's blocks (or an outline of the value), then the bytes of the
+first block that differs.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from pytest_dcp._engine.coordinate import Team
+from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.io.digests import (
+    BLOCK_BYTES,
+    block_sums,
+    data_of,
+    digest_of_value,
+    outline,
+    sum_of_tensor,
+)
+from pytest_dcp._engine.io.tensor_memory import memory_of
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.replicas import (
+    SHOWN,
+    Checks,
+    Difference,
+    Differing,
+    Sums,
+    first_difference,
+    mismatch_error,
+)
+from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+
+Lookup = Callable[[int], Any]
+"""The data of a row of the local plan: this rank's memory of a box, or a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispute:
+    """What the coordinator found to differ; it reaches every rank in place of the metadata."""
+
+    shown: list[Differing]
+    others: list[str]
+    """Flat names of further keys that differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One copy of what differs, as its rank describes it."""
+
+    fqn: str
+    leaves: list[Any]
+    """Sums of a tensor's blocks, or the leaves of a value."""
+    shape: tuple[int, ...] | None
+    """Of the box; None for a value."""
+    offset: tuple[int, ...] = ()
+    """Of the box in the full tensor."""
+    dtype: torch.dtype = torch.uint8
+
+
+record(Dispute, _Copy)
+
+
+class Comparison:
+    """One rank's part in the comparison of one save.
+
+    It is made for the default planner, and for subclasses that save what the state dict holds.
+    """
+
+    def __init__(self, planner: SavePlanner) -> None:
+        self._planner = planner if isinstance(planner, DefaultSavePlanner) else None
+        self._checks: list[Checks] | None = None
+
+    def chosen(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
+        """On the coordinator, once these local plans are joined: what each rank is to sum.
+
+        Nothing where a subclass has joined other plans than the ranks': their rows are not known.
+        """
+        planner = self._planner
+        if planner is not None and planner.replicas is not None:
+            same = len(planner.planned) == len(plans) and all(
+                items is plan.items or not plan.usable
+                for plan, items in zip(plans, planner.planned, strict=True)
+            )
+            if same:
+                seed = secrets.randbits(64)
+                self._checks = planner.replicas.chosen(planner.replica_check, seed)
+        return list(self._checks) if self._checks is not None else [None] * len(plans)
+
+    def sums(self, local: SavePlan, checks: Checks | None) -> Sums | None:
+        """A sum for each piece that this rank is to compare, of rows of its local plan.
+
+        None for a planner that makes its data as it goes.
+        """
+        found = None if checks is None else self._own(local)
+        if checks is None or found is None:
+            return None
+        _, lookup = found
+        sums = np.empty(len(checks), dtype=np.uint64)
+        columns = (checks.rows.tolist(), checks.start.tolist(), checks.nbytes.tolist())
+        pieces = zip(*columns, strict=True)
+        for at, (row, start, nbytes) in enumerate(pieces):
+            data = lookup(row)
+            sums[at] = digest_of_value(data) if nbytes < 0 else sum_of_tensor(data, start, nbytes)
+        return sums
+
+    def dispute(self, sums: Sequence[Sums | None]) -> Dispute | None:
+        """On the coordinator: what differs; None where nothing does."""
+        if self._planner is None or self._planner.replicas is None or self._checks is None:
+            return None
+        differing = self._planner.replicas.differing(self._checks, sums)
+        if not differing:
+            return None
+        return Dispute(differing[:SHOWN], [one.fqn for one in differing[SHOWN:]])
+
+    def settle(self, team: Team, local: SavePlan, dispute: Dispute) -> None:
+        """Raise, on every rank, an error that names each key, the ranks and the first index."""
+        items, lookup = self._own(local) or (WriteItems.of([]), _nothing)
+        _settle(team, dispute, items, lookup)
+
+    def _own(self, local: SavePlan) -> tuple[WriteItems, Lookup] | None:
+        """The rows of this rank's local plan, and what gives their data."""
+        if self._planner is None:
+            return None
+        # A remembered plan is not sent: the coordinator means the one that it remembers.
+        items = WriteItems.of(local.items) if local.usable else self._planner.offered
+        lookup = self._planner.lookup(items)
+        return None if lookup is None else (items, lookup)
+
+
+def _nothing(row: int) -> Any:
+    raise LookupError(f"this rank was asked for row {row}, and compares nothing")
+
+
+def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> None:
+    """Raise, on every rank, an error that names each key, the ranks and the first index."""
+    mine = [_own_row(one, team.rank) for one in dispute.shown]
+
+    def describe() -> list[_Copy | None]:
+        return [None if row is None else _described(items, row, lookup(row)) for row in mine]
+
+    def compare(said: list[list[_Copy | None]]) -> list[int | None]:
+        told.extend(said)
+        return [
+            _first_leaf([said[camp[0]][n] for camp in one.camps()])
+            for n, one in enumerate(dispute.shown)
+        ]
+
+    told: list[list[_Copy | None]] = []
+    at = team.all_reduce("compare replicas", describe, compare)
+
+    def blocks() -> list[bytes | None]:
+        return [
+            _block(lookup(row), leaf) if row is not None and leaf is not None else None
+            for row, leaf in zip(mine, at, strict=True)
+        ]
+
+    def conclude(said: list[list[bytes | None]]) -> None:
+        found = []
+        for n, one in enumerate(dispute.shown):
+            ranks = [camp[0] for camp in one.camps()]
+            copies = [told[rank][n] for rank in ranks]
+            found.append(_difference(one, copies, at[n], [said[rank][n] for rank in ranks]))
+        raise mismatch_error(found, dispute.others)
+
+    team.all_reduce("compare replicas", blocks, conclude)
+
+
+def _own_row(one: Differing, rank: int) -> int | None:
+    """The rank's row, where it speaks for the ranks with the same copy."""
+    if rank not in {camp[0] for camp in one.camps()}:
+        return None
+    return one.members[rank][0]
+
+
+def _described(items: WriteItems, row: int, data: Any) -> _Copy:
+    fqn = items.fqns[row]
+    if items.ndim[row] < 0:
+        return _Copy(fqn, outline(data), None)
+    ndim = int(items.ndim[row])
+    offset = tuple(items.offset[row, :ndim].tolist())
+    return _Copy(fqn, block_sums(data), tuple(data.shape), offset, data.dtype)
+
+
+def _first_leaf(copies: Sequence[_Copy | None]) -> int | None:
+    """The first leaf in which a copy differs from the first copy."""
+    leaves = [copy.leaves for copy in copies if copy is not None]
+    found = [first_difference(leaves[0], other) for other in leaves[1:]]
+    return min((at for at in found if at is not None), default=None)
+
+
+def _block(data: Any, number: int) -> bytes | None:
+    if not isinstance(data, torch.Tensor):
+        return None
+    flat = data_of(data)
+    return bytes(memory_of(flat)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
+
+
+def _difference(
+    one: Differing, copies: Sequence[_Copy | None], leaf: int | None, blocks: Sequence[bytes | None]
+) -> Difference:
+    first = copies[0]
+    if first is None:
+        raise ValueError("the lowest rank that holds a value did not describe it")
+    if first.shape is None:
+        return _difference_of_values(one, first.fqn, copies, leaf)
+    if leaf is None:
+        return Difference(first.fqn, one.camps(), "", ["equal by now" for _ in copies])
+    return _difference_of_tensors(one, first, leaf, [block or b"" for block in blocks])
+
+
+def _difference_of_tensors(
+    one: Differing, copy: _Copy, number: int, blocks: Sequence[bytes]
+) -> Difference:
+    columns = np.stack([np.frombuffer(block, dtype=np.uint8) for block in blocks])
+    at = int((columns != columns[0]).any(axis=0).argmax()) // copy.dtype.itemsize
+    element = number * BLOCK_BYTES // copy.dtype.itemsize + at
+    inside = np.unravel_index(element, copy.shape) if copy.shape else ()
+    index = tuple(int(i) + n for i, n in zip(inside, copy.offset, strict=True))
+    elements = [torch.frombuffer(bytearray(block), dtype=copy.dtype) for block in blocks]
+    shown = [repr(some[at].item()) for some in elements]
+    return Difference(copy.fqn, one.camps(), f"index {index}" if index else "", shown)
+
+
+def _difference_of_values(
+    one: Differing, fqn: str, copies: Sequence[_Copy | None], leaf: int | None
+) -> Difference:
+    where, shown = "", []
+    for copy in copies:
+        leaves = copy.leaves if copy is not None else []
+        if leaf is not None and leaf < len(leaves):
+            path, text, _ = leaves[leaf]
+            where = where or path
+            shown.append(text)
+        else:
+            shown.append("another value" if leaf is None else "nothing there")
+    return Difference(fqn, one.camps(), where, shown)

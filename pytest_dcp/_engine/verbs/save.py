@@ -1,0 +1,326 @@
+"""state dict -> plan -> storage -> commit.
+
+Two steps, each of which all ranks take or none: "plan", in which the coordinator joins the ranks'
+plans, and "write", in which each writes its part and the coordinator commits.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from typing_extensions import deprecated
+
+from pytest_dcp._engine.coordinate import Team, team_of
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, watched
+from pytest_dcp._engine.plan.hooks import kept_whole, required, with_list
+from pytest_dcp._engine.plan.per_rank import ranks_known
+from pytest_dcp._engine.plan.replicas import Checks, ReplicaCheck, Sums
+from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.verbs.phase_timing import Phases, logger
+from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
+from pytest_dcp._engine.verbs.save_messages import (
+    arrived,
+    homeward,
+    packed_metadata,
+    reported,
+    results_of,
+    unpacked_metadata,
+)
+from pytest_dcp._engine.verbs.torch_arguments import (
+    alone,
+    check_state_dict,
+    plain_state,
+    reset_to,
+    second_argument,
+    subject_of,
+    takes,
+    writer_for,
+)
+from pytest_dcp._engine.verbs.wire_classes import allows_pickles
+from pytest_dcp.errors import CheckpointError
+from pytest_dcp.tracebacks import drop_inner_frames
+
+
+@deprecated(
+    "`save_state_dict` is deprecated and will be removed in future versions."
+    "Please use `save` instead.",
+    category=FutureWarning,
+)
+@drop_inner_frames
+def save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
+    team = save_team(process_group, no_dist, coordinator_rank, storage_writer)
+    with team.preparing():
+        check_state_dict(state_dict)
+    return Save(team, lambda: state_dict, storage_writer, planner, reset=storage_writer.reset).run()
+
+
+@second_argument("storage_writer")
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    replicas: ReplicaCheck | None = None,
+) -> Metadata:
+    """The metadata of the checkpoint that the ranks' state dicts were saved to. Collective.
+
+    state_dict: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and values;
+        Stateful objects are asked for their state_dict.
+    checkpoint_id: the folder, where no storage is given, or what the storage is set to.
+    process_group: whose ranks save together; None: the default group. no_dist: this rank alone.
+    use_collectives: False lets each rank plan and commit its own part; such a checkpoint can be
+        loaded by the same number of ranks in the same layout only. Ranks commit once all have
+        written; one that fails just then leaves parts of two saves, which every load refuses.
+    progress: called now and then with how far this rank has come.
+    replicas: what to compare of what several ranks hold, of which one copy is saved: "sample" (None
+        means it: every Python value and a small sample of the tensors), "check" (everything) or
+        "off". For the default planner; DefaultSavePlanner has the same argument. Copies that differ
+        are a ReplicaMismatchError; PerRank saves a value of each rank.
+
+    Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
+    folder's earlier checkpoint is whole then.
+    """
+    no_dist = alone(no_dist, "save")
+    team = save_team(
+        process_group, no_dist, 0, storage_writer, checkpoint_id, use_collectives=use_collectives
+    )
+    with team.preparing():
+        check_state_dict(state_dict)
+        work = Save(
+            team,
+            lambda: plain_state(state_dict),
+            writer_for(storage_writer, checkpoint_id),
+            planner_for(planner, replicas),
+            use_collectives=use_collectives,
+            progress=progress,
+            reset=reset_to(storage_writer, checkpoint_id),
+        )
+    return work.run()
+
+
+def save_team(
+    group: dist.ProcessGroup | None,
+    no_dist: bool,
+    coordinator_rank: int,
+    writer: StorageWriter | None,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    *,
+    use_collectives: bool = True,
+    operation: str = "save",
+    background: bool = False,
+) -> Team:
+    """The team of a save that is called now. Ranks that commit on their own may use own folders."""
+    return team_of(
+        group,
+        use_dist=not no_dist,
+        coordinator_rank=coordinator_rank,
+        operation=operation,
+        subject=subject_of(writer, checkpoint_id),
+        one_subject=use_collectives,
+        background=background,
+    )
+
+
+def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
+    """The given planner, or a default one with this option, which is for it alone."""
+    if planner is None:
+        return DefaultSavePlanner(replicas=replicas or "sample")
+    if replicas is not None:
+        raise ValueError(
+            f"replicas= is for the default planner: give it to your {type(planner).__name__}"
+        )
+    return planner
+
+
+class Save:
+    """One rank's part in one save. Made where the save is called, run when its turn comes."""
+
+    def __init__(
+        self,
+        team: Team,
+        state: Callable[[], dict[str, Any]],
+        storage_writer: StorageWriter,
+        planner: SavePlanner | None = None,
+        *,
+        use_collectives: bool = True,
+        progress: Callable[[Progress], None] | None = None,
+        reset: Callable[[], object] | None = None,
+    ) -> None:
+        """reset: makes the writer ready; called in the first step, since an earlier save of the
+        group may still use the same writer.
+        """
+        self.team = team
+        self.reset = reset
+        self.state = state
+        """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
+        self.writer = storage_writer
+        self.planner = planner or DefaultSavePlanner()
+        team.pickles = allows_pickles(self.planner, storage_writer)
+        self.use_collectives = use_collectives
+        self.progress = progress
+        self.phases = Phases()
+        self.local: SavePlan | None = None
+        self.told: list[SavePlan] = []
+        self.comparison = Comparison(self.planner)
+        self.metadata: Metadata | None = None
+
+    def run(self) -> Metadata:
+        """Save; what `save` returns and raises."""
+        with self.team.wait_for_turn() as team:
+            watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
+            with watched(watcher), ranks_known(team.rank, team.size):
+                together = self._together if self.use_collectives else self._each_alone
+                try:
+                    metadata = together(team)
+                except BaseException:
+                    self._discard()
+                    raise
+            where = getattr(self.writer, "checkpoint_id", self.writer)
+            self.phases.log("saved", where, watcher.done_bytes, team.rank)
+        return metadata
+
+    def _together(self, team: Team) -> Metadata:
+        with self.phases.phase("plan", planning=True):
+            sent, checks = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+        comparison = self.comparison
+
+        def write() -> tuple[Any, Sums | None]:
+            with self.phases.phase("write"):
+                local = self._local_plan()
+                plan = arrived(sent, local)
+                return reported(self._write(plan), plan), comparison.sums(local, checks)
+
+        def commit(said: list[tuple[Any, Sums | None]]) -> Any:
+            dispute = comparison.dispute([sums for _, sums in said])
+            if dispute is not None:
+                return dispute
+            results = [
+                results_of(some, told) for (some, _), told in zip(said, self.told, strict=True)
+            ]
+            with self.phases.phase("commit", planning=True):
+                self._finish(results)
+            return self.metadata if team.size == 1 else packed_metadata(self._whole())
+
+        answer = team.all_reduce("write", write, commit)
+        if isinstance(answer, Dispute):
+            comparison.settle(team, self._local_plan(), answer)
+        return self._whole() if team.is_coordinator else unpacked_metadata(answer)
+
+    def _each_alone(self, team: Team) -> Metadata:
+        def write() -> Sequence[WriteResult]:
+            with self.phases.phase("plan"):
+                (sent,) = self._join([self._plan(team)])
+            with self.phases.phase("write"):
+                return self._write(arrived(sent[0], self._local_plan()))
+
+        def commit() -> None:
+            with self.phases.phase("commit"):
+                self._finish([results])
+
+        if isinstance(self.writer, FileSystemWriter):
+            # One id for the parts of one save, so that a load can tell them from another's.
+            self._reset_writer()
+            self.writer.take_id(team.broadcast("plan", self.writer.fresh_id))
+        results = team.agree("write", write)
+        team.agree("commit", commit)
+        if isinstance(self.writer, FileSystemWriter):
+            # A whole checkpoint that was there before would be found first.
+            team.broadcast("retire", self.writer.retire_whole)
+        return self._whole()
+
+    def _plan(self, team: Team) -> SavePlan:
+        """This rank's local plan."""
+        self._reset_writer()
+        state_dict = self.state()
+        meta = self.writer.storage_meta()
+        set_up: Any = self.planner.set_up_planner
+        if takes(set_up, "storage_meta"):
+            set_up(
+                state_dict=state_dict,
+                storage_meta=meta,
+                is_coordinator=team.is_coordinator,
+            )
+        else:
+            warnings.warn(
+                "The function definition for SavePlanner.set_up_planner has been updated to "
+                "include the storage_meta argument. Please update your implementation to include "
+                "this parameter.",
+                stacklevel=2,
+            )
+            set_up(state_dict, team.is_coordinator)
+        if takes(self.writer.set_up_storage_writer, "kwargs"):
+            self.writer.set_up_storage_writer(
+                team.is_coordinator, rank=team.rank, use_collectives=self.use_collectives
+            )
+        else:
+            self.writer.set_up_storage_writer(team.is_coordinator)
+        asked = required(self.planner.create_local_plan(), SavePlan, "create_local_plan")
+        prepared = self.writer.prepare_local_plan(with_list(asked, self.writer.prepare_local_plan))
+        self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
+        return self.local
+
+    def _reset_writer(self) -> None:
+        reset, self.reset = self.reset, None
+        if reset is not None:
+            reset()
+
+    def _join(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
+        """On the coordinator: what each rank is to write, and to compare."""
+        joined, self.metadata = self.planner.create_global_plan(plans)
+        if isinstance(self.writer, FileSystemWriter):
+            self.writer.remove_leftovers()
+        self.told = self.writer.prepare_global_plan(joined)
+        sent = [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
+        return list(zip(sent, self.comparison.chosen(plans), strict=True))
+
+    def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
+        # A planner that remembers plans must not remember where the last save's files were.
+        final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
+        final = with_list(final, self.writer.write_data)
+        future = self.writer.write_data(final, self.planner)
+        future.wait()
+        results: Sequence[WriteResult] = future.value()
+        return results
+
+    def _finish(self, results: list[Any]) -> None:
+        self.writer.finish(metadata=self._whole(), results=results)
+
+    def _discard(self) -> None:
+        """Remove what this rank has written of a save that failed; its failure comes first."""
+        if isinstance(self.writer, FileSystemWriter):
+            try:
+                self.writer.discard()
+            except (OSError, CheckpointError) as error:
+                logger.warning("files of a failed save are still there: %r", error)
+
+    def _whole(self) -> Metadata:
+        if self.metadata is None:
+            raise ValueError("the planner's create_global_plan gave no metadata")
+        return self.metadata
+
+    def _local_plan(self) -> SavePlan:
+        if self.local is None:
+            raise ValueError("the storage's prepare_local_plan gave no plan")
+        return self.local

@@ -1,0 +1,118 @@
+"""What ranks send each other in a save, made small: row numbers in place of what both sides have.
+
+A rank sends its local plan in full. Of the global plan it gets back the numbers of its own rows
+and their hints. Of what it wrote it sends the places; the coordinator knows the items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format.catalog import Catalog, EntryTable
+from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.columns import WriteItems
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Homeward:
+    """A global plan for the rank whose local plan it was made from."""
+
+    plan: SavePlan
+    """Without items and without what the local plan has already."""
+    rows: Ints
+    hint: Ints
+    same_data: bool
+    """Whether its planner_data is that of the local plan."""
+
+
+def homeward(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
+    """The plan as it is sent: short, where its items are rows of the rank's own local plan."""
+    items: Any = plan.items
+    own: Any = local.items
+    if not isinstance(items, WriteItems) or items.origin is None:
+        return plan
+    if items.origin.table is not own:
+        return plan
+    same = plan.planner_data is local.planner_data
+    bare = replace(plan, items=[], planner_data=None if same else plan.planner_data)
+    return Homeward(bare, items.origin.rows, items.hint, same)
+
+
+def arrived(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
+    """The plan that was sent, in full again."""
+    if isinstance(sent, SavePlan):
+        return sent
+    items: Any = WriteItems.of(local.items).take(sent.rows, sent.hint)
+    data = local.planner_data if sent.same_data else sent.plan.planner_data
+    return replace(sent.plan, items=items, planner_data=data)
+
+
+def reported(results: Sequence[WriteResult], told: SavePlan) -> Written | Sequence[WriteResult]:
+    """What a rank says that it wrote: only the places, where the items are those it was told."""
+    whole = isinstance(results, WriteResults) and results.untouched()
+    if isinstance(results, WriteResults) and whole and results.items is told.items:
+        return results.written
+    return results
+
+
+def results_of(
+    said: Written | Sequence[WriteResult], told: SavePlan | None
+) -> Sequence[WriteResult]:
+    """What a rank wrote, in full again."""
+    if not isinstance(said, Written):
+        return said
+    if told is None:
+        raise ValueError("the coordinator has no plan for a rank that says where its items are")
+    return WriteResults(told.items, said)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMetadata:
+    """Metadata as columns."""
+
+    manifest: bytes
+    """Of a catalog without what planner and storage said."""
+    said: tuple[Any, Any, Any, Mapping[str, Any]]
+    """planner_data, storage_meta, version, further attributes."""
+
+
+record(Homeward, PackedMetadata)
+
+
+def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
+    """The metadata as it is sent: its columns, where it has them."""
+    if not isinstance(metadata.storage_data, EntryTable):
+        return metadata
+    catalog = Catalog.of(metadata)
+    bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
+    said = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
+    return PackedMetadata(manifest.encode(bare), said)
+
+
+def unpacked_metadata(sent: PackedMetadata | Metadata) -> Metadata:
+    """The metadata that was sent."""
+    if isinstance(sent, Metadata):
+        return sent
+    bare = manifest.decode(memoryview(sent.manifest), _no_pickle)
+    planner_data, storage_meta, version, further = sent.said
+    catalog = replace(
+        bare,
+        planner_data=planner_data,
+        storage_meta=storage_meta,
+        version=version,
+        further=further,
+    )
+    return catalog.metadata()
+
+
+def _no_pickle() -> Metadata:
+    raise ValueError("a manifest that was sent without a pickle asks for it")

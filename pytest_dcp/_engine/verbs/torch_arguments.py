@@ -1,0 +1,186 @@
+"""Which storage a checkpoint id means, and the calls of torch's older storages and planners."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial, wraps
+from pathlib import PurePath
+from types import FunctionType, MethodType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from pytest_dcp._engine.coordinate import Subject
+from pytest_dcp._engine.storages.folder_reader import FileSystemReader
+from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp.tracebacks import BOUNDARY
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Id = str | os.PathLike[str] | None
+
+
+def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
+    """The storage to write to. One that was given is set to the id later, by `reset_to`."""
+    if storage is not None:
+        return storage
+    given = _given(checkpoint_id, "storage_writer")
+    if not _is_url(given):
+        return FileSystemWriter(given)
+    from pytest_dcp._engine.storages.fsspec import FsspecWriter
+
+    _check_protocol(given, FsspecWriter, "storage_writer")
+    return FsspecWriter(given)
+
+
+def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], None] | None:
+    """What sets a storage that was given to the id, if there is anything to set."""
+    if storage is None or checkpoint_id is None:
+        return None
+    return partial(storage.reset, checkpoint_id)
+
+
+def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id) -> Subject | None:
+    """The folder that an operation is about; None where the storage is not of ours. Never raises.
+
+    A storage of the user's may put ranks' files where it likes.
+    """
+    if storage is not None and not isinstance(storage, FileSystemWriter | FileSystemReader):
+        return None
+    given = checkpoint_id or getattr(storage, "checkpoint_id", None)
+    try:
+        if not given:
+            return None
+        name = os.fspath(given)
+        if _is_url(given):
+            return Subject(name, name)
+        return Subject(os.path.abspath(name), os.path.realpath(name))
+    except (TypeError, ValueError, OSError):
+        return None
+
+
+def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
+    """The storage to read from, set to the id where one is given; options are for a new one."""
+    if storage is not None:
+        if checkpoint_id is not None:
+            storage.reset(checkpoint_id)
+        return storage
+    given = _given(checkpoint_id, "storage_reader")
+    if not _is_url(given):
+        return FileSystemReader(given, **options)
+    from pytest_dcp._engine.storages.fsspec import FsspecReader
+
+    _check_protocol(given, FsspecReader, "storage_reader")
+    return FsspecReader(given, **options)
+
+
+def _given(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
+    if checkpoint_id is not None and not isinstance(checkpoint_id, str | os.PathLike):
+        kind = type(checkpoint_id).__name__
+        raise TypeError(f"checkpoint_id must be a str or an os.PathLike, got {kind}")
+    if not checkpoint_id:
+        raise RuntimeError(
+            f"`checkpoint_id` must be specified if {argument} is None: say which folder"
+        )
+    given: str | os.PathLike[str] = checkpoint_id
+    return given
+
+
+def _is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
+    return not isinstance(checkpoint_id, PurePath) and "://" in os.fspath(checkpoint_id)
+
+
+def _check_protocol(
+    url: str | os.PathLike[str], kind: type[StorageReader] | type[StorageWriter], argument: str
+) -> None:
+    if not kind.validate_checkpoint_id(url):
+        raise RuntimeError(
+            f"Cannot detect which storage {os.fspath(url)!r} is: it is no local path, and fsspec "
+            f"does not know its protocol. Please specify the {argument}."
+        )
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether the value is asked for its state, and given it back.
+
+    The protocol's own check looks at every attribute of every class above the value's; tensors,
+    of which there are thousands, are never Stateful.
+    """
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+def check_state_dict(state_dict: object) -> None:
+    """Raise TypeError for what is no mapping and has no `items` either, as a ModuleDict does."""
+    if not isinstance(state_dict, Mapping) and not hasattr(state_dict, "items"):
+        kind = type(state_dict).__name__
+        raise TypeError(f"state_dict must be a mapping of names to values, got {kind}")
+
+
+def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the state of each Stateful object in its place."""
+    return {
+        key: value.state_dict() if is_stateful(value) else value
+        for key, value in state_dict.items()
+    }
+
+
+def takes(function: Callable[..., Any], *names: str) -> bool:
+    """Whether a hook has one of these parameters, or takes any keyword where it has **kwargs."""
+    return any(p.name in names or p.kind is p.VAR_KEYWORD for p in _parameters(function))
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    if isinstance(function, MethodType) and isinstance(function.__func__, FunctionType):
+        return _parameters_of_method(function.__func__)
+    return tuple(inspect.signature(function).parameters.values())
+
+
+@lru_cache(maxsize=64)
+def _parameters_of_method(function: FunctionType) -> tuple[inspect.Parameter, ...]:
+    """Without its first. The same few hooks are asked at each save and load, 70 us each time."""
+    return tuple(inspect.signature(function).parameters.values())[1:]
+
+
+def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let the storage be the second positional argument, as it was before torch 2.2.
+
+    Errors leave as from `drop_inner_frames`: one wrapper for both keeps one frame less.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) == 2:
+                warnings.warn(
+                    f"The argument order of {function.__name__} has been changed. "
+                    "Please check the document to avoid future breakages.",
+                    stacklevel=2,
+                )
+                if name in kwargs:
+                    raise TypeError(f"{function.__name__}() got {name} twice")
+                kwargs[name] = args[1]
+                args = args[:1]  # type: ignore[assignment]  # one fewer, by intent
+            with BOUNDARY:
+                return function(*args, **kwargs)
+
+        return called
+
+    return decorate
+
+
+def alone(no_dist: bool, verb: str) -> bool:
+    """Whether this rank is alone, said in a warning."""
+    no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
+    if no_dist:
+        warnings.warn(
+            "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is "
+            f"to {verb} in a single process.",
+            stacklevel=4,
+        )
+    return no_dist

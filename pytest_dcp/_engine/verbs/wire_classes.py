@@ -1,0 +1,113 @@
+"""The classes of torch and of the engine whose objects ranks send each other, see `wire`.
+
+Also who may send more: pickles are for planners and storages of a class of the user's own, whose
+plans, results and metadata may hold anything. A rank sends and opens them only for its own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pytest_dcp._engine.coordinate.wire import convert, record
+from pytest_dcp._engine.format.catalog import EntryTable
+from pytest_dcp._engine.format.planner_paths import PathTable
+from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.plan.cache import Unchanged
+from pytest_dcp._engine.plan.columns import (
+    ReadItems,
+    WriteItems,
+    columns_of,
+    rebuilt_reads,
+    rebuilt_writes,
+)
+from pytest_dcp._engine.plan.containers import DescribedPaths
+from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable
+from pytest_dcp._engine.plan.names import packed, unpacked
+from pytest_dcp._engine.plan.replicas import Checks, Differing
+from pytest_dcp._engine.storages.folder_writer import FileNames
+
+OWN_PACKAGES = ("pytest_dcp", "torch")
+CHOICE = "pickles_between_ranks"
+
+
+def allows_pickles(*owners: object) -> bool:
+    """Whether a planner and a storage may have their objects pickled between ranks.
+
+    They may where one of them is of a class of neither torch nor the engine, unless its attribute
+    `pickles_between_ranks` says otherwise. A False counts for both.
+    """
+    said = [getattr(owner, CHOICE, None) for owner in owners]
+    if False in said:
+        return False
+    return True in said or not all(map(_is_known, owners))
+
+
+def _is_known(owner: object) -> bool:
+    return type(owner).__module__.partition(".")[0] in OWN_PACKAGES
+
+
+def _named_items(kind: type[Enum]) -> None:
+    convert(kind, lambda item: item.name, lambda name: kind[name])
+
+
+record(
+    *(SavePlan, LoadPlan, WriteItem, ReadItem, TensorWriteData, BytesIOWriteData, WriteResult),
+    *(Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata),
+    *(BytesStorageMetadata, ChunkStorageMetadata, _StorageInfo, _StoragePrefix, FileNames),
+    *(Unchanged, Written, Checks, Differing),
+)
+_named_items(WriteItemType)
+_named_items(LoadItemType)
+convert(
+    WriteItems,
+    lambda table: (packed(table.fqns), columns_of(table)),
+    lambda sent: rebuilt_writes(*sent),
+)
+convert(
+    ReadItems,
+    lambda table: (packed(table.fqns), packed(table.stored_fqns), columns_of(table)),
+    lambda sent: rebuilt_reads(*sent),
+)
+
+
+convert(
+    WriteResults,
+    lambda some: (some.items, some.written) if some.untouched() else list(some),
+    lambda sent: WriteResults(*sent) if isinstance(sent, tuple) else sent,
+)
+_INDEX = ("property_of", "properties", "ndim", "size", "first", "offset", "shape")
+convert(
+    Index,
+    lambda index: (packed(index.fqns), {name: getattr(index, name) for name in _INDEX}),
+    lambda sent: Index(fqns=unpacked(sent[0]), **sent[1]),
+)
+convert(
+    KeyTable,
+    lambda table: table.index() or dict(table),
+    lambda sent: KeyTable(sent) if isinstance(sent, Index) else sent,
+)
+convert(ChunkList, list)
+for _mapping in (DescribedPaths, EntryTable, PathTable):
+    convert(_mapping, dict)
