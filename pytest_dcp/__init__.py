@@ -33,14 +33,14 @@ from pytest_dcp.errors import (
 )
 
 if TYPE_CHECKING:
+    from pytest_dcp._harness.controller.exit_warnings import LeftBehindWarning
+    from pytest_dcp._harness.controller.marked_item import ChangedStateWarning
+    from pytest_dcp._harness.controller.world_test_mixin import WorldTestMixin
+    from pytest_dcp._harness.controller.worlds_fixture import FunctionWorld, Running, Worlds
+    from pytest_dcp._harness.rank.carried_state import LostStateWarning
+    from pytest_dcp._harness.rank.main import announce_death
+    from pytest_dcp._harness.rank.world_fixture import RankWorld as World
     from pytest_dcp.faults.storage import FaultyStorage
-    from pytest_dcp.harness.carried_state import LostStateWarning
-    from pytest_dcp.harness.exit_warnings import LeftBehindWarning
-    from pytest_dcp.harness.items import ChangedStateWarning
-    from pytest_dcp.harness.lockstep_world import RankWorld as World
-    from pytest_dcp.harness.rank import announce_death
-    from pytest_dcp.harness.world_test_mixin import WorldTestMixin
-    from pytest_dcp.harness.worlds import FunctionWorld, Running, Worlds
 
 __all__ = [
     "World",
@@ -79,16 +79,16 @@ __all__ = [
 pytest_plugins = ["pytest_dcp.plugin"]
 
 _LAZY = {
-    "World": "pytest_dcp.harness.lockstep_world:RankWorld",
-    "Worlds": "pytest_dcp.harness.worlds:Worlds",
-    "FunctionWorld": "pytest_dcp.harness.worlds:FunctionWorld",
-    "Running": "pytest_dcp.harness.worlds:Running",
-    "WorldTestMixin": "pytest_dcp.harness.world_test_mixin:WorldTestMixin",
+    "World": "pytest_dcp._harness.rank.world_fixture:RankWorld",
+    "Worlds": "pytest_dcp._harness.controller.worlds_fixture:Worlds",
+    "FunctionWorld": "pytest_dcp._harness.controller.worlds_fixture:FunctionWorld",
+    "Running": "pytest_dcp._harness.controller.worlds_fixture:Running",
+    "WorldTestMixin": "pytest_dcp._harness.controller.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
-    "announce_death": "pytest_dcp.harness.rank:announce_death",
-    "ChangedStateWarning": "pytest_dcp.harness.items:ChangedStateWarning",
-    "LostStateWarning": "pytest_dcp.harness.carried_state:LostStateWarning",
-    "LeftBehindWarning": "pytest_dcp.harness.exit_warnings:LeftBehindWarning",
+    "announce_death": "pytest_dcp._harness.rank.main:announce_death",
+    "ChangedStateWarning": "pytest_dcp._harness.controller.marked_item:ChangedStateWarning",
+    "LostStateWarning": "pytest_dcp._harness.rank.carried_state:LostStateWarning",
+    "LeftBehindWarning": "pytest_dcp._harness.controller.exit_warnings:LeftBehindWarning",
 }
 """Name -> module and name there."""
 

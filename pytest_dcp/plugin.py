@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from pytest_dcp import tracebacks
-from pytest_dcp.harness import decided_markers
-from pytest_dcp.harness import options as options_
-from pytest_dcp.harness.options import Options
+from pytest_dcp._harness.controller import decided_markers
+from pytest_dcp._harness.controller import options as options_
+from pytest_dcp._harness.controller.options import Options
 
 OPTIONS_KEY = pytest.StashKey[Options]()
 NOTES_KEY = pytest.StashKey[set[str]]()
@@ -28,14 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Hooks of ours that others may implement."""
-    from pytest_dcp.harness import hookspecs
+    from pytest_dcp._harness.controller import hookspecs
 
     pluginmanager.add_hookspecs(hookspecs)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
-    from pytest_dcp.harness import fixtures
+    from pytest_dcp._harness.controller import fixtures
 
     # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A list of sizes parametrises the test."""
     name = metafunc.config.stash[OPTIONS_KEY].marker
     if name and metafunc.definition.get_closest_marker(name) is not None:
-        from pytest_dcp.harness import marking
+        from pytest_dcp._harness.controller import collection as marking
 
         marking.parametrize(metafunc, metafunc.config.stash[OPTIONS_KEY])
 
@@ -91,7 +91,7 @@ def pytest_collection_finish(session: pytest.Session) -> Generator[None, object,
 def _check_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
     options = session.config.stash[OPTIONS_KEY]
     if any(decided_markers.markers_of(item, options.marker) for item in items):
-        from pytest_dcp.harness import marking
+        from pytest_dcp._harness.controller import collection as marking
 
         marking.read_specs(items, options)
 
@@ -106,7 +106,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     decided_markers.decide(session.items, options.marker)
     if session.config.option.collectonly or _in_a_rank() or not _needs_worlds(session.items):
         return (yield)
-    from pytest_dcp.harness import marking
+    from pytest_dcp._harness.controller import collection as marking
 
     harness = marking.begin(session, options)
     try:
@@ -152,7 +152,7 @@ def pytest_runtest_makereport(
 
 def _in_a_rank() -> bool:
     """A spawned rank has a session of its own, which must not start worlds in turn."""
-    rank = sys.modules.get("pytest_dcp.harness.rank")
+    rank = sys.modules.get("pytest_dcp._harness.rank.main")
     return rank is not None and rank.current() is not None
 
 
@@ -170,7 +170,7 @@ def pytest_report_from_serializable(
     """Put the colours into a report that another process sent."""
     report = yield
     if report is not None and "dcp_heading" in data:
-        from pytest_dcp.harness import headings
+        from pytest_dcp._harness.controller import headings
 
         headings.put_in_colours(report)
     return report

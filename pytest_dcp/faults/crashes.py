@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_dcp._harness.controller.options import FAULT_BUDGETS
 from pytest_dcp.faults import replay
 from pytest_dcp.faults.holdings import blank, differences
 from pytest_dcp.faults.loaders import (
@@ -29,7 +30,6 @@ from pytest_dcp.faults.losses import Model
 from pytest_dcp.faults.operations import Operation
 from pytest_dcp.faults.recording import Desk, Folders, Recorded, recording
 from pytest_dcp.faults.states import Crash, crashes
-from pytest_dcp.harness.options import FAULT_BUDGETS
 from pytest_dcp.tracebacks import set_cause
 
 State = dict[str, Any]
@@ -167,7 +167,7 @@ def desk_at(place: Path, rank: int) -> Desk:
 
     place: a folder that every rank sees and none watches.
     """
-    from pytest_dcp.harness.rank import current, waiting_with
+    from pytest_dcp._harness.rank.main import current, waiting_with
 
     world = current()
     return Desk(place, rank) if world is None else Desk(place, rank, world.meet, waiting_with)

@@ -312,7 +312,7 @@ def announce(reason: str) -> None:
 
     Raises RuntimeError in a process that is no rank: the test session itself would end.
     """
-    from pytest_dcp.harness import rank
+    from pytest_dcp._harness.rank import main as rank
 
     if rank.current() is None:
         raise RuntimeError(f"{reason}: this process is no rank of a world, and would end the tests")

@@ -223,7 +223,7 @@ def _telling(error: BaseException | None) -> Iterator[None]:
     if error is None or _is_skip(error):
         yield
         return
-    from pytest_dcp.harness.rank import waiting_with
+    from pytest_dcp._harness.rank.main import waiting_with
 
     in_vain: Exception | None = None
     try:

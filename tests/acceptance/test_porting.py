@@ -91,6 +91,6 @@ def test_a_ported_class_without_the_marker_is_told_to_have_one(ported: SessionRe
 
 
 def test_the_mixin_is_public_and_other_names_are_not_there() -> None:
-    assert pytest_dcp.WorldTestMixin.__module__ == "pytest_dcp.harness.world_test_mixin"
+    assert pytest_dcp.WorldTestMixin.__module__ == "pytest_dcp._harness.controller.world_test_mixin"
     with pytest.raises(AttributeError, match="module 'pytest_dcp' has no attribute 'Nothing'"):
         _ = pytest_dcp.Nothing

@@ -16,7 +16,7 @@ import pytest_dcp.properties as props
 from pytest_dcp.errors import WorldError
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 BUDGET = settings(
     max_examples=200,

@@ -25,6 +25,17 @@ from pytest_dcp._engine.coordinate.failure import (
     StepError,
 )
 from pytest_dcp._engine.unpickle import UnknownGlobalError
+from pytest_dcp._harness.controller.leases import (
+    GpusUnavailable,
+    LeaseError,
+    LeaseFolderRejected,
+    LeaseRequest,
+    LeaseTimeout,
+    Shortage,
+)
+from pytest_dcp._harness.protocol.launcher import LauncherLostError
+from pytest_dcp._harness.protocol.messages import WireError
+from pytest_dcp._harness.rank.main import ControllerGoneError
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -47,17 +58,6 @@ from pytest_dcp.errors import (
     UntrustedPickleError,
     WorldError,
 )
-from pytest_dcp.harness.events import WireError
-from pytest_dcp.harness.launch import LauncherLostError
-from pytest_dcp.harness.leases import (
-    GpusUnavailable,
-    LeaseError,
-    LeaseFolderRejected,
-    LeaseRequest,
-    LeaseTimeout,
-    Shortage,
-)
-from pytest_dcp.harness.rank import ControllerGoneError
 
 FAILURES = (
     RankFailure(1, "crashed", "call", 12.5, "was killed by signal 9 (SIGKILL)", "  File ..."),

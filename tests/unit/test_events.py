@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.harness import events
-from pytest_dcp.harness.events import (
+from pytest_dcp._harness.protocol import messages as events
+from pytest_dcp._harness.protocol.messages import (
     NOT_THERE,
     Announce,
     At,

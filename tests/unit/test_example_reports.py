@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.harness.events import At
-from pytest_dcp.harness.lockstep import Attempt, Status
-from pytest_dcp.harness.lockstep_rank import Follower
+from pytest_dcp._harness.lockstep.messages import Attempt, Status
+from pytest_dcp._harness.protocol.messages import At
+from pytest_dcp._harness.rank.example_runner import Follower
 
 
 class FakeRank:

@@ -12,7 +12,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from pytest_dcp.harness.function_pickles import dump_call, dumps
+from pytest_dcp._harness.protocol.function_pickles import dump_call, dumps
 
 LOCK = threading.Lock()
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from pytest_dcp.harness.events import Done
-from pytest_dcp.harness.group_use import (
+from pytest_dcp._harness.protocol.group_use import (
     ANY,
     GROUPS_MADE,
     GroupUse,
@@ -16,7 +15,8 @@ from pytest_dcp.harness.group_use import (
     out_of_step,
     to_plain,
 )
-from pytest_dcp.harness.outcome import combine, in_step
+from pytest_dcp._harness.protocol.messages import Done
+from pytest_dcp._harness.world.outcome import combine, in_step
 
 PAIR = (0, 1)
 

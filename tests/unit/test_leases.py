@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 import pytest_dcp
-from pytest_dcp.harness.leases import (
+from pytest_dcp._harness.controller.leases import (
     GpusUnavailable,
     LeaseFolderRejected,
     LeasePool,
@@ -39,7 +39,7 @@ WAIT_S = 20.0
 PRELUDE = """
 import os, subprocess, sys, time
 from pathlib import Path
-from pytest_dcp.harness.leases import LeasePool, LeaseRequest, LeaseTimeout
+from pytest_dcp._harness.controller.leases import LeasePool, LeaseRequest, LeaseTimeout
 
 def pool(max_processes=4, *gpus):
     return LeasePool(Path(sys.argv[1]), max_processes=max_processes, visible_gpus=gpus)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_dcp.harness import linux
+from pytest_dcp._harness.protocol import linux
 
 WAIT_S = 20.0
 """Bounds what should take milliseconds; a test that reaches it fails."""

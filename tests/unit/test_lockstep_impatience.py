@@ -7,10 +7,10 @@ import types
 
 import pytest
 
+from pytest_dcp._harness.lockstep import engine as subject
+from pytest_dcp._harness.lockstep.messages import Reply
+from pytest_dcp._harness.protocol.messages import Done
 from pytest_dcp.errors import RankFailure
-from pytest_dcp.harness import lockstep_engine as subject
-from pytest_dcp.harness.events import Done
-from pytest_dcp.harness.lockstep import Reply
 
 FAILED = [RankFailure(1, "failed", "call", 0.0, "ValueError: boom")]
 REJECTED = {0: Done("call", "passed", 0.0, payload=pickle.dumps(Reply("invalid", (0, 0))))}

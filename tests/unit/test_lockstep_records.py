@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.internal.intervalsets import IntervalSet
 
-from pytest_dcp.harness import lockstep_hypothesis, lockstep_versions
-from pytest_dcp.harness.lockstep import (
+from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
+from pytest_dcp._harness.lockstep.messages import (
     Choice,
     Entry,
     Line,

@@ -7,18 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from pytest_dcp._harness.lockstep.messages import Choice, Entry, Property, Reply, Status
+from pytest_dcp._harness.lockstep.verdict import Verdict, awaited, drew_the_same, judge, reply_of
+from pytest_dcp._harness.protocol.group_use import GroupUse
+from pytest_dcp._harness.protocol.messages import Done
+from pytest_dcp._harness.world.outcome import Outcome, combine
 from pytest_dcp.errors import FailureKind, RankFailure
-from pytest_dcp.harness.events import Done
-from pytest_dcp.harness.group_use import GroupUse
-from pytest_dcp.harness.lockstep import Choice, Entry, Property, Reply, Status
-from pytest_dcp.harness.lockstep_verdict import (
-    Verdict,
-    awaited,
-    drew_the_same,
-    judge,
-    reply_of,
-)
-from pytest_dcp.harness.outcome import Outcome, combine
 
 ECHO = "RuntimeError: Connection closed by peer"
 

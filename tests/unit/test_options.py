@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.harness.options import (
+from pytest_dcp._harness.controller.options import (
     OPTIONS,
     Options,
     add_options,
     cpu_count,
     read_options,
 )
-from pytest_dcp.harness.spec import MAX_WORLD_SIZE, Defaults
+from pytest_dcp._harness.protocol.world_spec import MAX_WORLD_SIZE, Defaults
 
 NAMES = [option.name for option in OPTIONS]
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.errors import FailureKind, LostRank, RankFailure
-from pytest_dcp.harness.events import Done, RankOutcome
-from pytest_dcp.harness.outcome import (
+from pytest_dcp._harness.protocol.messages import Done, RankOutcome
+from pytest_dcp._harness.world.outcome import (
     SessionEnd,
     combine,
     first_line,
@@ -22,6 +21,7 @@ from pytest_dcp.harness.outcome import (
     peers,
     ranks_text,
 )
+from pytest_dcp.errors import FailureKind, LostRank, RankFailure
 
 
 def done(outcome: RankOutcome = "passed", text: str = "", at_s: float = 1.0) -> Done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_dcp.harness.process_state import Facet, ProcessState, merge_change
+from pytest_dcp._harness.rank.process_state import Facet, ProcessState, merge_change
 
 
 class Fake:

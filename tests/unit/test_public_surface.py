@@ -51,7 +51,8 @@ def test_every_public_name_is_there_once_and_is_listed(module: str) -> None:
 
 def test_the_package_itself_has_what_fixtures_give() -> None:
     assert set(WORLD.split()) <= set(public_names("pytest_dcp"))
-    from pytest_dcp.harness import lockstep_world, worlds
+    from pytest_dcp._harness.controller import worlds_fixture as worlds
+    from pytest_dcp._harness.rank import world_fixture as lockstep_world
 
     assert pytest_dcp.World is lockstep_world.RankWorld
     assert pytest_dcp.Worlds is worlds.Worlds

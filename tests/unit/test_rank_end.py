@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pytest_dcp.harness.events import WireError
-from pytest_dcp.harness.rank_end import DRAWS_BYTES, RankEnd
+from pytest_dcp._harness.protocol.messages import WireError
+from pytest_dcp._harness.world.rank_handle import DRAWS_BYTES, RankEnd
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_dcp.harness.launch import INTERRUPT_SIGNAL
-from pytest_dcp.harness.rank_interrupts import RankInterrupts
+from pytest_dcp._harness.protocol.launcher import INTERRUPT_SIGNAL
+from pytest_dcp._harness.rank.interrupts import RankInterrupts
 
 
 class Fixture:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_dcp._harness.controller.report import shown_ranks
+from pytest_dcp._harness.world.outcome import combine
 from pytest_dcp.errors import RankFailure
-from pytest_dcp.harness.outcome import combine
-from pytest_dcp.harness.report import shown_ranks
 
 ALIKE = [RankFailure(rank, "failed", "call", at_s, "ValueError: boom") for rank, at_s in
          ((3, 1.0), (1, 2.0))]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.harness.spec import (
+from pytest_dcp._harness.protocol.world_spec import (
     KEYWORDS,
     MAX_WORLD_SIZE,
     Defaults,

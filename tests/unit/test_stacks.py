@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.harness.stacks import Frame, doing, main_thread, trimmed
+from pytest_dcp._harness.world.stacks import Frame, doing, main_thread, trimmed
 
 SITE = "/venv/lib/python3.11/site-packages"
 C10D = f"{SITE}/torch/distributed/distributed_c10d.py"
 LOGGER = f"{SITE}/torch/distributed/c10d_logger.py"
-HARNESS = "/src/pytest_dcp/harness"
+HARNESS = "/src/pytest_dcp/_harness"
 TEST = "/suite/test_train.py"
 
 
@@ -97,16 +97,18 @@ def test_a_user_s_call_back_inside_of_a_collective_is_where_the_rank_is() -> Non
 
 def test_a_rank_at_the_world_s_exchange_is_named_so() -> None:
     trace = dump(
-        (f"{HARNESS}/rank.py", "receive"),
-        (f"{HARNESS}/rank.py", "meet"),
-        (f"{HARNESS}/lockstep_world.py", "barrier"),
+        (f"{HARNESS}/rank/main.py", "receive"),
+        (f"{HARNESS}/rank/main.py", "meet"),
+        (f"{HARNESS}/rank/world_fixture.py", "barrier"),
         (TEST, "test_step"),
     )
     assert doing(trace) == f"in the world's exchange, at {TEST}:2 in test_step"
 
 
 def test_a_rank_that_waits_for_orders_is_at_no_exchange() -> None:
-    text = doing(dump((f"{HARNESS}/rank.py", "receive"), (f"{HARNESS}/rank.py", "_serve")))
+    text = doing(
+        dump((f"{HARNESS}/rank/main.py", "receive"), (f"{HARNESS}/rank/main.py", "_serve"))
+    )
     assert "exchange" not in text
 
 
@@ -187,9 +189,9 @@ def test_frames_of_the_machinery_below_the_test_are_cut() -> None:
         (TEST, "test_step"),
         (f"{SITE}/_pytest/python.py", "pytest_pyfunc_call"),
         (f"{SITE}/pluggy/_callers.py", "_multicall"),
-        (f"{HARNESS}/rank_items.py", "_phase"),
-        (f"{HARNESS}/rank.py", "_serve"),
-        (f"{HARNESS}/zygote.py", "fork"),
+        (f"{HARNESS}/rank/pytest_plugin.py", "_phase"),
+        (f"{HARNESS}/rank/main.py", "_serve"),
+        (f"{HARNESS}/launchers/zygote.py", "fork"),
     )
     heading, *frames = trimmed(current_thread(trace)).splitlines()
     assert heading in trace
@@ -225,13 +227,13 @@ BELOW = f"""\
   File "{SITE}/pluggy/_manager.py", line 183 in _hookexec
   File "{SITE}/pluggy/_caller.py", line 197 in __call__
   File "{SITE}/_pytest/python.py", line 1798 in runtest
-  File "{HARNESS}/rank_items.py", line 262 in <lambda>
+  File "{HARNESS}/rank/pytest_plugin.py", line 262 in <lambda>
   File "{SITE}/_pytest/runner.py", line 361 in from_call
-  File "{HARNESS}/rank_items.py", line 261 in _phase
-  File "{HARNESS}/rank.py", line 251 in _serve
-  File "{HARNESS}/rank.py", line 155 in run
-  File "{HARNESS}/fork.py", line 21 in rank_main
-  File "{HARNESS}/zygote.py", line 290 in fork
+  File "{HARNESS}/rank/pytest_plugin.py", line 261 in _phase
+  File "{HARNESS}/rank/main.py", line 251 in _serve
+  File "{HARNESS}/rank/main.py", line 155 in run
+  File "{HARNESS}/launchers/fork.py", line 21 in rank_main
+  File "{HARNESS}/launchers/zygote.py", line 290 in fork
   File "{SITE}/_pytest/main.py", line 387 in _main
   File "{SITE}/pytest/__main__.py", line 9 in <module>
   File "<frozen runpy>", line 88 in _run_code
@@ -271,10 +273,10 @@ SCATTER = hang(
 )
 EXCHANGE = hang(
     f"""\
-  File "{HARNESS}/rank.py", line 73 in receive
-  File "{HARNESS}/rank.py", line 83 in ask
-  File "{HARNESS}/rank.py", line 113 in meet
-  File "{HARNESS}/lockstep_world.py", line 45 in barrier
+  File "{HARNESS}/rank/main.py", line 73 in receive
+  File "{HARNESS}/rank/main.py", line 83 in ask
+  File "{HARNESS}/rank/main.py", line 113 in meet
+  File "{HARNESS}/rank/world_fixture.py", line 45 in barrier
   File "{TEST}", line 12 in test_exchange
 """
 )
@@ -343,7 +345,9 @@ def test_a_hang_in_a_fixture_of_ours_is_told_by_its_collective_however_pytest_wa
     entry: str,
 ) -> None:
     init = f'  File "{SITE}/torch/distributed/device_mesh.py", line 9 in init_device_mesh\n'
-    trace = hang(f'{init}  File "{HARNESS}/fixtures.py", line 80 in device_mesh\n') + entry
+    trace = (
+        hang(f'{init}  File "{HARNESS}/controller/fixtures.py", line 80 in device_mesh\n') + entry
+    )
     assert doing(trace).startswith("in init_device_mesh")
     assert "<module>" not in doing(trace)
     assert doing(trimmed(trace)) == doing(trace)

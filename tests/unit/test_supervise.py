@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp.harness.deaths import OWED_S
-from pytest_dcp.harness.events import (
+from pytest_dcp._harness.protocol.messages import (
     Announce,
     At,
     DebugAnswer,
@@ -41,8 +40,9 @@ from pytest_dcp.harness.events import (
     SubReport,
     Up,
 )
-from pytest_dcp.harness.interruption import AGAIN_S, END_S, HEED_S
-from pytest_dcp.harness.lives import (
+from pytest_dcp._harness.protocol.places import FAILING_S, PREPARE_S, REPORT_S
+from pytest_dcp._harness.world.interrupt_clock import AGAIN_S, END_S, HEED_S
+from pytest_dcp._harness.world.rank_states import (
     Action,
     Continue,
     Dump,
@@ -52,8 +52,15 @@ from pytest_dcp.harness.lives import (
     Stop,
     exit_text,
 )
-from pytest_dcp.harness.places import FAILING_S, PREPARE_S, REPORT_S
-from pytest_dcp.harness.supervise import CLOSED_S, EXITING_S, LOST_S, STACKS_S, Supervisor, Terminal
+from pytest_dcp._harness.world.requested_deaths import OWED_S
+from pytest_dcp._harness.world.supervisor import (
+    CLOSED_S,
+    EXITING_S,
+    LOST_S,
+    STACKS_S,
+    Supervisor,
+    Terminal,
+)
 
 T0 = 100.0
 """When phases begin."""

@@ -38,8 +38,8 @@ from pytest_dcp.properties import (
 from pytest_dcp.properties.whole import whole
 
 if TYPE_CHECKING:
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
     from pytest_dcp.faults import FaultyStorage
-    from pytest_dcp.harness.lockstep_world import RankWorld
 
 pytestmark = pytest.mark.world_size(2, timeout=60, isolation="module")
 SHARDED = StateSpec({"w": TensorSpec((4,))}).on(Layout(MeshSpec((2,)), (Shard(0),)))

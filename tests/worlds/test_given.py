@@ -31,8 +31,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 if TYPE_CHECKING:
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
     from pytest_dcp.faults import FaultyStorage
-    from pytest_dcp.harness.lockstep_world import RankWorld
 
 pytestmark = pytest.mark.world_size(2, timeout=60)
 few = settings(max_examples=20, database=None)

@@ -22,7 +22,7 @@ from pytest_dcp import DivergedError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 LATE_S = 0.3
 """By how much a rank is held back; its peers take some milliseconds."""

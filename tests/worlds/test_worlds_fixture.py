@@ -25,10 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_dcp import RankFailure, WorldError
-from pytest_dcp.harness import worlds as worlds_module
+from pytest_dcp._harness.controller import worlds_fixture as worlds_module
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import FunctionWorld, Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import FunctionWorld, Worlds
 
 LIMIT_S = 2.0
 MARGIN_S = 10.0
@@ -508,7 +508,7 @@ def test_a_closure_that_cannot_be_pickled_is_named_and_the_world_goes_on(worlds:
 TYPED = """
 from typing import assert_type
 
-from pytest_dcp.harness.worlds import Worlds
+from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 
 def squared(number: int, by: float = 1.0) -> float:

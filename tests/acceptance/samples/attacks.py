@@ -26,10 +26,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from session_recorder import note
 
-from pytest_dcp.harness import rank_items
-from pytest_dcp.harness.events import Done, Exchange, SubReport, encode
-from pytest_dcp.harness.lockstep_world import RankWorld
-from pytest_dcp.harness.rank import Rank, current
+from pytest_dcp._harness.protocol.messages import Done, Exchange, SubReport, encode
+from pytest_dcp._harness.rank import pytest_plugin as rank_items
+from pytest_dcp._harness.rank.main import Rank, current
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(2, timeout=30)
 FOREVER_S = 600

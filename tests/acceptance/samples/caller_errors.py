@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._harness.controller.worlds_fixture import Worlds
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner
 from pytest_dcp.faults import NoSpace, recorded
 from pytest_dcp.faults.storage import FaultyStorage
-from pytest_dcp.harness.lockstep_world import RankWorld
-from pytest_dcp.harness.worlds import Worlds
 from pytest_dcp.properties import StateSpec, TensorSpec, assert_round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 
 def test_ordinary() -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from session_recorder import note
 
-from pytest_dcp.harness.lockstep_world import RankWorld
-from pytest_dcp.harness.rank import announce_death
+from pytest_dcp._harness.rank.main import announce_death
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(3, timeout=30)
 FOREVER_S = 600

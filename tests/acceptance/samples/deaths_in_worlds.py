@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from pytest_dcp import LostRank, WorldError
-from pytest_dcp.harness.worlds import Worlds
+from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 FOREVER_S = 600
 

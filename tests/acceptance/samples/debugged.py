@@ -10,8 +10,8 @@ import pytest
 from session_recorder import note
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 LIMIT_S = 2.0
 FOREVER_S = 600.0

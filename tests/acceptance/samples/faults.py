@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pytest_dcp.harness.lockstep_world import RankWorld
-from pytest_dcp.harness.rank import current
+from pytest_dcp._harness.rank.main import current
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(4, timeout=30)
 FOREVER_S = 600

@@ -18,7 +18,7 @@ from session_recorder import note
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 two = pytest.mark.world_size(2)
 

@@ -16,7 +16,7 @@ def documented() -> int:
     """An item that is no test function.
 
     >>> import sys
-    >>> rank = sys.modules.get("pytest_dcp.harness.rank")
+    >>> rank = sys.modules.get("pytest_dcp._harness.rank.main")
     >>> rank and rank.current()
     >>> documented()
     7

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from session_recorder import note
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 settings.register_profile("here", deadline=None, max_examples=30)
 settings.load_profile("here")

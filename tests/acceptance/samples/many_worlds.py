@@ -10,7 +10,7 @@ import pytest
 from session_recorder import note
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 FATAL = pytest.mark.xfail(strict=True, reason="its rank dies")
 WORLDS = [pytest.param(n, marks=FATAL if n % 8 == 7 else ()) for n in range(40)]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from session_recorder import note
 
-from pytest_dcp.harness.lockstep_world import RankWorld
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(2)
 

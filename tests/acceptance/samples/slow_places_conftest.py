@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pytest_dcp.harness import world, zygote
+from pytest_dcp._harness.launchers import zygote
+from pytest_dcp._harness.world import world
 
 world.BOOT_S = 10.0
 zygote.PRELOAD = (*zygote.PRELOAD, "slow_import")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from session_recorder import note
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(2, timeout=60)
 FOREVER_S = 600.0

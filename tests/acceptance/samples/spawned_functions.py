@@ -10,7 +10,7 @@ import pytest
 from pytest_dcp import WorldError
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 
 def rank_times(factor: int) -> int:

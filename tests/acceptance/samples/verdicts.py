@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pytest_dcp.harness.lockstep_world import RankWorld
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 FOREVER_S = 600
 pytestmark = pytest.mark.world_size(4, timeout=30)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size([1, 2], isolation="module")
 Facts = tuple[int, int, int, str, int, list[int]]

@@ -11,7 +11,7 @@ import pytest
 from session_recorder import note
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 
 @pytest.mark.world_size(2, isolation="module")

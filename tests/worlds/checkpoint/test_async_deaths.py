@@ -15,9 +15,9 @@ from pytest_dcp._engine.coordinate import presence, probe, rendezvous
 from pytest_dcp._engine.coordinate.frame import Head
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.spoke import Spoke
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
-from pytest_dcp.harness.lockstep_world import RankWorld
 
 HEARD_S = 30.0
 """Far below the group's timeout, which is half an hour; a background process takes a while."""

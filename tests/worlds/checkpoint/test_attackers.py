@@ -30,7 +30,7 @@ from pytest_dcp._engine.coordinate import StepError, Team, rendezvous, team_of
 from pytest_dcp._engine.coordinate.reception import Address
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 SIZE = 3
 pytestmark = pytest.mark.world_size(SIZE, timeout=60)

@@ -43,7 +43,7 @@ from pytest_dcp._engine.coordinate.descriptors import FEW
 from pytest_dcp._engine.coordinate.reception import BACKLOG, reception
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 SIZE = 3
 PROMPT_S = 8.0

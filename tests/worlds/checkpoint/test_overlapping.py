@@ -24,7 +24,7 @@ from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = [
     pytest.mark.world_size(2, timeout=200),

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import pytest_dcp.checkpoint as dcp
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
 
 FLAT = [(Shard(0),), (Shard(1),), (Replicate(),)]
 SQUARE = list(product([Shard(0), Shard(1), Replicate()], repeat=2))

@@ -18,7 +18,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate.reception import reception
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.lockstep_world import RankWorld
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = [
     pytest.mark.world_size(3, timeout=120),

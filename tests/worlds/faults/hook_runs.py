@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint.staging import DefaultStager
 from pytest_dcp.faults import HOOKS, Fault, FaultyStorage
-from pytest_dcp.harness.lockstep_world import RankWorld
 
 Verb = Literal["save", "async_save", "load"]
 OLD, NEW = 1, 2

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.faults import (
     OPERATION_KINDS,
     Denied,
@@ -38,7 +39,6 @@ from pytest_dcp.faults import (
     TornRename,
     TornWrite,
 )
-from pytest_dcp.harness.lockstep_world import RankWorld
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hook_runs import HOOK_NAMES, NEW, OLD, Bench, Case, verb_of
 
+from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.faults import (
     Fault,
     LostReply,
@@ -23,7 +24,6 @@ from pytest_dcp.faults import (
     WrongType,
 )
 from pytest_dcp.faults.injection import FUTURES
-from pytest_dcp.harness.lockstep_world import RankWorld
 
 pytestmark = [
     pytest.mark.world_size([1, 2, 4], isolation="module", timeout=240),

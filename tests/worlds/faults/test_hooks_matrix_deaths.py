@@ -21,7 +21,7 @@ from pytest_dcp import LostRank, WorldError
 from pytest_dcp.faults import Exit, Fault, FaultyStorage, Hang, Injected, Kill, Raise, Stop
 
 if TYPE_CHECKING:
-    from pytest_dcp.harness.worlds import Running, Worlds
+    from pytest_dcp._harness.controller.worlds_fixture import Running, Worlds
 
 AT_ONCE = 10
 SHORT_S = 1.5

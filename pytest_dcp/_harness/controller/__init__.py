@@ -1,0 +1,1 @@
+"""What runs in pytest's own process: items, fixtures, worlds and reports."""

@@ -1,0 +1,161 @@
+"""The fixtures that tests ask for. In a rank they tell of it; `worlds` starts worlds of its own.
+
+What lasts as long as a rank's process is session-scoped, so that fixtures of any scope may use it.
+No torch at import: a suite without worlds pays nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
+    from pytest_dcp._harness.rank.main import Rank
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
+    from pytest_dcp.faults import FaultyStorage
+
+
+def _rank_of(request: pytest.FixtureRequest) -> Rank:
+    from pytest_dcp._harness.rank.main import current
+
+    rank = current()
+    if rank is None:
+        pytest.fail(
+            f"the fixture {request.fixturename!r} exists inside a world: mark the test with "
+            "@pytest.mark.world_size(n)",
+            pytrace=False,
+        )
+    return rank
+
+
+@pytest.fixture(scope="session")
+def rank(request: pytest.FixtureRequest) -> int:
+    """This process's rank, 0 to world_size - 1."""
+    return _rank_of(request).order.rank
+
+
+@pytest.fixture(scope="session")
+def local_rank(request: pytest.FixtureRequest) -> int:
+    """This process's rank on this machine; equal to `rank`, since a world is on one machine."""
+    return _rank_of(request).order.rank
+
+
+@pytest.fixture(scope="session")
+def world_size(request: pytest.FixtureRequest) -> int:
+    """The number of ranks."""
+    return _rank_of(request).order.size
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """This rank's device: cpu, or the GPU that was leased to it."""
+    import torch
+
+    return torch.device(_rank_of(request).order.device)
+
+
+@pytest.fixture(scope="session")
+def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
+    """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective.
+
+    The tests of a warm world share it until one makes another default process group.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from pytest_dcp._harness.rank.main import WarmMesh
+
+    rank = _rank_of(request)
+    order, group = rank.order, dist.group.WORLD
+    if rank.mesh is not None and rank.mesh.group is group:
+        shared: DeviceMesh = rank.mesh.mesh
+        return shared
+    device_type = order.device.partition(":")[0]
+    mesh = init_device_mesh(device_type, order.mesh, mesh_dim_names=order.mesh_dim_names)
+    definition: Any = request._fixturedef  # type: ignore[attr-defined]  # of a fixture's request
+    rank.mesh = WarmMesh(group, mesh, forget=lambda: definition.finish(request))
+    return mesh
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest) -> RankWorld:
+    """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed; kill, pause.
+
+    What `kill(at=)` and `pause(at=)` ask for must happen before the running test is torn down.
+    """
+    from pytest_dcp._harness.rank.world_fixture import RankWorld
+
+    rank = _rank_of(request)
+    one = RankWorld(rank)
+    rank.unmet.append(one.disarm)
+    return one
+
+
+@pytest.fixture
+def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
+    """An empty folder, the same in every rank; in a test without a world, below its tmp_path.
+
+    Kept or removed after the test as tmp_path is (tmp_path_retention_policy), by the controller,
+    when every rank is gone.
+    """
+    from pytest_dcp._harness.rank.main import current
+
+    one = current()
+    if one is None:
+        tmp_path: Path = request.getfixturevalue("tmp_path")
+        folder = tmp_path / "checkpoint"
+    else:
+        folder = Path(one.checkpoint_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[FaultyStorage]:
+    """A storage that fails on command, the same in all ranks: inject, wrap, assert_loads.
+
+    At its end whatever hangs is released, and an injection that never fired fails the test.
+    """
+    from pytest_dcp._harness.controller.options import read_options
+    from pytest_dcp._harness.rank.main import current
+    from pytest_dcp.faults.crashes import Search
+    from pytest_dcp.faults.storage import FaultyStorage
+
+    options = read_options(request.config)
+    search = Search(options.fault_budget, options.fault_replay or None)
+    with contextlib.ExitStack() as stack:
+        if current() is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="dcp-faults-")))
+        else:
+            folder = checkpoint_dir.with_name(f"{checkpoint_dir.name}-faults")
+        with FaultyStorage(checkpoint_dir, folder, search=search) as storage:
+            watchers = one.watchers if (one := current()) is not None else []
+            watchers.append(storage)
+            yield storage
+            watchers.remove(storage)
+        # pytest keeps the exception of a test that failed: then that is what counts.
+        if getattr(sys, "last_value", None) is None:
+            storage.check()
+
+
+@pytest.fixture
+def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
+    """Starts worlds inside one test: `with worlds(4) as w: results = w.run(function, *args)`."""
+    from pytest_dcp._harness.controller.session import harness_of
+    from pytest_dcp._harness.controller.worlds_fixture import Worlds
+
+    started = Worlds(harness_of(request.config), request.node.nodeid)
+    try:
+        yield started
+    finally:
+        started.close()

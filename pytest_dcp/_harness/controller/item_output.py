@@ -1,0 +1,81 @@
+"""What the ranks of an item printed and logged -> sections of its report.
+
+Enters: the outcome of each phase, as it comes. Leaves: sections in the item, each text once, named
+with its ranks. The report of a hang is about the ranks' stacks: there DEBUG lines of loggers, those
+of earlier phases too, are counted in place of being shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import pytest
+
+from pytest_dcp._harness.controller.options import ReportRanks
+from pytest_dcp._harness.controller.report import merged_sections, shown_ranks
+from pytest_dcp._harness.protocol.messages import Done, Phase
+from pytest_dcp._harness.world.outcome import Outcome
+from pytest_dcp._harness.world.world import World
+
+Section = tuple[str, str, str]
+"""(phase, `stdout` and the like, text)"""
+
+
+class ItemOutput:
+    """The captured output of one item while it runs."""
+
+    def __init__(self, item: pytest.Item, size: int, which: ReportRanks) -> None:
+        self._item = item
+        self._size = size
+        self._which = which
+        self._noisy: list[Mapping[int, Done]] = []
+        """What ranks said of earlier phases in which they logged below INFO."""
+
+    def absorb(self, world: World, outcome: Outcome, when: Phase, lost: Collection[int]) -> None:
+        """Add what a phase has left; `lost` ranks have had their last output shown before."""
+        quiet = _is_hang(outcome)
+        if quiet:
+            self._quieten_earlier()
+        shown = shown_ranks(outcome, self._size, self._which)
+        parts: list[tuple[int, str, str, str]] = []
+        for rank in sorted(shown):
+            if (done := outcome.done.get(rank)) is not None:
+                parts += [(rank, *part) for part in _sections(done, quiet=quiet)]
+            elif not world.ended and rank not in lost:
+                parts += [(rank, when, *part) for part in world.output(rank)]
+        for part in merged_sections(parts):
+            self._item.add_report_section(*part)
+        if not quiet and any(done.debug_records for done in outcome.done.values()):
+            self._noisy.append({rank: outcome.done[rank] for rank in shown & outcome.done.keys()})
+
+    def _quieten_earlier(self) -> None:
+        sections = self._item._report_sections
+        for said in self._noisy:
+            loud = merged_sections(_log_sections(said, quiet=False))
+            at = min((sections.index(part) for part in loud if part in sections), default=0)
+            sections[:] = [part for part in sections if part not in loud]
+            sections[at:at] = merged_sections(_log_sections(said, quiet=True))
+        self._noisy.clear()
+
+
+def _is_hang(outcome: Outcome) -> bool:
+    return outcome.first is not None and outcome.first.failure.kind in ("timeout", "blocked")
+
+
+def _sections(done: Done, *, quiet: bool) -> Iterable[Section]:
+    """A rank's sections of a phase."""
+    if not (quiet and done.debug_records):
+        return done.sections
+    left_out = f"[... {done.debug_records} DEBUG lines left out: --log-level=DEBUG shows them ...]"
+    text = "\n".join(filter(None, [done.log_without_debug, left_out]))
+    return [
+        (when, name, text if (when, name) == (done.phase, "log") else content)
+        for when, name, content in done.sections
+    ]
+
+
+def _log_sections(said: Mapping[int, Done], *, quiet: bool) -> Iterable[tuple[int, str, str, str]]:
+    for rank, done in sorted(said.items()):
+        for when, name, text in _sections(done, quiet=quiet):
+            if name == "log":
+                yield rank, when, name, text

@@ -1,0 +1,503 @@
+"""A marked item in the controller: stays an ordinary pytest item, but each phase runs on all ranks.
+
+Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown
+by one lockstep phase each; whatever pytest and its plugins do around them (xfail, reruns, -x,
+durations, junit, xdist) needs no special code. Leaves: one report per phase, made by pytest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from _pytest.raises import AbstractRaises
+from _pytest.skipping import xfailed_key
+from _pytest.warnings import catch_warnings_for_item
+
+from pytest_dcp._harness.controller import headings, losing_fixtures, report
+from pytest_dcp._harness.controller.exit_warnings import warn_of_end
+from pytest_dcp._harness.controller.item_output import ItemOutput
+from pytest_dcp._harness.controller.session import Harness
+from pytest_dcp._harness.controller.warm_worlds import (
+    HURRIED_S,
+    PASSED,
+    SESSION_ENDS,
+    Key,
+    Place,
+    as_running_item,
+    end_cut_off,
+    end_idle,
+    joined,
+    tear_down_survivors,
+)
+from pytest_dcp._harness.protocol.launcher import is_worth_preloading
+from pytest_dcp._harness.protocol.messages import Go, Phase, RecordedWarning, RunItem
+from pytest_dcp._harness.protocol.world_spec import WorldSpec
+from pytest_dcp._harness.rank import carried_state
+from pytest_dcp._harness.world.interrupt_clock import TORN_DOWN
+from pytest_dcp._harness.world.outcome import (
+    Outcome,
+    combine,
+    in_step,
+    is_echo,
+    lost_lines,
+    ranks_text,
+)
+from pytest_dcp._harness.world.world import CutOff, World
+from pytest_dcp.errors import WorldError
+
+if TYPE_CHECKING:
+    from pytest_dcp._harness.lockstep.engine import FoundError
+
+ITEM_KEY = pytest.StashKey["MarkedItem"]()
+
+_folders = itertools.count()
+
+
+class ChangedStateWarning(pytest.PytestWarning):
+    """A test of a warm world changed its process for good; the next test got a new world."""
+
+
+@dataclass(slots=True)
+class MarkedItem:
+    """The controller's memory of one item while it runs."""
+
+    item: pytest.Item
+    index: int
+    """In the session's items at the time of the fork."""
+    spec: WorldSpec
+    explicit_limit: bool
+    """Whether the marker itself names a time limit."""
+    harness: Harness
+    world: World | None = None
+    nextitem: pytest.Item | None = None
+    limit_s: float = 0.0
+    failed: bool = False
+    raised: BaseException | None = None
+    """What the last failed phase raised, and its outcome."""
+    outcome: Outcome | None = None
+    found: FoundError | None = None
+    """What made Hypothesis' property fail."""
+    unexpectedly: str | None = None
+    """The reason of an xfail marker that the test added itself, and then passed."""
+    checkpoint_dir: Path = field(default_factory=Path)
+    lost: frozenset[int] = frozenset()
+    """Ranks that the test has lost as it asked, and that were told of."""
+    output: ItemOutput = field(init=False)
+    torn_before: Outcome = PASSED
+    """How the item was torn down in worlds that were replaced while it ran."""
+
+    def begin(self) -> None:
+        """The item's protocol starts."""
+        self.limit_s = self.spec.timeout_s
+
+    def begin_teardown(self, nextitem: pytest.Item | None) -> None:
+        """The item's teardown starts; no `nextitem` when the session ends or stops."""
+        self.nextitem = nextitem
+
+    def limit(self, timeout_s: float) -> None:
+        """pytest-timeout's limit: in the place of the default, the lower one of two explicit."""
+        self.limit_s = min(timeout_s, self.spec.timeout_s) if self.explicit_limit else timeout_s
+        if self.world is not None:
+            self.world.restart_clock(self.limit_s)
+
+    # The three phases, in the place of the item's own.
+
+    def setup(self) -> None:
+        """Start or take a world, and set the item up in every rank."""
+        losing_fixtures.warn_of(self.item)
+        self.failed, self.raised, self.outcome, self.world = False, None, None, None
+        self.lost = frozenset()
+        self.unexpectedly = None
+        self.torn_before = PASSED
+        self.output = ItemOutput(self.item, self.spec.size, self.harness.options.report_ranks)
+        seed = self.harness.seed_of(self.item.nodeid)
+        self.checkpoint_dir = self.harness.folder / f"checkpoint{next(_folders)}"
+        self.world = self.harness.warm.take(self._warm_key(), self._place())
+        if self.world is None:
+            self.world, booted = self.harness.open(self.spec, seed)
+            self._absorb(self.world, booted, "setup")
+            if booted.kind != "passed":
+                self.world.kill()  # no item was begun in it: there is nothing to tear down
+            self._raise_for(booted)
+        self.world.restart_clock(self.limit_s)
+        self._conclude(self.world, self.world.run("setup", self.order()), "setup")
+
+    def order(self) -> RunItem:
+        """The order that begins the item."""
+        seed = self.harness.seed_of(self.item.nodeid)
+        return RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
+
+    def runtest(self) -> None:
+        """Call the test in every rank."""
+        if self.world is None:
+            raise WorldError("the test was called, but its setup started no world")
+        self.found = None
+        try:
+            outcome = self.world.run("call", Go("call"))
+            if any(done.awaits for done in outcome.done.values()):
+                outcome = self._conduct(outcome)
+        except BaseException:  # of this process: an interrupt, a timer
+            self.failed = True
+            raise
+        outcome = in_step(outcome)
+        self._conclude(self.world, outcome, "call")
+        self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
+
+    def _conduct(self, outcome: Outcome) -> Outcome:
+        """Lead the ranks through the examples of the properties that they came to."""
+        __tracebackhide__ = True
+        from pytest_dcp._harness.controller import property_item as lockstep_item
+
+        try:
+            return lockstep_item.conduct(lockstep_item.Company(self), outcome)
+        except lockstep_item.FoundError as found:
+            self.found = found
+            return found.found[0].outcome
+
+    def teardown(self) -> None:
+        """Tear the item down in every rank, and the world unless it is kept warm."""
+        if self.world is None:
+            return
+        world, kept, is_cut_off = self.world, False, False
+        try:
+            if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
+                self._report_cut_off(world, cut)
+            torn = joined(self.torn_before, combine(0, {}, world.died()))
+            if world.sound:
+                kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
+                torn = joined(torn, ended)
+            elif not world.ended:
+                torn = joined(torn, tear_down_survivors(world))
+            self._raise_for(torn)
+        except SESSION_ENDS as end:
+            is_cut_off = end is not self.raised
+            raise
+        finally:
+            if not is_cut_off:  # else `end_cut_off` follows
+                self._let_go(world, kept=kept)
+
+    def _let_go(self, world: World, *, kept: bool) -> None:
+        """The item is over; so is its world, unless it is kept."""
+        self.world = None
+        if not kept:
+            world.kill()
+        self._drop_checkpoint_dir()
+        # Where warnings are errors, one must not take the place of a failure.
+        failing = sys.exc_info()[0] is not None
+        with contextlib.suppress(Warning) if failing else contextlib.nullcontext():
+            self._absorb_end(world)
+
+    def end_cut_off(self) -> None:
+        """The session has ended while this item ran: have its ranks tear down every scope.
+
+        What its ranks raised is reported. Does nothing when they are gone.
+        """
+        world, self.world = self.world, None
+        if world is None:
+            return
+        hear = partial(self.absorb_late, world)
+        cut = world.cut_off
+        try:
+            if cut is None or cut.phase in TORN_DOWN:
+                ended = end_cut_off(world, hear)
+            else:
+                self._report_cut_off(world, cut)
+                ended = PASSED if world.ended else end_idle(world, HURRIED_S, hear)
+        finally:
+            world.kill()
+            self._drop_checkpoint_dir()
+        self.report_late(world, ended)
+
+    def _report_cut_off(self, world: World, cut: CutOff) -> None:
+        """Report what failed in a phase that was cut off, but for what follows from that alone."""
+        self._absorb(world, cut.outcome, cut.phase)
+        if not all(one.kind == "failed" and is_echo(one) for one in cut.outcome.failures):
+            self.report_late(world, cut.outcome, cut.phase)
+
+    def _tear_down_whole(self, world: World, *, keep: bool) -> tuple[bool, Outcome]:
+        """Tear down in every rank, and end the world unless it is kept: whether it is, and how
+        that went.
+        """
+        follower = self._follower() if keep and world.whole else None
+        torn = world.run("teardown", (follower or Place()).order())
+        torn = torn if self.failed else in_step(torn)
+        self._absorb(world, torn, "teardown")
+        reusable = world.whole and self._absorb_whole_item(torn)
+        if torn.kind == "passed" and follower is not None:
+            if reusable:
+                self.harness.warm.keep(self._warm_key(), world, self, follower)
+                return True, torn
+            self._warn_of_changes(torn)
+            torn = world.run("teardown", Place().order())  # what was to stay for the follower
+            self._absorb(world, torn, "teardown")
+        return False, joined(torn, world.close())
+
+    def note_teardown(self, torn: Outcome) -> None:
+        """Keep what failed when the item was torn down in a world that is replaced, once."""
+        known = {failure.summary for failure in self.torn_before.failures}
+        if any(failure.summary not in known for failure in torn.failures):
+            self.torn_before = joined(self.torn_before, torn)
+
+    # Warm worlds.
+
+    def _warm_key(self) -> Key:
+        return module_of(self.item), self.spec
+
+    def _place(self) -> Place:
+        return Place(self.index, self.item.nodeid)
+
+    def _follower(self) -> Place | None:
+        """The test that takes this world next, or another test of its module; None for none.
+
+        What runs after the next test is known only where pytest goes through the session's items:
+        a worker of pytest-xdist is told of one item at a time.
+        """
+        nextitem = self.nextitem
+        if self.spec.isolation != "module" or self.failed or nextitem is None:
+            return None
+        items, after = self.item.session.items, self.index + 1
+        in_order = after < len(items) and items[after] is nextitem
+        if not in_order or hasattr(self.item.config, "workerinput"):
+            return _place_of(nextitem) if module_of(nextitem) == module_of(self.item) else None
+        for item in itertools.islice(items, after, None):
+            if module_of(item) != module_of(self.item):
+                return None
+            marked = item.stash.get(ITEM_KEY, None)
+            if marked is not None and marked.spec == self.spec:
+                return marked._place()
+        return None
+
+    def absorb_late(self, world: World, outcome: Outcome) -> None:
+        """Keep what ranks of this test's world printed and warned of when the test was over."""
+        self._absorb(world, outcome, "teardown")
+        with self._recording_warnings():
+            self._absorb_whole_item(outcome)
+
+    def report_late(self, world: World, outcome: Outcome, when: Phase = "teardown") -> None:
+        """Report, as of a phase of this test, what went wrong in its world when that was over."""
+
+        def conclude() -> None:
+            __tracebackhide__ = True
+            try:
+                self._raise_for(outcome)
+            finally:
+                self._absorb_end(world)
+
+        with self._recording_warnings():
+            call = pytest.CallInfo.from_call(
+                conclude,
+                when=when,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
+                reraise=None,
+            )
+        if call.excinfo is not None:
+            with as_running_item(self.item):
+                ihook = self.item.ihook
+                rep = ihook.pytest_runtest_makereport(item=self.item, call=call)
+                ihook.pytest_runtest_logreport(report=rep)
+        if outcome.kind in ("exit", "interrupt"):
+            self.item.session.shouldstop = outcome.reason
+
+    def _recording_warnings(self) -> contextlib.AbstractContextManager[None]:
+        """As pytest does around each item, by the filters that are set for this one."""
+        return catch_warnings_for_item(
+            config=self.item.config, ihook=self.item.ihook, when="runtest", item=self.item
+        )
+
+    # What the ranks said.
+
+    def _conclude(self, world: World, outcome: Outcome, when: Phase) -> None:
+        self._absorb(world, outcome, when)
+        self._raise_for(outcome)
+
+    def _absorb(self, world: World, outcome: Outcome, when: Phase) -> None:
+        """Take over the captured output, the properties and the subtests of a phase."""
+        self.output.absorb(world, outcome, when, self.lost)
+        if new := [one for rank, one in outcome.lost.items() if rank not in self.lost]:
+            self.item.add_report_section(when, "lost as asked", "\n".join(lost_lines(new)))
+        self.lost = frozenset(outcome.lost)
+        self.item.user_properties += _properties(outcome)
+        if when == "teardown":
+            payloads = {rank: done.payload for rank, done in outcome.done.items() if done.payload}
+            carried_state.deliver(self.item, payloads, self.spec.size)
+        self._log_subtests(world)
+
+    def _raise_for(self, outcome: Outcome) -> None:
+        if outcome.kind == "passed":
+            return
+        if outcome.kind in ("failed", "exit", "interrupt"):
+            self.failed = True
+        outcome = report.lead_with_unexpected(outcome, self.expects)
+        if outcome.kind == "failed" and outcome.session_end is not None:
+            self.harness.end_after_item(outcome.session_end, self.item.nodeid)
+        self.outcome = outcome
+        self.raised = report.exception_for(outcome, self.item.nodeid)
+        raise self.raised
+
+    def expects(self, error: BaseException) -> bool:
+        """Whether the test's xfail marker has this exception in mind."""
+        xfailed = self.item.stash.get(xfailed_key, None)
+        if xfailed is None or xfailed.raises is None:
+            return xfailed is not None
+        if isinstance(xfailed.raises, AbstractRaises):
+            return xfailed.raises.matches(error)
+        return isinstance(error, xfailed.raises)
+
+    def _log_subtests(self, world: World) -> None:
+        reports, world.sub_reports = world.sub_reports, []
+        if reports:
+            from pytest_dcp._harness.controller import subtests
+
+            subtests.log(self.item, reports)
+
+    def _absorb_whole_item(self, outcome: Outcome) -> bool:
+        """Warn again of what ranks warned of, once; whether the world can be kept."""
+        imported = {name for done in outcome.done.values() for name in done.imported}
+        self.harness.launcher().preload(sorted(filter(is_worth_preloading, imported)))
+        told: dict[tuple[str, ...], RecordedWarning] = {}
+        for done in outcome.done.values():
+            for warning in done.warnings:
+                told.setdefault(tuple(map(str, warning.values())), warning)
+        for warning in told.values():
+            category = _warning_class(warning["category"])
+            warnings.warn_explicit(
+                warning["text"], category, warning["filename"], warning["lineno"]
+            )
+        return all(done.reusable for done in outcome.done.values())
+
+    def _absorb_end(self, world: World) -> None:
+        """Keep what ranks printed while they exited, and warn of what went wrong in that."""
+        __tracebackhide__ = True
+        printed = ((rank, *part) for rank, one in world.exited.items() for part in one.sections)
+        for _, name, text in report.merged_sections(printed):
+            self.item.add_report_section("teardown", name, text)
+        warn_of_end(self.item.nodeid, world)
+
+    def _warn_of_changes(self, outcome: Outcome) -> None:
+        """Say what of the processes' state cannot be put back, where that costs a new world."""
+        by_name: dict[str, list[int]] = {}
+        for rank, done in sorted(outcome.done.items()):
+            for name in done.changed:
+                by_name.setdefault(name, []).append(rank)
+        if by_name:
+            said = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
+            warnings.warn(
+                ChangedStateWarning(
+                    f"{self.item.nodeid}: has changed what cannot be put back: {said}. The next "
+                    "test gets a new world. Put it back in the test, or give the test a world of "
+                    'its own with isolation="test".'
+                ),
+                stacklevel=2,
+            )
+
+    def _drop_checkpoint_dir(self) -> None:
+        """By pytest's own retention policy for tmp_path, when every rank is gone."""
+        policy = self.item.config.getini("tmp_path_retention_policy")
+        if policy == "none" or (policy == "failed" and not self.failed):
+            faults = self.checkpoint_dir.with_name(f"{self.checkpoint_dir.name}-faults")
+            for folder in (self.checkpoint_dir, faults):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(folder)
+
+    # The report.
+
+    def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
+        """Show the ranks' own failure in the place of the controller's."""
+        outcome = self.outcome
+        if call.when == "call" and rep.passed and self.unexpectedly is not None:
+            rep.wasxfail = self.unexpectedly
+        if call.excinfo is None or call.excinfo.value is not self.raised or outcome is None:
+            return
+        if outcome.kind == "skipped":
+            rep.longrepr = self._skip_location(outcome)
+        elif outcome.kind == "xfailed":
+            rep.longrepr = report.own_longrepr(outcome, self.item.config)
+        elif outcome.first is not None:
+            options = self.harness.options
+            seed = self.harness.seed_of(self.item.nodeid)
+            override = options.defaults.world_size is not None
+            rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
+            # A report's attribute, since it goes along between xdist's processes.
+            setattr(rep, report.HEADING, report.heading_marks(outcome))
+            path, line, _ = self.item.reportinfo()
+            location = (str(path), (line or 0) + 1)
+            if self.found is not None and call.when == "call":
+                from pytest_dcp._harness.controller import property_item as lockstep_item
+
+                rep.longrepr = lockstep_item.longrepr_for(
+                    self.found, self.item.config, location, rerun
+                )
+            else:
+                # By default the nodeid alone says all of it: the seed is made from it.
+                is_default = options.seed is None and not override
+                rep.longrepr = report.longrepr_for(
+                    outcome, outcome.first, self.item.config, location, "" if is_default else rerun
+                )
+            if not hasattr(self.item.config, "workerinput"):
+                headings.put_in_colours(rep)
+
+    def _nodeid_here(self) -> str:
+        """The nodeid as the command line takes it in the folder where pytest was started."""
+        config = self.item.config
+        path, separator, rest = self.item.nodeid.partition("::")
+        here = os.path.relpath(config.rootpath / path, config.invocation_params.dir)
+        return f"{here}{separator}{rest}"
+
+    def _skip_location(self, outcome: Outcome) -> tuple[str, int, str]:
+        for done in outcome.done.values():
+            longrepr = (done.report or {}).get("longrepr")
+            if isinstance(longrepr, list | tuple) and len(longrepr) == 3:
+                return str(longrepr[0]), int(longrepr[1]), str(longrepr[2])
+        path, line, _ = self.item.reportinfo()
+        return str(path), (line or 0) + 1, outcome.reason
+
+
+def attach(item: pytest.Item, marked: MarkedItem) -> None:
+    """Have the item's phases run in a world."""
+    item.stash[ITEM_KEY] = marked
+    item.setup = marked.setup  # type: ignore[method-assign]  # this item only, not its class
+    item.runtest = marked.runtest  # type: ignore[method-assign]
+    item.teardown = marked.teardown  # type: ignore[method-assign]
+
+
+def module_of(item: pytest.Item) -> str:
+    """The nodeid of the module that an item is in, or its own without one."""
+    module = item.getparent(pytest.Module)
+    return module.nodeid if module is not None else item.nodeid
+
+
+def _place_of(item: pytest.Item) -> Place:
+    marked = item.stash.get(ITEM_KEY, None)
+    index = marked.index if marked is not None else item.session.items.index(item)
+    return Place(index, item.nodeid)
+
+
+def _properties(outcome: Outcome) -> list[tuple[str, object]]:
+    """user_properties of all ranks: those that agree once, others with the rank's name."""
+    by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
+    for rank, done in sorted(outcome.done.items()):
+        for name, value in done.properties:
+            by_property.setdefault((name, repr(value)), (value, []))[1].append(rank)
+    size = len(outcome.done)
+    return [
+        (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
+        for (name, _), (value, ranks) in by_property.items()
+    ]
+
+
+def _warning_class(name: Iterable[str]) -> type[Warning]:
+    module, qualname = name
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and issubclass(found, Warning) else UserWarning

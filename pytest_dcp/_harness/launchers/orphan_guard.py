@@ -1,0 +1,71 @@
+"""What ranks started, and nobody is left to kill: found by the ranks' tokens and files, and killed.
+
+For ends that leave no time for anything else: SIGKILL of the zygote, or of a controller whose ranks
+are spawned. The second is seen by a process of its own, in which `main` waits for the end of its
+standard input, which only the controller holds open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection
+
+from pytest_dcp._harness.protocol import linux
+from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE
+
+File = tuple[int, int]
+"""Device and inode."""
+SWEEP_S = 1.0
+"""Bounds the killing of processes that start others all the time."""
+
+
+def file_of(fd: int) -> File:
+    """The open file behind a descriptor."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def sweep(prefix: str, files: Collection[File] = ()) -> None:
+    """Kill what was started with a token that begins with `prefix`, or has one of `files` open.
+
+    A program has the token in its environment; a child that was forked from a forked rank has not,
+    but it has the rank's files.
+    """
+    deadline = time.monotonic() + SWEEP_S
+    while (found := _left(prefix, files)) and time.monotonic() < deadline:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _left(prefix: str, files: Collection[File]) -> list[int]:
+    return [
+        pid
+        for pid in linux.processes()
+        if pid != os.getpid()
+        and linux.state_of(pid) not in ("Z", "X", "")
+        and (linux.variable_of(pid, RANK_VARIABLE).startswith(prefix) or _has_open(pid, files))
+    ]
+
+
+def _has_open(pid: int, files: Collection[File]) -> bool:
+    with contextlib.suppress(OSError):  # it ended, or is another user's
+        for name in os.listdir(f"/proc/{pid}/fd") if files else ():
+            with contextlib.suppress(OSError):
+                status = os.stat(f"/proc/{pid}/fd/{name}")
+                if (status.st_dev, status.st_ino) in files:
+                    return True
+    return False
+
+
+def main() -> None:
+    """Wait for the controller's end, then sweep; the prefix is the first argument."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    sweep(sys.argv[1])

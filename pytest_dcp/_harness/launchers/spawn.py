@@ -1,0 +1,388 @@
+"""Ranks as fresh interpreters: the same contract as the zygote's, where forking is unsafe.
+
+Slower by the imports and the collection that each rank does anew: a rank collects only the tests of
+the worlds that it is started for, by name, with the command line that the session was started with.
+Every rank is a child of the controller, in a process group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from pytest_dcp._harness.protocol import linux
+from pytest_dcp._harness.protocol.launcher import (
+    OWN_SIGNALS,
+    RANK_VARIABLE,
+    Exit,
+    Halt,
+    Order,
+    RankFds,
+    Signals,
+)
+from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
+from pytest_dcp._harness.rank import coverage as measure
+from pytest_dcp._harness.rank import junit_state
+from pytest_dcp._harness.rank import main as rank
+from pytest_dcp._harness.rank import pytest_plugin as rank_items
+from pytest_dcp.errors import DcpError
+
+PROGRAM = "from pytest_dcp._harness.launchers.spawn import main; main()"
+GUARD = "from pytest_dcp._harness.launchers.orphan_guard import main; main()"
+WAIT_S = 10.0
+
+
+class SpawnLauncher(Signals):
+    """A `launch.Launcher` that starts interpreters."""
+
+    name = "spawn"
+    lost = ""
+    first_place = "starting Python"
+
+    def __init__(self, session: dict[str, Any]) -> None:
+        self._session = session
+        self._running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
+        self._news: dict[int, list[Exit | Halt]] = {}
+        self._lock = threading.Lock()
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._waiters: list[threading.Thread] = []
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def start(cls, session: pytest.Session, folder: Path) -> SpawnLauncher:
+        """A launcher of ranks that collect with this session's command line.
+
+        Its ranks may keep files in `folder`.
+        """
+        config = session.config
+        args = [str(arg) for arg in config.invocation_params.args]
+        if hasattr(config.option, "no_cov"):
+            # A rank's own pytest-cov would erase what others saved. After --cov it says nothing.
+            args.insert(args.index("--") if "--" in args else len(args), "--no-cov")
+        return cls(
+            {
+                "args": args,
+                "coverage": measure.settings(folder),
+                "cwd": str(config.invocation_params.dir),
+                "rootdir": str(config.rootpath),
+                "path": sys.path,
+                "captures": config.getoption("capture") != "no",
+                "workerinput": getattr(config, "workerinput", None),
+            }
+        )
+
+    def await_ready(self) -> None:
+        """An interpreter can be started at any time."""
+
+    def check_running(self) -> None:
+        """Nothing: this process is the launcher."""
+
+    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+        """Start one interpreter per order."""
+        self._start_guard(orders[0].session)
+        for order, rank_fds in zip(orders, fds, strict=True):
+            told = {
+                "order": order.to_json(),
+                "fds": rank_fds.all(),
+                "session": self._session,
+                "parent": os.getpid(),
+            }
+            # What a rank's own pytest session says of itself is nobody's output.
+            output = subprocess.DEVNULL if self._session["captures"] else None
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, json.dumps(told, default=repr)],
+                pass_fds=rank_fds.all(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                cwd=self._session["cwd"],
+                env={**os.environ, **rank.environment(order)},
+            )
+            self._running[order.world, order.rank] = process
+            waiter = threading.Thread(
+                target=self._wait, args=(order, process), name="dcp-wait", daemon=True
+            )
+            self._waiters = [*filter(threading.Thread.is_alive, self._waiters), waiter]
+            waiter.start()
+
+    def _start_guard(self, session: str) -> None:
+        """A process that kills what ranks have started when this one gets no chance to."""
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-c", GUARD, f"{session}:"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
+
+    def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
+        # Look before reaping: until then the process id, and so its group's, cannot be another's.
+        while (halt := self._halted(order.rank, process.pid)) is not None:
+            self._tell(order.world, halt)
+        with self._lock:
+            del self._running[order.world, order.rank]
+            strays, trackers = self._strays(order, process.pid)
+            if not trackers:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+        self._tell(order.world, Exit(order.rank, status, strays))
+        linux.await_trackers(trackers)
+        for tracker in trackers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(tracker, signal.SIGKILL)
+
+    def _halted(self, rank: int, pid: int) -> Halt | None:
+        """The next stop of the process or its end; None when the process ended, not yet reaped."""
+        found = os.waitid(os.P_PID, pid, linux.ANY_CHANGE | os.WNOWAIT)
+        if found is None or found.si_code not in linux.HALTS:
+            return None
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+        return Halt(rank, linux.HALTS[found.si_code])
+
+    def _tell(self, world: int, what: Exit | Halt) -> None:
+        with self._lock:
+            self._news.setdefault(world, []).append(what)
+        with contextlib.suppress(OSError):
+            self._wake_w.send(b"x")
+
+    def _strays(self, order: Order, pid: int) -> tuple[tuple[str, ...], list[int]]:
+        """Kill what a rank left behind; as `pid (command)`, and the trackers that may go on."""
+        found, trackers = [], []
+        for other in linux.processes():
+            if other != pid and linux.variable_of(other, RANK_VARIABLE) == order.token:
+                if linux.TRACKER in (command := linux.command_of(other)):
+                    trackers.append(other)
+                    continue
+                found.append(f"{other} ({command})")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+        return tuple(found), trackers
+
+    def fileno(self) -> int:
+        """Readable when something became of a rank."""
+        return self._wake_r.fileno()
+
+    def has_news(self, world: int) -> bool:
+        """Whether there are news of this world."""
+        return bool(self._news.get(world))
+
+    def news(self, world: int) -> list[Exit | Halt]:
+        """Ends and stops of this world's ranks since the last call."""
+        while select.select([self._wake_r], [], [], 0)[0]:
+            self._wake_r.recv(4096)
+        with self._lock:
+            return self._news.pop(world, [])
+
+    def forget(self, world: int) -> None:
+        """Drop what is kept for a world that has ended."""
+        with self._lock:
+            self._news.pop(world, None)
+
+    def _signal(self, world: int, rank: int, signum: int) -> None:
+        with self._lock:
+            process = self._running.get((world, rank))
+            if process is None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                if signum in OWN_SIGNALS:
+                    linux.signal_main_thread(process.pid, signum)
+                elif signum == signal.SIGKILL:
+                    linux.kill_group(process.pid)
+                else:
+                    os.killpg(process.pid, signum)
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Nothing: every interpreter imports anew."""
+
+    def close(self) -> None:
+        """End every rank; bounded in time."""
+        for world, one in list(self._running):
+            self.kill(world, one)
+        for waiter in self._waiters:
+            waiter.join(WAIT_S)
+        if self._guard is not None:
+            self._guard.communicate(timeout=WAIT_S)
+        self._wake_r.close()
+        self._wake_w.close()
+
+
+def main() -> NoReturn:
+    """A spawned rank's entry: its order is the first argument."""
+    told = json.loads(sys.argv[1])
+    linux.die_with_parent(told["parent"])
+    sys.path[:] = told["session"]["path"]
+    measure.start(told["session"]["coverage"])
+    fds = RankFds(*told["fds"])
+    for fd in fds.all():
+        os.set_inheritable(fd, False)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    order = Order.from_json(told["order"])
+    rank.run(order, fds, lambda one: _prepare(one, told["session"]))
+
+
+def _prepare(one: rank.Rank, session: dict[str, Any]) -> _Collecting:
+    """Import what joining the process group needs: that is not timed."""
+    one.channel.send(At("preparing", "importing torch"))
+    with contextlib.suppress(Exception):  # what fails here fails again where it is reported
+        importlib.import_module("torch.distributed")
+    one.channel.send(At("ready"))
+    return _Collecting(one, session)
+
+
+class _Collecting:
+    """Runs items by collecting them first, one pytest session per item."""
+
+    def __init__(self, one: rank.Rank, session: dict[str, Any]) -> None:
+        self.rank = one
+        self.session = session
+        if session["captures"]:
+            one.capture = lambda: _captured(one.fds)
+
+    def run(self, order: RunItem) -> None:
+        """Collect the item, then run it as a forked rank does."""
+        from _pytest.config import _prepareconfig
+
+        self.rank.channel.send(At("preparing", "collecting the test"))
+        os.chdir(self.session["cwd"])
+        config: Any = _prepareconfig(list(self.session["args"]))
+        _alone(config, self.rank.order.basetemp)
+        if self.session["workerinput"] is not None:  # for xdist's fixtures, such as `worker_id`
+            config.workerinput, config.workeroutput = self.session["workerinput"], {}
+        config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
+        serving = _Serving(self.rank, order)
+        config.pluginmanager.register(serving, "pytest_dcp.serving")
+        capture = self.rank.capture
+        try:
+            serving.run(config)
+        finally:
+            self.rank.capture = capture  # the session's own has ended with it
+
+    def tear_down(self, order: Go) -> Done:
+        """Nothing: the session of an item has torn down all that it had set up."""
+        return Done("teardown", "passed", time.monotonic())
+
+
+@contextlib.contextmanager
+def _captured(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
+    """Have standard output and error written to the memfds; yields sections to fill."""
+    sections: list[tuple[str, str, str]] = []
+    saved = {1: os.dup(1), 2: os.dup(2)}
+    os.dup2(fds.out, 1)
+    os.dup2(fds.err, 2)
+    try:
+        yield sections
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, fd, name in ((1, fds.out, "stdout"), (2, fds.err, "stderr")):
+            os.dup2(saved[target], target)
+            os.close(saved[target])
+            text = os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.ftruncate(fd, 0)
+            if text:
+                sections.append(("call", name, rank_items.clip(text)))
+
+
+def _alone(config: pytest.Config, basetemp: str) -> None:
+    """Undo what distributes, repeats or reports: this session is one rank's."""
+    if getattr(config.option, "xmlpath", None):
+        config.stash[junit_state.FAMILY_KEY] = config.getini("junit_family")
+    for name, value in (
+        ("numprocesses", None), ("dist", "no"), ("tx", []), ("looponfail", False),
+        ("basetemp", basetemp), ("xmlpath", None), ("lf", False), ("failedfirst", False),
+        ("newfirst", False), ("cacheclear", False), ("stepwise", False), ("stepwise_skip", False),
+        ("stepwise_reset", False), ("maxfail", 0), ("deselect", None),
+    ):  # fmt: skip
+        if hasattr(config.option, name):
+            setattr(config.option, name, value)
+
+
+class _Serving:
+    """Takes over a spawned rank's session when it has collected."""
+
+    def __init__(self, one: rank.Rank, order: RunItem) -> None:
+        self.rank = one
+        self.order = order
+        self._served = False
+        self._error: BaseException | None = None
+        self._not_collected: list[str] = []
+        self._nowhere = open(os.devnull, "w")  # noqa: SIM115 - for the life of the session
+        self._writer: Any = None
+        self._file: Any = None
+
+    def run(self, config: pytest.Config) -> None:
+        """The session. Raises what the item's run raised, which pytest would only print."""
+        missing = ""
+        try:
+            config.hook.pytest_cmdline_main(config=config)
+        except pytest.UsageError as exc:
+            missing = str(exc)
+        if self._error is not None:
+            raise self._error
+        if not self._served:
+            said = "\n".join([missing, *self._not_collected])
+            raise DcpError(f"this rank did not collect {self.order.nodeid!r}: {said}")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Leave the caches to the controller, and print nothing of a session of one test."""
+        manager = session.config.pluginmanager
+        for name in ("lfplugin", "nfplugin"):
+            manager.unregister(name=name)
+        self._writer = getattr(manager.getplugin("terminalreporter"), "_tw", None)
+        self._file = getattr(self._writer, "_file", None)
+        self._print_to(self._nowhere)
+
+    def _print_to(self, file: Any) -> None:
+        if self._writer is not None:
+            self._writer._file = file
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Have ids made anew in a warm rank, which collects its modules once for each test.
+
+        pytest keeps in the mark the ids that it escaped, and would escape them again. Can go when
+        it keeps them as they were given.
+        """
+        for mark in metafunc.definition.iter_markers("parametrize"):
+            source = mark._param_ids_from
+            if source is not None and isinstance(source.kwargs.get("ids"), list | tuple):
+                object.__setattr__(source, "_param_ids_generated", None)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what went wrong, for `run` to tell."""
+        if report.failed:
+            self._not_collected.append(report.longreprtext)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run the one item in the controller's lockstep."""
+        self._served = True
+        self._print_to(self._file)
+        try:
+            plugin = rank_items.prepare(session, tty="/dev/tty")
+            runner = rank_items.enlist(self.rank, plugin)
+            self.rank.channel.send(At("ready"))
+            runner.run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
+        except BaseException as exc:  # noqa: BLE001 - `run` raises it
+            self._error = exc
+        self._print_to(self._nowhere)
+        return True

@@ -1,0 +1,1 @@
+"""Properties of Hypothesis, run by all ranks together."""

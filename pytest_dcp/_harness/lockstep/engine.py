@@ -1,0 +1,334 @@
+"""Hypothesis' engine in the controller, whose examples all ranks of a world run in lockstep.
+
+Enters: a world whose ranks wait for the examples of a property. Leaves: the outcome of the call:
+that of the ranks when all examples passed, or that of the minimal example that fails.
+
+Rules that hold inside:
+
+- An example fails when any rank does: by an exception, its death, or the time limit, which counts
+  anew for each example. A rank's `assume` rejects it for all.
+- What the engine learns of an example comes from the record of the rank that decides it, and so is
+  the same each time that the example is run.
+- Ranks whose process groups are out of step after an example have failed it.
+- A failure leaves a world that may go on only when every rank answered and they are in step;
+  otherwise the next example gets a new one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from pytest_dcp._harness.lockstep.messages import (
+    Attempt,
+    Property,
+    decode,
+    divergence,
+    merged_lines,
+)
+from pytest_dcp._harness.lockstep.verdict import (
+    Verdict,
+    awaited,
+    diverged,
+    drew_the_same,
+    judge,
+    reply_of,
+    same,
+)
+from pytest_dcp._harness.protocol.messages import Done, Example, Go
+from pytest_dcp._harness.world.outcome import Outcome, combine, is_echo
+from pytest_dcp._harness.world.world import World
+from pytest_dcp.errors import RankFailure, WorldError
+
+PATIENCE_S = 0.05
+"""For the peers of a rank that failed to end the example too, so that the world can be kept."""
+BUSY_PATIENCE_S = 1.0
+"""For peers that are at work, and may yet have the last say: a machine may have other work too.
+A failed rank's peers have the grace at most."""
+BUSY_SHARE = 4
+"""And at most for one part of the example's time limit in so many."""
+DRAWS_LOOK_S = 0.1
+"""How often ranks that do not end an example are looked at for having drawn differently."""
+LOOK_SHARE = 10
+"""And at most for one part of the time in so many."""
+HANG_FACTOR = 20
+HANG_LEAST_S = 2.0
+"""Once an example hung, others get so many times what the slowest took that ended, and at least so
+long: each step of shrinking a hang would otherwise take the whole time limit. The last run, which
+is reported, gets all of it."""
+
+
+class Company(Protocol):
+    """The item whose ranks play."""
+
+    limit_s: float
+
+    @property
+    def world(self) -> World:
+        """Where the item is running now."""
+
+    def renew(self) -> Outcome:
+        """A new world in the place of a broken one, where the item's call has begun."""
+
+    def fresh(self) -> None:
+        """Make everything new that is new for each example."""
+
+    def exception_for(self, outcome: Outcome) -> BaseException:
+        """What stands for a failed outcome in the controller."""
+
+    def lead_with_unexpected(self, outcome: Outcome) -> Outcome:
+        """The outcome with what an xfail marker does not expect on top."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A failure that Hypothesis found and has minimised."""
+
+    outcome: Outcome
+    notes: tuple[str, ...]
+    """The example as code, what was noted, and how to reproduce it."""
+
+
+class FoundError(Exception):
+    """A property fails: carries the minimal example of each distinct failure."""
+
+    def __init__(self, found: Sequence[Found], seed: int | str | None) -> None:
+        super().__init__(found[0].outcome.reason)
+        self.found = tuple(found)
+        self.seed = seed
+        """With which --hypothesis-seed finds it again; None when Hypothesis names none."""
+
+
+class _EndedError(BaseException):
+    """No further example makes sense: the engine must not take it for one that failed."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+
+
+def conduct(company: Company, outcome: Outcome) -> Outcome:
+    """Serve the ranks' properties until the call is over; returns how that went.
+
+    `outcome` is how the call began. Raises `FoundError` for a property that fails, and what
+    Hypothesis itself raises: for a flaky test or one whose examples are all rejected.
+    """
+    passed = 0
+    while (prop := awaited(outcome)) is not None:
+        if isinstance(prop, Outcome):
+            return prop
+        engine = _Engine(company, prop, passed)
+        try:
+            engine.run()
+        except _EndedError as ended:
+            return ended.outcome
+        if engine.broken:  # by its last example, which a rank rejected or lost as asked
+            engine.repair()
+        passed += 1
+        company.world.restart_clock(company.limit_s)
+        outcome = company.world.run("call", Go("call"))
+    return outcome
+
+
+class _Engine:
+    """One property of a test, from its first example to its last."""
+
+    def __init__(self, company: Company, prop: Property, passed: int) -> None:
+        # Hypothesis is imported only where a test uses it.
+        from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+
+        self._inside = lockstep_hypothesis
+        self._company = company
+        self._property = prop
+        self._passed = passed
+        """How many properties of the same test came before this one."""
+        self.broken = False
+        self._slowest_s = 0.0
+        self._hung = False
+        self._busy_s = BUSY_PATIENCE_S
+        self._kinds: dict[str, type[BaseException]] = {}
+        self._found: dict[type[BaseException], Outcome] = {}
+
+    def run(self) -> None:
+        """Have Hypothesis try the property. Raises `FoundError` or what Hypothesis has to say."""
+        __tracebackhide__ = True
+        stand_in = self._inside.stand_in(self._property, self._play)
+        found: list[Found] = []
+        try:
+            with self._inside.seeding_nothing():
+                stand_in()
+        except Exception as error:  # noqa: BLE001 - Hypothesis raises what the ranks' errors became
+            found = self._minimal(error)
+            if not found:
+                raise self._inside.for_the_user(error) from None
+        if found:
+            raise FoundError(found, self._inside.seed_of(stand_in))
+
+    def _minimal(self, error: Exception) -> list[Found]:
+        """The failures in what Hypothesis raised; none when it has something else to say."""
+        errors = [error]
+        if isinstance(error, ExceptionGroup) and type(error) is ExceptionGroup:
+            errors = list(error.exceptions)
+        if any(type(one) not in self._found for one in errors):
+            return []
+        return [Found(self._found[type(one)], self._notes(one)) for one in errors]
+
+    def _notes(self, error: Exception) -> tuple[str, ...]:
+        return tuple(getattr(self._inside.for_the_user(error), "__notes__", ()))
+
+    # One example.
+
+    def _play(self, data: Any, final: bool) -> None:
+        """Have the ranks run what the engine wants to try next, and tell it what came of that."""
+        world_s = self._make_ready()
+        verdict = self._attempt(self._inside.attempt_of(data, final=final))
+        self.broken = not (self._company.world.sound and verdict.may_go_on)
+        if verdict.is_last:
+            raise _EndedError(verdict.outcome)
+        self._tell(data, verdict)
+        if world_s:
+            data.draw_times["generate:a new world"] = world_s
+        if (rank := verdict.rejected_by) is not None:
+            self._inside.reject(data, verdict.replies[rank])
+        for line in merged_lines(verdict.records, verdict.decisive):
+            self._inside.say(line)
+        if verdict.outcome.kind != "passed":
+            self._fail(verdict)
+
+    def _make_ready(self) -> float:
+        """Have a world that can take an example; returns how many seconds that took."""
+        world = self._company.world
+        if not self.broken and (died := world.died()):
+            raise _EndedError(combine(0, {}, died))  # of no example: between two of them
+        if self.broken or not world.sound:
+            return self.repair()
+        return 0.0
+
+    def _attempt(self, attempt: Attempt) -> Verdict:
+        world = self._company.world
+        world.forget_draws()
+        self._company.fresh()
+        limit_s = self._limit_s(attempt)
+        world.restart_clock(limit_s)
+        order = Example(pickle.dumps(attempt))
+        started = time.monotonic()
+        impatience = _Impatience(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
+        outcome = world.run_until("call", order, impatience.enough)
+        if impatience.in_vain:  # they poll: no more of that in this property
+            self._busy_s = PATIENCE_S
+        if any(failure.kind == "timeout" for failure in outcome.failures):
+            self._hung = True
+        elif len(outcome.done) == world.spec.size:
+            self._slowest_s = max(self._slowest_s, time.monotonic() - started)
+        replies = {rank: reply_of(rank, done) for rank, done in outcome.done.items()}
+        size = world.spec.size
+        ranks = (0,) if drew_the_same(outcome, replies, size) else range(size)
+        return judge(outcome, replies, {rank: decode(world.draws(rank)) for rank in ranks})
+
+    def _limit_s(self, attempt: Attempt) -> float:
+        if attempt.final or not self._hung:
+            return self._company.limit_s
+        return min(self._company.limit_s, max(HANG_LEAST_S, HANG_FACTOR * self._slowest_s))
+
+    def repair(self) -> float:
+        """Begin the call anew in a new world; returns how many seconds that took."""
+        started = time.perf_counter()
+        outcome = self._company.renew()
+        for _ in range(self._passed):
+            if awaited(outcome) is None:
+                break
+            outcome = self._company.world.run("call", Go("call"))
+        prop = awaited(outcome)
+        if not isinstance(prop, Property) or not same(prop, self._property):
+            if outcome.kind == "passed":
+                text = f"run anew, the test did not come to {self._property.name} again"
+                outcome = diverged(outcome, text)
+            raise _EndedError(prop if isinstance(prop, Outcome) else outcome)
+        self.broken = False
+        return time.perf_counter() - started
+
+    # What the engine is told.
+
+    def _tell(self, data: Any, verdict: Verdict) -> None:
+        """What was drawn, and what the test said of it in any rank."""
+        rank = verdict.decisive
+        self._inside.mirror(data, verdict.records.get(rank, ()))
+        if (reply := verdict.replies.get(rank)) is not None:
+            data.misaligned_at = reply.misaligned_at
+            data.draw_times.update(reply.draw_times)
+        targets = data.target_observations
+        for _, reply in sorted(verdict.replies.items(), reverse=True):
+            data.events.update(reply.events)
+            for label, value in reply.targets.items():
+                targets[label] = max(value, targets.get(label, value))
+
+    def _fail(self, verdict: Verdict) -> NoReturn:
+        """Raise an exception whose type stands for this bug and no other."""
+        __tracebackhide__ = True
+        outcome = self._company.lead_with_unexpected(verdict.outcome)
+        error = self._company.exception_for(outcome)
+        kind = self._kinds.get(verdict.bug)
+        if kind is None:
+            kind = self._kinds[verdict.bug] = _subclass(type(error))
+        self._found[kind] = outcome
+        raise _as(kind, error)
+
+
+class _Impatience:
+    """Knows when an example is decided, though not every rank has ended it."""
+
+    def __init__(self, world: World, final: bool, busy_s: float) -> None:
+        self.in_vain = False
+        """Whether peers were at work for all the patience there was."""
+        self._world = world
+        self._final = final
+        self._busy_s = busy_s
+        self._decided_at = self._at_rest_since = float("inf")
+        self._look_at = time.monotonic() + DRAWS_LOOK_S
+
+    def enough(self, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
+        """For `World.run_until`."""
+        now = time.monotonic()
+        # The last run of a failure is reported: what became of the peers too.
+        if not self._final and any(not is_echo(failure) for failure in failures):
+            self._decided_at = min(self._decided_at, now)
+        if now >= self._look_at:
+            if any(reply_of(rank, one).rejects for rank, one in done.items()) or self._diverged():
+                self._decided_at = min(self._decided_at, now)
+            # A long record takes long to look at.
+            self._look_at = now + max(DRAWS_LOOK_S, LOOK_SHARE * (time.monotonic() - now))
+        if self._decided_at == float("inf"):
+            return False
+        ranks = range(self._world.spec.size)
+        if any(self._world.at_work(rank) for rank in ranks if rank not in done):
+            self._at_rest_since = float("inf")
+        else:
+            self._at_rest_since = min(self._at_rest_since, now)
+        if now - self._at_rest_since >= PATIENCE_S:
+            return True
+        self.in_vain = now - self._decided_at >= self._busy_s
+        return self.in_vain
+
+    def _diverged(self) -> bool:
+        size = self._world.spec.size
+        records = {rank: decode(self._world.draws(rank)) for rank in range(size)}
+        return bool(divergence(records, ended=False))
+
+
+def _subclass(base: type[BaseException]) -> type[BaseException]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    try:
+        return type(base.__name__, (base,), names)
+    except TypeError:  # a class that cannot be subclassed
+        return type("WorldError", (WorldError,), {"__module__": WorldError.__module__})
+
+
+def _as(kind: type[BaseException], error: BaseException) -> BaseException:
+    """The exception as one of `kind`, made without an `__init__` whose arguments nobody knows."""
+    out = kind.__new__(kind)
+    out.args = error.args
+    out.__dict__.update(error.__dict__)
+    return out

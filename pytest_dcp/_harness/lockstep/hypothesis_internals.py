@@ -1,0 +1,411 @@
+"""All that lockstep needs of Hypothesis beyond its public API; both ends.
+
+It can all go when Hypothesis can be told from outside which example to run, and tells what it drew.
+`lacking` says what a version that is built differently does not have; see `lockstep_versions`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from random import Random
+from typing import Any, ClassVar, NoReturn, Protocol
+
+import hypothesis
+from hypothesis import Phase, core, given, settings
+from hypothesis import strategies as st
+from hypothesis.control import current_build_context
+from hypothesis.errors import StopTest, UnsatisfiedAssumption
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.conjecture.data import ConjectureData, DataObserver
+from hypothesis.internal.conjecture.data import Status as Ended
+from hypothesis.internal.entropy import RANDOMS_TO_MANAGE, deterministic_PRNG
+from hypothesis.internal.escalation import InterestingOrigin, get_trimmed_traceback
+from hypothesis.internal.reflection import function_digest
+from hypothesis.reporting import report as say
+from hypothesis.reporting import with_reporter
+
+from pytest_dcp._harness.lockstep.messages import (
+    Attempt,
+    Choice,
+    Entry,
+    Property,
+    Reply,
+    SpanEnd,
+    SpanStart,
+    Status,
+)
+
+DEFAULT_DEADLINE = timedelta(milliseconds=200)
+"""Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""
+STATUSES: dict[Ended, Status] = {
+    Ended.VALID: "valid",
+    Ended.INVALID: "invalid",
+    Ended.OVERRUN: "overrun",
+    Ended.INTERESTING: "interesting",
+}
+SETTINGS = (
+    "max_examples", "derandomize", "database", "verbosity", "phases", "stateful_step_count",
+    "report_multiple_bugs", "suppress_health_check", "deadline",
+)  # fmt: skip
+"""Those of a test that its stand-in takes over."""
+STAND_IN_LINE = "Failing test case: <state machine>"
+"""What the engine says of a stand-in's own arguments."""
+
+EXPECTED = "Failed to reproduce exception. Expected:"
+"""What it says, with a traceback of ours, of a failure that did not come again."""
+
+__all__ = [
+    "Followed",
+    "Record",
+    "StopTest",
+    "UnsatisfiedAssumption",
+    "attempt_of",
+    "drawing",
+    "follow_with",
+    "for_the_user",
+    "freeze_constants",
+    "lacking",
+    "listening",
+    "mirror",
+    "origin_of",
+    "property_of",
+    "reject",
+    "say",
+    "seed_of",
+    "seeding_nothing",
+    "stand_in",
+    "status_of",
+    "trim",
+]
+
+
+def lacking() -> str:
+    """What this Hypothesis lacks of those that are known; empty when it is built like them."""
+    wanted: list[tuple[Any, set[str]]] = [
+        (core.StateForActualGivenExecution.execute_once, {"data", "print_test_case", "is_final"}),
+        (core.StateForActualGivenExecution.run_engine, {"self"}),
+        (ConjectureData.__init__, {"random", "observer", "provider", "prefix", "max_choices"}),
+        (providers.HypothesisProvider.span_end, {"discard"}),
+        (DataObserver.draw_integer, {"value", "constraints", "was_forced"}),
+        (function_digest, {"function"}),
+    ]
+    for function, names in wanted:
+        missing = names - inspect.signature(function).parameters.keys()
+        if missing:
+            return f"{function.__qualname__} takes no {', '.join(sorted(missing))}"
+    if getattr(core, "deterministic_PRNG", None) is not deterministic_PRNG:
+        return "hypothesis.core has no deterministic_PRNG"
+    return ""
+
+
+# In both.
+
+
+@contextlib.contextmanager
+def _beginning_with(begin: Callable[[], None]) -> Iterator[None]:
+    """In this block an example begins with `begin`, and random generators are not put back.
+
+    Hypothesis would save, seed and restore them for each: a fifth of the time of a small example.
+    """
+
+    @contextlib.contextmanager
+    def begun(seed: int = 0) -> Iterator[None]:
+        begin()
+        yield
+
+    vars(core)["deterministic_PRNG"] = begun  # no hook for it
+    try:
+        yield
+    finally:
+        vars(core)["deterministic_PRNG"] = deterministic_PRNG
+
+
+@contextlib.contextmanager
+def _seeding() -> Iterator[None]:
+    """In this block an example begins with all random generators that Hypothesis knows of seeded.
+
+    Their states are put back at its end, of those that an example registers too.
+    """
+    with deterministic_PRNG():
+        known = set(RANDOMS_TO_MANAGE)
+        late: dict[int, Any] = {}
+
+        def begin() -> None:
+            for key, one in list(RANDOMS_TO_MANAGE.items()):
+                if key not in known:
+                    known.add(key)
+                    late[key] = one.getstate()
+                one.seed(0)
+
+        try:
+            with _beginning_with(begin):
+                yield
+        finally:
+            for key, state in late.items():
+                if (one := RANDOMS_TO_MANAGE.get(key)) is not None:
+                    one.setstate(state)
+
+
+# In a rank.
+
+
+class Record(Protocol):
+    """Where a rank writes down what it draws."""
+
+    def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
+        """A choice; see `lockstep.Choice`."""
+
+    def span(self, mark: int | bool) -> None:
+        """The start of a span, given its label, or the end, given whether to discard it."""
+
+
+class _Observer(DataObserver):
+    """Writes down every choice of an example."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def draw_integer(self, value: int, *, constraints: Any, was_forced: bool) -> None:
+        """A choice of Hypothesis' observers."""
+        self._record.choice("integer", constraints, value, was_forced)
+
+    def draw_float(self, value: float, *, constraints: Any, was_forced: bool) -> None:
+        """See `draw_integer`."""
+        self._record.choice("float", constraints, value, was_forced)
+
+    def draw_string(self, value: str, *, constraints: Any, was_forced: bool) -> None:
+        """See `draw_integer`."""
+        self._record.choice("string", constraints, value, was_forced)
+
+    def draw_bytes(self, value: bytes, *, constraints: Any, was_forced: bool) -> None:
+        """See `draw_integer`."""
+        self._record.choice("bytes", constraints, value, was_forced)
+
+    def draw_boolean(self, value: bool, *, constraints: Any, was_forced: bool) -> None:
+        """See `draw_integer`."""
+        self._record.choice("boolean", constraints, value, was_forced)
+
+
+class _Provider(providers.HypothesisProvider):
+    """Hypothesis' own source of choices, the same in every rank, and it tells of spans.
+
+    Constants of the user's code are among the choices: those that were there before the ranks, for
+    a rank may import what another does not.
+    """
+
+    _local_constants: ClassVar[Any] = None
+
+    def __init__(self, data: ConjectureData, /, *, record: Record) -> None:
+        super().__init__(data)
+        self._record = record
+
+    def span_start(self, label: int, /) -> None:
+        """A hook of Hypothesis' providers."""
+        self._record.span(label)
+
+    def span_end(self, discard: bool, /) -> None:
+        """A hook of Hypothesis' providers."""
+        self._record.span(discard)
+
+
+def freeze_constants() -> None:
+    """Let no constant that is met later among the choices of this process and its forks."""
+    if _Provider._local_constants is None:
+        _Provider._local_constants = providers._get_local_constants()
+
+
+def drawing(attempt: Attempt, record: Record) -> ConjectureData:
+    """What a rank draws an attempt's example from, and writes down as it does."""
+    return ConjectureData(
+        random=None if attempt.seed is None else Random(attempt.seed),
+        observer=_Observer(record),
+        provider=_Provider,
+        provider_kw={"record": record},
+        prefix=attempt.prefix,
+        max_choices=attempt.max_choices,
+    )
+
+
+class Followed(core.StateForActualGivenExecution):
+    """A property in a rank: its engine's place is taken by the controller's."""
+
+    follow: ClassVar[Callable[[Followed], None]]
+    meet: ClassVar[Callable[[], None]]
+    """Meets all ranks, and makes everything new for an example; collective."""
+
+    def __init__(self, stuff: Any, test: Any, settings: Any, random: Any, *args: Any, **kw: Any):
+        # After the first failure a rank must not go on to the next explicit example: its peers wait
+        # in the first. And a rank's own time is no measure of a world's.
+        local = hypothesis.settings(settings, deadline=None, report_multiple_bugs=False)
+        super().__init__(stuff, test, local, random, *args, **kw)
+        self.own_settings = settings
+        self.led = False
+        """Whether the controller leads."""
+
+    def execute_once(self, data: Any, **kw: Any) -> Any:
+        """One example; of those that the rank runs of itself, every rank runs it at once."""
+        __tracebackhide__ = True
+        execute: Any = super().execute_once
+        if self.led:
+            return execute(data, **kw)
+        type(self).meet()
+        try:
+            result = execute(data, **kw)
+        except Exception as exc:  # noqa: BLE001 - raised on
+            raise trim(exc)  # noqa: B904 - it is the same exception
+        if kw.get("example_kwargs") is None:
+            # To be reproduced, which only some ranks may do: none must say before that it was not.
+            type(self).meet()
+        return result
+
+    def run_engine(self) -> None:
+        """Follow the controller's engine."""
+        __tracebackhide__ = True
+        self.led = True
+        # What `given` says of an engine that fails, or that has run nothing, is the controller's
+        # to say; this rank may be new, in the place of one that has run it all.
+        self.failed_normally = self.ever_executed = True
+        self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
+        with _seeding():
+            type(self).follow(self)
+
+
+def follow_with(follow: Callable[[Followed], None], meet: Callable[[], None]) -> None:
+    """Have every `@given` test in this process follow the controller."""
+    Followed.follow, Followed.meet = staticmethod(follow), staticmethod(meet)
+    core.StateForActualGivenExecution = Followed  # type: ignore[misc]  # no hook for it
+
+
+def property_of(state: Followed) -> Property:
+    """What the controller needs to know of a property."""
+    test: Any = state.wrapped_test
+    key = getattr(test, "_hypothesis_internal_database_key", None)
+    seed = getattr(test, "_hypothesis_internal_use_seed", None)
+    digest = key if key is not None else function_digest(state.test)
+    values = {name: getattr(state.own_settings, name) for name in SETTINGS}
+    return Property(state.test.__name__, values, digest, seed)
+
+
+def origin_of(error: BaseException) -> str:
+    """Where and of what type an exception is: what tells one bug from another."""
+    return str(InterestingOrigin.from_exception(error))
+
+
+def trim(error: BaseException) -> BaseException:
+    """The exception without our and Hypothesis' frames at the top of its traceback."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None and _is_ours(tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
+    error.__traceback__ = tb
+    return error.with_traceback(get_trimmed_traceback(error))
+
+
+def _is_ours(file: str) -> bool:
+    return os.path.dirname(file) == os.path.dirname(__file__)
+
+
+def status_of(data: ConjectureData) -> Status:
+    """How an example ended that Hypothesis itself stopped."""
+    return STATUSES[data.status]
+
+
+def listening(hear: Callable[[object], None]) -> AbstractContextManager[Any]:
+    """Have what Hypothesis says in this block heard."""
+    return with_reporter(hear)
+
+
+# In the controller.
+
+
+def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Callable[[], None]:
+    """A test that Hypothesis runs in the place of a property, with its settings and database.
+
+    Whatever it draws, `play` has ranks draw, and `mirror` tells its data.
+    """
+
+    def test(data: Any) -> None:
+        play(data.conjecture_data, current_build_context().is_final)
+
+    if prop.name.isidentifier():
+        test.__name__ = prop.name
+    its_settings = _settings_of(prop)
+    wrapped: Any = its_settings(given(data=st.data())(test))
+    wrapped._hypothesis_internal_print_given_args = False
+    wrapped._hypothesis_internal_use_seed = prop.seed
+    if prop.seed is None and its_settings.derandomize:
+        wrapped._hypothesis_internal_use_seed = int.from_bytes(prop.database_key, "big")
+    # With a forced seed Hypothesis uses no database.
+    wrapped._hypothesis_internal_database_key = (
+        prop.database_key if core.global_force_seed is None else None
+    )
+    run: Callable[[], None] = wrapped
+    return run
+
+
+def seeding_nothing() -> AbstractContextManager[None]:
+    """Leave random generators alone in this block: no example is run in this process."""
+    return _beginning_with(lambda: None)
+
+
+def _settings_of(prop: Property) -> settings:
+    """The test's settings, but for what makes no sense across ranks.
+
+    The explain phase traces lines, which ranks execute and the engine does not see.
+    """
+    values = dict(prop.settings)
+    if values["deadline"] == DEFAULT_DEADLINE:
+        values["deadline"] = None
+    values["phases"] = [phase for phase in values["phases"] if phase is not Phase.explain]
+    return settings(**values, print_blob=True, backend="hypothesis")
+
+
+def for_the_user(error: Exception) -> Exception:
+    """What Hypothesis raises, without what it says of the stand-in and of the engine's frames."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    notes[:] = [note for note in notes if note != STAND_IN_LINE and not note.startswith(EXPECTED)]
+    for one in getattr(error, "exceptions", ()):
+        one.__traceback__ = None
+    return error.with_traceback(None)
+
+
+def seed_of(run: Any) -> int | str | None:
+    """The seed with which `--hypothesis-seed` repeats a stand-in's run, once it has run."""
+    generated: int | None = getattr(run, "_hypothesis_internal_use_generated_seed", None)
+    forced: Any = core.global_force_seed
+    return generated if generated is not None else forced
+
+
+def attempt_of(data: ConjectureData, *, final: bool) -> Attempt:
+    """What ranks need to draw the example that the engine wants next."""
+    seed = None if data._random is None else data._random.getrandbits(64)
+    return Attempt(tuple(data.prefix or ()), data.max_choices, seed, final)
+
+
+def mirror(data: ConjectureData, entries: Sequence[Entry]) -> None:
+    """Tell the engine's data what a rank drew. Raises `StopTest` where the engine has enough."""
+    data.prefix = tuple(entry.value for entry in entries if isinstance(entry, Choice))
+    outermost = data.depth
+    for entry in entries[1:]:  # the first opens the whole example, as it is open here
+        match entry:
+            case Choice():
+                draw = getattr(data, f"draw_{entry.kind}")
+                draw(**entry.constraints, forced=entry.value if entry.forced else None)
+            case SpanStart():
+                data.start_span(entry.label)
+            case SpanEnd() if data.depth > outermost:
+                data.stop_span(discard=entry.discard)
+    while data.depth > outermost:
+        data.stop_span()
+
+
+def reject(data: ConjectureData, reply: Reply) -> NoReturn:
+    """Tell the engine's data that a rank rejected the example."""
+    if reply.status == "overrun":
+        data.mark_overrun()
+    data.mark_invalid(reply.reason or None, location=reply.location)

@@ -1,0 +1,48 @@
+"""Which versions of Hypothesis can run in lockstep; imported only where Hypothesis is."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import hypothesis
+from hypothesis import core
+
+from pytest_dcp.errors import DcpError
+
+LEAST = "6.168"
+
+
+def problem() -> str:
+    """Why properties cannot run in worlds with the installed Hypothesis; empty when they can."""
+    try:
+        from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+
+        lacking = lockstep_hypothesis.lacking()
+    except ImportError as exc:
+        lacking = str(exc)
+    if not lacking:
+        return ""
+    return (
+        f"@given in a world needs Hypothesis {LEAST} or a version built like it; "
+        f"{hypothesis.__version__} is not: {lacking}"
+    )
+
+
+def make_ready() -> bool:
+    """Ready this process for ranks with properties, or have it refuse them; whether it is ready."""
+    if text := problem():
+        refuse(text)
+        return False
+    from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+
+    lockstep_hypothesis.freeze_constants()
+    return True
+
+
+def refuse(text: str) -> None:
+    """Have every property of this process raise: ranks that draw on their own would diverge."""
+
+    def run_engine(self: object) -> NoReturn:
+        raise DcpError(text)
+
+    core.StateForActualGivenExecution.run_engine = run_engine  # type: ignore[method-assign]  # no hook for it

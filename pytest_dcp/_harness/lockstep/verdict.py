@@ -1,0 +1,170 @@
+"""What the ranks said of a property's example -> what Hypothesis' engine is told. Pure (no I/O).
+
+Enters: the outcome of a phase, the replies that came with it, and the records of what was drawn.
+Leaves: whether the example passed, was rejected or failed, by which rank, and for which bug.
+
+A rank that failed by itself decides over one that rejected the example, and that over those that
+passed, or that only suffered from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_dcp._harness.lockstep.messages import Choice, Entry, Property, Reply, divergence
+from pytest_dcp._harness.protocol.function_pickles import load_from_rank
+from pytest_dcp._harness.protocol.group_use import out_of_step
+from pytest_dcp._harness.protocol.messages import Done
+from pytest_dcp._harness.world.outcome import OUT_OF_STEP, Outcome, combine, is_echo
+from pytest_dcp.errors import RankFailure, WorldError
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An example, as all ranks had it."""
+
+    outcome: Outcome
+    """A failure when ranks drew differently or are out of step, whatever they said."""
+    replies: Mapping[int, Reply]
+    records: Mapping[int, Sequence[Entry]]
+    """By rank, what it drew; rank 0's alone when none failed and all drew the same."""
+    diverged: bool
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no further example makes sense: a skip, an exit, a failed health check."""
+        goes_on = self.outcome.kind in ("passed", "failed", "xfailed")
+        if self.outcome.session_end is not None:
+            goes_on = False
+        return not goes_on or any(reply.fatal for reply in self.replies.values())
+
+    @property
+    def rejected_by(self) -> int | None:
+        """The rank that rejected the example; None when none did, or one failed."""
+        rejecting = [rank for rank, reply in self.replies.items() if reply.rejects]
+        return min(rejecting) if rejecting and self.failure is None else None
+
+    @property
+    def failure(self) -> RankFailure | None:
+        """The failure that decides: the same each time, so that of the lowest rank, not the first.
+
+        That nothing was heard of a rank is none when another rejected the example.
+        """
+        rejected = not self.diverged and any(reply.rejects for reply in self.replies.values())
+        own = [
+            failure
+            for failure in self.outcome.failures
+            if not is_echo(failure) and not (rejected and failure.kind == "diverged")
+        ]
+        return min(own, key=lambda failure: failure.rank, default=None)
+
+    @property
+    def decisive(self) -> int:
+        """The rank whose record the engine is told."""
+        if self.diverged:  # a replay with fewer choices would stop the others early
+            return max(self.records, key=lambda rank: _choices(self.records[rank]))
+        if self.failure is not None:
+            return self.failure.rank
+        if self.rejected_by is not None:
+            return self.rejected_by
+        return min(self.records, default=0)
+
+    @property
+    def bug(self) -> str:
+        """What tells the failure from another: type, file and line, or how the process ended."""
+        failure = self.failure
+        reply = self.replies.get(self.decisive)
+        if failure is not None and failure.kind == "crashed":
+            return failure.summary
+        if failure is not None and failure.kind != "failed":
+            return failure.kind
+        return reply.origin if reply is not None else self.outcome.reason
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether ranks that are all there can take another example."""
+        if self.outcome.lost or not all(reply.reusable for reply in self.replies.values()):
+            return False
+        return not _out_of_step(self.replies)
+
+
+def judge(
+    outcome: Outcome, replies: Mapping[int, Reply], records: Mapping[int, Sequence[Entry]]
+) -> Verdict:
+    """The verdict on an example."""
+    ended = len(replies) > 1 and all(reply.status == "valid" for reply in replies.values())
+    there = {rank: record for rank, record in records.items() if rank not in outcome.lost}
+    passed = ended and outcome.kind == "passed"
+    text = divergence(there, ended=passed)
+    if passed and not text and not outcome.lost and (text := _out_of_step(replies)):
+        text = f"{text}: {OUT_OF_STEP}"
+    if text:
+        outcome = diverged(outcome, text)
+    return Verdict(outcome, replies, records, diverged=bool(text))
+
+
+def _out_of_step(replies: Mapping[int, Reply]) -> str:
+    return out_of_step({rank: reply.groups for rank, reply in replies.items()})
+
+
+def reply_of(rank: int, done: Done) -> Reply:
+    """What a rank said of an example; a rank that ended the whole test instead has the last say."""
+    if not done.payload:
+        return Reply("interesting", (0, 0), origin=done.text, fatal=True)
+    reply: Reply = _loaded(rank, done, Reply)
+    return reply
+
+
+def _loaded(rank: int, done: Done, kind: type[Any]) -> Any:
+    what = f"a {kind.__name__.lower()}"
+    value = load_from_rank(done.payload, rank, what)
+    if not isinstance(value, kind):
+        raise WorldError(f"rank {rank} sent a {type(value).__qualname__} where {what} was expected")
+    return value
+
+
+def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> bool:
+    """Whether no rank failed, and all say that they made the same choices.
+
+    A rank may have answered and then died, while its peers went on.
+    """
+    said = {(reply.status, reply.drawn) for reply in replies.values()}
+    alike = len(replies) == size and len(said) == 1 and replies[0].status != "interesting"
+    return alike and not outcome.failures
+
+
+def awaited(outcome: Outcome) -> Property | Outcome | None:
+    """The property that all ranks wait for, None when none does; a failure when they differ."""
+    if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
+        return None
+    told = {rank: _property(rank, done) for rank, done in sorted(outcome.done.items())}
+    first = next(prop for prop in told.values() if prop is not None)
+    if all(same(prop, first) for prop in told.values()):
+        return first
+    names = "; ".join(
+        f"rank {rank}: {'ended the test' if prop is None else f'runs {prop.name}'}"
+        for rank, prop in told.items()
+    )
+    return diverged(outcome, f"ranks are in different properties ({names})")
+
+
+def same(one: Property | None, other: Property) -> bool:
+    """Whether both are the same property of the same test."""
+    return one is not None and (one.name, one.database_key) == (other.name, other.database_key)
+
+
+def diverged(outcome: Outcome, text: str) -> Outcome:
+    """The outcome of ranks that left lockstep."""
+    failure = RankFailure(0, "diverged", "call", 0.0, text)
+    return combine(0, outcome.done, [failure], outcome.lost)
+
+
+def _property(rank: int, done: Done) -> Property | None:
+    prop: Property | None = _loaded(rank, done, Property) if done.awaits else None
+    return prop
+
+
+def _choices(record: Sequence[Entry]) -> int:
+    return sum(isinstance(entry, Choice) for entry in record)

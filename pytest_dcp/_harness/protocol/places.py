@@ -1,0 +1,114 @@
+"""Where ranks are in a phase, and what that does to its clocks. Pure (no I/O).
+
+Enters: what ranks say of themselves (`At`). Leaves: by how much a deadline moves, which ranks may
+go on past it, and words for reports.
+
+Rules that hold inside:
+
+- The phase's clock stands still while any rank prepares it (imports torch, collects the test): a
+  slow disk is no slow test. That takes `PREPARE_S` at most.
+- A rank that has raised has ended its work: it may write its report for `REPORT_S`, whatever its
+  peers do and whatever the time limit is. If it does not come to an end, its exception is known.
+- A rank that has met an error may have to wait for its peers until they hear of it. If they hang,
+  they will not come: after `FAILING_S`, or at a limit that is sooner, that error is why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pytest_dcp._harness.protocol.messages import At
+
+PREPARE_S = 600.0
+"""How long ranks may prepare a phase: a slow disk reads torch in minutes."""
+REPORT_S = 20.0
+"""How long a rank may write its report: it reads and parses the source of every frame."""
+FAILING_S = 20.0
+"""How long a rank may wait for its peers with an error that they have not heard of."""
+NEVER = float("-inf")
+
+
+class Places:
+    """The places of one world's ranks. Times are on the clock that deadlines go by."""
+
+    def __init__(self) -> None:
+        self._preparing: dict[int, str] = {}
+        """By rank, what it does before the phase's clock goes on."""
+        self._preparing_since = 0.0
+        self._reporting: dict[int, tuple[At, float]] = {}
+        """By rank, what it writes a report of, and since when."""
+        self._failing: dict[int, tuple[At, float]] = {}
+        """By rank, the error with which it waits for its peers, and until when it may."""
+
+    def begin(self, preparing: Iterable[int] = (), what: str = "", now: float = 0.0) -> None:
+        """A phase begins, in which these ranks do `what` first."""
+        self._preparing = dict.fromkeys(preparing, what)
+        self._preparing_since = now
+        self._reporting, self._failing = {}, {}
+
+    def move(self, rank: int, at: At, now: float) -> float:
+        """A rank says where it is; returns by how many seconds that moves the deadline."""
+        match at.place:
+            case "preparing":
+                if not self._preparing:
+                    self._preparing_since = now
+                self._preparing[rank] = at.text
+            case "reporting":
+                self._reporting[rank] = at, now
+            case "failing":
+                until = self._failing[rank][1] if rank in self._failing else now + FAILING_S
+                self._failing[rank] = at, until
+            case "agreed":
+                self._failing.pop(rank, None)
+            case "ready":
+                return self.leave(rank, now)
+        return 0.0
+
+    def leave(self, rank: int, now: float) -> float:
+        """A rank is in its own work, has ended it or is gone; the seconds are as of `move`."""
+        self._reporting.pop(rank, None)
+        self._failing.pop(rank, None)
+        if self._preparing.pop(rank, None) is None or self._preparing:
+            return 0.0
+        return now - self._preparing_since
+
+    def postpone(self, seconds: float) -> None:
+        """The clock stood still for so long."""
+        self._preparing_since += seconds
+        self._reporting = {
+            rank: (at, at_s + seconds) for rank, (at, at_s) in self._reporting.items()
+        }
+        self._failing = {rank: (at, until + seconds) for rank, (at, until) in self._failing.items()}
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether the phase's clock stands still."""
+        return bool(self._preparing)
+
+    def limit_at(self, deadline: float) -> float:
+        """When ranks are at their limit: the deadline, or that of what is prepared before."""
+        return self._preparing_since + PREPARE_S if self._preparing else deadline
+
+    def report_due_at(self, rank: int) -> float:
+        """Until when a rank may write its report; never for one that writes none."""
+        return self._reporting[rank][1] + REPORT_S if rank in self._reporting else NEVER
+
+    def raised(self, rank: int) -> At | None:
+        """The error that a rank writes a report of, or waits with."""
+        at, _ = self._reporting.get(rank) or self._failing.get(rank) or (None, 0.0)
+        return at
+
+    def failing_due_at(self) -> float:
+        """When the first rank has waited too long with its error; inf for none."""
+        return min((until for _, until in self._failing.values()), default=float("inf"))
+
+    def take_failing_due(self, now: float) -> bool:
+        """Whether a rank has waited too long with its error; told once for each."""
+        due = [rank for rank, (_, until) in self._failing.items() if now >= until]
+        for rank in due:
+            self._failing[rank] = self._failing[rank][0], float("inf")
+        return bool(due)
+
+    def describe(self, rank: int, phase: str) -> str:
+        """What a rank does, to follow the word "still"."""
+        return self._preparing.get(rank, f"in {phase}")

@@ -1,0 +1,76 @@
+"""What plugins gather in ranks: collected there by hook, and given to the same plugins at home.
+
+Enters, in a rank: an item that was torn down. Leaves: one payload for all plugins. In the
+controller the reverse, for all ranks together.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from pytest_dcp._harness.protocol.function_pickles import dumps, load_from_rank
+from pytest_dcp._harness.world.outcome import ranks_text
+from pytest_dcp.errors import DcpError
+
+
+class LostStateWarning(pytest.PytestWarning):
+    """What a plugin gathered in ranks is not in its own report."""
+
+
+def collect(item: pytest.Item) -> bytes:
+    """What the plugins have gathered in this rank, pickled by their names; empty for nothing.
+
+    Raises `DcpError` when it cannot be pickled, and what a plugin's hook raises.
+    """
+    values: dict[str, bytes] = {}
+    for name, state in _implementations(item, "pytest_dcp_rank_state"):
+        if (value := state({"item": item})) is None:
+            continue
+        try:
+            values[name] = dumps(value)
+        except Exception as error:
+            raise DcpError(
+                f"what the plugin {name!r} returned from pytest_dcp_rank_state, a "
+                f"{type(value).__qualname__}, cannot be pickled: {error}"
+            ) from error
+    return pickle.dumps(values) if values else b""
+
+
+def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None:
+    """Give each plugin what its like gathered in the ranks; warn where none takes it."""
+    what = "what plugins gathered in the process"
+    came = {
+        rank: load_from_rank(payload, rank, what) for rank, payload in payloads.items() if payload
+    }
+    names = dict.fromkeys(name for values in came.values() for name in values)
+    takers = dict(_implementations(item, "pytest_dcp_take_rank_states")) if names else {}
+    for name in names:
+        if name not in takers:
+            ranks = [rank for rank, values in came.items() if name in values]
+            text = (
+                f"{item.nodeid}: what the plugin {name!r} gathered in {ranks_text(ranks)} is lost"
+            )
+            item.warn(LostStateWarning(f"{text}: it has no pytest_dcp_take_rank_states"))
+            continue
+        found = [came.get(rank, {}).get(name) for rank in range(size)]
+        what = f"what the plugin {name!r} gathered in the process"
+        states = [
+            None if data is None else load_from_rank(data, rank, what)
+            for rank, data in enumerate(found)
+        ]
+        takers[name]({"item": item, "states": states})
+
+
+def _implementations(item: pytest.Item, hook: str) -> Iterator[tuple[str, Any]]:
+    """The plugins that implement the hook for this item, each with a way to call it alone."""
+    manager = item.config.pluginmanager
+    for impl in getattr(item.ihook, hook).get_hookimpls():
+
+        def call(known: dict[str, object], impl: Any = impl) -> object:
+            return impl.function(*(known[name] for name in impl.argnames))
+
+        yield manager.get_name(impl.plugin) or impl.plugin_name, call

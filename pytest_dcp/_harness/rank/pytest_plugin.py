@@ -1,0 +1,571 @@
+"""A pytest item inside a rank: its own setup, call and teardown, by pytest's own runner.
+
+Enters: the collected session that the rank inherited. Leaves: one `Done` for each phase, in
+lockstep with the other ranks: after each phase the rank waits for the controller's word.
+
+The session's reporting plugins are taken out first (`silence`): a rank reports to the controller
+and to nobody else. Whether an xfail marker makes a failure expected is decided once, by the
+controller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from _pytest.python import get_direct_param_fixture_func
+from _pytest.scope import Scope
+from _pytest.skipping import evaluate_xfail_marks
+from _pytest.warnings import catch_warnings_for_item
+
+from pytest_dcp._harness.protocol import linux
+from pytest_dcp._harness.protocol.group_use import PlainGroups, to_plain
+from pytest_dcp._harness.protocol.launcher import is_worth_preloading
+from pytest_dcp._harness.protocol.messages import (
+    Done,
+    Go,
+    Phase,
+    RankOutcome,
+    RecordedWarning,
+    RunItem,
+    SubReport,
+)
+from pytest_dcp._harness.rank import carried_state, junit_state
+from pytest_dcp._harness.rank import coverage as measure
+from pytest_dcp._harness.rank import log_capture as logs
+from pytest_dcp._harness.rank.debugger import RankDebugger, RankTerminal
+from pytest_dcp._harness.rank.group_counter import Totals
+from pytest_dcp._harness.rank.junit_state import JunitState
+from pytest_dcp._harness.rank.main import ItemRunner, Rank, is_echo, lines_of, outcome_of
+from pytest_dcp._harness.rank.process_state import UNTOLD
+from pytest_dcp.errors import DcpError
+
+if TYPE_CHECKING:
+    from pytest_dcp._harness.rank.state_keeper import StateKeeper
+
+SECTION_CHARS = 1 << 16
+"""A captured section longer than this keeps its two ends."""
+
+
+def silence(config: pytest.Config) -> None:
+    """Take the reporting hooks out of a session that ranks will run.
+
+    Whoever hears of reports and warnings writes them somewhere: to the terminal, a file, xdist's
+    channel. The session itself still counts, for --maxfail among subtests, and captured logging
+    still works.
+
+    Uses `_remove_plugin` of pluggy's hook callers: unregistering a plugin would take all its hooks.
+    Can go when pluggy can drop a single implementation.
+    """
+    manager = config.pluginmanager
+    logging_plugin = manager.getplugin("logging-plugin")
+    for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded):
+        for impl in hook.get_hookimpls():
+            if not isinstance(impl.plugin, pytest.Session) and impl.plugin is not logging_plugin:
+                hook._remove_plugin(impl.plugin)
+
+
+def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
+    """Ready a session for ranks, of which it will know none yet; what can be done before the fork.
+
+    `tty` names the terminal where this process did not inherit it.
+    """
+    silence(session.config)
+    _record_for_junit(session.config)
+    debugger = RankDebugger(session.config, RankTerminal(session.config, tty))
+    debugger.take_over_pdb()
+    plugin = RankPlugin(session, debugger)
+    session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
+    session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
+    session.config.pluginmanager.register(CStreams(), "pytest_dcp.c_streams")
+    if "hypothesis" in sys.modules:
+        from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
+
+        plugin.follows = lockstep_versions.make_ready()
+    return plugin
+
+
+def _record_for_junit(config: pytest.Config) -> None:
+    state: Any = config.pluginmanager.getplugin(junit_state.NAME)
+    if state is None:  # a spawned rank has a session of its own
+        state = JunitState()
+        config.pluginmanager.register(state, junit_state.NAME)
+    state.record(config)
+
+
+def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
+    """Make the session this rank's; returns what runs its items."""
+    config = plugin.config
+    rank.capture = plugin.capturing
+    if plugin.follows:
+        from pytest_dcp._harness.rank import example_runner as lockstep_rank
+
+        lockstep_rank.install(rank, plugin)
+    _redirect_capture(config, rank)
+    _base_of_tmp_path(config, Path(rank.order.basetemp))
+    plugin.join(rank)
+    if rank.order.isolation == "module":
+        from pytest_dcp._harness.rank.state_keeper import StateKeeper
+
+        plugin.keeper = StateKeeper(plugin.session)
+        config.pluginmanager.register(plugin.keeper, "pytest_dcp.state")
+    return plugin
+
+
+def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
+    """Let the rank's capture write to its own memfds: the inherited files share their offset."""
+    manager: Any = config.pluginmanager.getplugin("capturemanager")
+    capturing = getattr(manager, "_global_capturing", None)
+    for name, fd in (("out", rank.fds.out), ("err", rank.fds.err)):
+        stream = getattr(capturing, name, None)
+        file: Any = getattr(stream, "tmpfile", None)
+        with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
+            os.dup2(fd, file.fileno(), inheritable=False)
+
+
+def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
+    """Let the factory make its folder here, when a test first asks for one."""
+    factory: Any = getattr(config, "_tmp_path_factory", None)
+    if factory is not None:
+        factory._basetemp, factory._given_basetemp = None, base
+
+
+@contextlib.contextmanager
+def _captured(config: pytest.Config) -> Iterator[list[tuple[str, str, str]]]:
+    manager: Any = config.pluginmanager.getplugin("capturemanager")
+    sections: list[tuple[str, str, str]] = []
+    if manager is None or not manager.is_globally_capturing():
+        yield sections
+        return
+    manager.resume_global_capture()
+    try:
+        yield sections
+    finally:
+        manager.suspend_global_capture(in_=False)
+        out, err = manager.read_global_capture()
+        sections += [("call", n, clip(t)) for n, t in (("stdout", out), ("stderr", err)) if t]
+
+
+def clip(text: str) -> str:
+    """The text, or its two ends when it is very long. Pure (no I/O)."""
+    if len(text) <= SECTION_CHARS:
+        return text
+    half = SECTION_CHARS // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """How much of what an item gathers had been told before a phase."""
+
+    sections: int
+    properties: int
+    xfail_marks: int
+
+    @classmethod
+    def of(cls, item: pytest.Item) -> _Seen:
+        marks = len(list(item.iter_markers("xfail")))
+        return cls(len(item._report_sections), len(item.user_properties), marks)
+
+
+class CStreams:
+    """A plugin: what C code prints in a phase is captured in it, not when its buffer is full."""
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_setup(self) -> Generator[None, object, object]:
+        """Inside of pytest's capture."""
+        return (yield from self._flushing())
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        """As in setup."""
+        return (yield from self._flushing())
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """As in setup."""
+        return (yield from self._flushing())
+
+    def _flushing(self) -> Generator[None, object, object]:
+        __tracebackhide__ = True
+        try:
+            return (yield)
+        finally:
+            linux.flush_c_streams()
+
+
+class RankPlugin:
+    """pytest's view of a rank: runs items in phases and hears what the session has to say."""
+
+    rank: Rank
+    keeper: StateKeeper | None = None
+    """In a warm world."""
+    follows = False
+    """Whether Hypothesis' properties run in lockstep."""
+    _torn_down: Done
+    _item: pytest.Item
+    _seen: _Seen
+    _groups: Totals
+    """What was counted before the item."""
+
+    def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
+        self._debugger = debugger
+        self.session = session
+        self.config = session.config
+        self.warnings: list[RecordedWarning] = []
+        self._carried = b""
+        """What plugins have gathered, for the answer to teardown."""
+        self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
+
+    def join(self, rank: Rank) -> None:
+        """This process is that rank from here on."""
+        self.rank = rank
+        self._debugger.join(rank)
+
+    # Items.
+
+    def run(self, order: RunItem) -> None:
+        """One item from setup to teardown.
+
+        What the session says of the whole item (its warnings) comes after pytest's protocol, so the
+        answer to teardown waits for that.
+        """
+        item = self._find(order.index, order.nodeid)
+        if item is None:
+            raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
+        self.warnings = []
+        _widen_world_size(item)
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        self.rank.channel.send(self._concluded(self._torn_down))
+
+    def tear_down(self, order: Go) -> Done:
+        """Tear down what the order's item does not share, all without one, between two items.
+
+        The verdict is given as one of the teardown of the item that ran last.
+        """
+        item = self._item
+        nextitem = self._find(order.next_index, order.next_nodeid)
+        if self.keeper is not None:
+            self.keeper.open()
+        self.warnings, self._seen = [], _Seen.of(item)
+        with self.capturing() as sections, self._recording_warnings(item):
+            call = pytest.CallInfo.from_call(
+                lambda: self._tear_down_to(nextitem), when="teardown", reraise=None
+            )
+        done = self._verdict(item, "teardown", call)
+        printed = tuple(("teardown", name, text) for _, name, text in sections)
+        done = replace(done, sections=(*done.sections, *printed))
+        return self._concluded(done)
+
+    def _tear_down_to(self, nextitem: pytest.Item | None) -> None:
+        try:
+            self.session._setupstate.teardown_exact(nextitem)
+        finally:
+            self._carried = carried_state.collect(self._item)
+
+    def _recording_warnings(self, item: pytest.Item) -> contextlib.AbstractContextManager[None]:
+        """As pytest does around each item, by the filters that are set for this one."""
+        return catch_warnings_for_item(
+            config=self.config, ihook=item.ihook, when="runtest", item=item
+        )
+
+    def _find(self, index: int, nodeid: str) -> pytest.Item | None:
+        items = self.session.items
+        # A plugin may have reordered the controller's items since.
+        if 0 <= index < len(items) and items[index].nodeid == nodeid:
+            return items[index]
+        return next((item for item in items if item.nodeid == nodeid), None)
+
+    def _concluded(self, done: Done) -> Done:
+        """The answer to teardown, with what is known of the whole item."""
+        # Only the new names are looked at: touching an object here copies its page.
+        new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
+        imported = [name for name in new if is_worth_preloading(name)]
+        imported.reverse()
+        return replace(
+            done,
+            warnings=tuple(self.warnings),
+            imported=tuple(imported),
+            reusable=not self._left() and _process_group_is_ours(self.rank),
+            changed=tuple(name for name in self._left() if name not in UNTOLD),
+            payload=self._carried,
+        )
+
+    def _left(self) -> tuple[str, ...]:
+        """What the item has changed for good."""
+        return self.keeper.left if self.keeper is not None else ()
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[tuple[str, str, str]]]:
+        """For `Rank.capture`."""
+        with _captured(self.config) as sections:
+            try:
+                yield sections
+            finally:
+                self._debugger.give_back()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
+        """The item's phases, each when the controller says so."""
+        any_item: Any = item
+        has_request = hasattr(item, "_request")
+        if has_request and not any_item._request:
+            any_item._initrequest()
+        self._item = item
+        counter = self.rank.counter
+        self._groups = counter.mark() if counter is not None else {}
+        self.rank.channel.send(self._phase(item, "setup"))
+        while True:
+            go = self.rank.channel.receive_order()
+            if not isinstance(go, Go):
+                raise DcpError(f"expected a phase of {item.nodeid!r}, was told {go!r}")
+            if go.phase == "teardown":
+                nextitem = self._find(go.next_index, go.next_nodeid)
+                self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
+                break
+            done = self._phase(item, go.phase)
+            if not self.rank.channel.has_order:  # else the call was given up: nobody waits for it
+                self.rank.channel.send(done)
+        if has_request:
+            any_item._request = False
+            any_item.funcargs = None
+        return True
+
+    def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
+        hook = getattr(item.ihook, f"pytest_runtest_{phase}")
+        self._seen = _Seen.of(item)
+
+        def run_phase() -> None:
+            __tracebackhide__ = True
+            with self.rank.interrupts.heard():
+                hook(item=item, **kwargs)
+
+        call = pytest.CallInfo.from_call(
+            run_phase,
+            when=phase,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
+            reraise=None,
+        )
+        return self._verdict(item, phase, call)
+
+    def _verdict(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
+        """What a phase came to, with pytest's own report of it."""
+        ended, seen = time.monotonic(), self._seen
+        self._say_what_is_reported(call, ended)
+        # A marker that the test added itself is known only here, so it is judged here.
+        added = len(list(item.iter_markers("xfail"))) > seen.xfail_marks
+        self.config.option.runxfail = self._xfail_off or not added
+        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        outcome, text = _judge(call, report)
+        error = call.excinfo.value if call.excinfo is not None else None
+        if (
+            outcome in ("failed", "interrupt")
+            and not self.rank.channel.has_order  # else the call was given up
+            and not self._is_expected(item, error)
+        ):
+            try:
+                item.ihook.pytest_exception_interact(node=item, call=call, report=report)
+            except pytest.exit.Exception as left:  # `quit` in the debugger
+                outcome, text = "exit", str(left.msg)
+        self._debugger.give_back()
+        debug_records, log_without_debug = logs.log_without_debug(self.config)
+        if phase == "teardown":  # the last that a rank hears of when its peers are lost
+            measure.save()
+        return Done(
+            phase,
+            outcome,
+            ended,
+            call.duration,
+            is_echo=is_echo(error),
+            exception=(type(error).__module__, type(error).__qualname__) if error else None,
+            text=text,
+            report=None if outcome == "passed" else self._serialise(report),
+            xpassed=outcome == "passed" and hasattr(report, "wasxfail"),
+            returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
+            sections=tuple(
+                (when, name, clip(content))
+                for when, name, content in item._report_sections[seen.sections :]
+            ),
+            debug_records=debug_records,
+            log_without_debug=clip(log_without_debug),
+            properties=tuple(item.user_properties[seen.properties :]),
+            groups=self._group_uses() if phase in ("call", "teardown") else None,
+        )
+
+    def _group_uses(self) -> PlainGroups | None:
+        """What this item did with process groups so far, where the next one will use them."""
+        counter = self.rank.counter
+        if counter is None or self.rank.order.isolation != "module":
+            return None
+        return to_plain(counter.since(self._groups))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Generator[None, object, object]:
+        """Have no mesh of a process group that an earlier test has replaced."""
+        mesh = self.rank.mesh
+        if mesh is not None and not _is_default_group(mesh.group):
+            self.rank.mesh = None
+            mesh.forget()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Collect what plugins carry home.
+
+        Fails the test when the world's fixture was asked for something that did not happen.
+        """
+        self._carried = b""
+        try:
+            return (yield)
+        finally:
+            self._carried = carried_state.collect(item)
+            if missed := [text for unmet in self.rank.unmet for text in unmet()]:
+                pytest.fail("\n".join(missed), pytrace=False)
+
+    def _say_what_is_reported(self, call: pytest.CallInfo[None], ended: float) -> None:
+        """A failure's report may take long to write: until then its text is known."""
+        error = call.excinfo.value if call.excinfo is not None else None
+        if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
+            self.rank.say_raised(error, ended)
+
+    # Examples of a property; see `lockstep_rank`.
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Know whose examples are run, and check the fixtures of a property."""
+        __tracebackhide__ = True
+        if self.follows and hasattr(item, "obj") and hasattr(item.obj, "hypothesis"):
+            from pytest_dcp._harness.rank import example_runner as lockstep_rank
+
+            lockstep_rank.check_fixtures(item)
+        return (yield)
+
+    def variant(self) -> bytes:
+        """What tells the running test from its parametrised siblings."""
+        return self._item.nodeid.encode() if hasattr(self._item, "callspec") else b""
+
+    def begin_example(self) -> None:
+        """Forget what earlier examples printed and logged."""
+        self._printed()
+
+    def report_example(self, error: BaseException, done: Done) -> Done:
+        """The answer to an example, with pytest's own report of its failure."""
+
+        def fail() -> None:
+            __tracebackhide__ = True
+            raise error
+
+        call = pytest.CallInfo.from_call(fail, when="call", reraise=None)
+        verdict = self._verdict(self._item, "call", call)
+        return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._printed())
+
+    def _printed(self) -> tuple[tuple[str, str, str], ...]:
+        """What was captured since the last time, which pytest then will not show."""
+        manager: Any = self.config.pluginmanager.getplugin("capturemanager")
+        out, err = manager.read_global_capture() if manager is not None else ("", "")
+        handler: Any = getattr(
+            self.config.pluginmanager.getplugin("logging-plugin"), "report_handler", None
+        )
+        log = handler.stream.getvalue() if handler is not None else ""
+        if handler is not None:
+            handler.reset()
+        parts = (("log", log), ("stdout", out), ("stderr", err))
+        return tuple(("call", name, clip(text)) for name, text in parts if text)
+
+    def _is_expected(self, item: pytest.Item, error: BaseException | None) -> bool:
+        """Whether an xfail mark expects it: the controller judges that, but after the debugger."""
+        xfailed = None if self._xfail_off else evaluate_xfail_marks(item)
+        raises = xfailed.raises if xfailed is not None else ()
+        return raises is None or (isinstance(raises, type | tuple) and isinstance(error, raises))
+
+    def _serialise(self, report: pytest.TestReport) -> dict[str, Any]:
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        data["sections"], data["user_properties"], data["keywords"] = [], [], {}
+        serialised: dict[str, Any] = data
+        return serialised
+
+    # What else the session says.
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Only subtests log in a rank: their reports go to the controller."""
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        data["keywords"] = {}
+        self.rank.channel.send(SubReport(data))
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
+        """Kept for the answer to teardown: the controller warns again, once for all ranks."""
+        category = warning_message.category
+        self.warnings.append(
+            {
+                "text": str(warning_message.message),
+                "category": (category.__module__, category.__qualname__),
+                "filename": warning_message.filename,
+                "lineno": warning_message.lineno,
+            }
+        )
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_set_timer(self) -> bool:
+        """pytest-timeout's limit is the controller's business."""
+        return True
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_timeout_cancel_timer(self) -> bool:
+        """See `pytest_timeout_set_timer`."""
+        return True
+
+
+def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[RankOutcome, str]:
+    """The rank's outcome of a phase, and its one line of text."""
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, pytest.exit.Exception):
+        return "exit", str(error.msg)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupt", "KeyboardInterrupt"
+    if isinstance(error, pytest.xfail.Exception):
+        return "xfailed", str(error.msg)
+    if report.skipped:
+        if hasattr(report, "wasxfail"):
+            return "xfailed", str(report.wasxfail)
+        longrepr = report.longrepr
+        return "skipped", str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
+    if report.passed:
+        return "passed", str(getattr(report, "wasxfail", ""))
+    if isinstance(error, pytest.FixtureLookupError):
+        # Its own text is the request's; pytest shows this in its place.
+        return "failed", error.formatrepr().errorstring.partition("\n")[0]
+    return "failed", lines_of(error) if error is not None else str(report.longrepr)
+
+
+def _widen_world_size(item: pytest.Item) -> None:
+    """Let fixtures of any scope use a `world_size` that is parametrised.
+
+    pytest gives the values of a parametrization the scope of a function; but in this process the
+    size never changes. Uses pytest's private table of an item's fixtures.
+    """
+    info: Any = getattr(item, "_fixtureinfo", None)
+    callspec: Any = getattr(item, "callspec", None)
+    if callspec is not None and "world_size" in callspec.params:
+        definition = info.name2fixturedefs["world_size"][-1]
+        if definition.func is get_direct_param_fixture_func:
+            definition._scope = callspec._arg2scope["world_size"] = Scope.Session
+
+
+def _is_default_group(group: object) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and group is dist.group.WORLD
+
+
+def _process_group_is_ours(rank: Rank) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() == rank.order.size

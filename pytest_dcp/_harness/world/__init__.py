@@ -1,0 +1,1 @@
+"""A running world as its controller sees it: states, deaths, exchanges, outcome."""

@@ -1,0 +1,47 @@
+"""When ranks meet at an exchange, and what each is then told. Pure (no I/O).
+
+Enters: who waits, who may still come and who never will. Leaves: one `Met` for all that wait, or
+None. A meeting goes on without ranks that were lost or stopped because the test asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from pytest_dcp._harness.protocol.messages import MAX_FRAME_BYTES, NOT_THERE, Exchange, Met
+
+MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
+"""What one exchange may carry, so that the answer fits a frame."""
+
+
+def answer(
+    there: Mapping[int, Exchange], size: int, excused: Collection[int], left: Mapping[int, str]
+) -> Met | None:
+    """What the ranks that are `there` are told now; None while others may still come.
+
+    `excused` ranks are not waited for, though one that is there is heard; `left` maps the ranks
+    that will not come, and should have, to the reason.
+    """
+    if not there:
+        return None
+    if error := _error(there, left):
+        return Met(error=error)
+    if any(rank not in there and rank not in excused for rank in range(size)):
+        return None
+    payloads = [there[rank].payload for rank in sorted(there)]
+    if (total := sum(map(len, payloads))) > MAX_MEETING_BYTES:
+        return Met(
+            error=f"the ranks' values have {total} bytes together, more than {MAX_MEETING_BYTES}"
+        )
+    sizes = tuple(len(there[rank].payload) if rank in there else NOT_THERE for rank in range(size))
+    return Met(sizes=sizes, payload=b"".join(payloads))
+
+
+def _error(there: Mapping[int, Exchange], left: Mapping[int, str]) -> str:
+    asked = ", ".join(f"rank {rank}: {there[rank].operation}" for rank in sorted(there))
+    if len({exchange.operation for exchange in there.values()}) > 1:
+        return f"ranks asked the world for different things ({asked})"
+    if left:
+        gone = ", ".join(f"rank {rank} ({how})" for rank, how in left.items())
+        return f"the world's exchange cannot complete ({asked}): {gone} will not come"
+    return ""

@@ -1,0 +1,339 @@
+"""What the ranks said -> one outcome. Pure (no I/O).
+
+Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipped only when every
+rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
+session does so also when another failed; then the failure is reported first. A rank that was lost
+because the test asked for it has no say: the others decide, and when none is left the test has
+failed. The first cause is told from its echoes: a peer that lost its connection because another
+rank went away, or that was still waiting for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+from pytest_dcp._harness.protocol import group_use
+from pytest_dcp._harness.protocol.messages import Done
+from pytest_dcp.errors import LostRank, RankFailure
+
+OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
+
+ECHO = re.compile(
+    r"^(RuntimeError|ConnectionError|ConnectionResetError|BrokenPipeError"
+    r"|Dist(Backend|Network|Store)?Error).*?"
+    r"(?P<cause>(connection )?closed by peer|(connection )?reset by peer|broken pipe"
+    r"|connection refused|connection was likely closed|socket closed"
+    r"|remote process exited|connection closed by remote"
+    r"|application timeout caused pair closure)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""What gloo, NCCL and c10d stores say when a peer went away: they have no other sign for it."""
+
+WAITING = re.compile(r", in (the world's exchange|\w+), at ")
+"""How `stacks.doing` names a rank that was in a collective."""
+
+
+OUT_OF_STEP = (
+    "what one rank has started and others have not would be taken up by the next test in this world"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that ended alike."""
+
+    ranks: tuple[int, ...]
+    """Ascending."""
+    failure: RankFailure
+    """Of the first of them in time."""
+    echo: bool
+    """Whether it only follows from the first cause."""
+    members: tuple[RankFailure, ...]
+    """Every rank's own, in the order of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """A rank ended the session, by `pytest.exit()` or KeyboardInterrupt."""
+
+    kind: Literal["exit", "interrupt"]
+    rank: int
+    text: str
+    returncode: int | None
+    """What `pytest.exit` was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One phase of one world, as one result."""
+
+    kind: OutcomeKind
+    reason: str
+    """Of a skip, an xfail, an exit; the headline of a failure."""
+    groups: tuple[Group, ...]
+    """Failures, the first cause first, echoes last."""
+    done: Mapping[int, Done]
+    """What each rank said of itself, of those that did."""
+    lost: Mapping[int, LostRank] = field(default_factory=dict)
+    """Ranks that ended because the test asked for it, in this phase or before."""
+    session_end: SessionEnd | None = None
+    """Set for an exit and an interrupt, and for a failure beside one of those."""
+
+    @property
+    def failures(self) -> tuple[RankFailure, ...]:
+        """Every rank's failure, the first cause first, echoes last."""
+        return tuple(failure for group in self.groups for failure in group.members)
+
+    @property
+    def first(self) -> Group | None:
+        """The first cause."""
+        return self.groups[0] if self.groups else None
+
+
+def combine(
+    size: int,
+    done: Mapping[int, Done],
+    failures: Sequence[RankFailure],
+    lost: Mapping[int, LostRank] = MappingProxyType({}),
+) -> Outcome:
+    """The outcome of a phase from the ranks' own words and from what became of them.
+
+    `lost` ranks owe no word. A `size` of 0 asks for no verdict at all: only failures count.
+    """
+    owing = [rank for rank in range(size) if rank not in lost]
+    return replace(_combine(size, owing, done, failures), lost=dict(lost))
+
+
+def _combine(
+    size: int, owing: Sequence[int], done: Mapping[int, Done], failures: Sequence[RankFailure]
+) -> Outcome:
+    end = _session_end(done)
+    known = {failure.rank for failure in failures}
+    failures = [
+        *failures,
+        *(
+            RankFailure(rank, "failed", one.phase, one.at_s, one.text, is_echo=one.is_echo)
+            for rank, one in done.items()
+            if one.outcome == "failed" and rank not in known
+        ),
+    ]
+    if end is not None and all(is_echo(failure) for failure in failures):
+        return Outcome(end.kind, f"rank {end.rank}: {end.text}", (), done, session_end=end)
+    failures = failures or [*_divergence(size, owing, done)]
+    if failures:
+        groups = _group(failures)
+        reason = _mismatch(groups) + headline(groups[0])
+        return Outcome("failed", reason, groups, done, session_end=end)
+    expected: tuple[OutcomeKind, ...] = ("skipped", "xfailed")
+    for kind in expected:
+        for _rank, one in sorted(done.items()):
+            if one.outcome == kind:
+                return Outcome(kind, one.text, (), done)
+    unknown = [rank for rank, one in done.items() if one.outcome != "passed"]
+    if unknown:  # no word of ours: never a pass
+        text = f"said {done[unknown[0]].outcome!r}"
+        failure = RankFailure(unknown[0], "closed", done[unknown[0]].phase, 0.0, text)
+        groups = _group([failure])
+        return Outcome("failed", headline(groups[0]), groups, done)
+    return Outcome("passed", "", (), done)
+
+
+def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
+    """Of the lowest rank that interrupts the session, else of the lowest that exits."""
+    kinds: tuple[Literal["interrupt", "exit"], ...] = ("interrupt", "exit")
+    for kind in kinds:
+        for rank, one in sorted(done.items()):
+            if one.outcome == kind:
+                return SessionEnd(kind, rank, one.text, one.returncode)
+    return None
+
+
+def in_step(outcome: Outcome) -> Outcome:
+    """The outcome, failed where the ranks' process groups are out of step.
+
+    Only ranks that tell of their groups count, and no outcome that has failed, lost a rank or ended
+    the session: those worlds are not used again.
+    """
+    told = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
+    if outcome.failures or outcome.lost or outcome.session_end is not None:
+        return outcome
+    if not told or group_use.are_equal([*told.values()]):
+        return outcome
+    text = group_use.out_of_step({rank: group_use.from_plain(one) for rank, one in told.items()})
+    if not text:
+        return outcome
+    phase = next(iter(outcome.done.values())).phase
+    failure = RankFailure(0, "diverged", phase, 0.0, f"{text}: {OUT_OF_STEP}")
+    return combine(0, outcome.done, [failure])
+
+
+def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> Iterable[RankFailure]:
+    """A failure when some ranks skipped and others did not, or when a verdict is missing."""
+    if size and not done and not owing:
+        yield RankFailure(0, "diverged", "", 0.0, "no rank is left to give a verdict")
+        return
+    missing = [rank for rank in owing if rank not in done]
+    if missing:
+        text = f"no verdict came from {ranks_text(missing)}"
+        yield RankFailure(missing[0], "diverged", "", 0.0, text)
+        return
+    skipped = [rank for rank in sorted(done) if done[rank].outcome == "skipped"]
+    rule = "a test is skipped only when every rank skips"
+    yield from _one_sided(skipped, set(skipped), done, rule)
+    xfailed = [rank for rank in sorted(done) if done[rank].outcome == "xfailed"]
+    agreeing = {*xfailed, *(rank for rank in done if done[rank].xpassed)}
+    rule = "a test is xfailed only when every rank expects the failure"
+    if not skipped:
+        yield from _one_sided(xfailed, agreeing, done, rule)
+
+
+def _one_sided(
+    ranks: Sequence[int], agreeing: Collection[int], done: Mapping[int, Done], rule: str
+) -> Iterable[RankFailure]:
+    """A failure when some ranks ended like this and others do not agree with them."""
+    rest = [rank for rank in sorted(done) if rank not in agreeing]
+    if not ranks or not rest:
+        return
+    first = done[ranks[0]]
+    how = sorted({done[rank].outcome for rank in rest})
+    text = (
+        f"{ranks_text(ranks)} {first.outcome} ({first.text}), but {ranks_text(rest)} "
+        f"{' or '.join(how)}: {rule}"
+    )
+    yield RankFailure(ranks[0], "diverged", first.phase, first.at_s, text)
+
+
+def is_echo(failure: RankFailure) -> bool:
+    """Whether a failure is the consequence of another rank's: it says so, or torch's text does."""
+    if failure.kind in ("blocked", "lost"):
+        return True
+    is_told = failure.is_echo or ECHO.search(failure.summary) is not None
+    return failure.kind == "failed" and is_told
+
+
+def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
+    """Failures merged by what they say, the first cause first, then by time, echoes last."""
+    causes = [f for f in failures if not is_echo(f)] or [min(failures, key=_first_cause_first)]
+    causes_said = {(cause.kind, cause.summary) for cause in causes}
+    merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
+    for failure in sorted(failures, key=_first_cause_first):
+        echo = failure not in causes and (failure.kind, failure.summary) not in causes_said
+        said = _consequence(failure) if echo and failure.kind == "failed" else failure.summary
+        merged.setdefault((echo, failure.kind, said), []).append(failure)
+    groups = [
+        Group(tuple(sorted({f.rank for f in alike})), alike[0], echo, tuple(alike))
+        for (echo, _, _), alike in merged.items()
+    ]
+    return tuple(sorted(groups, key=lambda g: g.echo))
+
+
+def _consequence(failure: RankFailure) -> str:
+    """What echoes have in common that differ in their details."""
+    match = None if failure.is_echo else ECHO.search(failure.summary)
+    return match["cause"] if match is not None else "of the exchange"
+
+
+def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
+    """By time; but who reached the limit comes last, and there who waited for a peer comes last."""
+    late = failure.kind in ("timeout", "lost", "blocked")
+    return late, late and WAITING.search(failure.summary) is not None, failure.at_s
+
+
+def lead_with(outcome: Outcome, group: Group) -> Outcome:
+    """The outcome with another of its groups as the first cause."""
+    first = replace(group, echo=False)
+    groups = (first, *(one for one in outcome.groups if one is not group))
+    return replace(outcome, reason=headline(first), groups=groups)
+
+
+def headline(group: Group) -> str:
+    """One line that names the ranks of the first cause and what became of them."""
+    text = first_line(group.failure.summary)
+    return text if group.failure.kind == "diverged" else f"{ranks_text(group.ranks)}: {text}"
+
+
+def first_line(text: str) -> str:
+    """What a heading shows of a text: its first line, and the next after one that only leads in."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    shown = lines[:1]
+    for line in lines[1:]:
+        if not shown[-1].endswith(":"):
+            break
+        shown.append(line)
+    return " ".join(shown)
+
+
+def _mismatch(groups: Sequence[Group]) -> str:
+    """Says so when every rank that hangs waits in a collective, and not all in the same one."""
+    waiting: dict[str, list[int]] = {}
+    for group in groups:
+        match = WAITING.search(group.failure.summary)
+        if group.failure.kind != "timeout" or match is None:
+            return ""
+        waiting.setdefault(match[1], []).extend(group.ranks)
+    if len(waiting) < 2:
+        return ""
+    which = ", ".join(f"{ranks_text(ranks)}: {name}" for name, ranks in waiting.items())
+    return f"ranks wait in different collectives ({which}); "
+
+
+def peers(outcome: Outcome) -> list[str]:
+    """A line for each other group of ranks: what became of them, and how much later."""
+    first = outcome.first
+    if first is None:
+        return []
+    lines = []
+    for group in outcome.groups[1:]:
+        # A death is noticed after the peers' errors that it caused: never "earlier".
+        later_s = max(0.0, group.failure.at_s - first.failure.at_s)
+        killed = "; killed" if group.failure.kind == "blocked" else ""
+        when = f", {later_s:.2f} s later" if group.failure.kind != "timeout" else ""
+        lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
+    if first.failure.kind == "timeout":
+        lines += _ended(outcome, first.failure.phase)
+    if (end := outcome.session_end) is not None:
+        lines.append(f"rank {end.rank}: ended the session: {end.text}")
+    return [*lines, *lost_lines(outcome.lost.values())]
+
+
+def lost_lines(lost: Iterable[LostRank]) -> list[str]:
+    """A line for each rank that was lost as asked."""
+    return [f"rank {one.rank}: {one.reason}" for one in sorted(lost, key=lambda one: one.rank)]
+
+
+def _ended(outcome: Outcome, phase: str) -> Iterable[str]:
+    """A line for the ranks that had ended the phase in which others hang, by how they ended it."""
+    ended: dict[str, list[int]] = {}
+    for rank, done in sorted(outcome.done.items()):
+        if done.phase == phase:
+            said = first_line(done.text)
+            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {said}"
+            ended.setdefault(how, []).append(rank)
+    return [f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ended.items()]
+
+
+def _short(group: Group) -> str:
+    """What became of a group, without the peers' addresses that gloo adds to an echo."""
+    summary = group.failure.summary
+    match = ECHO.search(summary) if group.echo and group.failure.kind == "failed" else None
+    if match is None or group.failure.is_echo:
+        return first_line(summary)[:300]
+    return f"{match[1]}: {match['cause']}"
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks for people: `rank 3`, `ranks 0-2,5`."""
+    ordered = sorted(ranks)
+    parts: list[str] = []
+    start = 0
+    for i, rank in enumerate(ordered):
+        if i + 1 < len(ordered) and ordered[i + 1] == rank + 1:
+            continue
+        low = ordered[start]
+        parts.append(str(low) if low == rank else f"{low}-{rank}")
+        start = i + 1
+    return f"rank{'s' * (len(ordered) != 1)} {','.join(parts)}"

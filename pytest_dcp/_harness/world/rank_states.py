@@ -1,0 +1,123 @@
+"""A rank's life as a table of states, and what can be ordered for it. Pure (no I/O).
+
+Enters: nothing. Leaves: values: the states of a rank, which message leads from one to the next, and
+the actions that a supervisor decides on and a world carries out.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from dataclasses import dataclass
+
+from pytest_dcp._harness.protocol.messages import (
+    At,
+    DebugAsk,
+    DebugDone,
+    Done,
+    Down,
+    Exchange,
+    FaultAsk,
+    Go,
+    Leave,
+    Met,
+)
+
+
+class RankState(enum.Enum):
+    """Where a rank is in its life."""
+
+    IDLE = "idle"
+    """Waits for the next order."""
+    RUNNING = "running"
+    MEETING = "meeting"
+    """Inside a phase, waits for its peers at an exchange."""
+    DEBUGGING = "debugging"
+    """Inside a phase, has the terminal."""
+    DEBUGGING_MEETING = "debugging at an exchange"
+    """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
+    LEAVING = "leaving"
+    """Was told to end. `Done("finish")` follows when its exit has run, then the end itself."""
+    KILLED = "killed"
+    """Was sent SIGKILL, is not reaped yet."""
+    GONE = "gone"
+
+
+S = RankState
+TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
+    (S.IDLE, Go): S.RUNNING,
+    (S.IDLE, Leave): S.LEAVING,
+    (S.RUNNING, Done): S.IDLE,
+    (S.RUNNING, Exchange): S.MEETING,
+    (S.MEETING, Met): S.RUNNING,
+    (S.MEETING, Done): S.IDLE,  # this and the next only of a rank that was interrupted
+    (S.MEETING, At): S.MEETING,
+    (S.RUNNING, DebugAsk): S.DEBUGGING,
+    (S.DEBUGGING, DebugDone): S.RUNNING,
+    (S.DEBUGGING, Exchange): S.DEBUGGING_MEETING,
+    (S.DEBUGGING_MEETING, Met): S.DEBUGGING,
+    (S.RUNNING, At): S.RUNNING,
+    (S.DEBUGGING, At): S.DEBUGGING,
+    (S.RUNNING, FaultAsk): S.RUNNING,
+    (S.DEBUGGING, FaultAsk): S.DEBUGGING,
+    (S.LEAVING, Done): S.LEAVING,
+}
+HAS_TERMINAL = frozenset({S.DEBUGGING, S.DEBUGGING_MEETING})
+BUSY = frozenset({S.RUNNING, S.MEETING, S.LEAVING}) | HAS_TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this to the rank."""
+
+    rank: int
+    message: Down
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """Have the rank write the stacks of all its threads."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Raise KeyboardInterrupt in the rank."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL the rank and what it started."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """SIGSTOP the rank and what it started."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """SIGCONT the rank and what it started."""
+
+    rank: int
+
+
+Action = Send | Dump | Interrupt | Kill | Stop | Continue
+
+
+def exit_text(status: int) -> str:
+    """How a process ended, in words: a negative `status` is the signal that killed it."""
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = "unknown signal"
+    return f"was killed by signal {-status} ({name})"

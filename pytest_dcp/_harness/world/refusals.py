@@ -1,0 +1,58 @@
+"""What a rank may say at each point of its life. Pure (no I/O).
+
+Enters: a message that decoded well, and where its rank is. Leaves: in words, why the message cannot
+be meant, or nothing. A test can reach its own rank's socket, and write to it by hand: what such a
+message says must not be taken for the answer to an order that it does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pytest_dcp._harness.protocol.messages import At, Done, FaultAsk, Phase, Up
+from pytest_dcp._harness.world.rank_states import TRANSITIONS, RankState
+
+PREPARED = frozenset({"boot", "setup"})
+"""The phases that ranks prepare: a spawned one imports torch, then collects the test."""
+
+
+def refusal(
+    rank: int,
+    message: Up,
+    state: RankState,
+    phase: Phase,
+    done: Mapping[int, Done],
+    size: int,
+    is_cut_off: bool,
+) -> str:
+    """Why the rank cannot send this now; empty when it can.
+
+    `done` are this phase's answers; `is_cut_off` says that an interrupt ends the phase.
+    """
+    in_turn = state is not RankState.MEETING or _may_be_said_at_an_exchange(message, is_cut_off)
+    if (state, type(message)) not in TRANSITIONS or not in_turn:
+        return _out_of_turn(message, state.value)
+    match message:
+        case Done() if message.phase != phase:
+            return f"ended {message.phase} while in {phase}: was the message written by hand?"
+        case Done() if state is RankState.LEAVING and rank in done:
+            return _out_of_turn(message, state.value)
+        case At(place="preparing" | "ready") if phase not in PREPARED:
+            return _out_of_turn(message, f"in {phase}")
+        case FaultAsk() if not 0 <= message.rank < size:
+            return f"asked to {message.act} rank {message.rank} of a world of {size}"
+    return ""
+
+
+def _may_be_said_at_an_exchange(message: Up, is_cut_off: bool) -> bool:
+    """Of what a rank may say there at all: an interrupt reaches it while it waits."""
+    match message:
+        case At():
+            return message.place == "interrupted"
+        case Done():
+            return message.outcome == "interrupt" or is_cut_off
+    return True
+
+
+def _out_of_turn(message: Up, where: str) -> str:
+    return f"sent {type(message).__name__} while {where}: another thread used its socket?"

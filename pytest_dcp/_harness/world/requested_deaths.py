@@ -1,0 +1,138 @@
+"""Deaths and stops of ranks that the test itself asked for. Pure (no I/O).
+
+Enters: who asked for what, and what became of the process. Leaves: which ranks are stopped or lost
+as asked, and who can be told that what it asked for has happened.
+
+Rules that hold inside:
+
+- Only what was asked for is forgiven: a rank that was to be stopped and dies first has crashed.
+- What was asked for is owed: a rank that lives on as if nothing had been said is a failure.
+- A rank that goes on after its stop owes nothing any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pytest_dcp._harness.protocol.messages import FaultAct, FaultAnswer, FaultAsk
+from pytest_dcp.errors import LostRank
+
+OWED_S = 5.0
+"""How long a rank may live on after its end was asked for or announced: the kernel needs
+milliseconds, a loaded machine may take its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """An end that was asked for."""
+
+    kind: Literal["kill", "pause", "announced"]
+    """announced: by the rank itself, which is about to do it, whichever it is."""
+    why: str
+    """Who asked, and where in the code."""
+    since_s: float
+    """When, on the clock that deadlines go by."""
+
+
+@dataclass(slots=True)
+class Deaths:
+    """The book of one world."""
+
+    size: int
+    wishes: dict[int, Wish] = field(default_factory=dict)
+    """By rank, of those that are not gone."""
+    stopped: set[int] = field(default_factory=set)
+    """Ranks that are stopped as asked."""
+    resuming: set[int] = field(default_factory=set)
+    """Ranks that are to go on, also when they are only about to stop."""
+    lost: dict[int, LostRank] = field(default_factory=dict)
+    """Ranks that ended as asked."""
+    _asking: dict[int, FaultAsk] = field(default_factory=dict)
+    """By rank, what it waits to see done."""
+
+    def survivors(self, gone: Iterable[int]) -> tuple[int, ...]:
+        """Ranks that have a process and that nobody has asked to end or stop, or that went on."""
+        out = self.wishes.keys() | self.lost.keys() | set(gone)
+        return tuple(rank for rank in range(self.size) if rank not in out)
+
+    @property
+    def owing(self) -> list[int]:
+        """Ranks whose end was asked for, and that may still run; a kill is never declined."""
+        return [
+            rank
+            for rank, wish in self.wishes.items()
+            if rank not in self.stopped and wish.kind != "kill"
+        ]
+
+    def overdue(self, now: float) -> list[int]:
+        """Ranks that should be gone or stopped by now."""
+        return [rank for rank in self.owing if now >= self.wishes[rank].since_s + OWED_S]
+
+    def due_at(self) -> float:
+        """When the next rank is overdue; inf for never."""
+        return min((self.wishes[r].since_s + OWED_S for r in self.owing), default=float("inf"))
+
+    def postpone(self, seconds: float) -> None:
+        """The clock stood still for so long."""
+        self.wishes = {
+            rank: Wish(wish.kind, wish.why, wish.since_s + seconds)
+            for rank, wish in self.wishes.items()
+        }
+
+    def halted(self, rank: int, *, stopped: bool) -> None:
+        """A rank's process was stopped, or goes on after a stop."""
+        if stopped and rank in self.wishes:
+            self.stopped.add(rank)
+        elif not stopped:  # the kernel may tell of the end of a stop alone
+            self.forgive(rank)
+
+    def forgive(self, rank: int) -> None:
+        """The rank owes nothing any more."""
+        self.wishes.pop(rank, None)
+        self.stopped.discard(rank)
+        self.resuming.discard(rank)
+
+    def ended(self, rank: int, how: str) -> bool:
+        """A rank's process is gone; whether that was asked for. `how` is its end in words."""
+        wish = self.wishes.get(rank)
+        was_stopped = rank in self.stopped
+        self.forgive(rank)
+        self.silence(rank)
+        if wish is None or (wish.kind == "pause" and not was_stopped):
+            return False
+        text = f"was stopped as asked: {wish.why}; then it {how}" if was_stopped else ""
+        self.lost[rank] = LostRank(rank, text or f"{how} as asked: {wish.why}")
+        return True
+
+    def silence(self, rank: int) -> None:
+        """The rank will hear no answer any more."""
+        self._asking.pop(rank, None)
+
+    def ask(self, asker: int, message: FaultAsk) -> None:
+        """A rank waits until what it asked for has happened."""
+        self._asking[asker] = message
+
+    def answers(self, gone: Iterable[int]) -> list[tuple[int, FaultAnswer]]:
+        """(asker, answer) of those that need wait no longer; `gone` ranks have no process."""
+        gone = set(gone)
+        ready = [(asker, ask) for asker, ask in self._asking.items() if self.is_done(ask, gone)]
+        for asker, _ in ready:
+            del self._asking[asker]
+        return [(asker, self._answer(ask, gone)) for asker, ask in ready]
+
+    def is_done(self, ask: FaultAsk, gone: Iterable[int]) -> bool:
+        """Whether what was asked for has happened, or cannot happen any more."""
+        done: dict[FaultAct, bool] = {
+            "kill": False,
+            "pause": ask.rank not in self.owing,
+            "resume": ask.rank not in self.wishes,
+            "look": True,
+        }
+        return ask.rank in gone or done[ask.act]
+
+    def _answer(self, ask: FaultAsk, gone: set[int]) -> FaultAnswer:
+        if ask.act in ("pause", "resume") and ask.rank in gone:
+            return FaultAnswer(error=f"rank {ask.rank} is gone: there is nothing to {ask.act}")
+        return FaultAnswer(survivors=self.survivors(gone))

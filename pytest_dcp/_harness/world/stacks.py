@@ -1,0 +1,139 @@
+"""What faulthandler wrote -> what a rank was doing. Pure (no I/O).
+
+The format is that of `faulthandler.dump_traceback`: a heading per thread, most recent call first,
+the signalled thread headed `Current thread`, then `  File "...", line N in name` per frame.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
+LIBRARY = re.compile(r"(/site-packages/|/lib/python3\.\d+/|<frozen )")
+STANDARD_LIBRARY = re.compile(r"/lib/python3\.\d+/(?!site-packages/)|<frozen ")
+DISTRIBUTED = re.compile(r"/torch/(distributed/|_C/_distributed)")
+COLLECTIVES = frozenset(
+    (
+        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all",
+        "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list",
+        "destroy_process_group", "gather", "gather_object", "init_process_group", "irecv",
+        "isend", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter",
+        "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "split_group",
+        "init_device_mesh", "wait_tensor",
+    )
+)  # fmt: skip
+RUNNER = re.compile(
+    r"/_pytest/|/pluggy/|/pytest_dcp/_harness/rank/(main|pytest_plugin)\.py$|/hypothesis/(core|stateful)\.py$"
+)
+OURS = re.compile(r"/pytest_dcp/(_harness/|plugin\.py)")
+EXCHANGE = "the world's exchange"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a stack."""
+
+    file: str
+    line: int
+    name: str
+
+
+def main_thread(trace: str) -> list[Frame]:
+    """The frames of the signalled thread, innermost first."""
+    frames: list[Frame] = []
+    inside = False
+    for line in trace.splitlines():
+        if line.startswith(("Current thread", "Thread 0x")):
+            if inside and frames:
+                break
+            inside = line.startswith("Current thread")
+            continue
+        if inside and (frame := _frame(line)):
+            frames.append(frame)
+    return _up_to_entry(frames)
+
+
+def trimmed(trace: str) -> str:
+    """The stacks without the frames below the test, which run every test: pytest's and ours."""
+    lines: list[str] = []
+    thread: list[str] = []
+    for line in [*trace.splitlines(), ""]:
+        if FRAME.match(line):
+            thread.append(line)
+        else:
+            lines += [*_without_runner(thread), line]
+            thread = []
+    return "\n".join(lines).rstrip()
+
+
+def _without_runner(thread: list[str]) -> list[str]:
+    """One thread's frames, innermost first, up to the first of the runner's outside the user's."""
+    frames = _up_to_entry([frame for line in thread if (frame := _frame(line))])
+    first = next((i for i, frame in enumerate(frames) if _is_users(frame)), 0)
+    runner = (i for i, frame in enumerate(frames) if i >= first and RUNNER.search(frame.file))
+    return thread[: max(1, next(runner, len(frames)))]
+
+
+def _frame(line: str) -> Frame | None:
+    match = FRAME.match(line)
+    return Frame(match["file"], int(match["line"]), match["name"]) if match else None
+
+
+def _is_users(frame: Frame) -> bool:
+    return not (LIBRARY.search(frame.file) or OURS.search(frame.file))
+
+
+def _users_frame(frames: list[Frame]) -> Frame | None:
+    """The innermost frame outside of libraries; in an installed suite, the test's own frame.
+
+    The tests of an installed package lie among the libraries, and are known by their place: they
+    are what the runner called.
+    """
+    if user := next((frame for frame in frames if _is_users(frame)), None):
+        return user
+    runner = next((i for i, frame in enumerate(frames) if RUNNER.search(frame.file)), 0)
+    called = (f for f in reversed(frames[:runner]) if not STANDARD_LIBRARY.search(f.file))
+    first = next(called, None)
+    return None if first is None or OURS.search(first.file) else first
+
+
+def _up_to_entry(frames: list[Frame]) -> list[Frame]:
+    """The frames of a rank: what is outside of its beginning is how the process came to be."""
+    begins = (
+        i
+        for i, frame in enumerate(frames)
+        if frame.name == "run" and frame.file.endswith("/pytest_dcp/_harness/rank/main.py")
+    )
+    return frames[: next(begins, len(frames))]
+
+
+def from_root(text: str, root: str) -> str:
+    """The text of stacks or tracebacks with files below the folder `root` named as they lie in it.
+
+    For people only: what looks into stacks knows libraries by their whole paths.
+    """
+    return text.replace(f'File "{root}/', 'File "') if root.strip("/") else text
+
+
+def doing(trace: str, root: str = "") -> str:
+    """What a rank was doing: its collective, if it was in one, and the line of user code.
+
+    Files below the folder `root` are named as they lie in it.
+    """
+    frames = main_thread(trace)
+    if not frames:
+        return "its main thread had no Python frame"
+    user = _users_frame(frames)
+    where = f"in {frames[0].name}"
+    if user is not None:
+        file = user.file.removeprefix(f"{root}/") if root else user.file
+        where = f"at {file}:{user.line} in {user.name}"
+    inner = frames[: frames.index(user)] if user else frames
+    collective = next(
+        (f.name for f in reversed(inner) if f.name in COLLECTIVES and DISTRIBUTED.search(f.file)),
+        None,
+    )
+    if collective is None and any(f.name == "meet" and OURS.search(f.file) for f in inner):
+        collective = EXCHANGE
+    return f"in {collective}, {where}" if collective else where

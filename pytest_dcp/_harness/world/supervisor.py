@@ -1,0 +1,521 @@
+"""Decides what to do with a world's ranks: (state, event, now) -> actions.
+
+Pure (no I/O): time is an argument, and actions are values that `world.World` carries out. Enters:
+what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in the end
+for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked for.
+
+Rules that hold inside:
+
+- Every rank that was told to go is accounted for: it answers, dies, or is killed; each wait has a
+  bound.
+- When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
+- While a rank holds the terminal every clock stands still.
+- A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
+  or a thread may have called `os._exit(0)` before.
+- A rank that is stopped because the test asked for it holds nobody up.
+- An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
+  `interruption`.
+- A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
+  `places`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytest_dcp._harness.protocol.messages import (
+    Announce,
+    At,
+    DebugAnswer,
+    DebugAsk,
+    DebugDone,
+    Done,
+    Down,
+    Exchange,
+    FaultAct,
+    FaultAsk,
+    Go,
+    Leave,
+    Met,
+    Phase,
+    Up,
+)
+from pytest_dcp._harness.protocol.places import NEVER, REPORT_S, Places
+from pytest_dcp._harness.world import exchange as meetings
+from pytest_dcp._harness.world.interrupt_clock import Interruption
+from pytest_dcp._harness.world.rank_states import (
+    BUSY,
+    HAS_TERMINAL,
+    TRANSITIONS,
+    Action,
+    Continue,
+    Dump,
+    Interrupt,
+    Kill,
+    Send,
+    Stop,
+    exit_text,
+)
+from pytest_dcp._harness.world.rank_states import RankState as S
+from pytest_dcp._harness.world.refusals import refusal
+from pytest_dcp._harness.world.requested_deaths import Deaths, Wish
+from pytest_dcp.errors import FailureKind, RankFailure
+
+STACKS_S = 0.2
+"""How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
+machine may take its time to schedule it."""
+CLOSED_S = 0.25
+"""How long after its socket closed a rank's exit may still come, and name the real cause."""
+EXITING_S = 10.0
+"""How long it may take where the kernel has begun to end the process: it closes the socket early,
+and frees a large memory page by page."""
+LOST_S = 10.0
+"""How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
+
+
+@dataclass(slots=True)
+class Terminal:
+    """Who may have the terminal for a debugger."""
+
+    missing: str = ""
+    """Why there is none, for the user; empty when there is one."""
+    group: int = 0
+    """The process group that may read it."""
+    rank: int | None = None
+    """The rank that gets it; None: the first that asks, and then always that one."""
+
+
+class Supervisor:
+    """The state of one world's ranks. See the module's docstring for the rules."""
+
+    def __init__(self, size: int, *, grace_s: float, terminal: Terminal) -> None:
+        self.size = size
+        self.grace_s = grace_s
+        self.terminal = terminal
+        self.states = dict.fromkeys(range(size), S.RUNNING)
+        self.phase: Phase = "boot"
+        self.done: dict[int, Done] = {}
+        self.failures: list[RankFailure] = []
+        self.deaths = Deaths(size)
+        self._meeting: dict[int, Exchange] = {}
+        self.deadline = float("inf")
+        """Of the phase; later by as long as a debugger had the terminal."""
+        self._reap_at = float("inf")
+        self._kill_at = float("inf")
+        self._lost_at = float("inf")
+        self._closed: dict[int, float] = {}
+        """Ranks whose socket closed, and until when their exit may come."""
+        self._timed_out = False
+        self._paused_at: float | None = None
+        self._places = Places()
+        self._interruption = Interruption()
+        self.prepared_too_long = False
+        """Whether ranks have reached the limit of what comes before the phase itself."""
+
+    # What the world asks.
+
+    @property
+    def busy(self) -> list[int]:
+        """Ranks that owe an answer, and can give one."""
+        stopped = self.deaths.stopped
+        return [
+            rank for rank, state in self.states.items() if state in BUSY and rank not in stopped
+        ]
+
+    @property
+    def settled(self) -> bool:
+        """Whether every rank has answered, is gone, or is stopped as asked."""
+        return not (self.busy or S.KILLED in self.states.values() or self.deaths.owing)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank is alive and none failed in this phase."""
+        return not self.failures and S.GONE not in self.states.values()
+
+    @property
+    def gone(self) -> list[int]:
+        """Ranks without a process."""
+        return [rank for rank, state in self.states.items() if state is S.GONE]
+
+    @property
+    def idle(self) -> list[int]:
+        """Ranks that wait for an order."""
+        return [rank for rank, state in self.states.items() if state is S.IDLE]
+
+    @property
+    def paused(self) -> bool:
+        """Whether a rank has the terminal, and so the clocks stand still."""
+        return self._paused_at is not None
+
+    def wake_at(self) -> float:
+        """When `tick` has something to do if nothing happens before; inf for never."""
+        if self._paused_at is not None:
+            return float("inf")
+        waits = self.busy and not self._timed_out
+        deadline = self._places.limit_at(self.deadline) if waits else float("inf")
+        owed = self.deaths.due_at()
+        again = self._interruption.due_at() if self.busy else float("inf")
+        failing = self._places.failing_due_at()
+        due = [deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, failing]
+        return min([*due, *self._closed.values()])
+
+    # What the world tells.
+
+    def boot(self, deadline: float, now: float = 0.0, preparing: str = "") -> None:
+        """All ranks were started; each owes a `Done("boot")` before `deadline`.
+
+        `preparing` is what each does first, before that is timed; empty for nothing.
+        """
+        self.deadline = deadline
+        if preparing:
+            self._places.begin(self.states, preparing, now)
+
+    def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
+        """Start a phase on the ranks of `orders`, which must be idle."""
+        self.phase = phase
+        self.done = {}
+        self.failures = []
+        self._meeting = {}
+        self.deadline = deadline
+        self._reap_at = self._kill_at = float("inf")
+        self._timed_out = self.prepared_too_long = False
+        self._places.begin()
+        self._interruption.end()
+        for rank, order in orders.items():
+            kind = Leave if isinstance(order, Leave) else Go
+            self.states[rank] = TRANSITIONS[self.states[rank], kind]
+        return [Send(rank, order) for rank, order in orders.items()]
+
+    def heard(self, rank: int, message: Up, now: float) -> list[Action]:
+        """A rank said something."""
+        state = self.states[rank]
+        if state in (S.KILLED, S.GONE):
+            return []
+        if isinstance(message, Announce):  # from any thread, at any time
+            self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
+            return self._meet()
+        is_cut_off = self._interruption.is_on
+        if text := refusal(rank, message, state, self.phase, self.done, self.size, is_cut_off):
+            return self._kill(rank, "closed", text, now)
+        self.states[rank] = TRANSITIONS[state, type(message)]
+        match message:
+            case At("interrupted"):
+                self._interruption.heed(rank)
+            case At():
+                self.deadline += self._places.move(rank, message, self._clock(now))
+            case Done():
+                self._leave_place(rank, now)
+                self._meeting.pop(rank, None)
+                self.deaths.silence(rank)
+                self.done[rank] = message
+                if message.outcome == "failed":
+                    self._fail(
+                        rank, "failed", message.text, message.at_s, now, is_echo=message.is_echo
+                    )
+                elif message.outcome in ("exit", "interrupt"):
+                    self._end_soon(now)
+            case Exchange():
+                self._meeting[rank] = message
+            case DebugAsk():
+                return self._debug_asked(rank, now)
+            case DebugDone():
+                self._resume(now)
+            case FaultAsk():
+                self.deaths.ask(rank, message)
+                why = f"world.{message.act}({message.rank}) in rank {rank}"
+                return [*self.strike(message.act, message.rank, why, now), *self._told()]
+        return self._meet()
+
+    def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
+        """Have a rank killed, stopped or continued, because the test asked for it."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        deaths = self.deaths
+        match act:
+            case "kill":
+                deaths.wishes[rank] = Wish("kill", why, self._clock(now))
+                return [*self._end(rank, now), *self._meet()]
+            case "pause" if rank not in deaths.wishes:
+                deaths.wishes[rank] = Wish("pause", why, self._clock(now))
+                return [Stop(rank), *self._meet()]
+            case "resume" if rank in deaths.wishes:
+                deaths.resuming.add(rank)
+                return [Continue(rank)] if rank in deaths.stopped else []
+        return []
+
+    def halted(self, rank: int, now: float, *, stopped: bool) -> list[Action]:
+        """A rank's process was stopped, or goes on after a stop."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        self.deaths.halted(rank, stopped=stopped)
+        again: list[Action] = [Continue(rank)] if rank in self.deaths.resuming else []
+        return [*again, *self._meet(), *self._told()]
+
+    def dismiss(self, now: float) -> list[Action]:
+        """End the ranks that are stopped as asked: nobody is left to continue them."""
+        return [
+            action
+            for rank in sorted(self.deaths.stopped)
+            if self.states[rank] not in (S.KILLED, S.GONE)
+            for action in self._end(rank, now)
+        ]
+
+    def give_up(self, now: float) -> list[Action]:
+        """End the ranks that have not answered: nobody waits for them any more."""
+        text = f"still in {self.phase}"
+        return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
+
+    def exited(self, rank: int, status: int, now: float) -> list[Action]:
+        """A rank's process ended; `status` is negative for a signal."""
+        state = self.states[rank]
+        raised = self._places.raised(rank)
+        self._leave_place(rank, now)
+        self._closed.pop(rank, None)
+        self._meeting.pop(rank, None)
+        self.states[rank] = S.GONE
+        if S.KILLED not in self.states.values():
+            self._lost_at = float("inf")
+        if state in HAS_TERMINAL:
+            self._resume(now)
+        as_asked = self.deaths.ended(rank, exit_text(status))
+        has_left = state is S.LEAVING and status == 0 and rank in self.done
+        if as_asked or state in (S.KILLED, S.GONE) or has_left:
+            return [*self._meet(), *self._told()]
+        text = f"{exit_text(status)}{_when(state, status, self.phase)}"
+        if raised is not None:
+            text += f"; it had raised {raised.text}"
+        self._fail(rank, "crashed", text, now, now)
+        return [*self._meet(), *self._told()]
+
+    def closed(self, rank: int, now: float, *, exiting: bool = False) -> list[Action]:
+        """A rank's report socket reached its end; most often its exit follows at once.
+
+        `exiting`: it is known to follow.
+        """
+        if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
+            if self.states[rank] in HAS_TERMINAL:  # it can no longer say that it is done with it
+                self._resume(now)
+            if exiting:
+                self._closed[rank] = self._clock(now) + EXITING_S
+            self._closed.setdefault(rank, self._clock(now) + CLOSED_S)
+        return []
+
+    def refused(self, rank: int, text: str, now: float) -> list[Action]:
+        """What came from a rank is no message of its own, or no message gets to it."""
+        return self._kill(rank, "closed", text, now)
+
+    def flooded(self, rank: int, size_bytes: int, now: float) -> list[Action]:
+        """A rank's captured output passed the limit."""
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        text = f"printed {size_bytes} bytes in {self.phase}, more than the limit"
+        return self._kill(rank, "flooded", text, now)
+
+    def cut_off(self, now: float) -> list[Action]:
+        """The session wants no more of the phase: have its ranks end it, in bounded time.
+
+        A rank with the terminal is killed: its clock stands still.
+        """
+        at_prompt = [rank for rank in self.busy if self.states[rank] in HAS_TERMINAL]
+        text = f"stopped in {self.phase}, in a debugger"
+        killed = [a for rank in at_prompt for a in self._kill(rank, "blocked", text, now)]
+        self._reap_at = self._interruption.begin(self.phase, now)
+        return [*killed, *self._interrupt(now)]
+
+    def see_work(self, rank: int, now: float) -> None:
+        """The rank is at work: where the phase is cut off, it may yet hear of that."""
+        self._interruption.see_work(rank, now)
+
+    def _interrupt(self, now: float) -> list[Action]:
+        if not self._interruption.take_due(now):
+            return []
+        return [Interrupt(rank) for rank in self.busy]
+
+    def interrupt(self, now: float) -> list[Action]:
+        """Kill everything now: the session is being stopped."""
+        return [a for rank in self.states for a in self._kill(rank, "blocked", "stopped", now)]
+
+    def abandon(self, text: str, now: float) -> None:
+        """What started the ranks is gone, and they with it."""
+        for rank, state in self.states.items():
+            if state is not S.GONE:
+                self.states[rank] = S.GONE
+                self.failures.append(RankFailure(rank, "lost", self.phase, now, text))
+        self._closed.clear()
+        self._meeting.clear()
+        self.deaths = Deaths(self.size, lost=self.deaths.lost)
+        self._paused_at = None
+        self._reap_at = self._kill_at = self._lost_at = float("inf")
+        self._interruption.end()
+
+    def tick(self, now: float) -> list[Action]:
+        """What is due by now."""
+        if self._paused_at is not None:
+            return []
+        actions = self._interrupt(now)
+        for rank, until in list(self._closed.items()):
+            if now >= until:
+                text = f"closed its report socket in {self.phase}, and lives"
+                actions += self._kill(rank, "closed", text, now)
+        if now >= self._places.limit_at(self.deadline) and self.busy and not self._timed_out:
+            self._timed_out = True
+            self.prepared_too_long = self._places.is_preparing
+            self._reap_at = now
+        if self._places.take_failing_due(now) and self._kill_at == float("inf"):
+            self._reap_at = now
+        if now >= self._reap_at:
+            self._reap_at = float("inf")
+            dumped = (Dump(rank) for rank in self.busy if now >= self._spared_until(rank))
+            actions += [*self.dismiss(now), *dumped]
+            self._kill_at = now + STACKS_S
+        if now >= self._kill_at:
+            self._kill_at = float("inf")
+            actions += self._reap(now)
+        for rank in self.deaths.overdue(now):
+            wish = self.deaths.wishes[rank]
+            text = f"lives on after its end was asked for: {wish.why}"
+            actions += self._kill(rank, "spared", text, now)
+        if now >= self._lost_at:
+            self._lost_at = float("inf")
+            for rank, state in self.states.items():
+                if state is S.KILLED:
+                    self.states[rank] = S.GONE
+                    self.deaths.forgive(rank)
+                    text = f"did not go away within {LOST_S:g} s of SIGKILL"
+                    self._fail(rank, "lost", text, now, now)
+        return actions
+
+    # Inside.
+
+    def _reap(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for rank in self.busy:
+            kind: FailureKind = "timeout" if self._timed_out else "blocked"
+            raised = self._places.raised(rank)
+            if now < (spared_until := self._spared_until(rank)):
+                self._reap_at = min(self._reap_at, spared_until)
+            elif raised is not None and self.states[rank] in (S.RUNNING, S.MEETING):
+                text = f"{raised.text} (killed: {self._where_it_was(raised)})"
+                actions += self._kill(rank, "failed", text, now, raised)
+            else:
+                where = self._places.describe(rank, self.phase)
+                text = f"still {where}{self._interruption.describe(now)}"
+                actions += self._kill(rank, kind, text, now)
+        return actions
+
+    def _where_it_was(self, raised: At) -> str:
+        """What a rank did with an error when it was killed."""
+        if raised.place == "failing":
+            return "it waited for its peers to hear of that"
+        for_s = "" if self._interruption.is_on else f" for {REPORT_S:g} s"
+        return f"it wrote the report of that{for_s}"
+
+    def _spared_until(self, rank: int) -> float:
+        """Until when a rank that should have ended may go on."""
+        if self._interruption.is_on:
+            return self._interruption.limit_at(rank)
+        return self._places.report_due_at(rank) if self.states[rank] is S.RUNNING else NEVER
+
+    def _leave_place(self, rank: int, now: float) -> None:
+        self.deadline += self._places.leave(rank, self._clock(now))
+
+    def _fail(
+        self,
+        rank: int,
+        kind: FailureKind,
+        text: str,
+        at_s: float,
+        now: float,
+        detail: str = "",
+        *,
+        is_echo: bool = False,
+    ) -> None:
+        failure = RankFailure(rank, kind, self.phase, at_s, text, detail, is_echo)
+        self.failures.append(failure)
+        self._end_soon(now)
+
+    def _end_soon(self, now: float) -> None:
+        """Peers of a rank that cannot pass get the grace, and no more."""
+        if self._kill_at == float("inf") and not self._timed_out and not self._interruption.is_on:
+            self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
+
+    def _kill(
+        self, rank: int, kind: FailureKind, text: str, now: float, raised: At | None = None
+    ) -> list[Action]:
+        if self.states[rank] in (S.KILLED, S.GONE):
+            return []
+        self.deaths.forgive(rank)
+        actions = self._end(rank, now)
+        at_s, detail = (now, "") if raised is None else (raised.at_s, raised.detail)
+        self._fail(rank, kind, text, at_s, now, detail)
+        return [*actions, *self._meet()]
+
+    def _end(self, rank: int, now: float) -> list[Action]:
+        if self.states[rank] in HAS_TERMINAL:
+            self._resume(now)
+        self._leave_place(rank, now)
+        self._closed.pop(rank, None)
+        self._meeting.pop(rank, None)
+        self.deaths.silence(rank)
+        self.states[rank] = S.KILLED
+        self._lost_at = self._clock(now) + LOST_S
+        return [Kill(rank)]
+
+    def _debug_asked(self, rank: int, now: float) -> list[Action]:
+        terminal = self.terminal
+        if terminal.rank is None:
+            terminal.rank = rank
+        if terminal.missing or terminal.rank != rank:
+            self.states[rank] = S.RUNNING
+            return [Send(rank, DebugAnswer(granted=False, error=terminal.missing))]
+        self._paused_at = now
+        return [Send(rank, DebugAnswer(granted=True, group=terminal.group))]
+
+    def _clock(self, now: float) -> float:
+        """The time that deadlines go by: it stands still while a rank has the terminal."""
+        return now if self._paused_at is None else self._paused_at
+
+    def _resume(self, now: float) -> None:
+        if self._paused_at is None:
+            return
+        pause_s = now - self._paused_at
+        self._paused_at = None
+        self.deadline += pause_s
+        self._places.postpone(pause_s)
+        self._reap_at += pause_s
+        self._kill_at += pause_s
+        self._lost_at += pause_s
+        self._closed = {rank: at + pause_s for rank, at in self._closed.items()}
+        self.deaths.postpone(pause_s)
+
+    def _meet(self) -> list[Action]:
+        """Answer the ranks that wait at an exchange, if all are there or never will be."""
+        if not self._meeting:
+            return []
+        excused = self.deaths.wishes.keys() | self.deaths.lost.keys()
+        how = {failure.rank: failure.summary for failure in self.failures}
+        left = {
+            rank: how.get(rank, f"ended {self.phase}")
+            for rank, state in self.states.items()
+            if state in (S.IDLE, S.GONE, S.KILLED, S.LEAVING) and rank not in excused
+        }
+        met = meetings.answer(self._meeting, self.size, excused, left)
+        if met is None:
+            return []
+        asked, self._meeting = list(self._meeting), {}
+        for rank in asked:
+            self.states[rank] = TRANSITIONS[self.states[rank], Met]
+        return [Send(rank, met) for rank in asked]
+
+    def _told(self) -> list[Action]:
+        """Answers to the ranks whose asked-for fault has happened."""
+        return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]
+
+
+def _when(state: S, status: int, phase: Phase) -> str:
+    """When a rank ended that should not have."""
+    if state is S.LEAVING:
+        return " before its exit had finished" if status == 0 else " after its verdict"
+    if state is S.IDLE:
+        return f" after {phase}"
+    return f" in {phase}, without a verdict" if state in BUSY else ", without a verdict"
