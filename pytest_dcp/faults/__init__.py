@@ -2,9 +2,14 @@
 checkpoints made to harm whoever loads them."""
 
 from pytest_dcp.errors import FaultError, RecordingError, StoreResponseError
-from pytest_dcp.faults.crashes import CrashState, Recording, recorded
+from pytest_dcp.faults.crashes.crash_state import CrashState, Recording, recorded
 from pytest_dcp.faults.damage import Damaged
-from pytest_dcp.faults.damage_kinds import (
+from pytest_dcp.faults.hostile.folders import Hostile, hostile_folders
+from pytest_dcp.faults.hostile.fuzzing import fuzzed_metadata
+from pytest_dcp.faults.hostile.pickles import malicious_pickles, memory_bombs
+from pytest_dcp.faults.injection.injection import HOOKS, Injection
+from pytest_dcp.faults.injection.torch_names import FaultyStorageReader, FaultyStorageWriter
+from pytest_dcp.faults.kinds.at_rest import (
     BitFlip,
     Damage,
     Foreign,
@@ -14,10 +19,7 @@ from pytest_dcp.faults.damage_kinds import (
     Truncate,
     ZeroSector,
 )
-from pytest_dcp.faults.fuzzing import fuzzed_metadata
-from pytest_dcp.faults.hostile import Hostile, hostile_folders
-from pytest_dcp.faults.injection import HOOKS, Injection
-from pytest_dcp.faults.kinds import (
+from pytest_dcp.faults.kinds.base import (
     Exit,
     Fault,
     Hang,
@@ -34,10 +36,7 @@ from pytest_dcp.faults.kinds import (
     WrongShape,
     WrongType,
 )
-from pytest_dcp.faults.malicious import malicious_pickles, memory_bombs
-from pytest_dcp.faults.operations import OPERATION_KINDS, Operation
-from pytest_dcp.faults.storage import FaultyStorage, Injected
-from pytest_dcp.faults.storage_kinds import (
+from pytest_dcp.faults.kinds.operations import (
     Denied,
     Errno,
     InputOutput,
@@ -58,7 +57,8 @@ from pytest_dcp.faults.storage_kinds import (
     TornWrite,
     Unavailable,
 )
-from pytest_dcp.faults.upstream import FaultyStorageReader, FaultyStorageWriter
+from pytest_dcp.faults.storage import FaultyStorage, Injected
+from pytest_dcp.faults.tap.operation import OPERATION_KINDS, Operation
 
 __all__ = [
     "FaultyStorage",

@@ -22,16 +22,22 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from pytest_dcp.errors import FaultError
-from pytest_dcp.faults.crashes import CrashState, Recording, Search, desk_at, loads_one_of
-from pytest_dcp.faults.filesystem import FaultyFileSystem, StoreFolder
-from pytest_dcp.faults.holdings import blank, differences, plain
-from pytest_dcp.faults.hooks import Wrappers
-from pytest_dcp.faults.injection import Injection, problems
-from pytest_dcp.faults.injector import Armed, Injector, RootWatcher
-from pytest_dcp.faults.kinds import Fault
-from pytest_dcp.faults.ledger import Ledger
-from pytest_dcp.faults.loaders import check_signature
-from pytest_dcp.faults.recording import Folders, recording
+from pytest_dcp.faults.crashes.crash_state import (
+    CrashState,
+    Recording,
+    Search,
+    desk_at,
+    loads_one_of,
+)
+from pytest_dcp.faults.crashes.loaders import check_signature
+from pytest_dcp.faults.crashes.recording import Folders, recording
+from pytest_dcp.faults.injection.filesystem import FaultyFileSystem, StoreFolder
+from pytest_dcp.faults.injection.fire_counts import Ledger
+from pytest_dcp.faults.injection.hook_wrappers import Wrappers
+from pytest_dcp.faults.injection.injection import Injection, problems
+from pytest_dcp.faults.injection.injector import Armed, Injector, RootWatcher
+from pytest_dcp.faults.kinds.base import Fault
+from pytest_dcp.faults.state_differences import blank, differences, plain
 from pytest_dcp.faults.tap import watching
 
 Writer = TypeVar("Writer", bound=StorageWriter)

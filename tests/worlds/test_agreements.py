@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import LawError, RecordingError
-from pytest_dcp.faults import recording
+from pytest_dcp.faults.crashes import recording
 from pytest_dcp.properties import (
     Layout,
     MeshSpec,

@@ -128,7 +128,7 @@ def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iter
     """
     from pytest_dcp._harness.controller.options import read_options
     from pytest_dcp._harness.rank.main import current
-    from pytest_dcp.faults.crashes import Search
+    from pytest_dcp.faults.crashes.crash_state import Search
     from pytest_dcp.faults.storage import FaultyStorage
 
     options = read_options(request.config)

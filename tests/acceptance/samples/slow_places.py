@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.faults.crashes import desk_at
+from pytest_dcp.faults.crashes.crash_state import desk_at
 from pytest_dcp.properties import Layout, MeshSpec, StateSpec, TensorSpec, assert_round_trip
 
 

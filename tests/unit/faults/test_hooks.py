@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.faults import HOOKS, FaultyStorageWriter
-from pytest_dcp.faults.hooks import Wrappers
+from pytest_dcp.faults.injection.hook_wrappers import Wrappers
 
 BASES = {
     "writer": StorageWriter,

@@ -42,8 +42,8 @@ from pytest_dcp.faults import (
     WrongType,
     ZeroSector,
 )
-from pytest_dcp.faults.kinds import shorter
-from pytest_dcp.faults.operations import Shorten
+from pytest_dcp.faults.kinds.base import shorter
+from pytest_dcp.faults.tap.operation import Shorten
 
 BASES = {Fault, StorageFault, Damage}
 NEED: dict[str, dict[str, Any]] = {

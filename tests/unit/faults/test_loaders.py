@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as torch_dcp
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.faults import recorded
-from pytest_dcp.faults.crashes import CrashState, loads_one_of
+from pytest_dcp.faults.crashes.crash_state import CrashState, loads_one_of
 from pytest_dcp.faults.storage import FaultyStorage
 
 NEW = {"step": 2}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp.faults.injection import (
+from pytest_dcp.faults.injection.injection import (
     HOOKS,
     Event,
     Injection,
@@ -21,9 +21,9 @@ from pytest_dcp.faults.injection import (
     matches,
     problems,
 )
-from pytest_dcp.faults.kinds import Fault, Hang, Raise, WrongType
-from pytest_dcp.faults.operations import OPERATION_KINDS
-from pytest_dcp.faults.storage_kinds import InputOutput, NoSpace, ShortRead
+from pytest_dcp.faults.kinds.base import Fault, Hang, Raise, WrongType
+from pytest_dcp.faults.kinds.operations import InputOutput, NoSpace, ShortRead
+from pytest_dcp.faults.tap.operation import OPERATION_KINDS
 
 WRITE = Event("write", 0, "MainThread", True, ("a/__0_0.distcp",), 100)
 HOOK = Event("writer.finish", 0, "MainThread", True)

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import RecordingError
 from pytest_dcp.faults import CrashState, FaultyStorage, Kill, LyingSync, recorded
-from pytest_dcp.faults.crashes import Search
-from pytest_dcp.faults.replay import read_tree, restored, write_tree
-from pytest_dcp.faults.trace import Link, Tree
+from pytest_dcp.faults.crashes.crash_state import Search
+from pytest_dcp.faults.crashes.folder_trees import read_tree, restored, write_tree
+from pytest_dcp.faults.crashes.trace import Link, Tree
 
 
 def commit(folder: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_python_does_not_see_is_named(unseen: Callable[[Path], None]) -> No
 
 
 def test_a_name_that_came_from_nowhere_is_an_error(tmp_path: Path) -> None:
-    from pytest_dcp.faults import calls
+    from pytest_dcp.faults.tap import os_calls as calls
 
     def workload(folder: Path) -> None:
         calls.real.mkdir(folder / "d")

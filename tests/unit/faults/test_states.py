@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.faults.machine import torn_at
-from pytest_dcp.faults.operations import Operation
-from pytest_dcp.faults.states import Crash, crashes
-from pytest_dcp.faults.trace import Link, Trace, Tree
+from pytest_dcp.faults.crashes.disk_model import torn_at
+from pytest_dcp.faults.crashes.enumerate import Crash, crashes
+from pytest_dcp.faults.crashes.trace import Link, Trace, Tree
+from pytest_dcp.faults.tap.operation import Operation
 
 
 def op(kind: Any, path: str, **facts: Any) -> Operation:

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp.faults import calls
-from pytest_dcp.faults.operations import Alternative, Operation, Replace, Shorten, Skip, Verdict
+from pytest_dcp.faults.tap import os_calls as calls
 from pytest_dcp.faults.tap import watching
+from pytest_dcp.faults.tap.operation import Alternative, Operation, Replace, Shorten, Skip, Verdict
 
 
 class Notes:

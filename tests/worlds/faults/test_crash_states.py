@@ -27,11 +27,11 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from pytest_dcp.faults import CrashState, FaultyStorage, Recording, recorded
-from pytest_dcp.faults.crashes import loads_one_of
-from pytest_dcp.faults.holdings import blank, differences
-from pytest_dcp.faults.losses import MODELS
-from pytest_dcp.faults.states import crashes
-from pytest_dcp.faults.trace import Trace
+from pytest_dcp.faults.crashes.crash_state import loads_one_of
+from pytest_dcp.faults.crashes.enumerate import crashes
+from pytest_dcp.faults.crashes.losses import MODELS
+from pytest_dcp.faults.crashes.trace import Trace
+from pytest_dcp.faults.state_differences import blank, differences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),

@@ -330,7 +330,7 @@ def test_the_end_of_the_test_tells_of_what_never_fired(
             storage.check()
     assert "NoSpace(after_bytes=None), on='write_data', rank=3" in str(caught.value)
     assert "on='sync'" not in str(caught.value)
-    assert os.open.__module__ != "pytest_dcp.faults.calls"
+    assert os.open.__module__ != "pytest_dcp.faults.tap.os_calls"
 
 
 def test_what_an_assertion_of_content_says(

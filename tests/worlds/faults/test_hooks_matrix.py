@@ -23,7 +23,7 @@ from pytest_dcp.faults import (
     WrongShape,
     WrongType,
 )
-from pytest_dcp.faults.injection import FUTURES
+from pytest_dcp.faults.injection.injection import FUTURES
 
 pytestmark = [
     pytest.mark.world_size([1, 2, 4], isolation="module", timeout=240),

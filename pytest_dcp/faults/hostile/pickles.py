@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from pytest_dcp.faults.gadgets import gadgets
-from pytest_dcp.faults.hostile import Hostile
-from pytest_dcp.faults.hostile_metadata import Good, moved, with_pickle
-from pytest_dcp.faults.nodes import Content, Missing, Node
-from pytest_dcp.faults.pickle_code import Global, global_code, long_code, pickled, split
+from pytest_dcp.faults.hostile.folders import Hostile
+from pytest_dcp.faults.hostile.gadgets import gadgets
+from pytest_dcp.faults.hostile.metadata import Good, moved, with_pickle
+from pytest_dcp.faults.hostile.nodes import Content, Missing, Node
+from pytest_dcp.faults.hostile.pickle_opcodes import Global, global_code, long_code, pickled, split
 
 BOMB_BYTES = 1 << 31
 """What a bomb takes at least."""

@@ -13,12 +13,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pytest_dcp.faults.losses import LOSSES, MODELS, RULES, Loss, Model
-from pytest_dcp.faults.machine import Machine
-from pytest_dcp.faults.moments import Moment, moments
-from pytest_dcp.faults.objects import ObjectStore
-from pytest_dcp.faults.operations import Operation
-from pytest_dcp.faults.trace import Entry, Trace, Tree
+from pytest_dcp.faults.crashes.crash_points import Moment, moments
+from pytest_dcp.faults.crashes.disk_model import Machine
+from pytest_dcp.faults.crashes.losses import LOSSES, MODELS, RULES, Loss, Model
+from pytest_dcp.faults.crashes.object_store_model import ObjectStore
+from pytest_dcp.faults.crashes.trace import Entry, Trace, Tree
+from pytest_dcp.faults.tap.operation import Operation
 
 ID_DIGITS = 10
 

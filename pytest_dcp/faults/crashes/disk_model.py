@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pytest_dcp.faults.operations import Operation
-from pytest_dcp.faults.trace import Link, Tree
+from pytest_dcp.faults.crashes.trace import Link, Tree
+from pytest_dcp.faults.tap.operation import Operation
 
 ROOT = 0
 SECTORS = (512, 4096)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pytest_dcp.faults.operations import Operation
+from pytest_dcp.faults.tap.operation import Operation
 
 
 @dataclass(frozen=True, slots=True)

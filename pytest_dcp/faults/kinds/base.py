@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol
 
-from pytest_dcp.faults.operations import OPERATION_KINDS, Operation, Verdict
+from pytest_dcp.faults.tap.operation import OPERATION_KINDS, Operation, Verdict
 
 When = Literal["before", "after", "future"]
 """Instead of the work; after it, as a reply that is lost; in the future that a hook returns."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_dcp.faults import damage
-from pytest_dcp.faults.kinds import Moment
-from pytest_dcp.faults.operations import Verdict
-from pytest_dcp.faults.storage_kinds import StorageFault
+from pytest_dcp.faults.kinds.base import Moment
+from pytest_dcp.faults.kinds.operations import StorageFault
+from pytest_dcp.faults.tap.operation import Verdict
 
 LOOKING = ("open", "read")
 

@@ -17,10 +17,10 @@ from typing import Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from pytest_dcp.faults.injector import Injector
-from pytest_dcp.faults.operations import Operation, OperationKind
-from pytest_dcp.faults.trace import Tree
-from pytest_dcp.faults.watches import Registry, Watch, Watcher
+from pytest_dcp.faults.crashes.trace import Tree
+from pytest_dcp.faults.injection.injector import Injector
+from pytest_dcp.faults.tap.operation import Operation, OperationKind
+from pytest_dcp.faults.tap.watches import Registry, Watch, Watcher
 
 Where = str | os.PathLike[str]
 

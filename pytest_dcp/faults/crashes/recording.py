@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_dcp.errors import RecordingError
-from pytest_dcp.faults.machine import Machine, Rules
-from pytest_dcp.faults.operations import Operation
-from pytest_dcp.faults.replay import read_tree
-from pytest_dcp.faults.states import in_order
+from pytest_dcp.faults.crashes.disk_model import Machine, Rules
+from pytest_dcp.faults.crashes.enumerate import in_order
+from pytest_dcp.faults.crashes.folder_trees import read_tree
+from pytest_dcp.faults.crashes.trace import Link, Trace, Tree
 from pytest_dcp.faults.tap import Watcher, watching
-from pytest_dcp.faults.trace import Link, Trace, Tree
+from pytest_dcp.faults.tap.operation import Operation
 
 Meet = Callable[[str, bytes], Sequence[bytes | None]]
 """Waits for all ranks; what each brought, None for one that died because the test asked for it."""

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_dcp.faults.hostile_metadata import EDITS, HOSTILE_NAMES, Good, renamed
-from pytest_dcp.faults.nodes import Content, Fifo, Folder, Link, Node, Socket, Sparse, lay
+from pytest_dcp.faults.hostile.metadata import EDITS, HOSTILE_NAMES, Good, renamed
+from pytest_dcp.faults.hostile.nodes import Content, Fifo, Folder, Link, Node, Socket, Sparse, lay
 
 HUGE_BYTES = 1 << 42
 """Of a sparse file: no memory takes as much."""

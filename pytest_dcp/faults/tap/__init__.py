@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytest_dcp.faults import calls, streams
-from pytest_dcp.faults.operations import Alternative, Replace, Shorten, Skip, Verdict
-from pytest_dcp.faults.watches import REGISTRY, Watch, Watcher, roots_of
+from pytest_dcp.faults.tap import open_files as streams
+from pytest_dcp.faults.tap import os_calls as calls
+from pytest_dcp.faults.tap.operation import Alternative, Replace, Shorten, Skip, Verdict
+from pytest_dcp.faults.tap.watches import REGISTRY, Watch, Watcher, roots_of
 
 __all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "watching"]
 

@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pytest_dcp.faults.machine import ByteChange, Machine, NameChange, Rules
-from pytest_dcp.faults.trace import Tree
+from pytest_dcp.faults.crashes.disk_model import ByteChange, Machine, NameChange, Rules
+from pytest_dcp.faults.crashes.trace import Tree
 
 Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
 MODELS: tuple[Model, ...] = get_args(Model)

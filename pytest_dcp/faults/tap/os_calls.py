@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pytest_dcp.faults.operations import Operation, OperationKind
-from pytest_dcp.faults.watches import REGISTRY, Descriptor
+from pytest_dcp.faults.tap.operation import Operation, OperationKind
+from pytest_dcp.faults.tap.watches import REGISTRY, Descriptor
 
 REPLACED = (
     "open", "close", "read", "pread", "readv", "preadv", "write", "pwrite", "writev", "pwritev",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from pytest_dcp.faults.kinds import Fault
-from pytest_dcp.faults.operations import OPERATION_KINDS
+from pytest_dcp.faults.kinds.base import Fault
+from pytest_dcp.faults.tap.operation import OPERATION_KINDS
 
 HOOKS: Mapping[str, tuple[str, ...]] = {
     "writer": (

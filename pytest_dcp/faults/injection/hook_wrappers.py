@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from pytest_dcp.faults.injection import HOOKS
+from pytest_dcp.faults.injection.injection import HOOKS
 
 T = TypeVar("T")
 Around = Callable[[str, Callable[[], Any]], Any]

@@ -23,11 +23,11 @@ from traceback import StackSummary
 from typing import Any
 
 from pytest_dcp.errors import CheckpointError
-from pytest_dcp.faults import replay
-from pytest_dcp.faults.holdings import blank
-from pytest_dcp.faults.machine import Machine, Rules
-from pytest_dcp.faults.states import in_order
-from pytest_dcp.faults.trace import Trace
+from pytest_dcp.faults.crashes import folder_trees as replay
+from pytest_dcp.faults.crashes.disk_model import Machine, Rules
+from pytest_dcp.faults.crashes.enumerate import in_order
+from pytest_dcp.faults.crashes.trace import Trace
+from pytest_dcp.faults.state_differences import blank
 from pytest_dcp.tracebacks import (
     is_raised_by_user,
     is_raised_on_purpose,

@@ -23,8 +23,14 @@ from typing import Any
 import torch
 
 from pytest_dcp.faults.damage import Damaged
-from pytest_dcp.faults.hostile_metadata import HOSTILE_NAMES, LAST
-from pytest_dcp.faults.pickle_code import Global, code_of, global_code, operations, text_code
+from pytest_dcp.faults.hostile.metadata import HOSTILE_NAMES, LAST
+from pytest_dcp.faults.hostile.pickle_opcodes import (
+    Global,
+    code_of,
+    global_code,
+    operations,
+    text_code,
+)
 
 NUMBERS = (
     *(0, 1, 2, 7, 63, 64, 65, 255, 256, 4096, 65535, 65536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pytest_dcp.faults.operations import Alternative, Operation, Replace, Shorten, Skip, Verdict
+from pytest_dcp.faults.tap.operation import Alternative, Operation, Replace, Shorten, Skip, Verdict
 
 
 class Watcher(Protocol):

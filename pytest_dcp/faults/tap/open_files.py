@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from typing import IO, Any
 
-from pytest_dcp.faults import calls
-from pytest_dcp.faults.watches import REGISTRY
+from pytest_dcp.faults.tap import os_calls as calls
+from pytest_dcp.faults.tap.watches import REGISTRY
 
 real_open = io.open
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_dcp._harness.controller.options import FAULT_BUDGETS
-from pytest_dcp.faults import replay
-from pytest_dcp.faults.holdings import blank, differences
-from pytest_dcp.faults.loaders import (
+from pytest_dcp.faults.crashes import folder_trees as replay
+from pytest_dcp.faults.crashes.enumerate import Crash, crashes
+from pytest_dcp.faults.crashes.loaders import (
     NO_VERDICT,
     Finished,
     Load,
@@ -26,10 +26,10 @@ from pytest_dcp.faults.loaders import (
     is_own_mistake,
     is_refusal,
 )
-from pytest_dcp.faults.losses import Model
-from pytest_dcp.faults.operations import Operation
-from pytest_dcp.faults.recording import Desk, Folders, Recorded, recording
-from pytest_dcp.faults.states import Crash, crashes
+from pytest_dcp.faults.crashes.losses import Model
+from pytest_dcp.faults.crashes.recording import Desk, Folders, Recorded, recording
+from pytest_dcp.faults.state_differences import blank, differences
+from pytest_dcp.faults.tap.operation import Operation
 from pytest_dcp.tracebacks import set_cause
 
 State = dict[str, Any]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_dcp.faults.injection import Event, Firing, Injection, Tally, count, matches
-from pytest_dcp.faults.kinds import Fault, Moment
-from pytest_dcp.faults.ledger import Ledger
-from pytest_dcp.faults.operations import Operation, Verdict
+from pytest_dcp.faults.injection.fire_counts import Ledger
+from pytest_dcp.faults.injection.injection import Event, Firing, Injection, Tally, count, matches
+from pytest_dcp.faults.kinds.base import Fault, Moment
+from pytest_dcp.faults.tap.operation import Operation, Verdict
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from pytest_dcp.faults.pickle_code import (
+from pytest_dcp.faults.hostile.pickle_opcodes import (
     PROTOCOLS,
     Call,
     Global,

@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-from pytest_dcp.faults.trace import Entry, Link, Tree
+from pytest_dcp.faults.crashes.trace import Entry, Link, Tree
 
 MEMORY = Path("/dev/shm")
 """A tmpfs on every Linux."""

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pytest_dcp.faults.trace import Trace
+from pytest_dcp.faults.crashes.trace import Trace
 
 MANY = 4
 """Operations under way of which every subset is tried; of more, only none, all, each one, and all

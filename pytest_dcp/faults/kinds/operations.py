@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from pytest_dcp.errors import StoreResponseError
-from pytest_dcp.faults.kinds import Fault, Level, Moment
-from pytest_dcp.faults.operations import Alternative, Operation, Shorten, Skip, Verdict
+from pytest_dcp.faults.kinds.base import Fault, Level, Moment
+from pytest_dcp.faults.tap.operation import Alternative, Operation, Shorten, Skip, Verdict
 
 NAMED = ("make_folder", "create", "truncate", "rename", "link", "remove", "remove_folder")
 """Operations that change names or lengths."""

@@ -1,0 +1,1 @@
+"""The states in which a crash can leave a folder: recorded, enumerated, tried."""

@@ -1,0 +1,1 @@
+"""What can go wrong: at a hook, at an operation, or to a file at rest."""
