@@ -48,6 +48,8 @@ _VARYING = (
 class Block:
     """One code block of a page."""
 
+    page: str
+    """The name of its page."""
     line: int
     """Where it begins in the page, counted from 1."""
     language: str
@@ -58,7 +60,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        return f"line_{self.line}"
+        return f"{self.page}_line_{self.line}"
 
     @property
     def defines_tests(self) -> bool:
@@ -66,8 +68,8 @@ class Block:
         return _TEST.search(self.source) is not None
 
 
-def parse_blocks(page: str) -> list[Block]:
-    """The page's blocks in their order.
+def parse_blocks(page: str, name: str) -> list[Block]:
+    """The blocks of the page of this name, in their order.
 
     Raises:
         ValueError: a language that is not one of `LANGUAGES`, an output without code before it, or
@@ -75,7 +77,7 @@ def parse_blocks(page: str) -> list[Block]:
     """
     blocks: list[Block] = []
     invisible: list[Block] = []
-    for block in _read_regions(page):
+    for block in _read_regions(page, name):
         if block.language == INVISIBLE:
             invisible.append(block)
             continue
@@ -85,7 +87,7 @@ def parse_blocks(page: str) -> list[Block]:
         if block.language == "text":
             blocks.append(_join_output(block, in_front, blocks))
         else:
-            blocks.append(Block(block.line, block.language, in_front + block.source))
+            blocks.append(Block(name, block.line, block.language, in_front + block.source))
         invisible = []
     if invisible:
         raise ValueError(f"line {invisible[0].line}: no block uses this invisible code")
@@ -110,24 +112,24 @@ def find_missing_lines(output: str, printed: str) -> list[str]:
     return []
 
 
-def _read_regions(page: str) -> Iterator[Block]:
+def _read_regions(page: str, name: str) -> Iterator[Block]:
     document = Document(page, "")
     for lexer in _LEXERS:
         for region in lexer(document):
             document.add(region)
     for _, region in document.regions:
         line = page.count("\n", 0, region.start) + 1
-        yield Block(line, region.lexemes["language"], str(region.lexemes["source"]))
+        yield Block(name, line, region.lexemes["language"], str(region.lexemes["source"]))
 
 
 def _join_output(text: Block, in_front: str, blocks: list[Block]) -> Block:
     """The code with its output: invisible code, or the last of `blocks`, which is removed."""
     if in_front:
-        return Block(text.line, "python", in_front, text.source)
+        return Block(text.page, text.line, "python", in_front, text.source)
     if not blocks or blocks[-1].language != "python" or blocks[-1].output is not None:
         raise ValueError(f"line {text.line}: there is no code before this output")
     code = blocks.pop()
-    return Block(code.line, "python", code.source, text.source)
+    return Block(code.page, code.line, "python", code.source, text.source)
 
 
 def _split_at_elisions(output: str) -> Iterator[list[str]]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from sample_session import MakeSuite, SessionResult
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md",)
-BLOCKS = [(page, block) for page in PAGES for block in parse_blocks(page.read_text())]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "pytest_dcp" / "guide").glob("*.md")))
+BLOCKS = [
+    block for page in PAGES for block in parse_blocks(page.read_text(), page.stem.replace("-", "_"))
+]
 """Pages are read where tests are collected: a block is a test."""
 RUN_SCRIPT = """
 import runpy
@@ -31,11 +33,11 @@ def test_script(monkeypatch, tmp_path):
 
 
 def _select(language: str, *, with_output: bool = False) -> list[object]:
-    chosen = [
-        b for _, b in BLOCKS if b.language == language and (b.output is not None) == with_output
+    return [
+        pytest.param(block, id=block.name)
+        for block in BLOCKS
+        if block.language == language and (block.output is not None) == with_output
     ]
-    pages = {id(b): page for page, b in BLOCKS}
-    return [pytest.param(b, id=f"{pages[id(b)].stem}-{b.name}") for b in chosen]
 
 
 def _file_name(block: Block) -> str:
@@ -45,8 +47,8 @@ def _file_name(block: Block) -> str:
 @pytest.fixture(scope="module")
 def session(make_suite: MakeSuite) -> SessionResult:
     """All blocks without an output, in one session."""
-    suite = make_suite({_file_name(b): "# as shown\n" for _, b in BLOCKS if _runs_with_others(b)})
-    for _, block in BLOCKS:
+    suite = make_suite({_file_name(b): "# as shown\n" for b in BLOCKS if _runs_with_others(b)})
+    for block in BLOCKS:
         if _runs_with_others(block):
             _write(suite.folder, block)
     return suite.run("-p", "pytest_dcp", "-rA")
@@ -71,7 +73,7 @@ def test_code_runs(block: Block, session: SessionResult) -> None:
     name = _file_name(block)
     own = [report for report in session.reports if report.nodeid.startswith(name)]
     bad = [report for report in own if report.category not in ("", "passed")]
-    assert not bad, f"line {block.line}: {bad[0].text}"
+    assert not bad, f"{block.name}: {bad[0].text}"
     assert any(report.category == "passed" for report in own), session.output[-5000:]
 
 
@@ -80,9 +82,7 @@ def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> No
     suite = make_suite({"test_it.py": block.source})
     result = suite.run("-p", "pytest_dcp", "test_it.py", env={"COLUMNS": "80"})
     missing = find_missing_lines(block.output or "", result.output)
-    assert not missing, "\n".join(
-        [f"line {block.line} lacks:", *missing, "printed:", result.output]
-    )
+    assert not missing, "\n".join([f"{block.name} lacks:", *missing, "printed:", result.output])
 
 
 @pytest.mark.parametrize("block", _select("sh"))
@@ -115,16 +115,16 @@ class TestBlocks:
 
     def test_invisible_code_goes_in_front_of_the_next_block(self) -> None:
         page = "<!--- invisible-code-block: python\nx = 1\n-->\n\n```python\nprint(x)\n```\n"
-        assert parse_blocks(page) == [Block(5, "python", "x = 1\nprint(x)\n")]
+        assert parse_blocks(page, "page") == [Block("page", 5, "python", "x = 1\nprint(x)\n")]
 
     def test_an_output_belongs_to_the_block_before_it(self) -> None:
         page = "```python\nprint(1)\n```\n\n```text\n1\n```\n"
-        assert parse_blocks(page) == [Block(1, "python", "print(1)\n", "1\n")]
+        assert parse_blocks(page, "page") == [Block("page", 1, "python", "print(1)\n", "1\n")]
 
     def test_an_output_of_invisible_code_leaves_the_block_before_it_alone(self) -> None:
         hidden = "<!--- invisible-code-block: python\nprint(2)\n-->\n"
         page = f"```python\nprint(1)\n```\n{hidden}```text\n2\n```\n"
-        first, second = parse_blocks(page)
+        first, second = parse_blocks(page, "page")
         assert (first.source, first.output) == ("print(1)\n", None)
         assert (second.source, second.output) == ("print(2)\n", "2\n")
 
@@ -138,7 +138,7 @@ class TestBlocks:
     )
     def test_a_block_that_nothing_would_check_is_refused(self, page: str) -> None:
         with pytest.raises(ValueError, match="line 1"):
-            parse_blocks(page)
+            parse_blocks(page, "page")
 
     @pytest.mark.parametrize(
         ("output", "missing"),

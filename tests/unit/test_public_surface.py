@@ -21,7 +21,7 @@ from pytest_dcp import errors
 from pytest_dcp.checkpoint import StepError
 
 ROOT = Path(pytest_dcp.__file__).parent
-README = ROOT.parent / "README.md"
+PAGES = [ROOT.parent / "README.md", *sorted((ROOT / "guide").glob("*.md"))]
 PUBLIC = ("pytest_dcp", "pytest_dcp.checkpoint", "pytest_dcp.faults", "pytest_dcp.properties")
 BESIDE = (
     "pytest_dcp.checkpoint.state_dict",
@@ -107,8 +107,9 @@ def defined_names() -> set[str]:
 
 
 def manual_names() -> set[str]:
-    """Words of the manual's code, up to the chapter on how it is built."""
-    text = README.read_text().partition("\n## How it is built")[0]
+    """Words of the manual's code, but for the page on how it is built and the changelog."""
+    shown = (page for page in PAGES if page.stem not in ("architecture", "changelog"))
+    text = "\n".join(page.read_text() for page in shown)
     blocks = re.findall(r"```.*?```", text, re.S)
     code = [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
     return {word for part in code for word in re.findall(r"[A-Za-z_]\w+", part)}
