@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.torch_names import names_of_torch
 from pytest_dcp._engine.verbs.save import Save, save, save_state_dict, save_team
-from pytest_dcp._engine.verbs.torch_arguments import plain_state
+from pytest_dcp._engine.verbs.torch_arguments import resolve_stateful
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
 
-_stateful_to_state_dict = plain_state
+_stateful_to_state_dict = resolve_stateful
 """Torch's name for it, which other libraries import."""
 
 

@@ -38,7 +38,7 @@ from pytest_dcp.faults.injection.injection import Injection, problems
 from pytest_dcp.faults.injection.injector import Armed, Injector, RootWatcher
 from pytest_dcp.faults.kinds.base import Fault
 from pytest_dcp.faults.state_differences import blank, differences, plain
-from pytest_dcp.faults.tap import watching
+from pytest_dcp.faults.tap import watch_operations
 
 Writer = TypeVar("Writer", bound=StorageWriter)
 Reader = TypeVar("Reader", bound=StorageReader)
@@ -279,7 +279,7 @@ class FaultyStorage:
             raise FaultError("\n".join(wrong))
 
     def __reduce__(self) -> tuple[Callable[..., FaultyStorage], tuple[Any, ...]]:
-        return _arrived, (self._roots, self._folder, self._injected, self._search)
+        return _unpickle_storage, (self._roots, self._folder, self._injected, self._search)
 
     def _arm(self, injected: Injected) -> None:
         injection = injected.injection
@@ -294,10 +294,12 @@ class FaultyStorage:
             if real not in self._watched:
                 self._watched.add(real)
                 watcher = RootWatcher(self._injector, real)
-                self._watching.enter_context(watching([real], watcher, rank=self._injector.rank))
+                self._watching.enter_context(
+                    watch_operations([real], watcher, rank=self._injector.rank)
+                )
 
 
-def _arrived(
+def _unpickle_storage(
     roots: list[Path], folder: Path, injected: list[Injected], search: Search
 ) -> FaultyStorage:
     """The same storage in another process, with the injections that were made before it left."""

@@ -33,7 +33,13 @@ from pytest_dcp.properties.optimizers import OptimizerSpec, optimizers
 from pytest_dcp.properties.parallel import ParallelPlan, any_plans, fsdp_plans, parallel_plans
 from pytest_dcp.properties.placed import Placed
 from pytest_dcp.properties.placed_modules import ModuleRun, PlacedModule
-from pytest_dcp.properties.state_dicts import PlacedState, StateSpec, Tied, state_dicts, values
+from pytest_dcp.properties.state_dicts import (
+    PlacedState,
+    SameTensor,
+    StateSpec,
+    state_dicts,
+    values,
+)
 from pytest_dcp.properties.suite import StorageSuite
 from pytest_dcp.properties.tensors import TensorSpec, shapes, tensor_specs, tensors
 
@@ -52,7 +58,7 @@ __all__ = [
     "arrangements",
     "StateSpec",
     "PlacedState",
-    "Tied",
+    "SameTensor",
     "Placed",
     "values",
     "state_dicts",

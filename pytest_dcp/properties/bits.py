@@ -51,7 +51,7 @@ def flip(tensor: torch.Tensor) -> None:
 def tensor_of(bits: Bits, dtype: torch.dtype, memory: Memory = "contiguous") -> torch.Tensor:
     """A CPU tensor that holds these bits and lies in its storage as asked."""
     shape = bits.shape[:-1]
-    strides, start, length = _laid(shape, memory)
+    strides, start, length = _lay_out(shape, memory)
     storage = np.full((length, dtype.itemsize), GAP, dtype=np.uint8)
     if dtype == torch.bool:
         storage &= 1
@@ -65,7 +65,7 @@ def tensor_of(bits: Bits, dtype: torch.dtype, memory: Memory = "contiguous") -> 
     return torch.from_numpy(storage.reshape(-1)).view(dtype).as_strided(shape, strides, start)
 
 
-def _laid(shape: tuple[int, ...], memory: Memory) -> tuple[tuple[int, ...], int, int]:
+def _lay_out(shape: tuple[int, ...], memory: Memory) -> tuple[tuple[int, ...], int, int]:
     """Strides, first element and length of the storage, in elements."""
     step = 2 if memory == "stepped" else 1
     sides = shape if memory == "transposed" else shape[::-1]

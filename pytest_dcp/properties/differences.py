@@ -79,18 +79,18 @@ def _differences(fqn: str, actual: Any, expected: Any) -> Iterator[Difference]:
         for position in range(max(len(one), len(other))):
             yield from _entry(_below(fqn, position), position, one, other)
     elif _kind(actual) != _kind(expected):
-        yield Difference(fqn, rank(), "kind", _shown(actual), _shown(expected))
+        yield Difference(fqn, rank(), "kind", _describe(actual), _describe(expected))
     elif not _same_value(actual, expected):
-        yield Difference(fqn, rank(), "value", _shown(actual), _shown(expected))
+        yield Difference(fqn, rank(), "value", _describe(actual), _describe(expected))
 
 
 def _entry(
     fqn: str, key: Any, actual: Mapping[Any, Any], expected: Mapping[Any, Any]
 ) -> Iterator[Difference]:
     if key not in actual:
-        yield Difference(fqn, rank(), "missing", "nothing", _shown(expected[key]))
+        yield Difference(fqn, rank(), "missing", "nothing", _describe(expected[key]))
     elif key not in expected:
-        yield Difference(fqn, rank(), "unexpected", _shown(actual[key]), "nothing")
+        yield Difference(fqn, rank(), "unexpected", _describe(actual[key]), "nothing")
     else:
         yield from _differences(fqn, actual[key], expected[key])
 
@@ -108,7 +108,7 @@ def _tensors(fqn: str, actual: torch.Tensor, expected: torch.Tensor) -> Iterator
             return
     if actual.is_meta or expected.is_meta:
         if actual.is_meta != expected.is_meta:
-            yield Difference(fqn, rank(), "kind", _shown(actual), _shown(expected))
+            yield Difference(fqn, rank(), "kind", _describe(actual), _describe(expected))
         return
     yield from _bits(fqn, actual, expected)
 
@@ -119,7 +119,7 @@ def _bits(fqn: str, actual: torch.Tensor, expected: torch.Tensor) -> Iterator[Di
         return
     parts = []
     for one, other in ((actual, expected), (expected, actual)):
-        bits = _shaped(bits_of(local_of(one)), local_of(one))
+        bits = _reshape_bits(bits_of(local_of(one)), local_of(one))
         whole = isinstance(other, DTensor) and not isinstance(one, DTensor)
         parts.append(part_of(bits, places) if whole else bits)
     got, wanted = parts
@@ -148,7 +148,7 @@ def _places(tensor: torch.Tensor) -> Places | None:
     return places_of(tensor.shape, tensor.device_mesh.shape, coordinate, tensor.placements)
 
 
-def _shaped(bits: Bits, tensor: torch.Tensor) -> Bits:
+def _reshape_bits(bits: Bits, tensor: torch.Tensor) -> Bits:
     return bits.reshape(*tensor.shape, tensor.dtype.itemsize)
 
 
@@ -174,7 +174,7 @@ def _same_value(actual: Any, expected: Any) -> bool:
     return bool(actual == expected)
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         layout = f" {value.placements}" if isinstance(value, DTensor) else ""
         return f"{type(value).__name__} {tuple(value.shape)} {value.dtype} {value.device}{layout}"

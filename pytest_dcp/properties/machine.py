@@ -42,7 +42,7 @@ def _of(strategy: Callable[[CheckpointMachine], st.SearchStrategy[Any]]) -> Any:
     return st.runner().flatmap(strategy)
 
 
-def _arranged(machine: CheckpointMachine) -> st.SearchStrategy[Layouts]:
+def _layouts_for(machine: CheckpointMachine) -> st.SearchStrategy[Layouts]:
     # One rank may have no world, and so no mesh.
     size = machine.world_size
     return arrangements(world_size=size) if size > 1 else st.just((Layout(),))
@@ -52,7 +52,7 @@ _PLACE = st.sampled_from(PLACES)
 _WHICH = st.integers(0, 999)
 """Picks one of what is held. Not drawn from what is held: a crash leaves the old or the new as the
 ranks' threads happened to meet, and draws must be the same each time that an example is run."""
-_RANKS = _of(_arranged)
+_RANKS = _of(_layouts_for)
 _STATE = _of(lambda machine: machine.states)
 _MODEL = _of(lambda machine: st.sampled_from(machine.models))
 
@@ -124,7 +124,7 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, ranks=_RANKS)
     def load(self, which: int, ranks: Layouts) -> None:
         """Load, in other layouts and by other ranks."""
-        place = _picked("place", self.held, which)
+        place = _pick("place", self.held, which)
         placed = self.held[place].on(*ranks)
         enter(placed)
         load(self.dcp, placed, self.root / place, f"loading {place}")
@@ -132,9 +132,9 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, which_key=_WHICH, ranks=_RANKS)
     def load_a_part(self, which: int, which_key: int, ranks: Layouts) -> None:
         """Load some keys alone."""
-        place = _picked("place", self.held, which)
+        place = _pick("place", self.held, which)
         state = self.held[place]
-        key = _picked("key", state.tree, which_key)
+        key = _pick("key", state.tree, which_key)
         placed = state.on(*ranks)
         enter(placed)
         load_part(self.dcp, placed, {key}, self.root / place)
@@ -142,7 +142,7 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, before=_RANKS, after=_RANKS)
     def reshard(self, which: int, before: Layouts, after: Layouts) -> None:
         """Load from one folder, and save to the other in another layout."""
-        place = _picked("place", self.held, which)
+        place = _pick("place", self.held, which)
         other = next(one for one in PLACES if one != place)
         state = self.held[place]
         one, two = state.on(*before), state.on(*after)
@@ -174,7 +174,7 @@ class CheckpointMachine(RuleBasedStateMachine):
         return True
 
 
-def _picked(what: str, names: Iterable[str], which: int) -> str:
+def _pick(what: str, names: Iterable[str], which: int) -> str:
     found = sorted(names)
     picked = found[which % len(found)]
     note(f"{what}: {picked!r}")

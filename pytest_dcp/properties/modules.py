@@ -115,7 +115,7 @@ class Buffers(Mlp):
         return super().forward(x) * self.scale
 
 
-class Tied(nn.Module):
+class TiedModule(nn.Module):
     """An embedding, and a head that has the same weight."""
 
     def __init__(self, width: int) -> None:
@@ -165,7 +165,7 @@ _KINDS: dict[Kind, type[nn.Module]] = {
     "mlp": Mlp,
     "frozen": Frozen,
     "buffers": Buffers,
-    "tied": Tied,
+    "tied": TiedModule,
     "transformer": Transformer,
     "convolution": Convolution,
 }

@@ -34,7 +34,7 @@ class Placed(Protocol):
         """This rank's state dict, new each time; on "meta" without any values."""
 
 
-def emptied(state: Any) -> Any:
+def empty_state(state: Any) -> Any:
     """The same containers around the same tensors, no value left.
 
     Every bit of every tensor is inverted in place, each memory once; other values become None.

@@ -15,7 +15,7 @@ from pytest_dcp.properties.tensors import TensorSpec, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
-class Tied:
+class SameTensor:
     """The same tensor object as another of the state's top level."""
 
     to: str
@@ -31,9 +31,9 @@ class StateSpec:
 
     def build(self, tensor: Callable[[TensorSpec], Any] = TensorSpec.build) -> dict[str, Any]:
         """The state dict, each tensor made by `tensor`, in the order of the tree."""
-        built: dict[str, Any] = _built(self.tree, tensor)
+        built: dict[str, Any] = _build(self.tree, tensor)
         return {
-            key: built[value.to] if isinstance(value, Tied) else value
+            key: built[value.to] if isinstance(value, SameTensor) else value
             for key, value in built.items()
         }
 
@@ -117,7 +117,7 @@ def state_dicts(
     top = [key for key, value in tree.items() if isinstance(value, TensorSpec)]
     tied = draw(st.none() | st.sampled_from(top))
     if tied is not None:
-        tree["tied"] = Tied(tied)
+        tree["tied"] = SameTensor(tied)
     return StateSpec(tree)
 
 
@@ -129,13 +129,13 @@ def _mappings(
     return some.map(lambda found: dict(zip(ascii_lowercase, found, strict=False)))
 
 
-def _built(value: Any, tensor: Callable[[TensorSpec], Any]) -> Any:
+def _build(value: Any, tensor: Callable[[TensorSpec], Any]) -> Any:
     if isinstance(value, TensorSpec):
         return tensor(value)
     if isinstance(value, dict):
-        return {key: _built(inner, tensor) for key, inner in value.items()}
+        return {key: _build(inner, tensor) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_built(inner, tensor) for inner in value]
+        return [_build(inner, tensor) for inner in value]
     return value
 
 

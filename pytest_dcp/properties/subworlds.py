@@ -139,12 +139,12 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -
         # Of the others some are no Exception: CheckpointException, and what pytest raises to skip.
         except BaseException as error:  # noqa: BLE001  # raised again below
             cause = error
-            (found.skips if _is_skip(error) else found.problems).append(_said(error))
+            (found.skips if _is_skip(error) else found.problems).append(_describe(error))
         with _telling(cause):
-            everywhere = _gathered(found)
+            everywhere = _gather_findings(found)
         going_on = everywhere.goes_on
         if everywhere.problems:
-            broken = LawError(_told(title, everywhere.problems))
+            broken = LawError(_list_problems(title, everywhere.problems))
             set_cause(broken, cause)
             raise broken
         if everywhere.skips:
@@ -169,7 +169,7 @@ class _Findings:
     """Whether another stage follows."""
 
 
-def _gathered(found: _Findings) -> _Findings:
+def _gather_findings(found: _Findings) -> _Findings:
     """What all ranks have found, each once; one small message where no rank has anything."""
     if not dist.is_initialized():
         return found
@@ -203,7 +203,7 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
         cause = error
     said: list[str | None] = [None] * dist.get_world_size(group)
     with _telling(cause):
-        dist.all_gather_object(said, None if cause is None else _said(cause), group=group)
+        dist.all_gather_object(said, None if cause is None else _describe(cause), group=group)
     if cause is not None:
         raise cause
     for number, text in enumerate(said):
@@ -232,7 +232,7 @@ def _telling(error: BaseException | None) -> Iterator[None]:
     except Exception as failed:  # noqa: BLE001 - told below: the first error is the cause
         in_vain = failed
     if in_vain is not None:
-        error.add_note(f"The other ranks did not hear of this: {_said(in_vain)}")
+        error.add_note(f"The other ranks did not hear of this: {_describe(in_vain)}")
         raise error
 
 
@@ -250,10 +250,10 @@ def _skip(text: str, cause: BaseException | None) -> NoReturn:
     pytest.skip(text.partition(": ")[2])
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     return text if len(text) <= TEXT_LIMIT else f"...{text[-TEXT_LIMIT:]}"
 
 
-def _told(title: str, problems: list[str]) -> str:
+def _list_problems(title: str, problems: list[str]) -> str:
     return "\n  ".join([f"{title}:", *(problem.replace("\n", "\n  ") for problem in problems)])

@@ -36,7 +36,7 @@ class TensorSpec:
     def bits(self) -> Bits:
         """The bits of all elements."""
         if self.content == "counting":
-            return _counting(self)
+            return _count_up(self)
         rng = np.random.default_rng(self.seed)
         if self.content == "special":
             bits = _special(self, rng)
@@ -87,7 +87,7 @@ _COUNTS_TO = 100
 """Few dtypes tell more numbers apart, and a person reads these."""
 
 
-def _counting(spec: TensorSpec) -> Bits:
+def _count_up(spec: TensorSpec) -> Bits:
     numbers = torch.arange(prod(spec.shape)).add_(spec.seed).remainder_(_COUNTS_TO).add_(1)
     if spec.dtype == torch.float4_e2m1fn_x2:
         # Nothing can be converted to it: two numbers of four bits share each byte.

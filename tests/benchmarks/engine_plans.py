@@ -38,10 +38,10 @@ from torch.distributed.checkpoint.planner import (
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate.parcel import pack, unpack
 from pytest_dcp._engine.format import metadata_file
-from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, Places
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import index_of
-from pytest_dcp._engine.verbs.save_messages import arrived, homeward
+from pytest_dcp._engine.verbs.save_messages import compress_plan, expand_plan
 
 TENSORS = 1_000
 COLUMNS = 1_024
@@ -103,8 +103,10 @@ class OurStep:
         plans = [unpack(parcel) for parcel in self.parcels]
         joined, self.metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
         told = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
-        replies = [pack(homeward(plan, local)) for plan, local in zip(told, plans, strict=True)]
-        arrived(unpack(replies[0]), self.plan)
+        replies = [
+            pack(compress_plan(plan, local)) for plan, local in zip(told, plans, strict=True)
+        ]
+        expand_plan(unpack(replies[0]), self.plan)
 
 
 @dataclass
@@ -199,13 +201,13 @@ def big_catalog(tensors: int, chunk_bytes: int, folder: Path) -> Catalog:
     )
 
 
-def _places(tensors: int, chunk_bytes: int) -> Places:
+def _places(tensors: int, chunk_bytes: int) -> EntryPlaces:
     chunks = tensors * CHUNKS
     rank, number = np.arange(chunks) % CHUNKS, np.arange(chunks) // CHUNKS
     length = np.full(chunks, chunk_bytes + ENTRY_EXTRA_BYTES, dtype=np.int64)
     start = number * length
     blocks = chunk_bytes // BLOCK_BYTES
-    return Places(
+    return EntryPlaces(
         files=tuple(f"__{rank}_0_0123456789ab.distcp" for rank in range(CHUNKS)),
         file=rank.astype(np.int32),
         start=start,

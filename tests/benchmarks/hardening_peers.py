@@ -22,8 +22,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous, team_of
-from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode, encode
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.reception import Address, Hello, greet, reception
 from pytest_dcp._engine.coordinate.spoke import connect
 
@@ -161,10 +161,10 @@ def run_peers(peers: int, steps: int) -> None:
     print("ready", flush=True)
     address = Address.decode(sys.stdin.readline().encode())
     with selectors.DefaultSelector() as selector:
-        lines: dict[int, Line] = {}
+        lines: dict[int, Connection] = {}
         for number in (1, 2):
             for rank in range(1, peers + 1):
-                line = lines[rank] if number > 1 else Line(connect(address))
+                line = lines[rank] if number > 1 else Connection(connect(address))
                 lines[rank] = line
                 greet(line, Hello(group, OPERATION, number, rank), address.key())
                 selector.register(line, selectors.EVENT_READ, line)
@@ -177,19 +177,19 @@ def run_peers(peers: int, steps: int) -> None:
             line.close()
 
 
-def _run_steps(lines: Collection[Line], selector: selectors.BaseSelector, steps: int) -> None:
+def _run_steps(lines: Collection[Connection], selector: selectors.BaseSelector, steps: int) -> None:
     for step in range(steps + 1):
         head = Head(step + 1, Mode.AGREE, f"step {step}")
-        pieces = encode(Frame(Kind.VALUE, head))
+        pieces = encode(Frame(FrameKind.VALUE, head))
         for line in lines:
             line.queue_encoded(pieces)
             line.flush()
         waiting = set(lines)
         while waiting:
             for key, _ in selector.select():
-                line: Line = key.data
+                line: Connection = key.data
                 line.receive()
-                if any(frame.kind is Kind.RESULT for frame in line.frames):
+                if any(frame.kind is FrameKind.RESULT for frame in line.frames):
                     waiting.discard(line)
                 line.frames.clear()
                 if line.over:  # after the last step

@@ -15,7 +15,7 @@ from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
 from pytest_dcp._harness.lockstep.messages import (
     Choice,
     Entry,
-    Line,
+    ShownLine,
     SpanEnd,
     SpanStart,
     add_to_checksum,
@@ -38,7 +38,7 @@ entries = st.lists(
     choices
     | st.builds(SpanStart, st.integers())
     | st.builds(SpanEnd, st.booleans())
-    | st.builds(Line, st.text()),
+    | st.builds(ShownLine, st.text()),
     max_size=10,
 )
 
@@ -53,7 +53,7 @@ def encode(entry: Entry) -> bytes:
             return encode_choice(kind, constraints, value, forced)
         case SpanStart(mark) | SpanEnd(mark):
             return encode_span(mark)
-        case Line(text):
+        case ShownLine(text):
             return encode_line(text)
 
 
@@ -95,7 +95,7 @@ def test_intervals_of_text_strategies_are_read() -> None:
     [
         b"cnomodule\nnothing\n.",
         b"cos\nsystem\n(S'exit 3'\ntR.",
-        pickle.dumps(Line),
+        pickle.dumps(ShownLine),
         pickle.dumps((1, 2)),
         pickle.dumps(("integer", None, 1, False)),
         pickle.dumps([]),
@@ -106,7 +106,7 @@ def test_intervals_of_text_strategies_are_read() -> None:
 )
 def test_what_is_no_entry_ends_the_record_and_is_not_run(damage: bytes) -> None:
     good = encode_line("one")
-    assert decode(good + damage + good) == [Line("one")]
+    assert decode(good + damage + good) == [ShownLine("one")]
 
 
 def test_equal_choices_are_equal_bytes() -> None:
@@ -129,7 +129,7 @@ def test_ranks_that_drew_the_same_have_not_diverged(written: list[Entry]) -> Non
 
 
 def test_spans_and_lines_are_no_divergence() -> None:
-    ranks = {0: [SpanStart(1), integer(5), SpanEnd(False)], 1: [Line("rank 1"), integer(5)]}
+    ranks = {0: [SpanStart(1), integer(5), SpanEnd(False)], 1: [ShownLine("rank 1"), integer(5)]}
     assert divergence(ranks, ended=True) == ""
 
 
@@ -156,9 +156,9 @@ def test_one_that_drew_less_has_diverged_only_when_all_have_ended(ended: bool) -
 def test_lines_of_the_deciding_rank_come_first_and_others_once() -> None:
     call = "Failing test case: test(\n    rank={},\n)"
     ranks = {
-        0: [Line(call.format(0)), Line("same"), Line("mine")],
-        1: [Line(call.format(1)), Line("same"), Line("odd")],
-        2: [Line(call.format(2)), Line("same"), Line("odd")],
+        0: [ShownLine(call.format(0)), ShownLine("same"), ShownLine("mine")],
+        1: [ShownLine(call.format(1)), ShownLine("same"), ShownLine("odd")],
+        2: [ShownLine(call.format(2)), ShownLine("same"), ShownLine("odd")],
     }
     assert merged_lines(ranks, first=0) == [call.format(0), "same", "mine", "ranks 1, 2: odd"]
     assert merged_lines({}, first=0) == []

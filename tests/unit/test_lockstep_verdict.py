@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from pytest_dcp._harness.lockstep.messages import Choice, Entry, Property, Reply, Status
-from pytest_dcp._harness.lockstep.verdict import Verdict, awaited, drew_the_same, judge, reply_of
+from pytest_dcp._harness.lockstep.verdict import (
+    ExampleVerdict,
+    drew_the_same,
+    find_property,
+    judge,
+    reply_of,
+)
 from pytest_dcp._harness.protocol.group_use import GroupUse
 from pytest_dcp._harness.protocol.messages import Done
 from pytest_dcp._harness.world.outcome import Outcome, combine
@@ -34,7 +40,7 @@ def verdict_of(
     *failures: RankFailure,
     size: int = 2,
     records: Mapping[int, Sequence[Entry]] | None = None,
-) -> Verdict:
+) -> ExampleVerdict:
     """Ranks without a reply were not heard of."""
     words = {"valid": "passed", "interesting": "failed", "invalid": "passed", "overrun": "passed"}
     done = {
@@ -188,8 +194,8 @@ OTHER = Property("other", {}, b"2", None)
 
 
 def test_ranks_wait_for_the_same_property() -> None:
-    assert awaited(outcome_of(ONE, ONE)) == ONE
-    assert awaited(outcome_of(None, None)) is None
+    assert find_property(outcome_of(ONE, ONE)) == ONE
+    assert find_property(outcome_of(None, None)) is None
 
 
 @pytest.mark.parametrize(
@@ -199,6 +205,6 @@ def test_ranks_wait_for_the_same_property() -> None:
 def test_ranks_in_different_properties_have_diverged(
     pair: tuple[Property, Property | None], said: str
 ) -> None:
-    outcome = awaited(outcome_of(*pair))
+    outcome = find_property(outcome_of(*pair))
     assert isinstance(outcome, Outcome)
     assert said in outcome.reason

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.world.stacks import Frame, doing, main_thread, trimmed
+from pytest_dcp._harness.world.stacks import StackFrame, describe_activity, main_thread, trim_runner
 
 SITE = "/venv/lib/python3.11/site-packages"
 C10D = f"{SITE}/torch/distributed/distributed_c10d.py"
@@ -56,43 +56,45 @@ def test_frames_come_innermost_first_with_file_line_and_name() -> None:
     frames = main_thread(dump((C10D, "barrier"), (TEST, "test_step")))
     line = dump.__code__.co_firstlineno + 6
     assert frames[:3] == [
-        Frame(C10D, 2, "barrier"),
-        Frame(TEST, 2, "test_step"),
-        Frame(__file__, line, "dump"),
+        StackFrame(C10D, 2, "barrier"),
+        StackFrame(TEST, 2, "test_step"),
+        StackFrame(__file__, line, "dump"),
     ]
 
 
 def test_a_rank_in_user_code_is_named_by_its_line() -> None:
-    assert doing(dump((TEST, "helper"), (TEST, "test_step"))) == f"at {TEST}:2 in helper"
+    assert (
+        describe_activity(dump((TEST, "helper"), (TEST, "test_step"))) == f"at {TEST}:2 in helper"
+    )
 
 
 def test_a_rank_in_a_library_is_named_by_the_user_s_line_that_called_it() -> None:
     trace = dump(("/usr/lib/python3.11/threading.py", "wait"), (f"{SITE}/a.py", "b"), (TEST, "f"))
-    assert doing(trace) == f"at {TEST}:2 in f"
+    assert describe_activity(trace) == f"at {TEST}:2 in f"
 
 
 def test_a_rank_in_a_collective_is_named_by_it_and_by_the_user_s_line() -> None:
     trace = dump((C10D, "all_reduce"), (LOGGER, "wrapper"), (TEST, "helper"), (TEST, "test_step"))
-    assert doing(trace) == f"in all_reduce, at {TEST}:2 in helper"
+    assert describe_activity(trace) == f"in all_reduce, at {TEST}:2 in helper"
 
 
 def test_of_nested_collectives_the_one_that_the_user_called_is_named() -> None:
     trace = dump(
         (C10D, "all_gather"), (C10D, "all_gather_object"), (LOGGER, "wrapper"), (TEST, "t")
     )
-    assert doing(trace) == f"in all_gather_object, at {TEST}:2 in t"
+    assert describe_activity(trace) == f"in all_gather_object, at {TEST}:2 in t"
 
 
 @pytest.mark.parametrize(
     "file", [TEST, f"{SITE}/lightning/strategy.py", "/usr/lib/python3.11/q.py"]
 )
 def test_a_function_with_a_collective_s_name_is_none_outside_torch(file: str) -> None:
-    assert "in barrier, " not in doing(dump((file, "barrier"), (TEST, "test_step")))
+    assert "in barrier, " not in describe_activity(dump((file, "barrier"), (TEST, "test_step")))
 
 
 def test_a_user_s_call_back_inside_of_a_collective_is_where_the_rank_is() -> None:
     trace = dump((TEST, "__reduce__"), (C10D, "all_gather_object"), (TEST, "test_step"))
-    assert doing(trace) == f"at {TEST}:2 in __reduce__"
+    assert describe_activity(trace) == f"at {TEST}:2 in __reduce__"
 
 
 def test_a_rank_at_the_world_s_exchange_is_named_so() -> None:
@@ -102,11 +104,11 @@ def test_a_rank_at_the_world_s_exchange_is_named_so() -> None:
         (f"{HARNESS}/rank/world_fixture.py", "barrier"),
         (TEST, "test_step"),
     )
-    assert doing(trace) == f"in the world's exchange, at {TEST}:2 in test_step"
+    assert describe_activity(trace) == f"in the world's exchange, at {TEST}:2 in test_step"
 
 
 def test_a_rank_that_waits_for_orders_is_at_no_exchange() -> None:
-    text = doing(
+    text = describe_activity(
         dump((f"{HARNESS}/rank/main.py", "receive"), (f"{HARNESS}/rank/main.py", "_serve"))
     )
     assert "exchange" not in text
@@ -119,7 +121,7 @@ def test_a_stack_without_user_code_is_named_by_its_innermost_function() -> None:
             f'  File "{SITE}/a.py", line 1 in b',
         ]
     )
-    assert doing(trace) == "in synchronize"
+    assert describe_activity(trace) == "in synchronize"
 
 
 @pytest.mark.parametrize("between", [(), ("/usr/lib/python3.11/unittest/case.py",)])
@@ -127,7 +129,7 @@ def test_a_test_of_an_installed_suite_is_named_by_its_own_line(between: tuple[st
     files = [C10D, f"{SITE}/wheel/tests/test_step.py", *between, f"{SITE}/_pytest/python.py"]
     lines = [f'  File "{file}", line {i} in all_reduce' for i, file in enumerate(files, 1)]
     trace = "\n".join(["Current thread 0x00007f (most recent call first):", *lines])
-    assert doing(trace) == f"in all_reduce, at {files[1]}:2 in all_reduce"
+    assert describe_activity(trace) == f"in all_reduce, at {files[1]}:2 in all_reduce"
 
 
 def test_the_current_thread_is_meant_also_when_others_come_first_and_after() -> None:
@@ -149,9 +151,9 @@ def test_the_current_thread_is_meant_also_when_others_come_first_and_after() -> 
             thread.join()
     assert trace.count("Thread 0x") >= 2
     assert "/suite/t0.py" in trace
-    assert main_thread(trace)[0] == Frame(TEST, 2, "test_step")
+    assert main_thread(trace)[0] == StackFrame(TEST, 2, "test_step")
     assert not any(frame.file.startswith("/suite/t0") for frame in main_thread(trace))
-    assert doing(trace) == f"at {TEST}:2 in test_step"
+    assert describe_activity(trace) == f"at {TEST}:2 in test_step"
 
 
 def test_a_dump_from_another_thread_shows_that_one_and_not_the_main_thread() -> None:
@@ -161,7 +163,7 @@ def test_a_dump_from_another_thread_shows_that_one_and_not_the_main_thread() -> 
     )
     thread.start()
     thread.join()
-    assert doing(traces[0]) == "in send, at /suite/pipeline.py:2 in push"
+    assert describe_activity(traces[0]) == "in send, at /suite/pipeline.py:2 in push"
     here = sys._getframe().f_code.co_name
     assert here in traces[0]
     assert here not in [frame.name for frame in main_thread(traces[0])]
@@ -170,14 +172,14 @@ def test_a_dump_from_another_thread_shows_that_one_and_not_the_main_thread() -> 
 def test_a_stack_deeper_than_faulthandler_shows_is_read_as_far_as_it_goes() -> None:
     trace = dump((C10D, "recv"), *[(TEST, f"level{i}") for i in range(150)])
     assert "\n  ...\n" in trace
-    assert doing(trace) == f"in recv, at {TEST}:2 in level0"
+    assert describe_activity(trace) == f"in recv, at {TEST}:2 in level0"
     assert len(main_thread(trace)) == 100
-    assert "level97" in trimmed(trace)
+    assert "level97" in trim_runner(trace)
 
 
 def test_a_file_whose_name_holds_the_format_s_own_words_is_read_whole() -> None:
     odd = '/suite/", line 7 in x/test_é.py'
-    assert doing(dump((odd, "test_step"))).endswith(":2 in test_step")
+    assert describe_activity(dump((odd, "test_step"))).endswith(":2 in test_step")
 
 
 # What is left of stacks in a report.
@@ -193,7 +195,7 @@ def test_frames_of_the_machinery_below_the_test_are_cut() -> None:
         (f"{HARNESS}/rank/main.py", "_serve"),
         (f"{HARNESS}/launchers/zygote.py", "fork"),
     )
-    heading, *frames = trimmed(current_thread(trace)).splitlines()
+    heading, *frames = trim_runner(current_thread(trace)).splitlines()
     assert heading in trace
     assert frames == [
         f'  File "{C10D}", line 2 in all_reduce',
@@ -203,20 +205,20 @@ def test_frames_of_the_machinery_below_the_test_are_cut() -> None:
 
 def test_a_trace_without_machinery_stays_as_it_is() -> None:
     trace = 'Current thread 0x1 (most recent call first):\n  File "/a.py", line 2 in b'
-    assert trimmed(trace) == trace
+    assert trim_runner(trace) == trace
 
 
 def test_other_threads_are_kept() -> None:
     trace = HANG.replace("Current thread", THREAD + "Current thread")
-    assert "threading.py" in trimmed(trace)
-    assert doing(trimmed(trace)) == doing(trace)
+    assert "threading.py" in trim_runner(trace)
+    assert describe_activity(trim_runner(trace)) == describe_activity(trace)
 
 
 @pytest.mark.parametrize("trace", ["", "\n", "Fatal Python error: Segmentation fault\n"])
 def test_a_trace_without_frames_is_said_to_have_none(trace: str) -> None:
     assert main_thread(trace) == []
-    assert "no Python frame" in doing(trace)
-    assert trimmed(trace) == trace.rstrip("\n")
+    assert "no Python frame" in describe_activity(trace)
+    assert trim_runner(trace) == trace.rstrip("\n")
 
 
 # Dumps of real hangs: gloo on torch 2.13 under this plugin, the outer half left out.
@@ -314,13 +316,13 @@ HANGS = {
 
 @pytest.mark.parametrize(("trace", "what"), HANGS.values(), ids=HANGS)
 def test_a_real_hang_is_told_by_its_collective_and_line(trace: str, what: str) -> None:
-    assert doing(trace) == what
+    assert describe_activity(trace) == what
 
 
 @pytest.mark.parametrize(("trace", "what"), HANGS.values(), ids=HANGS)
 def test_a_trimmed_hang_says_the_same(trace: str, what: str) -> None:
     # Reports keep only the trimmed trace, and tell from it what the rank was doing.
-    assert doing(trimmed(trace)) == what
+    assert describe_activity(trim_runner(trace)) == what
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
@@ -328,16 +330,16 @@ def test_a_hang_outside_of_user_code_is_told_by_its_function_however_pytest_was_
     entry: str,
 ) -> None:
     trace = hang(DEBRIS) + entry
-    assert doing(trace) == "in _rmtree_safe_fd"
-    assert doing(trimmed(trace)) == doing(trace)
-    assert "_multicall" not in trimmed(trace)
+    assert describe_activity(trace) == "in _rmtree_safe_fd"
+    assert describe_activity(trim_runner(trace)) == describe_activity(trace)
+    assert "_multicall" not in trim_runner(trace)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_a_hang_in_the_runner_itself_keeps_the_frame_that_says_so(entry: str) -> None:
     trace = hang(f'  File "{SITE}/_pytest/pathlib.py", line 157 in rm_rf\n') + entry
-    assert doing(trace) == "in rm_rf"
-    assert doing(trimmed(trace)) == "in rm_rf"
+    assert describe_activity(trace) == "in rm_rf"
+    assert describe_activity(trim_runner(trace)) == "in rm_rf"
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
@@ -348,29 +350,29 @@ def test_a_hang_in_a_fixture_of_ours_is_told_by_its_collective_however_pytest_wa
     trace = (
         hang(f'{init}  File "{HARNESS}/controller/fixtures.py", line 80 in device_mesh\n') + entry
     )
-    assert doing(trace).startswith("in init_device_mesh")
-    assert "<module>" not in doing(trace)
-    assert doing(trimmed(trace)) == doing(trace)
+    assert describe_activity(trace).startswith("in init_device_mesh")
+    assert "<module>" not in describe_activity(trace)
+    assert describe_activity(trim_runner(trace)) == describe_activity(trace)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_a_hang_in_user_code_is_trimmed_alike_however_pytest_was_started(entry: str) -> None:
-    assert trimmed(HANG + entry) == trimmed(HANG)
-    assert doing(HANG + entry) == doing(HANG)
+    assert trim_runner(HANG + entry) == trim_runner(HANG)
+    assert describe_activity(HANG + entry) == describe_activity(HANG)
 
 
 @pytest.mark.parametrize(("trace", "_"), HANGS.values(), ids=HANGS)
 def test_a_trimmed_hang_keeps_every_user_frame_and_ends_there(trace: str, _: str) -> None:
     user = re.findall(r'File "/suite/.*', trace)
-    assert re.findall(r'File "/suite/.*', trimmed(trace)) == user
-    assert "_pytest" not in trimmed(trace)
-    assert "pluggy" not in trimmed(trace)
-    assert "runpy" not in trimmed(trace)
+    assert re.findall(r'File "/suite/.*', trim_runner(trace)) == user
+    assert "_pytest" not in trim_runner(trace)
+    assert "pluggy" not in trim_runner(trace)
+    assert "runpy" not in trim_runner(trace)
 
 
 def test_files_below_the_root_are_named_as_they_lie_in_it() -> None:
     trace = dump((TEST, "helper"), (TEST, "test_step"))
     root, name = TEST.rsplit("/", 1)
-    assert doing(trace, root) == f"at {name}:2 in helper"
-    assert doing(trace, root[:-1]) == f"at {TEST}:2 in helper"
-    assert doing(trace, "/elsewhere") == f"at {TEST}:2 in helper"
+    assert describe_activity(trace, root) == f"at {name}:2 in helper"
+    assert describe_activity(trace, root[:-1]) == f"at {TEST}:2 in helper"
+    assert describe_activity(trace, "/elsewhere") == f"at {TEST}:2 in helper"

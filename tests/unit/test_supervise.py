@@ -47,9 +47,9 @@ from pytest_dcp._harness.world.rank_states import (
     Continue,
     Dump,
     Interrupt,
-    Kill,
+    KillRank,
     Send,
-    Stop,
+    StopRank,
     exit_text,
 )
 from pytest_dcp._harness.world.requested_deaths import OWED_S
@@ -224,10 +224,10 @@ class Replay:
             self.log.append((self.now, action))
             if action.rank in self._unkillable:
                 continue
-            if isinstance(action, Kill):
+            if isinstance(action, KillRank):
                 self._push(self.now + DYING_S, Ends(action.rank, -signal.SIGKILL))
-            elif isinstance(action, Stop | Continue):
-                stopped = isinstance(action, Stop)
+            elif isinstance(action, StopRank | Continue):
+                stopped = isinstance(action, StopRank)
                 self._push(self.now + DYING_S, Halts(action.rank, stopped))
 
     # What tests ask.
@@ -307,7 +307,7 @@ def test_phases_follow_each_other_and_the_second_forgets_the_first() -> None:
     replay.play([(T0 + 1.5, Says(0, torn)), (T0 + 9, Says(1, torn))])
     # The grace of the first phase's failure would have ended rank 1 at T0 + 2.
     assert replay.failures == []
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
 
 
 @pytest.mark.parametrize("outcome", ["exit", "interrupt"])
@@ -315,7 +315,7 @@ def test_a_rank_that_stops_the_session_gives_its_peers_the_grace(outcome: RankOu
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, done(outcome=outcome)))])
     assert replay.failures == [(1, "blocked")]
-    assert replay.ordered(Kill) == [(T0 + 1 + GRACE_S + STACKS_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 1 + GRACE_S + STACKS_S, 1)]
 
 
 @pytest.mark.parametrize("outcome", ["skipped", "xfailed"])
@@ -352,7 +352,7 @@ def test_a_boot_that_is_late_after_the_imports_failed() -> None:
     replay = booting()
     replay.play([(T0 + 500, Says(rank, READY)) for rank in (0, 1)])
     assert replay.failures == [(0, "timeout"), (1, "timeout")]
-    assert replay.ordered(Kill)[0][0] == T0 + 500 + 120 + STACKS_S
+    assert replay.ordered(KillRank)[0][0] == T0 + 500 + 120 + STACKS_S
     assert replay.summary(0) == "still in boot"
     assert not replay.supervisor.prepared_too_long
 
@@ -361,7 +361,7 @@ def test_a_rank_that_imports_without_end_is_killed_and_the_report_says_what_it_d
     replay = booting()
     replay.play([(T0 + 1, Says(0, IMPORTING)), (T0 + 2, Says(1, READY))])
     assert replay.failures == [(0, "timeout"), (1, "timeout")]
-    assert replay.ordered(Kill)[0][0] == T0 + PREPARE_S + STACKS_S
+    assert replay.ordered(KillRank)[0][0] == T0 + PREPARE_S + STACKS_S
     assert (replay.summary(0), replay.summary(1)) == ("still importing torch", "still in boot")
     assert replay.supervisor.prepared_too_long
 
@@ -388,7 +388,7 @@ def test_a_rank_that_reports_its_failure_is_not_killed_for_its_peer_s() -> None:
     said = [(T0 + 1, Says(0, FAILED)), (T0 + 1, Says(1, REPORTING)), (T0 + 9, Says(1, FAILED))]
     replay.play(said)
     assert replay.failures == [(0, "failed"), (2, "blocked"), (1, "failed")]
-    assert replay.ordered(Kill) == [(T0 + 1 + GRACE_S + STACKS_S, 2)]
+    assert replay.ordered(KillRank) == [(T0 + 1 + GRACE_S + STACKS_S, 2)]
     assert replay.ordered(Dump) == [(T0 + 1 + GRACE_S, 2)]
 
 
@@ -397,7 +397,7 @@ def test_a_rank_that_reports_its_failure_may_do_so_beyond_the_time_limit() -> No
     reporting = [(T0 + LIMIT_S - 1, Says(1, REPORTING)), (T0 + LIMIT_S + 9, Says(1, FAILED))]
     replay.play(reporting)
     assert replay.failures == [(0, "timeout"), (1, "failed")]
-    assert replay.ordered(Kill) == [(T0 + LIMIT_S + STACKS_S, 0)]
+    assert replay.ordered(KillRank) == [(T0 + LIMIT_S + STACKS_S, 0)]
 
 
 @pytest.mark.parametrize("since", [1, LIMIT_S - 1])
@@ -408,7 +408,7 @@ def test_a_report_without_end_is_ended_and_what_it_is_of_is_told(since: float) -
         assert replay.failures == [(0, "failed"), (1, "blocked")]
         return
     assert replay.failures == [(0, "failed"), (1, "failed")]
-    assert replay.ordered(Kill) == [(T0 + since + REPORT_S + STACKS_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + since + REPORT_S + STACKS_S, 1)]
     assert replay.summary(1).startswith("ValueError: 3 (killed: it wrote the report of that for ")
     assert [f.at_s for f in replay.supervisor.failures if f.rank == 1] == [99.5]
 
@@ -417,7 +417,7 @@ def test_a_report_without_end_of_the_only_failure_is_ended() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(1, REPORTING)), (T0 + 2, Says(0, PASSED))])
     assert replay.failures == [(1, "failed")]
-    assert replay.ordered(Kill) == [(T0 + LIMIT_S + STACKS_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + LIMIT_S + STACKS_S, 1)]
 
 
 def test_a_rank_that_dies_while_it_reports_its_failure_is_told_with_it() -> None:
@@ -445,7 +445,7 @@ def test_the_time_for_a_report_stands_still_while_a_rank_has_the_terminal() -> N
     said = [(T0 + 1, Says(0, FAILED)), (T0 + 1, Says(1, REPORTING)), *debugged(1.5, 900, 1)]
     replay.play([*said, (T0 + 910, Says(1, FAILED))])
     assert replay.failures == [(0, "failed"), (1, "failed")]
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
 
 
 def test_the_next_phase_forgets_where_ranks_were() -> None:
@@ -471,8 +471,8 @@ def test_after_a_failure_peers_get_the_grace_then_their_stacks_are_taken_then_th
     assert replay.log == [
         (dumped, Dump(0)),
         (dumped, Dump(2)),
-        (killed, Kill(0)),
-        (killed, Kill(2)),
+        (killed, KillRank(0)),
+        (killed, KillRank(2)),
     ]
     assert replay.failures == [(1, "failed"), (0, "blocked"), (2, "blocked")]
     assert replay.now == killed + DYING_S
@@ -501,7 +501,7 @@ def test_a_peer_that_ends_while_its_stacks_are_taken_is_left_alone() -> None:
     dumped = T0 + 2 + GRACE_S
     replay.play([(T0 + 2, Says(1, FAILED)), (dumped + STACKS_S / 2, Says(0, PASSED))])
     assert replay.ordered(Dump) == [(dumped, 0), (dumped, 2)]
-    assert replay.ordered(Kill) == [(dumped + STACKS_S, 2)]
+    assert replay.ordered(KillRank) == [(dumped + STACKS_S, 2)]
 
 
 def test_a_second_failure_does_not_prolong_the_grace_of_the_first() -> None:
@@ -513,7 +513,7 @@ def test_a_second_failure_does_not_prolong_the_grace_of_the_first() -> None:
 def test_without_grace_the_stacks_are_taken_at_once() -> None:
     replay = Replay.calling(2, grace_s=0.0)
     replay.play([(T0 + 2, Says(1, FAILED))])
-    assert replay.log == [(T0 + 2, Dump(0)), (T0 + 2 + STACKS_S, Kill(0))]
+    assert replay.log == [(T0 + 2, Dump(0)), (T0 + 2 + STACKS_S, KillRank(0))]
 
 
 def test_ranks_that_run_at_the_limit_are_dumped_and_killed_and_the_others_are_not() -> None:
@@ -522,8 +522,8 @@ def test_ranks_that_run_at_the_limit_are_dumped_and_killed_and_the_others_are_no
     assert replay.log == [
         (T0 + 10, Dump(0)),
         (T0 + 10, Dump(2)),
-        (T0 + 10 + STACKS_S, Kill(0)),
-        (T0 + 10 + STACKS_S, Kill(2)),
+        (T0 + 10 + STACKS_S, KillRank(0)),
+        (T0 + 10 + STACKS_S, KillRank(2)),
     ]
     assert replay.failures == [(0, "timeout"), (2, "timeout")]
     assert replay.supervisor.idle == [1]
@@ -533,13 +533,13 @@ def test_a_rank_that_waits_at_an_exchange_at_the_limit_is_a_timeout_too() -> Non
     replay = Replay.calling(2, limit_s=10.0)
     replay.play([(T0 + 1, Says(1, Exchange("barrier()")))])
     assert sorted(replay.failures) == [(0, "timeout"), (1, "timeout")]
-    assert sorted(replay.ordered(Kill)) == [(T0 + 10 + STACKS_S, 0), (T0 + 10 + STACKS_S, 1)]
+    assert sorted(replay.ordered(KillRank)) == [(T0 + 10 + STACKS_S, 0), (T0 + 10 + STACKS_S, 1)]
 
 
 def test_a_limit_that_falls_into_the_grace_ends_it() -> None:
     replay = Replay.calling(2, limit_s=10.0)
     replay.play([(T0 + 9.75, Says(1, FAILED))])
-    assert replay.log == [(T0 + 10, Dump(0)), (T0 + 10 + STACKS_S, Kill(0))]
+    assert replay.log == [(T0 + 10, Dump(0)), (T0 + 10 + STACKS_S, KillRank(0))]
     assert replay.failures[0] == (1, "failed")
 
 
@@ -548,7 +548,7 @@ def test_a_world_that_does_not_come_up_ends_at_the_limit_of_its_boot() -> None:
     replay.supervisor.boot(T0 + 120.0)
     replay.play([(T0 + 1, Says(0, done("boot")))])
     assert replay.failures == [(1, "timeout")]
-    assert replay.ordered(Kill) == [(T0 + 120.0 + STACKS_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 120.0 + STACKS_S, 1)]
 
 
 def test_a_late_tick_still_gives_a_rank_the_time_to_write_its_stacks() -> None:
@@ -556,7 +556,7 @@ def test_a_late_tick_still_gives_a_rank_the_time_to_write_its_stacks() -> None:
     replay = Replay.calling(1, limit_s=10.0)
     assert replay.supervisor.tick(T0 + 500) == [Dump(0)]
     assert replay.supervisor.tick(T0 + 500 + STACKS_S / 2) == []
-    assert replay.supervisor.tick(T0 + 500 + STACKS_S) == [Kill(0)]
+    assert replay.supervisor.tick(T0 + 500 + STACKS_S) == [KillRank(0)]
 
 
 def test_after_the_limit_the_supervisor_sleeps_until_the_kill() -> None:
@@ -583,7 +583,7 @@ def test_a_rank_that_dies_in_a_phase_is_a_crash_and_its_peers_get_the_grace(
     assert "call" in replay.summary(1)
     assert replay.log == [
         (T0 + 2 + GRACE_S, Dump(0)),
-        (T0 + 2 + GRACE_S + STACKS_S, Kill(0)),
+        (T0 + 2 + GRACE_S + STACKS_S, KillRank(0)),
     ]
 
 
@@ -618,14 +618,14 @@ def test_a_closed_socket_is_named_by_the_exit_that_follows() -> None:
 def test_a_rank_that_closes_its_socket_and_lives_is_killed() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 2, Closes(1)), (T0 + 2.5, Says(0, PASSED))])
-    assert replay.log == [(T0 + 2 + CLOSED_S, Kill(1))]
+    assert replay.log == [(T0 + 2 + CLOSED_S, KillRank(1))]
     assert replay.failures == [(1, "closed")]
 
 
 def test_a_second_end_of_the_socket_does_not_prolong_the_wait_for_the_exit() -> None:
     replay = Replay.calling(1)
     replay.play([(T0 + 2, Closes(0)), (T0 + 2 + CLOSED_S / 2, Closes(0))])
-    assert replay.ordered(Kill) == [(T0 + 2 + CLOSED_S, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 2 + CLOSED_S, 0)]
 
 
 def test_a_rank_whose_socket_closes_between_phases_is_found_in_the_next() -> None:
@@ -634,13 +634,13 @@ def test_a_rank_whose_socket_closes_between_phases_is_found_in_the_next() -> Non
     replay.begin([0, 1])
     replay.play([(T0 + 0.125, Says(0, PASSED))])
     assert replay.failures == [(1, "closed")]
-    assert replay.ordered(Kill) == [(T0 + CLOSED_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + CLOSED_S, 1)]
 
 
 def test_a_rank_that_prints_too_much_is_killed_at_once_and_named_with_the_size() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 2, Floods(1, 123456)), (T0 + 2.5, Floods(1, 999999))])
-    assert replay.ordered(Kill)[0] == (T0 + 2, 1)
+    assert replay.ordered(KillRank)[0] == (T0 + 2, 1)
     assert replay.failures == [(1, "flooded"), (0, "blocked")]
     assert "123456" in replay.summary(1)
 
@@ -662,14 +662,14 @@ def test_what_a_killed_rank_still_says_and_does_changes_nothing() -> None:
     )
     assert replay.failures == [(1, "flooded")]
     assert set(replay.supervisor.done) == {0}
-    assert replay.log == [(T0 + 2, Kill(1))]
+    assert replay.log == [(T0 + 2, KillRank(1))]
 
 
 def test_a_rank_that_cannot_be_killed_ends_as_lost() -> None:
     replay = Replay.calling(2, unkillable=[1])
     replay.play([(T0 + 2, Says(0, FAILED))])
     killed = T0 + 2 + GRACE_S + STACKS_S
-    assert replay.ordered(Kill) == [(killed, 1)]
+    assert replay.ordered(KillRank) == [(killed, 1)]
     assert replay.failures == [(0, "failed"), (1, "blocked"), (1, "lost")]
     assert replay.now == killed + LOST_S
     assert replay.supervisor.settled
@@ -691,7 +691,7 @@ def test_an_interrupt_kills_every_rank_that_lives_once() -> None:
     replay.play(history, until=T0 + 1)  # type: ignore[arg-type]  # a list of one union
     replay._note(replay.supervisor.interrupt(T0 + 1))
     replay.play([])
-    assert replay.ordered(Kill) == [(T0 + 1, 2), (T0 + 1, 0), (T0 + 1, 3)]
+    assert replay.ordered(KillRank) == [(T0 + 1, 2), (T0 + 1, 0), (T0 + 1, 3)]
     assert replay.supervisor.settled
     assert replay.supervisor.interrupt(replay.now) == []
 
@@ -860,7 +860,7 @@ def test_a_rank_that_the_kernel_ends_may_take_its_time_and_has_exited() -> None:
 def test_a_rank_that_the_kernel_does_not_get_to_end_is_killed() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Closes(0, exiting=True)), (T0 + 2, Says(1, PASSED))])
-    assert replay.ordered(Kill) == [(T0 + 1 + EXITING_S, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 1 + EXITING_S, 0)]
 
 
 def test_a_socket_that_closed_does_not_yet_end_a_meeting_but_the_exit_does() -> None:
@@ -925,7 +925,7 @@ def test_the_time_limit_of_a_test_that_waits_with_an_error_is_not_the_cause() ->
     wait = [(T0 + 1, Says(0, FAILING)), (T0 + 1, Says(0, Exchange("record(): it ends")))]
     replay.play(wait)
     assert replay.failures == [(0, "failed"), (1, "timeout")]
-    assert replay.ordered(Kill)[0][0] == T0 + 5 + STACKS_S
+    assert replay.ordered(KillRank)[0][0] == T0 + 5 + STACKS_S
 
 
 def test_a_rank_that_dies_while_it_waits_with_an_error_has_told_of_it() -> None:
@@ -954,7 +954,7 @@ def test_ranks_at_work_are_interrupted_until_they_say_that_they_heard() -> None:
     sent = replay.ordered(Interrupt)
     assert sent[:2] == [(T0 + 5, 0), (T0 + 5, 1)]
     assert [at for at, rank in sent if rank == 1] == [T0 + 5 + n * AGAIN_S for n in range(3)]
-    assert (replay.failures, replay.ordered(Kill)) == ([], [])
+    assert (replay.failures, replay.ordered(KillRank)) == ([], [])
     assert replay.supervisor.whole
 
 
@@ -963,7 +963,7 @@ def test_a_rank_that_hangs_when_it_is_interrupted_is_killed_and_its_peers_get_ti
     ends = T0 + 5 + HEED_S + 3
     replay.play([(T0 + 5, Interrupted()), (T0 + 5.1, Says(0, HEEDS)), (ends, Says(0, RAISED))])
     assert replay.ordered(Dump) == [(T0 + 5 + HEED_S, 1)]
-    assert replay.ordered(Kill) == [(T0 + 5 + HEED_S + STACKS_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 5 + HEED_S + STACKS_S, 1)]
     assert replay.failures == [(1, "blocked")]
     assert replay.summary(1) == "still in call 1.7 s after it was interrupted"
     assert replay.supervisor.idle == [0]
@@ -972,18 +972,18 @@ def test_a_rank_that_hangs_when_it_is_interrupted_is_killed_and_its_peers_get_ti
 def test_a_rank_that_heard_an_interrupt_is_not_waited_for_without_end() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 5, Interrupted()), *((T0 + 5, Says(rank, HEEDS)) for rank in (0, 1))])
-    assert replay.ordered(Kill) == [(T0 + 5 + END_S + STACKS_S, rank) for rank in (0, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 5 + END_S + STACKS_S, rank) for rank in (0, 1)]
 
 
 def test_a_rank_at_work_has_longer_to_hear_an_interrupt() -> None:
     replay = Replay.calling(1)
     seen = T0 + 5 + HEED_S - 0.5
     replay.play([(T0 + 5, Interrupted()), (seen, SeenAtWork(0))])
-    assert replay.ordered(Kill) == [(seen + HEED_S + STACKS_S, 0)]
+    assert replay.ordered(KillRank) == [(seen + HEED_S + STACKS_S, 0)]
     replay = Replay.calling(1)
     always = [(T0 + 5 + n, SeenAtWork(0)) for n in range(30)]
     replay.play([(T0 + 5, Interrupted()), *always], until=T0 + 60)
-    assert replay.ordered(Kill) == [(T0 + 5 + END_S + STACKS_S, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 5 + END_S + STACKS_S, 0)]
 
 
 @pytest.mark.parametrize("phase", ["teardown", "finish"])
@@ -992,7 +992,7 @@ def test_ranks_that_tear_down_are_not_interrupted_but_have_a_limit(phase: Phase)
     replay.begin([0, 1], phase, order=Leave() if phase == "finish" else None)
     replay.play([(T0 + 5, Interrupted()), (T0 + 8, Says(0, done(phase)))], until=T0 + 60)
     assert replay.ordered(Interrupt) == []
-    assert (T0 + 5 + END_S + STACKS_S, 1) in replay.ordered(Kill)
+    assert (T0 + 5 + END_S + STACKS_S, 1) in replay.ordered(KillRank)
 
 
 def test_a_rank_that_is_interrupted_at_an_exchange_gives_its_verdict() -> None:
@@ -1016,14 +1016,14 @@ def test_what_failed_before_an_interrupt_stays_a_failure_and_the_peers_get_their
         ]
     )
     assert replay.failures == [(0, "failed")]
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
 
 
 def test_a_rank_in_a_debugger_is_killed_when_the_session_is_interrupted() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, DebugAsk("set_trace")))], until=T0 + 2)
     replay.play([(T0 + 5, Interrupted()), (T0 + 5.5, Says(1, RAISED))])
-    assert replay.ordered(Kill) == [(T0 + 5, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 5, 0)]
     assert replay.summary(0) == "stopped in call, in a debugger"
 
 
@@ -1033,7 +1033,7 @@ def test_the_phase_after_one_that_was_cut_off_runs_as_usual() -> None:
     replay.begin([0], "teardown", limit_s=30.0)
     replay.play([(replay.now + 20, Says(0, done("teardown")))])
     assert replay.failures == []
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
 
 
 # Messages out of turn.
@@ -1066,7 +1066,7 @@ def test_a_rank_that_speaks_out_of_turn_is_killed_and_named_with_what_it_said(
     replay = Replay.calling(2)
     history = [(T0 + 1, Says(1, one)) for one in before]
     replay.play([*history, (T0 + 2, Says(1, message)), (T0 + 2.5, Says(0, PASSED))])
-    assert replay.ordered(Kill) == [(T0 + 2, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 2, 1)]
     assert replay.failures == [(1, "closed")]
     assert type(message).__name__ in replay.summary(1)
     assert not replay.supervisor.paused
@@ -1112,7 +1112,7 @@ def test_ranks_that_leave_with_code_0_are_gone_without_a_failure() -> None:
     assert replay.failures == []
     assert replay.supervisor.settled
     assert replay.supervisor.idle == []
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
 
 
 @pytest.mark.parametrize(("status", "how"), [(1, "code 1"), (-signal.SIGSEGV, "SIGSEGV")])
@@ -1145,7 +1145,7 @@ def test_a_rank_that_does_not_leave_in_time_is_killed() -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], "finish", limit_s=20.0, order=Leave())
     replay.play([(T0 + 1, Says(0, EXITED)), (T0 + 1, Ends(0, 0)), (T0 + 1, Closes(1))])
-    assert replay.log[2:] == [(T0 + 20, Dump(1)), (T0 + 20 + STACKS_S, Kill(1))]
+    assert replay.log[2:] == [(T0 + 20, Dump(1)), (T0 + 20 + STACKS_S, KillRank(1))]
     assert replay.failures == [(1, "timeout")]
 
 
@@ -1153,7 +1153,7 @@ def test_a_rank_that_talks_while_it_leaves_is_killed() -> None:
     replay = Replay.ready(1)
     replay.begin([0], "finish", order=Leave())
     replay.play([(T0 + 1, Says(0, PASSED))])
-    assert replay.ordered(Kill) == [(T0 + 1, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 1, 0)]
 
 
 def test_a_rank_that_leaves_says_once_how_its_exit_went() -> None:
@@ -1180,7 +1180,7 @@ def test_a_rank_that_says_it_twice_is_killed() -> None:
     replay.begin([0], "finish", order=Leave())
     last_word = Done("finish", "passed", T0 + 1)
     replay.play([(T0 + 1, Says(0, last_word)), (T0 + 2, Says(0, last_word))])
-    assert replay.ordered(Kill) == [(T0 + 2, 0)]
+    assert replay.ordered(KillRank) == [(T0 + 2, 0)]
 
 
 # The debugger.
@@ -1247,7 +1247,7 @@ def test_the_time_limit_stands_still_while_a_rank_has_the_terminal() -> None:
     replay = Replay.calling(2, limit_s=10.0)
     replay.play([*debugged(4, 1004)])
     assert replay.ordered(Dump) == [(T0 + 1010, 0), (T0 + 1010, 1)]
-    assert replay.ordered(Kill)[0] == (T0 + 1010 + STACKS_S, 0)
+    assert replay.ordered(KillRank)[0] == (T0 + 1010 + STACKS_S, 0)
 
 
 def test_the_grace_stands_still_while_a_rank_has_the_terminal() -> None:
@@ -1266,7 +1266,7 @@ def test_a_failure_during_the_pause_leaves_the_peers_the_grace_and_no_more() -> 
 def test_the_time_for_stacks_stands_still_while_a_rank_has_the_terminal() -> None:
     replay = Replay.calling(2, limit_s=10.0)
     replay.play([*debugged(10 + STACKS_S / 2, 100)])
-    (at, _), *_ = replay.ordered(Kill)
+    (at, _), *_ = replay.ordered(KillRank)
     assert T0 + 100 < at <= T0 + 100 + STACKS_S
 
 
@@ -1312,7 +1312,7 @@ def test_a_rank_that_closes_its_socket_in_the_debugger_and_lives_is_killed() -> 
     # It can no longer say that it is done, so nothing would ever start the clocks again.
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, DebugAsk("set_trace"))), (T0 + 9, Closes(0))])
-    assert replay.ordered(Kill)[0] == (T0 + 9 + CLOSED_S, 0)
+    assert replay.ordered(KillRank)[0] == (T0 + 9 + CLOSED_S, 0)
     assert replay.failures[0] == (0, "closed")
 
 
@@ -1345,7 +1345,7 @@ def test_a_rank_that_announces_its_death_and_lives_is_a_failure_and_is_killed() 
     replay.play([(T0 + 1, Says(1, Announce("at save"))), (T0 + 2, Says(0, PASSED))])
     assert replay.failures == [(1, "spared")]
     assert "at save" in replay.summary(1)
-    assert replay.ordered(Kill) == [(T0 + 1 + OWED_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 1 + OWED_S, 1)]
     assert replay.lost == {}
 
 
@@ -1382,7 +1382,7 @@ def test_a_rank_is_killed_at_another_s_word_and_the_asker_hears_when_it_is_gone(
     replay = Replay.calling(3)
     replay.play([(T0 + 1, Says(0, FaultAsk("kill", 2)))], until=T0 + 2)
     assert replay.log == [
-        (T0 + 1, Kill(2)),
+        (T0 + 1, KillRank(2)),
         (T0 + 1 + DYING_S, Send(0, FaultAnswer(survivors=(0, 1)))),
     ]
     replay.play([(T0 + 3, Says(rank, PASSED)) for rank in (0, 1)])
@@ -1394,7 +1394,7 @@ def test_a_rank_is_killed_at_another_s_word_and_the_asker_hears_when_it_is_gone(
 def test_a_rank_that_has_itself_killed_hears_nothing() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(1, FaultAsk("kill", 1))), (T0 + 2, Says(0, PASSED))])
-    assert replay.log == [(T0 + 1, Kill(1))]
+    assert replay.log == [(T0 + 1, KillRank(1))]
     assert replay.failures == []
     assert set(replay.lost) == {1}
 
@@ -1403,7 +1403,7 @@ def test_to_kill_a_rank_twice_is_to_kill_it_once_and_both_askers_hear() -> None:
     replay = Replay.calling(3)
     replay.play([(T0 + 1, Says(rank, FaultAsk("kill", 2))) for rank in (0, 1)], until=T0 + 2)
     replay.play([(T0 + 3, Says(0, FaultAsk("kill", 2)))], until=T0 + 3)
-    assert replay.ordered(Kill) == [(T0 + 1, 2)]
+    assert replay.ordered(KillRank) == [(T0 + 1, 2)]
     assert [at for at, _ in replay.ordered(Send)] == [T0 + 1 + DYING_S] * 2 + [T0 + 3]
 
 
@@ -1429,9 +1429,9 @@ def test_a_paused_rank_holds_nobody_up_and_is_killed_at_the_end_of_the_phase() -
     replay.play([(T0 + 1, Says(0, FaultAsk("pause", 2)))], until=T0 + 2)
     assert replay.sent(0) == [FaultAnswer(survivors=(0, 1))]
     replay.play([(T0 + 30, Says(rank, PASSED)) for rank in (0, 1)])
-    assert replay.ordered(Kill) == []
+    assert replay.ordered(KillRank) == []
     replay.dismiss()
-    assert replay.ordered(Kill) == [(T0 + 30, 2)]
+    assert replay.ordered(KillRank) == [(T0 + 30, 2)]
     assert replay.failures == []
     assert "stopped as asked: world.pause(2) in rank 0" in replay.lost[2]
 
@@ -1557,7 +1557,7 @@ def test_the_time_to_die_stands_still_while_a_rank_has_the_terminal() -> None:
     replay = Replay.calling(2, limit_s=math.inf)
     history = [(T0 + 1, Says(1, Announce("at save"))), *debugged(2, 1002)]
     replay.play([*history, (T0 + 1003, Says(0, PASSED))])
-    assert replay.ordered(Kill) == [(T0 + 1001 + OWED_S, 1)]
+    assert replay.ordered(KillRank) == [(T0 + 1001 + OWED_S, 1)]
 
 
 # Any history.
@@ -1601,10 +1601,10 @@ class Witness:
             state = self.doing[action.rank]
             assert state not in ("killed", "gone"), f"{action} to a rank that is {state}"
             match action:
-                case Kill(rank):
+                case KillRank(rank):
                     self.doing[rank] = "killed"
-                case Stop(rank) | Continue(rank):
-                    self.halting.append(Halts(rank, isinstance(action, Stop)))
+                case StopRank(rank) | Continue(rank):
+                    self.halting.append(Halts(rank, isinstance(action, StopRank)))
                 case Send(rank, FaultAnswer()):
                     assert state == "asking"
                     self.doing[rank] = "running"

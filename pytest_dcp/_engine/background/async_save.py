@@ -17,14 +17,14 @@ from pytest_dcp._engine.background.process import Job, save_in_process, sendable
 from pytest_dcp._engine.coordinate import announce
 from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.replicas import ReplicaCheck
-from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, staged
+from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, stage_state
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.save import Save, planner_for, save_team
 from pytest_dcp._engine.verbs.torch_arguments import (
     alone,
     check_state_dict,
-    plain_state,
     reset_to,
+    resolve_stateful,
     writer_for,
 )
 from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
@@ -103,9 +103,9 @@ class _Staging:
         self._copied: Any = None
         self._failure: Exception | None = None
         try:
-            plain = plain_state(state_dict)
+            plain = resolve_stateful(state_dict)
             if stager is None:
-                self._copied = staged(plain, KEPT_SHARED if shared else KEPT)
+                self._copied = stage_state(plain, KEPT_SHARED if shared else KEPT)
             else:
                 self._copied = stager.stage(plain)
         except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it

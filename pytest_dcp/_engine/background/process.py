@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from pytest_dcp._engine.background.state_transfer import Shipment, pickled, shipped
+from pytest_dcp._engine.background.state_transfer import Shipment, pickle_state, ship_state
 from pytest_dcp._engine.background.worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
 from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
 from pytest_dcp._engine.coordinate.failure import Cause
@@ -79,17 +79,17 @@ def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     """
     for name, value in (("storage_writer", writer), ("planner", planner)):
         try:
-            pickled(value)
+            pickle_state(value)
         except Exception as error:
             raise TypeError(
                 f"the {name}, a {type(value).__name__}, cannot be pickled, which a save in a "
                 f"process needs: {error}. Save in a thread, or leave what cannot be pickled out of "
                 "its __getstate__"
             ) from error
-    return pickled((writer, planner))
+    return pickle_state((writer, planner))
 
 
-class Line:
+class SaverProcess:
     """A background process and the line to it. For one thread, which outlives it."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-process")
         self._jobs: list[tuple[Job, Future[Metadata]]] = []
         self._queued = threading.Condition()
-        self._line: Line | None = None
+        self._line: SaverProcess | None = None
         self._meeting = ""
         """Names the group that the process joined, alike in all ranks; empty before."""
         self._owner = os.getpid()
@@ -258,12 +258,12 @@ class Saver:
                 raise _plainly(error) from None
         return unpacked_metadata(sent)
 
-    def _prepared(self, team: Team, job: Job, silence_s: float) -> tuple[Shipment, Line]:
+    def _prepared(self, team: Team, job: Job, silence_s: float) -> tuple[Shipment, SaverProcess]:
         """The state to send, and a process that has joined the others'."""
         kept: list[Shipment] = []
 
         def prepare() -> tuple[str, str]:
-            kept.append(shipped(job.state()))
+            kept.append(ship_state(job.state()))
             alive = self._line is not None and self._line.is_alive()
             return self._meeting if alive else "", machine()
 
@@ -280,7 +280,7 @@ class Saver:
         if self._line is not None:
             self._line.end()
         self._meeting = ""
-        line = self._line = team.agree("start", lambda: _started(team))
+        line = self._line = team.agree("start", lambda: _start_process(team))
         if team.group is not None:
 
             def meet() -> tuple[str, int, tuple[str, ...], str]:
@@ -296,8 +296,8 @@ class Saver:
         self._meeting = meeting
 
 
-def _started(team: Team) -> Line:
-    line = Line()
+def _start_process(team: Team) -> SaverProcess:
+    line = SaverProcess()
     try:
         line.ask(Begin(), team.check, START_S)
     except BaseException:

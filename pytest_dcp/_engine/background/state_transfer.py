@@ -22,8 +22,14 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.parts import parts_said, say_parts, says_parts
 from pytest_dcp._engine.plan.shards import local_tensor
-from pytest_dcp._engine.staging.arena import Memory, shared_memory_of, viewed
-from pytest_dcp._engine.staging.stager import KEPT_SHARED, dtensor, sharded, staged, tensors_of
+from pytest_dcp._engine.staging.arena import Memory, shared_memory_of, view_bytes
+from pytest_dcp._engine.staging.stager import (
+    KEPT_SHARED,
+    dtensor,
+    make_sharded_tensor,
+    stage_state,
+    tensors_of,
+)
 
 Reduced = tuple[Any, ...]
 
@@ -39,27 +45,27 @@ class Shipment:
     """Keeps the memory from being used for another state meanwhile."""
 
 
-def shipped(state: dict[str, Any]) -> Shipment:
+def ship_state(state: dict[str, Any]) -> Shipment:
     """A staged state as it is sent: as it lies, or copied where it is not in shared memory.
 
     Raises TypeError, or what pickling a value raises.
     """
     memories = {shared_memory_of(tensor) for tensor in tensors_of(state)}
     if len(memories) > 1 or None in memories:
-        state = staged(state, KEPT_SHARED)
+        state = stage_state(state, KEPT_SHARED)
         memories = {shared_memory_of(tensor) for tensor in tensors_of(state)}
     memory = next(iter(memories), None)
-    return Shipment(pickled(state, memory), memory, state)
+    return Shipment(pickle_state(state, memory), memory, state)
 
 
-def pickled(value: Any, memory: Memory | None = None) -> bytes:
+def pickle_state(value: Any, memory: Memory | None = None) -> bytes:
     """The pickle of a value for the background process."""
     stream = io.BytesIO()
     _Packer(stream, memory).dump(value)
     return stream.getvalue()
 
 
-def unpickled(data: bytes, flat: torch.Tensor | None = None) -> Any:
+def unpickle_state(data: bytes, flat: torch.Tensor | None = None) -> Any:
     """The value, its tensors over the bytes of the shared memory. Only for what a rank sent."""
     return _Unpacker(io.BytesIO(data), flat).load()
 
@@ -74,7 +80,10 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
         if isinstance(value, DTensor):
             reduced = dtensor, (local_tensor(value), value._spec)
         elif isinstance(value, ShardedTensor):
-            reduced = sharded, (value.local_shards(), value.metadata(), value.sharding_spec())
+            reduced = (
+                make_sharded_tensor,
+                (value.local_shards(), value.metadata(), value.sharding_spec()),
+            )
         elif isinstance(value, torch.Tensor) and says_parts(value):
             reduced = say_parts, (value.detach(), parts_said(value))
         elif isinstance(value, torch.Tensor):
@@ -89,7 +98,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
         if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
             return None
         start = tensor.data_ptr() - self._memory.address if tensor.numel() else 0
-        return placed, (start, tensor.dtype, tuple(tensor.shape))
+        return tensor_in_memory, (start, tensor.dtype, tuple(tensor.shape))
 
 
 class _Unpacker(pickle.Unpickler):
@@ -98,19 +107,19 @@ class _Unpacker(pickle.Unpickler):
         self._flat = flat
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (placed.__module__, placed.__name__):
+        if (module, name) == (tensor_in_memory.__module__, tensor_in_memory.__name__):
             return self._placed
         return super().find_class(module, name)
 
     def _placed(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         if self._flat is None:
             raise ValueError("the pickle names shared memory, but none came with it")
-        return viewed(self._flat, start, dtype, shape)
+        return view_bytes(self._flat, start, dtype, shape)
 
 
-def placed(start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """Stands in a pickle for a tensor in the shared memory; `unpickled` knows where that is."""
-    raise TypeError("a state for the background process is read by `unpickled` only")
+def tensor_in_memory(start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """Stands for a tensor of the shared memory in a pickle that `unpickle_state` reads."""
+    raise TypeError("a state for the background process is read by `unpickle_state` only")
 
 
 def _reduced_mesh(mesh: DeviceMesh) -> Reduced:

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-from pytest_dcp._engine.background.state_transfer import unpickled
+from pytest_dcp._engine.background.state_transfer import unpickle_state
 from pytest_dcp._engine.coordinate import team_of
 from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
@@ -128,8 +128,8 @@ class Upload:
     """What the storage writer is set to; None: it is set already."""
 
     def run(self, line: Connection) -> Any:
-        flat = _mapped(recv_handle(line), self.nbytes) if self.nbytes else None
-        writer, planner = unpickled(self.how)
+        flat = _map_memory(recv_handle(line), self.nbytes) if self.nbytes else None
+        writer, planner = unpickle_state(self.how)
         if isinstance(writer, FileSystemWriter):
             # It is a copy: its original gives every save's copy the same id.
             writer.fresh_id()
@@ -137,7 +137,7 @@ class Upload:
         team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
         save = Save(
             team,
-            lambda: unpickled(self.state, flat),
+            lambda: unpickle_state(self.state, flat),
             writer,
             planner,
             use_collectives=self.use_collectives,
@@ -169,7 +169,7 @@ def serve(line: Connection) -> None:
     """Carry out orders until the line breaks, which raises EOFError or OSError."""
     while True:
         order: Order = line.recv()
-        with _beating(line):
+        with _send_heartbeats(line):
             answer = _answer(order, line)
         line.send(answer)
         del order, answer
@@ -185,7 +185,7 @@ def _answer(order: Order, line: Connection) -> Any:
 
 
 @contextlib.contextmanager
-def _beating(line: Connection) -> Iterator[None]:
+def _send_heartbeats(line: Connection) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
@@ -204,7 +204,7 @@ def _beating(line: Connection) -> Iterator[None]:
         thread.join()
 
 
-def _mapped(fd: int, nbytes: int) -> torch.Tensor:
+def _map_memory(fd: int, nbytes: int) -> torch.Tensor:
     try:
         return torch.from_numpy(np.frombuffer(mmap.mmap(fd, nbytes), dtype=np.uint8))
     finally:

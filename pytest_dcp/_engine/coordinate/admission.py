@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from pytest_dcp._engine.coordinate.reception import Hello
-from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of
+from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace, Subject, kind_of
 from pytest_dcp._engine.coordinate.star import Site
 
 RACE_S = 0.5
@@ -28,7 +28,9 @@ class Admission(Enum):
     """The same, and the numbers of the two ranks do not match."""
 
 
-def admit(hello: Hello, mine: Place, order: CallOrder, *, left: bool, waited_s: float) -> Admission:
+def admit(
+    hello: Hello, mine: OperationPlace, order: CallOrder, *, left: bool, waited_s: float
+) -> Admission:
     """What to do with a peer that says hello.
 
     mine: the operation that looks. left: the peer has left already. waited_s: since it arrived.
@@ -57,7 +59,7 @@ def difference(hello: Hello, site: Site, verdict: Admission) -> str | None:
     mine = site.place.subject
     theirs = None if hello.subject is None else Subject(*hello.subject)
     if hello.operation.removeprefix("async_") != site.operation.removeprefix("async_"):
-        what, ours = _described(hello.operation, theirs), _described(site.operation, mine)
+        what, ours = _describe(hello.operation, theirs), _describe(site.operation, mine)
         return f"runs {what} where the coordinator runs {ours}"
     if verdict is Admission.OUT_OF_COUNT:
         return (
@@ -73,5 +75,5 @@ def difference(hello: Hello, site: Site, verdict: Admission) -> str | None:
     )
 
 
-def _described(operation: str, subject: Subject | None) -> str:
+def _describe(operation: str, subject: Subject | None) -> str:
     return f"{operation!r}" if subject is None else f"{operation!r} of {subject.name!r}"

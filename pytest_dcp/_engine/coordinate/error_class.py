@@ -37,7 +37,7 @@ def shared_class(errors: Sequence[BaseException], known: type) -> type[Exception
 _made: dict[tuple[type, type], type[BaseException]] = {}
 
 
-def combined(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
+def combine_classes(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
     """A subclass of both, under the name of `base`; `base` alone where the two do not go together.
 
     `base` comes first: its text and its ways count. The same class for the same two.

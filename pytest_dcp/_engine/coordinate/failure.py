@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pytest_dcp._engine.coordinate import wire
 from pytest_dcp._engine.coordinate.carried_error import CarriedError, carry, is_whole, rebuild
-from pytest_dcp._engine.coordinate.error_class import bare, combined, facts_of, shared_class
+from pytest_dcp._engine.coordinate.error_class import bare, combine_classes, facts_of, shared_class
 from pytest_dcp.errors import CheckpointError, DcpError
 from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
 
@@ -87,7 +87,7 @@ class StepError(CheckpointException, CheckpointError):
         cause = shared_class([error for error, _ in failures.values()], known=cls)
         if cause in (RemoteError, PeerAborted):
             cause = None  # these stand for something else
-        made: StepError = bare(cls if cause is None else combined(cls, cause))
+        made: StepError = bare(cls if cause is None else combine_classes(cls, cause))
         return made
 
     def __init__(
@@ -157,13 +157,13 @@ wire.record(Cause)
 
 def capture(rank: int, error: BaseException) -> Cause:
     """The cause that stands for an exception of this rank."""
-    return _captured(rank, error, traceback.extract_tb(error.__traceback__))
+    return _capture_cause(rank, error, traceback.extract_tb(error.__traceback__))
 
 
-def _captured(rank: int, error: BaseException, stack: traceback.StackSummary) -> Cause:
+def _capture_cause(rank: int, error: BaseException, stack: traceback.StackSummary) -> Cause:
     found: tuple[CarriedError | None, tuple[Cause, ...], tuple[str, str] | None]
     if isinstance(error, StepError):
-        inner = tuple(_captured(at, *wrapped) for at, wrapped in error.failures.items())
+        inner = tuple(_capture_cause(at, *wrapped) for at, wrapped in error.failures.items())
         found = None, inner, (error.step, error.operation)
     else:
         found = carry(error), (), None

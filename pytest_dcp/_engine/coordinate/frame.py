@@ -34,7 +34,7 @@ FIRST_BYTES = 1 << 22
 """What is taken for the body of a frame before any of it has come; then twice what has."""
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame says."""
 
     HELLO = 1
@@ -74,8 +74,8 @@ class Mode(IntEnum):
 
 
 LIMITS = {
-    **dict.fromkeys((Kind.VALUE, Kind.RESULT, Kind.VERDICT), MAX_BODY_BYTES),
-    **dict.fromkeys((Kind.FAILED, Kind.ABORTED), CAUSE_BYTES),
+    **dict.fromkeys((FrameKind.VALUE, FrameKind.RESULT, FrameKind.VERDICT), MAX_BODY_BYTES),
+    **dict.fromkeys((FrameKind.FAILED, FrameKind.ABORTED), CAUSE_BYTES),
 }
 """Bytes after the header, by kind, where that is more than SMALL_BYTES."""
 
@@ -105,7 +105,7 @@ START = Head(0, Mode.NONE, "start")
 class Frame:
     """One message between the coordinator and a peer."""
 
-    kind: Kind
+    kind: FrameKind
     head: Head = START
     segments: Sequence[Segment] = field(default=())
 
@@ -162,7 +162,7 @@ class FrameReader:
 
     def __init__(self, limit_bytes: int = MAX_BODY_BYTES) -> None:
         self.limit_bytes = limit_bytes
-        self.only: Kind | None = None
+        self.only: FrameKind | None = None
         """The one kind of frame that may come; None: any."""
         self.seal: Seal | None = None
         """Makes the seals that the frames must carry behind their bodies."""
@@ -228,6 +228,6 @@ class FrameReader:
         if at > len(body):
             raise FrameError(f"segments of {sum(sizes)} bytes in a body of {len(body)} bytes")
         try:
-            return Frame(Kind(kind), _head(number, mode, name), segments)
+            return Frame(FrameKind(kind), _head(number, mode, name), segments)
         except ValueError as error:
             raise FrameError(f"a frame of unknown kind {kind} or mode {mode}") from error

@@ -21,8 +21,8 @@ from pytest_dcp._engine.coordinate.absence import Absences
 from pytest_dcp._engine.coordinate.admission import Admission, admit, difference
 from pytest_dcp._engine.coordinate.descriptors import exhausted, make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, capture
-from pytest_dcp._engine.coordinate.frame import START, Frame, Head, Kind, encode, encode_alert
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, encode, encode_alert
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.reception import Arrival, Reception, reception
 from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.star import (
@@ -32,7 +32,7 @@ from pytest_dcp._engine.coordinate.star import (
     Result,
     Site,
     Statement,
-    Verdict,
+    StepVerdict,
 )
 
 TICK_S = 0.5
@@ -49,7 +49,7 @@ class Peer:
     """One other rank."""
 
     rank: int
-    line: Line
+    line: Connection
     watched: bool = False
     """Whether the selector has its connection."""
 
@@ -103,7 +103,7 @@ class Hub:
         rendezvous.publish(group, site.coordinator)
         make_room_for(site.size - 1)
 
-    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | StepVerdict:
         """Collect the statements of all ranks, and answer."""
         self._collect(head, own)
         causes = self._causes()
@@ -119,9 +119,9 @@ class Hub:
         causes = causes or self._given_up(head)
         if replies is None or causes:
             return self._condemn(head, causes)
-        shared = None if replies.apart else encode(Frame(Kind.RESULT, head, replies.shared))
+        shared = None if replies.apart else encode(Frame(FrameKind.RESULT, head, replies.shared))
         for peer in self._peers.values():
-            frame = shared or encode(Frame(Kind.RESULT, head, replies.parcel(peer.rank)))
+            frame = shared or encode(Frame(FrameKind.RESULT, head, replies.parcel(peer.rank)))
             peer.line.queue_encoded(frame)
         self._deliver(head, self.site.timeout_s)
         return Result(value=replies.own)
@@ -168,7 +168,7 @@ class Hub:
         line, site = peer.line, self.site
         while line.frames:
             frame = line.frames.popleft()
-            if frame.kind is not Kind.FAILED and frame.head != head:
+            if frame.kind is not FrameKind.FAILED and frame.head != head:
                 text = f"is in step {frame.head} where the coordinator is in {head}"
                 self._give_up(site.out_of_step(peer.rank, text))
                 return
@@ -206,7 +206,7 @@ class Hub:
         if group is None or len(self._peers) + 1 == site.size:
             return None
         try:
-            word = rendezvous.refused(group, site.coordinator, site.place)
+            word = rendezvous.read_refusal(group, site.coordinator, site.place)
             return None if word is None else Statement.read(word).cause
         except (RuntimeError, ValueError):  # no store any more, or somebody else's word
             return None
@@ -231,7 +231,7 @@ class Hub:
         now = time.monotonic()
         for peer in self._peers.values():
             if not peer.line.pending and now - peer.line.said_s > self.site.ping_s:
-                peer.line.queue(Frame(Kind.PING))
+                peer.line.queue(Frame(FrameKind.PING))
                 self._flush(peer)
 
     def _give_up(self, cause: Cause) -> None:
@@ -247,7 +247,7 @@ class Hub:
                 self._pass_on(peer, self._alert_text)
 
     def _pass_on(self, peer: Peer, text: str) -> None:
-        peer.line.queue(Frame(Kind.ALERT, START, encode_alert(text)))
+        peer.line.queue(Frame(FrameKind.ALERT, START, encode_alert(text)))
         self._flush(peer)
 
     def _causes(self) -> list[Cause]:
@@ -261,9 +261,9 @@ class Hub:
 
     # Answers.
 
-    def _condemn(self, head: Head, causes: list[Cause]) -> Verdict:
+    def _condemn(self, head: Head, causes: list[Cause]) -> StepVerdict:
         final = bool(self._stuck)
-        verdict = Verdict(head.name, causes, final, self._new_epoch())
+        verdict = StepVerdict(head.name, causes, final, self._new_epoch())
         if verdict.epoch:
             self._order.restart(verdict.epoch, causes)
         # A peer whose connection ended for garbage may not have heard that it was let in.
@@ -415,7 +415,7 @@ class Hub:
     def _told(self, peer: Peer) -> Cause | None:
         """The failure that a peer has told of, in a frame that is not taken yet."""
         for frame in peer.line.frames:
-            if frame.kind is Kind.FAILED:
+            if frame.kind is FrameKind.FAILED:
                 try:
                     return Statement.read(frame).cause
                 except ValueError as error:
@@ -426,7 +426,7 @@ class Hub:
         """Give every peer a final verdict, to late ones within `PARTING_S`, and close."""
         # Before the first step peers may come at any time: a word is left for them.
         until_s = time.monotonic() + (PARTING_S if head.number else 0.0)
-        pieces = encode(Verdict(head.name, [cause], True, self._new_epoch()).frame(head))
+        pieces = encode(StepVerdict(head.name, [cause], True, self._new_epoch()).frame(head))
         told: set[int] = set()
         while not self._closed and self._selector is not None:
             for peer in self._untold(told):
@@ -437,12 +437,12 @@ class Hub:
                 break
             self._pump(PARTING_S / 20)
         if self._selector is not None and not self._closed and len(told) + 1 < self.site.size:
-            verdict = Verdict(head.name, [cause], True, self._new_epoch())
+            verdict = StepVerdict(head.name, [cause], True, self._new_epoch())
             self._order.note_left(self.site.place, verdict)
             self._leave_word(verdict)
         self.close()
 
-    def _leave_word(self, verdict: Verdict) -> None:
+    def _leave_word(self, verdict: StepVerdict) -> None:
         group, site = self.site.group, self.site
         if group is not None:
             with contextlib.suppress(RuntimeError):  # no store any more, so the group is ending

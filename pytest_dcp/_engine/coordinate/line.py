@@ -19,7 +19,7 @@ import weakref
 from collections import deque
 from itertools import islice
 
-from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameReader, Kind, encode
+from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameKind, FrameReader, encode
 from pytest_dcp._engine.coordinate.handshake import Seal
 from pytest_dcp._engine.coordinate.parcel import Segment
 
@@ -32,10 +32,10 @@ PINGED_S, MOST_PINGS = 1.0, 1000
 MAX_PIECES = 512
 """Pieces per sendmsg; Linux takes at most 1,024."""
 
-_open: weakref.WeakSet[Line] = weakref.WeakSet()
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
-class Line:
+class Connection:
     """One end of a link."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -165,20 +165,20 @@ class Line:
             return
         if frame is None or self._is_too_much(frame):
             return
-        if frame.kind is Kind.PING:
+        if frame.kind is FrameKind.PING:
             return
-        if frame.kind is Kind.HANG_UP:
+        if frame.kind is FrameKind.HANG_UP:
             self.hung_up = True
-        elif frame.kind is Kind.BYE and self._unfinished:
+        elif frame.kind is FrameKind.BYE and self._unfinished:
             self._unfinished -= 1
-        elif frame.kind is Kind.BYE:
+        elif frame.kind is FrameKind.BYE:
             self.left = True
         elif not self._unfinished:
             self.frames.append(frame)
 
     def _is_too_much(self, frame: Frame) -> bool:
         """Whether the other end sends more than any rank has to say; that ends the connection."""
-        if frame.kind is not Kind.PING:
+        if frame.kind is not FrameKind.PING:
             full = len(self.frames) >= MOST_WAITING
         elif self.heard_s - self._pinged_s > PINGED_S:
             self._pinged_s, self._pings, full = self.heard_s, 1, False
@@ -186,13 +186,13 @@ class Line:
             self._pings += 1
             full = self._pings > MOST_PINGS
         if full:
-            what = "pings without end" if frame.kind is Kind.PING else "more than a step has"
+            what = "pings without end" if frame.kind is FrameKind.PING else "more than a step has"
             self.ended, self.is_garbled = f"it sent garbage: {what}", True
         return full
 
     def finish(self) -> None:
         """Leave the operation, so that the connection can serve the next one."""
-        self.queue(Frame(Kind.BYE))
+        self.queue(Frame(FrameKind.BYE))
         self.frames.clear()
         if self.left:
             self.left = False
@@ -202,7 +202,7 @@ class Line:
 
     def hang_up(self) -> None:
         """Close the connection and say that this process lives."""
-        self.queue(Frame(Kind.HANG_UP))
+        self.queue(Frame(FrameKind.HANG_UP))
         if self.sock.fileno() >= 0:
             self.flush()
             self.receive()  # what is unread would have the kernel reset the connection

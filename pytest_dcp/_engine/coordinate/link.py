@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, exhausted
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.reception import IDLE, Address, Hello, greet
 
@@ -34,7 +34,7 @@ GONE = (ConnectionRefusedError, ConnectionResetError)
 class Link:
     """One connection to a coordinator."""
 
-    line: Line
+    line: Connection
     address: Address
     """Where it leads, and what the two ends prove that they know."""
 
@@ -82,7 +82,7 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
             if held.lasts:
                 return
             held.line.close()
-        link = meeting.idle[coordinator] = Link(Line(connect(address)), address)
+        link = meeting.idle[coordinator] = Link(Connection(connect(address)), address)
         hello = Hello(rendezvous.group_key(group, coordinator), IDLE, 0, rank)
         greet(link.line, hello, address.key())
 

@@ -33,9 +33,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, make_more_room
-from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, Kind
+from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, FrameKind
 from pytest_dcp._engine.coordinate.handshake import GroupKey, SeenNonces, new_nonce
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.machines import hosts_of, local_only, machine
 from pytest_dcp._engine.coordinate.sequence import kind_of
 
@@ -123,10 +123,10 @@ class Hello:
     def frame(self, key: GroupKey) -> Frame:
         """The frame that says so, and proves that a rank of the group does."""
         text = json.dumps(asdict(self)).encode()
-        return Frame(Kind.HELLO, segments=[key.proof(text), text])
+        return Frame(FrameKind.HELLO, segments=[key.proof(text), text])
 
 
-def greet(line: Line, hello: Hello, key: GroupKey) -> bytes:
+def greet(line: Connection, hello: Hello, key: GroupKey) -> bytes:
     """Say hello on a peer's line, sealed from then on; what the coordinator must answer."""
     hello = replace(hello, nonce=new_nonce())
     line.queue(hello.frame(key))
@@ -142,7 +142,7 @@ class Arrival:
     """A peer that proved that it knows the group's key."""
 
     hello: Hello
-    line: Line
+    line: Connection
     came_s: float = field(default_factory=time.monotonic)
 
 
@@ -159,10 +159,10 @@ class Reception:
         self._selector = selectors.DefaultSelector()
         """Of the listening socket, the lobby and the idle connections."""
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._lobby: list[tuple[float, Line]] = []
+        self._lobby: list[tuple[float, Connection]] = []
         """Connections that have not shown the secret, and until when they may."""
         self._waiting: list[Arrival] = []
-        self._idle: dict[Line, Member] = {}
+        self._idle: dict[Connection, Member] = {}
         self._ended: dict[Member, str] = {}
         """How the last connection of a member broke while it was idle."""
         self._active: Counter[tuple[str, str]] = Counter()
@@ -181,7 +181,7 @@ class Reception:
 
     def welcome(self, hello: Hello) -> Frame:
         """The first frame to a peer: it shows that this is the coordinator looked for."""
-        return Frame(Kind.WELCOME, segments=[self._group_key.welcome(hello.nonce)])
+        return Frame(FrameKind.WELCOME, segments=[self._group_key.welcome(hello.nonce)])
 
     def fileno(self) -> int:
         """A descriptor for a selector: readable when a peer has come or has gone."""
@@ -228,7 +228,7 @@ class Reception:
         with self._lock:
             self._waiting.extend(arrivals)
 
-    def keep(self, group: str, rank: int, line: Line) -> None:
+    def keep(self, group: str, rank: int, line: Connection) -> None:
         """Leave the operation of a peer's connection, and wait for what it does next."""
         line.finish()
         with self._lock:
@@ -273,8 +273,8 @@ class Reception:
                 # The queue is empty, or the peer is gone already, or there are no descriptors.
                 self._note_full(error)
                 return
-            line = Line(sock)
-            line.reader.limit_bytes, line.reader.only = HELLO_BYTES, Kind.HELLO
+            line = Connection(sock)
+            line.reader.limit_bytes, line.reader.only = HELLO_BYTES, FrameKind.HELLO
             self._selector.register(line, selectors.EVENT_READ, line)
             self._lobby.append((time.monotonic() + HELLO_S, line))
             if n % STRANGERS == 0:
@@ -314,12 +314,12 @@ class Reception:
                 staying.append((until_s, line))
         self._lobby = staying
 
-    def _close_stranger(self, line: Line) -> None:
+    def _close_stranger(self, line: Connection) -> None:
         if line.fileno() >= 0:
             self._selector.unregister(line)
             line.close()
 
-    def _seat(self, hello: Hello, line: Line) -> None:
+    def _seat(self, hello: Hello, line: Connection) -> None:
         """Note that a peer is here, and for which operation."""
         self._ended.pop((hello.group, hello.rank), None)
         if hello.operation != IDLE:
@@ -328,7 +328,7 @@ class Reception:
         else:
             self._idle[line] = (hello.group, hello.rank)
 
-    def _read_idle(self, line: Line, member: Member) -> None:
+    def _read_idle(self, line: Connection, member: Member) -> None:
         """Take the next HELLO of a peer whose connection is idle, or note that it ended."""
         if line.pending and line.flush():
             self._selector.modify(line, selectors.EVENT_READ, line)
@@ -346,7 +346,7 @@ class Reception:
                 self._ended[member] = line.ended
             line.close()
 
-    def _add_idle(self, member: Member, line: Line) -> None:
+    def _add_idle(self, member: Member, line: Connection) -> None:
         if line.closed or line.fileno() < 0:
             if line.ended is not None:
                 self._ended[member] = line.ended
@@ -356,7 +356,7 @@ class Reception:
         write = selectors.EVENT_WRITE if line.pending else 0
         self._selector.register(line, selectors.EVENT_READ | write, line)
 
-    def _drop_idle(self, line: Line) -> None:
+    def _drop_idle(self, line: Connection) -> None:
         del self._idle[line]
         self._selector.unregister(line)
 
@@ -367,7 +367,7 @@ class Reception:
 
     def _read_hello(self, frame: Frame) -> Hello | None:
         """Who a peer is; None where it does not prove that it is a rank of the group."""
-        if frame.kind is not Kind.HELLO or len(frame.segments) != 2:
+        if frame.kind is not FrameKind.HELLO or len(frame.segments) != 2:
             return None
         shown, text = frame.segments[0], bytes(frame.segments[1])
         if not self._group_key.is_proof(shown, text):

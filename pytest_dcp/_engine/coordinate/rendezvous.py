@@ -28,7 +28,7 @@ from pytest_dcp._engine.coordinate.handshake import open_word, seal_word
 from pytest_dcp._engine.coordinate.machines import local_only
 from pytest_dcp._engine.coordinate.presence import Presence
 from pytest_dcp._engine.coordinate.reception import Address, reception
-from pytest_dcp._engine.coordinate.sequence import CallOrder, Place
+from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -182,23 +182,31 @@ def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
     meeting_of(group).addresses.pop(coordinator_rank, None)
 
 
-def post(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
+def post(
+    group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
+) -> None:
     """Leave word for peers that come to an operation which the coordinator has given up."""
     _leave_word(group, _word_key(coordinator_rank, place), word)
 
 
-def posted(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
+def read_verdict(
+    group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
+) -> Frame | None:
     """The word that was left, if any; never waits. Raises ValueError for what is no word."""
     return _word_at(group, _word_key(coordinator_rank, place))
 
 
-def refuse(group: dist.ProcessGroup, coordinator_rank: int, place: Place, word: Frame) -> None:
+def refuse(
+    group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
+) -> None:
     """Leave word for a coordinator that has no address yet: this rank takes no part."""
     _leave_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
 
 
-def refused(group: dist.ProcessGroup, coordinator_rank: int, place: Place) -> Frame | None:
-    """What a rank that takes no part has left, if one has. As `posted`."""
+def read_refusal(
+    group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
+) -> Frame | None:
+    """What a rank that takes no part has left, if one has. As `read_verdict`."""
     return _word_at(group, f"{_word_key(coordinator_rank, place)}/refused")
 
 
@@ -215,7 +223,7 @@ def _word_at(group: dist.ProcessGroup, key: str) -> Frame | None:
     return decode(open_word(os.environ, key, sealed))
 
 
-def _word_key(coordinator_rank: int, place: Place) -> str:
+def _word_key(coordinator_rank: int, place: OperationPlace) -> str:
     return f"{_store_key(coordinator_rank)}/left/{place.epoch}.{place.number}"
 
 

@@ -1,10 +1,10 @@
 """Pure (no I/O): the order of a group's operations, and which of them belong together.
 
 Theory of operation. Every rank numbers the operations of a group where they are called, in program
-order: saves and loads, in the foreground and in the background, share one series. A `Place` is one
-call: its number, its kind ("save", "load") and its subject (the folder). Operations of different
-ranks belong together when their numbers are equal; kind and subject must be equal then, or every
-rank is told which rank called what.
+order: saves and loads, in the foreground and in the background, share one series. An
+`OperationPlace` is one call: its number, its kind ("save", "load") and its subject (the folder).
+Operations of different ranks belong together when their numbers are equal; kind and subject must
+be equal then, or every rank is told which rank called what.
 
 Within a rank:
 
@@ -58,7 +58,7 @@ class Subject:
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class OperationPlace:
     """One operation's place in its group's order."""
 
     kind: str
@@ -69,7 +69,7 @@ class Place:
     background: bool = False
     unordered: bool = False
     """Whether an operation that another thread called was under way."""
-    waits_for: tuple[Place, ...] = ()
+    waits_for: tuple[OperationPlace, ...] = ()
     caller: int = 0
     """The thread that called it."""
     runner: int = 0
@@ -88,17 +88,19 @@ class CallOrder:
         self._number = 0
         self._left: dict[tuple[int, int], Any] = {}
         """Verdicts on the last operations that this rank left before the others came."""
-        self._pending: list[Place] = []
+        self._pending: list[OperationPlace] = []
         self._lock = threading.Lock()
         self._by_folder = one_folder_at_a_time
 
-    def take(self, kind: str, subject: Subject | None, *, background: bool = False) -> Place:
+    def take(
+        self, kind: str, subject: Subject | None, *, background: bool = False
+    ) -> OperationPlace:
         """The next place. Call it in the thread that calls the operation."""
         caller = threading.get_ident()
         with self._lock:
             self._number += 1
             others = [place for place in self._pending if place.runner != caller]
-            place = Place(kind, self.epoch, self._number, subject, background)
+            place = OperationPlace(kind, self.epoch, self._number, subject, background)
             place.unordered = any(other.caller != caller for other in others)
             place.caller = caller
             place.runner = 0 if background else caller
@@ -106,7 +108,7 @@ class CallOrder:
             self._pending.append(place)
         return place
 
-    def _must_wait(self, place: Place, earlier: Place) -> bool:
+    def _must_wait(self, place: OperationPlace, earlier: OperationPlace) -> bool:
         if earlier.kind != SAVE or place.kind not in (SAVE, LOAD):
             return False
         if place.kind == SAVE and not self._by_folder:
@@ -118,7 +120,7 @@ class CallOrder:
         )
         return one_folder and (place.kind == SAVE or earlier.background)
 
-    def finish(self, place: Place) -> None:
+    def finish(self, place: OperationPlace) -> None:
         """Say that the operation is over. A second call does nothing."""
         with self._lock:
             if place in self._pending:
@@ -141,7 +143,7 @@ class CallOrder:
                 for place in self._pending
             )
 
-    def note_left(self, place: Place, verdict: Any) -> None:
+    def note_left(self, place: OperationPlace, verdict: Any) -> None:
         """Keep the verdict on an operation that this rank left, for peers that come to it."""
         with self._lock:
             self._left[place.epoch, place.number] = verdict
@@ -158,7 +160,7 @@ class CallOrder:
             if epoch > self.epoch:
                 self.epoch, self._number, self.causes = epoch, 0, causes
 
-    def is_dropped(self, place: Place) -> bool:
+    def is_dropped(self, place: OperationPlace) -> bool:
         """Whether an epoch began after the place was taken."""
         return place.epoch < self.epoch
 
@@ -170,7 +172,7 @@ class CallOrder:
         self._pending = []
 
 
-def wait_for_turn(place: Place) -> None:
+def wait_for_turn(place: OperationPlace) -> None:
     """Return when every operation that the place waits for is over."""
     place.runner = threading.get_ident()
     for earlier in place.waits_for:

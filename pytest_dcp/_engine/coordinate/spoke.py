@@ -16,13 +16,20 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
-from pytest_dcp._engine.coordinate.frame import START, Frame, Head, Kind, alert_text
+from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, alert_text
 from pytest_dcp._engine.coordinate.handshake import SHARED_KEY
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.link import GONE, Link, connect, keep, take_idle
 from pytest_dcp._engine.coordinate.reception import Hello, greet
 from pytest_dcp._engine.coordinate.sequence import CallOrder
-from pytest_dcp._engine.coordinate.star import PARTING_S, Combine, Result, Site, Statement, Verdict
+from pytest_dcp._engine.coordinate.star import (
+    PARTING_S,
+    Combine,
+    Result,
+    Site,
+    Statement,
+    StepVerdict,
+)
 
 UNREACHED_S = 60.0
 """How long a network that leads to none of the coordinator's addresses may take to recover."""
@@ -60,7 +67,7 @@ class Spoke:
     def _order(self) -> CallOrder:
         return rendezvous.meeting_of(self._group).order
 
-    def join(self, head: Head) -> Verdict | None:
+    def join(self, head: Head) -> StepVerdict | None:
         """Say hello, at the first step; a verdict when no coordinator is there."""
         if self._link is not None:
             return None
@@ -111,7 +118,7 @@ class Spoke:
                     return site.ended(site.coordinator, step, how)
             else:
                 try:
-                    return Link(Line(connect(address)), address)
+                    return Link(Connection(connect(address)), address)
                 except TimeoutError:
                     refused_s = unreached_s = until_s
                 except GONE as error:
@@ -129,7 +136,7 @@ class Spoke:
             if time.monotonic() > until_s:
                 return site.silent(site.coordinator, step)
 
-    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | StepVerdict:
         """Send the statement and wait for the result; `combine` is the coordinator's."""
         line = self._require_line()
         line.queue(own.frame(head))
@@ -150,11 +157,11 @@ class Spoke:
             if lost is not None:
                 # All peers say the same of the coordinator, and tell it, should it come back.
                 line.queue(Statement(cause=lost).frame(head))
-                return Verdict(head.name, [lost], final=True)
+                return StepVerdict(head.name, [lost], final=True)
             if (word := self._word_left()) is not None:
                 return self._obey(word)
             if not self._welcome and self._order.is_dropped(self.site.place):
-                return Verdict(head.name, self._order.causes, final=True)
+                return StepVerdict(head.name, self._order.causes, final=True)
             _wait(line, min(TICK_S, self.site.ping_s))
 
     def _is_let_in_again(self, since_s: float) -> bool:
@@ -173,7 +180,7 @@ class Spoke:
         rendezvous.forget(self._group, site.coordinator)
         try:
             address = rendezvous.look_up(self._group, site.coordinator, 0.0)
-            link = None if address is None else Link(Line(connect(address)), address)
+            link = None if address is None else Link(Connection(connect(address)), address)
         except (*GONE, RuntimeError, ValueError):
             return False
         except OSError:  # its queue is full, or it cannot be reached just now
@@ -184,40 +191,40 @@ class Spoke:
         self._say_hello(link)
         return True
 
-    def _word_left(self) -> Verdict | None:
+    def _word_left(self) -> StepVerdict | None:
         """The verdict of a coordinator that left this operation before it let this rank in."""
         now, site = time.monotonic(), self.site
         if self._welcome or now - self._looked_s < WORD_S:
             return None
         self._looked_s = now
         try:
-            word = rendezvous.posted(self._group, site.coordinator, site.place)
-            return None if word is None else Verdict.read(word)
+            word = rendezvous.read_verdict(self._group, site.coordinator, site.place)
+            return None if word is None else StepVerdict.read(word)
         except (RuntimeError, ValueError):  # no store any more, or somebody else's word
             return None
 
-    def _judge(self, head: Head, frame: Frame) -> Result | Verdict | None:
+    def _judge(self, head: Head, frame: Frame) -> Result | StepVerdict | None:
         site = self.site
-        if frame.kind is Kind.WELCOME:
+        if frame.kind is FrameKind.WELCOME:
             self._welcome_in(frame)
         elif not self._welcome:
             text = "did not show that it is the coordinator"
             stranger = site.out_of_step(site.coordinator, text)
             self._require_line().ended = f"it {text}"  # so that it is not used again
             return self._end(stranger, head)
-        elif frame.kind is Kind.VERDICT:
+        elif frame.kind is FrameKind.VERDICT:
             try:
-                return self._obey(Verdict.read(frame))
+                return self._obey(StepVerdict.read(frame))
             except ValueError as error:
                 return self._end(site.out_of_step(site.coordinator, f"sent garbage: {error}"), head)
-        elif frame.kind is Kind.RESULT and frame.head == head:
+        elif frame.kind is FrameKind.RESULT and frame.head == head:
             return Result(frame.segments)
-        elif frame.kind is not Kind.ALERT:
+        elif frame.kind is not FrameKind.ALERT:
             text = f"answered step {frame.head} with {frame.kind.name} where {head} was run"
             return self._end(site.out_of_step(site.coordinator, text), head)
         return None
 
-    def _obey(self, verdict: Verdict) -> Verdict:
+    def _obey(self, verdict: StepVerdict) -> StepVerdict:
         if verdict.epoch:
             self._order.restart(verdict.epoch, verdict.causes)
         return verdict
@@ -240,14 +247,14 @@ class Spoke:
             return None
         line.receive()
         if not line.pending and time.monotonic() - line.said_s > self.site.ping_s:
-            line.queue(Frame(Kind.PING))
+            line.queue(Frame(FrameKind.PING))
         line.flush()
         for frame in line.frames:
-            if self._welcome_in(frame) and frame.kind is Kind.ALERT:
+            if self._welcome_in(frame) and frame.kind is FrameKind.ALERT:
                 return alert_text(frame)
-            if self._welcome and frame.kind is Kind.VERDICT:
+            if self._welcome and frame.kind is FrameKind.VERDICT:
                 with contextlib.suppress(ValueError):  # told by the next exchange
-                    return "; ".join(cause.summary() for cause in Verdict.read(frame).causes)
+                    return "; ".join(cause.summary() for cause in StepVerdict.read(frame).causes)
         if (word := self._word_left()) is not None:
             return "; ".join(cause.summary() for cause in word.causes)
         if self._is_let_in_again(time.monotonic()):
@@ -257,13 +264,13 @@ class Spoke:
         return None
 
     def _welcome_in(self, frame: Frame) -> bool:
-        if frame.kind is Kind.WELCOME:
+        if frame.kind is FrameKind.WELCOME:
             shown = bytes(frame.segments[0]) if frame.segments else b""
             self._welcome = hmac.compare_digest(shown, self._answer)
         return self._welcome
 
-    def _end(self, cause: Cause, head: Head) -> Verdict:
-        return Verdict(head.name, [cause], final=True)
+    def _end(self, cause: Cause, head: Head) -> StepVerdict:
+        return StepVerdict(head.name, [cause], final=True)
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the coordinator why, and close."""
@@ -275,7 +282,7 @@ class Spoke:
                 word = Statement(cause=cause).frame(START)
                 rendezvous.refuse(self._group, self.site.coordinator, self.site.place, word)
         elif not self._kept and (line := self._link.line).fileno() >= 0:
-            line.queue(Frame(Kind.FAILED, head, Statement(cause=cause).frame(head).segments))
+            line.queue(Frame(FrameKind.FAILED, head, Statement(cause=cause).frame(head).segments))
             line.finish()
             while not line.flush() and time.monotonic() < until_s:
                 _wait(line, PARTING_S / 10)
@@ -300,7 +307,7 @@ class Spoke:
             self._kept = True
             keep(self._group, self.site.coordinator, self._link)
 
-    def _require_line(self) -> Line:
+    def _require_line(self) -> Connection:
         if self._link is None:
             raise ValueError(f"{self.site.name_of(self.site.rank)} has not joined the operation")
         return self._link.line
@@ -313,7 +320,7 @@ def _other_key(rank: int) -> CoordinationError:
     )
 
 
-def _wait(line: Line, timeout_s: float) -> None:
+def _wait(line: Connection, timeout_s: float) -> None:
     """Wait until something came, or queued bytes can go on; or until the time is over."""
     poll = select.poll()
     with contextlib.suppress(ValueError):  # closed: the caller sees it

@@ -23,9 +23,9 @@ from pytest_dcp._engine.coordinate.failure import (
     capture,
     checked_cause,
 )
-from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head
 from pytest_dcp._engine.coordinate.parcel import Parcel, Segment, pack, unpack
-from pytest_dcp._engine.coordinate.sequence import Place
+from pytest_dcp._engine.coordinate.sequence import OperationPlace
 
 PINGS_PER_TIMEOUT = 4
 PARTING_S = 1.0
@@ -45,7 +45,7 @@ class Site:
     """Silence of a rank for longer than this is a failure."""
     group: dist.ProcessGroup | None
     """None: this rank is alone."""
-    place: Place
+    place: OperationPlace
     """Where in the order of the group's operations it was called."""
     one_subject: bool = False
     """Whether all ranks must mean the same folder."""
@@ -103,17 +103,19 @@ class Statement:
     def frame(self, head: Head) -> Frame:
         """The frame that tells the coordinator."""
         if self.cause is None:
-            return Frame(Kind.VALUE, head, self.parcel)
-        return Frame(Kind.ABORTED if self.echo else Kind.FAILED, head, pack(self.cause))
+            return Frame(FrameKind.VALUE, head, self.parcel)
+        return Frame(FrameKind.ABORTED if self.echo else FrameKind.FAILED, head, pack(self.cause))
 
     @classmethod
     def read(cls, frame: Frame) -> Statement:
         """The statement of such a frame. Raises ValueError for a frame that is none."""
-        if frame.kind is Kind.VALUE:
+        if frame.kind is FrameKind.VALUE:
             return cls(parcel=frame.segments)
-        if frame.kind not in (Kind.FAILED, Kind.ABORTED):
+        if frame.kind not in (FrameKind.FAILED, FrameKind.ABORTED):
             raise ValueError(f"expected a statement, got a frame of kind {frame.kind.name}")
-        return cls(cause=checked_cause(unpack(frame.segments)), echo=frame.kind is Kind.ABORTED)
+        return cls(
+            cause=checked_cause(unpack(frame.segments)), echo=frame.kind is FrameKind.ABORTED
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class StepVerdict:
     """The step failed, with the causes of all ranks that failed."""
 
     step: str
@@ -139,14 +141,14 @@ class Verdict:
 
     def frame(self, head: Head) -> Frame:
         """The frame that tells a peer."""
-        return Frame(Kind.VERDICT, head, pack(self))
+        return Frame(FrameKind.VERDICT, head, pack(self))
 
     @classmethod
-    def read(cls, frame: Frame) -> Verdict:
+    def read(cls, frame: Frame) -> StepVerdict:
         """The verdict of such a frame. Raises ValueError for a frame that is none."""
-        found: Any = unpack(frame.segments) if frame.kind is Kind.VERDICT else frame.kind.name
+        found: Any = unpack(frame.segments) if frame.kind is FrameKind.VERDICT else frame.kind.name
         whole = (
-            isinstance(found, Verdict)
+            isinstance(found, StepVerdict)
             and type(found.step) is str
             and type(found.final) is bool
             and type(found.epoch) is int
@@ -156,11 +158,11 @@ class Verdict:
             raise ValueError(f"expected the verdict on a step, got {found!r:.200}")
         for cause in found.causes:
             checked_cause(cause)
-        verdict: Verdict = found
+        verdict: StepVerdict = found
         return verdict
 
 
-wire.record(Verdict)
+wire.record(StepVerdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +187,10 @@ Combine = Callable[[Sequence[Parcel]], Replies]
 class Star(Protocol):
     """One rank's side of an operation."""
 
-    def join(self, head: Head) -> Verdict | None:
+    def join(self, head: Head) -> StepVerdict | None:
         """Get in touch with the other side; a verdict when that is not to be had."""
 
-    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | Verdict:
+    def exchange(self, head: Head, own: Statement, combine: Combine) -> Result | StepVerdict:
         """State how this rank's work ended, and wait for what becomes of the step."""
 
     def trouble(self) -> str | None:

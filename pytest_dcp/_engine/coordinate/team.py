@@ -35,9 +35,15 @@ from pytest_dcp._engine.coordinate.frame import START, Head, Mode
 from pytest_dcp._engine.coordinate.hub import Hub
 from pytest_dcp._engine.coordinate.link import tie
 from pytest_dcp._engine.coordinate.parcel import Parcel, Segment, bundle, pack, unbundle, unpack
-from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of, wait_for_turn
+from pytest_dcp._engine.coordinate.sequence import (
+    CallOrder,
+    OperationPlace,
+    Subject,
+    kind_of,
+    wait_for_turn,
+)
 from pytest_dcp._engine.coordinate.spoke import Spoke
-from pytest_dcp._engine.coordinate.star import Replies, Result, Site, Star, Statement, Verdict
+from pytest_dcp._engine.coordinate.star import Replies, Result, Site, Star, Statement, StepVerdict
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,7 +70,7 @@ class Team:
         self.operation = site.operation
         self._star: Star = Hub(site) if site.rank == site.coordinator else Spoke(site)
         self._head = START
-        self._over: Verdict | None = None
+        self._over: StepVerdict | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._checked_s = 0.0
@@ -182,7 +188,7 @@ class Team:
     def _drop_if_out_of_step(self) -> None:
         """Be over where the ranks began to count anew after this operation was called."""
         if self.size > 1 and self._order.is_dropped(self._place):
-            self._over = Verdict(START.name, self._order.causes, final=True)
+            self._over = StepVerdict(START.name, self._order.causes, final=True)
 
     def wait_for_turn(self) -> Self:
         """This team, once the operations that were called before it and exclude it are over."""
@@ -234,7 +240,7 @@ class Team:
         self._begin(mode, step)
         raised: BaseException | None = None
         try:
-            outcome: Result | Verdict | None = self._star.join(self._head)
+            outcome: Result | StepVerdict | None = self._star.join(self._head)
             if outcome is None:
                 value, own, raised = self._state(local, sends=sends)
                 with self._lock:
@@ -282,7 +288,7 @@ class Team:
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, and be over."""
         cause = capture(self.rank, error)
-        self._over = Verdict(self._head.name, [cause], final=True)
+        self._over = StepVerdict(self._head.name, [cause], final=True)
         self._closed = True
         with self._lock:
             if self._head is START and self.is_coordinator:
@@ -372,7 +378,7 @@ _alone = CallOrder(one_folder_at_a_time=True)
 os.register_at_fork(after_in_child=_alone.forget_pending)
 
 
-def _end(star: Star, order: CallOrder, place: Place) -> None:
+def _end(star: Star, order: CallOrder, place: OperationPlace) -> None:
     """Close a team's connections, and let the next operation begin."""
     try:
         star.close()

@@ -94,14 +94,14 @@ def decode(parcel: Parcel, *, pickles: bool = False) -> Any:
         raise ValueError("expected a value, got no bytes")
     decoder = _Decoder(parcel[1:], pickles)
     try:
-        value = decoder.value(_parsed(bytes(parcel[0])))
+        value = decoder.value(_parse(bytes(parcel[0])))
     except (TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"expected a value of another rank, got {error!r:.200}") from None
     decoder.check_end()
     return value
 
 
-def _parsed(text: bytes) -> Any:
+def _parse(text: bytes) -> Any:
     needed, limit = estimate_json_bytes(text), FREE_BYTES + BYTES_PER_STORED_BYTE * len(text)
     if needed > limit:
         raise ValueError(
@@ -117,7 +117,7 @@ def _parsed(text: bytes) -> Any:
 # ---- classes
 
 
-class _Kind:
+class _SentKind:
     """How the objects of one class are sent."""
 
     def __init__(self, cls: type, names: tuple[str, ...]) -> None:
@@ -148,8 +148,8 @@ class _Kind:
         return made
 
 
-_kinds: dict[type, tuple[str, _Kind]] = {}
-_by_name: dict[str, _Kind] = {}
+_kinds: dict[type, tuple[str, _SentKind]] = {}
+_by_name: dict[str, _SentKind] = {}
 _conversions: dict[type, tuple[str, Callable[[Any], Any]]] = {}
 _makers: dict[str, Callable[[Any], Any]] = {}
 
@@ -158,7 +158,7 @@ def record(*classes: type) -> None:
     """Let dataclasses be sent: field by field, and made again without their `__init__`."""
     for cls in classes:
         names = tuple(field.name for field in fields(cls))
-        _kinds[cls] = cls.__name__, _Kind(cls, names)
+        _kinds[cls] = cls.__name__, _SentKind(cls, names)
         if _by_name.setdefault(cls.__name__, _kinds[cls][1]).cls is not cls:
             raise ValueError(f"two classes are called {cls.__name__}")
 
@@ -348,11 +348,11 @@ class _Decoder:
         return dict(zip(*_rows_of(*(bytes(self.segment()) for _ in range(4))), strict=True))
 
     def ordered(self, node: Node) -> collections.OrderedDict[Any, Any]:
-        return collections.OrderedDict(_checked(self.value(node), dict))
+        return collections.OrderedDict(_check_kind(self.value(node), dict))
 
     def array(self, name: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
         dtype, segment = _dtype(name), memoryview(self.segment())
-        if not all(type(n) is int and n >= 0 for n in _checked(shape, list)):
+        if not all(type(n) is int and n >= 0 for n in _check_kind(shape, list)):
             raise ValueError(f"expected a shape, got {shape!r:.{SHOWN}}")
         if segment.nbytes != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"expected {shape} of {dtype}, got {segment.nbytes} bytes")
@@ -379,7 +379,7 @@ class _Decoder:
                 "say pickles_between_ranks = False"
             )
         data = self.segment()
-        return pickle.loads(data, buffers=[self.segment() for _ in range(_checked(count, int))])
+        return pickle.loads(data, buffers=[self.segment() for _ in range(_check_kind(count, int))])
 
 
 def _keys(values: list[Any]) -> list[Any]:
@@ -393,14 +393,14 @@ def _keys(values: list[Any]) -> list[Any]:
     return values
 
 
-def _checked(value: Any, kind: type) -> Any:
+def _check_kind(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"expected a {kind.__name__}, got {value!r:.{SHOWN}}")
     return value
 
 
 def _dtype(name: Any) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = np.dtype(_checked(name, str))
+    dtype: np.dtype[Any] = np.dtype(_check_kind(name, str))
     if dtype.kind not in NUMBERS:
         raise ValueError(f"expected a dtype of numbers, got {dtype}")
     return dtype
@@ -444,8 +444,8 @@ _READERS: dict[str, _Reader] = {
     "n": _Decoder.number,
     "c": lambda _, real, imag: complex(real, imag),
     "y": lambda _, name: _TORCH[name],
-    "P": lambda _, text: pathlib.PosixPath(_checked(text, str)),
-    "Q": lambda _, text: pathlib.PurePosixPath(_checked(text, str)),
+    "P": lambda _, text: pathlib.PosixPath(_check_kind(text, str)),
+    "Q": lambda _, text: pathlib.PurePosixPath(_check_kind(text, str)),
     "o": _Decoder.record,
     "v": _Decoder.converted,
     "p": _Decoder.pickled,

@@ -27,7 +27,7 @@ whole for their sake, large enough that the loop over blocks costs less than the
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class EntryPlaces:
     """Where the chunks of an index are stored, one row a chunk, in the index's order."""
 
     files: tuple[str, ...]
@@ -52,7 +52,7 @@ class Places:
     """Descriptors of the stream transforms of a chunk's entry, for the rows that have any."""
 
     @classmethod
-    def nowhere(cls, chunks: int) -> Places:
+    def nowhere(cls, chunks: int) -> EntryPlaces:
         """Rows for chunks that are not stored yet."""
         none = np.full(chunks, UNKNOWN, dtype=np.int64)
         return cls(
@@ -72,7 +72,7 @@ class Catalog:
     """What a checkpoint holds, where, and what its planner and storage said."""
 
     index: Index
-    places: Places
+    places: EntryPlaces
     planner_data: Any = None
     storage_meta: StorageMeta | None = None
     version: str | None = None
@@ -109,7 +109,7 @@ class Catalog:
         if isinstance(table, EntryTable) and table.catalog.index is index and table.untouched():
             places = table.catalog.places
         else:
-            places = _places_of(index, table) if table else Places.nowhere(len(index.offset))
+            places = _places_of(index, table) if table else EntryPlaces.nowhere(len(index.offset))
         return cls(
             index,
             places,
@@ -166,7 +166,7 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
         return all(key in rows and self.origin_of(info) == rows[key] for key, info in made)
 
 
-def info_of(places: Places, row: int) -> _StorageInfo:
+def info_of(places: EntryPlaces, row: int) -> _StorageInfo:
     """A chunk's place as torch's object."""
     transforms = places.transforms.get(row)
     return _StorageInfo(
@@ -186,7 +186,7 @@ def index_key(index: Index, row: int) -> MetadataIndex:
     return MetadataIndex(index.fqns[key], offset, hint)
 
 
-def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Places:
+def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> EntryPlaces:
     """The places that torch's mapping names.
 
     Of places that come from a catalog, and were only given other keys, what else the catalog knows
@@ -214,7 +214,7 @@ def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Pla
         if descriptors:
             transforms[row] = tuple(descriptors)
     bare = replace(
-        Places.nowhere(chunks),
+        EntryPlaces.nowhere(chunks),
         files=tuple(files),
         file=np.array([-1 if i is None else files[i.relative_path] for i in infos], dtype=np.int32),
         start=np.array([-1 if i is None else i.offset for i in infos], dtype=np.int64),
@@ -225,8 +225,8 @@ def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Pla
 
 
 def _with_known_data(
-    bare: Places, infos: Sequence[_StorageInfo | None], table: EntryTable
-) -> Places:
+    bare: EntryPlaces, infos: Sequence[_StorageInfo | None], table: EntryTable
+) -> EntryPlaces:
     """The places with the data's start and sums, where an entry is still one of the table's."""
     known = table.catalog.places
     origin = [None if info is None else table.origin_of(info) for info in infos]

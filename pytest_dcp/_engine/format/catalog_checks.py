@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import UNKNOWN
 from pytest_dcp._engine.plan.index import Index
@@ -104,7 +104,7 @@ class _Slab:
         )
 
 
-def _usual(slab: _Slab, places: Places) -> bool:
+def _usual(slab: _Slab, places: EntryPlaces) -> bool:
     """Whether the chunks are what nearly all are: inside their tensor, in a file, with data.
 
     Then every rule holds of them; of others the rules are looked at one by one, with twice the
@@ -112,8 +112,8 @@ def _usual(slab: _Slab, places: Places) -> bool:
     """
     index, rows, keys = slab.index, slab.rows, slab.keys
     offset, shape, size = index.offset[rows], index.shape[rows], index.size.take(keys, axis=0)
-    inside = _unsigned(shape) <= _unsigned(size)
-    inside &= _unsigned(offset) <= _unsigned(size - shape)
+    inside = _as_unsigned(shape) <= _as_unsigned(size)
+    inside &= _as_unsigned(offset) <= _as_unsigned(size - shape)
     if not shape[:, max(slab.least_ndim, 0) :].all():
         return False  # in a padded dimension, whose size is 1, only 0 and 1 are right
     expected = index.itemsize.take(keys)
@@ -130,15 +130,15 @@ def _usual(slab: _Slab, places: Places) -> bool:
         unlike &= index.ndim.take(keys) >= 0  # a value has no shape
     return bool(
         inside.all()
-        and _unsigned(places.file[rows], np.uint32).max() < len(places.files)
-        and max(_unsigned(column).max() for column in (start, length, lead, nbytes)) <= _FAR
+        and _as_unsigned(places.file[rows], np.uint32).max() < len(places.files)
+        and max(_as_unsigned(column).max() for column in (start, length, lead, nbytes)) <= _FAR
         and not unlike.any()
         and (lead + nbytes <= length).all()
-        and _unsigned(unused).max() < places.block_bytes
+        and _as_unsigned(unused).max() < places.block_bytes
     )
 
 
-def _unsigned(column: NDArray[Any], kind: type = np.uint64) -> NDArray[Any]:
+def _as_unsigned(column: NDArray[Any], kind: type = np.uint64) -> NDArray[Any]:
     """The same bits, without a sign."""
     return column.view(kind)
 
@@ -183,7 +183,7 @@ def _check_groups(first: Ints, total: int, what: str) -> None:
         )
 
 
-def _check_tables(index: Index, places: Places) -> None:
+def _check_tables(index: Index, places: EntryPlaces) -> None:
     for name in places.files:
         checked_path(name)
     _check_groups(places.first_sum, len(places.sums), "sums")
@@ -216,7 +216,7 @@ def _check_chunks(slab: _Slab) -> Ints:
     return nbytes
 
 
-def _check_entries(slab: _Slab, places: Places) -> None:
+def _check_entries(slab: _Slab, places: EntryPlaces) -> None:
     file, start, length = (
         column[slab.rows] for column in (places.file, places.start, places.length)
     )
@@ -237,7 +237,7 @@ def _check_entries(slab: _Slab, places: Places) -> None:
     slab.refuse(far, "an entry that ends below 2**63")
 
 
-def _check_data(slab: _Slab, places: Places, expected: Ints) -> None:
+def _check_data(slab: _Slab, places: EntryPlaces, expected: Ints) -> None:
     start, nbytes = places.data_start[slab.rows], places.data_nbytes[slab.rows]
     lead = start - places.start[slab.rows]  # wraps around only where `start` is refused below
     outside = ((lead | nbytes) < 0) | (nbytes > places.length[slab.rows] - lead)
@@ -258,7 +258,7 @@ def _check_data(slab: _Slab, places: Places, expected: Ints) -> None:
     slab.refuse(tensors & unlike, "data of the chunk's shape and dtype")
 
 
-def _check_sums(slab: _Slab, places: Places) -> None:
+def _check_sums(slab: _Slab, places: EntryPlaces) -> None:
     """A chunk has no sums, or one for each block of its data; empty data may have one."""
     rows = slice(slab.rows.start, slab.rows.stop + 1)
     counts = np.diff(places.first_sum[rows])

@@ -3,7 +3,7 @@
 A data file is a concatenation of entries. Each is the stored (uncompressed) zip archive that
 `torch.save` of torch 2.13 writes to a stream, to the byte, so any reader that has `torch.load`
 opens it. For a tensor everything but the data, its CRC and the fingerprint made of the CRCs is a
-function of dtype and shape: that is a `Frame`, made once per kind of tensor and kept.
+function of dtype and shape: that is an `EntryFrame`, made once per kind of tensor and kept.
 
 Rules inside:
 
@@ -88,7 +88,7 @@ _UNTYPED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class EntryFrame:
     """The bytes around one contiguous tensor's data: a function of its dtype and shape.
 
     The entry is `head`, then `data_nbytes` bytes of data, then `tail(crc)`.
@@ -117,7 +117,7 @@ class Frame:
 
 
 @lru_cache(maxsize=_KEPT_FRAMES)
-def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
+def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> EntryFrame:
     """The frame of a contiguous tensor that needs no gradient.
 
     Raises:
@@ -141,9 +141,9 @@ def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     tail, central_at = archive.finish()
     length = len(head) + data_nbytes + len(tail)
     if not data_nbytes:
-        return Frame(head, 0, length, seed, (tail,))
+        return EntryFrame(head, 0, length, seed, (tail,))
     holes = ((crc_at, 4), (id_at, 40), (id_crc_at, 4), (central_at[-3], 4), (central_at[-1], 4))
-    return Frame(head, data_nbytes, length, seed, _cut(tail, holes))
+    return EntryFrame(head, data_nbytes, length, seed, _cut(tail, holes))
 
 
 def value_entry(pickled: bytes) -> bytes:

@@ -20,8 +20,8 @@ import torch
 
 from pytest_dcp._engine.format.zip_archive import (
     Directory,
-    Record,
     Source,
+    ZipRecord,
     content,
     content_offset,
     corrupt,
@@ -143,7 +143,7 @@ def _check_byteorder(source: Source, directory: Directory) -> None:
         )
 
 
-def _check_extent(tensor: TensorPickle, record: Record) -> None:
+def _check_extent(tensor: TensorPickle, record: ZipRecord) -> None:
     """Refuses a tensor whose storage is not the record, or that has more elements than it.
 
     That the elements lie inside the storage is already checked by whoever read the pickle.

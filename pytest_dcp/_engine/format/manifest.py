@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from pytest_dcp._engine.format import planner_paths as paths
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
@@ -85,13 +85,13 @@ def encode(catalog: Catalog) -> bytes:
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
     header["properties"] = [_property_names(p) for p in index.properties]
     columns: dict[str, Any] = {
-        "fqns": names.packed(index.fqns),
-        "files": names.packed(places.files),
+        "fqns": names.pack_names(index.fqns),
+        "files": names.pack_names(places.files),
         **{name: getattr(index, name) for name in _INDEX},
         **{name: getattr(places, name) for name in _PLACES},
     }
     header["transforms"], columns["transform_of"] = _transforms(places)
-    header["said"], columns["path_forms"], columns["paths"] = _said(catalog)
+    header["said"], columns["path_forms"], columns["paths"] = _encode_extras(catalog)
     more = catalog.further or catalog.beside
     further = encode_further(catalog.further, catalog.beside) if more else b""
     if further:
@@ -103,8 +103,8 @@ def encode(catalog: Catalog) -> bytes:
             f"expected a manifest's header of at most {MAX_HEADER_BYTES} bytes, got {len(text)}: "
             "transforms, properties or the modules of storage_meta are too many"
         )
-    pieces = [_HEAD.pack(MAGIC, len(text)), *_padded(text), *_laid_out(columns)]
-    return b"".join([*pieces, *_padded(further)])
+    pieces = [_HEAD.pack(MAGIC, len(text)), *_pad(text), *_laid_out(columns)]
+    return b"".join([*pieces, *_pad(further)])
 
 
 def decode(
@@ -162,11 +162,11 @@ def _laid_out(columns: Mapping[str, Any]) -> list[bytes | memoryview]:
         column = columns[name]
         if not isinstance(column, bytes):
             column = np.ascontiguousarray(column, dtype).reshape(-1).view(np.uint8).data
-        pieces += _padded(column)
+        pieces += _pad(column)
     return pieces
 
 
-def _padded(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
+def _pad(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
     return piece, bytes(-len(piece) % 8)
 
 
@@ -175,7 +175,7 @@ def _property_names(properties: TensorProperties) -> list[Any]:
     return [str(p.dtype), str(p.layout), p.requires_grad, str(p.memory_format), p.pin_memory]
 
 
-def _transforms(places: Places) -> tuple[list[list[str]], NDArray[np.int32]]:
+def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]]:
     """The distinct descriptors, and for each chunk their position or -1; no column without any."""
     known: dict[tuple[str, ...], int] = {}
     column = np.full(len(places.file) if places.transforms else 0, -1, dtype=np.int32)
@@ -184,9 +184,9 @@ def _transforms(places: Places) -> tuple[list[list[str]], NDArray[np.int32]]:
     return [list(some) for some in known], column
 
 
-def _said(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
+def _encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
     """What planner and storage said, each as [how, value]; the columns of the planner's paths."""
-    packed = paths.packed(catalog.planner_data, catalog.index.fqns)
+    packed = paths.pack_paths(catalog.planner_data, catalog.index.fqns)
     said = {
         "planner_data": [_IN_PICKLE if packed is None else _PATHS],
         "storage_meta": _told_storage(catalog.storage_meta),
@@ -297,8 +297,8 @@ def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memor
 
 
 def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Metadata]) -> Catalog:
-    fqns = names.unpacked(columns["fqns"].tobytes())
-    files = names.unpacked(columns["files"].tobytes())
+    fqns = names.unpack_names(columns["fqns"].tobytes())
+    files = names.unpack_names(columns["files"].tobytes())
     if len(fqns) != len(columns["ndim"]):
         raise ValueError(f"{len(fqns)} names for {len(columns['ndim'])} keys")
     if type(header["block_bytes"]) is not int:
@@ -308,7 +308,7 @@ def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Me
         properties=tuple(_properties(told) for told in header["properties"]),
         **{name: columns[name] for name in _INDEX},
     )
-    places = Places(
+    places = EntryPlaces(
         files=files,
         block_bytes=header["block_bytes"],
         transforms=_transforms_of(header["transforms"], columns["transform_of"]),
@@ -351,7 +351,9 @@ def _what_was_said(
         elif how == _NONE:
             found[name] = None
         elif how == _PATHS and name == "planner_data":
-            found[name] = paths.unpacked(fqns, columns["path_forms"], columns["paths"].tobytes())
+            found[name] = paths.unpack_paths(
+                fqns, columns["path_forms"], columns["paths"].tobytes()
+            )
         elif how == _VALUE and name == "storage_meta":
             found[name] = _storage_meta(*value)
         elif how == _VALUE and name == "version":

@@ -30,7 +30,7 @@ from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
-from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickled
+from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
@@ -67,7 +67,7 @@ class _Trailer:
 def encode(catalog: Catalog) -> list[bytes]:
     """The file's bytes, to be written one after the other."""
     columns = manifest.encode(catalog)
-    stock = pickled(catalog)
+    stock = pickle_metadata(catalog)
     gap = bytes(-len(stock) % _ALIGNMENT)
     trailer = _Trailer(
         manifest_crc=crc32(columns),

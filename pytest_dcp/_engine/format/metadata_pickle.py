@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.further_fields import PlainPickler
 from pytest_dcp._engine.format.planner_paths import PathTable
 from pytest_dcp._engine.plan.boxes import Ints
@@ -79,7 +79,7 @@ _Part = bytes | _Numbers
 _Piece = bytes | memoryview
 
 
-def pickled(catalog: Catalog) -> bytes:
+def pickle_metadata(catalog: Catalog) -> bytes:
     """The pickle of `catalog.metadata()` as torch's writer would have written it."""
     words = _Words(catalog)
     pieces: list[_Piece] = [words.head, words("state_dict_metadata"), pickle.EMPTY_DICT]
@@ -186,7 +186,7 @@ def _keys(words: _Words, index: Index) -> Iterator[_Piece]:
         yield pickle.SETITEMS
 
 
-def _entries(words: _Words, index: Index, places: Places) -> Iterator[_Piece]:
+def _entries(words: _Words, index: Index, places: EntryPlaces) -> Iterator[_Piece]:
     """The items of `storage_data`; chunks without a file are left out."""
     descriptors = ((), *sorted(set(places.transforms.values())))
     number = {some: i for i, some in enumerate(descriptors)}
@@ -255,7 +255,9 @@ def _entry_key(words: _Words, index: Index, ndim: int, rows: Rows) -> list[_Part
     ]
 
 
-def _entry(words: _Words, places: Places, descriptors: Sequence[str], rows: Rows) -> list[_Part]:
+def _entry(
+    words: _Words, places: EntryPlaces, descriptors: Sequence[str], rows: Rows
+) -> list[_Part]:
     file = _Numbers(pickle.LONG_BINGET, "<u4", words.files[places.file[rows]])
     parts: list[_Part] = [
         *(words.new(_StorageInfo), words("relative_path"), file),
@@ -295,7 +297,7 @@ class _Shelf:
             count = int(counts[kind])
             rows: Rows = slice(None) if count == len(kinds) else np.flatnonzero(kinds == kind)
             at[rows] = np.arange(count)
-            table = _filled(parts(kind, rows), count)
+            table = _repeat_parts(parts(kind, rows), count)
             self._tables[kind], self._widths[kind] = table.reshape(-1).data, table.shape[1]
         # Asked for row by row: lists answer sooner than arrays.
         self._kinds: list[int] = kinds.tolist()
@@ -311,7 +313,7 @@ class _Shelf:
         return self._tables[kind][at : at + (stop - start) * width]
 
 
-def _filled(parts: Sequence[_Part], count: int) -> NDArray[np.uint8]:
+def _repeat_parts(parts: Sequence[_Part], count: int) -> NDArray[np.uint8]:
     """(count, length) the parts `count` times, with the numbers of each."""
     template, fields = b"", []
     for part in parts:

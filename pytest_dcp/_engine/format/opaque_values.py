@@ -45,7 +45,7 @@ def prepare_opaque(
     light only when the values are made.
     """
     try:
-        stored, storage = _opened(entry)
+        stored, storage = _open_entry(entry)
         if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
             return lambda: _tensor(stored, storage)
         copies = _copies(fqn, target, stored, same_class=True)
@@ -93,7 +93,7 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
     Raises CheckpointCorruptError for a damaged one.
     """
     try:
-        stored, storage = _opened(entry)
+        stored, storage = _open_entry(entry)
     except UnknownGlobalError:
         return None
     return _tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
@@ -102,7 +102,7 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
 def wrapper_in(entry: bytes | memoryview) -> str | None:
     """The class and size of the wrapper subclass of an entry, in words; None for anything else."""
     try:
-        stored, _ = _opened(entry)
+        stored, _ = _open_entry(entry)
     except CheckpointCorruptError:
         return None
     if not isinstance(stored, OpaqueWrapper):
@@ -110,7 +110,7 @@ def wrapper_in(entry: bytes | memoryview) -> str | None:
     return f"a {stored.kind} of size {tuple(stored.shape)}"
 
 
-def _opened(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
+def _open_entry(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
     """What an entry says of its tensor, and what gives the bytes of a storage by its key."""
     read = records_of(entry)
     stored = read_opaque_pickle(read("data.pkl"))
@@ -133,7 +133,7 @@ def _copies(fqn: str, target: Any, stored: OpaquePickle, *, same_class: bool) ->
         return _inner_copies(fqn, target, stored, same_class=same_class)
     data = stored if isinstance(stored, TensorPickle) else stored.data
     if is_traceable_wrapper_subclass(target) or tuple(target.shape) != data.shape:
-        raise _mismatch(fqn, f"a tensor of size {data.shape}", _told(target))
+        raise _mismatch(fqn, f"a tensor of size {data.shape}", _describe(target))
     floats = data.dtype.is_floating_point and target.dtype.is_floating_point
     if data.dtype != target.dtype and not floats:
         raise _mismatch(fqn, f"{data.dtype}", f"{target.dtype}")
@@ -150,7 +150,7 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
     other = stored.kind != kind if same_class else not names
     if other or tuple(target.shape) != stored.shape:
         there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
-        raise _mismatch(fqn, there, _told(target))
+        raise _mismatch(fqn, there, _describe(target))
     for name in stored.inner().keys() - set(names):
         # Kept by the class beside those that count, or else lost.
         if not isinstance(getattr(target, name, None), torch.Tensor):
@@ -159,7 +159,7 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
     for name in names:
         part = stored.state.get(name)
         if not isinstance(part, OpaquePickle):
-            raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _told(target))
+            raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _describe(target))
         inner = getattr(target, name)
         copies += _copies(f"{fqn}.{name}", inner, part, same_class=same_class)
     require_same_attributes(fqn, target, stored.state, names)
@@ -217,7 +217,7 @@ def _plain(stored: TensorPickle, storage: Storage, dtype: torch.dtype) -> torch.
     return flat.as_strided(stored.shape, stored.stride, stored.storage_offset)
 
 
-def _told(target: Any) -> str:
+def _describe(target: Any) -> str:
     return f"a {type(target).__name__} of size {tuple(target.shape)}"
 
 

@@ -110,7 +110,7 @@ def form_of(fqn: str, path: Path) -> Form | None:
     return tuple(part.count(".") + 1 if isinstance(part, str) else -1 for part in path)
 
 
-def packed(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] | None:
+def pack_paths(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] | None:
     """The form of each name and a JSON text of the rest, or None where these are no plain paths."""
     if type(planner_data) not in (dict, PathTable, DescribedPaths):
         return None
@@ -144,8 +144,8 @@ def _is_path(path: object) -> bool:
     )
 
 
-def unpacked(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
-    """The paths of `packed`.
+def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
+    """The paths of `pack_paths`.
 
     Raises:
         CheckpointCorruptError: a form that does not fit its name, or paths that are none.

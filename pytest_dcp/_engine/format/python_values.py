@@ -42,7 +42,7 @@ MANY = 1000
 """Items of a container beyond which its parts are not looked at one by one."""
 
 
-def encoded(value: Any) -> bytes:
+def encode_value(value: Any) -> bytes:
     """The value as the bytes of an entry."""
     if plain(value):
         return value_entry(pickle.dumps(value, PICKLE_PROTOCOL))
@@ -51,7 +51,7 @@ def encoded(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def decoded(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
+def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
     """The value of an entry.
 
     Raises CheckpointCorruptError where the bytes are no entry, and UntrustedPickleError where it
@@ -82,7 +82,7 @@ def refusal_of(value: Any, entry: bytes) -> str | None:
     if inert(value):
         return None
     try:
-        decoded(entry)
+        decode_value(entry)
     except CheckpointCorruptError as error:
         return error.reason
     return None

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp._engine.format.catalog import Places, index_key
+from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
 from pytest_dcp._engine.plan.boxes import Ints, spans
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
@@ -114,12 +114,12 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
     return WriteResults([item for part in parts for item in part.items], written)
 
 
-def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
+def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:
     """The places of an index's chunks, from what every rank wrote.
 
     Raises PlanError when something was written that the index does not have, or written twice.
     """
-    places = Places.nowhere(len(index.offset))
+    places = EntryPlaces.nowhere(len(index.offset))
     counts = np.zeros(len(index.offset), dtype=np.int64)
     files: dict[str, int] = {}
     transforms: dict[int, tuple[str, ...]] = {}
@@ -149,7 +149,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
     sums = np.zeros(first_sum[-1], dtype=np.uint32)
     for rows, some_sums in parts:
         sums[np.repeat(first_sum[rows], counts[rows]) + spans(counts[rows])] = some_sums
-    return Places(
+    return EntryPlaces(
         files=tuple(files),
         file=file,
         start=start,
@@ -162,7 +162,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
     )
 
 
-def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> Places:
+def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:
     """As `places_of`; raises PlanError also when something of the index was written by no rank."""
     places = places_of(index, results)
     unwritten = np.flatnonzero(places.file < 0)
@@ -176,7 +176,7 @@ def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> P
 
 def places_and_more(
     index: Index, results: Sequence[Sequence[WriteResult]]
-) -> tuple[Places, dict[MetadataIndex, Any]]:
+) -> tuple[EntryPlaces, dict[MetadataIndex, Any]]:
     """As `whole_places_of`, and the places of what was written that the index lacks, by key."""
     try:
         return whole_places_of(index, results), {}

@@ -59,7 +59,7 @@ _WHOLE = 4096
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Record:
+class ZipRecord:
     """One record of the archive; offsets are bytes from the entry's start."""
 
     offset: int
@@ -77,12 +77,12 @@ class Record:
 class Directory:
     """All records of an archive."""
 
-    records: Mapping[str, Record]
+    records: Mapping[str, ZipRecord]
     """By name, without the archive's name in front."""
     has_crcs: bool
     """False when the archive was written without CRCs: then every one is 0."""
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str) -> ZipRecord:
         """The record of that name, or `CheckpointCorruptError` when there is none."""
         found = self.records.get(name)
         if found is None:
@@ -136,7 +136,7 @@ def read_directory(source: Source, limit: int) -> Directory:
     if end - start > limit:
         raise corrupt(f"expected a directory of {limit} bytes at most, got {end - start}", start)
     raw = source.get(start, end - start, "the directory")
-    found: list[Record] = []
+    found: list[ZipRecord] = []
     at = 0
     for _ in range(count):
         record, at = _read_central(raw, at, start)
@@ -168,7 +168,7 @@ def content(source: Source, directory: Directory, name: str, limit: int) -> byte
     return found
 
 
-def content_offset(source: Source, record: Record) -> int:
+def content_offset(source: Source, record: ZipRecord) -> int:
     """Where a record's content starts: its local header, content and descriptor fill its place."""
     at, size = record.offset, LOCAL_HEADER.size
     header = LOCAL_HEADER.unpack(source.get(at, size, "a local header"))
@@ -194,7 +194,7 @@ def corrupt(reason: str, offset: int) -> CheckpointCorruptError:
     return CheckpointCorruptError(reason, offset=offset)
 
 
-def _check_descriptor(source: Source, record: Record, at: int) -> None:
+def _check_descriptor(source: Source, record: ZipRecord, at: int) -> None:
     """Refuses a descriptor, from `at` to the record's end, that is not what the directory says."""
     layout = DESCRIPTOR if record.end - at == DESCRIPTOR.size else DESCRIPTOR64
     found = layout.unpack(source.get(at, layout.size, "a descriptor"))
@@ -240,7 +240,7 @@ def _find_directory64(source: Source, locator_at: int) -> tuple[int, int, int]:
     return count, nbytes, start
 
 
-def _read_central(raw: bytes | memoryview, at: int, start: int) -> tuple[Record, int]:
+def _read_central(raw: bytes | memoryview, at: int, start: int) -> tuple[ZipRecord, int]:
     """The directory's record at `at` of `raw`, and where the next one starts."""
     head = raw[at : at + CENTRAL_HEADER.size]
     if len(head) < CENTRAL_HEADER.size or head[:4] != CENTRAL_SIGNATURE:
@@ -257,15 +257,15 @@ def _read_central(raw: bytes | memoryview, at: int, start: int) -> tuple[Record,
     if flags & ~(FLAG_UTF8 | FLAG_DESCRIPTOR) or disk:
         raise corrupt(f"expected a plain record, {name[:64]!r} has flags {flags:#x}", start + at)
     extra = bytes(raw[extra_at : extra_at + nextra])
-    nbytes, packed, offset = _widened(extra, (nbytes, packed, offset), start + extra_at)
+    nbytes, packed, offset = _read_zip64(extra, (nbytes, packed, offset), start + extra_at)
     if packed != nbytes:
         raise corrupt(f"expected stored records, {name[:64]!r} has two sizes", start + at)
     if max(offset, nbytes) >= start:
         raise corrupt(f"expected {name[:64]!r} before the directory, it lies outside", start + at)
-    return Record(offset, name, flags, crc, nbytes), end
+    return ZipRecord(offset, name, flags, crc, nbytes), end
 
 
-def _widened(extra: bytes, narrow: tuple[int, ...], where: int) -> Iterator[int]:
+def _read_zip64(extra: bytes, narrow: tuple[int, ...], where: int) -> Iterator[int]:
     """The 32-bit fields, those that say so replaced by the values of the zip64 extra field."""
     absent = sum(value == MAX32 for value in narrow)
     wide = b""
@@ -281,7 +281,7 @@ def _widened(extra: bytes, narrow: tuple[int, ...], where: int) -> Iterator[int]
     return (next(values) if value == MAX32 else value for value in narrow)
 
 
-def _in_order(found: list[Record], directory_at: int) -> list[Record]:
+def _in_order(found: list[ZipRecord], directory_at: int) -> list[ZipRecord]:
     """The records by offset, each with its end; they must fill the bytes before the directory."""
     found = sorted(found)
     ends = [*(record.offset for record in found[1:]), directory_at]
@@ -292,12 +292,12 @@ def _in_order(found: list[Record], directory_at: int) -> list[Record]:
             raise corrupt(f"the record {record.name[:64]!r} overlaps what follows", record.offset)
     # Not `replace`, which takes longer than all the rest of a small entry's directory.
     return [
-        Record(r.offset, r.name, r.flags, r.crc, r.nbytes, end)
+        ZipRecord(r.offset, r.name, r.flags, r.crc, r.nbytes, end)
         for r, end in zip(found, ends, strict=True)
     ]
 
 
-def _plain_name(record: Record, folder: bytes) -> str:
+def _plain_name(record: ZipRecord, folder: bytes) -> str:
     """The record's name without the archive's, which all records must share."""
     if not record.name.startswith(folder):
         raise corrupt(

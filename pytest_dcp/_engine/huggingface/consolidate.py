@@ -20,9 +20,9 @@ from pytest_dcp._engine.io.disk import Disk, Out
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
 from pytest_dcp._engine.io.tensor_memory import memory_of
-from pytest_dcp._engine.io.threads import Stop, run_all
-from pytest_dcp._engine.io.write_safetensors import StoredTensor, encode, placed
-from pytest_dcp._engine.plan.boxes import padded, strides_of
+from pytest_dcp._engine.io.threads import StopFlag, run_all
+from pytest_dcp._engine.io.write_safetensors import StoredTensor, encode, place_tensors
+from pytest_dcp._engine.plan.boxes import pad_rows, strides_of
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.index import Index
@@ -62,8 +62,8 @@ class Shards:
         boxes = Wanted(
             fqns=tuple(slab.fqn for slab in wanted),
             ndim=np.array([len(slab.shape) for slab in wanted], dtype=np.int16),
-            offset=padded([slab.offset for slab in wanted], rank, 0),
-            shape=padded([slab.shape for slab in wanted], rank, 1),
+            offset=pad_rows([slab.offset for slab in wanted], rank, 0),
+            shape=pad_rows([slab.shape for slab in wanted], rank, 1),
             nth=np.arange(len(wanted), dtype=np.int64),
         )
         items = read_items(boxes, index)
@@ -94,7 +94,7 @@ def consolidate(
     Raises CheckpointCorruptError where the shards do not make a tensor whole.
     """
 
-    def job(name: str, fqns: Sequence[str]) -> Callable[[Stop], int]:
+    def job(name: str, fqns: Sequence[str]) -> Callable[[StopFlag], int]:
         return lambda stop: _write(shards, folder, name, fqns, metadata, stop, sync=sync)
 
     return sum(run_all([job(*file) for file in files.items()], threads))
@@ -106,7 +106,7 @@ def _write(
     name: str,
     fqns: Sequence[str],
     metadata: Mapping[str, str],
-    stop: Stop,
+    stop: StopFlag,
     *,
     sync: bool,
 ) -> int:
@@ -136,7 +136,7 @@ def full_tensors(index: Index, fqns: Sequence[str]) -> list[StoredTensor]:
         )
         for row in rows
     ]
-    return placed(sorted(kinds, key=lambda kind: -kind[1].itemsize))
+    return place_tensors(sorted(kinds, key=lambda kind: -kind[1].itemsize))
 
 
 def _batches(tensors: Sequence[StoredTensor]) -> Iterator[list[Slab]]:

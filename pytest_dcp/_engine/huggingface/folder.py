@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.huggingface.saves import (
@@ -44,10 +44,10 @@ from pytest_dcp._engine.io.write_safetensors import (
     Header,
     StoredTensor,
     counts,
-    parsed,
+    parse_json,
     read_header,
 )
-from pytest_dcp._engine.plan.boxes import overlapping_pairs, padded
+from pytest_dcp._engine.plan.boxes import overlapping_pairs, pad_rows
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -91,7 +91,7 @@ def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> W
 
 def decode_index(text: bytes | memoryview, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex:
     """What the bytes of an index say. Raises CheckpointCorruptError."""
-    said = parsed(text, "the index", limit)
+    said = parse_json(text, "the index", limit)
     weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise CheckpointCorruptError("expected a weight_map and metadata, got others")
@@ -265,7 +265,7 @@ def parts_of(name: str, header: Header, limit: MemoryLimit = DEFAULT_LIMIT) -> l
     """The boxes that a file holds; each is a whole tensor where the file does not say otherwise."""
     text = header.metadata.get(SHARDING_KEY)
     try:
-        said = {} if text is None else parsed(text, SHARDING_KEY, limit)
+        said = {} if text is None else parse_json(text, SHARDING_KEY, limit)
         return [
             _part(name, header, tensor, said.get(tensor.name) if text else {OFFSETS_KEY: None})
             for tensor in header.tensors
@@ -329,10 +329,10 @@ def catalog_of(parts: Sequence[Part]) -> Catalog:
         property_of=np.array([dtypes.index(g[0].tensor.dtype) for g in grouped.values()], np.int32),
         properties=tuple(TensorProperties(dtype) for dtype in dtypes),
         ndim=np.array([len(size) for size in sizes], dtype=np.int16),
-        size=padded(sizes, rank, 1),
+        size=pad_rows(sizes, rank, 1),
         first=first,
-        offset=padded([part.offset for part in rows], rank, 0),
-        shape=padded([part.tensor.shape for part in rows], rank, 1),
+        offset=pad_rows([part.offset for part in rows], rank, 0),
+        shape=pad_rows([part.tensor.shape for part in rows], rank, 1),
     )
     catalog = Catalog(index, _places(rows))
     check_catalog(catalog)
@@ -340,12 +340,12 @@ def catalog_of(parts: Sequence[Part]) -> Catalog:
     return catalog
 
 
-def _places(rows: Sequence[Part]) -> Places:
+def _places(rows: Sequence[Part]) -> EntryPlaces:
     files: dict[str, int] = {}
     file = [files.setdefault(part.file, len(files)) for part in rows]
     start = np.array([part.start for part in rows], dtype=np.int64)
     nbytes = np.array([part.tensor.nbytes for part in rows], dtype=np.int64)
-    return Places(
+    return EntryPlaces(
         files=tuple(files),
         file=np.array(file, dtype=np.int32),
         start=start,

@@ -29,7 +29,7 @@ from pytest_dcp._engine.huggingface.consolidate import Shards, Slab
 from pytest_dcp._engine.huggingface.storages import HuggingFaceStorageReader
 from pytest_dcp._engine.io.load_into_targets import Filled
 from pytest_dcp._engine.io.progress_observer import Observer, observer
-from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import Index
@@ -100,7 +100,9 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         """The catalog as plans see it; what is stored is kept for the reading."""
         self._stored = stored = super()._read_catalog()
         self._scale_of = scales_of(stored.index)
-        return replace(stored, index=dequantised(stored.index, self._scale_of, self.target_dtype))
+        return replace(
+            stored, index=dequantised_index(stored.index, self._scale_of, self.target_dtype)
+        )
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -147,7 +149,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             super()._process_read_request(f, req, planner)
             return
         items = ReadItems.of([req])
-        self._job(items, 0, self._pieces(items, 0), planner, observer("load"))(Stop())
+        self._job(items, 0, self._pieces(items, 0), planner, observer("load"))(StopFlag())
 
     def _pieces(self, items: ReadItems, row: int) -> list[Piece]:
         """The row's box in pieces of bounded size along its first dimension."""
@@ -187,8 +189,8 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         pieces: Sequence[Piece],
         planner: LoadPlanner,
         watcher: Observer,
-    ) -> Callable[[Stop], None]:
-        def run(stop: Stop) -> None:
+    ) -> Callable[[StopFlag], None]:
+        def run(stop: StopFlag) -> None:
             item = items[row]
             target = planner.resolve_tensor(item).detach()
             if target.size() != item.lengths:
@@ -251,7 +253,7 @@ def scales_of(index: Index) -> dict[str, str]:
     return found
 
 
-def dequantised(index: Index, scale_of: Mapping[str, str], dtype: torch.dtype) -> Index:
+def dequantised_index(index: Index, scale_of: Mapping[str, str], dtype: torch.dtype) -> Index:
     """The index, row by row, of what the quantised tensors stand for. Pure (no I/O)."""
     ndim, property_of = index.ndim.copy(), index.property_of.copy()
     size, offset, shape = index.size.copy(), index.offset.copy(), index.shape.copy()

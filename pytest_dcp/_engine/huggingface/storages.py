@@ -65,7 +65,7 @@ from pytest_dcp._engine.io.file_queue import FileQueue
 from pytest_dcp._engine.io.load_into_targets import Filled
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_streams import items_by_file
-from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.write_files import FileJob, Settings
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
@@ -129,7 +129,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self.enable_consolidation = enable_consolidation
         self.consolidated_output_path: str | None = None
         self.thread_count_consolidation = thread_count_consolidation
-        self._layout = _Layout([], 1)
+        self._layout = _FolderLayout([], 1)
         self._place(path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -382,7 +382,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Layout:
+class _FolderLayout:
     """The files of a save."""
 
     numbers: list[dict[int, int]]
@@ -411,7 +411,7 @@ def _check(tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, *, w
 
 def _layout(
     tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, distributed: bool
-) -> _Layout:
+) -> _FolderLayout:
     """The files: numbered as the mapping says, or in order where ranks would share a file."""
     highest = max(mapping.values(), default=1) if mapping else 1
     used = [
@@ -420,11 +420,11 @@ def _layout(
     ]
     numbers = [{index: index for index in indices} for indices in used]
     if distributed or len({i for indices in used for i in indices}) == sum(map(len, used)):
-        return _Layout(numbers, highest)
+        return _FolderLayout(numbers, highest)
     pairs = sorted((index, rank) for rank, indices in enumerate(used) for index in indices)
     for number, (index, rank) in enumerate(pairs, start=1):
         numbers[rank][index] = number
-    return _Layout(numbers, len(pairs))
+    return _FolderLayout(numbers, len(pairs))
 
 
 def _files(
@@ -587,7 +587,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         paths = ((self._full_path(name), items) for name, items in by_file.items())
         files, done = FileQueue(paths, observer("load")), queue.Queue[Any]()
 
-        def job(stop: Stop) -> None:
+        def job(stop: StopFlag) -> None:
             files.stop = stop
             self._read_files_from_queue(files, done, planner)
 

@@ -20,7 +20,7 @@ from isal.isal_zlib import crc32
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.io.disk import In
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.threads import Stop
+from pytest_dcp._engine.io.threads import StopFlag
 from pytest_dcp.errors import CheckpointCorruptError
 
 Verify = Literal["auto", "full", "off"]
@@ -33,13 +33,13 @@ EXTEND_FROM_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
-class Tally:
+class ByteCounts:
     """Bytes of data so far."""
 
     read: int = 0
     verified: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ByteCounts) -> None:
         """Count another's as well."""
         self.read += other.read
         self.verified += other.verified
@@ -49,7 +49,13 @@ class RangeReader:
     """Reads ranges of the entries of one open file. For one thread."""
 
     def __init__(
-        self, file: In, name: str, catalog: Catalog, verify: Verify, observer: Observer, stop: Stop
+        self,
+        file: In,
+        name: str,
+        catalog: Catalog,
+        verify: Verify,
+        observer: Observer,
+        stop: StopFlag,
     ) -> None:
         self.file = file
         self.name = name
@@ -57,7 +63,7 @@ class RangeReader:
         self.verify = verify
         self.observer = observer
         self.stop = stop
-        self.tally = Tally()
+        self.tally = ByteCounts()
         self._carry: tuple[int, int, int] | None = None
         """Of the last range, where it ended inside a block whose beginning it had: entry, end, sum
         up to there."""
@@ -170,9 +176,11 @@ class RangeReader:
             self.stop.check()
             until = begin + len(piece)
             if begin < end:
-                whole = rest = _summed(piece, begin, max(begin, start), min(until, end), whole)
+                whole = rest = _run_checksum(
+                    piece, begin, max(begin, start), min(until, end), whole
+                )
             # What follows the last whole block, for whoever reads on from there.
-            rest = _summed(piece, begin, max(begin, start, end), until, rest)
+            rest = _run_checksum(piece, begin, max(begin, start, end), until, rest)
         if end > high:
             whole = crc32(self._extra(entry, high, end), whole)
         if start < end:
@@ -222,6 +230,6 @@ def _cut(low: int, window: memoryview) -> Iterator[tuple[int, memoryview]]:
         yield low + at, window[at : at + PIECE_BYTES]
 
 
-def _summed(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:
+def _run_checksum(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:
     """The checksum run on over the bytes `low` to `high` of a piece that begins at `begin`."""
     return crc32(piece[low - begin : high - begin], crc) if low < high else crc

@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, padded, strides_of, volumes, widened
+from pytest_dcp._engine.plan.boxes import (
+    Ints,
+    out_of_bounds,
+    pad_rows,
+    strides_of,
+    volumes,
+    widen_table,
+)
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.shards import require_memory
@@ -94,12 +101,12 @@ def copies(
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
-    stored_shape = widened(index.shape[entry][:, :width], width, 1)
-    _check_inside(items, rows, stored_shape, padded(memory.shapes, width, 1))
+    stored_shape = widen_table(index.shape[entry][:, :width], width, 1)
+    _check_inside(items, rows, stored_shape, pad_rows(memory.shapes, width, 1))
     from_stride = strides_of(stored_shape) * itemsize[:, None]
     for n, odd in _odd(entry, odd_strides):
         from_stride[n, : len(odd)] = odd
-    to_stride = padded(memory.strides, width, 0)
+    to_stride = pad_rows(memory.strides, width, 0)
     address, plain = np.array(memory.addresses, dtype=np.int64), np.array(memory.plain, dtype=bool)
     _check_apart(items, rows, shape, to_stride)
     to_stride = to_stride * itemsize[:, None]

@@ -93,17 +93,17 @@ def _canonical(value: Any, above: tuple[int, ...]) -> bytes:
         return _sequence(kind.__name__.encode(), value, within)
     if kind is dict:
         pairs = [(_canonical(k, within), _canonical(v, within)) for k, v in value.items()]
-        return _framed(b"dict", [part for pair in sorted(pairs) for part in pair])
+        return _frame_parts(b"dict", [part for pair in sorted(pairs) for part in pair])
     if kind is set or kind is frozenset:
-        return _framed(b"set", sorted(_canonical(item, within) for item in value))
+        return _frame_parts(b"set", sorted(_canonical(item, within) for item in value))
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if kind is np.ndarray and not value.dtype.hasobject:
         said = f"{value.dtype.str}{value.dtype.fields}{value.shape}".encode()
-        return _framed(b"array", [said, _hash(np.ascontiguousarray(value).tobytes())])
+        return _frame_parts(b"array", [said, _hash(np.ascontiguousarray(value).tobytes())])
     if isinstance(value, type | FunctionType):
         return f"global {value.__module__}.{value.__qualname__}".encode()
-    return _reduced(value, within)
+    return _digest_by_reduce(value, within)
 
 
 def _leaf(value: Any) -> bytes:
@@ -117,22 +117,24 @@ def _leaf(value: Any) -> bytes:
 
 def _sequence(name: bytes, value: Any, within: tuple[int, ...]) -> bytes:
     if _LEAVES.issuperset(map(type, value)):
-        return _framed(name, [_leaf(value)])
-    return _framed(name, [_canonical(item, within) for item in value])
+        return _frame_parts(name, [_leaf(value)])
+    return _frame_parts(name, [_canonical(item, within) for item in value])
 
 
 def _tensor(value: torch.Tensor) -> bytes:
     said = f"{type(value).__qualname__}{value.dtype}{tuple(value.shape)}".encode()
     if type(value) not in PLAIN or value.layout is not torch.strided or value.is_meta:
         raise TypeError("a tensor that is not its values alone")
-    return _framed(b"tensor", [said, struct.pack("<q", sum_of_tensor(value, 0, _nbytes(value)))])
+    return _frame_parts(
+        b"tensor", [said, struct.pack("<q", sum_of_tensor(value, 0, _nbytes(value)))]
+    )
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _reduced(value: Any, within: tuple[int, ...]) -> bytes:
+def _digest_by_reduce(value: Any, within: tuple[int, ...]) -> bytes:
     """The parts that pickle would make the object from again."""
     reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):
@@ -143,11 +145,11 @@ def _reduced(value: Any, within: tuple[int, ...]) -> bytes:
     if len(reduced) > 4 and reduced[4] is not None:
         items = [(_canonical(k, within), _canonical(v, within)) for k, v in reduced[4]]
         pairs = items if isinstance(value, OrderedDict) else sorted(items)
-        parts.append(_framed(b"items", [part for pair in pairs for part in pair]))
-    return _framed(b"object", parts)
+        parts.append(_frame_parts(b"items", [part for pair in pairs for part in pair]))
+    return _frame_parts(b"object", parts)
 
 
-def _framed(name: bytes, parts: list[bytes]) -> bytes:
+def _frame_parts(name: bytes, parts: list[bytes]) -> bytes:
     """The parts with their lengths, so that no two lists of parts give the same bytes."""
     heads = [b"%d:%b" % (len(part), part) for part in parts]
     return b"%b[%d %b]" % (name, len(parts), b"".join(heads))

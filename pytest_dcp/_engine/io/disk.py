@@ -197,7 +197,7 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def open(self, folder: Path, name: str) -> Iterator[In]:
-        fd = _opened(folder, name, follow_links=self.follow_links)
+        fd = _open_inside(folder, name, follow_links=self.follow_links)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -254,7 +254,7 @@ def _close(fd: int, path: Path) -> None:
         raise
 
 
-def _opened(folder: Path, name: str, *, follow_links: bool) -> int:
+def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
     """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
     # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC

@@ -40,7 +40,7 @@ class Located:
     entries."""
 
 
-def located(
+def resolve_entry_places(
     disk: Disk, folder: Any, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
 ) -> Located:
     """The catalog with the places of these chunks filled in; byte values are their whole entry.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.threads import Stop
+from pytest_dcp._engine.io.threads import StopFlag
 
 
 class FileQueue(queue.Queue[Any]):
@@ -17,7 +17,7 @@ class FileQueue(queue.Queue[Any]):
     def __init__(self, files: Iterable[tuple[str, Sequence[Any]]], observer: Observer) -> None:
         super().__init__()
         self.bytes_read = 0
-        self.stop = Stop()
+        self.stop = StopFlag()
         """Set it to that of the threads before they begin."""
         self._observer = observer
         self._counting = threading.Lock()

@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.opaque_values import Copy as WrapperCopy
 from pytest_dcp._engine.format.opaque_values import check_wrapper, fill_wrapper
-from pytest_dcp._engine.io.checked_ranges import Tally
+from pytest_dcp._engine.io.checked_ranges import ByteCounts
 from pytest_dcp._engine.io.copy_plan import copies
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.entry_places import Located, located
+from pytest_dcp._engine.io.entry_places import Located, resolve_entry_places
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
 from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
-from pytest_dcp._engine.plan.boxes import Ints, volumes, widened
+from pytest_dcp._engine.plan.boxes import Ints, volumes, widen_table
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp._engine.plan.index import Index
@@ -68,7 +68,9 @@ def prepare(
     """
     items = _with_entries(items, catalog.index)
     values = items.kind == READ_BYTES
-    found = located(disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist()))
+    found = resolve_entry_places(
+        disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist())
+    )
     work = Work(disk, folder, found, items, planner, settings, registry, observer)
     observer.expect(int(work.nbytes.sum()))
     work.prepare(values)
@@ -108,7 +110,7 @@ class Work:
         self.settings = settings
         self.registry = registry
         self.observer = observer
-        self.tally = Tally()
+        self.tally = ByteCounts()
         self.nbytes = self._sizes()
         self._puts: list[Callable[[], None]] = []
         """What puts the values where they belong, and what commits the numbers."""
@@ -320,6 +322,6 @@ def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
     stored = zip(key.tolist(), items.stored_fqns, strict=True)
     named = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
     width = max(items.stored.shape[1], index.offset.shape[1])
-    offset = widened(index.offset[entry], width, 0) == widened(items.stored, width, 0)
+    offset = widen_table(index.offset[entry], width, 0) == widen_table(items.stored, width, 0)
     alike: NDArray[np.bool_] = known & named & (index.ndim[key] == items.ndim) & offset.all(axis=1)
     return alike

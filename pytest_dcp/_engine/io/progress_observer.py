@@ -1,7 +1,7 @@
 """Who watches a save or load while its bytes move.
 
 An `Observer` is told of every piece; it may count, show progress, or raise to stop the work. It is
-handed to storages through `watched`, since their hooks have no argument for it.
+handed to storages through `observe_with`, since their hooks have no argument for it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Observer:
         """check: called now and then; what it raises ends the work (a peer has failed).
 
         progress: called with the state at most every `every_s` seconds, and at the end. One that is
-            a context manager too is open while the work is `watched`. Raises TypeError for what
-            cannot be called.
+            a context manager too is open while the work is `observe_with`. Raises TypeError for
+            what cannot be called.
         """
         if progress is not None and not callable(progress):
             raise TypeError(f"progress takes a function of a Progress; got {progress!r:.200}")
@@ -86,7 +86,7 @@ _current: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @contextmanager
-def watched(observer: Observer) -> Iterator[None]:
+def observe_with(observer: Observer) -> Iterator[None]:
     """Hand the observer to the storages that are called inside."""
     token = _current.set(observer)
     try:

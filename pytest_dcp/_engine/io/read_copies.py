@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
-from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally, Verify
+from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.small_reads import BATCH, SPARSE, Kind, read_together, stretches
-from pytest_dcp._engine.io.tensor_memory import memory_at, memory_of, strided
-from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.small_reads import BATCH, SPARSE, ReadKind, read_together, stretches
+from pytest_dcp._engine.io.tensor_memory import memory_at, memory_of, strided_tensor
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
@@ -61,7 +61,7 @@ def read_copies(
     copies: Copies,
     settings: ReadSettings,
     observer: Observer,
-) -> Tally:
+) -> ByteCounts:
     """Fill every copy's part of its target; what was read and checked.
 
     Raises CheckpointCorruptError naming file, entry and offset.
@@ -77,12 +77,12 @@ def read_copies(
     order = order[copies.nbytes[order] > 0]
     parts = _parts(order, file, copies.nbytes, settings.threads)
 
-    def job(rows: Ints) -> Callable[[Stop], Tally]:
+    def job(rows: Ints) -> Callable[[StopFlag], ByteCounts]:
         return lambda stop: _read_part(
             disk, folder, catalog, items, copies, rows, settings, observer, stop
         )
 
-    total = Tally()
+    total = ByteCounts()
     for tally in run_all([job(rows) for rows in parts], settings.threads):
         total.add(tally)
     return total
@@ -107,15 +107,15 @@ def _read_part(
     rows: Ints,
     settings: ReadSettings,
     observer: Observer,
-    stop: Stop,
-) -> Tally:
+    stop: StopFlag,
+) -> ByteCounts:
     name = catalog.places.files[catalog.places.file[copies.entry[rows[0]]]]
     try:
         with disk.open(folder, name) as file:
             reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
             boxes = _BoxReader(reader, items, copies, settings)
             for kind, some in stretches(catalog, copies, rows, settings.verify):
-                if kind is Kind.ALONE:
+                if kind is ReadKind.ALONE:
                     _read_boxes(reader, boxes, copies, some)
                 else:
                     read_together(reader, copies, some, kind, settings.window_bytes)
@@ -217,7 +217,7 @@ class _BoxReader:
             part = target
             for dim in range(ndim):
                 part = part.narrow(dim, int(offset[dim]), int(shape[dim]))
-            part.copy_(strided(source, dtype, shape[:ndim], stride[:ndim] // dtype.itemsize))
+            part.copy_(strided_tensor(source, dtype, shape[:ndim], stride[:ndim] // dtype.itemsize))
             del source  # or its window would be there until the next one is, too
 
     def _source(
@@ -265,11 +265,11 @@ def read_values(
     entries: Sequence[int],
     settings: ReadSettings,
     observer: Observer,
-) -> tuple[dict[int, bytes], Tally]:
+) -> tuple[dict[int, bytes], ByteCounts]:
     """The whole entries of byte values, by row of the catalog."""
     places = catalog.places
     found: dict[int, bytes] = {}
-    total = Tally()
+    total = ByteCounts()
     ordered = sorted(entries, key=lambda row: (places.file[row], places.start[row]))
     for number in dict.fromkeys(int(places.file[row]) for row in ordered):
         rows = [row for row in ordered if places.file[row] == number]
@@ -279,7 +279,7 @@ def read_values(
         name = places.files[number]
         try:
             with disk.open(folder, name) as file:
-                reader = RangeReader(file, name, catalog, settings.verify, observer, Stop())
+                reader = RangeReader(file, name, catalog, settings.verify, observer, StopFlag())
                 for row in rows:
                     found[row] = _value(reader, file.size, catalog, row)
                 total.add(reader.tally)

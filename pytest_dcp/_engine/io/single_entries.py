@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.io.stream_disk import StreamOut
 from pytest_dcp._engine.io.tensor_memory import pieces
-from pytest_dcp._engine.io.write_files import PIECE_BYTES, balanced
+from pytest_dcp._engine.io.write_files import PIECE_BYTES, balance_by_bytes
 from pytest_dcp._engine.plan.columns import WriteItems
 
 
@@ -67,6 +67,6 @@ def split_by_size_and_type(bins: int, items: list[WriteItem]) -> list[list[Write
     """The items in `bins` lists of nearly equal bytes."""
     if bins == 1:
         return [items]
-    groups = balanced(WriteItems.of(items).size_bytes(), bins)
+    groups = balance_by_bytes(WriteItems.of(items).size_bytes(), bins)
     split = [[items[row] for row in group] for group in groups]
     return split + [[] for _ in range(bins - len(split))]

@@ -18,7 +18,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog
-from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally, Verify
+from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies
 from pytest_dcp._engine.io.tensor_memory import memory_at
 from pytest_dcp._engine.plan.boxes import Ints
@@ -36,7 +36,7 @@ LOOSE = 2
 """Of a batch that is got by few requests at least this part is wanted."""
 
 
-class Kind(IntEnum):
+class ReadKind(IntEnum):
     """How a part is read."""
 
     ALONE = 0
@@ -49,14 +49,14 @@ class Kind(IntEnum):
 
 def stretches(
     catalog: Catalog, copies: Copies, rows: Ints, verify: Verify
-) -> Iterator[tuple[Kind, Ints]]:
+) -> Iterator[tuple[ReadKind, Ints]]:
     """The rows in their order, cut where the kind changes; one between others goes with them."""
     kind = _kinds(catalog, copies, rows, verify)
-    if (kind == Kind.ALONE).any():
+    if (kind == ReadKind.ALONE).any():
         lengths = np.diff(_cuts(kind))
-        kind[np.repeat(lengths == 1, lengths)] = Kind.ALONE
+        kind[np.repeat(lengths == 1, lengths)] = ReadKind.ALONE
     for start, stop in pairwise(_cuts(kind)):
-        yield Kind(kind[start]), rows[start:stop]
+        yield ReadKind(kind[start]), rows[start:stop]
 
 
 def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDArray[np.int8]:
@@ -66,9 +66,9 @@ def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDAr
     checked = (sums > 0) & (verify != "off")
     small = copies.flat[rows] & (nbytes <= min(places.block_bytes, BLOCK_BYTES))
     small &= copies.from_start[rows] + nbytes <= have
-    kind = np.full(len(rows), Kind.ALONE, dtype=np.int8)
-    kind[small & checked & (sums == 1) & (nbytes == have)] = Kind.BLOCK
-    kind[small & ~checked] = Kind.UNCHECKED
+    kind = np.full(len(rows), ReadKind.ALONE, dtype=np.int8)
+    kind[small & checked & (sums == 1) & (nbytes == have)] = ReadKind.BLOCK
+    kind[small & ~checked] = ReadKind.UNCHECKED
     return kind
 
 
@@ -78,7 +78,7 @@ def _cuts(kind: NDArray[np.int8]) -> list[int]:
 
 
 def read_together(
-    reader: RangeReader, copies: Copies, rows: Ints, kind: Kind, window_bytes: int
+    reader: RangeReader, copies: Copies, rows: Ints, kind: ReadKind, window_bytes: int
 ) -> None:
     """Fill these copies' parts of their targets, all of one kind and not `ALONE`.
 
@@ -91,7 +91,7 @@ def read_together(
         place, nbytes = (places.data_start[entry] + low).tolist(), copies.nbytes[batch].tolist()
         views = list(map(memory_at, copies.address[batch].tolist(), nbytes))
         first_sum = places.first_sum[entry]
-        sums = places.sums[first_sum].tolist() if kind is Kind.BLOCK else None
+        sums = places.sums[first_sum].tolist() if kind is ReadKind.BLOCK else None
         total, span = sum(nbytes), max(map(add, place, nbytes)) - place[0]
         # What has no sums may be no file of ours, and be cut short while it is mapped.
         ours = bool((places.first_sum[entry + 1] > first_sum).all())
@@ -106,12 +106,12 @@ def read_together(
             if window is None:
                 got = reader.file.read_rows(place[some], views[some])
             else:
-                got = _copied(window, [where - place[0] for where in place[some]], views[some])
+                got = _copy_out(window, [where - place[0] for where in place[some]], views[some])
             right = got == wanted
             if right and sums is not None:
                 right = list(map(crc32, views[some])) == sums[some]
             if right:
-                reader.tally.add(Tally(wanted, wanted if sums is not None else 0))
+                reader.tally.add(ByteCounts(wanted, wanted if sums is not None else 0))
                 reader.observer.advance(wanted)
                 continue
             # Again, one by one, to say what is wrong.
@@ -120,7 +120,7 @@ def read_together(
         window = None  # or it would be there until the next one is, too
 
 
-def _copied(window: memoryview, starts: Sequence[int], views: Sequence[memoryview]) -> int:
+def _copy_out(window: memoryview, starts: Sequence[int], views: Sequence[memoryview]) -> int:
     for start, view in zip(starts, views, strict=True):
         view[:] = window[start : start + len(view)]
     return sum(map(len, views))

@@ -76,7 +76,9 @@ def _parts(tensor: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
         yield from _parts(tensor.narrow(0, start, min(step, tensor.size(0) - start)), nbytes)
 
 
-def strided(buffer: memoryview, dtype: torch.dtype, shape: Ints, stride: Ints) -> torch.Tensor:
+def strided_tensor(
+    buffer: memoryview, dtype: torch.dtype, shape: Ints, stride: Ints
+) -> torch.Tensor:
     """The elements of a buffer that lie at these strides (in elements), as a tensor over it.
 
     The buffer starts at the first element and ends at or after the last.

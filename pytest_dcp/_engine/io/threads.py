@@ -14,7 +14,7 @@ class Stopped(Exception):
     """Another thread of the same work has failed."""
 
 
-class Stop:
+class StopFlag:
     """A flag that a failing thread raises and the others look at between pieces."""
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class Stop:
             raise Stopped
 
 
-def run_all(jobs: Sequence[Callable[[Stop], Result]], threads: int) -> list[Result]:
+def run_all(jobs: Sequence[Callable[[StopFlag], Result]], threads: int) -> list[Result]:
     """The jobs' results, in their order. One job, or one thread, runs in the caller's.
 
     Raises the first failure once every thread has ended.
     """
-    stop = Stop()
+    stop = StopFlag()
     if threads <= 1 or len(jobs) <= 1:
         return [job(stop) for job in jobs]
     first: list[BaseException] = []
 
-    def guarded(job: Callable[[Stop], Result]) -> Result:
+    def guarded(job: Callable[[StopFlag], Result]) -> Result:
         try:
             stop.check()
             return job(stop)

@@ -26,7 +26,7 @@ from pytest_dcp._engine.io.disk import Buffer, Disk, Out
 from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
-from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.transforms import Through
 from pytest_dcp._engine.plan.boxes import Ints
 
@@ -106,7 +106,7 @@ def write_files(
     Raises what the disk, the source or the observer raises, from whichever thread.
     """
 
-    def job(number: int) -> Callable[[Stop], Rows]:
+    def job(number: int) -> Callable[[StopFlag], Rows]:
         return lambda stop: _write_file(
             disk, folder, jobs[number], source, settings, observer, stop
         )
@@ -122,7 +122,7 @@ def _write_file(
     source: Source,
     settings: Settings,
     observer: Observer,
-    stop: Stop,
+    stop: StopFlag,
 ) -> Rows:
     with disk.create(folder, job.name) as out:
         if settings.is_plain:
@@ -147,7 +147,7 @@ def _write_file(
 class File:
     """A file in the making, written in parts that end at multiples of `step` unless flushed."""
 
-    def __init__(self, out: Out, observer: Observer, stop: Stop, nbytes: int = 0) -> None:
+    def __init__(self, out: Out, observer: Observer, stop: StopFlag, nbytes: int = 0) -> None:
         self.step = WRITE_BYTES if nbytes < HUGE_FROM_BYTES else HUGE_PAGE_BYTES
         self.out = out
         self.observer = observer
@@ -325,7 +325,7 @@ def block_sums(data: Buffer) -> list[int]:
     return sums
 
 
-def balanced(size_bytes: Ints, bins: int) -> list[list[int]]:
+def balance_by_bytes(size_bytes: Ints, bins: int) -> list[list[int]]:
     """The rows in at most `bins` groups of nearly equal bytes, each in the rows' order."""
     if bins <= 1 or len(size_bytes) <= 1:
         return [list(range(len(size_bytes)))]

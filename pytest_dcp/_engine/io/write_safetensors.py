@@ -28,7 +28,7 @@ from pytest_dcp._engine.format.write_results import Written
 from pytest_dcp._engine.io.disk import Disk, In
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
-from pytest_dcp._engine.io.threads import Stop, run_all
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.write_files import (
     File,
     FileJob,
@@ -111,7 +111,7 @@ class Header:
     """Bytes from the file's start to the data."""
 
 
-def placed(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[StoredTensor]:
+def place_tensors(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[StoredTensor]:
     """Tensors of these names, dtypes and shapes, one after the other.
 
     Raises TypeError for a dtype that the format does not have.
@@ -177,7 +177,7 @@ def decode(text: bytes | memoryview, file_bytes: int, limit: MemoryLimit = DEFAU
 
     Raises CheckpointCorruptError naming the tensor and where in the file it should be.
     """
-    content = parsed(text, "a safetensors header", limit)
+    content = parse_json(text, "a safetensors header", limit)
     metadata = content.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
         raise CheckpointCorruptError(f"expected {METADATA_KEY!r} to map names to strings")
@@ -235,7 +235,7 @@ def counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def parsed(
+def parse_json(
     text: bytes | memoryview | str, what: str, limit: MemoryLimit = DEFAULT_LIMIT
 ) -> dict[str, Any]:
     """A JSON object in which nothing is named twice, read within the limit of memory.
@@ -303,8 +303,8 @@ def write_safetensors(
         raise ValueError("stream transforms do not go with safetensors files: drop one of the two")
     table = WriteItems.of(items)
 
-    def job(number: int) -> Callable[[Stop], Rows]:
-        def run(stop: Stop) -> Rows:
+    def job(number: int) -> Callable[[StopFlag], Rows]:
+        def run(stop: StopFlag) -> Rows:
             name, rows = jobs[number].name, jobs[number].rows
             # The header comes first, so every row must be at hand; they are references.
             data = {row: source(row) for row in rows}
@@ -333,7 +333,7 @@ def _put_file(
     kinds = {row: _kind(names[row], value) for row, value in data.items()}
     # Wide elements first, so that every tensor's data is aligned for its dtype.
     order = sorted(data, key=lambda row: -kinds[row][1].itemsize)
-    tensors = placed(kinds[row] for row in order)
+    tensors = place_tensors(kinds[row] for row in order)
     metadata = {SHARDING_KEY: _sharding(table, names), **metadata}
     file.put(encode(tensors, metadata))
     done = Rows()

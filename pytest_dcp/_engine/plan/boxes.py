@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-def padded(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
+def pad_rows(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
     """The rows as one (n, rank) array, each filled up on the right with `fill`."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     # Faster than an array of the rows, which numpy would ask one by one what they are.
@@ -30,7 +30,7 @@ def padded(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
     return table
 
 
-def widened(table: Ints, rank: int, fill: int) -> Ints:
+def widen_table(table: Ints, rank: int, fill: int) -> Ints:
     """The (n, k) table with `rank` >= k columns."""
     missing = rank - table.shape[1]
     if not missing:

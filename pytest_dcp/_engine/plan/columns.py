@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from pytest_dcp._engine.plan.boxes import Ints, padded, volumes
-from pytest_dcp._engine.plan.names import Fqns, packed, unpacked
+from pytest_dcp._engine.plan.boxes import Ints, pad_rows, volumes
+from pytest_dcp._engine.plan.names import Fqns, pack_names, unpack_names
 
 Item = TypeVar("Item", WriteItem, ReadItem)
 
@@ -191,9 +191,9 @@ class WriteItems(ItemTable[WriteItem]):
             ),
             properties=tuple(TensorProperties(*key) for key in known),
             ndim=np.array([UNKNOWN if o is None else len(o) for o in offsets], dtype=np.int16),
-            size=padded([() if d is None else d.size for d in data], rank, 1),
-            offset=padded([() if o is None else o for o in offsets], rank, 0),
-            shape=padded([() if d is None else d.chunk.sizes for d in data], rank, 1),
+            size=pad_rows([() if d is None else d.size for d in data], rank, 1),
+            offset=pad_rows([() if o is None else o for o in offsets], rank, 0),
+            shape=pad_rows([() if d is None else d.chunk.sizes for d in data], rank, 1),
             hint=np.array([hint_of(item.index) for item in items], dtype=np.int64),
             nbytes=np.array(
                 [UNKNOWN if i.bytes_io_data is None else i.bytes_io_data.nbytes for i in items],
@@ -202,7 +202,7 @@ class WriteItems(ItemTable[WriteItem]):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt_writes, (packed(self.fqns), columns_of(self))
+        return rebuilt_writes, (pack_names(self.fqns), columns_of(self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,14 +263,14 @@ class ReadItems(ItemTable[ReadItem]):
 
         def box(pick: str, fill: int) -> Ints:
             rows = [getattr(i, pick) if t else () for i, t in zip(items, tensors, strict=True)]
-            return padded(rows, rank, fill)
+            return pad_rows(rows, rank, fill)
 
         def corner(index: str) -> Ints:
             rows = [
                 getattr(i, index).offset or () if t else ()
                 for i, t in zip(items, tensors, strict=True)
             ]
-            return padded(rows, rank, 0)
+            return pad_rows(rows, rank, 0)
 
         return cls(
             fqns=tuple(item.dest_index.fqn for item in items),
@@ -299,7 +299,7 @@ class ReadItems(ItemTable[ReadItem]):
         return replace(self, fqns=fqns, stored_fqns=stored, **columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        names = (packed(self.fqns), packed(self.stored_fqns))
+        names = (pack_names(self.fqns), pack_names(self.stored_fqns))
         return rebuilt_reads, (*names, columns_of(self))
 
 
@@ -331,12 +331,12 @@ def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:
 
 def rebuilt_writes(names: bytes, columns: dict[str, Any]) -> WriteItems:
     """The table that was pickled."""
-    return WriteItems(fqns=unpacked(names), **columns)
+    return WriteItems(fqns=unpack_names(names), **columns)
 
 
 def rebuilt_reads(names: bytes, stored: bytes, columns: dict[str, Any]) -> ReadItems:
     """The table that was pickled."""
-    return ReadItems(fqns=unpacked(names), stored_fqns=unpacked(stored), **columns)
+    return ReadItems(fqns=unpack_names(names), stored_fqns=unpack_names(stored), **columns)
 
 
 def has_values(items: Sequence[ReadItem]) -> bool:

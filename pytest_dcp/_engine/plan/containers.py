@@ -120,10 +120,10 @@ def _entry(path: list[Any], container: Any) -> Entry:
 def _keys(container: Mapping[Any, Any]) -> Any:
     if all(type(key) is int for key in container):
         return "int"
-    return [[str(key), _typed(key)] for key in container if type(key) is not str]
+    return [[str(key), _encode_key(key)] for key in container if type(key) is not str]
 
 
-def _typed(key: Any) -> list[Any]:
+def _encode_key(key: Any) -> list[Any]:
     kind = type(key)
     if kind in (str, bool):
         return [kind.__name__, key]
@@ -134,11 +134,11 @@ def _typed(key: Any) -> list[Any]:
     if kind is bytes:
         return ["bytes", key.decode("latin1")]
     if kind is tuple:
-        return ["tuple", [_typed(part) for part in key]]
+        return ["tuple", [_encode_key(part) for part in key]]
     return [_UNKNOWN, f"{kind.__module__}.{kind.__qualname__}"]
 
 
-def merged(texts: Iterable[str]) -> str | None:
+def merge_descriptions(texts: Iterable[str]) -> str | None:
     """One description of what several ranks described; of one container the first counts."""
     distinct = list(dict.fromkeys(texts))
     if len(distinct) < 2:
@@ -182,7 +182,7 @@ class Description:
         """Raises CheckpointCorruptError for a text that is no description."""
         self._entries: dict[Path, Entry] = {}
         self._above: set[Path] = set()
-        for entry in _checked(text) if text is not None else ():
+        for entry in _parse_entries(text) if text is not None else ():
             path = tuple(entry["path"])
             self._entries[path] = entry
             self._above.update(path[:depth] for depth in range(len(path)))
@@ -262,7 +262,7 @@ def _key_names(
         typed = known.get(key)
         if typed is not None and typed[0] == _UNKNOWN:
             refused.append(f"{_name((*path, key))!r}: the key is a {typed[1]}")
-        names[key] = key if typed is None or typed[0] == _UNKNOWN else _untyped(typed)
+        names[key] = key if typed is None or typed[0] == _UNKNOWN else _decode_key(typed)
     return names
 
 
@@ -270,13 +270,13 @@ def _is_int(text: str) -> bool:
     return len(text) < 1000 and text.removeprefix("-").isdigit() and str(int(text)) == text
 
 
-def _untyped(typed: Sequence[Any]) -> Any:
+def _decode_key(typed: Sequence[Any]) -> Any:
     kind, *rest = typed
     if kind == "None":
         return None
     (text,) = rest
     if kind == "tuple":
-        return tuple(_untyped(part) for part in text)
+        return tuple(_decode_key(part) for part in text)
     if kind == "bytes":
         return str(text).encode("latin1")
     if kind in ("int", "float", "str"):
@@ -292,7 +292,7 @@ def _of_kind(entry: Entry, parts: Any, path: Path, refused: list[str], trusted: 
         if not trusted:
             refused.append(f"{_name(path)!r} is a {kind.removeprefix(_UNKNOWN)}")
             return parts
-        return _imported(kind.removeprefix(_UNKNOWN))(parts)
+        return _import_class(kind.removeprefix(_UNKNOWN))(parts)
     expected, make = KINDS[kind]
     if isinstance(parts, list) is not (expected is list):
         raise CheckpointCorruptError(f"the container at {path!r:.200} is no {kind}")
@@ -302,7 +302,7 @@ def _of_kind(entry: Entry, parts: Any, path: Path, refused: list[str], trusted: 
     return make(parts)
 
 
-def _imported(name: str) -> Any:
+def _import_class(name: str) -> Any:
     module, _, inside = name.rpartition(".")
     return getattr(importlib.import_module(module), inside)
 
@@ -311,7 +311,7 @@ def _name(path: Path) -> str:
     return ".".join(map(str, path)) or "the state dict"
 
 
-def _checked(text: str) -> list[Entry]:
+def _parse_entries(text: str) -> list[Entry]:
     try:
         entries = json.loads(text)
         for entry in entries:
@@ -336,6 +336,6 @@ def _check_entry(entry: Any) -> None:
             if type(name) is not str:
                 raise ValueError(f"a key {name!r:.80}")
             if typed[0] != _UNKNOWN:
-                hash(_untyped(typed))
+                hash(_decode_key(typed))
     if not all(type(key) is str for key in entry.get("order", ())):
         raise ValueError("an order of keys that are no strings")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pytest_dcp._engine.plan.boxes import Ints, padded
+from pytest_dcp._engine.plan.boxes import Ints, pad_rows
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
 from pytest_dcp._engine.plan.names import Fqns
 from pytest_dcp._engine.plan.opaque import is_opaque, what_no_file_holds
@@ -129,9 +129,9 @@ class _Rows:
             properties=tuple(TensorProperties(*key) for key in self.known),
             property_of=np.array(numbers, dtype=np.int32),
             ndim=np.where(kind == BYTES, UNKNOWN, ndim).astype(np.int16),
-            size=padded(sizes, rank, 1),
-            offset=padded([box[0] for box in boxes], rank, 0),
-            shape=padded([box[1] for box in boxes], rank, 1),
+            size=pad_rows(sizes, rank, 1),
+            offset=pad_rows([box[0] for box in boxes], rank, 0),
+            shape=pad_rows([box[1] for box in boxes], rank, 1),
             hint=np.full(count, UNKNOWN, dtype=np.int64),
             nbytes=np.full(count, UNKNOWN, dtype=np.int64),
         )
@@ -246,8 +246,8 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     return Wanted(
         fqns=fqns,
         ndim=np.array(ndim, dtype=np.int16),
-        offset=padded([box[0] for box in boxes], rank, 0),
-        shape=padded([box[1] for box in boxes], rank, 1),
+        offset=pad_rows([box[0] for box in boxes], rank, 0),
+        shape=pad_rows([box[1] for box in boxes], rank, 1),
         nth=np.array(nth, dtype=np.int64),
     )
 

@@ -48,7 +48,7 @@ def with_list(plan: Plan, hook: Callable[..., Any]) -> Plan:
     return replace(plan, items=items)
 
 
-def required(plan: Any, kind: type[Plan], hook: str) -> Plan:
+def require_plan(plan: Any, kind: type[Plan], hook: str) -> Plan:
     """The plan that a hook answered with. Raises TypeError, naming the hook, for anything else."""
     if not isinstance(plan, kind):
         raise TypeError(f"{hook} must return a {kind.__name__}, it returned {plan!r:.200}")
@@ -61,7 +61,7 @@ def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
     Raises PlanError, naming what it leaves out: a storage says how items are moved, and may divide
     them; which they are is the planner's choice.
     """
-    plan = required(answer, kind, hook)
+    plan = require_plan(answer, kind, hook)
     if plan.items is asked.items:
         return plan
     lost = _elements(asked.items) - _elements(plan.items)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.plan.boxes import Ints, padded
+from pytest_dcp._engine.plan.boxes import Ints, pad_rows
 from pytest_dcp._engine.plan.columns import UNKNOWN, position, size_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict, LazyList
 from pytest_dcp._engine.plan.names import Fqns
@@ -102,10 +102,10 @@ class Index:
             ),
             properties=tuple(TensorProperties(*key) for key in known),
             ndim=np.array([UNKNOWN if t is None else len(t.size) for t in tensors], dtype=np.int16),
-            size=padded([() if t is None else t.size for t in tensors], rank, 1),
+            size=pad_rows([() if t is None else t.size for t in tensors], rank, 1),
             first=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
-            offset=padded([() if c is None else c.offsets for c in flat], rank, 0),
-            shape=padded([() if c is None else c.sizes for c in flat], rank, 1),
+            offset=pad_rows([() if c is None else c.offsets for c in flat], rank, 0),
+            shape=pad_rows([() if c is None else c.sizes for c in flat], rank, 1),
         )
 
 

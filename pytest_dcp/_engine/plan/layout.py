@@ -69,7 +69,7 @@ def local_boxes(
             parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
             runs[placement.dim] = shard_runs(runs[placement.dim], ranks, rank, parts)
     # An empty shard is said to lie at the tensor's end, as torch says.
-    sides = [_merged(some) or [(n, n)] for some, n in zip(runs, shape, strict=True)]
+    sides = [_join_runs(some) or [(n, n)] for some, n in zip(runs, shape, strict=True)]
     starts = [
         [sum(stop - start for start, stop in some[:i]) for i in range(len(some))] for some in sides
     ]
@@ -111,7 +111,7 @@ def _cut(runs: Runs, low: int, high: int) -> Runs:
     return kept
 
 
-def _merged(runs: Runs) -> Runs:
+def _join_runs(runs: Runs) -> Runs:
     """The runs with neighbours joined."""
     merged: Runs = []
     for start, stop in runs:

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from pytest_dcp._engine.plan.boxes import Ints, intersect, spans, volumes, widened
+from pytest_dcp._engine.plan.boxes import Ints, intersect, spans, volumes, widen_table
 from pytest_dcp._engine.plan.columns import READ_BYTES, READ_TENSOR, UNKNOWN, ReadItems
 from pytest_dcp._engine.plan.coverage import overlaps
 from pytest_dcp._engine.plan.describe import Wanted
@@ -35,8 +35,14 @@ def read_items(
     names = wanted.fqns
     stored_fqns = names if stored_as is None else tuple(stored_as.get(n, n) for n in names)
     key = np.array([index.row_of[fqn] for fqn in stored_fqns], dtype=np.int64)
-    want_offset, want_shape = widened(wanted.offset, width, 0), widened(wanted.shape, width, 1)
-    have_offset, have_shape = widened(index.offset, width, 0), widened(index.shape, width, 1)
+    want_offset, want_shape = (
+        widen_table(wanted.offset, width, 0),
+        widen_table(wanted.shape, width, 1),
+    )
+    have_offset, have_shape = (
+        widen_table(index.offset, width, 0),
+        widen_table(index.shape, width, 1),
+    )
     _check_apart(index, key)
     counts = np.diff(index.first)[key]
     parts = []
@@ -47,7 +53,7 @@ def read_items(
             want_offset[want], want_shape[want], have_offset[have], have_shape[have]
         )
         parts.append((want[shared], have[shared], low[shared], shape[shared]))
-    want, have, low, shape = _concatenated(parts, width)
+    want, have, low, shape = _concatenate_copies(parts, width)
     tensors = wanted.ndim[want] >= 0
     _check_filled(wanted, want[tensors], shape[tensors], partial)
     fqns = tuple(names[row] for row in want.tolist())
@@ -74,7 +80,7 @@ def _slabs(counts: Ints) -> list[Ints]:
     return np.split(np.arange(len(counts)), np.flatnonzero(np.diff(slab)) + 1)
 
 
-def _concatenated(
+def _concatenate_copies(
     parts: Sequence[tuple[Ints, Ints, Ints, Ints]], width: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
     none, nothing = np.zeros(0, dtype=np.int64), np.zeros((0, width), dtype=np.int64)

@@ -21,24 +21,24 @@ def materialise(state_dict: dict[Any, Any]) -> None:
     it has one, or where there is no group), both to this rank's current device there.
     """
     for key, value in state_dict.items():
-        state_dict[key] = _materialised(value)
+        state_dict[key] = _materialise(value)
 
 
-def _materialised(value: Any) -> Any:
+def _materialise(value: Any) -> Any:
     if isinstance(value, ShardedTensor):
         return value
     if isinstance(value, torch.Tensor):
-        return filled(value) if value.is_meta else value
+        return empty_for_meta(value) if value.is_meta else value
     if isinstance(value, dict):
         materialise(value)
     elif isinstance(value, list):
-        value[:] = [_materialised(inner) for inner in value]
+        value[:] = [_materialise(inner) for inner in value]
     elif type(value) is tuple:
-        return tuple(_materialised(inner) for inner in value)
+        return tuple(_materialise(inner) for inner in value)
     return value
 
 
-def filled(value: torch.Tensor) -> torch.Tensor:
+def empty_for_meta(value: torch.Tensor) -> torch.Tensor:
     """An empty tensor for a meta tensor, in the same layout."""
     if isinstance(value, ShardedTensor):
         raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")

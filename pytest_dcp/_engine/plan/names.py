@@ -13,15 +13,15 @@ from functools import lru_cache
 Fqns = tuple[str, ...]
 
 
-def packed(fqns: Iterable[str]) -> bytes:
+def pack_names(fqns: Iterable[str]) -> bytes:
     """The names as bytes; surrogates and any other character survive."""
     lines = (json.dumps(fqn, ensure_ascii=False) if _awkward(fqn) else fqn for fqn in fqns)
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
 @lru_cache(maxsize=256)
-def unpacked(block: bytes) -> Fqns:
-    """The names of `packed`; the same tuple for the same bytes while it is remembered."""
+def unpack_names(block: bytes) -> Fqns:
+    """The names of `pack_names`; the same tuple for the same bytes while it is remembered."""
     if not block:
         return ()
     lines = block.decode("utf-8", "surrogatepass").split("\n")

@@ -95,7 +95,7 @@ def set_element(root: Any, path: Path, value: Any) -> None:
     """
     container = root
     for key, after in pairwise(path):
-        container = _entered(container, key, list if isinstance(after, int) else dict)
+        container = _enter(container, key, list if isinstance(after, int) else dict)
     if isinstance(container, list):
         _grow(container, path[-1])
     container[path[-1]] = value
@@ -113,7 +113,7 @@ def get_element(root: Any, path: Path, default: Any = None) -> Any:
     return root
 
 
-def _entered(container: Any, key: Any, kind: type[list[Any]] | type[dict[Any, Any]]) -> Any:
+def _enter(container: Any, key: Any, kind: type[list[Any]] | type[dict[Any, Any]]) -> Any:
     if isinstance(container, list):
         _grow(container, key)
         if container[key] is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pytest_dcp._engine.plan.containers import DESCRIPTION, DescribedPaths, paths_of_kind
-from pytest_dcp._engine.plan.containers import merged as merge_descriptions
+from pytest_dcp._engine.plan.containers import merge_descriptions as merge_descriptions
 from pytest_dcp._engine.plan.nested import Path
 from pytest_dcp._engine.plan.replicas import ranks_text
 from pytest_dcp.errors import CheckpointMismatchError, PlanError

@@ -160,7 +160,7 @@ def groups_of_ranks(lengths: Sequence[int], order: Ints, starts: Ints) -> list[I
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class ReplicaDifference:
     """Where the copies of one key differ first."""
 
     fqn: str
@@ -191,7 +191,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def mismatch_error(
-    differences: Sequence[Difference], others: Iterable[str] = ()
+    differences: Sequence[ReplicaDifference], others: Iterable[str] = ()
 ) -> ReplicaMismatchError:
     """The error for these differences, and for other keys that are named only."""
     named = list(others)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widened
+from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widen_table
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
 from pytest_dcp._engine.plan.coverage import problems_of
 from pytest_dcp._engine.plan.index import Index
@@ -69,7 +69,7 @@ def global_plan(
     `complete` demands that the boxes fill every tensor; without it a gap is no error (each rank
     plans alone). Raises PlanError naming every key whose boxes do not fit.
     """
-    rows = _joined(tables)
+    rows = _join_tables(tables)
     _check_bounds(rows)
     linear = _linear(rows)
     order = _by_key_and_offset(rows, linear)
@@ -79,7 +79,7 @@ def global_plan(
     index, first_chunk = _index(rows, order[starts])
     problems = problems_of(index, complete=complete)
     if problems:
-        raise PlanError(_listed("Failed to validate global plan: ", problems))
+        raise PlanError(_list_problems("Failed to validate global plan: ", problems))
     hint_of_row = np.full(len(rows.key), UNKNOWN, dtype=np.int64)
     hints = np.arange(len(starts)) - first_chunk[rows.key[order[starts]]]
     hint_of_row[keeper] = np.where(rows.kind[keeper] == BYTES, UNKNOWN, hints)
@@ -95,18 +95,18 @@ def global_plan(
     return GlobalPlan(*kept, index, replicas)
 
 
-def concatenated(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
+def concatenate_tables(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
     """The tables with hints, and the index of all rows as they are: replicas stay, no check.
 
     Chunks keep the order of the ranks. Raises PlanError when a value or an unsharded tensor is
     in two plans.
     """
-    rows = _joined(tables)
+    rows = _join_tables(tables)
     order = np.argsort(rows.key, kind="stable")
     twice = np.flatnonzero((np.diff(rows.key[order]) == 0) & (rows.kind[order][1:] != SHARD))
     if len(twice):
         names = sorted({rows.fqns[rows.key[order[at]]] for at in twice.tolist()})
-        raise PlanError(_listed("Planned more than once: ", names))
+        raise PlanError(_list_problems("Planned more than once: ", names))
     index, first = _index(rows, order)
     hint = np.full(len(order), UNKNOWN, dtype=np.int64)
     hint[order] = np.arange(len(order)) - first[rows.key[order]]
@@ -115,7 +115,7 @@ def concatenated(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]
     return shared, index
 
 
-def _joined(tables: Sequence[WriteItems]) -> _All:
+def _join_tables(tables: Sequence[WriteItems]) -> _All:
     width = max((table.size.shape[1] for table in tables), default=0)
     names: dict[str, int] = {}
     known: dict[Any, int] = {}
@@ -144,9 +144,9 @@ def _joined(tables: Sequence[WriteItems]) -> _All:
             none.astype(np.int32),
         ),
         ndim=joined([t.ndim for t in tables], none.astype(np.int16)),
-        size=joined([widened(t.size, width, 1) for t in tables], nothing),
-        offset=joined([widened(t.offset, width, 0) for t in tables], nothing),
-        shape=joined([widened(t.shape, width, 1) for t in tables], nothing),
+        size=joined([widen_table(t.size, width, 1) for t in tables], nothing),
+        offset=joined([widen_table(t.offset, width, 0) for t in tables], nothing),
+        shape=joined([widen_table(t.shape, width, 1) for t in tables], nothing),
         nbytes=joined([t.size_bytes() for t in tables], none),
     )
 
@@ -185,7 +185,7 @@ def _check_bounds(rows: _All) -> None:
         for row in outside.tolist()
     ]
     if problems:
-        raise PlanError(_listed("Failed to validate global plan: ", problems))
+        raise PlanError(_list_problems("Failed to validate global plan: ", problems))
 
 
 def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
@@ -213,7 +213,7 @@ def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
         for row in [which[at]]
     ]
     if problems:
-        raise PlanError(_listed("The ranks disagree: ", problems))
+        raise PlanError(_list_problems("The ranks disagree: ", problems))
 
 
 def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
@@ -270,6 +270,6 @@ def _shared_out(
     return [t.take(r, hint[p]) for t, r, p in zip(tables, rows, parts, strict=True)], rows
 
 
-def _listed(headline: str, problems: Sequence[str]) -> str:
+def _list_problems(headline: str, problems: Sequence[str]) -> str:
     more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return headline + "\n".join(problems[:SHOWN]) + more

@@ -55,7 +55,7 @@ class Selection:
             return None
         if callable(self.rename):
             return {fqn: self.rename(fqn) for fqn in fqns}
-        return {fqn: _renamed(fqn, self.rename) for fqn in fqns}
+        return {fqn: _rename(fqn, self.rename) for fqn in fqns}
 
     def idle_renames(
         self, fqns: Collection[str], stored: Collection[str], moved: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ class Selection:
                 users[entry].append(fqn)
         idle = {}
         for mine, its_fqns in users.items():
-            given = [_renamed(fqn, self.rename) for fqn in its_fqns]
+            given = [_rename(fqn, self.rename) for fqn in its_fqns]
             is_overruled = not given and any(_fits(fqn, mine) for fqn in fqns)
             is_moved = any(fqn.startswith(moved) for fqn in its_fqns)
             if not (is_overruled or is_moved or any(name in stored for name in given)):
@@ -88,7 +88,7 @@ class Selection:
         return idle
 
 
-def _renamed(fqn: str, names: Mapping[str, str]) -> str:
+def _rename(fqn: str, names: Mapping[str, str]) -> str:
     entry = _entry_for(fqn, names)
     return fqn if entry is None else names[entry] + fqn[len(entry) :]
 

@@ -22,19 +22,19 @@ def check_tensor(fqn: str, here: torch.Tensor, value: torch.Tensor, *, strict: b
     plain = type(here) in PLAIN and type(value) in PLAIN and here.layout is value.layout
     fits = plain and here.shape == value.shape and not value.is_quantized
     if not fits or (strict and kind_of(here.dtype) != kind_of(value.dtype)):
-        raise tensor_misfit(fqn, here, _described(value))
+        raise tensor_misfit(fqn, here, _describe(value))
 
 
 def tensor_misfit(fqn: str, here: torch.Tensor, stored: str) -> CheckpointMismatchError:
     """The error for a tensor that cannot take what is stored for it."""
     return CheckpointMismatchError(
-        f"{fqn!r} is {stored} in the checkpoint, and {_described(here)} here: load it into a "
+        f"{fqn!r} is {stored} in the checkpoint, and {_describe(here)} here: load it into a "
         "tensor of the stored kind",
         mismatched=(fqn,),
     )
 
 
-def _described(tensor: torch.Tensor) -> str:
+def _describe(tensor: torch.Tensor) -> str:
     kind = type(tensor)
     name = "tensor" if kind in PLAIN else f"{kind.__module__}.{kind.__qualname__}"
     quantised = "quantised " if tensor.is_quantized else ""

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from pytest_dcp._engine.plan.boxes import padded
+from pytest_dcp._engine.plan.boxes import pad_rows
 from pytest_dcp._engine.plan.describe import Wanted, wanted_boxes, write_items
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.load import Everything, read_items
@@ -37,8 +37,8 @@ def create_read_items_for_chunk_list(
     wanted = Wanted(
         fqns=(fqn,) * count,
         ndim=np.full(count, rank, dtype=np.int16),
-        offset=padded([tuple(chunk.offsets) for chunk in local_chunks], rank, 0),
-        shape=padded([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
+        offset=pad_rows([tuple(chunk.offsets) for chunk in local_chunks], rank, 0),
+        shape=pad_rows([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
         nth=np.arange(count, dtype=np.int64),
     )
     return list(read_items(wanted, Index.of({fqn: checkpoint_md}), partial=Everything()))

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp._engine.format.opaque_values import prepare_opaque, wrapper_in
-from pytest_dcp._engine.format.python_values import decoded
+from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.containers import Description, description_of
 from pytest_dcp._engine.plan.describe import wanted_boxes
@@ -32,7 +32,7 @@ from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys, stated_sizes
 from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp._engine.plan.match import Dtype, LoadReport, match
-from pytest_dcp._engine.plan.materialise import filled, materialise
+from pytest_dcp._engine.plan.materialise import empty_for_meta, materialise
 from pytest_dcp._engine.plan.nested import Path, Room, flatten, set_element
 from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of
 from pytest_dcp._engine.plan.opaque import STORED_DTYPES, is_opaque
@@ -189,7 +189,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     def _decoded(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
         try:
-            return decoded(entry, weights_only=self.weights_only)
+            return decode_value(entry, weights_only=self.weights_only)
         except UntrustedPickleError as error:
             wrapper = wrapper_in(entry) if isinstance(here, torch.Tensor) else None
             if wrapper is not None:
@@ -309,7 +309,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
                 "be loaded to",
                 mismatched=tuple(sharded),
             )
-        for fqn, made in {fqn: filled(value) for fqn, value in values.items()}.items():
+        for fqn, made in {fqn: empty_for_meta(value) for fqn, value in values.items()}.items():
             self._put(fqn, made)
 
     def _make_room(self, fqn: str, kind: type, stored: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.format.python_values import encoded, plain, refusal_of
+from pytest_dcp._engine.format.python_values import encode_value, plain, refusal_of
 from pytest_dcp._engine.plan.boxes import volumes
 from pytest_dcp._engine.plan.cache import PlanCache
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
@@ -36,7 +36,7 @@ from pytest_dcp._engine.plan.nested import Path, as_saved, as_saved_path, flatte
 from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.rank_paths import merge_paths
 from pytest_dcp._engine.plan.replicas import ReplicaCheck, Replicas
-from pytest_dcp._engine.plan.save import GlobalPlan, concatenated, global_plan
+from pytest_dcp._engine.plan.save import GlobalPlan, concatenate_tables, global_plan
 from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, require_memory
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
 from pytest_dcp.errors import PlanError
@@ -170,7 +170,7 @@ class DefaultSavePlanner(SavePlanner):
         caching = self._cache is not None
         self.plan = self._finish_plan_with_caching(new_plan) if caching else new_plan
         if not self._makes_data():
-            self._entries = _prepared(self.state_dict, self.plan.items)
+            self._entries = _encode_values(self.state_dict, self.plan.items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -190,7 +190,7 @@ class DefaultSavePlanner(SavePlanner):
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """What is stored of what was found: for subclasses to extend."""
         if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(_encoded(write_item.index.fqn, object))
+            return io.BytesIO(_encode(write_item.index.fqn, object))
         return object
 
     def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
@@ -207,7 +207,7 @@ class DefaultSavePlanner(SavePlanner):
             fqn = fqns[row]
             value = state[fqn]
             if values[row]:
-                return entries.pop(fqn, None) or _encoded(fqn, value)
+                return entries.pop(fqn, None) or _encode(fqn, value)
             memory = local_tensor(value) if type(value) is DTensor else value
             whole = type(memory) in PLAIN and memory.numel() == numels[row]
             found: torch.Tensor = memory if whole else find_state_dict_object(state, items.key(row))
@@ -284,7 +284,7 @@ def create_default_global_save_plan(
 
     Raises PlanError when a value or an unsharded tensor is in two plans.
     """
-    tables, index = concatenated([WriteItems.of(plan.items) for plan in all_plans])
+    tables, index = concatenate_tables([WriteItems.of(plan.items) for plan in all_plans])
     if not rewrite_index_hints:
         return list(all_plans), _metadata(index)
     plans = [
@@ -306,7 +306,7 @@ KEPT_BYTES = 64 << 20
 """Of values that are not plain, encoded once to be judged and kept until they are written."""
 
 
-def _prepared(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict[str, bytes]:
+def _encode_values(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict[str, bytes]:
     """The entries of the values that are not plain; says in one warning which no load will take."""
     entries: dict[str, bytes] = {}
     refused: list[str] = []
@@ -314,7 +314,7 @@ def _prepared(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict[str,
         value = state.get(fqn)
         if plain(value):
             continue
-        entry = _encoded(fqn, value)
+        entry = _encode(fqn, value)
         reason = refusal_of(value, entry)
         if reason is not None:
             refused.append(f"{fqn!r}, a {type(value).__name__}: {reason}")
@@ -337,10 +337,10 @@ def _values_of(items: Sequence[WriteItem]) -> list[str]:
     return [item.index.fqn for item in items if item.type == WriteItemType.BYTE_IO]
 
 
-def _encoded(fqn: str, value: Any) -> bytes:
+def _encode(fqn: str, value: Any) -> bytes:
     """The value's entry; raises PlanError, naming the key, where it cannot be pickled."""
     try:
-        return encoded(value)
+        return encode_value(value)
     except Exception as error:
         raise PlanError(
             f"{fqn!r} is a {type(value).__name__} that cannot be pickled: {error}"

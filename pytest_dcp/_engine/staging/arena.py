@@ -76,8 +76,8 @@ class Arena:
         end = 0
         for dtype, rows in _by_dtype(like).items():
             sizes = [like[row].numel() for row in rows]
-            start, end = end, end + _aligned(sum(sizes) * dtype.itemsize)
-            flat = viewed(self._bytes, start, dtype, (sum(sizes),))
+            start, end = end, end + _align(sum(sizes) * dtype.itemsize)
+            flat = view_bytes(self._bytes, start, dtype, (sum(sizes),))
             for row, part in zip(rows, torch.split(flat, sizes), strict=True):
                 rooms[row] = part if like[row].dim() == 1 else part.view(like[row].shape)
         return rooms
@@ -86,7 +86,7 @@ class Arena:
 def needed_bytes(tensors: Sequence[torch.Tensor]) -> int:
     """What an arena for these tensors must have."""
     return sum(
-        _aligned(sum(tensors[row].numel() for row in rows) * dtype.itemsize)
+        _align(sum(tensors[row].numel() for row in rows) * dtype.itemsize)
         for dtype, rows in _by_dtype(tensors).items()
     )
 
@@ -155,7 +155,7 @@ def shared_memory_of(tensor: torch.Tensor) -> Memory | None:
     return _shared.get(tensor.untyped_storage().data_ptr())
 
 
-def viewed(
+def view_bytes(
     flat: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
 ) -> torch.Tensor:
     """The bytes from `start` on as a row-major tensor."""
@@ -163,7 +163,7 @@ def viewed(
     return flat[start:end].view(dtype).view(shape)
 
 
-def _aligned(nbytes: int) -> int:
+def _align(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -69,11 +69,11 @@ class BlockingAsyncStager(AsyncStager):
         if self.type_check:
             _check_types(state_dict, "")
         if not self.cache_staged_state_dict:
-            return staged(state_dict, Pool(shared=False))
+            return stage_state(state_dict, Pool(shared=False))
         if self._upload is not None:
             wait([self._upload])
         if self.state_dict_cache is None or not refill(self.state_dict_cache, state_dict):
-            self.state_dict_cache = staged(state_dict, Pool(shared=False))
+            self.state_dict_cache = stage_state(state_dict, Pool(shared=False))
         return self.state_dict_cache
 
     def hold_for(self, upload: Future[Any]) -> None:
@@ -138,7 +138,7 @@ class DefaultStager(AsyncStager):
                 stream = torch.Stream(before.device)
                 stream.wait_stream(before)
                 stack.enter_context(stream)
-            return staged(
+            return stage_state(
                 state_dict,
                 self._pool,
                 pin=config.use_pinned_memory,
@@ -146,7 +146,9 @@ class DefaultStager(AsyncStager):
             )
 
 
-def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = False) -> State:
+def stage_state(
+    state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = False
+) -> State:
     """A copy of the state dict, its tensors in memory of the pool.
 
     pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
@@ -168,7 +170,7 @@ def staged(state_dict: State, pool: Pool, *, pin: bool = True, blocking: bool = 
         rooms = arena.rooms(sources)
         for room, source in zip(rooms, sources, strict=True):
             room.copy_(source, non_blocking=queued)
-        copied: State = _copied(state_dict, iter(rooms))
+        copied: State = _copy_value(state_dict, iter(rooms))
     for device in on_gpu if queued else ():
         torch.cuda.current_stream(device).synchronize()
     return copied
@@ -179,13 +181,13 @@ def refill(copied: State, state_dict: State) -> bool:
 
     Raises PlanError, before anything is copied, for tensors that have no values to copy.
     """
-    rooms, sources = list(_named(copied, "")), _sources(state_dict)
+    rooms, sources = list(_named_tensors(copied, "")), _sources(state_dict)
     if [_kind_of(*room) for room in rooms] != [_kind_of(*source) for source in sources]:
         return False
     with torch.no_grad(), collector_paused():
         for (_, room), (_, source) in zip(rooms, sources, strict=True):
             room.copy_(source)
-        filled: State = _copied(state_dict, (room for _, room in rooms))
+        filled: State = _copy_value(state_dict, (room for _, room in rooms))
     copied.clear()
     copied.update(filled)
     return True
@@ -203,7 +205,7 @@ def _fits(tensor: torch.Tensor) -> bool:
 
 def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
     """The tensors of a state that are no more than their values; these go to the arena."""
-    return (tensor for _, tensor in _named(state_dict, ""))
+    return (tensor for _, tensor in _named_tensors(state_dict, ""))
 
 
 def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
@@ -213,24 +215,24 @@ def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
     copied at all.
     """
     problems: list[str] = []
-    named = _named(state_dict, "", problems)
+    named = _named_tensors(state_dict, "", problems)
     found = [(name, require_memory(name, tensor)) for name, tensor in named]
     require_savable(problems)
     return found
 
 
-def _named(
+def _named_tensors(
     value: Any, name: str, problems: list[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a state that go to the arena, in the order in which `_copied` meets them.
+    """The tensors of a state that go to the arena, in the order in which `_copy_value` meets them.
 
     problems: is given what a save says of the tensors that have no values to copy.
     """
     if isinstance(value, DTensor):
-        yield from _named(local_tensor(value), name, problems)
+        yield from _named_tensors(local_tensor(value), name, problems)
     elif isinstance(value, ShardedTensor):
         for shard in value.local_shards():
-            yield from _named(shard.tensor, name, problems)
+            yield from _named_tensors(shard.tensor, name, problems)
     elif isinstance(value, torch.Tensor):
         if _fits(value):
             yield name, value
@@ -238,31 +240,31 @@ def _named(
             problems.append(f"{unsavable(name, value)}")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _named(inner, f"{name}.{key}" if name else str(key), problems)
+            yield from _named_tensors(inner, f"{name}.{key}" if name else str(key), problems)
     elif isinstance(value, list | tuple):
         for n, inner in enumerate(value):
-            yield from _named(inner, f"{name}.{n}", problems)
+            yield from _named_tensors(inner, f"{name}.{n}", problems)
 
 
-def _copied(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
+def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
     """The value with the next room in the place of each tensor, and copies of all else."""
     if isinstance(value, DTensor):
-        local = _copied(local_tensor(value), rooms)
+        local = _copy_value(local_tensor(value), rooms)
         return dtensor(local, value._spec)
     if isinstance(value, ShardedTensor):
         shards = [
-            Shard(_copied(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
+            Shard(_copy_value(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
         ]
-        return sharded(shards, value.metadata(), value.sharding_spec())
+        return make_sharded_tensor(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
         copied = next(rooms) if _fits(value) else _copied_alone(value)
         return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
     if isinstance(value, PerRank):
-        return PerRank(_copied(value.value, rooms))
+        return PerRank(_copy_value(value.value, rooms))
     if isinstance(value, Mapping):
-        return alike(value, {key: _copied(inner, rooms) for key, inner in value.items()})
+        return alike(value, {key: _copy_value(inner, rooms) for key, inner in value.items()})
     if isinstance(value, list | tuple):
-        parts = [_copied(inner, rooms) for inner in value]
+        parts = [_copy_value(inner, rooms) for inner in value]
         if isinstance(value, list):
             return parts
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -295,7 +297,7 @@ def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's own
 
 
-def sharded(shards: list[Shard], metadata: Any, spec: Any) -> ShardedTensor:
+def make_sharded_tensor(shards: list[Shard], metadata: Any, spec: Any) -> ShardedTensor:
     """A ShardedTensor of these shards that needs no process group: it can be saved, no more."""
     made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
         shards, metadata, sharding_spec=spec

@@ -49,7 +49,7 @@ class Agreement:
 
 
 @contextmanager
-def agreeing(doing: str) -> Iterator[None]:
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """Raise on every rank what is raised inside on any. Collective at its end."""
     agreement = Agreement(doing)
     try:

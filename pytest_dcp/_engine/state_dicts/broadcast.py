@@ -1,8 +1,9 @@
 """What rank 0 has, sent to every rank, a bucket of tensors at a time.
 
-First all ranks learn what will come (`announced`) and agree that it fits (`agreed`); then the
-tensors come (`from_rank0`). Everything here is collective over the default process group. No rank
-needs more memory than the largest tensor takes, or a bucket of BUCKET_BYTES.
+First all ranks learn what will come (`broadcast_values`) and agree that it fits
+(`join_mismatches`); then the tensors come (`from_rank0`). Everything here is collective over the
+default process group. No rank needs more memory than the largest tensor takes, or a bucket of
+BUCKET_BYTES.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.materialise import current_device, group_device_type
-from pytest_dcp._engine.state_dicts.agreement import Agreement, agreeing
+from pytest_dcp._engine.state_dicts.agreement import Agreement, raise_on_all_ranks
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
 
 K = TypeVar("K", bound=Hashable)
 
 
-def announced(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
+def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
     """The values that `made` gives on rank 0, on every rank, with a Spec for each tensor.
 
     Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
     what pickling its values raises.
     """
     message: list[Any] = [None, None]
-    with agreeing("rank 0's state cannot be announced"):
+    with raise_on_all_ranks("rank 0's state cannot be announced"):
         if dist.get_rank() == 0:
             values = made()
             specs = {
@@ -59,7 +60,7 @@ def _unsendable(values: Mapping[K, Any]) -> str | None:
     )
 
 
-def agreed(mismatch: Mismatch) -> Mismatch:
+def join_mismatches(mismatch: Mismatch) -> Mismatch:
     """Everything that does not fit on any rank, so that all raise or none."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mismatch)
@@ -75,7 +76,7 @@ def from_rank0(
     """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
 
     values: rank 0's; other ranks' are not looked at.
-    specs: what `announced` returned.
+    specs: what `broadcast_values` returned.
     near: tensors that are to be filled; what is sent lies on their device where the group can.
 
     What fails on one rank, in `take` too, is raised on all ranks once all tensors were sent.
@@ -83,7 +84,7 @@ def from_rank0(
     tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
     sizes = [spec.packed_bytes for spec in tensors.values()]
     limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
-    with agreeing("no room for what rank 0 sends"):
+    with raise_on_all_ranks("no room for what rank 0 sends"):
         memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
     sends = dist.get_rank() == 0
     receiving = Agreement("while rank 0's state was received")

@@ -22,37 +22,37 @@ from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
 from pytest_dcp._engine.state_dicts.parts import cut, whole
 
 
-def delivered(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
+def deliver_state(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
     """The state as the options want it. Collective if it is to be whole.
 
     {} where rank 0 alone is to have it and this is another rank.
     """
     if not options.full_state_dict:
-        return _changed(state, _on_cpu) if options.cpu_offload else state
+        return _change_tensors(state, _on_cpu) if options.cpu_offload else state
     tensors: list[torch.Tensor] = []
-    _changed(state, tensors.append)
+    _change_tensors(state, tensors.append)
     arriving = whole_tensors(tensors)
     if not options.cpu_offload:
-        return _changed(state, lambda _: next(arriving))
+        return _change_tensors(state, lambda _: next(arriving))
     if dist.is_initialized() and dist.get_rank():
         for _ in arriving:  # This rank's parts are needed, and nothing is kept.
             pass
         return {}
-    return _changed(state, lambda _: next(arriving).cpu())
+    return _change_tensors(state, lambda _: next(arriving).cpu())
 
 
-def _changed(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+def _change_tensors(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
     """The state with each tensor in it changed, in order; containers are new."""
-    return {key: _mapped(value, change) for key, value in state.items()}
+    return {key: _map_value(value, change) for key, value in state.items()}
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+def _map_value(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
+        return {key: _map_value(inner, change) for key, inner in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_mapped(inner, change) for inner in value)
+        return type(value)(_map_value(inner, change) for inner in value)
     return value
 
 

@@ -19,7 +19,7 @@ SCALARS = frozenset({bool, int, float, str, type(None)})
 """What nearly every setting is, and is compared without the questions that tensors need."""
 
 
-def flattened(state: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """The flat form of a nested state dict; a group without parameters leaves no key."""
     flat: dict[str, Any] = {}
     for name, entries in state[STATE].items():
@@ -38,7 +38,7 @@ def is_flat(state: Mapping[str, Any]) -> bool:
     return STATE not in state and GROUPS not in state
 
 
-def nested(
+def nest_optimizer_state(
     flat: Mapping[str, Any], groups: Sequence[Sequence[str]], names: Collection[str]
 ) -> dict[str, Any]:
     """The nested form, with the parameters grouped as in `groups` where their settings are equal.
@@ -57,7 +57,7 @@ def nested(
         (states if kind == STATE else settings).setdefault(name, {})[entry] = value
     for name in states:
         settings.setdefault(name, {})
-    made = [group for wanted in groups for group in _grouped(wanted, settings)]
+    made = [group for wanted in groups for group in _group_by_settings(wanted, settings)]
     placed = {name for group in made for name in group[PARAMS]}
     others = [{**of, PARAMS: [name]} for name, of in settings.items() if name not in placed]
     return {STATE: states, GROUPS: made + others}
@@ -72,7 +72,9 @@ def _split(rest: str, known: Collection[str]) -> tuple[str, str]:
     return (shorter, tail) if shorter else (name, entry)
 
 
-def _grouped(wanted: Sequence[str], settings: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _group_by_settings(
+    wanted: Sequence[str], settings: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The wanted group, or several where the settings of its parameters differ."""
     made: list[tuple[dict[str, Any], list[str]]] = []
     for name in wanted:

@@ -49,7 +49,9 @@ def states(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def named(model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+def name_own_state(
+    model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]
+) -> dict[str, Any]:
     """An optimizer's own state dict, by FSDP's names of the original parameters."""
     state = FullyShardedDataParallel.optim_state_dict(model, optimizer, packed)
     for entries in state["state"].values():
@@ -58,8 +60,8 @@ def named(model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]) -> dic
     return state
 
 
-def packed(model: nn.Module, optimizer: Optimizer, named: dict[str, Any]) -> dict[str, Any]:
-    """What `named` is made from: what the optimizer itself loads."""
+def pack_own_state(model: nn.Module, optimizer: Optimizer, named: dict[str, Any]) -> dict[str, Any]:
+    """What `name_own_state` is made from: what the optimizer itself loads."""
     return FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, named)
 
 

@@ -43,21 +43,21 @@ def name_own(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
     own = own_method(target.optimizer, "state_dict")()
     numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
     state = dict(given.get(STATE, {}))
-    mine = _held(target, [state.get(n, {}) for n in numbers], own)
+    mine = _held_states(target, [state.get(n, {}) for n in numbers], own)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     if any(held.given for one in every for held in one.values()):
-        kept = _kept(target, every)
+        kept = _kept_states(target, every)
         state |= {numbers[at]: own[STATE][at] for at in kept if at in own[STATE]}
     try:
-        return fsdp1.named(target.scope.model, target.optimizer, {**given, STATE: state})
+        return fsdp1.name_own_state(target.scope.model, target.optimizer, {**given, STATE: state})
     except RuntimeError as error:  # It says which parameters that lie together are not there.
         raise CheckpointMismatchError(
             f"FSDP1 cannot read the state dict that the optimizers of the ranks made: {error}"
         ) from error
 
 
-def _held(target: Target, states: Sequence[Any], own: Mapping[str, Any]) -> dict[int, _Held]:
+def _held_states(target: Target, states: Sequence[Any], own: Mapping[str, Any]) -> dict[int, _Held]:
     parameters = [p for group in target.optimizer.param_groups for p in group[PARAMS]]
     return {
         at: _Held(frozenset(states[at]), bool(own[STATE].get(at)))
@@ -66,7 +66,7 @@ def _held(target: Target, states: Sequence[Any], own: Mapping[str, Any]) -> dict
     }
 
 
-def _kept(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[int]:
+def _kept_states(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[int]:
     """The parameters whose states stay, since no rank was given any of them."""
     keys = _keys(target)
     kept: list[int] = []

@@ -28,7 +28,7 @@ class Pairing:
     mismatch: Mismatch
 
 
-def paired(
+def pair_groups(
     own: Sequence[Sequence[str]], stored: Sequence[Group], ignored: Collection[str] = ()
 ) -> Pairing:
     """The partner of each own group, given as the names of its parameters.

@@ -151,7 +151,7 @@ class _FirstValues(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self.first:
-            self.first[key] = _copied(value)
+            self.first[key] = _copy_value(value)
         super().__setitem__(key, value)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
@@ -164,5 +164,5 @@ class _FirstValues(dict[str, Any]):
             self[key] = value
 
 
-def _copied(value: Any) -> Any:
+def _copy_value(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

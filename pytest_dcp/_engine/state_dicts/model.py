@@ -12,11 +12,11 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
-from pytest_dcp._engine.plan.materialise import filled
+from pytest_dcp._engine.plan.materialise import empty_for_meta
 from pytest_dcp._engine.state_dicts import fsdp1
-from pytest_dcp._engine.state_dicts.agreement import agreeing
-from pytest_dcp._engine.state_dicts.broadcast import agreed, announced, from_rank0
-from pytest_dcp._engine.state_dicts.delivery import delivered
+from pytest_dcp._engine.state_dicts.agreement import raise_on_all_ranks
+from pytest_dcp._engine.state_dicts.broadcast import broadcast_values, from_rank0, join_mismatches
+from pytest_dcp._engine.state_dicts.delivery import deliver_state
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.names import wrapped_as
 from pytest_dcp._engine.state_dicts.packing import Spec
@@ -49,7 +49,7 @@ def read_model(scope: Scope) -> dict[str, Any]:
             )
         state[asked_for] = value
     _require_no_flat_parameter(state)
-    return delivered(state, scope.options)
+    return deliver_state(state, scope.options)
 
 
 def _require_no_flat_parameter(state: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ def load_model(
     with fsdp1.states(scope.model):
         if not scope.options.broadcast_from_rank0:
             return _load_here(_Target.of(scope), given)
-        with agreeing("while the models' own tensors were named"):
+        with raise_on_all_ranks("while the models' own tensors were named"):
             target = _Target.of(scope)
         return _load_from_rank0(target, given, optional)
 
@@ -149,7 +149,7 @@ def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
         if not _is_tensor(value) or not _is_tensor(own) or is_lazy(own):
             values[name] = value
         elif assign:
-            values[name] = _filled(own, value)
+            values[name] = _fill_or_make(own, value)
         else:
             values[name] = laid_out(value, own, keep=False)
     return _handed_over(target, values, mismatch, assign=assign)
@@ -172,27 +172,27 @@ def _load_from_rank0(
 ) -> _IncompatibleKeys:
     """Fill the model's own tensors with what rank 0 sends: at most a bucket is here at a time."""
     own = target.own
-    specs = announced(lambda: given)
+    specs = broadcast_values(lambda: given)
     if optional and not specs:
         return _IncompatibleKeys([], [])
-    with agreeing("while rank 0's state was compared with the models"):
+    with raise_on_all_ranks("while rank 0's state was compared with the models"):
         mismatch = target.compare(specs)
-    mismatch = agreed(mismatch)
+    mismatch = join_mismatches(mismatch)
     mismatch.require_none(target.kind, strict=target.scope.options.strict)
     assign = any(_is_meta(value) for value in own.values())
     values = {name: spec for name, spec in specs.items() if name in own}
 
     def take(name: str, full: torch.Tensor) -> None:
         if name in own:
-            values[name] = _filled(own[name], full) if _is_tensor(own[name]) else full.clone()
+            values[name] = _fill_or_make(own[name], full) if _is_tensor(own[name]) else full.clone()
 
     from_rank0(given, specs, own.values(), take)
     return _handed_over(target, values, mismatch, assign=assign)
 
 
-def _filled(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _fill_or_make(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The model's own tensor, or one in its place if it is on the meta device, with the value."""
-    tensor = filled(own) if _is_meta(own) else own
+    tensor = empty_for_meta(own) if _is_meta(own) else own
     fill(tensor, value)
     return tensor
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts import fsdp1
-from pytest_dcp._engine.state_dicts.agreement import agreeing
-from pytest_dcp._engine.state_dicts.broadcast import agreed, announced, from_rank0
+from pytest_dcp._engine.state_dicts.agreement import raise_on_all_ranks
+from pytest_dcp._engine.state_dicts.broadcast import broadcast_values, from_rank0, join_mismatches
 from pytest_dcp._engine.state_dicts.entries import Lack, check_entries
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, is_flat, nested
-from pytest_dcp._engine.state_dicts.groups import PARAMS, Group, paired
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, is_flat, nest_optimizer_state
+from pytest_dcp._engine.state_dicts.groups import PARAMS, Group, pair_groups
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
 from pytest_dcp._engine.state_dicts.positional import is_positional, name_positions
@@ -67,7 +67,7 @@ class OptimizerLoad:
         for target in self.targets:
             for name in target.names() & states.keys():
                 mine = {e: target.laid_out(name, e, value) for e, value in states[name].items()}
-                states[name] = {e: _unshared(value, seen) for e, value in mine.items()}
+                states[name] = {e: _copy_if_shared(value, seen) for e, value in mine.items()}
         return states
 
     def _received(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
@@ -101,15 +101,19 @@ def check_optimizers(
         return None
     with fsdp1.states(scope.model):
         from_rank0_only = scope.options.broadcast_from_rank0
-        with agreeing("while the optimizers were named") if from_rank0_only else nullcontext():
+        with (
+            raise_on_all_ranks("while the optimizers were named")
+            if from_rank0_only
+            else nullcontext()
+        ):
             targets = _targets(scope, optimizers)
             raw = is_positional(given)
-            state = _aligned(scope, name_positions(targets, given) if raw else given, targets)
+            state = _align_names(scope, name_positions(targets, given) if raw else given, targets)
         if scope.options.broadcast_from_rank0:
             return _check_from_rank0(scope, optimizers, targets, state, raw)
         if not given and scope.takes_nothing():
             return None
-        mismatch, partners, lacks = _compared(scope, targets, state, raw)
+        mismatch, partners, lacks = _compare(scope, targets, state, raw)
         mismatch.require_none(_kinds(optimizers), strict=scope.options.strict)
         return OptimizerLoad(scope, targets, state, None, partners, lacks)
 
@@ -123,15 +127,15 @@ def _check_from_rank0(
         empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
         return {**_by_entry(state[STATE]), GROUPS: state[GROUPS], STATE: empty, RAW: raw}
 
-    specs = announced(made)
+    specs = broadcast_values(made)
     groups, bare, raw = specs.pop(GROUPS), specs.pop(STATE), specs.pop(RAW)
     if not groups and not bare and not specs and scope.takes_nothing():
         return None
     states = {name: {} for name in bare} | _by_parameter({}, specs)
-    with agreeing("while rank 0's state was compared with the optimizers"):
-        compared = _compared(scope, targets, {STATE: states, GROUPS: groups}, raw)
+    with raise_on_all_ranks("while rank 0's state was compared with the optimizers"):
+        compared = _compare(scope, targets, {STATE: states, GROUPS: groups}, raw)
     mismatch, partners, lacks = compared
-    agreed(mismatch).require_none(_kinds(optimizers), strict=scope.options.strict)
+    join_mismatches(mismatch).require_none(_kinds(optimizers), strict=scope.options.strict)
     if dist.get_rank() != 0:
         state = {STATE: {name: {} for name in bare}, GROUPS: groups}
     return OptimizerLoad(scope, targets, state, specs, partners, lacks)
@@ -173,13 +177,15 @@ def _targets(scope: Scope, optimizers: Sequence[Optimizer]) -> list[Target]:
     return [Target.of_fsdp1(scope, optimizer, layouts) for optimizer in optimizers]
 
 
-def _aligned(scope: Scope, given: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
+def _align_names(
+    scope: Scope, given: Mapping[str, Any], targets: Sequence[Target]
+) -> dict[str, Any]:
     """The state dict in its nested form, each parameter under the name that its optimizer uses.
 
     Every parameter of its groups has an entry in its states, {} where it has none.
     """
     own = [names for target in targets for names in target.groups]
-    state = nested(given, own, scope.parameters) if is_flat(given) else given
+    state = nest_optimizer_state(given, own, scope.parameters) if is_flat(given) else given
     owned = {name for names in own for name in names}
     first = scope.first_names()
     other = {n: first[p] for n, p in scope.parameters.items() if n not in owned}
@@ -192,7 +198,7 @@ def _aligned(scope: Scope, given: Mapping[str, Any], targets: Sequence[Target]) 
     return {STATE: states, GROUPS: groups}
 
 
-def _unshared(value: Any, seen: set[int]) -> Any:
+def _copy_if_shared(value: Any, seen: set[int]) -> Any:
     """The value, or a copy where another parameter has the same tensor: both would change it."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -202,7 +208,7 @@ def _unshared(value: Any, seen: set[int]) -> Any:
     return value
 
 
-def _compared(
+def _compare(
     scope: Scope, targets: Sequence[Target], state: Mapping[str, Any], raw: bool
 ) -> tuple[Mismatch, Sequence[Group | None], dict[Any, Lack]]:
     """What of a state dict, or of the specs of one, does not fit; the groups that do; what lacks.
@@ -210,7 +216,7 @@ def _compared(
     raw: see `check_entries`.
     """
     own = [names for target in targets for names in target.groups]
-    pairing = paired(own, state[GROUPS], scope.frozen)
+    pairing = pair_groups(own, state[GROUPS], scope.frozen)
     misfits: dict[str, str] = {}
     grouped = {name for group in state[GROUPS] for name in group[PARAMS]}
     owner = {name: target for target in targets for name in target.names()}

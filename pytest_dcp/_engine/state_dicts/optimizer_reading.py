@@ -14,8 +14,8 @@ import torch
 from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts import fsdp1
-from pytest_dcp._engine.state_dicts.delivery import delivered
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, flattened
+from pytest_dcp._engine.state_dicts.delivery import deliver_state
+from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, flatten_optimizer_state
 from pytest_dcp._engine.state_dicts.groups import PARAMS
 from pytest_dcp._engine.state_dicts.initial import initial_states
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
@@ -37,8 +37,12 @@ def read_optimizers(scope: Scope, optimizers: Sequence[Optimizer]) -> dict[str, 
             raise ValueError(f"{sorted(twice)} are in more than one of the optimizers")
         state[STATE].update(one[STATE])
         state[GROUPS] += one[GROUPS]
-    state = delivered(_asked_for(scope, state), scope.options)
-    return flattened(state) if state and scope.options.flatten_optimizer_state_dict else state
+    state = deliver_state(_asked_for(scope, state), scope.options)
+    return (
+        flatten_optimizer_state(state)
+        if state and scope.options.flatten_optimizer_state_dict
+        else state
+    )
 
 
 def group_names(scope: Scope, optimizer: Optimizer) -> list[list[str]]:
@@ -67,8 +71,8 @@ def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
     if fsdp1.within(scope.model):
         packed = _complete(optimizer, own_method(optimizer, "state_dict")())
         with fsdp1.states(scope.model):
-            named = fsdp1.named(scope.model, optimizer, packed)
-        return _renamed(named, scope.names.canonical)
+            named = fsdp1.name_own_state(scope.model, optimizer, packed)
+        return _rename_keys(named, scope.names.canonical)
     names = group_names(scope, optimizer)
     packed = _complete(optimizer, own_method(optimizer, "state_dict")())
     by_id = {
@@ -76,10 +80,10 @@ def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
         for group, of in zip(packed[GROUPS], names, strict=True)
         for at, name in zip(group[PARAMS], of, strict=True)
     }
-    return _renamed(packed, lambda at: by_id.get(at, at))
+    return _rename_keys(packed, lambda at: by_id.get(at, at))
 
 
-def _renamed(state: Mapping[str, Any], name: Callable[[Any], Any]) -> dict[str, Any]:
+def _rename_keys(state: Mapping[str, Any], name: Callable[[Any], Any]) -> dict[str, Any]:
     return {
         STATE: {name(key): value for key, value in state.get(STATE, {}).items()},
         GROUPS: [

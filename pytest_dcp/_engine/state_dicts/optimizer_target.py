@@ -67,7 +67,7 @@ class Target:
     ) -> Target:
         """The same within FSDP1. Collective."""
         settings = own_method(optimizer, "state_dict")()[GROUPS]
-        named = fsdp1.named(scope.model, optimizer, {STATE: {}, GROUPS: settings})
+        named = fsdp1.name_own_state(scope.model, optimizer, {STATE: {}, GROUPS: settings})
         canonical = scope.names.canonical
         groups = [[canonical(name) for name in group[PARAMS]] for group in named[GROUPS]]
         theirs = {canonical(name): name for group in named[GROUPS] for name in group[PARAMS]}
@@ -171,7 +171,9 @@ class Target:
             for name in lacking.keys() & state[STATE].keys():
                 states[theirs[name]] = {**current.get(theirs[name], {}), **state[STATE][name]}
         groups = [{**g, PARAMS: [theirs[name] for name in g[PARAMS]]} for g in state[GROUPS]]
-        return fsdp1.packed(self.scope.model, self.optimizer, {STATE: states, GROUPS: groups})
+        return fsdp1.pack_own_state(
+            self.scope.model, self.optimizer, {STATE: states, GROUPS: groups}
+        )
 
     def current(self, name: str) -> Mapping[str, Any]:
         """What the optimizer has of a parameter; {} under FSDP1, where it has something else."""
@@ -191,7 +193,7 @@ class Target:
     def _named_by_fsdp1(self) -> dict[str, Any]:
         """What the optimizer has of each parameter, by FSDP1's names. Collective."""
         own = own_method(self.optimizer, "state_dict")()
-        states: dict[str, Any] = fsdp1.named(self.scope.model, self.optimizer, own)[STATE]
+        states: dict[str, Any] = fsdp1.name_own_state(self.scope.model, self.optimizer, own)[STATE]
         return states
 
     def _layout(self, name: str, entry: str, size: torch.Size) -> torch.Tensor | None:

@@ -26,11 +26,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if isinstance(tensor, ShardedTensor):
-        return _gathered(tensor)
+        return _gather(tensor)
     return tensor
 
 
-def _gathered(tensor: ShardedTensor) -> torch.Tensor:
+def _gather(tensor: ShardedTensor) -> torch.Tensor:
     """The full tensor, on every rank of the ShardedTensor's group: one message of equal pieces."""
     metadata, group = tensor.metadata(), tensor._process_group
     boxes: dict[int, list[LocalBox]] = {n: [] for n in range(dist.get_world_size(group))}

@@ -55,13 +55,17 @@ def name_positions(targets: Sequence[Target], given: Mapping[str, Any]) -> dict[
             )
         named = name_own(target, given)
         canonical = target.scope.names.canonical
-        return _renamed(named, {theirs: canonical(theirs) for theirs in named[STATE]}, target)
+        return _rename_positions(
+            named, {theirs: canonical(theirs) for theirs in named[STATE]}, target
+        )
     numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
     names = [name for group in target.groups for name in group]
-    return _renamed(given, dict(zip(numbers, names, strict=True)), target)
+    return _rename_positions(given, dict(zip(numbers, names, strict=True)), target)
 
 
-def _renamed(state: Mapping[str, Any], names: Mapping[Any, str], target: Target) -> dict[str, Any]:
+def _rename_positions(
+    state: Mapping[str, Any], names: Mapping[Any, str], target: Target
+) -> dict[str, Any]:
     return {
         STATE: {names.get(key, key): value for key, value in state.get(STATE, {}).items()},
         GROUPS: [

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.boxes import widened
+from pytest_dcp._engine.plan.boxes import widen_table
 from pytest_dcp._engine.plan.describe import Wanted, wanted_boxes
 from pytest_dcp._engine.plan.index import index_of
 from pytest_dcp._engine.plan.load import read_items
@@ -79,7 +79,7 @@ def load_sharded_optimizer_state_dict(
             # ("optimizer", "state", a parameter's name, "exp_avg"): the third is the model's key.
             parameter = path[2] if layout.group is not None and len(path) > 2 else None
             size = layout.sizes.get(parameter, stored.size)
-            state_dict[fqn] = _sharded(stored, size, placement)
+            state_dict[fqn] = _make_sharded(stored, size, placement)
             if parameter in layout.offsets:
                 offsets[fqn] = layout.offsets[parameter]
     if layout.group is not None:
@@ -109,7 +109,7 @@ def _paths_below(metadata: Metadata, key: str) -> dict[str, tuple[Any, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class _ModelLayout:
     """Which parts of the full parameters this rank's model has."""
 
     sizes: dict[Any, torch.Size | Sequence[int]] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class _Layout:
     """The ranks that share the part; None: the model is not tensor-parallel."""
 
 
-def _layout_of(model_state_dict: Mapping[str, Any]) -> _Layout:
+def _layout_of(model_state_dict: Mapping[str, Any]) -> _ModelLayout:
     sizes: dict[Any, torch.Size | Sequence[int]] = {}
     offsets: dict[Any, Sequence[int]] = {}
     group: dist.ProcessGroup | None = None
@@ -132,7 +132,7 @@ def _layout_of(model_state_dict: Mapping[str, Any]) -> _Layout:
         sizes[fqn], offsets[fqn] = part.metadata.shard_sizes, part.metadata.shard_offsets
         inner: Any = part.tensor
         group = inner._process_group
-    return _Layout(sizes, offsets, group)
+    return _ModelLayout(sizes, offsets, group)
 
 
 def _part_of(fqn: str, value: Any) -> Shard | None:
@@ -210,7 +210,7 @@ def _empty(
     )
 
 
-def _sharded(
+def _make_sharded(
     stored: TensorStorageMetadata, size: Sequence[int], placement: _Placement
 ) -> ShardedTensor:
     """An empty tensor of this size, chunked; only this rank's chunk takes memory."""
@@ -258,7 +258,7 @@ class _PartPlanner(DefaultLoadPlanner):
         found = read_items(replace(here, offset=here.offset + shift), index)
         # The boxes are read where they are stored, and filled where this rank has them.
         width = found.wanted.shape[1]
-        by_box = dict(zip(_boxes(here.fqns, here.nth), widened(shift, width, 0), strict=True))
+        by_box = dict(zip(_boxes(here.fqns, here.nth), widen_table(shift, width, 0), strict=True))
         back = [by_box[box] for box in _boxes(found.fqns, found.wanted_hint)]
         moved = np.array(back, dtype=np.int64).reshape(found.wanted.shape)
         items: Any = list(replace(found, wanted=found.wanted - moved))

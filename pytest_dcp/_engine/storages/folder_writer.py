@@ -42,7 +42,13 @@ from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
 from pytest_dcp._engine.io.transforms import StorageWriterTransforms, extensions_of, own_way_of
-from pytest_dcp._engine.io.write_files import FileJob, Settings, Source, balanced, write_files
+from pytest_dcp._engine.io.write_files import (
+    FileJob,
+    Settings,
+    Source,
+    balance_by_bytes,
+    write_files,
+)
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp._engine.plan.hooks import is_overridden
@@ -197,7 +203,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         table = WriteItems.of(items)
         size_bytes = table.size_bytes()
         if self.single_file_per_rank:
-            groups = balanced(size_bytes, self.thread_count)
+            groups = balance_by_bytes(size_bytes, self.thread_count)
         else:
             groups = [[row] for row in range(len(items))]
         data = np.where(table.kind == BYTES, 0, size_bytes)

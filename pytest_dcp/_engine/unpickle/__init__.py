@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
-    Machine,
+    PickleMachine,
     UnknownGlobalError,
     Vocabulary,
     brief,
@@ -176,20 +176,20 @@ def rebuild_tensor(args: tuple[Any, ...]) -> TensorPickle:
     if not 6 <= len(args) <= 7:
         raise CheckpointCorruptError(f"expected 6 or 7 facts of a tensor, got {len(args)}")
     _check_extras(args[5], *args[6:])
-    return _described(args, None)
+    return _describe_tensor(args, None)
 
 
-def _rebuild_tensor_of_dtype(_: Machine, args: tuple[Any, ...]) -> TensorPickle:
+def _rebuild_tensor_of_dtype(_: PickleMachine, args: tuple[Any, ...]) -> TensorPickle:
     """torch._utils._rebuild_tensor_v3: the dtype stands by itself."""
     if not 7 <= len(args) <= 8:
         raise CheckpointCorruptError(f"expected 7 or 8 facts of a tensor, got {len(args)}")
     if type(args[6]) is not torch.dtype:
         raise CheckpointCorruptError(f"expected a tensor's dtype, got {brief(args[6])}")
     _check_extras(args[5], *args[7:])
-    return _described(args, args[6])
+    return _describe_tensor(args, args[6])
 
 
-def _rebuild_parameter(_: Machine, args: tuple[Any, ...]) -> TensorPickle:
+def _rebuild_parameter(_: PickleMachine, args: tuple[Any, ...]) -> TensorPickle:
     if len(args) != 3 or type(args[0]) is not TensorPickle or type(args[1]) is not bool:
         raise UnknownGlobalError(
             "expected a parameter over one tensor, got one over something else"
@@ -207,14 +207,14 @@ def _check_extras(hooks: object, metadata: object = None) -> None:
         )
 
 
-def _described(args: tuple[Any, ...], dtype: torch.dtype | None) -> TensorPickle:
+def _describe_tensor(args: tuple[Any, ...], dtype: torch.dtype | None) -> TensorPickle:
     storage = args[0]
     if type(storage) is not _Storage:
         raise CheckpointCorruptError(f"expected a tensor's storage, got {brief(storage)}")
-    return described(dtype or storage.dtype, storage.key, storage.size_bytes, args[1:5])
+    return describe_tensor(dtype or storage.dtype, storage.key, storage.size_bytes, args[1:5])
 
 
-def described(
+def describe_tensor(
     dtype: torch.dtype, storage_key: str, storage_nbytes: int, facts: tuple[Any, ...]
 ) -> TensorPickle:
     """A tensor over a storage, from its offset, shape, stride and requires_grad, all unchecked.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytest_dcp._engine.unpickle.machine import Callee, Machine, UnknownGlobalError, brief
+from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, UnknownGlobalError, brief
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAX_DIGITS = 1024
@@ -40,7 +40,7 @@ _MOMENT_UNITS = frozenset(
 _Args = tuple[Any, ...]
 
 
-def _refused(expected: str, args: object) -> UnknownGlobalError:
+def _refusal(expected: str, args: object) -> UnknownGlobalError:
     shown = ", ".join(map(brief, args[:4])) if isinstance(args, tuple) else brief(args)
     return UnknownGlobalError(f"expected {expected}, got ({shown})")
 
@@ -48,17 +48,17 @@ def _refused(expected: str, args: object) -> UnknownGlobalError:
 # ---- numpy
 
 
-def _dtype(_: Machine, args: _Args) -> np.dtype[Any]:
+def _dtype(_: PickleMachine, args: _Args) -> np.dtype[Any]:
     """`numpy.dtype(text, align, copy)`: an object of its own, whose state follows."""
     text = args[0] if args else None
     if type(text) is not str or not 2 <= len(text) <= 12 or text[0] not in _PLAIN_KINDS:
-        raise _refused("a plain dtype of numpy", args)
+        raise _refusal("a plain dtype of numpy", args)
     if not text[1:].isdigit() or any(type(arg) not in (bool, int) for arg in args[1:]):
-        raise _refused("a plain dtype of numpy", args)
+        raise _refusal("a plain dtype of numpy", args)
     try:
         return np.dtype(text, False, True)
     except (TypeError, ValueError):
-        raise _refused("a plain dtype of numpy", args) from None
+        raise _refusal("a plain dtype of numpy", args) from None
 
 
 def _build_dtype(target: Any, state: object) -> None:
@@ -67,9 +67,9 @@ def _build_dtype(target: Any, state: object) -> None:
     The state that is set is numpy's own for that order and unit, so that no size can change.
     """
     if type(state) is not tuple or not 8 <= len(state) <= 9 or state[2:5] != (None, None, None):
-        raise _refused("a plain dtype of numpy", state)
+        raise _refusal("a plain dtype of numpy", state)
     if state[1] not in ("<", ">", "|", "="):
-        raise _refused("a byte order", state[1])
+        raise _refusal("a byte order", state[1])
     text = f"{target.kind}8[{_unit(state)}]" if target.kind in "Mm" else target.str
     target.__setstate__(np.dtype(text).newbyteorder(state[1]).__reduce__()[2])
 
@@ -79,17 +79,17 @@ def _unit(state: _Args) -> str:
     told = state[8] if len(state) == 9 else None
     unit = told[1] if type(told) is tuple and len(told) == 2 else None
     if type(unit) is not tuple or len(unit) != 4 or type(unit[0]) is not bytes:
-        raise _refused("the unit of a moment", told)
+        raise _refusal("the unit of a moment", told)
     name, many = unit[0].decode("latin1"), unit[1]
     if name not in _MOMENT_UNITS or type(many) is not int or not 1 <= many < 1 << 31:
-        raise _refused("the unit of a moment", unit)
+        raise _refusal("the unit of a moment", unit)
     return name if many == 1 or name == "generic" else f"{many}{name}"
 
 
-def _reconstruct(machine: Machine, args: _Args) -> np.ndarray[Any, Any]:
+def _reconstruct(machine: PickleMachine, args: _Args) -> np.ndarray[Any, Any]:
     """`_reconstruct(numpy.ndarray, (0,), b'b')`: an empty array, to be filled by its state."""
     if len(args) != 3 or args[0] is not _NDARRAY or args[1] != (0,) or args[2] != b"b":
-        raise _refused("a plain array of numpy", args)
+        raise _refusal("a plain array of numpy", args)
     machine.charge(_ARRAY_COST)
     return np.empty((0,), np.int8)
 
@@ -97,10 +97,10 @@ def _reconstruct(machine: Machine, args: _Args) -> np.ndarray[Any, Any]:
 def _build_array(target: Any, state: object) -> None:
     """(version, shape, dtype, whether in Fortran's order, bytes)."""
     if type(state) is not tuple or len(state) != 5 or not isinstance(state[2], np.dtype):
-        raise _refused("a plain array of numpy", state)
+        raise _refusal("a plain array of numpy", state)
     _, shape, dtype, fortran, data = state
     if type(data) is not bytes or type(fortran) is not bool:
-        raise _refused("the bytes of a plain array", state)
+        raise _refusal("the bytes of a plain array", state)
     _check_shape(shape, dtype, data)
     try:
         target.__setstate__((1, shape, dtype, fortran, data))
@@ -118,9 +118,9 @@ def _check_shape(shape: object, dtype: np.dtype[Any], data: bytes) -> None:
         )
 
 
-def _scalar(machine: Machine, args: _Args) -> Any:
+def _scalar(machine: PickleMachine, args: _Args) -> Any:
     if len(args) != 2 or not isinstance(args[0], np.dtype) or type(args[1]) is not bytes:
-        raise _refused("a plain number of numpy", args)
+        raise _refusal("a plain number of numpy", args)
     machine.charge(len(args[1]))
     _check_shape((), args[0], args[1])
     if not args[0].itemsize:
@@ -136,16 +136,16 @@ _NDARRAY = Callee("numpy.ndarray")
 # ---- the standard library
 
 
-def _moment(kind: type[Any], nbytes: int) -> Callable[[Machine, _Args], Any]:
+def _moment(kind: type[Any], nbytes: int) -> Callable[[PickleMachine, _Args], Any]:
     """date, time and datetime: packed bytes, and a timezone."""
 
-    def call(_: Machine, args: _Args) -> Any:
+    def call(_: PickleMachine, args: _Args) -> Any:
         zone = args[1] if len(args) == 2 else None
         packed = args[0] if 1 <= len(args) <= 2 else None
         if type(packed) is not bytes or len(packed) != nbytes:
-            raise _refused(f"a {kind.__name__} of {nbytes} bytes", args)
+            raise _refusal(f"a {kind.__name__} of {nbytes} bytes", args)
         if zone is not None and (kind is datetime.date or type(zone) is not datetime.timezone):
-            raise _refused(f"a {kind.__name__} with a fixed offset from UTC", args)
+            raise _refusal(f"a {kind.__name__} with a fixed offset from UTC", args)
         try:
             return kind(packed) if zone is None else kind(packed, zone)
         except (TypeError, ValueError):
@@ -154,79 +154,79 @@ def _moment(kind: type[Any], nbytes: int) -> Callable[[Machine, _Args], Any]:
     return call
 
 
-def _of_ints(kind: type[Any], count: int) -> Callable[[Machine, _Args], Any]:
-    def call(_: Machine, args: _Args) -> Any:
+def _of_ints(kind: type[Any], count: int) -> Callable[[PickleMachine, _Args], Any]:
+    def call(_: PickleMachine, args: _Args) -> Any:
         if len(args) != count or any(
             type(arg) is not int or arg.bit_length() > 8 * MAX_DIGITS for arg in args
         ):
-            raise _refused(f"{kind.__name__} of {count} ints", args)
-        return _made(kind, args)
+            raise _refusal(f"{kind.__name__} of {count} ints", args)
+        return _make(kind, args)
 
     return call
 
 
-def _of_text(kind: type[Any]) -> Callable[[Machine, _Args], Any]:
-    def call(_: Machine, args: _Args) -> Any:
+def _of_text(kind: type[Any]) -> Callable[[PickleMachine, _Args], Any]:
+    def call(_: PickleMachine, args: _Args) -> Any:
         if len(args) != 1 or type(args[0]) is not str or len(args[0]) > MAX_DIGITS:
-            raise _refused(f"{kind.__name__} of at most {MAX_DIGITS} characters", args)
-        return _made(kind, args)
+            raise _refusal(f"{kind.__name__} of at most {MAX_DIGITS} characters", args)
+        return _make(kind, args)
 
     return call
 
 
-def _made(kind: type[Any], args: _Args) -> Any:
+def _make(kind: type[Any], args: _Args) -> Any:
     try:
         return kind(*args)
     except (ValueError, ArithmeticError, TypeError):
         raise CheckpointCorruptError(f"expected a {kind.__name__}, got {brief(args[0])}") from None
 
 
-def _fraction(machine: Machine, args: _Args) -> Any:
+def _fraction(machine: PickleMachine, args: _Args) -> Any:
     make = _of_text if len(args) == 1 else lambda kind: _of_ints(kind, 2)
     text = args[0] if len(args) == 1 else ""
     if "e" in str(text)[:MAX_DIGITS].lower():
-        raise _refused("a fraction of digits", args)  # an exponent asks for any number of them
+        raise _refusal("a fraction of digits", args)  # an exponent asks for any number of them
     return make(fractions.Fraction)(machine, args)
 
 
-def _timezone(_: Machine, args: _Args) -> datetime.timezone:
+def _timezone(_: PickleMachine, args: _Args) -> datetime.timezone:
     named = len(args) == 1 or (len(args) == 2 and type(args[1]) is str)
     if not named or type(args[0]) is not datetime.timedelta:
-        raise _refused("a timezone of an offset", args)
-    made: datetime.timezone = _made(datetime.timezone, args)
+        raise _refusal("a timezone of an offset", args)
+    made: datetime.timezone = _make(datetime.timezone, args)
     return made
 
 
-def _path(name: str) -> Callable[[Machine, _Args], Any]:
+def _path(name: str) -> Callable[[PickleMachine, _Args], Any]:
     kind = getattr(pathlib, name)
 
-    def call(machine: Machine, args: _Args) -> Any:
+    def call(machine: PickleMachine, args: _Args) -> Any:
         if any(type(part) is not str for part in args):
-            raise _refused(f"pathlib.{name} of strings", args)
+            raise _refusal(f"pathlib.{name} of strings", args)
         machine.charge(sum(map(len, args)) + len(args))
         try:
             return kind(*args)
         except NotImplementedError:  # the other system's own paths
-            raise _refused(f"paths of this system (not pathlib.{name})", args) from None
+            raise _refusal(f"paths of this system (not pathlib.{name})", args) from None
 
     return call
 
 
-def _counter(machine: Machine, args: _Args) -> Counter[Any]:
+def _counter(machine: PickleMachine, args: _Args) -> Counter[Any]:
     if len(args) > 1 or (args and type(args[0]) is not dict):
-        raise _refused("collections.Counter of a dict", args)
+        raise _refusal("collections.Counter of a dict", args)
     machine.charge(len(args[0]) if args else 1)
     made: Counter[Any] = Counter()
     dict.update(made, args[0] if args else {})
     return made
 
 
-def _deque(machine: Machine, args: _Args) -> deque[Any]:
+def _deque(machine: PickleMachine, args: _Args) -> deque[Any]:
     items, length = (*args, None, None)[:2] if len(args) <= 2 else (None, "")
     if items is not None and items != ():
-        raise _refused("collections.deque without items", args)
+        raise _refusal("collections.deque without items", args)
     if length is not None and (type(length) is not int or not 0 <= length < 1 << 62):
-        raise _refused("collections.deque of a length", args)
+        raise _refusal("collections.deque of a length", args)
     machine.charge(_DEQUE_COST)
     return deque(maxlen=length)
 
@@ -235,12 +235,12 @@ _DEQUE_COST = 64
 """An empty deque takes 760 bytes."""
 
 
-def _typed_array(machine: Machine, args: _Args) -> array.array[Any]:
+def _typed_array(machine: PickleMachine, args: _Args) -> array.array[Any]:
     """`array.array(code, list)`: how protocol 2 writes it."""
     if len(args) != 2 or type(args[0]) is not str or type(args[1]) is not list:
-        raise _refused("array.array of a list", args)
+        raise _refusal("array.array of a list", args)
     if args[0] not in tuple("bBhHiIlLqQfd"):
-        raise _refused("array.array of numbers", args)
+        raise _refusal("array.array of numbers", args)
     machine.charge(8 * len(args[1]))
     try:
         return array.array(args[0], args[1])
@@ -248,10 +248,10 @@ def _typed_array(machine: Machine, args: _Args) -> array.array[Any]:
         raise CheckpointCorruptError("expected numbers of an array.array, got others") from None
 
 
-def _layout(_: Machine, args: _Args) -> Any:
+def _layout(_: PickleMachine, args: _Args) -> Any:
     found = _LAYOUTS.get(args[0]) if len(args) == 1 and type(args[0]) is str else None
     if found is None:
-        raise _refused("a layout of torch", args)
+        raise _refusal("a layout of torch", args)
     return found
 
 
@@ -263,16 +263,16 @@ _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(va
 
 def _build_bytes_io(target: Any, state: object) -> None:
     if type(state) is not tuple or len(state) != 3 or type(state[0]) is not bytes or state[2]:
-        raise _refused("the bytes and position of an io.BytesIO", state)
+        raise _refusal("the bytes and position of an io.BytesIO", state)
     _check_position(state[1])
     target.__setstate__((state[0], state[1], None))
 
 
 def _build_string_io(target: Any, state: object) -> None:
     if type(state) is not tuple or len(state) != 4 or type(state[0]) is not str or state[3]:
-        raise _refused("the text and position of an io.StringIO", state)
+        raise _refusal("the text and position of an io.StringIO", state)
     if state[1] not in (None, "", "\n", "\r", "\r\n"):
-        raise _refused("a line end", state[1])
+        raise _refusal("a line end", state[1])
     _check_position(state[2])
     target.__setstate__((*state[:3], None))
 
@@ -285,14 +285,14 @@ def _check_position(position: object) -> None:
 def _build_uuid(target: Any, state: object) -> None:
     number = state.get("int") if type(state) is dict else None
     if type(number) is not int or not 0 <= number < 1 << 128:
-        raise _refused("a UUID of 128 bits", state)
+        raise _refusal("a UUID of 128 bits", state)
     object.__setattr__(target, "int", number)
     object.__setattr__(target, "is_safe", uuid.SafeUUID.unknown)
 
 
 def _build_attributes(target: Any, state: object) -> None:
     if type(state) is not dict or any(type(name) is not str for name in state):
-        raise _refused("attributes by name", state)
+        raise _refusal("attributes by name", state)
     target.__dict__.update(state)
 
 
@@ -318,9 +318,9 @@ KEYS: frozenset[type] = frozenset(
 """Values that may be dict keys: their hashes take no longer than their own length."""
 
 
-def _simple_namespace(_: Machine, args: _Args) -> types.SimpleNamespace:
+def _simple_namespace(_: PickleMachine, args: _Args) -> types.SimpleNamespace:
     if args:
-        raise _refused("types.SimpleNamespace without arguments", args)
+        raise _refusal("types.SimpleNamespace without arguments", args)
     return types.SimpleNamespace()
 
 

@@ -62,13 +62,13 @@ class Callee:
     """What an allowed class or function stands for; never the real one, so that none is called."""
 
     name: str
-    call: Callable[[Machine, tuple[Any, ...]], object] | None = None
+    call: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
     """REDUCE: the result for these arguments; it validates them and charges the machine."""
     new: Callable[[], object] | None = None
     """NEWOBJ without arguments: an instance without fields."""
-    new_of: Callable[[Machine, tuple[Any, ...]], object] | None = None
+    new_of: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
     """NEWOBJ with any arguments, of a class that the user has allowed."""
-    records: Callable[[Machine, list[Any], int], int] | None = None
+    records: Callable[[PickleMachine, list[Any], int], int] | None = None
     """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
     pushes what they make; returns where the opcodes go on, the same position if it took none."""
 
@@ -93,7 +93,7 @@ class Vocabulary:
     no such class does, each is refused."""
 
 
-class Machine:
+class PickleMachine:
     """One run over one pickle: its memo, its budget and what it must remember of containers."""
 
     __slots__ = (
@@ -218,14 +218,14 @@ def brief(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def make_set(machine: Machine, kind: type[Any], items: list[Any]) -> Any:
+def make_set(machine: PickleMachine, kind: type[Any], items: list[Any]) -> Any:
     """A set or frozenset of a list that may be used again: charges for every member."""
     machine.charge(_SET_COST + _MEMBER_COST * len(items))
     machine.check_keys(items, items)
     return kind(items)
 
 
-def decoded_text(machine: Machine, raw: bytes) -> str:
+def decoded_text(machine: PickleMachine, raw: bytes) -> str:
     """The string, one object for all that are equal: comparing keys then never reads them."""
     try:
         text = str(raw, "utf-8", "surrogatepass")

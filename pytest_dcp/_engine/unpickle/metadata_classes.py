@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.plan.index import further_fields
-from pytest_dcp._engine.unpickle.machine import Callee, Machine, Vocabulary, brief
+from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, Vocabulary, brief
 from pytest_dcp._engine.unpickle.metadata_records import chunks, entries
 from pytest_dcp._engine.unpickle.plain_values import PLAIN, brief_all, check_plain, size_of
 from pytest_dcp._engine.unpickle.plan_classes import (
@@ -108,14 +108,14 @@ def _build_properties(properties: Any, state: object) -> None:
     properties.pin_memory = state[4]
 
 
-def _layout(_: Machine, args: tuple[Any, ...]) -> torch.layout:
+def _layout(_: PickleMachine, args: tuple[Any, ...]) -> torch.layout:
     if len(args) != 1 or type(args[0]) is not str or args[0] not in _LAYOUTS:
         raise CheckpointCorruptError(f"expected a layout of torch, got {brief_all(args)}")
     return _LAYOUTS[args[0]]
 
 
-def _path_maker(cls: type[pathlib.PurePath]) -> Callable[[Machine, tuple[Any, ...]], object]:
-    def call(machine: Machine, args: tuple[Any, ...]) -> pathlib.PurePath:
+def _path_maker(cls: type[pathlib.PurePath]) -> Callable[[PickleMachine, tuple[Any, ...]], object]:
+    def call(machine: PickleMachine, args: tuple[Any, ...]) -> pathlib.PurePath:
         machine.charge(_PATH_COST + len(args))
         for part in args:
             if type(part) is not str:

@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from pytest_dcp._engine.unpickle.machine import Machine, decoded_text
+from pytest_dcp._engine.unpickle.machine import PickleMachine, decoded_text
 
 LEFT_OUT = object()
 
@@ -68,7 +68,7 @@ def _entry(get: Named) -> bytes:
 _NOTHING = rb"(?!)"
 
 
-def _learning(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
+def _learning_pattern(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
     """The record wherever its names are in the memo: a group for each, the same all through."""
     seen: set[str] = set()
 
@@ -82,7 +82,9 @@ def _learning(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
     return re.compile(template(get), re.DOTALL)
 
 
-def _known(template: Callable[[Named], bytes], found: Mapping[str, bytes]) -> re.Pattern[bytes]:
+def _known_pattern(
+    template: Callable[[Named], bytes], found: Mapping[str, bytes]
+) -> re.Pattern[bytes]:
     """The record whose names are where they were found; without what was not found."""
 
     def get(name: str) -> bytes:
@@ -97,7 +99,7 @@ def _group(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Kind:
+class _RecordKind:
     """A kind of record."""
 
     template: Callable[[Named], bytes]
@@ -106,20 +108,22 @@ class _Kind:
     """What the names stand for: keys of the vocabulary's globals for classes, else themselves."""
 
 
-def _matches(machine: Machine, kind: _Kind, start: int) -> Iterator[re.Match[bytes]]:
+def _matches(machine: PickleMachine, kind: _RecordKind, start: int) -> Iterator[re.Match[bytes]]:
     """The records that begin at `start` and follow each other."""
     data = machine.data
     pattern = machine.patterns.get(kind)
     match = pattern.match(data, start) if pattern is not None else None
     if match is None:
-        pattern = _learnt(machine, kind, start)
+        pattern = _learn_pattern(machine, kind, start)
         match = pattern.match(data, start) if pattern is not None else None
     while match is not None:
         yield match
         match = pattern.match(data, match.end())  # type: ignore[union-attr]  # it has matched
 
 
-def _learnt(machine: Machine, kind: _Kind, start: int) -> re.Pattern[bytes] | None:
+def _learn_pattern(
+    machine: PickleMachine, kind: _RecordKind, start: int
+) -> re.Pattern[bytes] | None:
     """The pattern of the record that begins here, if its names are what they must be."""
     match = kind.learning.match(machine.data, start) if machine.to_learn else None
     if match is None:
@@ -128,16 +132,16 @@ def _learnt(machine: Machine, kind: _Kind, start: int) -> re.Pattern[bytes] | No
     found = {name: got for name, got in match.groupdict().items() if got is not None}
     if any(_got(machine, got) != _meaning(machine, kind, name) for name, got in found.items()):
         return None
-    pattern = machine.patterns[kind] = _known(kind.template, found)
+    pattern = machine.patterns[kind] = _known_pattern(kind.template, found)
     return pattern
 
 
-def _meaning(machine: Machine, kind: _Kind, name: str) -> object:
+def _meaning(machine: PickleMachine, kind: _RecordKind, name: str) -> object:
     meaning = kind.meanings.get(name, name)
     return machine.vocabulary.globals[meaning] if isinstance(meaning, tuple) else meaning
 
 
-def chunks(machine: Machine, stack: list[Any], start: int) -> int:
+def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
     """Where the opcodes go on: behind the chunks that begin at `start`, which are on the stack."""
     memo, known, new, end = machine.memo, machine.known, object.__new__, start
     for match in _matches(machine, _CHUNKS, start):
@@ -154,7 +158,7 @@ def chunks(machine: Machine, stack: list[Any], start: int) -> int:
     return end
 
 
-def entries(machine: Machine, stack: list[Any], start: int) -> int:
+def entries(machine: PickleMachine, stack: list[Any], start: int) -> int:
     """Where the opcodes go on: behind the keys and places that begin at `start`, and are pushed."""
     memo, new, end = machine.memo, object.__new__, start
     for match in _matches(machine, _ENTRIES, start):
@@ -189,11 +193,11 @@ def _is_key(fields: Mapping[str, Any]) -> bool:
 # What opcodes make; `Machine.known` has what they made before, which is the same object then.
 
 
-def _got(machine: Machine, opcode: bytes) -> Any:
+def _got(machine: PickleMachine, opcode: bytes) -> Any:
     return machine.memo[int.from_bytes(opcode[1:], "little")]
 
 
-def _text(machine: Machine, opcode: bytes, made: list[Any]) -> Any:
+def _text(machine: PickleMachine, opcode: bytes, made: list[Any]) -> Any:
     """A new string, which is memoized, or what the memo has."""
     if opcode[0] != _SHORT_BINUNICODE:
         return _got(machine, opcode)
@@ -204,7 +208,7 @@ def _text(machine: Machine, opcode: bytes, made: list[Any]) -> Any:
     return text
 
 
-def _where(machine: Machine, numbers: bytes | None, opcode: bytes, made: list[Any]) -> Any:
+def _where(machine: PickleMachine, numbers: bytes | None, opcode: bytes, made: list[Any]) -> Any:
     """A new size, which is memoized, or what the memo has."""
     if numbers is None:
         return _got(machine, opcode)
@@ -214,7 +218,7 @@ def _where(machine: Machine, numbers: bytes | None, opcode: bytes, made: list[An
     return size
 
 
-def _size(machine: Machine, numbers: bytes) -> torch.Size:
+def _size(machine: PickleMachine, numbers: bytes) -> torch.Size:
     ints, end = [], len(numbers) - 1
     at = 1 if numbers[0] == _MARK else 0
     while at < end:
@@ -225,7 +229,7 @@ def _size(machine: Machine, numbers: bytes) -> torch.Size:
     return size
 
 
-def _number(machine: Machine, opcode: bytes) -> int:
+def _number(machine: PickleMachine, opcode: bytes) -> int:
     number: int | None = machine.known.get(opcode)
     if number is None:
         op = opcode[0]
@@ -239,15 +243,15 @@ _LONG1, _BININT, _MARK = pickle.LONG1[0], pickle.BININT[0], pickle.MARK[0]
 _SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
 _WIDTHS = {pickle.BININT1[0]: 2, pickle.BININT2[0]: 3, _BININT: 5}
 """Bytes of an int's opcode; LONG1 says its length itself."""
-_CHUNKS = _Kind(
+_CHUNKS = _RecordKind(
     _chunk,
-    _learning(_chunk),
+    _learning_pattern(_chunk),
     {"class": (ChunkStorageMetadata.__module__, ChunkStorageMetadata.__name__)}
     | {"torch_Size": ("torch", "Size")},
 )
-_ENTRIES = _Kind(
+_ENTRIES = _RecordKind(
     _entry,
-    _learning(_entry),
+    _learning_pattern(_entry),
     {"class": (MetadataIndex.__module__, MetadataIndex.__name__)}
     | {"place": (_StorageInfo.__module__, _StorageInfo.__name__), "torch_Size": ("torch", "Size")},
 )

@@ -23,7 +23,7 @@ from pytest_dcp._engine.unpickle import (
 )
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
-    Machine,
+    PickleMachine,
     UnknownGlobalError,
     Vocabulary,
     brief,
@@ -107,7 +107,7 @@ class _Outside:
     shape: tuple[int, ...]
 
 
-def _wrapper(_: Machine, args: tuple[Any, ...]) -> _Outside:
+def _wrapper(_: PickleMachine, args: tuple[Any, ...]) -> _Outside:
     kind, dtype, shape = args[:3] if len(args) >= 3 else (None,) * 3
     if type(kind) is not UnreadObject or type(dtype) is not torch.dtype:
         raise CheckpointCorruptError(f"expected a wrapper's class, dtype and size, got {len(args)}")
@@ -116,11 +116,11 @@ def _wrapper(_: Machine, args: tuple[Any, ...]) -> _Outside:
     return _Outside(kind.class_name, dtype, tuple(shape))
 
 
-def _layout(machine: Machine, args: tuple[Any, ...]) -> UnreadObject:
+def _layout(machine: PickleMachine, args: tuple[Any, ...]) -> UnreadObject:
     return machine.keep_aside("torch.layout")
 
 
-def _from_type(machine: Machine, args: tuple[Any, ...]) -> object:
+def _from_type(machine: PickleMachine, args: tuple[Any, ...]) -> object:
     """`_rebuild_from_type_v2(function, class, arguments, state)`."""
     if len(args) != 4 or type(args[0]) is not Callee or type(args[2]) is not tuple:
         raise CheckpointCorruptError("expected a function, a class, its arguments and a state")
@@ -143,7 +143,7 @@ def _fields(state: object) -> dict[str, Any]:
     return state
 
 
-def _quantised(_: Machine, args: tuple[Any, ...]) -> QuantisedPickle:
+def _rebuild_quantised(_: PickleMachine, args: tuple[Any, ...]) -> QuantisedPickle:
     """`_rebuild_qtensor(storage, offset, size, stride, parameters, requires_grad, hooks)`."""
     if len(args) != 7 or type(args[4]) is not tuple or not args[4]:
         raise CheckpointCorruptError(f"expected 7 facts of a quantised tensor, got {len(args)}")
@@ -154,19 +154,19 @@ def _quantised(_: Machine, args: tuple[Any, ...]) -> QuantisedPickle:
     return QuantisedPickle(data, scheme, tuple(parameters))
 
 
-def _parameter(_: Machine, args: tuple[Any, ...]) -> object:
+def _parameter(_: PickleMachine, args: tuple[Any, ...]) -> object:
     if not args or not isinstance(args[0], OpaquePickle):
         raise UnknownGlobalError("expected a parameter over a tensor, got one over something else")
     return args[0]
 
 
-def _known() -> Iterator[tuple[tuple[str, str], object]]:
+def _known_globals() -> Iterator[tuple[tuple[str, str], object]]:
     yield from PLAIN.globals.items()
     yield from tensor_vocabulary().globals.items()
     for call, path in (
         (_wrapper, _WRAPPER),
         (_from_type, _FROM_TYPE),
-        (_quantised, _QUANTISED),
+        (_rebuild_quantised, _QUANTISED),
         (_parameter, _PARAMETER),
         (_layout, "torch.serialization._get_layout"),
     ):
@@ -181,5 +181,5 @@ def _known() -> Iterator[tuple[tuple[str, str], object]]:
 
 
 _VOCABULARY = Vocabulary(
-    globals=dict(_known()), build={}, persistent=load_storage, keeps_unread=_is_class
+    globals=dict(_known_globals()), build={}, persistent=load_storage, keeps_unread=_is_class
 )

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
-    Machine,
+    PickleMachine,
     UnknownGlobalError,
     Vocabulary,
     brief,
@@ -53,7 +53,7 @@ def run(
     Raises:
         CheckpointCorruptError: and its subclasses, as the module says; `offset` is the opcode's.
     """
-    machine = Machine(data if isinstance(data, bytes) else bytes(data), vocabulary)
+    machine = PickleMachine(data if isinstance(data, bytes) else bytes(data), vocabulary)
     with collector_paused():
         found = _interpret(machine, to_the_end)
     if unread is not None:
@@ -61,7 +61,7 @@ def run(
     return found
 
 
-def _interpret(machine: Machine, to_the_end: bool = False) -> Any:
+def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
     """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
 
     It is one function because a call for each opcode doubled its time. `stack` holds what came
@@ -151,13 +151,13 @@ def _take(data: bytes, pos: int, length: int) -> bytes:
     return data[pos : pos + length]
 
 
-def _sized(
-    width: struct.Struct, make: Callable[[Machine, bytes], object]
-) -> Callable[[Machine, list[Any], int], int]:
+def _sized_handler(
+    width: struct.Struct, make: Callable[[PickleMachine, bytes], object]
+) -> Callable[[PickleMachine, list[Any], int], int]:
     """The handler of an opcode followed by a length of that width and so many bytes."""
     unpack, skip = width.unpack_from, width.size
 
-    def handle(machine: Machine, stack: list[Any], pos: int) -> int:
+    def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
         begin = pos + skip
         raw = _take(machine.data, begin, unpack(machine.data, pos)[0])
         stack.append(make(machine, raw))
@@ -166,49 +166,49 @@ def _sized(
     return handle
 
 
-def _long(_: Machine, raw: bytes) -> int:
+def _long(_: PickleMachine, raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
-def _scalar(layout: struct.Struct) -> Callable[[Machine, list[Any], int], int]:
+def _scalar(layout: struct.Struct) -> Callable[[PickleMachine, list[Any], int], int]:
     unpack, skip = layout.unpack_from, layout.size
 
-    def handle(machine: Machine, stack: list[Any], pos: int) -> int:
+    def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
         stack.append(unpack(machine.data, pos)[0])
         return pos + skip
 
     return handle
 
 
-def _constant(value: object) -> Callable[[Machine, list[Any], int], int]:
-    def handle(_: Machine, stack: list[Any], pos: int) -> int:
+def _constant(value: object) -> Callable[[PickleMachine, list[Any], int], int]:
+    def handle(_: PickleMachine, stack: list[Any], pos: int) -> int:
         stack.append(value)
         return pos
 
     return handle
 
 
-def _empty_list(_: Machine, stack: list[Any], pos: int) -> int:
+def _empty_list(_: PickleMachine, stack: list[Any], pos: int) -> int:
     stack.append([])
     return pos
 
 
-def _empty_set(machine: Machine, stack: list[Any], pos: int) -> int:
+def _empty_set(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     machine.charge(_EMPTY_SET_COST)
     stack.append(set())
     return pos
 
 
-def _tuple3(_: Machine, stack: list[Any], pos: int) -> int:
+def _tuple3(_: PickleMachine, stack: list[Any], pos: int) -> int:
     last, middle = stack.pop(), stack.pop()
     stack[-1] = (stack[-1], middle, last)
     return pos
 
 
-def _put(layout: struct.Struct) -> Callable[[Machine, list[Any], int], int]:
+def _put(layout: struct.Struct) -> Callable[[PickleMachine, list[Any], int], int]:
     unpack, skip = layout.unpack_from, layout.size
 
-    def handle(machine: Machine, stack: list[Any], pos: int) -> int:
+    def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
         index, memo = unpack(machine.data, pos)[0], machine.memo
         if index == len(memo):
             memo.append(stack[-1])
@@ -225,18 +225,18 @@ def _put(layout: struct.Struct) -> Callable[[Machine, list[Any], int], int]:
     return handle
 
 
-def _append(_: Machine, stack: list[Any], pos: int) -> int:
+def _append(_: PickleMachine, stack: list[Any], pos: int) -> int:
     _appends(_, stack, [stack.pop()])
     return pos
 
 
-def _setitem(machine: Machine, stack: list[Any], pos: int) -> int:
+def _setitem(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     value, key = stack.pop(), stack.pop()
     _setitems(machine, stack, [key, value])
     return pos
 
 
-def _proto(machine: Machine, _: list[Any], pos: int) -> int:
+def _proto(machine: PickleMachine, _: list[Any], pos: int) -> int:
     if machine.data[pos] > pickle.HIGHEST_PROTOCOL:
         raise UntrustedPickleError(
             f"expected a pickle of protocol 2 to {pickle.HIGHEST_PROTOCOL}, got protocol "
@@ -245,7 +245,7 @@ def _proto(machine: Machine, _: list[Any], pos: int) -> int:
     return pos + 1
 
 
-def _frame(machine: Machine, _: list[Any], pos: int) -> int:
+def _frame(machine: PickleMachine, _: list[Any], pos: int) -> int:
     length = _UINT64.unpack_from(machine.data, pos)[0]
     left = len(machine.data) - pos - _UINT64.size
     if length > left:
@@ -255,7 +255,7 @@ def _frame(machine: Machine, _: list[Any], pos: int) -> int:
     return pos + _UINT64.size
 
 
-def _global(machine: Machine, stack: list[Any], pos: int) -> int:
+def _global(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     names = []
     for _ in range(2):
         end = machine.data.find(b"\n", pos, pos + _NAME_LIMIT)
@@ -269,7 +269,7 @@ def _global(machine: Machine, stack: list[Any], pos: int) -> int:
     return pos
 
 
-def _stack_global(machine: Machine, stack: list[Any], pos: int) -> int:
+def _stack_global(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     name, module = stack.pop(), stack.pop()
     if type(name) is not str or type(module) is not str:
         raise CheckpointCorruptError(
@@ -279,7 +279,7 @@ def _stack_global(machine: Machine, stack: list[Any], pos: int) -> int:
     return pos
 
 
-def _find(machine: Machine, module: str, name: str) -> object:
+def _find(machine: PickleMachine, module: str, name: str) -> object:
     found = machine.vocabulary.globals.get((module, name), machine)
     if found is not machine:
         return found
@@ -291,7 +291,7 @@ def _find(machine: Machine, module: str, name: str) -> object:
     return machine.keep_aside(f"{module}.{name}")
 
 
-def _newobj(machine: Machine, stack: list[Any], pos: int) -> int:
+def _newobj(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     args, callee = stack.pop(), stack[-1]
     if type(callee) is UnreadObject:
         stack[-1] = machine.keep_aside(callee.class_name)
@@ -308,7 +308,7 @@ def _newobj(machine: Machine, stack: list[Any], pos: int) -> int:
     return pos
 
 
-def _reduce(machine: Machine, stack: list[Any], pos: int) -> int:
+def _reduce(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     args, callee = stack.pop(), stack[-1]
     if type(callee) is UnreadObject:
         stack[-1] = machine.keep_aside(callee.class_name)
@@ -326,14 +326,14 @@ def _reduce(machine: Machine, stack: list[Any], pos: int) -> int:
     return pos
 
 
-def _newobj_with_keywords(machine: Machine, stack: list[Any], pos: int) -> int:
+def _newobj_with_keywords(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     stack.pop()
     if type(stack[-2]) is not UnreadObject:
         _refuse_opcode(pickle.NEWOBJ_EX[0])
     return _newobj(machine, stack, pos)
 
 
-def _build(machine: Machine, stack: list[Any], pos: int) -> int:
+def _build(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     state, target = stack.pop(), stack[-1]
     if type(target) is UnreadObject:
         return pos
@@ -349,7 +349,7 @@ def _build(machine: Machine, stack: list[Any], pos: int) -> int:
     return pos
 
 
-def _persistent(machine: Machine, stack: list[Any], pos: int) -> int:
+def _persistent(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     load = machine.vocabulary.persistent
     if load is None:
         raise UnknownGlobalError("expected a value without tensors, got one that refers to storage")
@@ -360,7 +360,7 @@ def _persistent(machine: Machine, stack: list[Any], pos: int) -> int:
 # ---- opcodes that take all since the last mark: (machine, stack below the mark, items)
 
 
-def _tuple(_: Machine, stack: list[Any], items: list[Any]) -> None:
+def _tuple(_: PickleMachine, stack: list[Any], items: list[Any]) -> None:
     stack.append(tuple(items))
 
 
@@ -371,12 +371,12 @@ def _list_of(stack: list[Any]) -> list[Any] | deque[Any]:
     return target
 
 
-def _appends(_: Machine, stack: list[Any], items: list[Any]) -> None:
+def _appends(_: PickleMachine, stack: list[Any], items: list[Any]) -> None:
     if type(stack[-1]) is not UnreadObject:
         _list_of(stack).extend(items)
 
 
-def _setitems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
+def _setitems(machine: PickleMachine, stack: list[Any], items: list[Any]) -> None:
     target, keys = stack[-1], items[::2]
     if type(target) is UnreadObject:
         return
@@ -388,7 +388,7 @@ def _setitems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
     target.update(zip(keys, items[1::2], strict=True))
 
 
-def _additems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
+def _additems(machine: PickleMachine, stack: list[Any], items: list[Any]) -> None:
     target = stack[-1]
     if type(target) is UnreadObject:
         return
@@ -398,7 +398,7 @@ def _additems(machine: Machine, stack: list[Any], items: list[Any]) -> None:
     target.update(items)
 
 
-def _frozenset(machine: Machine, stack: list[Any], items: list[Any]) -> None:
+def _frozenset(machine: PickleMachine, stack: list[Any], items: list[Any]) -> None:
     stack.append(make_set(machine, frozenset, items))
 
 
@@ -411,7 +411,7 @@ _MARK, _STOP, _BININT1 = pickle.MARK[0], pickle.STOP[0], pickle.BININT1[0]
 _TUPLE1, _TUPLE2, _EMPTY_TUPLE = pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.EMPTY_TUPLE[0]
 _EMPTY_DICT = pickle.EMPTY_DICT[0]
 
-_PLAIN_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], int], int]] = {
+_PLAIN_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], int], int]] = {
     pickle.PROTO: _proto,
     pickle.FRAME: _frame,
     pickle.NONE: _constant(None),
@@ -420,15 +420,15 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], int], int]] = {
     pickle.BININT: _scalar(_INT32),
     pickle.BININT2: _scalar(_UINT16),
     pickle.BINFLOAT: _scalar(_FLOAT64),
-    pickle.LONG1: _sized(_UINT8, _long),
-    pickle.LONG4: _sized(_INT32, _long),
-    pickle.SHORT_BINUNICODE: _sized(_UINT8, decoded_text),
-    pickle.BINUNICODE: _sized(_UINT32, decoded_text),
-    pickle.BINUNICODE8: _sized(_UINT64, decoded_text),
-    pickle.SHORT_BINBYTES: _sized(_UINT8, lambda _, raw: raw),
-    pickle.BINBYTES: _sized(_UINT32, lambda _, raw: raw),
-    pickle.BINBYTES8: _sized(_UINT64, lambda _, raw: raw),
-    pickle.BYTEARRAY8: _sized(_UINT64, lambda _, raw: bytearray(raw)),
+    pickle.LONG1: _sized_handler(_UINT8, _long),
+    pickle.LONG4: _sized_handler(_INT32, _long),
+    pickle.SHORT_BINUNICODE: _sized_handler(_UINT8, decoded_text),
+    pickle.BINUNICODE: _sized_handler(_UINT32, decoded_text),
+    pickle.BINUNICODE8: _sized_handler(_UINT64, decoded_text),
+    pickle.SHORT_BINBYTES: _sized_handler(_UINT8, lambda _, raw: raw),
+    pickle.BINBYTES: _sized_handler(_UINT32, lambda _, raw: raw),
+    pickle.BINBYTES8: _sized_handler(_UINT64, lambda _, raw: raw),
+    pickle.BYTEARRAY8: _sized_handler(_UINT64, lambda _, raw: bytearray(raw)),
     pickle.EMPTY_LIST: _empty_list,
     pickle.EMPTY_SET: _empty_set,
     pickle.TUPLE3: _tuple3,
@@ -444,7 +444,7 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], int], int]] = {
     pickle.BUILD: _build,
     pickle.BINPERSID: _persistent,
 }
-_MARKED_BY_OPCODE: dict[bytes, Callable[[Machine, list[Any], list[Any]], None]] = {
+_MARKED_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], list[Any]], None]] = {
     pickle.TUPLE: _tuple,
     pickle.APPENDS: _appends,
     pickle.SETITEMS: _setitems,

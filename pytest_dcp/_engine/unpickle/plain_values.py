@@ -19,7 +19,7 @@ import torch
 
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
-    Machine,
+    PickleMachine,
     UnknownGlobalError,
     Vocabulary,
     brief,
@@ -55,7 +55,7 @@ _UNSEEN = (-1, 0)
 _OPEN = (-2, 0)
 
 
-def size_of(machine: Machine, args: tuple[Any, ...]) -> torch.Size:
+def size_of(machine: PickleMachine, args: tuple[Any, ...]) -> torch.Size:
     """torch.Size of a tuple of at most 64 ints of 64 bits; negative ones are for the owner to
     refuse."""
     dims = args[0] if len(args) == 1 else None
@@ -80,7 +80,7 @@ def brief_all(args: tuple[Any, ...]) -> str:
     return f"({', '.join(brief(arg) for arg in args[:4])}{more})"
 
 
-def ordered_dict(_: Machine, args: tuple[Any, ...]) -> OrderedDict[Any, Any]:
+def ordered_dict(_: PickleMachine, args: tuple[Any, ...]) -> OrderedDict[Any, Any]:
     """An empty OrderedDict: its items come after it."""
     if args:
         raise _unknown("collections.OrderedDict without arguments", args)
@@ -91,8 +91,8 @@ def _unknown(expected: str, args: tuple[Any, ...]) -> UnknownGlobalError:
     return UnknownGlobalError(f"expected {expected}, got {brief_all(args)}")
 
 
-def _set_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
-    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+def _set_maker(kind: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], Any]:
+    def call(machine: PickleMachine, args: tuple[Any, ...]) -> Any:
         items = args[0] if len(args) == 1 else []
         if len(args) > 1 or type(items) is not list:
             raise _unknown(f"{kind.__name__} of one list", args)
@@ -101,7 +101,7 @@ def _set_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
     return call
 
 
-def _default_dict(_: Machine, args: tuple[Any, ...]) -> defaultdict[Any, Any]:
+def _default_dict(_: PickleMachine, args: tuple[Any, ...]) -> defaultdict[Any, Any]:
     factory = args[0] if len(args) == 1 else None
     if len(args) <= 1 and factory is None:
         return defaultdict(None)
@@ -110,7 +110,7 @@ def _default_dict(_: Machine, args: tuple[Any, ...]) -> defaultdict[Any, Any]:
     return defaultdict(_FACTORY_OF[factory])
 
 
-def _encode(machine: Machine, args: tuple[Any, ...]) -> bytes:
+def _encode(machine: PickleMachine, args: tuple[Any, ...]) -> bytes:
     """How protocol 2 writes bytes: `_codecs.encode(text, 'latin1')`."""
     if len(args) != 2 or type(args[0]) is not str or args[1] != "latin1":
         raise _unknown("_codecs.encode of a str as latin1", args)
@@ -121,8 +121,8 @@ def _encode(machine: Machine, args: tuple[Any, ...]) -> bytes:
         raise CheckpointCorruptError("expected bytes as latin1 text, got other text") from None
 
 
-def _bytes_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
-    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+def _bytes_maker(kind: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], Any]:
+    def call(machine: PickleMachine, args: tuple[Any, ...]) -> Any:
         raw = args[0] if len(args) == 1 else b""
         if type(raw) is int:
             # A length: a few bytes would ask for any amount of memory, also from torch.load.
@@ -136,7 +136,7 @@ def _bytes_maker(kind: type[Any]) -> Callable[[Machine, tuple[Any, ...]], Any]:
 
 
 def _copier(kind: type[Any], sources: frozenset[type[Any]]) -> Callable[..., Any]:
-    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+    def call(machine: PickleMachine, args: tuple[Any, ...]) -> Any:
         if len(args) > 1 or (args and type(args[0]) not in sources):
             raise _unknown(f"{kind.__name__} of nothing or of a container", args)
         machine.charge(len(args[0]) if args else 1)
@@ -145,13 +145,13 @@ def _copier(kind: type[Any], sources: frozenset[type[Any]]) -> Callable[..., Any
     return call
 
 
-def _complex(_: Machine, args: tuple[Any, ...]) -> complex:
+def _complex(_: PickleMachine, args: tuple[Any, ...]) -> complex:
     if len(args) != 2 or type(args[0]) is not float or type(args[1]) is not float:
         raise _unknown("complex of two floats", args)
     return complex(args[0], args[1])
 
 
-def _range(_: Machine, args: tuple[Any, ...]) -> range:
+def _range(_: PickleMachine, args: tuple[Any, ...]) -> range:
     if not 1 <= len(args) <= 3 or any(type(arg) is not int for arg in args):
         raise _unknown("range of one to three ints", args)
     if any(abs(arg) >= _INT64_BOUND for arg in args):
@@ -161,13 +161,13 @@ def _range(_: Machine, args: tuple[Any, ...]) -> range:
     return range(*args)
 
 
-def _slice(_: Machine, args: tuple[Any, ...]) -> slice:
+def _slice(_: PickleMachine, args: tuple[Any, ...]) -> slice:
     if len(args) != 3 or any(arg is not None and type(arg) is not int for arg in args):
         raise _unknown("slice of three ints or None", args)
     return slice(*args)
 
 
-def _device(_: Machine, args: tuple[Any, ...]) -> torch.device:
+def _device(_: PickleMachine, args: tuple[Any, ...]) -> torch.device:
     kind = args[0] if args else None
     index = args[1] if len(args) == 2 else 0
     if len(args) not in (1, 2) or type(kind) is not str or type(index) is not int:
@@ -194,7 +194,7 @@ def _globals() -> Iterator[tuple[tuple[str, str], object]]:
         yield ("__builtin__", _PYTHON_2_NAMES.get(name, name)), callee
 
 
-_CALLS: dict[str, Callable[[Machine, tuple[Any, ...]], object]] = {
+_CALLS: dict[str, Callable[[PickleMachine, tuple[Any, ...]], object]] = {
     "set": _set_maker(set),
     "frozenset": _set_maker(frozenset),
     "bytes": _bytes_maker(bytes),

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from pytest_dcp._engine.unpickle.machine import Callee, Machine, brief
+from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, brief
 from pytest_dcp._engine.unpickle.plain_values import brief_all, check_plain
 from pytest_dcp._engine.unpickle.unread_fields import UnreadObject
 from pytest_dcp.errors import CheckpointCorruptError
@@ -85,11 +85,11 @@ def field_setter(cls: type) -> Callable[[Any, object], None]:
     return build
 
 
-def enum_maker(cls: type[Any]) -> Callable[[Machine, tuple[Any, ...]], object]:
+def enum_maker(cls: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], object]:
     """What makes a member of an enum whose values are ints."""
     values = {member.value for member in cls}
 
-    def call(_: Machine, args: tuple[Any, ...]) -> object:
+    def call(_: PickleMachine, args: tuple[Any, ...]) -> object:
         if len(args) != 1 or type(args[0]) is not int or args[0] not in values:
             shown = f"{min(values)}..{max(values)}"
             raise CheckpointCorruptError(f"expected {cls.__name__}({shown}), got {brief_all(args)}")
@@ -98,7 +98,7 @@ def enum_maker(cls: type[Any]) -> Callable[[Machine, tuple[Any, ...]], object]:
     return call
 
 
-def _prefix(_: Machine, args: tuple[Any, ...]) -> _StoragePrefix:
+def _prefix(_: PickleMachine, args: tuple[Any, ...]) -> _StoragePrefix:
     if len(args) != 1 or type(args[0]) is not str:
         raise CheckpointCorruptError(f"expected a prefix of file names, got {brief_all(args)}")
     return _StoragePrefix(args[0])

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
-from pytest_dcp._engine.unpickle import STORAGE_DTYPES, StorageClass, TensorPickle, described
+from pytest_dcp._engine.unpickle import STORAGE_DTYPES, StorageClass, TensorPickle, describe_tensor
 from pytest_dcp._engine.unpickle.inert_classes import BUILD, KEYS, inert_globals
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
-    Machine,
+    PickleMachine,
     UnknownGlobalError,
     Vocabulary,
     brief,
@@ -137,7 +137,7 @@ class _Stored:
 
 
 def _tensors() -> dict[tuple[str, str], object]:
-    calls: dict[str, Callable[[Machine, _Args], object]] = {
+    calls: dict[str, Callable[[PickleMachine, _Args], object]] = {
         "_rebuild_tensor_v2": partial(_rebuild, 5),
         "_rebuild_tensor_v3": partial(_rebuild, 6),
         "_rebuild_parameter": _parameter,
@@ -154,7 +154,7 @@ def _storage_classes() -> Iterator[tuple[tuple[str, str], object]]:
             yield (module, name), StorageClass(dtype)
 
 
-def _rebuild(facts: int, machine: Machine, args: _Args) -> torch.Tensor:
+def _rebuild(facts: int, machine: PickleMachine, args: _Args) -> torch.Tensor:
     """_rebuild_tensor_v2 and _v3: storage, offset, shape, stride, requires_grad, hooks, dtype."""
     hooks_at = 5
     if not facts < len(args) <= facts + 2 or type(args[0]) is not _Stored:
@@ -166,7 +166,7 @@ def _rebuild(facts: int, machine: Machine, args: _Args) -> torch.Tensor:
         raise UnknownGlobalError("expected a tensor without hooks, got one with them")
     machine.charge(_TENSOR_COST)
     stored = args[0]
-    tensor = stored.loader.tensor(described(dtype, stored.key, stored.nbytes, args[1:5]))
+    tensor = stored.loader.tensor(describe_tensor(dtype, stored.key, stored.nbytes, args[1:5]))
     bits = args[facts + 1] if len(args) == facts + 2 else {}
     return _with_bits(tensor, bits)
 
@@ -186,13 +186,13 @@ def _with_bits(tensor: torch.Tensor, bits: object) -> torch.Tensor:
     return torch._neg_view(tensor) if bits.get("neg") else tensor
 
 
-def _parameter(_: Machine, args: _Args) -> torch.nn.Parameter:
+def _parameter(_: PickleMachine, args: _Args) -> torch.nn.Parameter:
     if len(args) != 3 or type(args[0]) is not torch.Tensor or type(args[1]) is not bool:
         raise UnknownGlobalError("expected a parameter over a tensor, got one over something else")
     return torch.nn.Parameter(args[0].detach(), requires_grad=args[1])
 
 
-def _sparse(_: Machine, args: _Args) -> torch.Tensor:
+def _sparse(_: PickleMachine, args: _Args) -> torch.Tensor:
     """_rebuild_sparse_tensor(layout, (indices, values, size, is_coalesced))."""
     parts = args[1] if len(args) == 2 and args[0] is torch.sparse_coo else ()
     if type(parts) is not tuple or not 3 <= len(parts) <= 4 or type(parts[2]) is not torch.Size:
@@ -212,10 +212,10 @@ def _sparse(_: Machine, args: _Args) -> torch.Tensor:
 
 
 def _callee(made: Any) -> Callee:
-    def call(_: Machine, args: _Args) -> Any:
+    def call(_: PickleMachine, args: _Args) -> Any:
         return made(*args)
 
-    def new(_: Machine, args: _Args) -> Any:
+    def new(_: PickleMachine, args: _Args) -> Any:
         return made.__new__(made, *args)
 
     return Callee(getattr(made, "__qualname__", repr(made)), call, None, new)

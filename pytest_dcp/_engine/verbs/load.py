@@ -23,9 +23,9 @@ from typing_extensions import deprecated
 from pytest_dcp._engine.coordinate import StepError, Team, ranks_text, team_of
 from pytest_dcp._engine.coordinate.wire import record
 from pytest_dcp._engine.io.checked_ranges import Verify
-from pytest_dcp._engine.io.progress_observer import Observer, Progress, watched
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
 from pytest_dcp._engine.plan.columns import has_values
-from pytest_dcp._engine.plan.hooks import kept_whole, required
+from pytest_dcp._engine.plan.hooks import kept_whole, require_plan
 from pytest_dcp._engine.plan.match import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.select import Rename, Selection
@@ -34,14 +34,14 @@ from pytest_dcp._engine.storages.folder_reader import FileSystemReader, checked_
 from pytest_dcp._engine.storages.local_filesystem import save_of
 from pytest_dcp._engine.verbs.phase_timing import Phases
 from pytest_dcp._engine.verbs.torch_arguments import (
+    accepts_parameter,
     alone,
     check_state_dict,
     is_stateful,
-    plain_state,
     reader_for,
+    resolve_stateful,
     second_argument,
     subject_of,
-    takes,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError, CheckpointReplacedError
@@ -119,10 +119,10 @@ def load(
             checked_verify(verify)
 
     def ordered() -> dict[str, Any]:
-        return plain_state({key: state_dict[key] for key in sorted(state_dict)})
+        return resolve_stateful({key: state_dict[key] for key in sorted(state_dict)})
 
     work = _Load(team, ordered, storage_reader, planner, progress=progress)
-    with verifying(storage_reader, verify):
+    with verify_with(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():
         # A planner may build what it loads: then the caller had no value there.
@@ -261,7 +261,7 @@ class _Load:
         """Load; what `load` returns and raises."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.progress)
-            with watched(watcher), ranks_known(team.rank, team.size):
+            with observe_with(watcher), ranks_known(team.rank, team.size):
                 self._until_it_stays(team)
             report = self._report()
             where = getattr(self.reader, "checkpoint_id", self.reader)
@@ -377,13 +377,13 @@ class _Load:
         told = together or getattr(self.reader, "has_manifest", False)
         self.save_id = save_of(metadata.storage_meta) if told else None
         self.planner.set_up_planner(self.state_dict, metadata, team.is_coordinator)
-        if takes(self.reader.set_up_storage_reader, "kwargs"):
+        if accepts_parameter(self.reader.set_up_storage_reader, "kwargs"):
             self.reader.set_up_storage_reader(
                 metadata, team.is_coordinator, rank=team.rank, use_collectives=together
             )
         else:
             self.reader.set_up_storage_reader(metadata, team.is_coordinator)
-        asked = required(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
+        asked = require_plan(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
         prepared = self.reader.prepare_local_plan(asked)
         return kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
 
@@ -401,7 +401,7 @@ class _Load:
             # A storage of the user's may say in any way that there is none; ours says it so.
             ours = isinstance(self.reader, FileSystemReader)
             gone = isinstance(whole, FileNotFoundError) if ours else True
-            if not gone or not takes(self.reader.read_metadata, "rank", "kwargs"):
+            if not gone or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
                 raise
             try:
                 return self.reader.read_metadata(rank=team.rank), False
@@ -479,7 +479,7 @@ def _by_rank(values: Sequence[str | None]) -> str:
 
 
 @contextmanager
-def verifying(reader: StorageReader, verify: Verify | None) -> Iterator[None]:
+def verify_with(reader: StorageReader, verify: Verify | None) -> Iterator[None]:
     """Let the reader verify so inside, where it is one of ours; then as before."""
     if verify is None or not isinstance(reader, FileSystemReader):
         yield

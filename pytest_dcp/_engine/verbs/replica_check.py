@@ -31,8 +31,8 @@ from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.replicas import (
     SHOWN,
     Checks,
-    Difference,
     Differing,
+    ReplicaDifference,
     Sums,
     first_difference,
     mismatch_error,
@@ -145,7 +145,7 @@ def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> 
     mine = [_own_row(one, team.rank) for one in dispute.shown]
 
     def describe() -> list[_Copy | None]:
-        return [None if row is None else _described(items, row, lookup(row)) for row in mine]
+        return [None if row is None else _describe_copy(items, row, lookup(row)) for row in mine]
 
     def compare(said: list[list[_Copy | None]]) -> list[int | None]:
         told.extend(said)
@@ -181,7 +181,7 @@ def _own_row(one: Differing, rank: int) -> int | None:
     return one.members[rank][0]
 
 
-def _described(items: WriteItems, row: int, data: Any) -> _Copy:
+def _describe_copy(items: WriteItems, row: int, data: Any) -> _Copy:
     fqn = items.fqns[row]
     if items.ndim[row] < 0:
         return _Copy(fqn, outline(data), None)
@@ -206,20 +206,20 @@ def _block(data: Any, number: int) -> bytes | None:
 
 def _difference(
     one: Differing, copies: Sequence[_Copy | None], leaf: int | None, blocks: Sequence[bytes | None]
-) -> Difference:
+) -> ReplicaDifference:
     first = copies[0]
     if first is None:
         raise ValueError("the lowest rank that holds a value did not describe it")
     if first.shape is None:
         return _difference_of_values(one, first.fqn, copies, leaf)
     if leaf is None:
-        return Difference(first.fqn, one.camps(), "", ["equal by now" for _ in copies])
+        return ReplicaDifference(first.fqn, one.camps(), "", ["equal by now" for _ in copies])
     return _difference_of_tensors(one, first, leaf, [block or b"" for block in blocks])
 
 
 def _difference_of_tensors(
     one: Differing, copy: _Copy, number: int, blocks: Sequence[bytes]
-) -> Difference:
+) -> ReplicaDifference:
     columns = np.stack([np.frombuffer(block, dtype=np.uint8) for block in blocks])
     at = int((columns != columns[0]).any(axis=0).argmax()) // copy.dtype.itemsize
     element = number * BLOCK_BYTES // copy.dtype.itemsize + at
@@ -227,12 +227,12 @@ def _difference_of_tensors(
     index = tuple(int(i) + n for i, n in zip(inside, copy.offset, strict=True))
     elements = [torch.frombuffer(bytearray(block), dtype=copy.dtype) for block in blocks]
     shown = [repr(some[at].item()) for some in elements]
-    return Difference(copy.fqn, one.camps(), f"index {index}" if index else "", shown)
+    return ReplicaDifference(copy.fqn, one.camps(), f"index {index}" if index else "", shown)
 
 
 def _difference_of_values(
     one: Differing, fqn: str, copies: Sequence[_Copy | None], leaf: int | None
-) -> Difference:
+) -> ReplicaDifference:
     where, shown = "", []
     for copy in copies:
         leaves = copy.leaves if copy is not None else []
@@ -242,4 +242,4 @@ def _difference_of_values(
             shown.append(text)
         else:
             shown.append("another value" if leaf is None else "nothing there")
-    return Difference(fqn, one.camps(), where, shown)
+    return ReplicaDifference(fqn, one.camps(), where, shown)

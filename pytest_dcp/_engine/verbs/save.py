@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from typing_extensions import deprecated
 
 from pytest_dcp._engine.coordinate import Team, team_of
-from pytest_dcp._engine.io.progress_observer import Observer, Progress, watched
-from pytest_dcp._engine.plan.hooks import kept_whole, required, with_list
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
+from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replicas import Checks, ReplicaCheck, Sums
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
@@ -28,21 +28,21 @@ from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
-    arrived,
-    homeward,
+    compress_plan,
+    compress_results,
+    expand_plan,
+    expand_results,
     packed_metadata,
-    reported,
-    results_of,
     unpacked_metadata,
 )
 from pytest_dcp._engine.verbs.torch_arguments import (
+    accepts_parameter,
     alone,
     check_state_dict,
-    plain_state,
     reset_to,
+    resolve_stateful,
     second_argument,
     subject_of,
-    takes,
     writer_for,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
@@ -110,7 +110,7 @@ def save(
         check_state_dict(state_dict)
         work = Save(
             team,
-            lambda: plain_state(state_dict),
+            lambda: resolve_stateful(state_dict),
             writer_for(storage_writer, checkpoint_id),
             planner_for(planner, replicas),
             use_collectives=use_collectives,
@@ -190,7 +190,7 @@ class Save:
         """Save; what `save` returns and raises."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
-            with watched(watcher), ranks_known(team.rank, team.size):
+            with observe_with(watcher), ranks_known(team.rank, team.size):
                 together = self._together if self.use_collectives else self._each_alone
                 try:
                     metadata = together(team)
@@ -209,15 +209,15 @@ class Save:
         def write() -> tuple[Any, Sums | None]:
             with self.phases.phase("write"):
                 local = self._local_plan()
-                plan = arrived(sent, local)
-                return reported(self._write(plan), plan), comparison.sums(local, checks)
+                plan = expand_plan(sent, local)
+                return compress_results(self._write(plan), plan), comparison.sums(local, checks)
 
         def commit(said: list[tuple[Any, Sums | None]]) -> Any:
             dispute = comparison.dispute([sums for _, sums in said])
             if dispute is not None:
                 return dispute
             results = [
-                results_of(some, told) for (some, _), told in zip(said, self.told, strict=True)
+                expand_results(some, told) for (some, _), told in zip(said, self.told, strict=True)
             ]
             with self.phases.phase("commit", planning=True):
                 self._finish(results)
@@ -233,7 +233,7 @@ class Save:
             with self.phases.phase("plan"):
                 (sent,) = self._join([self._plan(team)])
             with self.phases.phase("write"):
-                return self._write(arrived(sent[0], self._local_plan()))
+                return self._write(expand_plan(sent[0], self._local_plan()))
 
         def commit() -> None:
             with self.phases.phase("commit"):
@@ -256,7 +256,7 @@ class Save:
         state_dict = self.state()
         meta = self.writer.storage_meta()
         set_up: Any = self.planner.set_up_planner
-        if takes(set_up, "storage_meta"):
+        if accepts_parameter(set_up, "storage_meta"):
             set_up(
                 state_dict=state_dict,
                 storage_meta=meta,
@@ -270,13 +270,13 @@ class Save:
                 stacklevel=2,
             )
             set_up(state_dict, team.is_coordinator)
-        if takes(self.writer.set_up_storage_writer, "kwargs"):
+        if accepts_parameter(self.writer.set_up_storage_writer, "kwargs"):
             self.writer.set_up_storage_writer(
                 team.is_coordinator, rank=team.rank, use_collectives=self.use_collectives
             )
         else:
             self.writer.set_up_storage_writer(team.is_coordinator)
-        asked = required(self.planner.create_local_plan(), SavePlan, "create_local_plan")
+        asked = require_plan(self.planner.create_local_plan(), SavePlan, "create_local_plan")
         prepared = self.writer.prepare_local_plan(with_list(asked, self.writer.prepare_local_plan))
         self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
@@ -292,7 +292,7 @@ class Save:
         if isinstance(self.writer, FileSystemWriter):
             self.writer.remove_leftovers()
         self.told = self.writer.prepare_global_plan(joined)
-        sent = [homeward(plan, local) for plan, local in zip(self.told, plans, strict=True)]
+        sent = [compress_plan(plan, local) for plan, local in zip(self.told, plans, strict=True)]
         return list(zip(sent, self.comparison.chosen(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:

@@ -34,7 +34,7 @@ class Homeward:
     """Whether its planner_data is that of the local plan."""
 
 
-def homeward(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
+def compress_plan(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
     """The plan as it is sent: short, where its items are rows of the rank's own local plan."""
     items: Any = plan.items
     own: Any = local.items
@@ -47,7 +47,7 @@ def homeward(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
     return Homeward(bare, items.origin.rows, items.hint, same)
 
 
-def arrived(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
+def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
     """The plan that was sent, in full again."""
     if isinstance(sent, SavePlan):
         return sent
@@ -56,7 +56,9 @@ def arrived(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
     return replace(sent.plan, items=items, planner_data=data)
 
 
-def reported(results: Sequence[WriteResult], told: SavePlan) -> Written | Sequence[WriteResult]:
+def compress_results(
+    results: Sequence[WriteResult], told: SavePlan
+) -> Written | Sequence[WriteResult]:
     """What a rank says that it wrote: only the places, where the items are those it was told."""
     whole = isinstance(results, WriteResults) and results.untouched()
     if isinstance(results, WriteResults) and whole and results.items is told.items:
@@ -64,7 +66,7 @@ def reported(results: Sequence[WriteResult], told: SavePlan) -> Written | Sequen
     return results
 
 
-def results_of(
+def expand_results(
     said: Written | Sequence[WriteResult], told: SavePlan | None
 ) -> Sequence[WriteResult]:
     """What a rank wrote, in full again."""

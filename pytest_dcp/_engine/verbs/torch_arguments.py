@@ -30,7 +30,7 @@ def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWrite
     """The storage to write to. One that was given is set to the id later, by `reset_to`."""
     if storage is not None:
         return storage
-    given = _given(checkpoint_id, "storage_writer")
+    given = _check_id(checkpoint_id, "storage_writer")
     if not _is_url(given):
         return FileSystemWriter(given)
     from pytest_dcp._engine.storages.fsspec import FsspecWriter
@@ -71,7 +71,7 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
-    given = _given(checkpoint_id, "storage_reader")
+    given = _check_id(checkpoint_id, "storage_reader")
     if not _is_url(given):
         return FileSystemReader(given, **options)
     from pytest_dcp._engine.storages.fsspec import FsspecReader
@@ -80,7 +80,7 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
     return FsspecReader(given, **options)
 
 
-def _given(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
+def _check_id(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
     if checkpoint_id is not None and not isinstance(checkpoint_id, str | os.PathLike):
         kind = type(checkpoint_id).__name__
         raise TypeError(f"checkpoint_id must be a str or an os.PathLike, got {kind}")
@@ -122,7 +122,7 @@ def check_state_dict(state_dict: object) -> None:
         raise TypeError(f"state_dict must be a mapping of names to values, got {kind}")
 
 
-def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict with the state of each Stateful object in its place."""
     return {
         key: value.state_dict() if is_stateful(value) else value
@@ -130,7 +130,7 @@ def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def takes(function: Callable[..., Any], *names: str) -> bool:
+def accepts_parameter(function: Callable[..., Any], *names: str) -> bool:
     """Whether a hook has one of these parameters, or takes any keyword where it has **kwargs."""
     return any(p.name in names or p.kind is p.VAR_KEYWORD for p in _parameters(function))
 

@@ -44,7 +44,7 @@ from pytest_dcp._engine.plan.columns import (
 )
 from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable
-from pytest_dcp._engine.plan.names import packed, unpacked
+from pytest_dcp._engine.plan.names import pack_names, unpack_names
 from pytest_dcp._engine.plan.replicas import Checks, Differing
 from pytest_dcp._engine.storages.folder_writer import FileNames
 
@@ -82,12 +82,12 @@ _named_items(WriteItemType)
 _named_items(LoadItemType)
 convert(
     WriteItems,
-    lambda table: (packed(table.fqns), columns_of(table)),
+    lambda table: (pack_names(table.fqns), columns_of(table)),
     lambda sent: rebuilt_writes(*sent),
 )
 convert(
     ReadItems,
-    lambda table: (packed(table.fqns), packed(table.stored_fqns), columns_of(table)),
+    lambda table: (pack_names(table.fqns), pack_names(table.stored_fqns), columns_of(table)),
     lambda sent: rebuilt_reads(*sent),
 )
 
@@ -100,8 +100,8 @@ convert(
 _INDEX = ("property_of", "properties", "ndim", "size", "first", "offset", "shape")
 convert(
     Index,
-    lambda index: (packed(index.fqns), {name: getattr(index, name) for name in _INDEX}),
-    lambda sent: Index(fqns=unpacked(sent[0]), **sent[1]),
+    lambda index: (pack_names(index.fqns), {name: getattr(index, name) for name in _INDEX}),
+    lambda sent: Index(fqns=unpack_names(sent[0]), **sent[1]),
 )
 convert(
     KeyTable,

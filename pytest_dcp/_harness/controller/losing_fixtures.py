@@ -77,27 +77,27 @@ CURE = (
 def problems_of(item: pytest.Item) -> list[str]:
     """Why a marked test is refused for its fixtures."""
     return [
-        f"{_said(name, found)}: {found.what}; {CURE}"
-        for name, found in _losing(item)
+        f"{_describe(name, found)}: {found.what}; {CURE}"
+        for name, found in _losing_fixtures(item)
         if found.verdict == "refused"
     ]
 
 
 def warn_of(item: pytest.Item) -> None:
     """Warn of the fixtures of a marked test whose data will be missing in a report."""
-    for name, found in _losing(item):
+    for name, found in _losing_fixtures(item):
         if found.verdict == "warned of":
-            text = f"{item.nodeid}: {_said(name, found)}: {found.what}; {CURE}"
+            text = f"{item.nodeid}: {_describe(name, found)}: {found.what}; {CURE}"
             warnings.warn(LostStateWarning(text), stacklevel=2)
 
 
-def _said(name: str, found: Losing) -> str:
+def _describe(name: str, found: Losing) -> str:
     return (
         f"uses the fixture {name!r} of {found.plugin}, which keeps what it gathers in one process"
     )
 
 
-def _losing(item: pytest.Item) -> list[tuple[str, Losing]]:
+def _losing_fixtures(item: pytest.Item) -> list[tuple[str, Losing]]:
     return [
         (name, found)
         for name in set(getattr(item, "fixturenames", ())) & KNOWN.keys()

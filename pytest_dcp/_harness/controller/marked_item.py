@@ -33,11 +33,11 @@ from pytest_dcp._harness.controller.warm_worlds import (
     PASSED,
     SESSION_ENDS,
     Key,
-    Place,
+    TestPlace,
     as_running_item,
     end_cut_off,
     end_idle,
-    joined,
+    join_outcomes,
     tear_down_survivors,
 )
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
@@ -160,7 +160,7 @@ class MarkedItem:
         from pytest_dcp._harness.controller import property_item as lockstep_item
 
         try:
-            return lockstep_item.conduct(lockstep_item.Company(self), outcome)
+            return lockstep_item.conduct(lockstep_item.ItemRanks(self), outcome)
         except lockstep_item.FoundError as found:
             self.found = found
             return found.found[0].outcome
@@ -173,12 +173,12 @@ class MarkedItem:
         try:
             if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
                 self._report_cut_off(world, cut)
-            torn = joined(self.torn_before, combine(0, {}, world.died()))
+            torn = join_outcomes(self.torn_before, combine(0, {}, world.died()))
             if world.sound:
                 kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
-                torn = joined(torn, ended)
+                torn = join_outcomes(torn, ended)
             elif not world.ended:
-                torn = joined(torn, tear_down_survivors(world))
+                torn = join_outcomes(torn, tear_down_survivors(world))
             self._raise_for(torn)
         except SESSION_ENDS as end:
             is_cut_off = end is not self.raised
@@ -230,7 +230,7 @@ class MarkedItem:
         that went.
         """
         follower = self._follower() if keep and world.whole else None
-        torn = world.run("teardown", (follower or Place()).order())
+        torn = world.run("teardown", (follower or TestPlace()).order())
         torn = torn if self.failed else in_step(torn)
         self._absorb(world, torn, "teardown")
         reusable = world.whole and self._absorb_whole_item(torn)
@@ -239,25 +239,25 @@ class MarkedItem:
                 self.harness.warm.keep(self._warm_key(), world, self, follower)
                 return True, torn
             self._warn_of_changes(torn)
-            torn = world.run("teardown", Place().order())  # what was to stay for the follower
+            torn = world.run("teardown", TestPlace().order())  # what was to stay for the follower
             self._absorb(world, torn, "teardown")
-        return False, joined(torn, world.close())
+        return False, join_outcomes(torn, world.close())
 
     def note_teardown(self, torn: Outcome) -> None:
         """Keep what failed when the item was torn down in a world that is replaced, once."""
         known = {failure.summary for failure in self.torn_before.failures}
         if any(failure.summary not in known for failure in torn.failures):
-            self.torn_before = joined(self.torn_before, torn)
+            self.torn_before = join_outcomes(self.torn_before, torn)
 
     # Warm worlds.
 
     def _warm_key(self) -> Key:
         return module_of(self.item), self.spec
 
-    def _place(self) -> Place:
-        return Place(self.index, self.item.nodeid)
+    def _place(self) -> TestPlace:
+        return TestPlace(self.index, self.item.nodeid)
 
-    def _follower(self) -> Place | None:
+    def _follower(self) -> TestPlace | None:
         """The test that takes this world next, or another test of its module; None for none.
 
         What runs after the next test is known only where pytest goes through the session's items:
@@ -476,10 +476,10 @@ def module_of(item: pytest.Item) -> str:
     return module.nodeid if module is not None else item.nodeid
 
 
-def _place_of(item: pytest.Item) -> Place:
+def _place_of(item: pytest.Item) -> TestPlace:
     marked = item.stash.get(ITEM_KEY, None)
     index = marked.index if marked is not None else item.session.items.index(item)
-    return Place(index, item.nodeid)
+    return TestPlace(index, item.nodeid)
 
 
 def _properties(outcome: Outcome) -> list[tuple[str, object]]:

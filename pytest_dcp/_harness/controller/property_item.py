@@ -25,7 +25,7 @@ from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import WorldError
 
-__all__ = ["Company", "FoundError", "conduct", "longrepr_for", "without_fixture_check"]
+__all__ = ["ItemRanks", "FoundError", "conduct", "longrepr_for", "without_fixture_check"]
 
 
 class Item(Protocol):
@@ -48,7 +48,7 @@ class Item(Protocol):
         """Whether the test's xfail marker has this exception in mind."""
 
 
-class Company:
+class ItemRanks:
     """The item's ranks, for `lockstep_engine`."""
 
     def __init__(self, marked: Item) -> None:
@@ -118,7 +118,7 @@ def longrepr_for(
     """The representation of a property that fails: its minimal examples, the ranks' tracebacks."""
     if error.seed is not None:
         rerun = f"{rerun} --hypothesis-seed={error.seed}"
-    shown = [_shown(found, config, location, rerun) for found in error.found]
+    shown = [_represent(found, config, location, rerun) for found in error.found]
     first = shown[0]
     if first is None:
         return None
@@ -131,7 +131,7 @@ def longrepr_for(
     return first
 
 
-def _shown(
+def _represent(
     found: Found, config: pytest.Config, location: tuple[str, int], rerun: str
 ) -> ExceptionRepr | None:
     if found.outcome.first is None:

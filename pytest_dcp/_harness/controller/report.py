@@ -31,7 +31,7 @@ from pytest_dcp._harness.world.outcome import (
     peers,
     ranks_text,
 )
-from pytest_dcp._harness.world.stacks import doing, from_root
+from pytest_dcp._harness.world.stacks import describe_activity, from_root
 from pytest_dcp.errors import WorldError
 
 RERUN = "to rerun just this"
@@ -198,7 +198,7 @@ def _table(outcome: Outcome, root: str) -> str:
                 rows.setdefault(_clip(group.failure.detail), []).append(rank)
     parts = []
     for trace, ranks in rows.items():
-        what = doing(trace, root) if trace else "no stack: stopped, or deep in C code"
+        what = describe_activity(trace, root) if trace else "no stack: stopped, or deep in C code"
         parts.append(f"{ranks_text(ranks)}: {what}\n{from_root(trace, root)}".rstrip())
     return "\n".join(parts)
 

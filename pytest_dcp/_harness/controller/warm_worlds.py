@@ -55,7 +55,7 @@ class Owner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TestPlace:
     """A test as ranks find it."""
 
     index: int = -1
@@ -71,7 +71,7 @@ class Place:
 class _Idle:
     world: World
     owner: Owner
-    kept_for: Place
+    kept_for: TestPlace
     """The test with which the world's fixtures were kept."""
 
 
@@ -81,11 +81,11 @@ class WarmWorlds:
     def __init__(self) -> None:
         self._idle: dict[Key, _Idle] = {}
 
-    def keep(self, key: Key, world: World, owner: Owner, kept_for: Place) -> None:
+    def keep(self, key: Key, world: World, owner: Owner, kept_for: TestPlace) -> None:
         """A test has ended in `world`, and another may use it."""
         self._idle[key] = _Idle(world, owner, kept_for)
 
-    def take(self, key: Key, place: Place) -> World | None:
+    def take(self, key: Key, place: TestPlace) -> World | None:
         """The world kept under `key`, ready for the test at `place`; None when there is none."""
         self.check()
         idle = self._idle.pop(key, None)
@@ -130,7 +130,7 @@ class WarmWorlds:
             if torn is not None:
                 hear(torn)
             ended = end_idle(idle.world, limit_s, hear)
-            ended = ended if torn is None else joined(torn, ended)
+            ended = ended if torn is None else join_outcomes(torn, ended)
         except SESSION_ENDS:
             self._retire_cut_off(idle)
             raise
@@ -158,7 +158,7 @@ def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
         hear(cut)
     if world.ended:
         return cut
-    return joined(cut, end_idle(world, min(world.spec.timeout_s, HURRIED_S), hear))
+    return join_outcomes(cut, end_idle(world, min(world.spec.timeout_s, HURRIED_S), hear))
 
 
 def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> Outcome:
@@ -171,11 +171,11 @@ def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> O
     if died.failures:
         hear(died)
     if died.failures or not world.whole:
-        return joined(died, tear_down_survivors(world))
+        return join_outcomes(died, tear_down_survivors(world))
     world.restart_clock(limit_s)
-    torn = world.run("teardown", Place().order())
+    torn = world.run("teardown", TestPlace().order())
     hear(torn)
-    return joined(torn, world.close())
+    return join_outcomes(torn, world.close())
 
 
 def tear_down_survivors(world: World) -> Outcome:
@@ -184,7 +184,7 @@ def tear_down_survivors(world: World) -> Outcome:
     Errors that only follow from a peer's end are left out, and so is a rank that was not done in
     time: the peers that its fixtures may wait for are gone.
     """
-    torn = world.wind_down(Place().order(), WIND_DOWN_S)
+    torn = world.wind_down(TestPlace().order(), WIND_DOWN_S)
     failures = [one for one in torn.failures if one.kind == "failed" and not is_echo(one)]
     said = {one.rank for one in failures}
     if torn.session_end is not None:
@@ -192,7 +192,7 @@ def tear_down_survivors(world: World) -> Outcome:
     return combine(0, {rank: torn.done[rank] for rank in said}, failures)
 
 
-def joined(*outcomes: Outcome) -> Outcome:
+def join_outcomes(*outcomes: Outcome) -> Outcome:
     """Outcomes of the same ranks, one after the other, as one. Pure (no I/O).
 
     Without failures the first that did not pass counts, or the last one.

@@ -18,7 +18,7 @@ from pytest_dcp._harness.controller.exit_warnings import warn_of_end
 from pytest_dcp._harness.controller.report import exception_of_end, merged_sections
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.protocol.function_pickles import dump_call, load_from_rank
-from pytest_dcp._harness.protocol.messages import Call, FaultAct
+from pytest_dcp._harness.protocol.messages import CallFunction, FaultAct
 from pytest_dcp._harness.protocol.world_spec import WorldKeywords, WorldSpec, read_marker, resolve
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd, peers, ranks_text
 from pytest_dcp._harness.world.stacks import from_root
@@ -72,7 +72,7 @@ class FunctionWorld:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         payload = dump_call(function, args, kwargs)
         self._world.restart_clock(self._world.spec.timeout_s)
-        self._world.begin("call", Call(self._seed, payload))
+        self._world.begin("call", CallFunction(self._seed, payload))
         running = self._running = Running(self, function)
         return running
 

@@ -28,9 +28,9 @@ from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
     RANK_VARIABLE,
-    Exit,
     Halt,
     Order,
+    ProcessExit,
     RankFds,
     Signals,
 )
@@ -56,7 +56,7 @@ class SpawnLauncher(Signals):
     def __init__(self, session: dict[str, Any]) -> None:
         self._session = session
         self._running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
-        self._news: dict[int, list[Exit | Halt]] = {}
+        self._news: dict[int, list[ProcessExit | Halt]] = {}
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
         self._waiters: list[threading.Thread] = []
@@ -142,7 +142,7 @@ class SpawnLauncher(Signals):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
-        self._tell(order.world, Exit(order.rank, status, strays))
+        self._tell(order.world, ProcessExit(order.rank, status, strays))
         linux.await_trackers(trackers)
         for tracker in trackers:
             with contextlib.suppress(ProcessLookupError):
@@ -156,7 +156,7 @@ class SpawnLauncher(Signals):
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
         return Halt(rank, linux.HALTS[found.si_code])
 
-    def _tell(self, world: int, what: Exit | Halt) -> None:
+    def _tell(self, world: int, what: ProcessExit | Halt) -> None:
         with self._lock:
             self._news.setdefault(world, []).append(what)
         with contextlib.suppress(OSError):
@@ -183,7 +183,7 @@ class SpawnLauncher(Signals):
         """Whether there are news of this world."""
         return bool(self._news.get(world))
 
-    def news(self, world: int) -> list[Exit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | Halt]:
         """Ends and stops of this world's ranks since the last call."""
         while select.select([self._wake_r], [], [], 0)[0]:
             self._wake_r.recv(4096)
@@ -253,7 +253,7 @@ class _Collecting:
         self.rank = one
         self.session = session
         if session["captures"]:
-            one.capture = lambda: _captured(one.fds)
+            one.capture = lambda: _capture_output(one.fds)
 
     def run(self, order: RunItem) -> None:
         """Collect the item, then run it as a forked rank does."""
@@ -280,7 +280,7 @@ class _Collecting:
 
 
 @contextlib.contextmanager
-def _captured(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
+def _capture_output(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
     """Have standard output and error written to the memfds; yields sections to fill."""
     sections: list[tuple[str, str, str]] = []
     saved = {1: os.dup(1), 2: os.dup(2)}

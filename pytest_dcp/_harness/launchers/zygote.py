@@ -32,10 +32,10 @@ from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
     RANK_VARIABLE,
-    Exit,
     Halt,
     LauncherLostError,
     Order,
+    ProcessExit,
     RankFds,
     Signals,
 )
@@ -75,7 +75,7 @@ class ZygoteLauncher(Signals):
         self._control = control
         self._pid = pid
         self._owner = os.getpid()
-        self._news: dict[int, list[Exit | Halt]] = {}
+        self._news: dict[int, list[ProcessExit | Halt]] = {}
         self._preloaded: set[str] = set()
         self._importing = "torch"
         """What it imports, as far as it has said."""
@@ -144,7 +144,7 @@ class ZygoteLauncher(Signals):
         """Whether news of this world were read for another one."""
         return bool(self._news.get(world))
 
-    def news(self, world: int) -> list[Exit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | Halt]:
         """Ends and stops of this world's ranks since the last call."""
         self._read()
         out = self._news.get(world, [])
@@ -521,10 +521,10 @@ def _on_child(signum: int, frame: object) -> None:
     """Nothing: the wake-up descriptor is what matters."""
 
 
-def _news(said: dict[str, Any]) -> Exit | Halt:
+def _news(said: dict[str, Any]) -> ProcessExit | Halt:
     if "stopped" in said:
         return Halt(said["rank"], said["stopped"])
-    return Exit(said["rank"], said["status"], tuple(said["strays"]))
+    return ProcessExit(said["rank"], said["status"], tuple(said["strays"]))
 
 
 def _signal_group(pid: int, signum: int) -> None:

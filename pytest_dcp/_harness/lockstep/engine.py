@@ -30,10 +30,10 @@ from pytest_dcp._harness.lockstep.messages import (
     merged_lines,
 )
 from pytest_dcp._harness.lockstep.verdict import (
-    Verdict,
-    awaited,
-    diverged,
+    ExampleVerdict,
+    diverged_outcome,
     drew_the_same,
+    find_property,
     judge,
     reply_of,
     same,
@@ -61,7 +61,7 @@ long: each step of shrinking a hang would otherwise take the whole time limit. T
 is reported, gets all of it."""
 
 
-class Company(Protocol):
+class ExampleRanks(Protocol):
     """The item whose ranks play."""
 
     limit_s: float
@@ -110,14 +110,14 @@ class _EndedError(BaseException):
         self.outcome = outcome
 
 
-def conduct(company: Company, outcome: Outcome) -> Outcome:
+def conduct(company: ExampleRanks, outcome: Outcome) -> Outcome:
     """Serve the ranks' properties until the call is over; returns how that went.
 
     `outcome` is how the call began. Raises `FoundError` for a property that fails, and what
     Hypothesis itself raises: for a flaky test or one whose examples are all rejected.
     """
     passed = 0
-    while (prop := awaited(outcome)) is not None:
+    while (prop := find_property(outcome)) is not None:
         if isinstance(prop, Outcome):
             return prop
         engine = _Engine(company, prop, passed)
@@ -136,7 +136,7 @@ def conduct(company: Company, outcome: Outcome) -> Outcome:
 class _Engine:
     """One property of a test, from its first example to its last."""
 
-    def __init__(self, company: Company, prop: Property, passed: int) -> None:
+    def __init__(self, company: ExampleRanks, prop: Property, passed: int) -> None:
         # Hypothesis is imported only where a test uses it.
         from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
 
@@ -207,7 +207,7 @@ class _Engine:
             return self.repair()
         return 0.0
 
-    def _attempt(self, attempt: Attempt) -> Verdict:
+    def _attempt(self, attempt: Attempt) -> ExampleVerdict:
         world = self._company.world
         world.forget_draws()
         self._company.fresh()
@@ -238,21 +238,21 @@ class _Engine:
         started = time.perf_counter()
         outcome = self._company.renew()
         for _ in range(self._passed):
-            if awaited(outcome) is None:
+            if find_property(outcome) is None:
                 break
             outcome = self._company.world.run("call", Go("call"))
-        prop = awaited(outcome)
+        prop = find_property(outcome)
         if not isinstance(prop, Property) or not same(prop, self._property):
             if outcome.kind == "passed":
                 text = f"run anew, the test did not come to {self._property.name} again"
-                outcome = diverged(outcome, text)
+                outcome = diverged_outcome(outcome, text)
             raise _EndedError(prop if isinstance(prop, Outcome) else outcome)
         self.broken = False
         return time.perf_counter() - started
 
     # What the engine is told.
 
-    def _tell(self, data: Any, verdict: Verdict) -> None:
+    def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
         """What was drawn, and what the test said of it in any rank."""
         rank = verdict.decisive
         self._inside.mirror(data, verdict.records.get(rank, ()))
@@ -265,7 +265,7 @@ class _Engine:
             for label, value in reply.targets.items():
                 targets[label] = max(value, targets.get(label, value))
 
-    def _fail(self, verdict: Verdict) -> NoReturn:
+    def _fail(self, verdict: ExampleVerdict) -> NoReturn:
         """Raise an exception whose type stands for this bug and no other."""
         __tracebackhide__ = True
         outcome = self._company.lead_with_unexpected(verdict.outcome)

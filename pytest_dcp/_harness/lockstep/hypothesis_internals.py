@@ -1,7 +1,8 @@
 """All that lockstep needs of Hypothesis beyond its public API; both ends.
 
 It can all go when Hypothesis can be told from outside which example to run, and tells what it drew.
-`lacking` says what a version that is built differently does not have; see `lockstep_versions`.
+`missing_internals` says what a version that is built differently does not have; see
+`lockstep_versions`.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ EXPECTED = "Failed to reproduce exception. Expected:"
 
 __all__ = [
     "Followed",
-    "Record",
+    "DrawRecord",
     "StopTest",
     "UnsatisfiedAssumption",
     "attempt_of",
-    "drawing",
+    "data_to_draw_from",
     "follow_with",
     "for_the_user",
     "freeze_constants",
-    "lacking",
-    "listening",
+    "missing_internals",
+    "listen_to_reports",
     "mirror",
     "origin_of",
     "property_of",
@@ -85,7 +86,7 @@ __all__ = [
 ]
 
 
-def lacking() -> str:
+def missing_internals() -> str:
     """What this Hypothesis lacks of those that are known; empty when it is built like them."""
     wanted: list[tuple[Any, set[str]]] = [
         (core.StateForActualGivenExecution.execute_once, {"data", "print_test_case", "is_final"}),
@@ -127,7 +128,7 @@ def _beginning_with(begin: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeding() -> Iterator[None]:
+def _seed_examples() -> Iterator[None]:
     """In this block an example begins with all random generators that Hypothesis knows of seeded.
 
     Their states are put back at its end, of those that an example registers too.
@@ -155,7 +156,7 @@ def _seeding() -> Iterator[None]:
 # In a rank.
 
 
-class Record(Protocol):
+class DrawRecord(Protocol):
     """Where a rank writes down what it draws."""
 
     def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
@@ -168,7 +169,7 @@ class Record(Protocol):
 class _Observer(DataObserver):
     """Writes down every choice of an example."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: DrawRecord) -> None:
         self._record = record
 
     def draw_integer(self, value: int, *, constraints: Any, was_forced: bool) -> None:
@@ -201,7 +202,7 @@ class _Provider(providers.HypothesisProvider):
 
     _local_constants: ClassVar[Any] = None
 
-    def __init__(self, data: ConjectureData, /, *, record: Record) -> None:
+    def __init__(self, data: ConjectureData, /, *, record: DrawRecord) -> None:
         super().__init__(data)
         self._record = record
 
@@ -220,7 +221,7 @@ def freeze_constants() -> None:
         _Provider._local_constants = providers._get_local_constants()
 
 
-def drawing(attempt: Attempt, record: Record) -> ConjectureData:
+def data_to_draw_from(attempt: Attempt, record: DrawRecord) -> ConjectureData:
     """What a rank draws an attempt's example from, and writes down as it does."""
     return ConjectureData(
         random=None if attempt.seed is None else Random(attempt.seed),
@@ -272,7 +273,7 @@ class Followed(core.StateForActualGivenExecution):
         # to say; this rank may be new, in the place of one that has run it all.
         self.failed_normally = self.ever_executed = True
         self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
-        with _seeding():
+        with _seed_examples():
             type(self).follow(self)
 
 
@@ -315,7 +316,7 @@ def status_of(data: ConjectureData) -> Status:
     return STATUSES[data.status]
 
 
-def listening(hear: Callable[[object], None]) -> AbstractContextManager[Any]:
+def listen_to_reports(hear: Callable[[object], None]) -> AbstractContextManager[Any]:
     """Have what Hypothesis says in this block heard."""
     return with_reporter(hear)
 

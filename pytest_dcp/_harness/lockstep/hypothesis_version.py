@@ -17,7 +17,7 @@ def problem() -> str:
     try:
         from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
 
-        lacking = lockstep_hypothesis.lacking()
+        lacking = lockstep_hypothesis.missing_internals()
     except ImportError as exc:
         lacking = str(exc)
     if not lacking:

@@ -124,17 +124,17 @@ class SpanEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ShownLine:
     """A line for the user: the example as code, a note, a step of a state machine."""
 
     text: str
 
 
-Entry = Choice | SpanStart | SpanEnd | Line
+Entry = Choice | SpanStart | SpanEnd | ShownLine
 
 
 def encode_line(text: str) -> bytes:
-    """A `Line` as bytes."""
+    """A `ShownLine` as bytes."""
     return pickle.dumps(text)
 
 
@@ -188,7 +188,7 @@ def _entry(raw: Any) -> Entry:
         case int():
             return SpanStart(raw)
         case str():
-            return Line(raw)
+            return ShownLine(raw)
         case (str(kind), dict(constraints), value, bool(forced)):
             return Choice(kind, constraints, value, forced)
     raise ValueError(f"no entry of a record: {raw!r:.80}")
@@ -228,10 +228,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def merged_lines(records: Mapping[int, Sequence[Entry]], first: int) -> list[str]:
     """The lines of rank `first`, then those of other ranks that it has not, with their ranks."""
-    lines = [entry.text for entry in records.get(first, ()) if isinstance(entry, Line)]
+    lines = [entry.text for entry in records.get(first, ()) if isinstance(entry, ShownLine)]
     others: dict[str, list[int]] = {}
     for rank, record in sorted(records.items()):
-        for text in dict.fromkeys(entry.text for entry in record if isinstance(entry, Line)):
+        for text in dict.fromkeys(entry.text for entry in record if isinstance(entry, ShownLine)):
             # The example is the same in all ranks, but for arguments such as `rank`.
             if text not in lines and not (lines and text.startswith(CASE)):
                 others.setdefault(text, []).append(rank)

@@ -22,7 +22,7 @@ from pytest_dcp.errors import RankFailure, WorldError
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ExampleVerdict:
     """An example, as all ranks had it."""
 
     outcome: Outcome
@@ -92,7 +92,7 @@ class Verdict:
 
 def judge(
     outcome: Outcome, replies: Mapping[int, Reply], records: Mapping[int, Sequence[Entry]]
-) -> Verdict:
+) -> ExampleVerdict:
     """The verdict on an example."""
     ended = len(replies) > 1 and all(reply.status == "valid" for reply in replies.values())
     there = {rank: record for rank, record in records.items() if rank not in outcome.lost}
@@ -101,8 +101,8 @@ def judge(
     if passed and not text and not outcome.lost and (text := _out_of_step(replies)):
         text = f"{text}: {OUT_OF_STEP}"
     if text:
-        outcome = diverged(outcome, text)
-    return Verdict(outcome, replies, records, diverged=bool(text))
+        outcome = diverged_outcome(outcome, text)
+    return ExampleVerdict(outcome, replies, records, diverged=bool(text))
 
 
 def _out_of_step(replies: Mapping[int, Reply]) -> str:
@@ -135,7 +135,7 @@ def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> 
     return alike and not outcome.failures
 
 
-def awaited(outcome: Outcome) -> Property | Outcome | None:
+def find_property(outcome: Outcome) -> Property | Outcome | None:
     """The property that all ranks wait for, None when none does; a failure when they differ."""
     if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
         return None
@@ -147,7 +147,7 @@ def awaited(outcome: Outcome) -> Property | Outcome | None:
         f"rank {rank}: {'ended the test' if prop is None else f'runs {prop.name}'}"
         for rank, prop in told.items()
     )
-    return diverged(outcome, f"ranks are in different properties ({names})")
+    return diverged_outcome(outcome, f"ranks are in different properties ({names})")
 
 
 def same(one: Property | None, other: Property) -> bool:
@@ -155,7 +155,7 @@ def same(one: Property | None, other: Property) -> bool:
     return one is not None and (one.name, one.database_key) == (other.name, other.database_key)
 
 
-def diverged(outcome: Outcome, text: str) -> Outcome:
+def diverged_outcome(outcome: Outcome, text: str) -> Outcome:
     """The outcome of ranks that left lockstep."""
     failure = RankFailure(0, "diverged", "call", 0.0, text)
     return combine(0, outcome.done, [failure], outcome.lost)

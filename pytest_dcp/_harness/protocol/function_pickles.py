@@ -56,7 +56,7 @@ def dump_call(
         text = f"{type(error).__name__}: {error}"
         found = next(_culprits(_parts_of_call(function, args, kwargs), DEPTH), None)
     where = found or "it cannot be pickled"
-    raise TypeError(f"{_described(function)} cannot be sent to the ranks: {where} ({text})")
+    raise TypeError(f"{_describe(function)} cannot be sent to the ranks: {where} ({text})")
 
 
 def _code_with_file(code: types.CodeType) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ def _is_pickled(value: object) -> bool:
     return True
 
 
-def _described(function: Callable[..., Any]) -> str:
+def _describe(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", None) or repr(function)
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name

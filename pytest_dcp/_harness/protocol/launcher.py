@@ -106,7 +106,7 @@ class RankFds:
 
 
 @dataclass(frozen=True, slots=True)
-class Exit:
+class ProcessExit:
     """How a rank's process ended."""
 
     rank: int
@@ -156,7 +156,7 @@ class Launcher(Protocol):
     def has_news(self, world: int) -> bool:
         """Whether `news` of this world were read already, for another one. Costs nothing."""
 
-    def news(self, world: int) -> list[Exit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | Halt]:
         """What became of this world's processes since the last call. Does not wait."""
 
     def stacks(self, world: int, rank: int) -> None:

@@ -190,7 +190,7 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallFunction:
     """Controller -> rank: run the pickled function in `payload`."""
 
     seed: int
@@ -253,14 +253,14 @@ class Leave:
 
 
 Up = Done | At | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk
-Down = RunItem | Go | Call | Example | Met | DebugAnswer | FaultAnswer | Leave
+Down = RunItem | Go | CallFunction | Example | Met | DebugAnswer | FaultAnswer | Leave
 Message = Up | Down
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Done, At, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
-        RunItem, Go, Call, Example, Met, DebugAnswer, FaultAnswer, Leave,
+        RunItem, Go, CallFunction, Example, Met, DebugAnswer, FaultAnswer, Leave,
     )
 }  # fmt: skip
 # Looked up once: a test in a world of four costs two dozen frames.

@@ -28,7 +28,7 @@ FAILING_S = 20.0
 NEVER = float("-inf")
 
 
-class Places:
+class RankPlaces:
     """The places of one world's ranks. Times are on the clock that deadlines go by."""
 
     def __init__(self) -> None:

@@ -110,7 +110,7 @@ def check_fixtures(item: pytest.Item) -> None:
     )
 
 
-class Record:
+class ExampleRecord:
     """What this rank draws, written down as it is drawn."""
 
     def __init__(self, fd: int) -> None:
@@ -160,7 +160,7 @@ class Follower:
     def __init__(self, rank: Rank, reporter: Reporter) -> None:
         self.rank = rank
         self.reporter = reporter
-        self.record = Record(rank.fds.draws)
+        self.record = ExampleRecord(rank.fds.draws)
         self._following = False
 
     def follow(self, state: inside.Followed) -> None:
@@ -261,11 +261,11 @@ class Follower:
     ) -> tuple[Status, BaseException | None, Any]:
         """Draw and run the example: its status, what it raised, and Hypothesis' data of it."""
         self.record.begin()
-        data = inside.drawing(attempt, self.record)
+        data = inside.data_to_draw_from(attempt, self.record)
         status: Status = "valid"
         error: BaseException | None = None
         try:
-            with inside.listening(self.record.say):
+            with inside.listen_to_reports(self.record.say):
                 result = state.execute_once(
                     data, print_test_case=attempt.final, is_final=attempt.final
                 )

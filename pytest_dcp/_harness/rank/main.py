@@ -29,7 +29,7 @@ from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE, STACKS_SIGNAL, 
 from pytest_dcp._harness.protocol.messages import (
     Announce,
     At,
-    Call,
+    CallFunction,
     DebugAnswer,
     Decoder,
     Done,
@@ -150,7 +150,7 @@ class ItemRunner(Protocol):
         """Between two items, tear down what the named one does not share; without one, all."""
 
 
-class Watcher(Protocol):
+class RenewedFixture(Protocol):
     """A fixture's value that is new for each example of a property."""
 
     def renew(self) -> None:
@@ -186,7 +186,7 @@ class Rank:
     mesh: WarmMesh | None = None
     counter: GroupCounter | None = None
     """Counts what is done with process groups, where this rank is used more than once."""
-    watchers: list[Watcher] = field(default_factory=list)
+    watchers: list[RenewedFixture] = field(default_factory=list)
     """Of the running test's fixtures, those that are new for each of Hypothesis' examples."""
     unmet: list[Callable[[], list[str]]] = field(default_factory=list)
     """Called when a test is torn down; what they return did not happen, and fails it."""
@@ -402,7 +402,7 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
                 rank.checkpoint_dir = order.checkpoint_dir
                 rank.reseed(order.seed)
                 runner.run(order)
-            case Call():
+            case CallFunction():
                 rank.reseed(order.seed)
                 done = _call(rank, order.payload)
                 measure.save()  # a world whose test fails is killed

@@ -140,7 +140,7 @@ def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
 
 
 @contextlib.contextmanager
-def _captured(config: pytest.Config) -> Iterator[list[tuple[str, str, str]]]:
+def _capture_sections(config: pytest.Config) -> Iterator[list[tuple[str, str, str]]]:
     manager: Any = config.pluginmanager.getplugin("capturemanager")
     sections: list[tuple[str, str, str]] = []
     if manager is None or not manager.is_globally_capturing():
@@ -307,7 +307,7 @@ class RankPlugin:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[list[tuple[str, str, str]]]:
         """For `Rank.capture`."""
-        with _captured(self.config) as sections:
+        with _capture_sections(self.config) as sections:
             try:
                 yield sections
             finally:

@@ -294,7 +294,7 @@ def peers(outcome: Outcome) -> list[str]:
         when = f", {later_s:.2f} s later" if group.failure.kind != "timeout" else ""
         lines.append(f"{ranks_text(group.ranks)}: {_short(group)}{when}{killed}")
     if first.failure.kind == "timeout":
-        lines += _ended(outcome, first.failure.phase)
+        lines += _ended_lines(outcome, first.failure.phase)
     if (end := outcome.session_end) is not None:
         lines.append(f"rank {end.rank}: ended the session: {end.text}")
     return [*lines, *lost_lines(outcome.lost.values())]
@@ -305,7 +305,7 @@ def lost_lines(lost: Iterable[LostRank]) -> list[str]:
     return [f"rank {one.rank}: {one.reason}" for one in sorted(lost, key=lambda one: one.rank)]
 
 
-def _ended(outcome: Outcome, phase: str) -> Iterable[str]:
+def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
     """A line for the ranks that had ended the phase in which others hang, by how they ended it."""
     ended: dict[str, list[int]] = {}
     for rank, done in sorted(outcome.done.items()):

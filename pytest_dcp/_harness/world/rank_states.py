@@ -89,14 +89,14 @@ class Interrupt:
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
+class KillRank:
     """SIGKILL the rank and what it started."""
 
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopRank:
     """SIGSTOP the rank and what it started."""
 
     rank: int
@@ -109,7 +109,7 @@ class Continue:
     rank: int
 
 
-Action = Send | Dump | Interrupt | Kill | Stop | Continue
+Action = Send | Dump | Interrupt | KillRank | StopRank | Continue
 
 
 def exit_text(status: int) -> str:

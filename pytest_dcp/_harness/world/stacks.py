@@ -31,7 +31,7 @@ EXCHANGE = "the world's exchange"
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class StackFrame:
     """One line of a stack."""
 
     file: str
@@ -39,9 +39,9 @@ class Frame:
     name: str
 
 
-def main_thread(trace: str) -> list[Frame]:
+def main_thread(trace: str) -> list[StackFrame]:
     """The frames of the signalled thread, innermost first."""
-    frames: list[Frame] = []
+    frames: list[StackFrame] = []
     inside = False
     for line in trace.splitlines():
         if line.startswith(("Current thread", "Thread 0x")):
@@ -54,7 +54,7 @@ def main_thread(trace: str) -> list[Frame]:
     return _up_to_entry(frames)
 
 
-def trimmed(trace: str) -> str:
+def trim_runner(trace: str) -> str:
     """The stacks without the frames below the test, which run every test: pytest's and ours."""
     lines: list[str] = []
     thread: list[str] = []
@@ -75,16 +75,16 @@ def _without_runner(thread: list[str]) -> list[str]:
     return thread[: max(1, next(runner, len(frames)))]
 
 
-def _frame(line: str) -> Frame | None:
+def _frame(line: str) -> StackFrame | None:
     match = FRAME.match(line)
-    return Frame(match["file"], int(match["line"]), match["name"]) if match else None
+    return StackFrame(match["file"], int(match["line"]), match["name"]) if match else None
 
 
-def _is_users(frame: Frame) -> bool:
+def _is_users(frame: StackFrame) -> bool:
     return not (LIBRARY.search(frame.file) or OURS.search(frame.file))
 
 
-def _users_frame(frames: list[Frame]) -> Frame | None:
+def _users_frame(frames: list[StackFrame]) -> StackFrame | None:
     """The innermost frame outside of libraries; in an installed suite, the test's own frame.
 
     The tests of an installed package lie among the libraries, and are known by their place: they
@@ -98,7 +98,7 @@ def _users_frame(frames: list[Frame]) -> Frame | None:
     return None if first is None or OURS.search(first.file) else first
 
 
-def _up_to_entry(frames: list[Frame]) -> list[Frame]:
+def _up_to_entry(frames: list[StackFrame]) -> list[StackFrame]:
     """The frames of a rank: what is outside of its beginning is how the process came to be."""
     begins = (
         i
@@ -116,7 +116,7 @@ def from_root(text: str, root: str) -> str:
     return text.replace(f'File "{root}/', 'File "') if root.strip("/") else text
 
 
-def doing(trace: str, root: str = "") -> str:
+def describe_activity(trace: str, root: str = "") -> str:
     """What a rank was doing: its collective, if it was in one, and the line of user code.
 
     Files below the folder `root` are named as they lie in it.

@@ -40,7 +40,7 @@ from pytest_dcp._harness.protocol.messages import (
     Phase,
     Up,
 )
-from pytest_dcp._harness.protocol.places import NEVER, REPORT_S, Places
+from pytest_dcp._harness.protocol.places import NEVER, REPORT_S, RankPlaces
 from pytest_dcp._harness.world import exchange as meetings
 from pytest_dcp._harness.world.interrupt_clock import Interruption
 from pytest_dcp._harness.world.rank_states import (
@@ -51,9 +51,9 @@ from pytest_dcp._harness.world.rank_states import (
     Continue,
     Dump,
     Interrupt,
-    Kill,
+    KillRank,
     Send,
-    Stop,
+    StopRank,
     exit_text,
 )
 from pytest_dcp._harness.world.rank_states import RankState as S
@@ -107,7 +107,7 @@ class Supervisor:
         """Ranks whose socket closed, and until when their exit may come."""
         self._timed_out = False
         self._paused_at: float | None = None
-        self._places = Places()
+        self._places = RankPlaces()
         self._interruption = Interruption()
         self.prepared_too_long = False
         """Whether ranks have reached the limit of what comes before the phase itself."""
@@ -237,7 +237,7 @@ class Supervisor:
                 return [*self._end(rank, now), *self._meet()]
             case "pause" if rank not in deaths.wishes:
                 deaths.wishes[rank] = Wish("pause", why, self._clock(now))
-                return [Stop(rank), *self._meet()]
+                return [StopRank(rank), *self._meet()]
             case "resume" if rank in deaths.wishes:
                 deaths.resuming.add(rank)
                 return [Continue(rank)] if rank in deaths.stopped else []
@@ -459,7 +459,7 @@ class Supervisor:
         self.deaths.silence(rank)
         self.states[rank] = S.KILLED
         self._lost_at = self._clock(now) + LOST_S
-        return [Kill(rank)]
+        return [KillRank(rank)]
 
     def _debug_asked(self, rank: int, now: float) -> list[Action]:
         terminal = self.terminal

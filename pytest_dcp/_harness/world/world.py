@@ -46,9 +46,9 @@ from pytest_dcp._harness.world.rank_states import (
     Continue,
     Dump,
     Interrupt,
-    Kill,
+    KillRank,
     Send,
-    Stop,
+    StopRank,
 )
 from pytest_dcp._harness.world.supervisor import Supervisor, Terminal
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
@@ -468,10 +468,10 @@ class World:
         if failure.kind in ("timeout", "blocked"):
             limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
             limit = f" at the time limit of {limit_s:g} s" if failure.kind == "timeout" else ""
-            where = stacks.doing(trace, self._settings.root) if trace else NO_STACK
+            where = stacks.describe_activity(trace, self._settings.root) if trace else NO_STACK
             summary = f"{failure.summary}{limit}, {where}"
-            return replace(failure, summary=summary, detail=stacks.trimmed(trace))
-        return replace(failure, detail=stacks.trimmed(trace))
+            return replace(failure, summary=summary, detail=stacks.trim_runner(trace))
+        return replace(failure, detail=stacks.trim_runner(trace))
 
     def _step(self, within_s: float = LOOK_S) -> None:
         """Wait for one thing to happen, and handle it."""
@@ -594,9 +594,9 @@ class World:
                     self._signal(self._launcher.stacks, rank)
                 case Interrupt(rank):
                     self._signal(self._launcher.interrupt, rank)
-                case Kill(rank):
+                case KillRank(rank):
                     self._signal(self._launcher.kill, rank)
-                case Stop(rank):
+                case StopRank(rank):
                     self._signal(self._launcher.pause, rank)
                 case Continue(rank):
                     self._signal(self._launcher.resume, rank)

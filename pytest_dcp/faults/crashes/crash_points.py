@@ -19,7 +19,7 @@ but each one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class CrashPoint:
     """A moment at which everything may stop. Numbers are indices of the trace's operations."""
 
     ended: int
@@ -38,7 +38,7 @@ class Moment:
         return f"{self.ended}+{extra}!{sorted(self.returned)}"
 
 
-def moments(trace: Trace) -> Iterator[Moment]:
+def moments(trace: Trace) -> Iterator[CrashPoint]:
     """Every moment of a trace, the earliest first."""
     operations = trace.operations
     ended: list[int] = []
@@ -54,9 +54,9 @@ def moments(trace: Trace) -> Iterator[Moment]:
             if key not in seen:
                 seen.add(key)
                 left = tuple(n for n in flying if n not in some)
-                yield Moment(len(ended), (*ended, *some), left, returned)
+                yield CrashPoint(len(ended), (*ended, *some), left, returned)
     everything = tuple(range(len(operations)))
-    yield Moment(len(everything), everything, (), frozenset(trace.returned_ns))
+    yield CrashPoint(len(everything), everything, (), frozenset(trace.returned_ns))
 
 
 def _subsets(flying: Sequence[int]) -> Iterator[tuple[int, ...]]:

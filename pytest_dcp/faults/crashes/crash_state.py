@@ -99,7 +99,7 @@ class CrashState:
         To be passed as a path, or opened: `with state.restored() as folder` gives a `Path` until
         the block ends. Without a block the folder lasts as long as the object that is returned.
         """
-        return replay.restored(self._crash.tree)
+        return replay.restore_tree(self._crash.tree)
 
     def __str__(self) -> str:
         return self.id

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pytest_dcp.faults.crashes.trace import Link, Tree
+from pytest_dcp.faults.crashes.trace import Tree, TreeLink
 from pytest_dcp.faults.tap.operation import Operation
 
 ROOT = 0
@@ -79,7 +79,7 @@ Names = dict[tuple[int, str], int]
 
 
 @dataclass(slots=True)
-class Machine:
+class DiskModel:
     """A storage in the middle of a trace."""
 
     rules: Rules = field(default_factory=Rules)
@@ -98,7 +98,7 @@ class Machine:
     nodes: int = 1
 
     @classmethod
-    def of(cls, base: Tree, rules: Rules) -> Machine:
+    def of(cls, base: Tree, rules: Rules) -> DiskModel:
         """A storage on which all of the tree is stable."""
         machine = cls(rules)
         for path in sorted(base):
@@ -110,9 +110,9 @@ class Machine:
         machine.stable_contents = dict(machine.contents)
         return machine
 
-    def copy(self) -> Machine:
+    def copy(self) -> DiskModel:
         """Another one in the same state."""
-        return Machine(
+        return DiskModel(
             self.rules, set(self.folders), dict(self.links), dict(self.names), dict(self.contents),
             dict(self.stable_names), dict(self.stable_contents), list(self.name_changes),
             list(self.byte_changes), dict(self.handles), self.nodes,
@@ -153,7 +153,7 @@ class Machine:
     def link(self, index: int, op: Operation) -> None:
         to = str(op.to)
         if op.path == op.to:
-            node = self._new(Link((op.data or b"").decode()))
+            node = self._new(TreeLink((op.data or b"").decode()))
         elif op.path.startswith("/"):
             node = self._came_in(index, op)
         else:
@@ -237,7 +237,7 @@ class Machine:
         inside: dict[int, list[tuple[str, int]]] = {}
         for (folder, name), node in names.items():
             inside.setdefault(folder, []).append((name, node))
-        tree: dict[str, bytes | Link | None] = {}
+        tree: dict[str, bytes | TreeLink | None] = {}
         todo = [("", ROOT)]
         for above, folder in todo:
             for name, node in inside.get(folder, ()):
@@ -246,18 +246,18 @@ class Machine:
                     tree[path] = None
                     todo.append((path + "/", node))
                 elif node in self.links:
-                    tree[path] = Link(self.links[node])
+                    tree[path] = TreeLink(self.links[node])
                 else:
                     tree[path] = contents.get(node, b"")
         return tree
 
     # ---- inside
 
-    def _new(self, entry: bytes | Link | None) -> int:
+    def _new(self, entry: bytes | TreeLink | None) -> int:
         node, self.nodes = self.nodes, self.nodes + 1
         if entry is None:
             self.folders.add(node)
-        elif isinstance(entry, Link):
+        elif isinstance(entry, TreeLink):
             self.links[node] = entry.target
         else:
             self.contents[node] = entry
@@ -369,20 +369,20 @@ def _apply_name(names: Names, change: NameChange) -> None:
         names[change.folder, change.name] = change.node
 
 
-APPLY: dict[str, Callable[[Machine, int, Operation], None]] = {
-    "make_folder": Machine.make_folder,
-    "list": Machine.looked,
-    "create": Machine.create,
-    "open": Machine.open,
-    "write": Machine.write,
-    "read": Machine.looked,
-    "allocate": Machine.allocate,
-    "truncate": Machine.truncate,
-    "sync": Machine.sync,
-    "sync_folder": Machine.sync_folder,
-    "close": Machine.close,
-    "rename": Machine.rename,
-    "link": Machine.link,
-    "remove": Machine.remove,
-    "remove_folder": Machine.remove,
+APPLY: dict[str, Callable[[DiskModel, int, Operation], None]] = {
+    "make_folder": DiskModel.make_folder,
+    "list": DiskModel.looked,
+    "create": DiskModel.create,
+    "open": DiskModel.open,
+    "write": DiskModel.write,
+    "read": DiskModel.looked,
+    "allocate": DiskModel.allocate,
+    "truncate": DiskModel.truncate,
+    "sync": DiskModel.sync,
+    "sync_folder": DiskModel.sync_folder,
+    "close": DiskModel.close,
+    "rename": DiskModel.rename,
+    "link": DiskModel.link,
+    "remove": DiskModel.remove,
+    "remove_folder": DiskModel.remove,
 }

@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pytest_dcp.faults.crashes.crash_points import Moment, moments
-from pytest_dcp.faults.crashes.disk_model import Machine
+from pytest_dcp.faults.crashes.crash_points import CrashPoint, moments
+from pytest_dcp.faults.crashes.disk_model import DiskModel
 from pytest_dcp.faults.crashes.losses import LOSSES, MODELS, RULES, Loss, Model
 from pytest_dcp.faults.crashes.object_store_model import ObjectStore
 from pytest_dcp.faults.crashes.trace import Entry, Trace, Tree
@@ -52,8 +52,8 @@ class Torn:
 class Candidate:
     """A crash before anyone looked what it leaves."""
 
-    moment: Moment
-    storage: Machine | ObjectStore
+    moment: CrashPoint
+    storage: DiskModel | ObjectStore
     damage: Loss | Torn
 
     def id(self, model: Model) -> str:
@@ -68,7 +68,7 @@ class Candidate:
             at = self.damage.operation
             torn.begin(at, operations[at], self.damage.part)
             return torn.seen()
-        if isinstance(self.storage, Machine) and self.damage != Loss():
+        if isinstance(self.storage, DiskModel) and self.damage != Loss():
             return self.damage.left(self.storage)
         return self.storage.seen()
 
@@ -120,10 +120,10 @@ def _different(
             yield candidate, tree
 
 
-def _storages(trace: Trace, model: Model) -> Iterator[tuple[Moment, Machine | ObjectStore]]:
+def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskModel | ObjectStore]]:
     """The storage at each moment at which it can have been."""
-    start: Machine | ObjectStore
-    start = ObjectStore.of(trace.base) if model == "s3" else Machine.of(trace.base, RULES[model])
+    start: DiskModel | ObjectStore
+    start = ObjectStore.of(trace.base) if model == "s3" else DiskModel.of(trace.base, RULES[model])
     done = 0
     waiting: list[int] = []
     for moment in moments(trace):
@@ -137,7 +137,7 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[Moment, Machine | Ob
 
 
 def in_order(
-    storage: Machine | ObjectStore, operations: Sequence[Operation], indices: Sequence[int]
+    storage: DiskModel | ObjectStore, operations: Sequence[Operation], indices: Sequence[int]
 ) -> list[int]:
     """Do the operations in a possible order; those that are left, since they cannot have been done.
 
@@ -158,10 +158,10 @@ def in_order(
 
 
 def _damages(
-    trace: Trace, model: Model, level: int, moment: Moment, storage: Machine | ObjectStore
+    trace: Trace, model: Model, level: int, moment: CrashPoint, storage: DiskModel | ObjectStore
 ) -> Iterator[Loss | Torn]:
     if level > 0:
-        if isinstance(storage, Machine):
+        if isinstance(storage, DiskModel):
             yield from LOSSES[model][level - 1](storage)
         return
     yield Loss()
@@ -197,7 +197,7 @@ def _what(operations: Sequence[Operation], candidate: Candidate) -> str:
         parts.append(f"the last: {operations[moment.order[-1]]}")
     if isinstance(damage, Torn):
         parts.append(f"{damage.part} bytes done of: {operations[damage.operation]}")
-    elif isinstance(storage, Machine):
+    elif isinstance(storage, DiskModel):
         names = sorted({storage.name_changes[n].operation for n in damage.names})
         changed = sorted({storage.byte_changes[n].operation for n in damage.bytes})
         parts += [f"its names lost: {operations[n]}" for n in names]

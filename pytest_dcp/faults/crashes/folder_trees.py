@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-from pytest_dcp.faults.crashes.trace import Entry, Link, Tree
+from pytest_dcp.faults.crashes.trace import Entry, Tree, TreeLink
 
 MEMORY = Path("/dev/shm")
 """A tmpfs on every Linux."""
@@ -34,7 +34,7 @@ def read_tree(folder: Path) -> Tree:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = prefix + entry.name
                 if entry.is_symlink():
-                    tree[path] = Link(os.readlink(entry.path))
+                    tree[path] = TreeLink(os.readlink(entry.path))
                 elif entry.is_dir():
                     tree[path] = None
                     todo.append((Path(entry.path), path + "/"))
@@ -53,7 +53,7 @@ def write_tree(tree: Tree, folder: Path) -> None:
         where = f"{top}/{path}"
         if entry is None:
             os.mkdir(where)
-        elif isinstance(entry, Link):
+        elif isinstance(entry, TreeLink):
             os.symlink(entry.target, where)
         else:
             fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -112,6 +112,6 @@ class RestoredFolder(os.PathLike[str]):
         self._remove()
 
 
-def restored(tree: Tree) -> RestoredFolder:
+def restore_tree(tree: Tree) -> RestoredFolder:
     """A folder with the tree."""
     return RestoredFolder(tree)

@@ -24,7 +24,7 @@ from typing import Any
 
 from pytest_dcp.errors import CheckpointError
 from pytest_dcp.faults.crashes import folder_trees as replay
-from pytest_dcp.faults.crashes.disk_model import Machine, Rules
+from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.enumerate import in_order
 from pytest_dcp.faults.crashes.trace import Trace
 from pytest_dcp.faults.state_differences import blank
@@ -126,9 +126,9 @@ class Finished:
         ranks = {operation.rank for operation in self._trace.operations}
         if not ranks <= self._trace.returned_ns.keys() or any(load is one for one in self._proven):
             return
-        machine = Machine.of(self._trace.base, Rules())
+        machine = DiskModel.of(self._trace.base, Rules())
         in_order(machine, self._trace.operations, range(len(self._trace.operations)))
-        with replay.restored(machine.seen()) as folder, warnings.catch_warnings():
+        with replay.restore_tree(machine.seen()) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 load(blank(likeness), checkpoint_id=folder, **keywords)

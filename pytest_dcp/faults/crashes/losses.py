@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pytest_dcp.faults.crashes.disk_model import ByteChange, Machine, NameChange, Rules
+from pytest_dcp.faults.crashes.disk_model import ByteChange, DiskModel, NameChange, Rules
 from pytest_dcp.faults.crashes.trace import Tree
 
 Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
@@ -62,7 +62,7 @@ class Loss:
     zeros: bool = False
     """The sizes of the lost bytes have arrived."""
 
-    def left(self, machine: Machine) -> Tree:
+    def left(self, machine: DiskModel) -> Tree:
         """What is on the disk."""
         names = [c for n, c in enumerate(machine.name_changes) if n not in self.names]
         changes = [
@@ -76,7 +76,7 @@ class Loss:
 Losses = Iterator[Loss]
 
 
-def _posix_simple(machine: Machine) -> Losses:
+def _posix_simple(machine: DiskModel) -> Losses:
     """All names, all bytes, all of both; each one."""
     names, changes = _all(machine)
     for zeros in (False, True):
@@ -87,7 +87,7 @@ def _posix_simple(machine: Machine) -> Losses:
     yield from (Loss((n,), ()) for n in _some(names))
 
 
-def _posix_runs(machine: Machine) -> Losses:
+def _posix_runs(machine: DiskModel) -> Losses:
     """From some operation on; all of one file; all but one."""
     names, changes = _all(machine)
     done = sorted(_operations(machine.name_changes) | _operations(machine.byte_changes))
@@ -108,7 +108,7 @@ def _posix_runs(machine: Machine) -> Losses:
         yield Loss(tuple(n for n in names if n != kept), ())
 
 
-def _posix_pairs(machine: Machine) -> Losses:
+def _posix_pairs(machine: DiskModel) -> Losses:
     """Each two: names, bytes, or one of each."""
     names, changes = (some[-PAIRS_OF:] for some in _all(machine))
     for pair in itertools.combinations(names, 2):
@@ -120,31 +120,31 @@ def _posix_pairs(machine: Machine) -> Losses:
             yield Loss((), pair, zeros)
 
 
-def _ext4_simple(machine: Machine) -> Losses:
+def _ext4_simple(machine: DiskModel) -> Losses:
     """Names from some operation on; all bytes that may be; those of each one write."""
     for names in _name_suffixes(machine):
         yield Loss(names, ())
-        yield Loss(names, _unforced(machine, names))
-    yield from (Loss((), (n,)) for n in _some(_unforced(machine, ())))
+        yield Loss(names, _unforced_changes(machine, names))
+    yield from (Loss((), (n,)) for n in _some(_unforced_changes(machine, ())))
 
 
-def _ext4_runs(machine: Machine) -> Losses:
+def _ext4_runs(machine: DiskModel) -> Losses:
     """Bytes of each file, or from some operation on, beside every suffix of the names."""
     for names in _name_suffixes(machine):
-        free = _unforced(machine, names)
+        free = _unforced_changes(machine, names)
         for file in _by_file(machine):
             yield Loss(names, tuple(n for n in file if n in free))
         yield from (Loss(names, free[n:]) for n in _some(range(1, len(free))))
 
 
-def _ext4_pairs(machine: Machine) -> Losses:
+def _ext4_pairs(machine: DiskModel) -> Losses:
     for names in _name_suffixes(machine):
-        free = _unforced(machine, names)[-PAIRS_OF:]
+        free = _unforced_changes(machine, names)[-PAIRS_OF:]
         yield from (Loss(names, (n,)) for n in free)
         yield from (Loss(names, pair) for pair in itertools.combinations(free, 2))
 
 
-LOSSES: Mapping[Model, tuple[Callable[[Machine], Losses], ...]] = {
+LOSSES: Mapping[Model, tuple[Callable[[DiskModel], Losses], ...]] = {
     "kill": (),
     "posix": (_posix_simple, _posix_runs, _posix_pairs),
     "ext4-ordered": (_ext4_simple, _ext4_runs, _ext4_pairs),
@@ -154,7 +154,7 @@ LOSSES: Mapping[Model, tuple[Callable[[Machine], Losses], ...]] = {
 """By model: one generator for each level, the simplest first. Losing nothing comes before them."""
 
 
-def _all(machine: Machine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _all(machine: DiskModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(range(len(machine.name_changes))), tuple(range(len(machine.byte_changes)))
 
 
@@ -173,19 +173,19 @@ def _since(changes: Sequence[NameChange | ByteChange], operation: int) -> tuple[
     return tuple(n for n, change in enumerate(changes) if change.operation >= operation)
 
 
-def _by_file(machine: Machine) -> Iterator[tuple[int, ...]]:
+def _by_file(machine: DiskModel) -> Iterator[tuple[int, ...]]:
     for node in sorted({change.node for change in machine.byte_changes}):
         yield tuple(n for n, c in enumerate(machine.byte_changes) if c.node == node)
 
 
-def _name_suffixes(machine: Machine) -> Iterator[tuple[int, ...]]:
+def _name_suffixes(machine: DiskModel) -> Iterator[tuple[int, ...]]:
     """None, then ever more of the newest; the names of one operation stay together."""
     yield ()
     for operation in _some(sorted(_operations(machine.name_changes)))[::-1]:
         yield _since(machine.name_changes, operation)
 
 
-def _unforced(machine: Machine, lost: tuple[int, ...]) -> tuple[int, ...]:
+def _unforced_changes(machine: DiskModel, lost: tuple[int, ...]) -> tuple[int, ...]:
     """The byte changes that no kept name needs."""
     forced = {
         n

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_dcp.errors import RecordingError
-from pytest_dcp.faults.crashes.disk_model import Machine, Rules
+from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.enumerate import in_order
 from pytest_dcp.faults.crashes.folder_trees import read_tree
-from pytest_dcp.faults.crashes.trace import Link, Trace, Tree
-from pytest_dcp.faults.tap import Watcher, watching
+from pytest_dcp.faults.crashes.trace import Trace, Tree, TreeLink
+from pytest_dcp.faults.tap import Watcher, watch_operations
 from pytest_dcp.faults.tap.operation import Operation
 
 Meet = Callable[[str, bytes], Sequence[bytes | None]]
@@ -70,7 +70,7 @@ class Desk:
 OK, FAILED = b"+", b"-"
 
 
-class Place(Protocol):
+class RecordedPlace(Protocol):
     """What is recorded: folders, wherever they are."""
 
     def trees(self) -> list[Tree]:
@@ -92,7 +92,7 @@ class Folders:
 
     def watching(self, watcher: Watcher, rank: int) -> AbstractContextManager[None]:
         """Let the watcher see what is done there, until the block ends."""
-        return watching(self.roots, watcher, rank=rank, observing=True)
+        return watch_operations(self.roots, watcher, rank=rank, observing=True)
 
 
 class Log:
@@ -142,7 +142,7 @@ class Recorded:
 
 
 @contextmanager
-def recording(place: Place, desk: Desk, into: Recorded) -> Iterator[None]:
+def recording(place: RecordedPlace, desk: Desk, into: Recorded) -> Iterator[None]:
     """Record what is done to a place. Collective where the desk's ranks are several.
 
     Raises RecordingError at the end when the folders do not hold what the recorded operations make.
@@ -181,7 +181,7 @@ def recording(place: Place, desk: Desk, into: Recorded) -> Iterator[None]:
     into.end(found[0])
 
 
-def _begin(place: Place, desk: Desk) -> tuple[Path, bool]:
+def _begin(place: RecordedPlace, desk: Desk) -> tuple[Path, bool]:
     """A folder for this recording, with what the place holds; and whether this rank leads."""
     came = desk.meet("record(): it begins", b"here")
     leader = next(rank for rank, brought in enumerate(came) if brought)
@@ -224,7 +224,7 @@ def _entries(path: Path) -> Iterator[Operation | int]:
 
 def check(trace: Trace, found: Sequence[Tree]) -> None:
     """Raise RecordingError unless the whole trace makes what was found."""
-    machine = Machine.of(trace.base, Rules())
+    machine = DiskModel.of(trace.base, Rules())
     impossible = in_order(machine, trace.operations, range(len(trace.operations)))
     if impossible:
         raise RecordingError(f"{trace.operations[impossible[0]]} could not be replayed: {UNSEEN}")
@@ -243,18 +243,18 @@ UNSEEN = (
 
 def _differences(made: Mapping[str, object], there: Mapping[str, object]) -> Iterator[str]:
     for path in sorted(made.keys() | there.keys()):
-        one, other = made.get(path, Missing), there.get(path, Missing)
+        one, other = made.get(path, AbsentEntry), there.get(path, AbsentEntry)
         if one != other:
-            yield f"{path!r} was recorded as {_shown(one)} and is {_shown(other)}"
+            yield f"{path!r} was recorded as {_describe(one)} and is {_describe(other)}"
 
 
-class Missing:
+class AbsentEntry:
     """Stands for an entry that is not there."""
 
 
-def _shown(entry: object) -> str:
+def _describe(entry: object) -> str:
     if isinstance(entry, bytes):
         return f"a file of {len(entry)} bytes"
-    if isinstance(entry, Link):
+    if isinstance(entry, TreeLink):
         return f"a link to {entry.target!r}"
     return "a folder" if entry is None else "missing"

@@ -13,13 +13,13 @@ from pytest_dcp.faults.tap.operation import Operation
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class TreeLink:
     """A symbolic link."""
 
     target: str
 
 
-Entry = bytes | Link | None
+Entry = bytes | TreeLink | None
 """A file's bytes, a link, or None for a folder."""
 Tree = Mapping[str, Entry]
 """What is in a folder: posix paths relative to it. A folder comes before what is in it."""

@@ -16,8 +16,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_dcp.faults.hostile.metadata import EDITS, HOSTILE_NAMES, Good, renamed
-from pytest_dcp.faults.hostile.nodes import Content, Fifo, Folder, Link, Node, Socket, Sparse, lay
+from pytest_dcp.faults.hostile.metadata import EDITS, HOSTILE_NAMES, Good, rename_files
+from pytest_dcp.faults.hostile.nodes import (
+    Content,
+    Fifo,
+    Folder,
+    Node,
+    Socket,
+    Sparse,
+    SymbolicLink,
+    lay,
+)
 
 HUGE_BYTES = 1 << 42
 """Of a sparse file: no memory takes as much."""
@@ -66,7 +75,7 @@ def _odd_nodes(good: Good) -> Iterator[Hostile]:
     """Something else than the file, which is what it should be wherever it is read."""
     source = good.folder
     for name in (".metadata", good.data_file):
-        outside = Link(str(source / name))
+        outside = SymbolicLink(str(source / name))
         waits, leaves = "makes its reader wait for ever", "is read outside of the folder"
         endless = "fills the memory of its reader"
         nodes: list[tuple[str, str, Node]] = [
@@ -74,13 +83,13 @@ def _odd_nodes(good: Good) -> Iterator[Hostile]:
             ("a socket", "is no file", Socket()),
             ("a folder", "is no file", Folder()),
             ("a link out of the folder", leaves, outside),
-            ("a link to itself", "is no file", Link(name)),
-            ("a link to /dev/zero", endless, Link("/dev/zero")),
+            ("a link to itself", "is no file", SymbolicLink(name)),
+            ("a link to /dev/zero", endless, SymbolicLink("/dev/zero")),
             ("a file of 4 TiB", endless, Sparse(HUGE_BYTES)),
         ]
         for what, harm, node in nodes:
             yield Hostile(f"{what} as {name}", harm, source, {name: node})
-    nowhere = Link("nowhere")  # as .metadata it would be no checkpoint, and no hostile one
+    nowhere = SymbolicLink("nowhere")  # as .metadata it would be no checkpoint, and no hostile one
     yield Hostile("a link to nothing as data", "is no file", source, {good.data_file: nowhere})
     data = (source / ".metadata").read_bytes()
     huge = Sparse(HUGE_BYTES, head=data[:64], tail=data[-64:])
@@ -101,7 +110,7 @@ def _odd_names(good: Good) -> Iterator[Hostile]:
         "a name through a linked folder": f"linked/{good.data_file}",
         "a name through the folder above": f"inner/../{good.data_file}",
     }
-    beside: dict[str, Node] = {"inner": Folder(), "linked": Link(str(source))}
+    beside: dict[str, Node] = {"inner": Folder(), "linked": SymbolicLink(str(source))}
     for what, name in names.items():
-        nodes = {**beside, ".metadata": Content(good.edited(renamed(name)))}
+        nodes = {**beside, ".metadata": Content(good.edited(rename_files(name)))}
         yield Hostile(what, "is read outside of the folder, or is no file", source, nodes)

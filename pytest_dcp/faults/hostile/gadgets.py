@@ -17,11 +17,11 @@ from functools import partial
 
 from pytest_dcp.faults.hostile.pickle_opcodes import (
     PROTOCOLS,
-    Call,
     Global,
+    PickledCall,
+    assemble_pickle,
     code_of,
     global_code,
-    pickled,
     text_code,
     tuple_code,
 )
@@ -54,7 +54,7 @@ def gadgets(canary: str) -> list[Gadget]:
 MKDIR = Global("os", "mkdir")
 
 
-def calls(canary: str) -> dict[str, Call]:
+def calls(canary: str) -> dict[str, PickledCall]:
     """Calls that make the canary, by what they go through."""
     return {
         **_of_the_system(canary),
@@ -64,82 +64,94 @@ def calls(canary: str) -> dict[str, Call]:
     }
 
 
-def _of_the_system(canary: str) -> dict[str, Call]:
+def _of_the_system(canary: str) -> dict[str, PickledCall]:
     shell = f": > {shlex.quote(canary)}"
     words = ("/bin/sh", "-c", shell)
     return {
-        "os.mkdir": Call(MKDIR, (canary,)),
-        "os.makedirs": Call(Global("os", "makedirs"), (canary,)),
-        "os.mkfifo": Call(Global("os", "mkfifo"), (canary,)),
-        "os.symlink": Call(Global("os", "symlink"), ("nowhere", canary)),
-        "os.system": Call(Global("os", "system"), (shell,)),
-        "posix.system": Call(Global("posix", "system"), (shell,)),
-        "subprocess.getoutput": Call(Global("subprocess", "getoutput"), (shell,)),
-        "subprocess.call": Call(Global("subprocess", "call"), (words,)),
-        "subprocess.run": Call(Global("subprocess", "run"), (words,)),
-        "torch.utils.collect_env.run": Call(Global("torch.utils.collect_env", "run"), (shell,)),
+        "os.mkdir": PickledCall(MKDIR, (canary,)),
+        "os.makedirs": PickledCall(Global("os", "makedirs"), (canary,)),
+        "os.mkfifo": PickledCall(Global("os", "mkfifo"), (canary,)),
+        "os.symlink": PickledCall(Global("os", "symlink"), ("nowhere", canary)),
+        "os.system": PickledCall(Global("os", "system"), (shell,)),
+        "posix.system": PickledCall(Global("posix", "system"), (shell,)),
+        "subprocess.getoutput": PickledCall(Global("subprocess", "getoutput"), (shell,)),
+        "subprocess.call": PickledCall(Global("subprocess", "call"), (words,)),
+        "subprocess.run": PickledCall(Global("subprocess", "run"), (words,)),
+        "torch.utils.collect_env.run": PickledCall(
+            Global("torch.utils.collect_env", "run"), (shell,)
+        ),
     }
 
 
-def _of_code(canary: str) -> dict[str, Call]:
+def _of_code(canary: str) -> dict[str, PickledCall]:
     python = f"__import__('os').mkdir({canary!r})"
-    compiled = Call(Global("marshal", "loads"), (marshal.dumps(compile(python, "", "exec")),))
-    inner = pickled(code_of(Call(MKDIR, (canary,)), 2), 2)
+    compiled = PickledCall(
+        Global("marshal", "loads"), (marshal.dumps(compile(python, "", "exec")),)
+    )
+    inner = assemble_pickle(code_of(PickledCall(MKDIR, (canary,)), 2), 2)
     clock = Global("time", "perf_counter")
     return {
-        "builtins.eval": Call(Global("builtins", "eval"), (python,)),
-        "builtins.exec": Call(Global("builtins", "exec"), (python,)),
-        "timeit.timeit": Call(Global("timeit", "timeit"), (python, "pass", clock, 1)),
-        "types.FunctionType": Call(Call(Global("types", "FunctionType"), (compiled, {})), ()),
-        "pickle.loads": Call(Global("pickle", "loads"), (inner,)),
-        "_pickle.loads": Call(Global("_pickle", "loads"), (inner,)),
-        "pickle._loads": Call(Global("pickle", "_loads"), (inner,)),
-        "torch.storage._load_from_bytes": Call(
+        "builtins.eval": PickledCall(Global("builtins", "eval"), (python,)),
+        "builtins.exec": PickledCall(Global("builtins", "exec"), (python,)),
+        "timeit.timeit": PickledCall(Global("timeit", "timeit"), (python, "pass", clock, 1)),
+        "types.FunctionType": PickledCall(
+            PickledCall(Global("types", "FunctionType"), (compiled, {})), ()
+        ),
+        "pickle.loads": PickledCall(Global("pickle", "loads"), (inner,)),
+        "_pickle.loads": PickledCall(Global("_pickle", "loads"), (inner,)),
+        "pickle._loads": PickledCall(Global("pickle", "_loads"), (inner,)),
+        "torch.storage._load_from_bytes": PickledCall(
             Global("torch.storage", "_load_from_bytes"), (inner,)
         ),
     }
 
 
-def _of_files(canary: str) -> dict[str, Call]:
+def _of_files(canary: str) -> dict[str, PickledCall]:
     openers = ("builtins.open", "_io.open", "_io.FileIO", "codecs.open", "zipfile.ZipFile")
     return {
-        **{name: Call(Global(*name.split(".")), (canary, "w")) for name in openers},
-        "logging.FileHandler": Call(Global("logging", "FileHandler"), (canary,)),
-        "torch.save": Call(Global("torch", "save"), (1, canary)),
-        "urllib.request.urlretrieve": Call(
+        **{name: PickledCall(Global(*name.split(".")), (canary, "w")) for name in openers},
+        "logging.FileHandler": PickledCall(Global("logging", "FileHandler"), (canary,)),
+        "torch.save": PickledCall(Global("torch", "save"), (1, canary)),
+        "urllib.request.urlretrieve": PickledCall(
             Global("urllib.request", "urlretrieve"), ("data:,x", canary)
         ),
-        "socketserver.UnixStreamServer": Call(
+        "socketserver.UnixStreamServer": PickledCall(
             Global("socketserver", "UnixStreamServer"), (canary, None)
         ),
     }
 
 
-def _by_detours(canary: str) -> dict[str, Call]:
-    module = Call(Global("importlib", "import_module"), ("os",))
-    imported = Call(Global("builtins", "__import__"), ("os",))
-    lazily = Call(Global("builtins", "map"), (MKDIR, (canary,)))
+def _by_detours(canary: str) -> dict[str, PickledCall]:
+    module = PickledCall(Global("importlib", "import_module"), ("os",))
+    imported = PickledCall(Global("builtins", "__import__"), ("os",))
+    lazily = PickledCall(Global("builtins", "map"), (MKDIR, (canary,)))
     get, tuples, sets = (Global("builtins", name) for name in ("getattr", "tuple", "set"))
     found = {
-        "builtins.getattr": Call(get, (module, "mkdir")),
-        "builtins.__import__": Call(get, (imported, "mkdir")),
-        "operator.attrgetter": Call(Call(Global("operator", "attrgetter"), ("mkdir",)), (module,)),
-        "pydoc.locate": Call(Global("pydoc", "locate"), ("os.mkdir",)),
-        "pkgutil.resolve_name": Call(Global("pkgutil", "resolve_name"), ("os:mkdir",)),
+        "builtins.getattr": PickledCall(get, (module, "mkdir")),
+        "builtins.__import__": PickledCall(get, (imported, "mkdir")),
+        "operator.attrgetter": PickledCall(
+            PickledCall(Global("operator", "attrgetter"), ("mkdir",)), (module,)
+        ),
+        "pydoc.locate": PickledCall(Global("pydoc", "locate"), ("os.mkdir",)),
+        "pkgutil.resolve_name": PickledCall(Global("pkgutil", "resolve_name"), ("os:mkdir",)),
     }
     takers = ("builtins.tuple", "builtins.set", "collections.deque", "collections.OrderedDict")
     return {
-        **{name: Call(function, (canary,)) for name, function in found.items()},
-        **{f"{name} of a map": Call(Global(*name.split(".")), (lazily,)) for name in takers},
-        "operator.methodcaller": Call(
-            Call(Global("operator", "methodcaller"), ("mkdir", canary)), (module,)
+        **{name: PickledCall(function, (canary,)) for name, function in found.items()},
+        **{f"{name} of a map": PickledCall(Global(*name.split(".")), (lazily,)) for name in takers},
+        "operator.methodcaller": PickledCall(
+            PickledCall(Global("operator", "methodcaller"), ("mkdir", canary)), (module,)
         ),
-        "functools.partial": Call(Call(Global("functools", "partial"), (MKDIR, canary)), ()),
-        "copyreg._reconstructor": Call(
+        "functools.partial": PickledCall(
+            PickledCall(Global("functools", "partial"), (MKDIR, canary)), ()
+        ),
+        "copyreg._reconstructor": PickledCall(
             Global("copyreg", "_reconstructor"), (tuples, tuples, lazily)
         ),
-        "weakref.finalize": Call(Global("weakref", "finalize"), (Call(sets, ()), MKDIR, canary)),
-        "torch._tensor._rebuild_from_type_v2": Call(
+        "weakref.finalize": PickledCall(
+            Global("weakref", "finalize"), (PickledCall(sets, ()), MKDIR, canary)
+        ),
+        "torch._tensor._rebuild_from_type_v2": PickledCall(
             Global("torch._tensor", "_rebuild_from_type_v2"), (MKDIR, sets, (canary,), {})
         ),
     }
@@ -147,18 +159,18 @@ def _by_detours(canary: str) -> dict[str, Call]:
 
 def _by_callee(canary: str) -> list[Gadget]:
     found = [
-        Gadget(name, f"calls {name}", partial(_reduced, call))
+        Gadget(name, f"calls {name}", partial(_reduce_call, call))
         for name, call in calls(canary).items()
     ]
     python, shell = f"__import__('os').mkdir({canary!r})", f": > {shlex.quote(canary)}"
     # Names of Python 2, which protocols below 3 still stand for.
     for name, text in (("__builtin__.eval", python), ("commands.getoutput", shell)):
-        old = partial(_reduced, Call(Global(*name.split(".")), (text,)))
+        old = partial(_reduce_call, PickledCall(Global(*name.split(".")), (text,)))
         found.append(Gadget(name, f"calls {name} by its old name", old, (0, 1, 2)))
     return found
 
 
-def _reduced(call: Call, protocol: int, _: int) -> bytes:
+def _reduce_call(call: PickledCall, protocol: int, _: int) -> bytes:
     return code_of(call, protocol)
 
 
@@ -182,7 +194,7 @@ def _by_opcode(canary: str) -> list[Gadget]:
         for name, (turn, protocols) in _TURNS.items()
     ]
     for module, name in DOTTED:
-        dotted = partial(_reduced, Call(Global(module, name), (canary,)))
+        dotted = partial(_reduce_call, PickledCall(Global(module, name), (canary,)))
         found.append(Gadget(f"{module}:{name}", harm, dotted, (4, 5)))
     found.append(Gadget("broken off", harm, partial(_broken_off, canary), is_whole=True))
     return found
@@ -197,8 +209,8 @@ def _one(item: bytes, protocol: int) -> bytes:
     return tuple_code(item, 1, protocol)
 
 
-def _called(canary: str, protocol: int) -> bytes:
-    return code_of(Call(MKDIR, (canary,)), protocol)
+def _call_twice(canary: str, protocol: int) -> bytes:
+    return code_of(PickledCall(MKDIR, (canary,)), protocol)
 
 
 def _inst(canary: str, protocol: int, _: int) -> bytes:
@@ -255,7 +267,7 @@ def _ext(
     canary: str, protocol: int, _: int, *, module: str, name: str, number: int, fetch: bytes
 ) -> bytes:
     """The function becomes an extension of a number, which then stands for it."""
-    known = Call(Global("copyreg", "add_extension"), (module, name, number))
+    known = PickledCall(Global("copyreg", "add_extension"), (module, name, number))
     path = _one(text_code(canary, protocol), protocol)
     return code_of(known, protocol) + pickle.POP + fetch + path + pickle.REDUCE
 
@@ -299,23 +311,23 @@ def _dup(canary: str, protocol: int, _: int) -> bytes:
     return function + pickle.DUP + _one(path, protocol) + pickle.REDUCE + pickle.TUPLE2
 
 
-def _popped(canary: str, protocol: int, _: int) -> bytes:
+def _call_and_pop(canary: str, protocol: int, _: int) -> bytes:
     """The result is thrown away: the value is None."""
-    return pickle.MARK + _called(canary, protocol) + pickle.POP_MARK + pickle.NONE
+    return pickle.MARK + _call_twice(canary, protocol) + pickle.POP_MARK + pickle.NONE
 
 
 def _in(head: bytes, tail: bytes, canary: str, protocol: int, _: int) -> bytes:
     """The result is a part of something."""
-    return head + _called(canary, protocol) + tail
+    return head + _call_twice(canary, protocol) + tail
 
 
 def _deep(canary: str, protocol: int, _: int) -> bytes:
-    return _called(canary, protocol) + pickle.TUPLE1 * 50
+    return _call_twice(canary, protocol) + pickle.TUPLE1 * 50
 
 
 def _broken_off(canary: str, protocol: int, _: int) -> bytes:
     """No scanner that reads the whole pickle first comes this far."""
-    return _called(canary, protocol) + b"\xff"
+    return _call_twice(canary, protocol) + b"\xff"
 
 
 _TURNS: dict[str, tuple[Callable[[str, int, int], bytes], tuple[int, ...]]] = {
@@ -347,7 +359,7 @@ _TURNS: dict[str, tuple[Callable[[str, int, int], bytes], tuple[int, ...]]] = {
     "a memo entry that is replaced": (_memo_twice, PROTOCOLS),
     "names out of the memo": (_memo_names, PROTOCOLS[4:]),
     "DUP": (_dup, PROTOCOLS),
-    "POP_MARK": (_popped, PROTOCOLS),
+    "POP_MARK": (_call_and_pop, PROTOCOLS),
     "a dict's key": (partial(_in, b"}", b"Ns"), PROTOCOLS),
     "a dict's value": (partial(_in, b"}N", b"s"), PROTOCOLS),
     "an item of a list": (partial(_in, b"](", b"e"), PROTOCOLS),

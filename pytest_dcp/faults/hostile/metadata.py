@@ -109,7 +109,7 @@ class Good:
         return found
 
 
-def moved(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
+def move_entry(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
     """The key's first entry is a whole file of so many bytes."""
     place = place_of(metadata, fqn)
     place.relative_path, place.offset, place.length = name, 0, nbytes
@@ -131,7 +131,7 @@ def place_of(metadata: Metadata, fqn: str) -> Any:
     return next(place for key, place in metadata.storage_data.items() if key.fqn == fqn)
 
 
-def renamed(name: str) -> Edit:
+def rename_files(name: str) -> Edit:
     """Every data file has this name."""
 
     def change(metadata: Metadata, fqn: str) -> None:
@@ -144,7 +144,7 @@ def renamed(name: str) -> Edit:
 # ---- places
 
 
-def _placed(**fields: Any) -> Callable[[Metadata, str], None]:
+def _place_entry(**fields: Any) -> Callable[[Metadata, str], None]:
     def change(metadata: Metadata, fqn: str) -> None:
         for name, value in fields.items():
             setattr(place_of(metadata, fqn), name, value)
@@ -152,12 +152,12 @@ def _placed(**fields: Any) -> Callable[[Metadata, str], None]:
     return change
 
 
-def _unplaced(metadata: Metadata, fqn: str) -> None:
+def _remove_place(metadata: Metadata, fqn: str) -> None:
     for key in [key for key in metadata.storage_data if key.fqn == fqn]:
         del metadata.storage_data[key]
 
 
-def _swapped(metadata: Metadata, fqn: str) -> None:
+def _swap_entry(metadata: Metadata, fqn: str) -> None:
     """The tensor's entry is the shortest other one."""
     others = [place for key, place in metadata.storage_data.items() if key.fqn != fqn]
     other = min(others, key=lambda place: place.length)
@@ -172,12 +172,12 @@ def _entry(metadata: Metadata, fqn: str) -> Any:
     return metadata.state_dict_metadata[fqn]
 
 
-def _tiled(*boxes: tuple[tuple[int, ...], tuple[int, ...]], size: tuple[int, ...] = ()) -> Any:
+def _tile(*boxes: tuple[tuple[int, ...], tuple[int, ...]], size: tuple[int, ...] = ()) -> Any:
     """Chunks, each with the place of the first one; `size` of the tensor, if it is to change."""
 
     def change(metadata: Metadata, fqn: str) -> None:
         entry, place = _entry(metadata, fqn), place_of(metadata, fqn)
-        _unplaced(metadata, fqn)
+        _remove_place(metadata, fqn)
         entry.size = torch.Size(size) if size else entry.size
         entry.chunks = []
         for number, (offsets, sizes) in enumerate(boxes):
@@ -201,17 +201,17 @@ def _add_chunk(
 
 def _absurd(*size: int) -> Callable[[Metadata, str], None]:
     zeros = (0,) * len(size)
-    change: Callable[[Metadata, str], None] = _tiled((zeros, size), size=size)
+    change: Callable[[Metadata, str], None] = _tile((zeros, size), size=size)
     return change
 
 
-def _grown(metadata: Metadata, fqn: str) -> None:
+def _grow_tensor(metadata: Metadata, fqn: str) -> None:
     """A tensor one row longer than its chunks."""
     entry = _entry(metadata, fqn)
     entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
 
 
-def _overlapping(metadata: Metadata, fqn: str) -> None:
+def _overlap_chunks(metadata: Metadata, fqn: str) -> None:
     """A second chunk that lies on the first one."""
     entry = _entry(metadata, fqn)
     first = entry.chunks[0]
@@ -221,7 +221,7 @@ def _overlapping(metadata: Metadata, fqn: str) -> None:
     _add_chunk(metadata, fqn, len(entry.chunks), offsets, tuple(first.sizes), place)
 
 
-def _shifted(by: int) -> Callable[[Metadata, str], None]:
+def _shift_place(by: int) -> Callable[[Metadata, str], None]:
     def change(metadata: Metadata, fqn: str) -> None:
         chunk = _entry(metadata, fqn).chunks[0]
         key = next(key for key in metadata.storage_data if key.fqn == fqn)
@@ -238,13 +238,13 @@ def _many_chunks(metadata: Metadata, fqn: str) -> None:
     entry.chunks = entry.chunks[:1] * 20_000
 
 
-def _flattened(metadata: Metadata, fqn: str) -> None:
+def _flatten_chunks(metadata: Metadata, fqn: str) -> None:
     """Chunks of another number of dimensions than their tensor's."""
     for chunk in _entry(metadata, fqn).chunks:
         chunk.sizes = torch.Size([*chunk.sizes, 1])
 
 
-def _retyped(dtype: torch.dtype) -> Callable[[Metadata, str], None]:
+def _change_dtype(dtype: torch.dtype) -> Callable[[Metadata, str], None]:
     def change(metadata: Metadata, fqn: str) -> None:
         _entry(metadata, fqn).properties.dtype = dtype
 
@@ -265,43 +265,45 @@ _LOST, _CRASH = "gives what was never saved", "breaks its reader"
 _MEMORY, _OUTSIDE = "fills the memory of its reader", "reads or writes outside of the tensor"
 
 EDITS = (
-    Edit("an offset beyond the file", _LOST, _placed(offset=1 << 60)),
-    Edit("an offset that wraps around", _OUTSIDE, _placed(offset=LAST)),
-    Edit("an offset past 64 bits", _CRASH, _placed(offset=1 << 70)),
-    Edit("an offset below 0", _OUTSIDE, _placed(offset=-1)),
-    Edit("an offset inside the entry", _LOST, _placed(offset=3)),
-    Edit("a length beyond the file", _MEMORY, _placed(length=1 << 60)),
-    Edit("a length below 0", _OUTSIDE, _placed(length=-1)),
-    Edit("a length of 0", _LOST, _placed(length=0)),
-    Edit("a length of a part", _LOST, _placed(length=100)),
-    Edit("a number that is a text", _CRASH, _placed(offset="0")),
-    Edit("a name that is no text", _CRASH, _placed(relative_path=7)),
-    Edit("transforms without number", _CRASH, _placed(transform_descriptors=["zstd"] * 100_000)),
-    Edit("a tensor without a place", _LOST, _unplaced),
-    Edit("the entry of another key", _LOST, _swapped),
+    Edit("an offset beyond the file", _LOST, _place_entry(offset=1 << 60)),
+    Edit("an offset that wraps around", _OUTSIDE, _place_entry(offset=LAST)),
+    Edit("an offset past 64 bits", _CRASH, _place_entry(offset=1 << 70)),
+    Edit("an offset below 0", _OUTSIDE, _place_entry(offset=-1)),
+    Edit("an offset inside the entry", _LOST, _place_entry(offset=3)),
+    Edit("a length beyond the file", _MEMORY, _place_entry(length=1 << 60)),
+    Edit("a length below 0", _OUTSIDE, _place_entry(length=-1)),
+    Edit("a length of 0", _LOST, _place_entry(length=0)),
+    Edit("a length of a part", _LOST, _place_entry(length=100)),
+    Edit("a number that is a text", _CRASH, _place_entry(offset="0")),
+    Edit("a name that is no text", _CRASH, _place_entry(relative_path=7)),
+    Edit(
+        "transforms without number", _CRASH, _place_entry(transform_descriptors=["zstd"] * 100_000)
+    ),
+    Edit("a tensor without a place", _LOST, _remove_place),
+    Edit("the entry of another key", _LOST, _swap_entry),
     Edit("a tensor of 8 TiB", _MEMORY, _absurd(1 << 40)),
     Edit("a tensor of 2**62 elements", _MEMORY, _absurd(1 << 62)),
     Edit("sizes whose product wraps around", _MEMORY, _absurd(1 << 32, 1 << 32)),
     Edit("sizes whose product wraps around to few", _OUTSIDE, _absurd(1 << 62, 4)),
     Edit("sizes below 0", _CRASH, _absurd(-1, -24)),
     Edit("10,000 dimensions", _MEMORY, _absurd(*[1] * 10_000)),
-    Edit("a tensor longer than its chunks", _LOST, _grown),
+    Edit("a tensor longer than its chunks", _LOST, _grow_tensor),
     Edit("a tensor without chunks", _LOST, _of_other_things("entry.chunks", [])),
-    Edit("a chunk upon another", _LOST, _overlapping),
+    Edit("a chunk upon another", _LOST, _overlap_chunks),
     Edit("one chunk 20,000 times", _MEMORY, _many_chunks),
-    Edit("a chunk beyond its tensor", _OUTSIDE, _shifted(1)),
-    Edit("a chunk before its tensor", _OUTSIDE, _shifted(-1)),
-    Edit("a chunk that wraps around", _OUTSIDE, _shifted(LAST)),
-    Edit("chunks of other dimensions", _OUTSIDE, _flattened),
-    Edit("a wider dtype", _OUTSIDE, _retyped(torch.complex128)),
-    Edit("a narrower dtype", _LOST, _retyped(torch.uint8)),
-    Edit("a dtype that is a text", _CRASH, _retyped("float32")),  # type: ignore[arg-type]  # a lie
+    Edit("a chunk beyond its tensor", _OUTSIDE, _shift_place(1)),
+    Edit("a chunk before its tensor", _OUTSIDE, _shift_place(-1)),
+    Edit("a chunk that wraps around", _OUTSIDE, _shift_place(LAST)),
+    Edit("chunks of other dimensions", _OUTSIDE, _flatten_chunks),
+    Edit("a wider dtype", _OUTSIDE, _change_dtype(torch.complex128)),
+    Edit("a narrower dtype", _LOST, _change_dtype(torch.uint8)),
+    Edit("a dtype that is a text", _CRASH, _change_dtype("float32")),  # type: ignore[arg-type]  # a lie
     Edit("a size that is a tuple", _CRASH, _of_other_things("entry.size", (24,))),
     Edit("a chunk's size that is a list", _CRASH, _of_other_things("chunk.sizes", [24])),
     Edit("properties that are nothing", _CRASH, _of_other_things("entry.properties", None)),
     Edit("keys that are nothing", _CRASH, _of_other_things("state_dict_metadata", None)),
     Edit("places that are a list", _CRASH, _of_other_things("storage_data", [])),
-    Edit("a value beyond the file", _MEMORY, _placed(length=1 << 60), "value"),
-    Edit("a value without a place", _LOST, _unplaced, "value"),
-    Edit("a value whose entry is a tensor's part", _LOST, _placed(offset=64), "value"),
+    Edit("a value beyond the file", _MEMORY, _place_entry(length=1 << 60), "value"),
+    Edit("a value without a place", _LOST, _remove_place, "value"),
+    Edit("a value whose entry is a tensor's part", _LOST, _place_entry(offset=64), "value"),
 )

@@ -50,7 +50,7 @@ class Sparse(Node):
 
 
 @dataclass(frozen=True, slots=True)
-class Link(Node):
+class SymbolicLink(Node):
     """A symbolic link."""
 
     target: str
@@ -90,7 +90,7 @@ class Folder(Node):
 
 
 @dataclass(frozen=True, slots=True)
-class Missing(Node):
+class NoNode(Node):
     """Nothing."""
 
     def make(self, path: Path) -> None:

@@ -26,15 +26,15 @@ class Global:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class PickledCall:
     """The result of a call."""
 
-    callee: Global | Call
+    callee: Global | PickledCall
     args: tuple[Any, ...]
     """Of None, ints, strings, bytes, tuples, empty dicts, globals and calls."""
 
 
-def pickled(code: bytes, protocol: int) -> bytes:
+def assemble_pickle(code: bytes, protocol: int) -> bytes:
     """The whole pickle whose value is what `code` leaves on the stack."""
     head = pickle.PROTO + bytes([protocol]) if protocol >= 2 else b""
     return head + code + pickle.STOP
@@ -42,7 +42,7 @@ def pickled(code: bytes, protocol: int) -> bytes:
 
 def code_of(value: object, protocol: int) -> bytes:
     """The opcodes of an expression. Raises TypeError for what is none."""
-    if isinstance(value, Call):
+    if isinstance(value, PickledCall):
         return code_of(value.callee, protocol) + code_of(value.args, protocol) + pickle.REDUCE
     if isinstance(value, Global):
         return global_code(value, protocol)
@@ -96,7 +96,7 @@ def long_code(value: int) -> bytes:
 def _bytes_code(value: bytes, protocol: int) -> bytes:
     if protocol < 3:  # as picklers do, which had no opcode for bytes
         encode = Global("_codecs", "encode")
-        return code_of(Call(encode, (value.decode("latin1"), "latin1")), protocol)
+        return code_of(PickledCall(encode, (value.decode("latin1"), "latin1")), protocol)
     return pickle.BINBYTES + struct.pack("<I", len(value)) + value
 
 

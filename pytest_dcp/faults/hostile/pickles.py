@@ -16,9 +16,15 @@ from pathlib import Path
 
 from pytest_dcp.faults.hostile.folders import Hostile
 from pytest_dcp.faults.hostile.gadgets import gadgets
-from pytest_dcp.faults.hostile.metadata import Good, moved, with_pickle
-from pytest_dcp.faults.hostile.nodes import Content, Missing, Node
-from pytest_dcp.faults.hostile.pickle_opcodes import Global, global_code, long_code, pickled, split
+from pytest_dcp.faults.hostile.metadata import Good, move_entry, with_pickle
+from pytest_dcp.faults.hostile.nodes import Content, Node, NoNode
+from pytest_dcp.faults.hostile.pickle_opcodes import (
+    Global,
+    assemble_pickle,
+    global_code,
+    long_code,
+    split,
+)
 
 BOMB_BYTES = 1 << 31
 """What a bomb takes at least."""
@@ -40,7 +46,7 @@ def malicious_pickles(
     for place, carry in _whole(good).items():
         for gadget in found:
             for protocol in gadget.protocols:
-                nodes = carry(pickled(gadget.code(protocol, 0), protocol))
+                nodes = carry(assemble_pickle(gadget.code(protocol, 0), protocol))
                 name = f"{gadget.name}, protocol {protocol}, as {place}"
                 yield Hostile(name, gadget.harm, good.folder, nodes)
     for place in PARTS:
@@ -62,7 +68,7 @@ def memory_bombs(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
     for place, carry in _whole(good).items():
         for name, code in BOMBS.items():
             harm = f"takes {BOMB_BYTES} bytes or more"
-            yield Hostile(f"{name} as {place}", harm, good.folder, carry(pickled(code, 4)))
+            yield Hostile(f"{name} as {place}", harm, good.folder, carry(assemble_pickle(code, 4)))
 
 
 # ---- places
@@ -73,7 +79,7 @@ def _whole(good: Good) -> dict[str, Callable[[bytes], Nodes]]:
     found: dict[str, Callable[[bytes], Nodes]] = {
         ".metadata": lambda data: {".metadata": Content(data)},
         "the metadata of rank 0": lambda data: {
-            ".metadata": Missing(),
+            ".metadata": NoNode(),
             "__0.metadata": Content(data),
         },
         "the pickle of a tensor": _as_entry(good, good.tensor),
@@ -92,7 +98,7 @@ def _as_entry(good: Good, fqn: str) -> Callable[[bytes], Nodes]:
 def _instead(good: Good, fqn: str, entry: bytes) -> Nodes:
     """The key's first entry is another one, in a file of its own."""
     metadata = good.copy()
-    moved(metadata, fqn, _FILE, len(entry))
+    move_entry(metadata, fqn, _FILE, len(entry))
     return {".metadata": Content(pickle.dumps(metadata)), _FILE: Content(entry)}
 
 
@@ -113,7 +119,7 @@ def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
     elif place == "a tensor's properties":
         entries[good.tensor].properties = _HOLE  # type: ignore[union-attr]  # no tensor's
     elif place == "a file's name":
-        moved(metadata, good.tensor, _HOLE, 1)
+        move_entry(metadata, good.tensor, _HOLE, 1)
     else:
         entries[_HOLE] = entries.pop(good.tensor)
     return split(pickle.dumps(metadata, protocol), _HOLE)

@@ -32,7 +32,7 @@ class FaultyFileSystem(FileSystemBase):
         self._inner = inner
         self._injector = injector
         self._registry = Registry()
-        # One root above every path, whatever its scheme: see `_spelled`.
+        # One root above every path, whatever its scheme: see `_spell_path`.
         self._watcher = _StoreWatcher(injector)
         self._registry.add(Watch(("/",), self._watcher, injector.rank, observing=False))
 
@@ -46,8 +46,8 @@ class FaultyFileSystem(FileSystemBase):
         """The inner file system's stream, each read and write an operation."""
         kind: OperationKind = "create" if "w" in mode or "x" in mode else "open"
         opened = self._inner.create_stream(path, mode)
-        stream = self._do(Operation(kind, _spelled(path)), opened.__enter__)
-        faulty = FaultyStream(stream, lambda op, act: self._perform(op, act), _spelled(path))
+        stream = self._do(Operation(kind, _spell_path(path)), opened.__enter__)
+        faulty = FaultyStream(stream, lambda op, act: self._perform(op, act), _spell_path(path))
         try:
             yield cast(io.IOBase, faulty)
         except BaseException as error:
@@ -55,7 +55,7 @@ class FaultyFileSystem(FileSystemBase):
                 if not opened.__exit__(type(error), error, error.__traceback__):
                     raise
         else:
-            close = Operation("close", _spelled(path))
+            close = Operation("close", _spell_path(path))
             self._do(close, lambda: opened.__exit__(None, None, None))
 
     def concat_path(self, path: Where, suffix: str) -> Where:
@@ -68,12 +68,12 @@ class FaultyFileSystem(FileSystemBase):
 
     def rename(self, path: Where, new_path: Where) -> None:
         """An operation `rename`."""
-        operation = Operation("rename", _spelled(path), to=_spelled(new_path))
+        operation = Operation("rename", _spell_path(path), to=_spell_path(new_path))
         self._do(operation, lambda: self._inner.rename(path, new_path))
 
     def mkdir(self, path: Where) -> None:
         """An operation `make_folder`."""
-        self._do(Operation("make_folder", _spelled(path)), lambda: self._inner.mkdir(path))
+        self._do(Operation("make_folder", _spell_path(path)), lambda: self._inner.mkdir(path))
 
     def exists(self, path: Where) -> bool:
         """As the inner one: no operation."""
@@ -82,7 +82,7 @@ class FaultyFileSystem(FileSystemBase):
 
     def rm_file(self, path: Where) -> None:
         """An operation `remove`."""
-        self._do(Operation("remove", _spelled(path)), lambda: self._inner.rm_file(path))
+        self._do(Operation("remove", _spell_path(path)), lambda: self._inner.rm_file(path))
 
     def ls(self, path: Where) -> list[str]:
         """An operation `list`; for file systems that have one."""
@@ -90,9 +90,9 @@ class FaultyFileSystem(FileSystemBase):
 
         def list_it() -> list[str]:
             names: list[str] = inner.ls(path)
-            return self._watcher.note(_spelled(path), names)
+            return self._watcher.note(_spell_path(path), names)
 
-        listed: list[str] = self._do(Operation("list", _spelled(path)), list_it)
+        listed: list[str] = self._do(Operation("list", _spell_path(path)), list_it)
         return listed
 
     @classmethod
@@ -103,7 +103,7 @@ class FaultyFileSystem(FileSystemBase):
     @contextmanager
     def observed(self, folder: Where, watcher: Watcher, rank: int) -> Iterator[None]:
         """Let a watcher see what is done below the folder, until the block ends; it only looks."""
-        watch = Watch((_spelled(folder),), watcher, rank, observing=True)
+        watch = Watch((_spell_path(folder),), watcher, rank, observing=True)
         self._registry.add(watch)
         try:
             yield
@@ -260,7 +260,7 @@ class _StoreWatcher:
         return paths
 
 
-def _spelled(path: Where) -> str:
+def _spell_path(path: Where) -> str:
     """The path under the one root of all: `memory://a/b` is `/memory://a/b`."""
     text = os.fspath(path).rstrip("/")
     return text if text.startswith("/") else f"/{text}"

@@ -38,7 +38,9 @@ class Wrappers:
         """
         kind = type(inner)
         faulty: type = types.new_class(
-            f"Faulty{kind.__name__}", (kind,), exec_body=lambda space: space.update(_named(kind))
+            f"Faulty{kind.__name__}",
+            (kind,),
+            exec_body=lambda space: space.update(_hooks_by_name(kind)),
         )
         outer: T = copy.copy(inner) if not hasattr(inner, "__dict__") else object.__new__(faulty)
         if hasattr(inner, "__dict__"):
@@ -106,7 +108,7 @@ class _Inside(threading.local):
             self.objects.discard(id(owner))
 
 
-def _named(kind: type) -> dict[str, Any]:
+def _hooks_by_name(kind: type) -> dict[str, Any]:
     names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
     return names if "__dict__" in dir(kind) else names | {"__slots__": ()}
 

@@ -34,7 +34,7 @@ class FaultyStorageWriter(StorageWriter):
 
     def __init__(self, fail_conf: FailConf) -> None:
         super().__init__()
-        self.fail_conf = checked(fail_conf, WRITER_KEYS)
+        self.fail_conf = check_fail_conf(fail_conf, WRITER_KEYS)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing."""
@@ -74,7 +74,7 @@ class FaultyStorageReader(StorageReader):
     def __init__(self, metadata: Metadata, fail_conf: FailConf) -> None:
         super().__init__()
         self.metadata = metadata
-        self.fail_conf = checked(fail_conf, READER_KEYS)
+        self.fail_conf = check_fail_conf(fail_conf, READER_KEYS)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing."""
@@ -112,7 +112,7 @@ class FaultyStorageReader(StorageReader):
         return True
 
 
-def checked(fail_conf: FailConf, keys: Sequence[str]) -> FailConf:
+def check_fail_conf(fail_conf: FailConf, keys: Sequence[str]) -> FailConf:
     """The configuration; raises ValueError for a `fail_` key that no hook would look at.
 
     Other keys are the test's own business.

@@ -141,20 +141,20 @@ class Raise(_Failing):
     when: When = "before"
 
     def error(self, moment: Moment) -> BaseException:
-        return thrown(self.exception, moment)
+        return copy_to_throw(self.exception, moment)
 
     def __repr__(self) -> str:
-        return f"Raise(exception={_shown(self.exception)}, when={self.when!r})"
+        return f"Raise(exception={_describe(self.exception)}, when={self.when!r})"
 
 
-def thrown(exception: BaseException | type[BaseException], moment: Moment) -> BaseException:
+def copy_to_throw(exception: BaseException | type[BaseException], moment: Moment) -> BaseException:
     """The exception, ready to be raised once more."""
     if isinstance(exception, BaseException):
         return exception.with_traceback(None)
     return exception(f"injected at {moment}")
 
 
-def _shown(exception: BaseException | type[BaseException]) -> str:
+def _describe(exception: BaseException | type[BaseException]) -> str:
     return exception.__qualname__ if isinstance(exception, type) else repr(exception)
 
 
@@ -200,10 +200,10 @@ class LostReply(Fault):
     exception: BaseException | type[BaseException] = ConnectionResetError
 
     def after(self, moment: Moment) -> None:
-        raise thrown(self.exception, moment)
+        raise copy_to_throw(self.exception, moment)
 
     def __repr__(self) -> str:
-        return f"LostReply(exception={_shown(self.exception)})"
+        return f"LostReply(exception={_describe(self.exception)})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The tap: for a while, Python's functions that touch storage pass under the eyes of watchers.
 
-`watching` puts stand-ins in the place of the functions of `os` and of `open`; the last one to leave
-puts the functions back. Whatever does not touch a watched root falls straight through. What Python
-does not see (C extensions) is not seen here either; `mmap.mmap` of a watched file gives ENODEV,
-as on a storage that has no mappings, so that whoever can also read does that.
+`watch_operations` puts stand-ins in the place of the functions of `os` and of `open`; the last one
+to leave puts the functions back. Whatever does not touch a watched root falls straight through.
+What Python does not see (C extensions) is not seen here either; `mmap.mmap` of a watched file
+gives ENODEV, as on a storage that has no mappings, so that whoever can also read does that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_dcp.faults.tap import os_calls as calls
 from pytest_dcp.faults.tap.operation import Alternative, Replace, Shorten, Skip, Verdict
 from pytest_dcp.faults.tap.watches import REGISTRY, Watch, Watcher, roots_of
 
-__all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "watching"]
+__all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "watch_operations"]
 
 CAPABILITIES = (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks)
 """Sets of functions, which others ask what they may pass."""
@@ -32,7 +32,7 @@ _put_back: list[tuple[Any, str, Any]] = []
 
 
 @contextmanager
-def watching(
+def watch_operations(
     roots: Sequence[Path], watcher: Watcher, *, rank: int | None = None, observing: bool = False
 ) -> Iterator[None]:
     """Let the watcher see every operation on the roots and what is below, until the block ends.
@@ -65,13 +65,13 @@ def _install() -> None:
         for able in CAPABILITIES:
             if now in able:
                 able.add(stand_in)
-    _put(mmap, "mmap", _refusing(mmap.mmap))
+    _put(mmap, "mmap", _refusing_mmap(mmap.mmap))
     streams.real_open = builtins.open
     _put(io, "open", streams.open)
     _put(builtins, "open", streams.open)
 
 
-def _refusing(real: type[mmap.mmap]) -> type[mmap.mmap]:
+def _refusing_mmap(real: type[mmap.mmap]) -> type[mmap.mmap]:
     """The class, for files that nobody watches."""
 
     class Refusing(real):  # type: ignore[misc,valid-type]  # a class made on the way

@@ -57,7 +57,7 @@ class WatchedFile(io.FileIO):
         if known is None:
             super().close()
         else:
-            calls.closed(self.fileno(), known, super().close)
+            calls.close_known(self.fileno(), known, super().close)
 
     def _must(self, able: bool, what: str) -> None:
         if not able:
@@ -85,7 +85,7 @@ def open(
     if not binary and buffering == 0:
         raise ValueError("can't have unbuffered text I/O")
     raw_mode = mode.replace("b", "").replace("t", "")
-    raw = WatchedFile(file, raw_mode, closefd, opener or _opened)
+    raw = WatchedFile(file, raw_mode, closefd, opener or _open)
     try:
         return _over(raw, mode, buffering, encoding, errors, newline)
     except BaseException:
@@ -93,7 +93,7 @@ def open(
         raise
 
 
-def _opened(path: Any, flags: int) -> int:
+def _open(path: Any, flags: int) -> int:
     return calls.open(path, flags, 0o666)
 
 

@@ -61,10 +61,10 @@ def close(fd: int) -> Any:
     known = REGISTRY.descriptor(fd)
     if known is None:
         return real.close(fd)
-    return closed(fd, known, lambda: real.close(fd))
+    return close_known(fd, known, lambda: real.close(fd))
 
 
-def closed(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
+def close_known(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
     """Close a known descriptor by `act`."""
 
     def let_go() -> None:
@@ -103,14 +103,14 @@ def readv(fd: int, buffers: Sequence[Any]) -> int:
     known = REGISTRY.descriptor(fd)
     if known is None:
         return int(real.readv(fd, buffers))
-    return _scattered(_read(fd, known, _total(buffers), None), buffers)
+    return _scatter(_read(fd, known, _total(buffers), None), buffers)
 
 
 def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
     known = REGISTRY.descriptor(fd)
     if known is None:
         return int(real.preadv(fd, buffers, offset, flags))
-    return _scattered(_read(fd, known, _total(buffers), offset), buffers)
+    return _scatter(_read(fd, known, _total(buffers), offset), buffers)
 
 
 def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
@@ -128,7 +128,7 @@ def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
     return data
 
 
-def _scattered(data: bytes, buffers: Sequence[Any]) -> int:
+def _scatter(data: bytes, buffers: Sequence[Any]) -> int:
     left = memoryview(data)
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
@@ -193,7 +193,7 @@ def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | Non
 def sendfile(out_fd: int, in_fd: int, offset: int | None, count: int, *args: Any) -> int:
     if args or (REGISTRY.descriptor(out_fd) is None and REGISTRY.descriptor(in_fd) is None):
         return int(real.sendfile(out_fd, in_fd, offset, count, *args))
-    return _copied(in_fd, out_fd, count, offset, None)
+    return _copy_range(in_fd, out_fd, count, offset, None)
 
 
 def copy_file_range(
@@ -201,10 +201,10 @@ def copy_file_range(
 ) -> int:
     if REGISTRY.descriptor(src) is None and REGISTRY.descriptor(dst) is None:
         return int(real.copy_file_range(src, dst, count, offset_src, offset_dst))
-    return _copied(src, dst, count, offset_src, offset_dst)
+    return _copy_range(src, dst, count, offset_src, offset_dst)
 
 
-def _copied(src: int, dst: int, count: int, start: int | None, to: int | None) -> int:
+def _copy_range(src: int, dst: int, count: int, start: int | None, to: int | None) -> int:
     at = os.lseek(src, 0, os.SEEK_CUR) if start is None else start
     data = pread(src, min(count, 1 << 20), at)
     done = write(dst, data) if to is None else pwrite(dst, data, to)
@@ -217,14 +217,14 @@ def _copied(src: int, dst: int, count: int, start: int | None, to: int | None) -
 
 
 def fsync(fd: Any) -> Any:
-    _synced(fd, real.fsync)
+    _sync(fd, real.fsync)
 
 
 def fdatasync(fd: Any) -> Any:
-    _synced(fd, real.fdatasync)
+    _sync(fd, real.fdatasync)
 
 
-def _synced(fd: Any, function: Callable[[int], None]) -> Any:
+def _sync(fd: Any, function: Callable[[int], None]) -> Any:
     number = fd if isinstance(fd, int) else fd.fileno()
     known = REGISTRY.descriptor(number)
     if known is None:
@@ -261,16 +261,16 @@ def posix_fallocate(fd: int, offset: int, length: int) -> Any:
 def rename(
     src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
 ) -> None:
-    _moved(real.rename, src, dst, src_dir_fd, dst_dir_fd)
+    _move(real.rename, src, dst, src_dir_fd, dst_dir_fd)
 
 
 def replace(
     src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
 ) -> None:
-    _moved(real.replace, src, dst, src_dir_fd, dst_dir_fd)
+    _move(real.replace, src, dst, src_dir_fd, dst_dir_fd)
 
 
-def _moved(
+def _move(
     function: Callable[..., None], src: Any, dst: Any, src_fd: int | None, dst_fd: int | None
 ) -> Any:
     def act() -> None:
@@ -323,22 +323,22 @@ def symlink(
 
 
 def unlink(path: Any, *, dir_fd: int | None = None) -> Any:
-    _named("remove", real.unlink, path, dir_fd)
+    _call_on_name("remove", real.unlink, path, dir_fd)
 
 
 def remove(path: Any, *, dir_fd: int | None = None) -> Any:
-    _named("remove", real.remove, path, dir_fd)
+    _call_on_name("remove", real.remove, path, dir_fd)
 
 
 def rmdir(path: Any, *, dir_fd: int | None = None) -> Any:
-    _named("remove_folder", real.rmdir, path, dir_fd)
+    _call_on_name("remove_folder", real.rmdir, path, dir_fd)
 
 
 def mkdir(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> Any:
-    _named("make_folder", real.mkdir, path, dir_fd, mode)
+    _call_on_name("make_folder", real.mkdir, path, dir_fd, mode)
 
 
-def _named(
+def _call_on_name(
     kind: OperationKind, function: Callable[..., None], path: Any, dir_fd: int | None, *args: Any
 ) -> Any:
     if (place := REGISTRY.place(path, dir_fd)) is None:
@@ -347,13 +347,13 @@ def _named(
 
 
 def scandir(path: Any = ".") -> Any:
-    return _listed(real.scandir, path)
+    return _list(real.scandir, path)
 
 
 def listdir(path: Any = ".") -> Any:
-    return _listed(real.listdir, path)
+    return _list(real.listdir, path)
 
 
-def _listed(function: Callable[[Any], Any], path: Any) -> Any:
+def _list(function: Callable[[Any], Any], path: Any) -> Any:
     place = REGISTRY.place("." if path is None else path)
     return function(path) if place is None else _done(Operation("list", place), function, path)

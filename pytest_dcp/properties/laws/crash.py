@@ -17,7 +17,7 @@ from pytest_dcp.faults.crashes.recording import Desk, Folders, recording
 from pytest_dcp.properties.differences import Difference, differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.laws.steps import Folder, enter, save
-from pytest_dcp.properties.placed import Placed, emptied
+from pytest_dcp.properties.placed import Placed, empty_state
 from pytest_dcp.properties.subworlds import first_ranks, on_first_ranks, rank, world_size
 
 
@@ -46,7 +46,7 @@ def assert_overwrite_atomic(
 
     def finished() -> list[Difference]:
         # An engine that cannot load this either says nothing by refusing what a crash left.
-        target = emptied(new.full())
+        target = empty_state(new.full())
         with expected_warnings():
             dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
         return differences(target, new.full())
@@ -95,7 +95,7 @@ def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) ->
         for name, placed in (("new", new), ("old", old)):
             if placed is None or (name == "old" and state.returned):
                 continue
-            target = emptied(placed.full())
+            target = empty_state(placed.full())
             try:
                 with expected_warnings():
                     dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pytest_dcp.properties.differences import differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.meshes import MeshSpec
-from pytest_dcp.properties.placed import Placed, emptied
+from pytest_dcp.properties.placed import Placed, empty_state
 from pytest_dcp.properties.subworlds import Stages, check_room, first_ranks, on_first_ranks
 
 
@@ -66,7 +66,7 @@ def load_into(dcp: Engine, placed: Sized, folder: Folder, target: dict[str, Any]
 
 def blank(placed: Placed) -> dict[str, Any]:
     """A new state dict of this rank with no value of the state left in it."""
-    emptied_state: dict[str, Any] = emptied(placed.state())
+    emptied_state: dict[str, Any] = empty_state(placed.state())
     return emptied_state
 
 

@@ -65,7 +65,7 @@ class StorageTests:
                 near = difflib.get_close_matches(name, [n for n in dir(cls) if n[:5] == "test_"])
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{cls.__name__}.known_failures: there is no test {name!r}{hint}")
-            setattr(cls, name, _failing(getattr(cls, name), reason))
+            setattr(cls, name, _expect_failure(getattr(cls, name), reason))
 
     def needs_files(self) -> None:
         """Skip the test where the storage keeps no files."""
@@ -90,7 +90,7 @@ class StorageTests:
             raise
 
 
-def _failing(test: Any, reason: str) -> Any:
+def _expect_failure(test: Any, reason: str) -> Any:
     @functools.wraps(test)
     def copy(*args: Any, **kwargs: Any) -> Any:
         return test(*args, **kwargs)

@@ -17,7 +17,7 @@ from pytest_dcp.properties.laws.round_trips import (
     assert_partial_load,
     assert_round_trip,
 )
-from pytest_dcp.properties.state_dicts import StateSpec, Tied, state_dicts
+from pytest_dcp.properties.state_dicts import SameTensor, StateSpec, state_dicts
 from pytest_dcp.properties.suite.base import StorageTests
 from pytest_dcp.properties.tensors import TensorSpec
 
@@ -73,7 +73,7 @@ class ContentTests(StorageTests):
 
     def test_tied_tensors(self, tmp_path: Path) -> None:
         """Two names of one tensor come back."""
-        state = StateSpec({"w": TensorSpec((3,)), "tied": Tied("w")})
+        state = StateSpec({"w": TensorSpec((3,)), "tied": SameTensor("w")})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_tiny_entries(self, tmp_path: Path) -> None:

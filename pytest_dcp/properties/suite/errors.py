@@ -13,7 +13,7 @@ from pytest_dcp.checkpoint.default_planner import DefaultLoadPlanner, DefaultSav
 from pytest_dcp.properties.differences import differences
 from pytest_dcp.properties.laws.engine import expected_warnings
 from pytest_dcp.properties.laws.round_trips import assert_round_trip
-from pytest_dcp.properties.placed import emptied
+from pytest_dcp.properties.placed import empty_state
 from pytest_dcp.properties.state_dicts import StateSpec
 from pytest_dcp.properties.suite.base import StorageTests, files_of
 from pytest_dcp.properties.tensors import TensorSpec
@@ -46,7 +46,7 @@ class ErrorTests(StorageTests):
     """Failures in one process."""
 
     def _loads(self, state: StateSpec, folder: Path) -> None:
-        target = emptied(state.build())
+        target = empty_state(state.build())
         with expected_warnings():
             self.dcp.load(target, checkpoint_id=folder)
         assert not differences(target, state.build())
@@ -93,7 +93,7 @@ class ErrorTests(StorageTests):
             content = path.read_bytes()
             path.unlink()
             with expected_warnings(), pytest.raises(ERRORS):
-                self.dcp.load(emptied(OLD.build()), checkpoint_id=tmp_path / "whole")
+                self.dcp.load(empty_state(OLD.build()), checkpoint_id=tmp_path / "whole")
             path.write_bytes(content)
         self._loads(OLD, tmp_path / "whole")
 
@@ -106,7 +106,7 @@ class ErrorTests(StorageTests):
             for part in (0, len(content) // 4, len(content) // 2):
                 path.write_bytes(content[:part])
                 with expected_warnings(), pytest.raises(ERRORS):
-                    self.dcp.load(emptied(OLD.build()), checkpoint_id=tmp_path)
+                    self.dcp.load(empty_state(OLD.build()), checkpoint_id=tmp_path)
             path.write_bytes(content)
 
     def test_flipped_bits(self, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ class ErrorTests(StorageTests):
         assert not wrong
 
     def _silently_wrong(self, folder: Path) -> list[str]:
-        target = emptied(OLD.build())
+        target = empty_state(OLD.build())
         try:
             with expected_warnings():
                 self.dcp.load(target, checkpoint_id=folder)

@@ -11,7 +11,7 @@ from pytest_dcp.properties.differences import assert_state_dict_equal
 from pytest_dcp.properties.laws.engine import expected_warnings
 from pytest_dcp.properties.laws.round_trips import assert_round_trip
 from pytest_dcp.properties.laws.saves import assert_idempotent_save
-from pytest_dcp.properties.placed import emptied
+from pytest_dcp.properties.placed import empty_state
 from pytest_dcp.properties.state_dicts import StateSpec
 from pytest_dcp.properties.suite.base import StorageTests, files_of
 from pytest_dcp.properties.tensors import TensorSpec
@@ -55,7 +55,7 @@ class OverwritingTests(StorageTests):
         writer, reader = self.make_writer(tmp_path), self.make_reader(tmp_path)
         place = self.checkpoint_id(tmp_path)
         for state in (SMALL, *OTHERS.values(), SMALL):
-            target = emptied(state.build())
+            target = empty_state(state.build())
             with expected_warnings():
                 self.engine.save(state.build(), storage_writer=writer, checkpoint_id=place)
                 self.engine.load(target, storage_reader=reader, checkpoint_id=place)
@@ -67,7 +67,7 @@ class OverwritingTests(StorageTests):
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
         def loaded(number: int) -> None:
-            target = emptied(state.build())
+            target = empty_state(state.build())
             self.dcp.load(target, checkpoint_id=tmp_path)
             assert_state_dict_equal(target, state.build())
 

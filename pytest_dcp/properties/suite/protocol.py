@@ -54,7 +54,9 @@ class ProtocolTests(StorageTests):
     def test_write_results(self, tmp_path: Path) -> None:
         """write_data gives a result for each item."""
         writer = self.make_writer(tmp_path / "checkpoint")
-        plan, results, _ = _written(writer, self.checkpoint_id(tmp_path / "checkpoint"))
+        plan, results, _ = _write_without_finish(
+            writer, self.checkpoint_id(tmp_path / "checkpoint")
+        )
         assert all(isinstance(result, WriteResult) for result in results)
         assert {result.index for result in results} == {item.index for item in plan.items}
         assert all(result.size_in_bytes > 0 for result in results)
@@ -63,7 +65,7 @@ class ProtocolTests(StorageTests):
         """Nothing is there to read before finish."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
-        _, results, metadata = _written(writer, self.checkpoint_id(place))
+        _, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
         try:
             found: Any = self.make_reader(place).read_metadata()
         except Exception:  # noqa: BLE001  # a storage says in its own way that nothing is there
@@ -77,7 +79,7 @@ class ProtocolTests(StorageTests):
         """The metadata is read as it was finished."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
-        plan, results, metadata = _written(writer, self.checkpoint_id(place))
+        plan, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
         writer.finish(metadata, [results])
         read = self.make_reader(place).read_metadata()
         assert isinstance(read, Metadata)
@@ -89,7 +91,7 @@ class ProtocolTests(StorageTests):
         """Data are read as they were written."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
-        _, results, metadata = _written(writer, self.checkpoint_id(place))
+        _, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
         writer.finish(metadata, [results])
         reader = self.make_reader(place)
         reader.reset(self.checkpoint_id(place))
@@ -126,7 +128,7 @@ def _set_up(writer: StorageWriter) -> None:
     writer.set_up_storage_writer(True)
 
 
-def _written(
+def _write_without_finish(
     writer: StorageWriter, place: Id, state: dict[str, Any] | None = None
 ) -> tuple[SavePlan, list[WriteResult], Metadata]:
     """Everything of a save but `finish`: the plan, the results and the metadata to be."""
@@ -144,5 +146,5 @@ def _written(
 
 
 def _save(writer: StorageWriter, place: Id, state: dict[str, Any]) -> None:
-    _, results, metadata = _written(writer, place, state)
+    _, results, metadata = _write_without_finish(writer, place, state)
     writer.finish(metadata, [results])

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.plan.index import Index
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
@@ -164,14 +164,14 @@ def planner_data(draw: st.DrawFn, keys: list[str]) -> Any:
     return found | draw(st.dictionaries(fqns, paths, max_size=1))
 
 
-def _places(rows: list[_Row], block_bytes: int) -> Places:
+def _places(rows: list[_Row], block_bytes: int) -> EntryPlaces:
     files = sorted({row.file for row in rows if row.file is not None})
 
     def column(name: str, dtype: type) -> Any:
         return np.array([getattr(row, name) for row in rows], dtype=dtype)
 
     first_sum = np.concatenate([[0], column("sums", np.int64).cumsum()]).astype(np.int64)
-    return Places(
+    return EntryPlaces(
         files=tuple(files),
         file=np.array([-1 if r.file is None else files.index(r.file) for r in rows], np.int32),
         start=column("start", np.int64),

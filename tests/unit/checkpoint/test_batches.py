@@ -14,12 +14,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, Places
-from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally
+from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
+from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader
 from pytest_dcp._engine.io.copy_plan import Copies
 from pytest_dcp._engine.io.progress_observer import Observer, Progress
-from pytest_dcp._engine.io.small_reads import AT_A_TIME, BATCH, FEW, Kind, read_together, stretches
-from pytest_dcp._engine.io.threads import Stop, Stopped
+from pytest_dcp._engine.io.small_reads import (
+    AT_A_TIME,
+    BATCH,
+    FEW,
+    ReadKind,
+    read_together,
+    stretches,
+)
+from pytest_dcp._engine.io.threads import StopFlag, Stopped
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -69,7 +76,7 @@ class Part:
             sums += [crc32(some[: at + BLOCK_BYTES]) for at in range(0, len(some), BLOCK_BYTES)]
             first.append(len(sums))
         start = np.cumsum(lengths) - lengths
-        places = Places(
+        places = EntryPlaces(
             files=("f",),
             file=np.zeros(count, np.int32),
             start=start,
@@ -97,7 +104,7 @@ class Part:
         )
 
     def reader(self, file: FakeIn, verify: str = "auto") -> RangeReader:
-        return RangeReader(file, "f", self.catalog, verify, Observer("load"), Stop())  # type: ignore[arg-type]
+        return RangeReader(file, "f", self.catalog, verify, Observer("load"), StopFlag())  # type: ignore[arg-type]
 
     def file(self, **options: int) -> FakeIn:
         return FakeIn(b"".join(self.data), **{"maps": False, **options})
@@ -116,17 +123,17 @@ def _entry(size: int) -> TensorStorageMetadata:
 
 @pytest.mark.parametrize("maps", [True, False])
 @pytest.mark.parametrize("short", [0, 1, 3])
-@pytest.mark.parametrize("kind", [Kind.BLOCK, Kind.UNCHECKED])
+@pytest.mark.parametrize("kind", [ReadKind.BLOCK, ReadKind.UNCHECKED])
 def test_what_comes_short_once_is_read_again_and_counted_once(
-    maps: bool, short: int, kind: Kind
+    maps: bool, short: int, kind: ReadKind
 ) -> None:
     part = Part([SMALL + n % 7 for n in range(BATCH + AT_A_TIME + 3)])
     file = part.file(maps=maps, short=short)
-    reader = part.reader(file, "auto" if kind is Kind.BLOCK else "off")
+    reader = part.reader(file, "auto" if kind is ReadKind.BLOCK else "off")
     read_together(reader, part.copies, part.rows, kind, WINDOW_BYTES)
     nbytes = len(file.content)
     assert part.is_right
-    assert reader.tally == Tally(nbytes, nbytes if kind is Kind.BLOCK else 0)
+    assert reader.tally == ByteCounts(nbytes, nbytes if kind is ReadKind.BLOCK else 0)
     assert reader.observer.done_bytes == nbytes
     assert ("rows" in file.calls) is not maps
 
@@ -134,7 +141,7 @@ def test_what_comes_short_once_is_read_again_and_counted_once(
 def test_what_has_no_sums_is_not_mapped_and_asked_for_by_one_call() -> None:
     part = Part([SMALL] * BATCH, summed=False)
     file = part.file(maps=True)
-    read_together(part.reader(file), part.copies, part.rows, Kind.UNCHECKED, WINDOW_BYTES)
+    read_together(part.reader(file), part.copies, part.rows, ReadKind.UNCHECKED, WINDOW_BYTES)
     assert part.is_right
     assert file.calls == ["rows"]
 
@@ -145,7 +152,7 @@ def test_damage_is_named_by_entry_and_offset(maps: bool) -> None:
     file = part.file(maps=maps)
     file.content = file.content[: 70 * SMALL + 5] + b"?" + file.content[70 * SMALL + 6 :]
     with pytest.raises(CheckpointCorruptError, match="checksum differs") as caught:
-        read_together(part.reader(file), part.copies, part.rows, Kind.BLOCK, WINDOW_BYTES)
+        read_together(part.reader(file), part.copies, part.rows, ReadKind.BLOCK, WINDOW_BYTES)
     assert (caught.value.entry, caught.value.offset) == ("0070", 70 * SMALL)
 
 
@@ -155,7 +162,7 @@ def test_a_file_that_ends_early_is_named_where_it_ends(summed: bool) -> None:
     file = part.file(maps=True)
     file.content = file.content[: 70 * SMALL + 5]
     file.size = len(file.content)
-    kind = Kind.BLOCK if summed else Kind.UNCHECKED
+    kind = ReadKind.BLOCK if summed else ReadKind.UNCHECKED
     with pytest.raises(CheckpointCorruptError, match="ends here") as caught:
         read_together(part.reader(file), part.copies, part.rows, kind, WINDOW_BYTES)
     assert (caught.value.entry, caught.value.offset) == ("0070", 70 * SMALL + 5)
@@ -166,35 +173,35 @@ def test_no_more_than_some_are_read_between_two_looks_at_whether_to_go_on() -> N
     seen: list[Progress] = []
     reader = part.reader(part.file())
     reader.observer = Observer("load", progress=seen.append, every_s=0.0)
-    read_together(reader, part.copies, part.rows, Kind.BLOCK, WINDOW_BYTES)
+    read_together(reader, part.copies, part.rows, ReadKind.BLOCK, WINDOW_BYTES)
     assert [one.done_bytes // SMALL for one in seen] == list(range(AT_A_TIME, BATCH + 1, AT_A_TIME))
     reader.stop.set()
     with pytest.raises(Stopped):
-        read_together(reader, part.copies, part.rows, Kind.BLOCK, WINDOW_BYTES)
+        read_together(reader, part.copies, part.rows, ReadKind.BLOCK, WINDOW_BYTES)
 
 
 @pytest.mark.parametrize(
     ("sizes", "verify", "expected"),
     [
-        ([SMALL] * 3, "auto", [(Kind.BLOCK, 3)]),
-        ([SMALL] * 3, "off", [(Kind.UNCHECKED, 3)]),
-        ([LARGE] * 3, "off", [(Kind.ALONE, 3)]),
-        ([SMALL, LARGE] * 3, "auto", [(Kind.ALONE, 6)]),
+        ([SMALL] * 3, "auto", [(ReadKind.BLOCK, 3)]),
+        ([SMALL] * 3, "off", [(ReadKind.UNCHECKED, 3)]),
+        ([LARGE] * 3, "off", [(ReadKind.ALONE, 3)]),
+        ([SMALL, LARGE] * 3, "auto", [(ReadKind.ALONE, 6)]),
         (
             [*[SMALL] * FEW, LARGE, *[SMALL] * (FEW - 1), LARGE, *[SMALL] * (FEW + 1)],
             "full",
             [
-                (Kind.BLOCK, FEW),
-                (Kind.ALONE, 1),
-                (Kind.BLOCK, FEW - 1),
-                (Kind.ALONE, 1),
-                (Kind.BLOCK, FEW + 1),
+                (ReadKind.BLOCK, FEW),
+                (ReadKind.ALONE, 1),
+                (ReadKind.BLOCK, FEW - 1),
+                (ReadKind.ALONE, 1),
+                (ReadKind.BLOCK, FEW + 1),
             ],
         ),
     ],
 )
 def test_parts_stay_in_the_files_order(
-    sizes: list[int], verify: str, expected: list[tuple[Kind, int]]
+    sizes: list[int], verify: str, expected: list[tuple[ReadKind, int]]
 ) -> None:
     part = Part(sizes)
     found = list(stretches(part.catalog, part.copies, part.rows, verify))  # type: ignore[arg-type]

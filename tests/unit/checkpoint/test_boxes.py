@@ -10,11 +10,11 @@ from pytest_dcp._engine.plan.boxes import (
     intersect,
     out_of_bounds,
     overlapping_pairs,
-    padded,
+    pad_rows,
     spans,
     strides_of,
     volumes,
-    widened,
+    widen_table,
 )
 
 tensors = shapes()
@@ -22,14 +22,14 @@ several = tensors.flatmap(lambda shape: st.lists(boxes_in(shape), max_size=7))
 
 
 def columns(boxes: list[Box], rank: int) -> tuple[np.ndarray, np.ndarray]:
-    return padded([b[0] for b in boxes], rank, 0), padded([b[1] for b in boxes], rank, 1)
+    return pad_rows([b[0] for b in boxes], rank, 0), pad_rows([b[1] for b in boxes], rank, 1)
 
 
 @fewer(3)
 @given(st.lists(shapes(), max_size=5), st.integers(0, 2), st.integers(-1, 9))
 def test_padded_rows_are_the_rows_filled_up_on_the_right(rows, more, fill):
     rank = max(map(len, rows), default=0) + more
-    table = padded(rows, rank, fill)
+    table = pad_rows(rows, rank, fill)
     assert table.shape == (len(rows), rank)
     assert table.dtype == np.int64
     assert table.tolist() == [[*row, *[fill] * (rank - len(row))] for row in rows]
@@ -39,8 +39,8 @@ def test_padded_rows_are_the_rows_filled_up_on_the_right(rows, more, fill):
 @given(st.lists(shapes(), min_size=1, max_size=5), st.integers(0, 3))
 def test_widening_a_table_is_padding_the_rows_to_more_columns(rows, more):
     rank = max(map(len, rows))
-    wide = widened(padded(rows, rank, 7), rank + more, 7)
-    assert np.array_equal(wide, padded(rows, rank + more, 7))
+    wide = widen_table(pad_rows(rows, rank, 7), rank + more, 7)
+    assert np.array_equal(wide, pad_rows(rows, rank + more, 7))
 
 
 @fewer(3)
@@ -81,7 +81,7 @@ def test_a_box_is_out_of_bounds_when_an_element_or_its_corner_lies_outside(data,
         0 <= at <= n for at, n in zip(corners, [*size, *size], strict=True)
     )
     table = columns([(offset, sides)], 3)
-    assert out_of_bounds(*table, padded([size], 3, 1)).tolist() == [not inside]
+    assert out_of_bounds(*table, pad_rows([size], 3, 1)).tolist() == [not inside]
 
 
 @fewer(3)

@@ -19,7 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.plan.containers import Description, describe, description_of, merged
+from pytest_dcp._engine.plan.containers import (
+    Description,
+    describe,
+    description_of,
+    merge_descriptions,
+)
 from pytest_dcp._engine.plan.nested import as_saved, as_saved_path, flatten, set_element
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
@@ -180,7 +185,7 @@ def test_descriptions_of_ranks_are_merged() -> None:
     two = describe([(("a",), {2: 1}), (("c",), OrderedDict(x=1)), (("k",), {1.5: 1})])
     assert one is not None
     assert two is not None
-    text = merged([one, two, one])
+    text = merge_descriptions([one, two, one])
     root = {"a": {"2": 1}, "b": {"1": 1}, "c": {"x": 1}, "k": {"None": 1, "1.5": 2}}
     found = Description(text).rebuilt(root, lambda _: True, trusted=False)
     assert found == {"a": {"2": 1}, "b": {1: 1}, "c": OrderedDict(x=1), "k": {None: 1, 1.5: 2}}

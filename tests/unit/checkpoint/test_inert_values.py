@@ -29,7 +29,7 @@ import torch
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import python_values as values
 from pytest_dcp._engine.format.entry import pickle_of, records_of, value_entry
-from pytest_dcp._engine.format.python_values import decoded, encoded, inert, refusal_of
+from pytest_dcp._engine.format.python_values import decode_value, encode_value, inert, refusal_of
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -116,30 +116,30 @@ def alike(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("value", INERT, ids=lambda value: f"{type(value).__name__}")
 def test_an_inert_value_comes_back_by_default(value: Any) -> None:
-    entry = encoded(("in a tuple", [value]))
-    assert alike(decoded(entry), ("in a tuple", [value]))
-    assert alike(decoded(encoded(value)), value)
-    assert refusal_of(value, encoded(value)) is None
+    entry = encode_value(("in a tuple", [value]))
+    assert alike(decode_value(entry), ("in a tuple", [value]))
+    assert alike(decode_value(encode_value(value)), value)
+    assert refusal_of(value, encode_value(value)) is None
 
 
 def test_an_array_can_be_changed_and_two_names_of_one_stay_one() -> None:
     shared = np.arange(3)
-    one, other = decoded(encoded((shared, shared)))
+    one, other = decode_value(encode_value((shared, shared)))
     one[0] = 9
     assert other[0] == 9
 
 
 def test_arrays_of_numpy_1_are_read() -> None:
     data = pickle.dumps(np.arange(3), 2).replace(b"numpy._core", b"numpy.core")
-    assert alike(decoded(value_entry(data)), np.arange(3))
+    assert alike(decode_value(value_entry(data)), np.arange(3))
     data = pickle.dumps(np.float32(1), 2).replace(b"numpy._core", b"numpy.core")
-    assert alike(decoded(value_entry(data)), np.float32(1))
+    assert alike(decode_value(value_entry(data)), np.float32(1))
 
 
 def test_a_stream_is_read_from_where_it_stood() -> None:
     stream = io.BytesIO(b"abcdef")
     stream.seek(2)
-    assert decoded(encoded(stream)).read() == b"cdef"
+    assert decode_value(encode_value(stream)).read() == b"cdef"
 
 
 # ---- tensors within values
@@ -148,7 +148,7 @@ def test_a_stream_is_read_from_where_it_stood() -> None:
 def test_tensors_within_values_come_back_and_share_their_storage() -> None:
     base = torch.arange(6.0)
     value = (base[1:3], base, base.reshape(2, 3).t(), torch.nn.Parameter(base[:2].clone()))
-    view, whole, turned, parameter = decoded(encoded(value))
+    view, whole, turned, parameter = decode_value(encode_value(value))
     whole[1] = 50
     assert view[0] == 50
     assert turned.stride() == (1, 3)
@@ -173,7 +173,7 @@ def test_tensors_within_values_come_back_and_share_their_storage() -> None:
     ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
 )
 def test_every_kind_of_plain_tensor_within_a_value(tensor: torch.Tensor) -> None:
-    (found,) = decoded(encoded((tensor,)))
+    (found,) = decode_value(encode_value((tensor,)))
     assert found.dtype == tensor.dtype
     assert found.requires_grad == tensor.requires_grad
     assert found.is_conj() == tensor.is_conj()
@@ -183,13 +183,13 @@ def test_every_kind_of_plain_tensor_within_a_value(tensor: torch.Tensor) -> None
 
 
 def test_a_tensor_beyond_its_storage_is_refused() -> None:
-    entry = bytearray(encoded((torch.arange(4, dtype=torch.uint8),)))
+    entry = bytearray(encode_value((torch.arange(4, dtype=torch.uint8),)))
     data = bytes(entry)
     # The number of elements in the storage's reference and the shape are both BININT1 4.
     longer = data.replace(b"K\x04tq", b"K\x09tq").replace(b"K\x04\x85", b"K\x09\x85")
     assert longer != data
     with pytest.raises(CheckpointCorruptError):
-        decoded(longer)
+        decode_value(longer)
 
 
 # ---- classes of the user's
@@ -231,8 +231,8 @@ def test_save_names_what_load_refuses_and_load_refuses_it(tmp_path: Path, value:
     assert "'train.value', a tuple: " in text
     assert "fine" not in text
     with pytest.raises(UntrustedPickleError, match="add_safe_globals"):
-        decoded(encoded(value))
-    assert str(decoded(encoded(value), weights_only=False)) == str(value) or isinstance(
+        decode_value(encode_value(value))
+    assert str(decode_value(encode_value(value), weights_only=False)) == str(value) or isinstance(
         value, Slotted
     )
 
@@ -244,7 +244,7 @@ def test_a_class_that_the_user_allows_is_read_and_not_warned_of(value: Any, tmp_
             warnings.simplefilter("always")
             dcp.save({"v": value}, checkpoint_id=tmp_path)
         assert not [w for w in caught if "refused by load" in str(w.message)]
-        found = decoded(encoded(value))
+        found = decode_value(encode_value(value))
     assert type(found) is type(value)
     if isinstance(value, Slotted):
         assert found.x == value.x
@@ -266,12 +266,12 @@ def test_plain_and_inert_values_are_not_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [*INERT, *OWN], ids=lambda value: type(value).__name__)
 def test_what_is_taken_for_inert_without_a_trial_is_read(value: Any) -> None:
     if inert(value):
-        decoded(encoded(value))
+        decode_value(encode_value(value))
 
 
 def test_a_list_longer_than_any_limit_is_read() -> None:
     many = [0] * 10_000_001
-    assert len(decoded(encoded((many, ...)))[0]) == len(many)
+    assert len(decode_value(encode_value((many, ...)))[0]) == len(many)
 
 
 # ---- hostile pickles: time and memory in proportion to the file
@@ -311,7 +311,7 @@ def test_a_call_for_more_than_an_inert_value_is_refused(data: bytes) -> None:
     started = time.perf_counter()
     try:
         with pytest.raises(CheckpointCorruptError):
-            decoded(value_entry(data))
+            decode_value(value_entry(data))
         assert time.perf_counter() - started < 5
         assert tracemalloc.get_traced_memory()[1] < 64 * len(data) + 2_000_000
     finally:
@@ -325,13 +325,13 @@ def test_keys_of_one_hash_are_refused_before_they_take_quadratic_time() -> None:
     data = b"\x80\x02ccollections\nCounter\n}(" + body + b"u\x85R."
     started = time.perf_counter()
     with pytest.raises(UntrustedPickleError, match="of one hash"):
-        decoded(value_entry(data))
+        decode_value(value_entry(data))
     assert time.perf_counter() - started < 5
     assert counter
 
 
 def test_what_a_maker_finds_wrong_is_damage_of_the_value() -> None:
-    entry = encoded((torch.arange(4),))
+    entry = encode_value((torch.arange(4),))
     data = bytes(pickle_of(entry)).replace(b"\x89ccollections", b"\x88ccollections")
     with pytest.raises(CheckpointCorruptError, match="cannot be made"):
         read_again(entry, data)
@@ -339,9 +339,9 @@ def test_what_a_maker_finds_wrong_is_damage_of_the_value() -> None:
     without = moment.replace(b"\x02\x00\x00\x00ns", b"\x02\x00\x00\x00XX")
     assert without != moment
     with pytest.raises(CheckpointCorruptError, match="unit of a moment"):
-        decoded(value_entry(without))
+        decode_value(value_entry(without))
     with torch.serialization.safe_globals([Color]), pytest.raises(CheckpointCorruptError):
-        decoded(value_entry(pickle.dumps(Color.RED, 2).replace(b"K\x01", b"K\x07")))
+        decode_value(value_entry(pickle.dumps(Color.RED, 2).replace(b"K\x01", b"K\x07")))
 
 
 def read_again(entry: bytes, data: bytes) -> Any:
@@ -351,14 +351,14 @@ def read_again(entry: bytes, data: bytes) -> Any:
         patch.setattr(
             values, "records_of", lambda _: lambda name: data if name == "data.pkl" else read(name)
         )
-        return decoded(entry)
+        return decode_value(entry)
 
 
 def test_an_array_of_another_size_than_its_bytes_is_refused() -> None:
     data = pickle.dumps(np.arange(3, dtype=np.uint8), 2)
     for wrong in (b"K\x04\x85", b"K\x00\x85", b"K\x02\x85"):
         with pytest.raises(CheckpointCorruptError, match="bytes of an array"):
-            decoded(value_entry(data.replace(b"K\x03\x85", wrong, 1)))
+            decode_value(value_entry(data.replace(b"K\x03\x85", wrong, 1)))
 
 
 def test_nothing_goes_to_torch_load_unless_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +366,6 @@ def test_nothing_goes_to_torch_load_unless_trusted(monkeypatch: pytest.MonkeyPat
         raise AssertionError("torch.load was called")
 
     monkeypatch.setattr(torch, "load", never)
-    decoded(encoded((torch.ones(2), np.ones(2), collections.Counter("a"))))
+    decode_value(encode_value((torch.ones(2), np.ones(2), collections.Counter("a"))))
     with pytest.raises(UntrustedPickleError):
-        decoded(encoded(Settings(1)))
+        decode_value(encode_value(Settings(1)))

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from pytest_dcp._engine.plan import load
-from pytest_dcp._engine.plan.boxes import padded
+from pytest_dcp._engine.plan.boxes import pad_rows
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.index import Index
@@ -48,8 +48,8 @@ def wanted_of(boxes: list[tuple[str, Box | None]]) -> Wanted:
     return Wanted(
         fqns=tuple(fqn for fqn, _ in boxes),
         ndim=np.array([-1 if box is None else len(box[0]) for _, box in boxes], dtype=np.int16),
-        offset=padded([box[0] if box else () for _, box in boxes], rank, 0),
-        shape=padded([box[1] if box else () for _, box in boxes], rank, 1),
+        offset=pad_rows([box[0] if box else () for _, box in boxes], rank, 0),
+        shape=pad_rows([box[1] if box else () for _, box in boxes], rank, 1),
         nth=np.array(nth, dtype=np.int64),
     )
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorP
 from pytest_dcp._engine.format import catalog_checks as checks
 from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format import planner_paths as paths
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
@@ -50,7 +50,7 @@ def two_tensors() -> Catalog:
             offset=np.array([[0, 0], [2, 0], [0, 0], [0, 0]], np.int64),
             shape=np.array([[2, 6], [2, 6], [1, 1], [5, 1]], np.int64),
         ),
-        Places(
+        EntryPlaces(
             files=("x", "y/z"),
             file=np.array([0, 1, 0, 0], np.int32),
             start=np.array([0, 0, 100, 200], np.int64),
@@ -119,7 +119,7 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
         rows,
         rows,
     )
-    found = decoded(manifest.encode(Catalog(index, Places.nowhere(5), known))).planner_data
+    found = decoded(manifest.encode(Catalog(index, EntryPlaces.nowhere(5), known))).planner_data
 
     assert found == known
     assert known == found
@@ -130,7 +130,7 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
     assert type(pickle.loads(pickle.dumps(found))) is dict
     assert pickle.loads(pickle.dumps(found)) == known
     assert repr(found) == repr(dict(found))
-    again = decoded(manifest.encode(Catalog(index, Places.nowhere(5), found)))
+    again = decoded(manifest.encode(Catalog(index, EntryPlaces.nowhere(5), found)))
     assert again.planner_data == known
 
 
@@ -481,7 +481,7 @@ def test_rules_hold_beyond_the_rows_that_are_checked_at_a_time() -> None:
         np.arange(chunks)[:, None],
         np.ones((chunks, 1), np.int64),
     )
-    sound = Catalog(index, Places.nowhere(chunks))
+    sound = Catalog(index, EntryPlaces.nowhere(chunks))
     check_catalog(sound)
 
     with pytest.raises(CheckpointCorruptError, match=f"in chunk {chunks - 1}"):

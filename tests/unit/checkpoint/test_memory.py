@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer, shapes
 
-from pytest_dcp._engine.io.tensor_memory import is_flat, memory_at, memory_of, pieces, strided
+from pytest_dcp._engine.io.tensor_memory import (
+    is_flat,
+    memory_at,
+    memory_of,
+    pieces,
+    strided_tensor,
+)
 
 
 @st.composite
@@ -74,7 +80,7 @@ def test_a_strided_view_of_a_buffer_is_what_numpy_sees(data, shape, dtype):
     more = data.draw(st.integers(0, 2))
     values = np.arange(count + more).astype("i8" if dtype == torch.int64 else "i1")
     buffer = memoryview(bytearray(values.tobytes()))
-    found = strided(
+    found = strided_tensor(
         buffer, dtype, np.array(shape, dtype=np.int64), np.array(stride, dtype=np.int64)
     )
     expected = np.lib.stride_tricks.as_strided(

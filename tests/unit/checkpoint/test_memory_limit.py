@@ -108,7 +108,7 @@ def test_an_index_that_would_fill_the_memory_is_refused_unread() -> None:
 
 def header_of(count: int) -> bytes:
     """A header of scalars with short names: of all honest ones it takes most for its length."""
-    tensors = safetensors.placed((str(n), torch.float32, ()) for n in range(count))
+    tensors = safetensors.place_tensors((str(n), torch.float32, ()) for n in range(count))
     return safetensors.encode(tensors, {})[8:]
 
 

@@ -19,18 +19,18 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp._engine.coordinate.wire import decode, encode
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.write_results import WriteResults, Written
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.verbs.save_messages import (
     Homeward,
     PackedMetadata,
-    arrived,
-    homeward,
+    compress_plan,
+    compress_results,
+    expand_plan,
+    expand_results,
     packed_metadata,
-    reported,
-    results_of,
     unpacked_metadata,
 )
 
@@ -55,10 +55,10 @@ def test_a_global_plan_comes_home_as_row_numbers(rows, same_data):
     items = local.items.take(np.array(rows, dtype=np.int64), np.array(rows, dtype=np.int64) + 5)
     data = local.planner_data if same_data else {"other": ("b",)}
     plan = replace(local, items=items, planner_data=data, storage_data="files")
-    message = homeward(plan, local)
+    message = compress_plan(plan, local)
     assert isinstance(message, Homeward)
     assert message.plan.items == []
-    back = arrived(sent(message), local)
+    back = expand_plan(sent(message), local)
     assert back.items == items
     assert [back.items.key(n).index for n in range(len(rows))] == [
         items.key(n).index for n in range(len(rows))
@@ -71,14 +71,14 @@ def test_a_plan_of_other_items_is_sent_in_full():
     local, other = local_plan(), local_plan()
     for items in (list(local.items), other.items, other.items.take(np.array([1]))):
         plan = replace(local, items=items)
-        assert homeward(plan, local) is plan
-        assert arrived(sent(plan), local).items == items
+        assert compress_plan(plan, local) is plan
+        assert expand_plan(sent(plan), local).items == items
 
 
 def test_a_rank_may_be_told_to_write_nothing():
     local = local_plan()
     plan = replace(local, items=local.items.take(np.zeros(0, dtype=np.int64)))
-    assert len(arrived(sent(homeward(plan, local)), local).items) == 0
+    assert len(expand_plan(sent(compress_plan(plan, local)), local).items) == 0
 
 
 def results(plan: SavePlan) -> WriteResults:
@@ -99,19 +99,19 @@ def results(plan: SavePlan) -> WriteResults:
 def test_only_the_places_of_what_was_told_are_sent_back():
     told_plan = local_plan()
     wrote = results(told_plan)
-    message = reported(wrote, told_plan)
+    message = compress_results(wrote, told_plan)
     assert isinstance(message, Written)
-    assert list(results_of(sent(message), local_plan())) == list(wrote)
+    assert list(expand_results(sent(message), local_plan())) == list(wrote)
     with pytest.raises(ValueError, match="no plan"):
-        results_of(message, None)
+        expand_results(message, None)
 
 
 def test_results_of_other_items_are_sent_in_full():
     wrote = results(local_plan())
-    assert reported(wrote, local_plan()) is wrote
+    assert compress_results(wrote, local_plan()) is wrote
     listed = list(wrote)
-    assert reported(listed, local_plan()) is listed
-    assert results_of(sent(listed), None) == listed
+    assert compress_results(listed, local_plan()) is listed
+    assert expand_results(sent(listed), None) == listed
 
 
 @given(samples())
@@ -165,7 +165,7 @@ def test_an_edit_of_the_keys_is_sent_where_some_chunks_have_no_file():
         [ChunkStorageMetadata(torch.Size((0,)), torch.Size((1,)))],
     )
     keys = {"a": entry, "b": BytesStorageMetadata()}
-    places = replace(Places.nowhere(2), files=("f",), file=np.array([-1, 0], np.int32))
+    places = replace(EntryPlaces.nowhere(2), files=("f",), file=np.array([-1, 0], np.int32))
     start = np.array([-1, 0])
     metadata = Catalog(Index.of(keys), replace(places, start=start, length=start)).metadata()
     assert metadata.storage_data.get(MetadataIndex("a", (0,))) is None

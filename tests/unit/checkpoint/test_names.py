@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.plan.names import packed, unpacked
+from pytest_dcp._engine.plan.names import pack_names, unpack_names
 
 AWKWARD = ["", '"', '"a', "a\nb", "\n", "\r", "\u2028", "\0", '"\ud800', "\udfff", "é", "\\n"]
 names = st.one_of(
@@ -17,16 +17,16 @@ names = st.one_of(
 
 @given(st.lists(names, max_size=6))
 def test_names_come_back_from_their_bytes(fqns):
-    assert unpacked(packed(fqns)) == tuple(fqns)
+    assert unpack_names(pack_names(fqns)) == tuple(fqns)
 
 
 @pytest.mark.parametrize("fqn", ["\ud83d\ude00", "\n\ud83d\ude00", '"\ud83d\ude00'])
 def test_halves_of_a_surrogate_pair_stay_two_characters(fqn):
-    assert unpacked(packed([fqn])) == (fqn,)
+    assert unpack_names(pack_names([fqn])) == (fqn,)
 
 
 def test_equal_bytes_become_one_tuple():
-    block = packed(["layers.0.weight", "layers.0.bias"])
+    block = pack_names(["layers.0.weight", "layers.0.bias"])
     again = pickle.loads(pickle.dumps(block))
     assert again is not block
-    assert unpacked(block) is unpacked(again)
+    assert unpack_names(block) is unpack_names(again)

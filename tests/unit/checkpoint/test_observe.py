@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from pytest_dcp._engine.io.progress_observer import Observer, Progress, observer, watched
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with, observer
 
 
 def test_bytes_of_every_thread_are_counted():
@@ -42,11 +42,11 @@ def test_the_check_may_stop_the_work_before_it_is_counted():
 
 def test_storages_find_the_observer_of_the_work_that_they_are_called_in():
     outer, inner = Observer("save"), Observer("load")
-    with watched(outer):
+    with observe_with(outer):
         assert observer("save") is outer
-        with watched(inner):
+        with observe_with(inner):
             assert observer("save") is inner
-        with pytest.raises(ZeroDivisionError), watched(inner):
+        with pytest.raises(ZeroDivisionError), observe_with(inner):
             raise ZeroDivisionError
         assert observer("load") is outer
     assert observer("load") is not outer

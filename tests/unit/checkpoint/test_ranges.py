@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.io import checked_ranges as ranges
-from pytest_dcp._engine.io.checked_ranges import RangeReader, Tally
+from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.threads import Stop, Stopped
+from pytest_dcp._engine.io.threads import StopFlag, Stopped
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -54,7 +54,7 @@ def catalog_of(data: bytes, block: int, *, sums: bool = True) -> Catalog:
     chunk = ChunkStorageMetadata(torch.Size((0,)), size)
     entry = TensorStorageMetadata(TensorProperties(torch.uint8), size, [chunk])
     running = [crc32(data[: at + block]) for at in range(0, len(data), block)] if sums else []
-    places = Places(
+    places = EntryPlaces(
         files=("f",),
         file=np.zeros(1, np.int32),
         start=np.zeros(1, np.int64),
@@ -78,7 +78,7 @@ def reader_of(
         catalog_of(data, block, **options),
         verify,
         Observer("load"),
-        Stop(),
+        StopFlag(),
     )
 
 
@@ -160,7 +160,7 @@ def test_data_without_sums_is_read_unchecked(verify):
     view = memoryview(bytearray(30))
     reader.read(0, 3, view)
     assert bytes(view) == data_of(40)[3:33]
-    assert reader.tally == Tally(30, 0)
+    assert reader.tally == ByteCounts(30, 0)
 
 
 @pytest.mark.parametrize("verify", MODES)
@@ -202,7 +202,7 @@ def test_a_window_is_checked_as_what_is_read(verify):
     data[20] ^= 4
     reader = reader_of(data_of(48), 16, verify, stored=bytes(data), maps=True)
     reader.check(0, 32, reader.window(0, 32, 16))
-    assert reader.tally == Tally(16, 0 if verify == "off" else 16)
+    assert reader.tally == ByteCounts(16, 0 if verify == "off" else 16)
     if verify == "off":
         reader.check(0, 16, reader.window(0, 16, 32))
         return
@@ -228,7 +228,7 @@ def test_rows_are_read_and_a_file_that_ends_too_early_is_told(cut):
     else:
         reader.rows(0, [0, 16, 36], views)
         assert [bytes(view) for view in views] == [data[at : at + 4] for at in (0, 16, 36)]
-        assert reader.tally == Tally(12, 0)
+        assert reader.tally == ByteCounts(12, 0)
 
 
 @pytest.mark.parametrize("verify", ["auto", "off"])
@@ -240,6 +240,6 @@ def test_a_long_read_looks_at_whether_to_go_on(verify):
 
 
 def test_tallies_add_up():
-    total = Tally(1, 2)
-    total.add(Tally(10, 20))
-    assert total == Tally(11, 22)
+    total = ByteCounts(1, 2)
+    total.add(ByteCounts(10, 20))
+    assert total == ByteCounts(11, 22)

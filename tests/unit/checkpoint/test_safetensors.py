@@ -32,7 +32,7 @@ from pytest_dcp._engine.io.write_safetensors import (
     decode,
     encode,
     header_length,
-    placed,
+    place_tensors,
     read_header,
     write_safetensors,
 )
@@ -79,7 +79,7 @@ def framed(header: Any, data: bytes = b"") -> bytes:
 def test_the_package_reads_what_is_encoded(
     values: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
-    found = placed((name, value.dtype, tuple(value.shape)) for name, value in values.items())
+    found = place_tensors((name, value.dtype, tuple(value.shape)) for name, value in values.items())
     head = encode(found, metadata)
     file = head + b"".join(bits(value)[2] for value in values.values())
     loaded = safetensors.torch.load(file) if not _has_e8m0(values) else {}
@@ -196,18 +196,18 @@ def test_the_limit_of_the_format_holds_both_ways() -> None:
     with pytest.raises(CheckpointCorruptError, match="at most 100000000"):
         header_length(head, 1 << 40)
     with pytest.raises(ValueError, match="write more files"):
-        encode(placed([("x" * (MAX_HEADER_BYTES + 1), torch.uint8, (0,))]), {})
+        encode(place_tensors([("x" * (MAX_HEADER_BYTES + 1), torch.uint8, (0,))]), {})
 
 
 @pytest.mark.parametrize("found", [("__metadata__",), ("t", "t")], ids=["reserved", "twice"])
 def test_a_header_that_no_reader_would_take_is_not_made(found: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="one tensor of each name"):
-        encode(placed((name, torch.uint8, (0,)) for name in found), {})
+        encode(place_tensors((name, torch.uint8, (0,)) for name in found), {})
 
 
 def test_a_dtype_that_the_format_lacks_is_named() -> None:
     with pytest.raises(TypeError, match=r"'t' is torch\.complex128"):
-        placed([("t", torch.complex128, (1,))])
+        place_tensors([("t", torch.complex128, (1,))])
 
 
 # Files.

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import KeyTable
-from pytest_dcp._engine.plan.save import concatenated, global_plan
+from pytest_dcp._engine.plan.save import concatenate_tables, global_plan
 from pytest_dcp.errors import PlanError
 
 DTYPES = [torch.float32, torch.int8, torch.float64]
@@ -221,7 +221,7 @@ def test_a_box_outside_its_tensor_is_not_taken_for_the_replica_of_one_inside():
 def test_plans_are_concatenated_as_torch_concatenates_them(plans):
     only = [[item for item in plan if item.type == WriteItemType.SHARD] for plan in plans]
     only[0] += [value_item("v"), whole("t", (2, 2))]
-    tables, index = concatenated(tables_of(only))
+    tables, index = concatenate_tables(tables_of(only))
     expected, metadata = create_default_global_save_plan([SavePlan(plan) for plan in only])
     assert dict(KeyTable(index)) == metadata.state_dict_metadata
     assert list(KeyTable(index)) == list(metadata.state_dict_metadata)
@@ -233,7 +233,7 @@ def test_plans_are_concatenated_as_torch_concatenates_them(plans):
 @pytest.mark.parametrize("item", [value_item("v"), whole("v", (2,))])
 def test_what_is_not_sharded_is_not_concatenated_twice(item):
     with pytest.raises(PlanError, match=r"Planned more than once: v"):
-        concatenated(tables_of([[item], [item]]))
+        concatenate_tables(tables_of([[item], [item]]))
 
 
 def test_a_tensor_with_many_replicas_is_balanced_by_its_bytes():

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.background.state_transfer import pickled, shipped, unpickled
+from pytest_dcp._engine.background.state_transfer import pickle_state, ship_state, unpickle_state
 from pytest_dcp._engine.staging.arena import IDLE, Memory, Pool, shared_memory_of
-from pytest_dcp._engine.staging.stager import KEPT, staged
+from pytest_dcp._engine.staging.stager import KEPT, stage_state
 from pytest_dcp.checkpoint.staging import (
     BlockingAsyncStager,
     DefaultStager,
@@ -74,7 +74,7 @@ def addresses(value: Any) -> set[int]:
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_copy_equals_the_state_and_shares_nothing_with_it(shared: bool) -> None:
     mine = state(3)
-    copied = staged(mine, Pool(shared=shared))
+    copied = stage_state(mine, Pool(shared=shared))
     assert equal(copied, state(3))
     assert len(addresses(copied)) == 1
     for tensor in tensors(mine):
@@ -86,17 +86,17 @@ def test_a_copy_equals_the_state_and_shares_nothing_with_it(shared: bool) -> Non
 
 
 def test_only_what_a_view_shows_is_copied() -> None:
-    copied = staged({"v": torch.zeros(1 << 22)[:1]}, Pool(shared=False))
+    copied = stage_state({"v": torch.zeros(1 << 22)[:1]}, Pool(shared=False))
     assert copied["v"].untyped_storage().nbytes() <= mmap.PAGESIZE
 
 
 def test_the_memory_of_a_copy_that_is_gone_serves_the_next() -> None:
     pool = Pool(shared=False)
-    copied = staged(state(1), pool)
+    copied = stage_state(state(1), pool)
     where = addresses(copied)
     del copied
     for n in (2, 3):
-        copied = staged(state(n), pool)
+        copied = stage_state(state(n), pool)
         assert addresses(copied) == where
         assert equal(copied, state(n))
         del copied
@@ -104,32 +104,32 @@ def test_the_memory_of_a_copy_that_is_gone_serves_the_next() -> None:
 
 def test_memory_is_not_used_again_while_anybody_holds_one_tensor_of_it() -> None:
     pool = Pool(shared=False)
-    held = staged(state(1), pool)["nested"]["list"][0][1:]
+    held = stage_state(state(1), pool)["nested"]["list"][0][1:]
     for n in (2, 3):
-        copied = staged(state(n), pool)
+        copied = stage_state(state(n), pool)
         assert addresses(copied).isdisjoint(addresses(held))
     assert held.tolist() == [1.0]
     where = addresses(held)
     del copied, held
-    both = [staged(state(4), pool), staged(state(5), pool)]
+    both = [stage_state(state(4), pool), stage_state(state(5), pool)]
     assert where <= addresses(both)
 
 
 def test_a_state_of_another_shape_that_fits_uses_it_too() -> None:
     pool = Pool(shared=False)
-    copied = staged({"t": torch.ones(4096)}, pool)
+    copied = stage_state({"t": torch.ones(4096)}, pool)
     where = addresses(copied)
     del copied
-    copied = staged({"u": torch.ones(1024), "v": torch.ones(2, 1024, dtype=torch.int16)}, pool)
+    copied = stage_state({"u": torch.ones(1024), "v": torch.ones(2, 1024, dtype=torch.int16)}, pool)
     assert addresses(copied) == where
 
 
 def test_a_state_that_shrank_lets_go_of_big_memory() -> None:
     pool = Pool(shared=False)
-    del (copied := {"s": staged({"t": torch.ones(1 << 20)}, pool)})["s"]
+    del (copied := {"s": stage_state({"t": torch.ones(1 << 20)}, pool)})["s"]
     assert [memory.nbytes for memory in pool.idle] == [4 << 20]
     for _ in range(2):
-        small = [staged({"t": torch.ones(1 << 12)}, pool) for _ in range(IDLE)]
+        small = [stage_state({"t": torch.ones(1 << 12)}, pool) for _ in range(IDLE)]
         del small
     assert [memory.nbytes for memory in pool.idle] == [4 << 12] * IDLE
     assert copied == {}
@@ -137,11 +137,11 @@ def test_a_state_that_shrank_lets_go_of_big_memory() -> None:
 
 def test_a_pool_keeps_a_bounded_number_of_stretches() -> None:
     pool = Pool(shared=False)
-    copies = [staged({"t": torch.ones(n * 4096)}, pool) for n in range(1, 9)]
+    copies = [stage_state({"t": torch.ones(n * 4096)}, pool) for n in range(1, 9)]
     assert pool.idle == []
     copies.clear()
     assert len(pool.idle) == IDLE
-    big = staged({"t": torch.ones(1 << 20)}, pool)
+    big = stage_state({"t": torch.ones(1 << 20)}, pool)
     assert len(pool.idle) == IDLE - 1
     del big
     pool.clear()
@@ -150,7 +150,7 @@ def test_a_pool_keeps_a_bounded_number_of_stretches() -> None:
 
 def test_a_closed_pool_keeps_nothing_that_comes_back() -> None:
     pool = Pool(shared=True)
-    copied = staged(state(), pool)
+    copied = stage_state(state(), pool)
     pool.close()
     del copied
     assert pool.idle == []
@@ -161,7 +161,7 @@ def test_shared_memory_leaves_no_descriptor_behind() -> None:
     before = len(os.listdir("/proc/self/fd"))
     pool = Pool(shared=True)
     for n in range(3):
-        staged(state(n), pool)
+        stage_state(state(n), pool)
     one = 2  # the mapping has a descriptor of its own
     assert len(os.listdir("/proc/self/fd")) == before + one
     pool.close()
@@ -174,7 +174,7 @@ def test_threads_that_stage_at_once_never_share_memory() -> None:
 
     def work(n: int) -> None:
         for _ in range(50):
-            copied = staged({"t": torch.full((1000,), float(n))}, pool)
+            copied = stage_state({"t": torch.full((1000,), float(n))}, pool)
             if not bool((copied["t"] == n).all()):
                 wrong.append(n)
 
@@ -191,7 +191,7 @@ def test_a_tensor_without_memory_is_named() -> None:
     freed = torch.ones(4)
     freed.untyped_storage().resize_(0)
     with pytest.raises(PlanError, match=r"'model\.layer\.0' has no memory for its values"):
-        staged({"model": {"layer": [freed]}}, Pool(shared=False))
+        stage_state({"model": {"layer": [freed]}}, Pool(shared=False))
 
 
 def without_values(kind: str) -> torch.Tensor:
@@ -246,7 +246,7 @@ def test_nothing_is_copied_where_something_has_no_values(kind: str) -> None:
 
 def test_what_an_arena_cannot_hold_is_copied_as_it_is() -> None:
     sparse = torch.eye(3).to_sparse()
-    copied = staged({"sparse": sparse, "dense": torch.ones(1)}, Pool(shared=True))
+    copied = stage_state({"sparse": sparse, "dense": torch.ones(1)}, Pool(shared=True))
     sparse.zero_()
     assert torch.equal(copied["sparse"].to_dense(), torch.eye(3))
 
@@ -254,27 +254,32 @@ def test_what_an_arena_cannot_hold_is_copied_as_it_is() -> None:
 class TestShipping:
     def sent(self, state: Any) -> Any:
         """The state as another process finds it."""
-        shipment = shipped(state)
+        shipment = ship_state(state)
         if shipment.memory is None:
-            return unpickled(shipment.pickled)
+            return unpickle_state(shipment.pickled)
         pages = mmap.mmap(shipment.memory.fd, shipment.memory.nbytes)
-        return unpickled(shipment.pickled, torch.from_numpy(np.frombuffer(pages, dtype=np.uint8)))
+        return unpickle_state(
+            shipment.pickled, torch.from_numpy(np.frombuffer(pages, dtype=np.uint8))
+        )
 
     def test_a_state_in_shared_memory_is_sent_where_it_lies(self) -> None:
-        copied = staged(state(2), Pool(shared=True))
-        shipment = shipped(copied)
+        copied = stage_state(state(2), Pool(shared=True))
+        shipment = ship_state(copied)
         assert shipment.state is copied
         assert shipment.memory is shared_memory_of(copied["plain"])
         assert len(shipment.pickled) < 2000
         assert equal(self.sent(copied), state(2))
 
     def test_any_other_state_is_copied_there(self) -> None:
-        assert equal(self.sent(state(2)), staged(state(2), Pool(shared=False)))
-        mixed = {"a": staged(state(1), Pool(shared=True)), "b": staged(state(2), Pool(shared=True))}
+        assert equal(self.sent(state(2)), stage_state(state(2), Pool(shared=False)))
+        mixed = {
+            "a": stage_state(state(1), Pool(shared=True)),
+            "b": stage_state(state(2), Pool(shared=True)),
+        }
         assert equal(self.sent(mixed), {"a": state(1), "b": state(2)})
 
     def test_a_state_without_tensors_needs_no_memory(self) -> None:
-        assert shipped({"v": [1]}).memory is None
+        assert ship_state({"v": [1]}).memory is None
         assert self.sent({"v": [1]}) == {"v": [1]}
 
     def test_what_the_program_itself_defines_travels_by_value(self) -> None:
@@ -282,12 +287,12 @@ class TestShipping:
             def told(self) -> int:
                 return 3
 
-        assert unpickled(pickled(Local())).told() == 3
+        assert unpickle_state(pickle_state(Local())).told() == 3
 
     def test_memory_is_not_used_for_the_next_state_while_a_shipment_is_under_way(self) -> None:
         pool = Pool(shared=True)
-        shipment = shipped(staged(state(1), pool))
-        other = staged(state(2), pool)
+        shipment = ship_state(stage_state(state(1), pool))
+        other = stage_state(state(2), pool)
         assert shared_memory_of(other["plain"]) is not shipment.memory
         assert isinstance(shipment.memory, Memory)
 
@@ -296,9 +301,9 @@ class TestShipping:
 def test_a_planner_travels_without_the_state_of_its_last_save(tmp_path: Path) -> None:
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True, enable_plan_caching=True)
     dcp.save({"t": torch.zeros(100_000)}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
-    data = pickled(planner)
+    data = pickle_state(planner)
     assert len(data) < 10_000
-    assert unpickled(data).dedup_save_to_lowest_rank
+    assert unpickle_state(data).dedup_save_to_lowest_rank
 
 
 class TestStagers:

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.state_dicts.flat import flattened, nested
-from pytest_dcp._engine.state_dicts.groups import paired
+from pytest_dcp._engine.state_dicts.flat import flatten_optimizer_state, nest_optimizer_state
+from pytest_dcp._engine.state_dicts.groups import pair_groups
 
 
 def group(*names: str, **settings: Any) -> dict[str, Any]:
@@ -17,19 +17,19 @@ def group(*names: str, **settings: Any) -> dict[str, Any]:
 
 def test_groups_are_found_by_their_parameters_in_any_order() -> None:
     stored = [group("c", lr=3), group("b", "a", lr=1)]
-    pairing = paired([["a", "b"], ["c"]], stored)
+    pairing = pair_groups([["a", "b"], ["c"]], stored)
     assert [p and p["lr"] for p in pairing.partners] == [1, 3]
     assert pairing.mismatch.groups == ()
 
 
 def test_empty_groups_are_paired_in_their_order() -> None:
     stored = [group(lr=1), group("a", lr=2), group(lr=3)]
-    pairing = paired([["a"], [], [], []], stored)
+    pairing = pair_groups([["a"], [], [], []], stored)
     assert [p and p["lr"] for p in pairing.partners] == [2, 1, 3, None]
 
 
 def test_a_group_that_was_split_is_named() -> None:
-    pairing = paired([["a"], ["b"]], [group("a", "b", lr=1)])
+    pairing = pair_groups([["a"], ["b"]], [group("a", "b", lr=1)])
     assert pairing.partners == (None, None)
     first, second = pairing.mismatch.groups
     assert "parameter group 0 of the optimizer ('a')" in first
@@ -38,23 +38,23 @@ def test_a_group_that_was_split_is_named() -> None:
 
 
 def test_groups_that_were_joined_are_named() -> None:
-    pairing = paired([["a", "b"]], [group("a"), group("b")])
+    pairing = pair_groups([["a", "b"]], [group("a"), group("b")])
     assert pairing.partners == (None,)
     assert "is group 0 ('a') and group 1 ('b') of the state dict" in pairing.mismatch.groups[0]
 
 
 def test_missing_and_unexpected_parameters_are_all_named() -> None:
-    pairing = paired([["a", "b"], ["c"]], [group("a", "x"), group("y")])
+    pairing = pair_groups([["a", "b"], ["c"]], [group("a", "x"), group("y")])
     assert pairing.mismatch.missing == ("b", "c")
     assert pairing.mismatch.unexpected == ("x", "y")
     assert pairing.mismatch.groups == ()
 
 
 def test_what_is_ignored_counts_on_neither_side() -> None:
-    pairing = paired([["a", "frozen"]], [group("a", lr=1)], {"frozen"})
+    pairing = pair_groups([["a", "frozen"]], [group("a", lr=1)], {"frozen"})
     assert pairing.mismatch.missing == ()
     assert pairing.partners[0] == group("a", lr=1)
-    pairing = paired([["a"]], [group("frozen"), group("a", lr=1)], {"frozen"})
+    pairing = pair_groups([["a"]], [group("frozen"), group("a", lr=1)], {"frozen"})
     assert pairing.mismatch.unexpected == ()
 
 
@@ -75,21 +75,21 @@ def optimizer_states(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(optimizer_states())
 def test_flattening_is_undone(state: dict[str, Any]) -> None:
-    flat = flattened(state)
+    flat = flatten_optimizer_state(state)
     assert all(not isinstance(value, dict) for value in flat.values())
     groups = [of["params"] for of in state["param_groups"]]
-    assert nested(flat, groups, NAMES) == state
+    assert nest_optimizer_state(flat, groups, NAMES) == state
 
 
 def test_a_key_belongs_to_the_longest_name_that_it_begins_with() -> None:
     flat = {"state.a.b.m.n": 1, "state.a.m": 2, "state.gone.m": 3}
-    state = nested(flat, [["a", "a.b"]], NAMES)["state"]
+    state = nest_optimizer_state(flat, [["a", "a.b"]], NAMES)["state"]
     assert state == {"a.b": {"m.n": 1}, "a": {"m": 2}, "gone": {"m": 3}}
 
 
 def test_settings_that_differ_within_a_group_are_seen() -> None:
     flat = {"param_groups.a.lr": 1, "param_groups.b.lr": 2}
-    state = nested(flat, [["a", "b"]], ["a", "b"])
+    state = nest_optimizer_state(flat, [["a", "b"]], ["a", "b"])
     assert [of["lr"] for of in state["param_groups"]] == [1, 2]
-    pairing = paired([["a", "b"]], state["param_groups"])
+    pairing = pair_groups([["a", "b"]], state["param_groups"])
     assert len(pairing.mismatch.groups) == 1

@@ -4,7 +4,7 @@ from types import MethodType
 
 import pytest
 
-from pytest_dcp._engine.verbs.torch_arguments import takes
+from pytest_dcp._engine.verbs.torch_arguments import accepts_parameter
 
 
 class Hooks:
@@ -41,12 +41,12 @@ class Unhashable:
 )
 def test_takes_an_argument_by_its_name_or_any(hook, expected):
     for _ in range(2):  # the second time it may be remembered
-        assert takes(hook, "rank") is expected
+        assert accepts_parameter(hook, "rank") is expected
 
 
 def test_methods_of_two_classes_are_told_apart():
     class Other(Hooks):
         def plain(self, rank): ...
 
-    assert not takes(Hooks().plain, "rank")
-    assert takes(Other().plain, "rank")
+    assert not accepts_parameter(Hooks().plain, "rank")
+    assert accepts_parameter(Other().plain, "rank")

@@ -19,9 +19,9 @@ from pytest_dcp._engine.coordinate.frame import (
     SMALL_BYTES,
     Frame,
     FrameError,
+    FrameKind,
     FrameReader,
     Head,
-    Kind,
     Mode,
     encode,
 )
@@ -31,7 +31,7 @@ heads = st.builds(
     Head, st.integers(0, 2**32 - 1), st.sampled_from(Mode), st.text(max_size=20).filter(str.isascii)
 )
 frames = st.builds(
-    Frame, st.sampled_from(Kind), heads, st.lists(st.binary(max_size=70), max_size=5)
+    Frame, st.sampled_from(FrameKind), heads, st.lists(st.binary(max_size=70), max_size=5)
 )
 
 
@@ -48,7 +48,7 @@ def read(stream: bytes, cuts: list[int]) -> list[Frame]:
     return found
 
 
-def plain(frame: Frame) -> tuple[Kind, Head, list[bytes]]:
+def plain(frame: Frame) -> tuple[FrameKind, Head, list[bytes]]:
     return frame.kind, frame.head, [bytes(segment) for segment in frame.segments]
 
 
@@ -89,8 +89,8 @@ def test_a_body_above_the_limit_is_refused_before_memory_is_taken() -> None:
         reader.filled(HEADER.size)
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_each_kind_of_frame_has_its_limit(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", FrameKind)
+def test_each_kind_of_frame_has_its_limit(kind: FrameKind) -> None:
     limit = LIMITS.get(kind, SMALL_BYTES)
     reader = FrameReader()
     reader.space()[:] = HEADER.pack(MAGIC, kind, 0, 0, 0, 0, limit + 1)
@@ -100,7 +100,7 @@ def test_each_kind_of_frame_has_its_limit(kind: Kind) -> None:
 
 def test_memory_for_a_frame_is_taken_as_its_bytes_come() -> None:
     reader = FrameReader()
-    reader.space()[:] = HEADER.pack(MAGIC, Kind.VALUE, 0, 0, 1, 0, MAX_BODY_BYTES)
+    reader.space()[:] = HEADER.pack(MAGIC, FrameKind.VALUE, 0, 0, 1, 0, MAX_BODY_BYTES)
     assert reader.filled(HEADER.size) is None
     taken = 0
     for _ in range(4):
@@ -113,14 +113,14 @@ def test_memory_for_a_frame_is_taken_as_its_bytes_come() -> None:
 @pytest.mark.parametrize("size", [FIRST_BYTES - 48, FIRST_BYTES, 5 * FIRST_BYTES + 7])
 def test_a_long_frame_arrives(size: int) -> None:
     data = np.arange(size, dtype=np.uint8).tobytes()
-    (frame,) = read(b"".join(encode(Frame(Kind.VALUE, segments=[data, b"end"]))), [1 << 20])
+    (frame,) = read(b"".join(encode(Frame(FrameKind.VALUE, segments=[data, b"end"]))), [1 << 20])
     assert [bytes(segment) for segment in frame.segments] == [data, b"end"]
 
 
 def test_segments_longer_than_the_body_are_refused() -> None:
     body = struct.pack("<Q", 2**60) + bytes(8)
     with pytest.raises(FrameError, match="segments of"):
-        read(HEADER.pack(MAGIC, Kind.VALUE, 0, 0, 1, 1, len(body)) + body, [1000])
+        read(HEADER.pack(MAGIC, FrameKind.VALUE, 0, 0, 1, 1, len(body)) + body, [1000])
 
 
 def columns(size: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode, encode
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
 from pytest_dcp._engine.coordinate.handshake import (
     SEAL_BYTES,
     SHARED_KEY,
@@ -25,12 +25,12 @@ from pytest_dcp._engine.coordinate.handshake import (
     seal_word,
     shared_key,
 )
-from pytest_dcp._engine.coordinate.line import MOST_PINGS, MOST_WAITING, Line
+from pytest_dcp._engine.coordinate.line import MOST_PINGS, MOST_WAITING, Connection
 
 KEY = {SHARED_KEY: "k" * 32}
 OTHER = {SHARED_KEY: "K" * 32}
 HEAD = Head(3, Mode.AGREE, "write")
-FRAMES = [Frame(Kind.VALUE, HEAD, [b"one"]), Frame(Kind.VALUE, HEAD, [b"two", b""])]
+FRAMES = [Frame(FrameKind.VALUE, HEAD, [b"one"]), Frame(FrameKind.VALUE, HEAD, [b"two", b""])]
 
 
 def test_a_key_is_of_the_secret_and_of_the_shared_key() -> None:
@@ -88,10 +88,10 @@ def test_a_fork_uses_none_of_its_parents_nonces() -> None:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[socket.socket, Line]]:
+def ends() -> Iterator[tuple[socket.socket, Connection]]:
     """A bare end that may send anything, and a sealed line to it."""
     here, there = socket.socketpair()
-    line = Line(there)
+    line = Connection(there)
     line.seal(outgoing=Seal(b"down"), incoming=Seal(b"up"))
     yield here, line
     line.close()
@@ -104,7 +104,7 @@ def sealed(frames: list[Frame], seal: Seal) -> list[bytes]:
     return [data + seal.next([data]) for data in joined]
 
 
-def test_sealed_frames_arrive(ends: tuple[socket.socket, Line]) -> None:
+def test_sealed_frames_arrive(ends: tuple[socket.socket, Connection]) -> None:
     here, line = ends
     here.sendall(b"".join(sealed(FRAMES, Seal(b"up"))))
     line.receive()
@@ -139,7 +139,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_frame_that_no_rank_of_the_group_sent_ends_the_connection(
-    ends: tuple[socket.socket, Line], attack: str
+    ends: tuple[socket.socket, Connection], attack: str
 ) -> None:
     here, line = ends
     here.sendall(b"".join(ATTACKS[attack]) + bytes(SEAL_BYTES))
@@ -152,13 +152,13 @@ def test_a_frame_that_no_rank_of_the_group_sent_ends_the_connection(
 @pytest.mark.parametrize(
     ("frames", "text"),
     [
-        ([Frame(Kind.PING)] * (MOST_PINGS + 1), "pings without end"),
+        ([Frame(FrameKind.PING)] * (MOST_PINGS + 1), "pings without end"),
         ([FRAMES[0]] * (MOST_WAITING + 1), "more than a step has"),
     ],
 )
 def test_a_rank_that_sends_without_end_is_heard_no_longer(frames: list[Frame], text: str) -> None:
     here, there = socket.socketpair()
-    line = Line(there)
+    line = Connection(there)
     with here, contextlib.closing(line):
         for frame in frames:
             here.sendall(b"".join(map(bytes, encode(frame))))

@@ -7,29 +7,29 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_dcp._engine.coordinate.frame import Frame, Head, Kind, Mode
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode
+from pytest_dcp._engine.coordinate.line import Connection
 
-HELLO = Frame(Kind.HELLO, segments=[b"secret"])
-VALUE = Frame(Kind.VALUE, Head(1, Mode.AGREE, "write"))
-Ends = tuple[Line, Line]
+HELLO = Frame(FrameKind.HELLO, segments=[b"secret"])
+VALUE = Frame(FrameKind.VALUE, Head(1, Mode.AGREE, "write"))
+Ends = tuple[Connection, Connection]
 
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
-    here, there = map(Line, socket.socketpair())
+    here, there = map(Connection, socket.socketpair())
     yield here, there
     here.close()
     there.close()
 
 
-def say(line: Line, *frames: Frame) -> None:
+def say(line: Connection, *frames: Frame) -> None:
     for frame in frames:
         line.queue(frame)
     assert line.flush()
 
 
-def heard(line: Line) -> list[Kind]:
+def heard(line: Connection) -> list[FrameKind]:
     line.receive()
     kinds = [frame.kind for frame in line.frames]
     line.frames.clear()
@@ -41,12 +41,12 @@ def test_what_follows_an_operation_waits_until_this_end_has_finished_it(ends: En
     say(there, VALUE)
     there.finish()
     say(there, HELLO)
-    assert heard(here) == [Kind.VALUE]
+    assert heard(here) == [FrameKind.VALUE]
     assert here.left
     assert here.over
     here.finish()
     assert not here.over
-    assert heard(here) == [Kind.HELLO]
+    assert heard(here) == [FrameKind.HELLO]
 
 
 def test_what_comes_of_an_operation_that_this_end_has_left_is_dropped(ends: Ends) -> None:
@@ -56,7 +56,7 @@ def test_what_comes_of_an_operation_that_this_end_has_left_is_dropped(ends: Ends
     assert heard(here) == []
     there.finish()
     say(there, HELLO)
-    assert heard(here) == [Kind.HELLO]
+    assert heard(here) == [FrameKind.HELLO]
     assert not here.over
 
 
@@ -66,10 +66,10 @@ def test_both_ends_may_run_ahead_by_several_operations(ends: Ends) -> None:
         say(here, HELLO)
         here.finish()
     for _ in range(3):
-        assert heard(there) == [Kind.HELLO]
+        assert heard(there) == [FrameKind.HELLO]
         there.finish()
     say(there, VALUE)
-    assert heard(here) == [Kind.VALUE]
+    assert heard(here) == [FrameKind.VALUE]
 
 
 def test_a_hang_up_is_no_end_of_a_process(ends: Ends) -> None:

@@ -9,14 +9,20 @@ import pytest
 
 from pytest_dcp._engine.coordinate.admission import RACE_S, Admission, admit
 from pytest_dcp._engine.coordinate.reception import Hello
-from pytest_dcp._engine.coordinate.sequence import CallOrder, Place, Subject, kind_of, wait_for_turn
+from pytest_dcp._engine.coordinate.sequence import (
+    CallOrder,
+    OperationPlace,
+    Subject,
+    kind_of,
+    wait_for_turn,
+)
 
 A, B = Subject("/a", "/a"), Subject("/b", "/b")
 
 
-def in_a_thread(order: CallOrder, kind: str, subject: Subject | None = None) -> Place:
+def in_a_thread(order: CallOrder, kind: str, subject: Subject | None = None) -> OperationPlace:
     """A place that another thread takes."""
-    taken: list[Place] = []
+    taken: list[OperationPlace] = []
     thread = threading.Thread(target=lambda: taken.append(order.take(kind, subject)))
     thread.start()
     thread.join()

@@ -19,9 +19,9 @@ from pytest_dcp._engine.coordinate import link, spoke
 from pytest_dcp._engine.coordinate import reception as reception_module
 from pytest_dcp._engine.coordinate.descriptors import make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
-from pytest_dcp._engine.coordinate.frame import Frame, Kind, encode
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, encode
 from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
-from pytest_dcp._engine.coordinate.line import Line
+from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.link import Link, connect
 from pytest_dcp._engine.coordinate.machines import local_only
 from pytest_dcp._engine.coordinate.reception import (
@@ -147,7 +147,7 @@ def test_a_rank_has_no_more_connections_than_it_may(
 
 
 def test_a_hello_may_come_in_pieces_and_with_what_follows_it(reception: Reception) -> None:
-    data = b"".join(hello(reception)) + b"".join(map(bytes, encode(Frame(Kind.PING))))
+    data = b"".join(hello(reception)) + b"".join(map(bytes, encode(Frame(FrameKind.PING))))
     with send(reception, [data[:10]]) as sock:
         time.sleep(0.02)
         assert reception.arrivals("group", "save") == []
@@ -172,7 +172,7 @@ def test_a_hello_that_is_too_long_is_shut_out(reception: Reception) -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [Frame(Kind.PING), Frame(Kind.VALUE, segments=[b"x"]), Frame(Kind.BYE)]
+    "frame", [Frame(FrameKind.PING), Frame(FrameKind.VALUE, segments=[b"x"]), Frame(FrameKind.BYE)]
 )
 def test_nothing_but_a_hello_comes_first(reception: Reception, frame: Frame) -> None:
     data = [bytes(piece) for piece in encode(frame)]
@@ -180,7 +180,7 @@ def test_nothing_but_a_hello_comes_first(reception: Reception, frame: Frame) -> 
 
 
 def test_a_hello_of_many_segments_is_shut_out(reception: Reception) -> None:
-    frame = Frame(Kind.HELLO, segments=[b""] * 8)
+    frame = Frame(FrameKind.HELLO, segments=[b""] * 8)
     assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
 
 
@@ -206,9 +206,9 @@ def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = socket.socketpair()
-    there.sendall(b"".join(map(bytes, encode(Frame(Kind.PING)))) * 1000)
+    there.sendall(b"".join(map(bytes, encode(Frame(FrameKind.PING)))) * 1000)
     monkeypatch.setattr(line_module, "READS_AT_ONCE", 10)
-    line = Line(here)
+    line = Connection(here)
     line.receive()
     assert here.recv(1, socket.MSG_PEEK)
     line.close()
@@ -217,7 +217,7 @@ def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
 
 def test_a_hello_with_other_facts_is_shut_out(reception: Reception) -> None:
     text = b'{"group": "group"}'
-    frame = Frame(Kind.HELLO, segments=[reception.address.key().proof(text), text])
+    frame = Frame(FrameKind.HELLO, segments=[reception.address.key().proof(text), text])
     assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
 
 
@@ -261,7 +261,7 @@ def test_an_idle_connection_that_breaks_tells_that_a_process_ended(reception: Re
 
 
 def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(reception: Reception) -> None:
-    line = Line(send(reception, hello(reception, fresh(operation=IDLE))))
+    line = Connection(send(reception, hello(reception, fresh(operation=IDLE))))
     with pytest.raises(TimeoutError):
         short_until(lambda: broken(reception))
     line.hang_up()
@@ -271,7 +271,7 @@ def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(reception: R
 
 
 def test_a_fork_keeps_no_line_open(reception: Reception) -> None:
-    line = Line(connect(reception.address))
+    line = Connection(connect(reception.address))
     inside, outside = os.pipe()
     child = os.fork()
     if child == 0:

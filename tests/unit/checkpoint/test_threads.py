@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp._engine.io.threads import Stop, Stopped, run_all
+from pytest_dcp._engine.io.threads import StopFlag, Stopped, run_all
 
 
 def running() -> list[str]:
@@ -31,7 +31,7 @@ def test_one_job_or_one_thread_runs_in_the_callers(jobs, threads):
 def test_no_more_threads_than_asked_for_run_at_a_time():
     lock, at_once, most = threading.Lock(), [0], [0]
 
-    def job(stop: Stop) -> None:
+    def job(stop: StopFlag) -> None:
         with lock:
             at_once[0] += 1
             most[0] = max(most[0], at_once[0])
@@ -47,11 +47,11 @@ def test_no_more_threads_than_asked_for_run_at_a_time():
 def test_the_first_failure_in_time_wins_and_every_thread_is_joined(error):
     failed = threading.Event()
 
-    def late(stop: Stop) -> None:
+    def late(stop: StopFlag) -> None:
         failed.wait(10)
         raise RuntimeError("second")
 
-    def early(stop: Stop) -> None:
+    def early(stop: StopFlag) -> None:
         try:
             raise error
         finally:
@@ -67,7 +67,7 @@ def test_the_others_are_told_to_stop_and_those_not_begun_never_begin():
     begun: list[str] = []
     both = threading.Barrier(2, timeout=10)
 
-    def works(stop: Stop) -> None:
+    def works(stop: StopFlag) -> None:
         begun.append("works")
         both.wait()
         for _ in range(10_000):
@@ -75,7 +75,7 @@ def test_the_others_are_told_to_stop_and_those_not_begun_never_begin():
             time.sleep(0.001)
         begun.append("came to its end")
 
-    def fails(stop: Stop) -> None:
+    def fails(stop: StopFlag) -> None:
         begun.append("fails")
         both.wait()
         raise ValueError("no room")
@@ -90,7 +90,7 @@ def test_a_failure_in_the_callers_thread_ends_the_jobs_after_it():
     begun: list[int] = []
 
     def job(n: int):
-        def run(stop: Stop) -> None:
+        def run(stop: StopFlag) -> None:
             begun.append(n)
             if n == 1:
                 raise ValueError("here")
@@ -110,7 +110,7 @@ def test_an_interrupted_caller_stops_and_joins_the_threads(monkeypatch):
 
     ended: list[bool] = []
 
-    def works(stop: Stop) -> None:
+    def works(stop: StopFlag) -> None:
         try:
             while True:
                 stop.check()
@@ -126,7 +126,7 @@ def test_an_interrupted_caller_stops_and_joins_the_threads(monkeypatch):
 
 
 def test_a_flag_is_raised_once_and_for_all():
-    stop = Stop()
+    stop = StopFlag()
     stop.check()
     stop.set()
     with pytest.raises(Stopped):

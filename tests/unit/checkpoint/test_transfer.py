@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import boxes_in, fewer, shapes, shard_item, tilings
 
-from pytest_dcp._engine.format.catalog import Catalog, Places
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.write_results import WriteResults, places_of
 from pytest_dcp._engine.io import checked_ranges as ranges
 from pytest_dcp._engine.io import read_copies as read
 from pytest_dcp._engine.io import write_files as write
 from pytest_dcp._engine.io.copy_plan import copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.disk import LocalDisk
-from pytest_dcp._engine.io.entry_places import located
+from pytest_dcp._engine.io.entry_places import resolve_entry_places
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
-from pytest_dcp._engine.io.write_files import FileJob, Settings, balanced, write_files
-from pytest_dcp._engine.plan.boxes import padded
+from pytest_dcp._engine.io.write_files import FileJob, Settings, balance_by_bytes, write_files
+from pytest_dcp._engine.plan.boxes import pad_rows
 from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.load import read_items
-from pytest_dcp._engine.plan.save import concatenated
+from pytest_dcp._engine.plan.save import concatenate_tables
 from pytest_dcp.errors import CheckpointCorruptError, PlanError
 
 BLOCK = 16
@@ -87,8 +87,10 @@ def saved(folder: Path, tensors: list, files: int, threads: int) -> Catalog:
         for n, (full, boxes) in enumerate(tensors)
         for box in boxes
     ]
-    (table,), index = concatenated([WriteItems.of([item for *_, item in items])])
-    jobs = [FileJob(f"f{n}", rows) for n, rows in enumerate(balanced(table.size_bytes(), files))]
+    (table,), index = concatenate_tables([WriteItems.of([item for *_, item in items])])
+    jobs = [
+        FileJob(f"f{n}", rows) for n, rows in enumerate(balance_by_bytes(table.size_bytes(), files))
+    ]
     written = write_files(
         LocalDisk(),
         folder,
@@ -122,8 +124,8 @@ def wanted_of(boxes: list) -> Wanted:
     return Wanted(
         fqns=tuple(fqn for fqn, _ in boxes),
         ndim=np.array([len(box[0]) for _, box in boxes], dtype=np.int16),
-        offset=padded([box[0] for _, box in boxes], rank, 0),
-        shape=padded([box[1] for _, box in boxes], rank, 1),
+        offset=pad_rows([box[0] for _, box in boxes], rank, 0),
+        shape=pad_rows([box[1] for _, box in boxes], rank, 1),
         nth=np.zeros(len(boxes), dtype=np.int64),
     )
 
@@ -308,12 +310,12 @@ def test_a_missing_file_of_a_catalog_without_places_of_data_is_named(tmp_path):
     places = replace(catalog.places, data_start=unknown, data_nbytes=unknown)
     (tmp_path / "f0").unlink()
     with pytest.raises(CheckpointCorruptError, match="missing"):
-        located(LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0]))
+        resolve_entry_places(LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0]))
 
 
 def test_a_chunk_without_a_file_is_named(tmp_path):
     catalog = one_tensor(tmp_path, numbers((4,), torch.float32))
-    nowhere = replace(catalog, places=Places.nowhere(1))
+    nowhere = replace(catalog, places=EntryPlaces.nowhere(1))
     items = read_items(wanted_of([("w0", ((0,), (4,)))]), catalog.index)
     with pytest.raises(CheckpointCorruptError, match=r"no file has this part .*'w0'"):
         loaded(tmp_path, nowhere, items, {"w0": torch.zeros(4)}, ReadSettings())
@@ -324,7 +326,9 @@ def test_the_place_of_the_data_is_found_in_the_entry(tmp_path):
     catalog = one_tensor(tmp_path, full)
     unknown = np.array([-1])
     places = replace(catalog.places, data_start=unknown, data_nbytes=unknown)
-    found = located(LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0]))
+    found = resolve_entry_places(
+        LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0])
+    )
     assert found.catalog.places.data_start == catalog.places.data_start
     assert found.catalog.places.data_nbytes == catalog.places.data_nbytes
     assert found.odd_strides == {}

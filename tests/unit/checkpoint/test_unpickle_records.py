@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.unpickle import read_metadata
-from pytest_dcp._engine.unpickle.machine import MOST_LEARNT, Machine
+from pytest_dcp._engine.unpickle.machine import MOST_LEARNT, PickleMachine
 from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE
 from pytest_dcp._engine.unpickle.metadata_records import LEFT_OUT
 from pytest_dcp._engine.unpickle.opcodes import _interpret
@@ -78,9 +78,9 @@ def metadata_of(
     return Metadata(entries, None, {index: place for _, index, place in places})
 
 
-def machine_of(data: bytes, by_records: bool = True) -> Machine:
+def machine_of(data: bytes, by_records: bool = True) -> PickleMachine:
     """The machine after a whole pickle."""
-    machine = Machine(data, METADATA if by_records else STEPWISE)
+    machine = PickleMachine(data, METADATA if by_records else STEPWISE)
     _interpret(machine)
     return machine
 
@@ -201,7 +201,7 @@ def test_keys_with_sizes_of_their_own_and_with_those_of_chunks_take_turns() -> N
 
 
 def test_a_pickle_that_has_had_its_patterns_made_is_read_opcode_by_opcode() -> None:
-    machine = Machine(pickle.dumps(metadata_of(2, 9)), METADATA)
+    machine = PickleMachine(pickle.dumps(metadata_of(2, 9)), METADATA)
     machine.to_learn = 0
     assert repr(_interpret(machine)) == repr(metadata_of(2, 9))
     assert LEFT_OUT not in machine.memo

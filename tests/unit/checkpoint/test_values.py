@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tilings import fewer
 
-from pytest_dcp._engine.format.python_values import decoded, encoded, plain
+from pytest_dcp._engine.format.python_values import decode_value, encode_value, plain
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 keys = st.one_of(
@@ -51,9 +51,9 @@ class Own:
 @given(values)
 @fewer(2)
 def test_a_value_comes_back_as_it_was(value):
-    entry = encoded(value)
-    assert told(decoded(entry)) == told(value)
-    assert told(decoded(memoryview(entry))) == told(value)
+    entry = encode_value(value)
+    assert told(decode_value(entry)) == told(value)
+    assert told(decode_value(memoryview(entry))) == told(value)
 
 
 @given(values)
@@ -61,7 +61,7 @@ def test_a_value_comes_back_as_it_was(value):
 def test_torch_reads_the_value_that_we_write(value):
     if not plain(value):
         return
-    assert told(torch.load(io.BytesIO(encoded(value)), weights_only=True)) == told(value)
+    assert told(torch.load(io.BytesIO(encode_value(value)), weights_only=True)) == told(value)
 
 
 @given(values)
@@ -69,13 +69,13 @@ def test_torch_reads_the_value_that_we_write(value):
 def test_we_read_the_value_that_torch_writes(value):
     stream = io.BytesIO()
     torch.save(value, stream)
-    assert told(decoded(stream.getvalue())) == told(value)
+    assert told(decode_value(stream.getvalue())) == told(value)
 
 
 @given(values, st.data())
 @fewer(2)
 def test_a_flipped_bit_never_gives_another_value(value, data):
-    entry = bytearray(encoded(value))
+    entry = bytearray(encode_value(value))
     with zipfile.ZipFile(io.BytesIO(entry)) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
         pickled = archive.read(name)
@@ -83,13 +83,13 @@ def test_a_flipped_bit_never_gives_another_value(value, data):
     at = data.draw(st.integers(0, len(pickled) - 1))
     entry[start + at] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(CheckpointCorruptError):
-        decoded(bytes(entry))
+        decode_value(bytes(entry))
 
 
 def test_tensors_and_shared_lists_inside_a_value_come_back():
     shared = [1]
     value = (torch.arange(3), {"a": shared, "b": shared}, torch.float16, torch.Size([2]))
-    found = decoded(encoded(value))
+    found = decode_value(encode_value(value))
     assert torch.equal(found[0], value[0])
     assert found[1:] == value[1:]
 
@@ -98,13 +98,13 @@ def test_a_value_that_holds_itself_is_refused_by_default():
     loop: list = [1]
     loop.append(loop)
     with pytest.raises(UntrustedPickleError, match="no cycles"):
-        decoded(encoded(loop))
+        decode_value(encode_value(loop))
 
 
 def test_a_value_that_holds_itself_comes_back_from_a_trusted_checkpoint():
     loop: list = [1]
     loop.append(loop)
-    found = decoded(encoded(loop), weights_only=False)
+    found = decode_value(encode_value(loop), weights_only=False)
     assert found[1] is found
 
 
@@ -112,20 +112,20 @@ def test_a_deeply_nested_value_comes_back():
     deep: list = []
     for _ in range(40):
         deep = [deep]
-    assert decoded(encoded(deep)) == deep
+    assert decode_value(encode_value(deep)) == deep
 
 
 def test_a_class_of_the_users_is_read_only_from_a_trusted_checkpoint():
-    entry = encoded({"a": Own()})
+    entry = encode_value({"a": Own()})
     with pytest.raises(UntrustedPickleError, match="weights_only=False"):
-        decoded(entry)
-    assert isinstance(decoded(entry, weights_only=False)["a"], Own)
+        decode_value(entry)
+    assert isinstance(decode_value(entry, weights_only=False)["a"], Own)
 
 
 @pytest.mark.parametrize("entry", [b"", b"PK\x03\x04", b"garbage" * 40])
 def test_bytes_that_are_no_entry_are_refused(entry):
     with pytest.raises(CheckpointCorruptError):
-        decoded(entry)
+        decode_value(entry)
 
 
 def test_only_exact_plain_types_go_the_short_way():

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp._engine.format.catalog import Places, index_key
-from pytest_dcp._engine.format.python_values import encoded
+from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
+from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.format.write_results import (
     WriteResults,
     Written,
@@ -27,10 +27,16 @@ from pytest_dcp._engine.format.write_results import (
 from pytest_dcp._engine.io import write_files as write
 from pytest_dcp._engine.io.disk import LocalDisk, LocalOut
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.write_files import FileJob, Settings, balanced, block_sums, write_files
+from pytest_dcp._engine.io.write_files import (
+    FileJob,
+    Settings,
+    balance_by_bytes,
+    block_sums,
+    write_files,
+)
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
-from pytest_dcp._engine.plan.save import concatenated
+from pytest_dcp._engine.plan.save import concatenate_tables
 from pytest_dcp.errors import PlanError
 
 BLOCK = 16
@@ -43,7 +49,7 @@ def saves(draw) -> tuple[list[WriteItem], list]:
     for n in range(draw(st.integers(0, 5))):
         if not draw(st.integers(0, 2)):
             items.append(value_item(f"v{n}"))
-            data.append(encoded(draw(st.lists(st.text(max_size=9)))))
+            data.append(encode_value(draw(st.lists(st.text(max_size=9)))))
             continue
         size = draw(shapes(max_dims=3, max_side=6))
         dtype = draw(st.sampled_from([torch.float32, torch.int8, torch.float64]))
@@ -57,8 +63,10 @@ def saves(draw) -> tuple[list[WriteItem], list]:
 
 def written_to(folder: Path, items: list, data: list, files: int = 1, threads: int = 1):
     """The items' table with hints, their index, where they went, and who watched."""
-    (table,), index = concatenated([WriteItems.of(items)])
-    jobs = [FileJob(f"f{n}", rows) for n, rows in enumerate(balanced(table.size_bytes(), files))]
+    (table,), index = concatenate_tables([WriteItems.of(items)])
+    jobs = [
+        FileJob(f"f{n}", rows) for n, rows in enumerate(balance_by_bytes(table.size_bytes(), files))
+    ]
     watcher = Observer("save")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in [("BLOCK_BYTES", BLOCK), ("PIECE_BYTES", 24), ("WRITE_BYTES", 100)]:
@@ -116,7 +124,7 @@ def test_writes_end_with_pages_though_a_planner_uses_memory_again(step, tmp_path
     monkeypatch.setattr(write, "PIECE_BYTES", 1 << 18)
     counts = [300_000, 5, 70_000, 40_000, 1, 150_000]
     items = [shard_item(f"w{n}", (count,), ((0,), (count,))) for n, count in enumerate(counts)]
-    (table,), _ = concatenated([WriteItems.of(items)])
+    (table,), _ = concatenate_tables([WriteItems.of(items)])
     scratch = torch.empty(max(counts))
 
     def source(row: int) -> torch.Tensor:
@@ -139,7 +147,7 @@ def test_writes_end_with_pages_though_a_planner_uses_memory_again(step, tmp_path
 
 def test_the_end_of_a_large_value_does_not_hold_all_of_it(tmp_path):
     items = [value_item("a"), value_item("b"), value_item("c")]
-    (table,), _ = concatenated([WriteItems.of(items)])
+    (table,), _ = concatenate_tables([WriteItems.of(items)])
     sizes = [5 << 20, 100, 5 << 20]
     job = FileJob("f", range(len(table)))
     tracemalloc.start()
@@ -189,7 +197,7 @@ def test_places_are_where_each_rank_says_that_its_items_are(save, ranks, data):
     items, values = save
     owner = [data.draw(st.integers(0, ranks - 1)) for _ in items]
     parts = [[n for n, rank in enumerate(owner) if rank == at] for at in range(ranks)]
-    tables, index = concatenated([WriteItems.of([items[n] for n in rows]) for rows in parts])
+    tables, index = concatenate_tables([WriteItems.of([items[n] for n in rows]) for rows in parts])
     results, expected = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for rank, (rows, table) in enumerate(zip(parts, tables, strict=True)):
@@ -215,7 +223,7 @@ def test_places_are_where_each_rank_says_that_its_items_are(save, ranks, data):
 
 
 def results_of(items: list[WriteItem], hints: bool = True) -> WriteResults:
-    table = concatenated([WriteItems.of(items)])[0][0] if hints else WriteItems.of(items)
+    table = concatenate_tables([WriteItems.of(items)])[0][0] if hints else WriteItems.of(items)
     count = len(items)
     column = np.arange(count, dtype=np.int64)
     written = Written(
@@ -237,7 +245,7 @@ def halves(fqn: str) -> list[WriteItem]:
 
 def test_wrong_hints_are_corrected_by_the_offsets():
     items = halves("w")
-    _, index = concatenated([WriteItems.of(items)])
+    _, index = concatenate_tables([WriteItems.of(items)])
     results = results_of(items)
     turned = results.items.take(np.array([0, 1]), np.array([1, 0]))
     places = places_of(index, [WriteResults(turned, results.written)])
@@ -246,7 +254,7 @@ def test_wrong_hints_are_corrected_by_the_offsets():
 
 def test_what_was_not_written_has_no_place():
     items = halves("w")
-    _, index = concatenated([WriteItems.of(items)])
+    _, index = concatenate_tables([WriteItems.of(items)])
     places = places_of(index, [results_of(items[1:], hints=False)])
     assert places.file.tolist() == [-1, 0]
     assert places.start.tolist() == [-1, 0]
@@ -255,14 +263,14 @@ def test_what_was_not_written_has_no_place():
 @pytest.mark.parametrize("form", [lambda part: part, list])
 def test_what_was_written_by_two_ranks_is_named(form):
     items = halves("w")
-    _, index = concatenated([WriteItems.of(items)])
+    _, index = concatenate_tables([WriteItems.of(items)])
     parts = [results_of(items), results_of(items[1:], hints=False)]
     with pytest.raises(PlanError, match=r"'w'.*\[2\].*written twice"):
         places_of(index, [form(part) for part in parts])
 
 
 def test_what_one_rank_wrote_twice_is_named():
-    _, index = concatenated([WriteItems.of(halves("a") + halves("w"))])
+    _, index = concatenate_tables([WriteItems.of(halves("a") + halves("w"))])
     twice = [*halves("a"), halves("w")[1], halves("w")[1]]
     with pytest.raises(PlanError, match=r"'w'.*written twice"):
         places_of(index, [results_of(twice, hints=False)])
@@ -270,7 +278,7 @@ def test_what_one_rank_wrote_twice_is_named():
 
 @pytest.mark.parametrize("form", [lambda part: part, list])
 def test_what_the_metadata_lacks_is_named(form):
-    _, index = concatenated([WriteItems.of(halves("w"))])
+    _, index = concatenate_tables([WriteItems.of(halves("w"))])
     strangers = [
         [shard_item("other", (4,), ((0,), (4,)))],
         [shard_item("w", (4,), ((1,), (2,)))],
@@ -286,7 +294,7 @@ def test_what_metadata_without_keys_lacks_is_named():
 
 
 def test_what_no_rank_wrote_is_named():
-    _, index = concatenated([WriteItems.of(halves("a") + halves("w"))])
+    _, index = concatenate_tables([WriteItems.of(halves("a") + halves("w"))])
     results = results_of([*halves("a"), halves("w")[0]], hints=False)
     assert (places_of(index, [results]).file < 0).sum() == 1
     with pytest.raises(PlanError, match=r"1 item\(s\) .* by no rank, .*'w'.*\[2\]"):
@@ -296,16 +304,16 @@ def test_what_no_rank_wrote_is_named():
 
 
 def test_nothing_written_has_no_places():
-    _, index = concatenated([WriteItems.of([])])
+    _, index = concatenate_tables([WriteItems.of([])])
     places = places_of(index, [results_of([]), []])
     assert len(places.file) == 0
-    assert isinstance(places, Places)
+    assert isinstance(places, EntryPlaces)
 
 
 @given(st.lists(st.integers(0, 99), max_size=9), st.integers(0, 4))
 @fewer(2)
 def test_groups_of_rows_are_balanced_and_in_order(sizes, bins):
-    groups = balanced(np.array(sizes, dtype=np.int64), bins)
+    groups = balance_by_bytes(np.array(sizes, dtype=np.int64), bins)
     assert sorted(row for group in groups for row in group) == list(range(len(sizes)))
     assert all(group == sorted(group) for group in groups)
     assert len(groups) <= max(bins, 1)

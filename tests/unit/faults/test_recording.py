@@ -19,8 +19,8 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import RecordingError
 from pytest_dcp.faults import CrashState, FaultyStorage, Kill, LyingSync, recorded
 from pytest_dcp.faults.crashes.crash_state import Search
-from pytest_dcp.faults.crashes.folder_trees import read_tree, restored, write_tree
-from pytest_dcp.faults.crashes.trace import Link, Tree
+from pytest_dcp.faults.crashes.folder_trees import read_tree, restore_tree, write_tree
+from pytest_dcp.faults.crashes.trace import Tree, TreeLink
 
 
 def commit(folder: Path) -> None:
@@ -39,7 +39,7 @@ def old(folder: Path) -> None:
     (folder / "f").write_bytes(b"old")
 
 
-TREE: Tree = {"d": None, "d/e": None, "d/f": b"x" * 5000, "g": b"", "s": Link("d/f"), "z": None}
+TREE: Tree = {"d": None, "d/e": None, "d/f": b"x" * 5000, "g": b"", "s": TreeLink("d/f"), "z": None}
 
 
 def test_a_tree_comes_back_from_a_folder(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_tree_comes_back_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_restored_folder_is_gone_after_the_block() -> None:
-    with restored(TREE) as folder:
+    with restore_tree(TREE) as folder:
         assert read_tree(folder) == TREE
         (folder / "more").touch()
     assert not folder.exists()

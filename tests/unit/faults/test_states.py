@@ -13,7 +13,7 @@ import pytest
 
 from pytest_dcp.faults.crashes.disk_model import torn_at
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
-from pytest_dcp.faults.crashes.trace import Link, Trace, Tree
+from pytest_dcp.faults.crashes.trace import Trace, Tree, TreeLink
 from pytest_dcp.faults.tap.operation import Operation
 
 
@@ -189,7 +189,7 @@ def test_what_goes_through_a_descriptor_finds_its_file_under_any_name() -> None:
         op("link", "b", to="c"), op("link", "s", to="s", data=b"c"),
     ]  # fmt: skip
     *_, last = crashes(one_after_another(steps), "kill")
-    assert last.tree == {"a": b"y", "b": b"x", "c": b"x", "s": Link("c")}
+    assert last.tree == {"a": b"y", "b": b"x", "c": b"x", "s": TreeLink("c")}
 
 
 def test_folders_move_with_what_is_in_them() -> None:

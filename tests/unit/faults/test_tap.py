@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp.faults.tap import os_calls as calls
-from pytest_dcp.faults.tap import watching
+from pytest_dcp.faults.tap import watch_operations
 from pytest_dcp.faults.tap.operation import Alternative, Operation, Replace, Shorten, Skip, Verdict
 
 
@@ -46,7 +46,7 @@ def noted(
     root: Path, verdict: Callable[[Operation], Verdict | None] = lambda _: None
 ) -> Iterator[Notes]:
     notes = Notes(verdict)
-    with watching([root], notes):
+    with watch_operations([root], notes):
         yield notes
 
 
@@ -284,7 +284,10 @@ def test_each_watcher_sees_its_own_roots(tmp_path: Path) -> None:
     for name in ("a", "a/b", "c"):
         (tmp_path / name).mkdir()
     two = Notes()
-    with noted(tmp_path / "a" / "b") as one, watching([tmp_path / "c", tmp_path / "a"], two):
+    with (
+        noted(tmp_path / "a" / "b") as one,
+        watch_operations([tmp_path / "c", tmp_path / "a"], two),
+    ):
         (tmp_path / "a" / "b" / "f").touch()
         (tmp_path / "c" / "g").touch()
     assert one.short == ["create f", "close f"]
@@ -393,7 +396,7 @@ def test_observers_see_what_an_alternative_does_and_others_do_not(tmp_path: Path
 
     observer = Notes()
     with (
-        watching([tmp_path], observer, observing=True),
+        watch_operations([tmp_path], observer, observing=True),
         noted(tmp_path, on("rename", Alternative(torn))) as notes,
     ):
         os.replace(tmp_path / "new", tmp_path / "old")
@@ -410,8 +413,8 @@ def test_observers_are_told_before_another_watcher_raises(tmp_path: Path) -> Non
 
     observer = Notes()
     with (
-        watching([tmp_path], Late()),
-        watching([tmp_path], observer, observing=True),
+        watch_operations([tmp_path], Late()),
+        watch_operations([tmp_path], observer, observing=True),
         pytest.raises(ConnectionError),
     ):
         os.mkdir(tmp_path / "d")
@@ -424,7 +427,7 @@ def test_what_a_watcher_does_itself_is_not_watched(tmp_path: Path) -> None:
             super().before(operation)
             (tmp_path / "log").write_text(str(operation))
 
-    with watching([tmp_path], writes := Writes()):
+    with watch_operations([tmp_path], writes := Writes()):
         os.mkdir(tmp_path / "d")
     assert writes.short == ["make_folder d"]
     assert (tmp_path / "log").read_text().startswith("make_folder d (rank 0, MainThread)")

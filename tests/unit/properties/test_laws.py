@@ -14,10 +14,10 @@ import torch
 
 from pytest_dcp import properties as props
 from pytest_dcp.errors import LawError
-from pytest_dcp.properties import StateSpec, TensorSpec, Tied
+from pytest_dcp.properties import SameTensor, StateSpec, TensorSpec
 
 STATE = StateSpec(
-    {"w": TensorSpec((2, 3)), "tied": Tied("w"), "a": {"b": [TensorSpec(), 7]}, "name": "x"}
+    {"w": TensorSpec((2, 3)), "tied": SameTensor("w"), "a": {"b": [TensorSpec(), 7]}, "name": "x"}
 )
 MODULE = props.PlacedModule(props.ModuleSpec("buffers"), optimizer=props.OptimizerSpec("adam"))
 Save = Callable[[dict[str, Any]], None]

@@ -1,0 +1,69 @@
+"""Names in the package: one class, one name; functions say what they do."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest_dcp
+
+ROOT = Path(pytest_dcp.__file__).parent
+TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+TWO_OF_TORCHS = {"FileSystem"}
+"""torch has it in `filesystem` and in `_fsspec_filesystem`."""
+IRREGULAR = frozenset(
+    (
+        "built", "chosen", "drawn", "found", "given", "grown", "held", "hidden", "kept", "known",
+        "laid", "learnt", "left", "lent", "made", "met", "said", "shown", "taken", "told",
+        "written",
+    )
+)  # fmt: skip
+NO_PARTICIPLES = {
+    "encoding",
+    "listing",
+    "meaning",
+    "nothing",
+    "padding",
+    "recording",
+    "sharding",
+    "string",
+}
+"""Nouns that end so."""
+PUBLIC = {"recorded"}
+"""Of `pytest_dcp.faults`, documented under this name."""
+
+
+def is_participle(name: str) -> bool:
+    """Whether the name is one word that ends as participles do: `packed`, `_told`, `watching`."""
+    word = name.strip("_")
+    if "_" in word or word in NO_PARTICIPLES:
+        return False
+    return word in IRREGULAR or re.fullmatch(r"[a-z]{2,}(ed|ing)", word) is not None
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places = defaultdict(list)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert twice.keys() == TWO_OF_TORCHS, twice
+
+
+def test_functions_are_verbs_with_an_object_and_no_bare_participles() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        for path, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and is_participle(node.name)
+        if node.name not in PUBLIC
+    ]
+    assert found == []
+
+
+def test_participles_are_told_from_other_words() -> None:
+    assert [name for name in ("packed", "_told", "watching", "pack_names", "listing", "red", "ring")
+            if is_participle(name)] == ["packed", "_told", "watching"]  # fmt: skip
