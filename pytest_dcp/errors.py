@@ -47,7 +47,7 @@ class RankFailure:
 
 @dataclass(frozen=True, slots=True)
 class LostRank:
-    """A rank that ended because the test asked for it: what it has in the place of a result."""
+    """A rank that ended because the test asked for it: what stands for its result."""
 
     rank: int
     reason: str
@@ -82,7 +82,7 @@ class LawError(DcpError, AssertionError):
 
 
 class FaultError(DcpError, AssertionError):
-    """An injected fault did not do its part: it never fired, or nobody released what it held."""
+    """An injected fault did not do its part: it never fired, or what it held was never released."""
 
 
 class RecordingError(DcpError):

@@ -38,7 +38,7 @@ def names_of_torch(ours: str) -> Callable[[str], Any]:
 
 
 def _counterpart(value: Any, name: str, asked: str) -> Any:
-    """What we have in the place of something that torch's module has under this name."""
+    """What we have for something that torch's module has under this name."""
     if isinstance(value, ModuleType):
         inside, _, path = value.__name__.partition(TORCH)
         return value if inside or not path else _our_module(path) or value
@@ -50,7 +50,7 @@ def _counterpart(value: Any, name: str, asked: str) -> Any:
 
 
 def _submodule(name: str) -> ModuleType | None:
-    """A module of the package that nobody has imported yet; torch's, where only torch has it."""
+    """A module of the package that is not imported yet; torch's, where only torch has it."""
     if (module := _our_module(f".{name}")) is not None:
         return module
     found = importlib.util.find_spec(f"{TORCH}.{name}")

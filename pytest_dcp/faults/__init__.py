@@ -1,5 +1,5 @@
 """Faults as values, a storage that fails on command, the folders that a crash could leave, and
-checkpoints made to harm whoever loads them."""
+checkpoints made to harm their reader."""
 
 from pytest_dcp.errors import FaultError, RecordingError, StoreResponseError
 from pytest_dcp.faults.crashes.crash_state import CrashState, Recording, recorded

@@ -1,4 +1,4 @@
-"""Damage at rest: what disks, hands and other saves do to files that nobody is writing.
+"""Damage at rest: what disks, hands and other saves do to files that are not being written.
 
 Pure (no I/O). The generators enumerate a whole class of damage, one `Damaged` after another, so
 that a test can try it all.
@@ -30,7 +30,7 @@ def flip_bit(data: bytes, offset: int, bit: int = 0) -> bytes:
 
 
 def truncate(data: bytes, nbytes: int) -> bytes:
-    """The first `nbytes` bytes; a negative number takes so many off the end."""
+    """The first `nbytes` bytes; a negative number takes as many off the end."""
     return data[:nbytes]
 
 
@@ -56,7 +56,7 @@ def swap_sectors(data: bytes, one: int, other: int, size: int = SECTOR_BYTES) ->
 
 
 def every_bit(data: bytes, step: int = 1) -> Iterator[Damaged]:
-    """The bytes with each bit in turn turned over; with `step`, every so many bits.
+    """The bytes with each bit in turn turned over; with `step`, every `step`-th bit.
 
     A prime step gives every position in a byte its turn.
     """

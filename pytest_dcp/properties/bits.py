@@ -23,7 +23,7 @@ fastest; stepped: two elements from one to the next.
 """
 
 GAP = 0xA5
-"""The bytes of a storage that are no element's: whoever writes there can be seen."""
+"""The bytes of a storage that are no element's: a write there can be seen."""
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Layout:
     """One for each dimension of the mesh; None: a plain tensor, whole, on every rank."""
 
     def fitted(self, ndim: int) -> tuple[Placement, ...]:
-        """The placements as a tensor of so many dimensions takes them."""
+        """The placements for a tensor of `ndim` dimensions."""
         return tuple(_fit(placement, ndim) for placement in self.placements or ())
 
     def place(self, spec: TensorSpec, device: str | None = None) -> Any:

@@ -50,7 +50,7 @@ ALONE = MeshSpec()
 
 
 def meshes(world_size: int, *, max_dims: int = 2) -> st.SearchStrategy[MeshSpec]:
-    """Meshes of exactly so many ranks; shrink to one dimension."""
+    """Meshes of exactly `world_size` ranks; shrink to one dimension."""
     shapes = sorted(set(_factors(world_size, max_dims)), key=lambda shape: (len(shape), shape))
     return st.sampled_from([MeshSpec(shape) for shape in shapes])
 

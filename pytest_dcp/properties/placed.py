@@ -1,7 +1,7 @@
 """A state and where it lies: what a law saves, loads and compares with.
 
-Whoever can say how many ranks hold a state, build a rank's part of it, and build the whole of it
-without any world, can have every law tried on it.
+A class that can say how many ranks hold a state, build a rank's part of it, and build the whole of
+it without any world, can have every law tried on it.
 """
 
 from __future__ import annotations

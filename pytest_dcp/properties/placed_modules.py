@@ -103,7 +103,7 @@ class ModuleRun:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict by flat names: groups are told by the parameters in them."""
+    """The optimizer's state dict by flat names: groups are named by the parameters in them."""
     state = get_optimizer_state_dict(module, optimizer, options=FLAT)
     return dict(state)
 

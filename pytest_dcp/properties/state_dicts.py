@@ -48,7 +48,7 @@ class StateSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlacedState:
-    """A `Placed` state dict of tensors that are nobody's parameters."""
+    """A `Placed` state dict of tensors that are no parameters."""
 
     spec: StateSpec
     layouts: tuple[Layout, ...]

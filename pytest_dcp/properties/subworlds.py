@@ -1,7 +1,7 @@
 """The first n ranks of a world, as a mesh or a group; and steps that some take and all answer for.
 
 A law saves with n ranks and loads with m, in one world of at least as many. A world makes each mesh
-and group once and keeps it: they cost more than a save. Whether a step succeeded is told to all
+and group once and keeps it: they cost more than a save. All ranks learn whether a step succeeded,
 ranks, so that every rank fails with the same words and none is left waiting.
 """
 
@@ -22,7 +22,7 @@ from pytest_dcp.errors import LawError
 from pytest_dcp.tracebacks import set_cause
 
 TEXT_LIMIT = 2_000
-"""Characters of an exception that are told. torch's checkpoint errors have a traceback per rank,
+"""Characters of an exception that are shown. torch's checkpoint errors have a traceback per rank,
 and what went wrong comes last."""
 
 
@@ -86,7 +86,7 @@ def first_ranks(count: int) -> dist.ProcessGroup | None:
 
 
 def check_room(count: int) -> None:
-    """Raise ValueError unless the world has so many ranks."""
+    """Raise ValueError unless the world has this many ranks."""
     __tracebackhide__ = True
     if count > world_size():
         raise ValueError(

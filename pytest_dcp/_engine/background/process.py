@@ -4,7 +4,7 @@ Orders and answers go over a pair of sockets; the other end is `async_worker`. T
 form a process group of their own, alike in ranks and size. The ranks run the steps of a save
 together: they look whether each has its process still, begin new ones everywhere if one is gone,
 and then each waits for its own. A process that ends, or of which nothing is heard for the group's
-timeout, is the failure of its rank, which every rank is told.
+timeout, is the failure of its rank, and every rank raises it.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def serve(line: Connection) -> None:
 def _answer(order: Order, line: Connection) -> Any:
     try:
         return order.run(line)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the rank is told
+    except BaseException as error:  # noqa: BLE001 - sent to the rank, whatever it is
         return capture(order.rank if isinstance(order, Join) else 0, error)
 
 

@@ -23,7 +23,7 @@ class Admission(Enum):
     STALE = auto()
     """It runs one that is over, and has left."""
     ASTRAY = auto()
-    """It runs something else in the place of this operation."""
+    """It runs another operation instead of this one."""
     OUT_OF_COUNT = auto()
     """The same, and the numbers of the two ranks do not match."""
 

@@ -178,7 +178,7 @@ def look_up(group: dist.ProcessGroup, coordinator_rank: int, until_s: float) -> 
 
 
 def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
-    """Look the address up anew next time: nobody answers there."""
+    """Look the address up anew next time: nothing answers there."""
     meeting_of(group).addresses.pop(coordinator_rank, None)
 
 

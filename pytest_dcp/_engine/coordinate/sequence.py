@@ -4,7 +4,7 @@ Theory of operation. Every rank numbers the operations of a group where they are
 order: saves and loads, in the foreground and in the background, share one series. An
 `OperationPlace` is one call: its number, its kind ("save", "load") and its subject (the folder).
 Operations of different ranks belong together when their numbers are equal; kind and subject must
-be equal then, or every rank is told which rank called what.
+be equal then, or every rank gets an error that says which rank called what.
 
 Within a rank:
 

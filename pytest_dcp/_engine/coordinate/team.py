@@ -56,7 +56,7 @@ class Team:
     """One rank's part in an operation; made by `team_of`, closed by `close` or `with`.
 
     All ranks run the same steps in the same order, in one thread at a time; `check` may be called
-    from any thread. KeyboardInterrupt and SystemExit are told to the peers, in bounded time, and
+    from any thread. KeyboardInterrupt and SystemExit are sent to the peers, in bounded time, and
     then leave as they are on the rank that they hit; the team is over then.
     """
 
@@ -169,7 +169,7 @@ class Team:
 
         For a step's long local work, between its blocks: four times a second it looks, without
         waiting, at what has come; otherwise, and outside of local work, it does nothing. It also
-        says that this rank is alive: whoever calls it is never silent, however long it works.
+        says that this rank is alive; a rank that calls it is never silent, however long it works.
         """
         recent = time.monotonic() - self._checked_s < CHECK_S
         if not self._working or (self._trouble is None and recent):
@@ -210,7 +210,7 @@ class Team:
             raise
 
     def close(self) -> None:
-        """End the operation here; ranks still in it are told. A second call does nothing."""
+        """End the operation here and tell the ranks still in it. A second call does nothing."""
         self._closed = True
         self._finalizer()
 

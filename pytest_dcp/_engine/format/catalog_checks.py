@@ -1,4 +1,4 @@
-"""What must hold of a catalog that nobody vouches for, before its numbers are used. Pure (no I/O).
+"""Checks of an untrusted catalog, before its numbers are used. Pure (no I/O).
 
 What enters: an index and places whose arrays have the shapes and dtypes that their classes say.
 What leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no number may make

@@ -146,7 +146,7 @@ def _check_byteorder(source: Source, directory: Directory) -> None:
 def _check_extent(tensor: TensorPickle, record: ZipRecord) -> None:
     """Refuses a tensor whose storage is not the record, or that has more elements than it.
 
-    That the elements lie inside the storage is already checked by whoever read the pickle.
+    The reader of the pickle has already checked that the elements lie inside the storage.
     """
     if record.nbytes != tensor.storage_nbytes:
         raise corrupt(

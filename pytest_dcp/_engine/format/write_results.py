@@ -45,7 +45,7 @@ class Written:
 
 
 class WriteResults(LazyList[WriteResult]):
-    """A rank's written items: a list of torch's objects, to whoever looks."""
+    """A rank's written items, which look like a list of torch's objects."""
 
     __slots__ = ("items", "written")
 
@@ -72,7 +72,7 @@ class WriteResults(LazyList[WriteResult]):
         return self.items.key(row) if isinstance(self.items, WriteItems) else self.items[row].index
 
     def untouched(self) -> bool:
-        """Whether nobody has changed the list, or an object in it."""
+        """Whether the list and the objects in it are unchanged."""
         return len(self) == len(self.items) and all(
             made == self.make_item(at) for at, made in self.made_items()
         )

@@ -177,7 +177,7 @@ def save_named_in(disk: Disk, folder: Any, names: Iterable[str]) -> str | None:
     present = [name for name in names if disk.exists(folder, name)]
     try:
         saves = {_header(disk, folder, name).metadata.get(SAVE_KEY) for name in present}
-    except CheckpointCorruptError:  # Whoever named such a file may yet write it.
+    except CheckpointCorruptError:  # The save that named such a file may yet write it.
         return None
     return saves.pop() if len(saves) == 1 else None
 

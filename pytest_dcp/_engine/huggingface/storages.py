@@ -207,7 +207,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         said: Mapping[str, Any] = plan.storage_data or {}
         table = WriteItems.of(plan.items)
         save_id = said.get("save_id")
-        # Only a plan of `prepare_global_plan` says how a whole save is told from others.
+        # Only a plan of `prepare_global_plan` says how to tell a whole save from others.
         jobs = [
             FileJob(name if save_id is None else temporary_name(name, save_id), rows)
             for name, rows in _files(table.fqns, said, self._split(plan.items, said)).items()

@@ -102,7 +102,7 @@ class RangeReader:
 
     def maps(self, entry: int) -> bool:
         """Whether windows of this entry can be had: it was written once, under a name of its own,
-        and nobody cuts it short."""
+        and nothing cuts it short."""
         return self.file.maps and self._has_sums(entry)
 
     def raw(self, entry: int, low: int, view: memoryview) -> None:
@@ -179,7 +179,7 @@ class RangeReader:
                 whole = rest = _run_checksum(
                     piece, begin, max(begin, start), min(until, end), whole
                 )
-            # What follows the last whole block, for whoever reads on from there.
+            # What follows the last whole block, for the next read.
             rest = _run_checksum(piece, begin, max(begin, start, end), until, rest)
         if end > high:
             whole = crc32(self._extra(entry, high, end), whole)

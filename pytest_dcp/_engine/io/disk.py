@@ -88,7 +88,7 @@ class In(Protocol):
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         """These bytes as memory, to be dropped soon; None where that does not go. For one thread.
 
-        For files that nobody cuts short while they are read: see `io.mapped_windows`.
+        For files that are not cut short while they are read: see `io.mapped_windows`.
         """
 
 
@@ -122,7 +122,7 @@ class Disk(Protocol):
         """
 
     def replace(self, folder: Any, old: str, new: str) -> None:
-        """Rename a file; whoever opens `new` finds the old file or the new one, never none."""
+        """Rename a file. An open of `new` finds the old file or the new one, never none."""
 
     def remove(self, folder: Any, name: str) -> None:
         """Remove a file; nothing where it is gone."""
@@ -149,7 +149,7 @@ class LocalDisk:
     def __init__(self, *, follow_links: bool = False) -> None:
         """follow_links: whether a link in a folder may lead out of it, to a plain file.
 
-        A name may not, either way: it is the checkpoint's word, and a link that of whoever made
+        A name may not, either way: it is the checkpoint's word, and a link that of the one who made
         the folder.
         """
         self.follow_links = follow_links
@@ -323,7 +323,7 @@ def _lock(fd: int, folder: Path) -> None:
 
 @lru_cache(maxsize=64)
 def kind_of_device(major: int, minor: int) -> str | None:
-    """The file system of a mounted device, `tmpfs` for instance; None where it cannot be told.
+    """The file system of a mounted device, `tmpfs` for instance; None where it is unknown.
 
     From /proc/self/mountinfo (proc_pid_mountinfo(5)).
     """

@@ -2,8 +2,8 @@
 
 Many small parts are copied out of mapped pages for less than a call of the system each. But where
 a page cannot be had, because the file was cut short or the disk fails, an access is a SIGBUS and
-the end of the process. So a window is given out only once all of its pages are there; else whoever
-asked reads, and gets the error by its name. That holds as long as nobody cuts the file short, so
+the end of the process. So a window is given out only once all of its pages are there; else the
+caller reads, and gets the error by its name. That holds as long as nothing cuts the file short, so
 windows are for files that are never written again.
 """
 
@@ -23,7 +23,7 @@ since Linux 6.16, xfs) maps each by one entry of the page table."""
 MADV_POPULATE_READ = 22
 """Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
 AROUND_BYTES = 64 << 10
-"""A read of a page that is not mapped maps the cache's pages around it as well, so many bytes of
+"""A read of a page that is not mapped also maps the cache's pages around it, this many bytes of
 them (fault-around, Linux 3.15)."""
 TOUCHED_FROM_BYTES = 1 << 20
 """Shorter windows are populated page by page: there is little to save."""
@@ -120,7 +120,7 @@ def tells_what_is_mapped() -> bool:
 
 
 def all_mapped(pagemap: int, start: int, end: int) -> bool:
-    """Whether no page of these addresses is missing. Raises OSError where that cannot be told.
+    """Whether no page of these addresses is missing. Raises OSError where that cannot be found out.
 
     Asks for the first run of pages that are not present: the struct pm_scan_arg of PAGEMAP_SCAN
     (ioctl_pagemap_scan(2), Linux 6.7).

@@ -22,7 +22,7 @@ then sent as the file system sends streams."""
 GET_BYTES = 32 << 20
 """What is asked for at a time: bounds the memory beside the target."""
 GAP_BYTES = 256 << 10
-"""Bytes that nobody wants are fetched too where that saves a request: a round trip's worth."""
+"""Unwanted bytes are fetched too where that saves a request: a round trip's worth."""
 
 
 class ObjectDisk:

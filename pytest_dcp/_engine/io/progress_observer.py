@@ -1,6 +1,6 @@
 """Who watches a save or load while its bytes move.
 
-An `Observer` is told of every piece; it may count, show progress, or raise to stop the work. It is
+An `Observer` gets every piece; it may count, show progress, or raise to stop the work. It is
 handed to storages through `observe_with`, since their hooks have no argument for it.
 """
 
@@ -68,7 +68,7 @@ class Observer:
             self._tell()
 
     def advance(self, nbytes: int) -> None:
-        """Say that so many more bytes are done. Raises what stops the work."""
+        """Report `nbytes` more as done. Raises what stops the work."""
         self._check()
         with self._lock:
             self.done_bytes += nbytes

@@ -179,7 +179,7 @@ class _BoxReader:
             self.reader.read(int(self.copies.entry[row]), at, memory_at(to, nbytes))
 
     def _by_rows(self, row: int, inner: int, nbytes: int) -> None:
-        """Runs of less than a block, with gaps between them that nobody wants: not checked."""
+        """Runs of less than a block, with unwanted gaps between them: not checked."""
         copies, reader = self.copies, self.reader
         low, address = self._starts(row, inner)
         for at in range(0, len(low), BATCH):
@@ -250,7 +250,7 @@ class _BoxReader:
         return target
 
     def _buffer(self, target: torch.Tensor, nbytes: int) -> memoryview:
-        """Memory for so many bytes: pinned where the target is on a GPU, so that the copy is one
+        """Memory for `nbytes`: pinned where the target is on a GPU, so that the copy is one
         DMA."""
         if self._staging is None or self._staging.numel() < nbytes:
             size, pinned = max(self.settings.staging_bytes, nbytes), target.device.type == "cuda"

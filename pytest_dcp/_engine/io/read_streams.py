@@ -1,6 +1,6 @@
 """A load plan carried out through the streams of a storage, one entry after the other.
 
-For a storage that has hooks of its own between a file and its entries, and for one that is told
+For a storage that has hooks of its own between a file and its entries, and for one that knows
 only where the entries are. Each entry is read whole; what a tensor is, its entry says.
 """
 

@@ -111,7 +111,7 @@ def _limit(catalog: Catalog, row: int, for_values: int) -> int:
 
 
 def read_at_most(stream: IO[bytes], limit: int) -> bytes:
-    """What the stream has, up to so many bytes."""
+    """What the stream has, up to a number of bytes."""
     # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
     whole = io.BytesIO()
     while whole.tell() < limit:

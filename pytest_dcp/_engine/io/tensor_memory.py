@@ -1,6 +1,6 @@
 """Tensors as bytes, without copies where there need be none.
 
-Everything that touches a raw pointer is here. A view keeps nothing alive: whoever asks for one
+Everything that touches a raw pointer is here. A view keeps nothing alive: the caller
 holds on to the tensor while it is used.
 """
 

@@ -158,7 +158,7 @@ class File:
         self._data = 0
 
     def put(self, buffer: Buffer, data: int = 0) -> None:
-        """Append bytes, so many of them tensor data.
+        """Append bytes, some of them tensor data.
 
         They must stay as they are until `settle` or `flush`.
         """
@@ -184,7 +184,7 @@ class File:
             self._write(0)
 
     def _write(self, kept: int) -> None:
-        """Write what is held but for so many bytes at the end of the last buffer."""
+        """Write the buffers, but for some bytes at the end of the last one."""
         self.stop.check()
         last = memoryview(self._buffers.pop())
         cut = len(last) - kept

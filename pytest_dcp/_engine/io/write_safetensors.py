@@ -155,7 +155,7 @@ def encode(tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> byte
 def header_length(head: bytes | memoryview, file_bytes: int) -> int:
     """Bytes of JSON that follow a file's first eight bytes.
 
-    Raises CheckpointCorruptError where the file, or the format, has no room for so many.
+    Raises CheckpointCorruptError where the file, or the format, has no room for as many.
     """
     if len(head) < LENGTH_BYTES:
         raise CheckpointCorruptError(

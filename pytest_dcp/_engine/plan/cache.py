@@ -38,7 +38,7 @@ class PlanCache:
     """Digest of the local plan of the save under way, remembered once that save has its plan."""
     sent: bytes | None = None
     final: SavePlan | None = None
-    """What this rank was told to write."""
+    """The plan that this rank got to write."""
     all_plans: dict[int, tuple[bytes, SavePlan]] = field(default_factory=dict)
     """On the coordinator: each rank's last plan."""
     answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata, Replicas | None] | None = None

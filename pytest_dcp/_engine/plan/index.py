@@ -192,7 +192,7 @@ def resized_keys(metadata: Metadata, before: Mapping[str, torch.Size]) -> frozen
 
 
 def index_of(metadata: Metadata) -> Index:
-    """The metadata's columns, whoever made it; empty when it has no keys."""
+    """The columns of any metadata; empty when it has no keys."""
     keys = metadata.state_dict_metadata
     index = keys.index() if isinstance(keys, KeyTable) else None
     return Index.of(keys) if index is None else index

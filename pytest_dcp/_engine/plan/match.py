@@ -25,7 +25,7 @@ SHOWN = 20
 USUAL = (*PLAIN, DTensor)
 """Classes whose own shape and dtype are those of the full tensor."""
 SUGGESTED_FROM = 2000
-"""Names are compared for likeness with at most so many others: it takes a while."""
+"""The most names that one name is compared with for likeness: it takes a while."""
 
 
 Dtype = torch.dtype | type

@@ -80,7 +80,7 @@ _within: ContextVar[tuple[int, int] | None] = ContextVar("ranks", default=None)
 
 @contextmanager
 def ranks_known(rank: int, size: int) -> Iterator[None]:
-    """Let values per rank inside be this rank's of so many: those of an operation's group."""
+    """Let values per rank inside be this rank's, of the ranks of an operation's group."""
     token = _within.set((rank, size))
     try:
         yield

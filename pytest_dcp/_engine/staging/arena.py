@@ -2,7 +2,7 @@
 
 Fresh memory costs many times what the copy into it costs, since the kernel has to find and clear
 every page. So a `Pool` keeps the memory of the last states, at most `IDLE` stretches, and leases it
-for the next. A stretch comes back by itself when the last tensor in it is gone: whoever holds one
+for the next. A stretch comes back by itself when the last tensor in it is gone: a holder
 (a planner, a storage that is still sending, the user) is never written over.
 """
 
@@ -49,7 +49,7 @@ class Memory:
         self.address: int = np.frombuffer(self.pages, dtype=np.uint8).ctypes.data
 
     def pin(self) -> None:
-        """Lock the pages for copies from a GPU that nobody waits for, where CUDA can do that."""
+        """Lock the pages for asynchronous copies from a GPU, where CUDA can do that."""
         if not self.pinned:
             self.pinned = _cuda("cudaHostRegister", self.address, self.nbytes, PORTABLE)
 
@@ -111,7 +111,7 @@ class Pool:
         self._open = True
 
     def lease(self, nbytes: int) -> Arena:
-        """Memory for so many bytes."""
+        """Memory for `nbytes`."""
         memory = self._fitting(nbytes) or Memory(nbytes, shared=self.shared)
         array = np.frombuffer(memory.pages, dtype=np.uint8)
         # Tensors keep the array alive, which is how its end tells of theirs.

@@ -63,7 +63,7 @@ class BlockingAsyncStager(AsyncStager):
     def stage(self, state_dict: State) -> State:
         """A copy of the state dict on the CPU.
 
-        With `cache_staged_state_dict` it is the same copy each time, filled anew: whoever holds
+        With `cache_staged_state_dict` it is the same copy each time, filled anew: a holder of
         the last one sees it change. A save of the last one that is under way is waited for.
         """
         if self.type_check:
@@ -115,7 +115,7 @@ class DefaultStager(AsyncStager):
         """A copy of the state dict on the CPU, or its future with `use_async_staging`."""
         if self._thread is None:
             return self._stage(state_dict, None)
-        # What the GPU was told to compute before now has to be done before it is copied.
+        # What the GPU has been given to compute must be done before it is copied.
         before = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
         self._under_way = self._thread.submit(self._stage, state_dict, before)
         return self._under_way
@@ -247,7 +247,7 @@ def _named_tensors(
 
 
 def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
-    """The value with the next room in the place of each tensor, and copies of all else."""
+    """The value with the next room for each tensor, and copies of all else."""
     if isinstance(value, DTensor):
         local = _copy_value(local_tensor(value), rooms)
         return dtensor(local, value._spec)

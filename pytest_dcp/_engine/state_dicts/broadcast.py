@@ -104,7 +104,7 @@ def _copy(view: torch.Tensor, values: Mapping[K, Any], key: K) -> None:
 
 
 def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
-    """The tensors in their order, in groups that fit into so many bytes; empty ones too."""
+    """The tensors in their order, in groups that fit into a bucket; empty ones too."""
     bucket: dict[K, Spec] = {}
     used = 0
     for key, spec in tensors.items():

@@ -22,7 +22,7 @@ from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp.errors import CheckpointError
 
 BATCH_BYTES = 64 << 20
-"""So many bytes of parameters are stood in for at a time, or one parameter: the twin needs three to
+"""The bytes of parameters with stand-ins at a time, or one parameter: the twin needs three to
 four times that much."""
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20
-"""So many names of a kind are shown; the error's attributes hold all."""
+"""The most names of a kind that are shown; the error's attributes hold all."""
 SUGGESTED_FROM = 2000
-"""Names are compared for likeness with at most so many others: it takes a while."""
+"""The most names that one name is compared with for likeness: it takes a while."""
 
 
 @dataclass(frozen=True, slots=True)

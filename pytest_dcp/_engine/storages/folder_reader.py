@@ -80,7 +80,7 @@ class FileSystemReader(StorageReader):
         self.memory = MemoryLimit(max_decoded_bytes)
         self.transforms = StorageReaderTransforms(_extension_registry)
         self.storage_data: Any = {}
-        """Where the entries are, as the metadata says, or whoever sets it."""
+        """Where the entries are: as the metadata says, or as it was set."""
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True

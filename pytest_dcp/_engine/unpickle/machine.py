@@ -1,6 +1,6 @@
 """A small interpreter of pickle opcodes that calls nothing but what its caller allows.
 
-What enters: bytes that nobody vouches for, and a `Vocabulary`: the globals a pickle may name, and
+What enters: untrusted bytes, and a `Vocabulary`: the globals a pickle may name, and
 what each stands for. What leaves: the object at STOP (bytes behind it are not looked at), or
 `CheckpointCorruptError` for a malformed pickle, `UntrustedPickleError` for one that asks for too
 much, `UnknownGlobalError` for one that is well made but outside the vocabulary.
@@ -33,7 +33,7 @@ MAX_EQUAL_HASHES = 32
 """Keys of one hash in a large container. Hashes of numbers are no secret, so a file can choose them
 all equal, and n such keys cost n * n comparisons."""
 _SMALL_CONTAINER = 64
-"""Below so many keys not even equal hashes cost time worth counting."""
+"""With fewer keys than this not even equal hashes cost time worth counting."""
 _BUDGET_PER_BYTE = 4
 """Units of work per byte of input. A pickler's own output needs at most 4: a set's member takes two
 bytes or more and costs 8, a bytearray's byte is copied twice."""

@@ -154,7 +154,7 @@ def _take(data: bytes, pos: int, length: int) -> bytes:
 def _sized_handler(
     width: struct.Struct, make: Callable[[PickleMachine, bytes], object]
 ) -> Callable[[PickleMachine, list[Any], int], int]:
-    """The handler of an opcode followed by a length of that width and so many bytes."""
+    """The handler of an opcode followed by a length of that width and that many bytes."""
     unpack, skip = width.unpack_from, width.size
 
     def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:

@@ -68,7 +68,7 @@ UNREAD = frozenset({UnreadObject})
 def field_setter(cls: type) -> Callable[[Any, object], None]:
     """What sets the fields of an instance from the dict that a pickle has for it.
 
-    Fields that this version of torch does not have are set, too: they do no harm where nobody asks.
+    Fields that this version of torch does not have are set, too: unused they do no harm.
     """
     assign = object.__setattr__
 

@@ -2,7 +2,7 @@
 
 Frameworks put data of their own into a checkpoint's metadata. Where a pickle makes an object of an
 unknown class, an `UnreadObject` takes its place: it has the class's name and nothing else, so no
-code runs, nothing is imported, and whoever needs the rest of the metadata can have it.
+code runs, nothing is imported, and the rest of the metadata can be used.
 
 What an attack calls is refused as ever: functions and classes of Python's library, of torch and of
 numpy, but for those that frameworks have in their data and that do nothing.

@@ -59,7 +59,7 @@ def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
 def compress_results(
     results: Sequence[WriteResult], told: SavePlan
 ) -> Written | Sequence[WriteResult]:
-    """What a rank says that it wrote: only the places, where the items are those it was told."""
+    """What a rank says that it wrote: only the places, where the items are those of its plan."""
     whole = isinstance(results, WriteResults) and results.untouched()
     if isinstance(results, WriteResults) and whole and results.items is told.items:
         return results.written

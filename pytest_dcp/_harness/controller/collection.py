@@ -108,7 +108,7 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         return None, (problem,)
     defaults = options.defaults
     if _parametrized_size(item) is not None:
-        # The test is told this size: an override went into the parametrization, or is not ours.
+        # The test sees this size: an override went into the parametrization, or is not ours.
         defaults = replace(defaults, world_size=None)
     return resolve(values, size, defaults)
 

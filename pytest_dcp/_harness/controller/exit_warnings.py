@@ -1,7 +1,7 @@
 """What went wrong while ranks exited -> warnings, which `-W error` makes errors of the test.
 
 An interpreter prints such errors and exits with code 0 all the same. Here they are warnings as
-pytest gives them for exceptions that nobody can catch.
+pytest gives them for exceptions that cannot be caught.
 """
 
 from __future__ import annotations

@@ -40,5 +40,5 @@ def put_in_colours(report: pytest.TestReport) -> None:
         traceback.reprentries = [HeadingEntry(entries[0].lines, marks), *entries[1:]]
 
 
-# Whoever writes a report down names its entries by their class: pytest's own is known everywhere.
+# Writers of reports name entries by their class, and know pytest's own.
 HeadingEntry.__name__ = ReprEntryNative.__name__

@@ -314,7 +314,7 @@ class _Resource:
         raise _OutOfTime(self.name)
 
     def count_free(self) -> int:
-        """How many slots nobody has; takes each for a moment."""
+        """How many slots are free; takes each for a moment."""
         free = 0
         for slot in self.slots:
             if slot.take():

@@ -92,7 +92,7 @@ class MarkedItem:
     """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
     lost: frozenset[int] = frozenset()
-    """Ranks that the test has lost as it asked, and that were told of."""
+    """Ranks that the test has lost as it asked, and that were reported."""
     output: ItemOutput = field(init=False)
     torn_before: Outcome = PASSED
     """How the item was torn down in worlds that were replaced while it ran."""
@@ -106,12 +106,13 @@ class MarkedItem:
         self.nextitem = nextitem
 
     def limit(self, timeout_s: float) -> None:
-        """pytest-timeout's limit: in the place of the default, the lower one of two explicit."""
+        """pytest-timeout's limit: it replaces the default; of two explicit limits the lower
+        counts."""
         self.limit_s = min(timeout_s, self.spec.timeout_s) if self.explicit_limit else timeout_s
         if self.world is not None:
             self.world.restart_clock(self.limit_s)
 
-    # The three phases, in the place of the item's own.
+    # The three phases, instead of the item's own.
 
     def setup(self) -> None:
         """Start or take a world, and set the item up in every rank."""
@@ -261,7 +262,7 @@ class MarkedItem:
         """The test that takes this world next, or another test of its module; None for none.
 
         What runs after the next test is known only where pytest goes through the session's items:
-        a worker of pytest-xdist is told of one item at a time.
+        a worker of pytest-xdist gets one item at a time.
         """
         nextitem = self.nextitem
         if self.spec.isolation != "module" or self.failed or nextitem is None:
@@ -412,7 +413,7 @@ class MarkedItem:
     # The report.
 
     def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
-        """Show the ranks' own failure in the place of the controller's."""
+        """Show the ranks' own failure instead of the controller's."""
         outcome = self.outcome
         if call.when == "call" and rep.passed and self.unexpectedly is not None:
             rep.wasxfail = self.unexpectedly

@@ -19,7 +19,7 @@ ReportRanks = Literal["all", "failed", "first"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a session was told, checked."""
+    """The options of a session, checked."""
 
     marker: str
     """The marker's name; empty: the plugin leaves every marker alone."""

@@ -63,7 +63,7 @@ class ItemRanks:
         return self._marked.world
 
     def renew(self) -> Outcome:
-        """A new world in the place of a broken one, where the item's call has begun."""
+        """A new world for a broken one, where the item's call has begun."""
         marked = self._marked
         if not self.world.ended:
             marked.note_teardown(tear_down_survivors(self.world))

@@ -57,7 +57,7 @@ def lead_with_unexpected(outcome: Outcome, expected: Callable[[BaseException], b
 
 
 def exception_for(outcome: Outcome, where: str) -> BaseException:
-    """What the controller raises for an outcome that did not pass, in the place of the test."""
+    """What the controller raises for an outcome that did not pass, instead of the test."""
     if outcome.kind == "skipped":
         return pytest.skip.Exception(outcome.reason)
     if outcome.kind == "xfailed":
@@ -92,7 +92,7 @@ def _error_of(group: Group, outcome: Outcome) -> BaseException:
 def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
     """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
 
-    It is made without its `__init__`, whose arguments nobody knows here; None when the class is not
+    It is made without its `__init__`, whose arguments are unknown here; None when the class is not
     to be found in this process, is no ordinary exception, or is one of pytest's own, which pytest
     shows by what their `__init__` sets.
     """

@@ -86,7 +86,7 @@ class FunctionWorld:
     def pause(self, rank: int) -> None:
         """SIGSTOP a rank and what it started; returns when it stands still.
 
-        A rank that nobody resumes is killed when the others have ended the call.
+        A rank that is not resumed is killed when the others have ended the call.
         """
         self._strike("pause", rank)
 

@@ -1,4 +1,4 @@
-"""What ranks started, and nobody is left to kill: found by the ranks' tokens and files, and killed.
+"""Processes that ranks started and left behind: found by the ranks' tokens and files, and killed.
 
 For ends that leave no time for anything else: SIGKILL of the zygote, or of a controller whose ranks
 are spawned. The second is seen by a process of its own, in which `main` waits for the end of its

@@ -101,7 +101,7 @@ class SpawnLauncher(Signals):
                 "session": self._session,
                 "parent": os.getpid(),
             }
-            # What a rank's own pytest session says of itself is nobody's output.
+            # What a rank's own pytest session prints about itself is not wanted.
             output = subprocess.DEVNULL if self._session["captures"] else None
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, json.dumps(told, default=repr)],

@@ -457,7 +457,7 @@ class _Zygote:
         return bool(found)
 
     def end_trackers(self) -> None:
-        """Kill the trackers that had time enough: a process that nobody found has their pipe."""
+        """Kill the trackers that had time enough: a process that was not found has their pipe."""
         for pid, deadline in self.trackers.items():
             if time.monotonic() >= deadline:
                 with contextlib.suppress(ProcessLookupError):

@@ -49,11 +49,11 @@ BUSY_PATIENCE_S = 1.0
 """For peers that are at work, and may yet have the last say: a machine may have other work too.
 A failed rank's peers have the grace at most."""
 BUSY_SHARE = 4
-"""And at most for one part of the example's time limit in so many."""
+"""And at most for this fraction of the example's time limit."""
 DRAWS_LOOK_S = 0.1
 """How often ranks that do not end an example are looked at for having drawn differently."""
 LOOK_SHARE = 10
-"""And at most for one part of the time in so many."""
+"""And at most for this fraction of the time."""
 HANG_FACTOR = 20
 HANG_LEAST_S = 2.0
 """Once an example hung, others get so many times what the slowest took that ended, and at least so
@@ -71,7 +71,7 @@ class ExampleRanks(Protocol):
         """Where the item is running now."""
 
     def renew(self) -> Outcome:
-        """A new world in the place of a broken one, where the item's call has begun."""
+        """A new world for a broken one, where the item's call has begun."""
 
     def fresh(self) -> None:
         """Make everything new that is new for each example."""
@@ -250,7 +250,7 @@ class _Engine:
         self.broken = False
         return time.perf_counter() - started
 
-    # What the engine is told.
+    # What the engine gets.
 
     def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
         """What was drawn, and what the test said of it in any rank."""
@@ -327,7 +327,7 @@ def _subclass(base: type[BaseException]) -> type[BaseException]:
 
 
 def _as(kind: type[BaseException], error: BaseException) -> BaseException:
-    """The exception as one of `kind`, made without an `__init__` whose arguments nobody knows."""
+    """The exception as one of `kind`, made without an `__init__` whose arguments are unknown."""
     out = kind.__new__(kind)
     out.args = error.args
     out.__dict__.update(error.__dict__)

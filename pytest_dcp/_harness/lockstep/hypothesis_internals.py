@@ -270,7 +270,7 @@ class Followed(core.StateForActualGivenExecution):
         __tracebackhide__ = True
         self.led = True
         # What `given` says of an engine that fails, or that has run nothing, is the controller's
-        # to say; this rank may be new, in the place of one that has run it all.
+        # to say; this rank may be new, and replace one that has run it all.
         self.failed_normally = self.ever_executed = True
         self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
         with _seed_examples():
@@ -325,7 +325,7 @@ def listen_to_reports(hear: Callable[[object], None]) -> AbstractContextManager[
 
 
 def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Callable[[], None]:
-    """A test that Hypothesis runs in the place of a property, with its settings and database.
+    """A test that Hypothesis runs instead of a property, with its settings and database.
 
     Whatever it draws, `play` has ranks draw, and `mirror` tells its data.
     """

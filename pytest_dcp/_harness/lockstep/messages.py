@@ -3,7 +3,7 @@
 One Hypothesis engine, in the controller, decides which example comes next; every rank draws it by
 itself and runs it. Enters: what an engine knows of an example before it is run (an `Attempt`), and
 what a rank knows of it afterwards (a `Reply`). Leaves: the same as bytes, and a rank's record of
-what it drew, which the engine is told as if it had drawn it itself.
+what it drew, which the engine takes as if it had drawn it itself.
 
 Rules that hold inside:
 

@@ -1,4 +1,4 @@
-"""What the ranks said of a property's example -> what Hypothesis' engine is told. Pure (no I/O).
+"""What the ranks said of a property's example -> what Hypothesis' engine gets. Pure (no I/O).
 
 Enters: the outcome of a phase, the replies that came with it, and the records of what was drawn.
 Leaves: whether the example passed, was rejected or failed, by which rank, and for which bug.
@@ -62,7 +62,7 @@ class ExampleVerdict:
 
     @property
     def decisive(self) -> int:
-        """The rank whose record the engine is told."""
+        """The rank whose record the engine gets."""
         if self.diverged:  # a replay with fewer choices would stop the others early
             return max(self.records, key=lambda rank: _choices(self.records[rank]))
         if self.failure is not None:

@@ -1,4 +1,4 @@
-"""What coverage.py measures in ranks: saved by each rank, gathered where nobody else would.
+"""What coverage.py measures in ranks: saved by each rank, gathered where pytest-cov would not.
 
 A forked rank inherits the running measurement; a spawned one starts its own with the settings that
 the controller hands down (`settings`, `start`). Beside pytest-cov, and wherever each process has a
@@ -36,7 +36,7 @@ def _has_one_file(measuring: Any) -> bool:
 def settings(folder: Path) -> dict[str, Any]:
     """What `start` needs in another process, as JSON takes it; empty when nothing is measured.
 
-    Files that nobody else would combine are to go to `folder`.
+    Files that pytest-cov would not combine go to `folder`.
     """
     measuring = _current()
     if measuring is None:

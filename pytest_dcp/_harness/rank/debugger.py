@@ -59,7 +59,7 @@ class RankTerminal:
             os.dup2(self._stdin, 0)
 
     def _take(self, path: str) -> None:
-        """Put the terminal in the place of the standard files, also of those that capture saved."""
+        """Replace the standard files by the terminal, also those that capture saved."""
         with contextlib.suppress(OSError):  # there is none: the debugger reads an end of file
             tty = os.open(path, os.O_RDWR)
             for fd, name in enumerate(("in_", "out", "err")):

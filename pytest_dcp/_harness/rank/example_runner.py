@@ -1,6 +1,6 @@
 """A property inside a rank: examples come from the controller, one at a time.
 
-Enters: `Example` orders while a test waits in the place of Hypothesis' engine. Leaves: a `Done` for
+Enters: `Example` orders while a test waits where Hypothesis' engine would run. Leaves: a `Done` for
 each, with a `Reply` inside, and a record of what was drawn in a memfd that outlives the rank.
 
 Hypothesis is taken over where a `@given` test would start its engine; everything around that
@@ -52,7 +52,7 @@ class AbandonedError(BaseException):
 
 
 class _Unparametrised:
-    """What a test without parameters has in the place of a callspec."""
+    """What a test without parameters has for a callspec."""
 
     params: ClassVar[dict[str, object]] = {}
 
@@ -164,7 +164,7 @@ class Follower:
         self._following = False
 
     def follow(self, state: inside.Followed) -> None:
-        """Run the controller's examples until it has enough; in the place of an engine."""
+        """Run the controller's examples until it has enough, instead of an engine."""
         __tracebackhide__ = True
         if self._following:
             raise DcpError(

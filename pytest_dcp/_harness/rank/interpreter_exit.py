@@ -171,7 +171,7 @@ def _stop_resource_tracker() -> None:
 
 @contextlib.contextmanager
 def _errors_recorded() -> Iterator[ExitReport]:
-    """Record what would only be printed: at exit nobody is left to raise to."""
+    """Record what would only be printed: at exit there is no caller to raise to."""
     report = ExitReport()
 
     def unraisable(what: Any) -> None:

@@ -1,7 +1,7 @@
 """A rank's life: boot, orders, end.
 
 Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit
-code 0, which only a rank that was told to leave returns; its last message is `Done("finish")`,
+code 0, which only a rank that was ordered to leave returns; its last message is `Done("finish")`,
 which says that its exit ran to the end. Everything that pytest knows of a rank
 is in `rank_items`; here is what any rank does, also one that only runs functions.
 """
@@ -58,7 +58,7 @@ M = TypeVar("M", bound=Message)
 
 
 class ControllerGoneError(DcpError):
-    """The report socket reached its end: nobody waits for this rank any more."""
+    """The report socket reached its end: the controller no longer waits for this rank."""
 
 
 class Channel:
@@ -191,7 +191,7 @@ class Rank:
     unmet: list[Callable[[], list[str]]] = field(default_factory=list)
     """Called when a test is torn down; what they return did not happen, and fails it."""
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
-        default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by whoever captures
+        default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by the capturing plugin
     )
     """Captures output around work that is no item's phase; yields sections to fill."""
 
@@ -205,7 +205,7 @@ class Rank:
     def meet(self, operation: str, payload: bytes = b"") -> list[bytes | None]:
         """Every rank's payload, in rank order; waits for all ranks. Collective.
 
-        None in the place of a rank that was lost or stopped because the test asked for it.
+        None for a rank that was lost or stopped because the test asked for it.
         Raises `DivergedError` when a peer asked for something else or will not come.
         """
         __tracebackhide__ = True

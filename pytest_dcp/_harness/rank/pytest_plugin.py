@@ -4,7 +4,7 @@ Enters: the collected session that the rank inherited. Leaves: one `Done` for ea
 lockstep with the other ranks: after each phase the rank waits for the controller's word.
 
 The session's reporting plugins are taken out first (`silence`): a rank reports to the controller
-and to nobody else. Whether an xfail marker makes a failure expected is decided once, by the
+and nowhere else. Whether an xfail marker makes a failure expected is decided once, by the
 controller.
 """
 
@@ -59,7 +59,7 @@ SECTION_CHARS = 1 << 16
 def silence(config: pytest.Config) -> None:
     """Take the reporting hooks out of a session that ranks will run.
 
-    Whoever hears of reports and warnings writes them somewhere: to the terminal, a file, xdist's
+    Plugins that get reports and warnings write them somewhere: to the terminal, a file, xdist's
     channel. The session itself still counts, for --maxfail among subtests, and captured logging
     still works.
 
@@ -333,7 +333,7 @@ class RankPlugin:
                 self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
                 break
             done = self._phase(item, go.phase)
-            if not self.rank.channel.has_order:  # else the call was given up: nobody waits for it
+            if not self.rank.channel.has_order:  # else the call was given up: no one waits for it
                 self.rank.channel.send(done)
         if has_request:
             any_item._request = False

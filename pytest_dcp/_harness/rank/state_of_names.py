@@ -1,4 +1,4 @@
-"""Functions and classes that a test has put in the place of others, in modules and classes.
+"""Functions and classes that a test has replaced, in modules and classes.
 
 Looked at are functions of the standard library, of torch and of this package that tests replace,
 all names of `torch.distributed`, and all modules of the suite itself: more would take too long.
@@ -115,7 +115,7 @@ class _Names:
     def changed(self) -> list[tuple[Any, str, Any]]:
         """(owner, name, value) of functions and classes that are not in their places now.
 
-        The value is `INHERITED` where a class has got one in the place of its base's.
+        The value is `INHERITED` where a class now has one of its own instead of its base's.
         """
         found: list[tuple[Any, str, Any]] = []
         for one, names, values in zip(self.owners, self.names, self.values, strict=True):

@@ -57,7 +57,7 @@ class RankWorld:
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are pickled.
 
-        None in the place of a rank that was lost or stopped because the test asked for it.
+        None for a rank that was lost or stopped because the test asked for it.
         """
         __tracebackhide__ = True
         import cloudpickle
@@ -118,7 +118,7 @@ class RankWorld:
     def pause(self, rank: int, *, at: str | None = None, nth: int = 1) -> None:
         """SIGSTOP a rank and what it started; returns when it stands still. Not collective.
 
-        `at` and `nth` as in `kill`. A rank that nobody resumes is killed when the others have ended
+        `at` and `nth` as in `kill`. A rank that is not resumed is killed when the others have ended
         the phase, or at the time limit.
         """
         self._check("pause", "rank", rank)

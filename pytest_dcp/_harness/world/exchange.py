@@ -17,7 +17,7 @@ MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
 def answer(
     there: Mapping[int, Exchange], size: int, excused: Collection[int], left: Mapping[int, str]
 ) -> Met | None:
-    """What the ranks that are `there` are told now; None while others may still come.
+    """The answer for the ranks that are `there`; None while others may still come.
 
     `excused` ranks are not waited for, though one that is there is heard; `left` maps the ranks
     that will not come, and should have, to the reason.

@@ -4,8 +4,8 @@ Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipp
 rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
 session does so also when another failed; then the failure is reported first. A rank that was lost
 because the test asked for it has no say: the others decide, and when none is left the test has
-failed. The first cause is told from its echoes: a peer that lost its connection because another
-rank went away, or that was still waiting for it.
+failed. The first cause is distinguished from its echoes: a peer that lost its connection because
+another rank went away, or that was still waiting for it.
 """
 
 from __future__ import annotations

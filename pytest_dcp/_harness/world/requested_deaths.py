@@ -1,7 +1,7 @@
 """Deaths and stops of ranks that the test itself asked for. Pure (no I/O).
 
 Enters: who asked for what, and what became of the process. Leaves: which ranks are stopped or lost
-as asked, and who can be told that what it asked for has happened.
+as asked, and who can learn that what it asked for has happened.
 
 Rules that hold inside:
 
@@ -53,7 +53,7 @@ class Deaths:
     """By rank, what it waits to see done."""
 
     def survivors(self, gone: Iterable[int]) -> tuple[int, ...]:
-        """Ranks that have a process and that nobody has asked to end or stop, or that went on."""
+        """Ranks with a process that was not asked to end or stop, or that went on."""
         out = self.wishes.keys() | self.lost.keys() | set(gone)
         return tuple(rank for rank in range(self.size) if rank not in out)
 

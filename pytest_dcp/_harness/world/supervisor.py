@@ -6,13 +6,14 @@ for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked
 
 Rules that hold inside:
 
-- Every rank that was told to go is accounted for: it answers, dies, or is killed; each wait has a
+- Every rank that was ordered to go is accounted for: it answers, dies, or is killed; each wait has
+a
   bound.
 - When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
 - While a rank holds the terminal every clock stands still.
 - A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
   or a thread may have called `os._exit(0)` before.
-- A rank that is stopped because the test asked for it holds nobody up.
+- A rank that is stopped because the test asked for it does not hold the others up.
 - An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
   `interruption`.
 - A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
@@ -252,7 +253,7 @@ class Supervisor:
         return [*again, *self._meet(), *self._told()]
 
     def dismiss(self, now: float) -> list[Action]:
-        """End the ranks that are stopped as asked: nobody is left to continue them."""
+        """End the ranks that are stopped as asked: no rank is left to continue them."""
         return [
             action
             for rank in sorted(self.deaths.stopped)
@@ -261,7 +262,7 @@ class Supervisor:
         ]
 
     def give_up(self, now: float) -> list[Action]:
-        """End the ranks that have not answered: nobody waits for them any more."""
+        """End the ranks that have not answered: they are no longer waited for."""
         text = f"still in {self.phase}"
         return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
 

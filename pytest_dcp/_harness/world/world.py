@@ -56,7 +56,7 @@ from pytest_dcp.errors import LostRank, RankFailure, WorldError
 BOOT_S = 120.0
 """For starting processes and joining the process group, when torch was imported."""
 LEAVE_S = 20.0
-"""For a rank's exit once it was told to leave."""
+"""For a rank's exit once it was ordered to leave."""
 LOOK_S = 0.25
 """How often the captured output's size and the launcher are looked at."""
 WORK_S = 0.005
@@ -501,7 +501,7 @@ class World:
             self._look_at_launcher()
 
     def _drain(self) -> None:
-        """What happened while nobody listened: a rank that died between phases."""
+        """What happened between phases: a rank that died."""
         with self._interrupts.held():
             if self._launcher.has_news(self.number):
                 self._hear_news()

@@ -23,7 +23,7 @@ class CrashPoint:
     """A moment at which everything may stop. Numbers are indices of the trace's operations."""
 
     ended: int
-    """So many of the first operations of `order` had ended before."""
+    """How many of the first operations of `order` had ended before."""
     order: tuple[int, ...]
     """All that were done, in an order in which they can have been."""
     under_way: tuple[int, ...]

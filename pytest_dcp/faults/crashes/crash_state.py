@@ -37,7 +37,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What the session was told of crash states."""
+    """The session's options for crash states."""
 
     budget: int = int(FAULT_BUDGETS["pr"])
     """How many states of one trace are tried at most."""

@@ -147,7 +147,7 @@ class DiskModel:
             self.handles[op.rank, op.handle] = node
 
     def make_folder(self, index: int, op: Operation) -> None:
-        if self._find(op.path) is None:  # a store may be told twice, and the root is always there
+        if self._find(op.path) is None:  # a store may get it twice, and the root is always there
             self._set(index, op, op.path, self._new(None))
 
     def link(self, index: int, op: Operation) -> None:
@@ -264,7 +264,7 @@ class DiskModel:
         return node
 
     def _came_in(self, index: int, op: Operation) -> int:
-        """A file of outside, whose bytes nobody saw being synced."""
+        """A file from outside, whose bytes were not seen being synced."""
         node = self._new(b"")
         self._change(ByteChange(index, op.ended_ns, node, 0, op.data or b""))
         return node

@@ -78,7 +78,7 @@ def crashes(
 ) -> Iterator[Crash]:
     """The crashes of a trace that leave different folders, the simplest first.
 
-    budget: at most so many. only: nothing but the crash of this id.
+    budget: the most states. only: nothing but the crash of this id.
 
     Raises ValueError for an unknown model.
     """

@@ -1,8 +1,8 @@
-"""Hostile checkpoints: made from a good one, to harm whoever loads them.
+"""Hostile checkpoints: made from a good one, to harm their reader.
 
 What enters: a folder with a good checkpoint of your own, by torch or by this engine (its
 `.metadata` is unpickled). What leaves: one `Hostile` after the other. Each is a value that says
-what it is and what it would do, and makes its folder on command. Whoever loads that folder must say
+what it is and what it would do, and makes its folder on command. A reader of that folder must say
 that the checkpoint is bad, in bounded time and memory, and read and write nothing outside of it.
 
 The edited metadata are a plain pickle, as torch writes it: no checksum speaks for the good ones.

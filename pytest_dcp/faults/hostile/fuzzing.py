@@ -1,11 +1,11 @@
-"""Metadata that nobody could foresee: `.metadata` files changed at random, but by their structure.
+"""Unforeseeable metadata: `.metadata` files changed at random, but by their structure.
 
 What enters: the bytes of a good `.metadata` file, by torch or by this engine (it is unpickled), and
 seeds. What leaves: for each seed one changed file, the same one every time. Pure (no I/O).
 
 A pickle is changed opcode by opcode or field by field; the manifest of this engine in its header or
 in its columns, and then its lengths and checksums are made true again, so that the change gets past
-the first look. The file's layout is told in `pytest_dcp._engine.format.metadata_file`.
+the first look. The file's layout is described in `pytest_dcp._engine.format.metadata_file`.
 """
 
 from __future__ import annotations

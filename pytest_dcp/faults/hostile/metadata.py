@@ -110,7 +110,7 @@ class Good:
 
 
 def move_entry(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
-    """The key's first entry is a whole file of so many bytes."""
+    """The key's first entry is a whole file of `nbytes` bytes."""
     place = place_of(metadata, fqn)
     place.relative_path, place.offset, place.length = name, 0, nbytes
     place.transform_descriptors = None

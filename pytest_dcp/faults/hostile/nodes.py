@@ -1,6 +1,6 @@
 """What can stand in a folder under a name: files, and what only looks like one.
 
-Nodes are values; `lay` puts one on the disk in the place of whatever is there.
+Nodes are values; `lay` puts one on the disk, and removes what is there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SymbolicLink(Node):
 
 @dataclass(frozen=True, slots=True)
 class Fifo(Node):
-    """A named pipe that nobody writes to: who opens it waits for ever."""
+    """A named pipe without a writer: an open waits for ever."""
 
     def make(self, path: Path) -> None:
         os.mkfifo(path)
@@ -69,7 +69,7 @@ class Fifo(Node):
 
 @dataclass(frozen=True, slots=True)
 class Socket(Node):
-    """A socket that nobody listens at."""
+    """A socket without a listener."""
 
     def make(self, path: Path) -> None:
         # By a descriptor of its folder: the path of a socket takes 107 bytes at most.
@@ -98,7 +98,7 @@ class NoNode(Node):
 
 
 def lay(node: Node, path: Path) -> None:
-    """Put the node in the place of whatever has the name."""
+    """Replace whatever has the name by the node."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -109,7 +109,7 @@ def _int_code(value: int, protocol: int) -> bytes:
 
 
 def operations(data: bytes) -> list[tuple[str, Any, bytes]]:
-    """The pickle's opcodes, as (name, argument, bytes), without its frames, which nobody needs.
+    """The pickle's opcodes, as (name, argument, bytes), without its frames, which are not needed.
 
     What is cut into opcodes can be put together in another way.
     """

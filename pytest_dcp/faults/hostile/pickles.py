@@ -129,7 +129,7 @@ def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
 
 
 def _again_and_again(module: str, name: str, args: bytes, each_bytes: int) -> bytes:
-    """A list of the results of one call, each of so many bytes."""
+    """A list of the results of one call, each of `each_bytes` bytes."""
     head = global_code(Global(module, name), 2) + b"q\0" + args + b"q\1" + b"]("
     return head + b"h\0h\1R" * (BOMB_BYTES // each_bytes + 1) + b"e"
 

@@ -165,7 +165,7 @@ class FaultyStream(io.IOBase):
         return taken, taken
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most so many bytes; all that are left by default."""
+        """At most `size` bytes; all that are left by default."""
 
         def act(operation: Operation) -> tuple[bytes, int]:
             data = self._stream.read(operation.nbytes or size)
@@ -216,7 +216,7 @@ class FaultyStream(io.IOBase):
         return bool(self._stream.seekable())
 
     def close(self) -> None:
-        """Nothing: whoever made the inner stream closes it."""
+        """Nothing: the maker of the inner stream closes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Where and when a fault acts. Pure (no I/O): names, patterns and counts.
 
-Enters: what `inject` was told, and one event after the other. Leaves: whether the fault fires at
+Enters: the arguments of `inject`, and one event after the other. Leaves: whether the fault fires at
 this event. Each rank counts for itself, so that an injection means the same in every run.
 """
 

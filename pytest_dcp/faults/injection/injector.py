@@ -70,7 +70,7 @@ class Injector:
 
     @contextmanager
     def covered(self) -> Iterator[None]:
-        """Operations of this thread inside are reported by whoever opens the block, not again."""
+        """Operations of this thread inside are reported by the opener of the block, not again."""
         before, self._thread.covered = self._thread.covered, True
         try:
             yield

@@ -30,7 +30,7 @@ FailConf = Mapping[str, Sequence[int]]
 
 
 class FaultyStorageWriter(StorageWriter):
-    """Writes nothing, and fails where it is told."""
+    """Writes nothing, and fails where configured."""
 
     def __init__(self, fail_conf: FailConf) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class FaultyStorageWriter(StorageWriter):
 
 
 class FaultyStorageReader(StorageReader):
-    """Reads nothing but the metadata that it was given, and fails where it is told."""
+    """Reads nothing but the metadata that it was given, and fails where configured."""
 
     def __init__(self, metadata: Metadata, fail_conf: FailConf) -> None:
         super().__init__()

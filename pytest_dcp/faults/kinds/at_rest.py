@@ -83,7 +83,7 @@ class ZeroSector(Damage):
 
 @dataclass(frozen=True, slots=True)
 class Truncate(Damage):
-    """The file ends after so many bytes; negative: so many are missing; by default half."""
+    """Where the file ends, in bytes; negative: how many are missing; by default half."""
 
     nbytes: int | None = None
 

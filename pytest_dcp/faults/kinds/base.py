@@ -83,7 +83,7 @@ class Fault:
         """Act when the work is done: raise, or spoil what it left."""
 
     def result(self, result: Any, moment: Moment) -> Any:
-        """What a hook returns in the place of its result."""
+        """What a hook returns instead of its result."""
         return result
 
     def problems(self) -> list[str]:
@@ -195,7 +195,7 @@ class Unrebuildable(_Failing):
 
 @dataclass(frozen=True, slots=True)
 class LostReply(Fault):
-    """The work is done, and then the caller is told that it failed."""
+    """The work is done, and then reported to the caller as failed."""
 
     exception: BaseException | type[BaseException] = ConnectionResetError
 
@@ -213,7 +213,7 @@ class Hang(Fault):
 
     when: When = "before"
     limit_s: float = 60.0
-    """Nobody released it for so long: the wait raises TimeoutError, and the test fails."""
+    """After this time without a release the wait raises TimeoutError, and the test fails."""
 
     def before(self, moment: Moment) -> Verdict | None:
         if self.when == "before":
@@ -283,7 +283,7 @@ def shorter(result: Any) -> Any:
 
 
 class _Process(Fault):
-    """Ends or stops the rank's process; the world is told that this was asked for."""
+    """Ends or stops the rank's process, and tells the world that this was asked for."""
 
     __slots__ = ()
 

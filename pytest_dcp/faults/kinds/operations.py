@@ -64,7 +64,7 @@ class Errno(StorageFault):
 
 
 class _Full(_SystemError):
-    """No room; with a budget, only once so many bytes were written: the write that goes beyond is
+    """No room; with a budget, only once that many bytes were written: the write that goes beyond is
     first cut short, and the next one fails."""
 
     __slots__ = ()
@@ -84,7 +84,7 @@ class _Full(_SystemError):
 
 @dataclass(frozen=True, slots=True)
 class NoSpace(_Full):
-    """ENOSPC: the device is full, perhaps after so many bytes."""
+    """ENOSPC: the device is full, perhaps after `after_bytes`."""
 
     number = errno.ENOSPC
     after_bytes: int | None = None
@@ -92,7 +92,7 @@ class NoSpace(_Full):
 
 @dataclass(frozen=True, slots=True)
 class Quota(_Full):
-    """EDQUOT: the user's share is used up, perhaps after so many bytes."""
+    """EDQUOT: the user's share is used up, perhaps after `after_bytes`."""
 
     number = errno.EDQUOT
     after_bytes: int | None = None
@@ -155,7 +155,7 @@ class LyingSync(StorageFault):
 
 @dataclass(frozen=True, slots=True)
 class ShortRead(StorageFault):
-    """A read gives only so many bytes; by default half. 0 looks like the end of the file."""
+    """A read gives only some bytes; by default half. 0 looks like the end of the file."""
 
     nbytes: int | None = None
 
@@ -167,7 +167,7 @@ class ShortRead(StorageFault):
 
 @dataclass(frozen=True, slots=True)
 class ShortWrite(StorageFault):
-    """A write takes only so many bytes, and says so; by default half."""
+    """A write takes only some bytes, and says so; by default half."""
 
     nbytes: int | None = None
 
@@ -195,7 +195,8 @@ class TornWrite(StorageFault):
 
 def _part(nbytes: int | None, moment: Moment) -> int:
     whole = moment.operation.nbytes if moment.operation is not None else 0
-    # Not 0 by default: that is the end of a file, and who is told so at each write never ends.
+    # Not 0 by default: that is the end of a file, and a writer that gets it at each write never
+    # ends.
     return max(whole // 2, 1) if nbytes is None else min(nbytes, whole)
 
 

@@ -1,9 +1,9 @@
 """The tap: for a while, Python's functions that touch storage pass under the eyes of watchers.
 
-`watch_operations` puts stand-ins in the place of the functions of `os` and of `open`; the last one
+`watch_operations` replaces the functions of `os` and `open` by stand-ins; the last one
 to leave puts the functions back. Whatever does not touch a watched root falls straight through.
 What Python does not see (C extensions) is not seen here either; `mmap.mmap` of a watched file
-gives ENODEV, as on a storage that has no mappings, so that whoever can also read does that.
+gives ENODEV, as on a storage that has no mappings, so that code that can also read does that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def watch_operations(
     For the whole process, all threads. Blocks may nest and overlap.
 
     rank: written into the operations; by default the variable RANK's. observing: the watcher only
-    looks, is told before all others, and of what their verdicts do instead.
+    looks, hears of it before all others, and of what their verdicts do instead.
     """
     number = int(os.environ.get("RANK", "0")) if rank is None else rank
     watch = Watch(roots_of(roots), watcher, number, observing)
@@ -72,7 +72,7 @@ def _install() -> None:
 
 
 def _refusing_mmap(real: type[mmap.mmap]) -> type[mmap.mmap]:
-    """The class, for files that nobody watches."""
+    """The class, for files that are not watched."""
 
     class Refusing(real):  # type: ignore[misc,valid-type]  # a class made on the way
         def __new__(cls, fileno: int, *args: Any, **kwargs: Any) -> Any:

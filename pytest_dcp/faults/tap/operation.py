@@ -1,4 +1,4 @@
-"""Pure (no I/O): what code does to storage, and what may be told to happen instead.
+"""Pure (no I/O): what code does to storage, and what may happen instead.
 
 An `Operation` is one call that reached the storage, seen from a watched root. A `Verdict` is what a
 watcher of operations answers: do less, do nothing, do something else.

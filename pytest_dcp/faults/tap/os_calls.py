@@ -307,7 +307,7 @@ def link(
 
 
 def _from_outside(operation: Operation) -> Operation:
-    """With the bytes of a file that comes into the root: nobody saw them being written."""
+    """With the bytes of a file that comes into the root, which were not seen being written."""
     path = Path(operation.path)
     data = path.read_bytes() if path.is_file() else None
     return Operation(operation.kind, operation.path, to=operation.to, data=data)

@@ -1,7 +1,7 @@
 """Who watches which folders, and how one operation is done under their eyes.
 
 Enters: an operation with absolute paths, and how to do it. Every watcher whose roots hold a path of
-it is asked before, and told after. Inside: observers are told first of what was really done; what a
+it is asked before, and informed after. Observers hear first of what was really done; what a
 watcher itself does to storage is not watched; descriptors are known from their opening to their
 closing, and checked against the file that they stand for, since a number is used again.
 """
@@ -191,7 +191,7 @@ class Registry:
                 self._tell([w for w in watches if w.observing], done)
                 self._tell(deciding, done)
             except BaseException:
-                self._drop(operation, result)  # nobody will get it
+                self._drop(operation, result)  # no one will get it
                 raise
             return result
 
@@ -248,7 +248,7 @@ class Registry:
                 try:
                     if seen is not None:
                         watch.watcher.after(seen)
-                except BaseException as error:  # noqa: BLE001 - raised when all are told
+                except BaseException as error:  # noqa: BLE001 - raised when all have heard
                     first = first or error
         if first is not None:
             raise first
