@@ -110,6 +110,21 @@ def test_trees_name_what_there_is(block: Block) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_pages_and_chapters(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, chapter = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.is_file(), target
+        titles = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+        assert not chapter or chapter in {_anchor(title) for title in titles}, target
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
 class TestBlocks:
     """The reader of the blocks itself."""
 
