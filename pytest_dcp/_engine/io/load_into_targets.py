@@ -258,10 +258,14 @@ class Work:
             self.disk, self.folder, self.catalog, entries, self.settings, self.observer
         )
         self.tally.add(tally)
-        return {
-            row: plain_entry(found[entry], self.catalog, entry, self.registry, self.settings.memory)
-            for row, entry in zip(rows.tolist(), entries, strict=True)
-        }
+        plain: dict[int, bytes] = {}
+        # One limit for all values: each may be small, and there may be thousands of them.
+        left = self.settings.memory.of(sum(map(len, found.values())))
+        for row, entry in zip(rows.tolist(), entries, strict=True):
+            plain[row] = plain_entry(found[entry], self.catalog, entry, self.registry, left)
+            if entry in self.catalog.places.transforms:
+                left -= len(plain[row])
+        return plain
 
     def _prepared(self, row: int, entry: bytes) -> Callable[[], None]:
         """What gives the planner the value of a row."""

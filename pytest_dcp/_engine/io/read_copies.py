@@ -50,7 +50,7 @@ class ReadSettings:
     window_bytes: int = WINDOW_BYTES
     """Of the file, mapped at a time."""
     memory: MemoryLimit = DEFAULT_LIMIT
-    """For a value that is decompressed."""
+    """For values that are decompressed, or lie in sparse files."""
 
 
 def read_copies(
@@ -266,7 +266,11 @@ def read_values(
     settings: ReadSettings,
     observer: Observer,
 ) -> tuple[dict[int, bytes], ByteCounts]:
-    """The whole entries of byte values, by row of the catalog."""
+    """The whole entries of byte values, by row of the catalog.
+
+    Raises CheckpointCorruptError, too, where a sparse file has more of them than `settings.memory`
+    allows for what it occupies.
+    """
     places = catalog.places
     found: dict[int, bytes] = {}
     total = ByteCounts()
@@ -279,6 +283,9 @@ def read_values(
         name = places.files[number]
         try:
             with disk.open(folder, name) as file:
+                nbytes = int(places.data_nbytes[rows].sum())
+                if nbytes > file.stored_bytes:
+                    settings.memory.check(f"values in {name}", nbytes, file.stored_bytes)
                 reader = RangeReader(file, name, catalog, settings.verify, observer, StopFlag())
                 for row in rows:
                     found[row] = _value(reader, file.size, catalog, row)

@@ -12,7 +12,6 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTra
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.entry_locator import TensorRecord, locate
-from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
@@ -25,12 +24,12 @@ def plain_entry(
     catalog: Catalog,
     row: int,
     registry: ExtensionRegistry,
-    memory: MemoryLimit = DEFAULT_LIMIT,
+    value_bytes: int,
 ) -> bytes:
     """The entry as it was before its transforms; as it is where it had none.
 
-    Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past the
-    limit of memory.
+    Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past
+    `value_bytes`.
     """
     descriptors = catalog.places.transforms.get(row)
     if not descriptors:
@@ -44,7 +43,7 @@ def plain_entry(
             f"here: give the reader a registry that has it ({error})"
         ) from error
     stream: IO[bytes] = io.BytesIO(stored)
-    limit = _limit(catalog, row, memory.of(len(stored)))
+    limit = _limit(catalog, row, value_bytes)
     try:
         for extension in extensions:
             if isinstance(extension, StreamTransformExtension):
@@ -58,7 +57,7 @@ def plain_entry(
     if len(entry) > limit:
         raise CheckpointCorruptError(
             f"the entry, of {len(stored)} bytes, grows past {limit} when it is decoded: a tensor "
-            "is never so large, and for a value that you trust raise max_decoded_bytes of the "
+            "is never so large, and for values that you trust raise max_decoded_bytes of the "
             "storage reader",
             entry=fqn,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -255,3 +256,28 @@ def test_a_value_that_grows_within_the_limit_is_read_and_the_limit_can_be_raised
     compressed_value(tmp_path / "large", 128 * MIB)
     state = load_value(tmp_path / "large", max_decoded_bytes=256 * MIB)
     assert len(state["v"]) == 128 * MIB
+
+
+def test_values_that_grow_have_one_limit_for_all_of_them(tmp_path: Path) -> None:
+    writer = dcp.FileSystemWriter(tmp_path, _extensions=[ZStandard()])
+    names = [f"v{number}" for number in range(8)]
+    dcp.save(dict.fromkeys(names, bytes(16 * MIB)), storage_writer=writer, no_dist=True)
+
+    def load(**keywords: Any) -> dict[str, Any]:
+        state: dict[str, Any] = dict.fromkeys(names)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path, **keywords), no_dist=True)
+        return state
+
+    assert "raise max_decoded_bytes" in check_refused(load, 2 * FREE_BYTES)
+    assert load(max_decoded_bytes=256 * MIB)["v7"] == bytes(16 * MIB)
+
+
+def test_values_in_a_sparse_file_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    dcp.save({"v": bytes(128 * MIB)}, checkpoint_id=dense, no_dist=True)
+    subprocess.run(["cp", "-r", "--sparse=always", dense, sparse], check=True)
+    assert len(load_value(dense)["v"]) == 128 * MIB
+    said = check_refused(lambda: load_value(sparse), FREE_BYTES)
+    assert "expected values in __" in said
+    assert "raise max_decoded_bytes" in said
+    assert len(load_value(sparse, max_decoded_bytes=129 * MIB)["v"]) == 128 * MIB
