@@ -22,7 +22,8 @@ class Mutant:
     """One bug."""
 
     where: str
-    """The module below pytest_dcp.checkpoint in whose namespace the function is looked up."""
+    """The module below pytest_dcp._engine in whose namespace the function is looked up, or
+    `checkpoint`."""
     name: str
     """The function, or Class.method."""
     wrong: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -31,7 +32,8 @@ class Mutant:
 
     def plant(self) -> None:
         """Put the bug into this process's engine, for good."""
-        owner: Any = importlib.import_module(f"pytest_dcp.checkpoint.{self.where}".rstrip("."))
+        room = "pytest_dcp" if self.where == "checkpoint" else "pytest_dcp._engine"
+        owner: Any = importlib.import_module(f"{room}.{self.where}")
         *path, name = self.name.split(".")
         owner = functools.reduce(getattr, path, owner)
         setattr(owner, name, self.wrong(getattr(owner, name)))
@@ -137,35 +139,40 @@ MUTANTS: dict[str, Mutant] = {
         after(lambda made: (replace(made[0], offset=made[0].offset[:, ::-1].copy()), made[1])),
     ),
     "parts go to the start of the target": Mutant(
-        "load_planner", "read_items", items(to_offset=lambda i: np.zeros_like(i.to_offset))
+        "planners.load_planner", "read_items", items(to_offset=lambda i: np.zeros_like(i.to_offset))
     ),
     "parts come from the start of the chunk": Mutant(
-        "load_planner", "read_items", items(from_offset=lambda i: np.zeros_like(i.from_offset))
+        "planners.load_planner",
+        "read_items",
+        items(from_offset=lambda i: np.zeros_like(i.from_offset)),
     ),
     "the neighbour's entry is read": Mutant(
-        "load_planner", "read_items", items(entry=lambda i: np.roll(i.entry, 1))
+        "planners.load_planner", "read_items", items(entry=lambda i: np.roll(i.entry, 1))
     ),
     "the first row of each overlap is left out": Mutant(
         "plan.load", "intersect", after(lambda o: (o[0], np.maximum(o[1] - 1, 0), o[2]))
     ),
     "stored chunks are read column by column": Mutant(
-        "store.transfer", "strides_of", lambda right: column_major
+        "io.copy_plan", "strides_of", lambda right: column_major
     ),
     "any memory is written as if it were contiguous": Mutant(
-        "store.write", "is_flat", lambda right: lambda tensor: True
+        "io.write_files", "is_flat", lambda right: lambda tensor: True
     ),
     "negative zero loses its sign": Mutant(
-        "save_planner", "require_memory", after(without_sign_of_zero)
+        "planners.save_planner", "require_memory", after(without_sign_of_zero)
     ),
     "all tensors have the dtype of the first": Mutant(
         "plan.describe", "_Rows.property_of", first_dtype
     ),
-    "floats among the values are rounded": Mutant("save_planner", "_encoded", only_values),
+    "floats among the values are rounded": Mutant("planners.save_planner", "_encode", only_values),
     "a meta tensor stays one": Mutant(
-        "load_planner", "set_element", lambda right: lambda *args: None, "assert_meta_load"
+        "planners.load_planner", "set_element", lambda right: lambda *args: None, "assert_meta_load"
     ),
-    "tensors are not loaded in place": Mutant("", "load", moved, "assert_inplace"),
+    "tensors are not loaded in place": Mutant("checkpoint", "load", moved, "assert_inplace"),
     "old data files are left": Mutant(
-        "file_writer", "sweep", lambda right: lambda *args, **kwargs: None, "assert_idempotent_save"
+        "storages.folder_writer",
+        "sweep",
+        lambda right: lambda *args, **kwargs: None,
+        "assert_idempotent_save",
     ),
 }
