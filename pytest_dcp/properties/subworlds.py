@@ -104,7 +104,7 @@ def shared_folder() -> Path:
         except OSError as error:
             made = [error]
     if dist.is_initialized():
-        with _telling(made[0] if isinstance(made[0], OSError) else None):
+        with _tell_of_error(made[0] if isinstance(made[0], OSError) else None):
             dist.broadcast_object_list(made)
     if isinstance(made[0], OSError):
         raise made[0]
@@ -140,7 +140,7 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -
         except BaseException as error:  # noqa: BLE001  # raised again below
             cause = error
             (found.skips if _is_skip(error) else found.problems).append(_describe(error))
-        with _telling(cause):
+        with _tell_of_error(cause):
             everywhere = _gather_findings(found)
         going_on = everywhere.goes_on
         if everywhere.problems:
@@ -202,7 +202,7 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
     except BaseException as error:  # noqa: BLE001  # raised again below
         cause = error
     said: list[str | None] = [None] * dist.get_world_size(group)
-    with _telling(cause):
+    with _tell_of_error(cause):
         dist.all_gather_object(said, None if cause is None else _describe(cause), group=group)
     if cause is not None:
         raise cause
@@ -214,7 +214,7 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
 
 
 @contextmanager
-def _telling(error: BaseException | None) -> Iterator[None]:
+def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     """In the block all ranks meet to hear of an error of this one.
 
     They may not come: one that hangs, in what this rank has left by that error, or one that calls

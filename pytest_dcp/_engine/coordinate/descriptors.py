@@ -48,7 +48,7 @@ def make_more_room() -> bool:
     return _raise_soft_limit(most) > soft
 
 
-def exhausted(error: OSError, connections: int) -> CoordinationError:
+def exhaustion_error(error: OSError, connections: int) -> CoordinationError:
     """What to raise where a connection cannot be opened for want of descriptors."""
     return CoordinationError(f"no connection can be opened ({error}): {_advice(connections)}")
 

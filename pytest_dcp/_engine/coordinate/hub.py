@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.absence import Absences
 from pytest_dcp._engine.coordinate.admission import Admission, admit, difference
-from pytest_dcp._engine.coordinate.descriptors import exhausted, make_room_for
+from pytest_dcp._engine.coordinate.descriptors import exhaustion_error, make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, encode, encode_alert
 from pytest_dcp._engine.coordinate.line import Connection
@@ -161,7 +161,7 @@ class Hub:
         """Raise CoordinationError when the peers cannot be accepted for want of descriptors."""
         if self._reception is not None and self._reception.full_for_s() > FULL_S:
             error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            raise exhausted(error, self.site.size - 1)
+            raise exhaustion_error(error, self.site.size - 1)
 
     def _take(self, peer: Peer, head: Head) -> None:
         """Read what a peer says of this step."""

@@ -18,7 +18,7 @@ from functools import partial
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
-from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, exhausted
+from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, exhaustion_error
 from pytest_dcp._engine.coordinate.line import Connection
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.reception import IDLE, Address, Hello, greet
@@ -104,7 +104,7 @@ def connect(address: Address) -> socket.socket:
             return _not_itself(attempt())
         except OSError as error:
             if error.errno in EXHAUSTED:
-                raise exhausted(error, 1) from error
+                raise exhaustion_error(error, 1) from error
             met.append(error)
     telling: list[OSError] = [error for error in met if isinstance(error, TimeoutError)]
     telling += [error for error in met if isinstance(error, GONE)]

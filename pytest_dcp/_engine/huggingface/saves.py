@@ -82,10 +82,10 @@ def final_names(temporary: Collection[str], taken: Collection[str]) -> dict[str,
 
 def number_of(header: Header) -> int:
     """Which save to the folder a file is of; 0 where it does not say."""
-    return _stated(header, NUMBER_KEY) or 0
+    return _stated_number(header, NUMBER_KEY) or 0
 
 
-def _stated(header: Header, key: str) -> int | None:
+def _stated_number(header: Header, key: str) -> int | None:
     text = header.metadata.get(key, "")
     return int(text) if _COUNT.fullmatch(text) else None
 
@@ -99,7 +99,7 @@ class _Save:
     @property
     def files(self) -> int | None:
         """How many it has; None where that is not said, or not alike."""
-        stated = {_stated(header, FILES_KEY) for header in self.headers.values()}
+        stated = {_stated_number(header, FILES_KEY) for header in self.headers.values()}
         return stated.pop() if len(stated) == 1 else None
 
     @property

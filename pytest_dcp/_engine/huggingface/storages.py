@@ -223,7 +223,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             settings,
             watcher,
             table,
-            {SAVE_KEY: save_id or self.save_id[:12], **_stated(said), **FORMAT},
+            {SAVE_KEY: save_id or self.save_id[:12], **_stated_save(said), **FORMAT},
         )
         self._sync_name(disk)
         results: Any = WriteResults(plan.items, written)
@@ -319,7 +319,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             name = data_name(1 if mapping is None else mapping[fqn], highest)
             files.setdefault(name, []).append(fqn)
         temporary = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
-        stated = _stated({"files": len(files), "number": next_number(disk, folder)})
+        stated = _stated_save({"files": len(files), "number": next_number(disk, folder)})
         total = consolidate(
             Shards(disk, self.path, catalog),
             folder,
@@ -459,7 +459,7 @@ def _count_files(plan: SavePlan, split: Sequence[int] | None) -> int:
     return len(_files(table.fqns, said, split))
 
 
-def _stated(said: Mapping[str, Any]) -> dict[str, str]:
+def _stated_save(said: Mapping[str, Any]) -> dict[str, str]:
     """What a file says of its save, where that is known."""
     keys = {FILES_KEY: "files", NUMBER_KEY: "number"}
     return {key: str(said[name]) for key, name in keys.items() if name in said}

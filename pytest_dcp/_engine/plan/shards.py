@@ -71,26 +71,26 @@ def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
     The value itself may show another dtype than it keeps its data in. Raises PlanError, naming the
     fqn, where its methods are missing or give something else.
     """
-    found = _asked(fqn, value, "__create_write_items__", fqn, value)
-    items = _listed(fqn, "__create_write_items__", found, WriteItem)
+    found = _ask_hook(fqn, value, "__create_write_items__", fqn, value)
+    items = _check_list(fqn, "__create_write_items__", found, WriteItem)
     return [item if item.tensor_data is None else _of_memory(fqn, value, item) for item in items]
 
 
 def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
     """The boxes of a value that knows its own parts; raises as `spoken_items`."""
-    found = _asked(fqn, value, "__create_chunk_list__")
-    return _listed(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
+    found = _ask_hook(fqn, value, "__create_chunk_list__")
+    return _check_list(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
 
 
 def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
     """The memory of a box of a value that knows its own parts; raises as `spoken_items`."""
-    found: object = _asked(fqn, value, "__get_tensor_shard__", index)
+    found: object = _ask_hook(fqn, value, "__get_tensor_shard__", index)
     if not isinstance(found, torch.Tensor):
         raise PlanError(f"{fqn!r}: its __get_tensor_shard__ must give a tensor, it gave {found!r}")
     return found
 
 
-def _asked(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
+def _ask_hook(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
     speaker = spokesman(value)
     method = getattr(speaker, hook, None)
     if not callable(method):
@@ -101,7 +101,7 @@ def _asked(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
     return method(*args)
 
 
-def _listed(fqn: str, hook: str, found: object, kind: type[T]) -> list[T]:
+def _check_list(fqn: str, hook: str, found: object, kind: type[T]) -> list[T]:
     items: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
     if strange := [item for item in items if not isinstance(item, kind)]:
         raise PlanError(

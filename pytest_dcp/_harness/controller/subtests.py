@@ -25,7 +25,7 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
     refused: list[int] = []
     merged: dict[str, list[tuple[int, dict[str, Any], Any]]] = {}
     for rank, data in reports:
-        if (rep := _restored(item, data)) is None:
+        if (rep := _restore_report(item, data)) is None:
             refused.append(rank)
             continue
         key = json.dumps(data["_subtest.context"], default=repr)
@@ -37,7 +37,7 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
         raise WorldError(f"{who} sent what is no report of a subtest of this test")
 
 
-def _restored(item: pytest.Item, data: Mapping[str, Any]) -> Any:
+def _restore_report(item: pytest.Item, data: Mapping[str, Any]) -> Any:
     """The report that a rank sent, or None when it is none of this item's subtests."""
     with contextlib.suppress(Exception):  # pytest's own reading trusts what it is given
         rep: Any = item.config.hook.pytest_report_from_serializable(

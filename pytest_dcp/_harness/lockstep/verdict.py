@@ -113,11 +113,11 @@ def reply_of(rank: int, done: Done) -> Reply:
     """What a rank said of an example; a rank that ended the whole test instead has the last say."""
     if not done.payload:
         return Reply("interesting", (0, 0), origin=done.text, fatal=True)
-    reply: Reply = _loaded(rank, done, Reply)
+    reply: Reply = _load_from(rank, done, Reply)
     return reply
 
 
-def _loaded(rank: int, done: Done, kind: type[Any]) -> Any:
+def _load_from(rank: int, done: Done, kind: type[Any]) -> Any:
     what = f"a {kind.__name__.lower()}"
     value = load_from_rank(done.payload, rank, what)
     if not isinstance(value, kind):
@@ -162,7 +162,7 @@ def diverged_outcome(outcome: Outcome, text: str) -> Outcome:
 
 
 def _property(rank: int, done: Done) -> Property | None:
-    prop: Property | None = _loaded(rank, done, Property) if done.awaits else None
+    prop: Property | None = _load_from(rank, done, Property) if done.awaits else None
     return prop
 
 

@@ -335,10 +335,10 @@ def test_rank_0_may_give_an_optimizers_own_state_dict(way: str, rank: int) -> No
 BROKEN = {
     "the model's names": ("model._Target.of", 0),
     "the comparison of the model": ("model._Target.compare", 0),
-    "the model's first tensor": ("model._filled", 0),
-    "the model's third tensor": ("model._filled", 2),
+    "the model's first tensor": ("model._fill_or_make", 0),
+    "the model's third tensor": ("model._fill_or_make", 2),
     "the optimizers' names": ("optimizer_loading._targets", 0),
-    "the comparison of the optimizers": ("optimizer_loading._compared", 0),
+    "the comparison of the optimizers": ("optimizer_loading._compare", 0),
     "what is announced of the optimizers": ("optimizer_loading._by_entry", 0),
     "a state's memory": ("optimizer_target.Target.filled", 1),
     "the message's memory": ("broadcast._meeting_place", 0),
