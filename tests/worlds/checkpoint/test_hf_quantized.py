@@ -87,7 +87,7 @@ def test_every_box_of_a_quantised_tensor_is_what_torch_makes_of_it(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pytest_dcp.checkpoint.quantized_hf_storage.PIECE_BYTES", 4000)
+    monkeypatch.setattr("pytest_dcp._engine.huggingface.quantized.PIECE_BYTES", 4000)
     for low, shape in boxes(size):
         got = []
         for reader in (

@@ -30,14 +30,15 @@ FLOODS = {
 while True:
     try:
         with socket.create_connection(where) as sock:
-            while True: sock.sendall(b"".join(map(bytes, encode(Frame(Kind.PING)))) * 1000)
+            while True: sock.sendall(b"".join(map(bytes, encode(Frame(FrameKind.PING)))) * 1000)
     except OSError: pass
 """,
     "greetings of many segments": """
 while True:
     try:
         with socket.create_connection(where) as sock:
-            sock.sendall(b"".join(map(bytes, encode(Frame(Kind.HELLO, segments=[b""] * 8000)))))
+            hello = Frame(FrameKind.HELLO, segments=[b""] * 8000)
+            sock.sendall(b"".join(map(bytes, encode(hello))))
     except OSError: pass
 """,
     "idle connections": """
@@ -49,7 +50,7 @@ while True:
 }
 PROGRAM = """
 import collections, socket, sys
-from pytest_dcp._engine.coordinate.frame import Frame, Kind, encode
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, encode
 where = ("127.0.0.1", int(sys.argv[1]))
 print("here", flush=True)
 """

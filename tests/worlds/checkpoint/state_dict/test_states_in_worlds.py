@@ -172,9 +172,7 @@ def test_states_that_are_not_shaped_as_their_parameter_go_round(way: str) -> Non
         assert train(other, other_optimizer, steps=2) == pytest.approx(losses, rel=1e-3)
     wrong: Any = copy.deepcopy(states[1])
     wrong["state"]["first.up.weight"]["rows"] = torch.ones(3)
-    with pytest.raises(
-        CheckpointMismatchError, match=r"shape torch\.Size\(\[3\]\) from .* torch\.Size\(\[8\]\)"
-    ):
+    with pytest.raises(CheckpointMismatchError, match=r"expected size \(8,\), got \(3,\)"):
         set_optimizer_state_dict(model, optimizer, wrong)
 
 
