@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from pytest_dcp import RankFailure, WorldError
 from pytest_dcp._harness.controller import worlds_fixture as worlds_module
+from pytest_dcp._harness.protocol import world_spec
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import FunctionWorld, Worlds
@@ -531,8 +532,7 @@ def test_results_arguments_and_keywords_are_typed(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
     path = tmp_path / "typed.py"
     path.write_text(TYPED)
-    harness = Path(worlds_module.__file__).parent
-    files = [str(path), str(harness / "worlds.py"), str(harness / "spec.py")]
+    files = [str(path), worlds_module.__file__, world_spec.__file__]
     # The rest of the package is as Any: enough here, and a matter of seconds.
     options = ["--follow-imports=skip", f"--cache-dir={tmp_path}", "--config-file="]
     told, _, _ = api.run([*options, *files])

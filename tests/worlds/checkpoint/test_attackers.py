@@ -184,7 +184,7 @@ def test_who_poses_as_the_coordinator_has_no_pickle_opened(
 def answer_as_coordinator(line: socket.socket, key: bytes, bomb: bytes) -> None:
     header = line.recv(HEADER.size, socket.MSG_WAITALL)
     body = line.recv(HEADER.unpack(header)[-1], socket.MSG_WAITALL)
-    said = json.loads(body[body.index(b"{") : body.rindex(b"}") + 1])
+    said = json.loads(body[body.index(b'{"') : body.rindex(b"}") + 1])
     if said["operation"]:
         line.sendall(
             frame(WELCOME, [mac(key, b"welcome", said["nonce"].encode())])
