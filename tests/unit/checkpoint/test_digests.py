@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -110,6 +111,13 @@ def test_digests_are_the_same_in_processes_that_hash_strings_otherwise() -> None
         (np.float32(1), np.float64(1)),
         ([1], (1,)),
         (0.0, -0.0),
+        (1, 1.0),
+        (1, True),
+        (0, None),
+        (1, -1),
+        ((1 << 60) - 1, 1 << 60),
+        (1 << 61, 0),
+        (5, struct.unpack("<d", struct.pack("<q", 5))[0]),
         (OSError, ValueError),
     ],
     ids=repr,
