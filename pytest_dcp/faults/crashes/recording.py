@@ -147,7 +147,14 @@ def recording(place: RecordedPlace, desk: Desk, into: Recorded) -> Iterator[None
 
     Raises RecordingError at the end when the folders do not hold what the recorded operations make.
     """
-    folder, leads = _begin(place, desk)
+    with ExitStack() as clean_up:
+        folder, leads = _begin(place, desk, clean_up)
+        yield from _record(place, desk, into, folder, leads=leads)
+
+
+def _record(
+    place: RecordedPlace, desk: Desk, into: Recorded, folder: Path, *, leads: bool
+) -> Iterator[None]:
     found: list[Trace] = []
     with ExitStack() as stack:
         logs: list[Log] = []
@@ -176,13 +183,14 @@ def recording(place: RecordedPlace, desk: Desk, into: Recorded) -> Iterator[None
         return b""
 
     desk.agree("record(): it is read", read)
-    if leads:
-        shutil.rmtree(folder, ignore_errors=True)  # others may be in their next meeting
     into.end(found[0])
 
 
-def _begin(place: RecordedPlace, desk: Desk) -> tuple[Path, bool]:
-    """A folder for this recording, with what the place holds; and whether this rank leads."""
+def _begin(place: RecordedPlace, desk: Desk, clean_up: ExitStack) -> tuple[Path, bool]:
+    """A folder for this recording, with what the place holds; and whether this rank leads.
+
+    `clean_up` removes the folder in the process that made it, however the recording ends.
+    """
     came = desk.meet("record(): it begins", b"here")
     leader = next(rank for rank, brought in enumerate(came) if brought)
     leads = leader == (desk.rank if len(came) > 1 else 0)
@@ -192,6 +200,8 @@ def _begin(place: RecordedPlace, desk: Desk) -> tuple[Path, bool]:
             return b""
         desk.place.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix="recording-", dir=desk.place)
+        # Errors are ignored: after a failure other ranks may still write there.
+        clean_up.callback(shutil.rmtree, made, ignore_errors=True)
         Path(made, "base").write_bytes(pickle.dumps(place.trees()))
         return os.fsencode(made)
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import RecordingError
 from pytest_dcp.faults import CrashState, FaultyStorage, Kill, LyingSync, recorded
-from pytest_dcp.faults.crashes.crash_state import Search
+from pytest_dcp.faults.crashes.crash_state import Recording, Search
 from pytest_dcp.faults.crashes.folder_trees import read_tree, restore_tree, write_tree
+from pytest_dcp.faults.crashes.recording import Desk, Folders, recording
 from pytest_dcp.faults.crashes.trace import Tree, TreeLink
 
 
@@ -101,6 +102,39 @@ def unseen_removal(folder: Path, unlink: Callable[[Any], None] = os.unlink) -> N
 def test_what_python_does_not_see_is_named(unseen: Callable[[Path], None]) -> None:
     with pytest.raises(RecordingError, match=r"'f' was recorded as a file of 3 bytes"):
         recorded(unseen, old)
+
+
+class Unreadable(Folders):
+    """Folders of which nothing can be told."""
+
+    def trees(self) -> list[Tree]:
+        raise PermissionError("no entry")
+
+
+def fail() -> None:
+    raise ZeroDivisionError("in the block")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "error"),
+    [
+        (Folders, fail, ZeroDivisionError),
+        (Unreadable, fail, PermissionError),
+        (Folders, lambda: None, None),
+    ],
+)
+def test_nothing_of_a_recording_is_left_however_it_ends(
+    tmp_path: Path,
+    kind: type[Folders],
+    body: Callable[[], None],
+    error: type[Exception] | None,
+) -> None:
+    watched, place = tmp_path / "watched", tmp_path / "place"
+    watched.mkdir()
+    raises = pytest.raises(error) if error else nullcontext()
+    with raises, recording(kind([watched]), Desk(place), Recording()):
+        body()
+    assert list(place.iterdir()) == []
 
 
 def test_a_name_that_came_from_nowhere_is_an_error(tmp_path: Path) -> None:
