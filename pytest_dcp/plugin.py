@@ -55,9 +55,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A list of sizes parametrises the test."""
     name = metafunc.config.stash[OPTIONS_KEY].marker
     if name and metafunc.definition.get_closest_marker(name) is not None:
-        from pytest_dcp._harness.controller import collection as marking
+        from pytest_dcp._harness.controller import collection
 
-        marking.parametrize(metafunc, metafunc.config.stash[OPTIONS_KEY])
+        collection.parametrize(metafunc, metafunc.config.stash[OPTIONS_KEY])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -91,9 +91,9 @@ def pytest_collection_finish(session: pytest.Session) -> Generator[None, object,
 def _check_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
     options = session.config.stash[OPTIONS_KEY]
     if any(decided_markers.markers_of(item, options.marker) for item in items):
-        from pytest_dcp._harness.controller import collection as marking
+        from pytest_dcp._harness.controller import collection
 
-        marking.read_specs(items, options)
+        collection.read_specs(items, options)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -106,9 +106,9 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     decided_markers.decide(session.items, options.marker)
     if session.config.option.collectonly or _in_a_rank() or not _needs_worlds(session.items):
         return (yield)
-    from pytest_dcp._harness.controller import collection as marking
+    from pytest_dcp._harness.controller import collection
 
-    harness = marking.begin(session, options)
+    harness = collection.begin(session, options)
     try:
         result: object = yield
     except (KeyboardInterrupt, pytest.exit.Exception):

@@ -1,6 +1,6 @@
 """A rank's background process for `async_save`: started, kept for later saves, replaced, ended.
 
-Orders and answers go over a pair of sockets; the other end is `async_worker`. The ranks' processes
+Orders and answers go over a pair of sockets; the other end is `worker`. The ranks' processes
 form a process group of their own, alike in ranks and size. The ranks run the steps of a save
 together: they look whether each has its process still, begin new ones everywhere if one is gone,
 and then each waits for its own. A process that ends, or of which nothing is heard for the group's

@@ -18,7 +18,7 @@ storage is one, too.
 
 Reading is bounded: each segment is used once, and a text is refused before it is parsed if the
 objects that it describes would take more than FREE_BYTES and BYTES_PER_STORED_BYTE for each of its
-bytes (as for descriptions of checkpoints, see store.memory_limit).
+bytes (as for descriptions of checkpoints, see `format.memory_limit`).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ What enters and leaves: a catalog and its bytes. The bytes, all numbers little-e
 
 The header holds counts and what is small: properties, transforms, what planner and storage said.
 It has no offsets: where a column lies follows from the counts, so it cannot lie anywhere else. What
-the default planner says travels in columns too (see `paths`); of what is no plain value the header
-says that it stands in the pickle alone.
+the default planner says travels in columns too (see `planner_paths`); of what is no plain value
+the header says that it stands in the pickle alone.
 
 `decode` believes nothing: every count is compared with the bytes at hand before it is used, and
 every rule of the catalog is checked. The arrays it returns are read-only views of the buffer.
@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
-from pytest_dcp._engine.format import planner_paths as paths
+from pytest_dcp._engine.format import planner_paths
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
@@ -186,7 +186,7 @@ def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]
 
 def _encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
     """What planner and storage said, each as [how, value]; the columns of the planner's paths."""
-    packed = paths.pack_paths(catalog.planner_data, catalog.index.fqns)
+    packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
     said = {
         "planner_data": [_IN_PICKLE if packed is None else _PATHS],
         "storage_meta": _told_storage(catalog.storage_meta),
@@ -351,7 +351,7 @@ def _what_was_said(
         elif how == _NONE:
             found[name] = None
         elif how == _PATHS and name == "planner_data":
-            found[name] = paths.unpack_paths(
+            found[name] = planner_paths.unpack_paths(
                 fqns, columns["path_forms"], columns["paths"].tobytes()
             )
         elif how == _VALUE and name == "storage_meta":

@@ -1,8 +1,8 @@
 """Copies from files into tensors: several threads, each with its own part of a file.
 
 Every file's copies are sorted by their place. A flat box is read straight into the target's
-memory, small ones many at a time (see `batches`); a strided one by its runs where they are long,
-else out of slabs of the file that are mapped or read into a staging buffer, as are targets on
+memory, small ones many at a time (see `small_reads`); a strided one by its runs where they are
+long, else out of slabs of the file that are mapped or read into a staging buffer, as are targets on
 another device or of another dtype. What is held besides the targets is `staging_bytes`, and mapped
 at most `window_bytes` and the rest of the huge pages at its ends, for each thread.
 """

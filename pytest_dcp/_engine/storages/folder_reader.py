@@ -31,7 +31,7 @@ from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
-from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.local_filesystem import (
     FileSystem,
     new_id,
@@ -109,7 +109,7 @@ class FileSystemReader(StorageReader):
         Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
         """
         folder, name = self._metadata_place(kwargs.get("rank"))
-        catalog = read_catalog(file_system.disk_of(self.fs), folder, name, self.memory)
+        catalog = read_catalog(local_filesystem.disk_of(self.fs), folder, name, self.memory)
         self.has_manifest = bool((catalog.places.data_start >= 0).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
@@ -147,7 +147,7 @@ class FileSystemReader(StorageReader):
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
         """Hold off the next save's commit, for some seconds, where the storage can do that."""
-        disk = file_system.disk_of(self.fs)
+        disk = local_filesystem.disk_of(self.fs)
         folder, name = self._metadata_place(None)
         if not disk.exists(folder, name):
             folder, name = self._metadata_place(rank)
@@ -158,7 +158,7 @@ class FileSystemReader(StorageReader):
 
         Not where a subclass reads in a way of its own.
         """
-        disk = file_system.disk_of(self.fs)
+        disk = local_filesystem.disk_of(self.fs)
         self.close_files()
         if isinstance(disk, LocalDisk) and not self._reads_its_own_way():
             self._open_files = OpenFiles(disk, self.path)
@@ -197,7 +197,7 @@ class FileSystemReader(StorageReader):
 
     def _reading_disk(self) -> Disk:
         """The disk, by the files that are open where there are any."""
-        return self._open_files or file_system.disk_of(self.fs)
+        return self._open_files or local_filesystem.disk_of(self.fs)
 
     def _reads_its_own_way(self) -> bool:
         return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
@@ -289,7 +289,7 @@ class FileSystemReader(StorageReader):
 
     def _is_replaced(self, metadata: Metadata) -> bool:
         """Whether the folder's checkpoint is another save's than the metadata."""
-        disk = file_system.disk_of(self.fs)
+        disk = local_filesystem.disk_of(self.fs)
         folder, name = self._metadata_place(None if self.use_collectives else self.rank)
         try:
             now = read_catalog(disk, folder, name, self.memory)

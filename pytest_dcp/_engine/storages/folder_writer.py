@@ -55,7 +55,7 @@ from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
-from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.local_filesystem import FileSystem, files_named, new_id, split_path
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -399,7 +399,7 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         return FileSystem.validate_checkpoint_id(checkpoint_id)
 
     def _disk(self) -> Disk:
-        return file_system.disk_of(self.fs)
+        return local_filesystem.disk_of(self.fs)
 
     def _registering_disk(self) -> Disk:
         """The disk, for everything that a save makes: see `discard`."""

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase, Serializatio
 
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.object_disk import ObjectDisk
-from pytest_dcp._engine.storages import local_filesystem as file_system
+from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 
@@ -114,7 +114,7 @@ def _open_filesystem(
     remote.init_path(path, **options)
     if type(remote.fs) is not LocalFileSystem:
         return remote, path
-    local = file_system.FileSystem(follow_links=follow_links)
+    local = local_filesystem.FileSystem(follow_links=follow_links)
     return local, local.init_path(remote.path_of[os.fspath(path)])
 
 

@@ -179,7 +179,7 @@ STEPWISE = Vocabulary(
 )
 """Reads a `.metadata` pickle opcode by opcode."""
 METADATA = replace(STEPWISE, globals=dict(_with_records()))
-"""As STEPWISE, but by whole records where it can; see `unpickle_records`."""
+"""As STEPWISE, but by whole records where it can; see `metadata_records`."""
 
 
 # ---- once the pickle has ended

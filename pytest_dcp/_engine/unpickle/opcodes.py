@@ -1,7 +1,7 @@
 """What each pickle opcode does, and the loop that runs them on a `Machine`.
 
 What enters: bytes and a `Vocabulary`. What leaves: the object at STOP; what follows it is not read.
-The rules are those of `unpickle_machine`. The format: CPython's Lib/pickletools.py. Opcodes of
+The rules are those of `unpickle.machine`. The format: CPython's Lib/pickletools.py. Opcodes of
 protocols 0 and 1 that protocol 2 replaced, and those no pickler emits for data (DUP, EXT, INST, OBJ
 ...), are refused.
 """

@@ -8,8 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from pytest_dcp._harness.controller import losing_fixtures
-from pytest_dcp._harness.controller import marked_item as items_
+from pytest_dcp._harness.controller import losing_fixtures, marked_item
 from pytest_dcp._harness.controller.decided_markers import markers_of
 from pytest_dcp._harness.controller.item_hooks import ItemHooks
 from pytest_dcp._harness.controller.options import Options
@@ -183,7 +182,7 @@ def begin(session: pytest.Session, options: Options) -> Harness:
         if spec is not None:
             mark = markers_of(item, options.marker)[0]
             explicit = mark.kwargs.get("timeout") is not None
-            items_.attach(item, items_.MarkedItem(item, index, spec, explicit, harness))
+            marked_item.attach(item, marked_item.MarkedItem(item, index, spec, explicit, harness))
     return harness
 
 

@@ -97,9 +97,9 @@ class ItemHooks:
         """Hypothesis' plugin must not look for fixtures in this process."""
         if ITEM_KEY not in item.stash or "hypothesis" not in sys.modules:
             return (yield)
-        from pytest_dcp._harness.controller import property_item as lockstep_item
+        from pytest_dcp._harness.controller import property_item
 
-        with lockstep_item.without_fixture_check(item):
+        with property_item.without_fixture_check(item):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, trylast=True)

@@ -158,11 +158,11 @@ class MarkedItem:
     def _conduct(self, outcome: Outcome) -> Outcome:
         """Lead the ranks through the examples of the properties that they came to."""
         __tracebackhide__ = True
-        from pytest_dcp._harness.controller import property_item as lockstep_item
+        from pytest_dcp._harness.controller import property_item
 
         try:
-            return lockstep_item.conduct(lockstep_item.ItemRanks(self), outcome)
-        except lockstep_item.FoundError as found:
+            return property_item.conduct(property_item.ItemRanks(self), outcome)
+        except property_item.FoundError as found:
             self.found = found
             return found.found[0].outcome
 
@@ -433,9 +433,9 @@ class MarkedItem:
             path, line, _ = self.item.reportinfo()
             location = (str(path), (line or 0) + 1)
             if self.found is not None and call.when == "call":
-                from pytest_dcp._harness.controller import property_item as lockstep_item
+                from pytest_dcp._harness.controller import property_item
 
-                rep.longrepr = lockstep_item.longrepr_for(
+                rep.longrepr = property_item.longrepr_for(
                     self.found, self.item.config, location, rerun
                 )
             else:

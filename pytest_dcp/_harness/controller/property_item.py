@@ -17,7 +17,7 @@ from _pytest._code.code import ExceptionRepr
 from pytest_dcp._harness.controller import report
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import tear_down_survivors
-from pytest_dcp._harness.lockstep import fresh_folders as lockstep_folders
+from pytest_dcp._harness.lockstep import fresh_folders
 from pytest_dcp._harness.lockstep.engine import Found, FoundError, conduct
 from pytest_dcp._harness.protocol.messages import Go, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
@@ -49,7 +49,7 @@ class Item(Protocol):
 
 
 class ItemRanks:
-    """The item's ranks, for `lockstep_engine`."""
+    """The item's ranks, for `lockstep.engine`."""
 
     def __init__(self, marked: Item) -> None:
         self._marked = marked
@@ -79,7 +79,7 @@ class ItemRanks:
 
     def fresh(self) -> None:
         """Make everything new that is new for each example."""
-        lockstep_folders.renew(self._marked.checkpoint_dir)
+        fresh_folders.renew(self._marked.checkpoint_dir)
 
     def exception_for(self, outcome: Outcome) -> BaseException:
         """What stands for a failed outcome in the controller."""

@@ -33,7 +33,7 @@ from pytest_dcp._harness.controller.report import exception_of_end
 from pytest_dcp._harness.controller.warm_worlds import WarmWorlds
 from pytest_dcp._harness.protocol.launcher import Launcher, LauncherLostError
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
-from pytest_dcp._harness.rank import coverage as measure
+from pytest_dcp._harness.rank import coverage
 from pytest_dcp._harness.rank.main import current
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd
 from pytest_dcp._harness.world.supervisor import Terminal
@@ -236,7 +236,7 @@ class Harness:
             if self._launcher is not None:
                 self._launcher.close()
                 self._launcher = None
-            measure.gather(self.folder)
+            coverage.gather(self.folder)
 
 
 def harness_of(config: pytest.Config) -> Harness:

@@ -9,22 +9,20 @@ import pytest
 
 from pytest_dcp._harness.launchers.zygote import RankMain, ZygoteLauncher
 from pytest_dcp._harness.protocol.launcher import Order, RankFds
-from pytest_dcp._harness.rank import coverage as measure
-from pytest_dcp._harness.rank import log_capture as logs
+from pytest_dcp._harness.rank import coverage, log_capture, pytest_plugin
 from pytest_dcp._harness.rank import main as rank
-from pytest_dcp._harness.rank import pytest_plugin as rank_items
 
 
 def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
     """Fork a zygote that holds this session as it is now; its ranks may keep files in `folder`."""
 
     def prepare() -> RankMain:
-        measure.detach(folder)
-        logs.SteadyLogs(session.config).install()
-        plugin = rank_items.prepare(session)
+        coverage.detach(folder)
+        log_capture.SteadyLogs(session.config).install()
+        plugin = pytest_plugin.prepare(session)
 
         def rank_main(order: Order, fds: RankFds) -> NoReturn:
-            rank.run(order, fds, lambda one: rank_items.enlist(one, plugin))
+            rank.run(order, fds, lambda one: pytest_plugin.enlist(one, plugin))
 
         return rank_main
 

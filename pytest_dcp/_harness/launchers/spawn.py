@@ -35,10 +35,8 @@ from pytest_dcp._harness.protocol.launcher import (
     Signals,
 )
 from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
-from pytest_dcp._harness.rank import coverage as measure
-from pytest_dcp._harness.rank import junit_state
+from pytest_dcp._harness.rank import coverage, junit_state, pytest_plugin
 from pytest_dcp._harness.rank import main as rank
-from pytest_dcp._harness.rank import pytest_plugin as rank_items
 from pytest_dcp.errors import DcpError
 
 PROGRAM = "from pytest_dcp._harness.launchers.spawn import main; main()"
@@ -76,7 +74,7 @@ class SpawnLauncher(Signals):
         return cls(
             {
                 "args": args,
-                "coverage": measure.settings(folder),
+                "coverage": coverage.settings(folder),
                 "cwd": str(config.invocation_params.dir),
                 "rootdir": str(config.rootpath),
                 "path": sys.path,
@@ -228,7 +226,7 @@ def main() -> NoReturn:
     told = json.loads(sys.argv[1])
     linux.die_with_parent(told["parent"])
     sys.path[:] = told["session"]["path"]
-    measure.start(told["session"]["coverage"])
+    coverage.start(told["session"]["coverage"])
     fds = RankFds(*told["fds"])
     for fd in fds.all():
         os.set_inheritable(fd, False)
@@ -298,7 +296,7 @@ def _capture_output(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
             os.lseek(fd, 0, os.SEEK_SET)
             os.ftruncate(fd, 0)
             if text:
-                sections.append(("call", name, rank_items.clip(text)))
+                sections.append(("call", name, pytest_plugin.clip(text)))
 
 
 def _alone(config: pytest.Config, basetemp: str) -> None:
@@ -378,8 +376,8 @@ class _Serving:
         self._served = True
         self._print_to(self._file)
         try:
-            plugin = rank_items.prepare(session, tty="/dev/tty")
-            runner = rank_items.enlist(self.rank, plugin)
+            plugin = pytest_plugin.prepare(session, tty="/dev/tty")
+            runner = pytest_plugin.enlist(self.rank, plugin)
             self.rank.channel.send(At("ready"))
             runner.run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
         except BaseException as exc:  # noqa: BLE001 - `run` raises it

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pytest_dcp._harness.launchers import orphan_guard as guard
+from pytest_dcp._harness.launchers import orphan_guard
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
@@ -82,7 +82,7 @@ class ZygoteLauncher(Signals):
         self._unready = 1
         """How many times it has yet to say that it has imported what it was asked for."""
         self._session = ""
-        self._files: dict[int, list[guard.File]] = {}
+        self._files: dict[int, list[orphan_guard.File]] = {}
         """By world, what its ranks have open as long as they live."""
         self.lost = ""
 
@@ -133,7 +133,7 @@ class ZygoteLauncher(Signals):
         for order, rank_fds in zip(orders, fds, strict=True):
             self._session = order.session
             self._news.setdefault(order.world, [])
-            self._files.setdefault(order.world, []).append(guard.file_of(rank_fds.trace))
+            self._files.setdefault(order.world, []).append(orphan_guard.file_of(rank_fds.trace))
             self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
 
     def fileno(self) -> int:
@@ -222,7 +222,7 @@ class ZygoteLauncher(Signals):
             how = why or how
             self.lost = f"the zygote (process {self._pid}), which ranks are forked from, {how}"
             files = {file for of_world in self._files.values() for file in of_world}
-            guard.sweep(f"{self._session}:", files)
+            orphan_guard.sweep(f"{self._session}:", files)
         return LauncherLostError(self.lost)
 
     def _readable(self) -> bool:

@@ -138,9 +138,9 @@ class _Engine:
 
     def __init__(self, company: ExampleRanks, prop: Property, passed: int) -> None:
         # Hypothesis is imported only where a test uses it.
-        from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+        from pytest_dcp._harness.lockstep import hypothesis_internals
 
-        self._inside = lockstep_hypothesis
+        self._inside = hypothesis_internals
         self._company = company
         self._property = prop
         self._passed = passed

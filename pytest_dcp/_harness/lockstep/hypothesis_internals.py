@@ -2,7 +2,7 @@
 
 It can all go when Hypothesis can be told from outside which example to run, and tells what it drew.
 `missing_internals` says what a version that is built differently does not have; see
-`lockstep_versions`.
+`hypothesis_version`.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ LEAST = "6.168"
 def problem() -> str:
     """Why properties cannot run in worlds with the installed Hypothesis; empty when they can."""
     try:
-        from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+        from pytest_dcp._harness.lockstep import hypothesis_internals
 
-        lacking = lockstep_hypothesis.missing_internals()
+        lacking = hypothesis_internals.missing_internals()
     except ImportError as exc:
         lacking = str(exc)
     if not lacking:
@@ -33,9 +33,9 @@ def make_ready() -> bool:
     if text := problem():
         refuse(text)
         return False
-    from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+    from pytest_dcp._harness.lockstep import hypothesis_internals
 
-    lockstep_hypothesis.freeze_constants()
+    hypothesis_internals.freeze_constants()
     return True
 
 

@@ -23,7 +23,7 @@ import hypothesis
 import pytest
 from hypothesis.errors import FailedHealthCheck, StopTest, UnsatisfiedAssumption
 
-from pytest_dcp._harness.lockstep import fresh_folders as lockstep_folders
+from pytest_dcp._harness.lockstep import fresh_folders
 from pytest_dcp._harness.lockstep import hypothesis_internals as inside
 from pytest_dcp._harness.lockstep.messages import (
     Attempt,
@@ -58,7 +58,7 @@ class _Unparametrised:
 
 
 class Reporter(Protocol):
-    """What pytest shows of an example; see `rank_items`."""
+    """What pytest shows of an example; see `pytest_plugin`."""
 
     def variant(self) -> bytes:
         """What tells the running test from its parametrised siblings."""
@@ -199,7 +199,7 @@ class Follower:
         """Make everything new for an example that every rank runs of itself; collective."""
         self.rank.meet("the end of an example")
         if self.rank.order.rank == 0:
-            lockstep_folders.renew(Path(self.rank.checkpoint_dir))
+            fresh_folders.renew(Path(self.rank.checkpoint_dir))
         self._begin()
         self.rank.meet("the begin of an example")
 

@@ -3,7 +3,7 @@
 Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit
 code 0, which only a rank that was ordered to leave returns; its last message is `Done("finish")`,
 which says that its exit ran to the end. Everything that pytest knows of a rank
-is in `rank_items`; here is what any rank does, also one that only runs functions.
+is in `pytest_plugin`; here is what any rank does, also one that only runs functions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ from pytest_dcp._harness.protocol.messages import (
     RunItem,
     encode,
 )
-from pytest_dcp._harness.rank import coverage as measure
-from pytest_dcp._harness.rank import interpreter_exit
+from pytest_dcp._harness.rank import coverage, interpreter_exit
 from pytest_dcp._harness.rank.group_counter import GroupCounter
 from pytest_dcp._harness.rank.interrupts import RankInterrupts
 from pytest_dcp.errors import DcpError, DivergedError
@@ -405,7 +404,7 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
             case CallFunction():
                 rank.reseed(order.seed)
                 done = _call(rank, order.payload)
-                measure.save()  # a world whose test fails is killed
+                coverage.save()  # a world whose test fails is killed
                 rank.channel.send(done)
             case Leave():
                 _leave(rank)
@@ -420,11 +419,11 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
 
 def _leave(rank: Rank) -> None:
     """Exit as an interpreter does, and say so: code 0 alone does not prove it."""
-    measure.save()  # in case the exit hangs
+    coverage.save()  # in case the exit hangs
     started = time.perf_counter()
     with rank.capture() as sections:
         exited = interpreter_exit.run_exit()
-    measure.save()
+    coverage.save()
     if rank.order.backend == "nccl":
         import torch.distributed as dist
 

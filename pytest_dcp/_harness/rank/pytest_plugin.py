@@ -39,9 +39,7 @@ from pytest_dcp._harness.protocol.messages import (
     RunItem,
     SubReport,
 )
-from pytest_dcp._harness.rank import carried_state, junit_state
-from pytest_dcp._harness.rank import coverage as measure
-from pytest_dcp._harness.rank import log_capture as logs
+from pytest_dcp._harness.rank import carried_state, coverage, junit_state, log_capture
 from pytest_dcp._harness.rank.debugger import RankDebugger, RankTerminal
 from pytest_dcp._harness.rank.group_counter import Totals
 from pytest_dcp._harness.rank.junit_state import JunitState
@@ -88,9 +86,9 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
     session.config.pluginmanager.register(CStreams(), "pytest_dcp.c_streams")
     if "hypothesis" in sys.modules:
-        from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
+        from pytest_dcp._harness.lockstep import hypothesis_version
 
-        plugin.follows = lockstep_versions.make_ready()
+        plugin.follows = hypothesis_version.make_ready()
     return plugin
 
 
@@ -107,9 +105,9 @@ def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
     config = plugin.config
     rank.capture = plugin.capturing
     if plugin.follows:
-        from pytest_dcp._harness.rank import example_runner as lockstep_rank
+        from pytest_dcp._harness.rank import example_runner
 
-        lockstep_rank.install(rank, plugin)
+        example_runner.install(rank, plugin)
     _redirect_capture(config, rank)
     _base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
@@ -376,9 +374,9 @@ class RankPlugin:
             except pytest.exit.Exception as left:  # `quit` in the debugger
                 outcome, text = "exit", str(left.msg)
         self._debugger.give_back()
-        debug_records, log_without_debug = logs.log_without_debug(self.config)
+        debug_records, log_without_debug = log_capture.log_without_debug(self.config)
         if phase == "teardown":  # the last that a rank hears of when its peers are lost
-            measure.save()
+            coverage.save()
         return Done(
             phase,
             outcome,
@@ -436,16 +434,16 @@ class RankPlugin:
         if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
             self.rank.say_raised(error, ended)
 
-    # Examples of a property; see `lockstep_rank`.
+    # Examples of a property; see `example_runner`.
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Know whose examples are run, and check the fixtures of a property."""
         __tracebackhide__ = True
         if self.follows and hasattr(item, "obj") and hasattr(item.obj, "hypothesis"):
-            from pytest_dcp._harness.rank import example_runner as lockstep_rank
+            from pytest_dcp._harness.rank import example_runner
 
-            lockstep_rank.check_fixtures(item)
+            example_runner.check_fixtures(item)
         return (yield)
 
     def variant(self) -> bytes:

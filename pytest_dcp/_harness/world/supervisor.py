@@ -42,7 +42,7 @@ from pytest_dcp._harness.protocol.messages import (
     Up,
 )
 from pytest_dcp._harness.protocol.places import NEVER, REPORT_S, RankPlaces
-from pytest_dcp._harness.world import exchange as meetings
+from pytest_dcp._harness.world import exchange
 from pytest_dcp._harness.world.interrupt_clock import Interruption
 from pytest_dcp._harness.world.rank_states import (
     BUSY,
@@ -500,7 +500,7 @@ class Supervisor:
             for rank, state in self.states.items()
             if state in (S.IDLE, S.GONE, S.KILLED, S.LEAVING) and rank not in excused
         }
-        met = meetings.answer(self._meeting, self.size, excused, left)
+        met = exchange.answer(self._meeting, self.size, excused, left)
         if met is None:
             return []
         asked, self._meeting = list(self._meeting), {}

@@ -1,7 +1,7 @@
 """One world in the controller: joins a launcher, the supervisor and the ranks' sockets.
 
 Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in
-`_settle` carries out what `supervise` decides; every wait in it is bounded by the supervisor's
+`_settle` carries out what `supervisor` decides; every wait in it is bounded by the supervisor's
 own clock, and the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
 """
 

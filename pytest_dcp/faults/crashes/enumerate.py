@@ -1,7 +1,7 @@
 """Pure (no I/O): a trace -> what a crash at any moment could leave, each folder once.
 
-A crash is a moment of the trace (`moments`) and either an operation of which only a part was done,
-or what the model of the file system loses (`losses`). They are enumerated level by level, the
+A crash is a moment of the trace (`crash_points`) and either an operation of which only a part was
+done, or what the model of the file system loses (`losses`). They are enumerated level by level, the
 simplest losses first, and within a level the earliest moments first. Where a budget ends in the
 midst of a level, the level's crashes are taken evenly from all moments.
 """

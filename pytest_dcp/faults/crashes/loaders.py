@@ -23,7 +23,7 @@ from traceback import StackSummary
 from typing import Any
 
 from pytest_dcp.errors import CheckpointError
-from pytest_dcp.faults.crashes import folder_trees as replay
+from pytest_dcp.faults.crashes import folder_trees
 from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.enumerate import in_order
 from pytest_dcp.faults.crashes.trace import Trace
@@ -128,7 +128,7 @@ class Finished:
             return
         machine = DiskModel.of(self._trace.base, Rules())
         in_order(machine, self._trace.operations, range(len(self._trace.operations)))
-        with replay.restore_tree(machine.seen()) as folder, warnings.catch_warnings():
+        with folder_trees.restore_tree(machine.seen()) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 load(blank(likeness), checkpoint_id=folder, **keywords)

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytest_dcp.faults.tap import open_files as streams
-from pytest_dcp.faults.tap import os_calls as calls
+from pytest_dcp.faults.tap import open_files, os_calls
 from pytest_dcp.faults.tap.operation import Alternative, Replace, Shorten, Skip, Verdict
 from pytest_dcp.faults.tap.watches import REGISTRY, Watch, Watcher, roots_of
 
@@ -58,17 +57,17 @@ def watch_operations(
 
 
 def _install() -> None:
-    for name in vars(calls.real):
-        now, stand_in = getattr(os, name), getattr(calls, name)
-        setattr(calls.real, name, now)
+    for name in vars(os_calls.real):
+        now, stand_in = getattr(os, name), getattr(os_calls, name)
+        setattr(os_calls.real, name, now)
         _put(os, name, stand_in)
         for able in CAPABILITIES:
             if now in able:
                 able.add(stand_in)
     _put(mmap, "mmap", _refusing_mmap(mmap.mmap))
-    streams.real_open = builtins.open
-    _put(io, "open", streams.open)
-    _put(builtins, "open", streams.open)
+    open_files.real_open = builtins.open
+    _put(io, "open", open_files.open)
+    _put(builtins, "open", open_files.open)
 
 
 def _refusing_mmap(real: type[mmap.mmap]) -> type[mmap.mmap]:

@@ -1,4 +1,4 @@
-"""A stand-in for `open` whose file objects reach the storage through the functions of `calls`.
+"""A stand-in for `open` whose file objects reach the storage through the functions of `os_calls`.
 
 Buffers are Python's own: a write appears when the buffer gives it to the kernel.
 """
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import IO, Any
 
-from pytest_dcp.faults.tap import os_calls as calls
+from pytest_dcp.faults.tap import os_calls
 from pytest_dcp.faults.tap.watches import REGISTRY
 
 real_open = io.open
@@ -22,33 +22,33 @@ class WatchedFile(io.FileIO):
     def readinto(self, buffer: Any, /) -> int:
         """Read into the buffer; how many bytes, 0 at the end."""
         self._must(self.readable(), "reading")
-        return calls.readv(self.fileno(), [buffer])
+        return os_calls.readv(self.fileno(), [buffer])
 
     def read(self, size: int | None = -1, /) -> bytes:
         """At most `size` bytes by one read, or all that are left."""
         if size is None or size < 0:
             return self.readall()
         self._must(self.readable(), "reading")
-        return calls.read(self.fileno(), size)
+        return os_calls.read(self.fileno(), size)
 
     def readall(self) -> bytes:
         """All bytes that are left."""
         self._must(self.readable(), "reading")
         parts = []
-        while part := calls.read(self.fileno(), 1 << 20):
+        while part := os_calls.read(self.fileno(), 1 << 20):
             parts.append(part)
         return b"".join(parts)
 
     def write(self, data: Any, /) -> int:
         """Write by one operation; how many bytes were taken."""
         self._must(self.writable(), "writing")
-        return calls.write(self.fileno(), data)
+        return os_calls.write(self.fileno(), data)
 
     def truncate(self, size: int | None = None, /) -> int:
         """Make the file so long, by default up to here."""
         self._must(self.writable(), "writing")
         length = self.tell() if size is None else size
-        calls.ftruncate(self.fileno(), length)
+        os_calls.ftruncate(self.fileno(), length)
         return length
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class WatchedFile(io.FileIO):
         if known is None:
             super().close()
         else:
-            calls.close_known(self.fileno(), known, super().close)
+            os_calls.close_known(self.fileno(), known, super().close)
 
     def _must(self, able: bool, what: str) -> None:
         if not able:
@@ -94,7 +94,7 @@ def open(
 
 
 def _open(path: Any, flags: int) -> int:
-    return calls.open(path, flags, 0o666)
+    return os_calls.open(path, flags, 0o666)
 
 
 def _over(
