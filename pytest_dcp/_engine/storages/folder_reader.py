@@ -34,10 +34,10 @@ from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.local_filesystem import (
     FileSystem,
+    MetadataPlace,
     new_id,
     read_catalog,
     save_of,
-    split_path,
 )
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -46,7 +46,7 @@ from pytest_dcp.errors import (
 )
 
 
-class FileSystemReader(StorageReader):
+class FileSystemReader(MetadataPlace, StorageReader):
     """Reads checkpoints from folders: ours, and those that torch 2.0 to 2.13 wrote."""
 
     def __init__(
@@ -116,16 +116,6 @@ class FileSystemReader(StorageReader):
         metadata.storage_meta = copy.copy(meta)
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
-        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
-        return self.fs.concat_path(self.path, metadata_name(rank))
-
-    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
-        """The folder and the name of the metadata file."""
-        if is_overridden(self, FileSystemReader, "_get_metadata_path"):
-            return split_path(self._get_metadata_path(rank))
-        return self.path, metadata_name(rank)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

@@ -56,7 +56,13 @@ from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
 from pytest_dcp._engine.storages import local_filesystem
-from pytest_dcp._engine.storages.local_filesystem import FileSystem, files_named, new_id, split_path
+from pytest_dcp._engine.storages.local_filesystem import (
+    FileSystem,
+    MetadataPlace,
+    files_named,
+    new_id,
+    split_path,
+)
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
@@ -79,7 +85,7 @@ class FileNames(_StoragePrefix):
     """Of this save alone."""
 
 
-class FileSystemWriter(StorageWriter, BlockingAsyncStager):
+class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
 
     The data files have names of their own save; the old checkpoint, if there is one, stays whole
@@ -369,16 +375,6 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         """A copy of the state dict on the CPU, which needs no copying when it is written."""
         self.per_thread_copy_ahead = 0
         return super().stage(state_dict)
-
-    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
-        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
-        return self.fs.concat_path(self.path, metadata_name(rank))
-
-    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
-        """The folder and the name of the metadata file."""
-        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
-            return split_path(self._get_metadata_path(rank))
-        return self.path, metadata_name(rank)
 
     @property
     def metadata_path(self) -> str | os.PathLike[str]:

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk, LocalDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk
-from pytest_dcp.errors import (
-    CheckpointCorruptError,
-)
+from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp.errors import CheckpointCorruptError
 
 
 class FileSystem(FileSystemBase):
@@ -114,6 +114,23 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Any, str]:
         return path.parent, path.name
     folder, _, name = os.fspath(path).rpartition("/")
     return folder, name
+
+
+class MetadataPlace:
+    """Where a reader or writer of folders has its metadata file."""
+
+    fs: FileSystemBase
+    path: str | os.PathLike[str]
+
+    def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
+        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        return self.fs.concat_path(self.path, metadata_name(rank))
+
+    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
+        """The folder and the name of the metadata file, as a `Disk` takes them."""
+        if is_overridden(self, MetadataPlace, "_get_metadata_path"):
+            return split_path(self._get_metadata_path(rank))
+        return self.path, metadata_name(rank)
 
 
 def files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:
