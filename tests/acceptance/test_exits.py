@@ -23,9 +23,13 @@ def suite(make_suite: MakeSuite) -> Suite:
     return make_suite({"test_exits.py": "exits.py"}, ini="dcp_grace = 0.2")
 
 
+BUFFERED = {"PYTHONUNBUFFERED": ""}
+"""With that variable set Python has the C library keep no output."""
+
+
 @pytest.fixture(scope="module")
 def forked(suite: Suite) -> SessionResult:
-    return suite.run()
+    return suite.run(env=BUFFERED)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def spawned(suite: Suite) -> SessionResult:
         "TestExits and (atexit or output or folder or memory and not killed)"
         " or TestErrors and (atexit or by_a_handler)"
     )
-    return suite.run("--dcp-launch=spawn", "-k", tests)
+    return suite.run("--dcp-launch=spawn", "-k", tests, env=BUFFERED)
 
 
 @pytest.fixture(scope="module", params=["forked", "spawned"])

@@ -266,6 +266,7 @@ class _Collecting:
         config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
         serving = _Serving(self.rank, order)
         config.pluginmanager.register(serving, "pytest_dcp.serving")
+        config.pluginmanager.register(pytest_plugin.CStreams(), pytest_plugin.C_STREAMS)
         capture = self.rank.capture
         try:
             serving.run(config)

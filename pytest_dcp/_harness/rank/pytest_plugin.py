@@ -84,7 +84,8 @@ def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
     plugin = RankPlugin(session, debugger)
     session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
     session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
-    session.config.pluginmanager.register(CStreams(), "pytest_dcp.c_streams")
+    if not session.config.pluginmanager.has_plugin(C_STREAMS):
+        session.config.pluginmanager.register(CStreams(), C_STREAMS)
     if "hypothesis" in sys.modules:
         from pytest_dcp._harness.lockstep import hypothesis_version
 
@@ -175,8 +176,16 @@ class _Seen:
         return cls(len(item._report_sections), len(item.user_properties), marks)
 
 
+C_STREAMS = "pytest_dcp.c_streams"
+
+
 class CStreams:
     """A plugin: what C code prints in a phase is captured in it, not when its buffer is full."""
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_make_collect_report(self) -> Generator[None, object, object]:
+        """As in setup; for a rank that collects."""
+        return (yield from self._flushing())
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
