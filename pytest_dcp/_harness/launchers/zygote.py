@@ -362,7 +362,10 @@ class _Zygote:
 
     def obey(self) -> bool:
         """Carry out one request; False at end of file."""
-        data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 8)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 8)
+        except ConnectionResetError:
+            return False  # the controller ended before it had read everything
         if not data:
             return False
         asked = json.loads(data)

@@ -99,7 +99,10 @@ class Channel:
             return self._pending.pop(0)
 
     def _read(self) -> None:
-        data = self._socket.recv(RECEIVE_BYTES)
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except ConnectionResetError:  # it ended before it had read everything
+            data = b""
         if not data:
             raise ControllerGoneError("the controller closed the report socket")
         self._pending = self._decoder.feed(data)
