@@ -66,7 +66,7 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Leave our frames out of an error at collection, too, where they say nothing."""
     report = yield
-    # pytest keeps the error there until the report is told of (pytest 9.2).
+    # pytest keeps the error there until the report is made (pytest 9.2).
     excinfo = getattr(getattr(report, "call", None), "excinfo", None)
     if report.failed and excinfo is not None and tracebacks.mark_frames(excinfo.value):
         shown: Any = collector.repr_failure(excinfo)

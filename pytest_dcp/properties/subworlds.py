@@ -218,7 +218,7 @@ def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     """In the block all ranks meet to hear of an error of this one.
 
     They may not come: one that hangs, in what this rank has left by that error, or one that calls
-    something else. Then the error is what is told: by the world, or by raising it here.
+    something else. Then the error itself is reported: by the world, or by raising it here.
     """
     if error is None or _is_skip(error):
         yield

@@ -64,7 +64,7 @@ class Host:
 
     timeout_s: float
     one_machine: bool
-    """Whether all ranks are on this machine: then nobody on another one reaches the store."""
+    """Whether all ranks are on this machine: then no process on another one reaches the store."""
 
     def run(self, line: Connection) -> int:
         listener = socket.create_server((LOOPBACK if self.one_machine else "", 0))

@@ -27,7 +27,7 @@ LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
 """One try of an address that does not answer. A full accept queue answers to none of them."""
 GONE = (ConnectionRefusedError, ConnectionResetError)
-"""What only an address where nobody listens answers with."""
+"""What only an address without a listener answers with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
 def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
     """Make sure that the coordinator sees this process end, before its first operation, too.
 
-    Raises OSError when nobody answers there.
+    Raises OSError when nothing answers there.
     """
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
@@ -93,7 +93,7 @@ def connect(address: Address) -> socket.socket:
     Where none of its hosts takes a connection, raises what says most of the process there:
 
     - TimeoutError: a host may be there and did not answer in time; it is busy.
-    - ConnectionRefusedError or ConnectionResetError: nobody listens there.
+    - ConnectionRefusedError or ConnectionResetError: nothing listens there.
     - another OSError: no host can be reached from here, which says nothing of the process.
 
     Raises CoordinationError when this process cannot open a socket.
@@ -139,10 +139,10 @@ def _on_this_machine(port: int) -> socket.socket:
 
 
 def _not_itself(sock: socket.socket) -> socket.socket:
-    """The socket, unless nobody listens there and the kernel lent it the very port."""
+    """The socket, unless nothing listens there and the kernel lent it that very port."""
     try:
         itself = sock.getsockname() == sock.getpeername()
-    except OSError:  # it ended already: whoever reads sees it
+    except OSError:  # it ended already: the reader will see it
         itself = False
     if itself:
         sock.close()

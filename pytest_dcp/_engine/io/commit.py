@@ -5,7 +5,7 @@ they are written. Once every rank's files are whole and synced:
 
 1. the folder is synced, so that their names last;
 2. the metadata goes to a temporary name and is synced;
-3. one rename puts it in the place of the old, once its readers have opened their files, or have
+3. one rename replaces the old one, once its readers have opened their files, or have
    had their time (see `lease`);
 4. the folder is synced again: from here on the new checkpoint survives a power cut;
 5. files that no committed metadata names are removed, those of dead saves among them.

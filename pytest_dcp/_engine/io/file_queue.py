@@ -30,7 +30,7 @@ class FileQueue(queue.Queue[Any]):
         return super().get_nowait()
 
     def advance(self, nbytes: int) -> None:
-        """Say that so many more bytes were read. Raises what stops the work."""
+        """Report more bytes as read. Raises what stops the work."""
         self.stop.check()
         with self._counting:
             self.bytes_read += nbytes

@@ -49,7 +49,7 @@ def _locked_file(path: Path) -> int | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
-            return None  # whoever reads it will say what is wrong
+            return None  # reading it will say what is wrong
         try:
             locked = _lock(fd, fcntl.LOCK_SH, until_s)
             if not locked or os.path.samestat(os.fstat(fd), path.stat()):

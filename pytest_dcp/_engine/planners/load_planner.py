@@ -302,7 +302,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         """Prepare for another try with the same state dict."""
 
     def _materialise(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put empty tensors in the place of meta tensors that are to be loaded."""
+        """Replace meta tensors that are to be loaded by empty ones."""
         if sharded := [fqn for fqn, value in values.items() if isinstance(value, ShardedTensor)]:
             raise CheckpointMismatchError(
                 f"{', '.join(map(repr, sharded[:20]))}: a ShardedTensor on the meta device cannot "

@@ -142,7 +142,7 @@ class DefaultSavePlanner(SavePlanner):
     ) -> tuple[list[SavePlan], list[SavePlan], Metadata]:
         """What to tell the ranks, the plans in full, and the metadata: torch's hook.
 
-        A rank is told an unusable plan where it remembers its own.
+        A rank gets an unusable plan where it remembers its own.
         """
         cache = self._remembering()
         full, digests = cache.incoming(all_plans)
@@ -156,7 +156,7 @@ class DefaultSavePlanner(SavePlanner):
         return plans, plans, metadata
 
     def _finish_plan_with_caching(self, new_plan: SavePlan) -> SavePlan:
-        """The plan that was told, or the one that is remembered in its place: torch's hook."""
+        """The plan that the rank got, or the one that it remembers: torch's hook."""
         return self._remembering().finished(new_plan)
 
     def _remembering(self) -> PlanCache:

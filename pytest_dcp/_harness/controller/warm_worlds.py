@@ -118,7 +118,7 @@ class WarmWorlds:
             self._retire(idle, min(limit_s, HURRIED_S) if hurried else limit_s)
 
     def kill_all(self) -> None:
-        """Kill the ranks of every world at once: nobody waits for them to tear down."""
+        """Kill the ranks of every world at once: without a teardown."""
         while self._idle:
             self._idle.popitem()[1].world.kill()
 

@@ -37,7 +37,7 @@ class RankState(enum.Enum):
     DEBUGGING_MEETING = "debugging at an exchange"
     """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
     LEAVING = "leaving"
-    """Was told to end. `Done("finish")` follows when its exit has run, then the end itself."""
+    """Was ordered to end. `Done("finish")` follows when its exit has run, then the end itself."""
     KILLED = "killed"
     """Was sent SIGKILL, is not reaped yet."""
     GONE = "gone"
