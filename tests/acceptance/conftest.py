@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, Suite
+    from support.sample_session import MakeSuite, Suite
 
 
 @pytest.fixture(scope="module")
 def make_suite(tmp_path_factory: pytest.TempPathFactory) -> MakeSuite:
     """Writes suites, each in a folder of its own."""
-    from sample_session import write_suite
+    from support.sample_session import write_suite
 
     def make(files: Mapping[str, str], ini: str = "") -> Suite:
         return write_suite(tmp_path_factory.mktemp("suite"), files, ini)

@@ -14,7 +14,7 @@ import pytest
 from test_never_a_false_pass import FAILED, PASSED, TEARDOWN_ERROR, Case, each
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 REFUSED = "rank 1: what came on its report socket in call is refused: "
 BY_HAND = "rank 1: ended call while in teardown: was the message written by hand\\?$"

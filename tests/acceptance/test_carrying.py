@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 PASSED = {"call": "passed"}
 USAGE_ERROR = 4

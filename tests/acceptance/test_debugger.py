@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from live_session import live
+from support.live_session import live
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}

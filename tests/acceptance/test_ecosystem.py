@@ -18,7 +18,7 @@ from coverage import Coverage
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, Report, SessionResult
+    from support.sample_session import MakeSuite, Report, SessionResult
 
     Run = Callable[..., SessionResult]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from live_session import GONE_S, LiveSession, live
+from support.live_session import GONE_S, LiveSession, live
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}

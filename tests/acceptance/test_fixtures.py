@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}

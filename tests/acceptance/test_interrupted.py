@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from live_session import LiveSession, live
+from support.live_session import LiveSession, live
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 SIGNALS = """
 import signal

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 IN_TIME = ("test_added_in_time", "test_the_same_again")
 LATE = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult, Suite
+    from support.sample_session import MakeSuite, SessionResult, Suite
 
 LEFT_OUT = "[... {} DEBUG lines left out: --log-level=DEBUG shows them ...]"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 IMPORT_S = 12.0
 

@@ -12,7 +12,7 @@ import pytest
 import pytest_dcp
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 UNMARKED = """
 import unittest

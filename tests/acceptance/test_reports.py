@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, Report, SessionResult, Suite
+    from support.sample_session import MakeSuite, Report, SessionResult, Suite
 
 INI = "dcp_grace = 1.5\njunit_family = xunit1"
 LATER = r"(\d+\.\d\d) s later"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 FAILS = "test_one_rank_raises_while_the_others_wait_for_it"
 HOOKED = """

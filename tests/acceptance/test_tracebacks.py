@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 LINES = 21
 """Of a whole report: arguments, the test's few lines, the error, what it printed."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, SessionResult
+    from support.sample_session import MakeSuite, SessionResult
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
 OURS = ["pytest_dcp", "pytest_dcp.fixtures", "pytest_dcp.plugin"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sample_session import MakeSuite, Report, SessionResult
+    from support.sample_session import MakeSuite, Report, SessionResult
 
 QUIET = ("unmarked", "other_spec", "skipped", "death", "class", "module", "property")
 """Endings that let the session go on."""

@@ -6,7 +6,7 @@ import unittest
 
 import pytest
 from hypothesis import settings
-from unsynced import UNSYNCED
+from support.unsynced import UNSYNCED
 
 from pytest_dcp.properties import CheckpointMachine
 

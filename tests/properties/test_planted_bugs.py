@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
-from mutants import MUTANTS
-from unsynced import UNSYNCED
+from support.mutants import MUTANTS
+from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.errors import WorldError

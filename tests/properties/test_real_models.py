@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from unsynced import UNSYNCED
+from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.properties import MeshSpec, ModuleRun

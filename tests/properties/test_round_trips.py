@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unsynced import UNSYNCED
+from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.properties import PlacedModule

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any, ClassVar
 
 import pytest
-from sqlite_storage import SqliteReader, SqliteWriter
+from support.sqlite_storage import SqliteReader, SqliteWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as dcp

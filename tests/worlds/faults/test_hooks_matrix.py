@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hook_runs import HOOK_NAMES, NEW, OLD, Bench, Case, verb_of
+from support.hook_runs import HOOK_NAMES, NEW, OLD, Bench, Case, verb_of
 
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.faults import (

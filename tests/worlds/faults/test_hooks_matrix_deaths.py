@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hook_runs import OLD, Kept, Told, dead_or_told, save_old, verb_of
+from support.hook_runs import OLD, Kept, Told, dead_or_told, save_old, verb_of
 
 from pytest_dcp import LostRank, WorldError
 from pytest_dcp.faults import Exit, Fault, FaultyStorage, Hang, Injected, Kill, Raise, Stop

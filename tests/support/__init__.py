@@ -1,0 +1,1 @@
+"""What several tests share: states and storages to save, sessions to run, plans to draw."""

@@ -1,0 +1,161 @@
+"""A session at a terminal of its own, watched and disturbed while it runs.
+
+Enters: a suite of `sample_session` and a command line. Leaves: what stood on the terminal, the
+processes at any moment, and in the end the same `SessionResult`. The session's process group is the
+terminal's foreground group, as that of one that was started from a shell is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pexpect
+import psutil
+
+if TYPE_CHECKING:
+    from support.sample_session import SessionResult, Suite
+
+PROMPT = r"\(\s*P\s*d\s*b\s*\) "
+"""A debugger's; the ends of other ranks' lines may come between, all share the terminal."""
+ANSWER_S = 60.0
+"""Bounds a wait for something to happen that takes some five seconds on an idle machine."""
+GONE_S = 3.0
+"""What is to go with the session, or with the process that was killed, is gone so long after."""
+LISTEN_S = 0.02
+"""Between two looks at what is waited for."""
+
+
+class LiveSession:
+    """One running session; see `live`."""
+
+    def __init__(self, suite: Suite, args: tuple[str, ...]) -> None:
+        self._run = suite.prepare()
+        self._output = (self._run.private / "output").open("w")
+        self._started = time.monotonic()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a fork beside any thread; another program follows at once here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.terminal = pexpect.spawn(
+                sys.executable,
+                ["-m", "pytest", "--color=no", *args],
+                cwd=str(self._run.cwd),
+                env=self._run.env,
+                encoding="utf-8",
+                codec_errors="replace",
+                timeout=ANSWER_S,
+                dimensions=(50, 200),
+            )
+        self.terminal.delaybeforesend = None
+        self.terminal.logfile_read = self._output
+        self.pid: int = self.terminal.pid
+
+    # The terminal.
+
+    def prompt(self) -> str:
+        """Wait for a debugger's prompt; what stood on the terminal before it."""
+        return self.shown_until(PROMPT)
+
+    def shown_until(self, pattern: str) -> str:
+        """Wait for a pattern on the terminal; what stood on the terminal before it."""
+        self.terminal.expect(pattern)
+        return str(self.terminal.before)
+
+    def ask(self, command: str) -> str:
+        """The answer to a command at a debugger's prompt."""
+        self.terminal.sendline(command)
+        return self.prompt().replace(command, "", 1).strip()
+
+    def tell(self, command: str) -> None:
+        """A command that leaves the debugger's prompt."""
+        self.terminal.sendline(command)
+
+    def prompts_again(self) -> bool:
+        """Whether a debugger's prompt comes before the session's end."""
+        return bool(self.terminal.expect([pexpect.EOF, PROMPT]))
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.terminal.sendintr()
+
+    # The processes.
+
+    def notes(self, about: str) -> list[dict[str, Any]]:
+        """What the suite noted so far."""
+        record = self._run.private / "record"
+        lines = record.read_text().splitlines() if record.exists() else []
+        return [note for line in lines if (note := json.loads(line)).get("about") == about]
+
+    def wait_for_note(self, about: str, times: int = 1) -> list[dict[str, Any]]:
+        """Wait until the suite has noted it so many times."""
+        deadline = time.monotonic() + ANSWER_S
+        while len(found := self.notes(about)) < times:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no note of {about!r} in {ANSWER_S:g} s:\n{self.output()}")
+            self._listen()
+        return found
+
+    def wait_until_gone(
+        self, processes: Iterable[psutil.Process], within_s: float = GONE_S
+    ) -> None:
+        """Wait for their ends; AssertionError when one is late."""
+        deadline = time.monotonic() + within_s
+        while left := [process for process in processes if _runs(process)]:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"after {within_s:g} s there were still {left}")
+            self._listen()
+
+    def _listen(self) -> None:
+        """Take what comes from the terminal, lest the session waits for that, for a moment."""
+        with contextlib.suppress(pexpect.TIMEOUT):
+            self.terminal.expect(pexpect.EOF, timeout=LISTEN_S)
+            time.sleep(LISTEN_S)
+
+    def output(self) -> str:
+        """All that stood on the terminal."""
+        self._output.flush()
+        return self._run.output()
+
+    # The end.
+
+    def end(self, within_s: float = ANSWER_S) -> SessionResult:
+        """Wait for the session's end; AssertionError when it is late."""
+        deadline = time.monotonic() + within_s
+        while self.terminal.isalive():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no end in {within_s:g} s:\n{self.output()[-5000:]}")
+            self._listen()
+        elapsed_s = time.monotonic() - self._started
+        self._listen()
+        status = self.terminal.exitstatus
+        code = -self.terminal.signalstatus if status is None else status
+        self._output.flush()
+        return self._run.result(code, elapsed_s)
+
+    def close(self) -> None:
+        """End whatever is left."""
+        self._run.kill_left()
+        self.terminal.close(force=True)
+        self._output.close()
+
+
+@contextlib.contextmanager
+def live(suite: Suite, *args: str) -> Iterator[LiveSession]:
+    """`pytest *args` at a terminal until the block ends."""
+    session = LiveSession(suite, args)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,181 @@
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.catalogs import same, samples, told
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tilings import fewer, shard_item, value_item
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan
+
+from pytest_dcp._engine.coordinate.wire import decode, encode
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
+from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.verbs.save_messages import (
+    Homeward,
+    PackedMetadata,
+    compress_plan,
+    compress_results,
+    expand_plan,
+    expand_results,
+    packed_metadata,
+    unpacked_metadata,
+)
+
+
+def sent(message):
+    return decode([bytes(segment) for segment in encode(message)])
+
+
+def plain(lazy):
+    return pickle.loads(pickle.dumps(lazy))
+
+
+def local_plan(count: int = 4, **more) -> SavePlan:
+    items = [shard_item(f"w{n}", (8,), ((n,), (1,))) for n in range(count)]
+    return SavePlan(WriteItems.of([*items, value_item("v")]), **more)
+
+
+@given(st.lists(st.integers(0, 4), unique=True).map(sorted), st.booleans())
+@fewer(4)
+def test_a_global_plan_comes_home_as_row_numbers(rows, same_data):
+    local = local_plan(planner_data={"a": ("a",)})
+    items = local.items.take(np.array(rows, dtype=np.int64), np.array(rows, dtype=np.int64) + 5)
+    data = local.planner_data if same_data else {"other": ("b",)}
+    plan = replace(local, items=items, planner_data=data, storage_data="files")
+    message = compress_plan(plan, local)
+    assert isinstance(message, Homeward)
+    assert message.plan.items == []
+    back = expand_plan(sent(message), local)
+    assert back.items == items
+    assert [back.items.key(n).index for n in range(len(rows))] == [
+        items.key(n).index for n in range(len(rows))
+    ]
+    assert (back.planner_data, back.storage_data) == (data, "files")
+    assert (back.planner_data is local.planner_data) == same_data
+
+
+def test_a_plan_of_other_items_is_sent_in_full():
+    local, other = local_plan(), local_plan()
+    for items in (list(local.items), other.items, other.items.take(np.array([1]))):
+        plan = replace(local, items=items)
+        assert compress_plan(plan, local) is plan
+        assert expand_plan(sent(plan), local).items == items
+
+
+def test_a_rank_may_be_told_to_write_nothing():
+    local = local_plan()
+    plan = replace(local, items=local.items.take(np.zeros(0, dtype=np.int64)))
+    assert len(expand_plan(sent(compress_plan(plan, local)), local).items) == 0
+
+
+def results(plan: SavePlan) -> WriteResults:
+    column = np.arange(len(plan.items), dtype=np.int64)
+    written = Written(
+        files=("f", "g"),
+        file=(column % 2).astype(np.int32),
+        start=column,
+        length=column + 1,
+        data_start=column,
+        data_nbytes=column,
+        first_sum=np.zeros(len(column) + 1, np.int64),
+        sums=np.zeros(0, np.uint32),
+    )
+    return WriteResults(plan.items, written)
+
+
+def test_only_the_places_of_what_was_told_are_sent_back():
+    told_plan = local_plan()
+    wrote = results(told_plan)
+    message = compress_results(wrote, told_plan)
+    assert isinstance(message, Written)
+    assert list(expand_results(sent(message), local_plan())) == list(wrote)
+    with pytest.raises(ValueError, match="no plan"):
+        expand_results(message, None)
+
+
+def test_results_of_other_items_are_sent_in_full():
+    wrote = results(local_plan())
+    assert compress_results(wrote, local_plan()) is wrote
+    listed = list(wrote)
+    assert compress_results(listed, local_plan()) is listed
+    assert expand_results(sent(listed), None) == listed
+
+
+@given(samples())
+@fewer(8)
+def test_metadata_comes_home_as_it_was(sample):
+    metadata = sample.catalog.metadata()
+    message = packed_metadata(metadata)
+    assert isinstance(message, PackedMetadata)
+    back = unpacked_metadata(sent(message))
+    assert same(Catalog.of(back), sample.catalog)
+    copy = replace(
+        back,
+        state_dict_metadata=plain(back.state_dict_metadata),
+        storage_data=plain(back.storage_data),
+        planner_data=sample.stock.planner_data,
+    )
+    expected = Metadata(
+        sample.stock.state_dict_metadata,
+        sample.stock.planner_data,
+        sample.stock.storage_data,
+        sample.stock.storage_meta,
+    )
+    assert told(copy.state_dict_metadata) == told(expected.state_dict_metadata)
+    assert copy.storage_data == expected.storage_data
+
+
+@given(samples())
+@fewer(8)
+def test_metadata_of_other_storages_is_sent_as_it_is(sample):
+    message = packed_metadata(sample.stock)
+    assert message is sample.stock
+    assert unpacked_metadata(message) is sample.stock
+
+
+@given(samples())
+@fewer(8)
+def test_an_edit_of_the_keys_is_sent_as_well(sample):
+    if (sample.catalog.places.file < 0).any():
+        return  # see the next test
+    metadata = sample.catalog.metadata()
+    metadata.state_dict_metadata["added by a planner"] = BytesStorageMetadata()
+    back = unpacked_metadata(sent(packed_metadata(metadata)))
+    assert dict(back.state_dict_metadata) == dict(metadata.state_dict_metadata)
+    assert "added by a planner" in back.state_dict_metadata
+
+
+def test_an_edit_of_the_keys_is_sent_where_some_chunks_have_no_file():
+    entry = TensorStorageMetadata(
+        TensorProperties(torch.float32),
+        torch.Size((1,)),
+        [ChunkStorageMetadata(torch.Size((0,)), torch.Size((1,)))],
+    )
+    keys = {"a": entry, "b": BytesStorageMetadata()}
+    places = replace(EntryPlaces.nowhere(2), files=("f",), file=np.array([-1, 0], np.int32))
+    start = np.array([-1, 0])
+    metadata = Catalog(Index.of(keys), replace(places, start=start, length=start)).metadata()
+    assert metadata.storage_data.get(MetadataIndex("a", (0,))) is None
+    del metadata.state_dict_metadata["b"]
+    assert dict(unpacked_metadata(sent(packed_metadata(metadata))).state_dict_metadata) == {
+        "a": entry
+    }
+
+
+@given(samples())
+@fewer(8)
+def test_metadata_of_other_storages_arrives_as_it_was(sample):
+    assert sent(sample.stock) == sample.stock

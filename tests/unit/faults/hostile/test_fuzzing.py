@@ -1,0 +1,124 @@
+"""Fuzzed metadata: read in bounded time and memory, and refused, or taken for what they are."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.forks import forked, limited
+from hypothesis import settings
+from support.loads import ending, load, load_all, save
+
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.faults import fuzzed_metadata
+
+SAVERS = ("ours", "torch")
+INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000
+"""For each of the two. The nightly profile of Hypothesis tries more."""
+LOADED_EACH = 50
+"""Of so many inputs one is loaded, with its tensors and values."""
+ROOM_BYTES = 256 << 20
+INPUT_S = 5
+"""Of the processor, for one input of a few thousand bytes."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("good")
+    return {saver: save(folder / saver, saver) / ".metadata" for saver in SAVERS}
+
+
+def check_sound(catalog: Catalog) -> None:
+    """What is said of an accepted file, by another way than the reader's own checks."""
+    for name in catalog.places.files:
+        assert name, "a file without a name"
+        assert not name.startswith("/"), name
+        assert not {"..", ".", ""} & set(name.split("/")), name
+        assert "\0" not in name, name
+    for fqn, entry in catalog.metadata().state_dict_metadata.items():
+        for chunk in getattr(entry, "chunks", ()):
+            size = getattr(entry, "size", ())
+            for at, length, whole in zip(chunk.offsets, chunk.sizes, size, strict=True):
+                assert 0 in chunk.sizes or 0 <= at <= at + length <= whole, fqn
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_no_fuzzed_metadata_breaks_the_reader(files: dict[str, Path], saver: str) -> None:
+    good = files[saver].read_bytes()
+
+    def body(begin: Callable[[str], None]) -> dict[str, int | float]:
+        endings: Counter[str] = Counter()
+        slowest = 0.0
+        for case in fuzzed_metadata(good, range(INPUTS)):
+            view = memoryview(case.data)
+            began = time.process_time()
+            try:
+                with limited(INPUT_S):
+                    catalog = metadata_file.read(
+                        lambda at, nbytes, view=view: view[at : at + nbytes], len(view)
+                    )
+                endings["taken"] += 1
+            except CheckpointCorruptError:
+                endings["refused"] += 1
+            except BaseException:
+                begin(case.what)
+                raise
+            else:
+                begin(case.what)
+                check_sound(catalog)
+            slowest = max(slowest, time.process_time() - began)
+        return {**endings, "slowest_ms": round(slowest * 1000)}
+
+    figures = forked(body, ROOM_BYTES)
+    print(f"{INPUTS} fuzzed metadata from {saver}: {figures}")
+    assert figures["taken"] + figures["refused"] == INPUTS
+    assert figures["taken"] > INPUTS // 50, "nothing gets as far as to the end"
+    assert figures["refused"] > INPUTS // 2
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_no_fuzzed_metadata_breaks_a_load(files: dict[str, Path], saver: str) -> None:
+    good = files[saver].read_bytes()
+
+    def body(begin: Callable[[str], None]) -> dict[str, int]:
+        endings: Counter[str] = Counter()
+        for case in fuzzed_metadata(good, range(0, INPUTS, LOADED_EACH)):
+            files[saver].write_bytes(case.data)
+            begin(case.what)
+            for one in (load, load_all):
+                with limited(INPUT_S):
+                    how = ending(one, files[saver].parent)
+                # Dtypes that no checkpoint has are refused as in a save, with a TypeError.
+                how = "refused" if how.startswith("TypeError('expected a dtype") else how
+                assert how in ("refused", "loaded", "another shape"), how
+                endings[how] += 1
+        return endings
+
+    try:
+        print(f"loads of fuzzed metadata from {saver}: {forked(body, 2 * ROOM_BYTES)}")
+    finally:
+        files[saver].write_bytes(good)
+
+
+def test_a_seed_gives_the_same_file_each_time(files: dict[str, Path]) -> None:
+    for file in files.values():
+        once, twice = (list(fuzzed_metadata(file.read_bytes(), range(300))) for _ in range(2))
+        assert once == twice
+        assert len({case.data for case in once}) > 250
+
+
+def test_changes_get_past_the_checksums(files: dict[str, Path]) -> None:
+    """Most of them, or only the outermost door would be tried."""
+    reasons: Counter[str] = Counter()
+    for case in fuzzed_metadata(files["ours"].read_bytes(), range(2000)):
+        try:
+            metadata_file.decode(case.data)
+        except CheckpointCorruptError as error:
+            reasons["CRC" if "CRC" in error.reason else error.reason[:40]] += 1
+    assert reasons["CRC"] < 200
+    assert len(reasons) > 200
