@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.documents import Block, find_missing_lines, parse_blocks
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
 from support.live_session import GONE_S, LiveSession, live
 
 if TYPE_CHECKING:

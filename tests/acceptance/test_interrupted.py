@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.live_session import LiveSession, live
 
 if TYPE_CHECKING:

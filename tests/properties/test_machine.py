@@ -6,9 +6,9 @@ import unittest
 
 import pytest
 from hypothesis import settings
-from support.unsynced import UNSYNCED
 
 from pytest_dcp.properties import CheckpointMachine
+from support.unsynced import UNSYNCED
 
 RUNS = settings(
     max_examples=max(settings().max_examples // 8, 1), stateful_step_count=12, deadline=None

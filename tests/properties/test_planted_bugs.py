@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
-from support.mutants import MUTANTS
-from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.errors import WorldError
+from support.mutants import MUTANTS
+from support.unsynced import UNSYNCED
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import Worlds

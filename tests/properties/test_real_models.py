@@ -18,10 +18,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.properties import MeshSpec, ModuleRun
+from support.unsynced import UNSYNCED
 
 pytest.importorskip("transformers", reason="the extra `models` is not installed")
 transformers: Any = importlib.import_module("transformers")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.unsynced import UNSYNCED
 
 import pytest_dcp.properties as props
 from pytest_dcp.properties import PlacedModule
+from support.unsynced import UNSYNCED
 
 EXAMPLES = settings().max_examples
 NIGHTLY = EXAMPLES > 1_000

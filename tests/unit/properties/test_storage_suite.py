@@ -8,13 +8,13 @@ import pathlib
 from typing import Any, ClassVar
 
 import pytest
-from support.sqlite_storage import SqliteReader, SqliteWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp.errors import LawError, RecordingError
 from pytest_dcp.properties.suite import StorageSuite
+from support.sqlite_storage import SqliteReader, SqliteWriter
 
 torch_dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 Path = str | os.PathLike[str]

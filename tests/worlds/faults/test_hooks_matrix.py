@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hook_runs import HOOK_NAMES, NEW, OLD, Bench, Case, verb_of
 
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.faults import (
@@ -24,6 +23,7 @@ from pytest_dcp.faults import (
     WrongType,
 )
 from pytest_dcp.faults.injection.injection import FUTURES
+from support.hook_runs import HOOK_NAMES, NEW, OLD, Bench, Case, verb_of
 
 pytestmark = [
     pytest.mark.world_size([1, 2, 4], isolation="module", timeout=240),

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.hook_runs import OLD, Kept, Told, dead_or_told, save_old, verb_of
 
 from pytest_dcp import LostRank, WorldError
 from pytest_dcp.faults import Exit, Fault, FaultyStorage, Hang, Injected, Kill, Raise, Stop
+from support.hook_runs import OLD, Kept, Told, dead_or_told, save_old, verb_of
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import Running, Worlds

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.catalogs import Sample, same, samples, told
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
@@ -22,6 +21,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
+from support.catalogs import Sample, same, samples, told
 
 EXTREMES = [0, 1, -1, -2, 63, 1 << 31, 1 << 62, (1 << 63) - 1, -(1 << 63)]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.catalogs import Sample, same, samples
 from hypothesis import given
 from hypothesis import strategies as st
 from test_manifest import two_tensors
@@ -25,6 +24,7 @@ from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointCorruptError
+from support.catalogs import Sample, same, samples
 
 TRAILER_BYTES = 48
 VERSION_AT = 8

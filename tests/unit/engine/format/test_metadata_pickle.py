@@ -4,7 +4,6 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from support.catalogs import Sample, samples, told
 from hypothesis import given
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -21,6 +20,7 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
 from pytest_dcp._engine.plan.nested import Position
 from pytest_dcp._engine.unpickle import read_metadata
+from support.catalogs import Sample, samples, told
 
 
 def metadata(chunks: int, dims: int = 2, transform: bool = False) -> Metadata:

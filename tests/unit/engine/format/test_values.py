@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 
 from pytest_dcp._engine.format.python_values import decode_value, encode_value, plain
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
+from support.tilings import fewer
 
 keys = st.one_of(
     st.none(), st.booleans(), st.integers(), st.text(max_size=3), st.tuples(st.integers())

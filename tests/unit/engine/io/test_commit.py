@@ -3,10 +3,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.tilings import fewer
 
 from pytest_dcp._engine.io.commit import data_name, metadata_name, publish, remove_unnamed, sweep
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from support.tilings import fewer
 
 SAVE = "0123456789ab"
 

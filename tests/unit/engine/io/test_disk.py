@@ -11,7 +11,6 @@ from typing import NoReturn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
 
 from pytest_dcp._engine.io import disk as subject
@@ -19,6 +18,7 @@ from pytest_dcp._engine.io.disk import LocalDisk, LocalIn, LocalOut
 from pytest_dcp._engine.io.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.checkpoint.filesystem import FileSystem
 from pytest_dcp.errors import CheckpointCorruptError
+from support.tilings import fewer
 
 DISKS = [LocalDisk(), StreamDisk(TorchFileSystem()), StreamDisk(FileSystem())]
 contents = st.lists(st.binary(max_size=9), max_size=8)

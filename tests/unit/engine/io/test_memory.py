@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from support.catalogs import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer, shapes
 
 from pytest_dcp._engine.io.tensor_memory import (
     is_flat,
@@ -13,6 +11,8 @@ from pytest_dcp._engine.io.tensor_memory import (
     pieces,
     strided_tensor,
 )
+from support.catalogs import DTYPES
+from support.tilings import fewer, shapes
 
 
 @st.composite

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     TensorProperties,
@@ -19,6 +18,7 @@ from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.threads import StopFlag, Stopped
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
+from support.tilings import fewer
 
 LEAD = 5
 """Bytes of the file before the entry's data."""

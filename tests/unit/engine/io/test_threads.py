@@ -4,9 +4,9 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 
 from pytest_dcp._engine.io.threads import StopFlag, Stopped, run_all
+from support.tilings import fewer
 
 
 def running() -> list[str]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import boxes_in, fewer, shapes, shard_item, tilings
 
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.write_results import WriteResults, places_of
@@ -28,6 +27,7 @@ from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp._engine.plan.save import concatenate_tables
 from pytest_dcp.errors import CheckpointCorruptError, PlanError
+from support.tilings import boxes_in, fewer, shapes, shard_item, tilings
 
 BLOCK = 16
 CONVERTED = {

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer, shapes, shard_item, value_item
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -38,6 +37,7 @@ from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.save import concatenate_tables
 from pytest_dcp.errors import PlanError
+from support.tilings import fewer, shapes, shard_item, value_item
 
 BLOCK = 16
 

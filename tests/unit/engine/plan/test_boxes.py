@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.tilings import Box, boxes_in, elements, fewer, shapes, tilings
 
 from pytest_dcp._engine.plan.boxes import (
     intersect,
@@ -16,6 +15,7 @@ from pytest_dcp._engine.plan.boxes import (
     volumes,
     widen_table,
 )
+from support.tilings import Box, boxes_in, elements, fewer, shapes, tilings
 
 tensors = shapes()
 several = tensors.flatmap(lambda shape: st.lists(boxes_in(shape), max_size=7))

@@ -3,10 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.catalogs import fqns
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.tilings import fewer, shard_item, value_item
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
@@ -15,6 +13,8 @@ from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.describe import write_items
 from pytest_dcp._engine.plan.nested import as_saved, flatten
 from pytest_dcp.errors import PlanError
+from support.catalogs import fqns
+from support.tilings import fewer, shard_item, value_item
 
 
 def plan_of(state: dict, *, lists: bool = False) -> SavePlan:

@@ -3,10 +3,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support.catalogs import fqns, properties
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import boxes_in, fewer, shapes
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     BytesIOWriteData,
@@ -18,6 +16,8 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
+from support.catalogs import fqns, properties
+from support.tilings import boxes_in, fewer, shapes
 
 hints = st.one_of(st.none(), st.integers(0, 9))
 

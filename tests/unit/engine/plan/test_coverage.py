@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import Box, elements, fewer, shapes, tilings
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from pytest_dcp._engine.plan.coverage import problems_of
 from pytest_dcp._engine.plan.index import Index
+from support.tilings import Box, elements, fewer, shapes, tilings
 
 
 def index_of(tensors: dict[str, tuple[tuple, list[Box]]]) -> Index:

@@ -5,10 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.catalogs import samples
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -18,6 +16,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable, index_of
+from support.catalogs import samples
+from support.tilings import fewer
 
 
 def chunk(offset: tuple, shape: tuple) -> ChunkStorageMetadata:

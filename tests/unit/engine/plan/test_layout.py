@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.tilings import fewer, shapes
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from pytest_dcp._engine.plan.layout import LocalBox, local_boxes, shard_runs, whole_box
+from support.tilings import fewer, shapes
 
 meshes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import Box, boxes_in, elements, fewer, shapes, tilings
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -21,6 +20,7 @@ from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp.errors import CheckpointCorruptError
+from support.tilings import Box, boxes_in, elements, fewer, shapes, tilings
 
 Tensors = dict[str, tuple[tuple, list[Box]]]
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.metadata import (
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.match import kind_of, match
 from pytest_dcp.errors import CheckpointMismatchError
+from support.tilings import fewer
 
 KINDS = {
     torch.float32: "float",

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer
 from torch.distributed.checkpoint import _nested_dict as stock
 
 from pytest_dcp._engine.plan.nested import (
@@ -16,6 +15,7 @@ from pytest_dcp._engine.plan.nested import (
     set_element,
 )
 from pytest_dcp.errors import CheckpointCorruptError, PlanError
+from support.tilings import fewer
 
 # No dots: two paths could then give one name. Digits are told from positions by their type.
 words = st.text("abc01", min_size=1, max_size=2)

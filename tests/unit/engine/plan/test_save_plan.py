@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import elements, fewer, shapes, shard_item, tilings, value_item
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
@@ -15,6 +14,7 @@ from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import KeyTable
 from pytest_dcp._engine.plan.save import concatenate_tables, global_plan
 from pytest_dcp.errors import PlanError
+from support.tilings import elements, fewer, shapes, shard_item, tilings, value_item
 
 DTYPES = [torch.float32, torch.int8, torch.float64]
 

@@ -4,10 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.catalogs import same, samples, told
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tilings import fewer, shard_item, value_item
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,6 +31,8 @@ from pytest_dcp._engine.verbs.save_messages import (
     packed_metadata,
     unpacked_metadata,
 )
+from support.catalogs import same, samples, told
+from support.tilings import fewer, shard_item, value_item
 
 
 def sent(message):

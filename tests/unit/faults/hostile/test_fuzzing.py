@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.forks import forked, limited
 from hypothesis import settings
-from support.loads import ending, load, load_all, save
 
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.faults import fuzzed_metadata
+from support.forks import forked, limited
+from support.loads import ending, load, load_all, save
 
 SAVERS = ("ours", "torch")
 INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000

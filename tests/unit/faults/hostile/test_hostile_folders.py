@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.forks import forked, limited
-from support.loads import ending, load, load_all, save
 
 from pytest_dcp.faults import Hostile, hostile_folders, memory_bombs
+from support.forks import forked, limited
+from support.loads import ending, load, load_all, save
 
 WAIT_S = 60
 """A load that takes so long hangs, however busy the machine is."""

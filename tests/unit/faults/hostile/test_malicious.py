@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch.utils.serialization.config  # noqa: F401 - torch.load imports it at its first call
-from support.forks import forked, limited
-from support.loads import blank, ending, load, load_rank, save
 from torch.distributed.checkpoint.filesystem import FileSystemReader as TorchReader
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from pytest_dcp.faults import Hostile, malicious_pickles, memory_bombs
+from support.forks import forked, limited
+from support.loads import blank, ending, load, load_rank, save
 
 CASES_AT_LEAST = 2500
 

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import DISABLED, EXISTING, blank, numbered, same, spread, without_warnings
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,6 +34,7 @@ from pytest_dcp.checkpoint.staging import DefaultStager, StagingOptions
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from pytest_dcp.errors import ReplicaMismatchError, SaverProcessError
 from pytest_dcp.tracebacks import owner_of
+from support.states import DISABLED, EXISTING, blank, numbered, same, spread, without_warnings
 
 pytestmark = pytest.mark.world_size(2, timeout=400)
 

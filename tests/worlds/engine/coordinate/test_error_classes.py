@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.states import EXISTING, without_warnings
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
+from support.states import EXISTING, without_warnings
 
 
 class Full(dcp.FileSystemWriter):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import DISABLED, numbered, spread, torch_dcp
-from support.storages import FaultyReader, FaultyWriter, FolderReader, FolderWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
+from support.states import DISABLED, numbered, spread, torch_dcp
+from support.storages import FaultyReader, FaultyWriter, FolderReader, FolderWriter
 
 SAVE_EVERY = ("set_up_storage_writer", "prepare_local_plan", "write_data", "write_data_later")
 SAVE_COORDINATOR = ("prepare_global_plan", "finish")

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import EXISTING, without_warnings
 from torch.distributed.checkpoint.metadata import Metadata
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate import OutOfStepError, StepError, Team, team_of
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from support.states import EXISTING, without_warnings
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.world_fixture import RankWorld

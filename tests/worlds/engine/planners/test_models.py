@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.states import blank, same, torch_dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import pytest_dcp.checkpoint as dcp
+from support.states import blank, same, torch_dcp
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),

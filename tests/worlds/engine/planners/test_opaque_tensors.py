@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from support.opaque_tensors import Outer, Scaled, inside, outer, per_channel, per_tensor, scaled
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 from pytest_dcp.errors import CheckpointMismatchError
+from support.opaque_tensors import Outer, Scaled, inside, outer, per_channel, per_tensor, scaled
 
 pytestmark = [
     pytest.mark.world_size(2, isolation="module"),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import blank, numbered, pairs, same, spread, torch_dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import pytest_dcp.checkpoint as dcp
+from support.states import blank, numbered, pairs, same, spread, torch_dcp
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import Worlds

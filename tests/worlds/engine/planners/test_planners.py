@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.default_planner as torch_planners
-from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,6 +27,7 @@ import pytest_dcp.checkpoint.default_planner as our_planners
 from pytest_dcp.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from pytest_dcp.checkpoint.utils import find_state_dict_object, find_tensor_shard
 from pytest_dcp.errors import CheckpointMismatchError, PlanError
+from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 
 pytestmark = pytest.mark.world_size(4, isolation="module")
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from support.wrappings import WAYS, Net, adamw, by_name, close, plain, train
 
 from pytest_dcp._engine.state_dicts import broadcast, delivery
 from pytest_dcp.checkpoint.state_dict import (
@@ -27,6 +26,7 @@ from pytest_dcp.checkpoint.state_dict import (
     set_state_dict,
 )
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
+from support.wrappings import WAYS, Net, adamw, by_name, close, plain, train
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),

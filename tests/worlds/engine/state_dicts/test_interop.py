@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as torchs
-from support.wrappings import WAYS, Net, adamw, close, train
 
 import pytest_dcp.checkpoint.state_dict as ours
+from support.wrappings import WAYS, Net, adamw, close, train
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.wrappings import COMPILED_WAYS, WAYS, Net, Way, adamw, by_name, close, plain, train
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict import (
@@ -16,6 +15,7 @@ from pytest_dcp.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from support.wrappings import COMPILED_WAYS, WAYS, Net, Way, adamw, by_name, close, plain, train
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.wrappings import WAYS, Net, adamw, train
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from support.wrappings import WAYS, Net, adamw, train
 
 FULL = StateDictOptions(full_state_dict=True)
 

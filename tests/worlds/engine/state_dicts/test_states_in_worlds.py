@@ -10,7 +10,6 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from support.wrappings import WAYS, Net, adamw, close, plain, train
 
 from pytest_dcp.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,7 @@ from pytest_dcp.checkpoint.state_dict import (
     set_state_dict,
 )
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
+from support.wrappings import WAYS, Net, adamw, close, plain, train
 
 pytestmark = [
     pytest.mark.world_size(4, isolation="module"),

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
-from support.storages import FolderReader, FolderWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import (
@@ -24,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
+from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
+from support.storages import FolderReader, FolderWriter
 
 pytestmark = pytest.mark.world_size(3, isolation="module")
 

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
-from support import object_store
 import pytest
 import torch
 import torch.distributed as dist
 from fsspec.registry import known_implementations
-from support.object_store import objects, requests, settle
-from support.states import EXISTING, blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader as TorchReader
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter as TorchWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +20,9 @@ from torch.distributed.tensor import Replicate, Shard
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import object_disk
 from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from support import object_store
+from support.object_store import objects, requests, settle
+from support.states import EXISTING, blank, numbered, same, spread, torch_dcp, without_warnings
 
 URL = f"{object_store.PROTOCOL}://runs/last"
 FOLDER = "runs/last"

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,6 +32,7 @@ from pytest_dcp.errors import (
     CheckpointReplacedError,
     UntrustedPickleError,
 )
+from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 
 two = pytest.mark.world_size(2, isolation="module")
 ENGINES = pytest.mark.parametrize("engine", [dcp, torch_dcp], ids=["ours", "torchs"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.opaque_tensors import inside, outer, scaled
-from support.states import torch_dcp
 from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
+from support.opaque_tensors import inside, outer, scaled
+from support.states import torch_dcp
 
 pytestmark = [
     pytest.mark.world_size(2, isolation="module"),

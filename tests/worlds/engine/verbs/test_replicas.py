@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.states import blank, numbered, same, spread, torch_dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -20,6 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.plan.replicas import SAMPLED_AT_LEAST
 from pytest_dcp.errors import CheckpointMismatchError, PlanError, ReplicaMismatchError
+from support.states import blank, numbered, same, spread, torch_dcp
 
 pytestmark = pytest.mark.world_size(4, isolation="module")
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import EXISTING, blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
@@ -28,6 +27,7 @@ from torch.distributed.tensor import Shard
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint.state_dict_saver import AsyncSaveResponse
 from pytest_dcp.errors import CheckpointExistsError
+from support.states import EXISTING, blank, numbered, same, spread, torch_dcp, without_warnings
 
 pytestmark = pytest.mark.world_size(2, isolation="module")
 

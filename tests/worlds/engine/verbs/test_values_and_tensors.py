@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
+from support.states import blank, numbered, same, spread, torch_dcp, without_warnings
 
 pytestmark = pytest.mark.world_size(2, isolation="module")
 

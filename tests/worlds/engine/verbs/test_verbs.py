@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.states import DISABLED, EXISTING, blank, numbered, same, spread, torch_dcp, without_warnings
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io.progress_observer import Progress
+from support.states import (
+    DISABLED,
+    EXISTING,
+    blank,
+    numbered,
+    same,
+    spread,
+    torch_dcp,
+    without_warnings,
+)
 
 four = pytest.mark.world_size(4, isolation="module")
 
