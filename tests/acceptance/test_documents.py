@@ -6,6 +6,7 @@ the page shows has a session of its own, as `test_it.py`.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,8 +90,11 @@ def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> No
 @pytest.mark.parametrize("block", _select("sh"))
 def test_commands_name_what_there_is(block: Block) -> None:
     """Not run here: `.ci/run` runs them, the tests among them."""
+    modules = re.findall(r"python -m ([\w.]+)", block.source)
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None, module
     environments = re.findall(r"tox run -e ([\w-]+)", block.source)
-    assert environments
+    assert environments or modules
     assert set(environments) <= _tox_environments()
 
 

@@ -385,7 +385,11 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         for fqn, stored in metadata.state_dict_metadata.items():
             path = room.checked(fqn, paths.get(fqn, (fqn,)))
             if self._should_include_key(fqn, metadata):
-                flat[fqn], places[fqn] = _empty(fqn, stored), path
+                places[fqn] = path
+                if isinstance(stored, TensorStorageMetadata):
+                    flat[fqn] = self.empty_tensor(fqn, stored)
+                else:
+                    flat[fqn] = None
         check_one_tree(places)
         for fqn, path in places.items():
             room.put(state_dict, fqn, path, flat[fqn])
@@ -398,6 +402,17 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             if self.weights_only:
                 # What cannot be given back is refused before anything is read.
                 self.rebuilt()
+
+    def empty_tensor(self, fqn: str, stored: TensorStorageMetadata) -> torch.Tensor:
+        """Memory for a stored tensor. Raises CheckpointCorruptError where there is not so much."""
+        try:
+            return torch.empty(stored.size, dtype=stored.properties.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointCorruptError(
+                f"there is no memory for a tensor of {tuple(stored.size)} of "
+                f"{stored.properties.dtype}",
+                entry=fqn,
+            ) from error
 
     def rebuilt(self) -> dict[Any, Any]:
         """The state dict that was loaded, with the containers and keys that were saved.
@@ -445,19 +460,6 @@ def _is_meta(value: Any) -> bool:
         # Asked itself, it would answer only where it has exactly one shard.
         return any(shard.tensor.is_meta for shard in value.local_shards())
     return isinstance(value, torch.Tensor) and value.is_meta
-
-
-def _empty(fqn: str, stored: Any) -> torch.Tensor | None:
-    """Memory for a stored tensor; None for a value. Raises CheckpointCorruptError for too much."""
-    if not isinstance(stored, TensorStorageMetadata):
-        return None
-    try:
-        return torch.empty(stored.size, dtype=stored.properties.dtype)
-    except (RuntimeError, MemoryError) as error:
-        raise CheckpointCorruptError(
-            f"there is no memory for a tensor of {tuple(stored.size)} of {stored.properties.dtype}",
-            entry=fqn,
-        ) from error
 
 
 def create_default_local_load_plan(

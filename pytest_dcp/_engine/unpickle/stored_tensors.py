@@ -41,8 +41,11 @@ Storages = Callable[[str], bytes | memoryview]
 _Args = tuple[Any, ...]
 
 
-def read_stored_value(data: bytes, storages: Storages) -> Any:
+def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bool = False) -> Any:
     """The value that the `data.pkl` of an entry describes.
+
+    share: whether tensors lie in the memory that `storages` gives, which must be writable;
+        otherwise it is copied.
 
     Raises:
         UnknownGlobalError: it holds a class that is neither inert nor allowed by the user.
@@ -50,8 +53,8 @@ def read_stored_value(data: bytes, storages: Storages) -> Any:
             reaches beyond its storage.
     """
     known, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
-    persistent = _Storages(storages).find
-    value = run(data, Vocabulary(known, build, KEYS, persistent, nested_keys=True))
+    persistent = _Storages(storages, share).find
+    value = run(bytes(data), Vocabulary(known, build, KEYS, persistent, nested_keys=True))
     check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
     return value
 
@@ -92,8 +95,9 @@ _OTHERS = frozenset(
 class _Storages:
     """The storages of one entry, each read once: tensors that share one share it again."""
 
-    def __init__(self, read: Storages) -> None:
+    def __init__(self, read: Storages, share: bool) -> None:
         self._read = read
+        self._share = share
         self._known: dict[str, torch.UntypedStorage] = {}
 
     def find(self, saved_id: object) -> _Stored:
@@ -110,7 +114,8 @@ class _Storages:
     def bytes_of(self, key: str, nbytes: int) -> torch.UntypedStorage:
         found = self._known.get(key)
         if found is None:
-            raw = bytearray(self._read(key))
+            content = self._read(key)
+            raw = content if self._share else bytearray(content)
             made = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
             found = self._known[key] = made.untyped_storage()
         if found.nbytes() != nbytes:

@@ -36,6 +36,7 @@ MODULES = (
     "quantized_hf_storage",
     "optimizer",
     "staging",
+    "format_utils",
     "_fsspec_filesystem",
     "state_dict",
 )

@@ -1,0 +1,1 @@
+"""Checkpoints into other files, and back: those of `torch.save`."""

@@ -1,0 +1,202 @@
+"""Loads the file of `torch.save` into the ranks' own layouts: one rank reads, all receive.
+
+    load(
+        state_dict,
+        storage_reader=BroadcastingTorchSaveReader(),
+        planner=DynamicMetaLoadPlanner(),
+        checkpoint_id="model.pt",
+    )
+
+Only the coordinator needs the file. It is opened, and compared with what all ranks ask for, while
+the load is planned, so that whatever is wrong reaches every rank. Then each tensor is sent whole,
+one after the other; a rank copies its part and lets the rest go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from pytest_dcp._engine.conversion.torch_save_files import read_torch_save
+from pytest_dcp._engine.plan.nested import flatten
+from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
+from pytest_dcp.errors import CheckpointMismatchError
+
+PathLike = str | os.PathLike[str]
+Sent = dict[str, tuple[torch.Size, torch.dtype]]
+"""By flat name, in the order in which tensors are sent: the shape and dtype in the file."""
+
+
+class BroadcastingTorchSaveReader(StorageReader):
+    """Reads the file of `torch.save` on one rank, and broadcasts it to the default group.
+
+    checkpoint_id: the file.
+    coordinator_rank: the rank that reads it; the load must have the same coordinator.
+
+    Tensors only. Values are read by the engine's own reader, which runs no code.
+    """
+
+    def __init__(self, checkpoint_id: PathLike | None = None, coordinator_rank: int = 0) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.coordinator_rank = coordinator_rank
+        self.is_coordinator = False
+        self._flat: dict[str, Any] = {}
+
+    def reset(self, checkpoint_id: PathLike | None = None) -> None:
+        """Read another file."""
+        self.checkpoint_id = checkpoint_id
+        self._flat = {}
+
+    def read_metadata(self) -> Metadata:
+        """Nothing: the planner describes what it wants, see `DynamicMetaLoadPlanner`."""
+        return Metadata(state_dict_metadata={})
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        """Open the file, on the coordinator.
+
+        Raises CheckpointCorruptError or UntrustedPickleError for what the file holds, OSError where
+        there is none, and ValueError where the load has another coordinator.
+        """
+        self.is_coordinator = is_coordinator
+        mine = not dist.is_initialized() or dist.get_rank() == self.coordinator_rank
+        if mine != is_coordinator:
+            raise ValueError(
+                f"the load has another coordinator than the reader, whose coordinator_rank is "
+                f"{self.coordinator_rank}"
+            )
+        if is_coordinator:
+            if self.checkpoint_id is None:
+                raise ValueError("give the reader, or the load, a checkpoint_id: the file to read")
+            self._flat, _ = flatten(read_torch_save(self.checkpoint_id))
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is. Raises CheckpointMismatchError for a value, which is not sent."""
+        values = [item.dest_index.fqn for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        if values:
+            raise CheckpointMismatchError(
+                f"{values[:5]}: {type(self).__name__} loads tensors only", mismatched=tuple(values)
+            )
+        return plan
+
+    def prepare_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Tell every rank which tensors are sent: those that any rank asks for.
+
+        Raises CheckpointMismatchError for one that the file lacks, or that has another shape there
+        than the ranks' parts make up together.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for plan in global_plan:
+            for item in plan.items:
+                end = tuple(map(sum, zip(item.storage_offsets, item.lengths, strict=True)))
+                known = shapes.setdefault(item.storage_index.fqn, end)
+                shapes[item.storage_index.fqn] = tuple(map(max, known, end))
+        sent: Sent = {fqn: self._described(fqn, shapes[fqn]) for fqn in sorted(shapes)}
+        return [dataclasses.replace(plan, storage_data=sent) for plan in global_plan]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Receive every tensor, and copy the parts that the plan asks for."""
+        parts: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            parts.setdefault(item.storage_index.fqn, []).append(item)
+        for fqn, (shape, dtype) in plan.storage_data.items():
+            whole = self._broadcast(fqn, shape, dtype)
+            for item in parts.get(fqn, ()):
+                target = planner.resolve_tensor(item)
+                part = whole
+                for dim, (start, length) in enumerate(
+                    zip(item.storage_offsets, item.lengths, strict=True)
+                ):
+                    part = part.narrow(dim, start, length)
+                target.detach().copy_(part)
+                planner.commit_tensor(item, target)
+        self._flat = {}
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
+        """Whether it is a file."""
+        return os.path.isfile(checkpoint_id)
+
+    def _described(self, fqn: str, shape: tuple[int, ...]) -> tuple[torch.Size, torch.dtype]:
+        stored = self._flat.get(fqn)
+        if not isinstance(stored, torch.Tensor):
+            held = "nothing" if stored is None else f"a {type(stored).__name__}"
+            raise CheckpointMismatchError(
+                f"{fqn!r}: expected a tensor in {self.checkpoint_id}, it holds {held} of this name",
+                missing=(fqn,),
+            )
+        if tuple(stored.shape) != shape:
+            raise CheckpointMismatchError(
+                f"{fqn!r}: the file has shape {tuple(stored.shape)}, the state dict {shape}",
+                mismatched=(fqn,),
+            )
+        return stored.shape, stored.dtype
+
+    def _broadcast(self, fqn: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The whole tensor, on the device of the group's collectives."""
+        if not dist.is_initialized():
+            stored: torch.Tensor = self._flat[fqn]
+            return stored
+        device = _device_of_collectives()
+        if self.is_coordinator:
+            whole: torch.Tensor = self._flat[fqn].detach().to(device).contiguous()
+        else:
+            whole = torch.empty(shape, dtype=dtype, device=device)
+        # Sent as bytes: the backends do not know every dtype.
+        flat = whole.reshape(-1).view(torch.uint8) if whole.numel() else None
+        if flat is not None:
+            dist.broadcast(flat, src=self.coordinator_rank)
+        return whole
+
+
+def _device_of_collectives() -> torch.device:
+    """The CPU where the default group has a backend for it, this rank's accelerator otherwise."""
+    if any(backend.startswith("cpu:") for backend in dist.get_backend_config().split(",")):
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+
+class DynamicMetaLoadPlanner(DefaultLoadPlanner):
+    """Describes the checkpoint by the state dict that is loaded: as if each tensor was one chunk.
+
+    For files that do not describe themselves, see `BroadcastingTorchSaveReader`. Tensors only.
+    """
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state dict to fill. Raises CheckpointMismatchError for what is no tensor."""
+        flat = flatten(state_dict)[0] if self.flatten_state_dict else state_dict
+        values = [fqn for fqn, value in flat.items() if not isinstance(value, torch.Tensor)]
+        if values:
+            raise CheckpointMismatchError(
+                f"Non-tensor value identified at {values[0]!r}: {type(self).__name__} loads "
+                "tensors only",
+                mismatched=tuple(values),
+            )
+        described: dict[str, Any] = {fqn: _as_one_chunk(value) for fqn, value in flat.items()}
+        super().set_up_planner(state_dict, Metadata(described), is_coordinator)
+
+
+def _as_one_chunk(tensor: torch.Tensor) -> TensorStorageMetadata:
+    size = torch.Size(tensor.shape)
+    whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [whole])

@@ -1,0 +1,231 @@
+"""Checkpoint folders <-> the one file of `torch.save`.
+
+Neither direction holds the state in memory. The file is mapped: a load fills the tensors where they
+lie in it, or a save writes them from there. What a process takes beside that are the values, and
+some bytes for each tensor.
+
+The file appears under its name whole and synced, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from pytest_dcp._engine.format.entry import contiguous_stride, records_of
+from pytest_dcp._engine.format.state_dict_archive import (
+    TensorPlace,
+    close_archive,
+    pickle_state_dict,
+    place_tensors,
+)
+from pytest_dcp._engine.planners.load_planner import _EmptyStateDictLoadPlanner
+from pytest_dcp._engine.unpickle import UnknownGlobalError
+from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
+from pytest_dcp._engine.verbs.load import load
+from pytest_dcp._engine.verbs.save import save
+from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
+from pytest_dcp.tracebacks import drop_inner_frames
+
+PathLike = str | os.PathLike[str]
+
+ZIP_SIGNATURE = b"PK\x03\x04"
+
+
+@drop_inner_frames
+def dcp_to_torch_save(
+    dcp_checkpoint_dir: PathLike, torch_save_path: PathLike, *, weights_only: bool = True
+) -> None:
+    """Convert a checkpoint folder to one file that `torch.load` reads. No process group is used.
+
+    Every tensor is whole in the file. The state is never in memory as a whole: the file is mapped,
+    and the tensors are loaded into it. A file of this name is replaced, once the new one is whole.
+
+    weights_only: False lets values of any class be loaded, which can run code: only for checkpoints
+        whose writer you trust.
+
+    Raises CheckpointException, as `load`, and OSError where the file cannot be written.
+    """
+    target = Path(torch_save_path)
+    with _replace_at_end(target) as fd:
+        planner = _FilePlanner(fd, weights_only=weights_only)
+        with _meant_to_be_alone():
+            load({}, checkpoint_id=dcp_checkpoint_dir, planner=planner, no_dist=True)
+        planner.close_file()
+
+
+@drop_inner_frames
+def torch_save_to_dcp(
+    torch_save_path: PathLike, dcp_checkpoint_dir: PathLike, *, weights_only: bool = True
+) -> None:
+    """Convert the file of `torch.save` to a checkpoint folder. No process group is used.
+
+    The file is mapped; its tensors are never in memory as a whole.
+
+    weights_only: False lets values of any class be loaded, which can run code: only for files whose
+        writer you trust.
+
+    Raises CheckpointCorruptError where the file is none of `torch.save`'s, or damaged;
+    UntrustedPickleError for classes that `weights_only` does not allow; TypeError where it holds
+    something else than a state dict.
+    """
+    state_dict = read_torch_save(torch_save_path, weights_only=weights_only)
+    with _meant_to_be_alone():
+        save(state_dict, checkpoint_id=dcp_checkpoint_dir, no_dist=True)
+
+
+@contextlib.contextmanager
+def _meant_to_be_alone() -> Iterator[None]:
+    """Without the warning that one process saves or loads: here it always does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, Any]:
+    """The state dict in a file of `torch.save`; its tensors lie in the file, which is mapped.
+
+    What is written into them stays in this process.
+    """
+    with open(path, "rb") as file:
+        signature = file.read(len(ZIP_SIGNATURE))
+        if signature != ZIP_SIGNATURE:
+            raise CheckpointCorruptError(
+                f"expected the zip archive that torch.save writes, got a file that begins with "
+                f"{signature!r}: one that torch before 1.6 wrote has to be loaded with torch.load "
+                "and saved again",
+                file=os.fspath(path),
+            )
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    state_dict = _read_archive(memoryview(mapped), path, weights_only=weights_only)
+    if not isinstance(state_dict, dict):
+        raise TypeError(
+            f"expected a state dict in {os.fspath(path)}, got {type(state_dict).__name__}: a "
+            "checkpoint holds a dict of tensors and values"
+        )
+    return state_dict
+
+
+def _read_archive(archive: memoryview, path: PathLike, *, weights_only: bool) -> Any:
+    try:
+        read = records_of(archive)
+        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"), share=True)
+    except UnknownGlobalError as unknown:
+        if not weights_only:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        raise UntrustedPickleError(
+            f"{unknown.reason}: pass weights_only=False if you trust the file's writer, or allow "
+            "the class with torch.serialization.add_safe_globals",
+            file=os.fspath(path),
+        ) from unknown
+    except CheckpointCorruptError as error:
+        raise CheckpointCorruptError(
+            error.reason, file=os.fspath(path), offset=error.offset
+        ) from error
+
+
+@contextlib.contextmanager
+def _replace_at_end(target: Path) -> Iterator[int]:
+    """A new file's descriptor; the file takes the name at the end, or goes where that fails."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _FilePlanner(_EmptyStateDictLoadPlanner):
+    """Loads everything, without a template, into tensors that lie in a file of `torch.save`."""
+
+    def __init__(self, fd: int, *, weights_only: bool) -> None:
+        super().__init__(weights_only=weights_only)
+        self._fd = fd
+        self._places: dict[str, TensorPlace] = {}
+        self._mapped: mmap.mmap | None = None
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Give every stored tensor its place in the file."""
+        stored = metadata.state_dict_metadata if metadata is not None else {}
+        sizes = {
+            fqn: one.size.numel() * one.properties.dtype.itemsize
+            for fqn, one in stored.items()
+            if isinstance(one, TensorStorageMetadata)
+        }
+        places, end = place_tensors(list(sizes.values()))
+        self._places = dict(zip(sizes, places, strict=True))
+        os.ftruncate(self._fd, 0)
+        # A write into the map of a full disk would end the process: take the room beforehand.
+        os.posix_fallocate(self._fd, 0, max(end, mmap.PAGESIZE))
+        self._mapped = mmap.mmap(self._fd, max(end, mmap.PAGESIZE))
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def empty_tensor(self, fqn: str, stored: TensorStorageMetadata) -> torch.Tensor:
+        """The tensor's place in the file."""
+        place, dtype = self._places[fqn], stored.properties.dtype
+        if not place.nbytes:
+            return torch.empty(stored.size, dtype=dtype)
+        assert self._mapped is not None
+        raw = torch.frombuffer(
+            self._mapped, dtype=torch.uint8, offset=place.offset, count=place.nbytes
+        )
+        tensor = torch.empty(0, dtype=dtype)
+        return tensor.set_(raw.untyped_storage(), 0, stored.size, contiguous_stride(stored.size))
+
+    def close_file(self) -> None:
+        """Write all that is not a tensor's bytes: the file is whole then."""
+        assert self._mapped is not None
+        view = memoryview(self._mapped)
+        placed = list(self._places.values())
+        crcs = [crc32(view[one.offset : one.offset + one.nbytes]) for one in placed]
+        keys = {
+            tensor.untyped_storage()._cdata: self._places[fqn].key
+            for fqn, tensor in self.state_dict.items()
+            if fqn in self._places and isinstance(tensor, torch.Tensor)
+        }
+        pickled, others = pickle_state_dict(self.rebuilt(), lambda one: keys.get(one._cdata))
+        contents = {key: _bytes_of(storage) for key, storage in others.items()}
+        end = 0
+        for piece in close_archive(placed, crcs, pickled, contents):
+            end = max(end, piece.offset + _write_all(self._fd, piece.content, piece.offset))
+        os.ftruncate(self._fd, end)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+    content: Any = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return memoryview(content)
+
+
+def _write_all(fd: int, content: bytes | memoryview, offset: int) -> int:
+    """Write all of it there; the number of bytes."""
+    left = memoryview(content)
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done
+    return len(content)
