@@ -7,7 +7,8 @@ from typing import NoReturn
 
 import pytest
 
-from pytest_dcp._harness.launchers.zygote import RankMain, ZygoteLauncher
+from pytest_dcp._harness.launchers.zygote import RankMain
+from pytest_dcp._harness.launchers.zygote_launcher import ZygoteLauncher
 from pytest_dcp._harness.protocol.launcher import Order, RankFds
 from pytest_dcp._harness.rank import coverage, log_capture, pytest_plugin
 from pytest_dcp._harness.rank import main as rank

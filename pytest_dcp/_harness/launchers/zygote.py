@@ -1,4 +1,6 @@
-"""The preloaded parent that ranks are forked from, and the controller's handle on it.
+"""The preloaded process that ranks are forked from.
+
+See `zygote_launcher` for the controller's side.
 
 The zygote is forked from the controller once, after collection and before the first test: it
 holds the collected session, imports torch, and from then on only forks, signals and reaps. It
@@ -22,29 +24,20 @@ import socket
 import stat
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pytest_dcp._harness.launchers import orphan_guard
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
     RANK_VARIABLE,
-    Halt,
-    LauncherLostError,
     Order,
-    ProcessExit,
     RankFds,
-    Signals,
 )
-from pytest_dcp._harness.protocol.places import PREPARE_S
 from pytest_dcp._harness.rank import interpreter_exit
 
 CLOSE_S = 5.0
-SEND_S = 60.0
-"""For the zygote to take an order: many fit in the socket's buffer, as long as it imports."""
 TRACKER_LOOK_MS = 250
 MESSAGE_BYTES = 1 << 16
 PRELOAD = (
@@ -65,208 +58,7 @@ NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
 RankMain = Callable[[Order, RankFds], NoReturn]
 
 
-class ZygoteLauncher(Signals):
-    """The controller's side: a `launch.Launcher` that has ranks forked."""
-
-    name = "fork"
-    first_place = ""
-
-    def __init__(self, control: socket.socket, pid: int) -> None:
-        self._control = control
-        self._pid = pid
-        self._owner = os.getpid()
-        self._news: dict[int, list[ProcessExit | Halt]] = {}
-        self._preloaded: set[str] = set()
-        self._importing = "torch"
-        """What it imports, as far as it has said."""
-        self._unready = 1
-        """How many times it has yet to say that it has imported what it was asked for."""
-        self._session = ""
-        self._files: dict[int, list[orphan_guard.File]] = {}
-        """By world, what its ranks have open as long as they live."""
-        self.lost = ""
-
-    @classmethod
-    def start(cls, prepare: Callable[[], RankMain], *, detach: bool) -> ZygoteLauncher:
-        """Fork the zygote of this process.
-
-        `prepare` runs once in the zygote and returns what runs in every rank. `detach` drops the
-        inherited pipes and sockets, which belong to xdist.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        linux.pause_openmp()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        linux.flush_c_streams()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of any thread; `plugin` has looked at them, and xdist's is safe.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            parent = os.getpid()
-            pid = os.fork()
-        if pid == 0:
-            ours.close()
-            _zygote_main(theirs, parent, prepare, detach)
-        theirs.close()
-        ours.settimeout(SEND_S)
-        return cls(ours, pid)
-
-    def await_ready(self) -> None:
-        """Wait until the zygote has imported what it was asked to, and forks at once."""
-        deadline = time.monotonic() + PREPARE_S
-        self.check_running()
-        while self._unready or self.lost:
-            if self.lost:
-                raise self._gone()
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise self._gone(f"still imported {self._importing} after {PREPARE_S:g} s")
-            select.select([self._control], [], [], left_s)
-            self._read()
-
-    def check_running(self) -> None:
-        """Raise `LauncherLostError` when a test has stopped the zygote, which nothing continues."""
-        if not self.lost and linux.state_of(self._pid) == "T":
-            raise self._gone("was stopped by a signal; it was killed")
-
-    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
-        """Have one process forked per order."""
-        for order, rank_fds in zip(orders, fds, strict=True):
-            self._session = order.session
-            self._news.setdefault(order.world, [])
-            self._files.setdefault(order.world, []).append(orphan_guard.file_of(rank_fds.trace))
-            self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
-
-    def fileno(self) -> int:
-        """Readable when the zygote has something to say."""
-        return self._control.fileno()
-
-    def has_news(self, world: int) -> bool:
-        """Whether news of this world were read for another one."""
-        return bool(self._news.get(world))
-
-    def news(self, world: int) -> list[ProcessExit | Halt]:
-        """Ends and stops of this world's ranks since the last call."""
-        self._read()
-        out = self._news.get(world, [])
-        self._news[world] = []
-        return out
-
-    def _read(self) -> None:
-        while self._readable():
-            try:
-                data = self._control.recv(MESSAGE_BYTES)
-            except OSError:
-                data = b""
-            if not data:
-                raise self._gone()
-            said = json.loads(data)
-            if "importing" in said:
-                self._importing = said["importing"]
-            elif "ready" in said:
-                self._unready -= 1
-            else:
-                self._news.setdefault(said["world"], []).append(_news(said))
-
-    def forget(self, world: int) -> None:
-        """Drop what is kept for a world that has ended."""
-        self._news.pop(world, None)
-        self._files.pop(world, None)
-
-    def _signal(self, world: int, rank: int, signum: int) -> None:
-        self._send({"op": "signal", "world": world, "rank": rank, "signum": signum})
-
-    def preload(self, modules: Sequence[str]) -> None:
-        """Import these in the zygote, so that later ranks have them."""
-        new = [name for name in modules if name not in self._preloaded]
-        self._preloaded.update(new)
-        for start in range(0, len(new), 200):
-            self._unready += 1
-            self._importing = new[start]
-            self._send({"op": "preload", "modules": new[start : start + 200]})
-
-    def close(self) -> None:
-        """End the zygote and all its ranks; bounded in time."""
-        if os.getpid() != self._owner or self._control.fileno() < 0:
-            return
-        self._control.close()
-        if not self.lost:
-            self._end(CLOSE_S)
-
-    def _end(self, within_s: float) -> int:
-        """The status with which the zygote ends; it is killed where it does not by itself."""
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            pid, status = self._wait(os.WNOHANG)
-            if pid:
-                return status
-            time.sleep(0.001)
-        os.kill(self._pid, signal.SIGKILL)
-        return self._wait(0)[1]
-
-    def _wait(self, flags: int) -> tuple[int, int]:
-        try:
-            return os.waitpid(self._pid, flags)
-        except ChildProcessError:  # a test waited for any child, and got ours
-            return self._pid, 0
-
-    def _gone(self, why: str = "") -> LauncherLostError:
-        """The error to raise when the zygote is no more.
-
-        Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills what
-        the ranks have left.
-        """
-        if not self.lost:
-            status = self._end(0.0 if why else CLOSE_S)
-            code = os.waitstatus_to_exitcode(status)
-            how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
-            how = why or how
-            self.lost = f"the zygote (process {self._pid}), which ranks are forked from, {how}"
-            files = {file for of_world in self._files.values() for file in of_world}
-            orphan_guard.sweep(f"{self._session}:", files)
-        return LauncherLostError(self.lost)
-
-    def _readable(self) -> bool:
-        return bool(select.select([self._control], [], [], 0)[0])
-
-    def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        if self.lost:
-            raise self._gone()
-        try:
-            socket.send_fds(self._control, [json.dumps(message).encode()], fds)
-        except TimeoutError as exc:  # a test has stopped it
-            raise self._gone(f"took no order for {SEND_S:g} s") from exc
-        except OSError as exc:
-            raise self._gone() from exc
-
-
-def _zygote_main(
-    control: socket.socket,
-    parent: int,
-    prepare: Callable[[], RankMain],
-    detach: bool,
-) -> NoReturn:
-    """The zygote's whole life; never returns into the frames that it was forked in."""
-    code = 1
-    zygote: _Zygote | None = None
-    try:
-        zygote = _Zygote(control, prepare)
-        zygote.settle(parent, detach)
-        zygote.warm_up()
-        zygote.serve()
-        code = 0
-    except SystemExit:
-        code = 0
-    except BaseException:  # noqa: BLE001 - the frames below belong to the controller's session
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            if zygote is not None:
-                zygote.end()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-class _Zygote:
+class Zygote:
     """Forks, signals and reaps, on request."""
 
     rank_main: RankMain
@@ -522,12 +314,6 @@ class _Zygote:
 
 def _on_child(signum: int, frame: object) -> None:
     """Nothing: the wake-up descriptor is what matters."""
-
-
-def _news(said: dict[str, Any]) -> ProcessExit | Halt:
-    if "stopped" in said:
-        return Halt(said["rank"], said["stopped"])
-    return ProcessExit(said["rank"], said["status"], tuple(said["strays"]))
 
 
 def _signal_group(pid: int, signum: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.launchers.zygote import _Zygote
+from pytest_dcp._harness.launchers.zygote import Zygote
 from pytest_dcp._harness.rank.interrupts import RankInterrupts
 from pytest_dcp._harness.rank.main import Channel, ControllerGoneError
 
@@ -30,6 +30,6 @@ def test_a_rank_takes_a_reset_for_the_end_of_its_controller() -> None:
 
 
 def test_a_zygote_takes_a_reset_for_the_end_of_its_controller() -> None:
-    zygote: Any = _Zygote.__new__(_Zygote)
+    zygote: Any = Zygote.__new__(Zygote)
     with reset(socket.SOCK_SEQPACKET) as zygote.control:
         assert zygote.obey() is False
