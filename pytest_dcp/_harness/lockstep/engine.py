@@ -138,9 +138,9 @@ class _Engine:
 
     def __init__(self, company: ExampleRanks, prop: Property, passed: int) -> None:
         # Hypothesis is imported only where a test uses it.
-        from pytest_dcp._harness.lockstep import hypothesis_internals
+        from pytest_dcp._harness.lockstep import hypothesis_stand_in
 
-        self._inside = hypothesis_internals
+        self._hypothesis = hypothesis_stand_in
         self._company = company
         self._property = prop
         self._passed = passed
@@ -155,17 +155,17 @@ class _Engine:
     def run(self) -> None:
         """Have Hypothesis try the property. Raises `FoundError` or what Hypothesis has to say."""
         __tracebackhide__ = True
-        stand_in = self._inside.stand_in(self._property, self._play)
+        stand_in = self._hypothesis.stand_in(self._property, self._play)
         found: list[Found] = []
         try:
-            with self._inside.seeding_nothing():
+            with self._hypothesis.seeding_nothing():
                 stand_in()
         except Exception as error:  # noqa: BLE001 - Hypothesis raises what the ranks' errors became
             found = self._minimal(error)
             if not found:
-                raise self._inside.for_the_user(error) from None
+                raise self._hypothesis.for_the_user(error) from None
         if found:
-            raise FoundError(found, self._inside.seed_of(stand_in))
+            raise FoundError(found, self._hypothesis.seed_of(stand_in))
 
     def _minimal(self, error: Exception) -> list[Found]:
         """The failures in what Hypothesis raised; none when it has something else to say."""
@@ -177,14 +177,14 @@ class _Engine:
         return [Found(self._found[type(one)], self._notes(one)) for one in errors]
 
     def _notes(self, error: Exception) -> tuple[str, ...]:
-        return tuple(getattr(self._inside.for_the_user(error), "__notes__", ()))
+        return tuple(getattr(self._hypothesis.for_the_user(error), "__notes__", ()))
 
     # One example.
 
     def _play(self, data: Any, final: bool) -> None:
         """Have the ranks run what the engine wants to try next, and tell it what came of that."""
         world_s = self._make_ready()
-        verdict = self._attempt(self._inside.attempt_of(data, final=final))
+        verdict = self._attempt(self._hypothesis.attempt_of(data, final=final))
         self.broken = not (self._company.world.sound and verdict.may_go_on)
         if verdict.is_last:
             raise _EndedError(verdict.outcome)
@@ -192,9 +192,9 @@ class _Engine:
         if world_s:
             data.draw_times["generate:a new world"] = world_s
         if (rank := verdict.rejected_by) is not None:
-            self._inside.reject(data, verdict.replies[rank])
+            self._hypothesis.reject(data, verdict.replies[rank])
         for line in merged_lines(verdict.records, verdict.decisive):
-            self._inside.say(line)
+            self._hypothesis.say(line)
         if verdict.outcome.kind != "passed":
             self._fail(verdict)
 
@@ -255,7 +255,7 @@ class _Engine:
     def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
         """What was drawn, and what the test said of it in any rank."""
         rank = verdict.decisive
-        self._inside.mirror(data, verdict.records.get(rank, ()))
+        self._hypothesis.mirror(data, verdict.records.get(rank, ()))
         if (reply := verdict.replies.get(rank)) is not None:
             data.misaligned_at = reply.misaligned_at
             data.draw_times.update(reply.draw_times)

@@ -1,4 +1,6 @@
-"""All that lockstep needs of Hypothesis beyond its public API; both ends.
+"""What lockstep needs of Hypothesis beyond its public API: in the ranks, and in both processes.
+
+See `hypothesis_stand_in` for the controller.
 
 It can all go when Hypothesis can be told from outside which example to run, and tells what it drew.
 `missing_internals` says what a version that is built differently does not have; see
@@ -11,39 +13,27 @@ import contextlib
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from random import Random
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, Protocol
 
 import hypothesis
-from hypothesis import Phase, core, given, settings
-from hypothesis import strategies as st
-from hypothesis.control import current_build_context
-from hypothesis.errors import StopTest, UnsatisfiedAssumption
+from hypothesis import core
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.conjecture.data import ConjectureData, DataObserver
 from hypothesis.internal.conjecture.data import Status as Ended
 from hypothesis.internal.entropy import RANDOMS_TO_MANAGE, deterministic_PRNG
 from hypothesis.internal.escalation import InterestingOrigin, get_trimmed_traceback
 from hypothesis.internal.reflection import function_digest
-from hypothesis.reporting import report as say
 from hypothesis.reporting import with_reporter
 
 from pytest_dcp._harness.lockstep.messages import (
     Attempt,
-    Choice,
-    Entry,
     Property,
-    Reply,
-    SpanEnd,
-    SpanStart,
     Status,
 )
 
-DEFAULT_DEADLINE = timedelta(milliseconds=200)
-"""Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""
 STATUSES: dict[Ended, Status] = {
     Ended.VALID: "valid",
     Ended.INVALID: "invalid",
@@ -55,35 +45,6 @@ SETTINGS = (
     "report_multiple_bugs", "suppress_health_check", "deadline",
 )  # fmt: skip
 """Those of a test that its stand-in takes over."""
-STAND_IN_LINE = "Failing test case: <state machine>"
-"""What the engine says of a stand-in's own arguments."""
-
-EXPECTED = "Failed to reproduce exception. Expected:"
-"""What it says, with a traceback of ours, of a failure that did not come again."""
-
-__all__ = [
-    "Followed",
-    "DrawRecord",
-    "StopTest",
-    "UnsatisfiedAssumption",
-    "attempt_of",
-    "data_to_draw_from",
-    "follow_with",
-    "for_the_user",
-    "freeze_constants",
-    "missing_internals",
-    "listen_to_reports",
-    "mirror",
-    "origin_of",
-    "property_of",
-    "reject",
-    "say",
-    "seed_of",
-    "seeding_nothing",
-    "stand_in",
-    "status_of",
-    "trim",
-]
 
 
 def missing_internals() -> str:
@@ -105,11 +66,8 @@ def missing_internals() -> str:
     return ""
 
 
-# In both.
-
-
 @contextlib.contextmanager
-def _beginning_with(begin: Callable[[], None]) -> Iterator[None]:
+def begin_examples_with(begin: Callable[[], None]) -> Iterator[None]:
     """In this block an example begins with `begin`, and random generators are not put back.
 
     Hypothesis would save, seed and restore them for each: a fifth of the time of a small example.
@@ -145,7 +103,7 @@ def _seed_examples() -> Iterator[None]:
                 one.seed(0)
 
         try:
-            with _beginning_with(begin):
+            with begin_examples_with(begin):
                 yield
         finally:
             for key, state in late.items():
@@ -153,14 +111,11 @@ def _seed_examples() -> Iterator[None]:
                     one.setstate(state)
 
 
-# In a rank.
-
-
 class DrawRecord(Protocol):
     """Where a rank writes down what it draws."""
 
     def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
-        """A choice; see `lockstep.Choice`."""
+        """A choice; see `messages.Choice`."""
 
     def span(self, mark: int | bool) -> None:
         """The start of a span, given its label, or the end, given whether to discard it."""
@@ -319,94 +274,3 @@ def status_of(data: ConjectureData) -> Status:
 def listen_to_reports(hear: Callable[[object], None]) -> AbstractContextManager[Any]:
     """Have what Hypothesis says in this block heard."""
     return with_reporter(hear)
-
-
-# In the controller.
-
-
-def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Callable[[], None]:
-    """A test that Hypothesis runs instead of a property, with its settings and database.
-
-    Whatever it draws, `play` has ranks draw, and `mirror` tells its data.
-    """
-
-    def test(data: Any) -> None:
-        play(data.conjecture_data, current_build_context().is_final)
-
-    if prop.name.isidentifier():
-        test.__name__ = prop.name
-    its_settings = _settings_of(prop)
-    wrapped: Any = its_settings(given(data=st.data())(test))
-    wrapped._hypothesis_internal_print_given_args = False
-    wrapped._hypothesis_internal_use_seed = prop.seed
-    if prop.seed is None and its_settings.derandomize:
-        wrapped._hypothesis_internal_use_seed = int.from_bytes(prop.database_key, "big")
-    # With a forced seed Hypothesis uses no database.
-    wrapped._hypothesis_internal_database_key = (
-        prop.database_key if core.global_force_seed is None else None
-    )
-    run: Callable[[], None] = wrapped
-    return run
-
-
-def seeding_nothing() -> AbstractContextManager[None]:
-    """Leave random generators alone in this block: no example is run in this process."""
-    return _beginning_with(lambda: None)
-
-
-def _settings_of(prop: Property) -> settings:
-    """The test's settings, but for what makes no sense across ranks.
-
-    The explain phase traces lines, which ranks execute and the engine does not see.
-    """
-    values = dict(prop.settings)
-    if values["deadline"] == DEFAULT_DEADLINE:
-        values["deadline"] = None
-    values["phases"] = [phase for phase in values["phases"] if phase is not Phase.explain]
-    return settings(**values, print_blob=True, backend="hypothesis")
-
-
-def for_the_user(error: Exception) -> Exception:
-    """What Hypothesis raises, without what it says of the stand-in and of the engine's frames."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    notes[:] = [note for note in notes if note != STAND_IN_LINE and not note.startswith(EXPECTED)]
-    for one in getattr(error, "exceptions", ()):
-        one.__traceback__ = None
-    return error.with_traceback(None)
-
-
-def seed_of(run: Any) -> int | str | None:
-    """The seed with which `--hypothesis-seed` repeats a stand-in's run, once it has run."""
-    generated: int | None = getattr(run, "_hypothesis_internal_use_generated_seed", None)
-    forced: Any = core.global_force_seed
-    return generated if generated is not None else forced
-
-
-def attempt_of(data: ConjectureData, *, final: bool) -> Attempt:
-    """What ranks need to draw the example that the engine wants next."""
-    seed = None if data._random is None else data._random.getrandbits(64)
-    return Attempt(tuple(data.prefix or ()), data.max_choices, seed, final)
-
-
-def mirror(data: ConjectureData, entries: Sequence[Entry]) -> None:
-    """Tell the engine's data what a rank drew. Raises `StopTest` where the engine has enough."""
-    data.prefix = tuple(entry.value for entry in entries if isinstance(entry, Choice))
-    outermost = data.depth
-    for entry in entries[1:]:  # the first opens the whole example, as it is open here
-        match entry:
-            case Choice():
-                draw = getattr(data, f"draw_{entry.kind}")
-                draw(**entry.constraints, forced=entry.value if entry.forced else None)
-            case SpanStart():
-                data.start_span(entry.label)
-            case SpanEnd() if data.depth > outermost:
-                data.stop_span(discard=entry.discard)
-    while data.depth > outermost:
-        data.stop_span()
-
-
-def reject(data: ConjectureData, reply: Reply) -> NoReturn:
-    """Tell the engine's data that a rank rejected the example."""
-    if reply.status == "overrun":
-        data.mark_overrun()
-    data.mark_invalid(reply.reason or None, location=reply.location)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.internal.intervalsets import IntervalSet
 
-from pytest_dcp._harness.lockstep import hypothesis_internals as lockstep_hypothesis
+from pytest_dcp._harness.lockstep import hypothesis_internals
 from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
 from pytest_dcp._harness.lockstep.messages import (
     Choice,
@@ -169,7 +169,7 @@ def test_another_hypothesis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def execute_once(self: object, data: object) -> None: ...
 
-    state = lockstep_hypothesis.core.StateForActualGivenExecution
+    state = hypothesis_internals.core.StateForActualGivenExecution
     monkeypatch.setattr(state, "execute_once", execute_once)
     assert re.search(
         r"needs Hypothesis 6\.168 .* is not: .*execute_once takes no is_final, print_test_case$",

@@ -1,0 +1,135 @@
+"""Hypothesis' internals in the controller: its engine runs a stand-in for a property of the ranks.
+
+The engine decides on each example; `attempt_of` says what ranks need to draw it, and `mirror` tells
+the engine what they drew. See `hypothesis_internals` for the ranks' end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from hypothesis import Phase, core, given, settings
+from hypothesis import strategies as st
+from hypothesis.control import current_build_context
+from hypothesis.internal.conjecture.data import ConjectureData
+from hypothesis.reporting import report as say
+
+from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with
+from pytest_dcp._harness.lockstep.messages import (
+    Attempt,
+    Choice,
+    Entry,
+    Property,
+    Reply,
+    SpanEnd,
+    SpanStart,
+)
+
+DEFAULT_DEADLINE = timedelta(milliseconds=200)
+"""Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""
+STAND_IN_LINE = "Failing test case: <state machine>"
+"""What the engine says of a stand-in's own arguments."""
+EXPECTED = "Failed to reproduce exception. Expected:"
+"""What it says, with a traceback of ours, of a failure that did not come again."""
+
+__all__ = [
+    "attempt_of",
+    "for_the_user",
+    "mirror",
+    "reject",
+    "say",
+    "seed_of",
+    "seeding_nothing",
+    "stand_in",
+]
+
+
+def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Callable[[], None]:
+    """A test that Hypothesis runs instead of a property, with its settings and database.
+
+    Whatever it draws, `play` has ranks draw, and `mirror` tells its data.
+    """
+
+    def test(data: Any) -> None:
+        play(data.conjecture_data, current_build_context().is_final)
+
+    if prop.name.isidentifier():
+        test.__name__ = prop.name
+    its_settings = _settings_of(prop)
+    wrapped: Any = its_settings(given(data=st.data())(test))
+    wrapped._hypothesis_internal_print_given_args = False
+    wrapped._hypothesis_internal_use_seed = prop.seed
+    if prop.seed is None and its_settings.derandomize:
+        wrapped._hypothesis_internal_use_seed = int.from_bytes(prop.database_key, "big")
+    # With a forced seed Hypothesis uses no database.
+    wrapped._hypothesis_internal_database_key = (
+        prop.database_key if core.global_force_seed is None else None
+    )
+    run: Callable[[], None] = wrapped
+    return run
+
+
+def seeding_nothing() -> AbstractContextManager[None]:
+    """Leave random generators alone in this block: no example is run in this process."""
+    return begin_examples_with(lambda: None)
+
+
+def _settings_of(prop: Property) -> settings:
+    """The test's settings, but for what makes no sense across ranks.
+
+    The explain phase traces lines, which ranks execute and the engine does not see.
+    """
+    values = dict(prop.settings)
+    if values["deadline"] == DEFAULT_DEADLINE:
+        values["deadline"] = None
+    values["phases"] = [phase for phase in values["phases"] if phase is not Phase.explain]
+    return settings(**values, print_blob=True, backend="hypothesis")
+
+
+def for_the_user(error: Exception) -> Exception:
+    """What Hypothesis raises, without what it says of the stand-in and of the engine's frames."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    notes[:] = [note for note in notes if note != STAND_IN_LINE and not note.startswith(EXPECTED)]
+    for one in getattr(error, "exceptions", ()):
+        one.__traceback__ = None
+    return error.with_traceback(None)
+
+
+def seed_of(run: Any) -> int | str | None:
+    """The seed with which `--hypothesis-seed` repeats a stand-in's run, once it has run."""
+    generated: int | None = getattr(run, "_hypothesis_internal_use_generated_seed", None)
+    forced: Any = core.global_force_seed
+    return generated if generated is not None else forced
+
+
+def attempt_of(data: ConjectureData, *, final: bool) -> Attempt:
+    """What ranks need to draw the example that the engine wants next."""
+    seed = None if data._random is None else data._random.getrandbits(64)
+    return Attempt(tuple(data.prefix or ()), data.max_choices, seed, final)
+
+
+def mirror(data: ConjectureData, entries: Sequence[Entry]) -> None:
+    """Tell the engine's data what a rank drew. Raises `StopTest` where the engine has enough."""
+    data.prefix = tuple(entry.value for entry in entries if isinstance(entry, Choice))
+    outermost = data.depth
+    for entry in entries[1:]:  # the first opens the whole example, as it is open here
+        match entry:
+            case Choice():
+                draw = getattr(data, f"draw_{entry.kind}")
+                draw(**entry.constraints, forced=entry.value if entry.forced else None)
+            case SpanStart():
+                data.start_span(entry.label)
+            case SpanEnd() if data.depth > outermost:
+                data.stop_span(discard=entry.discard)
+    while data.depth > outermost:
+        data.stop_span()
+
+
+def reject(data: ConjectureData, reply: Reply) -> NoReturn:
+    """Tell the engine's data that a rank rejected the example."""
+    if reply.status == "overrun":
+        data.mark_overrun()
+    data.mark_invalid(reply.reason or None, location=reply.location)
