@@ -41,9 +41,7 @@ from pytest_dcp._harness.protocol.messages import (
     Phase,
     Up,
 )
-from pytest_dcp._harness.protocol.places import NEVER, REPORT_S, RankPlaces
 from pytest_dcp._harness.world import exchange
-from pytest_dcp._harness.world.interrupt_clock import Interruption
 from pytest_dcp._harness.world.rank_states import (
     BUSY,
     HAS_TERMINAL,
@@ -60,18 +58,8 @@ from pytest_dcp._harness.world.rank_states import (
 from pytest_dcp._harness.world.rank_states import RankState as S
 from pytest_dcp._harness.world.refusals import refusal
 from pytest_dcp._harness.world.requested_deaths import Deaths, Wish
+from pytest_dcp._harness.world.timers import LOST_S, Timers
 from pytest_dcp.errors import FailureKind, RankFailure
-
-STACKS_S = 0.2
-"""How long a rank gets to write its stacks: faulthandler needs about a millisecond, a loaded
-machine may take its time to schedule it."""
-CLOSED_S = 0.25
-"""How long after its socket closed a rank's exit may still come, and name the real cause."""
-EXITING_S = 10.0
-"""How long it may take where the kernel has begun to end the process: it closes the socket early,
-and frees a large memory page by page."""
-LOST_S = 10.0
-"""How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
 
 
 @dataclass(slots=True)
@@ -91,7 +79,6 @@ class Supervisor:
 
     def __init__(self, size: int, *, grace_s: float, terminal: Terminal) -> None:
         self.size = size
-        self.grace_s = grace_s
         self.terminal = terminal
         self.states = dict.fromkeys(range(size), S.RUNNING)
         self.phase: Phase = "boot"
@@ -99,19 +86,7 @@ class Supervisor:
         self.failures: list[RankFailure] = []
         self.deaths = Deaths(size)
         self._meeting: dict[int, Exchange] = {}
-        self.deadline = float("inf")
-        """Of the phase; later by as long as a debugger had the terminal."""
-        self._reap_at = float("inf")
-        self._kill_at = float("inf")
-        self._lost_at = float("inf")
-        self._closed: dict[int, float] = {}
-        """Ranks whose socket closed, and until when their exit may come."""
-        self._timed_out = False
-        self._paused_at: float | None = None
-        self._places = RankPlaces()
-        self._interruption = Interruption()
-        self.prepared_too_long = False
-        """Whether ranks have reached the limit of what comes before the phase itself."""
+        self._timers = Timers(grace_s)
 
     # What the world asks.
 
@@ -146,19 +121,21 @@ class Supervisor:
     @property
     def paused(self) -> bool:
         """Whether a rank has the terminal, and so the clocks stand still."""
-        return self._paused_at is not None
+        return self._timers.paused
+
+    @property
+    def deadline(self) -> float:
+        """Of the phase; later by as long as a debugger had the terminal."""
+        return self._timers.deadline
+
+    @property
+    def prepared_too_long(self) -> bool:
+        """Whether ranks have reached the limit of what comes before the phase itself."""
+        return self._timers.prepared_too_long
 
     def wake_at(self) -> float:
         """When `tick` has something to do if nothing happens before; inf for never."""
-        if self._paused_at is not None:
-            return float("inf")
-        waits = self.busy and not self._timed_out
-        deadline = self._places.limit_at(self.deadline) if waits else float("inf")
-        owed = self.deaths.due_at()
-        again = self._interruption.due_at() if self.busy else float("inf")
-        failing = self._places.failing_due_at()
-        due = [deadline, self._reap_at, self._kill_at, self._lost_at, owed, again, failing]
-        return min([*due, *self._closed.values()])
+        return self._timers.wake_at(busy=bool(self.busy), deaths_due_at=self.deaths.due_at())
 
     # What the world tells.
 
@@ -167,9 +144,9 @@ class Supervisor:
 
         `preparing` is what each does first, before that is timed; empty for nothing.
         """
-        self.deadline = deadline
+        self._timers.deadline = deadline
         if preparing:
-            self._places.begin(self.states, preparing, now)
+            self._timers.places.begin(self.states, preparing, now)
 
     def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
         """Start a phase on the ranks of `orders`, which must be idle."""
@@ -177,11 +154,7 @@ class Supervisor:
         self.done = {}
         self.failures = []
         self._meeting = {}
-        self.deadline = deadline
-        self._reap_at = self._kill_at = float("inf")
-        self._timed_out = self.prepared_too_long = False
-        self._places.begin()
-        self._interruption.end()
+        self._timers.begin_phase(deadline)
         for rank, order in orders.items():
             kind = Leave if isinstance(order, Leave) else Go
             self.states[rank] = TRANSITIONS[self.states[rank], kind]
@@ -193,19 +166,19 @@ class Supervisor:
         if state in (S.KILLED, S.GONE):
             return []
         if isinstance(message, Announce):  # from any thread, at any time
-            self.deaths.wishes[rank] = Wish("announced", message.reason, self._clock(now))
+            self.deaths.wishes[rank] = Wish("announced", message.reason, self._timers.clock(now))
             return self._meet()
-        is_cut_off = self._interruption.is_on
+        is_cut_off = self._timers.interruption.is_on
         if text := refusal(rank, message, state, self.phase, self.done, self.size, is_cut_off):
             return self._kill(rank, "closed", text, now)
         self.states[rank] = TRANSITIONS[state, type(message)]
         match message:
             case At("interrupted"):
-                self._interruption.heed(rank)
+                self._timers.interruption.heed(rank)
             case At():
-                self.deadline += self._places.move(rank, message, self._clock(now))
+                self._timers.move_place(rank, message, now)
             case Done():
-                self._leave_place(rank, now)
+                self._timers.leave_place(rank, now)
                 self._meeting.pop(rank, None)
                 self.deaths.silence(rank)
                 self.done[rank] = message
@@ -214,7 +187,7 @@ class Supervisor:
                         rank, "failed", message.text, message.at_s, now, is_echo=message.is_echo
                     )
                 elif message.outcome in ("exit", "interrupt"):
-                    self._end_soon(now)
+                    self._timers.end_soon(now)
             case Exchange():
                 self._meeting[rank] = message
             case DebugAsk():
@@ -234,10 +207,10 @@ class Supervisor:
         deaths = self.deaths
         match act:
             case "kill":
-                deaths.wishes[rank] = Wish("kill", why, self._clock(now))
+                deaths.wishes[rank] = Wish("kill", why, self._timers.clock(now))
                 return [*self._end(rank, now), *self._meet()]
             case "pause" if rank not in deaths.wishes:
-                deaths.wishes[rank] = Wish("pause", why, self._clock(now))
+                deaths.wishes[rank] = Wish("pause", why, self._timers.clock(now))
                 return [StopRank(rank), *self._meet()]
             case "resume" if rank in deaths.wishes:
                 deaths.resuming.add(rank)
@@ -269,13 +242,13 @@ class Supervisor:
     def exited(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
         state = self.states[rank]
-        raised = self._places.raised(rank)
-        self._leave_place(rank, now)
-        self._closed.pop(rank, None)
+        raised = self._timers.places.raised(rank)
+        self._timers.leave_place(rank, now)
+        self._timers.forget_closed(rank)
         self._meeting.pop(rank, None)
         self.states[rank] = S.GONE
         if S.KILLED not in self.states.values():
-            self._lost_at = float("inf")
+            self._timers.end_deaths()
         if state in HAS_TERMINAL:
             self._resume(now)
         as_asked = self.deaths.ended(rank, exit_text(status))
@@ -296,9 +269,7 @@ class Supervisor:
         if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
             if self.states[rank] in HAS_TERMINAL:  # it can no longer say that it is done with it
                 self._resume(now)
-            if exiting:
-                self._closed[rank] = self._clock(now) + EXITING_S
-            self._closed.setdefault(rank, self._clock(now) + CLOSED_S)
+            self._timers.close(rank, now, exiting=exiting)
         return []
 
     def refused(self, rank: int, text: str, now: float) -> list[Action]:
@@ -320,15 +291,15 @@ class Supervisor:
         at_prompt = [rank for rank in self.busy if self.states[rank] in HAS_TERMINAL]
         text = f"stopped in {self.phase}, in a debugger"
         killed = [a for rank in at_prompt for a in self._kill(rank, "blocked", text, now)]
-        self._reap_at = self._interruption.begin(self.phase, now)
+        self._timers.cut_off(self.phase, now)
         return [*killed, *self._interrupt(now)]
 
     def see_work(self, rank: int, now: float) -> None:
         """The rank is at work: where the phase is cut off, it may yet hear of that."""
-        self._interruption.see_work(rank, now)
+        self._timers.interruption.see_work(rank, now)
 
     def _interrupt(self, now: float) -> list[Action]:
-        if not self._interruption.take_due(now):
+        if not self._timers.interruption.take_due(now):
             return []
         return [Interrupt(rank) for rank in self.busy]
 
@@ -342,83 +313,63 @@ class Supervisor:
             if state is not S.GONE:
                 self.states[rank] = S.GONE
                 self.failures.append(RankFailure(rank, "lost", self.phase, now, text))
-        self._closed.clear()
         self._meeting.clear()
         self.deaths = Deaths(self.size, lost=self.deaths.lost)
-        self._paused_at = None
-        self._reap_at = self._kill_at = self._lost_at = float("inf")
-        self._interruption.end()
+        self._timers.stop()
 
     def tick(self, now: float) -> list[Action]:
         """What is due by now."""
-        if self._paused_at is not None:
+        timers = self._timers
+        if timers.paused:
             return []
         actions = self._interrupt(now)
-        for rank, until in list(self._closed.items()):
-            if now >= until:
-                text = f"closed its report socket in {self.phase}, and lives"
-                actions += self._kill(rank, "closed", text, now)
-        if now >= self._places.limit_at(self.deadline) and self.busy and not self._timed_out:
-            self._timed_out = True
-            self.prepared_too_long = self._places.is_preparing
-            self._reap_at = now
-        if self._places.take_failing_due(now) and self._kill_at == float("inf"):
-            self._reap_at = now
-        if now >= self._reap_at:
-            self._reap_at = float("inf")
-            dumped = (Dump(rank) for rank in self.busy if now >= self._spared_until(rank))
-            actions += [*self.dismiss(now), *dumped]
-            self._kill_at = now + STACKS_S
-        if now >= self._kill_at:
-            self._kill_at = float("inf")
+        for rank in timers.closed_due(now):
+            text = f"closed its report socket in {self.phase}, and lives"
+            actions += self._kill(rank, "closed", text, now)
+        timers.check_limits(now, busy=bool(self.busy))
+        if timers.take_stacks_due(now):
+            actions += [*self.dismiss(now), *self._ask_for_stacks(now)]
+        if timers.take_kill_due(now):
             actions += self._reap(now)
         for rank in self.deaths.overdue(now):
             wish = self.deaths.wishes[rank]
             text = f"lives on after its end was asked for: {wish.why}"
             actions += self._kill(rank, "spared", text, now)
-        if now >= self._lost_at:
-            self._lost_at = float("inf")
-            for rank, state in self.states.items():
-                if state is S.KILLED:
-                    self.states[rank] = S.GONE
-                    self.deaths.forgive(rank)
-                    text = f"did not go away within {LOST_S:g} s of SIGKILL"
-                    self._fail(rank, "lost", text, now, now)
+        if timers.take_lost_due(now):
+            self._lose_killed(now)
         return actions
 
     # Inside.
 
+    def _ask_for_stacks(self, now: float) -> list[Action]:
+        spared_until = self._timers.spared_until
+        return [Dump(rank) for rank in self.busy if now >= spared_until(rank, self.states[rank])]
+
+    def _lose_killed(self, now: float) -> None:
+        """Give up the ranks that were killed and do not go away."""
+        for rank, state in self.states.items():
+            if state is S.KILLED:
+                self.states[rank] = S.GONE
+                self.deaths.forgive(rank)
+                text = f"did not go away within {LOST_S:g} s of SIGKILL"
+                self._fail(rank, "lost", text, now, now)
+
     def _reap(self, now: float) -> list[Action]:
-        actions: list[Action] = []
+        timers, actions = self._timers, list[Action]()
         for rank in self.busy:
-            kind: FailureKind = "timeout" if self._timed_out else "blocked"
-            raised = self._places.raised(rank)
-            if now < (spared_until := self._spared_until(rank)):
-                self._reap_at = min(self._reap_at, spared_until)
+            kind: FailureKind = "timeout" if timers.timed_out else "blocked"
+            raised = timers.places.raised(rank)
+            if now < (until := timers.spared_until(rank, self.states[rank])):
+                timers.spare(until)
             elif raised is not None and self.states[rank] in (S.RUNNING, S.MEETING):
-                text = f"{raised.text} (killed: {self._where_it_was(raised)})"
+                did = timers.describe_report(failing=raised.place == "failing")
+                text = f"{raised.text} (killed: {did})"
                 actions += self._kill(rank, "failed", text, now, raised)
             else:
-                where = self._places.describe(rank, self.phase)
-                text = f"still {where}{self._interruption.describe(now)}"
+                where = timers.places.describe(rank, self.phase)
+                text = f"still {where}{timers.interruption.describe(now)}"
                 actions += self._kill(rank, kind, text, now)
         return actions
-
-    def _where_it_was(self, raised: At) -> str:
-        """What a rank did with an error when it was killed."""
-        if raised.place == "failing":
-            return "it waited for its peers to hear of that"
-        for_s = "" if self._interruption.is_on else f" for {REPORT_S:g} s"
-        return f"it wrote the report of that{for_s}"
-
-    def _spared_until(self, rank: int) -> float:
-        """Until when a rank that should have ended may go on."""
-        if self._interruption.is_on:
-            return self._interruption.limit_at(rank)
-        return self._places.report_due_at(rank) if self.states[rank] is S.RUNNING else NEVER
-
-    def _leave_place(self, rank: int, now: float) -> None:
-        self.deadline += self._places.leave(rank, self._clock(now))
 
     def _fail(
         self,
@@ -433,12 +384,7 @@ class Supervisor:
     ) -> None:
         failure = RankFailure(rank, kind, self.phase, at_s, text, detail, is_echo)
         self.failures.append(failure)
-        self._end_soon(now)
-
-    def _end_soon(self, now: float) -> None:
-        """Peers of a rank that cannot pass get the grace, and no more."""
-        if self._kill_at == float("inf") and not self._timed_out and not self._interruption.is_on:
-            self._reap_at = min(self._reap_at, self._clock(now) + self.grace_s)
+        self._timers.end_soon(now)
 
     def _kill(
         self, rank: int, kind: FailureKind, text: str, now: float, raised: At | None = None
@@ -454,12 +400,12 @@ class Supervisor:
     def _end(self, rank: int, now: float) -> list[Action]:
         if self.states[rank] in HAS_TERMINAL:
             self._resume(now)
-        self._leave_place(rank, now)
-        self._closed.pop(rank, None)
+        self._timers.leave_place(rank, now)
+        self._timers.forget_closed(rank)
         self._meeting.pop(rank, None)
         self.deaths.silence(rank)
         self.states[rank] = S.KILLED
-        self._lost_at = self._clock(now) + LOST_S
+        self._timers.await_death(now)
         return [KillRank(rank)]
 
     def _debug_asked(self, rank: int, now: float) -> list[Action]:
@@ -469,25 +415,12 @@ class Supervisor:
         if terminal.missing or terminal.rank != rank:
             self.states[rank] = S.RUNNING
             return [Send(rank, DebugAnswer(granted=False, error=terminal.missing))]
-        self._paused_at = now
+        self._timers.pause(now)
         return [Send(rank, DebugAnswer(granted=True, group=terminal.group))]
 
-    def _clock(self, now: float) -> float:
-        """The time that deadlines go by: it stands still while a rank has the terminal."""
-        return now if self._paused_at is None else self._paused_at
-
     def _resume(self, now: float) -> None:
-        if self._paused_at is None:
-            return
-        pause_s = now - self._paused_at
-        self._paused_at = None
-        self.deadline += pause_s
-        self._places.postpone(pause_s)
-        self._reap_at += pause_s
-        self._kill_at += pause_s
-        self._lost_at += pause_s
-        self._closed = {rank: at + pause_s for rank, at in self._closed.items()}
-        self.deaths.postpone(pause_s)
+        if self._timers.paused:
+            self.deaths.postpone(self._timers.resume(now))
 
     def _meet(self) -> list[Action]:
         """Answer the ranks that wait at an exchange, if all are there or never will be."""

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_dcp._harness.protocol.messages import DebugAsk, Exchange
 from pytest_dcp._harness.world.rank_states import Dump, KillRank, exit_text
-from pytest_dcp._harness.world.supervisor import CLOSED_S, LOST_S, STACKS_S
+from pytest_dcp._harness.world.timers import CLOSED_S, LOST_S, STACKS_S
 from support.supervisor_replay import (
     DYING_S,
     FAILED,

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_dcp._harness.protocol.messages import Exchange, Met
 from pytest_dcp._harness.world.rank_states import KillRank, Send
-from pytest_dcp._harness.world.supervisor import EXITING_S
+from pytest_dcp._harness.world.timers import EXITING_S
 from support.supervisor_replay import (
     FAILED,
     PASSED,

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_dcp._harness.protocol.messages import Done, Leave
 from pytest_dcp._harness.world.rank_states import Dump, KillRank
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import PASSED, T0, Closes, Ends, Replay, Says
 
 EXITED = Done("finish", "passed", T0 + 1)

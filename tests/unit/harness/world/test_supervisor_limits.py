@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytest_dcp._harness.protocol.messages import Exchange
 from pytest_dcp._harness.world.rank_states import Dump, KillRank
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import DYING_S, FAILED, GRACE_S, PASSED, T0, Replay, Says, done
 
 

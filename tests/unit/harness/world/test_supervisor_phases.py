@@ -8,7 +8,7 @@ import pytest
 
 from pytest_dcp._harness.protocol.messages import Go, RankOutcome
 from pytest_dcp._harness.world.rank_states import Dump, KillRank, Send
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import FAILED, GRACE_S, PASSED, T0, Replay, Says, done
 
 

@@ -7,7 +7,7 @@ import pytest
 from pytest_dcp._harness.protocol.messages import At, DebugAsk, Exchange, Leave, Phase
 from pytest_dcp._harness.world.interrupt_clock import AGAIN_S, END_S, HEED_S
 from pytest_dcp._harness.world.rank_states import Dump, Interrupt, KillRank, Send
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import (
     FAILED,
     GRACE_S,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytest_dcp._harness.protocol.messages import At, Exchange
 from pytest_dcp._harness.protocol.places import FAILING_S
 from pytest_dcp._harness.world.rank_states import Dump, KillRank
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import PASSED, T0, Ends, Replay, Says, debugged
 
 FAILING = At("failing", "ValueError: 3", 99.5, "the traceback")

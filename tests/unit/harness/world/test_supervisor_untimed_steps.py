@@ -7,7 +7,7 @@ import pytest
 from pytest_dcp._harness.protocol.messages import At, Exchange, Met
 from pytest_dcp._harness.protocol.places import PREPARE_S, REPORT_S
 from pytest_dcp._harness.world.rank_states import Dump, KillRank
-from pytest_dcp._harness.world.supervisor import STACKS_S
+from pytest_dcp._harness.world.timers import STACKS_S
 from support.supervisor_replay import (
     FAILED,
     GRACE_S,
