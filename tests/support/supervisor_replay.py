@@ -33,7 +33,8 @@ from pytest_dcp._harness.world.rank_states import (
     Send,
     StopRank,
 )
-from pytest_dcp._harness.world.supervisor import Supervisor, Terminal
+from pytest_dcp._harness.world.supervisor import Supervisor
+from pytest_dcp._harness.world.terminal import Terminal
 
 T0 = 100.0
 """When phases begin."""

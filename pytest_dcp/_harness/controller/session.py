@@ -36,7 +36,7 @@ from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.rank import coverage
 from pytest_dcp._harness.rank.main import current
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd
-from pytest_dcp._harness.world.supervisor import Terminal
+from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.world import World, WorldSettings
 from pytest_dcp.errors import WorldError
 

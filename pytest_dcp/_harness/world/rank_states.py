@@ -21,6 +21,7 @@ from pytest_dcp._harness.protocol.messages import (
     Go,
     Leave,
     Met,
+    Phase,
 )
 
 
@@ -121,3 +122,12 @@ def exit_text(status: int) -> str:
     except ValueError:
         name = "unknown signal"
     return f"was killed by signal {-status} ({name})"
+
+
+def when_text(state: RankState, status: int, phase: Phase) -> str:
+    """When a rank ended that should not have."""
+    if state is RankState.LEAVING:
+        return " before its exit had finished" if status == 0 else " after its verdict"
+    if state is RankState.IDLE:
+        return f" after {phase}"
+    return f" in {phase}, without a verdict" if state in BUSY else ", without a verdict"

@@ -22,12 +22,9 @@ a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pytest_dcp._harness.protocol.messages import (
     Announce,
     At,
-    DebugAnswer,
     DebugAsk,
     DebugDone,
     Done,
@@ -54,24 +51,14 @@ from pytest_dcp._harness.world.rank_states import (
     Send,
     StopRank,
     exit_text,
+    when_text,
 )
 from pytest_dcp._harness.world.rank_states import RankState as S
 from pytest_dcp._harness.world.refusals import refusal
 from pytest_dcp._harness.world.requested_deaths import Deaths, Wish
+from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.timers import LOST_S, Timers
 from pytest_dcp.errors import FailureKind, RankFailure
-
-
-@dataclass(slots=True)
-class Terminal:
-    """Who may have the terminal for a debugger."""
-
-    missing: str = ""
-    """Why there is none, for the user; empty when there is one."""
-    group: int = 0
-    """The process group that may read it."""
-    rank: int | None = None
-    """The rank that gets it; None: the first that asks, and then always that one."""
 
 
 class Supervisor:
@@ -255,7 +242,7 @@ class Supervisor:
         has_left = state is S.LEAVING and status == 0 and rank in self.done
         if as_asked or state in (S.KILLED, S.GONE) or has_left:
             return [*self._meet(), *self._told()]
-        text = f"{exit_text(status)}{_when(state, status, self.phase)}"
+        text = f"{exit_text(status)}{when_text(state, status, self.phase)}"
         if raised is not None:
             text += f"; it had raised {raised.text}"
         self._fail(rank, "crashed", text, now, now)
@@ -409,14 +396,12 @@ class Supervisor:
         return [KillRank(rank)]
 
     def _debug_asked(self, rank: int, now: float) -> list[Action]:
-        terminal = self.terminal
-        if terminal.rank is None:
-            terminal.rank = rank
-        if terminal.missing or terminal.rank != rank:
+        answer = self.terminal.answer(rank)
+        if answer.granted:
+            self._timers.pause(now)
+        else:
             self.states[rank] = S.RUNNING
-            return [Send(rank, DebugAnswer(granted=False, error=terminal.missing))]
-        self._timers.pause(now)
-        return [Send(rank, DebugAnswer(granted=True, group=terminal.group))]
+        return [Send(rank, answer)]
 
     def _resume(self, now: float) -> None:
         if self._timers.paused:
@@ -444,12 +429,3 @@ class Supervisor:
     def _told(self) -> list[Action]:
         """Answers to the ranks whose asked-for fault has happened."""
         return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]
-
-
-def _when(state: S, status: int, phase: Phase) -> str:
-    """When a rank ended that should not have."""
-    if state is S.LEAVING:
-        return " before its exit had finished" if status == 0 else " after its verdict"
-    if state is S.IDLE:
-        return f" after {phase}"
-    return f" in {phase}, without a verdict" if state in BUSY else ", without a verdict"

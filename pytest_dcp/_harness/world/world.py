@@ -50,7 +50,8 @@ from pytest_dcp._harness.world.rank_states import (
     Send,
     StopRank,
 )
-from pytest_dcp._harness.world.supervisor import Supervisor, Terminal
+from pytest_dcp._harness.world.supervisor import Supervisor
+from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
 
 BOOT_S = 120.0

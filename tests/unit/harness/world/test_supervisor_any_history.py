@@ -32,7 +32,8 @@ from pytest_dcp._harness.protocol.messages import (
 from pytest_dcp._harness.protocol.places import PREPARE_S, REPORT_S
 from pytest_dcp._harness.world.rank_states import Action, Continue, KillRank, Send, StopRank
 from pytest_dcp._harness.world.requested_deaths import OWED_S
-from pytest_dcp._harness.world.supervisor import Supervisor, Terminal
+from pytest_dcp._harness.world.supervisor import Supervisor
+from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.timers import CLOSED_S, LOST_S, STACKS_S
 from support.supervisor_replay import (
     FAILED,

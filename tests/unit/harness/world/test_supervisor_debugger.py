@@ -6,7 +6,7 @@ import math
 
 from pytest_dcp._harness.protocol.messages import DebugAnswer, DebugAsk, DebugDone, Exchange, Met
 from pytest_dcp._harness.world.rank_states import Dump, KillRank, Send
-from pytest_dcp._harness.world.supervisor import Terminal
+from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.timers import CLOSED_S, STACKS_S
 from support.supervisor_replay import (
     FAILED,
