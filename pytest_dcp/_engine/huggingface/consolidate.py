@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.safetensors_header import StoredTensor, encode, place_tensors
 from pytest_dcp._engine.io.copy_plan import copies, slabs
 from pytest_dcp._engine.io.disk import Disk, Out
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
 from pytest_dcp._engine.io.tensor_memory import memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
-from pytest_dcp._engine.io.write_safetensors import StoredTensor, encode, place_tensors
 from pytest_dcp._engine.plan.boxes import pad_rows, strides_of
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.describe import Wanted

@@ -26,6 +26,16 @@ from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.format.safetensors_header import (
+    FQN_KEY,
+    OFFSETS_KEY,
+    SHARDING_KEY,
+    SIZE_KEY,
+    Header,
+    StoredTensor,
+    counts,
+    parse_json,
+)
 from pytest_dcp._engine.huggingface.saves import (
     DATA_NAME,
     INDEX_NAME,
@@ -36,17 +46,7 @@ from pytest_dcp._engine.huggingface.saves import (
     number_of,
 )
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.write_safetensors import (
-    FQN_KEY,
-    OFFSETS_KEY,
-    SHARDING_KEY,
-    SIZE_KEY,
-    Header,
-    StoredTensor,
-    counts,
-    parse_json,
-    read_header,
-)
+from pytest_dcp._engine.io.read_safetensors import read_header
 from pytest_dcp._engine.plan.boxes import overlapping_pairs, pad_rows
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError

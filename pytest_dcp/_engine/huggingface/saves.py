@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pytest_dcp._engine.io.write_safetensors import Header
+from pytest_dcp._engine.format.safetensors_header import Header
 from pytest_dcp.errors import CheckpointCorruptError
 
 INDEX_NAME = "model.safetensors.index.json"

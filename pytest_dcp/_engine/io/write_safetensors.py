@@ -1,31 +1,28 @@
 """Data files in the safetensors format: plain tensors behind one header, not torch's entries.
 
-A file is eight bytes that say how long the header is (little-endian), the header in JSON with each
-tensor's dtype, shape and place, and the data without gaps, row-major and little-endian
-(https://github.com/huggingface/safetensors#format). torch adds, under `DCP_SHARDING_INFO`, where in
-the full tensor each stored part begins; the engine adds the full size there.
-
-`encode` and `decode` are pure (no I/O). What enters `decode` is trusted in nothing: whatever does
-not fit raises CheckpointCorruptError, and no memory is taken for a number that a file states.
-`write_safetensors` does for these files what `io.write_files.write_files` does for torch's.
+`write_safetensors` does for these files what `io.write_files.write_files` does for torch's; the
+header itself is made by `format.safetensors_header`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.planner import WriteItem
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
-from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
+from pytest_dcp._engine.format.safetensors_header import (
+    SHARDING_KEY,
+    encode,
+    place_tensors,
+    sharding_of,
+    unique_names,
+)
 from pytest_dcp._engine.format.write_results import Written
-from pytest_dcp._engine.io.disk import Disk, In
+from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
@@ -39,247 +36,7 @@ from pytest_dcp._engine.io.write_files import (
     put_data,
     written_rows,
 )
-from pytest_dcp._engine.plan.columns import BYTES, WriteItems
-from pytest_dcp.errors import CheckpointCorruptError
-
-METADATA_KEY = "__metadata__"
-SHARDING_KEY = "DCP_SHARDING_INFO"
-OFFSETS_KEY = "saved_offsets"
-SIZE_KEY = "full_size"
-"""Ours, beside torch's `saved_offsets`: a missing last part is then a gap, not a smaller tensor."""
-FQN_KEY = "fqn"
-"""Ours: the tensor that a part belongs to, where it could not have that name in the file."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit (MAX_HEADER_SIZE of its implementation)."""
-LENGTH_BYTES = 8
-ALIGNMENT = 64
-"""Of the first tensor's data; the format asks for 8 at most, vector loads like 64."""
-MAX_DIMS = 64
-MAX_TENSOR_BYTES = 1 << 62
-"""As of `format.catalog_checks`: every number derived from a tensor's place fits int64."""
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-"""The format's dtypes whose elements are whole bytes; F4 and the F6 kinds are not among them."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """Bytes from the start of the data to its own."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a file says of itself."""
-
-    tensors: tuple[StoredTensor, ...]
-    """In the order of their data."""
-    metadata: Mapping[str, str]
-    data_start: int
-    """Bytes from the file's start to the data."""
-
-
-def place_tensors(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[StoredTensor]:
-    """Tensors of these names, dtypes and shapes, one after the other.
-
-    Raises TypeError for a dtype that the format does not have.
-    """
-    tensors: list[StoredTensor] = []
-    start = 0
-    for name, dtype, shape in kinds:
-        if dtype not in NAMES:
-            raise TypeError(
-                f"{name!r} is {dtype}, which safetensors files cannot hold: they have {[*DTYPES]}"
-            )
-        tensors.append(StoredTensor(name, dtype, shape, start))
-        start += tensors[-1].nbytes
-    return tensors
-
-
-def encode(tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a file up to its data, a multiple of 64.
-
-    Raises ValueError for names that are twice there or reserved, and for too many of them.
-    """
-    header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    for tensor in tensors:
-        if tensor.name in header or tensor.name == METADATA_KEY:
-            raise ValueError(f"expected one tensor of each name, and none {tensor.name!r}")
-        header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.start, tensor.start + tensor.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + LENGTH_BYTES) % ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"a header of {len(text)} bytes for {len(tensors)} tensors; the format allows "
-            f"{MAX_HEADER_BYTES}: write more files"
-        )
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-def header_length(head: bytes | memoryview, file_bytes: int) -> int:
-    """Bytes of JSON that follow a file's first eight bytes.
-
-    Raises CheckpointCorruptError where the file, or the format, has no room for as many.
-    """
-    if len(head) < LENGTH_BYTES:
-        raise CheckpointCorruptError(
-            f"expected a safetensors file of at least {LENGTH_BYTES} bytes, got {file_bytes}",
-            offset=0,
-        )
-    length = int.from_bytes(head[:LENGTH_BYTES], "little")
-    if length > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
-        raise CheckpointCorruptError(
-            f"expected a safetensors header of at most {MAX_HEADER_BYTES} bytes in a file of "
-            f"{file_bytes}, got a length of {length}",
-            offset=0,
-        )
-    return length
-
-
-def decode(text: bytes | memoryview, file_bytes: int, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
-    """The header of a file of this size, from the JSON after its first eight bytes.
-
-    Raises CheckpointCorruptError naming the tensor and where in the file it should be.
-    """
-    content = parse_json(text, "a safetensors header", limit)
-    metadata = content.pop(METADATA_KEY, {})
-    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
-        raise CheckpointCorruptError(f"expected {METADATA_KEY!r} to map names to strings")
-    data_start = LENGTH_BYTES + len(text)
-    tensors = sorted(
-        (_tensor(name, said, data_start) for name, said in content.items()),
-        key=lambda tensor: (tensor.start, tensor.nbytes),
-    )
-    end = 0
-    for tensor in tensors:
-        if tensor.start != end:
-            raise CheckpointCorruptError(
-                f"expected data without gaps or overlaps: this should start at {data_start + end}",
-                entry=tensor.name,
-                offset=data_start + tensor.start,
-            )
-        end += tensor.nbytes
-    if data_start + end != file_bytes:
-        raise CheckpointCorruptError(
-            f"expected a file of {data_start + end} bytes for its {len(tensors)} tensors, got "
-            f"{file_bytes}: it was cut off, or holds more than it says",
-            offset=min(data_start + end, file_bytes),
-        )
-    return Header(tuple(tensors), metadata, data_start)
-
-
-def _tensor(name: str, said: Any, data_start: int) -> StoredTensor:
-    def fail(expected: str) -> NoReturn:
-        raise CheckpointCorruptError(f"expected {expected}, got {said!r:.200}", entry=name)
-
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
-        fail("a dtype, a shape and data_offsets")
-    dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
-    if type(dtype) is not str or dtype not in DTYPES:
-        fail(f"one of the dtypes {[*DTYPES]}")
-    if not counts(shape) or len(shape) > MAX_DIMS:
-        fail(f"a shape of at most {MAX_DIMS} sizes of 0 or more")
-    if not counts(offsets) or len(offsets) != 2:
-        fail("two data_offsets of 0 or more")
-    tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), offsets[0])
-    # An empty side must not let the others grow: torch's strides are their products.
-    if math.prod(max(side, 1) for side in shape) * tensor.dtype.itemsize > MAX_TENSOR_BYTES:
-        fail(f"a tensor of at most {MAX_TENSOR_BYTES} bytes")
-    if offsets[1] - offsets[0] != tensor.nbytes:
-        raise CheckpointCorruptError(
-            f"expected {tensor.nbytes} bytes for {dtype} of shape {shape}, got {offsets}",
-            entry=name,
-            offset=data_start + min(offsets[0], MAX_TENSOR_BYTES),
-        )
-    return tensor
-
-
-def counts(value: Any) -> bool:
-    """Whether this is a list of ints of 0 or more, as JSON gives it."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
-
-def parse_json(
-    text: bytes | memoryview | str, what: str, limit: MemoryLimit = DEFAULT_LIMIT
-) -> dict[str, Any]:
-    """A JSON object in which nothing is named twice, read within the limit of memory.
-
-    Raises CheckpointCorruptError.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            rest = iter(dict.fromkeys(name for name, _ in pairs))
-            twice = next(name for name, _ in pairs if next(rest, None) != name)
-            raise CheckpointCorruptError(f"expected each name once in {what}", entry=twice[:200])
-        for name in found:
-            name.encode()  # halves of surrogate pairs are no names
-        return found
-
-    def no_number(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no JSON")
-
-    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    limit.check(what, estimate_json_bytes(raw), len(raw))
-    try:
-        plain = text if isinstance(text, str) else str(text, "utf-8")
-        found = json.loads(plain, object_pairs_hook=once, parse_constant=no_number)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"expected {what} in JSON, got {error!r:.200}") from None
-    if not isinstance(found, dict):
-        raise CheckpointCorruptError(f"expected {what} to be an object, got {type(found).__name__}")
-    return found
-
-
-def read_header(file: In, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
-    """The header of an open file. Raises CheckpointCorruptError naming the file."""
-
-    def content(offset: int, nbytes: int) -> memoryview:
-        view = memoryview(bytearray(nbytes))
-        return view[: file.read_into(offset, view)]
-
-    try:
-        length = header_length(content(0, LENGTH_BYTES), file.size)
-        return decode(content(LENGTH_BYTES, length), file.size, limit)
-    except CheckpointCorruptError as error:
-        raise error.at(file=name) from error
+from pytest_dcp._engine.plan.columns import WriteItems
 
 
 def write_safetensors(
@@ -329,12 +86,12 @@ def _put_file(
     metadata: Mapping[str, str],
     settings: Settings,
 ) -> Rows:
-    names = _unique({row: table.fqns[row] for row in data})
+    names = unique_names({row: table.fqns[row] for row in data})
     kinds = {row: _kind(names[row], value) for row, value in data.items()}
     # Wide elements first, so that every tensor's data is aligned for its dtype.
     order = sorted(data, key=lambda row: -kinds[row][1].itemsize)
     tensors = place_tensors(kinds[row] for row in order)
-    metadata = {SHARDING_KEY: _sharding(table, names), **metadata}
+    metadata = {SHARDING_KEY: sharding_of(table, names), **metadata}
     file.put(encode(tensors, metadata))
     done = Rows()
     for row, tensor in zip(order, tensors, strict=True):
@@ -344,39 +101,12 @@ def _put_file(
     return done
 
 
-def _unique(names: Mapping[int, str]) -> dict[int, str]:
-    """Names of which none is twice there: a second part of a tensor gets a number."""
-    taken = set(names.values())
-    seen: set[str] = set()
-    unique: dict[int, str] = {}
-    for row, name in names.items():
-        nth, chosen = 1, name
-        while chosen in seen or (chosen != name and chosen in taken):
-            nth, chosen = nth + 1, f"{name}#{nth}"
-        seen.add(chosen)
-        unique[row] = chosen
-    return unique
-
-
 def _kind(name: str, data: torch.Tensor | bytes) -> tuple[str, torch.dtype, tuple[int, ...]]:
     if isinstance(data, bytes):
         return name, torch.uint8, (len(data),)
     if data.layout != torch.strided:
         raise TypeError(f"{name!r} is {data.layout}: safetensors files hold dense tensors only")
     return name, data.dtype, tuple(data.shape)
-
-
-def _sharding(table: WriteItems, names: Mapping[int, str]) -> str:
-    """`DCP_SHARDING_INFO` of these rows."""
-    said: dict[str, dict[str, Any]] = {}
-    for row, name in names.items():
-        ndim = int(table.ndim[row])
-        if table.kind[row] != BYTES:
-            offset, size = table.offset[row, :ndim].tolist(), table.size[row, :ndim].tolist()
-            said[name] = {OFFSETS_KEY: offset, SIZE_KEY: size}
-            if name != table.fqns[row]:
-                said[name][FQN_KEY] = table.fqns[row]
-    return json.dumps(said, separators=(",", ":"), ensure_ascii=False)
 
 
 def _put(file: File, data: torch.Tensor | bytes, settings: Settings) -> list[int]:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format import safetensors_header as safetensors
 from pytest_dcp._engine.format.memory_limit import (
     BYTES_PER_STORED_BYTE,
     FREE_BYTES,
@@ -26,7 +27,6 @@ from pytest_dcp._engine.format.memory_limit import (
 )
 from pytest_dcp._engine.huggingface.folder import decode_index
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME
-from pytest_dcp._engine.io import write_safetensors as safetensors
 from pytest_dcp._engine.io.disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader

@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.format.safetensors_header import StoredTensor
 from pytest_dcp._engine.huggingface import consolidate
 from pytest_dcp._engine.huggingface.consolidate import Shards, slabs_of
-from pytest_dcp._engine.io.write_safetensors import StoredTensor
 from pytest_dcp.checkpoint.filesystem import SerializationFormat
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
