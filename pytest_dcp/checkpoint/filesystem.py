@@ -30,6 +30,7 @@ __all__ = [
 # What storages of other libraries import beside, under torch's names.
 _metadata_fn = commit.METADATA
 DEFAULT_SUFFIX = commit.SUFFIX
+_FileSystemWriter = FileSystemWriter
 _generate_uuid = new_id
 _write_item = single_entries.write_item
 _split_by_size_and_type = single_entries.split_by_size_and_type

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import format_utils as format_utils_of_torch
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -171,10 +172,12 @@ def _device_of_collectives() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
-class DynamicMetaLoadPlanner(DefaultLoadPlanner):
+class DynamicMetaLoadPlanner(DefaultLoadPlanner, format_utils_of_torch.DynamicMetaLoadPlanner):
     """Describes the checkpoint by the state dict that is loaded: as if each tensor was one chunk.
 
     For files that do not describe themselves, see `BroadcastingTorchSaveReader`. Tensors only.
+
+    torch's class of this name is a base for the sake of `isinstance`; all methods are ours.
     """
 
     def set_up_planner(
@@ -200,3 +203,6 @@ def _as_one_chunk(tensor: torch.Tensor) -> TensorStorageMetadata:
     size = torch.Size(tensor.shape)
     whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
     return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [whole])
+
+
+format_utils_of_torch.BroadcastingTorchSaveReader.register(BroadcastingTorchSaveReader)

@@ -1,0 +1,7 @@
+"""Names and keys of Hugging Face's files, as torch writes and reads them: torch's own objects."""
+
+from pytest_dcp._engine.torch_names import names_of_torch
+
+__all__: list[str] = []
+
+__getattr__ = names_of_torch(__name__)

@@ -1,0 +1,7 @@
+"""The version that torch's engine notes while it loads: torch's own objects."""
+
+from pytest_dcp._engine.torch_names import names_of_torch
+
+__all__: list[str] = []
+
+__getattr__ = names_of_torch(__name__)
