@@ -5,6 +5,28 @@ arrays of shape (n, k), where k is the largest rank (number of dimensions) at ha
 tensor of fewer dimensions has offset 0 and shape 1 in the dimensions that it lacks, so that a 0-d
 box holds one element and every formula holds without a special case. An empty box has a 0 in its
 shape.
+
+Two ranks hold rows 0 and 1, and 2 and 3, of a 4x2 tensor `w`, and each all of a tensor `b` of two
+elements. As one table, `b` padded to two dimensions:
+
+>>> offset = pad_rows([(0, 0), (2, 0), (0,), (0,)], 2, 0)
+>>> shape = pad_rows([(2, 2), (2, 2), (2,), (2,)], 2, 1)
+>>> offset.tolist(), shape.tolist()
+([[0, 0], [2, 0], [0, 0], [0, 0]], [[2, 2], [2, 2], [2, 1], [2, 1]])
+>>> volumes(shape).tolist()
+[4, 4, 2, 2]
+
+Rows 1 and 2 of `w` are the last row of the first box and the first row of the second:
+
+>>> want = np.array([[1, 0]] * 2), np.array([[2, 2]] * 2)
+>>> low, overlap, shared = intersect(*want, offset[:2], shape[:2])
+>>> low.tolist(), overlap.tolist(), shared.tolist()
+([[1, 0], [2, 0]], [[1, 2], [1, 2]], [True, True])
+
+The boxes of `w` are apart; those of `b` share their elements:
+
+>>> overlapping_pairs(offset[:2], shape[:2]), overlapping_pairs(offset[2:], shape[2:])
+([], [(0, 1)])
 """
 
 from __future__ import annotations
@@ -19,7 +41,11 @@ Ints = NDArray[np.int64]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
-    """The rows as one (n, rank) array, each filled up on the right with `fill`."""
+    """The rows as one (n, rank) array, each filled up on the right with `fill`.
+
+    >>> pad_rows([(4, 2), (3,), ()], 2, 1).tolist()
+    [[4, 2], [3, 1], [1, 1]]
+    """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     # Faster than an array of the rows, which numpy would ask one by one what they are.
     cells = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
@@ -46,10 +72,15 @@ def volumes(shape: Ints) -> Ints:
 
 
 def strides_of(shape: Ints) -> Ints:
-    """Strides, in elements, of row-major tensors of these shapes."""
+    """Strides, in elements, of row-major tensors of these shapes.
+
+    >>> strides_of(np.array([[4, 3, 2]])).tolist()
+    [[6, 2, 1]]
+    """
     if not shape.shape[1]:
         return shape.copy()
     ahead = np.ones_like(shape)
+    # An empty dimension counts as 1, as in torch: the strides of the others stay distinct.
     ahead[:, :-1] = np.maximum(shape[:, 1:], 1)
     strides: Ints = ahead[:, ::-1].cumprod(axis=1)[:, ::-1]
     return strides
@@ -68,7 +99,11 @@ def intersect(
 
 
 def spans(counts: Ints) -> Ints:
-    """0..counts[0]-1, then 0..counts[1]-1, and so on: the position of each element in its group."""
+    """0..counts[0]-1, then 0..counts[1]-1, and so on: the position of each element in its group.
+
+    >>> spans(np.array([3, 0, 2])).tolist()
+    [0, 1, 2, 0, 1]
+    """
     total = int(counts.sum())
     starts = np.repeat(counts.cumsum() - counts, counts)
     return np.arange(total, dtype=np.int64) - starts
@@ -86,18 +121,25 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     """Pairs of rows whose boxes share an element, at most `limit` of them, lower row first.
 
     A sweep along the dimension with the most distinct offsets: boxes are sorted by their start,
-    each is compared with those that start before it ends.
+    each is compared with those that start before it ends. n log n for boxes that are cut along that
+    dimension alone; n * n at worst, where all of them span it.
+
+    >>> offset, shape = np.array([[0, 0], [0, 2], [1, 1]]), np.array([[2, 2], [2, 2], [2, 2]])
+    >>> overlapping_pairs(offset, shape)
+    [(0, 2), (1, 2)]
     """
+    # An empty box overlaps nothing, yet would widen the sweep.
     rows = np.flatnonzero(volumes(shape) > 0)
     if len(rows) < 2:
         return []
-    if not offset.shape[1]:
+    if not offset.shape[1]:  # scalars: all boxes are the one element
         return [(int(rows[0]), int(rows[1]))]
     offset, shape = offset[rows], shape[rows]
     dim = int(np.argmax([len(np.unique(column)) for column in offset.T]))
     order = np.argsort(offset[:, dim], kind="stable")
     offset, shape, rows = offset[order], shape[order], rows[order]
     start = offset[:, dim]
+    # Of each box, how many after it in this order start before it ends: those alone can overlap it.
     ahead = np.searchsorted(start, start + shape[:, dim], side="left") - np.arange(len(rows)) - 1
     found: list[tuple[int, int]] = []
     for part in _parts(ahead):

@@ -6,6 +6,41 @@ the way; the engine reads the columns. They are pickled as a few arrays and one 
 
 A box is padded to the width of its table (see `boxes`); `ndim` tells how many dimensions are real,
 and is -1 where an item has no offset at all (a byte value).
+
+Why columns: a large job has thousands of items per rank, and each of torch's is a tree of Python
+objects. numpy plans all ranks' rows at once, and a table pickles as a handful of arrays.
+
+Assumes nothing of the planner: `of` takes any sequence of torch's items. Guarantees that a table
+equals the list of items that it was made from, and that a table is never changed: a planner that
+edits an item edits a copy, and `SavePlan.items` stays as it was.
+
+What rank 0 of two writes, two rows of the 4x2 tensor `w` and a value `step`:
+
+>>> from torch.distributed.checkpoint.planner import TensorWriteData
+>>> box = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 2]))
+>>> data = TensorWriteData(box, TensorProperties(torch.float32), torch.Size([4, 2]))
+>>> w = WriteItem(MetadataIndex("w", [0, 0]), WriteItemType.SHARD, tensor_data=data)
+>>> step = WriteItem(MetadataIndex("step"), WriteItemType.BYTE_IO)
+>>> table = WriteItems.of([w, step])
+>>> table.fqns, table.ndim.tolist()
+(('w', 'step'), [2, -1])
+>>> table.size.tolist(), table.offset.tolist(), table.shape.tolist()
+([[4, 2], [1, 1]], [[0, 0], [0, 0]], [[2, 2], [1, 1]])
+>>> table.size_bytes().tolist()  # a value's size is not known before it is written
+[16, 1]
+
+It is a sequence of torch's items, made when they are asked for:
+
+>>> table[0].tensor_data.chunk
+ChunkStorageMetadata(offsets=torch.Size([0, 0]), sizes=torch.Size([2, 2]))
+>>> table == [w, step]
+True
+
+`take` remembers its source, so that a plan can be sent as row numbers (`verbs.save_messages`):
+
+>>> kept = table.take(np.array([1]), hint=np.array([-1]))
+>>> kept.fqns, kept.origin.rows.tolist(), kept.origin.table is table
+(('step',), [1], True)
 """
 
 from __future__ import annotations
@@ -149,6 +184,7 @@ class WriteItems(ItemTable[WriteItem]):
     def take(self, rows: Ints, hint: Ints | None = None) -> WriteItems:
         """These rows in this order, with other hints where given."""
         fqns = self.fqns
+        # The same tuple where nothing is left out: names are compared by identity elsewhere.
         everything = len(rows) == len(fqns) and bool((rows == np.arange(len(rows))).all())
         return replace(
             self,
@@ -166,6 +202,7 @@ class WriteItems(ItemTable[WriteItem]):
 
     def size_bytes(self) -> Ints:
         """Bytes of data of each row's box; of a byte value, what is known, at least 1."""
+        # A value's property is -1, the last one's width: the `where` below drops what that gives.
         width = np.array([p.dtype.itemsize for p in self.properties] or [1], dtype=np.int64)
         tensors = volumes(self.shape) * width[self.property_of]
         return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), tensors)
@@ -321,6 +358,7 @@ def position(known: dict[Any, int], properties: TensorProperties) -> int:
 
 
 _AT_HOME = ("origin", "source")
+"""Fields that mean something only in the process that has the table or index they point to."""
 
 
 def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:

@@ -1,4 +1,36 @@
-"""Whether the boxes of an index tile their tensors. Pure (no I/O)."""
+"""Whether the boxes of an index tile their tensors. Pure (no I/O).
+
+Boxes tile a tensor when they lie inside it, no two overlap, and their elements add up to the
+tensor's. The last is a sum only because the first two hold: so a key that fails one check is left
+out of the next, whose answer would mean nothing.
+
+Overlaps are the dear part. Most tensors are cut along one dimension, and there a single pass over
+neighbouring rows settles it (`_suspects`). Only what is left is swept (`boxes.overlapping_pairs`),
+once for each distinct layout.
+
+Two ranks hold `w` by rows; the second begins a row too late, and both hold the whole of `b`:
+
+>>> import torch
+>>> from torch.distributed.checkpoint.metadata import (
+...     ChunkStorageMetadata, TensorProperties, TensorStorageMetadata)
+>>> def stored(size, *boxes):
+...     chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes]
+...     return TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), chunks)
+>>> index = Index.of({
+...     "w": stored([4, 2], ([0, 0], [2, 2]), ([3, 0], [1, 2])),
+...     "b": stored([2], ([0], [2]), ([0], [2])),
+... })
+>>> for line in problems_of(index, complete=True):
+...     print(line)
+key:w invalid fill tensor-volume: 8 chunks-volume: 6
+key:b has overlapping chunks: ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([2]))
+ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([2]))
+
+Where each rank plans alone, a gap is no error, since other ranks may fill it:
+
+>>> [line.split()[0] for line in problems_of(index, complete=False)]
+['key:b']
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,32 @@ left (`torch.distributed.tensor.placement_types`):
   tensor parallelism will shard again. Where the sizes are uneven such a shard is not one box of
   the full tensor but several;
 - `Replicate()` leaves it whole.
+
+Each dimension of the tensor is a list of runs of its indices, in the order in which the local
+tensor has them; a placement replaces the list of its own dimension by the part that the rank keeps.
+The rank's boxes are the products of the runs of all dimensions.
+
+Two ranks cut 5 rows; the first gets 3, the second 2:
+
+>>> for rank in range(2):
+...     print(local_boxes((5, 2), (2,), (rank,), (Shard(0),)))
+(LocalBox(offset=(0, 0), shape=(3, 2), local_offset=(0, 0)),)
+(LocalBox(offset=(3, 0), shape=(2, 2), local_offset=(0, 0)),)
+
+FSDP over tensor parallelism on a 2x2 mesh: the 8 rows are first cut for tensor parallelism (the
+second mesh dimension), so FSDP (the first) takes its chunk of each of the two parts:
+
+>>> from torch.distributed.tensor.placement_types import _StridedShard
+>>> both = (_StridedShard(0, split_factor=2), Shard(0))
+>>> [local_boxes((8,), (2, 2), at, both)[0].offset for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
+[(0,), (4,), (2,), (6,)]
+
+Under the first placement alone a rank has both its chunks, one after the other in its memory:
+
+>>> for box in local_boxes((8,), (2,), (1,), both[:1]):
+...     print(box)
+LocalBox(offset=(2,), shape=(2,), local_offset=(0,))
+LocalBox(offset=(6,), shape=(2,), local_offset=(2,))
 """
 
 from __future__ import annotations
@@ -68,7 +94,7 @@ def local_boxes(
         if isinstance(placement, (_StridedShard, Shard)):
             parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
             runs[placement.dim] = shard_runs(runs[placement.dim], ranks, rank, parts)
-    # An empty shard is said to lie at the tensor's end, as torch says.
+    # An empty shard lies at the tensor's end, as in torch: clients compare these offsets.
     sides = [_join_runs(some) or [(n, n)] for some, n in zip(runs, shape, strict=True)]
     starts = [
         [sum(stop - start for start, stop in some[:i]) for i in range(len(some))] for some in sides
@@ -84,7 +110,13 @@ def local_boxes(
 
 
 def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
-    """What `rank` of `ranks` keeps of a dimension: its chunk of each of `parts` parts."""
+    """What `rank` of `ranks` keeps of a dimension: its chunk of each of `parts` parts.
+
+    >>> shard_runs([(0, 8)], ranks=2, rank=1)
+    [(4, 8)]
+    >>> shard_runs([(0, 8)], ranks=2, rank=1, parts=2)
+    [(2, 4), (6, 8)]
+    """
     length = sum(stop - start for start, stop in runs)
     kept: Runs = []
     for part in range(parts):
@@ -95,6 +127,7 @@ def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
 
 def _chunk(low: int, high: int, chunks: int, which: int) -> tuple[int, int]:
     """The range of a chunk of low..high as torch.chunk cuts it; past the end it is empty."""
+    # Rounded up: the first chunks are full, the last ones get what is left, perhaps nothing.
     step = -(-(high - low) // chunks)
     return min(low + which * step, high), min(low + (which + 1) * step, high)
 

@@ -1,4 +1,53 @@
-"""Wanted boxes x stored boxes -> what to read. Pure (no I/O)."""
+"""Wanted boxes x stored boxes -> what to read. Pure (no I/O).
+
+A rank wants boxes of full tensors: those that its state dict holds. The checkpoint stores boxes of
+the same tensors, cut by other ranks for another mesh. Every overlap of a wanted box with a stored
+one is one copy, and one row of the plan: so many elements from there in the stored box to there in
+the wanted one. That is all there is to resharding: a load on the same mesh is the case where each
+wanted box meets exactly one stored box of its own size.
+
+The steps:
+
+1. Each wanted name is looked up in the index, under the name that the checkpoint has for it.
+2. `_check_apart`: the stored boxes of the wanted tensors must not overlap. Without this rule an
+   element that is stored twice could make up for one that is stored nowhere in the count of step 4.
+3. Each wanted box is paired with all stored boxes of its name, and the pairs are intersected, about
+   `PAIRS_AT_ONCE` at a time. For w wanted boxes of a tensor in s chunks these are w * s pairs.
+4. `_check_filled`: since stored boxes are apart, a wanted box is filled exactly when its overlaps
+   have as many elements as the box. One pass of sums finds every gap.
+
+Assumes an index whose boxes lie inside their tensors, as `catalog_checks` has checked when it was
+read, and that every wanted name is in it and of the same size there (`match` checks that before).
+Guarantees that the rows write each element of each wanted box exactly once (but for the names in
+`partial`, whose gaps stay as they were), that they read nothing else, and that they are ordered by
+wanted box, then by stored box. Each rank plans alone, from its own state dict and the checkpoint's
+index: planning a load needs no peer.
+
+Two ranks have saved `w`, rows 0 to 2 and rows 3 and 4, and one of them `b`. This rank is the second
+of three that load: of `w` it wants rows 2 and 3, which lie in both stored boxes:
+
+>>> import torch
+>>> from torch.distributed.checkpoint.metadata import (
+...     ChunkStorageMetadata, TensorProperties, TensorStorageMetadata)
+>>> def stored(size, *boxes):
+...     chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes]
+...     return TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), chunks)
+>>> index = Index.of({
+...     "w": stored([5, 2], ([0, 0], [3, 2]), ([3, 0], [2, 2])),
+...     "b": stored([2], ([0], [2])),
+... })
+>>> wanted = Wanted(
+...     fqns=("w", "b"), ndim=np.array([2, 1]), offset=np.array([[2, 0], [0, 0]]),
+...     shape=np.array([[2, 2], [2, 1]]), nth=np.array([0, 0]))
+>>> plan = read_items(wanted, index)
+
+For `w` it copies the last row of the first chunk and the first row of the second; `b` is one copy:
+
+>>> list(zip(plan.fqns, plan.entry.tolist()))
+[('w', 0), ('w', 1), ('b', 2)]
+>>> plan.from_offset.tolist(), plan.to_offset.tolist(), plan.shape.tolist()
+([[2, 0], [0, 0], [0, 0]], [[0, 0], [1, 0], [0, 0]], [[1, 2], [1, 2], [2, 1]])
+"""
 
 from __future__ import annotations
 
@@ -31,6 +80,8 @@ def read_items(
     CheckpointCorruptError when the stored boxes lack an element that is wanted, or hold one twice.
     Of the names in `partial` they may lack any.
     """
+    # Values travel as boxes of no dimensions: padded to offset 0 and shape 1 they overlap
+    # themselves once, so that they need no branch until the kinds are set below.
     width = max(wanted.offset.shape[1], index.offset.shape[1])
     names = wanted.fqns
     stored_fqns = names if stored_as is None else tuple(stored_as.get(n, n) for n in names)
@@ -76,6 +127,7 @@ def read_items(
 
 
 def _slabs(counts: Ints) -> list[Ints]:
+    """Wanted rows in runs of about `PAIRS_AT_ONCE` pairs; a single row may exceed that."""
     slab = (counts.cumsum() - counts) // PAIRS_AT_ONCE
     return np.split(np.arange(len(counts)), np.flatnonzero(np.diff(slab)) + 1)
 

@@ -1,6 +1,32 @@
 """A state dict against a checkpoint's index: what fits, what does not. Pure (no I/O).
 
 Every key that does not fit is named at once, with the nearest names that exist.
+
+The checkpoint has `w` in two chunks, as two ranks saved it, and `b`:
+
+>>> from torch.distributed.checkpoint.metadata import (
+...     ChunkStorageMetadata, TensorProperties, TensorStorageMetadata)
+>>> def stored(size, *boxes):
+...     chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes]
+...     return TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), chunks)
+>>> index = Index.of({
+...     "w": stored([4, 2], ([0, 0], [2, 2]), ([2, 0], [2, 2])), "b": stored([2], ([0], [2]))})
+
+How a tensor is cut plays no part here, only its full size and dtype do:
+
+>>> half = {"w": torch.zeros(4, 2, dtype=torch.float16)}
+>>> found = match(half, index, strict=True)
+>>> found.unexpected, found.converted
+(('b',), {'w': (torch.float32, torch.float16)})
+
+All problems come in one error:
+
+>>> match({"w": torch.zeros(2, 2), "b2": torch.zeros(2)}, index, strict=True)
+Traceback (most recent call last):
+    ...
+pytest_dcp.errors.CheckpointMismatchError: Missing key in checkpoint state_dict: b2 (nearest:
+'b').
+Size mismatch between saved torch.Size([4, 2]) and current: torch.Size([2, 2]) for w
 """
 
 from __future__ import annotations
@@ -114,7 +140,7 @@ def match(
     for fqn, value in loaded.items():
         row = row_of[names[fqn]]
         if ndims[row] < 0:
-            continue
+            continue  # a value: it is judged when it is read
         if type(value) in USUAL:
             here = full(value)
             try:

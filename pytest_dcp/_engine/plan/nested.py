@@ -3,6 +3,34 @@
 Mappings are walked always; lists only when a tensor or a mapping is somewhere inside; tuples and
 everything else are values. A flat name is the path's keys joined with dots. Checkpoints of torch
 before 2.4 also kept a mapping without tensors as one value: `plain_mappings_whole` walks so.
+
+The way there:
+
+>>> state = {"model": {"w": torch.zeros(2)}, "optimizer": [{"lr": 0.1}], "steps": [1, 2]}
+>>> flat, paths = flatten(state)
+>>> flat
+{'model.w': tensor([0., 0.]), 'optimizer.0.lr': 0.1, 'steps': [1, 2]}
+>>> paths["optimizer.0.lr"]
+('optimizer', 0, 'lr')
+
+A name does not say whether `0` is a position or a key, so the checkpoint stores the paths as well
+(`as_saved`), and the way back follows them:
+
+>>> again = {}
+>>> for fqn, path in as_saved(paths).items():
+...     set_element(again, path, flat[fqn])
+>>> again == {"model": {"w": flat["model.w"]}, "optimizer": [{"lr": 0.1}], "steps": [1, 2]}
+True
+
+Names must be distinct, though paths are:
+
+>>> flatten({"a.b": 1, "a": {"b": 2}})
+Traceback (most recent call last):
+    ...
+ValueError: duplicated flatten key 'a.b': both ('a.b',) and ('a', 'b') lead to it
+
+Assumes nothing of a path that comes from a file: `Room` puts values in place of `set_element` where
+a checkpoint is read, since one forged position could otherwise ask for a list of any length.
 """
 
 from __future__ import annotations
@@ -42,6 +70,7 @@ def flatten(
     """
     flat: dict[str, Any] = {}
     paths: dict[str, Path] = {}
+    # Nearly every mapping has string keys only, which cannot collide: one C loop tells.
     if not TEXT.issuperset(map(type, state_dict)):
         _check_keys((), state_dict)
         note((), dict(state_dict))

@@ -4,6 +4,21 @@ Plain tensors are one box, the whole, unless their attributes say otherwise (`pl
 and ShardedTensor hold parts. Any other tensor class may say its parts itself through the methods
 that torch's DTensor also has: `__create_write_items__(fqn, object)`, `__create_chunk_list__()` and
 `__get_tensor_shard__(index)`.
+
+A box says two things: where it lies in the full tensor (`offset`), which the checkpoint stores, and
+where it lies in this rank's memory (`local_offset`), which the checkpoint never sees. Reading and
+writing go through `part_of`, a view of the memory.
+
+>>> whole = torch.arange(8).reshape(4, 2)
+>>> boxes_of("w", whole)
+(LocalBox(offset=(0, 0), shape=(4, 2), local_offset=(0, 0)),)
+
+A local tensor of three rows whose last two are rows 2 and 3 of `w`:
+
+>>> local = torch.cat([torch.full((1, 2), -1), whole[2:]])
+>>> part_of(local, LocalBox(offset=(2, 0), shape=(2, 2), local_offset=(1, 0)))
+tensor([[4, 5],
+        [6, 7]])
 """
 
 from __future__ import annotations
@@ -128,6 +143,7 @@ class Layouts:
     """The boxes that this rank holds of DTensors; what is true of a whole mesh is asked once."""
 
     def __init__(self) -> None:
+        # By id, since a mesh's own hash is slow; the state dict keeps each mesh alive meanwhile.
         self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
         self._boxes: dict[Any, tuple[tuple[LocalBox, ...], Sides]] = {}
 
