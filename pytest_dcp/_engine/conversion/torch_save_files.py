@@ -17,11 +17,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import contiguous_stride, records_of
 from pytest_dcp._engine.format.state_dict_archive import (
     TensorPlace,

@@ -23,12 +23,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
 from pytest_dcp._engine.plan.collector import collector_paused

@@ -15,11 +15,11 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 import torch
 
 from pytest_dcp._engine.format.archive_layout import ArchiveLayout, add_constants
+from pytest_dcp._engine.format.checksum import crc32
 
 PICKLE_PROTOCOL = 2
 """What torch.save uses, and all that torch.load(weights_only=True) reads."""

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from isal.isal_zlib import crc32
-
 from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.io.disk import In
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.threads import StopFlag

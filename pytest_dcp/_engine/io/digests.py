@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from isal.isal_zlib import crc32
 
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
 from pytest_dcp._engine.plan.replicas import NOT_COMPARED
 from pytest_dcp._engine.plan.shards import PLAIN

@@ -9,11 +9,11 @@ import io
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.io.stream_disk import StreamOut
 from pytest_dcp._engine.io.tensor_memory import pieces

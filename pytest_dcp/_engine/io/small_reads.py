@@ -14,10 +14,10 @@ from itertools import pairwise
 from operator import add
 
 import numpy as np
-from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies
 from pytest_dcp._engine.io.tensor_memory import memory_at

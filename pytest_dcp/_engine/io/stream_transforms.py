@@ -7,10 +7,10 @@ import math
 from typing import IO
 
 import torch
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry_locator import TensorRecord, locate
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError

@@ -16,10 +16,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.write_results import Written
 from pytest_dcp._engine.io.disk import Buffer, Disk, Out

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.planner import WriteItem
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
+from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.safetensors_header import (
     SHARDING_KEY,
     encode,
