@@ -1,28 +1,81 @@
 """Which of the ranks that have not come to an operation have ended.
 
-Three things tell, and none of them waits:
+Four things tell:
 
 - the rank's idle connection from an earlier operation broke (see reception);
 - the process that it left in the store at its first operation has ended, or torchrun's error file
   of it is there (see presence): on the same machine, or with a shared folder of logs;
-- nothing listens any more at the address that it left there (see probe): on another machine.
+- nothing listens any more at the address that it left there (see probe): on another machine;
+- nothing listens any more where gloo did when the group was made (see gloo_listener): a rank that
+  ended before it called its first operation.
 
-Nothing is known of a rank that ended before its first operation of the group began, nor of a
-machine that vanished from the network before the rank had a connection: they are waited for.
+Nothing is known of a machine that vanished from the network before the rank had a connection, nor
+of a rank that ended before its first operation of a group without gloo: they are waited for.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
-from pytest_dcp._engine.coordinate.probe import Probe
+from pytest_dcp._engine.coordinate.probe import Probe, QuietProbe
 from pytest_dcp._engine.coordinate.reception import Reception
 
 AT_ONCE = 32
 """Ranks that are looked at together: each may be a request to the store, and a descriptor."""
+LOOK_S = 0.1
+"""How long one look may take where addresses do not answer; the other ranks are next."""
+
+
+class Absence:
+    """One rank that has not come."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._probe: Probe | None = None
+        self._by_gloo = False
+        """Whether the probe is of gloo's address."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a try to connect holds a descriptor."""
+        return self._probe is not None and self._probe.is_under_way
+
+    def look(self, *, may_begin: bool = True) -> str | None:
+        """How it is known that the rank has ended, or None.
+
+        Waits only for a quiet try (see probe). may_begin: whether it may take another descriptor.
+        """
+        presence = rendezvous.presence_of(self._group, self._rank)
+        where = None
+        if presence is not None:
+            if (how := presence.how_ended()) is not None or presence.is_visible:
+                return how
+            where = presence.listens_at()
+        if self._probe is None or (where is not None and self._by_gloo):
+            self.close()
+            self._by_gloo = where is None
+            self._probe = self._probe_of_gloo() if where is None else Probe(*where)
+        if self._probe is None or not (may_begin or self._probe.is_under_way):
+            return None
+        return self._probe.look()
+
+    def _probe_of_gloo(self) -> Probe | None:
+        own = rendezvous.gloo_listener_of(self._group, dist.get_rank(self._group))
+        other = rendezvous.gloo_listener_of(self._group, self._rank)
+        if own is None or other is None:
+            return None
+        return QuietProbe(other, leads_there=own.can_reach(other))
+
+    def close(self) -> None:
+        """End the try under way."""
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
 
 
 class Absences:
@@ -32,13 +85,13 @@ class Absences:
         self._group = group
         self._key = key
         self._reception = reception
-        self._probes: dict[int, Probe] = {}
+        self._absent: dict[int, Absence] = {}
         self._turn = 0
         """At which of the ranks the next look begins."""
 
     def find_ended(self, missing: Sequence[int]) -> dict[int, str]:
         """How those of the missing ranks ended of which it is known."""
-        self._end_probes(missing)
+        self._forget_others(missing)
         ended = {
             rank: how
             for rank in missing
@@ -47,33 +100,26 @@ class Absences:
         self._turn += AT_ONCE
         at = self._turn % max(1, len(missing))
         turn = [*missing[at:], *missing[:at]][:AT_ONCE]
+        until_s = time.monotonic() + LOOK_S
         for rank in dict.fromkeys([*self._under_way(), *turn]):
             if rank not in ended and (how := self._look(rank)) is not None:
                 ended[rank] = how
+            if time.monotonic() > until_s:
+                break
         return ended
 
     def _look(self, rank: int) -> str | None:
-        presence = rendezvous.presence_of(self._group, rank)
-        if presence is None:
-            return None
-        if (how := presence.how_ended()) is not None or presence.is_visible:
-            return how
-        probe = self._probes.get(rank)
-        if probe is None:
-            if (where := presence.listens_at()) is None:
-                return None
-            probe = self._probes[rank] = Probe(*where)
-        if not probe.is_under_way and len(self._under_way()) >= AT_ONCE:
-            return None
-        return probe.look()
+        if rank not in self._absent:
+            self._absent[rank] = Absence(self._group, rank)
+        return self._absent[rank].look(may_begin=len(self._under_way()) < AT_ONCE)
 
     def _under_way(self) -> list[int]:
-        return [rank for rank, probe in self._probes.items() if probe.is_under_way]
+        return [rank for rank, absence in self._absent.items() if absence.is_under_way]
 
-    def _end_probes(self, missing: Collection[int]) -> None:
-        for rank in self._probes.keys() - set(missing):
-            self._probes.pop(rank).close()
+    def _forget_others(self, missing: Collection[int]) -> None:
+        for rank in self._absent.keys() - set(missing):
+            self._absent.pop(rank).close()
 
     def close(self) -> None:
         """End all tries."""
-        self._end_probes(())
+        self._forget_others(())

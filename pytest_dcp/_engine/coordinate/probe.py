@@ -1,19 +1,24 @@
-"""Whether a process of another machine still listens at its address.
+"""Whether a process still listens at its address.
 
 The kernel takes connections for a process as long as it lives, however busy, stopped or stuck it
 is, and refuses them when it has ended. So a refusal says what a missed heartbeat cannot. It is
-believed when it stays: for `CONFIRM_S` where the address took a connection before, else for
-`REFUSED_S`, since a firewall between may refuse, too, and a rank that lives comes by itself. An
-address that does not answer (a full queue, a network that is down) says nothing.
+believed when it lasts: for `CONFIRM_S` where the address is known to lead to the process, since it
+took a connection before; else for `REFUSED_S`, since a firewall between may refuse, too, and a
+rank that lives comes by itself. An address that does not answer (a full queue, a network that is
+down) says nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import select
 import socket
+import struct
 import time
+
+from pytest_dcp._engine.coordinate.gloo_listener import GlooListener
 
 REFUSED_S = 20.0
 CONFIRM_S = 2.0
@@ -23,6 +28,12 @@ LATER_S = 10.0
 """Between two tries else: each one takes a place in the queue of the process."""
 CONNECT_S = 5.0
 """One try of an address that does not answer."""
+QUIET_S = 0.03
+"""One quiet try: long for a network, and far below the 0.2 s after which the kernel acknowledges
+the connection all the same (TCP_DELACK_MAX)."""
+QUIET_LATER_S = 2.0
+"""Between two quiet tries of an address that does not refuse: they cost the process nothing."""
+RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Probe:
@@ -52,19 +63,28 @@ class Probe:
                 self._conclude(outcome, now)
         elif now >= self._next_s:
             self._begin(now)
-        if self._refused_s is None:
+        if self._refused_s is None or self.is_under_way:
             return None
         refused_s = now - self._refused_s
-        if refused_s < (CONFIRM_S if self._was_there else REFUSED_S):
+        if refused_s < (CONFIRM_S if self._was_there else self._patience_s()):
             return None
-        host, port = self._where
+        return self._describe_end(*self._where)
+
+    def _patience_s(self) -> float:
+        """How long an address that never took a connection must refuse."""
+        return REFUSED_S
+
+    def _later_s(self) -> float:
+        return LATER_S
+
+    def _describe_end(self, host: str, port: int) -> str:
         return f"nothing listens at its address {host}:{port} any more"
 
     def _begin(self, now: float) -> None:
         family = socket.AF_INET6 if ":" in self._where[0] else socket.AF_INET
         self._next_s = now + CONNECT_S
         try:
-            self._sock = socket.socket(family)
+            self._sock = self._open(family)
         except OSError:  # no descriptors left
             self._next_s = now + LATER_S
             return
@@ -73,6 +93,9 @@ class Probe:
         if error not in (0, errno.EINPROGRESS):
             self.close()
             self._conclude(error, now)
+
+    def _open(self, family: socket.AddressFamily) -> socket.socket:
+        return socket.socket(family)
 
     def _outcome(self, sock: socket.socket, now: float) -> int | None:
         """The error number of the try, 0 for a connection, None while it goes on."""
@@ -88,16 +111,65 @@ class Probe:
         return 0
 
     def _conclude(self, error: int, now: float) -> None:
-        if error in (errno.ECONNREFUSED, errno.ECONNRESET):
+        if error == errno.ECONNREFUSED:
             self._refused_s = now if self._refused_s is None else self._refused_s
             self._next_s = now + AGAIN_S
             return
-        self._was_there = self._was_there or error == 0
+        # A reset came after the connection was taken: the queue is full (tcp_abort_on_overflow).
+        self._was_there = self._was_there or error in (0, errno.ECONNRESET)
         self._refused_s = None
-        self._next_s = now + LATER_S
+        self._next_s = now + self._later_s()
 
     def close(self) -> None:
         """End the try under way."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+
+class QuietProbe(Probe):
+    """Where gloo listens for a rank, tried without gloo's notice.
+
+    gloo must not see the try: where its process has no descriptor left, it takes accept()'s error
+    for its own and ends the process. So the try is reset before it is a connection. The process's
+    kernel answers it (SYN, SYN-ACK), ours keeps the acknowledgement back (TCP_QUICKACK off), and
+    closing the socket resets it: nothing has entered the queue that gloo accepts from. Health
+    checks of load balancers do the same.
+
+    A try waits `QUIET_S` for its answer. A refusal of an address that is not known to lead to the
+    rank is never believed: unlike a rank that listens for us, this one may not come for long.
+    """
+
+    def __init__(self, listener: GlooListener, *, leads_there: bool) -> None:
+        """leads_there: the address is known to lead to the rank."""
+        super().__init__(listener.host, listener.port)
+        self._was_there = leads_there
+
+    def _begin(self, now: float) -> None:
+        super()._begin(now)
+        if self._sock is None:
+            return
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        poll.poll(QUIET_S * 1000)
+        outcome = self._outcome(self._sock, now)
+        self.close()
+        self._conclude(errno.ETIMEDOUT if outcome is None else outcome, now)
+
+    def _open(self, family: socket.AddressFamily) -> socket.socket:
+        sock = super()._open(family)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+        return sock
+
+    def _patience_s(self) -> float:
+        return math.inf
+
+    def _later_s(self) -> float:
+        return QUIET_LATER_S
+
+    def _describe_end(self, host: str, port: int) -> str:
+        return (
+            f"nothing listens at {host}:{port} any more, where gloo did: its process has ended, or "
+            "it has destroyed the process group"
+        )

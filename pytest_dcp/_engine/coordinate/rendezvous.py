@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, decode, encode
+from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
 from pytest_dcp._engine.coordinate.handshake import open_word, seal_word
 from pytest_dcp._engine.coordinate.machines import local_only
 from pytest_dcp._engine.coordinate.presence import Presence
@@ -56,6 +57,8 @@ class Meeting:
     """Whether this process has said in the store which one it is."""
     presences: dict[int, Presence] = field(default_factory=dict)
     """By rank, those that were looked up."""
+    gloo_listeners: dict[int, GlooListener | None] = field(default_factory=dict)
+    """By rank, those that were looked up; None where gloo left no address that we can read."""
     tying: threading.Lock = field(default_factory=threading.Lock)
     """Held while `idle` changes: a save and a load may begin at once."""
 
@@ -145,6 +148,30 @@ def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
     """How it is known that the process of a rank has ended; None where it is not. Never waits."""
     presence = presence_of(group, rank)
     return None if presence is None else presence.how_ended()
+
+
+def gloo_listener_of(group: dist.ProcessGroup, rank: int) -> GlooListener | None:
+    """Where gloo listens for a rank, or None where that is unknown. Never waits.
+
+    gloo writes it while the group is made: what is not there now never will be.
+    """
+    listeners = meeting_of(group).gloo_listeners
+    if rank not in listeners:
+        try:
+            listeners[rank] = _read_gloo_listener(group, rank)
+        except (RuntimeError, CoordinationError):  # the store is gone
+            return None
+    return listeners[rank]
+
+
+def _read_gloo_listener(group: dist.ProcessGroup, rank: int) -> GlooListener | None:
+    store = _store(group)
+    kinds = {device.type for device in group._device_types}
+    for kind in sorted(kinds, key=lambda kind: (kind != "cpu", kind)):
+        key = f"{kind}//0/{rank}"
+        if store.check([key]):
+            return parse_listener(store.get(key), group.size())
+    return None
 
 
 def _presence_key(rank: int) -> str:

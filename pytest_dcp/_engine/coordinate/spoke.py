@@ -15,6 +15,7 @@ import time
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, alert_text
 from pytest_dcp._engine.coordinate.handshake import SHARED_KEY
@@ -108,13 +109,17 @@ class Spoke:
 
         A coordinator that has not come, or whose queue is full, is waited for like any late rank.
         """
+        with contextlib.closing(Absence(self._group, self.site.coordinator)) as absence:
+            return self._try_addresses(until_s, step, absence)
+
+    def _try_addresses(self, until_s: float, step: str, absence: Absence) -> Link | Cause:
         site, group = self.site, self._group
         refused_s = unreached_s = until_s
         while True:
             now = time.monotonic()
             address = rendezvous.look_up(group, site.coordinator, min(until_s, now + TICK_S))
             if address is None:
-                if (how := rendezvous.ended_process(group, site.coordinator)) is not None:
+                if (how := absence.look()) is not None:
                     return site.ended(site.coordinator, step, how)
             else:
                 try:

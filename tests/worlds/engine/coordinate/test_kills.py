@@ -31,7 +31,6 @@ from torch.distributed import FileStore  # type: ignore[attr-defined] # re-expor
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.background import process as async_process
-from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -91,7 +90,8 @@ class Mode:
     """Kills when tests are run daily."""
     nightly: int
     old: bool = True
-    """Whether there is a checkpoint before; if not, the save is the group's first operation."""
+    """Whether there is a checkpoint before; if not, the save is the group's first operation: some
+    ranks are killed before they have called it."""
 
 
 def dcp_save(state: State, folder: Path) -> None:
@@ -107,8 +107,11 @@ MODES = {
 }
 
 
-def run_rank(mode: Mode, rank: int, place: Path, ready: int) -> None:
-    """One rank's life; its end is told in a file."""
+def run_rank(mode: Mode, rank: int, place: Path, ready: int, go: int) -> None:
+    """One rank's life; its end is told in a file.
+
+    It says that it is ready, and goes on when it reads a byte from `go`.
+    """
     # Says where it hangs, and ends. Not by a timer of faulthandler's: the one that pytest has set
     # would be waited for, in a thread that no fork has.
     faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
@@ -120,10 +123,8 @@ def run_rank(mode: Mode, rank: int, place: Path, ready: int) -> None:
     if mode.old:
         mode.save(part_of(rank, 1.0), folder)
     dist.barrier()
-    if mode.old:
-        os.write(ready, b"!")
-    else:
-        tell_when_present(ready)
+    os.write(ready, b"!")
+    assert os.read(go, 1)
     told: dict[str, Any] = {"error": None}
     try:
         mode.save(part_of(rank, 2.0), folder)
@@ -135,32 +136,19 @@ def run_rank(mode: Mode, rank: int, place: Path, ready: int) -> None:
     time.sleep(0.3)  # others may still hear of the last step
 
 
-def tell_when_present(ready: int) -> None:
-    """Say that the first operation has begun here, once the others can know of this process.
-
-    A rank that ends before it has called anything is missed no earlier than one that never calls.
-    """
-    say = rendezvous.say_present
-
-    def say_and_tell(*args: Any) -> None:
-        say(*args)
-        os.write(ready, b"!")
-
-    rendezvous.say_present = say_and_tell
-
-
 @contextmanager
-def forked_ranks(mode: Mode, place: Path) -> Iterator[tuple[list[int], list[int]]]:
-    """The processes' ids, and for each rank a pipe that says when it begins to save."""
+def forked_ranks(mode: Mode, place: Path) -> Iterator[tuple[list[int], int]]:
+    """The ids of processes that are ready to save, and a pipe: one byte for each, and they do."""
     children: list[int] = []
     pipes: list[int] = []
+    go, going = os.pipe()
     for rank in range(RANKS):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                run_rank(mode, rank, place, writing)
+                run_rank(mode, rank, place, writing, go)
                 code = 0
             except BaseException:  # noqa: BLE001 - told by the exit code, and in the output
                 traceback.print_exc()
@@ -169,9 +157,11 @@ def forked_ranks(mode: Mode, place: Path) -> Iterator[tuple[list[int], list[int]
         children.append(child)
         pipes.append(reading)
     try:
-        yield children, pipes
-    finally:
         for pipe in pipes:
+            assert os.read(pipe, 1), "a rank ended before it began to save"
+        yield children, going
+    finally:
+        for pipe in (*pipes, go, going):
             os.close(pipe)
         for child in children:
             with_kill(child)
@@ -211,8 +201,8 @@ class Killed:
 def kill_one(mode: Mode, place: Path, chance: random.Random) -> Killed:
     victim = chance.randrange(RANKS)
     delay_s = chance.uniform(0, 1.5 * mode.lasts_s)
-    with forked_ranks(mode, place) as (children, pipes):
-        assert os.read(pipes[victim], 1), "a rank ended before it began to save"
+    with forked_ranks(mode, place) as (children, going):
+        os.write(going, b"!" * RANKS)
         time.sleep(delay_s)
         killed_s = time.monotonic()
         os.kill(children[victim], signal.SIGKILL)
