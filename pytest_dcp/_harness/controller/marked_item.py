@@ -355,7 +355,7 @@ class MarkedItem:
         return isinstance(error, xfailed.raises)
 
     def _log_subtests(self, world: World) -> None:
-        reports, world.sub_reports = world.sub_reports, []
+        reports = world.take_sub_reports()
         if reports:
             from pytest_dcp._harness.controller import subtests
 

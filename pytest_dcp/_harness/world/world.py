@@ -1,7 +1,7 @@
 """One world in the controller: joins a launcher, the supervisor and the ranks' sockets.
 
 Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in
-`_settle` carries out what `supervisor` decides; every wait in it is bounded by the supervisor's
+`rank_loop` carries out what `supervisor` decides; every wait in it is bounded by the supervisor's
 own clock, and the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import selectors
 import socket
 import time
 import uuid
@@ -21,35 +20,20 @@ from pathlib import Path
 import pytest
 
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import Halt, Launcher, LauncherLostError, Order
+from pytest_dcp._harness.protocol.launcher import Launcher, Order
 from pytest_dcp._harness.protocol.messages import (
-    DebugAnswer,
     Done,
     Down,
     FaultAct,
     FaultAsk,
     Leave,
     Phase,
-    SubReport,
-    Up,
-    WireError,
-    encode,
 )
 from pytest_dcp._harness.protocol.places import PREPARE_S
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.world import stacks
-from pytest_dcp._harness.world.interrupts import Interrupts
 from pytest_dcp._harness.world.outcome import Outcome, combine
-from pytest_dcp._harness.world.rank_handle import SEND_S, RankEnd
-from pytest_dcp._harness.world.rank_states import (
-    Action,
-    Continue,
-    Dump,
-    Interrupt,
-    KillRank,
-    Send,
-    StopRank,
-)
+from pytest_dcp._harness.world.rank_loop import RankLoop
 from pytest_dcp._harness.world.supervisor import Supervisor
 from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
@@ -58,8 +42,6 @@ BOOT_S = 120.0
 """For starting processes and joining the process group, when torch was imported."""
 LEAVE_S = 20.0
 """For a rank's exit once it was ordered to leave."""
-LOOK_S = 0.25
-"""How often the captured output's size and the launcher are looked at."""
 WORK_S = 0.005
 """Of processor time: a thread that hangs uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
@@ -112,9 +94,6 @@ class World:
         self.number = next(_numbers)
         self.spec = spec
         self.seed = seed
-        self.sub_reports: list[tuple[int, dict[str, object]]] = []
-        self.strays: list[tuple[int, str]] = []
-        """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
         self.exited: Verdicts = {}
         """What ranks printed, and what went wrong, while they exited."""
         self.ended = False
@@ -124,19 +103,21 @@ class World:
         """Whether a phase has begun whose outcome was not returned yet."""
         self._settings = settings
         self._gpus = gpus
-        self._launcher = settings.launcher()
         terminal = replace(settings.terminal)
         self._supervisor = Supervisor(spec.size, grace_s=settings.grace_s, terminal=terminal)
-        self._ranks: list[RankEnd] = []
-        self._selector = selectors.DefaultSelector()
+        self._launcher = settings.launcher()
+        self._loop = RankLoop(
+            self.number,
+            self._supervisor,
+            self._launcher,
+            output_limit_bytes=settings.output_limit_bytes,
+        )
         # A name that no earlier test can have taken.
         self._store = settings.folder / f"store-{uuid.uuid4().hex}"
         self._port = socket.socket()
-        self._interrupts = Interrupts()
         self._on_end = on_end
         self._limit_s = BOOT_S
         self._deadline = float("inf")
-        self._look_at = 0.0
 
     # Life.
 
@@ -147,18 +128,10 @@ class World:
             # Bound, not listening: the number stays ours, and a rank may still listen on it.
             self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._port.bind(("127.0.0.1", 0))
-            self._ranks = [RankEnd() for _ in range(self.spec.size)]
-            for rank, one in enumerate(self._ranks):
-                self._selector.register(one.socket, selectors.EVENT_READ, rank)
-            self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
+            self._loop.open(self.spec.size)
             now = time.monotonic()
             self._supervisor.boot(now + BOOT_S, now, self._launcher.first_place)
-            self._launcher.launch(
-                [self._order(rank) for rank in range(self.spec.size)],
-                [one.fds() for one in self._ranks],
-            )
-            for one in self._ranks:
-                one.theirs.close()
+            self._loop.launch([self._order(rank) for rank in range(self.spec.size)])
             outcome = self._settle()
         except BaseException:
             self.kill()
@@ -184,6 +157,16 @@ class World:
         """The time limit counts from here."""
         self._limit_s = limit_s
         self._deadline = time.monotonic() + limit_s
+
+    def take_sub_reports(self) -> list[tuple[int, dict[str, object]]]:
+        """(rank, report) of the subtests that ranks have reported since the last call."""
+        reports, self._loop.sub_reports = self._loop.sub_reports, []
+        return reports
+
+    @property
+    def strays(self) -> Sequence[tuple[int, str]]:
+        """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
+        return self._loop.strays
 
     @property
     def root(self) -> str:
@@ -220,12 +203,12 @@ class World:
     def begin(self, phase: Phase, order: Down) -> None:
         """Have every rank start a phase, but those that were lost as asked; `finish` follows."""
         with self._guarded():
-            self._drain()
+            self._loop.drain()
             self._is_awaited = True
-            with self._interrupts.held():
+            with self._loop.interrupts.held():
                 if not self._supervisor.failures or self.sound:
                     orders = dict.fromkeys(self._supervisor.idle, order)
-                    self._act(self._supervisor.begin(phase, orders, self._deadline))
+                    self._loop.act(self._supervisor.begin(phase, orders, self._deadline))
 
     def finish(self) -> Outcome:
         """Wait until every rank has answered, died or been killed; how the phase went."""
@@ -246,7 +229,7 @@ class World:
         with self._guarded():
             self.begin(phase, order)
             while not self._supervisor.settled:
-                self._step(BRIEF_LOOK_S)
+                self._loop.step(BRIEF_LOOK_S)
                 if enough(self._supervisor.done, self._supervisor.failures):
                     break
             else:
@@ -260,14 +243,14 @@ class World:
         Raises `WorldError` when a rank that is to be stopped or continued is gone.
         """
         with self._guarded():
-            self._drain()
+            self._loop.drain()
             gone = self._supervisor.gone
             if act != "kill" and rank in gone:
                 raise WorldError(f"rank {rank} is gone: there is nothing to {act}")
-            self._act(self._supervisor.strike(act, rank, why, time.monotonic()))
+            self._loop.act(self._supervisor.strike(act, rank, why, time.monotonic()))
             ask = FaultAsk(act, rank)
             while not self._supervisor.deaths.is_done(ask, self._supervisor.gone):
-                self._step()
+                self._loop.step()
 
     def died(self) -> Sequence[RankFailure]:
         """Failures since the last phase ended: of ranks that died while they had no order."""
@@ -275,7 +258,7 @@ class World:
             return ()
         with self._guarded():
             told = len(self._supervisor.failures)
-            self._drain()
+            self._loop.drain()
             return self._explained()[told:]
 
     def wind_down(self, order: Down, within_s: float) -> Outcome:
@@ -286,17 +269,17 @@ class World:
         work then are killed.
         """
         with self._guarded():
-            self._drain()
-            self._act(self._supervisor.give_up(time.monotonic()))
+            self._loop.drain()
+            self._loop.act(self._supervisor.give_up(time.monotonic()))
             orders = dict.fromkeys(self._supervisor.idle, order)
             deadline = time.monotonic() + within_s
-            self._act(self._supervisor.begin("teardown", orders, deadline))
-            self._wait()
+            self._loop.act(self._supervisor.begin("teardown", orders, deadline))
+            self._loop.run_until_settled()
             outcome = combine(0, self._supervisor.done, self._explained())
             leaving: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
             deadline = time.monotonic() + within_s
-            self._act(self._supervisor.begin("finish", leaving, deadline))
-            self._wait()
+            self._loop.act(self._supervisor.begin("finish", leaving, deadline))
+            self._loop.run_until_settled()
             self.kill()
             return outcome
 
@@ -309,14 +292,14 @@ class World:
             if self.ended:
                 return combine(0, {}, ())
             told = len(self._supervisor.failures)
-            self._drain()
-            self._wait()
+            self._loop.drain()
+            self._loop.run_until_settled()
             if self.sound:
                 orders: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
                 deadline = time.monotonic() + LEAVE_S
-                self._act(self._supervisor.begin("finish", orders, deadline))
+                self._loop.act(self._supervisor.begin("finish", orders, deadline))
                 told = 0
-                self._wait()
+                self._loop.run_until_settled()
                 self.exited = dict(self._supervisor.done)
             outcome = combine(0, {}, self._explained()[told:])
             self.kill()
@@ -327,39 +310,39 @@ class World:
         if self.ended:
             return
         try:
-            self._drain()
+            self._loop.drain()
         finally:
             self._kill_all()
 
     def _kill_all(self) -> None:
         try:
-            self._act(self._supervisor.interrupt(time.monotonic()))
+            self._loop.act(self._supervisor.interrupt(time.monotonic()))
             while not self._supervisor.settled:
-                self._step()
+                self._loop.step()
         finally:
             self._release()
 
     def output(self, rank: int) -> list[tuple[str, str]]:
         """(stdout | stderr, text) that a rank wrote and did not live to report. Until `close`."""
-        one = self._ranks[rank]
+        one = self._loop.ranks[rank]
         texts = (("stdout", one.read(one.out)), ("stderr", one.read(one.err)))
         return [(name, text) for name, text in texts if text]
 
     def trace(self, rank: int) -> str:
         """The stacks that a rank wrote, on request or when it crashed."""
-        return self._ranks[rank].read(self._ranks[rank].trace)
+        return self._loop.ranks[rank].read(self._loop.ranks[rank].trace)
 
     def draws(self, rank: int) -> bytes:
         """What a rank wrote down of what it drew for the last example."""
-        return self._ranks[rank].read_draws()
+        return self._loop.ranks[rank].read_draws()
 
     def at_work(self, rank: int) -> bool:
         """Whether a rank does something, polls, or would if it had a processor."""
-        return linux.at_work(self._ranks[rank].pid)
+        return linux.at_work(self._loop.ranks[rank].pid)
 
     def forget_draws(self) -> None:
         """Another example begins."""
-        for one in self._ranks:
+        for one in self._loop.ranks:
             os.ftruncate(one.draws, 0)
 
     # Inside.
@@ -388,7 +371,7 @@ class World:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """An error ends the world; Ctrl-C and its like only the phase, so that ranks tear down."""
-        with self._interrupts.relayed(), self._ending_on_error():
+        with self._loop.interrupts.relayed(), self._ending_on_error():
             yield
 
     @contextlib.contextmanager
@@ -408,13 +391,13 @@ class World:
         if self.ended:
             return
         try:
-            with self._interrupts.held():
-                self._act(self._supervisor.cut_off(time.monotonic()))
+            with self._loop.interrupts.held():
+                self._loop.act(self._supervisor.cut_off(time.monotonic()))
             seen_s: dict[int, float] = {}
             while not self._supervisor.settled:
                 self._look_for_work(seen_s)
-                self._step()
-            self._wait()
+                self._loop.step()
+            self._loop.run_until_settled()
             if self._is_awaited:
                 self._is_awaited = False
                 self.cut_off = CutOff(self._supervisor.phase, self._outcome_of_cut_off())
@@ -429,7 +412,7 @@ class World:
         hangs wakes up for each signal.
         """
         for rank in self._supervisor.busy:
-            used_s = linux.main_thread_cpu_s(self._ranks[rank].pid)
+            used_s = linux.main_thread_cpu_s(self._loop.ranks[rank].pid)
             if used_s >= seen_s.setdefault(rank, used_s) + WORK_S:
                 seen_s[rank] = used_s
                 self._supervisor.see_work(rank, time.monotonic())
@@ -443,17 +426,8 @@ class World:
 
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""
-        self._wait()
+        self._loop.run_until_settled()
         return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
-
-    def _wait(self) -> None:
-        self._step_until_settled()
-        self._act(self._supervisor.dismiss(time.monotonic()))
-        self._step_until_settled()
-
-    def _step_until_settled(self) -> None:
-        while not self._supervisor.settled:
-            self._step()
 
     def _explained(self) -> list[RankFailure]:
         """The supervisor's failures, with tracebacks and stacks from the ranks."""
@@ -474,172 +448,9 @@ class World:
             return replace(failure, summary=summary, detail=stacks.trim_runner(trace))
         return replace(failure, detail=stacks.trim_runner(trace))
 
-    def _step(self, within_s: float = LOOK_S) -> None:
-        """Wait for one thing to happen, and handle it."""
-        with self._interrupts.held():
-            if self._launcher.has_news(self.number) and self._hear_news():
-                return
-        now = time.monotonic()
-        wake = min(self._supervisor.wake_at() - now, within_s)
-        ready = self._selector.select(max(0.0, wake))
-        with self._interrupts.held():
-            self._handle(ready)
-
-    def _handle(self, ready: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
-        """Handle what there is to read, and what is due."""
-        for key, _ in ready:
-            if key.data < 0:
-                self._hear_news()
-            else:
-                self._hear(key.data)
-        now = time.monotonic()
-        self._act(self._supervisor.tick(now))
-        if not self._supervisor.paused:
-            self._interrupts.ignored = False
-        if now >= self._look_at:
-            self._look_at = now + LOOK_S
-            self._look_at_output(now)
-            self._look_at_launcher()
-
-    def _drain(self) -> None:
-        """What happened between phases: a rank that died."""
-        with self._interrupts.held():
-            if self._launcher.has_news(self.number):
-                self._hear_news()
-            for key, _ in self._selector.select(0):
-                if key.data < 0:
-                    self._hear_news()
-                else:
-                    self._hear(key.data)
-
-    def _hear_news(self) -> bool:
-        """Handle what became of processes; whether there was something.
-
-        To be called when the launcher is readable, and when another world has read it for this one.
-        """
-        try:
-            news = self._launcher.news(self.number)
-        except LauncherLostError as lost:
-            self._abandon(lost)
-            return False
-        for one in news:
-            self._hear_last_words(one.rank)
-            now = time.monotonic()
-            if isinstance(one, Halt):
-                self._act(self._supervisor.halted(one.rank, now, stopped=one.stopped))
-                continue
-            self.strays += [(one.rank, stray) for stray in one.strays]
-            self._act(self._supervisor.exited(one.rank, one.status, now))
-        return bool(news)
-
-    def _abandon(self, lost: LauncherLostError) -> None:
-        """Without its launcher nothing more is to be heard of the world's ranks."""
-        with contextlib.suppress(KeyError, ValueError):  # it was, or it is closed
-            self._selector.unregister(self._launcher.fileno())
-        self._supervisor.abandon(str(lost), time.monotonic())
-
-    def _hear_last_words(self, rank: int) -> None:
-        """A rank may have answered and died before anybody looked: the answer counts."""
-        with contextlib.suppress(KeyError):
-            sock = self._ranks[rank].socket
-            self._selector.get_key(sock)
-            sock.setblocking(False)
-            while self._hear(rank):
-                pass
-            sock.settimeout(SEND_S)
-
-    def _hear(self, rank: int) -> bool:
-        """Read what a rank sent; False when there is nothing (more)."""
-        one = self._ranks[rank]
-        now = time.monotonic()
-        try:
-            data = one.receive()
-            if data:
-                self._take(rank, data, now)
-                return True
-        except (BlockingIOError, TimeoutError):
-            return False
-        except WireError as error:
-            one.unwatch(self._selector)
-            text = f"what came on its report socket in {self._supervisor.phase} is refused: {error}"
-            self._act(self._supervisor.refused(rank, text, now))
-            return False
-        except OSError:
-            pass  # reset: as good as its end
-        one.unwatch(self._selector)
-        exiting = one.pid != 0 and linux.is_exiting(one.pid)
-        self._act(self._supervisor.closed(rank, now, exiting=exiting))
-        return False
-
-    def _take(self, rank: int, data: bytes, now: float) -> None:
-        for message in self._ranks[rank].decoder.feed(data):
-            if isinstance(message, SubReport):
-                self.sub_reports.append((rank, message.report))
-            elif isinstance(message, Up):
-                self._act(self._supervisor.heard(rank, message, now))
-            else:
-                raise WireError(f"a {type(message).__name__}, which only the controller sends")
-
-    def _act(self, actions: Sequence[Action]) -> None:
-        frames: dict[int, bytes] = {}  # an order to all ranks is encoded once
-        for action in actions:
-            match action:
-                case Send(rank, message):
-                    if isinstance(message, DebugAnswer) and message.granted:
-                        self._interrupts.ignored = True
-                    if id(message) not in frames:
-                        frames[id(message)] = encode(message)
-                    self._send(rank, frames[id(message)])
-                case Dump(rank):
-                    self._ranks[rank].empty_trace()
-                    self._signal(self._launcher.stacks, rank)
-                case Interrupt(rank):
-                    self._signal(self._launcher.interrupt, rank)
-                case KillRank(rank):
-                    self._signal(self._launcher.kill, rank)
-                case StopRank(rank):
-                    self._signal(self._launcher.pause, rank)
-                case Continue(rank):
-                    self._signal(self._launcher.resume, rank)
-
-    def _send(self, rank: int, frame: bytes) -> None:
-        try:
-            self._ranks[rank].socket.sendall(frame)
-        except TimeoutError:
-            # Ended at once: it may have said much that is yet to be answered, and each answer would
-            # be waited for anew.
-            text = f"took nothing from its report socket for {SEND_S:g} s"
-            self._act(self._supervisor.refused(rank, text, time.monotonic()))
-        except OSError:
-            self._act(self._supervisor.closed(rank, time.monotonic()))
-
-    def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
-        try:
-            signal_rank(self.number, rank)
-        except LauncherLostError as lost:
-            self._abandon(lost)
-
-    def _look_at_output(self, now: float) -> None:
-        for rank, one in enumerate(self._ranks):
-            size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
-            if size > self._settings.output_limit_bytes:
-                self._act(self._supervisor.flooded(rank, size, now))
-
-    def _look_at_launcher(self) -> None:
-        try:
-            self._launcher.check_running()
-        except LauncherLostError as lost:
-            self._abandon(lost)
-
     def _release(self) -> None:
         self.ended = True
-        self._interrupts.ignored = False
-        self._selector.close()
+        self._loop.close()
         self._port.close()
-        for one in self._ranks:
-            one.close()
-        forget = getattr(self._launcher, "forget", None)
-        if forget is not None:
-            forget(self.number)
         self._store.unlink(missing_ok=True)
         self._on_end()

@@ -1,0 +1,248 @@
+"""Drives a world's ranks: carries out what the supervisor decides, and tells it what happens.
+
+Enters: actions, messages on the ranks' sockets, and what the launcher says of processes. Every wait
+is bounded by the supervisor's own clock. An interrupt of this process never breaks into an action
+or into the handling of a message; see `interrupts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import time
+from collections.abc import Callable, Sequence
+
+from pytest_dcp._harness.protocol import linux
+from pytest_dcp._harness.protocol.launcher import Halt, Launcher, LauncherLostError, Order
+from pytest_dcp._harness.protocol.messages import (
+    DebugAnswer,
+    SubReport,
+    Up,
+    WireError,
+    encode,
+)
+from pytest_dcp._harness.world.interrupts import Interrupts
+from pytest_dcp._harness.world.rank_handle import SEND_S, RankEnd
+from pytest_dcp._harness.world.rank_states import (
+    Action,
+    Continue,
+    Dump,
+    Interrupt,
+    KillRank,
+    Send,
+    StopRank,
+)
+from pytest_dcp._harness.world.supervisor import Supervisor
+
+LOOK_S = 0.25
+"""How often the captured output's size and the launcher are looked at."""
+
+
+class RankLoop:
+    """The loop of one world. Not thread-safe: one thread drives it."""
+
+    def __init__(
+        self, world: int, supervisor: Supervisor, launcher: Launcher, *, output_limit_bytes: int
+    ) -> None:
+        self.supervisor = supervisor
+        self.ranks: list[RankEnd] = []
+        self.interrupts = Interrupts()
+        self.sub_reports: list[tuple[int, dict[str, object]]] = []
+        self.strays: list[tuple[int, str]] = []
+        """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
+        self._world = world
+        self._launcher = launcher
+        self._selector = selectors.DefaultSelector()
+        self._output_limit_bytes = output_limit_bytes
+        self._look_at = 0.0
+
+    def open(self, size: int) -> None:
+        """Make the sockets and files of the ranks, and listen to them."""
+        self.ranks = [RankEnd() for _ in range(size)]
+        for rank, end in enumerate(self.ranks):
+            self._selector.register(end.socket, selectors.EVENT_READ, rank)
+        self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
+
+    def launch(self, orders: Sequence[Order]) -> None:
+        """Start the ranks' processes."""
+        self._launcher.launch(orders, [end.fds() for end in self.ranks])
+        for end in self.ranks:
+            end.theirs.close()
+
+    def run_until_settled(self) -> None:
+        """Loop until every rank has answered, died or been killed."""
+        self._step_until_settled()
+        self.act(self.supervisor.dismiss(time.monotonic()))
+        self._step_until_settled()
+
+    def _step_until_settled(self) -> None:
+        while not self.supervisor.settled:
+            self.step()
+
+    def step(self, within_s: float = LOOK_S) -> None:
+        """Wait for one thing to happen, and handle it."""
+        with self.interrupts.held():
+            if self._launcher.has_news(self._world) and self._hear_news():
+                return
+        now = time.monotonic()
+        wake = min(self.supervisor.wake_at() - now, within_s)
+        ready = self._selector.select(max(0.0, wake))
+        with self.interrupts.held():
+            self._handle(ready)
+
+    def _handle(self, ready: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
+        """Handle what there is to read, and what is due."""
+        for key, _ in ready:
+            if key.data < 0:
+                self._hear_news()
+            else:
+                self._hear(key.data)
+        now = time.monotonic()
+        self.act(self.supervisor.tick(now))
+        if not self.supervisor.paused:
+            self.interrupts.ignored = False
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._look_at_output(now)
+            self._look_at_launcher()
+
+    def drain(self) -> None:
+        """What happened between phases: a rank that died."""
+        with self.interrupts.held():
+            if self._launcher.has_news(self._world):
+                self._hear_news()
+            for key, _ in self._selector.select(0):
+                if key.data < 0:
+                    self._hear_news()
+                else:
+                    self._hear(key.data)
+
+    def _hear_news(self) -> bool:
+        """Handle what became of processes; whether there was something.
+
+        To be called when the launcher is readable, and when another world has read it for this one.
+        """
+        try:
+            news = self._launcher.news(self._world)
+        except LauncherLostError as lost:
+            self._abandon(lost)
+            return False
+        for one in news:
+            self._hear_last_words(one.rank)
+            now = time.monotonic()
+            if isinstance(one, Halt):
+                self.act(self.supervisor.halted(one.rank, now, stopped=one.stopped))
+                continue
+            self.strays += [(one.rank, stray) for stray in one.strays]
+            self.act(self.supervisor.exited(one.rank, one.status, now))
+        return bool(news)
+
+    def _abandon(self, lost: LauncherLostError) -> None:
+        """Without its launcher nothing more is to be heard of the world's ranks."""
+        with contextlib.suppress(KeyError, ValueError):  # it was, or it is closed
+            self._selector.unregister(self._launcher.fileno())
+        self.supervisor.abandon(str(lost), time.monotonic())
+
+    def _hear_last_words(self, rank: int) -> None:
+        """A rank may have answered and died before anybody looked: the answer counts."""
+        with contextlib.suppress(KeyError):
+            sock = self.ranks[rank].socket
+            self._selector.get_key(sock)
+            sock.setblocking(False)
+            while self._hear(rank):
+                pass
+            sock.settimeout(SEND_S)
+
+    def _hear(self, rank: int) -> bool:
+        """Read what a rank sent; False when there is nothing (more)."""
+        one = self.ranks[rank]
+        now = time.monotonic()
+        try:
+            data = one.receive()
+            if data:
+                self._take(rank, data, now)
+                return True
+        except (BlockingIOError, TimeoutError):
+            return False
+        except WireError as error:
+            one.unwatch(self._selector)
+            text = f"what came on its report socket in {self.supervisor.phase} is refused: {error}"
+            self.act(self.supervisor.refused(rank, text, now))
+            return False
+        except OSError:
+            pass  # reset: as good as its end
+        one.unwatch(self._selector)
+        exiting = one.pid != 0 and linux.is_exiting(one.pid)
+        self.act(self.supervisor.closed(rank, now, exiting=exiting))
+        return False
+
+    def _take(self, rank: int, data: bytes, now: float) -> None:
+        for message in self.ranks[rank].decoder.feed(data):
+            if isinstance(message, SubReport):
+                self.sub_reports.append((rank, message.report))
+            elif isinstance(message, Up):
+                self.act(self.supervisor.heard(rank, message, now))
+            else:
+                raise WireError(f"a {type(message).__name__}, which only the controller sends")
+
+    def act(self, actions: Sequence[Action]) -> None:
+        frames: dict[int, bytes] = {}  # an order to all ranks is encoded once
+        for action in actions:
+            match action:
+                case Send(rank, message):
+                    if isinstance(message, DebugAnswer) and message.granted:
+                        self.interrupts.ignored = True
+                    if id(message) not in frames:
+                        frames[id(message)] = encode(message)
+                    self._send(rank, frames[id(message)])
+                case Dump(rank):
+                    self.ranks[rank].empty_trace()
+                    self._signal(self._launcher.stacks, rank)
+                case Interrupt(rank):
+                    self._signal(self._launcher.interrupt, rank)
+                case KillRank(rank):
+                    self._signal(self._launcher.kill, rank)
+                case StopRank(rank):
+                    self._signal(self._launcher.pause, rank)
+                case Continue(rank):
+                    self._signal(self._launcher.resume, rank)
+
+    def _send(self, rank: int, frame: bytes) -> None:
+        try:
+            self.ranks[rank].socket.sendall(frame)
+        except TimeoutError:
+            # Ended at once: it may have said much that is yet to be answered, and each answer would
+            # be waited for anew.
+            text = f"took nothing from its report socket for {SEND_S:g} s"
+            self.act(self.supervisor.refused(rank, text, time.monotonic()))
+        except OSError:
+            self.act(self.supervisor.closed(rank, time.monotonic()))
+
+    def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
+        try:
+            signal_rank(self._world, rank)
+        except LauncherLostError as lost:
+            self._abandon(lost)
+
+    def _look_at_output(self, now: float) -> None:
+        for rank, one in enumerate(self.ranks):
+            size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
+            if size > self._output_limit_bytes:
+                self.act(self.supervisor.flooded(rank, size, now))
+
+    def _look_at_launcher(self) -> None:
+        try:
+            self._launcher.check_running()
+        except LauncherLostError as lost:
+            self._abandon(lost)
+
+    def close(self) -> None:
+        """Close what `open` has made; the ranks are gone."""
+        self.interrupts.ignored = False
+        self._selector.close()
+        for end in self.ranks:
+            end.close()
+        forget = getattr(self._launcher, "forget", None)
+        if forget is not None:
+            forget(self._world)
