@@ -37,7 +37,8 @@ from pytest_dcp._harness.rank import coverage
 from pytest_dcp._harness.rank.main import current
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd
 from pytest_dcp._harness.world.terminal import Terminal
-from pytest_dcp._harness.world.world import World, WorldSettings
+from pytest_dcp._harness.world.world import World
+from pytest_dcp._harness.world.world_settings import WorldSettings
 from pytest_dcp.errors import WorldError
 
 LEASE_S = 600.0

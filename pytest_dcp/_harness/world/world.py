@@ -15,12 +15,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import Launcher, Order
+from pytest_dcp._harness.protocol.launcher import Order
 from pytest_dcp._harness.protocol.messages import (
     Done,
     Down,
@@ -31,11 +30,11 @@ from pytest_dcp._harness.protocol.messages import (
 )
 from pytest_dcp._harness.protocol.places import PREPARE_S
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
-from pytest_dcp._harness.world import stacks
+from pytest_dcp._harness.world.explained_failures import explain_failure
 from pytest_dcp._harness.world.outcome import Outcome, combine
 from pytest_dcp._harness.world.rank_loop import RankLoop
 from pytest_dcp._harness.world.supervisor import Supervisor
-from pytest_dcp._harness.world.terminal import Terminal
+from pytest_dcp._harness.world.world_settings import WorldSettings
 from pytest_dcp.errors import LostRank, RankFailure, WorldError
 
 BOOT_S = 120.0
@@ -46,7 +45,6 @@ WORK_S = 0.005
 """Of processor time: a thread that hangs uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
 """How often somebody who need not wait to the end is asked whether to."""
-NO_STACK = "and wrote no stack: stopped, or deep in C code"
 
 Verdicts = Mapping[int, Done]
 """What ranks said, by rank."""
@@ -61,22 +59,6 @@ class CutOff:
 
     phase: Phase
     outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class WorldSettings:
-    """What the session says about all its worlds."""
-
-    session: str
-    """Unique among all sessions on the machine."""
-    folder: Path
-    """For rendezvous files and the ranks' tmp_path; on this machine."""
-    grace_s: float
-    output_limit_bytes: int
-    terminal: Terminal
-    launcher: Callable[[], Launcher]
-    root: str = ""
-    """The folder that files are named from."""
 
 
 class World:
@@ -435,18 +417,10 @@ class World:
 
     def _explain(self, failure: RankFailure) -> RankFailure:
         done = self._supervisor.done.get(failure.rank)
-        if failure.kind == "failed" and done is not None:
-            return replace(failure, detail=str((done.report or {}).get("text", "")))
-        if failure.detail:  # the rank had said it
-            return failure
-        trace = self.trace(failure.rank)
-        if failure.kind in ("timeout", "blocked"):
-            limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
-            limit = f" at the time limit of {limit_s:g} s" if failure.kind == "timeout" else ""
-            where = stacks.describe_activity(trace, self._settings.root) if trace else NO_STACK
-            summary = f"{failure.summary}{limit}, {where}"
-            return replace(failure, summary=summary, detail=stacks.trim_runner(trace))
-        return replace(failure, detail=stacks.trim_runner(trace))
+        limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
+        return explain_failure(
+            failure, done, lambda: self.trace(failure.rank), limit_s=limit_s, root=self.root
+        )
 
     def _release(self) -> None:
         self.ended = True
