@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from pytest_dcp._harness.controller.world_test_mixin import WorldTestMixin
     from pytest_dcp._harness.controller.worlds_fixture import FunctionWorld, Running, Worlds
     from pytest_dcp._harness.rank.carried_state import LostStateWarning
-    from pytest_dcp._harness.rank.main import announce_death
     from pytest_dcp._harness.rank.world_fixture import RankWorld as World
+    from pytest_dcp.api import announce_death
     from pytest_dcp.faults.storage import FaultyStorage
 
 __all__ = [
@@ -85,7 +85,7 @@ _LAZY = {
     "Running": "pytest_dcp._harness.controller.worlds_fixture:Running",
     "WorldTestMixin": "pytest_dcp._harness.controller.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
-    "announce_death": "pytest_dcp._harness.rank.main:announce_death",
+    "announce_death": "pytest_dcp.api:announce_death",
     "ChangedStateWarning": "pytest_dcp._harness.controller.marked_item:ChangedStateWarning",
     "LostStateWarning": "pytest_dcp._harness.rank.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp._harness.controller.exit_warnings:LeftBehindWarning",

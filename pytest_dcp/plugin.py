@@ -6,16 +6,17 @@ Everything that costs is imported when the first marked test is met.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from pytest_dcp import tracebacks
+from pytest_dcp import command_line, tracebacks
 from pytest_dcp._harness.controller import decided_markers
 from pytest_dcp._harness.controller import options as options_
 from pytest_dcp._harness.controller.options import Options
+from pytest_dcp.api import current_rank
+from pytest_dcp.faults import options as fault_options
 
 OPTIONS_KEY = pytest.StashKey[Options]()
 NOTES_KEY = pytest.StashKey[set[str]]()
@@ -23,7 +24,7 @@ NOTES_KEY = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--dcp-* and their ini twins."""
-    options_.add_options(parser)
+    command_line.add_options(parser, options_.OPTIONS + fault_options.OPTIONS)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -36,12 +37,17 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, register the marker and the fixtures."""
     from pytest_dcp._harness.controller import fixtures
+    from pytest_dcp.faults import fixtures as fault_fixtures
 
     # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    options = options_.read_options(config)
-    config.stash[OPTIONS_KEY] = options
+    command_line.check_together(
+        lambda: config.stash.setdefault(OPTIONS_KEY, options_.read_options(config)),
+        lambda: fault_options.read_fault_options(config),
+    )
+    options = config.stash[OPTIONS_KEY]
     config.pluginmanager.register(fixtures, "pytest_dcp.fixtures")
+    config.pluginmanager.register(fault_fixtures, "pytest_dcp.fault_fixtures")
     if options.marker:
         config.addinivalue_line(
             "markers",
@@ -152,8 +158,7 @@ def pytest_runtest_makereport(
 
 def _in_a_rank() -> bool:
     """A spawned rank has a session of its own, which must not start worlds in turn."""
-    rank = sys.modules.get("pytest_dcp._harness.rank.main")
-    return rank is not None and rank.current() is not None
+    return current_rank() is not None
 
 
 def _needs_worlds(items: list[pytest.Item]) -> bool:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from pytest_dcp.api import announce_failure
 from pytest_dcp.errors import LawError
 from pytest_dcp.tracebacks import set_cause
 
@@ -223,11 +224,9 @@ def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     if error is None or _is_skip(error):
         yield
         return
-    from pytest_dcp._harness.rank.main import waiting_with
-
     in_vain: Exception | None = None
     try:
-        with waiting_with(error):
+        with announce_failure(error):
             yield
     except Exception as failed:  # noqa: BLE001 - told below: the first error is the cause
         in_vain = failed

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from support.sample_session import MakeSuite, SessionResult
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
-OURS = ["pytest_dcp", "pytest_dcp.fixtures", "pytest_dcp.plugin"]
+OURS = ["pytest_dcp", "pytest_dcp.fault_fixtures", "pytest_dcp.fixtures", "pytest_dcp.plugin"]
 PLAIN = "def test_plain():\n    pass\n"
 
 

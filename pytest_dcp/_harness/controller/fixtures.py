@@ -6,11 +6,8 @@ No torch at import: a suite without worlds pays nothing.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import Worlds
     from pytest_dcp._harness.rank.main import Rank
     from pytest_dcp._harness.rank.world_fixture import RankWorld
-    from pytest_dcp.faults import FaultyStorage
 
 
 def _rank_of(request: pytest.FixtureRequest) -> Rank:
@@ -118,34 +114,6 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
         folder = Path(one.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@pytest.fixture
-def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[FaultyStorage]:
-    """A storage that fails on command, the same in all ranks: inject, wrap, assert_loads.
-
-    At its end whatever hangs is released, and an injection that never fired fails the test.
-    """
-    from pytest_dcp._harness.controller.options import read_options
-    from pytest_dcp._harness.rank.main import current
-    from pytest_dcp.faults.crashes.crash_state import Search
-    from pytest_dcp.faults.storage import FaultyStorage
-
-    options = read_options(request.config)
-    search = Search(options.fault_budget, options.fault_replay or None)
-    with contextlib.ExitStack() as stack:
-        if current() is None:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="dcp-faults-")))
-        else:
-            folder = checkpoint_dir.with_name(f"{checkpoint_dir.name}-faults")
-        with FaultyStorage(checkpoint_dir, folder, search=search) as storage:
-            watchers = one.watchers if (one := current()) is not None else []
-            watchers.append(storage)
-            yield storage
-            watchers.remove(storage)
-        # pytest keeps the exception of a test that failed: then that is what counts.
-        if getattr(sys, "last_value", None) is None:
-            storage.check()
 
 
 @pytest.fixture

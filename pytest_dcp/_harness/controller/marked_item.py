@@ -40,6 +40,7 @@ from pytest_dcp._harness.controller.warm_worlds import (
     join_outcomes,
     tear_down_survivors,
 )
+from pytest_dcp._harness.lockstep.fresh_folders import scratch_beside
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
 from pytest_dcp._harness.protocol.messages import Go, Phase, RecordedWarning, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
@@ -405,8 +406,7 @@ class MarkedItem:
         """By pytest's own retention policy for tmp_path, when every rank is gone."""
         policy = self.item.config.getini("tmp_path_retention_policy")
         if policy == "none" or (policy == "failed" and not self.failed):
-            faults = self.checkpoint_dir.with_name(f"{self.checkpoint_dir.name}-faults")
-            for folder in (self.checkpoint_dir, faults):
+            for folder in (self.checkpoint_dir, scratch_beside(self.checkpoint_dir)):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""Folders that are new for each example of a property: those that the ranks of a world share."""
+"""The folders that the ranks of a world share; they are new for each example of a property."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import shutil
 from pathlib import Path
 
 
-def faults_beside(checkpoint_dir: Path) -> Path:
-    """Where ranks keep the counts of injected faults."""
-    return checkpoint_dir.with_name(f"{checkpoint_dir.name}-faults")
+def scratch_beside(checkpoint_dir: Path) -> Path:
+    """The ranks' scratch folder: where faults keep their counts, for one."""
+    return checkpoint_dir.with_name(f"{checkpoint_dir.name}-scratch")
 
 
 def renew(checkpoint_dir: Path) -> None:
     """Empty the folders, which must not be in use."""
-    for folder in (checkpoint_dir, faults_beside(checkpoint_dir)):
+    for folder in (checkpoint_dir, scratch_beside(checkpoint_dir)):
         with contextlib.suppress(FileNotFoundError):
             with os.scandir(folder) as found:  # for each example: iterdir takes three times as long
                 entries = list(found)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from pytest_dcp._harness.rank.main import announce_death
+from pytest_dcp.api import announce_death
 
 
 class Point:

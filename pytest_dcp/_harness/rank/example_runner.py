@@ -205,15 +205,15 @@ class Follower:
 
     def _begin(self) -> None:
         self.rank.reseed_torch(self.rank.seed)
-        for watcher in self.rank.watchers:
-            watcher.renew()
+        for fixture in self.rank.renewed:
+            fixture.renew()
 
     def _end(self) -> None:
         """What is known of an example only when all ranks have ended it."""
-        if self.rank.watchers:
+        if self.rank.renewed:
             self.rank.meet("the end of an example")
-            for watcher in self.rank.watchers:
-                watcher.check()
+            for fixture in self.rank.renewed:
+                fixture.check()
 
     def _example(self, state: inside.Followed, attempt: Attempt) -> Done:
         self._begin()

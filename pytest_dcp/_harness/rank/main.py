@@ -21,9 +21,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
 
+from pytest_dcp import api
+from pytest_dcp._harness.lockstep.fresh_folders import scratch_beside
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
 from pytest_dcp._harness.protocol.messages import (
@@ -152,16 +155,6 @@ class ItemRunner(Protocol):
         """Between two items, tear down what the named one does not share; without one, all."""
 
 
-class RenewedFixture(Protocol):
-    """A fixture's value that is new for each example of a property."""
-
-    def renew(self) -> None:
-        """An example begins."""
-
-    def check(self) -> None:
-        """All ranks have ended the example. Raises when something is wrong with it."""
-
-
 @dataclass(frozen=True, slots=True)
 class WarmMesh:
     """The mesh that the tests of a warm world share."""
@@ -188,14 +181,29 @@ class Rank:
     mesh: WarmMesh | None = None
     counter: GroupCounter | None = None
     """Counts what is done with process groups, where this rank is used more than once."""
-    watchers: list[RenewedFixture] = field(default_factory=list)
-    """Of the running test's fixtures, those that are new for each of Hypothesis' examples."""
+    renewed: list[api.RenewedFixture] = field(default_factory=list)
+    """The running test's fixtures that start afresh for each of Hypothesis' examples."""
     unmet: list[Callable[[], list[str]]] = field(default_factory=list)
     """Called when a test is torn down; what they return did not happen, and fails it."""
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by the capturing plugin
     )
     """Captures output around work that is no item's phase; yields sections to fill."""
+
+    @property
+    def rank(self) -> int:
+        """0 to world_size - 1."""
+        return self.order.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.order.size
+
+    @property
+    def scratch_dir(self) -> Path:
+        """A folder that every rank sees; see `api.ThisRank`."""
+        return scratch_beside(Path(self.checkpoint_dir))
 
     def count_groups(self) -> GroupCounter:
         """The counter of this process, at work from the first call on."""
@@ -232,6 +240,35 @@ class Rank:
         self.channel.send(At("failing", type(error).__name__, now))
         self.channel.send(At("failing", lines_of(error), now, _own_traceback(error)))
 
+    def announce_death(self, reason: str) -> None:
+        """Tell the controller that the test wants this process to end or stop, and that it will."""
+        if self.channel.is_ours:
+            self.channel.send(Announce(reason))
+
+    @contextlib.contextmanager
+    def announce_failure(self, error: BaseException) -> Iterator[None]:
+        """Inside the block, the controller knows which error this rank wants its peers to hear of.
+
+        Does nothing in a process that was forked from the rank.
+        """
+        if not self.channel.is_ours:
+            yield
+            return
+        self.say_failing(error)
+        try:
+            yield
+        finally:
+            self.channel.send(At("agreed"))
+
+    @contextlib.contextmanager
+    def renew_for_examples(self, fixture: api.RenewedFixture) -> Iterator[None]:
+        """Inside the block, `example_runner` renews the fixture for each example."""
+        self.renewed.append(fixture)
+        try:
+            yield
+        finally:
+            self.renewed.remove(fixture)
+
     def reseed(self, seed: int) -> None:
         """Seed random, numpy and torch alike on every rank."""
         self.seed = seed
@@ -251,41 +288,10 @@ class Rank:
             torch.cuda.manual_seed(seed)
 
 
-_current: Rank | None = None
-
-
 def current() -> Rank | None:
-    """This process's rank, or None in a process that is none."""
-    return _current
-
-
-def announce_death(reason: str) -> None:
-    """Tell the controller that the test asks this process to end or to stop, and that it will now.
-
-    To be called right before `os._exit`, or `os.kill` with SIGKILL or SIGSTOP, from any thread:
-    that end is then no failure of the test, and a rank that lives on is one. Does nothing in a
-    process that is no rank. `reason` tells people what asked for it, and where.
-    """
-    if _current is not None and _current.channel.is_ours:
-        _current.channel.send(Announce(reason))
-
-
-@contextlib.contextmanager
-def waiting_with(error: BaseException | None) -> Iterator[None]:
-    """In the block this rank waits until its peers have heard of an error that it met.
-
-    Where they do not come, as they hang, the test fails with that error. Does nothing without an
-    error, nor in a process that is no rank.
-    """
-    rank = _current
-    if error is None or rank is None or not rank.channel.is_ours:
-        yield
-        return
-    rank.say_failing(error)
-    try:
-        yield
-    finally:
-        rank.channel.send(At("agreed"))
+    """This process's rank, with what only the harness may know; None outside of a world."""
+    rank = api.current_rank()
+    return rank if isinstance(rank, Rank) else None
 
 
 def run(
@@ -294,13 +300,13 @@ def run(
     prepare: Callable[[Rank], ItemRunner],
 ) -> NoReturn:
     """A rank's whole process. `prepare` readies the session and returns what runs its items."""
-    global _current
     code = 1
     try:
         interrupts = RankInterrupts()
         channel = Channel(fds.socket, interrupts)
         interrupts.install(lambda: channel.send(At("interrupted")))
-        rank = _current = Rank(order, channel, fds, interrupts, seed=order.seed)
+        rank = Rank(order, channel, fds, interrupts, seed=order.seed)
+        api.enter_rank(rank)
         _watch_faults(fds.trace)
         runner = prepare(rank)
         if _boot(rank):

@@ -26,7 +26,7 @@ COLLECTIVES = frozenset(
 RUNNER = re.compile(
     r"/_pytest/|/pluggy/|/pytest_dcp/_harness/rank/(main|pytest_plugin)\.py$|/hypothesis/(core|stateful)\.py$"
 )
-OURS = re.compile(r"/pytest_dcp/(_harness/|plugin\.py)")
+OURS = re.compile(r"/pytest_dcp/(_harness/|plugin\.py|api\.py|faults/fixtures\.py)")
 EXCHANGE = "the world's exchange"
 
 

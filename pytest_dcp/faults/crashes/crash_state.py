@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_dcp._harness.controller.options import FAULT_BUDGETS
+from pytest_dcp.api import announce_failure, current_rank
 from pytest_dcp.faults.crashes import folder_trees as replay
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
 from pytest_dcp.faults.crashes.loaders import (
@@ -28,6 +28,7 @@ from pytest_dcp.faults.crashes.loaders import (
 )
 from pytest_dcp.faults.crashes.losses import Model
 from pytest_dcp.faults.crashes.recording import Desk, Folders, Recorded, recording
+from pytest_dcp.faults.options import FAULT_BUDGETS
 from pytest_dcp.faults.state_differences import blank, differences
 from pytest_dcp.faults.tap.operation import Operation
 from pytest_dcp.tracebacks import set_cause
@@ -167,10 +168,8 @@ def desk_at(place: Path, rank: int) -> Desk:
 
     place: a folder that every rank sees and none watches.
     """
-    from pytest_dcp._harness.rank.main import current, waiting_with
-
-    world = current()
-    return Desk(place, rank) if world is None else Desk(place, rank, world.meet, waiting_with)
+    world = current_rank()
+    return Desk(place, rank) if world is None else Desk(place, rank, world.meet, announce_failure)
 
 
 def loads_one_of(

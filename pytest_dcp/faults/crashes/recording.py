@@ -38,7 +38,7 @@ class Desk:
     """A folder that every rank sees and none watches."""
     rank: int = 0
     meet: Meet = field(default=lambda what, brought: (brought,))
-    waiting_with: Callable[[BaseException | None], AbstractContextManager[None]] = field(
+    announce_failure: Callable[[BaseException | None], AbstractContextManager[None]] = field(
         default=lambda error: nullcontext()
     )
     """Around a meeting at which this rank tells its peers of an error."""
@@ -57,7 +57,7 @@ class Desk:
             text = f"rank {self.rank}: {type(error).__name__}: {error}"
             # What is wrong with a recording is no rank's own affair: all say the same.
             brought = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
-        with self.waiting_with(failed):
+        with self.announce_failure(failed):
             came = self.meet(what, brought)
         if failed is not None:
             raise failed

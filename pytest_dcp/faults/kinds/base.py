@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol
 
+from pytest_dcp.api import current_rank
 from pytest_dcp.faults.tap.operation import OPERATION_KINDS, Operation, Verdict
 
 When = Literal["before", "after", "future"]
@@ -312,9 +313,8 @@ def announce(reason: str) -> None:
 
     Raises RuntimeError in a process that is no rank: the test session itself would end.
     """
-    from pytest_dcp._harness.rank import main as rank
-
-    if rank.current() is None:
+    rank = current_rank()
+    if rank is None:
         raise RuntimeError(f"{reason}: this process is no rank of a world, and would end the tests")
     rank.announce_death(reason)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from session_recorder import note
 
-from pytest_dcp._harness.rank.main import announce_death
+from pytest_dcp import announce_death
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(3, timeout=30)

@@ -15,9 +15,8 @@ pytestmark = pytest.mark.world_size(2)
 def documented() -> int:
     """An item that is no test function.
 
-    >>> import sys
-    >>> rank = sys.modules.get("pytest_dcp._harness.rank.main")
-    >>> rank and rank.current()
+    >>> from pytest_dcp.api import current_rank
+    >>> current_rank()
     >>> documented()
     7
     """

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_dcp._harness.controller.options import (
-    OPTIONS,
-    Options,
-    add_options,
-    cpu_count,
-    read_options,
-)
+from pytest_dcp._harness.controller.options import OPTIONS, Options, cpu_count, read_options
 from pytest_dcp._harness.protocol.world_spec import MAX_WORLD_SIZE, Defaults
+from pytest_dcp.command_line import add_options
+from support.options import FakeConfig, FakeParser, StrictConfig
 
 NAMES = [option.name for option in OPTIONS]
-
-
-class FakeConfig:
-    """`getoption` and `getini` of what was given, by the options' names with dashes."""
-
-    def __init__(self, line: dict[str, str], ini: dict[str, object]) -> None:
-        self.line = {f"dcp_{name.replace('-', '_')}": value for name, value in line.items()}
-        self.ini = {f"dcp_{name.replace('-', '_')}": value for name, value in ini.items()}
-
-    def getoption(self, name: str) -> str | None:
-        return self.line.get(name)
-
-    def getini(self, name: str) -> object:
-        return self.ini.get(name)
-
-
-class FakeGroup:
-    def __init__(self) -> None:
-        self.options: dict[str, dict[str, Any]] = {}
-
-    def addoption(self, name: str, **keywords: Any) -> None:
-        self.options[name] = keywords
-
-
-class FakeParser:
-    """Records what is registered."""
-
-    def __init__(self) -> None:
-        self.group = FakeGroup()
-        self.ini: dict[str, object] = {}
-        self.ini_types: dict[str, object] = {}
-
-    def getgroup(self, *_: str) -> FakeGroup:
-        return self.group
-
-    def addini(self, name: str, _: str, type: object, default: object) -> None:
-        self.ini[name] = default
-        self.ini_types[name] = type
 
 
 def read(line: dict[str, str] | None = None, ini: dict[str, object] | None = None) -> Options:
@@ -83,8 +40,6 @@ def test_without_a_word_from_the_user_the_documented_defaults_hold() -> None:
         max_procs=0,
         output_limit_bytes=256 * 1024 * 1024,
         seed=None,
-        fault_budget=1000,
-        fault_replay="",
     )
 
 
@@ -107,10 +62,6 @@ GIVEN: list[tuple[str, str, str, object]] = [
     ("output-limit", "3", "output_limit_bytes", 3 * 1024 * 1024),
     ("seed", "0", "seed", 0),
     ("seed", "1234567890123", "seed", 1234567890123),
-    ("fault-budget", "pr", "fault_budget", 1000),
-    ("fault-budget", "nightly", "fault_budget", 100_000),
-    ("fault-budget", "77", "fault_budget", 77),
-    ("fault-replay", "posix-1f0c", "fault_replay", "posix-1f0c"),
 ]
 
 
@@ -173,8 +124,6 @@ WRONG = [
     ("seed", "-1"),
     ("seed", str(2**63)),
     ("seed", "x"),
-    ("fault-budget", "0"),
-    ("fault-budget", "daily"),
 ]
 
 
@@ -248,7 +197,7 @@ def test_any_text_gives_options_or_one_usage_error(texts: dict[str, str]) -> Non
 
 def test_every_option_has_an_ini_twin_a_help_and_no_default_of_pytest_s_own() -> None:
     parser = FakeParser()
-    add_options(parser)  # type: ignore[arg-type]  # a fake
+    add_options(parser, OPTIONS)  # type: ignore[arg-type]  # a fake
     assert list(parser.group.options) == [f"--dcp-{name}" for name in NAMES]
     for name, keywords in parser.group.options.items():
         assert keywords["dest"] == name.removeprefix("--").replace("-", "_")
@@ -268,7 +217,6 @@ NATIVE: list[tuple[str, object, str, object]] = [
     ("max-procs", 16, "max_procs", 16),
     ("output-limit", 0.5, "output_limit_bytes", 512 * 1024),
     ("seed", 7, "seed", 7),
-    ("fault-budget", 77, "fault_budget", 77),
 ]
 """What a TOML file says without quotes: every option that is no name."""
 
@@ -278,7 +226,7 @@ def test_a_toml_file_gives_an_option_in_its_own_type(
     name: str, given: object, path: str, value: object
 ) -> None:
     parser = FakeParser()
-    add_options(parser)  # type: ignore[arg-type]  # a fake
+    add_options(parser, OPTIONS)  # type: ignore[arg-type]  # a fake
     assert value_of(read(ini={name: given}), path) == value
     if pytest.version_tuple >= (9, 2):
         registered: Any = parser.ini_types[f"dcp_{name.replace('-', '_')}"]
@@ -286,23 +234,9 @@ def test_a_toml_file_gives_an_option_in_its_own_type(
 
 
 def test_every_option_that_a_number_or_a_flag_suits_has_a_type() -> None:
-    names = {"marker", "launch", "backend", "report-ranks", "fault-replay"}
+    names = {"marker", "launch", "backend", "report-ranks"}
     assert {name for name, *_ in NATIVE} == set(NAMES) - names
     assert {option.name for option in OPTIONS if option.takes is str} == names
-
-
-class StrictConfig(FakeConfig):
-    """As pytest 9.0 and 9.1 treat a TOML file: every value must be of the registered type."""
-
-    def __init__(self, ini: dict[str, object]) -> None:
-        super().__init__({}, ini)
-        self._inicfg = {key: SimpleNamespace(value=value) for key, value in self.ini.items()}
-
-    def getini(self, name: str) -> object:
-        value = self.ini.get(name)
-        if value is not None and not isinstance(value, str):
-            raise TypeError(f"config option {name!r} expects a string, got {value!r}")
-        return value
 
 
 def test_older_pytest_takes_a_toml_file_s_own_types_too() -> None:
@@ -316,7 +250,7 @@ def test_older_pytest_takes_a_toml_file_s_own_types_too() -> None:
 def test_pytest_itself_can_show_the_help_of_every_option() -> None:
     # argparse takes % in a help text for a format.
     parser = FakeParser()
-    add_options(parser)  # type: ignore[arg-type]  # a fake
+    add_options(parser, OPTIONS)  # type: ignore[arg-type]  # a fake
     for keywords in parser.group.options.values():
         assert keywords["help"] % {} == keywords["help"]
 

@@ -1,0 +1,44 @@
+"""The fixture `faulty_storage`. Imports no torch: a suite without worlds pays nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_dcp.api import current_rank
+
+if TYPE_CHECKING:
+    from pytest_dcp.faults.storage import FaultyStorage
+
+
+@pytest.fixture
+def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iterator[FaultyStorage]:
+    """A storage that fails on command, the same in all ranks: inject, wrap, assert_loads.
+
+    At its end everything that hangs is released, and an injection that never fired fails the test.
+    """
+    from pytest_dcp.faults.crashes.crash_state import Search
+    from pytest_dcp.faults.options import read_fault_options
+    from pytest_dcp.faults.storage import FaultyStorage
+
+    options = read_fault_options(request.config)
+    search = Search(options.budget, options.replay or None)
+    rank = current_rank()
+    with contextlib.ExitStack() as stack:
+        if rank is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="dcp-faults-")))
+        else:
+            folder = rank.scratch_dir
+        storage = FaultyStorage(checkpoint_dir, folder, search=search)
+        renewed = contextlib.nullcontext() if rank is None else rank.renew_for_examples(storage)
+        with storage, renewed:
+            yield storage
+        # pytest keeps the exception of a test that failed: then that is what counts.
+        if getattr(sys, "last_value", None) is None:
+            storage.check()
