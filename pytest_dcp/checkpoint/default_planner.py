@@ -8,15 +8,14 @@ which it may change as it likes.
 
 from typing import TYPE_CHECKING
 
-from pytest_dcp._engine.planners.load_planner import (
-    DefaultLoadPlanner,
+# torch's name for it, which other libraries import.
+from pytest_dcp._engine.planners.empty_state_dict import (
+    _EmptyStateDictLoadPlanner as _EmptyStateDictLoadPlanner,
+)
+from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
+from pytest_dcp._engine.planners.local_load_plan import (
     create_default_global_load_plan,
     create_default_local_load_plan,
-)
-
-# torch's name for it, which other libraries import.
-from pytest_dcp._engine.planners.load_planner import (
-    _EmptyStateDictLoadPlanner as _EmptyStateDictLoadPlanner,
 )
 from pytest_dcp._engine.planners.save_planner import (
     DefaultSavePlanner,

@@ -139,15 +139,17 @@ MUTANTS: dict[str, Mutant] = {
         after(lambda made: (replace(made[0], offset=made[0].offset[:, ::-1].copy()), made[1])),
     ),
     "parts go to the start of the target": Mutant(
-        "planners.load_planner", "read_items", items(to_offset=lambda i: np.zeros_like(i.to_offset))
+        "planners.local_load_plan",
+        "read_items",
+        items(to_offset=lambda i: np.zeros_like(i.to_offset)),
     ),
     "parts come from the start of the chunk": Mutant(
-        "planners.load_planner",
+        "planners.local_load_plan",
         "read_items",
         items(from_offset=lambda i: np.zeros_like(i.from_offset)),
     ),
     "the neighbour's entry is read": Mutant(
-        "planners.load_planner", "read_items", items(entry=lambda i: np.roll(i.entry, 1))
+        "planners.local_load_plan", "read_items", items(entry=lambda i: np.roll(i.entry, 1))
     ),
     "the first row of each overlap is left out": Mutant(
         "plan.load", "intersect", after(lambda o: (o[0], np.maximum(o[1] - 1, 0), o[2]))

@@ -29,7 +29,7 @@ from pytest_dcp._engine.format.state_dict_archive import (
     pickle_state_dict,
     place_tensors,
 )
-from pytest_dcp._engine.planners.load_planner import _EmptyStateDictLoadPlanner
+from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
 from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
 from pytest_dcp._engine.verbs.load import load

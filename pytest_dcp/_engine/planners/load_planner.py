@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint import default_planner
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp._engine.format.opaque_values import prepare_opaque, wrapper_in
 from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.plan.columns import ReadItems
-from pytest_dcp._engine.plan.containers import Description, description_of
-from pytest_dcp._engine.plan.describe import wanted_boxes
 from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys, stated_sizes
-from pytest_dcp._engine.plan.load import read_items
-from pytest_dcp._engine.plan.match import Dtype, LoadReport, match
+from pytest_dcp._engine.plan.match import Dtype, LoadReport
 from pytest_dcp._engine.plan.materialise import empty_for_meta, materialise
-from pytest_dcp._engine.plan.nested import Path, Room, flatten, set_element
+from pytest_dcp._engine.plan.nested import Path, flatten, set_element
 from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of
-from pytest_dcp._engine.plan.opaque import STORED_DTYPES, is_opaque
+from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.parts import BOXES
-from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
-from pytest_dcp._engine.plan.rank_paths import check_one_tree
+from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.select import Selection
 from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, spec_of
 from pytest_dcp._engine.plan.value_tensors import check_tensor, tensor_misfit
+from pytest_dcp._engine.planners.local_load_plan import (
+    create_default_global_load_plan,
+    plan_reads,
+    with_list_of_items,
+)
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -127,7 +120,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self.state_dict, index.row_of, tuple(self._per_rank)
         )
         try:
-            plan, self.report = _load_plan(
+            plan, self.report = plan_reads(
                 self.state_dict,
                 index,
                 self.selection,
@@ -139,7 +132,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             )
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
-        return _load_lists(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
+        return with_list_of_items(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """The plans as they are: no rank's load depends on another's."""
@@ -296,7 +289,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
         A planner of the user's may not expect it.
         """
-        return type(self) in (DefaultLoadPlanner, _EmptyStateDictLoadPlanner)
+        return type(self) is DefaultLoadPlanner
 
     def begin_again(self) -> None:
         """Prepare for another try with the same state dict."""
@@ -348,231 +341,3 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         in_parts = (self.state_dict.keys() - flat.keys()) & index.row_of.keys()
         if unknown & flat.keys() and not in_parts:
             self.state_dict, self.mappings = flat, paths
-
-
-class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
-    """Loads without a template: builds the state dict from what the checkpoint holds.
-
-    keys: load only these, each a flat name or the name of anything above it; None: everything.
-    Every rank that uses it holds all of it.
-    """
-
-    def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        self.keys = keys
-        self._filled: dict[str, Any] = {}
-        self._description: Description | None = None
-        super().__init__(*args, **kwargs)
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        """Fill the state dict, which must be empty, with empty tensors to load into."""
-        if state_dict:
-            raise ValueError(
-                f"the state dict must be empty, it is built here: it has {sorted(state_dict)[:5]}"
-            )
-        if metadata is None:
-            raise ValueError("the planner was set up without metadata: it has nothing to load from")
-        self._filled = state_dict
-        self._description = None
-        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
-        room = Room(len(metadata.state_dict_metadata))
-        flat: dict[str, Any] = {}
-        places: dict[str, Path] = {}
-        for fqn, stored in metadata.state_dict_metadata.items():
-            path = room.checked(fqn, paths.get(fqn, (fqn,)))
-            if self._should_include_key(fqn, metadata):
-                places[fqn] = path
-                if isinstance(stored, TensorStorageMetadata):
-                    flat[fqn] = self.empty_tensor(fqn, stored)
-                else:
-                    flat[fqn] = None
-        check_one_tree(places)
-        for fqn, path in places.items():
-            room.put(state_dict, fqn, path, flat[fqn])
-        super().set_up_planner(state_dict, metadata, is_coordinator)
-        # What was built would be flattened otherwise where a list holds no tensor any more.
-        self.state_dict, self.mappings = flat, places
-        described = description_of(metadata.planner_data)
-        if described is not None:
-            self._description = Description(described)
-            if self.weights_only:
-                # What cannot be given back is refused before anything is read.
-                self.rebuilt()
-
-    def empty_tensor(self, fqn: str, stored: TensorStorageMetadata) -> torch.Tensor:
-        """Memory for a stored tensor. Raises CheckpointCorruptError where there is not so much."""
-        try:
-            return torch.empty(stored.size, dtype=stored.properties.dtype)
-        except (RuntimeError, MemoryError) as error:
-            raise CheckpointCorruptError(
-                f"there is no memory for a tensor of {tuple(stored.size)} of "
-                f"{stored.properties.dtype}",
-                entry=fqn,
-            ) from error
-
-    def rebuilt(self) -> dict[Any, Any]:
-        """The state dict that was loaded, with the containers and keys that were saved.
-
-        Raises CheckpointMismatchError, naming them, for those of other classes than Python's own,
-        unless the planner trusts the checkpoint.
-        """
-        if self._description is None:
-            return self._filled
-        return self._description.rebuilt(
-            self._filled,
-            lambda path: self._includes(".".join(map(str, path)), path),
-            trusted=not self.weights_only,
-        )
-
-    @property
-    def repeatable(self) -> bool:
-        """Always: what was built is thrown away."""
-        return True
-
-    def begin_again(self) -> None:
-        """Empty the state dict, to be built anew."""
-        self._filled.clear()
-
-    def _read_as_torch_2_3(self, index: Index) -> None:
-        """Nothing: the paths are the checkpoint's own."""
-
-    def _should_include_key(self, key: str, metadata: Metadata) -> bool:
-        """Whether to load a flat name: for subclasses to extend."""
-        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
-        return self._includes(key, tuple(paths.get(key, (key,))))
-
-    def _includes(self, name: str, path: Path) -> bool:
-        """Whether something of this name and path was asked for, or something above it."""
-        if self.keys is None or name in self.keys:
-            return True
-        above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))
-        return any(name in self.keys for name in above)
-
-
-def _is_meta(value: Any) -> bool:
-    if type(value) in PLAIN or type(value) is DTensor:
-        return bool(value.is_meta)
-    if isinstance(value, ShardedTensor):
-        # Asked itself, it would answer only where it has exactly one shard.
-        return any(shard.tensor.is_meta for shard in value.local_shards())
-    return isinstance(value, torch.Tensor) and value.is_meta
-
-
-def create_default_local_load_plan(
-    state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
-) -> LoadPlan:
-    """What this rank reads into a flat state dict.
-
-    Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
-    `strict`.
-    """
-    plan, _ = _load_plan(
-        state_dict,
-        index_of(metadata),
-        Selection(),
-        strict=strict,
-        partial=resized_keys(metadata, {}),
-    )
-    return _load_lists(plan)
-
-
-def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
-    """The plans as they are: no rank's load depends on another's."""
-    return all_plans
-
-
-def _load_plan(
-    state_dict: Mapping[str, Any],
-    index: Index,
-    selection: Selection,
-    *,
-    strict: bool,
-    on_load: Callable[[Mapping[str, torch.Tensor]], object] = lambda _: None,
-    per_rank: Mapping[str, PerRank] | None = None,
-    on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
-    partial: Container[str] = (),
-) -> tuple[LoadPlan, LoadReport]:
-    """The plan and how the keys met; `on_load` gives memory to the meta tensors among them.
-
-    `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
-    empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
-    Of the stored names in `partial` elements may be lacking.
-    """
-    chosen = selection.chosen(state_dict)
-    stored_as = selection.stored_as(chosen)
-    if per_rank:
-        stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
-    numbers = on_number is not None
-    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=numbers)
-    names = stored_as or {}
-    for fqn, (_, kind) in found.converted.items():
-        if on_number is not None and isinstance(kind, type):
-            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
-            room = torch.empty(stored.size, dtype=stored.properties.dtype)
-            found.loaded[fqn] = on_number(fqn, kind, room)
-    values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
-    # A stored value replaces whatever is here.
-    replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
-    replaced += _stored_in_one(found.loaded, names, index)
-    template = found.loaded | dict.fromkeys(replaced)
-    lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
-    items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
-    # Last: what does not fit is refused before the state dict changes.
-    on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
-    unexpected = tuple(
-        name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
-    )
-    return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
-
-
-def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
-    """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
-
-    Raises CheckpointMismatchError for one that is stored in parts.
-    """
-    if all(properties.dtype in STORED_DTYPES for properties in index.properties):
-        return []
-    opaque = [fqn for fqn, value in loaded.items() if type(value) in PLAIN and value.is_quantized]
-    chunks = {fqn: np.diff(index.first)[index.row_of[names.get(fqn, fqn)]] for fqn in opaque}
-    if parted := [fqn for fqn, count in chunks.items() if count > 1]:
-        raise CheckpointMismatchError(
-            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be put together to a "
-            "tensor of this kind",
-            mismatched=tuple(parted),
-        )
-    return opaque
-
-
-def _choose_per_rank(
-    chosen: dict[str, Any],
-    stored_as: Mapping[str, str] | None,
-    index: Index,
-    per_rank: Mapping[str, PerRank],
-    *,
-    strict: bool,
-) -> dict[str, str]:
-    """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
-
-    Takes out of `chosen` what is to stay as it is.
-    """
-    names = dict(stored_as or {})
-    wanted = {
-        fqn: (names.get(fqn, fqn), value)
-        for prefix, value in per_rank.items()
-        for fqn in chosen
-        if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
-    }
-    for fqn, name in resized_names(wanted, index.fqns, strict=strict).items():
-        if name is None:
-            del chosen[fqn]
-        else:
-            names[fqn] = name
-    return names
-
-
-def _load_lists(plan: LoadPlan) -> LoadPlan:
-    return replace(plan, items=list(plan.items))

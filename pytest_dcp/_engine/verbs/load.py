@@ -29,7 +29,8 @@ from pytest_dcp._engine.plan.hooks import kept_whole, require_plan
 from pytest_dcp._engine.plan.match import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.select import Rename, Selection
-from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
+from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
+from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader, checked_verify
 from pytest_dcp._engine.storages.local_filesystem import save_of
 from pytest_dcp._engine.verbs.phase_timing import Phases

@@ -111,7 +111,7 @@ def test_they_never_take_the_place_of_a_plain_tensor(
     }
     there = {
         "per_tensor": r"a quantised tensor of torch\.quint8 and size \(6,\)",
-        "scaled": r"a opaque_tensors\.Scaled of size \(2, 3\)",
+        "scaled": r"a support\.opaque_tensors\.Scaled of size \(2, 3\)",
     }[stored]
     before = dict(state["m"])
     said = rf"'m\.w' is {there} in the checkpoint, and a tensor of torch\.float32"

@@ -1,0 +1,150 @@
+"""A flat state dict and a checkpoint's index -> what this rank reads. Pure (no I/O)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.tensor import DTensor
+
+from pytest_dcp._engine.plan.describe import wanted_boxes
+from pytest_dcp._engine.plan.index import Index, index_of, resized_keys
+from pytest_dcp._engine.plan.load import read_items
+from pytest_dcp._engine.plan.match import LoadReport, match
+from pytest_dcp._engine.plan.opaque import STORED_DTYPES
+from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
+from pytest_dcp._engine.plan.select import Selection
+from pytest_dcp._engine.plan.shards import PLAIN
+from pytest_dcp.errors import CheckpointMismatchError
+
+
+def create_default_local_load_plan(
+    state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
+) -> LoadPlan:
+    """What this rank reads into a flat state dict.
+
+    Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
+    `strict`.
+    """
+    plan, _ = plan_reads(
+        state_dict,
+        index_of(metadata),
+        Selection(),
+        strict=strict,
+        partial=resized_keys(metadata, {}),
+    )
+    return with_list_of_items(plan)
+
+
+def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
+    """The plans as they are: no rank's load depends on another's."""
+    return all_plans
+
+
+def plan_reads(
+    state_dict: Mapping[str, Any],
+    index: Index,
+    selection: Selection,
+    *,
+    strict: bool,
+    on_load: Callable[[Mapping[str, torch.Tensor]], object] = lambda _: None,
+    per_rank: Mapping[str, PerRank] | None = None,
+    on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
+    partial: Container[str] = (),
+) -> tuple[LoadPlan, LoadReport]:
+    """The plan and how the keys met; `on_load` gives memory to the meta tensors among them.
+
+    `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
+    empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
+    Of the stored names in `partial` elements may be lacking.
+    """
+    chosen = selection.chosen(state_dict)
+    stored_as = selection.stored_as(chosen)
+    if per_rank:
+        stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
+    numbers = on_number is not None
+    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=numbers)
+    names = stored_as or {}
+    for fqn, (_, kind) in found.converted.items():
+        if on_number is not None and isinstance(kind, type):
+            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
+            room = torch.empty(stored.size, dtype=stored.properties.dtype)
+            found.loaded[fqn] = on_number(fqn, kind, room)
+    values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
+    # A stored value replaces whatever is here.
+    replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
+    replaced += _stored_in_one(found.loaded, names, index)
+    template = found.loaded | dict.fromkeys(replaced)
+    lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
+    items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
+    # Last: what does not fit is refused before the state dict changes.
+    on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
+    unexpected = tuple(
+        name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
+    )
+    return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
+
+
+def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
+    """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
+
+    Raises CheckpointMismatchError for one that is stored in parts.
+    """
+    if all(properties.dtype in STORED_DTYPES for properties in index.properties):
+        return []
+    opaque = [fqn for fqn, value in loaded.items() if type(value) in PLAIN and value.is_quantized]
+    chunks = {fqn: np.diff(index.first)[index.row_of[names.get(fqn, fqn)]] for fqn in opaque}
+    if parted := [fqn for fqn, count in chunks.items() if count > 1]:
+        raise CheckpointMismatchError(
+            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be put together to a "
+            "tensor of this kind",
+            mismatched=tuple(parted),
+        )
+    return opaque
+
+
+def _choose_per_rank(
+    chosen: dict[str, Any],
+    stored_as: Mapping[str, str] | None,
+    index: Index,
+    per_rank: Mapping[str, PerRank],
+    *,
+    strict: bool,
+) -> dict[str, str]:
+    """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
+
+    Takes out of `chosen` what is to stay as it is.
+    """
+    names = dict(stored_as or {})
+    wanted = {
+        fqn: (names.get(fqn, fqn), value)
+        for prefix, value in per_rank.items()
+        for fqn in chosen
+        if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
+    }
+    for fqn, name in resized_names(wanted, index.fqns, strict=strict).items():
+        if name is None:
+            del chosen[fqn]
+        else:
+            names[fqn] = name
+    return names
+
+
+def _is_meta(value: Any) -> bool:
+    if type(value) in PLAIN or type(value) is DTensor:
+        return bool(value.is_meta)
+    if isinstance(value, ShardedTensor):
+        # Asked itself, it would answer only where it has exactly one shard.
+        return any(shard.tensor.is_meta for shard in value.local_shards())
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def with_list_of_items(plan: LoadPlan) -> LoadPlan:
+    """The plan with its items as torch's objects, for hooks that change them."""
+    return replace(plan, items=list(plan.items))
