@@ -16,6 +16,7 @@ import pytest_dcp
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITH_EXAMPLES = {
+    "pytest_dcp._engine.io.commit",
     "pytest_dcp._engine.plan.boxes",
     "pytest_dcp._engine.plan.columns",
     "pytest_dcp._engine.plan.coverage",
@@ -25,6 +26,9 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.plan.nested",
     "pytest_dcp._engine.plan.save",
     "pytest_dcp._engine.plan.shards",
+    "pytest_dcp.faults.crashes.crash_points",
+    "pytest_dcp.faults.crashes.disk_model",
+    "pytest_dcp.faults.crashes.enumerate",
 }
 """Modules that must have at least one: the walk would not notice that it finds none."""
 

@@ -1,20 +1,82 @@
 """How a save becomes the checkpoint of its folder, at one instant.
 
-Data files have names of their own save, so that nothing of the old checkpoint is touched while
-they are written. Once every rank's files are whole and synced:
+A checkpoint is one metadata file, `.metadata`, and the data files that it names. A data file that
+no metadata names is no part of any checkpoint, so a save can write its own under names that only it
+uses, and nothing of the old checkpoint is touched meanwhile. The save takes effect when its
+metadata gets the name `.metadata`; everything before that only prepares, everything after it only
+tidies up.
 
-1. the folder is synced, so that their names last;
-2. the metadata goes to a temporary name and is synced;
-3. one rename replaces the old one, once its readers have opened their files, or have
-   had their time (see `lease`);
-4. the folder is synced again: from here on the new checkpoint survives a power cut;
-5. files that no committed metadata names are removed, those of dead saves among them.
+Each rank writes its data files (`__RANK_N-SAVE.distcp`) and syncs them. Once all have said so, the
+coordinator takes the lock of the folder, checks that the files are there, and:
 
-A reader finds the old checkpoint or the new one, whole, at every instant up to 5, and the new one
-after it. Where a save dies, the next one's step 5 cleans up.
+1. syncs the folder, so that the names of the data files last;
+2. writes the metadata to a temporary name (`.metadata-SAVE.tmp`) and syncs it;
+3. waits until the readers of the old metadata have opened their files, or have had their time
+   (see `lease`), and renames the temporary file over the old one;
+4. syncs the folder again: from here on the new checkpoint survives a power cut;
+5. removes what no metadata names any more: the old data files, and leftovers of dead saves.
+
+What a crash leaves, whether processes die or the power fails:
+
+    crash during            the folder loads as      left over
+    writing of data files   old                      some of the new data files
+    1, 2, the wait in 3     old                      the new data files, perhaps .tmp
+    3 once renamed, 4       new (a power cut may     the old data files
+                            still give old)          (the new ones and .tmp)
+    5                       new                      some of the old data files
+
+"Old" is no checkpoint where this is the folder's first save. Between 3 and 4 both answers are
+whole, since old files are not removed before the folder is synced. The next save removes what is
+left over, before it writes (`remove_unnamed`), so that a full disk has room for it, and again in
+its own step 5 (`sweep`). A save that fails without dying removes its files itself
+(`FileSystemWriter.discard`).
+
+Assumes that a rename is atomic for readers and that fsync means what POSIX says. Where the file
+system cannot sync folders, a warning says so. Assumes that saves to one folder come one after
+another: a save that begins while another one writes takes that one's files for leftovers, and the
+other's commit fails since its files are gone. Guarantees, with `sync`, that once a save has
+returned its checkpoint is the folder's, and that a reader finds the old checkpoint or the new one
+at every instant; a reader that planned with the old metadata and comes after step 5 finds a file
+missing, never another save's bytes. Without `sync` all of this holds for the death of processes,
+and a power cut may leave neither checkpoint whole.
+
+Ranks that save on their own (without collectives) each do all this with a metadata file of their
+own, `__RANK.metadata`. A later commit of the whole sweeps those too.
 
 An object store has no rename, but puts a file whole or not at all: there 2 and 3 are one put of the
 metadata. It may also list what was there a while ago: what is committed is asked for by its name.
+
+Two ranks save; here the metadata are just the names of the data files:
+
+>>> from pathlib import Path
+>>> from pytest_dcp._engine.io.disk import LocalDisk
+>>> disk, folder = LocalDisk(), Path("checkpoint")
+>>> _ = disk.make_folder(folder)
+>>> def write_data(save):
+...     names = [data_name(f"__{rank}_", 0, save) for rank in (0, 1)]
+...     for name in names:
+...         with disk.create(folder, name) as out:
+...             out.write([b"elements"])
+...     return " ".join(names).encode()
+>>> def files_named(metadata):
+...     return (folder / metadata).read_text().split()
+>>> publish(disk, folder, METADATA, [write_data("1a")], "1a", sync=True)
+>>> sweep(disk, folder, files_named, rank=None)
+[]
+
+The next save dies before its commit. The first one is still the folder's checkpoint:
+
+>>> _ = write_data("2b")
+>>> files_named(METADATA)
+['__0_0-1a.distcp', '__1_0-1a.distcp']
+
+The third replaces it, and sweeps what both have left:
+
+>>> publish(disk, folder, METADATA, [write_data("3c")], "3c", sync=True)
+>>> sweep(disk, folder, files_named, rank=None)
+['__0_0-1a.distcp', '__0_0-2b.distcp', '__1_0-1a.distcp', '__1_0-2b.distcp']
+>>> disk.names(folder)
+['.metadata', '__0_0-3c.distcp', '__1_0-3c.distcp']
 """
 
 from __future__ import annotations
@@ -76,7 +138,7 @@ def publish(
                 disk.replace(folder, temporary, name)
     except BaseException as error:
         if not disk.renames:
-            raise
+            raise  # the name is the checkpoint's: the old metadata may be there still
         # A failed save leaves nothing behind that it can remove.
         try:
             disk.remove(folder, temporary)
@@ -119,6 +181,8 @@ def _remove(
     is_stale: Callable[[str], bool],
 ) -> list[str]:
     """Remove the stale files that no metadata that counts names; their names."""
+    # Listed before any metadata is read: a file that appears later is not removed, whoever names
+    # it.
     present = disk.names(folder)
     asked = {METADATA, *filter(counts, present)}
     keep = _all_named(named, asked)

@@ -12,8 +12,25 @@ Who does what:
 - a commit locks the file that is there, then renames its own over it. A reader that is slow, or
   stopped, delays it by `LEASE_S` at most: then it goes on, and the reader finds another save.
 
+The cases, where the reader R opens the file and the commit C wants to replace it:
+
+- R has its lock first: C waits. R plans and opens its data files, then lets go; C renames. The open
+  files stay readable, since Unix removes a file only when its last descriptor is closed.
+- C has its lock first: R waits for it, at most `LEASE_S`. C renames and closes the old file. R gets
+  a lock on a file that no longer has the name, sees that, and begins again with the new one.
+- R comes between the rename and C's end: it opens the new file, which nothing locks.
+- R dies: the kernel closes its descriptor, and with it the lock goes.
+- C dies before the rename: its lock goes, the old file keeps its name. After it: the new file has
+  the name already.
+- R is late: C goes on without it. R may find its data files swept, and its load begins again.
+
+A lock belongs to the opening of the file, not to the process: a child that is forked meanwhile
+shares it until it closes the descriptor or executes a program.
+
 Assumes that the file system has flock, between machines too where they share it. Where it has not,
-nothing is locked, and readers try again instead.
+nothing is locked, and readers try again instead. Guarantees bounded waits (`LEASE_S`) for both
+sides, and nothing more: a lease makes it likely that a load needs no second try, and what a load
+reads is right without it.
 """
 
 from __future__ import annotations
@@ -52,6 +69,7 @@ def _locked_file(path: Path) -> int | None:
             return None  # reading it will say what is wrong
         try:
             locked = _lock(fd, fcntl.LOCK_SH, until_s)
+            # Locked after a commit was waited for, it may be the file that the commit replaced.
             if not locked or os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except FileNotFoundError:
@@ -87,6 +105,7 @@ def _close(fd: int) -> None:
 
 def _lock(fd: int, how: int, until_s: float) -> bool:
     """Whether the lock was had before that time; it goes with the descriptor."""
+    # Polled, since flock(2) has no timeout, and a signal to end its wait would be the program's.
     pause_s = FIRST_PAUSE_S
     while True:
         try:

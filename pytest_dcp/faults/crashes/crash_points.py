@@ -3,6 +3,24 @@
 Two operations are in order when one had ended before the other began. Of those that overlap, in
 other threads or ranks, each may or may not have been done, in either order. These are the down-sets
 of an interval order: all that had ended when some operation began, and any of those under way.
+
+It is enough to stop where an operation begins. Whatever can have been done at a later time, before
+the next beginning, could have been done at this one: what has ended since was under way then. After
+the last operation comes one more moment, at which all ranks had returned. A return alone is no
+moment: it counts from the next beginning on.
+
+Two ranks each make a file, at the same time:
+
+>>> from pytest_dcp.faults.tap.operation import Operation
+>>> both = [Operation("create", f"{rank}", rank=rank, ended_ns=10) for rank in (0, 1)]
+>>> for moment in moments(Trace.of([{}], both, returned_ns={0: 20, 1: 20})):
+...     print(moment.order, moment.under_way)
+() (0, 1)
+(0,) (1,)
+(1,) (0,)
+(0, 1) ()
+(1, 0) ()
+(0, 1) ()
 """
 
 from __future__ import annotations
@@ -47,6 +65,7 @@ def moments(trace: Trace) -> Iterator[CrashPoint]:
         at = operations[now].started_ns
         while len(ended) < len(operations) and operations[len(ended)].ended_ns <= at:
             ended.append(len(ended))
+        # `order` numbers operations by their ends, so those that have ended are a prefix.
         flying = [n for n in range(len(ended), len(operations)) if operations[n].started_ns <= at]
         returned = frozenset(rank for rank, end in trace.returned_ns.items() if end <= at)
         for some in _orders(_subsets(flying)):

@@ -3,6 +3,59 @@
 A file is a node, which names point to, as in every Unix. Names and bytes that are not known to be
 on stable storage are kept as changes, in order; a crash may lose any of those that its model says.
 Which operation makes what stable is a table, `Rules`, one row for each kind of file system.
+
+The state has two layers and what lies between them:
+
+- `names` and `contents`: what running programs see. Every operation acts on them at once. They are
+  what the death of processes leaves.
+- `stable_names` and `stable_contents`: what is on the disk for certain.
+- `name_changes` and `byte_changes`: how to get from the second to the first. What a power cut
+  leaves is the stable layer with some of the changes applied, in their order; `losses` says which
+  ones.
+
+A change becomes stable, and leaves its list, by
+
+- `sync` of a file: its byte changes. Under ext4 the journal is committed too, with all names so
+  far;
+- `sync_folder`: the name changes in that folder; under ext4 those of all folders;
+- `close` of a file under NFS (close-to-open): its byte changes;
+- a name change that needs its bytes (under ext4, a rename over a file) takes them with it.
+
+A sync covers only changes that had ended before it began: a write that overlaps it may or may not
+be in it, and the crash that loses it must be found.
+
+A rename is two changes, the new name set and the old one removed, that POSIX may lose apart. A node
+without a name is no longer in the tree, though its bytes are still written to: `rename` of an open
+file and removal behind a reader's back work as in Unix, through `handles`.
+
+Assumes that operations come in an order in which they can have happened: a name that is not there
+is a LookupError, which `enumerate.in_order` uses to find such an order. Guarantees that `seen`
+equals what the folder really had after the same operations (the recording checks it against the
+disk).
+
+>>> at = iter(range(0, 1000, 10))
+>>> def op(kind, path, **more):
+...     now = next(at)
+...     return Operation(kind, path, started_ns=now, ended_ns=now + 10, **more)
+>>> disk = DiskModel.of({}, Rules())
+>>> disk.apply(0, op("create", "w", handle=1))
+>>> disk.apply(1, op("write", "w", handle=1, offset=0, data=b"ab", nbytes=2))
+>>> disk.seen(), disk.left(names=[], changes=[])
+({'w': b'ab'}, {})
+
+The name could arrive without the bytes, or with zeros for them:
+
+>>> disk.left(disk.name_changes, []), disk.left(disk.name_changes, [(disk.byte_changes[0], False)])
+({'w': b''}, {'w': b'\\x00\\x00'})
+
+An fsync of the file makes its bytes last; its name lasts once the folder is synced as well:
+
+>>> disk.apply(2, op("sync", "w", handle=1))
+>>> len(disk.byte_changes), disk.left([], [])
+(0, {})
+>>> disk.apply(3, op("sync_folder", ".", handle=2))
+>>> disk.left([], [])
+{'w': b'ab'}
 """
 
 from __future__ import annotations

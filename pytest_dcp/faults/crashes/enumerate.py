@@ -1,9 +1,61 @@
 """Pure (no I/O): a trace -> what a crash at any moment could leave, each folder once.
 
-A crash is a moment of the trace (`crash_points`) and either an operation of which only a part was
-done, or what the model of the file system loses (`losses`). They are enumerated level by level, the
-simplest losses first, and within a level the earliest moments first. Where a budget ends in the
-midst of a level, the level's crashes are taken evenly from all moments.
+The recorded block ran once, to its end. Nothing is run again: its operations, with the times at
+which each began and ended in each rank, are enough to compute what every crash would have left.
+
+1. `crash_points.moments` lists when everything may stop: which operations were done, which were
+   under way. Operations of several ranks that overlap in time may have been done in either order,
+   or not at all, so one instant gives several moments.
+2. `_storages` applies the done operations to a model of the storage (`DiskModel`, `ObjectStore`).
+   It knows what programs saw, what was on stable storage, and the changes between the two.
+3. `_damages` says what the crash did, level by level. At level 0 nothing that was seen is lost, and
+   an operation under way may be done in part (`Torn`). From level 1 on, changes that were not yet
+   stable are lost: first all or single ones, then runs of them, then pairs (`losses`). Only a power
+   cut loses changes, so the models `kill` and `s3` have level 0 alone.
+4. `_different` computes the folder that is left and drops those seen before. The same folder counts
+   twice only if other ranks had returned: what a test may expect of it differs then.
+
+The order is by level, then by moment: the first states are those that are most likely and easiest
+to read. A level that does not fit the budget is thinned evenly over all moments (`_evenly`), so
+that a small budget still sees the commit at the end of a long save. Candidates are cheap to list;
+their trees, which cost a copy of the folder's bytes, are made only as far as the budget goes.
+
+A crash's id hashes its model, moment and damage: positions in the trace, never bytes or clocks. So
+it names the same crash in every run that does the same operations in the same order, and `only`
+finds it again without regard to budgets.
+
+Assumes that the trace has every operation below the roots, and that the clocks of all ranks are one
+(CLOCK_MONOTONIC of one machine). Guarantees that each yielded state is possible under the model:
+every loss is of changes that nothing had made stable, every order one that the times allow. Does
+not guarantee that all possible states are listed: subsets of lost changes are sampled beyond pairs,
+and two crashes in a row are not considered.
+
+Rank 0 replaces `.metadata` by way of a temporary file that it forgets to sync, while rank 1 appends
+to a log. Where only processes die, the old metadata or the new ones are there:
+
+>>> def op(kind, path, at, rank=0, **more):
+...     return Operation(kind, path, rank=rank, handle=1, started_ns=at, ended_ns=at + 10, **more)
+>>> trace = Trace.of(
+...     bases=[{".metadata": b"old", "log": b""}],
+...     operations=[
+...         op("create", "tmp", 0),
+...         op("write", "tmp", 10, offset=0, data=b"new", nbytes=3),
+...         op("rename", "tmp", 20, to=".metadata"),
+...         op("open", "log", 0, rank=1),
+...         op("write", "log", 15, rank=1, offset=0, data=b".", nbytes=1),
+...     ],
+...     returned_ns={0: 30, 1: 30},
+... )
+>>> sorted({crash.tree[".metadata"] for crash in crashes(trace, "kill")})
+[b'new', b'old']
+
+POSIX lets the name arrive before the bytes, so a power cut can leave an empty or a zeroed file.
+ext4 keeps the two together:
+
+>>> sorted({crash.tree[".metadata"] for crash in crashes(trace, "posix")})
+[b'', b'\\x00\\x00\\x00', b'new', b'old']
+>>> sorted({crash.tree[".metadata"] for crash in crashes(trace, "ext4-ordered")})
+[b'new', b'old']
 """
 
 from __future__ import annotations
@@ -86,7 +138,7 @@ def crashes(
         raise ValueError(f"a model of crashes is one of {', '.join(MODELS)}; got {model!r}")
     storages = list(_storages(trace, model))
     seen: set[Found] = set()
-    for level in range(len(LOSSES[model]) + 1):
+    for level in range(len(LOSSES[model]) + 1):  # a level may be empty, and the next one not
         left = None if budget is None else budget - len(seen)
         if left == 0:
             return
@@ -129,6 +181,8 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskMode
     for moment in moments(trace):
         waiting += moment.order[done : moment.ended]
         done = max(done, moment.ended)
+        # What has ended goes into `start` once and for all; only what is under way is undone again,
+        # by working on a copy: the whole costs one pass over the trace, not one for each moment.
         waiting = in_order(start, trace.operations, waiting)
         storage = start.copy()
         under_way = moment.order[moment.ended :]

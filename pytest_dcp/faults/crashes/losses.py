@@ -22,6 +22,14 @@ nfs: close-to-open consistency (RFC 7530, 10.3): names are on the server when th
 
 s3: objects, which `ObjectStore` keeps: nothing is there before its file is closed, then all of it;
     a rename is a copy and a removal.
+
+Of n changes any subset may be lost: 2**n, too many. The levels try simple ones instead, as ALICE
+does: all lost, one lost, all from some operation on lost, all but one lost, two lost. Of long
+lists, `SINGLY` and `PAIRS_OF` bound how many are tried; the newest are always among them, since a
+change that a save makes late is the likeliest to be unsynced when it matters.
+
+A loss is a value of positions in the lists of a `DiskModel`, so it means something only together
+with the moment that it was made for.
 """
 
 from __future__ import annotations
@@ -64,6 +72,8 @@ class Loss:
 
     def left(self, machine: DiskModel) -> Tree:
         """What is on the disk."""
+        # A lost byte change with its size arrived stays in the list, as one that only grows the
+        # file.
         names = [c for n, c in enumerate(machine.name_changes) if n not in self.names]
         changes = [
             (change, n not in self.bytes)
@@ -161,6 +171,7 @@ def _all(machine: DiskModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _some(positions: Sequence[int]) -> Sequence[int]:
     if len(positions) <= SINGLY:
         return positions
+    # Every k-th of the older half, k rounded up, so that there are at most SINGLY in all.
     newest = len(positions) - SINGLY // 2
     return [*positions[: newest : -(-newest // (SINGLY // 2))], *positions[newest:]]
 
