@@ -33,7 +33,6 @@ WITHOUT = frozenset(
         "_checkpointer",
         "_consolidate_hf_safetensors",
         "_experimental",
-        "_pg_transport",
         "_state_dict_stager",
     }
 )

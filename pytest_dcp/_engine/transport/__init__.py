@@ -1,0 +1,1 @@
+"""State dicts from one rank to others, without a checkpoint between them."""
