@@ -18,10 +18,8 @@ from torch.distributed.checkpoint import quantized_hf_storage as quantized_hf_st
 from torch.distributed.checkpoint import staging as staging_of_torch
 
 from pytest_dcp._engine.huggingface.quantized import QuantizedHuggingFaceStorageReader
-from pytest_dcp._engine.huggingface.storages import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
+from pytest_dcp._engine.huggingface.writer import HuggingFaceStorageWriter
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager, DefaultStager
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader

@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pytest_dcp._engine.huggingface.storages import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
+from pytest_dcp._engine.huggingface.writer import HuggingFaceStorageWriter
 from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = ["HuggingFaceStorageWriter", "HuggingFaceStorageReader"]

@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.huggingface.consolidate import Shards, Slab
-from pytest_dcp._engine.huggingface.storages import HuggingFaceStorageReader
+from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
 from pytest_dcp._engine.io.load_into_targets import Filled
 from pytest_dcp._engine.io.progress_observer import Observer, observer
 from pytest_dcp._engine.io.threads import StopFlag, run_all

@@ -1,0 +1,361 @@
+"""Writes checkpoints as Hugging Face keeps them: safetensors files and their index.
+
+Names, arguments and files are those of `torch.distributed.checkpoint.hf_storage`. See `file_layout`
+for which tensor goes to which file, `folder` for what makes a folder one checkpoint, and `saves`
+for how a save becomes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.write_results import WriteResults, whole_places_of
+from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
+from pytest_dcp._engine.huggingface.file_layout import (
+    FORMAT,
+    SHOWN,
+    FolderLayout,
+    check_items,
+    count_files,
+    files_of_tensors,
+    layout_files,
+    name_files,
+    stated_save,
+    with_data_at_start,
+)
+from pytest_dcp._engine.huggingface.folder import (
+    encode_index,
+    files_in_force,
+    is_replaceable,
+    leased_name,
+    next_number,
+    remove_leftovers,
+    save_named_in,
+    sweep,
+)
+from pytest_dcp._engine.huggingface.saves import (
+    INDEX_NAME,
+    LEFT_OVER,
+    SAVE_KEY,
+    SUFFIX,
+    data_name,
+    final_names,
+    is_temporary,
+    save_of,
+    temporary_name,
+)
+from pytest_dcp._engine.io.commit import publish
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.progress_observer import observer
+from pytest_dcp._engine.io.write_files import FileJob, Settings
+from pytest_dcp._engine.io.write_safetensors import write_safetensors
+from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.index import copy_metadata
+from pytest_dcp._engine.storages.folder_writer import (
+    CURRENT_DCP_VERSION,
+    FileSystemWriter,
+    source_of,
+)
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError, PlanError
+
+__all__ = ["HuggingFaceStorageWriter"]
+
+SHARDED_FOLDER = "sharded"
+
+
+class HuggingFaceStorageWriter(FileSystemWriter):
+    """Writes a state dict of tensors to safetensors files."""
+
+    def __init__(
+        self,
+        path: str,
+        fqn_to_index_mapping: dict[str, int] | None = None,
+        thread_count: int = 1,
+        save_distributed: bool = False,
+        enable_consolidation: bool = False,
+        thread_count_consolidation: int = 1,
+    ) -> None:
+        """As torch's.
+
+        path: the checkpoint's folder.
+        fqn_to_index_mapping: the number, from 1, of the file that each tensor goes to; None: all
+            to one.
+        thread_count: files of a rank that are written at the same time.
+        save_distributed: every rank writes its shards to files of its own. If not, the tensors must
+            be whole, and an index says where each is.
+        enable_consolidation: write the shards to `path/sharded`, and from them files of full
+            tensors, with an index, to `path`.
+        thread_count_consolidation: full files that are written at the same time.
+        """
+        super().__init__(
+            path=path,
+            serialization_format=SerializationFormat.SAFETENSORS,
+            thread_count=thread_count,
+        )
+        self.fqn_to_index_mapping = fqn_to_index_mapping
+        self.save_distributed = save_distributed
+        self.enable_consolidation = enable_consolidation
+        self.consolidated_output_path: str | None = None
+        self.thread_count_consolidation = thread_count_consolidation
+        self._layout = FolderLayout([], 1)
+        self._place(path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin another save, to the given folder or the same."""
+        super().reset()
+        if checkpoint_id:
+            self._place(checkpoint_id)
+
+    def _place(self, folder: str | os.PathLike[str]) -> None:
+        self.path = self.fs.init_path(folder)
+        if self.enable_consolidation:
+            self.consolidated_output_path = str(self.path)
+            self.path = self.fs.concat_path(self.path, SHARDED_FOLDER)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan; the folder is there."""
+        if not self.use_collectives:
+            raise ValueError(
+                "a folder of safetensors files is one checkpoint of all ranks: "
+                "save it with use_collectives=True"
+            )
+        self._make_folder(self._disk())
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans, each with what its rank must know to name its files.
+
+        Raises PlanError naming what such files cannot hold or what no file is meant for, and
+        CheckpointExistsError where the folder holds files that the shards would mix with.
+        """
+        if all(plan.usable for plan in plans):
+            tables = [WriteItems.of(plan.items) for plan in plans]
+            check_items(tables, self.fqn_to_index_mapping, whole=not self.save_distributed)
+            self._layout = layout_files(tables, self.fqn_to_index_mapping, self.save_distributed)
+        self.remove_leftovers()
+        if self.save_distributed:
+            self._refuse_strangers()
+        shared: dict[str, Any] = {
+            "save_id": self.save_id[:12],
+            "highest": self._layout.highest,
+            "number": next_number(self._disk(), self.path),
+        }
+        if self.fqn_to_index_mapping is not None:
+            shared["fqn_to_index_mapping"] = self.fqn_to_index_mapping
+        told = []
+        for rank, plan in enumerate(plans):
+            own: dict[str, Any] = {"numbers": self._layout.numbers[rank]}
+            if self.save_distributed:
+                own = {**own, "shard_index": rank + 1, "ranks": len(plans)}
+            told.append(dataclasses.replace(plan, storage_data=shared | own))
+        counts = [
+            count_files(plan, self._split(plan.items, plan.storage_data))
+            for plan in told
+            if len(plan.items)
+        ]
+        shared = {"files": sum(counts)}
+        return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in told]
+
+    def _remove_leftovers(self, disk: Disk) -> None:
+        if any(map(LEFT_OVER.fullmatch, disk.names(self.path))):
+            with disk.locked(self.path):
+                remove_leftovers(disk, self.path)
+
+    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+        return files_in_force(disk, folder)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors, under temporary names; done when the future is returned."""
+        future: Future[list[WriteResult]] = Future()
+        disk = self._registering_disk()
+        if not len(plan.items):
+            self._sync_name(disk)
+            future.set_result([])
+            return future
+        said: Mapping[str, Any] = plan.storage_data or {}
+        table = WriteItems.of(plan.items)
+        save_id = said.get("save_id")
+        # Only a plan of `prepare_global_plan` says how to tell a whole save from others.
+        jobs = [
+            FileJob(name if save_id is None else temporary_name(name, save_id), rows)
+            for name, rows in name_files(table.fqns, said, self._split(plan.items, said)).items()
+        ]
+        watcher = observer("save")
+        watcher.expect(int(table.size_bytes().sum()))
+        settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
+        written = write_safetensors(
+            disk,
+            self.path,
+            jobs,
+            source_of(planner, plan.items),
+            settings,
+            watcher,
+            table,
+            {SAVE_KEY: save_id or self.save_id[:12], **stated_save(said), **FORMAT},
+        )
+        self._sync_name(disk)
+        results: Any = WriteResults(plan.items, written)
+        future.set_result(results)
+        return future
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        """The items of each file, by its number from 1: torch's hook, for subclasses.
+
+        storage_plan: the number of each tensor's file; None: all go to the first.
+        """
+        if storage_plan is None:
+            return {1: items}
+        files: dict[int, list[WriteItem]] = {}
+        for item in items:
+            if item.index.fqn not in storage_plan:
+                raise PlanError(f"{item.index.fqn!r} is not in fqn_to_index_mapping")
+            files.setdefault(storage_plan[item.index.fqn], []).append(item)
+        return files
+
+    def _split(self, items: Sequence[WriteItem], said: Mapping[str, Any]) -> list[int] | None:
+        """The number of each item's file, where a subclass says it; None: as the mapping says."""
+        if not is_overridden(self, HuggingFaceStorageWriter, "_split_by_storage_plan"):
+            return None
+        known = list(items)
+        split = self._split_by_storage_plan(said.get("fqn_to_index_mapping"), known)
+        number = {item.index: at for at, some in split.items() for item in some}
+        if lost := [item.index.fqn for item in known if item.index not in number]:
+            raise PlanError(
+                f"{len(lost)} item(s) are in no file of {type(self).__name__}."
+                f"_split_by_storage_plan: {lost[:SHOWN]}"
+            )
+        return [number[item.index] for item in known]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Give the files their names, consolidate if asked to, write the index, remove the old."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
+        catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
+        results = [some for some in results if len(some)]
+        catalog = with_data_at_start(
+            dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
+        )
+        disk = self._registering_disk()
+        # A planner that remembers plans may have given the ranks those of an earlier save.
+        whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
+        save_id: str | None = next(whose, self.save_id[:12])
+        files = catalog.places.files
+        if files and not any(map(is_temporary, files)):
+            # Of results made by hand: the files may be another program's, or not there yet.
+            save_id = save_named_in(disk, self.path, files)
+        with self._replacing(disk, self.path):
+            catalog = self._renamed(disk, self.path, catalog)
+            metadata.storage_data = catalog.metadata().storage_data
+            files = catalog.places.files
+            if self.save_distributed:
+                self._commit_shards(disk, files)
+            else:
+                nbytes = int(catalog.places.data_nbytes.sum())
+                index = encode_index(files_of_tensors(catalog), nbytes, save_id)
+                self._publish(disk, self.path, index, files)
+        if self.save_distributed and self.enable_consolidation:
+            self._consolidate(disk, catalog, save_id or self.save_id[:12])
+
+    @contextmanager
+    def _replacing(self, disk: Disk, folder: Any) -> Iterator[None]:
+        """Keep other commits, and new readers, out of the folder inside."""
+        with disk.locked(folder), disk.between_leases(folder, leased_name(disk, folder)):
+            yield
+
+    def _commit_shards(self, disk: Disk, files: Iterable[str]) -> None:
+        """The files have their names: they are the checkpoint, unless an index names others."""
+        if disk.exists(self.path, INDEX_NAME):
+            disk.remove(self.path, INDEX_NAME)
+            if self.sync_files:
+                disk.sync_folder(self.path)
+        sweep(disk, self.path, files)
+
+    @property
+    def metadata_path(self) -> str:
+        """The name of the index."""
+        return INDEX_NAME
+
+    def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
+        folder = self.fs.init_path(self.consolidated_output_path or self.path)
+        self._sync(disk, disk.make_folder(folder))
+        mapping = self.fqn_to_index_mapping
+        highest = max(mapping.values(), default=1) if mapping else 1
+        files: dict[str, list[str]] = {}
+        for fqn in catalog.index.fqns:
+            name = data_name(1 if mapping is None else mapping[fqn], highest)
+            files.setdefault(name, []).append(fqn)
+        temporary = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
+        stated = stated_save({"files": len(files), "number": next_number(disk, folder)})
+        total = consolidate(
+            Shards(disk, self.path, catalog),
+            folder,
+            temporary,
+            {SAVE_KEY: save_id, **stated, **FORMAT},
+            threads=self.thread_count_consolidation,
+            sync=self.sync_files,
+        )
+        with self._replacing(disk, folder):
+            finals = self._give_names(disk, folder, list(temporary))
+            where = {fqn: finals[name] for name, fqns in temporary.items() for fqn in fqns}
+            self._publish(disk, folder, encode_index(where, total, save_id), finals.values())
+
+    def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
+        """The catalog with the files' own names, which they now have.
+
+        Only temporary names are looked for and taken away: others are a caller's own, who may write
+        the files later.
+        """
+        places = catalog.places
+        temporary = [name for name in places.files if is_temporary(name)]
+        present = set(disk.names(folder))
+        for name in temporary:
+            if present and name not in present:
+                raise CheckpointCorruptError(
+                    "a data file of this save is gone before the commit: does another save write "
+                    "to the same folder?",
+                    file=name,
+                )
+        finals = self._give_names(disk, folder, temporary)
+        names = tuple(finals.get(name, name) for name in places.files)
+        return dataclasses.replace(catalog, places=dataclasses.replace(places, files=names))
+
+    def _give_names(self, disk: Disk, folder: Any, temporary: Sequence[str]) -> dict[str, str]:
+        """The files' own names, which they now have."""
+        finals = final_names(temporary, disk.names(folder))
+        for name, final in finals.items():
+            disk.replace(folder, name, final)
+        if self.sync_files:
+            disk.sync_folder(folder)
+        return finals
+
+    def _publish(self, disk: Disk, folder: Any, index: bytes, files: Iterable[str]) -> None:
+        save, sync = self.save_id[:12], self.sync_files
+        publish(disk, folder, INDEX_NAME, [index], save, sync=sync, waits=False)
+        sweep(disk, folder, files)
+
+    def _refuse_strangers(self) -> None:
+        disk = self._disk()
+        strangers = [
+            name
+            for name in disk.names(self.path)
+            if name.endswith(SUFFIX) and not is_replaceable(disk, self.path, name)
+        ]
+        if strangers:
+            raise CheckpointExistsError(
+                f"{self.path} holds {strangers[:SHOWN]}, which are no shards, and without an index "
+                "nobody could tell them from the shards: choose another folder"
+            )
