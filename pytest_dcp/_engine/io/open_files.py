@@ -15,7 +15,9 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-from pytest_dcp._engine.io.disk import Disk, In, LocalDisk, LocalIn
+from pytest_dcp._engine.io.disk import Disk, In
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.local_file import LocalIn
 from pytest_dcp.errors import CheckpointReplacedError
 
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)

@@ -12,7 +12,8 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from pytest_dcp._engine.io.disk import Buffer, In, Out, name_file
+from pytest_dcp._engine.io.disk import Buffer, In, Out
+from pytest_dcp._engine.io.local_file import name_file
 
 
 class StreamDisk:

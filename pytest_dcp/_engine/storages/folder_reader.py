@@ -9,9 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemBase,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -21,8 +19,9 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk, LocalDisk
+from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.load_into_targets import Filled, Work, files_of, prepare
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings

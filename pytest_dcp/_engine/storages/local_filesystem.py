@@ -19,7 +19,8 @@ from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk, LocalDisk
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp.errors import CheckpointCorruptError

@@ -27,7 +27,7 @@ from pytest_dcp._engine.format.memory_limit import (
 )
 from pytest_dcp._engine.huggingface.folder import decode_index
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME
-from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.errors import CheckpointCorruptError

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.local_disk import LocalDisk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
 
-from pytest_dcp._engine.io import disk as subject
-from pytest_dcp._engine.io.disk import LocalDisk, LocalIn, LocalOut
+from pytest_dcp._engine.io import local_disk, local_file
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.local_file import LocalIn, LocalOut
 from pytest_dcp._engine.io.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.checkpoint.filesystem import FileSystem
 from pytest_dcp.errors import CheckpointCorruptError
@@ -119,8 +120,8 @@ class FakeFile:
 def test_a_write_that_takes_a_part_is_continued(buffers, steps, most):
     fake = FakeFile(steps)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subject.os, "writev", fake.writev)
-        patch.setattr(subject, "IOV_MAX", most)
+        patch.setattr(os, "writev", fake.writev)
+        patch.setattr(local_file, "IOV_MAX", most)
         LocalOut(-1).write(buffers)
     assert bytes(fake.content) == b"".join(buffers)
     assert fake.most <= most
@@ -133,7 +134,7 @@ def test_a_read_that_gives_a_part_is_continued(content, steps, data):
     offset, length = data.draw(st.integers(0, 25)), data.draw(st.integers(0, 25))
     view = memoryview(bytearray(length))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subject.os, "preadv", fake.preadv)
+        patch.setattr(os, "preadv", fake.preadv)
         got = LocalIn(-1, len(content)).read_into(offset, view)
     assert bytes(view[:got]) == content[offset : offset + length]
 
@@ -191,7 +192,7 @@ def test_more_buffers_than_one_call_takes_are_written(tmp_path):
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 def test_a_file_ends_where_it_was_written_whatever_was_reserved(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: kind)
+    monkeypatch.setattr(local_file, "kind_of_device", lambda major, minor: kind)
     with LocalDisk().create(tmp_path, "a") as out:
         out.reserve(2 << 20)
         out.write([b"x"])
@@ -203,10 +204,10 @@ def test_a_file_ends_where_it_was_written_whatever_was_reserved(kind, tmp_path, 
 @pytest.mark.parametrize("code", ["EOPNOTSUPP", "EINVAL", "ENOSPC"])
 def test_only_a_full_disk_stops_a_reservation(code, tmp_path, monkeypatch):
     def fails(fd: int, offset: int, nbytes: int) -> None:
-        raise OSError(getattr(subject.errno, code), code)
+        raise OSError(getattr(errno, code), code)
 
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
-    monkeypatch.setattr(subject.os, "posix_fallocate", fails)
+    monkeypatch.setattr(local_file, "kind_of_device", lambda major, minor: "ext4")
+    monkeypatch.setattr(os, "posix_fallocate", fails)
     with LocalDisk().create(tmp_path, "a") as out:
         out.reserve(100)
         if code == "ENOSPC":
@@ -219,8 +220,8 @@ def test_only_a_full_disk_stops_a_reservation(code, tmp_path, monkeypatch):
 def test_the_kind_of_a_mounted_file_system_is_known():
     status = os.stat("/proc/self")
     device = os.major(status.st_dev), os.minor(status.st_dev)
-    assert subject.kind_of_device(*device) == "proc"
-    assert subject.kind_of_device(0xFFF, 0xFFF) is None
+    assert local_file.kind_of_device(*device) == "proc"
+    assert local_file.kind_of_device(0xFFF, 0xFFF) is None
 
 
 def test_a_link_inside_the_folder_is_followed_and_one_out_of_it_refused(tmp_path):
@@ -296,7 +297,7 @@ def test_followed_links_lead_to_plain_files_alone(target, tmp_path, monkeypatch)
         opened.append(os.fspath(path))
         return real(path, *args, **options)
 
-    monkeypatch.setattr(subject.os, "open", noted)
+    monkeypatch.setattr(os, "open", noted)
     with (
         pytest.raises(CheckpointCorruptError, match=r"no plain file"),
         LocalDisk(follow_links=True).open(folder, "out"),
@@ -358,7 +359,7 @@ def test_descriptors_are_closed_after_use_and_after_failure(tmp_path):
 @pytest.mark.parametrize("kind", ["tmpfs", "nfs4", "overlay", None])
 def test_only_files_of_local_disks_are_mapped(kind, tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(b"1234")
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: kind)
+    monkeypatch.setattr(local_file, "kind_of_device", lambda major, minor: kind)
     with LocalDisk().open(tmp_path, "f") as file:
         assert not file.maps
         assert file.window(0, 4) is None
@@ -371,9 +372,7 @@ def test_rows_are_read_also_where_a_call_gives_a_part(tmp_path, monkeypatch):
         views = [memoryview(bytearray(3)) for _ in range(3)]
         assert file.read_rows([0, 50, 97], views) == 9
         assert [bytes(view) for view in views] == [b"\0\1\2", b"234", b"abc"]
-        monkeypatch.setattr(
-            subject.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:2]], at)
-        )
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:2]], at))
         views = [memoryview(bytearray(3)) for _ in range(3)]
         assert file.read_rows([0, 50, 98], views) == 8
         assert bytes(views[1]) == b"234"
@@ -387,7 +386,7 @@ def test_a_write_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="took no byte"):
         StreamOut(TakesNothing()).write([b"1234"])
     with LocalDisk().create(tmp_path, "f") as out:
-        monkeypatch.setattr(subject.os, "writev", lambda fd, buffers: 0)
+        monkeypatch.setattr(os, "writev", lambda fd, buffers: 0)
         with pytest.raises(OSError, match="took no byte"):
             out.write([b"1234"])
 
@@ -411,7 +410,7 @@ def failing(code: int, then=lambda *_: None):
 
 def write_with_failing(call: str, code: int, folder: Path, patch: pytest.MonkeyPatch) -> None:
     with LocalDisk().create(folder, "data") as out:
-        patch.setattr(subject.os, call, failing(code, *([os.close] if call == "close" else [])))
+        patch.setattr(os, call, failing(code, *([os.close] if call == "close" else [])))
         if call != "close":
             WRITES[call](out)
 
@@ -422,7 +421,7 @@ def write_with_failing(call: str, code: int, folder: Path, patch: pytest.MonkeyP
     sorted({*product([*WRITES, "close"], CODES)} - {("posix_fallocate", errno.EINVAL)}),
 )
 def test_a_write_that_fails_names_its_file(call, code, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "kind_of_device", lambda major, minor: "ext4")
+    monkeypatch.setattr(local_file, "kind_of_device", lambda major, minor: "ext4")
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"/data'$") as caught:
         write_with_failing(call, code, tmp_path, patch)
     assert (caught.value.errno, caught.value.filename) == (code, str(tmp_path / "data"))
@@ -433,7 +432,7 @@ def test_a_read_that_fails_names_its_file(read, tmp_path, monkeypatch):
     (tmp_path / "data").write_bytes(b"1234")
     view = memoryview(bytearray(4))
     with LocalDisk().open(tmp_path, "data") as file, monkeypatch.context() as patch:
-        patch.setattr(subject.os, "preadv", failing(errno.EIO))
+        patch.setattr(os, "preadv", failing(errno.EIO))
         with pytest.raises(OSError, match=r"Input/output error: .*/data'$"):
             file.read_into(0, view) if read == "read_into" else file.read_rows([0], [view])
 
@@ -455,15 +454,15 @@ class MagicFailure:
 
 
 def test_a_folder_that_fails_to_be_synced_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(subject.os, "fsync", failing(errno.EIO))
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
         LocalDisk().sync_folder(tmp_path)
 
 
-@pytest.mark.parametrize("code", subject.CANNOT_SYNC_FOLDERS)
+@pytest.mark.parametrize("code", local_disk.CANNOT_SYNC_FOLDERS)
 def test_a_file_system_that_cannot_sync_folders_is_warned_of_once(code, tmp_path, monkeypatch):
-    subject._warn_of_unsynced.cache_clear()
-    monkeypatch.setattr(subject.os, "fsync", failing(code))
+    local_disk._warn_of_unsynced.cache_clear()
+    monkeypatch.setattr(os, "fsync", failing(code))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(3):

@@ -14,8 +14,8 @@ import torch
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import lease, open_files
-from pytest_dcp._engine.io.disk import LocalDisk
 from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,8 +16,8 @@ from pytest_dcp._engine.io import checked_ranges as ranges
 from pytest_dcp._engine.io import read_copies as read
 from pytest_dcp._engine.io import write_files as write
 from pytest_dcp._engine.io.copy_plan import copies, runs, slabs, span_of, starts
-from pytest_dcp._engine.io.disk import LocalDisk
 from pytest_dcp._engine.io.entry_places import resolve_entry_places
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
 from pytest_dcp._engine.io.write_files import FileJob, Settings, balance_by_bytes, write_files

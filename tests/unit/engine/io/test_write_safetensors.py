@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pytest_dcp._engine.format.write_results import Written
-from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_safetensors import read_header
 from pytest_dcp._engine.io.write_files import FileJob, Settings

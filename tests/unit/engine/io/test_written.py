@@ -24,7 +24,8 @@ from pytest_dcp._engine.format.write_results import (
     whole_places_of,
 )
 from pytest_dcp._engine.io import write_files as write
-from pytest_dcp._engine.io.disk import LocalDisk, LocalOut
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.local_file import LocalOut
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.write_files import (
     FileJob,

@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.io import disk as disk_module
-from pytest_dcp._engine.io.disk import Buffer, In, LocalDisk, Out
+from pytest_dcp._engine.io import local_disk
+from pytest_dcp._engine.io.disk import Buffer, In, Out
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.write_files import FileJob
 from pytest_dcp._engine.storages import local_filesystem as file_system
 from pytest_dcp.checkpoint.filesystem import FileSystemWriter
@@ -270,7 +271,7 @@ def test_two_saves_at_once_leave_one_of_them_whole(
     inner: list[float] = []
     refused: list[str] = []
     succeeded: set[float] = set()
-    monkeypatch.setattr(disk_module, "LOCK_S", 0.1)
+    monkeypatch.setattr(local_disk, "LOCK_S", 0.1)
 
     def other() -> None:
         if not inner:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import open_files
-from pytest_dcp._engine.io.disk import LocalDisk
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.fsspec import FsspecReader
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 

@@ -1,0 +1,207 @@
+"""The local disk: folders and names, by file descriptors.
+
+No name in a checkpoint leads out of its folder; a lock on the folder keeps commits apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+
+from pytest_dcp._engine.io.disk import In, Out
+from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
+from pytest_dcp._engine.io.local_file import LocalIn, LocalOut, kind_of, name_file
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+
+LOCK_S = 120.0
+"""How long a commit waits for another save's: they take milliseconds."""
+CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)
+"""How a file system (of SMB or 9p mounts, some in user space) says that folders have no fsync."""
+UNREAL_KINDS = frozenset(
+    ("proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf")
+)
+"""File systems whose files are made up by the kernel when they are read: no link may lead there."""
+
+
+class LocalDisk:
+    """The local disk, by file descriptors."""
+
+    renames = True
+    follow_links = False
+
+    def __init__(self, *, follow_links: bool = False) -> None:
+        """follow_links: whether a link in a folder may lead out of it, to a plain file.
+
+        A name may not, either way: it is the checkpoint's word, and a link that of the one who made
+        the folder.
+        """
+        self.follow_links = follow_links
+
+    def make_folder(self, folder: Path) -> list[Path]:
+        folder = Path(folder)
+        missing = [path for path in folder.parents if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        return [path.parent for path in (folder, *missing)]
+
+    def names(self, folder: Path) -> list[str]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(e.name for e in entries if not e.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+    @contextlib.contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(fd, folder)
+            yield
+        finally:
+            os.close(fd)
+
+    def leased(self, folder: Path, name: str) -> AbstractContextManager[None]:
+        return hold_lease(folder, name)
+
+    def between_leases(self, folder: Path, name: str) -> AbstractContextManager[None]:
+        return wait_for_leases(folder, name)
+
+    def exists(self, folder: Path, name: str) -> bool:
+        return (Path(folder) / name).is_file()
+
+    @contextlib.contextmanager
+    def create(self, folder: Path, name: str) -> Iterator[Out]:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        path = Path(folder) / name
+        fd = os.open(path, flags, 0o666)
+        try:
+            yield LocalOut(fd, path)
+        finally:
+            _close(fd, path)
+
+    @contextlib.contextmanager
+    def open(self, folder: Path, name: str) -> Iterator[In]:
+        fd = _open_inside(folder, name, follow_links=self.follow_links)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointCorruptError("not a plain file", file=name)
+            file = LocalIn(fd, status.st_size, kind_of(status), Path(folder) / name)
+            try:
+                yield file
+            finally:
+                file.close()
+        finally:
+            os.close(fd)
+
+    def replace(self, folder: Path, old: str, new: str) -> None:
+        (Path(folder) / old).replace(Path(folder) / new)
+
+    def remove(self, folder: Path, name: str) -> None:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+    def sync_folder(self, folder: Path) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC_FOLDERS:
+                name_file(error, folder)
+                raise
+            _warn_of_unsynced(os.fstat(fd).st_dev, folder, error.errno)
+        finally:
+            os.close(fd)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_unsynced(device: int, folder: Path, code: int) -> None:
+    """Say once of each folder that its file system cannot do what is promised elsewhere."""
+    warnings.warn(
+        f"{folder} is on a file system that cannot sync folders ({errno.errorcode[code]}, fsync): "
+        "a save that has returned may be undone by a power cut, but not mixed with another. "
+        "With sync_files=False a save waits for no sync at all, and does not say this.",
+        stacklevel=2,
+    )
+
+
+def _close(fd: int, path: Path) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:
+        name_file(error, path)
+        raise
+
+
+def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
+    """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
+    # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    path = os.path.join(folder, name)
+    try:
+        if os.sep not in name and name not in ("", ".", ".."):
+            # What is in the folder itself, and no link, cannot be elsewhere.
+            try:
+                return os.open(path, flags | os.O_NOFOLLOW)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+        root, real = os.path.realpath(folder), os.path.realpath(path)
+        if os.path.commonpath((root, real)) == root:
+            return os.open(path, flags)
+        _check_way_out(name, real, follow_links=follow_links)
+        # O_NOCTTY: should another file be there by now, it must not become this process's terminal.
+        return os.open(real, flags | os.O_NOFOLLOW | os.O_NOCTTY)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise CheckpointCorruptError(f"no plain file: {error.strerror}", file=name) from error
+        raise
+
+
+def _check_way_out(name: str, real: str, *, follow_links: bool) -> None:
+    """Raise CheckpointCorruptError unless this name may be the file `real`, outside of the folder.
+
+    A device or a FIFO is not even opened: that alone can do something.
+    """
+    climbs = os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+    if climbs or not follow_links:
+        raise CheckpointCorruptError(
+            f"{'the name' if climbs else 'a link'} leads out of the checkpoint's folder"
+            + ("" if climbs else f", to {real}: FileSystemReader(folder, follow_links=True) reads "
+               "it, if you trust whoever made the link"),
+            file=name,
+        )  # fmt: skip
+    status = os.stat(real, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode) or kind_of(status) in UNREAL_KINDS:
+        raise CheckpointCorruptError(f"a link leads to {real}, which is no plain file", file=name)
+
+
+def _lock(fd: int, folder: Path) -> None:
+    """Take the advisory lock of an open folder, in bounded time. It goes with the descriptor.
+
+    On the folder itself (flock(2)), so that no lock file is left among the checkpoint's.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"another save has been committing to {folder} for {LOCK_S:.0f} s"
+                ) from None
+            time.sleep(0.02)
+        except OSError:
+            # Some network file systems lock no folders; then commits are as safe as a rename is.
+            return
+        else:
+            return

@@ -1,0 +1,182 @@
+"""Open files of the local disk, and what kind of file system they are on.
+
+A file is written from its start to its end, or read by position; errors name the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from pytest_dcp._engine.io.disk import Buffer
+from pytest_dcp._engine.io.mapped_windows import IOV_MAX, Windows
+
+RESERVE_FROM_BYTES = 1 << 20
+"""Smaller files are written at once anyway."""
+MEMORY_KINDS = ("tmpfs", "ramfs")
+"""File systems that fill a reserved page with zeros, to be written a second time."""
+MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
+"""Local disk file systems, where no other machine can take a file away from under a mapping."""
+
+
+def name_file(error: OSError, path: Any) -> None:
+    """Have the error of a descriptor say which file it is about."""
+    if error.errno is not None and error.filename is None and path is not None:
+        error.filename = os.fspath(path)
+
+
+@lru_cache(maxsize=64)
+def kind_of_device(major: int, minor: int) -> str | None:
+    """The file system of a mounted device, `tmpfs` for instance; None where it is unknown.
+
+    From /proc/self/mountinfo (proc_pid_mountinfo(5)).
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for fields in map(str.split, lines):
+        if fields[2] == f"{major}:{minor}":
+            return fields[fields.index("-") + 1]
+    return None
+
+
+def kind_of(status: os.stat_result) -> str | None:
+    return kind_of_device(os.major(status.st_dev), os.minor(status.st_dev))
+
+
+class LocalOut:
+    """A file descriptor that is written to. Its errors name the file."""
+
+    def __init__(self, fd: int, path: Path | None = None) -> None:
+        self.fd = fd
+        self.path = path
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        try:
+            for start in range(0, len(buffers), IOV_MAX):
+                self._write_all(list(buffers[start : start + IOV_MAX]))
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes < RESERVE_FROM_BYTES or not hasattr(os, "posix_fallocate"):
+            return
+        if kind_of(os.fstat(self.fd)) in MEMORY_KINDS:
+            return
+        try:
+            os.posix_fallocate(self.fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                name_file(error, self.path)
+                raise
+
+    def end_at(self, nbytes: int) -> None:
+        try:
+            if os.fstat(self.fd).st_size > nbytes:
+                os.ftruncate(self.fd, nbytes)
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+
+    def _write_all(self, buffers: list[Buffer]) -> None:
+        left = sum(map(len, buffers))
+        while left:
+            done = os.writev(self.fd, buffers)
+            if not done:
+                raise OSError(errno.EIO, "a write took no byte, and gave no reason")
+            left -= done
+            if left:
+                buffers = _after(buffers, done)
+
+
+class LocalIn:
+    """A file descriptor that is read from, by position. Its errors name the file."""
+
+    def __init__(
+        self, fd: int, size: int, kind: str | None = None, path: Path | None = None
+    ) -> None:
+        self.fd = fd
+        self.path = path
+        self.size = size
+        self.maps = kind in MAPPED_KINDS
+        self._windows = Windows(fd, size)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size without its holes (lseek(2), SEEK_HOLE).
+
+        Not st_blocks, which file systems that compress, or write late, count otherwise.
+        """
+        if not hasattr(os, "SEEK_DATA"):
+            return self.size
+        stored = end = 0
+        while end < self.size:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+                end = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                # ENXIO: no data behind this place. Others: the file system has no such call.
+                return stored if error.errno == errno.ENXIO else self.size
+            stored += end - start
+        return stored
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        try:
+            done = os.preadv(self.fd, (view,), offset)
+            while done < len(view):
+                more = os.preadv(self.fd, (view[done:],), offset + done)
+                if not more:
+                    break
+                done += more
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+        return done
+
+    def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
+        # One call of the system for each row, without a step of the interpreter between them.
+        try:
+            done = list(map(os.preadv, repeat(self.fd), zip(views), offsets))
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+        asked = list(map(len, views))
+        if done == asked:
+            return sum(done)
+        return sum(map(self.read_into, offsets, views))
+
+    def window(self, offset: int, nbytes: int) -> memoryview | None:
+        return self._windows.window(offset, nbytes) if self.maps else None
+
+    def again(self) -> LocalIn:
+        """The same open file, for one more thread; valid as long as this one is."""
+        again = LocalIn(self.fd, self.size, path=self.path)
+        again.maps = self.maps
+        return again
+
+    def close(self) -> None:
+        """Give back what was opened beside the file; the descriptor is its owner's."""
+        self._windows.close()
+
+
+def _after(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """The buffers without their first `done` bytes."""
+    for n, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [memoryview(buffer)[done:], *buffers[n + 1 :]]
+        done -= len(buffer)
+    return []
