@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,
@@ -34,7 +35,6 @@ from pytest_dcp._engine.unpickle.machine import (
     brief,
 )
 from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE, check_metadata
-from pytest_dcp._engine.unpickle.opcodes import run
 from pytest_dcp._engine.unpickle.plain_values import MAX_DIMS, PLAIN, check_plain, ordered_dict
 from pytest_dcp.errors import CheckpointCorruptError
 

@@ -21,6 +21,7 @@ from pytest_dcp._engine.unpickle import (
     rebuild_tensor,
     tensor_vocabulary,
 )
+from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,
@@ -28,7 +29,6 @@ from pytest_dcp._engine.unpickle.machine import (
     Vocabulary,
     brief,
 )
-from pytest_dcp._engine.unpickle.opcodes import run
 from pytest_dcp._engine.unpickle.plain_values import PLAIN
 from pytest_dcp._engine.unpickle.unread_fields import UnreadObject, may_stay_unread
 from pytest_dcp.errors import CheckpointCorruptError

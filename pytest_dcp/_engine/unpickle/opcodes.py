@@ -1,6 +1,5 @@
-"""What each pickle opcode does, and the loop that runs them on a `Machine`.
+"""What each pickle opcode does to a `PickleMachine`: the handlers, and their tables by opcode.
 
-What enters: bytes and a `Vocabulary`. What leaves: the object at STOP; what follows it is not read.
 The rules are those of `unpickle.machine`. The format: CPython's Lib/pickletools.py. Opcodes of
 protocols 0 and 1 that protocol 2 replaced, and those no pickler emits for data (DUP, EXT, INST, OBJ
 ...), are refused.
@@ -14,12 +13,10 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,
     UnknownGlobalError,
-    Vocabulary,
     brief,
     decoded_text,
     make_set,
@@ -36,105 +33,7 @@ _FIELD_COST = 2
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
 
 
-def run(
-    data: bytes | memoryview,
-    vocabulary: Vocabulary,
-    unread: set[str] | None = None,
-    *,
-    to_the_end: bool = False,
-) -> Any:
-    """The object that the pickle at the start of `data` describes.
-
-    unread: where the names of classes go whose objects the vocabulary keeps aside.
-    to_the_end: whether the pickle must be all of `data`.
-
-    The cyclic garbage collector rests meanwhile: it would look at every new object many times over.
-
-    Raises:
-        CheckpointCorruptError: and its subclasses, as the module says; `offset` is the opcode's.
-    """
-    machine = PickleMachine(data if isinstance(data, bytes) else bytes(data), vocabulary)
-    with collector_paused():
-        found = _interpret(machine, to_the_end)
-    if unread is not None:
-        unread |= machine.unread
-    return found
-
-
-def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
-    """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
-
-    It is one function because a call for each opcode doubled its time. `stack` holds what came
-    after the last MARK, so that nothing reaches below it; `outer` holds the stacks of the MARKs
-    before.
-    """
-    data, memo = machine.data, machine.memo
-    stack: list[Any] = []
-    outer: list[list[Any]] = []
-    push, memoize = stack.append, memo.append
-    pos = start = 0
-    plain, marked, uint32 = _PLAIN, _MARKED, _UINT32.unpack_from
-    try:
-        while True:
-            start = pos
-            op = data[pos]
-            pos += 1
-            if op == _MEMOIZE:
-                memoize(stack[-1])
-            elif op in _GETS:
-                value = memo[data[pos] if op == _BINGET else uint32(data, pos)[0]]
-                pos += 1 if op == _BINGET else 4
-                if type(value) is Callee and value.records is not None:
-                    behind = value.records(machine, stack, start)
-                    if behind != start:
-                        pos = behind
-                        continue
-                push(value)
-            elif op == _BININT1:
-                push(data[pos])
-                pos += 1
-            elif op == _MARK:
-                outer.append(stack)
-                stack = []
-                push = stack.append
-            elif op == _TUPLE1:
-                stack[-1] = (stack[-1],)
-            elif op == _TUPLE2:
-                last = stack.pop()
-                stack[-1] = (stack[-1], last)
-            elif op == _EMPTY_DICT:
-                push({})
-            elif op == _EMPTY_TUPLE:
-                push(())
-            elif (handle := plain[op]) is not None:
-                pos = handle(machine, stack, pos)
-            elif (finish := marked[op]) is not None:
-                items, stack = stack, outer.pop()
-                push = stack.append
-                finish(machine, stack, items)
-            elif op == _STOP:
-                if to_the_end:
-                    _check_end(data, pos)
-                return stack.pop()
-            else:
-                _refuse_opcode(op)
-    except (IndexError, struct.error):
-        raise CheckpointCorruptError(
-            "expected a whole pickle, got one that ends early or takes what it never stored",
-            offset=start,
-        ) from None
-    except CheckpointCorruptError as error:
-        raise type(error)(error.reason, offset=start) from None
-
-
-def _check_end(data: bytes, pos: int) -> None:
-    if pos != len(data):
-        raise CheckpointCorruptError(
-            f"expected the pickle's STOP at the end, got {len(data) - pos} bytes behind it"
-        )
-
-
-def _refuse_opcode(op: int) -> NoReturn:
+def refuse_opcode(op: int) -> NoReturn:
     raise UntrustedPickleError(
         f"expected the opcodes that picklers of protocols 2 to 5 emit for data, got {bytes([op])!r}"
     )
@@ -329,7 +228,7 @@ def _reduce(machine: PickleMachine, stack: list[Any], pos: int) -> int:
 def _newobj_with_keywords(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     stack.pop()
     if type(stack[-2]) is not UnreadObject:
-        _refuse_opcode(pickle.NEWOBJ_EX[0])
+        refuse_opcode(pickle.NEWOBJ_EX[0])
     return _newobj(machine, stack, pos)
 
 
@@ -402,14 +301,9 @@ def _frozenset(machine: PickleMachine, stack: list[Any], items: list[Any]) -> No
     stack.append(make_set(machine, frozenset, items))
 
 
-_UINT8, _UINT16, _UINT32, _UINT64 = (struct.Struct(f) for f in ("<B", "<H", "<I", "<Q"))
+_UINT8, _UINT16, UINT32, _UINT64 = (struct.Struct(f) for f in ("<B", "<H", "<I", "<Q"))
 _INT32, _FLOAT64 = struct.Struct("<i"), struct.Struct(">d")
 
-_MEMOIZE, _BINGET, _LONG_BINGET = pickle.MEMOIZE[0], pickle.BINGET[0], pickle.LONG_BINGET[0]
-_GETS = (_BINGET, _LONG_BINGET)
-_MARK, _STOP, _BININT1 = pickle.MARK[0], pickle.STOP[0], pickle.BININT1[0]
-_TUPLE1, _TUPLE2, _EMPTY_TUPLE = pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.EMPTY_TUPLE[0]
-_EMPTY_DICT = pickle.EMPTY_DICT[0]
 
 _PLAIN_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], int], int]] = {
     pickle.PROTO: _proto,
@@ -423,17 +317,17 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], int], int]] = 
     pickle.LONG1: _sized_handler(_UINT8, _long),
     pickle.LONG4: _sized_handler(_INT32, _long),
     pickle.SHORT_BINUNICODE: _sized_handler(_UINT8, decoded_text),
-    pickle.BINUNICODE: _sized_handler(_UINT32, decoded_text),
+    pickle.BINUNICODE: _sized_handler(UINT32, decoded_text),
     pickle.BINUNICODE8: _sized_handler(_UINT64, decoded_text),
     pickle.SHORT_BINBYTES: _sized_handler(_UINT8, lambda _, raw: raw),
-    pickle.BINBYTES: _sized_handler(_UINT32, lambda _, raw: raw),
+    pickle.BINBYTES: _sized_handler(UINT32, lambda _, raw: raw),
     pickle.BINBYTES8: _sized_handler(_UINT64, lambda _, raw: raw),
     pickle.BYTEARRAY8: _sized_handler(_UINT64, lambda _, raw: bytearray(raw)),
     pickle.EMPTY_LIST: _empty_list,
     pickle.EMPTY_SET: _empty_set,
     pickle.TUPLE3: _tuple3,
     pickle.BINPUT: _put(_UINT8),
-    pickle.LONG_BINPUT: _put(_UINT32),
+    pickle.LONG_BINPUT: _put(UINT32),
     pickle.APPEND: _append,
     pickle.SETITEM: _setitem,
     pickle.GLOBAL: _global,
@@ -451,5 +345,5 @@ _MARKED_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], list[Any]], N
     pickle.ADDITEMS: _additems,
     pickle.FROZENSET: _frozenset,
 }
-_PLAIN = [_PLAIN_BY_OPCODE.get(bytes([op])) for op in range(256)]
-_MARKED = [_MARKED_BY_OPCODE.get(bytes([op])) for op in range(256)]
+PLAIN = [_PLAIN_BY_OPCODE.get(bytes([op])) for op in range(256)]
+MARKED = [_MARKED_BY_OPCODE.get(bytes([op])) for op in range(256)]

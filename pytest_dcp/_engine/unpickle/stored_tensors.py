@@ -25,6 +25,7 @@ import torch
 from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
 from pytest_dcp._engine.unpickle import STORAGE_DTYPES, StorageClass, TensorPickle, describe_tensor
 from pytest_dcp._engine.unpickle.inert_classes import BUILD, KEYS, inert_globals
+from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,
@@ -32,7 +33,6 @@ from pytest_dcp._engine.unpickle.machine import (
     Vocabulary,
     brief,
 )
-from pytest_dcp._engine.unpickle.opcodes import run
 from pytest_dcp._engine.unpickle.plain_values import MAX_LOGICAL_ITEMS, PLAIN, check_plain
 from pytest_dcp.errors import CheckpointCorruptError
 

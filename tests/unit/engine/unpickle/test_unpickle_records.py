@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.unpickle import read_metadata
+from pytest_dcp._engine.unpickle.interpreter import _interpret
 from pytest_dcp._engine.unpickle.machine import MOST_LEARNT, PickleMachine
 from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE
 from pytest_dcp._engine.unpickle.metadata_records import LEFT_OUT
-from pytest_dcp._engine.unpickle.opcodes import _interpret
 from pytest_dcp.errors import CheckpointCorruptError
 
 NUMBERS = st.sampled_from([0, 1, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**40, 2**62])

@@ -1,0 +1,133 @@
+"""The loop that runs a pickle's opcodes on a `PickleMachine`.
+
+What enters: bytes and a `Vocabulary`. What leaves: the object at STOP; what follows it is not read.
+The rules are those of `unpickle.machine`; `opcodes` says what each opcode does.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from typing import Any
+
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.unpickle.machine import (
+    Callee,
+    PickleMachine,
+    Vocabulary,
+)
+from pytest_dcp._engine.unpickle.opcodes import MARKED, PLAIN, UINT32, refuse_opcode
+from pytest_dcp.errors import CheckpointCorruptError
+
+
+def run(
+    data: bytes | memoryview,
+    vocabulary: Vocabulary,
+    unread: set[str] | None = None,
+    *,
+    to_the_end: bool = False,
+) -> Any:
+    """The object that the pickle at the start of `data` describes.
+
+    unread: where the names of classes go whose objects the vocabulary keeps aside.
+    to_the_end: whether the pickle must be all of `data`.
+
+    The cyclic garbage collector rests meanwhile: it would look at every new object many times over.
+
+    Raises:
+        CheckpointCorruptError: and its subclasses, as the module says; `offset` is the opcode's.
+    """
+    machine = PickleMachine(data if isinstance(data, bytes) else bytes(data), vocabulary)
+    with collector_paused():
+        found = _interpret(machine, to_the_end)
+    if unread is not None:
+        unread |= machine.unread
+    return found
+
+
+def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
+    """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
+
+    It is one function because a call for each opcode doubled its time. `stack` holds what came
+    after the last MARK, so that nothing reaches below it; `outer` holds the stacks of the MARKs
+    before.
+    """
+    data, memo = machine.data, machine.memo
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    push, memoize = stack.append, memo.append
+    pos = start = 0
+    plain, marked, uint32 = PLAIN, MARKED, UINT32.unpack_from
+    try:
+        while True:
+            start = pos
+            op = data[pos]
+            pos += 1
+            if op == _MEMOIZE:
+                memoize(stack[-1])
+            elif op in _GETS:
+                value = memo[data[pos] if op == _BINGET else uint32(data, pos)[0]]
+                pos += 1 if op == _BINGET else 4
+                if type(value) is Callee and value.records is not None:
+                    behind = value.records(machine, stack, start)
+                    if behind != start:
+                        pos = behind
+                        continue
+                push(value)
+            elif op == _BININT1:
+                push(data[pos])
+                pos += 1
+            elif op == _MARK:
+                outer.append(stack)
+                stack = []
+                push = stack.append
+            elif op == _TUPLE1:
+                stack[-1] = (stack[-1],)
+            elif op == _TUPLE2:
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif op == _EMPTY_DICT:
+                push({})
+            elif op == _EMPTY_TUPLE:
+                push(())
+            elif (handle := plain[op]) is not None:
+                pos = handle(machine, stack, pos)
+            elif (finish := marked[op]) is not None:
+                items, stack = stack, outer.pop()
+                push = stack.append
+                finish(machine, stack, items)
+            elif op == _STOP:
+                if to_the_end:
+                    _check_end(data, pos)
+                return stack.pop()
+            else:
+                refuse_opcode(op)
+    except (IndexError, struct.error):
+        raise CheckpointCorruptError(
+            "expected a whole pickle, got one that ends early or takes what it never stored",
+            offset=start,
+        ) from None
+    except CheckpointCorruptError as error:
+        raise type(error)(error.reason, offset=start) from None
+
+
+def _check_end(data: bytes, pos: int) -> None:
+    if pos != len(data):
+        raise CheckpointCorruptError(
+            f"expected the pickle's STOP at the end, got {len(data) - pos} bytes behind it"
+        )
+
+
+_MEMOIZE, _BINGET, _LONG_BINGET = pickle.MEMOIZE[0], pickle.BINGET[0], pickle.LONG_BINGET[0]
+
+
+_GETS = (_BINGET, _LONG_BINGET)
+
+
+_MARK, _STOP, _BININT1 = pickle.MARK[0], pickle.STOP[0], pickle.BININT1[0]
+
+
+_TUPLE1, _TUPLE2, _EMPTY_TUPLE = pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.EMPTY_TUPLE[0]
+
+
+_EMPTY_DICT = pickle.EMPTY_DICT[0]
