@@ -8,18 +8,13 @@ import os
 import queue
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint._extension import StreamTransformExtension
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemBase,
-    SerializationFormat,
-    _StoragePrefix,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -56,6 +51,7 @@ from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
 from pytest_dcp._engine.storages import local_filesystem
+from pytest_dcp._engine.storages.file_names import names_of_rank
 from pytest_dcp._engine.storages.local_filesystem import (
     FileSystem,
     MetadataPlace,
@@ -63,26 +59,12 @@ from pytest_dcp._engine.storages.local_filesystem import (
     new_id,
     split_path,
 )
-from pytest_dcp.errors import (
-    CheckpointCorruptError,
-    CheckpointExistsError,
-)
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 CURRENT_DCP_VERSION = "1.0.0"
 """What torch 2.13 writes into metadata."""
-
-
-@dataclass
-class FileNames(_StoragePrefix):
-    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`.
-
-    To a storage that was written for torch it is the prefix that torch's writer has there.
-    """
-
-    save: str = ""
-    """Of this save alone."""
 
 
 class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
@@ -166,7 +148,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
                 stacklevel=2,
             )
         if self.rank is not None and not self.use_collectives:
-            plan = dataclasses.replace(plan, storage_data=_names(self.rank, self.save_id))
+            plan = dataclasses.replace(plan, storage_data=names_of_rank(self.rank, self.save_id))
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -175,7 +157,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return [
             plan
             if plan.storage_data is not None
-            else dataclasses.replace(plan, storage_data=_names(rank, self.save_id))
+            else dataclasses.replace(plan, storage_data=names_of_rank(rank, self.save_id))
             for rank, plan in enumerate(plans)
         ]
 
@@ -431,7 +413,3 @@ def _done(results: list[WriteResult]) -> Future[list[WriteResult]]:
     future: Future[list[WriteResult]] = Future()
     future.set_result(results)
     return future
-
-
-def _names(rank: int, save_id: str) -> FileNames:
-    return FileNames(f"__{rank}_", save_id[:12])

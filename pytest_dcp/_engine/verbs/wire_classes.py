@@ -46,7 +46,7 @@ from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable
 from pytest_dcp._engine.plan.names import pack_names, unpack_names
 from pytest_dcp._engine.plan.replicas import Checks, Differing
-from pytest_dcp._engine.storages.folder_writer import FileNames
+from pytest_dcp._engine.storages.file_names import FileNames
 
 OWN_PACKAGES = ("pytest_dcp", "torch")
 CHOICE = "pickles_between_ranks"

@@ -1,0 +1,22 @@
+"""How the data files of a save are named, and who says so. Pure (no I/O)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+
+
+@dataclass
+class FileNames(_StoragePrefix):
+    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`.
+
+    To a storage that was written for torch it is the prefix that torch's writer has there.
+    """
+
+    save: str = ""
+    """Of this save alone."""
+
+
+def names_of_rank(rank: int, save_id: str) -> FileNames:
+    return FileNames(f"__{rank}_", save_id[:12])
