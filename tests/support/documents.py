@@ -5,7 +5,8 @@ Enters: the text of a page. Leaves: a `Block` for each fenced block. Its languag
 - `python`: a test file, or a script where it defines no test;
 - `text`: what pytest prints for the code right before it;
 - `sh`: commands;
-- `tree`: paths of the repository, one at the start of each line.
+- `tree`: paths of the repository, one at the start of each line;
+- `diagram`: a drawing, which nothing runs.
 
 Python that the reader need not see stands in a comment:
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from sybil import Document
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFencedCodeBlockLexer
 
-LANGUAGES = ("python", "text", "sh", "tree")
+LANGUAGES = ("python", "text", "sh", "tree", "diagram")
 INVISIBLE = "invisible-code-block"
 ELISION = "..."
 """A line of an output that stands for any number of lines."""
