@@ -15,12 +15,14 @@ of a rank that ended before its first operation of a group without gloo: they ar
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Sequence
 
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.gloo_listener import GlooListener
 from pytest_dcp._engine.coordinate.probe import Probe, QuietProbe
 from pytest_dcp._engine.coordinate.reception import Reception
 
@@ -69,7 +71,24 @@ class Absence:
         other = rendezvous.gloo_listener_of(self._group, self._rank)
         if own is None or other is None:
             return None
-        return QuietProbe(other, leads_there=own.can_reach(other))
+        leads_there = own.can_reach(other) or self._neighbour_answers(other)
+        return QuietProbe(other, leads_there=leads_there)
+
+    def _neighbour_answers(self, listener: GlooListener) -> bool:
+        """Whether the next or the previous rank, at the same address, lives.
+
+        Then the address leads to the network of both: ranks of one address share one.
+        """
+        size = self._group.size()
+        for rank in ((self._rank - 1) % size, (self._rank + 1) % size):
+            neighbour = rendezvous.gloo_listener_of(self._group, rank)
+            if neighbour is None or neighbour.host != listener.host or rank == self._rank:
+                continue
+            with contextlib.closing(QuietProbe(neighbour, leads_there=False)) as probe:
+                probe.look()
+                if probe.was_answered:
+                    return True
+        return False
 
     def close(self) -> None:
         """End the try under way."""

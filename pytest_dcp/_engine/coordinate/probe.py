@@ -54,6 +54,11 @@ class Probe:
         """Whether a try holds a descriptor."""
         return self._sock is not None
 
+    @property
+    def was_answered(self) -> bool:
+        """Whether the address is known to lead to a process that listens, or did."""
+        return self._was_there
+
     def look(self) -> str | None:
         """Go on; how it is known that the process has ended, or None."""
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import errno
 import os
@@ -9,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pytest_dcp._engine.coordinate import gloo_listener, rendezvous
 from pytest_dcp._engine.coordinate import probe as probe_module
+from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
+from pytest_dcp._engine.coordinate.presence import Presence
 from pytest_dcp._engine.coordinate.probe import QuietProbe
 
 HOST = "127.0.0.1"
@@ -235,3 +239,105 @@ def test_a_try_without_descriptors_says_nothing(
 
     monkeypatch.setattr(socket, "socket", exhausted)
     assert try_until_ended(probe_of(listener), 0.1) is None
+
+
+# One rank of a group.
+
+
+@dataclass
+class Group:
+    """A group of which this is rank 0; the ranks' gloo addresses."""
+
+    listeners: list[GlooListener | None]
+
+    def size(self) -> int:
+        return len(self.listeners)
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Group:
+    group = Group([GlooListener(HOST, 1)])
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    monkeypatch.setattr(rendezvous, "presence_of", lambda *_: None)
+    monkeypatch.setattr(rendezvous, "gloo_listener_of", lambda _, rank: group.listeners[rank])
+    return group
+
+
+def listen_at(host: str) -> tuple[socket.socket, GlooListener]:
+    opened = socket.create_server((host, 0), backlog=64)
+    return opened, GlooListener(host, opened.getsockname()[1])
+
+
+def look_until_ended(group: Any, rank: int, time_s: float) -> str | None:
+    with contextlib.closing(Absence(group, rank)) as absence:
+        end_s = time.monotonic() + time_s
+        while time.monotonic() < end_s:
+            if (how := absence.look()) is not None:
+                return how
+            time.sleep(0.002)
+    return None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_a_rank_that_listens_where_gloo_did_is_waited_for(group: Group, host: str) -> None:
+    opened, place = listen_at(host)
+    group.listeners.append(place)
+    with opened:
+        assert look_until_ended(group, 1, 0.2) is None
+
+
+def test_a_rank_of_the_same_address_has_ended(group: Group) -> None:
+    opened, place = listen_at(HOST)
+    opened.close()
+    group.listeners.append(place)
+    assert look_until_ended(group, 1, LIMIT_S) is not None
+
+
+HIGHER = "127.0.0.2"
+"""Of a rank that connected to this one: nothing has gone the other way."""
+
+
+@pytest.mark.parametrize("neighbour", ["dead", "elsewhere", "unknown"])
+def test_nothing_is_said_of_a_rank_whose_address_nothing_has_answered_at(
+    group: Group, neighbour: str
+) -> None:
+    gone, place = listen_at(HIGHER)
+    gone.close()
+    opened, beside = listen_at("127.0.0.3" if neighbour == "elsewhere" else HIGHER)
+    group.listeners += [place, None if neighbour == "unknown" else beside]
+    if neighbour == "dead":
+        opened.close()
+    with opened:
+        assert look_until_ended(group, 1, 0.3) is None
+
+
+def test_a_neighbour_that_answers_at_the_same_address_shows_where_it_leads(group: Group) -> None:
+    gone, place = listen_at(HIGHER)
+    gone.close()
+    opened, beside = listen_at(HIGHER)
+    group.listeners += [place, beside]
+    with opened:
+        assert look_until_ended(group, 1, LIMIT_S) is not None
+        assert look_until_ended(group, 2, 0.2) is None
+
+
+def test_a_rank_that_gloo_left_no_address_of_is_waited_for(group: Group) -> None:
+    group.listeners.append(None)
+    assert look_until_ended(group, 1, 0.1) is None
+
+
+def test_a_rank_is_looked_at_anew_once_it_said_where_it_listens(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own word counts for more than gloo's."""
+    opened, place = listen_at(HOST)
+    group.listeners.append(GlooListener(HOST, 1))
+    presence = replace(Presence.own(), scope="another machine", hosts=(HOST,), port=place.port)
+    monkeypatch.setattr(probe_module, "CONFIRM_S", 0.3)
+    with opened, contextlib.closing(Absence(group, 1)) as absence:  # type: ignore[arg-type]
+        assert absence.look() is None
+        monkeypatch.setattr(rendezvous, "presence_of", lambda *_: presence)
+        end_s = time.monotonic() + 0.6
+        while time.monotonic() < end_s:
+            assert absence.look() is None
+            time.sleep(0.002)
