@@ -1,11 +1,13 @@
 """What a plain tensor may say of itself: the names of `torch.distributed.checkpoint.protocol`.
 
-Torch has the module since 2.14. Tensors that keep to it are saved and loaded with any torch.
+Torch has the module since 2.14; before that the class is defined here. Tensors that keep to it are
+saved and loaded with any torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pytest_dcp._engine.torch_names import names_of_torch
 
@@ -29,6 +31,13 @@ class CheckpointableTensor(Protocol):
     local_sizes: tuple[tuple[int, ...], ...]
     """The shape of each box."""
 
+
+try:
+    torchs_own: Any = importlib.import_module("torch.distributed.checkpoint.protocol")
+except ImportError:
+    pass
+else:
+    CheckpointableTensor = torchs_own.CheckpointableTensor  # type: ignore[misc]  # same class
 
 if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
     __getattr__ = names_of_torch(__name__)
