@@ -16,6 +16,7 @@ import pytest_dcp
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITH_EXAMPLES = {
+    "pytest_dcp._engine.format.manifest",
     "pytest_dcp._engine.io.commit",
     "pytest_dcp._engine.plan.boxes",
     "pytest_dcp._engine.plan.columns",
@@ -26,6 +27,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.plan.nested",
     "pytest_dcp._engine.plan.save",
     "pytest_dcp._engine.plan.shards",
+    "pytest_dcp._engine.unpickle.machine",
     "pytest_dcp.faults.crashes.crash_points",
     "pytest_dcp.faults.crashes.disk_model",
     "pytest_dcp.faults.crashes.enumerate",

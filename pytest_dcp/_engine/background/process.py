@@ -1,10 +1,42 @@
 """A rank's background process for `async_save`: started, kept for later saves, replaced, ended.
 
-Orders and answers go over a pair of sockets; the other end is `worker`. The ranks' processes
-form a process group of their own, alike in ranks and size. The ranks run the steps of a save
-together: they look whether each has its process still, begin new ones everywhere if one is gone,
-and then each waits for its own. A process that ends, or of which nothing is heard for the group's
-timeout, is the failure of its rank, and every rank raises it.
+Orders and answers go over a pair of sockets; the other end is `worker`. The ranks' processes form a
+process group of their own, alike in ranks and size, in which they save like any ranks. Each rank
+has one thread for this, which starts the process and makes the rank's saves one after another.
+
+The orders that a rank gives its process; each has one answer, a value or the error it ended with:
+
+    Begin                imports done?           after the start
+    Host                 the port of a store     to the coordinator's process, where all will meet
+    Join                 nothing                 form the process group
+    Upload, + memory     packed metadata         save this state; its tensors are in shared memory
+
+While an order is carried out the process also says `BEAT` every quarter of a second.
+
+One save, as the ranks' own team runs its steps; a failure in any step is raised by all ranks:
+
+1. "prepare": each rank stages its state into shared memory and pickles the rest. It says which
+   meeting its process has joined, or nothing if that is gone.
+2. Unless all processes are there, and of one meeting, all are begun anew: each rank ends its own.
+   "start": each starts another. "meet": the coordinator's process opens a store, and the meeting
+   gets a name. "join": all join. From then on this is skipped until a process is lost.
+3. "save": each rank sends its `Upload` and waits. The processes plan, write and commit among
+   themselves; the commit is theirs. The ranks' futures get the metadata.
+
+What a death, or a silence, leaves:
+
+- A process ends, whatever kills it: its line breaks, and its rank raises SaverProcessError. The
+  others' saves fail through the processes' own group. The next save finds one missing in step 1.
+- A process is silent for the group's timeout: it is killed, which is the case above.
+- Another rank's save fails: this one's process must fail too, and has `GRACE_S` to say so; then it
+  is killed, as it may hang in a collective with a process that is gone.
+- The rank ends: the kernel kills the process with the thread that started it (PR_SET_PDEATHSIG); so
+  that thread lives as long as the saver. A save that was not committed is none.
+- The rank forks: the child has neither thread nor process, and begins without them.
+
+Assumes that storage writer and planner can be pickled, and that the background processes reach each
+other over TCP. Guarantees that saves of a group are made in the order of their calls, and that no
+process outlives its rank.
 """
 
 from __future__ import annotations

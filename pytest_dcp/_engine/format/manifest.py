@@ -13,6 +13,58 @@ the header says that it stands in the pickle alone.
 
 `decode` believes nothing: every count is compared with the bytes at hand before it is used, and
 every rule of the catalog is checked. The arrays it returns are read-only views of the buffer.
+
+The columns, of n keys, c chunks and tensors of at most k dimensions:
+
+    fqns           bytes     the keys, joined as `names.pack_names` does
+    property_of    n i4      positions in the header's properties; -1: a byte value
+    ndim           n i2      dimensions; -1: a byte value
+    size           n*k i8    the full tensors, padded with 1
+    first          n+1 i8    the chunks of key i are the rows first[i] to first[i + 1] - 1
+    offset, shape  c*k i8    each chunk's box, padded with 0 and 1
+    files          bytes     the data files' names, joined as the keys
+    file           c i4      positions in files; -1: not stored
+    start, length  c i8      the chunk's entry in its file
+    data_start, data_nbytes  c i8    the tensor's elements in that file; -1: parse the entry
+    first_sum      c+1 i8    the sums of chunk i are first_sum[i] to first_sum[i + 1] - 1
+    sums           u4        CRC-32 of the data up to the end of each block of block_bytes
+    transform_of   c i4      positions in the header's transforms, or absent where none has any
+    path_forms     n i4, and paths, bytes: see `planner_paths`; absent where no path is kept
+
+Assumes that the caller has checked the bytes against damage (`metadata_file` has a checksum), so
+that an error here means a file that was made wrong, by malice or by a bug. Guarantees that decoding
+takes no more memory than a small multiple of the buffer, and that `encode` of the same catalog
+gives the same bytes.
+
+Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
+
+>>> from pytest_dcp._engine.plan.boxes import pad_rows
+>>> index = Index(
+...     fqns=("w",), property_of=np.array([0]), properties=(TensorProperties(torch.float32),),
+...     ndim=np.array([2]), size=pad_rows([(4, 2)], 2, 1), first=np.array([0, 2]),
+...     offset=pad_rows([(0, 0), (2, 0)], 2, 0), shape=pad_rows([(2, 2), (2, 2)], 2, 1))
+>>> places = replace(
+...     EntryPlaces.nowhere(2), files=("__0_0.distcp", "__1_0.distcp"), file=np.array([0, 1]),
+...     start=np.array([0, 0]), length=np.array([900, 900]))
+>>> data = encode(Catalog(index, places))
+
+The magic, the header's length, and the header:
+
+>>> magic, length = _HEAD.unpack_from(data)
+>>> magic, json.loads(data[16 : 16 + length])["counts"]["chunks"]
+(b'\\x89DCPcat\\n', 2)
+
+The first column, the names, begins at the next multiple of 8:
+
+>>> start = 16 + length + -length % 8
+>>> data[start : start + 8]
+b'w\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
+
+The way back needs no pickle, as nothing was said that the manifest cannot hold:
+
+>>> again = decode(memoryview(data), whole=lambda: 1 / 0)
+>>> again.index.offset.tolist(), again.places.files
+([[0, 0], [2, 0]], ('__0_0.distcp', '__1_0.distcp'))
 """
 
 from __future__ import annotations

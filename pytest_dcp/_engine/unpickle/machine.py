@@ -5,15 +5,52 @@ what each stands for. What leaves: the object at STOP (bytes behind it are not l
 `CheckpointCorruptError` for a malformed pickle, `UntrustedPickleError` for one that asks for too
 much, `UnknownGlobalError` for one that is well made but outside the vocabulary.
 
+A pickle is a program for a stack machine: opcodes push values, join them to containers, name
+globals and call them. `opcodes` has the loop and the stack; the machine here keeps what the opcodes
+share: the memo, the budget, and what must be remembered of large containers. What a program can do
+is limited to
+
+- plain values and containers: numbers, text, bytes, None; list, dict, tuple, set, bytearray;
+- a global that the vocabulary has: it stands for a constant or a `Callee`. REDUCE and NEWOBJ on a
+  callee call the vocabulary's own function, which checks the arguments and makes a value of ours,
+  or an instance of a class that the user has allowed;
+- BUILD on an object whose type the vocabulary has an entry for;
+- a persistent id (BINPERSID), where the vocabulary says what it stands for.
+
+Everything else is an error, or, in metadata, an `UnreadObject`: a note of the class's name in place
+of its object, so that one unknown attribute does not make a whole checkpoint unreadable.
+
+Budgets. A short pickle can ask for much: to copy one list again and again, or to hash keys that are
+all equal. So `charge` takes units of work out of a budget of `_BUDGET_PER_BYTE` for each byte of
+the input and `_BUDGET_BASE` besides. Picklers' own output stays below that; a bomb runs out of it.
+
+Assumes nothing of the bytes. Guarantees that no code of theirs runs, that nothing is imported, that
+time and memory are proportional to the input, and that what is returned equals what `pickle.load`
+would give, `UnreadObject`s aside.
+
+>>> import pickle
+>>> from pytest_dcp._engine.unpickle import read_value
+>>> read_value(pickle.dumps({"step": 3, "betas": (0.9, 0.999)}))
+{'step': 3, 'betas': (0.9, 0.999)}
+
+>>> class Hostile:
+...     def __reduce__(self):
+...         return exec, ("import os; os.abort()",)
+>>> read_value(pickle.dumps(Hostile()))
+Traceback (most recent call last):
+    ...
+pytest_dcp._engine.unpickle.machine.UnknownGlobalError: class or function 'builtins.exec' is not
+loaded by default (offset ...)
+
 Rules inside, which together keep memory and time proportional to the input:
 
 - No global is imported, no attribute looked up; a name is a key of the vocabulary's table.
 - The memo is filled in order without gaps, as every pickler does, so no index makes it grow.
 - What copies or walks an object that the memo can hand out again pays for each element out of one
-  budget (`Machine.charge`), a small multiple of the input's length.
+  budget (`PickleMachine.charge`), a small multiple of the input's length.
 - Dict keys and set members are hashed only once they are known to be flat and short, or strings;
   equal strings are one object; a large container takes few keys of one hash.
-- Nothing recurses. Objects may be shared or hold themselves: `unpickle_values.check_plain` judges
+- Nothing recurses. Objects may be shared or hold themselves: `plain_values.check_plain` judges
   that.
 """
 
@@ -193,6 +230,7 @@ class PickleMachine:
                 self._check_key(part)
 
     def _count_hashes(self, target: Collection[Any], hashes: list[int]) -> None:
+        # By id: the entry keeps the container alive, so its id cannot become another's meanwhile.
         _, counts = self.hashes.setdefault(id(target), (target, {}))
         for value in hashes:
             count = counts[value] = counts.get(value, 0) + 1

@@ -8,7 +8,45 @@ runs no test and starts no thread. Ranks are its children, so only it can reap t
 can hit a recycled process id.
 
 Control messages are JSON datagrams on a SEQPACKET socket pair; a rank's descriptors ride along
-with its order (SCM_RIGHTS). End of file means that the controller is gone: everything is killed.
+with its order (SCM_RIGHTS). From the controller:
+
+    {"op": "fork", "order": ...}     fork a rank; its descriptors come with the message
+    {"op": "signal", "world": ..., "rank": ..., "signum": ...}
+    {"op": "preload", "modules": ...}
+
+and from the zygote:
+
+    {"importing": "torch"}           what it does until it is ready, for error texts
+    {"ready": true}                  once after the start, once after each "preload"
+    {"world": ..., "rank": ..., "stopped": true}      a stop, or with false its end
+    {"world": ..., "rank": ..., "status": ..., "strays": [...]}      an end, with what was left over
+
+Order of a life: `settle` leaves the controller's process group, signals and pipes; `warm_up`
+imports torch and collects into what every rank begins with; `serve` answers until the end; `end`
+kills and reaps all. After `freeze` the garbage collector no longer looks at what is there, so that
+a rank's collections do not write to the pages that it shares with its siblings.
+
+Why a process of its own, and not the controller: it has one thread, so a fork copies no lock that
+another thread holds; it is small to fork, since no test's data is in it; and as the parent of all
+ranks, and the reaper of their orphans (PR_SET_CHILD_SUBREAPER), it finds every process that a test
+leaves behind.
+
+What a death leaves:
+
+- A rank ends. SIGCHLD wakes the loop by way of a descriptor. The rank is looked at before it is
+  reaped (WNOWAIT): as long as it is a zombie, its process id and its group's cannot be another's.
+  Its orphans are killed and reported, then its group; then it is reaped, and the end is told. The
+  resource trackers of multiprocessing are spared for a while, to free shared memory.
+- The controller ends. Its socket closes, and the kernel sends SIGTERM besides (PR_SET_PDEATHSIG).
+  Either way `serve` returns, and `end` kills every rank and whatever they have started.
+- The zygote is killed. The kernel kills the ranks (PR_SET_PDEATHSIG). The controller reads the end
+  of file, fails the running worlds, and has `orphan_guard` find what the ranks had started.
+- The zygote is stopped by a test. Nothing continues it, so the controller kills it when it looks.
+
+Assumes Linux, and that what is imported here starts no thread (see `NEVER_PRELOAD`). Guarantees
+that when the zygote ends by itself no descendant of a rank outlives it, unless the kernel takes
+longer than `CLOSE_S` to end one. When it is killed, `orphan_guard` finds those that still have a
+rank's token in their environment, or a rank's file open.
 """
 
 from __future__ import annotations

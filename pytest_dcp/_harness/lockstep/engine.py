@@ -3,6 +3,45 @@
 Enters: a world whose ranks wait for the examples of a property. Leaves: the outcome of the call:
 that of the ranks when all examples passed, or that of the minimal example that fails.
 
+Hypothesis generates, shrinks and replays examples by looking at the choices that a test draws. With
+n ranks there are n tests that draw, and n engines would come to n different examples. So there is
+one engine, here, and the ranks are its test function:
+
+1. Each rank runs the test until Hypothesis' engine would start. There it answers its `Go` with a
+   `Done` that has a `Property` (name, settings, database key), and waits.
+2. All ranks must wait for the same property (`find_property`). The engine is started here, with a
+   stand-in for the test function.
+3. For each example that the engine wants, the stand-in sends every rank the same `Attempt`: the
+   choices to replay, and a seed for those after them. Each rank draws from that by itself, runs its
+   test function, and answers with a `Reply`. What it draws it writes to a file in memory, which the
+   controller can read even if the rank dies in the middle.
+4. `judge` makes one verdict of the replies and records. The engine gets the record of the rank that
+   decides, as if the stand-in had drawn it, and then that it passed, was rejected, or failed.
+5. When the engine has had enough, a `Go` lets the ranks run on: to the next property of the test,
+   which begins at 2 again, or to the test's end.
+
+The decisive rank is the same each time that an example is run (the lowest that failed by itself, or
+else the lowest that rejected it, or else the lowest): a shrinking engine that saw rank 1's choices
+once and rank 0's another time would call the test flaky. If the ranks drew differently, that is the
+failure, and the longest record decides.
+
+What an example can leave behind:
+
+- All ranks answered and are in step: the world takes the next example, whether this one failed or
+  not. So an example costs one message to each rank, not a process.
+- A rank died, hangs, or its process groups are out of step: the world is of no more use. The next
+  example begins with `repair`: a new world, in which the ranks run the test again up to the same
+  property, past those before it. If they do not come to it, the property is over.
+- A rank fails while others wait for it in a collective: the verdict is certain, and only the
+  world's life depends on the wait. `_Impatience` ends it early; in the last run, which is reported,
+  the peers get their time.
+- A rank skips the test, exits, or fails a health check: no example follows (`_EndedError`).
+- The ranks die between two examples: that is no example's failure, and ends the property.
+
+Assumes that a test draws the same from the same attempt in every rank: that is lockstep, and what
+is reported when it fails. Guarantees that the engine sees a deterministic test function if the
+ranks are deterministic.
+
 Rules that hold inside:
 
 - An example fails when any rank does: by an exception, its death, or the time limit, which counts
@@ -202,7 +241,8 @@ class _Engine:
         """Have a world that can take an example; returns how many seconds that took."""
         world = self._company.world
         if not self.broken and (died := world.died()):
-            raise _EndedError(combine(0, {}, died))  # of no example: between two of them
+            # Not an example's failure: Hypothesis would shrink an example that has done nothing.
+            raise _EndedError(combine(0, {}, died))
         if self.broken or not world.sound:
             return self.repair()
         return 0.0

@@ -1,23 +1,67 @@
 """Decides what to do with a world's ranks: (state, event, now) -> actions.
 
-Pure (no I/O): time is an argument, and actions are values that `world.World` carries out. Enters:
-what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in the end
-for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked for.
+Pure (no I/O): time is an argument, and actions are values that `rank_loop.RankLoop` carries out.
+Enters: what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in
+the end for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked for.
 
-Rules that hold inside:
+The life of a world is a series of phases: boot, then setup, call and teardown of each test item,
+and at last finish. In each phase every rank gets one order and owes one `Done`. A rank's states:
 
-- Every rank that was ordered to go is accounted for: it answers, dies, or is killed; each wait has
-a
-  bound.
-- When one rank fails, its peers get `grace_s`, then their stacks are taken, then they are killed.
-- While a rank holds the terminal every clock stands still.
+    launched -> RUNNING <--Go-- IDLE --Leave--> LEAVING --exit code 0--> GONE
+                RUNNING --Done-> IDLE           (says Done("finish") before it exits)
+                RUNNING --Exchange--> MEETING --Met--> RUNNING
+                RUNNING --DebugAsk--> DEBUGGING --DebugDone--> RUNNING
+                any living state --our SIGKILL--> KILLED --exit--> GONE
+                any living state --exit--> GONE
+
+Who says what, when (`rank_states.TRANSITIONS` and `refusals` have the exact table):
+
+- `Go`, `Leave`: from here, to an idle rank, which begins a phase. The answer is `Done`.
+- `Exchange`: from a rank within a phase: "I wait for my peers." The answer is one `Met` for all,
+  when every rank is there that may still come, or at once when one will never come.
+- `At`: from a rank within a phase, no answer: it prepares, reports an error, waits with an error.
+  Such a rank does not hang, and is judged by other clocks (see `places`).
+- `DebugAsk`, `DebugDone`: a rank wants the terminal, and gives it back. One rank gets it; while it
+  has it, all clocks stand still.
+- `FaultAsk`: a rank wants another killed, stopped or continued; the answer comes when that has
+  happened. `Announce`: a rank is about to end itself. No answer.
+
+A message that its rank cannot mean in its state ends the rank: something else wrote to its socket.
+
+The clocks, in the order in which they strike after a failure (see `timers`):
+
+1. A rank fails: it says so, it dies, or the phase's deadline comes. Its peers may be stuck in a
+   collective that will never end. After a failure they have `grace_s`, at the deadline nothing.
+2. The ranks that still owe an answer are asked for their stacks (`Dump`) and have `STACKS_S`.
+3. They are killed (`KillRank`), each with a failure that says where it was.
+4. The kernel has `LOST_S` to end a killed process. Then it counts as gone all the same.
+
+What the end of a process means depends on the state that the rank was in:
+
+    asked for by the test       a LostRank, no failure; exchanges go on without it
+    KILLED                      nothing more: the failure was noted with the kill
+    LEAVING, Done, code 0       a good end
+    LEAVING otherwise           crashed: its exit did not finish, or failed after its verdict
+    IDLE                        crashed, after the phase
+    RUNNING and the like        crashed, in the phase, without a verdict
+
+A rank that was to be stopped and dies before that has crashed too. If a process closes its socket
+and lives, its exit has `CLOSED_S` to follow, since the exit names the real cause; then it is
+killed.
+
+Further rules:
+
+- A rank that is stopped because the test asked for it does not hold the others up. Once all others
+  have answered, none is left to continue it, and it is ended (`dismiss`).
 - A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
   or a thread may have called `os._exit(0)` before.
-- A rank that is stopped because the test asked for it does not hold the others up.
 - An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
-  `interruption`.
-- A rank that prepares the phase, or has raised and writes its report, is no rank that hangs: see
-  `places`.
+  `interrupt_clock`.
+
+Assumes that `tick` is called no later than `wake_at` says, that a rank's messages are heard before
+its exit is, and that time does not run backwards. Guarantees that every rank that was ordered to go
+is accounted for, in bounded time: it answers, dies, or is killed. The one wait without a bound is
+that for a user at the debugger's prompt.
 """
 
 from __future__ import annotations
