@@ -25,7 +25,7 @@ from pytest_dcp._engine.coordinate.failure import (
     StepError,
 )
 from pytest_dcp._engine.unpickle import UnknownGlobalError
-from pytest_dcp._harness.controller.leases import (
+from pytest_dcp._harness.controller.lease_errors import (
     GpusUnavailable,
     LeaseError,
     LeaseFolderRejected,

@@ -19,12 +19,10 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp._harness.controller.lease_errors import GpusUnavailable, LeaseRequest, LeaseTimeout
 from pytest_dcp._harness.controller.leases import (
-    GpusUnavailable,
     Lease,
     LeasePool,
-    LeaseRequest,
-    LeaseTimeout,
     default_max_processes,
     visible_gpus,
 )

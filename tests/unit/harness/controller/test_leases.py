@@ -21,13 +21,15 @@ import pytest
 from filelock import FileLock
 
 import pytest_dcp
-from pytest_dcp._harness.controller.leases import (
+from pytest_dcp._harness.controller.lease_errors import (
     GpusUnavailable,
     LeaseFolderRejected,
-    LeasePool,
     LeaseRequest,
     LeaseTimeout,
     Shortage,
+)
+from pytest_dcp._harness.controller.leases import (
+    LeasePool,
     default_max_processes,
     folder_problems,
     visible_gpus,
