@@ -35,7 +35,7 @@ from pytest_dcp._harness.controller.lease_errors import (
 )
 from pytest_dcp._harness.protocol.launcher import LauncherLostError
 from pytest_dcp._harness.protocol.messages import WireError
-from pytest_dcp._harness.rank.main import ControllerGoneError
+from pytest_dcp._harness.rank.channel import ControllerGoneError
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from pytest_dcp._harness.controller.worlds_fixture import Worlds
-    from pytest_dcp._harness.rank.main import Rank
+    from pytest_dcp._harness.rank.this_rank import Rank
     from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 
 def _rank_of(request: pytest.FixtureRequest) -> Rank:
-    from pytest_dcp._harness.rank.main import current
+    from pytest_dcp._harness.rank.this_rank import current
 
     rank = current()
     if rank is None:
@@ -69,7 +69,7 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from pytest_dcp._harness.rank.main import WarmMesh
+    from pytest_dcp._harness.rank.this_rank import WarmMesh
 
     rank = _rank_of(request)
     order, group = rank.order, dist.group.WORLD
@@ -104,7 +104,7 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
     Kept or removed after the test as tmp_path is (tmp_path_retention_policy), by the controller,
     when every rank is gone.
     """
-    from pytest_dcp._harness.rank.main import current
+    from pytest_dcp._harness.rank.this_rank import current
 
     one = current()
     if one is None:

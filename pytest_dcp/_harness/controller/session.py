@@ -32,7 +32,7 @@ from pytest_dcp._harness.controller.warm_worlds import WarmWorlds
 from pytest_dcp._harness.protocol.launcher import Launcher, LauncherLostError
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.rank import coverage
-from pytest_dcp._harness.rank.main import current
+from pytest_dcp._harness.rank.this_rank import current
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd
 from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.world import World

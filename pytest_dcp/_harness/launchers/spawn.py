@@ -35,7 +35,7 @@ from pytest_dcp._harness.protocol.launcher import (
     Signals,
 )
 from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
-from pytest_dcp._harness.rank import coverage, junit_state, pytest_plugin
+from pytest_dcp._harness.rank import coverage, junit_state, pytest_plugin, this_rank
 from pytest_dcp._harness.rank import main as rank
 from pytest_dcp.errors import DcpError
 
@@ -235,7 +235,7 @@ def main() -> NoReturn:
     rank.run(order, fds, lambda one: _prepare(one, told["session"]))
 
 
-def _prepare(one: rank.Rank, session: dict[str, Any]) -> _Collecting:
+def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
     """Import what joining the process group needs: that is not timed."""
     one.channel.send(At("preparing", "importing torch"))
     with contextlib.suppress(Exception):  # what fails here fails again where it is reported
@@ -247,7 +247,7 @@ def _prepare(one: rank.Rank, session: dict[str, Any]) -> _Collecting:
 class _Collecting:
     """Runs items by collecting them first, one pytest session per item."""
 
-    def __init__(self, one: rank.Rank, session: dict[str, Any]) -> None:
+    def __init__(self, one: this_rank.Rank, session: dict[str, Any]) -> None:
         self.rank = one
         self.session = session
         if session["captures"]:
@@ -317,7 +317,7 @@ def _alone(config: pytest.Config, basetemp: str) -> None:
 class _Serving:
     """Takes over a spawned rank's session when it has collected."""
 
-    def __init__(self, one: rank.Rank, order: RunItem) -> None:
+    def __init__(self, one: this_rank.Rank, order: RunItem) -> None:
         self.rank = one
         self.order = order
         self._served = False

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp._harness.protocol.messages import DebugAnswer, DebugAsk, DebugDone
-from pytest_dcp._harness.rank.main import Rank
+from pytest_dcp._harness.rank.this_rank import Rank
 
 
 class RankTerminal:

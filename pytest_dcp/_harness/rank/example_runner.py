@@ -35,9 +35,10 @@ from pytest_dcp._harness.lockstep.messages import (
     encode_span,
 )
 from pytest_dcp._harness.protocol.messages import At, Done, Example, Go
-from pytest_dcp._harness.rank.main import Rank, class_of, is_echo, lines_of, outcome_of
+from pytest_dcp._harness.rank.exception_facts import class_of, is_echo, lines_of, outcome_of
 from pytest_dcp._harness.rank.process_facets import QUICK_FACETS
 from pytest_dcp._harness.rank.process_state import ProcessState
+from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 
 AMBIENT = frozenset(

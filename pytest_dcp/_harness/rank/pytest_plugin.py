@@ -41,10 +41,12 @@ from pytest_dcp._harness.protocol.messages import (
 )
 from pytest_dcp._harness.rank import carried_state, coverage, junit_state, log_capture
 from pytest_dcp._harness.rank.debugger import RankDebugger, RankTerminal
+from pytest_dcp._harness.rank.exception_facts import is_echo, lines_of, outcome_of
 from pytest_dcp._harness.rank.group_counter import Totals
 from pytest_dcp._harness.rank.junit_state import JunitState
-from pytest_dcp._harness.rank.main import ItemRunner, Rank, is_echo, lines_of, outcome_of
+from pytest_dcp._harness.rank.main import ItemRunner
 from pytest_dcp._harness.rank.process_state import UNTOLD
+from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 
 if TYPE_CHECKING:

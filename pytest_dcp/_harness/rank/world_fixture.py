@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pytest_dcp._harness.protocol.messages import FaultAct, FaultAnswer, FaultAsk
 from pytest_dcp._harness.rank.call_points import Point
-from pytest_dcp._harness.rank.main import Rank
+from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DivergedError, WorldError
 
 T = TypeVar("T")

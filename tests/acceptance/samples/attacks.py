@@ -28,7 +28,7 @@ from session_recorder import note
 
 from pytest_dcp._harness.protocol.messages import Done, Exchange, SubReport, encode
 from pytest_dcp._harness.rank import pytest_plugin as rank_items
-from pytest_dcp._harness.rank.main import Rank, current
+from pytest_dcp._harness.rank.this_rank import Rank, current
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(2, timeout=30)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pytest_dcp._harness.rank.main import current
+from pytest_dcp._harness.rank.this_rank import current
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 
 pytestmark = pytest.mark.world_size(4, timeout=30)

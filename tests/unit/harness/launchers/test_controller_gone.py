@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pytest_dcp._harness.launchers.zygote import Zygote
+from pytest_dcp._harness.rank.channel import Channel, ControllerGoneError
 from pytest_dcp._harness.rank.interrupts import RankInterrupts
-from pytest_dcp._harness.rank.main import Channel, ControllerGoneError
 
 
 def reset(kind: int) -> socket.socket:
