@@ -10,7 +10,7 @@ import pytest
 from pytest_dcp._harness.launchers.zygote import RankMain
 from pytest_dcp._harness.launchers.zygote_launcher import ZygoteLauncher
 from pytest_dcp._harness.protocol.launcher import Order, RankFds
-from pytest_dcp._harness.rank import coverage, log_capture, pytest_plugin
+from pytest_dcp._harness.rank import coverage, log_capture, session_preparation
 from pytest_dcp._harness.rank import main as rank
 
 
@@ -20,10 +20,10 @@ def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
     def prepare() -> RankMain:
         coverage.detach(folder)
         log_capture.SteadyLogs(session.config).install()
-        plugin = pytest_plugin.prepare(session)
+        plugin = session_preparation.prepare(session)
 
         def rank_main(order: Order, fds: RankFds) -> NoReturn:
-            rank.run(order, fds, lambda one: pytest_plugin.enlist(one, plugin))
+            rank.run(order, fds, lambda one: session_preparation.enlist(one, plugin))
 
         return rank_main
 

@@ -35,7 +35,13 @@ from pytest_dcp._harness.protocol.launcher import (
     Signals,
 )
 from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
-from pytest_dcp._harness.rank import coverage, junit_state, pytest_plugin, this_rank
+from pytest_dcp._harness.rank import (
+    captured_output,
+    coverage,
+    junit_state,
+    session_preparation,
+    this_rank,
+)
 from pytest_dcp._harness.rank import main as rank
 from pytest_dcp.errors import DcpError
 
@@ -266,7 +272,7 @@ class _Collecting:
         config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
         serving = _Serving(self.rank, order)
         config.pluginmanager.register(serving, "pytest_dcp.serving")
-        config.pluginmanager.register(pytest_plugin.CStreams(), pytest_plugin.C_STREAMS)
+        config.pluginmanager.register(captured_output.CStreams(), captured_output.C_STREAMS)
         capture = self.rank.capture
         try:
             serving.run(config)
@@ -297,7 +303,7 @@ def _capture_output(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
             os.lseek(fd, 0, os.SEEK_SET)
             os.ftruncate(fd, 0)
             if text:
-                sections.append(("call", name, pytest_plugin.clip(text)))
+                sections.append(("call", name, captured_output.clip(text)))
 
 
 def _alone(config: pytest.Config, basetemp: str) -> None:
@@ -377,8 +383,8 @@ class _Serving:
         self._served = True
         self._print_to(self._file)
         try:
-            plugin = pytest_plugin.prepare(session, tty="/dev/tty")
-            runner = pytest_plugin.enlist(self.rank, plugin)
+            plugin = session_preparation.prepare(session, tty="/dev/tty")
+            runner = session_preparation.enlist(self.rank, plugin)
             self.rank.channel.send(At("ready"))
             runner.run(RunItem(-1, self.order.nodeid, self.order.seed, self.order.checkpoint_dir))
         except BaseException as exc:  # noqa: BLE001 - `run` raises it

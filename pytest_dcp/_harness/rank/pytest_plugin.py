@@ -3,22 +3,19 @@
 Enters: the collected session that the rank inherited. Leaves: one `Done` for each phase, in
 lockstep with the other ranks: after each phase the rank waits for the controller's word.
 
-The session's reporting plugins are taken out first (`silence`): a rank reports to the controller
-and nowhere else. Whether an xfail marker makes a failure expected is decided once, by the
-controller.
+`session_preparation` readies the session. Whether an xfail marker makes a failure expected is
+decided once, by the controller.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import sys
 import time
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +24,6 @@ from _pytest.scope import Scope
 from _pytest.skipping import evaluate_xfail_marks
 from _pytest.warnings import catch_warnings_for_item
 
-from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.group_use import PlainGroups, to_plain
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
 from pytest_dcp._harness.protocol.messages import (
@@ -39,129 +35,17 @@ from pytest_dcp._harness.protocol.messages import (
     RunItem,
     SubReport,
 )
-from pytest_dcp._harness.rank import carried_state, coverage, junit_state, log_capture
-from pytest_dcp._harness.rank.debugger import RankDebugger, RankTerminal
+from pytest_dcp._harness.rank import carried_state, coverage, log_capture
+from pytest_dcp._harness.rank.captured_output import capture_sections, clip
+from pytest_dcp._harness.rank.debugger import RankDebugger
 from pytest_dcp._harness.rank.exception_facts import is_echo, lines_of, outcome_of
 from pytest_dcp._harness.rank.group_counter import Totals
-from pytest_dcp._harness.rank.junit_state import JunitState
-from pytest_dcp._harness.rank.main import ItemRunner
 from pytest_dcp._harness.rank.process_state import UNTOLD
 from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.state_keeper import StateKeeper
-
-SECTION_CHARS = 1 << 16
-"""A captured section longer than this keeps its two ends."""
-
-
-def silence(config: pytest.Config) -> None:
-    """Take the reporting hooks out of a session that ranks will run.
-
-    Plugins that get reports and warnings write them somewhere: to the terminal, a file, xdist's
-    channel. The session itself still counts, for --maxfail among subtests, and captured logging
-    still works.
-
-    Uses `_remove_plugin` of pluggy's hook callers: unregistering a plugin would take all its hooks.
-    Can go when pluggy can drop a single implementation.
-    """
-    manager = config.pluginmanager
-    logging_plugin = manager.getplugin("logging-plugin")
-    for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded):
-        for impl in hook.get_hookimpls():
-            if not isinstance(impl.plugin, pytest.Session) and impl.plugin is not logging_plugin:
-                hook._remove_plugin(impl.plugin)
-
-
-def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
-    """Ready a session for ranks, of which it will know none yet; what can be done before the fork.
-
-    `tty` names the terminal where this process did not inherit it.
-    """
-    silence(session.config)
-    _record_for_junit(session.config)
-    debugger = RankDebugger(session.config, RankTerminal(session.config, tty))
-    debugger.take_over_pdb()
-    plugin = RankPlugin(session, debugger)
-    session.config.pluginmanager.register(debugger, "pytest_dcp.debugger")
-    session.config.pluginmanager.register(plugin, "pytest_dcp.rank")
-    if not session.config.pluginmanager.has_plugin(C_STREAMS):
-        session.config.pluginmanager.register(CStreams(), C_STREAMS)
-    if "hypothesis" in sys.modules:
-        from pytest_dcp._harness.lockstep import hypothesis_version
-
-        plugin.follows = hypothesis_version.make_ready()
-    return plugin
-
-
-def _record_for_junit(config: pytest.Config) -> None:
-    state: Any = config.pluginmanager.getplugin(junit_state.NAME)
-    if state is None:  # a spawned rank has a session of its own
-        state = JunitState()
-        config.pluginmanager.register(state, junit_state.NAME)
-    state.record(config)
-
-
-def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
-    """Make the session this rank's; returns what runs its items."""
-    config = plugin.config
-    rank.capture = plugin.capturing
-    if plugin.follows:
-        from pytest_dcp._harness.rank import example_runner
-
-        example_runner.install(rank, plugin)
-    _redirect_capture(config, rank)
-    _base_of_tmp_path(config, Path(rank.order.basetemp))
-    plugin.join(rank)
-    if rank.order.isolation == "module":
-        from pytest_dcp._harness.rank.state_keeper import StateKeeper
-
-        plugin.keeper = StateKeeper(plugin.session)
-        config.pluginmanager.register(plugin.keeper, "pytest_dcp.state")
-    return plugin
-
-
-def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
-    """Let the rank's capture write to its own memfds: the inherited files share their offset."""
-    manager: Any = config.pluginmanager.getplugin("capturemanager")
-    capturing = getattr(manager, "_global_capturing", None)
-    for name, fd in (("out", rank.fds.out), ("err", rank.fds.err)):
-        stream = getattr(capturing, name, None)
-        file: Any = getattr(stream, "tmpfile", None)
-        with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
-            os.dup2(fd, file.fileno(), inheritable=False)
-
-
-def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
-    """Let the factory make its folder here, when a test first asks for one."""
-    factory: Any = getattr(config, "_tmp_path_factory", None)
-    if factory is not None:
-        factory._basetemp, factory._given_basetemp = None, base
-
-
-@contextlib.contextmanager
-def _capture_sections(config: pytest.Config) -> Iterator[list[tuple[str, str, str]]]:
-    manager: Any = config.pluginmanager.getplugin("capturemanager")
-    sections: list[tuple[str, str, str]] = []
-    if manager is None or not manager.is_globally_capturing():
-        yield sections
-        return
-    manager.resume_global_capture()
-    try:
-        yield sections
-    finally:
-        manager.suspend_global_capture(in_=False)
-        out, err = manager.read_global_capture()
-        sections += [("call", n, clip(t)) for n, t in (("stdout", out), ("stderr", err)) if t]
-
-
-def clip(text: str) -> str:
-    """The text, or its two ends when it is very long. Pure (no I/O)."""
-    if len(text) <= SECTION_CHARS:
-        return text
-    half = SECTION_CHARS // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,40 +60,6 @@ class _Seen:
     def of(cls, item: pytest.Item) -> _Seen:
         marks = len(list(item.iter_markers("xfail")))
         return cls(len(item._report_sections), len(item.user_properties), marks)
-
-
-C_STREAMS = "pytest_dcp.c_streams"
-
-
-class CStreams:
-    """A plugin: what C code prints in a phase is captured in it, not when its buffer is full."""
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_make_collect_report(self) -> Generator[None, object, object]:
-        """As in setup; for a rank that collects."""
-        return (yield from self._flushing())
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_setup(self) -> Generator[None, object, object]:
-        """Inside of pytest's capture."""
-        return (yield from self._flushing())
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_call(self) -> Generator[None, object, object]:
-        """As in setup."""
-        return (yield from self._flushing())
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
-        """As in setup."""
-        return (yield from self._flushing())
-
-    def _flushing(self) -> Generator[None, object, object]:
-        __tracebackhide__ = True
-        try:
-            return (yield)
-        finally:
-            linux.flush_c_streams()
 
 
 class RankPlugin:
@@ -316,7 +166,7 @@ class RankPlugin:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[list[tuple[str, str, str]]]:
         """For `Rank.capture`."""
-        with _capture_sections(self.config) as sections:
+        with capture_sections(self.config) as sections:
             try:
                 yield sections
             finally:
