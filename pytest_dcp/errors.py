@@ -21,14 +21,13 @@ class DcpError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RankFailure:
-    """What went wrong in one rank.
+    """One rank's failure.
 
     `failed`: an exception; `crashed`: the process ended without its verdict; `closed`: it closed
-    its report socket, or what came there was no report of its own; `flooded`: it printed more than
+    its report socket, or sent bytes that were not its own report; `flooded`: it printed more than
     the limit; `timeout`: it was running at the time limit; `blocked`: it was still running when the
-    grace after a peer's failure ended; `diverged`: it skipped or passed
-    where its peers did not; `lost`: it could not be killed; `spared`: its end was asked for, and
-    it lives.
+    grace after a peer's failure ended; `diverged`: it skipped or passed where its peers did not;
+    `lost`: it could not be killed; `spared`: its end was asked for, and it lives.
     """
 
     rank: int
@@ -36,26 +35,26 @@ class RankFailure:
     phase: str
     """boot, setup, call, teardown or finish."""
     at_s: float
-    """CLOCK_MONOTONIC seconds, comparable between the processes of one machine."""
+    """CLOCK_MONOTONIC, in seconds, comparable between the processes of one machine."""
     summary: str
     """The exception's type and text, or how the process ended. Headings show its first line."""
     detail: str = ""
     """Several lines: the traceback, or the stacks of all threads."""
     is_echo: bool = False
-    """Whether the rank itself says that it only follows from what a peer did."""
+    """Whether the rank itself reports that it only follows a peer's action."""
 
 
 @dataclass(frozen=True, slots=True)
 class LostRank:
-    """A rank that ended because the test asked for it: what stands for its result."""
+    """A rank that ended because the test asked for it; takes the place of its result."""
 
     rank: int
     reason: str
-    """How it ended and who asked for it."""
+    """How it ended, and which code asked for it."""
 
 
 class WorldError(DcpError):
-    """A world failed: carries what went wrong in every rank, the first cause first."""
+    """A world failed: carries every rank's failure, first cause first."""
 
     def __init__(self, message: str, failures: tuple[RankFailure, ...] = ()) -> None:
         super().__init__(message)
@@ -67,30 +66,32 @@ class WorldError(DcpError):
 
 
 class DivergedError(DcpError):
-    """Ranks left lockstep: they asked for different things, or a peer had already left."""
+    """Ranks left lockstep: they made different calls, or a peer had already left."""
 
     is_echo: bool = False
-    """Whether a peer's end or question alone caused it: a report then begins with the peer."""
+    """Whether only a peer's end or call caused it: a report then begins with the peer."""
 
 
 class LateMarkerError(DcpError):
-    """A test got a marker for a world when its world had been decided already."""
+    """A test got a marker for a world after its world had already been decided."""
 
 
 class LawError(DcpError, AssertionError):
-    """A law of checkpoints does not hold: says what differs, the same on every rank."""
+    """A law of checkpoints does not hold: names the differences, the same on every rank."""
 
 
 class FaultError(DcpError, AssertionError):
-    """An injected fault did not do its part: it never fired, or what it held was never released."""
+    """An injected fault did not do its part: it never fired, or the operation it hung was never
+    released.
+    """
 
 
 class RecordingError(DcpError):
-    """What was done to a storage could not be recorded: some of it went unseen."""
+    """Operations on a storage could not be recorded: some went unseen."""
 
 
 class StoreResponseError(DcpError, OSError):
-    """What an object store answers instead of doing the work: a status such as 503."""
+    """An object store's answer when it refuses a request: a status such as 503."""
 
     def __init__(self, status: int, reason: str, where: str) -> None:
         super().__init__(f"HTTP {status} {reason}, at {where}")
@@ -103,15 +104,15 @@ class StoreResponseError(DcpError, OSError):
 
 
 class CheckpointError(DcpError):
-    """The base of what the checkpoint engine raises.
+    """The base of the checkpoint engine's exceptions.
 
-    What a save or load of several ranks raises is also torch's `CheckpointException`, with one
-    entry for each failed rank, and of the class that their exceptions have in common.
+    The exception of a save or load of several ranks is also torch's `CheckpointException`, with one
+    entry for each failed rank, and of the class that the ranks' exceptions have in common.
     """
 
 
 class CheckpointCorruptError(CheckpointError):
-    """A checkpoint's bytes are not what a whole, unaltered checkpoint holds."""
+    """A checkpoint's bytes are not those of a whole, unaltered checkpoint."""
 
     def __init__(
         self,
@@ -131,12 +132,12 @@ class CheckpointCorruptError(CheckpointError):
         self.file = file
         self.entry = entry
         self.offset = offset
-        """Bytes from the start of the file, or of the entry where `file` is None."""
+        """In bytes from the start of the file, or of the entry if `file` is None."""
 
     def at(
         self, *, file: str | None = None, entry: str | None = None, offset: int = 0
     ) -> CheckpointCorruptError:
-        """The same error with what the caller knows: file, entry, and where the entry starts."""
+        """The same error plus the caller's facts: file, entry, offset of the entry."""
         moved = None if self.offset is None else self.offset + offset
         return type(self)(
             self.reason, file=self.file or file, entry=self.entry or entry, offset=moved
@@ -151,11 +152,11 @@ class CheckpointCorruptError(CheckpointError):
 
 
 class UntrustedPickleError(CheckpointCorruptError):
-    """A pickle asks for what a checkpoint has no need of: a class, a function, endless memory."""
+    """A pickle requests something no checkpoint needs: a class, a function, endless memory."""
 
 
 class CheckpointFileMissingError(CheckpointCorruptError):
-    """A data file that the metadata names is not there."""
+    """A data file named by the metadata is missing."""
 
 
 class CheckpointReplacedError(CheckpointError):
@@ -163,7 +164,7 @@ class CheckpointReplacedError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
-    """What a rank asks to load does not fit what the checkpoint holds: keys, shapes or types.
+    """The state to load does not fit the checkpoint: keys, shapes or types differ.
 
     Also a RuntimeError and a ValueError, which torch raises for a missing key and for another size.
     """
@@ -179,14 +180,14 @@ class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
         super().__init__(message)
         self.message = message
         self.missing = missing
-        """Keys that were asked for and are not in the checkpoint."""
+        """Keys that were requested and are not in the checkpoint."""
         self.unexpected = unexpected
-        """Keys that are in the checkpoint and were not asked for."""
+        """Keys that are in the checkpoint and were not requested."""
         self.mismatched = mismatched
         """Keys whose shape, dtype or kind differs."""
 
     def with_lines(self, lines: Iterable[str]) -> CheckpointMismatchError:
-        """The same error, whose text has these lines too."""
+        """The same error with these lines added to its text."""
         text = "\n".join([self.message, *lines])
         return type(self)(
             text, missing=self.missing, unexpected=self.unexpected, mismatched=self.mismatched
@@ -201,13 +202,13 @@ class PlanError(CheckpointError, ValueError):
 
 
 class ReplicaMismatchError(PlanError):
-    """Ranks that hold the same tensor or value hold different copies of it; one would be saved."""
+    """Ranks hold different copies of the same tensor or value, of which only one would be saved."""
 
     def __init__(self, message: str, *, keys: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.keys = keys
-        """The flat names of what differs."""
+        """The flat names of the differing tensors and values."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
         return type(self), (self.message,), dict(self.__dict__)
@@ -218,7 +219,7 @@ class CheckpointExistsError(CheckpointError, RuntimeError):
 
 
 class SaverProcessError(CheckpointError):
-    """The process in which `async_save` saves could not begin, ended, or fell silent."""
+    """The process in which `async_save` saves failed to start, ended, or stopped answering."""
 
 
 def _rebuild_corrupt(kind: type[CheckpointCorruptError], reason: str) -> CheckpointCorruptError:

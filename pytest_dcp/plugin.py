@@ -1,6 +1,7 @@
-"""pytest's way in: options, markers, fixtures and hooks. Thin, and no torch at import.
+"""The plugin's entry points for pytest: options, markers, fixtures and hooks. Thin; does not import
+torch.
 
-Everything that costs is imported when the first marked test is met.
+Everything expensive is imported at the first marked test.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Hooks of ours that others may implement."""
+    """Our own hooks, which others may implement."""
     from pytest_dcp._harness.controller import hookspecs
 
     pluginmanager.add_hookspecs(hookspecs)
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from pytest_dcp._harness.controller import fixtures
     from pytest_dcp.faults import fixtures as fault_fixtures
 
-    # torch.cuda.is_available() would initialise the driver, and no rank could be forked after it.
+    # torch.cuda.is_available() would initialise the driver, after which no rank could be forked.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     command_line.check_together(
         lambda: config.stash.setdefault(OPTIONS_KEY, options_.read_options(config)),
@@ -70,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Leave our frames out of an error at collection, too, where they say nothing."""
+    """Leave out our unhelpful frames of an error at collection, too."""
     report = yield
     # pytest keeps the error there until the report is made (pytest 9.2).
     excinfo = getattr(getattr(report, "call", None), "excinfo", None)
@@ -83,13 +84,13 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Check every marker, also those of tests that are deselected: all problems at once."""
+    """Check every marker, also of deselected tests: report all problems at once."""
     _check_markers(session, items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> Generator[None, object, object]:
-    """Check again what other plugins have added, also for --collect-only."""
+    """Check again the markers that other plugins have added, also for --collect-only."""
     _check_markers(session, session.items)
     return (yield)
 
@@ -106,7 +107,7 @@ def _check_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Fork the zygote between collection and the first test, and end everything after the last.
 
-    The markers that tests have now are those that count: see `decided_markers`.
+    The markers that tests have now are final: see `decided_markers`.
     """
     options = session.config.stash[OPTIONS_KEY]
     decided_markers.decide(session.items, options.marker)
@@ -129,7 +130,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """A test whose marker came too late is not run: it would have no world, or the wrong one."""
+    """Do not run a test whose marker came too late: it would have no world, or the wrong one."""
     __tracebackhide__ = True
     decided_markers.refuse_late_markers(item, item.config.stash[OPTIONS_KEY].marker)
     return (yield)
@@ -137,7 +138,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """As `pytest_runtest_call`, for a marker that such a hook of another plugin has added."""
+    """Like `pytest_runtest_call`, for a marker that another plugin's hook of this name
+    has added.
+    """
     __tracebackhide__ = True
     decided_markers.refuse_late_markers(pyfuncitem, pyfuncitem.config.stash[OPTIONS_KEY].marker)
     return (yield)
@@ -147,7 +150,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Leave our frames out where they say nothing; fail the test when a marker came too late."""
+    """Leave out our unhelpful frames; fail the test if a marker came too late."""
     if call.excinfo is not None:
         tracebacks.mark_frames(call.excinfo.value)
     report = yield
@@ -172,7 +175,7 @@ def _needs_worlds(items: list[pytest.Item]) -> bool:
 def pytest_report_from_serializable(
     data: dict[str, Any],
 ) -> Generator[None, pytest.TestReport | None, pytest.TestReport | None]:
-    """Put the colours into a report that another process sent."""
+    """Colour a report that another process sent."""
     report = yield
     if report is not None and "dcp_heading" in data:
         from pytest_dcp._harness.controller import headings
@@ -183,7 +186,7 @@ def pytest_report_from_serializable(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """What xdist's workers have to say, once. Raises `pytest.UsageError` for a wrong marker."""
+    """Print messages of xdist's workers, once. Raises `pytest.UsageError` for a wrong marker."""
     output = getattr(node, "workeroutput", {})
     if (wrong := output.get("dcp_usage_error")) is not None:
         raise pytest.UsageError(wrong)

@@ -1,10 +1,10 @@
 """Which frames of a traceback help its reader, and which are only this package's own.
 
-An error is **explained** when its text says all that the reader needs: the package raised it on
-purpose (a `raise` statement of ours ran last), or it is the operating system's word on a file that
+An error is **explained** if its text says everything that the reader needs: the package raised it
+on purpose (a `raise` statement of ours ran last), or the operating system raised it for a file that
 the package asked for. Our frames add nothing to such an error, and nothing to an error of the
-user's own code that we call (a planner, a progress function). They stay where something of ours
-broke unexpectedly. So the rule looks at the innermost frame, not at lists of exception classes:
+user's own code that we call (a planner, a progress function). They stay if our own code broke
+unexpectedly. So the rule looks at the innermost frame, not at lists of exception classes:
 
 - ours, at a `raise` statement, or with an OSError or a warning: explained, our frames go;
 - the user's: theirs to fix, our frames go;
@@ -37,11 +37,13 @@ STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 RAISE = dis.opmap["RAISE_VARARGS"]
 ASKED: tuple[type[BaseException], ...] = (OSError, Warning)
-"""Raised for what the package asked for, by the system, or by a filter of warnings."""
+"""Raised by the system for a call that the package made, or by a warning filter."""
 EXPLAINED = "_dcp_explained"
-"""Set on an error that left through a boundary: the frames that told so are gone then."""
+"""Set on an error that left through a boundary: the frames that proved it explained are gone by
+then.
+"""
 HIDE = "__tracebackhide__"
-"""What pytest looks for among a frame's locals and globals."""
+"""The name that pytest looks up among a frame's locals and globals."""
 
 logger = logging.getLogger("pytest_dcp")
 
@@ -49,7 +51,7 @@ Owner = Literal["package", "library", "user"]
 
 
 def owner_of(file: str) -> Owner:
-    """Whose code a file holds. Pure (no I/O)."""
+    """The owner of a file's code. Pure (no I/O)."""
     if file.startswith(TESTS):
         return "user"
     if file.startswith(PACKAGE):
@@ -61,7 +63,9 @@ def owner_of(file: str) -> Owner:
 
 
 def is_explained(error: BaseException) -> bool:
-    """Whether the error's text says all that its reader needs; see the module's text."""
+    """Whether the error's text says everything that its reader needs; see the module's
+    docstring.
+    """
     if isinstance(error, DcpError) or EXPLAINED in getattr(error, "__dict__", ()):
         return True
     if isinstance(error, ASKED):
@@ -71,7 +75,7 @@ def is_explained(error: BaseException) -> bool:
 
 
 def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool:
-    """`is_explained` of an error whose stack arrived as text."""
+    """`is_explained` for an error whose stack arrived as text."""
     if isinstance(error, ASKED):
         return _is_asked_by_us([frame.filename for frame in stack])
     last = stack[-1] if stack else None
@@ -83,7 +87,7 @@ def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool
 
 
 def _is_asked_by_us(files: Sequence[str]) -> bool:
-    """Whether the innermost frame that is no library's is ours; files outermost first."""
+    """Whether the innermost frame outside of libraries is ours; files outermost first."""
     owners = (owner_of(file) for file in reversed(files))
     return next((owner for owner in owners if owner != "library"), "user") == "package"
 
@@ -104,8 +108,8 @@ def _innermost(traceback: TracebackType | None) -> TracebackType | None:
 def set_cause(error: BaseException, cause: BaseException | None) -> None:
     """Make `cause` the cause of an error whose text has that of the cause in it.
 
-    An explained one becomes the context alone, for debuggers: as the cause it would be printed too,
-    and say everything twice.
+    An explained cause becomes the context only, for debuggers: as the cause it would be printed
+    too, and repeat everything.
     """
     if cause is not None and is_explained(cause):
         error.__context__, error.__suppress_context__ = cause, True
@@ -114,7 +118,7 @@ def set_cause(error: BaseException, cause: BaseException | None) -> None:
 
 
 class ExceptionInfo(Protocol):
-    """pytest's own, as `__tracebackhide__` is given it."""
+    """pytest's own class, as passed to `__tracebackhide__`."""
 
     @property
     def value(self) -> BaseException: ...
@@ -126,12 +130,12 @@ def hides_frames(excinfo: ExceptionInfo) -> bool:
 
 
 def is_raised_by_user(error: BaseException) -> bool:
-    """Whether the innermost frame of an error is the user's."""
+    """Whether the innermost frame of an error is in the user's code."""
     return owner_of_innermost(error) in ("user", None)
 
 
 def owner_of_innermost(error: BaseException) -> Owner | None:
-    """Whose code the innermost frame of an error is; None for an error without frames."""
+    """The owner of the code of an error's innermost frame; None for an error without frames."""
     innermost = _innermost(error.__traceback__)
     return None if innermost is None else owner_of(innermost.tb_frame.f_code.co_filename)
 
@@ -149,7 +153,7 @@ def _hides_frames_of(error: BaseException) -> bool:
 
 
 def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
-    """The text of an error and of its causes, without the frames that add nothing."""
+    """The text of an error and of its causes, without unhelpful frames."""
     text = TracebackException(type(error), error, traceback)
     todo: list[tuple[BaseException | None, TracebackException | None]] = [(error, text)]
     while todo:
@@ -167,9 +171,9 @@ __tracebackhide__ = hides_frames
 
 
 def mark_frames(error: BaseException) -> bool:
-    """Let pytest ask `hides_frames` of each frame of the package, in the error and its causes.
+    """Make pytest call `hides_frames` for each frame of the package, in the error and its causes.
 
-    The mark is put on the frame's module: so no module or function has to say it for itself, and
+    The mark is set in the frame's module globals, so no module or function must set it itself, and
     none can be forgotten. Returns whether there is such a frame.
     """
     ours = [f for f in _frames_of(error) if owner_of(f.f_code.co_filename) == "package"]
@@ -194,8 +198,8 @@ def _frames_of(error: BaseException) -> Iterator[FrameType]:
 class Boundary:
     """Where errors leave the package: drops the inner frames of those that are explained.
 
-    What a program prints of them is then the user's own line and the text. At the level DEBUG the
-    logger "pytest_dcp" has them all.
+    Their traceback then shows only the user's own line and the text. At level DEBUG the logger
+    "pytest_dcp" logs all frames.
     """
 
     def __enter__(self) -> None:
@@ -222,7 +226,7 @@ def forget_frames(error: BaseException) -> None:
 
 
 def drop_inner_frames(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of the public interface whose errors do not show how it works inside."""
+    """Make errors of a public function hide its internals."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,8 +1,8 @@
 """Distributed checkpoints: a drop-in for `torch.distributed.checkpoint`.
 
-`import pytest_dcp.checkpoint as dcp` in place of `import torch.distributed.checkpoint as dcp`; the
-names, arguments and files are the same. Saves replace a checkpoint at one instant, loads check what
-they read, and a file that somebody altered gives an error, never a wrong tensor or foreign code.
+`import pytest_dcp.checkpoint as dcp` instead of `import torch.distributed.checkpoint as dcp`; the
+names, arguments and files are the same. Saves replace a checkpoint atomically, loads verify the
+bytes they read, and an altered file gives an error, never a wrong tensor or foreign code.
 """
 
 from typing import TYPE_CHECKING
@@ -114,5 +114,5 @@ __all__ = [
     "UntrustedPickleError",
 ]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -1,4 +1,4 @@
-"""torch's own types, under the same names: what changes the bytes of a stream on their way."""
+"""torch's own types, under the same names: transforms of the bytes of a stream."""
 
 from typing import TYPE_CHECKING
 
@@ -18,5 +18,5 @@ __all__ = [
     "ZStandard",
 ]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -13,5 +13,5 @@ register(_fsspec_filesystem, (FileSystem, FsspecReader, FsspecWriter))
 
 __all__ = ["FsspecWriter", "FsspecReader"]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

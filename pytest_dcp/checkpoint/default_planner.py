@@ -1,9 +1,9 @@
-"""The planners that `save` and `load` use unless told otherwise.
+"""The planners that `save` and `load` use by default.
 
-Names, arguments and hooks are those of `torch.distributed.checkpoint.default_planner`; a subclass
-that was written for torch's planners works on these. Plans are columns (`plan.columns`) that look
-like torch's lists of items; a subclass that overrides one of the planning hooks gets plain lists,
-which it may change as it likes.
+Names, arguments and hooks are those of `torch.distributed.checkpoint.default_planner`; subclasses
+written for torch's planners work on these. Plans are columns (`plan.columns`) that look like
+torch's lists of items; a subclass that overrides one of the planning hooks gets plain lists, which
+it may change freely.
 """
 
 from typing import TYPE_CHECKING
@@ -33,5 +33,5 @@ __all__ = [
     "create_default_global_save_plan",
 ]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -1,9 +1,9 @@
 """Checkpoints in folders: the writer and the reader, on the local disk or any torch file system.
 
 Arguments, hooks and files are those of `torch.distributed.checkpoint.filesystem`: torch's reader
-opens what this writer writes, and this reader what torch's writer wrote. What is new on disk is
-described in `io.commit` (when a save becomes the checkpoint) and `format.metadata_file` (the
-manifest behind the pickle of `.metadata`).
+opens this writer's checkpoints, and vice versa. Additions to the format are described in
+`io.commit` (when a save becomes the checkpoint) and `format.metadata_file` (the manifest behind the
+pickle of `.metadata`).
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ __all__ = [
     "SerializationFormat",
 ]
 
-# What storages of other libraries import beside, under torch's names.
+# Names that storages of other libraries also import, as torch names them.
 _metadata_fn = commit.METADATA
 DEFAULT_SUFFIX = commit.SUFFIX
 _FileSystemWriter = FileSystemWriter
@@ -37,5 +37,5 @@ _split_by_size_and_type = single_entries.split_by_size_and_type
 _StorageWriterTransforms = transforms.StorageWriterTransforms
 _StorageReaderTransforms = transforms.StorageReaderTransforms
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

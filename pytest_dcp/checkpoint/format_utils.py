@@ -22,7 +22,7 @@ __all__ = [
     "DynamicMetaLoadPlanner",
 ]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Checkpoints by URL, wherever fsspec reaches: torch has them in `_fsspec_filesystem` alone."""
+"""Checkpoints by URL, on any file system of fsspec: torch has these only in
+`_fsspec_filesystem`.
+"""
 
 from pytest_dcp._engine.storages.fsspec import FileSystem as FileSystem
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter

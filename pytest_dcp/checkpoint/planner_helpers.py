@@ -1,4 +1,4 @@
-"""What planners call: the names of `torch.distributed.checkpoint.planner_helpers`."""
+"""Functions for planners: the names of `torch.distributed.checkpoint.planner_helpers`."""
 
 from typing import TYPE_CHECKING
 
@@ -9,5 +9,5 @@ from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = ["create_read_items_for_chunk_list"]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -1,4 +1,5 @@
-"""What a plain tensor may say of itself: the names of `torch.distributed.checkpoint.protocol`.
+"""Attributes by which a plain tensor describes its boxes: the names of
+`torch.distributed.checkpoint.protocol`.
 
 Torch has the module since 2.14; before that the class is defined here. Tensors that keep to it are
 saved and loaded with any torch.
@@ -18,16 +19,16 @@ __all__ = ["CheckpointableTensor"]
 class CheckpointableTensor(Protocol):
     """A local tensor that holds boxes of a larger, global one, and says so by these attributes.
 
-    The tensor need not be wrapped or subclassed: `tensor.global_shape = (8, 4)` will do. The last
-    three have one member for each box.
+    The tensor need not be wrapped or subclassed: setting `tensor.global_shape = (8, 4)` is enough.
+    The last three have one member per box.
     """
 
     global_shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     global_offsets: tuple[tuple[int, ...], ...]
     """Where each box begins in the whole tensor."""
     local_offsets: tuple[tuple[int, ...], ...]
-    """Where each box begins in this tensor, which may hold other elements beside them."""
+    """Where each box begins in this tensor, which may also hold other elements."""
     local_sizes: tuple[tuple[int, ...], ...]
     """The shape of each box."""
 

@@ -1,7 +1,7 @@
 """Copying a state before it is saved: public names of `torch.distributed.checkpoint.staging`.
 
-Beyond torch: memory is kept from one copy to the next but never while somebody holds a tensor in
-it, and `release_memory` gives back what `async_save` itself keeps.
+Beyond torch: memory is reused for the next copy, but never while a tensor in it is still
+referenced, and `release_memory` frees the memory that `async_save` itself keeps.
 """
 
 from typing import TYPE_CHECKING
@@ -19,5 +19,5 @@ __all__ = [
     "release_memory",
 ]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

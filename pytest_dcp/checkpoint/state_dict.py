@@ -1,12 +1,12 @@
 """State dicts of models and optimizers that do not depend on how the model is wrapped or sharded.
 
-Names, signatures and results are those of `torch.distributed.checkpoint.state_dict`: what one
-side gets the other can set. A plain module, DDP, `replicate`, FSDP1, FSDP2, tensor parallelism and
-their mixtures, compiled modules and activation checkpoints all give the bare model's names; tensors
-are sharded as the model is, or whole. Getting changes nothing, not even an optimizer that was never
-stepped; setting takes tensors that are whole or sharded in any other way.
+Names, signatures and results are those of `torch.distributed.checkpoint.state_dict`: a state dict
+from one engine can be set with the other. A plain module, DDP, `replicate`, FSDP1, FSDP2, tensor
+parallelism and their mixtures, compiled modules and activation checkpoints all give the bare
+model's names; tensors are sharded as the model is, or whole. Getting changes nothing, not even an
+optimizer that was never stepped; setting accepts whole tensors and any other sharding.
 
-Without a process group everything works for what is in this process.
+Without a process group everything works on this process's tensors.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def get_model_state_dict(
 ) -> dict[str, ValueType]:
     """The model's parameters, persistent buffers and extra state, by canonical names.
 
-    submodules: return only what is below these. Tensors share the model's memory unless they had
-    to be gathered or moved. Collective with FSDP1 and with `full_state_dict`.
+    submodules: return only the entries below these. Tensors share the model's memory unless they
+    had to be gathered or moved. Collective with FSDP1 and with `full_state_dict`.
     """
     return read_model(Scope.of(model, options, submodules))
 
@@ -80,10 +80,10 @@ def get_optimizer_state_dict(
 ) -> OptimizerStateType:
     """The states and groups of all the optimizers, by the model's canonical names.
 
-    A parameter that was never stepped has the states that it would begin with; the optimizers stay
-    as they are. Collective with FSDP1 and with `full_state_dict`.
+    A parameter that was never stepped gets its initial states; the optimizers stay unchanged.
+    Collective with FSDP1 and with `full_state_dict`.
 
-    Raises CheckpointMismatchError where an optimizer has parameters that are not the model's.
+    Raises CheckpointMismatchError if an optimizer has parameters that are not the model's.
     """
     return read_optimizers(Scope.of(model, options, submodules), _several(optimizers))
 
@@ -96,7 +96,7 @@ def get_state_dict(
     submodules: set[nn.Module] | None = None,
     options: StateDictOptions | None = None,
 ) -> tuple[dict[str, ValueType], OptimizerStateType]:
-    """The state dicts of the model and of the optimizers: see the two functions of each."""
+    """The state dicts of the model and of the optimizers: see the separate functions."""
     scope = Scope.of(model, options, submodules)
     return read_model(scope), read_optimizers(scope, _several(optimizers))
 
@@ -218,5 +218,5 @@ def _by_name(scope: Scope, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -14,5 +14,5 @@ _load_state_dict_from_keys = load_without_template
 _load_state_dict = inspect.unwrap(load_state_dict)
 """The same, without a warning (torch's name; other libraries import it)."""
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -12,6 +12,6 @@ Read the files in this order; all shard the small model of `model.py`:
 6. `test_failure_report.py`: a test that fails as expected. `conftest.py` shows its report at the
    end, below the processes that were started and the time that they took.
 
-Checkpoints are those of `pytest_dcp.checkpoint`, which stands where a user would otherwise have
-imported `torch.distributed.checkpoint`.
+Checkpoints are those of `pytest_dcp.checkpoint`, imported instead of
+`torch.distributed.checkpoint`.
 """

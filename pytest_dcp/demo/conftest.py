@@ -1,4 +1,5 @@
-"""What the tour tells at its end: the processes that it started, their time, and a failure report.
+"""The summary at the end of the tour: the processes that it started, their time, and a failure
+report.
 
 `pytest_dcp_world_started` is a hook of pytest_dcp; the others are pytest's.
 """
@@ -9,11 +10,11 @@ SHOWN = "test_one_rank_raises_while_the_others_wait_for_it"
 
 
 class Tour:
-    """Notes what happens, and tells it at the end."""
+    """Counts processes and their time, and prints them at the end."""
 
     def __init__(self):
         self.ready_s = {}
-        """World size: the seconds until the ranks of each such world were ready."""
+        """World size -> seconds until the ranks of each such world were ready."""
         self.failure = None
 
     def pytest_dcp_world_started(self, size, ready_s):

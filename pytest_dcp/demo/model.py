@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 FEATURES = 6
-"""Width of the input and the output: over four ranks the shards hold 2, 2, 2 and 0 rows."""
+"""Width of the input and the output: on four ranks the shards hold 2, 2, 2 and 0 rows."""
 
 HIDDEN = 16
-"""Width between the layers: even over two and four ranks, as tensor parallelism wants it."""
+"""Width between the layers: divisible by two and four, as tensor parallelism requires."""
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""A failure report: what one sees when one rank fails. The tour prints it at its end."""
+"""The failure report of a test in which one rank fails. The tour prints it at its end."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Faults: what the other ranks, and the test, learn of a rank that fails."""
+"""Faults: how the other ranks, and the test, learn that a rank failed."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pytest_dcp import WorldError
 
 
 class FullDisk(dcp.FileSystemWriter):
-    """A writer that finds the disk full on one rank, and writes as usual on the others."""
+    """A writer that finds the disk full on one rank, and writes normally on the others."""
 
     def __init__(self, path, rank):
         super().__init__(path)

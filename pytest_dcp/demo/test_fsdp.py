@@ -34,7 +34,7 @@ def full_state(model, optimizer):
 
 
 def train_and_save(folder):
-    """What one of the ranks that train does; returns the full state that it saved."""
+    """Train one step in this rank and save. Returns the full state saved."""
     model, optimizer = build(MLP())
     train_step(model, optimizer, torch.randn(4, FEATURES))
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -43,7 +43,7 @@ def train_and_save(folder):
 
 
 def load(folder):
-    """What one of the ranks that resume does; returns the full state that it loaded."""
+    """Resume in this rank. Returns the full state loaded."""
     model, optimizer = build(MLP())
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)

@@ -1,6 +1,6 @@
 """Meta device: a model is built without memory, sharded, given memory and filled from a checkpoint.
 
-This is how a model too large for one process starts: no rank ever holds the whole of it.
+A model too large for one process starts this way: no rank ever holds all of it.
 """
 
 import pytest

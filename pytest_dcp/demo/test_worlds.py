@@ -50,7 +50,7 @@ def test_rank_0_goes_first_where_ranks_would_race(world, rank, checkpoint_dir):
 
 @pytest.mark.world_size(4, mesh=(2, 2), mesh_dim_names=("dp", "tp"))
 class TestMesh:
-    """A mark on a class, as on a module, holds for every test in it."""
+    """A mark on a class or a module applies to every test in it."""
 
     def test_all_reduce_stays_within_one_dimension(self, rank, device_mesh):
         total = torch.tensor(rank)
@@ -71,7 +71,7 @@ built_by = []
 
 @pytest.fixture(scope="module")
 def slow_table():
-    """Stands for what takes long to build; each process notes that it did."""
+    """A stand-in for a slow fixture; each process records that it built it."""
     built_by.append(os.getpid())
     return torch.arange(8)
 

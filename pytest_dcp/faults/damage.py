@@ -1,4 +1,4 @@
-"""Damage at rest: what disks, hands and other saves do to files that are not being written.
+"""Damage at rest: changes by disks, people and other saves to files that are not being written.
 
 Pure (no I/O). The generators enumerate a whole class of damage, one `Damaged` after another, so
 that a test can try it all.
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SECTOR_BYTES = 512
-"""What disks write at once at least; 4096 on newer ones, which eight of these make."""
+"""The smallest unit that disks write; newer disks write 4096 bytes, eight of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +23,19 @@ class Damaged:
 
 
 def flip_bit(data: bytes, offset: int, bit: int = 0) -> bytes:
-    """The bytes with one bit turned over. Raises IndexError outside of them."""
+    """The bytes with one bit flipped. Raises IndexError if it lies outside of them."""
     if not 0 <= offset < len(data):
         raise IndexError(f"byte {offset} of {len(data)} bytes cannot be flipped")
     return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
 
 
 def truncate(data: bytes, nbytes: int) -> bytes:
-    """The first `nbytes` bytes; a negative number takes as many off the end."""
+    """The first `nbytes` bytes; a negative number cuts that many off the end."""
     return data[:nbytes]
 
 
 def fill_sector(data: bytes, number: int, filler: bytes = b"\0", size: int = SECTOR_BYTES) -> bytes:
-    """The bytes with one sector, or what there is of it, full of `filler`."""
+    """The bytes with one sector, or the part of it that exists, filled with `filler`."""
     start = number * size
     length = min(size, len(data) - start)
     if length <= 0:
@@ -44,7 +44,7 @@ def fill_sector(data: bytes, number: int, filler: bytes = b"\0", size: int = SEC
 
 
 def swap_sectors(data: bytes, one: int, other: int, size: int = SECTOR_BYTES) -> bytes:
-    """The bytes with two whole sectors in each other's place."""
+    """The bytes with two whole sectors swapped."""
     low, high = sorted((one, other))
     if low < 0 or (high + 1) * size > len(data):
         raise IndexError(f"{len(data)} bytes have no whole sectors {one} and {other} of {size}")
@@ -66,7 +66,7 @@ def every_bit(data: bytes, step: int = 1) -> Iterator[Damaged]:
 
 
 def every_truncation(data: bytes, step: int = 1) -> Iterator[Damaged]:
-    """The bytes cut to each shorter length."""
+    """The bytes truncated to each shorter length."""
     for nbytes in range(0, len(data), step):
         yield Damaged(f"cut to {nbytes} bytes", truncate(data, nbytes))
 
@@ -74,7 +74,7 @@ def every_truncation(data: bytes, step: int = 1) -> Iterator[Damaged]:
 def every_sector(
     data: bytes, fillers: tuple[bytes, ...] = (b"\0", b"\xff"), size: int = SECTOR_BYTES
 ) -> Iterator[Damaged]:
-    """The bytes with each sector full of each filler, and with each two neighbours swapped."""
+    """The bytes with each sector filled with each filler, and with each two neighbours swapped."""
     for number in range(-(-len(data) // size)):
         for filler in fillers:
             what = f"sector {number} full of {filler!r}"

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold: a state is loaded into its empty likeness and compared."""
+"""Whether a checkpoint holds a state: it is loaded into an empty copy and compared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 BLANK = 0x5A
-"""The byte that empty tensors are full of: a value that was not loaded is seen."""
+"""The byte that fills empty tensors: it shows values that were not loaded."""
 
 
 def plain(state: Any) -> Any:
-    """The state with that of each Stateful object in its place."""
+    """The state with each Stateful object replaced by its state."""
     if isinstance(state, Stateful) and not isinstance(state, torch.Tensor):
         return plain(state.state_dict())
     if isinstance(state, Mapping):
@@ -27,7 +27,7 @@ def plain(state: Any) -> Any:
 
 
 def blank(value: Any) -> Any:
-    """The same state with no value in it: tensors of the same kind, None for the rest."""
+    """The same state without its values: tensors of the same kind, None for the rest."""
     if isinstance(value, DTensor):
         return DTensor.from_local(
             blank(value.to_local()),
@@ -53,7 +53,7 @@ def blank(value: Any) -> Any:
 
 
 def differences(actual: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """What is not the same, one line each, with its name."""
+    """The differences, one line each, with the entry's name."""
     if isinstance(expected, torch.Tensor):
         yield from _tensors(actual, expected, where)
     elif isinstance(expected, Mapping):
@@ -106,6 +106,6 @@ def _parts(value: Any) -> Iterator[torch.Tensor]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's own memory as bytes, in one more dimension."""
+    """The tensor's memory as bytes, in one more dimension."""
     tensor = tensor.detach()
     return (tensor.reshape(1) if tensor.dim() == 0 else tensor).unsqueeze(-1).view(torch.uint8)

@@ -1,8 +1,8 @@
-"""The fixture's object: a storage that fails on command.
+"""The object of the fixture `faulty_storage`: a storage that fails on command.
 
-Enters: faults, and what is to be wrapped. Leaves: injections, which know how often they fired in
-all ranks. Nothing is watched before the first injection. The object can be sent to ranks with a
-function (`worlds`): it takes its injections along, and they act there inside `with`.
+Enters: faults, and objects to wrap. Leaves: injections, which count how often they fired in all
+ranks. Nothing is watched before the first injection. The object can be sent to ranks with a
+function (`worlds`): it carries its injections along, and they act there inside `with`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Stager = TypeVar("Stager", bound=AsyncStager)
 
 @dataclass(frozen=True, slots=True)
 class Injected:
-    """An injection that was made."""
+    """Handle of an injection."""
 
     injection: Injection
     ledger: Ledger
@@ -61,15 +61,15 @@ class Injected:
 
     @property
     def fired_by_rank(self) -> dict[int, int]:
-        """How often it fired in each rank where it did."""
+        """How often it fired in each rank, without ranks in which it did not."""
         return self.ledger.fired()
 
     def release(self) -> None:
-        """Let everything that hangs at it go on, in all ranks."""
+        """Let every operation that hangs at it continue, in all ranks."""
         self.ledger.release()
 
     def wait_until_fired(self, limit_s: float = 60.0) -> None:
-        """Return when it has fired in some rank. Raises FaultError after the limit."""
+        """Wait until it has fired in some rank. Raises FaultError after the limit."""
         self.ledger.await_firing(limit_s, repr(self.injection))
 
 
@@ -83,13 +83,15 @@ class FaultyStorage:
         rank: int | None = None,
         search: Search | None = None,
     ) -> None:
-        """folder: where all ranks keep their counts; no rank watches it. rank: None asks."""
+        """folder: where all ranks keep their counts; no rank watches it. rank: None: this process's
+        rank.
+        """
         self._folder = folder
         self._search = search or Search()
         self._roots = [checkpoint_dir]
         self._injected: list[Injected] = []
         self._to_arm: list[Injected] = []
-        """Made in another process."""
+        """Whether it came from another process."""
         self._rank = rank
         self._injector = Injector(this_rank() if rank is None else rank)
         self._wrappers = Wrappers(self._injector.hook)
@@ -98,7 +100,7 @@ class FaultyStorage:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """The folder that is watched from the start."""
+        """The folder watched from the start."""
         return self._roots[0]
 
     def inject(
@@ -113,18 +115,19 @@ class FaultyStorage:
         sticky: bool = False,
         must_fire: bool = True,
     ) -> Injected:
-        """Let a fault act from now on. Make the same injections, in the same order, in every rank.
+        """Inject a fault from now on. Make the same injections, in the same order, in every rank.
 
-        on: a hook ("write_data", "writer.finish", "save_planner.create_local_plan"; of what was
-            wrapped), or the kind of an operation ("write", "sync", "rename", ...; on whatever is
-            below a watched folder). A fault of operations on a hook acts at the operations that
-            are made while the hook runs.
-        rank: only there. thread: main, worker, or a pattern of names. path: a pattern of the
-            file's name, or of its path below the watched folder where it has a slash.
-        nth: at which such event of a rank, from 1. sticky: and at every later one.
-        must_fire: the test fails at its end when it never fired in any rank.
+        on: a hook ("write_data", "writer.finish", "save_planner.create_local_plan"; of wrapped
+            objects), or the kind of an operation ("write", "sync", "rename", ...; below watched
+            folders). A fault of operations injected at a hook acts at the operations made while
+            the hook runs.
+        rank: the only rank in which it acts. thread: main, worker, or a pattern of names.
+        path: a pattern of the file's name, or, with a slash, of its path below the watched folder.
+        nth: the first matching event of a rank at which it fires, from 1. sticky: and at every
+            later one.
+        must_fire: the test fails at its end if the fault never fired in any rank.
 
-        Raises ValueError that says everything that is wrong with it.
+        Raises ValueError listing everything wrong with the arguments.
         """
         injection = Injection(fault, on, rank, thread, path, nth, sticky)
         wrong = problems(injection)
@@ -162,7 +165,7 @@ class FaultyStorage:
         return self._wrappers.wrap(stager, "stager")
 
     def filesystem(self, filesystem: FileSystemBase) -> FaultyFileSystem:
-        """The file system with faults at its operations, also where it has no local files."""
+        """The file system with faults at its operations, even if its files are not local."""
         return FaultyFileSystem(filesystem, self._injector)
 
     def assert_loads(
@@ -175,9 +178,10 @@ class FaultyStorage:
     ) -> None:
         """Raise AssertionError unless the checkpoint holds this state, bit by bit. Collective.
 
-        No fault acts meanwhile. load: another loader than `pytest_dcp.checkpoint.load`, called as
-        `load(state_dict, checkpoint_id=folder, **keywords)`, to fill the state dict. keywords: for
-        the loader; `no_dist=True` lets a rank look alone. What the loader raises is raised.
+        No fault acts meanwhile. load: a loader to use instead of `pytest_dcp.checkpoint.load`,
+        called as `load(state_dict, checkpoint_id=folder, **keywords)`, to fill the state dict.
+        keywords: for the loader; with `no_dist=True` a rank checks alone. The loader's exceptions
+        are raised.
         """
         if load is None:
             import pytest_dcp.checkpoint
@@ -198,13 +202,14 @@ class FaultyStorage:
     def record(
         self, filesystem: FaultyFileSystem | None = None, folder: str | os.PathLike[str] = ""
     ) -> Iterator[Recording]:
-        """Record what all ranks do below the watched folders until the block ends. Collective.
+        """Record the operations of all ranks below the watched folders until the block ends.
+        Collective.
 
         filesystem, folder: instead of them, a folder of a wrapped file system that can list it
         (`ls`): an object store, or memory.
 
-        Afterwards `crash_states` of what it gives are the folders that a crash could have left.
-        Raises RecordingError when something was done there that Python does not see.
+        Afterwards `crash_states` of the result are the folders that a crash could have left. Raises
+        RecordingError if the folders were also changed in ways that Python does not see.
         """
         made = Recording(self._search)
         place = Folders(self._roots) if filesystem is None else StoreFolder(filesystem, folder)
@@ -220,14 +225,15 @@ class FaultyStorage:
         load: Callable[..., Any] | None = None,
         **keywords: Any,
     ) -> Literal["old", "new", "nothing"]:
-        """Raise AssertionError unless the crash left the old or the new state, whole; says which.
+        """Raise AssertionError unless the crash left the complete old or new state; returns which
+        one.
 
-        Once the recorded block had ended in any rank, only the new one will do. old: None where
-        there was no checkpoint before; then a load may also fail. load, keywords: as of
+        Once the recorded block had ended in any rank, only the new one is accepted. old: None if
+        there was no checkpoint before; then a load may also fail. load, keywords: as for
         `assert_loads`, but every rank loads alone (`no_dist=True`), and no fault acts. A loader
-        that cannot be called so, does not load the folder of the finished save, or makes a mistake
-        of its own is wrong itself: what it raises is raised. It refuses a folder by
-        FileNotFoundError, CheckpointError, or what a library says of bytes that it cannot read.
+        that cannot be called this way, does not load the folder of the finished save, or has a bug
+        is wrong itself: its exception is raised. It refuses a folder with FileNotFoundError,
+        CheckpointError, or a library's exception for bytes that it cannot read.
         """
         with self._injector.at_rest():
             return loads_one_of(state, old, new, load, **keywords)
@@ -235,7 +241,7 @@ class FaultyStorage:
     # ---- life
 
     def __enter__(self) -> FaultyStorage:
-        """Let the injections that came along with it act, until the block ends."""
+        """Let the injections that it carries act until the block ends."""
         for one in self._to_arm:
             self._arm(one)
         self._to_arm = []
@@ -250,7 +256,7 @@ class FaultyStorage:
         self.close()
 
     def close(self) -> None:
-        """Let no fault act any more, and everything that hangs go on."""
+        """Stop all faults, and let every operation that hangs continue."""
         self._watching.close()
         self._watched.clear()
         self._injector.disarm()
@@ -258,12 +264,12 @@ class FaultyStorage:
             one.release()
 
     def renew(self) -> None:
-        """Forget every injection: another example of a property begins, in all ranks."""
+        """Forget every injection, in all ranks, before another example of a property."""
         self.close()
         self._injected.clear()
 
     def check(self) -> None:
-        """Raise FaultError when an injection did not do its part, in any rank."""
+        """Raise FaultError if an injection did not do its part in any rank."""
         wrong = [
             f"{one.injection!r} never fired: nothing that it was to act at happened, or what has "
             "the hook was not wrapped; say must_fire=False where that is meant"
@@ -302,7 +308,7 @@ class FaultyStorage:
 def _unpickle_storage(
     roots: list[Path], folder: Path, injected: list[Injected], search: Search
 ) -> FaultyStorage:
-    """The same storage in another process, with the injections that were made before it left."""
+    """The same storage in another process, with its injections made so far."""
     storage = FaultyStorage(roots[0], folder, search=search)
     storage._roots = list(roots)
     storage._injected, storage._to_arm = list(injected), list(injected)
@@ -315,7 +321,7 @@ def this_rank() -> int:
 
 
 def _names_below(roots: Iterable[Path]) -> dict[Path | None, frozenset[str]]:
-    """The names in every folder from these on."""
+    """The names in each of these folders and the folders below."""
     return {
         Path(folder): frozenset([*folders, *files])
         for root in roots

@@ -7,8 +7,9 @@ def test_any_layout_is_loaded_in_any_other(state, saved, loaded, checkpoint_dir)
     assert_round_trip(state.on(*saved), state.on(*loaded), checkpoint_dir)
 ```
 
-What is drawn are descriptions: frozen values that any process builds alike, which print as the code
-that makes them and shrink without a process group. A law takes the `dcp=` that it is about.
+Strategies draw descriptions: frozen values that every process builds identically, that print as the
+code that makes them, and that shrink without a process group. A law takes the engine to test as
+`dcp=`.
 """
 
 from pytest_dcp.errors import LawError, RecordingError

@@ -1,7 +1,7 @@
-"""Tensors as the bits that they hold. Pure (no I/O).
+"""Tensors as their bits. Pure (no I/O).
 
 Enters: tensors of any dtype and strides. Leaves: numpy arrays of bytes with one more dimension, the
-bytes of an element. Comparing them tells -0.0 from 0.0 and one NaN from another.
+bytes of an element. Comparing them distinguishes -0.0 from 0.0, and NaNs with different payloads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy.typing as npt
 import torch
 
 Bits = npt.NDArray[np.uint8]
-"""Shape: the tensor's, and then the bytes of one element in memory order."""
+"""Shape: the tensor's, followed by the bytes of one element in memory order."""
 
 Memory = Literal["contiguous", "offset", "transposed", "stepped"]
-"""How a tensor lies in its storage.
+"""Layout of a tensor in its storage.
 
 contiguous: alone; offset: a contiguous part of a larger storage; transposed: first dimension
 fastest; stepped: two elements from one to the next.
 """
 
 GAP = 0xA5
-"""The bytes of a storage that are no element's: a write there can be seen."""
+"""Fills the bytes of a storage that no element covers: a write there can be seen."""
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def flip(tensor: torch.Tensor) -> None:
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype, memory: Memory = "contiguous") -> torch.Tensor:
-    """A CPU tensor that holds these bits and lies in its storage as asked."""
+    """A CPU tensor with these bits and the requested memory layout."""
     shape = bits.shape[:-1]
     strides, start, length = _lay_out(shape, memory)
     storage = np.full((length, dtype.itemsize), GAP, dtype=np.uint8)

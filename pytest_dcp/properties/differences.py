@@ -1,7 +1,7 @@
-"""What differs between two state dicts, to the bit. Pure (no I/O), local to a rank.
+"""Differences between two state dicts, to the bit. Pure (no I/O), local to a rank.
 
-A tensor that is sharded in one of them and whole in the other is compared where it lies: each rank
-looks at its own part. Nothing is sent.
+A tensor that is sharded in one of them and whole in the other is compared without communication:
+each rank compares its own part.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Difference:
     actual: str
     expected: str
     index: tuple[int, ...] | None = None
-    """Of the first element that differs, in the full tensor; None where none were compared."""
+    """Of the first differing element, in the full tensor; None if no elements were compared."""
     count: int = 0
     """Elements of this rank's part that differ."""
     of: int = 0
@@ -53,8 +53,8 @@ def differences(actual: Any, expected: Any) -> list[Difference]:
     """All names whose values differ on this rank, in the order of `expected`.
 
     Tensors must agree in dtype, shape and bits. A DTensor is compared with a plain tensor at the
-    indices that this rank holds; two DTensors must also agree in mesh and placements. Of Python
-    values the types must agree too; floats are compared by their bits.
+    indices that this rank holds; two DTensors must also agree in mesh and placements. Python values
+    must also have the same type; floats are compared by their bits.
     """
     return list(_differences("", actual, expected))
 
@@ -124,7 +124,7 @@ def _bits(fqn: str, actual: torch.Tensor, expected: torch.Tensor) -> Iterator[Di
         parts.append(part_of(bits, places) if whole else bits)
     got, wanted = parts
     if not got.size and not wanted.size:
-        return  # FSDP2 gives some empty parts fewer rows than the full tensor has there
+        return  # FSDP2 gives some empty parts fewer rows than the full tensor has
     if got.shape != wanted.shape:
         sides = [str(part.shape[:-1]) for part in parts]
         yield Difference(fqn, rank(), "shape of the local part", sides[0], sides[1])
@@ -157,7 +157,7 @@ def _layout(tensor: DTensor) -> tuple[Any, ...]:
 
 
 def _element(bits: Bits, dtype: torch.dtype) -> str:
-    """The element's bits in hexadecimal, highest first, and as a number where it can be one."""
+    """The element's bits in hexadecimal, highest first, and its value if it has a number type."""
     digits = bits[::-1].tobytes().hex()
     if dtype == torch.float4_e2m1fn_x2:
         return f"0x{digits}"

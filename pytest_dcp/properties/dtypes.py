@@ -1,4 +1,4 @@
-"""Dtypes to draw: every one that a checkpoint can hold, the simplest first."""
+"""Dtypes to draw: all that a checkpoint can hold, simplest first."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Layouts to draw: which part of a tensor each rank of a mesh holds.
 
-A `Layout` is a mesh and a placement for each of its dimensions. It places any tensor: a dimension
-that the tensor has not is counted anew from its first, and a 0-d tensor is replicated. The parts
-are found by listing indices: slow, plain, and nothing of an engine's arithmetic.
+A `Layout` is a mesh and a placement for each of its dimensions. It applies to any tensor:
+dimensions that the tensor lacks wrap around, and a 0-d tensor is replicated. The parts are found by
+listing indices: slow, simple, and independent of an engine's arithmetic.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pytest_dcp.properties.subworlds import device_type, rank
 from pytest_dcp.properties.tensors import TensorSpec
 
 Places = tuple[npt.NDArray[np.intp], ...]
-"""For each dimension of the full tensor the indices that a rank holds, in the local order."""
+"""For each dimension of the full tensor, the indices that a rank holds, in local order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a tensor's elements lie in a world."""
+    """Which ranks of a world hold which elements of a tensor."""
 
     mesh: MeshSpec = ALONE
     placements: tuple[Placement, ...] | None = None
@@ -39,7 +39,7 @@ class Layout:
         return tuple(_fit(placement, ndim) for placement in self.placements or ())
 
     def place(self, spec: TensorSpec, device: str | None = None) -> Any:
-        """This rank's tensor: a DTensor, or a plain tensor. Local, once the mesh has been built."""
+        """This rank's tensor: a DTensor or a plain tensor. Local, once the mesh has been built."""
         device = device or device_type()
         if self.placements is None:
             return spec.build().to(device)
@@ -62,8 +62,8 @@ class Layout:
 def placements(draw: st.DrawFn, mesh: MeshSpec, *, ndim: int = 3) -> tuple[Placement, ...]:
     """A placement for each dimension of the mesh; shrinks to replicas.
 
-    Among them strided shards, as FSDP over tensor parallelism has them: two dimensions of the mesh
-    shard the same dimension of the tensor, the second one first.
+    Includes strided shards, as in FSDP over tensor parallelism: two dimensions of the mesh shard
+    the same dimension of the tensor, the second one first.
     """
     one = st.sampled_from([Replicate(), *map(Shard, range(ndim))])
     drawn: list[Placement] = [draw(one) for _ in mesh.shape]
@@ -93,7 +93,7 @@ def layouts(
 def arrangements(
     draw: st.DrawFn, *, world_size: int = 4, max_layouts: int = 3, ndim: int = 3
 ) -> tuple[Layout, ...]:
-    """Several layouts on one mesh, to be dealt out to the tensors of a state dict."""
+    """Several layouts on one mesh, assigned in turn to the tensors of a state dict."""
     mesh = draw(st.integers(1, world_size).flatmap(meshes))
     one = layouts(mesh, ndim=ndim)
     return tuple(draw(st.lists(one, min_size=1, max_size=max_layouts)))
@@ -105,7 +105,7 @@ def places_of(
     coordinate: Sequence[int],
     placements: Sequence[Placement],
 ) -> Places:
-    """The indices that the rank at this coordinate of the mesh holds of a tensor of this shape."""
+    """The indices of a tensor of this shape that the rank at this mesh coordinate holds."""
     places = [np.arange(side) for side in shape]
     for ranks, at, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if isinstance(placement, _StridedShard):
@@ -131,7 +131,7 @@ def _chunks(indices: npt.NDArray[np.intp], placement: _StridedShard) -> list[npt
 
 
 def _chunk(indices: npt.NDArray[np.intp], count: int, which: int) -> npt.NDArray[np.intp]:
-    """As torch.chunk cuts, with empty chunks at the end."""
+    """Chunks as by torch.chunk, padded with empty chunks."""
     side = -(-len(indices) // count)
     return indices[which * side : (which + 1) * side]
 

@@ -1,9 +1,8 @@
 """A state machine: saves, overwrites, crashes, loads, reshards and prunes, beside a plain dict.
 
-The dict has for each folder the state that was saved there last; a crash leaves what it was or what
-it was to be. Each step draws its own layouts, so that one folder is written and read by different
-numbers of ranks. In a world every rank runs the machine in lockstep; without one the process is
-its only rank.
+The dict maps each folder to the state saved there last; a crash leaves the old or the new state.
+Each step draws its own layouts, so that one folder is written and read by different numbers of
+ranks. In a world every rank runs the machine in lockstep; without one the process is its only rank.
 """
 
 from __future__ import annotations
@@ -32,46 +31,47 @@ from pytest_dcp.properties.subworlds import on_first_ranks, shared_folder
 PLACES = ("a", "b")
 """Folders that the machine saves to: few, so that they are overwritten."""
 CRASHES = 60
-"""Folders that a cut-off save could leave, of which one is drawn."""
+"""Number of folders that a cut-off save could leave, of which one is drawn."""
 
 Layouts = tuple[Layout, ...]
 
 
 def _of(strategy: Callable[[CheckpointMachine], st.SearchStrategy[Any]]) -> Any:
-    """What the machine says of itself, as a strategy."""
+    """The machine's repr, as a strategy."""
     return st.runner().flatmap(strategy)
 
 
 def _layouts_for(machine: CheckpointMachine) -> st.SearchStrategy[Layouts]:
-    # One rank may have no world, and so no mesh.
+    # A single rank may have no world, and therefore no mesh.
     size = machine.world_size
     return arrangements(world_size=size) if size > 1 else st.just((Layout(),))
 
 
 _PLACE = st.sampled_from(PLACES)
 _WHICH = st.integers(0, 999)
-"""Picks one of what is held. Not drawn from what is held: a crash leaves the old or the new as the
-ranks' threads happened to meet, and draws must be the same each time that an example is run."""
+"""Picks one of the saved states. It is not drawn from them: a crash leaves the old or the new one
+depending on the ranks' timing, and draws must be the same each time an example runs.
+"""
 _RANKS = _of(_layouts_for)
 _STATE = _of(lambda machine: machine.states)
 _MODEL = _of(lambda machine: st.sampled_from(machine.models))
 
 
 class CheckpointMachine(RuleBasedStateMachine):
-    """Folders of checkpoints, and what each must hold.
+    """Folders of checkpoints, and the state that each must hold.
 
-    Inherit and say what is different; then `TestMine = Mine.TestCase`, in a world
-    `TestMine = pytest.mark.world_size(4)(Mine.TestCase)`.
+    Inherit and override attributes; then `TestMine = Mine.TestCase`, in a world `TestMine =
+    pytest.mark.world_size(4)(Mine.TestCase)`.
     """
 
     dcp: ClassVar[Engine] = checkpoint
-    """The engine."""
+    """The engine under test."""
     world_size: ClassVar[int] = 1
     """The ranks of the world, or fewer."""
     models: ClassVar[Sequence[Model]] = ("kill", "posix")
-    """The crashes that are tried."""
+    """The crash models tried."""
     states: ClassVar[st.SearchStrategy[StateSpec]] = state_dicts(max_size=3)
-    """What is saved."""
+    """Strategy for the states to save."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,18 +79,18 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     @initialize(state=_STATE)
     def begin(self, state: StateSpec) -> None:
-        """Make the folder of all folders, and save to one, so that something is always held."""
+        """Create the root folder, and save once, so that there is always a saved state."""
         self.root = shared_folder()
         self._save(PLACES[0], state, (Layout(),))
 
     def teardown(self) -> None:
-        """Remove it, when no rank needs it any more."""
+        """Remove the root folder when no rank needs it any more."""
         if hasattr(self, "root"):
             on_first_ranks(1, "removing the folders", lambda: _remove(self.root))
 
     @rule(place=_PLACE, state=_STATE, ranks=_RANKS)
     def save(self, place: str, state: StateSpec, ranks: Layouts) -> None:
-        """Save, over whatever is there."""
+        """Save, replacing any checkpoint there."""
         self._save(place, state, ranks)
 
     @rule(
@@ -101,7 +101,7 @@ class CheckpointMachine(RuleBasedStateMachine):
         which=st.integers(0, CRASHES - 1),
     )
     def crash(self, place: str, state: StateSpec, ranks: Layouts, model: Model, which: int) -> None:
-        """Save, and be cut off: the old checkpoint or the new one is there, whole."""
+        """Save and be cut off: the folder holds the complete old or new checkpoint."""
         placed, folder = state.on(*ranks), self.root / place
         enter(placed)
         left = list(recorded_save(self.dcp, placed, folder).crash_states(model, CRASHES))
@@ -123,7 +123,7 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     @rule(which=_WHICH, ranks=_RANKS)
     def load(self, which: int, ranks: Layouts) -> None:
-        """Load, in other layouts and by other ranks."""
+        """Load, in other layouts and with other ranks."""
         place = _pick("place", self.held, which)
         placed = self.held[place].on(*ranks)
         enter(placed)
@@ -131,7 +131,7 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     @rule(which=_WHICH, which_key=_WHICH, ranks=_RANKS)
     def load_a_part(self, which: int, which_key: int, ranks: Layouts) -> None:
-        """Load some keys alone."""
+        """Load only some keys."""
         place = _pick("place", self.held, which)
         state = self.held[place]
         key = _pick("key", state.tree, which_key)
@@ -153,7 +153,7 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     @rule(place=_PLACE)
     def prune(self, place: str) -> None:
-        """Remove a folder, unless it is the last one or not there."""
+        """Remove a folder, unless it is the last one or missing."""
         if place not in self.held or len(self.held) == 1:
             return
         on_first_ranks(1, "removing a folder", lambda: _remove(self.root / place))
@@ -166,10 +166,10 @@ class CheckpointMachine(RuleBasedStateMachine):
         self.held[place] = state
 
     def _holds(self, folder: Path, state: StateSpec) -> bool:
-        """Whether the folder holds this state, whole."""
+        """Whether the folder holds the whole of this state."""
         try:
             load(self.dcp, state.on(), folder, "loading after a crash")
-        except (Exception, CheckpointException):  # noqa: BLE001  # says no, in any way
+        except (Exception, CheckpointException):  # noqa: BLE001  # any exception refuses the folder
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""Meshes to draw: shapes of ranks, and the DeviceMesh that each becomes in a world.
+"""Meshes to draw: shapes, and the DeviceMesh built from each in a world.
 
 A mesh covers the first ranks of its world, so that one world tries meshes of every size up to its
 own.
@@ -31,11 +31,11 @@ class MeshSpec:
         return prod(self.shape)
 
     def build(self) -> DeviceMesh:
-        """The mesh of this world. Collective over all ranks of the world, also those not in it."""
+        """Build the mesh in this world. Collective over all ranks of the world, members or not."""
         return mesh_of(torch.arange(self.size).reshape(self.shape), self.dim_names)
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
-        """Where the rank is in the mesh; None outside."""
+        """The rank's coordinate in the mesh; None outside."""
         if rank >= self.size:
             return None
         place = []

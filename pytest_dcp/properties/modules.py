@@ -1,4 +1,4 @@
-"""Modules to draw: small ones that train, each with what some real model has and others have not.
+"""Modules to draw: small trainable ones, each with a feature of some real models.
 
 A `ModuleSpec` builds the same parameters in every process, and the same batch for each step.
 """
@@ -15,21 +15,22 @@ from torch import nn
 Kind = Literal["mlp", "frozen", "buffers", "tied", "transformer", "convolution"]
 """mlp: two linear layers; frozen: the first of them takes no gradient; buffers: persistent and not;
 tied: an embedding whose weight is also the head's; transformer: a block of attention and MLP;
-convolution: one, with a normalisation that counts batches."""
+convolution: a convolution and a normalisation that counts batches.
+"""
 
 WORDS = 11
-"""Of the vocabulary: uneven on every mesh."""
+"""Size of the vocabulary: uneven on every mesh."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What a module is, without its parameters."""
+    """Description of a module, without its parameters."""
 
     kind: Kind = "mlp"
     width: int = 4
     """Features of its hidden layers."""
     seed: int = 0
-    """Of the parameters."""
+    """Seed of the parameters."""
     dtype: torch.dtype = torch.float64
 
     def build(self, device: str | None = None) -> nn.Module:
@@ -47,13 +48,13 @@ class ModuleSpec:
         return torch.rand((3, 2, self.width), generator=random, dtype=torch.float64).to(self.dtype)
 
     def layers(self) -> dict[str, nn.Module]:
-        """By name what tensor parallelism may divide: linear layers and embeddings."""
+        """Layers, by name, that tensor parallelism can divide: linear layers and embeddings."""
         named = self.build("meta").named_modules()
         return {name: one for name, one in named if isinstance(one, nn.Linear | nn.Embedding)}
 
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of layers that have one weight."""
+        """Pairs of layers that share one weight."""
         return (("words", "head"),) if self.kind == "tied" else ()
 
 
@@ -91,7 +92,7 @@ class Mlp(nn.Module):
 
 
 class Frozen(Mlp):
-    """An MLP of which one layer is trained."""
+    """An MLP with only one trainable layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -99,7 +100,7 @@ class Frozen(Mlp):
 
 
 class Buffers(Mlp):
-    """An MLP with a buffer that is saved and one that is not."""
+    """An MLP with one persistent buffer and one that is not."""
 
     seen: torch.Tensor
     scale: torch.Tensor
@@ -116,7 +117,7 @@ class Buffers(Mlp):
 
 
 class TiedModule(nn.Module):
-    """An embedding, and a head that has the same weight."""
+    """An embedding, and a head that shares its weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -14,11 +14,11 @@ Method = Literal["sgd", "momentum", "adam", "amsgrad", "adamw"]
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """What an optimizer is, without its state."""
+    """Description of an optimizer, without its state."""
 
     method: Method = "sgd"
     rates: tuple[float, ...] = (0.1,)
-    """Learning rates: one group for each, the trained parameters dealt out to them in turn."""
+    """Learning rates: one group for each; the trained parameters are assigned to them in turn."""
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of the module's trained parameters."""
@@ -29,7 +29,7 @@ class OptimizerSpec:
             for number, rate in enumerate(self.rates)
             if trained[number::count]
         ]
-        # No foreach: it wants all tensors on one mesh, and a plan may leave some parameters plain.
+        # No foreach: it needs all tensors on one mesh, and a plan may leave some parameters plain.
         if self.method in ("sgd", "momentum"):
             momentum = 0.9 if self.method == "momentum" else 0.0
             return torch.optim.SGD(groups, momentum=momentum, foreach=False)

@@ -1,7 +1,8 @@
 """Parallel plans to draw: how a module is divided over a mesh, by TP, FSDP2, HSDP or several.
 
-The mesh's dimensions say it by their names: "replicate" and "shard" are FSDP2's, "tp" is tensor
-parallelism's. Every layer takes and gives whole activations, so that any subset may be divided.
+The names of the mesh's dimensions select the method: "replicate" and "shard" are FSDP2's, "tp" is
+tensor parallelism's. Every layer takes and returns whole activations, so that any subset may be
+divided.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class ParallelPlan:
     """How a module is divided over a mesh; over one rank without names it is left plain."""
 
     mesh: MeshSpec = ALONE
-    """Its dimensions are named replicate, shard and tp, in this order; any may lack."""
+    """Its dimensions are named replicate, shard and tp, in this order; any may be missing."""
     styles: tuple[tuple[str, Style], ...] = ()
-    """Of layers, by name: what is divided over "tp"."""
+    """Layer names -> how "tp" divides the layer."""
     units: tuple[str, ...] = ()
-    """Children that FSDP2 shards and gathers on their own."""
+    """Children that FSDP2 shards and gathers separately."""
     reshard_after_forward: bool = True
 
     def apply(self, spec: ModuleSpec, device: str | None = None) -> nn.Module:
-        """The module, divided. Collective over the mesh, which has been built before."""
+        """The divided module. Collective over the mesh, which must have been built."""
         module = spec.build(device)
         if not self.mesh.dim_names:
             return module
@@ -113,7 +114,7 @@ def any_plans(module: ModuleSpec, *, world_size: int = 4) -> st.SearchStrategy[P
 
 @st.composite
 def _styles(draw: st.DrawFn, module: ModuleSpec) -> tuple[tuple[str, Style], ...]:
-    """Styles of some layers; tied ones are divided along the same dimension of their weight."""
+    """Styles for some layers; tied layers are divided along the same dimension of their weight."""
     tied = {name: pair for pair in module.ties for name in pair}
     chosen: dict[str, Style] = {}
     one: st.SearchStrategy[Style | None] = st.sampled_from([None, "colwise", "rowwise"])
@@ -131,8 +132,9 @@ def _styles(draw: st.DrawFn, module: ModuleSpec) -> tuple[tuple[str, Style], ...
 
 
 _OTHER: dict[Style, Style] = {"colwise": "rowwise", "rowwise": "colwise"}
-"""An embedding's weight is words by features, a head's the same: rows of one are rows of the other,
-which the styles name the other way round."""
+"""An embedding's weight is words by features, and a head's too: but the styles name the dimensions
+the other way round, so one's rows are the other's columns.
+"""
 
 
 def _style(style: Style) -> ParallelStyle:

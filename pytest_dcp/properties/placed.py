@@ -1,7 +1,7 @@
-"""A state and where it lies: what a law saves, loads and compares with.
+"""A state in a layout: the object that laws save, load and compare with.
 
-A class that can say how many ranks hold a state, build a rank's part of it, and build the whole of
-it without any world, can have every law tried on it.
+Every law applies to a class that knows how many ranks hold the state and can build a rank's part,
+and the whole state without a world.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class Placed(Protocol):
 
     @property
     def world_size(self) -> int:
-        """The ranks that hold it: the first of the world."""
+        """The number of ranks that hold it: the first of the world."""
 
     @property
     def meshes(self) -> tuple[MeshSpec, ...]:
         """The meshes that `state` uses: a law builds them in all ranks of the world beforehand."""
 
     def full(self) -> dict[str, Any]:
-        """The state of no world: plain CPU tensors, made alike in every process."""
+        """The unsharded state: plain CPU tensors, identical in every process."""
 
     def state(self, device: str | None = None) -> dict[str, Any]:
         """This rank's state dict, new each time; on "meta" without any values."""
 
 
 def empty_state(state: Any) -> Any:
-    """The same containers around the same tensors, no value left.
+    """The same containers around the same tensors, without their values.
 
     Every bit of every tensor is inverted in place, each memory once; other values become None.
     """
@@ -58,13 +58,13 @@ def empty_state(state: Any) -> Any:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory that this rank has of the tensor."""
+    """This rank's memory of the tensor."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def flat(state: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings and lists, each with the keys to it, joined by dots."""
+    """The values of nested mappings and lists, keyed by their dotted paths."""
     if isinstance(state, Mapping | list):
         items = state.items() if isinstance(state, Mapping) else enumerate(state)
         for key, value in items:
@@ -74,5 +74,5 @@ def flat(state: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tensors_of(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among them."""
+    """Only the tensors."""
     return ((fqn, value) for fqn, value in flat(state) if isinstance(value, torch.Tensor))

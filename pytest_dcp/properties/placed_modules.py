@@ -1,4 +1,4 @@
-"""A module, and perhaps its optimizer, divided by a plan: a state that laws save and load."""
+"""A module, and optionally its optimizer, divided by a plan: a state that laws save and load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pytest_dcp.properties.placed import local_of
 from pytest_dcp.properties.tensors import TensorSpec
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-"""Groups of parameters are numbered otherwise in each layout; names are the same."""
+"""Parameter groups are numbered differently in each layout; names stay the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ class PlacedModule:
         return state
 
     def start(self, *, fresh: bool) -> ModuleRun:
-        """A run at its first step; with `fresh` other parameters than it begins with otherwise."""
+        """A run at its first step; with `fresh`, its parameters differ from the usual
+        initial ones.
+        """
         if self.optimizer is None:
             raise ValueError(f"expected a PlacedModule with an optimizer to train, got {self!r}")
         spec = replace(self.module, seed=self.module.seed + 1) if fresh else self.module
@@ -77,7 +79,7 @@ class PlacedModule:
 
 @dataclass(frozen=True, slots=True)
 class ModuleRun:
-    """A training of a module by one optimizer, this rank's part."""
+    """This rank's part of a module's training by one optimizer."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -97,7 +99,7 @@ class ModuleRun:
         return {"model": model, "optim": optimizer_state(self.module, self.optimizer)}
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on from this state."""
+        """Continue from this state."""
         self.module.load_state_dict(state["model"])
         set_optimizer_state_dict(self.module, self.optimizer, state["optim"], options=FLAT)
 
@@ -109,7 +111,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _content(fqn: str, like: torch.Tensor) -> TensorSpec:
-    """What an optimizer's tensor holds: any bits, told by its name alone."""
+    """Content of an optimizer's tensor: arbitrary bits that depend only on its name."""
     return TensorSpec(tuple(like.shape), like.dtype, "random", crc32(fqn.encode()))
 
 

@@ -1,4 +1,4 @@
-"""State dicts to draw, nested, with tied tensors and Python values; and such ones in a layout."""
+"""State dicts to draw, nested, with tied tensors and Python values; and state dicts in a layout."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pytest_dcp.properties.tensors import TensorSpec, tensor_specs
 
 @dataclass(frozen=True, slots=True)
 class SameTensor:
-    """The same tensor object as another of the state's top level."""
+    """The same tensor object as at another top-level key."""
 
     to: str
-    """Its key."""
+    """The other key."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """What a state dict holds, without the bytes."""
+    """The structure of a state dict, without the bytes."""
 
     tree: dict[str, Any]
-    """Nested dicts and lists of TensorSpec, Tied (top level only) and Python values."""
+    """Nested dicts and lists of TensorSpec, SameTensor (top level only) and Python values."""
 
     def build(self, tensor: Callable[[TensorSpec], Any] = TensorSpec.build) -> dict[str, Any]:
-        """The state dict, each tensor made by `tensor`, in the order of the tree."""
+        """The state dict; `tensor` makes each tensor, in the order of the tree."""
         built: dict[str, Any] = _build(self.tree, tensor)
         return {
             key: built[value.to] if isinstance(value, SameTensor) else value
@@ -42,17 +42,17 @@ class StateSpec:
         return list(_specs(self.tree))
 
     def on(self, *layouts: Layout) -> PlacedState:
-        """This state with its tensors in these layouts, dealt out in turn; plain without any."""
+        """This state with these layouts assigned to its tensors in turn; plain without any."""
         return PlacedState(self, layouts or (Layout(),))
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedState:
-    """A `Placed` state dict of tensors that are no parameters."""
+    """A `Placed` state dict of tensors that are not parameters."""
 
     spec: StateSpec
     layouts: tuple[Layout, ...]
-    """All of one world size."""
+    """All have the same world size."""
 
     def __post_init__(self) -> None:
         sizes = {layout.mesh.size for layout in self.layouts}
@@ -82,7 +82,7 @@ class PlacedState:
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Python values that a checkpoint holds without trusting anybody; shrink to None."""
+    """Python values that a checkpoint can hold without code; shrink to None."""
     plain = st.one_of(
         st.none(),
         st.booleans(),
@@ -105,8 +105,8 @@ def state_dicts(
 ) -> StateSpec:
     """Descriptions of state dicts; shrink to fewer keys, less nesting, one scalar tensor.
 
-    min_nested: keys of nested mappings. torch 2.13's engine needs 1: of an empty mapping in a list
-    it says that a key is missing, also in its own checkpoints.
+    min_nested: keys of nested mappings. torch 2.13's engine needs 1: for an empty mapping in a list
+    it reports a missing key, even in its own checkpoints.
     """
     one = tensor_specs() if tensors is None else tensors
     entries = st.one_of(one, values())

@@ -1,8 +1,8 @@
-"""The first n ranks of a world, as a mesh or a group; and steps that some take and all answer for.
+"""The first n ranks of a world, as a mesh or a group; and steps that some ranks run and all report.
 
-A law saves with n ranks and loads with m, in one world of at least as many. A world makes each mesh
-and group once and keeps it: they cost more than a save. All ranks learn whether a step succeeded,
-ranks, so that every rank fails with the same words and none is left waiting.
+A law saves with n ranks and loads with m, in one world with enough ranks for both. A world creates
+each mesh and group once and keeps it: they cost more than a save. All ranks learn whether a step
+succeeded, ranks, so that every rank fails with the same words and none is left waiting.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pytest_dcp.errors import LawError
 from pytest_dcp.tracebacks import set_cause
 
 TEXT_LIMIT = 2_000
-"""Characters of an exception that are shown. torch's checkpoint errors have a traceback per rank,
-and what went wrong comes last."""
+"""Characters shown of an exception. torch's checkpoint errors have a traceback per rank, and the
+reason comes last.
+"""
 
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Kept:
-    """What was made in a world."""
+    """Objects created in a world."""
 
     world: dist.ProcessGroup | None = None
     meshes: dict[object, DeviceMesh] = field(default_factory=dict)
@@ -43,7 +44,7 @@ _kept = _Kept()
 
 
 def _of_this_world() -> _Kept:
-    """What this world made; another default group is another world."""
+    """The objects of this world; a new default group means a new world."""
     global _kept
     if _kept.world is not dist.group.WORLD:
         _kept = _Kept(dist.group.WORLD)
@@ -51,7 +52,7 @@ def _of_this_world() -> _Kept:
 
 
 def device_type() -> str:
-    """Where the tensors of this world live: cuda under NCCL, else cpu."""
+    """Device type of this world's tensors: cuda under NCCL, else cpu."""
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
@@ -66,7 +67,7 @@ def world_size() -> int:
 
 
 def mesh_of(ranks: torch.Tensor, dim_names: tuple[str, ...]) -> DeviceMesh:
-    """A mesh of these ranks. Collective over all ranks of the world, also those not in it."""
+    """A mesh of these ranks. Collective over all ranks of the world, members or not."""
     meshes = _of_this_world().meshes
     key = (tuple(ranks.shape), tuple(ranks.flatten().tolist()), dim_names)
     if key not in meshes:
@@ -87,7 +88,7 @@ def first_ranks(count: int) -> dist.ProcessGroup | None:
 
 
 def check_room(count: int) -> None:
-    """Raise ValueError unless the world has this many ranks."""
+    """Raise ValueError unless the world has at least this many ranks."""
     __tracebackhide__ = True
     if count > world_size():
         raise ValueError(
@@ -113,18 +114,18 @@ def shared_folder() -> Path:
 
 
 Found = Sequence[object] | None
-"""What a step finds wrong."""
+"""The problem found by a step."""
 Stages = Generator[None, None, Found]
-"""A step with a `yield` where this rank alone may have failed and a meeting of ranks follows."""
+"""A step with a `yield` wherever this rank alone may have failed and a collective follows."""
 
 
 def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -> None:
-    """Take a step on the first ranks. Collective: no rank goes on before all of them are done.
+    """Run a step on the first ranks. Collective: no rank continues before all of them are done.
 
-    `step` returns what it finds wrong. One that calls something collective, which must not happen
-    on some ranks after another has failed, is a generator: at each `yield` all ranks agree whether
-    to go on. Raises LawError, the same on every rank of the world, when a step found anything or
-    raised in any rank; skips when a step skipped and none failed.
+    `step` returns the problem that it finds. A step that makes collective calls, which must not
+    start after another rank has failed, is a generator: at each `yield` all ranks agree whether to
+    continue. Raises LawError, the same on every rank of the world, if a step found a problem or
+    raised in any rank; skips if a step skipped and none failed.
     """
     __tracebackhide__ = True
     stages = _stages(step) if rank() < count else iter(())
@@ -137,7 +138,7 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -
             found.problems = [str(one) for one in problems or ()]
         except (KeyboardInterrupt, SystemExit):
             raise
-        # Of the others some are no Exception: CheckpointException, and what pytest raises to skip.
+        # Some are not Exceptions: CheckpointException, and pytest's exceptions to skip.
         except BaseException as error:  # noqa: BLE001  # raised again below
             cause = error
             (found.skips if _is_skip(error) else found.problems).append(_describe(error))
@@ -153,7 +154,7 @@ def on_first_ranks(count: int, title: str, step: Callable[[], Found | Stages]) -
 
 
 def _stages(step: Callable[[], Found | Stages]) -> Iterator[Sequence[object] | None]:
-    """None for each `yield` of the step, and at its end what it found, which is never None."""
+    """None for each `yield` of the step, and at its end the problem found, which is never None."""
     found = step()
     if isinstance(found, Generator):
         found = yield from found
@@ -162,7 +163,7 @@ def _stages(step: Callable[[], Found | Stages]) -> Iterator[Sequence[object] | N
 
 @dataclass(slots=True)
 class _Findings:
-    """Of a stage of a step, in one rank or in all."""
+    """Findings of a stage of a step, in one rank or in all."""
 
     problems: list[str] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
@@ -171,7 +172,7 @@ class _Findings:
 
 
 def _gather_findings(found: _Findings) -> _Findings:
-    """What all ranks have found, each once; one small message where no rank has anything."""
+    """All ranks' findings, without duplicates; one small message if there are none."""
     if not dist.is_initialized():
         return found
     bad = bool(found.problems or found.skips)
@@ -187,10 +188,10 @@ def _gather_findings(found: _Findings) -> _Findings:
 
 
 def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
-    """What `make` returns, once it has returned in every rank of the group. Collective.
+    """The result of `make`, once it has returned in every rank of the group. Collective.
 
-    `make` calls nothing collective. Where it raises, that is raised; the other ranks raise LawError
-    that names the first such rank.
+    `make` makes no collective calls. Its exception is raised in the rank where it failed; the other
+    ranks raise LawError naming the first such rank.
     """
     __tracebackhide__ = True
     if not dist.is_initialized():
@@ -216,10 +217,10 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
 
 @contextmanager
 def _tell_of_error(error: BaseException | None) -> Iterator[None]:
-    """In the block all ranks meet to hear of an error of this one.
+    """In the block all ranks meet to receive an error of this one.
 
-    They may not come: one that hangs, in what this rank has left by that error, or one that calls
-    something else. Then the error itself is reported: by the world, or by raising it here.
+    Peers may not come: they may hang in the collective that this rank left with the error, or make
+    another call. Then the error itself is reported: by the world, or by raising it here.
     """
     if error is None or _is_skip(error):
         yield
@@ -228,7 +229,7 @@ def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     try:
         with announce_failure(error):
             yield
-    except Exception as failed:  # noqa: BLE001 - told below: the first error is the cause
+    except Exception as failed:  # noqa: BLE001 - reported below: the first error is the cause
         in_vain = failed
     if in_vain is not None:
         error.add_note(f"The other ranks did not hear of this: {_describe(in_vain)}")
@@ -240,7 +241,7 @@ def _is_skip(error: BaseException) -> bool:
 
 
 def _skip(text: str, cause: BaseException | None) -> NoReturn:
-    """Skip on every rank as one did, so that the test is skipped and not broken."""
+    """Skip on every rank like the first one, so that the test is skipped, not broken."""
     __tracebackhide__ = True
     if cause is not None:
         raise cause

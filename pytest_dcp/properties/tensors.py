@@ -1,7 +1,7 @@
-"""Tensors to draw: descriptions that any process can build alike, and the tensors themselves.
+"""Tensors to draw: descriptions that every process builds identically, and the tensors themselves.
 
-A `TensorSpec` says shape, dtype, content and strides. It builds the same bits wherever and however
-often it is built, which makes it the oracle of what is saved and loaded.
+A `TensorSpec` specifies shape, dtype, content and strides. It always builds the same bits, which
+makes it the oracle for saves and loads.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from pytest_dcp.properties.bits import Bits, Memory, bits_of, tensor_of
 from pytest_dcp.properties.dtypes import dtypes
 
 Content = Literal["counting", "random", "special"]
-"""counting: 1, 2, 3 ... as far as the dtype can tell them apart; random: any bits at all;
-special: zeros of both signs, subnormals, infinities, NaNs with payloads, extremes."""
+"""counting: 1, 2, 3 ... as far as the dtype can represent them; random: any bits;"""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor is, without its bytes."""
+    """Description of a tensor, without its bytes."""
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     content: Content = "counting"
     seed: int = 0
-    """Of the content; another seed, other bits."""
+    """Of the content; another seed gives other bits."""
     memory: Memory = "contiguous"
 
     def bits(self) -> Bits:
@@ -52,7 +51,7 @@ class TensorSpec:
 def shapes(
     *, min_dims: int = 0, max_dims: int = 3, max_side: int = 6
 ) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes, 0-d and empty ones among them; shrink to fewer and shorter dimensions."""
+    """Shapes, including 0-d and empty ones; shrink to fewer and shorter dimensions."""
     sides = st.integers(0, max_side)
     return st.lists(sides, min_size=min_dims, max_size=max_dims).map(tuple)
 
@@ -79,18 +78,18 @@ def tensors(
     dtype: st.SearchStrategy[torch.dtype] | None = None,
     shape: st.SearchStrategy[tuple[int, ...]] | None = None,
 ) -> st.SearchStrategy[torch.Tensor]:
-    """Tensors of any dtype, shape, content and strides; shrink as `tensor_specs` does."""
+    """Tensors of any dtype, shape, content and strides; shrink like `tensor_specs`."""
     return tensor_specs(dtype=dtype, shape=shape).map(TensorSpec.build)
 
 
 _COUNTS_TO = 100
-"""Few dtypes tell more numbers apart, and a person reads these."""
+"""Few dtypes represent more integers, and people read these."""
 
 
 def _count_up(spec: TensorSpec) -> Bits:
     numbers = torch.arange(prod(spec.shape)).add_(spec.seed).remainder_(_COUNTS_TO).add_(1)
     if spec.dtype == torch.float4_e2m1fn_x2:
-        # Nothing can be converted to it: two numbers of four bits share each byte.
+        # Conversion is impossible: two four-bit numbers share each byte.
         dtype = torch.uint8
     else:
         dtype = spec.dtype.to_real() if spec.dtype.is_complex else spec.dtype

@@ -1,4 +1,4 @@
-"""A sharded state put together again by plain indexing, to compare what two worlds made of it."""
+"""Assemble a sharded state by plain indexing, to compare the results of two worlds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parts = dict[str, tuple[Places, Bits]]
 
 
 def whole(state: dict[str, Any], count: int) -> dict[str, Any]:
-    """On rank 0 the state by flat names, its tensors whole on the CPU; elsewhere nothing.
+    """On rank 0 the state by flat names, with whole tensors on the CPU; empty elsewhere.
 
     Collective over the first `count` ranks.
     """

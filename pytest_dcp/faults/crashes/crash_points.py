@@ -1,6 +1,7 @@
-"""Pure (no I/O): when a crash can come: which operations were done then, and which were under way.
+"""Pure (no I/O): the moments at which a crash can come, with the operations done and under way at
+each.
 
-Two operations are in order when one had ended before the other began. Of those that overlap, in
+Two operations are in order when one had ended before the other began. Of overlapping operations, in
 other threads or ranks, each may or may not have been done, in either order. These are the down-sets
 of an interval order: all that had ended when some operation began, and any of those under way.
 
@@ -32,32 +33,33 @@ from dataclasses import dataclass
 from pytest_dcp.faults.crashes.trace import Trace
 
 MANY = 4
-"""Operations under way of which every subset is tried; of more, only none, all, each one, and all
-but each one."""
+"""Up to this many operations under way, every subset is tried. Beyond it: none, all, each one
+alone, and all but each one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class CrashPoint:
-    """A moment at which everything may stop. Numbers are indices of the trace's operations."""
+    """A moment at which everything may stop. Numbers are indices into the trace's operations."""
 
     ended: int
     """How many of the first operations of `order` had ended before."""
     order: tuple[int, ...]
-    """All that were done, in an order in which they can have been."""
+    """All operations done by then, in an order in which they can have been done."""
     under_way: tuple[int, ...]
-    """Begun and not done; perhaps in part."""
+    """Begun but not ended; perhaps partly done."""
     returned: frozenset[int]
     """Ranks whose recorded block had ended."""
 
     @property
     def name(self) -> str:
-        """Tells it from the other moments of its trace."""
+        """Identifies the moment within its trace."""
         extra = ",".join(map(str, self.order[self.ended :]))
         return f"{self.ended}+{extra}!{sorted(self.returned)}"
 
 
 def moments(trace: Trace) -> Iterator[CrashPoint]:
-    """Every moment of a trace, the earliest first."""
+    """Every moment of a trace, earliest first."""
     operations = trace.operations
     ended: list[int] = []
     seen: set[tuple[frozenset[int], tuple[int, ...], frozenset[int]]] = set()

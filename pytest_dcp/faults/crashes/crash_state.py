@@ -1,4 +1,5 @@
-"""What users meet of crash states: a recorded block, the states it allows, and what must load.
+"""The public face of crash states: a recorded block, the states it allows, and the check that they
+load.
 
 with faulty_storage.record() as trace:
     dcp.save(new, checkpoint_id=folder)
@@ -41,12 +42,12 @@ class Search:
     """The session's options for crash states."""
 
     budget: int = int(FAULT_BUDGETS["pr"])
-    """How many states of one trace are tried at most."""
+    """Maximum number of states tried per trace."""
     replay: str | None = None
     """The id of the only state to try."""
 
     def limit(self, budget: str | int | None) -> int:
-        """How many states at most. Raises ValueError for what is no budget."""
+        """Maximum number of states. Raises ValueError if the option is not a budget."""
         if budget is None:
             return self.budget
         said = FAULT_BUDGETS.get(str(budget), str(budget))
@@ -62,7 +63,8 @@ class CrashState:
     def __init__(self, crash: Crash, finished: Finished | None = None) -> None:
         self._crash = crash
         self.finished = finished
-        """What a caller's loader is tried on first; None without a recording."""
+        """The finished folder, on which a caller's loader is tried first; None without a recording.
+        """
 
     @property
     def id(self) -> str:
@@ -81,7 +83,7 @@ class CrashState:
 
     @property
     def done(self) -> int:
-        """Operations that were done before the crash."""
+        """Operations done before the crash."""
         return self._crash.done
 
     @property
@@ -91,14 +93,14 @@ class CrashState:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The files' bytes by their paths."""
+        """The files' bytes by path."""
         return {p: entry for p, entry in self._crash.tree.items() if isinstance(entry, bytes)}
 
     def restored(self) -> replay.RestoredFolder:
         """A fresh folder in this state; a test may change it.
 
-        To be passed as a path, or opened: `with state.restored() as folder` gives a `Path` until
-        the block ends. Without a block the folder lasts as long as the object that is returned.
+        Pass it as a path, or open it: `with state.restored() as folder` gives a `Path` until the
+        block ends. Without a block the folder lasts as long as the returned object.
         """
         return replay.restore_tree(self._crash.tree)
 
@@ -119,17 +121,19 @@ class Recording(Recorded):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What all ranks did that changes a folder or makes it last, as it ended."""
+        """Operations of all ranks that change a folder or make it durable, in the order in which
+        they ended.
+        """
         return self.trace.operations
 
     def crash_states(
         self, model: Model = "posix", budget: str | int | None = None
     ) -> list[CrashState]:
-        """Each folder once that a crash at any moment could leave, the simplest crashes first.
+        """Each distinct folder that a crash could leave, simplest crashes first.
 
-        budget: pr, nightly or a number; by default what `--dcp-fault-budget` says. With
-        `--dcp-fault-replay` the one state of that id, and none of other models; a test whose trace
-        has no such state is skipped.
+        budget: pr, nightly or a number; by default the value of `--dcp-fault-budget`. With
+        `--dcp-fault-replay`, only the state with that id; a test whose trace has no such state is
+        skipped.
         """
         only = self._search.replay
         if only is not None and not only.startswith(f"{model}-"):
@@ -148,10 +152,10 @@ class Recording(Recorded):
 def recorded(
     workload: Callable[[Path], object], prepare: Callable[[Path], object] = lambda folder: None
 ) -> Recording:
-    """What a function does to an empty folder that is made for it and removed again.
+    """Record what a function does to an empty folder, which is removed afterwards.
 
     For `pytest.mark.parametrize("state", recorded(workload).crash_states(budget=99), ids=str)`.
-    prepare: called before, and not recorded.
+    prepare: called first; its operations are not recorded.
     """
     made = Recording()
     with tempfile.TemporaryDirectory(prefix="dcp-recorded-") as place:
@@ -166,7 +170,7 @@ def recorded(
 def desk_at(place: Path, rank: int) -> Desk:
     """The desk of this process, in a world shared with its peers.
 
-    place: a folder that every rank sees and none watches.
+    place: a folder that every rank can reach and no rank watches.
     """
     world = current_rank()
     return Desk(place, rank) if world is None else Desk(place, rank, world.meet, announce_failure)
@@ -175,13 +179,15 @@ def desk_at(place: Path, rank: int) -> Desk:
 def loads_one_of(
     state: CrashState, old: State | None, new: State, load: Load | None = None, **keywords: Any
 ) -> Literal["old", "new", "nothing"]:
-    """Which of the two the folder holds, whole; "nothing" where there was no old one.
+    """Which of the two states the folder holds completely; "nothing" if `old` is None and the
+    folder holds no checkpoint.
 
-    old: None where there was no checkpoint before. load: called as `dcp.load` is, by default that.
+    old: None where there was no checkpoint before. load: called like `dcp.load`, which is the
+    default.
 
-    Raises AssertionError when it holds neither, or not the new one though the recorded block had
-    ended in some rank. Raises what `load` raises where that is no word on the folder (see
-    `loaders`).
+    Raises AssertionError if it holds neither, or if the recorded block had ended in some rank and
+    it does not hold the new one. An exception of `load` that says nothing about the folder is
+    raised unchanged (see `loaders`).
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

@@ -1,4 +1,5 @@
-"""Pure (no I/O): a storage that operations are applied to: what is seen, and what is on the disk.
+"""Pure (no I/O): a model of a disk: the tree that programs see, and the parts of it on stable
+storage.
 
 A file is a node, which names point to, as in every Unix. Names and bytes that are not known to be
 on stable storage are kept as changes, in order; a crash may lose any of those that its model says.
@@ -68,28 +69,33 @@ from pytest_dcp.faults.tap.operation import Operation
 
 ROOT = 0
 SECTORS = (512, 4096)
-"""Bytes that a disk writes at once, older and newer ones."""
+"""Sizes of the units that a disk writes atomically, on older and newer disks."""
 BORDERS = 6
-"""Sector borders of one size at which a write is torn: half of them its first, half its last."""
+"""Number of sector borders of each size at which a write is torn: half of them its first, half its
+last.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a file system promises beyond POSIX."""
+    """Promises of a file system beyond POSIX."""
 
     sync_commits_names: bool = False
-    """An fsync of any file or folder makes every name until then stable, in every folder."""
+    """An fsync of any file or folder makes every earlier change of names stable, in every folder.
+    """
     names_at_once: bool = False
     """A change of names is stable when the call returns."""
     close_syncs: bool = False
     """Closing a file makes its bytes stable."""
     rename_over_flushes: bool = False
-    """A rename that replaces a file lasts only together with the bytes that the file then had."""
+    """A rename that replaces a file becomes stable only together with the bytes that the file had
+    then.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class NameChange:
-    """A name set to a node, or taken away, and not known to be stable."""
+    """A name bound to a node, or removed, and not known to be stable."""
 
     operation: int
     """Its index in the trace."""
@@ -98,7 +104,7 @@ class NameChange:
     name: str
     node: int | None
     needs_bytes: bool = False
-    """It cannot be stable before the bytes are that the node had then."""
+    """It cannot become stable before the bytes that the node had then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ class ByteChange:
     """Of a write, else the new size."""
     data: bytes | None
     grows_only: bool = False
-    """A size that is at least so much: of an allocation."""
+    """For an allocation: a lower bound of the size, not the size itself."""
 
     def applied(self, content: bytes) -> bytes:
         """The content after the change."""
@@ -139,9 +145,9 @@ class DiskModel:
     folders: set[int] = field(default_factory=lambda: {ROOT})
     links: dict[int, str] = field(default_factory=dict)
     names: Names = field(default_factory=dict)
-    """As seen now."""
+    """Names as programs see them now."""
     contents: dict[int, bytes] = field(default_factory=dict)
-    """As seen now, of files."""
+    """Contents of files as programs see them now."""
     stable_names: Names = field(default_factory=dict)
     stable_contents: dict[int, bytes] = field(default_factory=dict)
     name_changes: list[NameChange] = field(default_factory=list)
@@ -152,7 +158,7 @@ class DiskModel:
 
     @classmethod
     def of(cls, base: Tree, rules: Rules) -> DiskModel:
-        """A storage on which all of the tree is stable."""
+        """A storage on which the whole tree is stable."""
         machine = cls(rules)
         for path in sorted(base):
             entry = base[path]
@@ -164,7 +170,7 @@ class DiskModel:
         return machine
 
     def copy(self) -> DiskModel:
-        """Another one in the same state."""
+        """A copy in the same state."""
         return DiskModel(
             self.rules, set(self.folders), dict(self.links), dict(self.names), dict(self.contents),
             dict(self.stable_names), dict(self.stable_contents), list(self.name_changes),
@@ -172,15 +178,15 @@ class DiskModel:
         )  # fmt: skip
 
     def apply(self, index: int, op: Operation) -> None:
-        """Do one operation of the trace. Raises LookupError for a name that is not there."""
+        """Do one operation of the trace. Raises LookupError for a missing name."""
         APPLY[op.kind](self, index, op)
 
     def parts(self, op: Operation) -> Sequence[int]:
-        """The parts of an operation that can be done alone: how many bytes of a write."""
+        """The parts of an operation that can be done alone: for a write, numbers of bytes."""
         return torn_at(op.offset or 0, op.nbytes) if op.kind == "write" else ()
 
     def begin(self, index: int, op: Operation, part: int) -> None:
-        """Do such a part."""
+        """Do only one such part."""
         self.apply(index, replace(op, data=(op.data or b"")[:part], nbytes=part))
 
     # ---- names
@@ -242,7 +248,7 @@ class DiskModel:
         size = (op.offset or 0) + op.nbytes
         self._change(ByteChange(index, op.ended_ns, self._file(op), size, None, grows_only=True))
 
-    # ---- what lasts
+    # ---- durability
 
     def sync(self, index: int, op: Operation) -> None:
         self._settle_bytes(self._file(op), op)
@@ -264,19 +270,16 @@ class DiskModel:
             self._settle_bytes(node, op)
 
     def looked(self, index: int, op: Operation) -> None:
-        """Nothing changes."""
+        """Change nothing: for operations that only look."""
 
-    # ---- what is left
+    # ---- after a crash
 
     def seen(self) -> Tree:
-        """The tree as running programs see it, and as it stays when only they die."""
+        """The tree as running programs see it; it also remains if only the processes die."""
         return self._tree(self.names, self.contents)
 
     def left(self, names: Iterable[NameChange], changes: Sequence[tuple[ByteChange, bool]]) -> Tree:
-        """The tree when only these changes have reached the disk, in this order.
-
-        changes: each with whether it has arrived; of one that has not, only the new size has.
-        """
+        """The tree if only these changes have reached the disk, in this order."""
         kept = dict(self.stable_names)
         for change in names:
             _apply_name(kept, change)
@@ -317,7 +320,7 @@ class DiskModel:
         return node
 
     def _came_in(self, index: int, op: Operation) -> int:
-        """A file from outside, whose bytes were not seen being synced."""
+        """Bind the name of a file from outside, whose bytes no watcher saw being synced."""
         node = self._new(b"")
         self._change(ByteChange(index, op.ended_ns, node, 0, op.data or b""))
         return node
@@ -338,7 +341,7 @@ class DiskModel:
         self.byte_changes.append(change)
 
     def _settle_bytes(self, node: int, op: Operation) -> None:
-        """Make stable what was done to the file before the operation began."""
+        """Make the changes of the file from before the operation stable."""
         left = []
         for change in self.byte_changes:
             if change.node == node and change.ended_ns <= op.started_ns:
@@ -377,7 +380,7 @@ class DiskModel:
         return folder, name
 
     def _find(self, path: str, hops: int = 8) -> int | None:
-        """The node of a path, links followed; None where there is none."""
+        """The node of a path after following links; None if it does not exist."""
         if path in ("", "."):
             return ROOT
         head, _, name = path.rpartition("/")
@@ -404,9 +407,9 @@ class DiskModel:
 
 
 def torn_at(offset: int, nbytes: int) -> tuple[int, ...]:
-    """Where a write is torn: after how many of its bytes, from 1 to one less than all.
+    """Numbers of bytes after which a write is torn, from 1 to one less than all.
 
-    At the first byte, the middle, the last, and at borders of sectors.
+    After the first byte, in the middle, before the last byte, and at borders of sectors.
     """
     places = {1, nbytes // 2, nbytes - 1}
     for sector in SECTORS:

@@ -81,10 +81,11 @@ class Crash:
 
     model: Model
     id: str
-    """Tells it from every other crash of the trace; the same in every run that does the same
-    operations in the same order."""
+    """Identifies the crash within its trace; the same in every run that does the same operations in
+    the same order.
+    """
     done: int
-    """Operations that were done before."""
+    """Operations done before."""
     returned: frozenset[int]
     """Ranks whose recorded block had ended."""
     what: str
@@ -94,7 +95,7 @@ class Crash:
 
 @dataclass(frozen=True, slots=True)
 class Torn:
-    """An operation under way, of which only a part was done."""
+    """An operation under way, partly done."""
 
     operation: int
     part: int
@@ -102,7 +103,7 @@ class Torn:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A crash before anyone looked what it leaves."""
+    """A crash whose folder has not been computed yet."""
 
     moment: CrashPoint
     storage: DiskModel | ObjectStore
@@ -114,7 +115,7 @@ class Candidate:
         return f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]}"
 
     def tree(self, operations: Sequence[Operation]) -> Tree:
-        """What the crash leaves."""
+        """The folder after the crash."""
         if isinstance(self.damage, Torn):
             torn = self.storage.copy()
             at = self.damage.operation
@@ -130,7 +131,7 @@ def crashes(
 ) -> Iterator[Crash]:
     """The crashes of a trace that leave different folders, the simplest first.
 
-    budget: the most states. only: nothing but the crash of this id.
+    budget: maximum number of states. only: the id of the single crash to return.
 
     Raises ValueError for an unknown model.
     """
@@ -142,7 +143,7 @@ def crashes(
         left = None if budget is None else budget - len(seen)
         if left == 0:
             return
-        # Of a long trace, no more moments than crashes are wanted.
+        # A long trace has more moments than the budget allows crashes: drop the surplus.
         every = 1 if only or not left or not level else -(-len(storages) // left)
         candidates = [
             Candidate(moment, storage, damage)
@@ -173,7 +174,7 @@ def _different(
 
 
 def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskModel | ObjectStore]]:
-    """The storage at each moment at which it can have been."""
+    """The storage at each moment, once for each order in which it can have come about."""
     start: DiskModel | ObjectStore
     start = ObjectStore.of(trace.base) if model == "s3" else DiskModel.of(trace.base, RULES[model])
     done = 0
@@ -193,9 +194,10 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskMode
 def in_order(
     storage: DiskModel | ObjectStore, operations: Sequence[Operation], indices: Sequence[int]
 ) -> list[int]:
-    """Do the operations in a possible order; those that are left, since they cannot have been done.
+    """Do the operations in a possible order. Returns the operations that cannot have
+    been done.
 
-    Of two that overlapped, the first to end may need a name that the other made.
+    Of two overlapping operations, the first to end may need a name that the other created.
     """
     left = list(indices)
     while left:
@@ -225,7 +227,7 @@ def _damages(
 
 
 def _evenly(candidates: Sequence[Candidate], wanted: int | None) -> Iterator[Candidate]:
-    """All of them, so ordered that any first few come from the whole length."""
+    """All of them, ordered so that any prefix is spread evenly over the whole sequence."""
     step = 1 if not wanted else max(1, -(-len(candidates) // wanted))
     for start in range(step):
         yield from candidates[start::step]
@@ -244,7 +246,7 @@ def _crash(trace: Trace, model: Model, candidate: Candidate, tree: Tree) -> Cras
 
 
 def _what(operations: Sequence[Operation], candidate: Candidate) -> str:
-    """When the crash came, and what it lost."""
+    """A text for people: when the crash came, and what it lost."""
     moment, damage, storage = candidate.moment, candidate.damage, candidate.storage
     parts = [f"after {len(moment.order)} of {len(operations)} operations"]
     if moment.order:

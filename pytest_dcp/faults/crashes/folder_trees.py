@@ -1,7 +1,7 @@
-"""Folders <-> trees: what is in a folder now, and a folder that holds a given tree.
+"""Folders <-> trees: read a folder as a tree, and write a tree as a folder.
 
-Folders are made in memory where the machine has a file system for that: thousands a second, and an
-fsync in them costs nothing.
+Folders are created in memory if the machine has such a file system: thousands per second, and an
+fsync there costs nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MEMORY = Path("/dev/shm")
 
 
 def read_tree(folder: Path) -> Tree:
-    """What is in the folder; nothing where there is none.
+    """The contents of the folder; empty if it does not exist.
 
-    Raises ValueError for what is neither file, folder nor link.
+    Raises ValueError for an entry that is neither a file, a folder nor a link.
     """
     tree: dict[str, Entry] = {}
     todo = [(folder, "")]
@@ -64,23 +64,23 @@ def write_tree(tree: Tree, folder: Path) -> None:
 
 
 def new_folder(place: Path | None = None) -> Path:
-    """An empty folder of this process's own: in `place`, else in memory where that is possible."""
+    """A new empty folder owned by this process: in `place`, else in memory if possible."""
     if place is None and MEMORY.is_dir() and os.access(MEMORY, os.W_OK):
         place = MEMORY
     return Path(tempfile.mkdtemp(prefix="dcp-crash-", dir=place))
 
 
 def _remove_own(folder: Path, pid: int) -> None:
-    """Remove a folder, in the process that made it and not in its forks."""
+    """Remove a folder, but only in the process that created it, not in its forks."""
     if os.getpid() == pid:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class RestoredFolder(os.PathLike[str]):
-    """A fresh folder with a tree, to do with as one likes.
+    """A fresh folder with a tree, which the caller may change.
 
-    It can be passed wherever a path can, and lasts as long as this object; as a context manager it
-    gives the folder as a `Path`, and removes it when the block ends.
+    It is a path-like object and lasts as long as this object; as a context manager it gives the
+    folder as a `Path`, and removes it when the block ends.
     """
 
     def __init__(self, tree: Tree) -> None:

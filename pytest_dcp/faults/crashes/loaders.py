@@ -1,13 +1,14 @@
-"""A caller's `load=`: when its exception is a word on the folder, and when its own mistake.
+"""A caller's `load=`: when its exception is a verdict on the folder, and when a mistake of the
+loader.
 
-A crash may leave a folder that cannot be loaded, so a loader may raise there. What it raises
-refuses the folder only if the loader
+A crash may leave a folder that cannot be loaded, so a loader may raise there. Its exception refuses
+the folder only if the loader
 
 - can be called as it will be: `load(state_dict, checkpoint_id=folder, **keywords)`;
 - loads the folder as the recorded save left it when it ended;
-- and the exception tells of the folder: it is a `CheckpointError`, torch's `CheckpointException`,
-  an OSError about a file of the folder or about none, what a library says of bytes that it cannot
-  read, or an exception that names one of these as its cause (`raise Mine() from error`).
+- and the exception is about the folder: it is a `CheckpointError`, torch's `CheckpointException`,
+  an OSError about a file of the folder or about none, a library's exception for bytes that it
+  cannot read, or an exception that names one of these as its cause (`raise Mine() from error`).
 
 Nothing else makes a state right, an exception of the caller's own code least of all: it would make
 a wrong loader look like a checkpoint that is safe.
@@ -41,9 +42,9 @@ MISTAKES = (
     *(AssertionError, NameError, ImportError, NotImplementedError),
     *(TypeError, AttributeError, RecursionError),
 )
-"""What code raises that is wrong, whatever the folder holds."""
+"""Exceptions that point to a mistake in code, not to the folder."""
 READ = (EOFError, UnicodeError)
-"""Of the exceptions that are built into Python, those that tell of bytes."""
+"""Of Python's built-in exceptions, those about bytes."""
 NO_VERDICT = (
     "raised by load= in a folder that a crash could have left: an exception of the loader's own "
     "code is no verdict on the folder. To refuse one, let it raise FileNotFoundError or "
@@ -56,7 +57,7 @@ def check_signature(load: Load, keywords: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(load)
     except ValueError:
-        return  # of a built-in function: it cannot be asked
+        return  # a built-in function has no signature
     try:
         signature.bind({}, checkpoint_id="folder", **keywords)
     except TypeError as error:
@@ -68,12 +69,12 @@ def check_signature(load: Load, keywords: Mapping[str, Any]) -> None:
 
 
 def is_own_mistake(error: BaseException) -> bool:
-    """Whether a loader's exception is of a kind that tells of its code alone."""
+    """Whether a loader's exception points to a mistake in its code, not to the folder."""
     return isinstance(error, (*MISTAKES, LookupError)) and is_raised_by_user(error)
 
 
 def is_refusal(error: BaseException, folder: str) -> bool:
-    """Whether a loader's exception tells of the folder, not of the loader."""
+    """Whether a loader's exception is about the folder, not about the loader."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     if isinstance(error, CheckpointException):
@@ -93,18 +94,18 @@ def is_refusal(error: BaseException, folder: str) -> bool:
 
 
 def _is_mistake_of_user(error: BaseException, stack: StackSummary) -> bool:
-    """Whether a step of an engine failed of a mistake in code of the user's that it called."""
+    """Whether an engine's step failed because of a mistake in user code that it called."""
     last = stack[-1].filename if stack else ""
     return isinstance(error, MISTAKES) and bool(last) and owner_of(last) == "user"
 
 
 def _tells_of_bytes(error: BaseException) -> bool:
-    """Whether a function in C that the user called could have found its input to be damaged."""
+    """Whether a C function that the user called could have found its input to be damaged."""
     return isinstance(error, READ) or type(error).__module__ != "builtins"
 
 
 def _may_be_in(folder: str, name: object) -> bool:
-    """Whether what the system calls a file may be one of the folder."""
+    """Whether the path in an OSError may be that of a file in the folder."""
     if not isinstance(name, str | bytes):
         return True
     inside, path = os.path.realpath(folder), os.path.realpath(os.fsdecode(name))
@@ -112,16 +113,16 @@ def _may_be_in(folder: str, name: object) -> bool:
 
 
 class Finished:
-    """The folder as a recorded block left it when it ended, and the loaders that load it."""
+    """The folder as the recorded block left it, and the loaders that have loaded it."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._proven: list[Load] = []
 
     def prove(self, load: Load, likeness: Mapping[str, Any], keywords: Mapping[str, Any]) -> None:
-        """Have a loader load the finished folder, once. What it raises is raised, with a note.
+        """Have a loader load the finished folder, once. Its exception is raised with a note.
 
-        Nothing where some rank's block did not end: the folder may hold no whole checkpoint.
+        Does nothing if some rank's block did not end: the folder may hold no whole checkpoint.
         """
         ranks = {operation.rank for operation in self._trace.operations}
         if not ranks <= self._trace.returned_ns.keys() or any(load is one for one in self._proven):

@@ -1,6 +1,6 @@
-"""Pure (no I/O): what each kind of file system may lose of what had not reached the disk.
+"""Pure (no I/O): the unsynced changes that each kind of file system may lose.
 
-The kinds, with what each promises (`RULES`) and may lose (`LOSSES`), simplest losses first:
+The kinds, with their promises (`RULES`) and possible losses (`LOSSES`), simplest losses first:
 
 kill: nothing is lost: only processes die, the kernel and its caches live on.
 
@@ -17,7 +17,7 @@ ext4-ordered: ext4 as it is mounted by default (data=ordered, delayed allocation
     the space was allocated before; a rename over a file takes the bytes with it.
 
 nfs: close-to-open consistency (RFC 7530, 10.3): names are on the server when the call returns,
-    bytes when the file is synced or closed. What listings other clients see in the meantime is no
+    bytes when the file is synced or closed. Listings by other clients in the meantime are no
     state of the folder: that is the fault `StaleListing`.
 
 s3: objects, which `ObjectStore` keeps: nothing is there before its file is closed, then all of it;
@@ -54,21 +54,21 @@ RULES: Mapping[Model, Rules] = {
 }
 
 PAIRS_OF = 24
-"""The newest changes of which all pairs are tried: pairs grow with the square."""
+"""Number of newest changes whose pairs are all tried: pairs grow with the square."""
 
 
 SINGLY = 48
-"""Changes of which each one is tried: the newest half, and as many spread over the older ones."""
+"""Number of changes tried one by one: the newest half, and the rest spread over the older ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What is lost, as positions in the machine's lists of changes."""
+    """One combination of losses, as positions in the model's lists of changes."""
 
     names: tuple[int, ...] = ()
     bytes: tuple[int, ...] = ()
     zeros: bool = False
-    """The sizes of the lost bytes have arrived."""
+    """Whether the sizes of the lost bytes have arrived."""
 
     def left(self, machine: DiskModel) -> Tree:
         """What is on the disk."""
@@ -98,7 +98,7 @@ def _posix_simple(machine: DiskModel) -> Losses:
 
 
 def _posix_runs(machine: DiskModel) -> Losses:
-    """From some operation on; all of one file; all but one."""
+    """All changes from some operation on; all of one file; all but one."""
     names, changes = _all(machine)
     done = sorted(_operations(machine.name_changes) | _operations(machine.byte_changes))
     for zeros in (False, True):
@@ -119,7 +119,7 @@ def _posix_runs(machine: DiskModel) -> Losses:
 
 
 def _posix_pairs(machine: DiskModel) -> Losses:
-    """Each two: names, bytes, or one of each."""
+    """Every pair: two names, two writes, or one of each."""
     names, changes = (some[-PAIRS_OF:] for some in _all(machine))
     for pair in itertools.combinations(names, 2):
         yield Loss(pair, ())
@@ -131,7 +131,7 @@ def _posix_pairs(machine: DiskModel) -> Losses:
 
 
 def _ext4_simple(machine: DiskModel) -> Losses:
-    """Names from some operation on; all bytes that may be; those of each one write."""
+    """Names from some operation on; all bytes that can be lost; the bytes of each write."""
     for names in _name_suffixes(machine):
         yield Loss(names, ())
         yield Loss(names, _unforced_changes(machine, names))
@@ -139,7 +139,7 @@ def _ext4_simple(machine: DiskModel) -> Losses:
 
 
 def _ext4_runs(machine: DiskModel) -> Losses:
-    """Bytes of each file, or from some operation on, beside every suffix of the names."""
+    """Bytes of each file, or from some operation on, combined with every suffix of the names."""
     for names in _name_suffixes(machine):
         free = _unforced_changes(machine, names)
         for file in _by_file(machine):
@@ -161,7 +161,7 @@ LOSSES: Mapping[Model, tuple[Callable[[DiskModel], Losses], ...]] = {
     "nfs": (_posix_simple, _posix_runs, _posix_pairs),
     "s3": (),
 }
-"""By model: one generator for each level, the simplest first. Losing nothing comes before them."""
+"""By model: one generator per level, simplest first. Losing nothing comes before them."""
 
 
 def _all(machine: DiskModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -190,14 +190,14 @@ def _by_file(machine: DiskModel) -> Iterator[tuple[int, ...]]:
 
 
 def _name_suffixes(machine: DiskModel) -> Iterator[tuple[int, ...]]:
-    """None, then ever more of the newest; the names of one operation stay together."""
+    """Nothing, then ever longer suffixes; the names of one operation stay together."""
     yield ()
     for operation in _some(sorted(_operations(machine.name_changes)))[::-1]:
         yield _since(machine.name_changes, operation)
 
 
 def _unforced_changes(machine: DiskModel, lost: tuple[int, ...]) -> tuple[int, ...]:
-    """The byte changes that no kept name needs."""
+    """The byte changes that no surviving name needs."""
     forced = {
         n
         for m, name in enumerate(machine.name_changes)

@@ -1,7 +1,7 @@
-"""Pure (no I/O): an object store that the operations on a folder are carried out on.
+"""Pure (no I/O): an object store to which the operations on a folder are applied.
 
-A put is atomic and happens when the file is closed; there is no rename, but a copy and a removal.
-Folders are only parts of names.
+A put is atomic and happens when the file is closed; a rename is a copy and a removal. Folders are
+only parts of names.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pytest_dcp.faults.tap.operation import Operation
 
 @dataclass(slots=True)
 class ObjectStore:
-    """The objects, and what is still being written."""
+    """The objects, and the files still being written."""
 
     objects: dict[str, Entry] = field(default_factory=dict)
     staged: dict[tuple[int, int | str], tuple[str, bytes, bool]] = field(default_factory=dict)
-    """By rank and handle, or path: the name, the bytes, and whether they are to be put."""
+    """By rank and handle, or path: the name, the bytes, and whether to put them on close."""
 
     @classmethod
     def of(cls, base: Tree) -> ObjectStore:
-        """A store of what is in a folder."""
+        """A store with the contents of a folder."""
         return cls(dict(base))
 
     def copy(self) -> ObjectStore:
-        """Another one in the same state."""
+        """A copy in the same state."""
         return ObjectStore(dict(self.objects), dict(self.staged))
 
     def apply(self, index: int, op: Operation) -> None:
@@ -36,15 +36,15 @@ class ObjectStore:
         APPLY.get(op.kind, ObjectStore.nothing)(self, op)
 
     def parts(self, op: Operation) -> Sequence[int]:
-        """The parts of an operation that can be done alone: of a rename, the copy."""
+        """The parts of an operation that can be done alone: for a rename, the copy."""
         return (0,) if op.kind == "rename" else ()
 
     def begin(self, index: int, op: Operation, part: int) -> None:
-        """Do such a part."""
+        """Do only one such part."""
         self._copied(op)
 
     def seen(self) -> Tree:
-        """The objects as files, with the folders that their names need."""
+        """The objects as files, with the folders that their names imply."""
         folders = {
             path[:n]: None for path in self.objects for n, sign in enumerate(path) if sign == "/"
         }
@@ -94,7 +94,7 @@ class ObjectStore:
             self.objects.setdefault(op.path, None)
 
     def nothing(self, op: Operation) -> None:
-        """A store has no such thing."""
+        """Does nothing: a store has no such operation."""
 
     def _copied(self, op: Operation) -> None:
         to = str(op.to)

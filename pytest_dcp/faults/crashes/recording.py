@@ -1,8 +1,9 @@
-"""Recording: what every rank does to the watched folders, until a block ends or the rank dies.
+"""Recording: the operations of every rank on the watched folders, until a block ends or the rank
+dies.
 
-Each rank appends its operations to a file of its own as they are done, so that those of a rank
-that was killed are there too. When the block has ended in every rank that lives, all read all
-files. In a world both ends of the block are meetings of all ranks.
+Each rank appends its operations to its own file as they are done, so that the operations of a
+killed rank are recorded too. When the block has ended in every living rank, each rank reads all
+files. In a world, all ranks meet at both ends of the block.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from pytest_dcp.faults.tap import Watcher, watch_operations
 from pytest_dcp.faults.tap.operation import Operation
 
 Meet = Callable[[str, bytes], Sequence[bytes | None]]
-"""Waits for all ranks; what each brought, None for one that died because the test asked for it."""
+"""Waits for all ranks and returns each one's value, None for a rank that the test had killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Where the ranks of a world put what they record, and how they meet."""
+    """Where the ranks of a world put their recordings, and how they meet."""
 
     place: Path
-    """A folder that every rank sees and none watches."""
+    """A folder that every rank can reach and no rank watches."""
     rank: int = 0
     meet: Meet = field(default=lambda what, brought: (brought,))
     announce_failure: Callable[[BaseException | None], AbstractContextManager[None]] = field(
         default=lambda error: nullcontext()
     )
-    """Around a meeting at which this rank tells its peers of an error."""
+    """Context in which this rank reports an error to its peers instead of meeting them."""
 
     def agree(self, what: str, step: Callable[[], bytes]) -> Sequence[bytes | None]:
-        """What `step` returned in each rank, None for one that has died. Collective.
+        """Run `step` in every rank and return all results, None for a dead rank. Collective.
 
-        Each rank tells the others whether its step failed before any goes on: what it raised is
-        raised there, and RecordingError in the others.
+        The ranks exchange whether a step failed before any of them continues: its exception is
+        raised in the rank where it failed, and RecordingError in the others.
         """
         failed: Exception | None = None
         try:
@@ -55,7 +56,7 @@ class Desk:
         except Exception as error:  # noqa: BLE001 - raised again below
             failed = error
             text = f"rank {self.rank}: {type(error).__name__}: {error}"
-            # What is wrong with a recording is no rank's own affair: all say the same.
+            # A fault of the recording itself is the same in all ranks: all raise it.
             brought = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
         with self.announce_failure(failed):
             came = self.meet(what, brought)
@@ -71,57 +72,57 @@ OK, FAILED = b"+", b"-"
 
 
 class RecordedPlace(Protocol):
-    """What is recorded: folders, wherever they are."""
+    """The recorded storage: folders, wherever they are."""
 
     def trees(self) -> list[Tree]:
-        """What is in each folder now."""
+        """The current contents of each folder."""
 
     def watching(self, watcher: Watcher, rank: int) -> AbstractContextManager[None]:
-        """Let the watcher see what is done there, until the block ends."""
+        """Let the watcher observe operations on it until the block ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Folders of this machine."""
+    """Folders on this machine."""
 
     roots: Sequence[Path]
 
     def trees(self) -> list[Tree]:
-        """What is in each folder now."""
+        """The current contents of each folder."""
         return [read_tree(root) for root in self.roots]
 
     def watching(self, watcher: Watcher, rank: int) -> AbstractContextManager[None]:
-        """Let the watcher see what is done there, until the block ends."""
+        """Let the watcher observe operations on them until the block ends."""
         return watch_operations(self.roots, watcher, rank=rank, observing=True)
 
 
 class Log:
-    """Watches, and appends what is done to a file."""
+    """A watcher that appends each operation to a file."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def before(self, operation: Operation) -> None:
-        """Nothing: it only looks."""
+        """Does nothing: it only observes."""
 
     def after(self, operation: Operation) -> None:
         """Append the operation."""
         self.append(operation)
 
     def append(self, entry: Operation | int) -> None:
-        """Append an operation, or the time at which the block ended, by one write."""
+        """Append an operation, or the time at which the block ended, with one write."""
         data = pickle.dumps(entry)
         done = os.write(self._fd, data)
         if done != len(data):
             raise RecordingError(f"only {done} of {len(data)} bytes of a record could be written")
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         os.close(self._fd)
 
 
 class Recorded:
-    """What was recorded: full when the block has ended."""
+    """The result of a recording: complete once the block has ended."""
 
     def __init__(self) -> None:
         self._trace: Trace | None = None
@@ -137,15 +138,16 @@ class Recorded:
         return self._trace
 
     def end(self, trace: Trace) -> None:
-        """Give it what was recorded."""
+        """Set the result."""
         self._trace = trace
 
 
 @contextmanager
 def recording(place: RecordedPlace, desk: Desk, into: Recorded) -> Iterator[None]:
-    """Record what is done to a place. Collective where the desk's ranks are several.
+    """Record the operations on a place. Collective if the desk has several ranks.
 
-    Raises RecordingError at the end when the folders do not hold what the recorded operations make.
+    Raises RecordingError at the end if replaying the operations does not give the folders'
+    contents.
     """
     with ExitStack() as clean_up:
         folder, leads = _begin(place, desk, clean_up)
@@ -178,7 +180,7 @@ def _record(
         bases: Sequence[Tree] = pickle.loads((folder / "base").read_bytes())
         found.append(_read(bases, folder))
         if leads and None not in alive:
-            # What a killed rank did last may be missing in its file.
+            # The last operation of a killed rank may be missing from its file.
             check(found[0], place.trees())
         return b""
 
@@ -187,7 +189,8 @@ def _record(
 
 
 def _begin(place: RecordedPlace, desk: Desk, clean_up: ExitStack) -> tuple[Path, bool]:
-    """A folder for this recording, with what the place holds; and whether this rank leads.
+    """A folder for this recording, with the initial contents of the place; and whether this rank
+    leads.
 
     `clean_up` removes the folder in the process that made it, however the recording ends.
     """
@@ -233,7 +236,7 @@ def _entries(path: Path) -> Iterator[Operation | int]:
 
 
 def check(trace: Trace, found: Sequence[Tree]) -> None:
-    """Raise RecordingError unless the whole trace makes what was found."""
+    """Raise RecordingError unless replaying the whole trace gives the contents found."""
     machine = DiskModel.of(trace.base, Rules())
     impossible = in_order(machine, trace.operations, range(len(trace.operations)))
     if impossible:
@@ -259,7 +262,7 @@ def _differences(made: Mapping[str, object], there: Mapping[str, object]) -> Ite
 
 
 class AbsentEntry:
-    """Stands for an entry that is not there."""
+    """Placeholder for a missing entry."""
 
 
 def _describe(entry: object) -> str:

@@ -1,7 +1,7 @@
-"""Pure (no I/O): what was done to a folder, by all ranks, and what was in it before.
+"""Pure (no I/O): the operations of all ranks on a folder, and its contents before.
 
 Enters: the operations of every rank, as the tap saw them. Leaves: a `Trace`, in which several roots
-are folders of one tree, and only what matters to what a crash leaves is kept.
+are folders of one tree, with only the operations that matter for a crash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TreeLink:
 Entry = bytes | TreeLink | None
 """A file's bytes, a link, or None for a folder."""
 Tree = Mapping[str, Entry]
-"""What is in a folder: posix paths relative to it. A folder comes before what is in it."""
+"""Posix paths relative to the folder -> entries. A folder comes before its contents."""
 
 LOOKING = frozenset({"list", "read"})
 """Kinds of operations that change nothing, now or at a crash."""
@@ -37,8 +37,7 @@ class Trace:
     operations: tuple[Operation, ...]
     """In the order in which they ended."""
     returned_ns: Mapping[int, int]
-    """By rank: when its block had ended, on the clock of the operations. A rank that died has
-    none."""
+    """By rank: when its block had ended, on the clock of the operations. Dead ranks are missing."""
 
     @classmethod
     def of(
@@ -47,7 +46,9 @@ class Trace:
         operations: Iterable[Operation],
         returned_ns: Mapping[int, int],
     ) -> Trace:
-        """The trace of one or more roots. Of several, root n is the folder `n` of the tree."""
+        """The trace of one or more roots. If there are several, root n becomes folder `n` of the
+        tree.
+        """
         bases = tuple(bases)
         kept = [op for op in operations if op.kind not in LOOKING]
         if len(bases) == 1:

@@ -1,1 +1,1 @@
-"""Files made to do harm: malicious pickles, memory bombs, fuzzed metadata."""
+"""Files built to do harm: malicious pickles, memory bombs, fuzzed metadata."""

@@ -1,9 +1,9 @@
-"""Hostile checkpoints: made from a good one, to harm their reader.
+"""Hostile checkpoints: made from a good one to harm their reader.
 
-What enters: a folder with a good checkpoint of your own, by torch or by this engine (its
-`.metadata` is unpickled). What leaves: one `Hostile` after the other. Each is a value that says
-what it is and what it would do, and makes its folder on command. A reader of that folder must say
-that the checkpoint is bad, in bounded time and memory, and read and write nothing outside of it.
+Enters: a folder with a good checkpoint of your own, by torch or by this engine (its `.metadata` is
+unpickled). Leaves: one `Hostile` after the other. Each is a value that describes itself and the
+harm it would do, and makes its folder on command. A reader must reject that folder in bounded time
+and memory, and read and write nothing outside of it.
 
 The edited metadata are a plain pickle, as torch writes it: no checksum speaks for the good ones.
 """
@@ -29,7 +29,7 @@ from pytest_dcp.faults.hostile.nodes import (
 )
 
 HUGE_BYTES = 1 << 42
-"""Of a sparse file: no memory takes as much."""
+"""Size of a sparse file: more than any memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +37,16 @@ class Hostile:
     """A checkpoint that is made to harm."""
 
     name: str
-    """What is odd about it; no two of a generator have the same."""
+    """The oddity; unique within a generator."""
     harm: str
-    """What it does to who believes it."""
+    """The harm to a reader that trusts it."""
     source: Path
     """The folder of the good checkpoint."""
     nodes: Mapping[str, Node]
-    """What is in the folder instead, by name, or beside."""
+    """Replacements and additions by name: the entries of the folder that differ from the source."""
 
     def make(self, folder: str | os.PathLike[str]) -> Path:
-        """The checkpoint, in a new folder. Raises FileExistsError where there is one."""
+        """The checkpoint, in a new folder. Raises FileExistsError if the folder exists."""
         target = Path(folder)
         shutil.copytree(self.source, target)
         for name, node in self.nodes.items():
@@ -72,7 +72,9 @@ def hostile_folders(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
 
 
 def _odd_nodes(good: Good) -> Iterator[Hostile]:
-    """Something else than the file, which is what it should be wherever it is read."""
+    """Folders in which something other than a plain file has a file's name; where it can be read,
+    it gives the right bytes.
+    """
     source = good.folder
     for name in (".metadata", good.data_file):
         outside = SymbolicLink(str(source / name))
@@ -89,7 +91,9 @@ def _odd_nodes(good: Good) -> Iterator[Hostile]:
         ]
         for what, harm, node in nodes:
             yield Hostile(f"{what} as {name}", harm, source, {name: node})
-    nowhere = SymbolicLink("nowhere")  # as .metadata it would be no checkpoint, and no hostile one
+    nowhere = SymbolicLink(
+        "nowhere"
+    )  # as .metadata this would be no checkpoint at all, not a hostile one
     yield Hostile("a link to nothing as data", "is no file", source, {good.data_file: nowhere})
     data = (source / ".metadata").read_bytes()
     huge = Sparse(HUGE_BYTES, head=data[:64], tail=data[-64:])
@@ -99,7 +103,9 @@ def _odd_nodes(good: Good) -> Iterator[Hostile]:
 
 
 def _odd_names(good: Good) -> Iterator[Hostile]:
-    """Names of data files that are none in the folder. Where one leads, the good file is."""
+    """Names of data files that are not files of the folder. A name that leads somewhere leads to
+    the good file.
+    """
     source = good.folder
     outside = str(source / good.data_file)
     names = {

@@ -1,11 +1,11 @@
-"""Unforeseeable metadata: `.metadata` files changed at random, but by their structure.
+"""Fuzzed metadata: `.metadata` files changed at random, following their structure.
 
-What enters: the bytes of a good `.metadata` file, by torch or by this engine (it is unpickled), and
-seeds. What leaves: for each seed one changed file, the same one every time. Pure (no I/O).
+Enters: the bytes of a good `.metadata` file, by torch or by this engine (it is unpickled), and
+seeds. Leaves: for each seed one changed file, the same in every run. Pure (no I/O).
 
 A pickle is changed opcode by opcode or field by field; the manifest of this engine in its header or
-in its columns, and then its lengths and checksums are made true again, so that the change gets past
-the first look. The file's layout is described in `pytest_dcp._engine.format.metadata_file`.
+in its columns, and then its lengths and checksums are recomputed, so that the change passes the
+first checks. The file's layout is described in `pytest_dcp._engine.format.metadata_file`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NUMBERS = (
     *(1 << 32, 1 << 40, 1 << 62, LAST, 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 200),
     *(-1, -2, -255, -(1 << 31), -(1 << 63), -(1 << 64)),
 )
-"""Where numbers go wrong."""
+"""Numbers at the limits where arithmetic goes wrong."""
 TEXTS = (*HOSTILE_NAMES[:-1], "x", "fqn", "strided", "torch.int8", "a.b.c", "\0", "9" * 5000)
 GLOBALS = (
     *(Global("torch", name) for name in ("Size", "device", "float32", "Tensor", "FloatStorage")),
@@ -59,7 +59,7 @@ _ALIGNMENT = 64
 
 
 def fuzzed_metadata(metadata: bytes, seeds: Iterable[int]) -> Iterator[Damaged]:
-    """One changed file for each seed. The good file is unpickled: only for what you trust."""
+    """One changed file for each seed. The good file is unpickled, so it must be trusted."""
     parts = _Parts.of(metadata)
     ways = [*_WAYS_OF_PICKLES, *(_WAYS_OF_MANIFESTS if parts.header else ())]
     for seed in seeds:
@@ -77,11 +77,11 @@ class _Parts:
     codes: tuple[tuple[tuple[str, Any, bytes], ...], ...]
     """The opcodes of each."""
     stock: bytes
-    """The pickle, as it stands in the file."""
+    """The pickle as it is in the file."""
     header: dict[str, Any]
-    """Of the manifest; empty in a file of torch."""
+    """Of the manifest; empty in a file by torch."""
     columns: bytes
-    """What follows the header, from the next multiple of 8 on."""
+    """The bytes after the header, from the next multiple of 8 on."""
 
     @classmethod
     def of(cls, data: bytes) -> _Parts:
@@ -141,7 +141,7 @@ def _insert(code: _Code, at: int, chance: random.Random, parts: _Parts) -> None:
 
 
 def _replace(code: _Code, at: int, chance: random.Random, parts: _Parts) -> None:
-    """Another argument of its kind; another opcode where it has none."""
+    """Replace the argument by another of its kind, or the opcode if it has none."""
     name, arg, _ = code[at % len(code)]
     if "GET" in name or "PUT" in name:
         index = chance.choice((0, 1, chance.randrange(64), 255))
@@ -189,7 +189,7 @@ _Change = Callable[[random.Random], None]
 
 
 def _fields(value: Any) -> Iterator[_Change]:
-    """For each field, key and item below: what gives it another value."""
+    """For each field, key and item below: a function that gives it another value."""
     if isinstance(value, dict):
         for key, inner in list(value.items()):
             yield from (partial(_set_item, value, key, inner), partial(_rename, value, key))
@@ -211,7 +211,7 @@ def _set_item(owner: Any, key: Any, inner: Any, chance: random.Random) -> None:
 
 
 def _rename(owner: dict[Any, Any], key: Any, chance: random.Random) -> None:
-    # Without the key where another change gave it another hash.
+    # Leave the key out if another change gave it another hash.
     owner[_other(key, chance)] = owner.pop(key, None)
 
 
@@ -224,8 +224,8 @@ def _set_field(owner: Any, name: str, inner: Any, chance: random.Random) -> None
 
 
 def _other(value: Any, chance: random.Random) -> Any:
-    """Mostly a value of its kind."""
-    if isinstance(value, torch.memory_format):  # others are not pickled at all
+    """Usually another value of its type."""
+    if isinstance(value, torch.memory_format):  # other values are not pickled at all
         return chance.choice((torch.contiguous_format, torch.channels_last))
     if chance.random() < 0.1:
         return chance.choice((None, "x", 7, 1.5, True, (), torch.Size([3]), torch.int8, b"x"))
@@ -259,7 +259,7 @@ def _changed_header(parts: _Parts, chance: random.Random) -> bytes:
     header = json.loads(json.dumps(parts.header))
     for _ in range(chance.choice((1, 1, 2, 4))):
         changes = list(_fields(header))
-        if changes:  # not where the change before left nothing
+        if changes:  # not if the change before left nothing
             chance.choice(changes)(chance)
     text = json.dumps(header, default=str, skipkeys=True)
     return _file(parts.stock, text.encode(), parts.columns)
@@ -277,7 +277,7 @@ def _changed_columns(parts: _Parts, chance: random.Random) -> bytes:
 
 
 def _changed_rows(parts: _Parts, chance: random.Random) -> bytes:
-    """Counts and columns that are longer or shorter, now and then by the same."""
+    """Counts and columns made longer or shorter, sometimes by the same number."""
     header = json.loads(json.dumps(parts.header))
     columns, rows = bytearray(parts.columns), chance.choice((1, 2, 4, 8))
     for name in chance.sample(sorted(header["counts"]), chance.choice((0, 1, 1, 2))):
@@ -291,7 +291,7 @@ def _changed_rows(parts: _Parts, chance: random.Random) -> bytes:
 
 
 def _file(stock: bytes, header: bytes, columns: bytes) -> bytes:
-    """The whole file of these parts, its lengths and checksums true."""
+    """The whole file made of these parts, with true lengths and checksums."""
     gap = bytes(-len(stock) % _ALIGNMENT)
     head = b"\x89DCPcat\n" + struct.pack("<Q", len(header)) + header
     manifest = head + bytes(-len(head) % 8) + columns
@@ -301,7 +301,7 @@ def _file(stock: bytes, header: bytes, columns: bytes) -> bytes:
 
 
 def _changed_stock(parts: _Parts, chance: random.Random) -> bytes:
-    """A manifest that says of something that it stands in the pickle, which is changed."""
+    """A manifest that refers to an entry in the pickle, which is changed."""
     header = json.loads(json.dumps(parts.header))
     header["said"][chance.choice(sorted(header["said"]))] = ["pickle"]
     change = chance.choice((_changed_code, _changed_fields))
@@ -309,7 +309,7 @@ def _changed_stock(parts: _Parts, chance: random.Random) -> bytes:
 
 
 def _changed_bytes(parts: _Parts, chance: random.Random) -> bytes:
-    """Any bytes of the whole file, its checksums as they were."""
+    """Any bytes of the whole file changed, checksums left as they were."""
     data = bytearray(_file(parts.stock, json.dumps(parts.header).encode(), parts.columns))
     for _ in range(chance.choice((1, 1, 3))):
         at = chance.randrange(len(data))

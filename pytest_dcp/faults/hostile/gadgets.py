@@ -1,8 +1,9 @@
 """Ways in which a pickle runs code. Pure (no I/O).
 
-What enters: the path of a canary. What leaves: gadgets, each of which makes a file or folder there
-when a careless unpickler reads it, and nothing else. Some differ in whom they call, all by
-REDUCE; the others make one call by every opcode and detour that can lead to it.
+Enters: the path of a canary. Leaves: gadgets, each of which makes a file or folder there when a
+careless unpickler reads it, and does nothing else. Some differ in the function that they call,
+always with REDUCE; the others make the same call through every opcode and detour that can lead to
+it.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ class Gadget:
 
     name: str
     harm: str
-    """What it does: "calls os.mkdir"."""
+    """The harm, such as "calls os.mkdir"."""
     code: Encoded
     protocols: tuple[int, ...] = PROTOCOLS
-    """Under which it works."""
+    """Protocols under which it works."""
     is_whole: bool = False
-    """It must be a pickle of its own: within another one it would do nothing."""
+    """Whether it must be a pickle of its own: within another pickle it would do nothing."""
 
 
 def gadgets(canary: str) -> list[Gadget]:
-    """All ways, with this path as canary. It should be short: sockets take about 100 bytes."""
+    """All gadgets, with this path as canary. It should be short: sockets take about 100 bytes."""
     return [*_by_callee(canary), *_by_opcode(canary)]
 
 
-# ---- whom to call
+# ---- the function called
 
 MKDIR = Global("os", "mkdir")
 
 
 def calls(canary: str) -> dict[str, PickledCall]:
-    """Calls that make the canary, by what they go through."""
+    """Calls that make the canary, by the functions they go through."""
     return {
         **_of_the_system(canary),
         **_of_code(canary),
@@ -163,7 +164,7 @@ def _by_callee(canary: str) -> list[Gadget]:
         for name, call in calls(canary).items()
     ]
     python, shell = f"__import__('os').mkdir({canary!r})", f": > {shlex.quote(canary)}"
-    # Names of Python 2, which protocols below 3 still stand for.
+    # Names of Python 2, which protocols below 3 still map to new ones.
     for name, text in (("__builtin__.eval", python), ("commands.getoutput", shell)):
         old = partial(_reduce_call, PickledCall(Global(*name.split(".")), (text,)))
         found.append(Gadget(name, f"calls {name} by its old name", old, (0, 1, 2)))
@@ -183,7 +184,7 @@ DOTTED = (
     ("torch.distributed.checkpoint.metadata", "os.mkdir"),
     ("torch.distributed.checkpoint.filesystem", "os.mkdir"),
 )
-"""Names that lead from a module of an allow-list to another one, from protocol 4 on."""
+"""Names that lead from a module on an allow-list to another module, from protocol 4 on."""
 _PLAIN_OBJECT = Global("types", "SimpleNamespace")
 
 
@@ -222,7 +223,7 @@ def _obj(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _newobj(canary: str, protocol: int, _: int, new: bytes = pickle.NEWOBJ) -> bytes:
-    """A map does nothing until the tuple that is made of it asks for its items."""
+    """A map does nothing until the tuple built from it iterates over it."""
     function, path = _parts(canary, protocol)
     arguments = tuple_code(function + _one(path, protocol), 2, protocol)
     lazily = code_of(Global("builtins", "map"), protocol) + arguments + new
@@ -234,7 +235,7 @@ def _newobj_ex(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _with_attribute(name: str, canary: str, protocol: int, *, slot: bool = False) -> bytes:
-    """An object whose attribute of that name is the function."""
+    """An object with the function as its attribute of that name."""
     made = code_of(_PLAIN_OBJECT, protocol) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
     function = _parts(canary, protocol)[0]
     fields = pickle.EMPTY_DICT + text_code(name, protocol) + function + pickle.SETITEM
@@ -253,7 +254,7 @@ def _append(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _appends(canary: str, protocol: int, _: int, *, name: str = "append") -> bytes:
-    """`extend` is asked first, and gets a list."""
+    """The unpickler looks up `extend` first, and gets a list's."""
     made = _with_attribute(name, canary, protocol)
     return made + pickle.MARK + text_code(canary, protocol) + pickle.APPENDS
 
@@ -266,14 +267,14 @@ def _additems(canary: str, protocol: int, _: int) -> bytes:
 def _ext(
     canary: str, protocol: int, _: int, *, module: str, name: str, number: int, fetch: bytes
 ) -> bytes:
-    """The function becomes an extension of a number, which then stands for it."""
+    """The function is registered as an extension, and the extension's number then refers to it."""
     known = PickledCall(Global("copyreg", "add_extension"), (module, name, number))
     path = _one(text_code(canary, protocol), protocol)
     return code_of(known, protocol) + pickle.POP + fetch + path + pickle.REDUCE
 
 
 def _memo(canary: str, protocol: int, base: int, *, width: str) -> bytes:
-    """The function is put away, taken off the stack, and fetched again."""
+    """The function is stored in the memo, popped off the stack, and fetched again."""
     function, path = _parts(canary, protocol)
     put, get = {
         "text": (b"p%d\n" % base, b"g%d\n" % base),
@@ -288,7 +289,7 @@ def _memo(canary: str, protocol: int, base: int, *, width: str) -> bytes:
 
 
 def _memo_twice(canary: str, protocol: int, base: int) -> bytes:
-    """What the memo gives is no longer what a scanner saw it take first."""
+    """The memo entry that is used differs from the one that a scanner saw first."""
     function, path = _parts(canary, protocol)
     number = struct.pack("<I", base)
     harmless = code_of(Global("collections", "OrderedDict"), protocol)
@@ -297,7 +298,7 @@ def _memo_twice(canary: str, protocol: int, base: int) -> bytes:
 
 
 def _memo_names(canary: str, protocol: int, base: int) -> bytes:
-    """The names come out of the memo, in the order that suits."""
+    """The names come out of the memo, in the order needed."""
     first, second = (struct.pack("<I", base + at) for at in (0, 1))
     texts = [(text_code("mkdir", protocol), first), (text_code("os", protocol), second)]
     puts = [text + pickle.LONG_BINPUT + number + pickle.POP for text, number in texts]
@@ -317,7 +318,7 @@ def _call_and_pop(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _in(head: bytes, tail: bytes, canary: str, protocol: int, _: int) -> bytes:
-    """The result is a part of something."""
+    """The result becomes a part of a container."""
     return head + _call_twice(canary, protocol) + tail
 
 
@@ -326,7 +327,7 @@ def _deep(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _broken_off(canary: str, protocol: int, _: int) -> bytes:
-    """No scanner that reads the whole pickle first comes this far."""
+    """No scanner that reads the whole pickle first reaches this point."""
     return _call_twice(canary, protocol) + b"\xff"
 
 

@@ -1,8 +1,8 @@
-"""Metadata that lie: names, places, sizes, boxes and properties that cannot be. Pure but for
+"""Metadata that lie: impossible names, places, sizes, boxes and properties. Pure except for
 `Good.of`, which reads the good checkpoint.
 
-What enters: a good checkpoint's `Metadata`. What leaves: the pickle of them with one thing wrong.
-An edit changes a copy in place; what is wrong in it is wrong for every reader.
+Enters: a good checkpoint's `Metadata`. Leaves: a pickle of it with one thing wrong. An edit changes
+a copy in place; its lie is wrong for every reader.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 LAST = (1 << 63) - 1
-"""The largest number that fits 64 bits with a sign."""
+"""The largest signed 64-bit number."""
 
 HOSTILE_NAMES = (
     *("", ".", "..", "/", "./", "/dev/zero", "/proc/self/mem", "../outside"),
     *("nul\0", "a//b", "half \ud800", "n" * 300, "a/" * 3000 + "b"),
 )
-"""Names that are no data file of any checkpoint."""
+"""Names that are not a data file of any checkpoint."""
 
 Needs = Literal["tensor", "value"]
 
@@ -43,28 +43,28 @@ class Edit:
     name: str
     harm: str
     change: Callable[[Metadata, str], None]
-    """Of the metadata, in place, about this key."""
+    """Changes the metadata in place, at this key."""
     needs: Needs = "tensor"
-    """What kind of key it is about."""
+    """The kind of key that it needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Good:
-    """A good checkpoint, and what of it hostile ones are about."""
+    """A good checkpoint, and the parts of it that hostile ones change."""
 
     folder: Path
     metadata: bytes
-    """The pickle of its Metadata, without anything behind."""
+    """The pickle of its Metadata, without the manifest."""
     tensor: str
-    """The key of the tensor with the most elements; "" without any."""
+    """The key of the tensor with the most elements; "" if there is no tensor."""
     value: str
-    """The key of a value; "" without any."""
+    """The key of a value; "" if there is no value."""
 
     @classmethod
     def of(cls, folder: Path) -> Good:
-        """The checkpoint in a folder. It is unpickled: only for what you trust.
+        """The checkpoint in a folder. It is unpickled, so it must be trusted.
 
-        Raises ValueError where it holds no tensor.
+        Raises ValueError if it holds no tensor.
         """
         metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
         entries = metadata.state_dict_metadata
@@ -81,16 +81,16 @@ class Good:
         )
 
     def has(self, needs: Needs) -> bool:
-        """Whether there is such a key."""
+        """Whether the checkpoint has a key of this kind."""
         return bool(getattr(self, needs))
 
     def copy(self) -> Metadata:
-        """The metadata, to be changed."""
+        """A copy of the metadata, for editing."""
         metadata: Metadata = pickle.loads(self.metadata)
         return metadata
 
     def edited(self, edit: Edit) -> bytes:
-        """The pickle of the metadata with that lie."""
+        """The pickle of the metadata with this lie."""
         metadata = self.copy()
         edit.change(metadata, getattr(self, edit.needs))
         return pickle.dumps(metadata)
@@ -110,14 +110,14 @@ class Good:
 
 
 def move_entry(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
-    """The key's first entry is a whole file of `nbytes` bytes."""
+    """Make the key's first entry a whole file of `nbytes` bytes."""
     place = place_of(metadata, fqn)
     place.relative_path, place.offset, place.length = name, 0, nbytes
     place.transform_descriptors = None
 
 
 def with_pickle(entry: bytes, pickled: bytes) -> bytes:
-    """An entry, a zip archive of torch.save, with another data.pkl and true checksums."""
+    """A zip archive of torch.save with its data.pkl replaced and its checksums recomputed."""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(entry)) as old, zipfile.ZipFile(made, "w") as new:
         for record in old.infolist():
@@ -127,12 +127,12 @@ def with_pickle(entry: bytes, pickled: bytes) -> bytes:
 
 
 def place_of(metadata: Metadata, fqn: str) -> Any:
-    """Where the key's first entry is."""
+    """The place of the key's first entry."""
     return next(place for key, place in metadata.storage_data.items() if key.fqn == fqn)
 
 
 def rename_files(name: str) -> Edit:
-    """Every data file has this name."""
+    """Give every data file this name."""
 
     def change(metadata: Metadata, fqn: str) -> None:
         for place in metadata.storage_data.values():
@@ -158,7 +158,7 @@ def _remove_place(metadata: Metadata, fqn: str) -> None:
 
 
 def _swap_entry(metadata: Metadata, fqn: str) -> None:
-    """The tensor's entry is the shortest other one."""
+    """Point the tensor at the shortest other entry."""
     others = [place for key, place in metadata.storage_data.items() if key.fqn != fqn]
     other = min(others, key=lambda place: place.length)
     mine = place_of(metadata, fqn)
@@ -206,13 +206,13 @@ def _absurd(*size: int) -> Callable[[Metadata, str], None]:
 
 
 def _grow_tensor(metadata: Metadata, fqn: str) -> None:
-    """A tensor one row longer than its chunks."""
+    """Make the tensor one row longer than its chunks."""
     entry = _entry(metadata, fqn)
     entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
 
 
 def _overlap_chunks(metadata: Metadata, fqn: str) -> None:
-    """A second chunk that lies on the first one."""
+    """Add a second chunk that overlaps the first one."""
     entry = _entry(metadata, fqn)
     first = entry.chunks[0]
     entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
@@ -233,13 +233,13 @@ def _shift_place(by: int) -> Callable[[Metadata, str], None]:
 
 
 def _many_chunks(metadata: Metadata, fqn: str) -> None:
-    """The same chunk 20,000 times."""
+    """Repeat the same chunk 20,000 times."""
     entry = _entry(metadata, fqn)
     entry.chunks = entry.chunks[:1] * 20_000
 
 
 def _flatten_chunks(metadata: Metadata, fqn: str) -> None:
-    """Chunks of another number of dimensions than their tensor's."""
+    """Give chunks another number of dimensions than their tensor."""
     for chunk in _entry(metadata, fqn).chunks:
         chunk.sizes = torch.Size([*chunk.sizes, 1])
 

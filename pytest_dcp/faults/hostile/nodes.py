@@ -1,6 +1,6 @@
-"""What can stand in a folder under a name: files, and what only looks like one.
+"""Entries of a folder: files, and nodes that only look like files.
 
-Nodes are values; `lay` puts one on the disk, and removes what is there.
+Nodes are values; `lay` puts one on the disk, replacing any node with the name.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 class Node:
-    """Something with a name in a folder: the base."""
+    """An entry with a name in a folder: the base class."""
 
     __slots__ = ()
 
     def make(self, path: Path) -> None:
-        """Create it where nothing is."""
+        """Create it at a free name."""
         raise NotImplementedError
 
 
@@ -34,10 +34,10 @@ class Content(Node):
 
 @dataclass(frozen=True, slots=True)
 class Sparse(Node):
-    """A plain file of zeros that takes no room, behind some bytes and before others."""
+    """A plain file of zeros without blocks, between a head and a tail of bytes."""
 
     nbytes: int
-    """Of the whole file."""
+    """Size of the whole file."""
     head: bytes = b""
     tail: bytes = b""
 
@@ -61,7 +61,7 @@ class SymbolicLink(Node):
 
 @dataclass(frozen=True, slots=True)
 class Fifo(Node):
-    """A named pipe without a writer: an open waits for ever."""
+    """A named pipe without a writer: an open waits forever."""
 
     def make(self, path: Path) -> None:
         os.mkfifo(path)
@@ -72,7 +72,7 @@ class Socket(Node):
     """A socket without a listener."""
 
     def make(self, path: Path) -> None:
-        # By a descriptor of its folder: the path of a socket takes 107 bytes at most.
+        # Relative to the folder's descriptor: the path of a socket has at most 107 bytes.
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with socket.socket(socket.AF_UNIX) as bound:
@@ -91,14 +91,14 @@ class Folder(Node):
 
 @dataclass(frozen=True, slots=True)
 class NoNode(Node):
-    """Nothing."""
+    """No entry at all."""
 
     def make(self, path: Path) -> None:
         return
 
 
 def lay(node: Node, path: Path) -> None:
-    """Replace whatever has the name by the node."""
+    """Replace any node that has the name by this node."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

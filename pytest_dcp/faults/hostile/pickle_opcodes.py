@@ -1,9 +1,9 @@
-"""Pickles written opcode by opcode, also such as no pickler emits. Pure (no I/O).
+"""Pickles written opcode by opcode, including ones that no pickler emits. Pure (no I/O).
 
-What enters: expressions, which name globals and call them. What leaves: opcodes that leave the
-expression's value on an unpickler's stack. The opcodes: CPython's Lib/pickletools.py; the protocol
-decides how names, numbers and tuples are written, as it does in a pickler. An unpickler takes any
-opcode under any protocol.
+Enters: expressions, which name globals and call them. Leaves: opcodes that put the expression's
+value on an unpickler's stack. The opcodes: CPython's Lib/pickletools.py; the protocol decides how
+names, numbers and tuples are written, as it does in a pickler. An unpickler takes any opcode under
+any protocol.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROTOCOLS = (0, 1, 2, 3, 4, 5)
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """What a module knows under a name."""
+    """An attribute of a module."""
 
     module: str
     name: str
@@ -31,17 +31,17 @@ class PickledCall:
 
     callee: Global | PickledCall
     args: tuple[Any, ...]
-    """Of None, ints, strings, bytes, tuples, empty dicts, globals and calls."""
+    """None, ints, strings, bytes, tuples, empty dicts, globals and calls."""
 
 
 def assemble_pickle(code: bytes, protocol: int) -> bytes:
-    """The whole pickle whose value is what `code` leaves on the stack."""
+    """A whole pickle whose value is the one that `code` puts on the stack."""
     head = pickle.PROTO + bytes([protocol]) if protocol >= 2 else b""
     return head + code + pickle.STOP
 
 
 def code_of(value: object, protocol: int) -> bytes:
-    """The opcodes of an expression. Raises TypeError for what is none."""
+    """The opcodes of an expression. Raises TypeError for anything else."""
     if isinstance(value, PickledCall):
         return code_of(value.callee, protocol) + code_of(value.args, protocol) + pickle.REDUCE
     if isinstance(value, Global):
@@ -62,7 +62,7 @@ def code_of(value: object, protocol: int) -> bytes:
 
 
 def global_code(value: Global, protocol: int) -> bytes:
-    """A global: by lines up to protocol 3, by strings on the stack from 4 on."""
+    """The opcodes of a global: as lines up to protocol 3, with strings on the stack from 4 on."""
     if protocol < 4:
         return pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode()
     names = text_code(value.module, protocol) + text_code(value.name, protocol)
@@ -70,7 +70,7 @@ def global_code(value: Global, protocol: int) -> bytes:
 
 
 def tuple_code(items: bytes, count: int, protocol: int) -> bytes:
-    """A tuple of `count` items whose opcodes these are."""
+    """A tuple of `count` items, given their opcodes."""
     if protocol >= 2 and 0 < count <= 3:
         return items + (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)[count - 1]
     return pickle.MARK + items + pickle.TUPLE
@@ -94,7 +94,7 @@ def long_code(value: int) -> bytes:
 
 
 def _bytes_code(value: bytes, protocol: int) -> bytes:
-    if protocol < 3:  # as picklers do, which had no opcode for bytes
+    if protocol < 3:  # like picklers of protocols without an opcode for bytes
         encode = Global("_codecs", "encode")
         return code_of(PickledCall(encode, (value.decode("latin1"), "latin1")), protocol)
     return pickle.BINBYTES + struct.pack("<I", len(value)) + value
@@ -109,9 +109,9 @@ def _int_code(value: int, protocol: int) -> bytes:
 
 
 def operations(data: bytes) -> list[tuple[str, Any, bytes]]:
-    """The pickle's opcodes, as (name, argument, bytes), without its frames, which are not needed.
+    """The pickle's opcodes, as (name, argument, bytes), without its frames, which are optional.
 
-    What is cut into opcodes can be put together in another way.
+    The opcodes can then be reassembled in another way.
     """
     found = [(op.name, arg, at or 0) for op, arg, at in pickletools.genops(data)]
     ends = [at for _, _, at in found[1:]] + [found[-1][2] + 1]
@@ -123,9 +123,9 @@ def operations(data: bytes) -> list[tuple[str, Any, bytes]]:
 
 
 def split(data: bytes, text: str) -> tuple[bytes, bytes, int]:
-    """The pickle before and after this string, and how much its memo held before that.
+    """The pickle before and after this string, and the number of memo entries before it.
 
-    Raises LookupError where the string is not in it.
+    Raises LookupError if the string is not in it.
     """
     parts = operations(data)
     for at, (_, arg, raw) in enumerate(parts):

@@ -1,8 +1,8 @@
 """Checkpoints with code in their pickles, and pickles that grow: every way in, in every place.
 
-What enters: a folder with a good checkpoint of your own. What leaves: one `Hostile` after the
-other. Code makes a canary, a file or folder at a path of your choice, and nothing else: where it is
-after a load, code of the checkpoint ran. A bomb takes more than 2 GiB once it is unpickled.
+Enters: a folder with a good checkpoint of your own. Leaves: one `Hostile` after the other. Their
+code creates a canary, a file or folder at a path of your choice, and does nothing else: if it
+exists after a load, code of the checkpoint ran. A bomb takes more than 2 GiB once it is unpickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pytest_dcp.faults.hostile.pickle_opcodes import (
 )
 
 BOMB_BYTES = 1 << 31
-"""What a bomb takes at least."""
+"""Minimum memory that a bomb takes."""
 _HOLE = "here is the hostile part"
 _FILE = "hostile.distcp"
 
@@ -39,7 +39,7 @@ def malicious_pickles(
 ) -> Iterator[Hostile]:
     """Checkpoints that make the canary when they are read: gadgets x protocols x places.
 
-    canary: a path where nothing is, below an existing folder, of at most 100 characters.
+    canary: a free path of at most 100 characters below an existing folder.
     """
     good = Good.of(Path(folder).absolute())
     found = gadgets(os.fspath(canary))
@@ -60,7 +60,8 @@ def malicious_pickles(
 
 
 def memory_bombs(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
-    """Checkpoints of some 100 KiB whose pickles take gigabytes, and call only what copies data.
+    """Checkpoints of about 100 KiB whose pickles take gigabytes, and call only functions that copy
+    data.
 
     A list of allowed globals does not stop them.
     """
@@ -75,7 +76,7 @@ def memory_bombs(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
 
 
 def _whole(good: Good) -> dict[str, Callable[[bytes], Nodes]]:
-    """What puts a pickle into a checkpoint as a whole, by its place there."""
+    """Functions that put a whole pickle into a checkpoint, by its place there."""
     found: dict[str, Callable[[bytes], Nodes]] = {
         ".metadata": lambda data: {".metadata": Content(data)},
         "the metadata of rank 0": lambda data: {
@@ -96,20 +97,20 @@ def _as_entry(good: Good, fqn: str) -> Callable[[bytes], Nodes]:
 
 
 def _instead(good: Good, fqn: str, entry: bytes) -> Nodes:
-    """The key's first entry is another one, in a file of its own."""
+    """Replace the key's first entry by another one, in its own file."""
     metadata = good.copy()
     move_entry(metadata, fqn, _FILE, len(entry))
     return {".metadata": Content(pickle.dumps(metadata)), _FILE: Content(entry)}
 
 
 PARTS = ("planner_data", "the version", "a tensor's properties", "a file's name", "a key")
-"""Of a `.metadata` that is otherwise good."""
+"""Places in an otherwise good `.metadata`."""
 PART_PROTOCOLS = (2, 4)
-"""In which parts are written; the others have no opcodes for them of their own."""
+"""Protocols in which parts are written; the others have no distinct opcodes for them."""
 
 
 def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
-    """The metadata's pickle before and after one of its parts, and what its memo holds there."""
+    """The metadata's pickle before and after one of its parts, and the size of its memo there."""
     metadata = good.copy()
     entries = metadata.state_dict_metadata
     if place == "planner_data":
@@ -129,7 +130,7 @@ def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
 
 
 def _again_and_again(module: str, name: str, args: bytes, each_bytes: int) -> bytes:
-    """A list of the results of one call, each of `each_bytes` bytes."""
+    """A list of the results of a repeated call, each of `each_bytes` bytes."""
     head = global_code(Global(module, name), 2) + b"q\0" + args + b"q\1" + b"]("
     return head + b"h\0h\1R" * (BOMB_BYTES // each_bytes + 1) + b"e"
 
@@ -158,4 +159,4 @@ BOMBS = {
     "a bytearray that is said to follow": b"\x96" + struct.pack("<Q", 1 << 36),
     "bytes that are said to follow": b"\x8e" + struct.pack("<Q", 1 << 36),
 }
-"""Opcodes, by what they make."""
+"""Opcodes, by the value they create."""

@@ -1,8 +1,8 @@
 """A wrapper of torch's `FileSystemBase`: its calls and streams are storage operations.
 
-So faults of operations act on file systems that are none of the machine's: object stores, memory.
-Each call is one operation of the same kinds as those of files; a path is what the file system was
-given, below a watched folder relative to it.
+Faults of operations thus also act on file systems that the kernel does not know: object stores,
+memory. Each call is one operation, of the same kinds as on files; a path is the one passed to the
+file system, relative to the watched folder if it is below one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Where = str | os.PathLike[str]
 
 
 class FaultyFileSystem(FileSystemBase):
-    """Any file system, with faults at its operations. Unknown attributes are the inner one's."""
+    """Any file system, with faults at its operations. Other attributes are the inner one's."""
 
     def __init__(self, inner: FileSystemBase, injector: Injector) -> None:
         self._inner = inner
@@ -37,7 +37,7 @@ class FaultyFileSystem(FileSystemBase):
         self._registry.add(Watch(("/",), self._watcher, injector.rank, observing=False))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # not yet there while it is copied or unpickled
+        if name == "_inner":  # not set yet while it is being copied or unpickled
             raise AttributeError(name)
         return getattr(self._inner, name)
 
@@ -59,11 +59,11 @@ class FaultyFileSystem(FileSystemBase):
             self._do(close, lambda: opened.__exit__(None, None, None))
 
     def concat_path(self, path: Where, suffix: str) -> Where:
-        """As the inner one."""
+        """Like the inner file system."""
         return self._inner.concat_path(path, suffix)
 
     def init_path(self, path: Where) -> Where:
-        """As the inner one."""
+        """Like the inner file system."""
         return self._inner.init_path(path)
 
     def rename(self, path: Where, new_path: Where) -> None:
@@ -76,7 +76,7 @@ class FaultyFileSystem(FileSystemBase):
         self._do(Operation("make_folder", _spell_path(path)), lambda: self._inner.mkdir(path))
 
     def exists(self, path: Where) -> bool:
-        """As the inner one: no operation."""
+        """Like the inner file system: not an operation."""
         with self._injector.covered():
             return self._inner.exists(path)
 
@@ -85,7 +85,7 @@ class FaultyFileSystem(FileSystemBase):
         self._do(Operation("remove", _spell_path(path)), lambda: self._inner.rm_file(path))
 
     def ls(self, path: Where) -> list[str]:
-        """An operation `list`; for file systems that have one."""
+        """An operation `list`; only if the inner file system has it."""
         inner: Any = self._inner
 
         def list_it() -> list[str]:
@@ -97,12 +97,12 @@ class FaultyFileSystem(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Where) -> bool:
-        """Any: the inner file system is asked when it is used."""
+        """Accepts any id: the inner file system checks it when it is used."""
         return True
 
     @contextmanager
     def observed(self, folder: Where, watcher: Watcher, rank: int) -> Iterator[None]:
-        """Let a watcher see what is done below the folder, until the block ends; it only looks."""
+        """Let a watcher observe operations below the folder until the block ends."""
         watch = Watch((_spell_path(folder),), watcher, rank, observing=True)
         self._registry.add(watch)
         try:
@@ -136,7 +136,7 @@ Perform = Callable[[Operation, Callable[[Operation], tuple[Any, int]]], Any]
 
 
 class FaultyStream(io.IOBase):
-    """A stream whose reads and writes are operations. Unknown attributes are the inner one's."""
+    """A stream whose reads and writes are operations. Other attributes are the inner one's."""
 
     def __init__(self, inner: Any, perform: Perform, path: str) -> None:
         self._stream = inner
@@ -147,7 +147,7 @@ class FaultyStream(io.IOBase):
         return getattr(self._stream, name)
 
     def write(self, data: Any) -> int:
-        """Write all, as a buffered stream does; a raw one may take only the first bytes."""
+        """Write all bytes, like a buffered stream; a raw one may take only the first bytes."""
         left, whole = memoryview(data).cast("B"), len(memoryview(data).cast("B"))
         while left:
             done: int = self._perform(
@@ -165,7 +165,7 @@ class FaultyStream(io.IOBase):
         return taken, taken
 
     def read(self, size: int | None = -1) -> bytes:
-        """At most `size` bytes; all that are left by default."""
+        """Read at most `size` bytes, by default all remaining."""
 
         def act(operation: Operation) -> tuple[bytes, int]:
             data = self._stream.read(operation.nbytes or size)
@@ -183,60 +183,60 @@ class FaultyStream(io.IOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As the inner stream."""
+        """Like the inner stream."""
         return int(self._stream.seek(offset, whence))
 
     def tell(self) -> int:
-        """As the inner stream."""
+        """Like the inner stream."""
         return int(self._stream.tell())
 
     def flush(self) -> None:
-        """As the inner stream."""
+        """Like the inner stream."""
         if not self._stream.closed:
             self._stream.flush()
 
     def truncate(self, size: int | None = None) -> int:
-        """As the inner stream."""
+        """Like the inner stream."""
         return int(self._stream.truncate(size))
 
     def fileno(self) -> int:
-        """As the inner stream."""
+        """Like the inner stream."""
         return int(self._stream.fileno())
 
     def readable(self) -> bool:
-        """As the inner stream."""
+        """Like the inner stream."""
         return bool(self._stream.readable())
 
     def writable(self) -> bool:
-        """As the inner stream."""
+        """Like the inner stream."""
         return bool(self._stream.writable())
 
     def seekable(self) -> bool:
-        """As the inner stream."""
+        """Like the inner stream."""
         return bool(self._stream.seekable())
 
     def close(self) -> None:
-        """Nothing: the maker of the inner stream closes it."""
+        """Does nothing: the creator of the inner stream closes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreFolder:
-    """A folder of a wrapped file system, as a place to record: files, and no folders in it."""
+    """A folder of a wrapped file system, as a place to record: files only, no folders."""
 
     filesystem: FaultyFileSystem
     folder: Where
 
     def trees(self) -> list[Tree]:
-        """What is in the folder now."""
+        """The current contents of the folder."""
         return [self.filesystem.files(self.folder)]
 
     def watching(self, watcher: Watcher, rank: int) -> AbstractContextManager[None]:
-        """Let the watcher see what is done there, until the block ends."""
+        """Let the watcher observe operations on it until the block ends."""
         return self.filesystem.observed(self.folder, watcher, rank)
 
 
 class _StoreWatcher:
-    """The injector, as the watcher of everything that a wrapped file system does."""
+    """The injector, as the watcher of all operations of a wrapped file system."""
 
     def __init__(self, injector: Injector) -> None:
         self._injector = injector
@@ -254,13 +254,13 @@ class _StoreWatcher:
         self._injector.after(operation)
 
     def note(self, folder: str, paths: list[str]) -> list[str]:
-        """Remember what was listed."""
+        """Remember a listing."""
         names = frozenset(os.path.basename(path.rstrip("/")) for path in paths)
         self._listed[folder.lstrip("/")] = names
         return paths
 
 
 def _spell_path(path: Where) -> str:
-    """The path under the one root of all: `memory://a/b` is `/memory://a/b`."""
+    """The path under one common root: `memory://a/b` becomes `/memory://a/b`."""
     text = os.fspath(path).rstrip("/")
     return text if text.startswith("/") else f"/{text}"

@@ -1,7 +1,8 @@
-"""What all ranks of a world know of one injection: how often it fired, and whether it is released.
+"""State of one injection shared by all ranks of a world: how often it fired, and whether it is
+released.
 
-Files in a folder that the ranks share, so that it is right in every rank, also of one that was
-killed the moment it fired: one byte a firing, appended.
+Kept as files in a folder that the ranks share, one appended byte per firing, so that the count is
+right in every rank even after a rank was killed the moment it fired.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ class Ledger:
 
     folder: Path
     key: str
-    """Begins the files' names."""
+    """Prefix of the files' names."""
 
     def begin(self, rank: int) -> None:
-        """Forget what this rank noted in an earlier life, and start with nothing."""
+        """Discard this rank's counts from an earlier life, and start at zero."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("released", "overdue", f"fired-{rank}"):
             self._file(name).unlink(missing_ok=True)
 
     def add(self, rank: int) -> None:
-        """Note that the fault fires."""
+        """Record that the fault fires."""
         fd = os.open(self._file(f"fired-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(fd, b"!")
@@ -39,26 +40,26 @@ class Ledger:
             os.close(fd)
 
     def fired(self) -> dict[int, int]:
-        """How often it fired in each rank where it did."""
+        """How often it fired in each rank, without ranks in which it did not."""
         files = sorted(self.folder.glob(f"{self.key}.fired-*"))
         return {int(file.name.rpartition("-")[2]): file.stat().st_size for file in files}
 
     def release(self) -> None:
-        """Open the gate for all that hang."""
+        """Release every operation that hangs."""
         self._file("released").touch()
 
     def wait(self, limit_s: float) -> None:
-        """Return when it is released. Raises TimeoutError after the limit, and notes that."""
+        """Wait until it is released. Raises TimeoutError after the limit, and records that."""
         deadline = time.monotonic() + limit_s
-        # A test that is over has taken the folder away, perhaps before this thread could look.
+        # A finished test has removed the folder, perhaps before this thread could look.
         while self.folder.is_dir() and not self._file("released").exists():
             if time.monotonic() > deadline:
                 self._file("overdue").touch()
-                raise TimeoutError(f"nobody released the hung operation within {limit_s:g} s")
+                raise TimeoutError(f"no rank released the hung operation within {limit_s:g} s")
             time.sleep(POLL_S)
 
     def await_firing(self, limit_s: float, what: str) -> None:
-        """Return when it has fired in some rank. Raises FaultError after the limit."""
+        """Wait until it has fired in some rank. Raises FaultError after the limit."""
         deadline = time.monotonic() + limit_s
         while not self.fired():
             if time.monotonic() > deadline:
@@ -66,7 +67,7 @@ class Ledger:
             time.sleep(POLL_S)
 
     def is_overdue(self) -> bool:
-        """Whether a wait came to its limit."""
+        """Whether a wait has reached its limit."""
         return self._file("overdue").exists()
 
     def _file(self, name: str) -> Path:

@@ -1,9 +1,9 @@
 """Wrappers of storages, planners and stagers: the same object, with faults at its hooks.
 
 Enters: any implementation. Leaves: an object of a subclass of its own class that shares its
-attributes, so whatever asks for its type, its attributes or its signatures gets what it had. Only
-the hooks that a fault was injected at are overridden: the engine sees that the others are untouched
-and takes the ways that it always takes. A hook that an object calls on itself is no event.
+attributes, so its type, attributes and signatures look unchanged. Only the hooks with an injected
+fault are overridden: the engine sees that the others are untouched and takes its usual paths. A
+hook that an object calls on itself is not an event.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytest_dcp.faults.injection.injection import HOOKS
 
 T = TypeVar("T")
 Around = Callable[[str, Callable[[], Any]], Any]
-"""Called with a hook as `role.hook` and what runs it; returns the hook's result."""
+"""Called with a hook as `role.hook` and a function that runs it; returns the hook's result."""
 
 
 class Wrappers:
@@ -34,7 +34,7 @@ class Wrappers:
     def wrap(self, inner: T, role: str) -> T:
         """The object with faults at its hooks.
 
-        Its attributes are the inner one's own, those of `__slots__` copied.
+        It shares the inner one's attributes; those of `__slots__` are copied.
         """
         kind = type(inner)
         faulty: type = types.new_class(
@@ -44,7 +44,7 @@ class Wrappers:
         )
         outer: T = copy.copy(inner) if not hasattr(inner, "__dict__") else object.__new__(faulty)
         if hasattr(inner, "__dict__"):
-            # Past __setattr__, which a class may have made its own.
+            # Bypass __setattr__, which a class may override.
             object.__setattr__(outer, "__dict__", inner.__dict__)
             for slot in _slots(kind):
                 if hasattr(inner, slot):
@@ -56,7 +56,7 @@ class Wrappers:
         return outer
 
     def target(self, hooks: Iterable[str]) -> None:
-        """Let these hooks, as `role.hook`, be overridden in all wrapped objects."""
+        """Allow these hooks, as `role.hook`, to be overridden in all wrapped objects."""
         self._targets |= set(hooks)
         for role, faulty in self._wrapped:
             self._override(role, faulty)
@@ -82,7 +82,7 @@ class Wrappers:
 
         def value(self: Any) -> Any:
             def work() -> Any:
-                # An attribute set on the object itself comes before that of the class.
+                # An attribute set on the object itself shadows that of the class.
                 own = vars(self) if hasattr(self, "__dict__") else {}
                 return own[hook] if hook in own else getattr(super(faulty, self), hook)
 
@@ -92,13 +92,13 @@ class Wrappers:
 
 
 class _Inside(threading.local):
-    """The objects that are in one of their hooks, in this thread."""
+    """The objects that are running one of their hooks in this thread."""
 
     def __init__(self) -> None:
         self.objects: set[int] = set()
 
     def once(self, owner: Any, plain: Callable[[], Any], faulty: Callable[[], Any]) -> Any:
-        """The faulty call, the plain one where the object calls itself."""
+        """The faulty call, or the plain one if the object calls itself."""
         if id(owner) in self.objects:
             return plain()
         self.objects.add(id(owner))

@@ -1,7 +1,7 @@
 """Where and when a fault acts. Pure (no I/O): names, patterns and counts.
 
 Enters: the arguments of `inject`, and one event after the other. Leaves: whether the fault fires at
-this event. Each rank counts for itself, so that an injection means the same in every run.
+this event. Each rank counts for itself, so that an injection has the same effect in every run.
 """
 
 from __future__ import annotations
@@ -46,27 +46,28 @@ class Injection:
 
     fault: Fault
     on: str
-    """A hook, perhaps as `writer.finish`, or the kind of an operation; `close` is the latter."""
+    """A hook, perhaps as `writer.finish`, or the kind of an operation; `close` is the operation."""
     rank: int | None = None
     """Only in this rank; None: in any."""
     thread: str | None = None
     """main, worker (any other), or a pattern of thread names."""
     path: str | None = None
-    """A shell pattern: of the path below the watched folder where it has a slash, else of the last
-    name in it. Of a rename or link, either name."""
+    """A shell pattern, matched against the path below the watched folder if it contains a slash,
+    else against the last name of the path. For a rename or link, either path may match.
+    """
     nth: int = 1
-    """Which matching event of a rank, counted from 1."""
+    """The number of the matching event in a rank, counted from 1."""
     sticky: bool = False
-    """Every one from the nth on."""
+    """Whether it also fires at every later event."""
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The hooks meant, as `role.hook`; none for the kind of an operation."""
+        """The selected hooks, as `role.hook`; none if `on` is the kind of an operation."""
         return frozenset() if self.on in OPERATION_KINDS else hooks_named(self.on)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of operations that it can act on; none where it acts at the hook itself."""
+        """The kinds of operations that it can act on; none if it acts at the hook itself."""
         if self.on in OPERATION_KINDS:
             return (self.on,)
         if self.fault.level == "hook":
@@ -75,7 +76,7 @@ class Injection:
 
     @property
     def key(self) -> str:
-        """A short name that is the same in every process for the same injection."""
+        """A short name, the same in every process for the same injection."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
 
@@ -90,35 +91,35 @@ class Event:
     is_main: bool
     """Whether the thread is the process's main one."""
     paths: tuple[str, ...] = ()
-    """Of the operation, relative to the watched folder; a rename has two."""
+    """Paths of the operation, relative to the watched folder; a rename has two."""
     nbytes: int = 0
     hooks: frozenset[str] = frozenset()
-    """For an operation: the hooks that run in this process."""
+    """For an operation: the hooks running in this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Firing:
-    """That the fault acts now."""
+    """A fault that acts now."""
 
     counted: bool = True
-    """False for the rest of a firing that was counted before."""
+    """False if an earlier part of this firing was already counted."""
     room_bytes: int | None = None
-    """Bytes that still fit; None where the fault has no budget."""
+    """Bytes that still fit; None if the fault has no budget."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What one rank has seen of one injection."""
+    """One rank's counts for one injection."""
 
     matches: int = 0
     used_bytes: int = 0
-    """Of a byte budget."""
+    """Bytes used of the budget."""
     owed: bool = False
-    """A write was cut short at the budget's end: the next one has no room at all."""
+    """The last write was cut short at the budget's end: the next one has no room at all."""
 
 
 def hooks_named(on: str) -> frozenset[str]:
-    """The hooks that a name means; none for a wrong one."""
+    """The hooks that a name selects; none for an unknown name."""
     return frozenset(
         f"{role}.{hook}"
         for role, hooks in HOOKS.items()
@@ -152,7 +153,7 @@ def problems(injection: Injection) -> list[str]:
 
 
 def matches(injection: Injection, event: Event) -> bool:
-    """Whether the event is one of those that the injection counts."""
+    """Whether the injection counts the event."""
     if event.paths or event.name in OPERATION_KINDS:
         if event.name not in injection.kinds:
             return False
@@ -189,7 +190,7 @@ def count(injection: Injection, tally: Tally, event: Event) -> Firing | None:
 
 
 def is_path(pattern: str, path: str) -> bool:
-    """Whether a path, relative to the watched folder, is meant by the pattern."""
+    """Whether a path, relative to the watched folder, matches the pattern."""
     return fnmatchcase(path if "/" in pattern else PurePosixPath(path).name, pattern)
 
 

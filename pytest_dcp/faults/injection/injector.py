@@ -1,7 +1,7 @@
-"""The injections of one process: each hook and operation passes here, and faults act on it.
+"""The injections of one process: each hook and operation passes through here, and faults act on it.
 
-Decisions are taken under a lock, by `injection`; acts are not, since they may hang or kill. What
-fires is noted before it acts.
+`injection` decides under a lock; faults act outside of it, since they may hang or kill. A firing is
+recorded before it acts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Armed:
     injection: Injection
     ledger: Ledger
     names: Mapping[Path | None, frozenset[str]] = field(default_factory=dict)
-    """What each watched folder held at the time of the injection."""
+    """Contents of each watched folder at the time of the injection."""
     tally: Tally = field(default_factory=Tally)
 
 
@@ -42,13 +42,13 @@ class Injector:
         self.rank = rank
         self._armed: list[Armed] = []
         self._running: Counter[str] = Counter()
-        """Hooks that run now, in any thread."""
+        """Hooks running now, in any thread."""
         self._lock = threading.Lock()
         self._muted = 0
         self._thread = _ThreadState()
 
     def arm(self, armed: Armed) -> None:
-        """Let an injection count from now on."""
+        """Start counting for an injection."""
         with self._lock:
             self._armed.append(armed)
 
@@ -59,7 +59,7 @@ class Injector:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """No fault acts or counts inside, in any thread."""
+        """Within the block no fault acts or counts, in any thread."""
         with self._lock:
             self._muted += 1
         try:
@@ -70,7 +70,9 @@ class Injector:
 
     @contextmanager
     def covered(self) -> Iterator[None]:
-        """Operations of this thread inside are reported by the opener of the block, not again."""
+        """Within the block the operations of this thread are reported by the opener of the block,
+        not again.
+        """
         before, self._thread.covered = self._thread.covered, True
         try:
             yield
@@ -78,7 +80,7 @@ class Injector:
             self._thread.covered = before
 
     def hook(self, name: str, call: Callable[[], Any]) -> Any:
-        """The result of a hook, with the faults that act at it."""
+        """Run a hook with the faults that act at it, and return its result."""
         firing = self._firing(self._event(name))
         acting = [(a.injection.fault, Moment(name, self.rank, a.ledger)) for a, _ in firing]
         with self._lock:
@@ -98,15 +100,15 @@ class Injector:
     def before(
         self, operation: Operation, root: Path | None, listed: frozenset[str] | None = None
     ) -> Verdict | None:
-        """What the faults say before an operation.
+        """The verdict of the faults before an operation.
 
-        root: what its paths are relative to. listed: of a store, what it listed last.
+        root: the folder that its paths are relative to. listed: the last listing of a store.
         """
         self._thread.acting = []
         if self._thread.covered and listed is None:
             return None
         verdict: Verdict | None = None
-        with self.covered():  # what a fault does to files is no event
+        with self.covered():  # operations of a fault itself are not events
             acting = self._thread.acting = self._moments(operation, root, listed)
             for fault, moment in acting:
                 verdict = fault.before(moment) or verdict
@@ -155,7 +157,7 @@ class Injector:
         )
 
     def _firing(self, event: Event, file: Path | None = None) -> list[tuple[Armed, Firing]]:
-        """The injections that fire at an event, noted in their ledgers."""
+        """The injections that fire at an event, recorded in their ledgers."""
         found: list[tuple[Armed, Firing]] = []
         with self._lock:
             for armed in [] if self._muted else self._armed:
@@ -171,7 +173,7 @@ class Injector:
 
 
 class _ThreadState(threading.local):
-    """What one thread is in the middle of."""
+    """The hooks and blocks that one thread is in."""
 
     def __init__(self) -> None:
         self.acting: Acting = []

@@ -1,4 +1,5 @@
-"""The storages of torch's own failure tests, by their names: those tests port by this import.
+"""The storages of torch's own failure tests, under the same names: to port those tests, change the
+import.
 
 They store nothing. On the ranks that `fail_conf` lists under `fail_<hook>` the hook raises
 ValueError; under `fail_write_data_async` and `fail_read_data_async` the future does.
@@ -37,7 +38,7 @@ class FaultyStorageWriter(StorageWriter):
         self.fail_conf = check_fail_conf(fail_conf, WRITER_KEYS)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Fails on `fail_set_up_storage_writer`."""
@@ -64,12 +65,12 @@ class FaultyStorageWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any will do."""
+        """Accepts any id."""
         return True
 
 
 class FaultyStorageReader(StorageReader):
-    """Reads nothing but the metadata that it was given, and fails where configured."""
+    """Reads nothing but the metadata passed to it, and fails where configured."""
 
     def __init__(self, metadata: Metadata, fail_conf: FailConf) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class FaultyStorageReader(StorageReader):
         self.fail_conf = check_fail_conf(fail_conf, READER_KEYS)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def read_metadata(self) -> Metadata:
         """Fails on `fail_read_metadata` and `fail_deser_metadata`."""
@@ -108,14 +109,14 @@ class FaultyStorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any will do."""
+        """Accepts any id."""
         return True
 
 
 def check_fail_conf(fail_conf: FailConf, keys: Sequence[str]) -> FailConf:
-    """The configuration; raises ValueError for a `fail_` key that no hook would look at.
+    """The configuration. Raises ValueError for a `fail_` key that no hook looks up.
 
-    Other keys are the test's own business.
+    Other keys are left to the test.
     """
     for key in fail_conf:
         if key.startswith("fail_") and key not in keys:
@@ -125,20 +126,20 @@ def check_fail_conf(fail_conf: FailConf, keys: Sequence[str]) -> FailConf:
 
 
 def fails_here(fail_conf: FailConf, key: str) -> ValueError | None:
-    """The failure under a key on this rank."""
+    """The failure configured under a key for this rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return ValueError(f"{key} on rank {rank}") if rank in fail_conf.get(key, ()) else None
 
 
 def fail(fail_conf: FailConf, key: str) -> None:
-    """Raise where this rank is listed under the key."""
+    """Raise if this rank is listed under the key."""
     failure = fails_here(fail_conf, key)
     if failure is not None:
         raise failure
 
 
 def future(fail_conf: FailConf, key: str, result: Any) -> Future[Any]:
-    """A future that is done, or has failed where this rank is listed under the key."""
+    """A future that is done, or has failed if this rank is listed under the key."""
     done: Future[Any] = Future()
     failure = fails_here(fail_conf, key)
     if failure is None:

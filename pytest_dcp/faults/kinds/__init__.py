@@ -1,1 +1,1 @@
-"""What can go wrong: at a hook, at an operation, or to a file at rest."""
+"""Kinds of faults: at a hook, at an operation, or in a file at rest."""

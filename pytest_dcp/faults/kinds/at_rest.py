@@ -1,8 +1,8 @@
-"""Faults at rest: a file's bytes are not what was written, or the file is not the one it was.
+"""Faults at rest: a file's bytes differ from those written, or the file was exchanged.
 
-What is opened or read is spoiled before; what is written, synced, closed or renamed, afterwards.
-The file itself is changed, so the damage stays. A file that a fault cannot be done to (too short,
-no other one to swap with) is not met by it.
+A fault damages a file before an open or read, and after a write, sync, close or rename. The file
+itself is changed, so the damage stays. A file that cannot be damaged this way (too short, no other
+file to swap with) does not count as an event.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOOKING = ("open", "read")
 
 
 class Damage(StorageFault):
-    """A change of a file behind everybody's back: the base."""
+    """A silent change of a file: the base."""
 
     __slots__ = ()
 
@@ -40,20 +40,20 @@ class Damage(StorageFault):
             self.spoil(file)
 
     def can_spoil(self, file: Path) -> bool:
-        """Whether it can be done to this file."""
+        """Whether this file can be damaged this way."""
         return True
 
     def spoil(self, file: Path) -> None:
-        """Change the file."""
+        """Damage the file."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class BitFlip(Damage):
-    """One bit is the other one."""
+    """One bit is flipped."""
 
     offset: int = 0
-    """Bytes from the start; negative: from the end."""
+    """In bytes from the start; negative: from the end."""
     bit: int = 0
 
     def can_spoil(self, file: Path) -> bool:
@@ -67,10 +67,10 @@ class BitFlip(Damage):
 
 @dataclass(frozen=True, slots=True)
 class ZeroSector(Damage):
-    """A sector full of zeros."""
+    """A sector is filled with zeros."""
 
     sector: int = 0
-    """Counted from 0."""
+    """Index of the sector, from 0."""
     nbytes: int = damage.SECTOR_BYTES
 
     def can_spoil(self, file: Path) -> bool:
@@ -83,7 +83,7 @@ class ZeroSector(Damage):
 
 @dataclass(frozen=True, slots=True)
 class Truncate(Damage):
-    """Where the file ends, in bytes; negative: how many are missing; by default half."""
+    """Where the file ends, in bytes; negative: how many bytes are missing; by default half."""
 
     nbytes: int | None = None
 
@@ -103,7 +103,7 @@ class Missing(Damage):
 
 @dataclass(frozen=True, slots=True)
 class Foreign(Damage):
-    """The file is one that no save wrote."""
+    """The file is replaced by one that no save wrote."""
 
     content: bytes = b"this is no checkpoint\n"
 
@@ -113,10 +113,10 @@ class Foreign(Damage):
 
 @dataclass(frozen=True, slots=True)
 class Swap(Damage):
-    """The file has changed places with another one of its folder."""
+    """The file is swapped with another file of its folder."""
 
     other: str
-    """Its name, or a pattern: the first other file that fits."""
+    """The other file's name, or a pattern: the first other file that matches."""
 
     def can_spoil(self, file: Path) -> bool:
         return self._partner(file) is not None
@@ -135,10 +135,10 @@ class Swap(Damage):
 
 @dataclass(frozen=True, slots=True)
 class StaleFile(Damage):
-    """The file is an older one."""
+    """The file is replaced by an older one."""
 
     old: str
-    """Where the old content is: a path."""
+    """Path of the old content."""
 
     def can_spoil(self, file: Path) -> bool:
         return Path(self.old).is_file()

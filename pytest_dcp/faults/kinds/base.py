@@ -1,8 +1,8 @@
-"""Faults as values, and those that act wherever they are put: at a hook, or at an operation.
+"""Faults as values, and the faults that can act both at a hook and at an operation.
 
-A fault is a frozen dataclass: it pickles, and its repr is code that makes it again. It knows what
-goes wrong; where and when is the injection's. A fault of your own is a frozen dataclass below
-`Fault` with `before`, `after` or `result`.
+A fault is a frozen dataclass: it pickles, and its repr is code that makes it again. It defines what
+goes wrong; the injection defines where and when. To write your own fault, derive a frozen dataclass
+from `Fault` with `before`, `after` or `result`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Level = Literal["hook", "operations"]
 
 
 class Gate(Protocol):
-    """What a hung operation waits at."""
+    """The gate at which a hung operation waits."""
 
     def wait(self, limit_s: float) -> None:
-        """Return when the gate is open. Raises TimeoutError after the limit."""
+        """Wait until the gate is open. Raises TimeoutError after the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,15 @@ class Moment:
     operation: Operation | None = None
     """None at a hook."""
     file: Path | None = None
-    """The operation's file, absolute; None at a hook and where it is no local file."""
+    """The operation's file, absolute; None at a hook and if it is not a local file."""
     target: Path | None = None
-    """As `file`, of the new name of a rename or link."""
+    """Like `file`, for the new name of a rename or link."""
     room_bytes: int | None = None
-    """What a fault with a budget of bytes leaves free; None for the others."""
+    """Free bytes left by a fault with a byte budget; None for other faults."""
     names_before: frozenset[str] = frozenset()
-    """Of a listing: the names in that folder at the time of the injection, in a store that is no
-    local folder when it was last listed."""
+    """For a listing: the names in that folder at the time of the injection; in a store that is not
+    a local folder, at its last listing.
+    """
 
     def __str__(self) -> str:
         what = self.where if self.operation is None else str(self.operation)
@@ -59,36 +60,38 @@ class Moment:
 
 
 class Fault:
-    """What goes wrong. This one does nothing: the base."""
+    """The base of all faults; does nothing."""
 
     __slots__ = ()
 
     level: ClassVar[Level] = "hook"
-    """On the name of a hook: acts at the hook itself, or at storage operations made during it."""
+    """For a fault injected at a hook's name: whether it acts at the hook itself, or at storage
+    operations during it.
+    """
     operations: ClassVar[tuple[str, ...]] = OPERATION_KINDS
     """The kinds of operations that it can act on."""
     during: ClassVar[tuple[str, ...] | None] = None
-    """Of these, the ones it acts on where only a hook is named; None: all."""
+    """The subset it acts on if only a hook is named; None: all."""
     has_future: ClassVar[bool] = False
     """Whether it can fail in the future that a hook returns."""
 
     def meets(self, file: Path | None) -> bool:
-        """Whether an operation on this local file, None where it is none, is one to act on."""
+        """Whether to act on an operation on this local file, None if it has none."""
         return True
 
     def before(self, moment: Moment) -> Verdict | None:
-        """Act before the work: raise, or say what is to happen instead."""
+        """Act before the work: raise, or return the action that replaces it."""
         return None
 
     def after(self, moment: Moment) -> None:
-        """Act when the work is done: raise, or spoil what it left."""
+        """Act after the work: raise, or damage its result."""
 
     def result(self, result: Any, moment: Moment) -> Any:
-        """What a hook returns instead of its result."""
+        """The result that a hook returns instead of its own."""
         return result
 
     def problems(self) -> list[str]:
-        """What is wrong with the fault itself."""
+        """Everything wrong with the fault's own parameters."""
         when = getattr(self, "when", "before")
         allowed = WHENS if self.has_future else WHENS[:2]
         if when not in allowed:
@@ -122,7 +125,7 @@ class _Failing(Fault):
 
 
 def failed_future(result: Any, error: BaseException) -> Any:
-    """A future like the one that the hook returned, which fails. Torch's keeps only Exceptions."""
+    """A failed future of the type that the hook returned. Torch's futures only carry Exceptions."""
     if isinstance(result, Future) or not hasattr(result, "wait"):
         future: Future[Any] = Future()
         future.set_exception(error)
@@ -136,7 +139,7 @@ def failed_future(result: Any, error: BaseException) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Raise(_Failing):
-    """Raises an exception, or one of a class with a text that says where."""
+    """Raises an exception, or an instance of a class with a text that names the place."""
 
     exception: BaseException | type[BaseException] = RuntimeError
     when: When = "before"
@@ -160,7 +163,7 @@ def _describe(exception: BaseException | type[BaseException]) -> str:
 
 
 class UnpicklableError(Exception):
-    """An exception that holds what no pickle takes."""
+    """An exception that holds an object that cannot be pickled."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -168,7 +171,7 @@ class UnpicklableError(Exception):
 
 
 class UnrebuildableError(Exception):
-    """An exception that is pickled, and cannot be made again: it does not keep its arguments."""
+    """An exception that can be pickled but not rebuilt: it does not keep its arguments."""
 
     def __init__(self, text: str, *, where: str) -> None:
         super().__init__(f"{text} at {where}")
@@ -209,8 +212,9 @@ class LostReply(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Hang(Fault):
-    """Waits until `release()` is called on the injection, in any rank; the end of the test
-    releases all. Then the work is done, or has been."""
+    """Waits until `release()` is called on the injection, in any rank; the end of the test releases
+    all. With `when="before"` the work follows.
+    """
 
     when: When = "before"
     limit_s: float = 60.0
@@ -228,7 +232,7 @@ class Hang(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Slow(Fault):
-    """Takes its time before the work is done."""
+    """Waits for some time before the work is done."""
 
     seconds: float = 0.1
 
@@ -251,8 +255,9 @@ class WrongType(Fault):
 
 @dataclass(frozen=True, slots=True)
 class WrongShape(Fault):
-    """A hook does its work and returns the right thing without its last part: one plan, one item,
-    one result or one row too few."""
+    """A hook does its work and returns its result without the last part: one plan, item, result or
+    row is missing.
+    """
 
     operations = ()
 
@@ -261,7 +266,7 @@ class WrongShape(Fault):
 
 
 def shorter(result: Any) -> Any:
-    """The value without its last part; as it is where it has no parts."""
+    """The value without its last part; unchanged if it has no parts."""
     import torch
     from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
@@ -284,7 +289,9 @@ def shorter(result: Any) -> Any:
 
 
 class _Process(Fault):
-    """Ends or stops the rank's process, and tells the world that this was asked for."""
+    """Ends or stops the rank's process, after announcing to the world that the test asked
+    for it.
+    """
 
     __slots__ = ()
 
@@ -309,9 +316,9 @@ class _Process(Fault):
 
 
 def announce(reason: str) -> None:
-    """Tell the world of this rank that it dies, or stops, because it was asked to.
+    """Announce to this rank's world that the rank dies or stops on request.
 
-    Raises RuntimeError in a process that is no rank: the test session itself would end.
+    Raises RuntimeError in a process that is not a rank: the test session itself would end.
     """
     rank = current_rank()
     if rank is None:
@@ -321,23 +328,23 @@ def announce(reason: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kill(_Process):
-    """A signal that the process sends itself; SIGKILL ends it on the spot."""
+    """A signal that the process sends to itself; SIGKILL ends it at once."""
 
     signal: int = int(signals.SIGKILL)
     when: When = "before"
 
     def __post_init__(self) -> None:
-        # The repr of a Signals is no code.
+        # The repr of a Signals is not valid code.
         object.__setattr__(self, "signal", int(self.signal))
 
     def act(self) -> None:
-        # Of the thread itself: a signal to the process may reach another one first.
+        # To this thread: a signal to the process may be delivered to another thread first.
         signals.raise_signal(self.signal)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop(_Process):
-    """The process stands still (SIGSTOP) until somebody lets it go on."""
+    """The process stops (SIGSTOP) until another process continues it."""
 
     when: When = "before"
 
@@ -347,7 +354,7 @@ class Stop(_Process):
 
 @dataclass(frozen=True, slots=True)
 class Exit(_Process):
-    """The process leaves at once (os._exit), with a code that may even mean success."""
+    """The process exits at once (os._exit), with any code, even that of success."""
 
     code: int = 0
     when: When = "before"

@@ -1,6 +1,6 @@
-"""Faults of storage operations: errors of the system, work done in part, work only pretended.
+"""Faults of storage operations: system errors, partial work, pretended work.
 
-On the name of a hook these act at operations that are made while the hook runs.
+Injected at a hook's name, they act at operations made while the hook runs.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Errno(StorageFault):
 
 
 class _Full(_SystemError):
-    """No room; with a budget, only once that many bytes were written: the write that goes beyond is
-    first cut short, and the next one fails."""
+    """No space; with a budget, only once that many bytes were written: the write that exceeds it is
+    first cut short, and the next one fails.
+    """
 
     __slots__ = ()
 
@@ -92,7 +93,7 @@ class NoSpace(_Full):
 
 @dataclass(frozen=True, slots=True)
 class Quota(_Full):
-    """EDQUOT: the user's share is used up, perhaps after `after_bytes`."""
+    """EDQUOT: the user's quota is used up, perhaps after `after_bytes`."""
 
     number = errno.EDQUOT
     after_bytes: int | None = None
@@ -123,7 +124,7 @@ class Stale(_SystemError):
 
 @dataclass(frozen=True, slots=True)
 class Interrupted(_SystemError):
-    """EINTR: a signal came in between."""
+    """EINTR: a signal interrupted the call."""
 
     number = errno.EINTR
 
@@ -145,7 +146,7 @@ class SyncFailsOnce(_SystemError):
 
 @dataclass(frozen=True, slots=True)
 class LyingSync(StorageFault):
-    """A sync that does nothing, and says that it did."""
+    """A sync that does nothing and reports success."""
 
     operations = SYNCS
 
@@ -155,7 +156,7 @@ class LyingSync(StorageFault):
 
 @dataclass(frozen=True, slots=True)
 class ShortRead(StorageFault):
-    """A read gives only some bytes; by default half. 0 looks like the end of the file."""
+    """A read returns only some of the bytes, by default half. 0 looks like the end of the file."""
 
     nbytes: int | None = None
 
@@ -167,7 +168,7 @@ class ShortRead(StorageFault):
 
 @dataclass(frozen=True, slots=True)
 class ShortWrite(StorageFault):
-    """A write takes only some bytes, and says so; by default half."""
+    """A write takes only some of the bytes, by default half, and reports that number."""
 
     nbytes: int | None = None
 
@@ -202,7 +203,9 @@ def _part(nbytes: int | None, moment: Moment) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TornRename(StorageFault):
-    """A rename that is not atomic: what had the new name is removed, then another fault acts."""
+    """A rename that is not atomic: the entry with the new name is removed, then another
+    fault acts.
+    """
 
     then: Fault = InputOutput()
 
@@ -235,7 +238,7 @@ class PartialListing(StorageFault):
 
 @dataclass(frozen=True, slots=True)
 class StaleListing(StorageFault):
-    """A listing without the names that are new since the injection."""
+    """A listing without the names created since the injection."""
 
     operations = ("list",)
 
@@ -264,19 +267,19 @@ class FewerEntries:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         self._entries.close()
 
 
 def listing(result: Any, shown: Callable[[str], bool]) -> Any:
-    """A listing, as `os.listdir`, `os.scandir` or a store gives it, of the names to be shown."""
+    """A listing of the selected names, in the form of `os.listdir`, `os.scandir` or a store."""
     if hasattr(result, "close"):
         return FewerEntries(result, shown)
     return [name for name in result if shown(os.path.basename(str(name).rstrip("/")))]
 
 
 class _Response(Fault):
-    """Raises what an object store answers; on a hook, at the hook itself."""
+    """Raises an object store's error; injected at a hook, it acts at the hook itself."""
 
     __slots__ = ()
 
@@ -297,7 +300,7 @@ class Unavailable(_Response):
 
 @dataclass(frozen=True, slots=True)
 class PreconditionFailed(_Response):
-    """412: somebody else has changed the object."""
+    """412: another client has changed the object."""
 
     status = 412
     reason = "Precondition Failed"

@@ -1,9 +1,9 @@
-"""The tap: for a while, Python's functions that touch storage pass under the eyes of watchers.
+"""The tap: watchers observe the calls of Python's functions that touch storage.
 
-`watch_operations` replaces the functions of `os` and `open` by stand-ins; the last one
-to leave puts the functions back. Whatever does not touch a watched root falls straight through.
-What Python does not see (C extensions) is not seen here either; `mmap.mmap` of a watched file
-gives ENODEV, as on a storage that has no mappings, so that code that can also read does that.
+`watch_operations` replaces the functions of `os` and `open` by stand-ins; the last block to end
+puts the functions back. Calls that touch no watched root go straight to the original. Operations of
+C extensions are not seen; `mmap.mmap` of a watched file raises ENODEV, as on a storage without
+mappings, so that code with a fallback reads instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pytest_dcp.faults.tap.watches import REGISTRY, Watch, Watcher, roots_of
 __all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "watch_operations"]
 
 CAPABILITIES = (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks)
-"""Sets of functions, which others ask what they may pass."""
+"""Sets of functions that callers look up to learn which arguments they support."""
 
 _put_back: list[tuple[Any, str, Any]] = []
 
@@ -34,12 +34,13 @@ _put_back: list[tuple[Any, str, Any]] = []
 def watch_operations(
     roots: Sequence[Path], watcher: Watcher, *, rank: int | None = None, observing: bool = False
 ) -> Iterator[None]:
-    """Let the watcher see every operation on the roots and what is below, until the block ends.
+    """Let the watcher see every operation on the roots and below, until the block ends.
 
     For the whole process, all threads. Blocks may nest and overlap.
 
-    rank: written into the operations; by default the variable RANK's. observing: the watcher only
-    looks, hears of it before all others, and of what their verdicts do instead.
+    rank: recorded in the operations; by default the value of the variable RANK. observing: the
+    watcher only observes; it is called before all others, and for the operations that their
+    verdicts do instead.
     """
     number = int(os.environ.get("RANK", "0")) if rank is None else rank
     watch = Watch(roots_of(roots), watcher, number, observing)
@@ -71,7 +72,7 @@ def _install() -> None:
 
 
 def _refusing_mmap(real: type[mmap.mmap]) -> type[mmap.mmap]:
-    """The class, for files that are not watched."""
+    """The class, which refuses files of watched roots."""
 
     class Refusing(real):  # type: ignore[misc,valid-type]  # a class made on the way
         def __new__(cls, fileno: int, *args: Any, **kwargs: Any) -> Any:

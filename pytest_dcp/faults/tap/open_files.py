@@ -20,19 +20,19 @@ class WatchedFile(io.FileIO):
     """An unbuffered file of a watched root."""
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into the buffer; how many bytes, 0 at the end."""
+        """Read into the buffer. Returns the number of bytes, 0 at the end."""
         self._must(self.readable(), "reading")
         return os_calls.readv(self.fileno(), [buffer])
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes by one read, or all that are left."""
+        """Read at most `size` bytes with one read, or all remaining."""
         if size is None or size < 0:
             return self.readall()
         self._must(self.readable(), "reading")
         return os_calls.read(self.fileno(), size)
 
     def readall(self) -> bytes:
-        """All bytes that are left."""
+        """Read all remaining bytes."""
         self._must(self.readable(), "reading")
         parts = []
         while part := os_calls.read(self.fileno(), 1 << 20):
@@ -40,19 +40,19 @@ class WatchedFile(io.FileIO):
         return b"".join(parts)
 
     def write(self, data: Any, /) -> int:
-        """Write by one operation; how many bytes were taken."""
+        """Write with one operation. Returns the number of bytes taken."""
         self._must(self.writable(), "writing")
         return os_calls.write(self.fileno(), data)
 
     def truncate(self, size: int | None = None, /) -> int:
-        """Make the file so long, by default up to here."""
+        """Set the file's size, by default to the current position."""
         self._must(self.writable(), "writing")
         length = self.tell() if size is None else size
         os_calls.ftruncate(self.fileno(), length)
         return length
 
     def close(self) -> None:
-        """Close the descriptor, if it is this object's own."""
+        """Close the descriptor, if this object owns it."""
         known = None if self.closed or not self.closefd else REGISTRY.descriptor(self.fileno())
         if known is None:
             super().close()
@@ -74,7 +74,7 @@ def open(
     closefd: bool = True,
     opener: Callable[[Any, int], int] | None = None,
 ) -> IO[Any]:
-    """As the builtin."""
+    """Like the builtin `open`."""
     if REGISTRY.place(file) is None:
         return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
     binary = "b" in mode
@@ -105,7 +105,7 @@ def _over(
     errors: str | None,
     newline: str | None,
 ) -> IO[Any]:
-    """The buffer, and the text, over an unbuffered file."""
+    """The buffer, and the text layer, over an unbuffered file."""
     if buffering == 0:
         return raw
     size = buffering if buffering > 1 else max(os.fstat(raw.fileno()).st_blksize, 512)

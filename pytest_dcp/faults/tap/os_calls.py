@@ -1,9 +1,9 @@
 """Stand-ins for the functions of `os` that touch storage.
 
-Each has the arguments and the result of the function whose name it bears. For a path or descriptor
-below no watched root it is that function; else the operation is done by `Registry.perform`. The
-functions that copy inside the kernel (sendfile, copy_file_range) are done as reads and writes, so
-that both sides are seen.
+Each has the name, arguments and result of the original. For a path or descriptor below no watched
+root it calls the original; else `Registry.perform` does the operation. The functions that copy
+inside the kernel (sendfile, copy_file_range) are done as reads and writes, so that both sides are
+seen.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ REPLACED = (
     "copy_file_range", "rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir",
     "scandir", "listdir",
 )  # fmt: skip
-"""Those of `os`; makedirs, renames and the like call them by name. What a platform lacks is left
-out."""
+"""Functions of `os`; makedirs, renames and others call them by name. Functions that a platform
+lacks are left out.
+"""
 
 real: Any = SimpleNamespace(**{name: getattr(os, name) for name in REPLACED if hasattr(os, name)})
-"""The functions themselves."""
+"""The original functions."""
 
 
 def _done(operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +66,7 @@ def close(fd: int) -> Any:
 
 
 def close_known(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
-    """Close a known descriptor by `act`."""
+    """Close a tracked descriptor by calling `act`."""
 
     def let_go() -> None:
         REGISTRY.closed(fd)  # before: the number may be another file's at once
@@ -114,7 +115,7 @@ def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
 
 
 def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
-    """The bytes at the offset, or at the descriptor's own, which then moves."""
+    """Read at the offset, or at the descriptor's position, which then moves."""
 
     def act(operation: Operation) -> tuple[bytes, int]:
         if offset is None:
@@ -169,7 +170,9 @@ def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int
 
 
 def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | None) -> int:
-    """How many bytes were stored at the offset, or at the descriptor's own, which then moves."""
+    """Write at the offset, or at the descriptor's position, which then moves. Returns the number of
+    bytes.
+    """
     data = b"".join(memoryview(buffer).tobytes() for buffer in buffers)
     own = offset is None
 
@@ -185,7 +188,7 @@ def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | Non
     operation = _of("write", known, offset=at, data=data, nbytes=len(data))
     claimed: int = REGISTRY.perform(operation, act)
     if own and not known.appends:
-        # A write that was lost, or shortened behind its back, has moved the offset all the same.
+        # A lost or shortened write has moved the offset all the same.
         os.lseek(fd, at + claimed, os.SEEK_SET)
     return claimed
 
@@ -307,7 +310,7 @@ def link(
 
 
 def _from_outside(operation: Operation) -> Operation:
-    """With the bytes of a file that comes into the root, which were not seen being written."""
+    """Add the bytes of a file that comes into the root, which no watcher saw being written."""
     path = Path(operation.path)
     data = path.read_bytes() if path.is_file() else None
     return Operation(operation.kind, operation.path, to=operation.to, data=data)

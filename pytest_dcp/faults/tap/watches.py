@@ -1,9 +1,9 @@
-"""Who watches which folders, and how one operation is done under their eyes.
+"""Watches: which watcher watches which folders, and how it observes an operation.
 
 Enters: an operation with absolute paths, and how to do it. Every watcher whose roots hold a path of
-it is asked before, and informed after. Observers hear first of what was really done; what a
-watcher itself does to storage is not watched; descriptors are known from their opening to their
-closing, and checked against the file that they stand for, since a number is used again.
+it is asked before, and informed after. Observers are informed first, of the operation really done;
+a watcher's own operations on storage are not watched; descriptors are tracked from opening to
+closing, and compared with their file's identity, since the kernel reuses their numbers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pytest_dcp.faults.tap.operation import Alternative, Operation, Replace, Sho
 
 
 class Watcher(Protocol):
-    """Is asked before an operation and told after it, in the thread that makes it."""
+    """Called before and after each operation, in the thread that makes it."""
 
     def before(self, operation: Operation) -> Verdict | None:
-        """What shall happen instead; None: what was asked for. What it raises, the caller gets."""
+        """What shall happen instead; None: the operation itself. Exceptions go to the caller."""
 
     def after(self, operation: Operation) -> None:
         """The operation was done, with the bytes and numbers that it really had.
 
-        What it raises, the caller gets.
+        Exceptions go to the caller.
         """
 
 
@@ -43,10 +43,11 @@ class Watch:
     watcher: Watcher
     rank: int
     observing: bool
-    """It only looks: told first, and also of what another watcher's verdict does."""
+    """It only observes: called first, and also for operations that another watcher's verdict does.
+    """
 
     def seen(self, operation: Operation) -> Operation | None:
-        """The operation as seen from this watch's roots; None where it touches none."""
+        """The operation as seen from this watch's roots; None if it touches none of them."""
         for path in (operation.to, operation.path):
             if path is not None and (root := self._root_of(path)) is not None:
                 top = self.roots[root]
@@ -65,7 +66,7 @@ class Descriptor:
     """An open file or folder below a watched root."""
 
     path: str
-    """Absolute and real, as of now."""
+    """Absolute and real; updated by renames."""
     handle: int
     identity: tuple[int, int]
     """Device and inode."""
@@ -74,7 +75,7 @@ class Descriptor:
 
 
 class Registry:
-    """The watches of this process and the descriptors that they know."""
+    """The watches of this process and the descriptors that it tracks."""
 
     def __init__(self) -> None:
         self.watches: tuple[Watch, ...] = ()
@@ -94,9 +95,9 @@ class Registry:
                 self._descriptors.clear()
 
     def place(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The real absolute path, None where no watch's root holds it.
+        """The real absolute path, None if it is below no watch's root.
 
-        The last name is not followed if it is a link, unless only so it is inside.
+        If the last name is a link, it is followed only if otherwise the path is outside.
         """
         if isinstance(path, int):
             known = self.descriptor(path)
@@ -120,21 +121,21 @@ class Registry:
         return followed if self.watched(followed) else None
 
     def watched(self, path: str) -> bool:
-        """Whether any watch's root is the path or above it."""
+        """Whether a watch's root is the path or above it."""
         return any(_is_below(path, root) for watch in self.watches for root in watch.roots)
 
     def new_handle(self) -> int:
         return next(self._handles)
 
     def opened(self, fd: int, path: str, handle: int, *, appends: bool) -> None:
-        """Know a descriptor from now on."""
+        """Start tracking a descriptor."""
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino)
         folder = os.path.isdir(path)
         self._descriptors[fd] = Descriptor(path, handle, identity, folder, appends)
 
     def duplicated(self, fd: int, copy: int) -> None:
-        """Know `copy` as `fd` is known."""
+        """Track `copy` like `fd`."""
         known = self.descriptor(fd)
         if known is None:
             self._descriptors.pop(copy, None)
@@ -145,7 +146,7 @@ class Registry:
         self._descriptors.pop(fd, None)
 
     def descriptor(self, fd: Any) -> Descriptor | None:
-        """What is known of a descriptor; None for one that is not of a watched root."""
+        """The entry of a descriptor; None if it is not below a watched root."""
         if not isinstance(fd, int) or (known := self._descriptors.get(fd)) is None:
             return None
         try:
@@ -154,22 +155,22 @@ class Registry:
             self.closed(fd)
             return None
         if (status.st_dev, status.st_ino) != known.identity:
-            # Closed by code that Python does not see, and its number given to another file.
+            # Code that Python does not see closed it, and another file got its number.
             self.closed(fd)
             return None
         return known
 
     def renamed(self, old: str, new: str) -> None:
-        """Let open files have the name that they now have."""
+        """Give open files their new names."""
         for known in list(self._descriptors.values()):
             if _is_below(known.path, old):
                 known.path = new + known.path[len(old) :]
 
     def perform(self, operation: Operation, act: Callable[[Operation], tuple[Any, int]]) -> Any:
-        """Do one operation under the eyes of all whom it concerns; its result.
+        """Do one operation, calling all watchers that it concerns. Returns its result.
 
-        operation: with absolute paths. act: does what an operation says and returns the result and
-        how many bytes it was; it is called with other data when a watcher wants that.
+        operation: with absolute paths. act: does an operation and returns the result and the number
+        of bytes; called with other data if a watcher replaces them.
         """
         mood = getattr(self._busy, "mood", "")
         watches = [] if mood == "asking" else [w for w in self.watches if w.seen(operation)]
@@ -191,7 +192,7 @@ class Registry:
                 self._tell([w for w in watches if w.observing], done)
                 self._tell(deciding, done)
             except BaseException:
-                self._drop(operation, result)  # no one will get it
+                self._drop(operation, result)  # the caller will not get it
                 raise
             return result
 
@@ -199,12 +200,12 @@ class Registry:
             verdict = self._ask(deciding, operation)
         except BaseException:
             if operation.kind == "close":
-                do()  # a close that fails has let go of the descriptor all the same
+                do()  # a close that fails has released the descriptor all the same
             raise
         return self._obey(verdict, operation, do)
 
     def _drop(self, operation: Operation, result: Any) -> None:
-        """Let go of what an opening or a listing gave."""
+        """Release the result of an opening or a listing."""
         if operation.kind in ("create", "open") and isinstance(result, int):
             self.closed(result)
             os.close(result)
@@ -248,7 +249,7 @@ class Registry:
                 try:
                     if seen is not None:
                         watch.watcher.after(seen)
-                except BaseException as error:  # noqa: BLE001 - raised when all have heard
+                except BaseException as error:  # noqa: BLE001 - raised after all watchers were called
                     first = first or error
         if first is not None:
             raise first
@@ -264,11 +265,11 @@ class Registry:
 
 
 REGISTRY = Registry()
-"""The one of this process."""
+"""The registry of this process."""
 
 
 def roots_of(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The real paths of folders, which need not be there yet."""
+    """The real paths of folders, which need not exist yet."""
     return tuple(os.path.realpath(path) for path in paths)
 
 

@@ -1,5 +1,5 @@
 """Laws of checkpoints, each one call; see pytest_dcp.properties.
 
 Laws and their steps hide their frames (`__tracebackhide__`): a report shows the line of the test,
-and what the engine raised as the cause.
+with the engine's exception as the cause.
 """

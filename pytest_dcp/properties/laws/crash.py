@@ -1,4 +1,4 @@
-"""A save is one instant: whenever it is cut off, a load gives the old checkpoint or the new one."""
+"""A save is atomic: whenever it is cut off, a load gives the old checkpoint or the new one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def assert_overwrite_atomic(
     budget: int = 200,
     dcp: Engine = checkpoint,
 ) -> None:
-    """Save one over the other; every folder that a crash could leave holds one of them, whole.
+    """Save one state over the other; every folder that a crash could leave must hold one of them,
+    complete.
 
-    What the save does to the folder is recorded. Of each model of crashes and file systems up to
-    `budget` states are loaded, by rank 0 alone and unsharded. Once the save had returned in any
-    rank, it must be the new one; without an old one a load may fail before. Collective, as
-    `assert_round_trip`; `folder` is a local one.
+    The save's operations on the folder are recorded. For each model of crashes and file systems,
+    rank 0 alone loads up to `budget` states, unsharded. Once the save had returned in any rank, a
+    load must give the new state; without an old state, an earlier load may fail. Collective, like
+    `assert_round_trip`; `folder` is local.
     """
     __tracebackhide__ = True
     enter(*([] if old is None else [old]), new)
@@ -45,7 +46,7 @@ def assert_overwrite_atomic(
     made = recorded_save(dcp, new, folder)
 
     def finished() -> list[Difference]:
-        # An engine that cannot load this either says nothing by refusing what a crash left.
+        # An engine that cannot load even this proves nothing by refusing a crashed folder.
         target = empty_state(new.full())
         with expected_warnings():
             dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
@@ -61,7 +62,7 @@ def assert_overwrite_atomic(
 
 
 def recorded_save(dcp: Engine, placed: Placed, folder: Folder) -> Recording:
-    """What a save does to the folder; afterwards it is done. Collective over the world."""
+    """Record a save to the folder. Collective over the world."""
     __tracebackhide__ = True
 
     def make_folder() -> None:
@@ -89,7 +90,7 @@ def _meet(what: str, brought: bytes) -> Sequence[bytes]:
 
 
 def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) -> str | None:
-    """Why the state is none that a crash may leave."""
+    """The reason why a crash must not leave this state; None if it may."""
     said = []
     with state.restored() as folder:
         for name, placed in (("new", new), ("old", old)):
@@ -99,7 +100,7 @@ def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) ->
             try:
                 with expected_warnings():
                     dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
-            except (Exception, CheckpointException) as error:  # noqa: BLE001  # told below
+            except (Exception, CheckpointException) as error:  # noqa: BLE001  # reported below
                 if old is None and not state.returned:
                     return None
                 said.append(f"as the {name} one: {type(error).__name__}: {error}"[:500])

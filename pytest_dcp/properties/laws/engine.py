@@ -1,4 +1,4 @@
-"""Whom the laws are about: whatever saves and loads as `torch.distributed.checkpoint` does."""
+"""The subject of the laws: any engine that saves and loads like `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pytest_dcp.properties.subworlds import agree
 
 
 class Engine(Protocol):
-    """A module or an object with these two functions; only these arguments are given."""
+    """A module or an object with these two functions, which are called with only these
+    arguments.
+    """
 
     def save(
         self,
@@ -38,7 +40,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WithStorage:
-    """An engine that always writes and reads through storages of its own making."""
+    """An engine that always uses storages that it makes itself."""
 
     writer: Callable[[str | os.PathLike[str]], StorageWriter]
     reader: Callable[[str | os.PathLike[str]], StorageReader]
@@ -52,7 +54,7 @@ class WithStorage:
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
     ) -> Any:
-        """As the engine's, to the writer's storage."""
+        """Save like the engine, with the storage's writer."""
         writer = agree("making the writer", process_group, lambda: self.writer(checkpoint_id))
         return self.engine.save(state_dict, storage_writer=writer, process_group=process_group)
 
@@ -63,14 +65,14 @@ class WithStorage:
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
     ) -> Any:
-        """As the engine's, from the reader's storage."""
+        """Load like the engine, with the storage's reader."""
         reader = agree("making the reader", process_group, lambda: self.reader(checkpoint_id))
         return self.engine.load(state_dict, storage_reader=reader, process_group=process_group)
 
 
 @contextmanager
 def expected_warnings() -> Iterator[None]:
-    """What torch warns of and a law intends.
+    """Ignore torch's warnings about situations that laws create on purpose.
 
     No process group, a checkpoint that is replaced, rare dtypes, meta tensors, layers whose output
     is a view.

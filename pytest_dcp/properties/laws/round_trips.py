@@ -1,4 +1,4 @@
-"""What is saved in one layout is loaded in any other: every value, to the bit, in place."""
+"""A state saved in one layout loads in any other: every value, to the bit, in place."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pytest_dcp.properties.subworlds import Stages, on_first_ranks, rank
 def assert_round_trip(
     saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
 ) -> None:
-    """Save one, load the other: every rank holds its part of the unsharded original, to the bit.
+    """Save one, load the other: every rank then holds its part of the unsharded original, to the
+    bit.
 
-    Collective over a world of at least as many ranks as either needs. Raises LawError, the same on
-    every rank, naming fqn, rank, index and bits of what differs.
+    Collective over a world with enough ranks for both. Raises LawError, the same on every rank,
+    naming fqn, rank, index and bits of each difference.
     """
     __tracebackhide__ = True
     enter(saved, loaded)
@@ -32,7 +33,7 @@ def assert_round_trip(
 def assert_meta_load(
     saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
 ) -> None:
-    """As a round trip, into a state on the meta device: real tensors take the place of its."""
+    """A round trip into a state on the meta device: real tensors replace its tensors."""
     __tracebackhide__ = True
     enter(saved, loaded)
     save(dcp, saved, folder)
@@ -48,9 +49,9 @@ def assert_meta_load(
 def assert_inplace(
     saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
 ) -> None:
-    """As a round trip, into the very memory of the target: no tensor is replaced or moved.
+    """A round trip into the memory of the target: no tensor is replaced or moved.
 
-    Where a storage is larger than its tensor, the bytes of no element stay as they were.
+    If a storage is larger than its tensor, the bytes outside of it remain unchanged.
     """
     __tracebackhide__ = True
     enter(saved, loaded)
@@ -81,7 +82,7 @@ def assert_partial_load(
     *,
     dcp: Engine = checkpoint,
 ) -> None:
-    """As a round trip of some keys of the top level: the state dict has these and no others."""
+    """A round trip of some top-level keys: the state dict to load has these and no others."""
     __tracebackhide__ = True
     enter(saved, loaded)
     save(dcp, saved, folder)
@@ -89,7 +90,7 @@ def assert_partial_load(
 
 
 def load_part(dcp: Engine, loaded: Placed, keys: Collection[str], folder: Folder) -> None:
-    """Load these keys, which must be as in the state of no world. Collective over the world."""
+    """Load these keys, whose values must equal the unsharded state's. Collective over the world."""
     __tracebackhide__ = True
 
     def step() -> Stages:
@@ -103,7 +104,7 @@ def load_part(dcp: Engine, loaded: Placed, keys: Collection[str], folder: Folder
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, bytes]:
-    """Where the tensor lies, and all bytes of its storage that are no element's."""
+    """The tensor's address, and all bytes of its storage outside of its elements."""
     local = local_of(tensor)
     storage = torch.empty(0, dtype=torch.uint8, device=local.device)
     copy = storage.set_(local.untyped_storage()).clone()

@@ -1,4 +1,4 @@
-"""Saving again and again: the same state is the same checkpoint, and nothing is left over."""
+"""Repeated saves: the same state gives the same checkpoint, and no leftovers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pytest_dcp.properties.subworlds import Stages, on_first_ranks
 
 
 def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = checkpoint) -> None:
-    """Save twice, load, save what was loaded: the same checkpoint each time, and nothing left over.
+    """Save twice, load, save the loaded state: the same checkpoint each time, without leftovers.
 
-    The same means: it loads the same, and has as many files of the same sizes.
+    The same means: it loads to the same state, and has the same number of files of the same sizes.
     """
     __tracebackhide__ = True
     enter(placed)
@@ -49,5 +49,5 @@ def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = chec
 
 
 def _sizes(folder: Path) -> list[int]:
-    """The sizes of the files; none where the storage keeps no files."""
+    """The sizes of the files; none if the storage keeps no files."""
     return sorted(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The steps of laws, each taken by the first ranks of a world: save, load, compare."""
+"""The steps of laws, each run by the first ranks of a world: save, load, compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_dcp.properties.subworlds import Stages, check_room, first_ranks, on_
 
 
 class Sized(Protocol):
-    """What says how many ranks it needs, in which meshes."""
+    """An object that specifies how many ranks it needs, in which meshes."""
 
     @property
     def world_size(self) -> int: ...
@@ -25,11 +25,11 @@ class Sized(Protocol):
 
 Folder = str | PathLike[str]
 Prepare = Callable[[Placed], dict[str, Any]]
-"""Gives the state dict to be loaded into."""
+"""Returns the state dict to be loaded into."""
 
 
 def enter(*placed: Sized) -> None:
-    """Make the meshes and groups that these need. Collective over all ranks of the world."""
+    """Create the meshes and groups needed. Collective over all ranks of the world."""
     __tracebackhide__ = True
     for one in placed:
         check_room(one.world_size)
@@ -39,7 +39,7 @@ def enter(*placed: Sized) -> None:
 
 
 def save(dcp: Engine, placed: Placed, folder: Folder) -> None:
-    """Save the state, which must be as before afterwards."""
+    """Save the state, which must be unchanged afterwards."""
     __tracebackhide__ = True
 
     def step() -> Stages:
@@ -58,20 +58,20 @@ def save_state(dcp: Engine, placed: Sized, state: dict[str, Any], folder: Folder
 
 
 def load_into(dcp: Engine, placed: Sized, folder: Folder, target: dict[str, Any]) -> dict[str, Any]:
-    """This rank's target, loaded. Collective over the ranks that hold it."""
+    """Load into this rank's target and return it. Collective over the ranks that hold it."""
     with expected_warnings():
         dcp.load(target, checkpoint_id=folder, process_group=first_ranks(placed.world_size))
     return target
 
 
 def blank(placed: Placed) -> dict[str, Any]:
-    """A new state dict of this rank with no value of the state left in it."""
+    """A new state dict of this rank without any value of the state."""
     emptied_state: dict[str, Any] = empty_state(placed.state())
     return emptied_state
 
 
 def load(dcp: Engine, placed: Placed, folder: Folder, title: str, target: Prepare = blank) -> None:
-    """Load the state, which must be equal to the bit to the one of no world."""
+    """Load the state, which must equal the unsharded one to the bit."""
     __tracebackhide__ = True
 
     def step() -> Stages:

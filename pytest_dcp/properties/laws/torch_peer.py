@@ -1,4 +1,4 @@
-"""torch's own engine as the peer: each reads what the other wrote."""
+"""torch's own engine as the peer: each engine loads the other's checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pytest_dcp.properties.laws.steps import Folder, enter, load, save
 from pytest_dcp.properties.placed import Placed
 
 TORCH: Any = importlib.import_module("torch.distributed.checkpoint")
-"""As Any: it exports its names without saying so to a type checker."""
+"""Typed as Any: torch re-exports its names without declaring so to a type checker."""
 
 
 def assert_same_as_torch(
     saved: Placed, loaded: Placed, folder: Folder, *, dcp: Engine = checkpoint
 ) -> None:
-    """torch's engine loads what this one saved, and this one what torch's saved, to the bit."""
+    """Each engine loads the other's checkpoint, to the bit."""
     __tracebackhide__ = True
     enter(saved, loaded)
     ours, torchs = Path(folder) / "ours", Path(folder) / "torchs"

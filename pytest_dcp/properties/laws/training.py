@@ -1,4 +1,4 @@
-"""Training goes on from a checkpoint as if it had never stopped, in any layout."""
+"""Training continues from a checkpoint as if it had never stopped, in any layout."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pytest_dcp.properties.subworlds import Stages, on_first_ranks, rank
 from pytest_dcp.properties.whole import whole
 
 TOLERANCE = 1e-9
-"""Relative and absolute, of float64: another layout adds in another order."""
+"""Relative and absolute, for float64: another layout adds numbers in another order."""
 
 
 class Run(Protocol):
-    """A training that goes on: this rank's part of it. Each method is collective."""
+    """This rank's part of a training run. Each method is collective."""
 
     def train(self, first: int, last: int) -> None:
         """Take the steps first to last - 1, whose batches are the same in every run."""
 
     def state(self) -> dict[str, Any]:
-        """The state dict of all that a checkpoint must hold."""
+        """The state dict of everything that a checkpoint must hold."""
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on from this state."""
+        """Continue from this state."""
 
 
 class Trainable(Protocol):
-    """What can be trained, described."""
+    """Description of something trainable."""
 
     @property
     def world_size(self) -> int: ...
@@ -41,7 +41,9 @@ class Trainable(Protocol):
     def meshes(self) -> tuple[MeshSpec, ...]: ...
 
     def start(self, *, fresh: bool) -> Run:
-        """A run at its first step; with `fresh` other parameters than it begins with otherwise."""
+        """A run at its first step; with `fresh`, its parameters differ from the usual
+        initial ones.
+        """
 
 
 def assert_training_resumes(
@@ -53,11 +55,11 @@ def assert_training_resumes(
     exact: bool | None = None,
     dcp: Engine = checkpoint,
 ) -> None:
-    """Some steps, save, load into a fresh run elsewhere, as many steps = all steps in one go.
+    """Check that n steps, save, load into a fresh run and n more steps equal 2n steps in one go.
 
-    What is loaded must equal what was saved to the bit. So must the end with `exact`, by default
-    where both are equal; otherwise it must be near (1e-9, so train in float64). Collective, as
-    `assert_round_trip`.
+    The loaded state must equal the saved one to the bit. With `exact`, the default if both layouts
+    are equal, so must the final states; otherwise they must be close (1e-9, so train in float64).
+    Collective, like `assert_round_trip`.
     """
     __tracebackhide__ = True
     exact = saved == loaded if exact is None else exact
@@ -104,7 +106,7 @@ def assert_training_resumes(
 
 
 def _far(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What is not near, of two states that have the same names."""
+    """Differences beyond the tolerance, between two states with the same names."""
     problems = []
     for fqn, wanted in expected.items():
         got = actual[fqn]

@@ -1,4 +1,4 @@
-"""A conformance suite for storages: what every StorageWriter and StorageReader must do.
+"""A conformance suite for storages: tests for every StorageWriter and StorageReader.
 
 ```python
 class TestMyStorage(StorageSuite):
@@ -25,6 +25,6 @@ class StorageSuite(
 ):
     """All tests of a storage; inherit from it in a class whose name begins with Test.
 
-    Say what is not so of your storage by `shared` and `keeps_files`, and what it is known to fail
-    by `known_failures`.
+    Describe your storage with `shared` and `keeps_files`, and tests that it is known to fail with
+    `known_failures`.
     """

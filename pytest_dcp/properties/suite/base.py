@@ -1,4 +1,4 @@
-"""What a storage tells the suite of itself."""
+"""How a storage describes itself to the suite."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ SWITCHES = ("shared", "keeps_files", "records")
 
 
 class StorageTests:
-    """The base of the suite's parts: how storages are made, and what is true of them."""
+    """The base of the suite's parts: how to make storages, and their properties."""
 
     engine: ClassVar[Any] = checkpoint
-    """Whose `save` and `load` drive the storage."""
+    """The engine whose `save` and `load` drive the storage."""
     shared: ClassVar[bool] = True
-    """Whether other processes see what one has written; False skips what needs several ranks."""
+    """Whether other processes see a process's checkpoints; False skips tests with several ranks."""
     keeps_files: ClassVar[bool] = True
     """Whether a checkpoint is the local folder `path`; False skips crashes and damage."""
     records: ClassVar[bool] = True
-    """Whether its files are written through Python's own functions, so that what a save does can be
-    recorded; False, for storages that write from C code (sqlite, LMDB), skips crashes."""
+    """Whether its files are written through Python's own functions, so that a save can be recorded;
+    False, for storages that write from C code (sqlite, LMDB), skips crashes.
+    """
     crash_budget: ClassVar[int] = 150
-    """Folders tried for each workload and each model of crashes."""
+    """Folders tried for each workload and each crash model."""
     known_failures: ClassVar[Mapping[str, str]] = {}
-    """Tests that fail, by name, each with its reason; one that passes after all is a failure."""
+    """Names of failing tests, each with its reason; if one passes after all, it is reported as a
+    failure.
+    """
 
     def make_writer(self, path: str | os.PathLike[str]) -> StorageWriter:
-        """A new writer to this place, which may hold a checkpoint, or not be there yet."""
+        """A new writer to this place, which may hold a checkpoint, or not exist yet."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to make its writer")
 
     def make_reader(self, path: str | os.PathLike[str]) -> StorageReader:
@@ -46,16 +49,16 @@ class StorageTests:
         raise NotImplementedError(f"{type(self).__name__} does not say how to make its reader")
 
     def checkpoint_id(self, path: Path) -> str | os.PathLike[str]:
-        """What `reset` of the storages is given for this place."""
+        """The id to pass to `reset` of the storages for this place."""
         return path
 
     @property
     def dcp(self) -> WithStorage:
-        """The engine on this storage, as laws take it."""
+        """The engine on this storage, in the form that laws take."""
         return WithStorage(self.make_writer, self.make_reader, self.engine)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Mark the known failures, on copies: other storages have the same tests."""
+        """Mark the known failures, on copies: other storages share the tests."""
         super().__init_subclass__(**keywords)
         for name in SWITCHES:
             if not isinstance(value := getattr(cls, name), bool):
@@ -68,18 +71,20 @@ class StorageTests:
             setattr(cls, name, _expect_failure(getattr(cls, name), reason))
 
     def needs_files(self) -> None:
-        """Skip the test where the storage keeps no files."""
+        """Skip the test if the storage keeps no files."""
         if not self.keeps_files:
             pytest.skip("keeps_files = False: the storage keeps no files in a local folder")
 
     def needs_sharing(self) -> None:
-        """Skip the test where other processes do not see what one has written."""
+        """Skip the test if other processes do not see a process's checkpoints."""
         if not self.shared:
             pytest.skip("shared = False: other processes do not see what one has written")
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Skip the test where saves cannot be recorded; say how to say so where one was not."""
+        """Skip the test if saves cannot be recorded; if a recording fails, explain the
+        attribute.
+        """
         self.needs_files()
         if not self.records:
             pytest.skip("records = False: C code writes the files, where nothing can be recorded")

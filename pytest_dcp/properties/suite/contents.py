@@ -1,4 +1,6 @@
-"""Whatever a state holds comes back to the bit: every dtype, any strides, tiny, big and odd."""
+"""Everything in a state is restored to the bit: every dtype, any strides, tiny, big and odd
+entries.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ class ContentTests(StorageTests):
     """Round trips in one process."""
 
     def test_dtypes(self, tmp_path: Path) -> None:
-        """Every dtype comes back."""
+        """Every dtype is restored."""
         tensors = itertools.product(DTYPES, SHAPES, ("random", "special"))
         state = StateSpec(
             {
@@ -53,7 +55,7 @@ class ContentTests(StorageTests):
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_strides(self, tmp_path: Path) -> None:
-        """Tensors of any strides come back, into any others."""
+        """Tensors of any strides are restored, into any others."""
         pairs = list(itertools.product(get_args(Memory), repeat=2))
         saved, loaded = (
             StateSpec({f"{pair}": TensorSpec((3, 2), memory=pair[which]) for pair in pairs})
@@ -62,45 +64,45 @@ class ContentTests(StorageTests):
         assert_inplace(saved.on(), loaded.on(), tmp_path, dcp=self.dcp)
 
     def test_values(self, tmp_path: Path) -> None:
-        """Python values come back."""
+        """Python values are restored."""
         assert_round_trip(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
 
     def test_names(self, tmp_path: Path) -> None:
-        """Any name comes back, and none leaves the folder."""
+        """Any name is restored, and none escapes from the folder."""
         state = StateSpec({name: TensorSpec((2,), seed=n) for n, name in enumerate(NAMES)})
         assert_round_trip(state.on(), state.on(), tmp_path / "inside", dcp=self.dcp)
         assert {path.name for path in tmp_path.iterdir()} <= {"inside"}
 
     def test_tied_tensors(self, tmp_path: Path) -> None:
-        """Two names of one tensor come back."""
+        """Two names of one tensor are restored."""
         state = StateSpec({"w": TensorSpec((3,)), "tied": SameTensor("w")})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_tiny_entries(self, tmp_path: Path) -> None:
-        """Many tiny entries come back."""
+        """Many tiny entries are restored."""
         state = StateSpec({f"{n}": TensorSpec((n % 3,), seed=n) for n in range(1_000)})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_big_entry(self, tmp_path: Path) -> None:
-        """A big entry comes back."""
+        """A big entry is restored."""
         big = TensorSpec((3 << 20,), torch.float32, "random")
         state = StateSpec({"before": TensorSpec(), "big": big, "after": TensorSpec()})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_meta_tensors(self, tmp_path: Path) -> None:
-        """Tensors on the meta device are made real."""
+        """Tensors on the meta device become real."""
         assert_meta_load(VALUES.on(), VALUES.on(), tmp_path, dcp=self.dcp)
 
     def test_partial_load(self, tmp_path: Path) -> None:
-        """A part is loaded alone."""
+        """A part can be loaded alone."""
         state = StateSpec({name: TensorSpec((3,), seed=n) for n, name in enumerate("abc")})
         assert_partial_load(state.on(), state.on(), {"b"}, tmp_path, dcp=self.dcp)
 
     def test_any_state(self, tmp_path: Path) -> None:
-        """Any state that Hypothesis draws comes back."""
+        """Any state that Hypothesis draws is restored."""
         places = itertools.count()
 
-        # Inside, since one property must not be of several classes.
+        # Inside, since a property must not be in several classes.
         @settings(deadline=None, max_examples=max(settings().max_examples // 4, 1))
         @given(state=state_dicts(min_nested=1))
         def comes_back(state: StateSpec) -> None:

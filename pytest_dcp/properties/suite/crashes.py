@@ -19,20 +19,20 @@ class CrashTests(StorageTests):
     """Saves that are cut off, in one process, of storages that keep files."""
 
     def test_killed_first_save(self, tmp_path: Path) -> None:
-        """A first save that is killed leaves its checkpoint whole, or none."""
+        """A killed first save leaves its complete checkpoint, or none."""
         self._cut_off(tmp_path, None, SMALL, KILLED)
 
     def test_power_loss_first(self, tmp_path: Path) -> None:
-        """So does one during which the machine dies."""
+        """A power loss during a first save leaves its complete checkpoint, or none."""
         self._cut_off(tmp_path, None, SMALL, POWERLESS)
 
     def test_killed_save(self, tmp_path: Path) -> None:
-        """A save that is killed leaves the old checkpoint or the new one, whole."""
+        """A killed save leaves the complete old or new checkpoint."""
         for number, new in enumerate(OTHERS.values()):
             self._cut_off(tmp_path / str(number), SMALL, new, KILLED)
 
     def test_power_loss(self, tmp_path: Path) -> None:
-        """So does one during which the machine dies."""
+        """A power loss during a save leaves the complete old or new checkpoint."""
         for number, new in enumerate(OTHERS.values()):
             self._cut_off(tmp_path / str(number), SMALL, new, POWERLESS)
 

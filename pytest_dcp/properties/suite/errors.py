@@ -1,4 +1,4 @@
-"""What goes wrong is raised, and the old checkpoint stays."""
+"""Failures are raised, and the old checkpoint stays."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pytest_dcp.properties.tensors import TensorSpec
 OLD = StateSpec({"w": TensorSpec((40,), seed=1), "step": 1})
 NEW = StateSpec({"w": TensorSpec((40,), seed=2), "step": 2})
 STRIDE = 29
-"""Bytes from one flipped bit to the next: prime, so that all parts of all records are hit."""
+"""Bytes from one flipped bit to the next: prime, so that every part of every record is hit."""
 ERRORS: tuple[type[BaseException], ...] = (Exception, CheckpointException)
 """CheckpointException is no Exception."""
 
 
 class Refuses(DefaultSavePlanner):
-    """Cannot give the data of one item."""
+    """A planner that cannot provide the data of one item."""
 
     def resolve_data(self, write_item: Any) -> Any:
         if write_item.index.fqn == "w":
@@ -36,7 +36,7 @@ class Refuses(DefaultSavePlanner):
 
 
 class Drops(DefaultLoadPlanner):
-    """Cannot take the data of one item."""
+    """A planner that cannot accept the data of one item."""
 
     def resolve_tensor(self, read_item: Any) -> torch.Tensor:
         raise OSError("the planner has no tensor for w")
@@ -52,14 +52,14 @@ class ErrorTests(StorageTests):
         assert not differences(target, state.build())
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:
-        """A checkpoint that is not there is an error."""
-        # Where one is there it is loaded: the storage does not fail for a reason of its own.
+        """A missing checkpoint is an error."""
+        # An existing one loads: the storage does not fail for another reason.
         assert_round_trip(OLD.on(), OLD.on(), tmp_path / "one", dcp=self.dcp)
         with expected_warnings(), pytest.raises(ERRORS):
             self.dcp.load(OLD.build(), checkpoint_id=tmp_path / "none")
 
     def test_missing_key(self, tmp_path: Path) -> None:
-        """A key that is not there is an error that names it."""
+        """A missing key is an error that names the key."""
         assert_round_trip(OLD.on(), OLD.on(), tmp_path, dcp=self.dcp)
         with expected_warnings(), pytest.raises(ERRORS, match="absent"):
             self.dcp.load({"absent": torch.ones(2)}, checkpoint_id=tmp_path)
@@ -86,7 +86,7 @@ class ErrorTests(StorageTests):
             self.engine.load(OLD.build(), storage_reader=reader, planner=Drops())
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        """A file that is gone is an error."""
+        """A missing file is an error."""
         self.needs_files()
         assert_round_trip(OLD.on(), OLD.on(), tmp_path / "whole", dcp=self.dcp)
         for path in files_of(tmp_path / "whole"):

@@ -1,4 +1,4 @@
-"""A checkpoint that is saved over another replaces it; storages are used again and again."""
+"""A checkpoint saved over another replaces it; storages can be reused."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ OTHERS = {
     "another dtype": StateSpec({"w": TensorSpec((3,), torch.int64, seed=2)}),
 }
 SEVERAL = 8
-"""Readers at a time."""
+"""Number of concurrent readers."""
 
 
 class OverwritingTests(StorageTests):
-    """Saves to one place, one after the other, and loads at the same time."""
+    """Saves to one place, one after the other, and concurrent loads."""
 
     def test_last_save_wins(self, tmp_path: Path) -> None:
-        """The last save is what is loaded."""
+        """A load gives the last save."""
         for state in (SMALL, *OTHERS.values(), SMALL):
             assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 
     def test_saved_again(self, tmp_path: Path) -> None:
-        """Saving what was loaded makes the same checkpoint."""
+        """Saving a loaded state makes the same checkpoint."""
         assert_idempotent_save(SMALL.on(), tmp_path, dcp=self.dcp)
 
     def test_no_leftovers(self, tmp_path: Path) -> None:
-        """Nothing is left of what was replaced."""
+        """A replaced checkpoint leaves nothing behind."""
         larger = OTHERS["a larger one"]
         assert_round_trip(SMALL.on(), SMALL.on(), tmp_path / "fresh", dcp=self.dcp)
         for state in (larger, SMALL):
@@ -51,7 +51,7 @@ class OverwritingTests(StorageTests):
         assert sizes[0] == sizes[1]
 
     def test_reuse(self, tmp_path: Path) -> None:
-        """One writer and one reader serve many times."""
+        """One writer and one reader can be used many times."""
         writer, reader = self.make_writer(tmp_path), self.make_reader(tmp_path)
         place = self.checkpoint_id(tmp_path)
         for state in (SMALL, *OTHERS.values(), SMALL):
@@ -62,7 +62,7 @@ class OverwritingTests(StorageTests):
             assert_state_dict_equal(target, state.build())
 
     def test_parallel_loads(self, tmp_path: Path) -> None:
-        """Several threads load at once."""
+        """Several threads can load at once."""
         state = StateSpec({f"{n}": TensorSpec((50, n), seed=n) for n in range(20)})
         assert_round_trip(state.on(), state.on(), tmp_path, dcp=self.dcp)
 

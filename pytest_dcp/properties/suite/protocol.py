@@ -1,4 +1,4 @@
-"""The hooks one by one, as the saver and the loader call them: what each must give back."""
+"""The hooks one by one, as the saver and the loader call them, and their results."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ProtocolTests(StorageTests):
     """Drives a storage by hand."""
 
     def test_base_classes(self, tmp_path: Path) -> None:
-        """They are a StorageWriter and a StorageReader."""
+        """The storages are a StorageWriter and a StorageReader."""
         assert isinstance(self.make_writer(tmp_path), StorageWriter)
         assert isinstance(self.make_reader(tmp_path), StorageReader)
 
     def test_own_ids(self, tmp_path: Path) -> None:
-        """They say whether an id is one of their own."""
+        """The storages check whether an id is theirs."""
         for storage in (self.make_writer(tmp_path), self.make_reader(tmp_path)):
             assert type(storage.validate_checkpoint_id(self.checkpoint_id(tmp_path))) is bool
 
@@ -52,7 +52,7 @@ class ProtocolTests(StorageTests):
         assert [[item.index.fqn for item in plan.items] for plan in told] == [["a"], ["b"]]
 
     def test_write_results(self, tmp_path: Path) -> None:
-        """write_data gives a result for each item."""
+        """write_data returns one result per item."""
         writer = self.make_writer(tmp_path / "checkpoint")
         plan, results, _ = _write_without_finish(
             writer, self.checkpoint_id(tmp_path / "checkpoint")
@@ -62,21 +62,21 @@ class ProtocolTests(StorageTests):
         assert all(result.size_in_bytes > 0 for result in results)
 
     def test_unfinished(self, tmp_path: Path) -> None:
-        """Nothing is there to read before finish."""
+        """Nothing can be read before finish."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
         _, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
         try:
             found: Any = self.make_reader(place).read_metadata()
-        except Exception:  # noqa: BLE001  # a storage says in its own way that nothing is there
+        except Exception:  # noqa: BLE001  # each storage has its own error for a missing checkpoint
             found = None
         assert found is None
         writer.finish(metadata, [results])
-        # The same reader finds it now: it did not fail for a reason of its own.
+        # The same reader finds it now: it did not fail for another reason.
         assert isinstance(self.make_reader(place).read_metadata(), Metadata)
 
     def test_metadata(self, tmp_path: Path) -> None:
-        """The metadata is read as it was finished."""
+        """The metadata is read back as passed to finish."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
         plan, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
@@ -88,7 +88,7 @@ class ProtocolTests(StorageTests):
             assert set(read.storage_data) == {item.index for item in plan.items}
 
     def test_data(self, tmp_path: Path) -> None:
-        """Data are read as they were written."""
+        """Data is read back as written."""
         place = tmp_path / "checkpoint"
         writer = self.make_writer(place)
         _, results, metadata = _write_without_finish(writer, self.checkpoint_id(place))
@@ -107,7 +107,7 @@ class ProtocolTests(StorageTests):
         assert_state_dict_equal(target, STATE)
 
     def test_reset(self, tmp_path: Path) -> None:
-        """reset moves to another place."""
+        """reset switches to another place."""
         one, two = tmp_path / "one", tmp_path / "two"
         writer, reader = self.make_writer(one), self.make_reader(one)
         for place, number in ((one, 1), (two, 2)):
@@ -131,7 +131,7 @@ def _set_up(writer: StorageWriter) -> None:
 def _write_without_finish(
     writer: StorageWriter, place: Id, state: dict[str, Any] | None = None
 ) -> tuple[SavePlan, list[WriteResult], Metadata]:
-    """Everything of a save but `finish`: the plan, the results and the metadata to be."""
+    """All steps of a save except `finish`: the plan, the results and the metadata to be."""
     writer.reset(place)
     planner = DefaultSavePlanner()
     planner.set_up_planner(state or STATE, writer.storage_meta(), is_coordinator=True)

@@ -44,7 +44,7 @@ class WorldTests(StorageTests):
 
     @pytest.mark.world_size(SIZE, isolation="module")
     def test_layouts(self, checkpoint_dir: Path) -> None:
-        """Any layout is loaded in any other."""
+        """Any layout loads in any other."""
         self.needs_sharing()
         placed = [STATE.on(layout) for layout in LAYOUTS]
         enter(*placed)
@@ -55,14 +55,14 @@ class WorldTests(StorageTests):
 
     @pytest.mark.world_size(SIZE, isolation="module")
     def test_sharded_meta(self, checkpoint_dir: Path) -> None:
-        """Sharded tensors on the meta device are made real."""
+        """Sharded tensors on the meta device become real."""
         self.needs_sharing()
         saved, loaded = STATE.on(LAYOUTS[3]), STATE.on(LAYOUTS[6])
         assert_meta_load(saved, loaded, checkpoint_dir, dcp=self.dcp)
 
     @pytest.mark.world_size(2, isolation="module")
     def test_crash_of_2_ranks(self, checkpoint_dir: Path) -> None:
-        """A crash of two ranks leaves the old checkpoint or the new one, whole."""
+        """A crash of two ranks leaves the complete old or new checkpoint."""
         self.needs_sharing()
         two = Layout(MeshSpec((2,)), (Shard(0),))
         old, new = (StateSpec({"w": TensorSpec((4,), seed=n)}).on(two) for n in (1, 2))

@@ -189,7 +189,7 @@ def test_a_hang_that_nobody_releases_ends_and_is_told(
 ) -> None:
     with FaultyStorage(checkpoint_dir, tmp_path / "counts") as storage:
         storage.inject(Hang(limit_s=0.01), on="create")
-        with pytest.raises(TimeoutError, match="nobody released"):
+        with pytest.raises(TimeoutError, match="no rank released"):
             (checkpoint_dir / "x").touch()
         with pytest.raises(FaultError, match=r"call release\(\)"):
             storage.check()
