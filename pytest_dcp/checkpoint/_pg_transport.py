@@ -7,5 +7,5 @@ from pytest_dcp._engine.transport.group_transport import PGTransport
 
 __all__ = ["PGTransport"]
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

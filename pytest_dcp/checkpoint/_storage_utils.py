@@ -24,5 +24,5 @@ def _storage_setup(
     return writer_for(storage, checkpoint_id)
 
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)

@@ -40,5 +40,5 @@ except ImportError:
 else:
     CheckpointableTensor = torchs_own.CheckpointableTensor  # type: ignore[misc]  # same class
 
-if not TYPE_CHECKING:  # For what is asked by name; type checkers see what is defined above.
+if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.
     __getattr__ = names_of_torch(__name__)
