@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.coordinate.parcel import pack, unpack
+from pytest_dcp._engine.coordinate.payload import pack, unpack
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
 from pytest_dcp._engine.plan.columns import WriteItems
@@ -94,13 +94,13 @@ class OurStep:
     """Our plan step, stage after stage."""
 
     plan: SavePlan
-    parcels: Sequence[Any]
+    payloads: Sequence[Any]
     metadata: Metadata | None = None
 
     def run(self) -> None:
         """The critical path."""
         pack(self.plan)
-        plans = [unpack(parcel) for parcel in self.parcels]
+        plans = [unpack(payload) for payload in self.payloads]
         joined, self.metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
         told = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
         replies = [
@@ -114,13 +114,13 @@ class TorchStep:
     """torch's plan step; its ranks send what `pickle.dumps` makes of their plans."""
 
     plan: SavePlan
-    parcels: Sequence[bytes]
+    payloads: Sequence[bytes]
     metadata: Metadata | None = None
 
     def run(self) -> None:
         """The critical path."""
         pickle.dumps(self.plan)
-        plans = [pickle.loads(parcel) for parcel in self.parcels]
+        plans = [pickle.loads(payload) for payload in self.payloads]
         joined, self.metadata = TorchSavePlanner().create_global_plan(plans)
         told = filesystem.FileSystemWriter("unused").prepare_global_plan(joined)
         replies = [pickle.dumps(plan) for plan in told]
@@ -128,7 +128,7 @@ class TorchStep:
 
 
 def our_step(size: int, tensors: int) -> OurStep:
-    """Our plan step with the parcels that the ranks sent."""
+    """Our plan step with the payloads that the ranks sent."""
     plans = our_plans(size, tensors)
     return OurStep(plans[0], [[bytes(part) for part in pack(plan)] for plan in plans])
 
@@ -148,13 +148,13 @@ def run_plan(
     steps: dict[str, Callable[[], object]] = {OURS: ours.run}
     with_torch = TORCH in case.methods and (full or quick or case.ranks < SLOWEST_RANKS)
     notes: dict[str, object] = {
-        "bytes of our local plan": sum(map(len, ours.parcels[0])),
+        "bytes of our local plan": sum(map(len, ours.payloads[0])),
         "tensors": tensors,
     }
     if with_torch:
         theirs = torch_step(case.ranks, tensors)
         steps[TORCH] = theirs.run
-        notes["bytes of torch's local plan"] = len(theirs.parcels[0])
+        notes["bytes of torch's local plan"] = len(theirs.payloads[0])
     ours.run()
     slow = {} if quick or case.ranks < SLOW_RANKS else {TORCH: SLOW_ROUNDS}
     if case.ranks >= SLOWEST_RANKS:

@@ -214,7 +214,7 @@ def _fork_attacker(attack: Attack, pipe: int, other_user: bool) -> int:
 def save_beside(world: World, folder: str, pipes: list[int], saves: int) -> dict[str, Any]:
     """One rank's part: save in peace, let the attackers begin, and save again."""
     import pytest_dcp.checkpoint as dcp
-    from pytest_dcp._engine.coordinate.reception import reception
+    from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 
     state = {f"t{n}": torch.full((ELEMENTS,), float(n)) for n in range(TENSORS)}
 
@@ -225,7 +225,7 @@ def save_beside(world: World, folder: str, pipes: list[int], saves: int) -> dict
     save()
     quiet = [world.timed(save) for _ in range(saves)]
     for pipe in pipes if world.rank == 0 else ():
-        os.write(pipe, reception().address.encode().encode())
+        os.write(pipe, peer_listener().address.encode().encode())
     time.sleep(BEGIN_S)
     failed, attacked = 0.0, []
     for _ in range(saves):

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous, team_of
+from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
-from pytest_dcp._engine.coordinate.line import Connection
-from pytest_dcp._engine.coordinate.reception import Address, Hello, greet, reception
-from pytest_dcp._engine.coordinate.spoke import connect
+from pytest_dcp._engine.coordinate.hello import Address, Hello, greet
+from pytest_dcp._engine.coordinate.peer_listener import peer_listener
+from pytest_dcp._engine.coordinate.peer_side import connect
 
 PEERS = (64, 512, 4096)
 QUICK_PEERS = (8, 64)
@@ -120,7 +121,7 @@ def run_coordinator(peers: int, steps: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(SOFT_LIMIT, hard), hard))
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=peers + 1)
     before = _count_descriptors()
-    print(reception().address.encode(), flush=True)
+    print(peer_listener().address.encode(), flush=True)
     sys.stdin.readline()  # the peers are ready, too
     join_ms, _, _, _ = _run_operation(steps)
     rejoin_ms, agree_ms, cpu_ms, held = _run_operation(steps)

@@ -69,7 +69,7 @@ from pytest_dcp._engine.background.worker import BEAT, PROGRAM, Begin, Host, Joi
 from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.machines import machine
-from pytest_dcp._engine.coordinate.reception import reception
+from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.rendezvous import timeout_of
 from pytest_dcp._engine.verbs.save_messages import unpacked_metadata
 from pytest_dcp.errors import SaverProcessError
@@ -317,7 +317,7 @@ class Saver:
 
             def meet() -> tuple[str, int, tuple[str, ...], str]:
                 port = line.ask(Host(silence_s, one_machine), team.check, START_S)
-                address = reception().address
+                address = peer_listener().address
                 return uuid.uuid4().hex, port, address.hosts, address.machine
 
             meeting, port, hosts, there = team.broadcast("meet", meet)

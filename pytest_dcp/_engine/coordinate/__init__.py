@@ -11,8 +11,9 @@ from pytest_dcp._engine.coordinate.failure import (
     StepError,
     ranks_text,
 )
+from pytest_dcp._engine.coordinate.open_team import announce, team_of
 from pytest_dcp._engine.coordinate.sequence import Subject
-from pytest_dcp._engine.coordinate.team import Team, announce, team_of
+from pytest_dcp._engine.coordinate.team import Team
 
 __all__ = [
     "Team",

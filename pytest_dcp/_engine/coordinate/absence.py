@@ -2,7 +2,7 @@
 
 Four things tell:
 
-- the rank's idle connection from an earlier operation broke (see reception);
+- the rank's idle connection from an earlier operation broke (see peer_listener);
 - the process that it left in the store at its first operation has ended, or torchrun's error file
   of it is there (see presence): on the same machine, or with a shared folder of logs;
 - nothing listens any more at the address that it left there (see probe): on another machine;
@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener
+from pytest_dcp._engine.coordinate.peer_listener import PeerListener
 from pytest_dcp._engine.coordinate.probe import Probe, QuietProbe
-from pytest_dcp._engine.coordinate.reception import Reception
 
 AT_ONCE = 32
 """Ranks that are looked at together: each may be a request to the store, and a descriptor."""
@@ -100,10 +100,10 @@ class Absence:
 class Absences:
     """What is known of ranks that have not come."""
 
-    def __init__(self, group: dist.ProcessGroup, key: str, reception: Reception) -> None:
+    def __init__(self, group: dist.ProcessGroup, key: str, peer_listener: PeerListener) -> None:
         self._group = group
         self._key = key
-        self._reception = reception
+        self._peer_listener = peer_listener
         self._absent: dict[int, Absence] = {}
         self._turn = 0
         """At which of the ranks the next look begins."""
@@ -114,7 +114,7 @@ class Absences:
         ended = {
             rank: how
             for rank in missing
-            if (how := self._reception.broken_connection(self._key, rank)) is not None
+            if (how := self._peer_listener.broken_connection(self._key, rank)) is not None
         }
         self._turn += AT_ONCE
         at = self._turn % max(1, len(missing))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from pytest_dcp._engine.coordinate.reception import Hello
+from pytest_dcp._engine.coordinate.hello import Hello
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace, Subject, kind_of
-from pytest_dcp._engine.coordinate.star import Site
 
 RACE_S = 0.5
 """How long an operation with the number of another kind's may be the other half of a race between
@@ -54,22 +54,22 @@ def admit(
     return Admission.OUT_OF_COUNT
 
 
-def difference(hello: Hello, site: Site, verdict: Admission) -> str | None:
+def difference(hello: Hello, context: OperationContext, verdict: Admission) -> str | None:
     """Why a peer that has come cannot take part in the coordinator's operation; None: it can."""
-    mine = site.place.subject
+    mine = context.place.subject
     theirs = None if hello.subject is None else Subject(*hello.subject)
-    if hello.operation.removeprefix("async_") != site.operation.removeprefix("async_"):
-        what, ours = _describe(hello.operation, theirs), _describe(site.operation, mine)
+    if hello.operation.removeprefix("async_") != context.operation.removeprefix("async_"):
+        what, ours = _describe(hello.operation, theirs), _describe(context.operation, mine)
         return f"runs {what} where the coordinator runs {ours}"
     if verdict is Admission.OUT_OF_COUNT:
         return (
             f"is in operation {hello.number} of this group where the coordinator is in "
-            f"{site.place.number}: one of them has missed one; run it again"
+            f"{context.place.number}: one of them has missed one; run it again"
         )
-    if not site.one_subject or theirs is None or mine is None or theirs.is_same(mine):
+    if not context.one_subject or theirs is None or mine is None or theirs.is_same(mine):
         return None
     return (
-        f"runs {site.operation!r} with {theirs.name!r} where the coordinator runs it with "
+        f"runs {context.operation!r} with {theirs.name!r} where the coordinator runs it with "
         f"{mine.name!r}: every rank must give the same checkpoint_id, and call the group's "
         "saves and loads in the same order"
     )

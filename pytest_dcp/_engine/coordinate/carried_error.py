@@ -16,6 +16,7 @@ from typing import Any
 
 from pytest_dcp._engine.coordinate import wire
 from pytest_dcp._engine.coordinate.error_class import HEAP_TYPE, MEMBERS
+from pytest_dcp._engine.coordinate.sent_classes import record
 
 MAX_DATA_BYTES = 1024 * 1024
 """Above it (an exception that holds a tensor) the text travels alone: every rank gets a copy."""
@@ -32,7 +33,7 @@ class CarriedError:
     attributes: Mapping[str, Any]
 
 
-wire.record(CarriedError)
+record(CarriedError)
 
 
 def carry(error: BaseException) -> CarriedError | None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp._engine.coordinate import wire
 from pytest_dcp._engine.coordinate.carried_error import CarriedError, carry, is_whole, rebuild
 from pytest_dcp._engine.coordinate.error_class import bare, combine_classes, facts_of, shared_class
+from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp.errors import CheckpointError, DcpError
 from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
 
@@ -152,7 +152,7 @@ class Cause:
         return _rebuild(self), traceback.StackSummary.from_list(list(self.frames))
 
 
-wire.record(Cause)
+record(Cause)
 
 
 def capture(rank: int, error: BaseException) -> Cause:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from functools import lru_cache
 
 from pytest_dcp._engine.coordinate.handshake import SEAL_BYTES, Seal
-from pytest_dcp._engine.coordinate.parcel import Segment
+from pytest_dcp._engine.coordinate.payload import Segment
 
 MAGIC = b"DCP1"
 HEADER = struct.Struct("<4sBBHIIQ")

@@ -18,10 +18,10 @@ from functools import partial
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, exhaustion_error
-from pytest_dcp._engine.coordinate.line import Connection
+from pytest_dcp._engine.coordinate.hello import IDLE, Address, Hello, greet
 from pytest_dcp._engine.coordinate.machines import machine
-from pytest_dcp._engine.coordinate.reception import IDLE, Address, Hello, greet
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
@@ -34,14 +34,14 @@ GONE = (ConnectionRefusedError, ConnectionResetError)
 class Link:
     """One connection to a coordinator."""
 
-    line: Connection
+    connection: Connection
     address: Address
     """Where it leads, and what the two ends prove that they know."""
 
     @property
     def lasts(self) -> bool:
         """Whether it can serve an operation."""
-        return self.line.fileno() >= 0 and not self.line.closed
+        return self.connection.fileno() >= 0 and not self.connection.closed
 
 
 def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
@@ -51,9 +51,9 @@ def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
         link = meeting.idle.pop(coordinator, None)
     if link is None:
         return None
-    link.line.receive()
+    link.connection.receive()
     if not link.lasts:
-        link.line.close()
+        link.connection.close()
         return None
     return link
 
@@ -66,7 +66,7 @@ def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
         if link.lasts and (held is None or not held.lasts):
             meeting.idle[coordinator] = link
             return
-    link.line.hang_up()
+    link.connection.hang_up()
 
 
 def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
@@ -78,17 +78,17 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
     with meeting.tying:
         held = meeting.idle.get(coordinator)
         if held is not None:
-            held.line.receive()
+            held.connection.receive()
             if held.lasts:
                 return
-            held.line.close()
+            held.connection.close()
         link = meeting.idle[coordinator] = Link(Connection(connect(address)), address)
         hello = Hello(rendezvous.group_key(group, coordinator), IDLE, 0, rank)
-        greet(link.line, hello, address.key())
+        greet(link.connection, hello, address.key())
 
 
 def connect(address: Address) -> socket.socket:
-    """A connection to the reception at an address.
+    """A connection to the listener at an address.
 
     Where none of its hosts takes a connection, raises what says most of the process there:
 

@@ -1,7 +1,7 @@
 """What an operation needs of a process group: who is in it, its patience, and where to meet.
 
-The coordinator puts the address of its reception into the group's c10d store, one key per group and
-coordinator, which is never removed: the address is good for as long as the process lives. Peers
+The coordinator puts the address of its listener into the group's c10d store, one key per group
+and coordinator, which is never removed: the address is good for as long as the process lives. Peers
 read it once. One more key for each operation that the coordinator gave up tells late peers why.
 Beyond that an operation does not touch the group: no collective and no
 point-to-point message of it, so that neither the order of the user's collectives nor, when a rank
@@ -26,9 +26,10 @@ from pytest_dcp._engine.coordinate.failure import CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, decode, encode
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
 from pytest_dcp._engine.coordinate.handshake import open_word, seal_word
+from pytest_dcp._engine.coordinate.hello import Address
 from pytest_dcp._engine.coordinate.machines import local_only
+from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.presence import Presence
-from pytest_dcp._engine.coordinate.reception import Address, reception
 from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def meeting_of(group: dist.ProcessGroup) -> Meeting:
 def _end(meeting: Meeting, name: str, size: int) -> None:
     """Close the idle connections of a group that is gone, on both sides."""
     for link in meeting.idle.values():
-        link.line.hang_up()
+        link.connection.hang_up()
     for coordinator_rank in meeting.published:
-        reception().forget(_key(name, coordinator_rank, size))
+        peer_listener().forget(_key(name, coordinator_rank, size))
 
 
 def group_key(group: dist.ProcessGroup, coordinator_rank: int) -> str:
@@ -124,7 +125,7 @@ def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> N
         if local_only(os.environ):
             own = Presence.own()
         else:
-            own = Presence.own(reception().address.hosts, reception().address.port)
+            own = Presence.own(peer_listener().address.hosts, peer_listener().address.port)
         _store(group).set(_presence_key(rank), own.encode())
         if rank == coordinator_rank:
             publish(group, coordinator_rank)
@@ -180,7 +181,7 @@ def _presence_key(rank: int) -> str:
 
 def publish(group: dist.ProcessGroup, coordinator_rank: int) -> None:
     """Put this process's address where the peers look."""
-    published, address = meeting_of(group).published, reception().address
+    published, address = meeting_of(group).published, peer_listener().address
     if published.get(coordinator_rank) != address.secret:
         _store(group).set(_store_key(coordinator_rank), address.encode())
         published[coordinator_rank] = address.secret

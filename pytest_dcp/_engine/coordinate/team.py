@@ -12,7 +12,6 @@ rank is missing or out of step the team is over: each further step fails with th
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -20,9 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-import torch.distributed as dist
-
-from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.coordinator_side import CoordinatorSide
 from pytest_dcp._engine.coordinate.failure import (
     CoordinationError,
     PeerAborted,
@@ -32,18 +29,16 @@ from pytest_dcp._engine.coordinate.failure import (
     step_error,
 )
 from pytest_dcp._engine.coordinate.frame import START, Head, Mode
-from pytest_dcp._engine.coordinate.hub import Hub
-from pytest_dcp._engine.coordinate.link import tie
-from pytest_dcp._engine.coordinate.parcel import Parcel, Segment, bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.payload import Payload, Segment, bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.peer_side import PeerSide
 from pytest_dcp._engine.coordinate.sequence import (
     CallOrder,
     OperationPlace,
-    Subject,
-    kind_of,
     wait_for_turn,
 )
-from pytest_dcp._engine.coordinate.spoke import Spoke
-from pytest_dcp._engine.coordinate.star import Replies, Result, Site, Star, Statement, StepVerdict
+from pytest_dcp._engine.coordinate.side import Side
+from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,15 +55,17 @@ class Team:
     then leave as they are on the rank that they hit; the team is over then.
     """
 
-    def __init__(self, site: Site, order: CallOrder) -> None:
+    def __init__(self, context: OperationContext, order: CallOrder) -> None:
         self._order = order
-        self._place = site.place
-        self.rank = site.rank
-        self.size = site.size
-        self.coordinator_rank = site.coordinator
-        self.group = site.group
-        self.operation = site.operation
-        self._star: Star = Hub(site) if site.rank == site.coordinator else Spoke(site)
+        self._place = context.place
+        self.rank = context.rank
+        self.size = context.size
+        self.coordinator_rank = context.coordinator
+        self.group = context.group
+        self.operation = context.operation
+        self._side: Side = (
+            CoordinatorSide(context) if context.rank == context.coordinator else PeerSide(context)
+        )
         self._head = START
         self._over: StepVerdict | None = None
         self._closed = False
@@ -79,7 +76,7 @@ class Team:
         """Whether values that are no plain data may travel as pickles; see `wire`."""
         self._working = False
         """Whether a step's local work runs: only then a peer's failure is of interest."""
-        self._finalizer = weakref.finalize(self, _end, self._star, order, site.place)
+        self._finalizer = weakref.finalize(self, _end, self._side, order, context.place)
         self._drop_if_out_of_step()
 
     @property
@@ -92,36 +89,36 @@ class Team:
     ) -> R:
         """This rank's part of `reduce`, which the coordinator runs on all ranks' local values."""
 
-        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
-            replies = list(reduce(self._values(value, parcels)))
+        def combine(value: T, payloads: Sequence[Payload]) -> Reduced:
+            replies = list(reduce(self._values(value, payloads)))
             if len(replies) != self.size:
                 raise ValueError(
                     f"step {step!r}: expected one result per rank ({self.size}), got {len(replies)}"
                 )
             parts = [() if rank == self.rank else self._pack(r) for rank, r in enumerate(replies)]
-            return Replies(replies[self.rank], apart=parts)
+            return Reduced(replies[self.rank], apart=parts)
 
         return cast("R", self._run(Mode.REDUCE_SCATTER, step, local, combine, self._unpack))
 
     def all_reduce(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
         """The result of `reduce`, which the coordinator runs on all ranks' local values."""
 
-        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
-            reduced = reduce(self._values(value, parcels))
-            return Replies(reduced, self._pack(reduced) if self.size > 1 else ())
+        def combine(value: T, payloads: Sequence[Payload]) -> Reduced:
+            reduced = reduce(self._values(value, payloads))
+            return Reduced(reduced, self._pack(reduced) if self.size > 1 else ())
 
         return cast("R", self._run(Mode.ALL_REDUCE, step, local, combine, self._unpack))
 
     def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
         """All ranks' local values, in rank order; they pass the coordinator unopened."""
 
-        def combine(value: T, parcels: Sequence[Parcel]) -> Replies:
+        def combine(value: T, payloads: Sequence[Payload]) -> Reduced:
             own = self._pack(value) if self.size > 1 else ()
-            sent = [own if rank == self.rank else parcel for rank, parcel in enumerate(parcels)]
-            return Replies(self._values(value, parcels), bundle(sent))
+            sent = [own if rank == self.rank else payload for rank, payload in enumerate(payloads)]
+            return Reduced(self._values(value, payloads), bundle(sent))
 
-        def values(parcel: Parcel) -> list[T]:
-            return [self._unpack(part) for part in unbundle(parcel)]
+        def values(payload: Payload) -> list[T]:
+            return [self._unpack(part) for part in unbundle(payload)]
 
         return cast("list[T]", self._run(Mode.ALL_GATHER, step, local, combine, values))
 
@@ -132,14 +129,14 @@ class Team:
         def keep() -> None:
             kept.append(local())
 
-        self._run(Mode.AGREE, step, keep, lambda _, __: Replies(None), lambda _: None, sends=False)
+        self._run(Mode.AGREE, step, keep, lambda _, __: Reduced(None), lambda _: None, sends=False)
         return kept[0]
 
     def broadcast(self, step: str, local: Callable[[], T]) -> T:
         """The value of `local`, which only the coordinator runs. Waits for all ranks."""
 
-        def combine(value: T | None, parcels: Sequence[Parcel]) -> Replies:
-            return Replies(value, self._pack(value) if self.size > 1 else ())
+        def combine(value: T | None, payloads: Sequence[Payload]) -> Reduced:
+            return Reduced(value, self._pack(value) if self.size > 1 else ())
 
         def only_here() -> T | None:
             return local() if self.is_coordinator else None
@@ -149,7 +146,7 @@ class Team:
 
     def barrier(self, step: str) -> None:
         """Return when all ranks have come to this step."""
-        nothing = Replies(None)
+        nothing = Reduced(None)
         self._run(
             Mode.BARRIER, step, lambda: None, lambda _, __: nothing, lambda _: None, sends=False
         )
@@ -179,7 +176,7 @@ class Team:
         try:
             self._checked_s = time.monotonic()
             if self._trouble is None:
-                self._trouble = self._star.trouble()
+                self._trouble = self._side.trouble()
         finally:
             self._lock.release()
         if self._trouble is not None:
@@ -231,8 +228,8 @@ class Team:
         mode: Mode,
         step: str,
         local: Callable[[], Any],
-        combine: Callable[[Any, Sequence[Parcel]], Replies],
-        open_parcel: Callable[[Parcel], Any],
+        combine: Callable[[Any, Sequence[Payload]], Reduced],
+        open_payload: Callable[[Payload], Any],
         *,
         sends: bool = True,
     ) -> Any:
@@ -240,13 +237,13 @@ class Team:
         self._begin(mode, step)
         raised: BaseException | None = None
         try:
-            outcome: Result | StepVerdict | None = self._star.join(self._head)
+            outcome: Result | StepVerdict | None = self._side.join(self._head)
             if outcome is None:
                 value, own, raised = self._state(local, sends=sends)
                 with self._lock:
-                    outcome = self._star.exchange(self._head, own, lambda p: combine(value, p))
+                    outcome = self._side.exchange(self._head, own, lambda p: combine(value, p))
             if isinstance(outcome, Result):
-                return outcome.value if self.is_coordinator else open_parcel(outcome.parcel)
+                return outcome.value if self.is_coordinator else open_payload(outcome.payload)
         except BaseException as error:
             self._leave(error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -257,7 +254,7 @@ class Team:
         if outcome.final:
             # The place is kept until the caller has cleaned up: the next operation begins then.
             self._over = outcome
-            self._star.close()
+            self._side.close()
         raise step_error(step, self.operation, outcome.causes, raised)
 
     def _begin(self, mode: Mode, step: str) -> None:
@@ -270,20 +267,20 @@ class Team:
 
     def _state(
         self, local: Callable[[], T], *, sends: bool
-    ) -> tuple[T | None, Statement, BaseException | None]:
-        """The local value, the statement of it, and what was raised."""
+    ) -> tuple[T | None, LocalResult, BaseException | None]:
+        """The local value, the result that is sent, and the exception that was raised."""
         self._working = self.size > 1
         try:
             value = local()
-            parcel = self._pack(value) if sends and not self.is_coordinator else ()
+            payload = self._pack(value) if sends and not self.is_coordinator else ()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
             cause = capture(self.rank, error)
-            return None, Statement(cause=cause, echo=is_echo(error)), error
+            return None, LocalResult(cause=cause, echo=is_echo(error)), error
         finally:
             self._working = False
-        return value, Statement(parcel), None
+        return value, LocalResult(payload), None
 
     def _leave(self, error: BaseException) -> None:
         """Tell the peers why this rank goes, and be over."""
@@ -292,8 +289,8 @@ class Team:
         self._closed = True
         with self._lock:
             if self._head is START and self.is_coordinator:
-                self._star.join(self._head)
-            self._star.leave(self._head, cause)
+                self._side.join(self._head)
+            self._side.leave(self._head, cause)
 
     def _causes(self) -> Sequence[Any]:
         return self._over.causes if self._over is not None else ()
@@ -301,21 +298,21 @@ class Team:
     def _pack(self, value: object) -> list[Segment]:
         return pack(value, pickles=self.pickles)
 
-    def _unpack(self, parcel: Parcel) -> Any:
+    def _unpack(self, payload: Payload) -> Any:
         try:
-            return unpack(parcel, pickles=self.pickles)
+            return unpack(payload, pickles=self.pickles)
         except ValueError as error:
             raise CoordinationError(
                 f"what the coordinator sent cannot be read on rank {self.rank}: {error}"
             ) from error
 
-    def _values(self, own: T, parcels: Sequence[Parcel]) -> list[T]:
+    def _values(self, own: T, payloads: Sequence[Payload]) -> list[T]:
         """All ranks' values, this rank's as it is."""
         values = []
-        for rank, parcel in enumerate(parcels):
+        for rank, payload in enumerate(payloads):
             try:
                 own_value = rank == self.rank
-                values.append(own if own_value else unpack(parcel, pickles=self.pickles))
+                values.append(own if own_value else unpack(payload, pickles=self.pickles))
             except Exception as error:
                 raise CoordinationError(
                     f"the value of rank {rank} cannot be read on the coordinator: {error}"
@@ -323,83 +320,9 @@ class Team:
         return values
 
 
-def team_of(
-    process_group: dist.ProcessGroup | None,
-    *,
-    use_dist: bool,
-    coordinator_rank: int,
-    operation: str,
-    subject: Subject | None = None,
-    one_subject: bool = False,
-    background: bool = False,
-) -> Team:
-    """This rank's team for one operation of a process group; local, nothing is sent yet.
-
-    Call it where the operation is called, in program order: it takes the operation's place among
-    those of the group. Before the first step, `wait_for_turn` waits for earlier ones (see
-    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
-    is the default group. Without `use_dist` this rank is alone, and its own coordinator.
-
-    operation: what is done, its kind first ("save", "load", "save step_100"): ranks that name
-        different operations fail.
-    subject: the folder; one_subject: whether ranks that mean different ones fail.
-    background: whether it goes on while the caller does something else.
-
-    Raises ValueError when this rank is not in the group, or the coordinator is not.
-    """
-    if not use_dist:
-        place = _alone.take(kind_of(operation), subject, background=background)
-        return Team(Site(0, 1, 0, operation, float("inf"), None, place), _alone)
-    group = process_group if process_group is not None else dist.group.WORLD
-    if group is None:
-        raise ValueError(
-            f"{operation}: no process group is initialized; call init_process_group, or ask for "
-            "an operation of this rank alone (no_dist=True)"
-        )
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError(f"{operation}: this rank is not in the process group")
-    if not 0 <= coordinator_rank < size:
-        raise ValueError(
-            f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
-            f"got {coordinator_rank}"
-        )
-    if size > 1:
-        rendezvous.say_present(group, rank, coordinator_rank)
-    order = rendezvous.meeting_of(group).order
-    place = order.take(kind_of(operation), subject, background=background)
-    timeout_s = rendezvous.timeout_of(group)
-    site = Site(rank, size, coordinator_rank, operation, timeout_s, group, place, one_subject)
-    return Team(site, order)
-
-
-_alone = CallOrder(one_folder_at_a_time=True)
-"""Operations of this process alone: saves to one folder are made one after another."""
-os.register_at_fork(after_in_child=_alone.forget_pending)
-
-
-def _end(star: Star, order: CallOrder, place: OperationPlace) -> None:
+def _end(side: Side, order: CallOrder, place: OperationPlace) -> None:
     """Close a team's connections, and let the next operation begin."""
     try:
-        star.close()
+        side.close()
     finally:
         order.finish(place)
-
-
-def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
-    """Have this rank's end seen by the others from now on, before its first step.
-
-    The coordinator is where its peers look, and a peer is tied to a coordinator that is there
-    already. Asks the group's store once, the first time; what fails is left to the first step.
-    """
-    group = process_group if process_group is not None else dist.group.WORLD
-    if group is None:
-        return
-    with contextlib.suppress(CoordinationError, RuntimeError, ValueError, OSError):
-        rank = dist.get_rank(group)
-        if rank == coordinator_rank:
-            rendezvous.publish(group, coordinator_rank)
-        elif rank >= 0:
-            address = rendezvous.look_up(group, coordinator_rank, until_s=0.0)
-            if address is not None:
-                tie(group, coordinator_rank, rank, address)

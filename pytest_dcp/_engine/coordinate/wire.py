@@ -29,7 +29,6 @@ import math
 import pathlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
@@ -37,6 +36,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_dcp._engine.coordinate.sent_classes import (
+    CONVERSIONS,
+    KINDS_BY_NAME,
+    MAKERS,
+    SENT_KINDS,
+    SHOWN,
+)
 from pytest_dcp._engine.format.memory_limit import (
     BYTES_PER_STORED_BYTE,
     FREE_BYTES,
@@ -44,7 +50,7 @@ from pytest_dcp._engine.format.memory_limit import (
 )
 
 Segment = bytes | bytearray | memoryview
-Parcel = Sequence[Segment]
+Payload = Sequence[Segment]
 Node = Any
 """A part of the head: a scalar of JSON, or a list of a tag and what belongs to it."""
 
@@ -60,8 +66,6 @@ KEY_BITS = 63
 """Of an int in a key: longer ones can be chosen to have one hash, which takes quadratic time."""
 MANY = 16
 """Entries from which on a dict of tuples is sent as columns."""
-SHOWN = 80
-"""Characters of a value that an error shows."""
 
 
 def encode(value: object, *, pickles: bool = False) -> list[Segment]:
@@ -82,7 +86,7 @@ def encode(value: object, *, pickles: bool = False) -> list[Segment]:
     return [text.encode("utf-8", "surrogatepass"), *encoder.segments]
 
 
-def decode(parcel: Parcel, *, pickles: bool = False) -> Any:
+def decode(payload: Payload, *, pickles: bool = False) -> Any:
     """The value of `encode`; its arrays lie in the segments.
 
     pickles: whether to open pickles: they can run any code.
@@ -90,11 +94,11 @@ def decode(parcel: Parcel, *, pickles: bool = False) -> Any:
     Raises ValueError for anything that `encode` does not make, and for pickles where they are not
     allowed.
     """
-    if not parcel:
+    if not payload:
         raise ValueError("expected a value, got no bytes")
-    decoder = _Decoder(parcel[1:], pickles)
+    decoder = _Decoder(payload[1:], pickles)
     try:
-        value = decoder.value(_parse(bytes(parcel[0])))
+        value = decoder.value(_parse(bytes(payload[0])))
     except (TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"expected a value of another rank, got {error!r:.200}") from None
     decoder.check_end()
@@ -114,68 +118,6 @@ def _parse(text: bytes) -> Any:
         raise ValueError(f"expected a value of another rank, got {text[:20]!r} ...") from None
 
 
-# ---- classes
-
-
-class _SentKind:
-    """How the objects of one class are sent."""
-
-    def __init__(self, cls: type, names: tuple[str, ...]) -> None:
-        self.cls, self.names = cls, names
-        self.has_dict = cls.__dictoffset__ != 0
-
-    def parts(self, value: Any) -> list[Any]:
-        """The fields, and what else was set on the object."""
-        found = [getattr(value, name) for name in self.names]
-        if self.has_dict and len(vars(value)) != len(self.names):
-            more = {name: v for name, v in vars(value).items() if name not in self.names}
-            return [*found, more] if more else found
-        return found
-
-    def make(self, parts: list[Any]) -> Any:
-        """The object of these parts."""
-        made: Any = object.__new__(self.cls)
-        count = len(self.names)
-        more = parts[count] if len(parts) == count + 1 and self.has_dict else {}
-        if len(parts) not in (count, count + bool(more)):
-            raise ValueError(f"expected {count} fields of a {self.cls.__name__}, got {len(parts)}")
-        for name, part in zip(self.names, parts, strict=False):
-            object.__setattr__(made, name, part)
-        for name, part in more.items():
-            if type(name) is not str or name.startswith("__"):
-                raise ValueError(f"expected an attribute's name, got {name!r:.{SHOWN}}")
-            object.__setattr__(made, name, part)
-        return made
-
-
-_kinds: dict[type, tuple[str, _SentKind]] = {}
-_by_name: dict[str, _SentKind] = {}
-_conversions: dict[type, tuple[str, Callable[[Any], Any]]] = {}
-_makers: dict[str, Callable[[Any], Any]] = {}
-
-
-def record(*classes: type) -> None:
-    """Let dataclasses be sent: field by field, and made again without their `__init__`."""
-    for cls in classes:
-        names = tuple(field.name for field in fields(cls))
-        _kinds[cls] = cls.__name__, _SentKind(cls, names)
-        if _by_name.setdefault(cls.__name__, _kinds[cls][1]).cls is not cls:
-            raise ValueError(f"two classes are called {cls.__name__}")
-
-
-def convert(
-    cls: type, to: Callable[[Any], Any], back: Callable[[Any], Any] | None = None, name: str = ""
-) -> None:
-    """Let objects of a class be sent as what `to` makes of them, and `back` makes them again.
-
-    Without `back` they arrive as that.
-    """
-    name = name or cls.__name__
-    _conversions[cls] = name if back is not None else "", to
-    if back is not None and _makers.setdefault(name, back) is not back:
-        raise ValueError(f"two classes are called {name}")
-
-
 # ---- writing
 
 
@@ -191,11 +133,11 @@ class _Encoder:
         write = _WRITERS.get(kind)
         if write is not None:
             return write(self, value)
-        if kind in _kinds:
-            name, known = _kinds[kind]
+        if kind in SENT_KINDS:
+            name, known = SENT_KINDS[kind]
             return ["o", name, self.nodes(known.parts(value))]
-        if kind in _conversions:
-            name, to = _conversions[kind]
+        if kind in CONVERSIONS:
+            name, to = CONVERSIONS[kind]
             return ["v", name, self.node(to(value))] if name else self.node(to(value))
         if isinstance(value, np.generic) and value.dtype.kind in NUMBERS:
             self.segments.append(value.tobytes())
@@ -311,7 +253,7 @@ _WRITERS: dict[type, _Writer] = {
 
 
 class _Decoder:
-    def __init__(self, segments: Parcel, pickles: bool) -> None:
+    def __init__(self, segments: Payload, pickles: bool) -> None:
         self._segments: Iterator[Segment] = iter(segments)
         self._pickles = pickles
 
@@ -367,10 +309,10 @@ class _Decoder:
         return found
 
     def record(self, name: Any, parts: Any) -> Any:
-        return _by_name[name].make(self.values(parts))
+        return KINDS_BY_NAME[name].make(self.values(parts))
 
     def converted(self, name: Any, node: Node) -> Any:
-        return _makers[name](self.value(node))
+        return MAKERS[name](self.value(node))
 
     def pickled(self, count: Any) -> Any:
         if not self._pickles:

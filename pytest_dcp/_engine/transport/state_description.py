@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.plan.shards import local_tensor
 from pytest_dcp._engine.staging.stager import dtensor, make_sharded_tensor
 

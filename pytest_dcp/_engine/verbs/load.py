@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
 from pytest_dcp._engine.coordinate import StepError, Team, ranks_text, team_of
-from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
 from pytest_dcp._engine.plan.columns import has_values

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from pytest_dcp._engine.coordinate import Team
-from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.io.digests import (
     BLOCK_BYTES,
     block_sums,

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp._engine.coordinate.wire import record
+from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format.catalog import Catalog, EntryTable
 from pytest_dcp._engine.format.write_results import WriteResults, Written

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from pytest_dcp._engine.coordinate.wire import convert, record
+from pytest_dcp._engine.coordinate.sent_classes import convert, record
 from pytest_dcp._engine.format.catalog import EntryTable
 from pytest_dcp._engine.format.planner_paths import PathTable
 from pytest_dcp._engine.format.write_results import WriteResults, Written

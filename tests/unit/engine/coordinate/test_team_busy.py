@@ -13,25 +13,28 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pytest_dcp._engine.coordinate import link, reception, spoke
+from pytest_dcp._engine.coordinate import link, peer_listener, peer_side
+from pytest_dcp._engine.coordinate.coordinator_side import FULL_S, CoordinatorSide
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
-from pytest_dcp._engine.coordinate.hub import FULL_S, Hub
+from pytest_dcp._engine.coordinate.hello import Address
 from pytest_dcp._engine.coordinate.link import Link, connect
-from pytest_dcp._engine.coordinate.reception import Address, Reception
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.peer_listener import PeerListener
 from pytest_dcp._engine.coordinate.sequence import CallOrder
-from pytest_dcp._engine.coordinate.star import Site
 
 LIMIT_S = 10.0
 ADDRESS = Address(("10.0.0.1",), 29500, "another machine", "secret")
 
 
 @pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> spoke.Spoke:
+def peer(monkeypatch: pytest.MonkeyPatch) -> peer_side.PeerSide:
     """A peer that knows where its coordinator is."""
-    monkeypatch.setattr(spoke.rendezvous, "look_up", lambda *_: ADDRESS)
-    monkeypatch.setattr(spoke.rendezvous, "forget", lambda *_: None)
+    monkeypatch.setattr(peer_side.rendezvous, "look_up", lambda *_: ADDRESS)
+    monkeypatch.setattr(peer_side.rendezvous, "forget", lambda *_: None)
     group: Any = object()
-    return spoke.Spoke(Site(1, 2, 0, "save", 60.0, group, CallOrder().take("save", None)))
+    return peer_side.PeerSide(
+        OperationContext(1, 2, 0, "save", 60.0, group, CallOrder().take("save", None))
+    )
 
 
 def fails_first(errors: list[OSError]) -> Callable[[Address], socket.socket]:
@@ -45,31 +48,31 @@ def fails_first(errors: list[OSError]) -> Callable[[Address], socket.socket]:
     return connect
 
 
-def found(peer: spoke.Spoke, within_s: float = LIMIT_S) -> Link | Cause:
+def found(peer: peer_side.PeerSide, within_s: float = LIMIT_S) -> Link | Cause:
     result = peer._find(time.monotonic() + within_s, "plan")
     if isinstance(result, Link):
-        result.line.close()
+        result.connection.close()
     return result
 
 
 @pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT])
 def test_a_network_that_recovers_is_waited_for(
-    peer: spoke.Spoke, monkeypatch: pytest.MonkeyPatch, number: int
+    peer: peer_side.PeerSide, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(spoke, "REFUSED_S", 0.0)
-    monkeypatch.setattr(spoke, "AGAIN_S", 0.01)
+    monkeypatch.setattr(peer_side, "REFUSED_S", 0.0)
+    monkeypatch.setattr(peer_side, "AGAIN_S", 0.01)
     errors = [OSError(number, os.strerror(number)) for _ in range(3)]
-    monkeypatch.setattr(spoke, "connect", fails_first(errors))
+    monkeypatch.setattr(peer_side, "connect", fails_first(errors))
     assert isinstance(found(peer), Link)
 
 
 def test_a_network_that_stays_down_is_named_and_is_no_death(
-    peer: spoke.Spoke, monkeypatch: pytest.MonkeyPatch
+    peer: peer_side.PeerSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spoke, "UNREACHED_S", 0.1)
-    monkeypatch.setattr(spoke, "AGAIN_S", 0.01)
+    monkeypatch.setattr(peer_side, "UNREACHED_S", 0.1)
+    monkeypatch.setattr(peer_side, "AGAIN_S", 0.01)
     errors = [OSError(errno.ENETUNREACH, "Network is unreachable")] * 1000
-    monkeypatch.setattr(spoke, "connect", fails_first(errors))
+    monkeypatch.setattr(peer_side, "connect", fails_first(errors))
     cause = found(peer)
     assert isinstance(cause, Cause)
     assert cause.type_name.endswith(".RankSilentError")
@@ -77,19 +80,19 @@ def test_a_network_that_stays_down_is_named_and_is_no_death(
 
 
 def test_an_address_that_stays_refused_is_a_death(
-    peer: spoke.Spoke, monkeypatch: pytest.MonkeyPatch
+    peer: peer_side.PeerSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spoke, "REFUSED_S", 0.1)
-    monkeypatch.setattr(spoke, "connect", fails_first([ConnectionRefusedError("no")] * 1000))
+    monkeypatch.setattr(peer_side, "REFUSED_S", 0.1)
+    monkeypatch.setattr(peer_side, "connect", fails_first([ConnectionRefusedError("no")] * 1000))
     cause = found(peer)
     assert isinstance(cause, Cause)
     assert cause.type_name.endswith(".RankEndedError")
 
 
 def test_a_refusal_counts_from_the_last_time_that_the_coordinator_was_busy(
-    peer: spoke.Spoke, monkeypatch: pytest.MonkeyPatch
+    peer: peer_side.PeerSide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spoke, "REFUSED_S", 0.2)
+    monkeypatch.setattr(peer_side, "REFUSED_S", 0.2)
     refused, busy = ConnectionRefusedError("no"), TimeoutError("busy")
     slow = fails_first([refused, busy, refused, busy, refused])
 
@@ -97,7 +100,7 @@ def test_a_refusal_counts_from_the_last_time_that_the_coordinator_was_busy(
         time.sleep(0.15)
         return slow(address)
 
-    monkeypatch.setattr(spoke, "connect", connect_slowly)
+    monkeypatch.setattr(peer_side, "connect", connect_slowly)
     assert isinstance(found(peer), Link)
 
 
@@ -130,9 +133,9 @@ def test_a_peer_without_descriptors_fails_itself_and_names_the_limit(
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reception]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerListener]:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    made = Reception()
+    made = PeerListener()
     made.open("group", "save")
     yield made
     made.close()
@@ -152,36 +155,36 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 def test_peers_stay_in_the_queue_while_there_is_no_descriptor(
-    opened: Reception, monkeypatch: pytest.MonkeyPatch
+    opened: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reception, "make_more_room", lambda: False)
+    monkeypatch.setattr(peer_listener, "make_more_room", lambda: False)
     with connect(opened.address):
         with no_descriptor_left():
             assert opened.arrivals("group", "save") == []
             assert opened.full_for_s() > 0.0
         assert opened.arrivals("group", "save") == []
         assert opened.full_for_s() == 0.0
-        assert len(opened._lobby) == 1
+        assert len(opened._handshaking) == 1
 
 
-def test_the_soft_limit_is_raised_when_it_is_met(opened: Reception) -> None:
+def test_the_soft_limit_is_raised_when_it_is_met(opened: PeerListener) -> None:
     with connect(opened.address), no_descriptor_left():
         assert opened.arrivals("group", "save") == []
         assert opened.full_for_s() == 0.0
         opened.arrivals("group", "save")
-        assert len(opened._lobby) == 1
+        assert len(opened._handshaking) == 1
 
 
 def test_an_operation_that_cannot_accept_its_peers_fails_and_names_the_limit(
-    opened: Reception, monkeypatch: pytest.MonkeyPatch
+    opened: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = CallOrder().take("save", None)
-    hub = Hub(Site(0, 2000, 0, "save", 60.0, None, place))
-    hub._reception = opened
-    hub._find_descriptors()
+    coordinator_side = CoordinatorSide(OperationContext(0, 2000, 0, "save", 60.0, None, place))
+    coordinator_side._peer_listener = opened
+    coordinator_side._find_descriptors()
     monkeypatch.setattr(opened, "_full_s", time.monotonic() - FULL_S - 1)
     with pytest.raises(CoordinationError, match=r"Too many open files.*`ulimit -n 2511`"):
-        hub._find_descriptors()
+        coordinator_side._find_descriptors()
 
 
 def test_the_try_of_an_address_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from pytest_dcp._engine.coordinate.failure import (
     ranks_text,
     step_error,
 )
-from pytest_dcp._engine.coordinate.parcel import pack, unpack
+from pytest_dcp._engine.coordinate.payload import pack, unpack
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -121,7 +121,7 @@ def test_an_exception_of_plain_data_arrives_as_itself() -> None:
     error, stack = sent(OSError(28, "No space left on device", "/data/x")).rebuild()
     assert isinstance(error, OSError)
     assert (error.errno, error.filename) == (28, "/data/x")
-    assert "raise error" in (stack[0].line or "")
+    assert "raise error" in (stack[0].connection or "")
 
 
 @pytest.mark.parametrize(

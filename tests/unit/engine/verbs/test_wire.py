@@ -187,9 +187,9 @@ def test_a_pickle_is_not_opened_in_any_place_of_a_value(capfd: pytest.CaptureFix
     for head in ('["p",0]', '["l",[1,["p",0]]]', '["d",["a"],[["p",0]]]', '["v","Index",["p",0]]'):
         with pytest.raises(ValueError, match="opens none"):
             wire.decode([head.encode(), bomb])
-    for parcel in ([bomb], [b'["b"]', bomb], [pickle.dumps(print)]):
+    for payload in ([bomb], [b'["b"]', bomb], [pickle.dumps(print)]):
         try:
-            assert wire.decode(parcel) == bomb
+            assert wire.decode(payload) == bomb
         except ValueError:
             continue
     assert capfd.readouterr() == ("", "")

@@ -14,7 +14,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate import presence, probe, rendezvous
 from pytest_dcp._engine.coordinate.frame import Head
 from pytest_dcp._engine.coordinate.machines import machine
-from pytest_dcp._engine.coordinate.spoke import Spoke
+from pytest_dcp._engine.coordinate.peer_side import PeerSide
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -103,7 +103,7 @@ def test_one_that_began_before_the_coordinator_is_named_in_a_later_save(
 
 def save_killed_before_it_meets(world: RankWorld, victim: int, folder: Path) -> str:
     """The text of a save's failure, which names the rank that was killed, and soon."""
-    side = "spoke:Spoke.join" if victim else "hub:Hub.join"
+    side = "peer_side:PeerSide.join" if victim else "coordinator_side:CoordinatorSide.join"
     world.kill(victim, at=f"pytest_dcp._engine.coordinate.{side}")
     began_s = time.monotonic()
     with pytest.raises(CheckpointException) as caught:
@@ -160,13 +160,13 @@ def test_a_late_rank_of_another_machine_is_waited_for(
     """It has begun, and comes after the time in which a rank that ended is named."""
     monkeypatch.setattr(probe, "REFUSED_S", 0.1)
     monkeypatch.setattr(probe, "CONFIRM_S", 0.1)
-    whole = Spoke.join
+    whole = PeerSide.join
 
-    def late(spoke: Spoke, head: Head) -> object:
+    def late(peer_side: PeerSide, head: Head) -> object:
         time.sleep(2.0)
-        return whole(spoke, head)
+        return whole(peer_side, head)
 
     if rank == 1:
-        monkeypatch.setattr(Spoke, "join", late)
+        monkeypatch.setattr(PeerSide, "join", late)
     dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
     assert (checkpoint_dir / ".metadata").exists()

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate import StepError, Team, rendezvous, team_of
-from pytest_dcp._engine.coordinate.reception import Address
+from pytest_dcp._engine.coordinate.hello import Address
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.world_fixture import RankWorld

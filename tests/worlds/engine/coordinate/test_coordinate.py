@@ -40,7 +40,7 @@ from pytest_dcp._engine.coordinate import (
     team_of,
 )
 from pytest_dcp._engine.coordinate.descriptors import FEW
-from pytest_dcp._engine.coordinate.reception import BACKLOG, reception
+from pytest_dcp._engine.coordinate.peer_listener import BACKLOG, peer_listener
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.world_fixture import RankWorld
@@ -592,7 +592,7 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
     monkeypatch.setattr(link, "CONNECT_S", 0.2)
     if rank == 0:
         rendezvous.publish(group, 0)
-        reception()._listener.listen(0)
+        peer_listener()._listener.listen(0)
     world.barrier()
     try:
         if rank == 0:
@@ -601,7 +601,7 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
             assert t.all_gather("first", lambda: rank) == [0, 1, 2]
     finally:
         if rank == 0:
-            reception()._listener.listen(BACKLOG)
+            peer_listener()._listener.listen(BACKLOG)
 
 
 def test_a_coordinator_that_may_open_too_few_descriptors_says_so_to_all(
@@ -722,7 +722,7 @@ def test_one_connection_for_each_rank_serves_all_operations(
     world: RankWorld, group: dist.ProcessGroup, rank: int
 ) -> None:
     if rank == 0:
-        reception()
+        peer_listener()
     before = sockets()
     for _ in range(3):
         with team(group) as t:

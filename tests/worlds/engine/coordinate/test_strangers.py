@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.coordinate.reception import reception
+from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.world_fixture import RankWorld
@@ -72,7 +72,7 @@ def flooded(flood: str, port: int) -> Iterator[None]:
 def test_a_flood_of_strangers_fails_no_save(
     world: RankWorld, rank: int, checkpoint_dir: Path, flood: str
 ) -> None:
-    port = world.broadcast(reception().address.port if rank == 0 else None)
+    port = world.broadcast(peer_listener().address.port if rank == 0 else None)
     with flooded(flood, port) if rank == 0 else contextlib.nullcontext():
         world.barrier()
         began_s = time.monotonic()
@@ -91,17 +91,17 @@ def test_a_peer_that_was_crowded_out_says_hello_again(
     """The coordinator closes the first connections of every peer before it reads them."""
     refused: list[socket.socket] = []
     if rank == 0:
-        whole = reception()._greet
+        whole = peer_listener()._greet
 
         def crowded() -> None:
-            lobby = reception()._lobby
-            while lobby and len(refused) < 6:
-                line = lobby.pop()[1]
+            handshaking = peer_listener()._handshaking
+            while handshaking and len(refused) < 6:
+                line = handshaking.pop()[1]
                 refused.append(line.sock)
-                reception()._close_stranger(line)
+                peer_listener()._close_stranger(line)
             whole()
 
-        monkeypatch.setattr(reception(), "_greet", crowded)
+        monkeypatch.setattr(peer_listener(), "_greet", crowded)
     dcp.save({"w": torch.ones(3)}, checkpoint_id=checkpoint_dir)
     if rank == 0:
         assert len(refused) == 6

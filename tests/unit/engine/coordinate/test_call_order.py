@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_dcp._engine.coordinate.admission import RACE_S, Admission, admit
-from pytest_dcp._engine.coordinate.reception import Hello
+from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.sequence import (
     CallOrder,
     OperationPlace,

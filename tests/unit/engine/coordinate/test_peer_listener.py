@@ -14,27 +14,25 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
-from pytest_dcp._engine.coordinate import line as line_module
-from pytest_dcp._engine.coordinate import link, spoke
-from pytest_dcp._engine.coordinate import reception as reception_module
+from pytest_dcp._engine.coordinate import connection as connection_module
+from pytest_dcp._engine.coordinate import link, peer_side
+from pytest_dcp._engine.coordinate import peer_listener as peer_listener_module
+from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, encode
 from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
-from pytest_dcp._engine.coordinate.line import Connection
+from pytest_dcp._engine.coordinate.hello import IDLE, Address, Hello
 from pytest_dcp._engine.coordinate.link import Link, connect
 from pytest_dcp._engine.coordinate.machines import local_only
-from pytest_dcp._engine.coordinate.reception import (
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.peer_listener import (
     HELLO_BYTES,
     HELLO_S,
-    IDLE,
     STRANGERS,
-    Address,
-    Hello,
-    Reception,
+    PeerListener,
 )
 from pytest_dcp._engine.coordinate.sequence import CallOrder
-from pytest_dcp._engine.coordinate.star import Site
 
 FIRST = Hello("group", "save", 1, 2)
 LIMIT_S = 10.0
@@ -42,9 +40,9 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def reception(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reception]:
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[PeerListener]:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    opened = Reception()
+    opened = PeerListener()
     opened.open("group", "save")
     yield opened
     opened.close()
@@ -59,8 +57,8 @@ def until(found: Callable[[], T]) -> T:
     raise TimeoutError
 
 
-def send(reception: Reception, pieces: list[bytes]) -> socket.socket:
-    sock = connect(reception.address)
+def send(listener: PeerListener, pieces: list[bytes]) -> socket.socket:
+    sock = connect(listener.address)
     sock.sendall(b"".join(pieces))
     return sock
 
@@ -70,16 +68,16 @@ def fresh(**facts: Any) -> Hello:
     return replace(FIRST, nonce=new_nonce(), **facts)
 
 
-def hello(reception: Reception, said: Hello | None = None) -> list[bytes]:
+def hello(listener: PeerListener, said: Hello | None = None) -> list[bytes]:
     said = said or fresh()
-    return [bytes(piece) for piece in encode(said.frame(reception.address.key()))]
+    return [bytes(piece) for piece in encode(said.frame(listener.address.key()))]
 
 
-def is_closed(sock: socket.socket, reception: Reception) -> bool:
+def is_closed(sock: socket.socket, listener: PeerListener) -> bool:
     sock.setblocking(False)
 
     def ended() -> bool:
-        assert reception.arrivals("group", "save") == []
+        assert listener.arrivals("group", "save") == []
         try:
             return sock.recv(1) == b""
         except BlockingIOError:
@@ -93,24 +91,24 @@ def is_closed(sock: socket.socket, reception: Reception) -> bool:
         sock.close()
 
 
-def test_a_peer_with_the_secret_arrives(reception: Reception) -> None:
+def test_a_peer_with_the_secret_arrives(listener: PeerListener) -> None:
     said = fresh()
-    with send(reception, hello(reception, said)) as sock:
-        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+    with send(listener, hello(listener, said)) as sock:
+        (arrival,) = until(lambda: listener.arrivals("group", "save"))
         assert arrival.hello == said
-        assert reception.address.secret.encode() not in b"".join(hello(reception, said))
-        arrival.line.queue(reception.welcome(said))
-        arrival.line.flush()
-        assert reception.address.key().welcome(said.nonce) in sock.recv(1000)
-        arrival.line.close()
+        assert listener.address.secret.encode() not in b"".join(hello(listener, said))
+        arrival.connection.queue(listener.welcome(said))
+        arrival.connection.flush()
+        assert listener.address.key().welcome(said.nonce) in sock.recv(1000)
+        arrival.connection.close()
 
 
-def test_a_hello_that_was_said_before_is_shut_out(reception: Reception) -> None:
-    data = hello(reception)
-    with send(reception, data):
-        (arrival,) = until(lambda: reception.arrivals("group", "save"))
-        assert is_closed(send(reception, data), reception)
-        arrival.line.close()
+def test_a_hello_that_was_said_before_is_shut_out(listener: PeerListener) -> None:
+    data = hello(listener)
+    with send(listener, data):
+        (arrival,) = until(lambda: listener.arrivals("group", "save"))
+        assert is_closed(send(listener, data), listener)
+        arrival.connection.close()
 
 
 @pytest.mark.parametrize(
@@ -127,87 +125,89 @@ def test_a_hello_that_was_said_before_is_shut_out(reception: Reception) -> None:
     ],
 )
 def test_a_hello_with_facts_of_other_types_is_shut_out(
-    reception: Reception, facts: dict[str, Any]
+    listener: PeerListener, facts: dict[str, Any]
 ) -> None:
     wrong = replace(fresh(), **facts)
-    assert is_closed(send(reception, hello(reception, wrong)), reception)
+    assert is_closed(send(listener, hello(listener, wrong)), listener)
 
 
 def test_a_rank_has_no_more_connections_than_it_may(
-    reception: Reception, monkeypatch: pytest.MonkeyPatch
+    listener: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reception_module, "WAITING_OF_A_RANK", 3)
-    reception.open("group", "load")
-    socks = [send(reception, hello(reception, fresh(operation="load"))) for _ in range(5)]
-    assert is_closed(socks[4], reception)
-    arrivals = reception.arrivals("group", "load")
+    monkeypatch.setattr(peer_listener_module, "WAITING_OF_A_RANK", 3)
+    listener.open("group", "load")
+    socks = [send(listener, hello(listener, fresh(operation="load"))) for _ in range(5)]
+    assert is_closed(socks[4], listener)
+    arrivals = listener.arrivals("group", "load")
     assert len(arrivals) == 3
-    for one in [*(arrival.line for arrival in arrivals), *socks[:4]]:
+    for one in [*(arrival.connection for arrival in arrivals), *socks[:4]]:
         one.close()
 
 
-def test_a_hello_may_come_in_pieces_and_with_what_follows_it(reception: Reception) -> None:
-    data = b"".join(hello(reception)) + b"".join(map(bytes, encode(Frame(FrameKind.PING))))
-    with send(reception, [data[:10]]) as sock:
+def test_a_hello_may_come_in_pieces_and_with_what_follows_it(listener: PeerListener) -> None:
+    data = b"".join(hello(listener)) + b"".join(map(bytes, encode(Frame(FrameKind.PING))))
+    with send(listener, [data[:10]]) as sock:
         time.sleep(0.02)
-        assert reception.arrivals("group", "save") == []
-        assert reception.restless()
+        assert listener.arrivals("group", "save") == []
+        assert listener.has_unsignalled_peers()
         sock.sendall(data[10:])
-        (arrival,) = until(lambda: reception.arrivals("group", "save"))
-        arrival.line.close()
+        (arrival,) = until(lambda: listener.arrivals("group", "save"))
+        arrival.connection.close()
 
 
-def test_a_peer_with_another_secret_is_shut_out(reception: Reception) -> None:
+def test_a_peer_with_another_secret_is_shut_out(listener: PeerListener) -> None:
     frame = fresh().frame(GroupKey.of("0" * 32))
-    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+    assert is_closed(send(listener, [bytes(piece) for piece in encode(frame)]), listener)
 
 
-def test_a_stranger_is_shut_out(reception: Reception) -> None:
-    assert is_closed(send(reception, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]), reception)
+def test_a_stranger_is_shut_out(listener: PeerListener) -> None:
+    assert is_closed(send(listener, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]), listener)
 
 
-def test_a_hello_that_is_too_long_is_shut_out(reception: Reception) -> None:
+def test_a_hello_that_is_too_long_is_shut_out(listener: PeerListener) -> None:
     long = fresh(operation="s" * HELLO_BYTES)
-    assert is_closed(send(reception, hello(reception, long)), reception)
+    assert is_closed(send(listener, hello(listener, long)), listener)
 
 
 @pytest.mark.parametrize(
     "frame", [Frame(FrameKind.PING), Frame(FrameKind.VALUE, segments=[b"x"]), Frame(FrameKind.BYE)]
 )
-def test_nothing_but_a_hello_comes_first(reception: Reception, frame: Frame) -> None:
+def test_nothing_but_a_hello_comes_first(listener: PeerListener, frame: Frame) -> None:
     data = [bytes(piece) for piece in encode(frame)]
-    assert is_closed(send(reception, data * 100), reception)
+    assert is_closed(send(listener, data * 100), listener)
 
 
-def test_a_hello_of_many_segments_is_shut_out(reception: Reception) -> None:
+def test_a_hello_of_many_segments_is_shut_out(listener: PeerListener) -> None:
     frame = Frame(FrameKind.HELLO, segments=[b""] * 8)
-    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+    assert is_closed(send(listener, [bytes(piece) for piece in encode(frame)]), listener)
 
 
-def test_a_stranger_that_says_nothing_is_shut_out(reception: Reception) -> None:
+def test_a_stranger_that_says_nothing_is_shut_out(listener: PeerListener) -> None:
     began_s = time.monotonic()
-    assert is_closed(send(reception, []), reception)
+    assert is_closed(send(listener, []), listener)
     assert time.monotonic() - began_s >= HELLO_S / 2
 
 
-def test_a_crowd_of_strangers_is_kept_small_and_lets_peers_through(reception: Reception) -> None:
-    idle = [connect(reception.address) for _ in range(3 * STRANGERS)]
-    with send(reception, hello(reception)):
-        idle += [connect(reception.address) for _ in range(3 * STRANGERS)]
-        (arrival,) = until(lambda: reception.arrivals("group", "save"))
+def test_a_crowd_of_strangers_is_kept_small_and_lets_peers_through(
+    listener: PeerListener,
+) -> None:
+    idle = [connect(listener.address) for _ in range(3 * STRANGERS)]
+    with send(listener, hello(listener)):
+        idle += [connect(listener.address) for _ in range(3 * STRANGERS)]
+        (arrival,) = until(lambda: listener.arrivals("group", "save"))
         assert (arrival.hello.group, arrival.hello.rank) == ("group", 2)
-        assert len(reception._lobby) <= STRANGERS
-        arrival.line.close()
+        assert len(listener._handshaking) <= STRANGERS
+        arrival.connection.close()
     for sock in idle:
         sock.close()
 
 
 def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
-    reception: Reception, monkeypatch: pytest.MonkeyPatch
+    listener: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = socket.socketpair()
     there.sendall(b"".join(map(bytes, encode(Frame(FrameKind.PING)))) * 1000)
-    monkeypatch.setattr(line_module, "READS_AT_ONCE", 10)
+    monkeypatch.setattr(connection_module, "READS_AT_ONCE", 10)
     line = Connection(here)
     line.receive()
     assert here.recv(1, socket.MSG_PEEK)
@@ -215,27 +215,27 @@ def test_a_peer_that_sends_without_end_is_read_a_part_at_a_time(
     there.close()
 
 
-def test_a_hello_with_other_facts_is_shut_out(reception: Reception) -> None:
+def test_a_hello_with_other_facts_is_shut_out(listener: PeerListener) -> None:
     text = b'{"group": "group"}'
-    frame = Frame(FrameKind.HELLO, segments=[reception.address.key().proof(text), text])
-    assert is_closed(send(reception, [bytes(piece) for piece in encode(frame)]), reception)
+    frame = Frame(FrameKind.HELLO, segments=[listener.address.key().proof(text), text])
+    assert is_closed(send(listener, [bytes(piece) for piece in encode(frame)]), listener)
 
 
-def test_peers_wait_for_the_operation_that_they_ask_for(reception: Reception) -> None:
-    reception.open("group", "load")
-    with send(reception, hello(reception, fresh(operation="load"))):
+def test_peers_wait_for_the_operation_that_they_ask_for(listener: PeerListener) -> None:
+    listener.open("group", "load")
+    with send(listener, hello(listener, fresh(operation="load"))):
         with pytest.raises(TimeoutError):
-            short_until(lambda: reception.arrivals("group", "save"))
-        (arrival,) = reception.arrivals("group", "load")
-        arrival.line.close()
+            short_until(lambda: listener.arrivals("group", "save"))
+        (arrival,) = listener.arrivals("group", "load")
+        arrival.connection.close()
 
 
 def test_peers_that_ask_for_what_nobody_runs_are_seen_by_who_is_there(
-    reception: Reception,
+    listener: PeerListener,
 ) -> None:
-    with send(reception, hello(reception, fresh(operation="load"))):
-        (arrival,) = until(lambda: reception.arrivals("group", "save"))
-        arrival.line.close()
+    with send(listener, hello(listener, fresh(operation="load"))):
+        (arrival,) = until(lambda: listener.arrivals("group", "save"))
+        arrival.connection.close()
 
 
 def short_until(found: Callable[[], object]) -> None:
@@ -246,32 +246,36 @@ def short_until(found: Callable[[], object]) -> None:
     raise TimeoutError
 
 
-def broken(reception: Reception, rank: int = 2) -> str | None:
-    assert reception.arrivals("group", "save") == []
-    return reception.broken_connection("group", rank)
+def broken(listener: PeerListener, rank: int = 2) -> str | None:
+    assert listener.arrivals("group", "save") == []
+    return listener.broken_connection("group", rank)
 
 
-def test_an_idle_connection_that_breaks_tells_that_a_process_ended(reception: Reception) -> None:
-    sock = send(reception, hello(reception, fresh(operation=IDLE)))
+def test_an_idle_connection_that_breaks_tells_that_a_process_ended(
+    listener: PeerListener,
+) -> None:
+    sock = send(listener, hello(listener, fresh(operation=IDLE)))
     with pytest.raises(TimeoutError):
-        short_until(lambda: broken(reception))
+        short_until(lambda: broken(listener))
     sock.close()
-    assert until(lambda: broken(reception)) == "connection closed"
-    assert broken(reception, rank=1) is None
+    assert until(lambda: broken(listener)) == "connection closed"
+    assert broken(listener, rank=1) is None
 
 
-def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(reception: Reception) -> None:
-    line = Connection(send(reception, hello(reception, fresh(operation=IDLE))))
+def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(
+    listener: PeerListener,
+) -> None:
+    line = Connection(send(listener, hello(listener, fresh(operation=IDLE))))
     with pytest.raises(TimeoutError):
-        short_until(lambda: broken(reception))
+        short_until(lambda: broken(listener))
     line.hang_up()
     for _ in range(20):
         time.sleep(0.001)
-        assert broken(reception) is None
+        assert broken(listener) is None
 
 
-def test_a_fork_keeps_no_line_open(reception: Reception) -> None:
-    line = Connection(connect(reception.address))
+def test_a_fork_keeps_no_line_open(listener: PeerListener) -> None:
+    line = Connection(connect(listener.address))
     inside, outside = os.pipe()
     child = os.fork()
     if child == 0:
@@ -318,19 +322,19 @@ def test_only_worlds_of_one_machine_listen_on_the_loopback_alone(
     assert local_only(environ) is local
 
 
-def test_another_machines_ranks_are_found_by_its_addresses(reception: Reception) -> None:
-    elsewhere = replace(reception.address, machine="another", hosts=("127.0.0.1",))
+def test_another_machines_ranks_are_found_by_its_addresses(listener: PeerListener) -> None:
+    elsewhere = replace(listener.address, machine="another", hosts=("127.0.0.1",))
     connect(elsewhere).close()
     with pytest.raises(OSError, match="refused"):
         connect(replace(elsewhere, port=1))
 
 
 @pytest.fixture
-def nobodys(reception: Reception) -> Address:
+def nobodys(listener: PeerListener) -> Address:
     """Where a coordinator of this machine was, and has ended."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    return replace(reception.address, hosts=(socket.gethostname(),), port=port)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return replace(listener.address, hosts=(socket.gethostname(),), port=port)
 
 
 def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
@@ -358,16 +362,16 @@ def full_queue(listener: socket.socket) -> list[socket.socket]:
 
 
 def test_a_coordinator_with_a_full_queue_is_waited_for(
-    reception: Reception, monkeypatch: pytest.MonkeyPatch
+    listener: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "CONNECT_S", 0.3)
     place = CallOrder().take("save", None)
     group: Any = object()
-    waiter = spoke.Spoke(Site(1, 2, 0, "save", 60.0, group, place))
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
-        address = replace(reception.address, port=listener.getsockname()[1])
-        monkeypatch.setattr(spoke.rendezvous, "look_up", lambda *_: address)
-        crowd = full_queue(listener)
+    waiter = peer_side.PeerSide(OperationContext(1, 2, 0, "save", 60.0, group, place))
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as server:
+        address = replace(listener.address, port=server.getsockname()[1])
+        monkeypatch.setattr(peer_side.rendezvous, "look_up", lambda *_: address)
+        crowd = full_queue(server)
         with pytest.raises(TimeoutError):
             connect(address)
         late = waiter._find(time.monotonic() + 0.5, "plan")
@@ -378,15 +382,15 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
             time.sleep(0.5)
             for _ in crowd:
                 with contextlib.suppress(TimeoutError):
-                    listener.accept()[0].close()
+                    server.accept()[0].close()
 
-        listener.settimeout(1.0)
+        server.settimeout(1.0)
         thread = threading.Thread(target=accept)
         thread.start()
         found = waiter._find(time.monotonic() + LIMIT_S, "plan")
         thread.join()
         assert isinstance(found, Link)
-        found.line.close()
+        found.connection.close()
         for one in crowd:
             one.close()
 
@@ -431,9 +435,11 @@ def test_a_socket_that_was_lent_the_port_of_who_has_ended_does_not_meet_itself(
         connect(replace(nobodys, hosts=hosts))
 
 
-def test_a_copy_of_this_machine_is_found_by_its_numeric_address(reception: Reception) -> None:
+def test_a_copy_of_this_machine_is_found_by_its_numeric_address(
+    listener: PeerListener,
+) -> None:
     with socket.create_server(("127.0.0.2", 0)) as elsewhere:
         port = elsewhere.getsockname()[1]
-        copy = replace(reception.address, hosts=(socket.gethostname(), "127.0.0.2"), port=port)
+        copy = replace(listener.address, hosts=(socket.gethostname(), "127.0.0.2"), port=port)
         with connect(copy) as sock:
             assert sock.getpeername() == ("127.0.0.2", port)

@@ -1,4 +1,4 @@
-"""Frames and parcels: what goes in on one rank comes out on another, however the stream is cut."""
+"""Frames and payloads: what goes in on one rank comes out on another, however the stream is cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pytest_dcp._engine.coordinate.frame import (
     Mode,
     encode,
 )
-from pytest_dcp._engine.coordinate.parcel import bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.payload import bundle, pack, unbundle, unpack
 
 heads = st.builds(
     Head, st.integers(0, 2**32 - 1), st.sampled_from(Mode), st.text(max_size=20).filter(str.isascii)
@@ -133,11 +133,11 @@ def columns(size: int) -> dict[str, Any]:
 
 
 @given(st.integers(0, 50))
-def test_parcels_hold_columns_with_their_arrays_beside_the_pickle(size: int) -> None:
+def test_payloads_hold_columns_with_their_arrays_beside_the_pickle(size: int) -> None:
     value = columns(size)
-    parcel = pack(value)
-    assert len(parcel) >= 3
-    copy = unpack([bytearray(segment) for segment in parcel])
+    payload = pack(value)
+    assert len(payload) >= 3
+    copy = unpack([bytearray(segment) for segment in payload])
     assert copy.keys() == value.keys()
     for key in value:
         assert np.array_equal(copy[key], value[key])
@@ -145,15 +145,15 @@ def test_parcels_hold_columns_with_their_arrays_beside_the_pickle(size: int) -> 
 
 def test_an_array_is_neither_copied_out_nor_in() -> None:
     array = np.arange(1000)
-    parcel = pack(array)
-    assert np.shares_memory(np.frombuffer(parcel[1], np.int64), array)
-    assert len(parcel[0]) < 300
-    received = bytearray(parcel[1])
-    copy = unpack([parcel[0], memoryview(received)])
+    payload = pack(array)
+    assert np.shares_memory(np.frombuffer(payload[1], np.int64), array)
+    assert len(payload[0]) < 300
+    received = bytearray(payload[1])
+    copy = unpack([payload[0], memoryview(received)])
     received[:8] = struct.pack("<q", 77)
     assert copy[0] == 77
 
 
 @given(st.lists(st.lists(st.binary(max_size=9), max_size=4), max_size=5))
-def test_bundles_keep_parcels_apart(parcels: list[list[bytes]]) -> None:
-    assert [list(parcel) for parcel in unbundle(bundle(parcels))] == parcels
+def test_bundles_keep_payloads_apart(payloads: list[list[bytes]]) -> None:
+    assert [list(payload) for payload in unbundle(bundle(payloads))] == payloads

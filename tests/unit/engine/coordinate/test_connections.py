@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode
-from pytest_dcp._engine.coordinate.line import Connection
 
 HELLO = Frame(FrameKind.HELLO, segments=[b"secret"])
 VALUE = Frame(FrameKind.VALUE, Head(1, Mode.AGREE, "write"))
@@ -23,16 +23,16 @@ def ends() -> Iterator[Ends]:
     there.close()
 
 
-def say(line: Connection, *frames: Frame) -> None:
+def say(connection: Connection, *frames: Frame) -> None:
     for frame in frames:
-        line.queue(frame)
-    assert line.flush()
+        connection.queue(frame)
+    assert connection.flush()
 
 
-def heard(line: Connection) -> list[FrameKind]:
-    line.receive()
-    kinds = [frame.kind for frame in line.frames]
-    line.frames.clear()
+def heard(connection: Connection) -> list[FrameKind]:
+    connection.receive()
+    kinds = [frame.kind for frame in connection.frames]
+    connection.frames.clear()
     return kinds
 
 

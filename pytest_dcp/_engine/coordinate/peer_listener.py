@@ -3,17 +3,17 @@
 Peers enter by connecting and saying who they are; `arrivals` hands each to the operation that it
 asks for. A peer must first prove that it knows the group's key (see handshake), in one HELLO frame
 of at most `HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most
-`STRANGERS` connections are open that have not proved it:
-the oldest is closed for the next. A peer that is closed so connects again (see spoke), so a flood
-of strangers delays an operation and does not fail it.
+`STRANGERS` connections are open that have not proved it: the oldest is closed for the next. A peer
+that is closed so connects again (see peer_side), so a flood of strangers delays an operation and
+does not fail it.
 
 One connection per peer serves all operations of a group. When an operation is over, `keep` takes
 the connection back; it is idle until the peer says HELLO for its next operation. An idle connection
 that breaks tells at once that a rank has died between operations, and will not come.
 
 There is no thread: peers wait in the kernel's queue until the coordinator looks. A full queue makes
-them wait, too: see spoke. The socket stays open until the process ends, so that later operations
-need no store and no new port.
+them wait, too: see peer_side. The socket stays open until the process ends, so that later
+operations need no store and no new port.
 """
 
 from __future__ import annotations
@@ -30,136 +30,41 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 
+from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, FrameKind
-from pytest_dcp._engine.coordinate.handshake import GroupKey, SeenNonces, new_nonce
-from pytest_dcp._engine.coordinate.line import Connection
+from pytest_dcp._engine.coordinate.handshake import GroupKey, SeenNonces
+from pytest_dcp._engine.coordinate.hello import IDLE, Address, Arrival, Hello
 from pytest_dcp._engine.coordinate.machines import hosts_of, local_only, machine
 from pytest_dcp._engine.coordinate.sequence import kind_of
 
 HELLO_BYTES = 32768
 """Room for the proof and twice the longest path."""
-MAX_ADDRESS_BYTES = 65536
 HELLO_S = 1.0
 STRANGERS = 64
 WAITING_OF_A_RANK = 64
 """Operations that a rank may have come to before the coordinator does."""
 ACCEPT_S = 0.003
 """In one look, so that a flood does not keep the coordinator from its peers."""
-IDLE = ""
-"""The operation of a peer that runs none yet: its connection only shows that it lives."""
 BACKLOG = 4096
 """Peers that may wait while the coordinator is busy; the kernel cuts it to net.core.somaxconn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a process's reception is, and what both ends prove that they know."""
-
-    hosts: tuple[str, ...]
-    """In order of trial, for a peer on another machine."""
-    port: int
-    machine: str
-    """Equal for processes that reach each other through the loopback."""
-    secret: str
-    """Never sent over a connection; a part of the group's key."""
-    check: str = ""
-    """Equal to the check of the peer's key, unless DCP_SHARED_KEY differs."""
-
-    def key(self) -> GroupKey:
-        """What a rank of the group proves with."""
-        return GroupKey.of(self.secret)
-
-    def encode(self) -> str:
-        """What the store keeps."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Address:
-        """The address in a store's value. Raises ValueError for anything else."""
-        try:
-            facts = json.loads(data[:MAX_ADDRESS_BYTES])
-            address = cls(**(facts | {"hosts": tuple(facts["hosts"])}))
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise ValueError(f"expected a coordinator's address, got {error!r:.200}") from None
-        texts = (*address.hosts, address.machine, address.secret, address.check)
-        if type(address.port) is not int or not {str}.issuperset(map(type, texts)):
-            raise ValueError(f"expected a coordinator's address, got {address!r:.200}")
-        return address
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Who a peer is, and what it is about to do."""
-
-    group: str
-    """The group and its coordinator; a process may have several."""
-    operation: str
-    number: int
-    """Of the operation, see sequence."""
-    rank: int
-    epoch: int = 0
-    finished_up_to: int = 0
-    """The peer's operations up to this number are over."""
-    unordered: bool = False
-    subject: tuple[str, str] | None = None
-    """The name and the real name of the folder."""
-    nonce: str = ""
-    """A number of the peer's that was never used, so that no HELLO can be said again."""
-
-    def is_whole(self) -> bool:
-        """Whether every field is of its type, as a rank says it."""
-        texts = (self.group, self.operation, self.nonce, *(self.subject or ()))
-        numbers = (self.number, self.rank, self.epoch, self.finished_up_to)
-        return (
-            {str}.issuperset(map(type, texts))
-            and {int}.issuperset(map(type, numbers))
-            and type(self.unordered) is bool
-            and (self.subject is None or len(self.subject) == 2)
-        )
-
-    def frame(self, key: GroupKey) -> Frame:
-        """The frame that says so, and proves that a rank of the group does."""
-        text = json.dumps(asdict(self)).encode()
-        return Frame(FrameKind.HELLO, segments=[key.proof(text), text])
-
-
-def greet(line: Connection, hello: Hello, key: GroupKey) -> bytes:
-    """Say hello on a peer's line, sealed from then on; what the coordinator must answer."""
-    hello = replace(hello, nonce=new_nonce())
-    line.queue(hello.frame(key))
-    seals = key.seals(hello.nonce)
-    if seals is not None and not line.is_sealed:
-        line.seal(outgoing=seals[0], incoming=seals[1])
-    line.flush()
-    return key.welcome(hello.nonce)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A peer that proved that it knows the group's key."""
-
-    hello: Hello
-    line: Connection
-    came_s: float = field(default_factory=time.monotonic)
 
 
 Member = tuple[str, int]
 """A group (see rendezvous.group_key) and a rank in it."""
 
 
-class Reception:
+class PeerListener:
     """This process's listening socket, the peers that no operation has, and the idle ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listener = _listen(local_only(os.environ))
         self._selector = selectors.DefaultSelector()
-        """Of the listening socket, the lobby and the idle connections."""
+        """Of the listening socket, the handshaking and the idle connections."""
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._lobby: list[tuple[float, Connection]] = []
+        self._handshaking: list[tuple[float, Connection]] = []
         """Connections that have not shown the secret, and until when they may."""
         self._waiting: list[Arrival] = []
         self._idle: dict[Connection, Member] = {}
@@ -198,9 +103,9 @@ class Reception:
             self._active[group, kind] -= 1
             self._active += Counter()  # drops what is not positive
 
-    def restless(self) -> bool:
+    def has_unsignalled_peers(self) -> bool:
         """Whether peers may come without the descriptor telling this operation."""
-        return bool(self._lobby) or self._active.total() > 1
+        return bool(self._handshaking) or self._active.total() > 1
 
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
         """The peers of a group that run this kind of operation, or one that is not run here."""
@@ -228,21 +133,23 @@ class Reception:
         with self._lock:
             self._waiting.extend(arrivals)
 
-    def keep(self, group: str, rank: int, line: Connection) -> None:
+    def keep(self, group: str, rank: int, connection: Connection) -> None:
         """Leave the operation of a peer's connection, and wait for what it does next."""
-        line.finish()
+        connection.finish()
         with self._lock:
-            self._add_idle((group, rank), line)
+            self._add_idle((group, rank), connection)
 
     def forget(self, group: str) -> None:
         """Close the connections of a group that is gone."""
         with self._lock:
             for arrival in [one for one in self._waiting if one.hello.group == group]:
                 self._waiting.remove(arrival)
-                arrival.line.hang_up()
-            for line in [line for line, member in self._idle.items() if member[0] == group]:
-                self._drop_idle(line)
-                line.hang_up()
+                arrival.connection.hang_up()
+            for connection in [
+                connection for connection, member in self._idle.items() if member[0] == group
+            ]:
+                self._drop_idle(connection)
+                connection.hang_up()
             for member in [member for member in self._ended if member[0] == group]:
                 del self._ended[member]
 
@@ -257,7 +164,7 @@ class Reception:
                 self._read_idle(key.data, member)
         if knocks:
             self._accept()
-        if self._lobby:
+        if self._handshaking:
             self._greet()
 
     def _heed_listener(self) -> None:
@@ -273,14 +180,14 @@ class Reception:
                 # The queue is empty, or the peer is gone already, or there are no descriptors.
                 self._note_full(error)
                 return
-            line = Connection(sock)
-            line.reader.limit_bytes, line.reader.only = HELLO_BYTES, FrameKind.HELLO
-            self._selector.register(line, selectors.EVENT_READ, line)
-            self._lobby.append((time.monotonic() + HELLO_S, line))
+            connection = Connection(sock)
+            connection.reader.limit_bytes, connection.reader.only = HELLO_BYTES, FrameKind.HELLO
+            self._selector.register(connection, selectors.EVENT_READ, connection)
+            self._handshaking.append((time.monotonic() + HELLO_S, connection))
             if n % STRANGERS == 0:
                 self._greet()
-            while len(self._lobby) > STRANGERS:
-                self._close_stranger(self._lobby.pop(0)[1])
+            while len(self._handshaking) > STRANGERS:
+                self._close_stranger(self._handshaking.pop(0)[1])
             if time.monotonic() > until_s:
                 return
 
@@ -296,69 +203,69 @@ class Reception:
     def _greet(self) -> None:
         staying = []
         held = self._count_held()
-        for until_s, line in self._lobby:
-            line.receive(one=True)
-            refused = bool(line.frames)
-            hello = self._read_hello(line.frames.popleft()) if line.frames else None
+        for until_s, connection in self._handshaking:
+            connection.receive(one=True)
+            refused = bool(connection.frames)
+            hello = self._read_hello(connection.frames.popleft()) if connection.frames else None
             if hello is not None and (seals := self._group_key.seals(hello.nonce)) is not None:
-                line.seal(outgoing=seals[1], incoming=seals[0])
+                connection.seal(outgoing=seals[1], incoming=seals[0])
             if hello is not None and held[hello.group, hello.rank] >= WAITING_OF_A_RANK:
-                self._close_stranger(line)
+                self._close_stranger(connection)
             elif hello is not None:
                 held[hello.group, hello.rank] += 1
-                line.reader.limit_bytes, line.reader.only = MAX_BODY_BYTES, None
-                self._seat(hello, line)
-            elif refused or line.over or time.monotonic() > until_s:
-                self._close_stranger(line)
+                connection.reader.limit_bytes, connection.reader.only = MAX_BODY_BYTES, None
+                self._seat(hello, connection)
+            elif refused or connection.over or time.monotonic() > until_s:
+                self._close_stranger(connection)
             else:
-                staying.append((until_s, line))
-        self._lobby = staying
+                staying.append((until_s, connection))
+        self._handshaking = staying
 
-    def _close_stranger(self, line: Connection) -> None:
-        if line.fileno() >= 0:
-            self._selector.unregister(line)
-            line.close()
+    def _close_stranger(self, connection: Connection) -> None:
+        if connection.fileno() >= 0:
+            self._selector.unregister(connection)
+            connection.close()
 
-    def _seat(self, hello: Hello, line: Connection) -> None:
+    def _seat(self, hello: Hello, connection: Connection) -> None:
         """Note that a peer is here, and for which operation."""
         self._ended.pop((hello.group, hello.rank), None)
         if hello.operation != IDLE:
-            self._selector.unregister(line)
-            self._waiting.append(Arrival(hello, line))
+            self._selector.unregister(connection)
+            self._waiting.append(Arrival(hello, connection))
         else:
-            self._idle[line] = (hello.group, hello.rank)
+            self._idle[connection] = (hello.group, hello.rank)
 
-    def _read_idle(self, line: Connection, member: Member) -> None:
+    def _read_idle(self, connection: Connection, member: Member) -> None:
         """Take the next HELLO of a peer whose connection is idle, or note that it ended."""
-        if line.pending and line.flush():
-            self._selector.modify(line, selectors.EVENT_READ, line)
-        line.receive(one=True)
-        if line.frames:
-            hello = self._read_hello(line.frames.popleft())
+        if connection.pending and connection.flush():
+            self._selector.modify(connection, selectors.EVENT_READ, connection)
+        connection.receive(one=True)
+        if connection.frames:
+            hello = self._read_hello(connection.frames.popleft())
             if hello is not None and (hello.group, hello.rank) == member:
-                del self._idle[line]
-                self._seat(hello, line)
+                del self._idle[connection]
+                self._seat(hello, connection)
                 return
-            line.ended = "it sent something else than its next operation"
-        if line.over:
-            self._drop_idle(line)
-            if line.ended is not None:
-                self._ended[member] = line.ended
-            line.close()
+            connection.ended = "it sent something else than its next operation"
+        if connection.over:
+            self._drop_idle(connection)
+            if connection.ended is not None:
+                self._ended[member] = connection.ended
+            connection.close()
 
-    def _add_idle(self, member: Member, line: Connection) -> None:
-        if line.closed or line.fileno() < 0:
-            if line.ended is not None:
-                self._ended[member] = line.ended
-            line.close()
+    def _add_idle(self, member: Member, connection: Connection) -> None:
+        if connection.closed or connection.fileno() < 0:
+            if connection.ended is not None:
+                self._ended[member] = connection.ended
+            connection.close()
             return
-        self._idle[line] = member
-        write = selectors.EVENT_WRITE if line.pending else 0
-        self._selector.register(line, selectors.EVENT_READ | write, line)
+        self._idle[connection] = member
+        write = selectors.EVENT_WRITE if connection.pending else 0
+        self._selector.register(connection, selectors.EVENT_READ | write, connection)
 
-    def _drop_idle(self, line: Connection) -> None:
-        del self._idle[line]
-        self._selector.unregister(line)
+    def _drop_idle(self, connection: Connection) -> None:
+        del self._idle[connection]
+        self._selector.unregister(connection)
 
     def _count_held(self) -> Counter[Member]:
         """How many connections each rank has here that no operation took."""
@@ -384,36 +291,38 @@ class Reception:
         """Close every socket; for the end of the process."""
         self._listener.close()
         self._selector.close()
-        waiting = [line for _, line in self._lobby] + [a.line for a in self._waiting]
-        for line in [*waiting, *self._idle]:
-            line.close()
+        waiting = [connection for _, connection in self._handshaking] + [
+            a.connection for a in self._waiting
+        ]
+        for connection in [*waiting, *self._idle]:
+            connection.close()
 
 
-_reception: Reception | None = None
+_peer_listener: PeerListener | None = None
 _making = threading.Lock()
 
 
-def reception() -> Reception:
-    """This process's reception, opened at the first call."""
-    global _reception
+def peer_listener() -> PeerListener:
+    """This process's listener, opened at the first call."""
+    global _peer_listener
     with _making:
-        if _reception is None:
-            _reception = Reception()
-            atexit.register(_reception.close)
-        return _reception
+        if _peer_listener is None:
+            _peer_listener = PeerListener()
+            atexit.register(_peer_listener.close)
+        return _peer_listener
 
 
 def _forget_in_child() -> None:
     """A forked child has no peers; its copy of the socket would keep a dead parent's port open."""
-    global _reception, _making
+    global _peer_listener, _making
     _making = threading.Lock()
-    if _reception is not None:
-        atexit.unregister(_reception.close)
+    if _peer_listener is not None:
+        atexit.unregister(_peer_listener.close)
         with contextlib.suppress(OSError):
-            _reception._listener.close()
+            _peer_listener._listener.close()
             # The kernel's list of what it watches is the parent's, too: it is left as it is.
-            _reception._selector.close()
-        _reception = None
+            _peer_listener._selector.close()
+        _peer_listener = None
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

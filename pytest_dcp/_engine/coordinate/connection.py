@@ -1,4 +1,4 @@
-"""A link between the coordinator and one peer: frames over a non-blocking socket.
+"""A connection between the coordinator and one peer: frames over a non-blocking socket.
 
 Frames enter with `queue` and leave the socket with `flush`; frames that came lie in `frames`
 after `receive`, in order. No call blocks. How a link ended is kept, never raised: `hung_up` (the
@@ -21,7 +21,7 @@ from itertools import islice
 
 from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameKind, FrameReader, encode
 from pytest_dcp._engine.coordinate.handshake import Seal
-from pytest_dcp._engine.coordinate.parcel import Segment
+from pytest_dcp._engine.coordinate.payload import Segment
 
 READS_AT_ONCE = 4096
 """Calls of the system in one `receive`: two for each frame, and more for long ones."""

@@ -1,0 +1,111 @@
+"""Pure (no I/O): the coordinator's address, and how a peer says who it is and what it runs.
+
+The address is in the group's store. A peer connects there and sends one HELLO; the coordinator's
+listener makes an `Arrival` of a peer that proves that it knows the group's key (see handshake).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+from pytest_dcp._engine.coordinate.connection import Connection
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind
+from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
+
+MAX_ADDRESS_BYTES = 65536
+IDLE = ""
+"""The operation of a peer that runs none yet: its connection only shows that it lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a process's listener is, and what both ends prove that they know."""
+
+    hosts: tuple[str, ...]
+    """In order of trial, for a peer on another machine."""
+    port: int
+    machine: str
+    """Equal for processes that reach each other through the loopback."""
+    secret: str
+    """Never sent over a connection; a part of the group's key."""
+    check: str = ""
+    """Equal to the check of the peer's key, unless DCP_SHARED_KEY differs."""
+
+    def key(self) -> GroupKey:
+        """What a rank of the group proves with."""
+        return GroupKey.of(self.secret)
+
+    def encode(self) -> str:
+        """What the store keeps."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Address:
+        """The address in a store's value. Raises ValueError for anything else."""
+        try:
+            facts = json.loads(data[:MAX_ADDRESS_BYTES])
+            address = cls(**(facts | {"hosts": tuple(facts["hosts"])}))
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise ValueError(f"expected a coordinator's address, got {error!r:.200}") from None
+        texts = (*address.hosts, address.machine, address.secret, address.check)
+        if type(address.port) is not int or not {str}.issuperset(map(type, texts)):
+            raise ValueError(f"expected a coordinator's address, got {address!r:.200}")
+        return address
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a peer is, and what it is about to do."""
+
+    group: str
+    """The group and its coordinator; a process may have several."""
+    operation: str
+    number: int
+    """Of the operation, see sequence."""
+    rank: int
+    epoch: int = 0
+    finished_up_to: int = 0
+    """The peer's operations up to this number are over."""
+    unordered: bool = False
+    subject: tuple[str, str] | None = None
+    """The name and the real name of the folder."""
+    nonce: str = ""
+    """A number of the peer's that was never used, so that no HELLO can be said again."""
+
+    def is_whole(self) -> bool:
+        """Whether every field is of its type, as a rank says it."""
+        texts = (self.group, self.operation, self.nonce, *(self.subject or ()))
+        numbers = (self.number, self.rank, self.epoch, self.finished_up_to)
+        return (
+            {str}.issuperset(map(type, texts))
+            and {int}.issuperset(map(type, numbers))
+            and type(self.unordered) is bool
+            and (self.subject is None or len(self.subject) == 2)
+        )
+
+    def frame(self, key: GroupKey) -> Frame:
+        """The frame that says so, and proves that a rank of the group does."""
+        text = json.dumps(asdict(self)).encode()
+        return Frame(FrameKind.HELLO, segments=[key.proof(text), text])
+
+
+def greet(connection: Connection, hello: Hello, key: GroupKey) -> bytes:
+    """Say hello on a peer's connection, sealed from then on; what the coordinator must answer."""
+    hello = replace(hello, nonce=new_nonce())
+    connection.queue(hello.frame(key))
+    seals = key.seals(hello.nonce)
+    if seals is not None and not connection.is_sealed:
+        connection.seal(outgoing=seals[0], incoming=seals[1])
+    connection.flush()
+    return key.welcome(hello.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A peer that proved that it knows the group's key."""
+
+    hello: Hello
+    connection: Connection
+    came_s: float = field(default_factory=time.monotonic)

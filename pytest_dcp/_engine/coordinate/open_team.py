@@ -1,0 +1,91 @@
+"""Opens this rank's team for one operation of a process group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.failure import CoordinationError
+from pytest_dcp._engine.coordinate.link import tie
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.sequence import CallOrder, Subject, kind_of
+from pytest_dcp._engine.coordinate.team import Team
+
+
+def team_of(
+    process_group: dist.ProcessGroup | None,
+    *,
+    use_dist: bool,
+    coordinator_rank: int,
+    operation: str,
+    subject: Subject | None = None,
+    one_subject: bool = False,
+    background: bool = False,
+) -> Team:
+    """This rank's team for one operation of a process group; local, nothing is sent yet.
+
+    Call it where the operation is called, in program order: it takes the operation's place among
+    those of the group. Before the first step, `wait_for_turn` waits for earlier ones (see
+    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
+    is the default group. Without `use_dist` this rank is alone, and its own coordinator.
+
+    operation: what is done, its kind first ("save", "load", "save step_100"): ranks that name
+        different operations fail.
+    subject: the folder; one_subject: whether ranks that mean different ones fail.
+    background: whether it goes on while the caller does something else.
+
+    Raises ValueError when this rank is not in the group, or the coordinator is not.
+    """
+    if not use_dist:
+        place = _alone.take(kind_of(operation), subject, background=background)
+        return Team(OperationContext(0, 1, 0, operation, float("inf"), None, place), _alone)
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError(
+            f"{operation}: no process group is initialized; call init_process_group, or ask for "
+            "an operation of this rank alone (no_dist=True)"
+        )
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"{operation}: this rank is not in the process group")
+    if not 0 <= coordinator_rank < size:
+        raise ValueError(
+            f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
+            f"got {coordinator_rank}"
+        )
+    if size > 1:
+        rendezvous.say_present(group, rank, coordinator_rank)
+    order = rendezvous.meeting_of(group).order
+    place = order.take(kind_of(operation), subject, background=background)
+    timeout_s = rendezvous.timeout_of(group)
+    context = OperationContext(
+        rank, size, coordinator_rank, operation, timeout_s, group, place, one_subject
+    )
+    return Team(context, order)
+
+
+_alone = CallOrder(one_folder_at_a_time=True)
+"""Operations of this process alone: saves to one folder are made one after another."""
+os.register_at_fork(after_in_child=_alone.forget_pending)
+
+
+def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
+    """Have this rank's end seen by the others from now on, before its first step.
+
+    The coordinator is where its peers look, and a peer is tied to a coordinator that is there
+    already. Asks the group's store once, the first time; what fails is left to the first step.
+    """
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None:
+        return
+    with contextlib.suppress(CoordinationError, RuntimeError, ValueError, OSError):
+        rank = dist.get_rank(group)
+        if rank == coordinator_rank:
+            rendezvous.publish(group, coordinator_rank)
+        elif rank >= 0:
+            address = rendezvous.look_up(group, coordinator_rank, until_s=0.0)
+            if address is not None:
+                tie(group, coordinator_rank, rank, address)

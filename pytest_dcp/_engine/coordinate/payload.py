@@ -1,0 +1,48 @@
+"""Pure (no I/O): a value <-> the segments of bytes that carry it between ranks.
+
+A value enters and its payload leaves, as plain data (see `wire`). Nothing is copied on the way out,
+and what is unpacked shares the memory of the segments that it came from.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from pytest_dcp._engine.coordinate import wire
+from pytest_dcp._engine.coordinate.wire import Payload, Segment
+
+__all__ = ["Payload", "Segment", "pack", "unpack", "bundle", "unbundle"]
+
+
+def pack(value: object, *, pickles: bool = False) -> list[Segment]:
+    """The payload of a value; it aliases the value's memory until it is sent.
+
+    pickles: whether objects that are no plain data may be pickled. Raises TypeError for others.
+    """
+    return wire.encode(value, pickles=pickles)
+
+
+def unpack(payload: Payload, *, pickles: bool = False) -> Any:
+    """The value of a payload; its arrays lie in the payload's segments.
+
+    pickles: whether pickles are opened. Raises ValueError for what `pack` does not make.
+    """
+    return wire.decode(payload, pickles=pickles)
+
+
+def bundle(payloads: Sequence[Payload]) -> list[Segment]:
+    """One payload of many, unopened: their sizes in segments, then all segments in order."""
+    sizes = struct.pack(f"<{len(payloads)}I", *map(len, payloads))
+    return [sizes, *(segment for payload in payloads for segment in payload)]
+
+
+def unbundle(segments: Payload) -> list[Payload]:
+    """The payloads of a bundle, in order."""
+    sizes = struct.unpack(f"<{len(segments[0]) // 4}I", segments[0])
+    payloads, at = [], 1
+    for size in sizes:
+        payloads.append(segments[at : at + size])
+        at += size
+    return payloads
