@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_engine.py [--rounds N] [--only NAME]... [--place disk|tmpfs]
         [--quick] [--full] [--profile] [--folder DIR] [--out DIR] [--markdown] [--list]
-        [--ours-only]
+        [--ours-only] [--guide PAGE]
 
 Each case forks a world of four gloo ranks on the CPU (one thread each), prepares what it reads,
 runs every method once and compares what it loaded or saved bit by bit; then each round runs every
@@ -39,6 +39,7 @@ import engine_moves
 import engine_peers
 import engine_plans
 import engine_table
+import figures
 import psutil  # type: ignore[import-untyped,unused-ignore] # without types-psutil
 import table
 from engine_cases import DISK, PLACES, TMPFS, Case
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print GitHub markdown as well")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    figures.add_option(parser)
     options = parser.parse_args(argv)
     if options.rounds is None:
         options.rounds = QUICK_ROUNDS if options.quick else ROUNDS
@@ -261,11 +263,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_profiles(folder, answers)
     path = folder / FILE_NAME
-    path.write_text(json.dumps(document(options, where, answers), indent=1) + os.linesep)
+    run = document(options, where, answers)
+    path.write_text(json.dumps(run, indent=1) + os.linesep)
     # Where there is no terminal to fit, the table takes the room that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
     report(answers, console, markdown=options.markdown)
     print(f"\nraw samples: {path}")
+    if options.guide:
+        figures.update(options.guide, run)
     failed = [f"{case.name} ({case.place})" for case, answer in found if answer is None]
     if failed:
         print(f"FAILED to run: {', '.join(failed)}")

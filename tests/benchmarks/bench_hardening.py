@@ -1,7 +1,7 @@
 """Measures the engine under hard conditions: hostile bytes, attacks, many peers, busy folders.
 
     python tests/benchmarks/bench_hardening.py [--only SECTION]... [--quick] [--out DIR]
-        [--markdown] [--list]
+        [--markdown] [--list] [--guide PAGE]
 
 Each section is a module `hardening_SECTION` beside this file, with one public function, `measure`
 or `measure_SECTION`. It returns rows, which are dataclasses: their fields are the columns of the
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_worlds
+import figures
 import table
 from rich.console import Console
 
@@ -67,6 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
     parser.add_argument("--markdown", action="store_true", help="print GitHub markdown as well")
     parser.add_argument("--list", action="store_true", help="print the names of the sections")
+    figures.add_option(parser)
     options = parser.parse_args(argv)
     patterns = options.only or ["*"]
     options.sections = [
@@ -129,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {"environment": where, "quick": options.quick, "sections": answers}
     (folder / FILE_NAME).write_text(json.dumps(document, indent=1) + os.linesep)
     print(f"\nfigures: {folder / FILE_NAME}")
+    if options.guide and answers:
+        figures.update(options.guide, document)
     if failed:
         print(f"FAILED to run: {', '.join(failed)}")
     return int(bool(failed))

@@ -1,6 +1,7 @@
 """Times the state-dict functions: ours and torch's, alternating in one run.
 
     python tests/benchmarks/bench_state_dict.py [--rounds N] [--only NAME]... [--quick] [--out DIR]
+        [--guide PAGE]
 
 Each case forks a world of gloo ranks on the CPU, makes a model of 2,000 parameters and a stepped
 AdamW, runs every method once, and then each method once a round, in turn. A time is that of the
@@ -26,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_worlds
+import figures
 import table
 import torch
 import torch.distributed as dist
@@ -199,6 +202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="NAME", help="a pattern of names")
     parser.add_argument("--quick", action="store_true", help="fewer parameters, one round")
     parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
+    figures.add_option(parser)
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds!r}")
@@ -208,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the tables, write the JSON."""
     options = parse(argv)
+    where = bench_worlds.environment()
     parameters, rounds = (PARAMETERS // 10, 1) if options.quick else (PARAMETERS, options.rounds)
     patterns = options.only or ["*"]
     console = Console(width=120)
@@ -232,9 +237,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.show(console, "peak memory of broadcast_from_rank0, FSDP2", columns, rows)
     folder = options.out or Path(tempfile.mkdtemp(prefix="bench-state-dict-"))
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"parameters": parameters, "cases": [asdict(r) for r in results], "peaks": peaks}
+    told = {
+        "environment": where,
+        "quick": options.quick,
+        "parameters": parameters,
+        "cases": [asdict(r) for r in results],
+        "peaks": peaks,
+    }
     (folder / FILE_NAME).write_text(json.dumps(told, indent=2))
     console.print(f"{folder / FILE_NAME}")
+    if options.guide:
+        figures.update(options.guide, told)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Times worlds of ranks: ours, torch's own harness, and bare forks, alternating in one run.
 
     python tests/benchmarks/bench_worlds.py [--rounds N] [--sizes 1,2,4,8] [--out DIR] [--quick]
-        [--markdown] [--peers-only]
+        [--markdown] [--peers-only] [--guide PAGE]
 
 Every round runs every method once, in the same order, each in processes of its own. A figure is the
 median over the rounds of each run's median; only ratios within one run mean anything. A target that
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import figures
 import methods
 import processes
 import table
@@ -56,6 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short rounds, and one of them")
     parser.add_argument("--markdown", action="store_true", help="print GitHub markdown as well")
     parser.add_argument("--peers-only", action="store_true", help="leave pytest_dcp out")
+    figures.add_option(parser)
     parser.set_defaults(worlds=WORLDS, spawn_tests=SPAWN_TESTS, session_runs=SESSION_RUNS)
     options = parser.parse_args(argv)
     if options.quick:
@@ -119,7 +121,9 @@ def document(
     found = table.medians(samples)
     return {
         "environment": where,
-        "options": {name: value for name, value in vars(options).items() if name != "out"},
+        "options": {
+            name: value for name, value in vars(options).items() if name not in ("out", "guide")
+        },
         "samples": [asdict(sample) for sample in samples],
         "medians": [asdict(case) | asdict(median) for case, median in found.items()],
         "targets": [asdict(target) for target in table.targets(found, samples)],
@@ -167,11 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.out or Path(tempfile.mkdtemp(prefix="bench-worlds-"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    path.write_text(json.dumps(document(options, where, samples), indent=1) + "\n")
+    run = document(options, where, samples)
+    path.write_text(json.dumps(run, indent=1) + "\n")
     # Where there is no terminal to fit, the tables take the room that they need.
     console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
     report(samples, console, markdown=options.markdown)
     print(f"\nraw samples: {path}")
+    if options.guide:
+        figures.update(options.guide, run)
     return 0
 
 
