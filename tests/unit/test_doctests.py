@@ -16,6 +16,7 @@ import pytest_dcp
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 WITH_EXAMPLES = {
+    "pytest_dcp._engine.coordinate.gloo_listener",
     "pytest_dcp._engine.format.manifest",
     "pytest_dcp._engine.io.commit",
     "pytest_dcp._engine.plan.boxes",

@@ -14,9 +14,9 @@ The value is gloo's `Rank::bytes` (gloo/transport/tcp/context.cc), in the machin
             sequence number                 8 bytes, always -1 here
     ssize_t pair identifiers                8 bytes for each rank of the group
 
-It is private to gloo, so anything else is read as None: unknown. A group that connects lazily
-(TORCH_GLOO_LAZY_INIT) writes no pair identifiers, and is unknown as well: nobody has shown that its
-addresses lead to its ranks.
+The format is private to gloo: any other value is read as None, unknown. So is the value of a group
+that connects lazily (TORCH_GLOO_LAZY_INIT), which has no pair identifiers: no connection has shown
+that the address leads to the rank.
 
 Pure (no I/O).
 """

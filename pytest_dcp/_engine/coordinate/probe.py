@@ -29,8 +29,8 @@ LATER_S = 10.0
 CONNECT_S = 5.0
 """One try of an address that does not answer."""
 QUIET_S = 0.03
-"""One quiet try: long for a network, and far below the 0.2 s after which the kernel acknowledges
-the connection all the same (TCP_DELACK_MAX)."""
+"""One quiet try: long for a network, and far below the 0.2 s for which the kernel keeps an
+acknowledgement back (TCP_DELACK_MAX)."""
 QUIET_LATER_S = 2.0
 """Between two quiet tries of an address that does not refuse: they cost the process nothing."""
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
@@ -135,11 +135,10 @@ class Probe:
 class QuietProbe(Probe):
     """Where gloo listens for a rank, tried without gloo's notice.
 
-    gloo must not see the try: where its process has no descriptor left, it takes accept()'s error
-    for its own and ends the process. So the try is reset before it is a connection. The process's
-    kernel answers it (SYN, SYN-ACK), ours keeps the acknowledgement back (TCP_QUICKACK off), and
-    closing the socket resets it: nothing has entered the queue that gloo accepts from. Health
-    checks of load balancers do the same.
+    gloo must not see the try: if its process has no descriptor left, accept() fails, and gloo ends
+    the process. So the try is reset before it becomes a connection: the other kernel answers our
+    SYN, ours keeps the acknowledgement back (TCP_QUICKACK off), and close() sends a reset. Nothing
+    enters the queue from which gloo accepts. Health checks of load balancers do the same.
 
     A try waits `QUIET_S` for its answer. A refusal of an address that is not known to lead to the
     rank is never believed: unlike a rank that listens for us, this one may not come for long.

@@ -154,7 +154,7 @@ def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
 def gloo_listener_of(group: dist.ProcessGroup, rank: int) -> GlooListener | None:
     """Where gloo listens for a rank, or None where that is unknown. Never waits.
 
-    gloo writes it while the group is made: what is not there now never will be.
+    gloo writes it while the group is made, so it is looked up once.
     """
     listeners = meeting_of(group).gloo_listeners
     if rank not in listeners:
