@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import SerializationFormat
@@ -21,7 +20,8 @@ from torch.futures import Future
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.write_results import WriteResults, whole_places_of
-from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
+from pytest_dcp._engine.huggingface.consolidate import Shards
+from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder, assign_files
 from pytest_dcp._engine.huggingface.file_layout import (
     FORMAT,
     SHOWN,
@@ -38,24 +38,25 @@ from pytest_dcp._engine.huggingface.folder import (
     encode_index,
     files_in_force,
     is_replaceable,
-    leased_name,
     next_number,
     remove_leftovers,
     save_named_in,
     sweep,
+)
+from pytest_dcp._engine.huggingface.folder_commit import (
+    exclude_others,
+    give_final_names,
+    publish_index,
 )
 from pytest_dcp._engine.huggingface.saves import (
     INDEX_NAME,
     LEFT_OVER,
     SAVE_KEY,
     SUFFIX,
-    data_name,
-    final_names,
     is_temporary,
     save_of,
     temporary_name,
 )
-from pytest_dcp._engine.io.commit import publish
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.write_files import FileJob, Settings
@@ -257,7 +258,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         if files and not any(map(is_temporary, files)):
             # Of results made by hand: the files may be another program's, or not there yet.
             save_id = save_named_in(disk, self.path, files)
-        with self._replacing(disk, self.path):
+        with exclude_others(disk, self.path):
             catalog = self._renamed(disk, self.path, catalog)
             metadata.storage_data = catalog.metadata().storage_data
             files = catalog.places.files
@@ -266,15 +267,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             else:
                 nbytes = int(catalog.places.data_nbytes.sum())
                 index = encode_index(files_of_tensors(catalog), nbytes, save_id)
-                self._publish(disk, self.path, index, files)
+                publish_index(
+                    disk, self.path, index, files, self.save_id[:12], sync=self.sync_files
+                )
         if self.save_distributed and self.enable_consolidation:
             self._consolidate(disk, catalog, save_id or self.save_id[:12])
-
-    @contextmanager
-    def _replacing(self, disk: Disk, folder: Any) -> Iterator[None]:
-        """Keep other commits, and new readers, out of the folder inside."""
-        with disk.locked(folder), disk.between_leases(folder, leased_name(disk, folder)):
-            yield
 
     def _commit_shards(self, disk: Disk, files: Iterable[str]) -> None:
         """The files have their names: they are the checkpoint, unless an index names others."""
@@ -290,28 +287,17 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return INDEX_NAME
 
     def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
-        folder = self.fs.init_path(self.consolidated_output_path or self.path)
-        self._sync(disk, disk.make_folder(folder))
-        mapping = self.fqn_to_index_mapping
-        highest = max(mapping.values(), default=1) if mapping else 1
-        files: dict[str, list[str]] = {}
-        for fqn in catalog.index.fqns:
-            name = data_name(1 if mapping is None else mapping[fqn], highest)
-            files.setdefault(name, []).append(fqn)
-        temporary = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
-        stated = stated_save({"files": len(files), "number": next_number(disk, folder)})
-        total = consolidate(
+        target = self.fs.init_path(self.consolidated_output_path or self.path)
+        self._sync(disk, disk.make_folder(target))
+        files = assign_files(catalog.index.fqns, self.fqn_to_index_mapping)
+        folder = ConsolidatedFolder(disk, target, files, save_id, sync=self.sync_files)
+        nbytes = folder.write(
             Shards(disk, self.path, catalog),
-            folder,
-            temporary,
-            {SAVE_KEY: save_id, **stated, **FORMAT},
+            folder.files,
+            number=next_number(disk, target),
             threads=self.thread_count_consolidation,
-            sync=self.sync_files,
         )
-        with self._replacing(disk, folder):
-            finals = self._give_names(disk, folder, list(temporary))
-            where = {fqn: finals[name] for name, fqns in temporary.items() for fqn in fqns}
-            self._publish(disk, folder, encode_index(where, total, save_id), finals.values())
+        folder.commit(nbytes)
 
     def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
@@ -329,23 +315,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                     "to the same folder?",
                     file=name,
                 )
-        finals = self._give_names(disk, folder, temporary)
+        finals = give_final_names(disk, folder, temporary, sync=self.sync_files)
         names = tuple(finals.get(name, name) for name in places.files)
         return dataclasses.replace(catalog, places=dataclasses.replace(places, files=names))
-
-    def _give_names(self, disk: Disk, folder: Any, temporary: Sequence[str]) -> dict[str, str]:
-        """The files' own names, which they now have."""
-        finals = final_names(temporary, disk.names(folder))
-        for name, final in finals.items():
-            disk.replace(folder, name, final)
-        if self.sync_files:
-            disk.sync_folder(folder)
-        return finals
-
-    def _publish(self, disk: Disk, folder: Any, index: bytes, files: Iterable[str]) -> None:
-        save, sync = self.save_id[:12], self.sync_files
-        publish(disk, folder, INDEX_NAME, [index], save, sync=sync, waits=False)
-        sweep(disk, folder, files)
 
     def _refuse_strangers(self) -> None:
         disk = self._disk()

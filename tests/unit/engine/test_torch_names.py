@@ -31,7 +31,6 @@ WITHOUT = frozenset(
         "_async_process_executor",
         "_async_thread_executor",
         "_checkpointer",
-        "_consolidate_hf_safetensors",
         "_experimental",
         "_state_dict_stager",
     }

@@ -1,0 +1,211 @@
+"""Folders of whole tensors, made from folders of shards: by the writer, or on their own.
+
+All of a consolidation's files are written under temporary names, by one process or by the ranks of
+a group, each some of them; then one commit makes them the folder's checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import Subject, team_of
+from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
+from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, stated_save
+from pytest_dcp._engine.huggingface.folder import encode_index, next_number, read_folder
+from pytest_dcp._engine.huggingface.folder_commit import (
+    exclude_others,
+    give_final_names,
+    publish_index,
+)
+from pytest_dcp._engine.huggingface.saves import SAVE_KEY, data_name, temporary_name
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.storages.local_filesystem import new_id
+from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.tracebacks import drop_inner_frames
+
+PathLike = str | os.PathLike[str]
+Mapped = Mapping[str, int]
+"""The number of the file, from 1, that each tensor goes to."""
+
+
+class ConsolidatedFolder:
+    """A folder that is being filled with whole tensors."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: Any,
+        files: Mapping[str, Sequence[str]],
+        save_id: str,
+        *,
+        sync: bool,
+    ) -> None:
+        """files: their names, and the tensors of each."""
+        self.disk, self.folder, self.save_id, self.sync = disk, folder, save_id, sync
+        self.files = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
+        """By temporary name."""
+
+    def write(self, shards: Shards, names: Iterable[str], *, number: int, threads: int) -> int:
+        """Write these of the files; bytes of their tensors.
+
+        number: of the save, see `next_number`.
+        """
+        stated = stated_save({"files": len(self.files), "number": number})
+        return consolidate(
+            shards,
+            self.folder,
+            {name: self.files[name] for name in names},
+            {SAVE_KEY: self.save_id, **stated, **FORMAT},
+            threads=threads,
+            sync=self.sync,
+        )
+
+    def commit(self, nbytes: int) -> None:
+        """Make the files, which have so many bytes of tensors, the folder's checkpoint."""
+        with exclude_others(self.disk, self.folder):
+            finals = give_final_names(self.disk, self.folder, list(self.files), sync=self.sync)
+            where = {fqn: finals[name] for name, fqns in self.files.items() for fqn in fqns}
+            index = encode_index(where, nbytes, self.save_id)
+            publish_index(
+                self.disk, self.folder, index, finals.values(), self.save_id, sync=self.sync
+            )
+
+    def remove_unfinished(self) -> None:
+        """Remove the files that were written and not committed."""
+        for name in self.files:
+            self.disk.remove(self.folder, name)
+
+
+def assign_files(fqns: Iterable[str], mapping: Mapped | None) -> dict[str, list[str]]:
+    """The files of some tensors: one, or those that the mapping says."""
+    highest = max(mapping.values(), default=1) if mapping else 1
+    files: dict[str, list[str]] = {}
+    for fqn in fqns:
+        name = data_name(1 if mapping is None else mapping[fqn], highest)
+        files.setdefault(name, []).append(fqn)
+    return files
+
+
+@drop_inner_frames
+def consolidate_safetensors_files(
+    input_dir: str,
+    output_dir: str,
+    fqn_to_index_mapping: dict[str, int],
+    num_threads: int = 1,
+) -> None:
+    """Make files of whole tensors from a folder of shards, in this process.
+
+    fqn_to_index_mapping: the number of the file, from 1, for each tensor; those that it leaves out
+        are left out, with a warning.
+    num_threads: each holds 32 MiB, and writes one file at a time.
+
+    Raises CheckpointMismatchError for tensors that the folder lacks, CheckpointCorruptError where
+    its shards do not make a tensor whole. A failure leaves the output folder as it was.
+    """
+    _consolidate_on_ranks(
+        input_dir, output_dir, fqn_to_index_mapping, num_threads, None, use_dist=False
+    )
+
+
+@drop_inner_frames
+def consolidate_safetensors_files_on_every_rank(
+    input_dir: str,
+    output_dir: str,
+    fqn_to_index_mapping: dict[str, int],
+    num_threads: int = 1,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """As `consolidate_safetensors_files`; the ranks share the files among them. Collective.
+
+    A failure of any rank is raised on all, in a CheckpointException.
+    """
+    _consolidate_on_ranks(
+        input_dir,
+        output_dir,
+        fqn_to_index_mapping,
+        num_threads,
+        process_group,
+        use_dist=process_group is not None or dist.is_initialized(),
+    )
+
+
+def _consolidate_on_ranks(
+    source: PathLike,
+    target: PathLike,
+    mapping: Mapped,
+    threads: int,
+    group: dist.ProcessGroup | None,
+    *,
+    use_dist: bool,
+) -> None:
+    subject = Subject(os.path.abspath(target), os.path.realpath(target))
+    operation = "save" if not use_dist else "save consolidated"
+    team = team_of(
+        group, use_dist=use_dist, coordinator_rank=0, operation=operation, subject=subject
+    )
+    disk: Disk = LocalDisk()
+    with team.wait_for_turn():
+
+        def begin() -> tuple[str, int]:
+            if os.path.realpath(source) == os.path.realpath(target):
+                raise ValueError(f"{os.fspath(target)} is the shards' folder: give another one")
+            for folder in disk.make_folder(Path(target)):
+                disk.sync_folder(folder)
+            return new_id()[:12], next_number(disk, Path(target))
+
+        save_id, number = team.broadcast("prepare", begin)
+
+        def open_shards() -> tuple[Shards, ConsolidatedFolder]:
+            catalog = read_folder(disk, Path(source))
+            _check_mapping(catalog.index.fqns, mapping, source)
+            named = [fqn for fqn in catalog.index.fqns if fqn in mapping]
+            if team.is_coordinator:
+                _warn_of_left_out(catalog.index.fqns, mapping, source)
+            files = assign_files(named, mapping)
+            folder = ConsolidatedFolder(disk, Path(target), files, save_id, sync=True)
+            return Shards(disk, Path(source), catalog), folder
+
+        shards, folder = team.agree("open", open_shards)
+        try:
+            mine = list(folder.files)[team.rank :: team.size]
+
+            def write() -> int:
+                return folder.write(shards, mine, number=number, threads=threads)
+
+            nbytes: int = team.all_reduce("write", write, lambda sizes: sum(sizes))
+        except BaseException:
+            folder.remove_unfinished()
+            raise
+        team.broadcast("commit", lambda: folder.commit(nbytes))
+
+
+def _check_mapping(fqns: Sequence[str], mapping: Mapped, source: PathLike) -> None:
+    there = set(fqns)
+    if lacking := tuple(fqn for fqn in mapping if fqn not in there):
+        raise CheckpointMismatchError(
+            f"{os.fspath(source)} lacks tensors that fqn_to_index_mapping names: "
+            f"{list(lacking[:SHOWN])}",
+            missing=lacking,
+        )
+    if wrong := [fqn for fqn, number in mapping.items() if type(number) is not int or number < 1]:
+        raise CheckpointMismatchError(
+            "expected the number of a file, from 1, for each tensor; got others for "
+            f"{wrong[:SHOWN]}",
+            mismatched=tuple(wrong),
+        )
+
+
+def _warn_of_left_out(fqns: Sequence[str], mapping: Mapped, source: PathLike) -> None:
+    if left_out := [fqn for fqn in fqns if fqn not in mapping]:
+        warnings.warn(
+            f"{len(left_out)} tensors of {os.fspath(source)} are left out, since "
+            f"fqn_to_index_mapping does not name them: {left_out[:SHOWN]}",
+            stacklevel=2,
+        )
