@@ -2,6 +2,16 @@
 
 Pure (no I/O). The generators enumerate a whole class of damage, one `Damaged` after another, so
 that a test can try it all.
+
+>>> for damaged in every_truncation(b"abc"):
+...     print(damaged.what, damaged.data)
+cut to 0 bytes b''
+cut to 1 bytes b'a'
+cut to 2 bytes b'ab'
+>>> flip_bit(b"a", 0, bit=1), fill_sector(b"abcd", 1, filler=b"-", size=2)
+(b'c', b'ab--')
+>>> swap_sectors(b"abcdef", 0, 2, size=2)
+b'efcdab'
 """
 
 from __future__ import annotations

@@ -55,12 +55,24 @@ def differences(actual: Any, expected: Any) -> list[Difference]:
     Tensors must agree in dtype, shape and bits. A DTensor is compared with a plain tensor at the
     indices that this rank holds; two DTensors must also agree in mesh and placements. Python values
     must also have the same type; floats are compared by their bits.
+
+    >>> for one in differences({"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([-0.0, 2.0])}):
+    ...     print(one)
+    rank 0: w[0]: bits: expected 0x80000000 (-0.0), got 0x00000000 (0.0), 1 of 2 elements
     """
     return list(_differences("", actual, expected))
 
 
 def assert_state_dict_equal(actual: Any, expected: Any) -> None:
-    """Raise LawError that names every difference on this rank: fqn, index, bits. Local."""
+    """Raise LawError that names every difference on this rank: fqn, index, bits. Local.
+
+    >>> assert_state_dict_equal({"step": 3, "extra": 0}, {"step": 4})
+    Traceback (most recent call last):
+        ...
+    pytest_dcp.errors.LawError: the state dicts differ in 2 names:
+      rank 0: step: value: expected int 4, got int 3
+      rank 0: extra: unexpected: expected nothing, got int 0
+    """
     __tracebackhide__ = True
     found = differences(actual, expected)
     if found:

@@ -36,5 +36,12 @@ DTYPES = FLOATING + OTHERS
 
 
 def dtypes(*, floating: bool = False) -> st.SearchStrategy[torch.dtype]:
-    """Any dtype that a checkpoint can hold, or floating ones only; shrinks to float32."""
+    """Any dtype that a checkpoint can hold, or floating ones only; shrinks to float32.
+
+    >>> from hypothesis import given
+    >>> @given(dtypes(floating=True))
+    ... def check(dtype):
+    ...     assert dtype.is_floating_point
+    >>> check()
+    """
     return st.sampled_from(FLOATING if floating else DTYPES)

@@ -3,6 +3,17 @@
 A `Layout` is a mesh and a placement for each of its dimensions. It applies to any tensor:
 dimensions that the tensor lacks wrap around, and a 0-d tensor is replicated. The parts are found by
 listing indices: slow, simple, and independent of an engine's arithmetic.
+
+Two ranks hold rows of a 5x2 tensor, the first three and the last two:
+
+>>> [places_of((5, 2), (2,), (rank,), (Shard(0),))[0].tolist() for rank in (0, 1)]
+[[0, 1, 2], [3, 4]]
+
+FSDP over tensor parallelism on a 2x2 mesh: each rank holds two rows of eight:
+
+>>> both = (_StridedShard(0, split_factor=2), Shard(0))
+>>> [places_of((8,), (2, 2), at, both)[0].tolist() for at in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+[[0, 1], [4, 5], [2, 3], [6, 7]]
 """
 
 from __future__ import annotations
@@ -28,7 +39,14 @@ Places = tuple[npt.NDArray[np.intp], ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which ranks of a world hold which elements of a tensor."""
+    """Which ranks of a world hold which elements of a tensor.
+
+    >>> rows = Layout(MeshSpec((2,)), (Shard(0),))
+    >>> rows.fitted(ndim=2), rows.fitted(ndim=0)
+    ((Shard(dim=0),), (Replicate(),))
+    >>> Layout().place(TensorSpec((3,)))  # no placements: a plain tensor, on every rank
+    tensor([1., 2., 3.])
+    """
 
     mesh: MeshSpec = ALONE
     placements: tuple[Placement, ...] | None = None
@@ -64,6 +82,12 @@ def placements(draw: st.DrawFn, mesh: MeshSpec, *, ndim: int = 3) -> tuple[Place
 
     Includes strided shards, as in FSDP over tensor parallelism: two dimensions of the mesh shard
     the same dimension of the tensor, the second one first.
+
+    >>> from hypothesis import given
+    >>> @given(placements(MeshSpec((2, 3))))
+    ... def check(found):
+    ...     assert len(found) == 2  # one for each dimension of the mesh
+    >>> check()
     """
     one = st.sampled_from([Replicate(), *map(Shard, range(ndim))])
     drawn: list[Placement] = [draw(one) for _ in mesh.shape]
@@ -81,6 +105,12 @@ def layouts(
     """Layouts on a mesh, or on any mesh of at most `world_size` ranks.
 
     Shrink to a plain tensor on one rank, then to replicas, then to a shard of the first dimension.
+
+    >>> from hypothesis import given
+    >>> @given(layouts(world_size=2))
+    ... def check(layout):
+    ...     assert layout.mesh.size <= 2
+    >>> check()
     """
     if mesh is None:
         mesh = draw(st.integers(1, world_size).flatmap(meshes))
@@ -93,7 +123,14 @@ def layouts(
 def arrangements(
     draw: st.DrawFn, *, world_size: int = 4, max_layouts: int = 3, ndim: int = 3
 ) -> tuple[Layout, ...]:
-    """Several layouts on one mesh, assigned in turn to the tensors of a state dict."""
+    """Several layouts on one mesh, assigned in turn to the tensors of a state dict.
+
+    >>> from hypothesis import given
+    >>> @given(arrangements())
+    ... def check(several):
+    ...     assert len({layout.mesh for layout in several}) == 1
+    >>> check()
+    """
     mesh = draw(st.integers(1, world_size).flatmap(meshes))
     one = layouts(mesh, ndim=ndim)
     return tuple(draw(st.lists(one, min_size=1, max_size=max_layouts)))

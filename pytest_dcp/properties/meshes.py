@@ -19,7 +19,12 @@ from pytest_dcp.properties.subworlds import mesh_of
 
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
-    """The shape of a mesh over the first ranks of a world."""
+    """The shape of a mesh over the first ranks of a world.
+
+    >>> mesh = MeshSpec((2, 3), ("dp", "tp"))
+    >>> mesh.size, mesh.coordinate(4), mesh.coordinate(6)
+    (6, (1, 1), None)
+    """
 
     shape: tuple[int, ...] = (1,)
     dim_names: tuple[str, ...] = ()
@@ -50,7 +55,14 @@ ALONE = MeshSpec()
 
 
 def meshes(world_size: int, *, max_dims: int = 2) -> st.SearchStrategy[MeshSpec]:
-    """Meshes of exactly `world_size` ranks; shrink to one dimension."""
+    """Meshes of exactly `world_size` ranks; shrink to one dimension.
+
+    >>> from hypothesis import given
+    >>> @given(meshes(4))
+    ... def check(mesh):
+    ...     assert mesh.shape in {(4,), (1, 4), (2, 2), (4, 1)}
+    >>> check()
+    """
     shapes = sorted(set(_factors(world_size, max_dims)), key=lambda shape: (len(shape), shape))
     return st.sampled_from([MeshSpec(shape) for shape in shapes])
 

@@ -24,7 +24,16 @@ WORDS = 11
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """Description of a module, without its parameters."""
+    """Description of a module, without its parameters.
+
+    >>> tied = ModuleSpec("tied", width=2)
+    >>> [name for name, _ in tied.build().named_parameters()]
+    ['words.weight', 'norm.weight', 'norm.bias']
+    >>> tied.build().head.weight is tied.build().words.weight, tied.ties
+    (False, (('words', 'head'),))
+    >>> torch.equal(tied.build().words.weight, tied.build().words.weight)  # the same each time
+    True
+    """
 
     kind: Kind = "mlp"
     width: int = 4

@@ -14,7 +14,14 @@ Method = Literal["sgd", "momentum", "adam", "amsgrad", "adamw"]
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """Description of an optimizer, without its state."""
+    """Description of an optimizer, without its state.
+
+    >>> from hypothesis import given
+    >>> @given(optimizers(methods=("sgd", "adamw")))
+    ... def check(spec):
+    ...     assert spec.method in ("sgd", "adamw") and 1 <= len(spec.rates) <= 3
+    >>> check()
+    """
 
     method: Method = "sgd"
     rates: tuple[float, ...] = (0.1,)

@@ -24,7 +24,15 @@ class SameTensor:
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """The structure of a state dict, without the bytes."""
+    """The structure of a state dict, without the bytes.
+
+    >>> spec = StateSpec({"w": TensorSpec((2,)), "head": SameTensor("w"), "step": 3})
+    >>> state = spec.build()
+    >>> state["w"], state["step"], state["head"] is state["w"]
+    (tensor([1., 2.]), 3, True)
+    >>> spec.on().full().keys() == state.keys()  # plain: see `on` for layouts
+    True
+    """
 
     tree: dict[str, Any]
     """Nested dicts and lists of TensorSpec, SameTensor (top level only) and Python values."""
@@ -107,6 +115,9 @@ def state_dicts(
 
     min_nested: keys of nested mappings. torch 2.13's engine needs 1: for an empty mapping in a list
     it reports a missing key, even in its own checkpoints.
+
+    min_nested: keys of nested mappings. torch 2.13's engine needs 1: of an empty mapping in a list
+    it says that a key is missing, also in its own checkpoints.
     """
     one = tensor_specs() if tensors is None else tensors
     entries = st.one_of(one, values())

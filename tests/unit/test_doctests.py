@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import pytest_dcp
@@ -30,8 +31,23 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.plan.shards",
     "pytest_dcp._engine.unpickle.machine",
     "pytest_dcp.faults.crashes.crash_points",
+    "pytest_dcp.faults.crashes.crash_state",
     "pytest_dcp.faults.crashes.disk_model",
     "pytest_dcp.faults.crashes.enumerate",
+    "pytest_dcp.faults.damage",
+    "pytest_dcp.faults.injection.injection",
+    "pytest_dcp.faults.kinds.at_rest",
+    "pytest_dcp.faults.kinds.base",
+    "pytest_dcp.faults.kinds.operations",
+    "pytest_dcp.properties.differences",
+    "pytest_dcp.properties.dtypes",
+    "pytest_dcp.properties.laws.round_trips",
+    "pytest_dcp.properties.layouts",
+    "pytest_dcp.properties.meshes",
+    "pytest_dcp.properties.modules",
+    "pytest_dcp.properties.optimizers",
+    "pytest_dcp.properties.state_dicts",
+    "pytest_dcp.properties.tensors",
 }
 """Modules that must have at least one: the walk would not notice that it finds none."""
 
@@ -47,6 +63,23 @@ def modules_with_examples() -> Iterator[str]:
 MODULES = sorted(modules_with_examples())
 
 
+@pytest.fixture
+def a_few_examples() -> Iterator[None]:
+    """Properties in docstrings try ten examples, always the same, however busy the machine is."""
+    before = hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.register_profile(
+        "doctests",
+        max_examples=10,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("doctests")
+    yield
+    hypothesis.settings.load_profile(before)
+
+
+@pytest.mark.usefixtures("a_few_examples")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_their_docstring_shows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -49,7 +49,7 @@ metadata. It may also list what was there a while ago: what is committed is aske
 Two ranks save; here the metadata are just the names of the data files:
 
 >>> from pathlib import Path
->>> from pytest_dcp._engine.io.disk import LocalDisk
+>>> from pytest_dcp._engine.io.local_disk import LocalDisk
 >>> disk, folder = LocalDisk(), Path("checkpoint")
 >>> _ = disk.make_folder(folder)
 >>> def write_data(save):

@@ -156,6 +156,24 @@ def recorded(
 
     For `pytest.mark.parametrize("state", recorded(workload).crash_states(budget=99), ids=str)`.
     prepare: called first; its operations are not recorded.
+
+    >>> def save(folder):
+    ...     (folder / "state.tmp").write_text("new")
+    ...     (folder / "state.tmp").rename(folder / "state")
+    >>> def old_state(folder):
+    ...     (folder / "state").write_text("old")
+    >>> states = recorded(save, old_state).crash_states("posix", budget=99)
+    >>> {state.files["state"] for state in states} == {b"old", b"new", b"", bytes(3)}
+    True
+
+    One without the bytes: the rename reached the disk, the write did not. `restored` makes it:
+
+    >>> empty = next(state for state in states if state.files["state"] == b"")
+    >>> "its bytes lost: write state.tmp" in empty.what
+    True
+    >>> with empty.restored() as folder:
+    ...     (folder / "state").read_text()
+    ''
     """
     made = Recording()
     with tempfile.TemporaryDirectory(prefix="dcp-recorded-") as place:

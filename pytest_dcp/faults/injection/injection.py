@@ -2,6 +2,18 @@
 
 Enters: the arguments of `inject`, and one event after the other. Leaves: whether the fault fires at
 this event. Each rank counts for itself, so that an injection has the same effect in every run.
+
+>>> from pytest_dcp.faults.kinds.operations import NoSpace, ShortRead
+>>> full = Injection(NoSpace(), on="write_data", rank=1)
+>>> sorted(full.hooks), full.kinds  # operations made while the hook runs
+(['writer.write_data'], ('make_folder', 'create', 'write', 'allocate'))
+
+Everything that is wrong is said at once:
+
+>>> for line in problems(Injection(ShortRead(), on="finnish", nth=0)):
+...     print(line)
+on='finnish' is neither a hook nor the kind of an operation; ...
+nth...
 """
 
 from __future__ import annotations

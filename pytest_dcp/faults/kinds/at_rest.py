@@ -3,6 +3,18 @@
 A fault damages a file before an open or read, and after a write, sync, close or rename. The file
 itself is changed, so the damage stays. A file that cannot be damaged this way (too short, no other
 file to swap with) does not count as an event.
+
+>>> file, other = Path("data"), Path("other")
+>>> def damaged(fault):
+...     _ = file.write_bytes(b"abcdefgh"), other.write_bytes(b"other")
+...     fault.spoil(file)
+...     return file.read_bytes()
+>>> damaged(BitFlip(offset=-1, bit=0)), damaged(ZeroSector(sector=1, nbytes=4))
+(b'abcdefgi', b'abcd\\x00\\x00\\x00\\x00')
+>>> damaged(Truncate()), damaged(Truncate(-1)), damaged(Swap("o*"))
+(b'abcd', b'abcdefg', b'other')
+>>> BitFlip(offset=8).can_spoil(file), BitFlip(offset=4).can_spoil(file)
+(False, True)
 """
 
 from __future__ import annotations

@@ -3,6 +3,40 @@
 A fault is a frozen dataclass: it pickles, and its repr is code that makes it again. It defines what
 goes wrong; the injection defines where and when. To write your own fault, derive a frozen dataclass
 from `Fault` with `before`, `after` or `result`.
+
+>>> Raise(TimeoutError, when="after")
+Raise(exception=TimeoutError, when='after')
+>>> eval(repr(Hang(limit_s=5.0))) == Hang(limit_s=5.0)
+True
+
+The life of one event, for a fault that is due there:
+
+1. `meets(file)`: whether this file is one to act on. If not, the event does not count.
+2. `before(moment)`: raises, waits, ends the process, or returns a `Verdict`: do less, do nothing,
+   do something else.
+3. The work, as the verdict says.
+4. `after(moment)`: raises although the work is done, or spoils what it left.
+5. `result(value, moment)`, of hooks: what is returned in place of the result.
+
+A fault of your own, which turns a save's first sync into a slow one that then fails:
+
+>>> @dataclass(frozen=True, slots=True)
+... class SyncTimesOut(Fault):
+...     operations = ("sync",)
+...     def before(self, moment):
+...         time.sleep(0.001)
+...         raise TimeoutError(f"at {moment.where}")
+>>> from pytest_dcp.faults.storage import FaultyStorage
+>>> Path("checkpoint").mkdir(), Path("counts").mkdir()
+(None, None)
+>>> with FaultyStorage(Path("checkpoint"), Path("counts")) as storage:
+...     injected = storage.inject(SyncTimesOut(), on="sync")
+...     with open("checkpoint/data", "wb") as file:
+...         try:
+...             os.fsync(file.fileno())
+...         except TimeoutError as error:
+...             print(error, injected.fired)
+at sync 1
 """
 
 from __future__ import annotations

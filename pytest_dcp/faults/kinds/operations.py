@@ -1,6 +1,30 @@
 """Faults of storage operations: system errors, partial work, pretended work.
 
 Injected at a hook's name, they act at operations made while the hook runs.
+
+>>> from pathlib import Path
+>>> from pytest_dcp.faults.storage import FaultyStorage
+>>> folder, counts = Path("checkpoint"), Path("counts")
+>>> folder.mkdir(), counts.mkdir()
+(None, None)
+>>> def try_write(fault, nbytes, **where):
+...     with FaultyStorage(folder, counts) as storage:
+...         storage.inject(fault, on="write", **where)
+...         with open(folder / "data", "wb", buffering=0) as file:
+...             try:
+...                 return file.write(bytes(nbytes))
+...             except OSError as error:
+...                 return error.strerror, os.path.getsize(folder / "data")
+
+A short write says so. A torn one has stored its part when it fails:
+
+>>> try_write(ShortWrite(3), 8), try_write(TornWrite(at=3), 8)
+(3, ('Input/output error', 3))
+
+A full disk takes what fits, and fails the next write:
+
+>>> try_write(NoSpace(after_bytes=100), 64), try_write(NoSpace(), 64)
+(64, ('No space left on device', 0))
 """
 
 from __future__ import annotations

@@ -23,6 +23,25 @@ def assert_round_trip(
 
     Collective over a world with enough ranks for both. Raises LawError, the same on every rank,
     naming fqn, rank, index and bits of each difference.
+
+    One process is a world of one rank, whose layouts are plain:
+
+    >>> from pytest_dcp.properties import StateSpec, TensorSpec
+    >>> state = StateSpec({"w": TensorSpec((4, 2)), "step": 3}).on()
+    >>> assert_round_trip(state, state, "checkpoint")
+
+    An engine that saves only tensors is found out:
+
+    >>> class OnlyTensors:
+    ...     load = staticmethod(checkpoint.load)
+    ...     @staticmethod
+    ...     def save(state_dict, **options):
+    ...         tensors = {key: v for key, v in state_dict.items() if torch.is_tensor(v)}
+    ...         return checkpoint.save(tensors, **options)
+    >>> assert_round_trip(state, state, "other", dcp=OnlyTensors)
+    Traceback (most recent call last):
+        ...
+    pytest_dcp.errors.LawError: ...Missing key in checkpoint state_dict: step...
     """
     __tracebackhide__ = True
     enter(saved, loaded)
