@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import pytest_dcp
 from support.documents import Block, find_missing_lines, parse_blocks
 
 if TYPE_CHECKING:
     from support.sample_session import MakeSuite, SessionResult
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(pytest_dcp.__file__).parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "pytest_dcp" / "guide").glob("*.md")))
 BLOCKS = [
     block for page in PAGES for block in parse_blocks(page.read_text(), page.stem.replace("-", "_"))
@@ -113,6 +115,31 @@ def test_trees_name_what_there_is(block: Block) -> None:
     paths = [line.split()[0] for line in block.source.splitlines() if not line.startswith(" ")]
     assert paths
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_of_the_architecture_has_every_folder_of_the_package() -> None:
+    (tree,) = _blocks_of("architecture", "tree")
+    named = {line.split()[0] for line in tree.source.splitlines()} - {"tests/"}
+    assert named == {"pytest_dcp/", *_folders_of_the_package()}
+
+
+def test_each_module_that_the_architecture_names_is_there() -> None:
+    text = (PACKAGE / "guide" / "architecture.md").read_text()
+    named = re.findall(r"`((?:_\w+|faults|properties)/[\w/.]+)`", text)
+    assert len(named) > 15
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+
+
+def _blocks_of(page: str, language: str) -> list[Block]:
+    return [block for block in BLOCKS if (block.page, block.language) == (page, language)]
+
+
+def _folders_of_the_package() -> set[str]:
+    return {
+        f"pytest_dcp/{path.relative_to(PACKAGE)}/"
+        for path in PACKAGE.rglob("*")
+        if path.is_dir() and any(file.suffix in (".py", ".md") for file in path.iterdir())
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
