@@ -34,7 +34,7 @@ from pytest_dcp.errors import (
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.exit_warnings import LeftBehindWarning
-    from pytest_dcp._harness.controller.marked_item import ChangedStateWarning
+    from pytest_dcp._harness.controller.rank_warnings import ChangedStateWarning
     from pytest_dcp._harness.controller.world_test_mixin import WorldTestMixin
     from pytest_dcp._harness.controller.worlds_fixture import FunctionWorld, Running, Worlds
     from pytest_dcp._harness.rank.carried_state import LostStateWarning
@@ -86,7 +86,7 @@ _LAZY = {
     "WorldTestMixin": "pytest_dcp._harness.controller.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
     "announce_death": "pytest_dcp.api:announce_death",
-    "ChangedStateWarning": "pytest_dcp._harness.controller.marked_item:ChangedStateWarning",
+    "ChangedStateWarning": "pytest_dcp._harness.controller.rank_warnings:ChangedStateWarning",
     "LostStateWarning": "pytest_dcp._harness.rank.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp._harness.controller.exit_warnings:LeftBehindWarning",
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp._harness.controller.item_report import amend_report
 from pytest_dcp._harness.controller.marked_item import ITEM_KEY, MarkedItem, module_of
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import SESSION_ENDS
@@ -109,7 +110,7 @@ class ItemHooks:
         """Show the ranks' failure, not the controller's."""
         rep = yield
         if (marked := item.stash.get(ITEM_KEY, None)) is not None:
-            marked.amend(call, rep)
+            amend_report(marked, call, rep)
         return rep
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)

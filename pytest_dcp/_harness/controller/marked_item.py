@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import shutil
 import sys
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.raises import AbstractRaises
 from _pytest.skipping import xfailed_key
 from _pytest.warnings import catch_warnings_for_item
 
-from pytest_dcp._harness.controller import headings, losing_fixtures, report
+from pytest_dcp._harness.controller import losing_fixtures, report
 from pytest_dcp._harness.controller.exit_warnings import warn_of_end
 from pytest_dcp._harness.controller.item_output import ItemOutput
+from pytest_dcp._harness.controller.rank_warnings import warn_again, warn_of_changes
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import (
     HURRIED_S,
@@ -42,7 +40,7 @@ from pytest_dcp._harness.controller.warm_worlds import (
 )
 from pytest_dcp._harness.lockstep.fresh_folders import scratch_beside
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
-from pytest_dcp._harness.protocol.messages import Go, Phase, RecordedWarning, RunItem
+from pytest_dcp._harness.protocol.messages import Go, Phase, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.rank import carried_state
 from pytest_dcp._harness.world.interrupt_clock import TORN_DOWN
@@ -63,10 +61,6 @@ if TYPE_CHECKING:
 ITEM_KEY = pytest.StashKey["MarkedItem"]()
 
 _folders = itertools.count()
-
-
-class ChangedStateWarning(pytest.PytestWarning):
-    """A test of a warm world changed its process for good; the next test got a new world."""
 
 
 @dataclass(slots=True)
@@ -240,7 +234,7 @@ class MarkedItem:
             if reusable:
                 self.harness.warm.keep(self._warm_key(), world, self, follower)
                 return True, torn
-            self._warn_of_changes(torn)
+            warn_of_changes(self.item.nodeid, torn)
             torn = world.run("teardown", TestPlace().order())  # what was to stay for the follower
             self._absorb(world, torn, "teardown")
         return False, join_outcomes(torn, world.close())
@@ -366,15 +360,7 @@ class MarkedItem:
         """Warn again of what ranks warned of, once; whether the world can be kept."""
         imported = {name for done in outcome.done.values() for name in done.imported}
         self.harness.launcher().preload(sorted(filter(is_worth_preloading, imported)))
-        told: dict[tuple[str, ...], RecordedWarning] = {}
-        for done in outcome.done.values():
-            for warning in done.warnings:
-                told.setdefault(tuple(map(str, warning.values())), warning)
-        for warning in told.values():
-            category = _warning_class(warning["category"])
-            warnings.warn_explicit(
-                warning["text"], category, warning["filename"], warning["lineno"]
-            )
+        warn_again(outcome)
         return all(done.reusable for done in outcome.done.values())
 
     def _absorb_end(self, world: World) -> None:
@@ -385,23 +371,6 @@ class MarkedItem:
             self.item.add_report_section("teardown", name, text)
         warn_of_end(self.item.nodeid, world)
 
-    def _warn_of_changes(self, outcome: Outcome) -> None:
-        """Say what of the processes' state cannot be put back, where that costs a new world."""
-        by_name: dict[str, list[int]] = {}
-        for rank, done in sorted(outcome.done.items()):
-            for name in done.changed:
-                by_name.setdefault(name, []).append(rank)
-        if by_name:
-            said = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
-            warnings.warn(
-                ChangedStateWarning(
-                    f"{self.item.nodeid}: has changed what cannot be put back: {said}. The next "
-                    "test gets a new world. Put it back in the test, or give the test a world of "
-                    'its own with isolation="test".'
-                ),
-                stacklevel=2,
-            )
-
     def _drop_checkpoint_dir(self) -> None:
         """By pytest's own retention policy for tmp_path, when every rank is gone."""
         policy = self.item.config.getini("tmp_path_retention_policy")
@@ -409,58 +378,6 @@ class MarkedItem:
             for folder in (self.checkpoint_dir, scratch_beside(self.checkpoint_dir)):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(folder)
-
-    # The report.
-
-    def amend(self, call: pytest.CallInfo[None], rep: pytest.TestReport) -> None:
-        """Show the ranks' own failure instead of the controller's."""
-        outcome = self.outcome
-        if call.when == "call" and rep.passed and self.unexpectedly is not None:
-            rep.wasxfail = self.unexpectedly
-        if call.excinfo is None or call.excinfo.value is not self.raised or outcome is None:
-            return
-        if outcome.kind == "skipped":
-            rep.longrepr = self._skip_location(outcome)
-        elif outcome.kind == "xfailed":
-            rep.longrepr = report.own_longrepr(outcome, self.item.config)
-        elif outcome.first is not None:
-            options = self.harness.options
-            seed = self.harness.seed_of(self.item.nodeid)
-            override = options.defaults.world_size is not None
-            rerun = report.rerun_line(self._nodeid_here(), seed, self.spec.size, override)
-            # A report's attribute, since it goes along between xdist's processes.
-            setattr(rep, report.HEADING, report.heading_marks(outcome))
-            path, line, _ = self.item.reportinfo()
-            location = (str(path), (line or 0) + 1)
-            if self.found is not None and call.when == "call":
-                from pytest_dcp._harness.controller import property_item
-
-                rep.longrepr = property_item.longrepr_for(
-                    self.found, self.item.config, location, rerun
-                )
-            else:
-                # By default the nodeid alone says all of it: the seed is made from it.
-                is_default = options.seed is None and not override
-                rep.longrepr = report.longrepr_for(
-                    outcome, outcome.first, self.item.config, location, "" if is_default else rerun
-                )
-            if not hasattr(self.item.config, "workerinput"):
-                headings.put_in_colours(rep)
-
-    def _nodeid_here(self) -> str:
-        """The nodeid as the command line takes it in the folder where pytest was started."""
-        config = self.item.config
-        path, separator, rest = self.item.nodeid.partition("::")
-        here = os.path.relpath(config.rootpath / path, config.invocation_params.dir)
-        return f"{here}{separator}{rest}"
-
-    def _skip_location(self, outcome: Outcome) -> tuple[str, int, str]:
-        for done in outcome.done.values():
-            longrepr = (done.report or {}).get("longrepr")
-            if isinstance(longrepr, list | tuple) and len(longrepr) == 3:
-                return str(longrepr[0]), int(longrepr[1]), str(longrepr[2])
-        path, line, _ = self.item.reportinfo()
-        return str(path), (line or 0) + 1, outcome.reason
 
 
 def attach(item: pytest.Item, marked: MarkedItem) -> None:
@@ -494,11 +411,3 @@ def _properties(outcome: Outcome) -> list[tuple[str, object]]:
         (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
         for (name, _), (value, ranks) in by_property.items()
     ]
-
-
-def _warning_class(name: Iterable[str]) -> type[Warning]:
-    module, qualname = name
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) and issubclass(found, Warning) else UserWarning
