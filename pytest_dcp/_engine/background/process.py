@@ -274,7 +274,7 @@ class Saver:
         silence_s = default_s if group is None else timeout_of(group)
         with job.team.wait_for_turn() as team:
             try:
-                shipment, line = self._prepared(team, job, silence_s)
+                shipment, line = self._prepare_process(team, job, silence_s)
                 upload = Upload(
                     shipment.pickled,
                     job.how,
@@ -290,7 +290,9 @@ class Saver:
                 raise _plainly(error) from None
         return unpacked_metadata(sent)
 
-    def _prepared(self, team: Team, job: Job, silence_s: float) -> tuple[Shipment, SaverProcess]:
+    def _prepare_process(
+        self, team: Team, job: Job, silence_s: float
+    ) -> tuple[Shipment, SaverProcess]:
         """The state to send, and a process that has joined the others'."""
         kept: list[Shipment] = []
 

@@ -108,10 +108,10 @@ class _Unpacker(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (tensor_in_memory.__module__, tensor_in_memory.__name__):
-            return self._placed
+            return self._place
         return super().find_class(module, name)
 
-    def _placed(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    def _place(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         if self._flat is None:
             raise ValueError("the pickle names shared memory, but none came with it")
         return view_bytes(self._flat, start, dtype, shape)

@@ -93,7 +93,7 @@ class Join:
             os.environ["MASTER_ADDR"] = LOOPBACK
             if LOOPBACK_NAME in (name for _, name in socket.if_nameindex()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_NAME)
-        store = _store[0] if _store else self._reached()
+        store = _store[0] if _store else self._connect()
         dist.init_process_group(
             "gloo",
             store=store,
@@ -102,7 +102,7 @@ class Join:
             timeout=timedelta(seconds=self.timeout_s),
         )
 
-    def _reached(self) -> TCPStore:
+    def _connect(self) -> TCPStore:
         hosts = (LOOPBACK, *self.hosts) if self.machine == machine() else self.hosts
         failed: Exception = ConnectionError(f"no host to meet the background processes at: {self}")
         for host in hosts:

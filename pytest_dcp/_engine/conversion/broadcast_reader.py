@@ -104,7 +104,7 @@ class BroadcastingTorchSaveReader(StorageReader):
                 end = tuple(map(sum, zip(item.storage_offsets, item.lengths, strict=True)))
                 known = shapes.setdefault(item.storage_index.fqn, end)
                 shapes[item.storage_index.fqn] = tuple(map(max, known, end))
-        sent: Sent = {fqn: self._described(fqn, shapes[fqn]) for fqn in sorted(shapes)}
+        sent: Sent = {fqn: self._describe(fqn, shapes[fqn]) for fqn in sorted(shapes)}
         return [dataclasses.replace(plan, storage_data=sent) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -133,7 +133,7 @@ class BroadcastingTorchSaveReader(StorageReader):
         """Whether it is a file."""
         return os.path.isfile(checkpoint_id)
 
-    def _described(self, fqn: str, shape: tuple[int, ...]) -> tuple[torch.Size, torch.dtype]:
+    def _describe(self, fqn: str, shape: tuple[int, ...]) -> tuple[torch.Size, torch.dtype]:
         stored = self._flat.get(fqn)
         if not isinstance(stored, torch.Tensor):
             held = "nothing" if stored is None else f"a {type(stored).__name__}"

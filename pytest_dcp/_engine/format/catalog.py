@@ -106,7 +106,7 @@ class Catalog:
         """The catalog of any metadata with `_StorageInfo` places."""
         table = metadata.storage_data
         index = index_of(metadata)
-        if isinstance(table, EntryTable) and table.catalog.index is index and table.untouched():
+        if isinstance(table, EntryTable) and table.catalog.index is index and table.is_untouched():
             places = table.catalog.places
         else:
             places = _places_of(index, table) if table else EntryPlaces.nowhere(len(index.offset))
@@ -155,7 +155,7 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
         same = made is info and info == info_of(self.catalog.places, row)
         return row if same else None
 
-    def untouched(self) -> bool:
+    def is_untouched(self) -> bool:
         """Whether these are still the catalog's places, under the catalog's keys."""
         made = self.made_items()
         if not made and not self.is_full:

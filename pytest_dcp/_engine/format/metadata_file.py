@@ -56,7 +56,7 @@ class _Trailer:
     pickle_length: int
     pickle_crc: int
 
-    def packed(self) -> bytes:
+    def pack(self) -> bytes:
         body = _BODY.pack(
             *(MAGIC, FORMAT_VERSION, self.manifest_crc, self.manifest_start),
             *(self.manifest_length, self.pickle_length, self.pickle_crc),
@@ -76,7 +76,7 @@ def encode(catalog: Catalog) -> list[bytes]:
         pickle_length=len(stock),
         pickle_crc=crc32(stock),
     )
-    return [stock, gap, columns, trailer.packed()]
+    return [stock, gap, columns, trailer.pack()]
 
 
 def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:

@@ -71,14 +71,14 @@ class WriteResults(LazyList[WriteResult]):
         """The key of an item."""
         return self.items.key(row) if isinstance(self.items, WriteItems) else self.items[row].index
 
-    def untouched(self) -> bool:
+    def is_untouched(self) -> bool:
         """Whether the list and the objects in it are unchanged."""
         return len(self) == len(self.items) and all(
             made == self.make_item(at) for at, made in self.made_items()
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.untouched():
+        if self.is_untouched():
             return WriteResults, (self.items, self.written)
         return super().__reduce__()
 
@@ -213,7 +213,7 @@ def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, in
 
 def _columns_of(results: Sequence[WriteResult]) -> list[WriteResults]:
     """The results as columns, those of entries with the same transforms together."""
-    if isinstance(results, WriteResults) and results.untouched():
+    if isinstance(results, WriteResults) and results.is_untouched():
         return [results]
     alike: dict[tuple[str, ...], list[WriteResult]] = {}
     for result in results:

@@ -199,13 +199,13 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
                 )
             for piece in pieces:
                 stop.check()
-                values = self._dequantised(piece, watcher)
+                values = self._dequantise(piece, watcher)
                 target.narrow(0, piece.start, len(values)).copy_(values)
             planner.commit_tensor(item, target)
 
         return run
 
-    def _dequantised(self, piece: Piece, watcher: Observer) -> torch.Tensor:
+    def _dequantise(self, piece: Piece, watcher: Observer) -> torch.Tensor:
         if self._stored is None:
             raise ValueError("read_metadata must be called before read_data")
         shards = Shards(self._reading_disk(), self.path, self._stored)

@@ -174,7 +174,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             with disk.locked(self.path):
                 remove_leftovers(disk, self.path)
 
-    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+    def _committed_files(self, disk: Disk, folder: Any) -> set[str]:
         return files_in_force(disk, folder)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -259,7 +259,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             # Of results made by hand: the files may be another program's, or not there yet.
             save_id = save_named_in(disk, self.path, files)
         with exclude_others(disk, self.path):
-            catalog = self._renamed(disk, self.path, catalog)
+            catalog = self._rename_files(disk, self.path, catalog)
             metadata.storage_data = catalog.metadata().storage_data
             files = catalog.places.files
             if self.save_distributed:
@@ -299,7 +299,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         )
         folder.commit(nbytes)
 
-    def _renamed(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
+    def _rename_files(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
 
         Only temporary names are looked for and taken away: others are a caller's own, who may write

@@ -86,7 +86,7 @@ class RangeReader:
                 self.fail(entry, 0, "the checksum differs")
             self.tally.verified += nbytes
         else:
-            self._take(entry, low, len(view), self._filled(entry, low, view))
+            self._take(entry, low, len(view), self._fill_by_pieces(entry, low, view))
 
     def check(self, entry: int, low: int, window: memoryview) -> None:
         """Check a window of the entry's data, from byte `low`, as if it had been read."""
@@ -136,7 +136,9 @@ class RangeReader:
     def _checks(self, entry: int) -> bool:
         return self.verify != "off" and self._has_sums(entry)
 
-    def _filled(self, entry: int, low: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    def _fill_by_pieces(
+        self, entry: int, low: int, view: memoryview
+    ) -> Iterator[tuple[int, memoryview]]:
         """Fill the view piece by piece: where each begins in the entry's data, and the piece."""
         for at in range(0, len(view), PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]
@@ -151,12 +153,12 @@ class RangeReader:
         if low + nbytes > have:
             self.fail(entry, low, f"asks for bytes past the data, which has {have}")
         if self._checks(entry):
-            self._checked(entry, low, low + nbytes, pieces)
+            self._check(entry, low, low + nbytes, pieces)
             return
         for _ in pieces:
             self.stop.check()
 
-    def _checked(
+    def _check(
         self, entry: int, low: int, high: int, pieces: Iterator[tuple[int, memoryview]]
     ) -> None:
         """Check every block that the pieces, and what was read just before, make whole.

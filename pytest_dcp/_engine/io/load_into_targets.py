@@ -158,9 +158,9 @@ class Work:
     def _prepare_values(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         if not len(rows):
             return
-        for row, entry in self._stored(rows).items():
+        for row, entry in self._read_stored(rows).items():
             try:
-                self._puts.append(self._prepared(row, entry))
+                self._puts.append(self._prepare_value(row, entry))
             except CheckpointMismatchError as error:
                 misfits.append(error)
 
@@ -202,7 +202,7 @@ class Work:
 
     def _fill_transformed(self, row: int) -> torch.Tensor:
         """The target of a tensor whose entry passed through stream transforms: decoded whole."""
-        ((_, entry),) = self._stored(np.array([row])).items()
+        ((_, entry),) = self._read_stored(np.array([row])).items()
         tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
         item = self.items[row]
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -214,7 +214,7 @@ class Work:
 
     def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
         item = self.items[row]
-        ((_, entry),) = self._stored(np.array([row])).items()
+        ((_, entry),) = self._read_stored(np.array([row])).items()
         try:
             fill_wrapper(parts, entry)
         except CheckpointCorruptError as error:
@@ -251,7 +251,7 @@ class Work:
             )
         )
 
-    def _stored(self, rows: Ints) -> dict[int, bytes]:
+    def _read_stored(self, rows: Ints) -> dict[int, bytes]:
         """The entries of these rows, as they were before any stream transform."""
         entries = self.items.entry[rows].tolist()
         found, tally = read_values(
@@ -267,7 +267,7 @@ class Work:
                 left -= len(plain[row])
         return plain
 
-    def _prepared(self, row: int, entry: bytes) -> Callable[[], None]:
+    def _prepare_value(self, row: int, entry: bytes) -> Callable[[], None]:
         """What gives the planner the value of a row."""
         planner: Any = self.planner
         if getattr(planner, "takes_values", False):

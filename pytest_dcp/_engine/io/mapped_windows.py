@@ -64,14 +64,14 @@ class Windows:
             # torch takes only what it could write to; private pages never reach the file.
             length = min(end + -end % HUGE_PAGE_BYTES, self.size) - low
             pages = mmap.mmap(self.fd, length, access=mmap.ACCESS_COPY, offset=low)
-            if nbytes < TOUCHED_FROM_BYTES or not self._touched(pages, first, end - low):
+            if nbytes < TOUCHED_FROM_BYTES or not self._touch(pages, first, end - low):
                 pages.madvise(MADV_POPULATE_READ, first, end - low - first)
         except (OSError, ValueError):
             return None
         # The view keeps the mapping, and the last one takes it along.
         return memoryview(pages)[offset - low : end - low]
 
-    def _touched(self, pages: mmap.mmap, first: int, end: int) -> bool:
+    def _touch(self, pages: mmap.mmap, first: int, end: int) -> bool:
         """Map the pages by touching some of them; whether all are there then.
 
         A third of what MADV_POPULATE_READ takes, which goes from page to page. The touching is

@@ -56,7 +56,7 @@ class Observer:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def showing(self) -> AbstractContextManager[object]:
+    def shown_while_working(self) -> AbstractContextManager[object]:
         """What is to be open while the work goes on."""
         progress = self._progress
         return progress if isinstance(progress, AbstractContextManager) else nullcontext()
@@ -90,7 +90,7 @@ def observe_with(observer: Observer) -> Iterator[None]:
     """Hand the observer to the storages that are called inside."""
     token = _current.set(observer)
     try:
-        with observer.showing():
+        with observer.shown_while_working():
             yield
     finally:
         _current.reset(token)

@@ -44,14 +44,14 @@ class PlanCache:
     answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata, Replicas | None] | None = None
     """On the coordinator: the digests, and the plans, metadata and replicas that they gave."""
 
-    def outgoing(self, plan: SavePlan) -> SavePlan:
+    def shorten_plan(self, plan: SavePlan) -> SavePlan:
         """The plan to send: this one, or a note that it is the same as last time."""
         self.pending = digest_of(plan)
         if self.pending == self.sent and self.final is not None:
             return SavePlan([], planner_data=Unchanged(self.pending), usable=False)
         return plan
 
-    def incoming(self, plans: Sequence[SavePlan]) -> tuple[list[SavePlan], tuple[bytes, ...]]:
+    def recall_plans(self, plans: Sequence[SavePlan]) -> tuple[list[SavePlan], tuple[bytes, ...]]:
         """Every rank's plan in full, and their digests.
 
         Raises PlanError naming the ranks whose unchanged plan is not the one remembered here.
@@ -70,7 +70,7 @@ class PlanCache:
         known = [self.all_plans[rank] for rank in range(len(plans))]
         return [plan for _, plan in known], tuple(digest for digest, _ in known)
 
-    def finished(self, plan: SavePlan) -> SavePlan:
+    def recall_plan(self, plan: SavePlan) -> SavePlan:
         """The plan to carry out: the one told, or the remembered one."""
         if not plan.usable:
             if self.final is None:

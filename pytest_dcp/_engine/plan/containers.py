@@ -202,7 +202,7 @@ class Description:
             if entry.get("empty") and path and included(path):
                 _put_empty(root, path, [] if entry["kind"] == "list" else {})
         refused: list[str] = []
-        made = self._made(root, (), refused, trusted)
+        made = self._rebuild(root, (), refused, trusted)
         if refused:
             raise CheckpointMismatchError(
                 f"{len(refused)} container(s) or key(s) cannot be given back as they were saved:\n"
@@ -212,19 +212,19 @@ class Description:
             )
         return made if isinstance(made, dict) else root
 
-    def _made(self, value: Any, path: Path, refused: list[str], trusted: bool) -> Any:
+    def _rebuild(self, value: Any, path: Path, refused: list[str], trusted: bool) -> Any:
         entry = self._entries.get(path)
         if (entry is None and path not in self._above) or not isinstance(value, dict | list):
             return value
         if isinstance(value, list):
             parts: Any = [
-                self._made(v, (*path, at), refused, trusted) for at, v in enumerate(value)
+                self._rebuild(v, (*path, at), refused, trusted) for at, v in enumerate(value)
             ]
         else:
             name = _key_names(entry, value, refused, path)
             order = [k for k in (entry or {}).get("order", ()) if k in value]
             keys = [*order, *(k for k in value if k not in set(order))]
-            parts = {name[k]: self._made(value[k], (*path, k), refused, trusted) for k in keys}
+            parts = {name[k]: self._rebuild(value[k], (*path, k), refused, trusted) for k in keys}
         return parts if entry is None else _of_kind(entry, parts, path, refused, trusted)
 
 

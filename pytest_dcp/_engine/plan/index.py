@@ -125,7 +125,7 @@ class ChunkList(LazyList[ChunkStorageMetadata]):
     def make_item(self, at: int) -> ChunkStorageMetadata:
         return self._index.chunk(self._start + at)
 
-    def untouched(self, index: Index, row: int) -> bool:
+    def is_untouched(self, index: Index, row: int) -> bool:
         """Whether these are still the chunks of that key of that index."""
         return (
             self._index is index
@@ -220,7 +220,7 @@ def _as_made(index: Index, fqn: str, value: STORAGE_TYPES) -> bool:
         return isinstance(value, BytesStorageMetadata) and bool(index.ndim[row] < 0)
     return (
         isinstance(value.chunks, ChunkList)
-        and value.chunks.untouched(index, row)
+        and value.chunks.is_untouched(index, row)
         and value.size == size_of(index.size[row], int(index.ndim[row]))
         and value.properties == index.properties[index.property_of[row]]
     )

@@ -222,7 +222,7 @@ class Room:
     def __init__(self, keys: int) -> None:
         self._left = ROOM_AT_LEAST + ROOM_PER_KEY * keys
 
-    def checked(self, fqn: str, path: Any) -> Path:
+    def check_path(self, fqn: str, path: Any) -> Path:
         """The path; raises CheckpointCorruptError, naming the key, for what can be none."""
         if isinstance(path, list):
             path = tuple(path)

@@ -4,11 +4,11 @@ A save keeps one copy of each replicated box or value, on whichever rank has the
 copies that differ would leave a checkpoint that no rank ever held. How they are compared:
 
 1. The global plan groups the ranks' rows by key and offset (`Replicas`). The coordinator chooses
-   what to compare (`chosen`) and sends each rank the rows: every replicated value, and of the
+   what to compare (`choose_rows`) and sends each rank the rows: every replicated value, and of the
    tensors a few short pieces (a sample) or all bytes.
 2. Each rank sends a 64-bit sum for each of its rows with the result of its write.
-3. The coordinator compares the sums (`differing`) before it commits. Only where some differ do the
-   ranks send more, so that the error can name the first index.
+3. The coordinator compares the sums (`find_differing`) before it commits. Only where some differ do
+   the ranks send more, so that the error can name the first index.
 
 Pure (no I/O).
 """
@@ -72,7 +72,7 @@ class Replicas:
     key: Ints
     """Of each group: the position of its name in `fqns`."""
 
-    def chosen(self, how: ReplicaCheck, seed: int) -> list[Checks] | None:
+    def choose_rows(self, how: ReplicaCheck, seed: int) -> list[Checks] | None:
         """What each rank is to sum; None where there is nothing to compare.
 
         The same seed chooses the same sample; a new one each save finds in time what one misses.
@@ -98,7 +98,9 @@ class Replicas:
             for own, group in zip(rows, self.group, strict=True)
         ]
 
-    def differing(self, checks: Sequence[Checks], sums: Sequence[Sums | None]) -> list[Differing]:
+    def find_differing(
+        self, checks: Sequence[Checks], sums: Sequence[Sums | None]
+    ) -> list[Differing]:
         """The groups whose members' sums are not all equal, in the order of the first rank's rows.
 
         A rank that gave no sums (its planner makes the data as it goes) is not compared.

@@ -25,7 +25,7 @@ class Selection:
     """From the state dict's flat names to the checkpoint's: a mapping of names or of prefixes that
     end in a dot, or a function; None: the names are the same."""
 
-    def chosen(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def choose(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The part of the flat state dict that is to be loaded.
 
         Raises CheckpointMismatchError for a pattern that fits no key.

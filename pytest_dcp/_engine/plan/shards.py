@@ -152,13 +152,13 @@ class Layouts:
 
         Raises PlanError, naming the fqn, for one with a pending reduction.
         """
-        return self._known(fqn, value)[0]
+        return self._look_up(fqn, value)[0]
 
     def sides_of(self, fqn: str, value: DTensor) -> Sides:
         """Offset and shape of each of the boxes."""
-        return self._known(fqn, value)[1]
+        return self._look_up(fqn, value)[1]
 
-    def _known(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
+    def _look_up(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
         spec = spec_of(value)
         placements = spec.placements
         if len(placements) == 1 and type(placements[0]) is Shard:

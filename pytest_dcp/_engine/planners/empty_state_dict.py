@@ -49,7 +49,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         flat: dict[str, Any] = {}
         places: dict[str, Path] = {}
         for fqn, stored in metadata.state_dict_metadata.items():
-            path = room.checked(fqn, paths.get(fqn, (fqn,)))
+            path = room.check_path(fqn, paths.get(fqn, (fqn,)))
             if self._should_include_key(fqn, metadata):
                 places[fqn] = path
                 if isinstance(stored, TensorStorageMetadata):

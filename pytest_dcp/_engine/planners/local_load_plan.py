@@ -64,7 +64,7 @@ def plan_reads(
     empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
     Of the stored names in `partial` elements may be lacking.
     """
-    chosen = selection.chosen(state_dict)
+    chosen = selection.choose(state_dict)
     stored_as = selection.stored_as(chosen)
     if per_rank:
         stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
@@ -119,7 +119,7 @@ def _choose_per_rank(
 ) -> dict[str, str]:
     """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
 
-    Takes out of `chosen` what is to stay as it is.
+    Takes out of `choose` what is to stay as it is.
     """
     names = dict(stored_as or {})
     wanted = {

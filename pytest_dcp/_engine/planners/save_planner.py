@@ -123,7 +123,7 @@ class DefaultSavePlanner(SavePlanner):
         if self.flatten_state_dict:
             plan = replace(plan, planner_data=self.mappings)
         self.plan = plan
-        return plan if self._cache is None else self._cache.outgoing(plan)
+        return plan if self._cache is None else self._cache.shorten_plan(plan)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Who writes what, and the metadata of the whole: on the coordinator.
@@ -144,8 +144,8 @@ class DefaultSavePlanner(SavePlanner):
 
         A rank gets an unusable plan where it remembers its own.
         """
-        cache = self._remembering()
-        full, digests = cache.incoming(all_plans)
+        cache = self._plan_cache()
+        full, digests = cache.recall_plans(all_plans)
         before = cache.answer
         if before is not None and before[0] == digests:
             _, plans, metadata, self.replicas = before
@@ -157,9 +157,9 @@ class DefaultSavePlanner(SavePlanner):
 
     def _finish_plan_with_caching(self, new_plan: SavePlan) -> SavePlan:
         """The plan that the rank got, or the one that it remembers: torch's hook."""
-        return self._remembering().finished(new_plan)
+        return self._plan_cache().recall_plan(new_plan)
 
-    def _remembering(self) -> PlanCache:
+    def _plan_cache(self) -> PlanCache:
         """What is remembered of the last save: from here on, where nothing was so far."""
         if self._cache is None:
             self._cache = PlanCache()

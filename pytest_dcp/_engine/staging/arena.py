@@ -112,7 +112,7 @@ class Pool:
 
     def lease(self, nbytes: int) -> Arena:
         """Memory for `nbytes`."""
-        memory = self._fitting(nbytes) or Memory(nbytes, shared=self.shared)
+        memory = self._find_fitting(nbytes) or Memory(nbytes, shared=self.shared)
         array = np.frombuffer(memory.pages, dtype=np.uint8)
         # Tensors keep the array alive, which is how its end tells of theirs.
         weakref.finalize(array, self._take_back, memory).atexit = False
@@ -130,7 +130,7 @@ class Pool:
         self._open = False
         self.clear()
 
-    def _fitting(self, nbytes: int) -> Memory | None:
+    def _find_fitting(self, nbytes: int) -> Memory | None:
         with self._lock:
             for memory in reversed(self.idle):
                 if nbytes <= memory.nbytes <= max(SPARE * nbytes, mmap.PAGESIZE):

@@ -64,7 +64,7 @@ def join_mismatches(mismatch: Mismatch) -> Mismatch:
     """Everything that does not fit on any rank, so that all raise or none."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mismatch)
-    return Mismatch().merged(every)
+    return Mismatch().merge(every)
 
 
 def from_rank0(

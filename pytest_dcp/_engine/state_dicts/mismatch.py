@@ -29,7 +29,7 @@ class Mismatch:
     advice: tuple[str, ...] = ()
     """What to do about what is missing, beside what is said always."""
 
-    def merged(self, others: Iterable[Mismatch]) -> Mismatch:
+    def merge(self, others: Iterable[Mismatch]) -> Mismatch:
         """All that is in this one or in the others."""
         every = [self, *others]
         return Mismatch(

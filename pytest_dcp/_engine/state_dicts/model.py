@@ -92,7 +92,7 @@ class _Target:
         same = (k.removesuffix(n) for n, k in self.keys.items() if k.endswith(n))
         return next(same, "") + name
 
-    def remaining(self, result: Any) -> Mismatch:
+    def mismatch_of(self, result: Any) -> Mismatch:
         """What the model's own `load_state_dict` says that it missed or did not know."""
         canonical = self.scope.names.canonical
         missing = map(canonical, result.missing_keys)
@@ -212,7 +212,7 @@ def _handed_over(
     more = {"assign": True} if assign else {}
     result = own_method(scope.model, "load_state_dict")(prepared, strict=False, **more)
     if not target.wrapped and not scope.options.broadcast_from_rank0:
-        mismatch = target.remaining(result)
+        mismatch = target.mismatch_of(result)
         mismatch.require_none(target.kind, strict=scope.options.strict)
     return _IncompatibleKeys(list(mismatch.missing), list(mismatch.unexpected))
 

@@ -51,7 +51,7 @@ class OptimizerLoad:
     def run(self) -> None:
         """Load it. Collective as the check was."""
         with fsdp1.states(self.scope.model):
-            states = self._laid_out() if self.specs is None else self._received(self.specs)
+            states = self._laid_out() if self.specs is None else self._receive(self.specs)
             states = {name: of for name, of in states.items() if not self._keeps_own(name)}
             lacking = {name: lack.entries for name, lack in self.lacks.items()}
             partners = iter(self.partners)
@@ -70,7 +70,7 @@ class OptimizerLoad:
                 states[name] = {e: _copy_if_shared(value, seen) for e, value in mine.items()}
         return states
 
-    def _received(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
+    def _receive(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
         """Rank 0's states, each tensor in the memory that the optimizer keeps it in."""
         states = _by_parameter(self.state[STATE], specs)
         owner = {name: target for target in self.targets for name in target.names()}
@@ -79,7 +79,7 @@ class OptimizerLoad:
         def take(key: tuple[Any, Any], full: torch.Tensor) -> None:
             name, entry = key
             if name in owner:
-                states[name][entry] = owner[name].filled(name, entry, full)
+                states[name][entry] = owner[name].fill(name, entry, full)
 
         from_rank0(values, specs, self.scope.parameters.values(), take)
         return states
@@ -237,4 +237,4 @@ def _compare(
         check = check_entries(target, mine, state[STATE], grouped, raw=raw)
         found.append(check.mismatch())
         lacks |= check.lacks
-    return Mismatch().merged(found), pairing.partners, lacks
+    return Mismatch().merge(found), pairing.partners, lacks

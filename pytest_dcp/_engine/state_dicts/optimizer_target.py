@@ -82,7 +82,7 @@ class Target:
         size = value.shape if isinstance(value, Spec) else _size(value)
         if size is None or size == size_of(self.layouts[name]) or size.numel() == 1:
             return None
-        expected = self.layouts[name] if self.fsdp_names else self._expected(name, entry)
+        expected = self.layouts[name] if self.fsdp_names else self._find_expected(name, entry)
         here = _size(expected)
         if here is None or here == size:
             return None
@@ -95,7 +95,7 @@ class Target:
         like = self._layout(name, entry, size_of(value))
         return value if like is None else laid_out(value, like, keep=True)
 
-    def filled(self, name: str, entry: str, full: torch.Tensor) -> Any:
+    def fill(self, name: str, entry: str, full: torch.Tensor) -> Any:
         """The same for a whole tensor that will be overwritten: where there is a state, in it."""
         current: Any = self.current(name).get(entry)
         if _size(current) == full.shape and current.dtype == full.dtype:
@@ -131,7 +131,7 @@ class Target:
         mine = self.names()
         kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
         state = {STATE: kept, GROUPS: groups}
-        pack = self._packed_by_fsdp1 if self.fsdp_names else self._packed
+        pack = self._packed_by_fsdp1 if self.fsdp_names else self._pack
         packed = pack(state, lacking)
         own_method(self.optimizer, "load_state_dict")(packed)
 
@@ -143,16 +143,14 @@ class Target:
         """The keys of what it keeps for all its parameters."""
         return [key for key in self.optimizer.state if not isinstance(key, torch.Tensor)]
 
-    def _packed(
-        self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
-    ) -> dict[str, Any]:
+    def _pack(self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]) -> dict[str, Any]:
         ids = {name: at for at, name in enumerate(chain.from_iterable(self.groups))}
         states = {ids.get(key, key): value for key, value in state[STATE].items() if value != {}}
         for name in ids.keys() - state[STATE].keys():
             if current := self.current(name):
                 states[ids[name]] = current
         for name in lacking.keys() & ids.keys() & state[STATE].keys():
-            own = {entry: self._expected(name, entry) for entry in lacking[name]}
+            own = {entry: self._find_expected(name, entry) for entry in lacking[name]}
             kept = {entry: value for entry, value in own.items() if value is not None}
             states[ids[name]] = {**kept, **states[ids[name]]}
         states |= {key: self.optimizer.state[key] for key in self.common_keys() if key in lacking}
@@ -203,10 +201,10 @@ class Target:
             return parameter
         if size.numel() == 1 or not isinstance(parameter, DTensor) or self.fsdp_names:
             return None
-        expected = self._expected(name, entry)
+        expected = self._find_expected(name, entry)
         return expected if isinstance(expected, torch.Tensor) else None
 
-    def _expected(self, name: str, entry: str) -> Any:
+    def _find_expected(self, name: str, entry: str) -> Any:
         """The state that the optimizer has or would begin with, or None."""
         current = self.current(name)
         if entry in current:

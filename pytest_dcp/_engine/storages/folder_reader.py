@@ -168,7 +168,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
             except FileNotFoundError as error:
                 kept.complete = False
                 if self._is_replaced(self._metadata):
-                    raise self._replaced() from error
+                    raise self._replaced_error() from error
             except (OSError, CheckpointCorruptError):
                 kept.complete = False
         return kept.complete
@@ -191,7 +191,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
     def _reads_its_own_way(self) -> bool:
         return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
 
-    def _replaced(self) -> CheckpointReplacedError:
+    def _replaced_error(self) -> CheckpointReplacedError:
         return CheckpointReplacedError(
             f"the checkpoint in {self.path} was replaced while it was being loaded, and "
             "its files are gone: load again"
@@ -234,7 +234,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
             yield
         except CheckpointFileMissingError as error:
             if self._metadata is not None and self._is_replaced(self._metadata):
-                raise self._replaced() from error
+                raise self._replaced_error() from error
             raise
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:

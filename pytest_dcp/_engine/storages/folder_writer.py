@@ -306,12 +306,12 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         disk, made, self._made = self._disk(), self._made, {}
         for folder in dict.fromkeys(folder for folder, _ in made):
             with disk.locked(folder):
-                kept = self._committed(disk, folder)
+                kept = self._committed_files(disk, folder)
                 for name in [name for place, name in made if place == folder]:
                     if name not in kept:
                         disk.remove(folder, name)
 
-    def _committed(self, disk: Disk, folder: Any) -> set[str]:
+    def _committed_files(self, disk: Disk, folder: Any) -> set[str]:
         """The files of the folder that a checkpoint consists of.
 
         Raises CheckpointCorruptError where that cannot be told.

@@ -79,7 +79,7 @@ class Comparison:
         self._planner = planner if isinstance(planner, DefaultSavePlanner) else None
         self._checks: list[Checks] | None = None
 
-    def chosen(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
+    def choose_rows(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
         """On the coordinator, once these local plans are joined: what each rank is to sum.
 
         Nothing where a subclass has joined other plans than the ranks': their rows are not known.
@@ -92,7 +92,7 @@ class Comparison:
             )
             if same:
                 seed = secrets.randbits(64)
-                self._checks = planner.replicas.chosen(planner.replica_check, seed)
+                self._checks = planner.replicas.choose_rows(planner.replica_check, seed)
         return list(self._checks) if self._checks is not None else [None] * len(plans)
 
     def sums(self, local: SavePlan, checks: Checks | None) -> Sums | None:
@@ -116,7 +116,7 @@ class Comparison:
         """On the coordinator: what differs; None where nothing does."""
         if self._planner is None or self._planner.replicas is None or self._checks is None:
             return None
-        differing = self._planner.replicas.differing(self._checks, sums)
+        differing = self._planner.replicas.find_differing(self._checks, sums)
         if not differing:
             return None
         return Dispute(differing[:SHOWN], [one.fqn for one in differing[SHOWN:]])

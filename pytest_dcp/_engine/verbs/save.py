@@ -293,7 +293,7 @@ class Save:
             self.writer.remove_leftovers()
         self.told = self.writer.prepare_global_plan(joined)
         sent = [compress_plan(plan, local) for plan, local in zip(self.told, plans, strict=True)]
-        return list(zip(sent, self.comparison.chosen(plans), strict=True))
+        return list(zip(sent, self.comparison.choose_rows(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         # A planner that remembers plans must not remember where the last save's files were.

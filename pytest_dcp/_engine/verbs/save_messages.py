@@ -60,7 +60,7 @@ def compress_results(
     results: Sequence[WriteResult], told: SavePlan
 ) -> Written | Sequence[WriteResult]:
     """What a rank says that it wrote: only the places, where the items are those of its plan."""
-    whole = isinstance(results, WriteResults) and results.untouched()
+    whole = isinstance(results, WriteResults) and results.is_untouched()
     if isinstance(results, WriteResults) and whole and results.items is told.items:
         return results.written
     return results

@@ -94,7 +94,7 @@ convert(
 
 convert(
     WriteResults,
-    lambda some: (some.items, some.written) if some.untouched() else list(some),
+    lambda some: (some.items, some.written) if some.is_untouched() else list(some),
     lambda sent: WriteResults(*sent) if isinstance(sent, tuple) else sent,
 )
 _INDEX = ("property_of", "properties", "ndim", "size", "first", "offset", "shape")

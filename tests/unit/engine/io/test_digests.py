@@ -181,7 +181,7 @@ def test_a_rank_that_differs_is_found_among_equal_ones(
     nbytes = np.array([-1, -1, 8, 8, 80_000, 0], dtype=np.int64)
     names = tuple("abcdef")
     replicas = Replicas(held, count, nbytes, names, np.arange(6))
-    checks = replicas.chosen("check", seed=1)
+    checks = replicas.choose_rows("check", seed=1)
     compared = {g for g in range(6) if count[g] > 1 and nbytes[g]}
     if checks is None:
         assert not (count > 1).any()
@@ -191,21 +191,21 @@ def test_a_rank_that_differs_is_found_among_equal_ones(
         np.array([own[row] + 1 for row in c.rows], dtype=np.uint64)
         for c, own in zip(checks, held, strict=True)
     ]
-    assert replicas.differing(checks, sums) == []
+    assert replicas.find_differing(checks, sums) == []
     if not compared:
         return
     odd = random.choice(sorted(compared))
     holders = [rank for rank, own in enumerate(held) if odd in own]
     rank = random.choice(holders)
     sums[rank][checks[rank].rows.tolist().index(held[rank].tolist().index(odd))] = 99
-    (found,) = replicas.differing(checks, sums)
+    (found,) = replicas.find_differing(checks, sums)
     assert found.fqn == names[odd]
     assert set(found.members) == set(holders)
     assert sorted(map(tuple, found.camps())) == sorted(
         {(rank,), tuple(other for other in holders if other != rank)} - {()}
     )
     sums[rank] = None
-    assert replicas.differing(checks, sums) == []
+    assert replicas.find_differing(checks, sums) == []
 
 
 def test_ranks_are_named_by_ranges() -> None:

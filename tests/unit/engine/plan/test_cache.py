@@ -102,15 +102,15 @@ def test_what_the_storage_said_is_in_the_digest():
 
 def saved(ranks: list[PlanCache], plans: list[SavePlan]) -> list[SavePlan]:
     """One save: the first rank coordinates. What each rank is told to write."""
-    out = [cache.outgoing(plan) for cache, plan in zip(ranks, plans, strict=True)]
-    full, digests = ranks[0].incoming([out[0], *map(sent, out[1:])])
+    out = [cache.shorten_plan(plan) for cache, plan in zip(ranks, plans, strict=True)]
+    full, digests = ranks[0].recall_plans([out[0], *map(sent, out[1:])])
     answer = ranks[0].answer
     if answer is not None and answer[0] == digests:
         told = [replace(plan, items=[], usable=False) for plan in full]
     else:
         told = full
         ranks[0].answer = (digests, full, Metadata({}))
-    return [cache.finished(plan) for cache, plan in zip(ranks, told, strict=True)]
+    return [cache.recall_plan(plan) for cache, plan in zip(ranks, told, strict=True)]
 
 
 def test_a_plan_is_sent_once_while_it_does_not_change():
@@ -119,7 +119,7 @@ def test_a_plan_is_sent_once_while_it_does_not_change():
     first = saved(ranks, plans)
     again = [plan_of(state(**{f"of{rank}": rank})) for rank in range(3)]
     for cache, plan in zip(ranks, again, strict=True):
-        out = cache.outgoing(plan)
+        out = cache.shorten_plan(plan)
         assert not out.usable
         assert out.planner_data == Unchanged(digest_of(plan))
         assert out.items == []
@@ -130,11 +130,11 @@ def test_a_plan_is_sent_once_while_it_does_not_change():
 
 def test_an_unchanged_plan_is_carried_out_in_the_files_of_its_own_save():
     cache = PlanCache()
-    cache.outgoing(plan_of(state()))
-    first = cache.finished(replace(plan_of(state()), storage_data="files of the first save"))
+    cache.shorten_plan(plan_of(state()))
+    first = cache.recall_plan(replace(plan_of(state()), storage_data="files of the first save"))
     told = SavePlan([], storage_data="files of the second", usable=False)
-    assert cache.finished(told).storage_data == "files of the second"
-    assert cache.finished(told).items is first.items
+    assert cache.recall_plan(told).storage_data == "files of the second"
+    assert cache.recall_plan(told).items is first.items
 
 
 def test_one_changed_plan_is_sent_and_the_others_are_remembered():
@@ -151,23 +151,27 @@ def test_a_coordinator_that_does_not_remember_names_the_ranks():
     plans = [plan_of(state()) for _ in range(3)]
     saved(ranks, plans)
     with pytest.raises(PlanError, match=r"ranks \[0, 1, 2\]"):
-        PlanCache().incoming([rank.outgoing(plan) for rank, plan in zip(ranks, plans, strict=True)])
+        PlanCache().recall_plans(
+            [rank.shorten_plan(plan) for rank, plan in zip(ranks, plans, strict=True)]
+        )
     ranks[0].all_plans[1] = (b"another", plans[1])
     with pytest.raises(PlanError, match=r"ranks \[1\]"):
-        ranks[0].incoming([rank.outgoing(plan) for rank, plan in zip(ranks, plans, strict=True)])
+        ranks[0].recall_plans(
+            [rank.shorten_plan(plan) for rank, plan in zip(ranks, plans, strict=True)]
+        )
 
 
 def test_a_plan_of_a_save_that_failed_is_sent_again():
     cache, plan = PlanCache(), plan_of(state())
-    assert cache.outgoing(plan).usable
-    assert cache.outgoing(plan).usable
-    cache.finished(plan)
-    assert not cache.outgoing(plan).usable
+    assert cache.shorten_plan(plan).usable
+    assert cache.shorten_plan(plan).usable
+    cache.recall_plan(plan)
+    assert not cache.shorten_plan(plan).usable
 
 
 def test_nothing_to_remember_is_an_error():
     with pytest.raises(PlanError, match="none is remembered"):
-        PlanCache().finished(SavePlan([], usable=False))
+        PlanCache().recall_plan(SavePlan([], usable=False))
 
 
 def test_a_table_and_a_list_of_the_same_items_are_both_understood():

@@ -179,6 +179,6 @@ def test_what_is_nested_too_deeply_is_refused_in_words(kind):
 
 
 def test_a_path_that_is_too_long_is_refused_in_words():
-    assert Room(1).checked("w", ("k",) * 100)
+    assert Room(1).check_path("w", ("k",) * 100)
     with pytest.raises(CheckpointCorruptError, match=r"its path has 100000 keys.*\(entry 'w'\)"):
-        Room(1).checked("w", ("k",) * 100_000)
+        Room(1).check_path("w", ("k",) * 100_000)

@@ -17,25 +17,25 @@ def test_the_chosen_keys_are_those_that_a_pattern_fits(state, patterns):
     fits = [compiled(translate(pattern)).match for pattern in patterns]
     expected = {fqn: n for fqn, n in state.items() if any(fit(fqn) for fit in fits)}
     if all(any(fit(fqn) for fqn in state) for fit in fits):
-        assert Selection(patterns).chosen(state) == expected
+        assert Selection(patterns).choose(state) == expected
     else:
         with pytest.raises(CheckpointMismatchError, match="match nothing"):
-            Selection(patterns).chosen(state)
+            Selection(patterns).choose(state)
 
 
 @given(states)
 def test_without_a_choice_every_key_is_loaded_by_its_own_name(state):
-    assert Selection().chosen(state) == state
-    assert Selection().chosen(state) is not state
+    assert Selection().choose(state) == state
+    assert Selection().choose(state) is not state
     assert Selection().stored_as(state) is None
 
 
 def test_one_pattern_may_stand_alone():
-    assert Selection("a.*").chosen({"a.b": 1, "b": 2}) == {"a.b": 1}
+    assert Selection("a.*").choose({"a.b": 1, "b": 2}) == {"a.b": 1}
 
 
 def test_a_flat_name_with_brackets_chooses_itself():
-    assert Selection(["groups[0]"]).chosen({"groups[0]": 1, "groups0": 2}) == {"groups[0]": 1}
+    assert Selection(["groups[0]"]).choose({"groups[0]": 1, "groups0": 2}) == {"groups[0]": 1}
 
 
 def test_names_are_mapped_whole_or_by_their_longest_prefix():
