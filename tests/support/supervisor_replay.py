@@ -101,15 +101,15 @@ def hand_over(supervisor: Supervisor, event: Event, now: float) -> list[Action]:
     """Tell the supervisor, as `world.World` does."""
     match event:
         case Says(rank, message):
-            return supervisor.heard(rank, message, now)
+            return supervisor.hear(rank, message, now)
         case Ends(rank, status):
-            return supervisor.exited(rank, status, now)
+            return supervisor.see_exit(rank, status, now)
         case Closes(rank, exiting):
-            return supervisor.closed(rank, now, exiting=exiting)
+            return supervisor.see_close(rank, now, exiting=exiting)
         case Floods(rank, size_bytes):
-            return supervisor.flooded(rank, size_bytes, now)
+            return supervisor.see_flood(rank, size_bytes, now)
         case Halts(rank, stopped):
-            return supervisor.halted(rank, now, stopped=stopped)
+            return supervisor.see_stop_change(rank, now, stopped=stopped)
         case Strikes(act, rank):
             return supervisor.strike(act, rank, f"{act}({rank}) by the test", now)
         case Interrupted():

@@ -169,7 +169,7 @@ class MarkedItem:
         try:
             if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
                 self._report_cut_off(world, cut)
-            torn = join_outcomes(self.torn_before, combine(0, {}, world.died()))
+            torn = join_outcomes(self.torn_before, combine(0, {}, world.find_deaths()))
             if world.sound:
                 kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
                 torn = join_outcomes(torn, ended)

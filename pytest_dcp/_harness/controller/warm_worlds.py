@@ -106,7 +106,7 @@ class WarmWorlds:
     def check(self) -> None:
         """End the worlds of which a rank has died, and report that."""
         for key, idle in list(self._idle.items()):
-            if died := idle.world.died():
+            if died := idle.world.find_deaths():
                 del self._idle[key]
                 self._retire(idle, idle.world.spec.timeout_s, combine(0, {}, died))
 
@@ -167,7 +167,7 @@ def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> O
     `limit_s` is for the teardown. `hear` is called with each outcome while the world's output can
     still be read.
     """
-    died = combine(0, {}, world.died())
+    died = combine(0, {}, world.find_deaths())
     if died.failures:
         hear(died)
     if died.failures or not world.whole:

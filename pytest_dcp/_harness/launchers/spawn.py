@@ -137,7 +137,7 @@ class SpawnLauncher(Signals):
 
     def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
         # Look before reaping: until then the process id, and so its group's, cannot be another's.
-        while (halt := self._halted(order.rank, process.pid)) is not None:
+        while (halt := self._stop_change(order.rank, process.pid)) is not None:
             self._tell(order.world, halt)
         with self._lock:
             del self._running[order.world, order.rank]
@@ -152,7 +152,7 @@ class SpawnLauncher(Signals):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(tracker, signal.SIGKILL)
 
-    def _halted(self, rank: int, pid: int) -> Halt | None:
+    def _stop_change(self, rank: int, pid: int) -> Halt | None:
         """The next stop of the process or its end; None when the process ended, not yet reaped."""
         found = os.waitid(os.P_PID, pid, linux.ANY_CHANGE | os.WNOWAIT)
         if found is None or found.si_code not in linux.HALTS:

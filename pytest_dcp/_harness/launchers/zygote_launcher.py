@@ -87,17 +87,17 @@ class ZygoteLauncher(Signals):
         self.check_running()
         while self._unready or self.lost:
             if self.lost:
-                raise self._gone()
+                raise self._lost_error()
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise self._gone(f"still imported {self._importing} after {PREPARE_S:g} s")
+                raise self._lost_error(f"still imported {self._importing} after {PREPARE_S:g} s")
             select.select([self._control], [], [], left_s)
             self._read()
 
     def check_running(self) -> None:
         """Raise `LauncherLostError` when a test has stopped the zygote, which nothing continues."""
         if not self.lost and linux.state_of(self._pid) == "T":
-            raise self._gone("was stopped by a signal; it was killed")
+            raise self._lost_error("was stopped by a signal; it was killed")
 
     def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
         """Have one process forked per order."""
@@ -129,7 +129,7 @@ class ZygoteLauncher(Signals):
             except OSError:
                 data = b""
             if not data:
-                raise self._gone()
+                raise self._lost_error()
             said = json.loads(data)
             if "importing" in said:
                 self._importing = said["importing"]
@@ -180,7 +180,7 @@ class ZygoteLauncher(Signals):
         except ChildProcessError:  # a test waited for any child, and got ours
             return self._pid, 0
 
-    def _gone(self, why: str = "") -> LauncherLostError:
+    def _lost_error(self, why: str = "") -> LauncherLostError:
         """The error to raise when the zygote is no more.
 
         Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills what
@@ -201,13 +201,13 @@ class ZygoteLauncher(Signals):
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         if self.lost:
-            raise self._gone()
+            raise self._lost_error()
         try:
             socket.send_fds(self._control, [json.dumps(message).encode()], fds)
         except TimeoutError as exc:  # a test has stopped it
-            raise self._gone(f"took no order for {SEND_S:g} s") from exc
+            raise self._lost_error(f"took no order for {SEND_S:g} s") from exc
         except OSError as exc:
-            raise self._gone() from exc
+            raise self._lost_error() from exc
 
 
 def run_zygote(

@@ -240,7 +240,7 @@ class _Engine:
     def _make_ready(self) -> float:
         """Have a world that can take an example; returns how many seconds that took."""
         world = self._company.world
-        if not self.broken and (died := world.died()):
+        if not self.broken and (died := world.find_deaths()):
             # Not an example's failure: Hypothesis would shrink an example that has done nothing.
             raise _EndedError(combine(0, {}, died))
         if self.broken or not world.sound:
@@ -336,7 +336,10 @@ class _Impatience:
         if not self._final and any(not is_echo(failure) for failure in failures):
             self._decided_at = min(self._decided_at, now)
         if now >= self._look_at:
-            if any(reply_of(rank, one).rejects for rank, one in done.items()) or self._diverged():
+            if (
+                any(reply_of(rank, one).rejects for rank, one in done.items())
+                or self._is_diverged()
+            ):
                 self._decided_at = min(self._decided_at, now)
             # A long record takes long to look at.
             self._look_at = now + max(DRAWS_LOOK_S, LOOK_SHARE * (time.monotonic() - now))
@@ -352,7 +355,7 @@ class _Impatience:
         self.in_vain = now - self._decided_at >= self._busy_s
         return self.in_vain
 
-    def _diverged(self) -> bool:
+    def _is_diverged(self) -> bool:
         size = self._world.spec.size
         records = {rank: decode(self._world.draws(rank)) for rank in range(size)}
         return bool(divergence(records, ended=False))

@@ -93,7 +93,7 @@ class RankPlaces:
         """Until when a rank may write its report; never for one that writes none."""
         return self._reporting[rank][1] + REPORT_S if rank in self._reporting else NEVER
 
-    def raised(self, rank: int) -> At | None:
+    def error_of(self, rank: int) -> At | None:
         """The error that a rank writes a report of, or waits with."""
         at, _ = self._reporting.get(rank) or self._failing.get(rank) or (None, 0.0)
         return at

@@ -33,7 +33,7 @@ class Point:
         self.disarm = _watch(owner, name, self._enter)
         """Let the function be as it was."""
 
-    def missed(self) -> str:
+    def describe_miss(self) -> str:
         """What did not happen; empty when it did."""
         if self._entered >= self._nth:
             return ""

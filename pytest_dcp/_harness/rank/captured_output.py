@@ -51,24 +51,24 @@ class CStreams:
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_make_collect_report(self) -> Generator[None, object, object]:
         """As in setup; for a rank that collects."""
-        return (yield from self._flushing())
+        return (yield from self._flush_after())
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
         """Inside of pytest's capture."""
-        return (yield from self._flushing())
+        return (yield from self._flush_after())
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self) -> Generator[None, object, object]:
         """As in setup."""
-        return (yield from self._flushing())
+        return (yield from self._flush_after())
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self) -> Generator[None, object, object]:
         """As in setup."""
-        return (yield from self._flushing())
+        return (yield from self._flush_after())
 
-    def _flushing(self) -> Generator[None, object, object]:
+    def _flush_after(self) -> Generator[None, object, object]:
         __tracebackhide__ = True
         try:
             return (yield)

@@ -104,7 +104,7 @@ class RankPlugin:
         self.warnings = []
         _widen_world_size(item)
         item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
-        self.rank.channel.send(self._concluded(self._torn_down))
+        self.rank.channel.send(self._conclude_item(self._torn_down))
 
     def tear_down(self, order: Go) -> Done:
         """Tear down what the order's item does not share, all without one, between two items.
@@ -123,7 +123,7 @@ class RankPlugin:
         done = self._verdict(item, "teardown", call)
         printed = tuple(("teardown", name, text) for _, name, text in sections)
         done = replace(done, sections=(*done.sections, *printed))
-        return self._concluded(done)
+        return self._conclude_item(done)
 
     def _tear_down_to(self, nextitem: pytest.Item | None) -> None:
         try:
@@ -144,7 +144,7 @@ class RankPlugin:
             return items[index]
         return next((item for item in items if item.nodeid == nodeid), None)
 
-    def _concluded(self, done: Done) -> Done:
+    def _conclude_item(self, done: Done) -> Done:
         """The answer to teardown, with what is known of the whole item."""
         # Only the new names are looked at: touching an object here copies its page.
         new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
@@ -154,12 +154,12 @@ class RankPlugin:
             done,
             warnings=tuple(self.warnings),
             imported=tuple(imported),
-            reusable=not self._left() and _process_group_is_ours(self.rank),
-            changed=tuple(name for name in self._left() if name not in UNTOLD),
+            reusable=not self._lasting_changes() and _process_group_is_ours(self.rank),
+            changed=tuple(name for name in self._lasting_changes() if name not in UNTOLD),
             payload=self._carried,
         )
 
-    def _left(self) -> tuple[str, ...]:
+    def _lasting_changes(self) -> tuple[str, ...]:
         """What the item has changed for good."""
         return self.keeper.left if self.keeper is not None else ()
 
@@ -313,7 +313,7 @@ class RankPlugin:
 
     def begin_example(self) -> None:
         """Forget what earlier examples printed and logged."""
-        self._printed()
+        self._take_printed()
 
     def report_example(self, error: BaseException, done: Done) -> Done:
         """The answer to an example, with pytest's own report of its failure."""
@@ -324,9 +324,9 @@ class RankPlugin:
 
         call = pytest.CallInfo.from_call(fail, when="call", reraise=None)
         verdict = self._verdict(self._item, "call", call)
-        return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._printed())
+        return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._take_printed())
 
-    def _printed(self) -> tuple[tuple[str, str, str], ...]:
+    def _take_printed(self) -> tuple[tuple[str, str, str], ...]:
         """What was captured since the last time, which pytest then will not show."""
         manager: Any = self.config.pluginmanager.getplugin("capturemanager")
         out, err = manager.read_global_capture() if manager is not None else ("", "")

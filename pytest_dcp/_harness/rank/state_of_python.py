@@ -154,9 +154,9 @@ class _Touches:
     def __init__(self) -> None:
         self.count = 0
         for name in self.METHODS:
-            setattr(logging.Logger, name, self._counting(getattr(logging.Logger, name)))
+            setattr(logging.Logger, name, self._count_calls(getattr(logging.Logger, name)))
 
-    def _counting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _count_calls(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def counting(*args: Any, **kwargs: Any) -> Any:
             self.count += 1

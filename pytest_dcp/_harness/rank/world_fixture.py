@@ -137,7 +137,7 @@ class RankWorld:
         points, self._points = self._points, []
         for point in reversed(points):
             point.disarm()
-        return [text for point in points if (text := point.missed())]
+        return [text for point in points if (text := point.describe_miss())]
 
     def _ask(self, act: FaultAct, rank: int) -> tuple[int, ...]:
         answer = self._rank.channel.ask(FaultAsk(act, rank), FaultAnswer)

@@ -132,10 +132,10 @@ class RankLoop:
             self._hear_last_words(one.rank)
             now = time.monotonic()
             if isinstance(one, Halt):
-                self.act(self.supervisor.halted(one.rank, now, stopped=one.stopped))
+                self.act(self.supervisor.see_stop_change(one.rank, now, stopped=one.stopped))
                 continue
             self.strays += [(one.rank, stray) for stray in one.strays]
-            self.act(self.supervisor.exited(one.rank, one.status, now))
+            self.act(self.supervisor.see_exit(one.rank, one.status, now))
         return bool(news)
 
     def _abandon(self, lost: LauncherLostError) -> None:
@@ -168,13 +168,13 @@ class RankLoop:
         except WireError as error:
             one.unwatch(self._selector)
             text = f"what came on its report socket in {self.supervisor.phase} is refused: {error}"
-            self.act(self.supervisor.refused(rank, text, now))
+            self.act(self.supervisor.refuse(rank, text, now))
             return False
         except OSError:
             pass  # reset: as good as its end
         one.unwatch(self._selector)
         exiting = one.pid != 0 and linux.is_exiting(one.pid)
-        self.act(self.supervisor.closed(rank, now, exiting=exiting))
+        self.act(self.supervisor.see_close(rank, now, exiting=exiting))
         return False
 
     def _take(self, rank: int, data: bytes, now: float) -> None:
@@ -182,7 +182,7 @@ class RankLoop:
             if isinstance(message, SubReport):
                 self.sub_reports.append((rank, message.report))
             elif isinstance(message, Up):
-                self.act(self.supervisor.heard(rank, message, now))
+                self.act(self.supervisor.hear(rank, message, now))
             else:
                 raise WireError(f"a {type(message).__name__}, which only the controller sends")
 
@@ -215,9 +215,9 @@ class RankLoop:
             # Ended at once: it may have said much that is yet to be answered, and each answer would
             # be waited for anew.
             text = f"took nothing from its report socket for {SEND_S:g} s"
-            self.act(self.supervisor.refused(rank, text, time.monotonic()))
+            self.act(self.supervisor.refuse(rank, text, time.monotonic()))
         except OSError:
-            self.act(self.supervisor.closed(rank, time.monotonic()))
+            self.act(self.supervisor.see_close(rank, time.monotonic()))
 
     def _signal(self, signal_rank: Callable[[int, int], None], rank: int) -> None:
         try:
@@ -229,7 +229,7 @@ class RankLoop:
         for rank, one in enumerate(self.ranks):
             size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
             if size > self._output_limit_bytes:
-                self.act(self.supervisor.flooded(rank, size, now))
+                self.act(self.supervisor.see_flood(rank, size, now))
 
     def _look_at_launcher(self) -> None:
         try:

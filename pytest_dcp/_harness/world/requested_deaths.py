@@ -81,7 +81,7 @@ class Deaths:
             for rank, wish in self.wishes.items()
         }
 
-    def halted(self, rank: int, *, stopped: bool) -> None:
+    def see_stop_change(self, rank: int, *, stopped: bool) -> None:
         """A rank's process was stopped, or goes on after a stop."""
         if stopped and rank in self.wishes:
             self.stopped.add(rank)
@@ -94,7 +94,7 @@ class Deaths:
         self.stopped.discard(rank)
         self.resuming.discard(rank)
 
-    def ended(self, rank: int, how: str) -> bool:
+    def see_end(self, rank: int, how: str) -> bool:
         """A rank's process is gone; whether that was asked for. `how` is its end in words."""
         wish = self.wishes.get(rank)
         was_stopped = rank in self.stopped

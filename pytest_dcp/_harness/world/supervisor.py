@@ -191,7 +191,7 @@ class Supervisor:
             self.states[rank] = TRANSITIONS[self.states[rank], kind]
         return [Send(rank, order) for rank, order in orders.items()]
 
-    def heard(self, rank: int, message: Up, now: float) -> list[Action]:
+    def hear(self, rank: int, message: Up, now: float) -> list[Action]:
         """A rank said something."""
         state = self.states[rank]
         if state in (S.KILLED, S.GONE):
@@ -228,7 +228,7 @@ class Supervisor:
             case FaultAsk():
                 self.deaths.ask(rank, message)
                 why = f"world.{message.act}({message.rank}) in rank {rank}"
-                return [*self.strike(message.act, message.rank, why, now), *self._told()]
+                return [*self.strike(message.act, message.rank, why, now), *self._answer_requests()]
         return self._meet()
 
     def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
@@ -248,13 +248,13 @@ class Supervisor:
                 return [Continue(rank)] if rank in deaths.stopped else []
         return []
 
-    def halted(self, rank: int, now: float, *, stopped: bool) -> list[Action]:
+    def see_stop_change(self, rank: int, now: float, *, stopped: bool) -> list[Action]:
         """A rank's process was stopped, or goes on after a stop."""
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
-        self.deaths.halted(rank, stopped=stopped)
+        self.deaths.see_stop_change(rank, stopped=stopped)
         again: list[Action] = [Continue(rank)] if rank in self.deaths.resuming else []
-        return [*again, *self._meet(), *self._told()]
+        return [*again, *self._meet(), *self._answer_requests()]
 
     def dismiss(self, now: float) -> list[Action]:
         """End the ranks that are stopped as asked: no rank is left to continue them."""
@@ -270,10 +270,10 @@ class Supervisor:
         text = f"still in {self.phase}"
         return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
 
-    def exited(self, rank: int, status: int, now: float) -> list[Action]:
+    def see_exit(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
         state = self.states[rank]
-        raised = self._timers.places.raised(rank)
+        raised = self._timers.places.error_of(rank)
         self._timers.leave_place(rank, now)
         self._timers.forget_closed(rank)
         self._meeting.pop(rank, None)
@@ -282,17 +282,17 @@ class Supervisor:
             self._timers.end_deaths()
         if state in HAS_TERMINAL:
             self._resume(now)
-        as_asked = self.deaths.ended(rank, exit_text(status))
+        as_asked = self.deaths.see_end(rank, exit_text(status))
         has_left = state is S.LEAVING and status == 0 and rank in self.done
         if as_asked or state in (S.KILLED, S.GONE) or has_left:
-            return [*self._meet(), *self._told()]
+            return [*self._meet(), *self._answer_requests()]
         text = f"{exit_text(status)}{when_text(state, status, self.phase)}"
         if raised is not None:
             text += f"; it had raised {raised.text}"
         self._fail(rank, "crashed", text, now, now)
-        return [*self._meet(), *self._told()]
+        return [*self._meet(), *self._answer_requests()]
 
-    def closed(self, rank: int, now: float, *, exiting: bool = False) -> list[Action]:
+    def see_close(self, rank: int, now: float, *, exiting: bool = False) -> list[Action]:
         """A rank's report socket reached its end; most often its exit follows at once.
 
         `exiting`: it is known to follow.
@@ -303,11 +303,11 @@ class Supervisor:
             self._timers.close(rank, now, exiting=exiting)
         return []
 
-    def refused(self, rank: int, text: str, now: float) -> list[Action]:
+    def refuse(self, rank: int, text: str, now: float) -> list[Action]:
         """What came from a rank is no message of its own, or no message gets to it."""
         return self._kill(rank, "closed", text, now)
 
-    def flooded(self, rank: int, size_bytes: int, now: float) -> list[Action]:
+    def see_flood(self, rank: int, size_bytes: int, now: float) -> list[Action]:
         """A rank's captured output passed the limit."""
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
@@ -389,7 +389,7 @@ class Supervisor:
         timers, actions = self._timers, list[Action]()
         for rank in self.busy:
             kind: FailureKind = "timeout" if timers.timed_out else "blocked"
-            raised = timers.places.raised(rank)
+            raised = timers.places.error_of(rank)
             if now < (until := timers.spared_until(rank, self.states[rank])):
                 timers.spare(until)
             elif raised is not None and self.states[rank] in (S.RUNNING, S.MEETING):
@@ -470,6 +470,6 @@ class Supervisor:
             self.states[rank] = TRANSITIONS[self.states[rank], Met]
         return [Send(rank, met) for rank in asked]
 
-    def _told(self) -> list[Action]:
+    def _answer_requests(self) -> list[Action]:
         """Answers to the ranks whose asked-for fault has happened."""
         return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]

@@ -217,7 +217,9 @@ class World:
             else:
                 return self.finish()
             self._is_awaited = False
-            return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
+            return combine(
+                self.spec.size, self._supervisor.done, self._explain_failures(), self.lost
+            )
 
     def strike(self, act: FaultAct, rank: int, why: str) -> None:
         """Have a rank killed, stopped or continued; returns when that has happened.
@@ -234,14 +236,14 @@ class World:
             while not self._supervisor.deaths.is_done(ask, self._supervisor.gone):
                 self._loop.step()
 
-    def died(self) -> Sequence[RankFailure]:
+    def find_deaths(self) -> Sequence[RankFailure]:
         """Failures since the last phase ended: of ranks that died while they had no order."""
         if self.ended:
             return ()
         with self._guarded():
             told = len(self._supervisor.failures)
             self._loop.drain()
-            return self._explained()[told:]
+            return self._explain_failures()[told:]
 
     def wind_down(self, order: Down, within_s: float) -> Outcome:
         """A last phase on the ranks that outlived a failure, and the end; how the phase went.
@@ -257,7 +259,7 @@ class World:
             deadline = time.monotonic() + within_s
             self._loop.act(self._supervisor.begin("teardown", orders, deadline))
             self._loop.run_until_settled()
-            outcome = combine(0, self._supervisor.done, self._explained())
+            outcome = combine(0, self._supervisor.done, self._explain_failures())
             leaving: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
             deadline = time.monotonic() + within_s
             self._loop.act(self._supervisor.begin("finish", leaving, deadline))
@@ -283,7 +285,7 @@ class World:
                 told = 0
                 self._loop.run_until_settled()
                 self.exited = dict(self._supervisor.done)
-            outcome = combine(0, {}, self._explained()[told:])
+            outcome = combine(0, {}, self._explain_failures()[told:])
             self.kill()
             return outcome
 
@@ -403,19 +405,19 @@ class World:
         """What the ranks came to, but for the KeyboardInterrupt that they got from this process."""
         done = self._supervisor.done
         others = {rank: one for rank, one in done.items() if one.outcome != "interrupt"}
-        outcome = combine(0, others, self._explained(), self.lost)
+        outcome = combine(0, others, self._explain_failures(), self.lost)
         return replace(outcome, done=dict(done), session_end=None)
 
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""
         self._loop.run_until_settled()
-        return combine(self.spec.size, self._supervisor.done, self._explained(), self.lost)
+        return combine(self.spec.size, self._supervisor.done, self._explain_failures(), self.lost)
 
-    def _explained(self) -> list[RankFailure]:
+    def _explain_failures(self) -> list[RankFailure]:
         """The supervisor's failures, with tracebacks and stacks from the ranks."""
-        return [self._explain(failure) for failure in self._supervisor.failures]
+        return [self._explain_failure(failure) for failure in self._supervisor.failures]
 
-    def _explain(self, failure: RankFailure) -> RankFailure:
+    def _explain_failure(self, failure: RankFailure) -> RankFailure:
         done = self._supervisor.done.get(failure.rank)
         limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
         return explain_failure(

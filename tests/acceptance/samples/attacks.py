@@ -335,12 +335,12 @@ def test_pickle_in_a_peers_record(data: st.DataObject, world: RankWorld) -> None
 def test_has_a_module_of_its_own_preloaded(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if rank == 1:
         Path("canary_module.py").write_text(f"import os; os.mkdir({str(CANARY)!r})")
-        concluded = rank_items.RankPlugin._concluded
+        concluded = rank_items.RankPlugin._conclude_item
 
         def also(self: rank_items.RankPlugin, done: Done) -> Done:
             return replace(concluded(self, done), imported=("canary_module",))
 
-        rank_items.RankPlugin._concluded = also  # type: ignore[method-assign]
+        rank_items.RankPlugin._conclude_item = also  # type: ignore[method-assign]
 
 
 def test_sends_garbage_for_its_plugins(rank: int) -> None:
