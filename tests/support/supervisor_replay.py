@@ -111,7 +111,7 @@ def hand_over(supervisor: Supervisor, event: Event, now: float) -> list[Action]:
         case Halts(rank, stopped):
             return supervisor.see_stop_change(rank, now, stopped=stopped)
         case Strikes(act, rank):
-            return supervisor.strike(act, rank, f"{act}({rank}) by the test", now)
+            return supervisor.apply_fault(act, rank, f"{act}({rank}) by the test", now)
         case Interrupted():
             return supervisor.cut_off(now)
         case SeenAtWork(rank):

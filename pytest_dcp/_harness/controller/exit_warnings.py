@@ -36,11 +36,11 @@ def warn_of_end(nodeid: str, world: World) -> None:
 
 
 def _left_processes(world: World) -> Iterator[str]:
-    for rank, stray in world.strays:
-        if rank not in world.lost and not any(helper in stray for helper in HELPERS):
+    for rank, leaked in world.leaked_processes:
+        if rank not in world.lost and not any(helper in leaked for helper in HELPERS):
             yield (
-                f"rank {rank} left process {stray} behind; it was killed. Wait for it in the test, "
-                "or end it."
+                f"rank {rank} left process {leaked} behind; it was killed. Wait for it in the "
+                "test, or end it."
             )
 
 

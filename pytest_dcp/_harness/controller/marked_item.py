@@ -142,7 +142,7 @@ class MarkedItem:
         try:
             outcome = self.world.run("call", Go("call"))
             if any(done.awaits for done in outcome.done.values()):
-                outcome = self._conduct(outcome)
+                outcome = self._run_properties(outcome)
         except BaseException:  # of this process: an interrupt, a timer
             self.failed = True
             raise
@@ -150,13 +150,13 @@ class MarkedItem:
         self._conclude(self.world, outcome, "call")
         self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
 
-    def _conduct(self, outcome: Outcome) -> Outcome:
+    def _run_properties(self, outcome: Outcome) -> Outcome:
         """Lead the ranks through the examples of the properties that they came to."""
         __tracebackhide__ = True
         from pytest_dcp._harness.controller import property_item
 
         try:
-            return property_item.conduct(property_item.ItemRanks(self), outcome)
+            return property_item.run_properties(property_item.ItemRanks(self), outcome)
         except property_item.FoundError as found:
             self.found = found
             return found.found[0].outcome
@@ -170,7 +170,7 @@ class MarkedItem:
             if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
                 self._report_cut_off(world, cut)
             torn = join_outcomes(self.torn_before, combine(0, {}, world.find_deaths()))
-            if world.sound:
+            if world.survivors_idle:
                 kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
                 torn = join_outcomes(torn, ended)
             elif not world.ended:
@@ -225,11 +225,11 @@ class MarkedItem:
         """Tear down in every rank, and end the world unless it is kept: whether it is, and how
         that went.
         """
-        follower = self._follower() if keep and world.whole else None
+        follower = self._follower() if keep and world.all_ranks_idle else None
         torn = world.run("teardown", (follower or TestPlace()).order())
         torn = torn if self.failed else in_step(torn)
         self._absorb(world, torn, "teardown")
-        reusable = world.whole and self._absorb_whole_item(torn)
+        reusable = world.all_ranks_idle and self._absorb_whole_item(torn)
         if torn.kind == "passed" and follower is not None:
             if reusable:
                 self.harness.warm.keep(self._warm_key(), world, self, follower)

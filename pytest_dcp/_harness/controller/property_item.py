@@ -18,14 +18,14 @@ from pytest_dcp._harness.controller import report
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import tear_down_survivors
 from pytest_dcp._harness.lockstep import fresh_folders
-from pytest_dcp._harness.lockstep.engine import Found, FoundError, conduct
+from pytest_dcp._harness.lockstep.engine import Found, FoundError, run_properties
 from pytest_dcp._harness.protocol.messages import Go, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import WorldError
 
-__all__ = ["ItemRanks", "FoundError", "conduct", "longrepr_for", "without_fixture_check"]
+__all__ = ["ItemRanks", "FoundError", "run_properties", "longrepr_for", "without_fixture_check"]
 
 
 class Item(Protocol):

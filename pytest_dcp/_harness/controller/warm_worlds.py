@@ -170,7 +170,7 @@ def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> O
     died = combine(0, {}, world.find_deaths())
     if died.failures:
         hear(died)
-    if died.failures or not world.whole:
+    if died.failures or not world.all_ranks_idle:
         return join_outcomes(died, tear_down_survivors(world))
     world.restart_clock(limit_s)
     torn = world.run("teardown", TestPlace().order())
@@ -184,7 +184,7 @@ def tear_down_survivors(world: World) -> Outcome:
     Errors that only follow from a peer's end are left out, and so is a rank that was not done in
     time: the peers that its fixtures may wait for are gone.
     """
-    torn = world.wind_down(TestPlace().order(), WIND_DOWN_S)
+    torn = world.tear_down_survivors(TestPlace().order(), WIND_DOWN_S)
     failures = [one for one in torn.failures if one.kind == "failed" and not is_echo(one)]
     said = {one.rank for one in failures}
     if torn.session_end is not None:

@@ -68,7 +68,7 @@ class FunctionWorld:
         """`run` without waiting: ranks run while the test goes on, and can be killed or paused."""
         if self._running is not None:
             raise WorldError(f"{self._running.name} still runs in this world: take its result()")
-        if not self._world.sound:
+        if not self._world.survivors_idle:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         payload = dump_call(function, args, kwargs)
         self._world.restart_clock(self._world.spec.timeout_s)
@@ -99,7 +99,7 @@ class FunctionWorld:
             raise ValueError(f"{act}(): rank must be from 0 to {self.size - 1}, got {rank!r}")
         if self._world.ended:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
-        self._world.strike(act, rank, f"{act}({rank}) by the test")
+        self._world.apply_fault(act, rank, f"{act}({rank}) by the test")
 
     def finish(self, function: Callable[..., T]) -> list[T]:
         """The results of what was started; see `Running.result`."""

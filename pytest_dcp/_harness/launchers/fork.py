@@ -9,7 +9,7 @@ import pytest
 
 from pytest_dcp._harness.launchers.zygote import RankMain
 from pytest_dcp._harness.launchers.zygote_launcher import ZygoteLauncher
-from pytest_dcp._harness.protocol.launcher import Order, RankFds
+from pytest_dcp._harness.protocol.launcher import RankFds, RankLaunch
 from pytest_dcp._harness.rank import coverage, log_capture, session_preparation
 from pytest_dcp._harness.rank import main as rank
 
@@ -22,7 +22,7 @@ def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
         log_capture.SteadyLogs(session.config).install()
         plugin = session_preparation.prepare(session)
 
-        def rank_main(order: Order, fds: RankFds) -> NoReturn:
+        def rank_main(order: RankLaunch, fds: RankFds) -> NoReturn:
             rank.run(order, fds, lambda one: session_preparation.enlist(one, plugin))
 
         return rank_main

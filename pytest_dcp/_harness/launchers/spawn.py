@@ -28,11 +28,11 @@ from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
     RANK_VARIABLE,
-    Halt,
-    Order,
     ProcessExit,
     RankFds,
+    RankLaunch,
     Signals,
+    StopChange,
 )
 from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
 from pytest_dcp._harness.rank import (
@@ -60,7 +60,7 @@ class SpawnLauncher(Signals):
     def __init__(self, session: dict[str, Any]) -> None:
         self._session = session
         self._running: dict[tuple[int, int], subprocess.Popen[bytes]] = {}
-        self._news: dict[int, list[ProcessExit | Halt]] = {}
+        self._news: dict[int, list[ProcessExit | StopChange]] = {}
         self._lock = threading.Lock()
         self._wake_r, self._wake_w = socket.socketpair()
         self._waiters: list[threading.Thread] = []
@@ -95,7 +95,7 @@ class SpawnLauncher(Signals):
     def check_running(self) -> None:
         """Nothing: this process is the launcher."""
 
-    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+    def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
         """Start one interpreter per order."""
         self._start_guard(orders[0].session)
         for order, rank_fds in zip(orders, fds, strict=True):
@@ -135,38 +135,38 @@ class SpawnLauncher(Signals):
                 process_group=0,
             )
 
-    def _wait(self, order: Order, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, order: RankLaunch, process: subprocess.Popen[bytes]) -> None:
         # Look before reaping: until then the process id, and so its group's, cannot be another's.
         while (halt := self._stop_change(order.rank, process.pid)) is not None:
             self._tell(order.world, halt)
         with self._lock:
             del self._running[order.world, order.rank]
-            strays, trackers = self._strays(order, process.pid)
+            leaked_processes, trackers = self._kill_leaked(order, process.pid)
             if not trackers:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
-        self._tell(order.world, ProcessExit(order.rank, status, strays))
+        self._tell(order.world, ProcessExit(order.rank, status, leaked_processes))
         linux.await_trackers(trackers)
         for tracker in trackers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(tracker, signal.SIGKILL)
 
-    def _stop_change(self, rank: int, pid: int) -> Halt | None:
+    def _stop_change(self, rank: int, pid: int) -> StopChange | None:
         """The next stop of the process or its end; None when the process ended, not yet reaped."""
         found = os.waitid(os.P_PID, pid, linux.ANY_CHANGE | os.WNOWAIT)
         if found is None or found.si_code not in linux.HALTS:
             return None
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
-        return Halt(rank, linux.HALTS[found.si_code])
+        return StopChange(rank, linux.HALTS[found.si_code])
 
-    def _tell(self, world: int, what: ProcessExit | Halt) -> None:
+    def _tell(self, world: int, what: ProcessExit | StopChange) -> None:
         with self._lock:
             self._news.setdefault(world, []).append(what)
         with contextlib.suppress(OSError):
             self._wake_w.send(b"x")
 
-    def _strays(self, order: Order, pid: int) -> tuple[tuple[str, ...], list[int]]:
+    def _kill_leaked(self, order: RankLaunch, pid: int) -> tuple[tuple[str, ...], list[int]]:
         """Kill what a rank left behind; as `pid (command)`, and the trackers that may go on."""
         found, trackers = [], []
         for other in linux.processes():
@@ -187,7 +187,7 @@ class SpawnLauncher(Signals):
         """Whether there are news of this world."""
         return bool(self._news.get(world))
 
-    def news(self, world: int) -> list[ProcessExit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | StopChange]:
         """Ends and stops of this world's ranks since the last call."""
         while select.select([self._wake_r], [], [], 0)[0]:
             self._wake_r.recv(4096)
@@ -237,7 +237,7 @@ def main() -> NoReturn:
     for fd in fds.all():
         os.set_inheritable(fd, False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    order = Order.from_json(told["order"])
+    order = RankLaunch.from_json(told["order"])
     rank.run(order, fds, lambda one: _prepare(one, told["session"]))
 
 

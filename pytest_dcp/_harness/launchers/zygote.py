@@ -19,7 +19,7 @@ and from the zygote:
     {"importing": "torch"}           what it does until it is ready, for error texts
     {"ready": true}                  once after the start, once after each "preload"
     {"world": ..., "rank": ..., "stopped": true}      a stop, or with false its end
-    {"world": ..., "rank": ..., "status": ..., "strays": [...]}      an end, with what was left over
+    {"world": ..., "rank": ..., "status": ..., "leaked_processes": [...]}   an end
 
 Order of a life: `settle` leaves the controller's process group, signals and pipes; `warm_up`
 imports torch and collects into what every rank begins with; `serve` answers until the end; `end`
@@ -70,8 +70,8 @@ from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
     RANK_VARIABLE,
-    Order,
     RankFds,
+    RankLaunch,
 )
 from pytest_dcp._harness.rank import interpreter_exit
 
@@ -93,7 +93,7 @@ PRELOAD = (
 NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
 """Importing these starts processes or threads."""
 
-RankMain = Callable[[Order, RankFds], NoReturn]
+RankMain = Callable[[RankLaunch, RankFds], NoReturn]
 
 
 class Zygote:
@@ -104,7 +104,7 @@ class Zygote:
     def __init__(self, control: socket.socket, prepare: Callable[[], RankMain]) -> None:
         self.control = control
         self.prepare = prepare
-        self.ranks: dict[int, Order] = {}
+        self.ranks: dict[int, RankLaunch] = {}
         """By process id, those not reaped yet."""
         self.trackers: dict[int, float] = {}
         """By process id, resource trackers whose rank has ended, and when they have to."""
@@ -152,7 +152,7 @@ class Zygote:
         gc.freeze()
         self.collapsed = False
 
-    def make_room(self, world: int) -> None:
+    def collapse_heap_once(self, world: int) -> None:
         """Put what is frozen on huge pages, where this is not the first world.
 
         Forking is cheaper then; a session of one world ends before that pays.
@@ -183,14 +183,14 @@ class Zygote:
                 with contextlib.suppress(BlockingIOError):
                     self.wake_r.recv(4096)
                 self.reap()
-            if self.control.fileno() in ready and not self.obey():
+            if self.control.fileno() in ready and not self.handle_request():
                 return
 
     def stop(self, signum: int, frame: object) -> None:
         """SIGTERM: end soon. Raising here could break into the end that is already under way."""
         self.stopped = True
 
-    def obey(self) -> bool:
+    def handle_request(self) -> bool:
         """Carry out one request; False at end of file."""
         try:
             data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 8)
@@ -201,7 +201,7 @@ class Zygote:
         asked = json.loads(data)
         match asked["op"]:
             case "fork":
-                self.fork(Order.from_json(asked["order"]), RankFds(*fds))
+                self.fork(RankLaunch.from_json(asked["order"]), RankFds(*fds))
             case "signal":
                 self.signal(asked["world"], asked["rank"], asked["signum"])
             case "preload":
@@ -210,9 +210,9 @@ class Zygote:
                 self.say({"ready": True})
         return True
 
-    def fork(self, order: Order, fds: RankFds) -> None:
+    def fork(self, order: RankLaunch, fds: RankFds) -> None:
         """Fork a rank; in the child this never returns."""
-        self.make_room(order.world)
+        self.collapse_heap_once(order.world)
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -268,13 +268,13 @@ class Zygote:
                 continue
             # Not reaped yet: its process id, and so its group's, cannot be another's.
             spared = self.spare_trackers(pid)
-            strays = self.strays_of(pid)
+            leaked_processes = self.kill_leaked(pid)
             if not spared:
                 _signal_group(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            shown = [stray[:200] for stray in strays[:20]]
-            self.tell(self.ranks.pop(pid), {"status": code, "strays": shown})
+            shown = [leaked[:200] for leaked in leaked_processes[:20]]
+            self.tell(self.ranks.pop(pid), {"status": code, "leaked_processes": shown})
 
     def spare_trackers(self, rank_pid: int) -> bool:
         """Give resource trackers of a rank that ended time to free what it left; are there any?"""
@@ -296,7 +296,7 @@ class Zygote:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    def strays_of(self, rank_pid: int) -> list[str]:
+    def kill_leaked(self, rank_pid: int) -> list[str]:
         """Kill the orphans of a rank that ended; returns them as `pid (command)`."""
         found: list[str] = []
         while True:
@@ -324,7 +324,7 @@ class Zygote:
             or linux.variable_of(orphan, RANK_VARIABLE) == self.ranks[rank_pid].token
         )
 
-    def tell(self, order: Order, what: dict[str, Any]) -> None:
+    def tell(self, order: RankLaunch, what: dict[str, Any]) -> None:
         """Report what became of a rank."""
         self.say({"world": order.world, "rank": order.rank, **what})
 

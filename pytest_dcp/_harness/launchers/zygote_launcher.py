@@ -23,12 +23,12 @@ from pytest_dcp._harness.launchers import orphan_guard
 from pytest_dcp._harness.launchers.zygote import CLOSE_S, MESSAGE_BYTES, RankMain, Zygote
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
-    Halt,
     LauncherLostError,
-    Order,
     ProcessExit,
     RankFds,
+    RankLaunch,
     Signals,
+    StopChange,
 )
 from pytest_dcp._harness.protocol.places import PREPARE_S
 
@@ -46,7 +46,7 @@ class ZygoteLauncher(Signals):
         self._control = control
         self._pid = pid
         self._owner = os.getpid()
-        self._news: dict[int, list[ProcessExit | Halt]] = {}
+        self._news: dict[int, list[ProcessExit | StopChange]] = {}
         self._preloaded: set[str] = set()
         self._importing = "torch"
         """What it imports, as far as it has said."""
@@ -99,7 +99,7 @@ class ZygoteLauncher(Signals):
         if not self.lost and linux.state_of(self._pid) == "T":
             raise self._lost_error("was stopped by a signal; it was killed")
 
-    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+    def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
         """Have one process forked per order."""
         for order, rank_fds in zip(orders, fds, strict=True):
             self._session = order.session
@@ -115,7 +115,7 @@ class ZygoteLauncher(Signals):
         """Whether news of this world were read for another one."""
         return bool(self._news.get(world))
 
-    def news(self, world: int) -> list[ProcessExit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | StopChange]:
         """Ends and stops of this world's ranks since the last call."""
         self._read()
         out = self._news.get(world, [])
@@ -237,7 +237,7 @@ def run_zygote(
         os._exit(code)
 
 
-def _news(said: dict[str, Any]) -> ProcessExit | Halt:
+def _news(said: dict[str, Any]) -> ProcessExit | StopChange:
     if "stopped" in said:
-        return Halt(said["rank"], said["stopped"])
-    return ProcessExit(said["rank"], said["status"], tuple(said["strays"]))
+        return StopChange(said["rank"], said["stopped"])
+    return ProcessExit(said["rank"], said["status"], tuple(said["leaked_processes"]))

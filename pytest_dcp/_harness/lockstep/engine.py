@@ -33,8 +33,8 @@ What an example can leave behind:
   example begins with `repair`: a new world, in which the ranks run the test again up to the same
   property, past those before it. If they do not come to it, the property is over.
 - A rank fails while others wait for it in a collective: the verdict is certain, and only the
-  world's life depends on the wait. `_Impatience` ends it early; in the last run, which is reported,
-  the peers get their time.
+  world's life depends on the wait. `EarlyDecision` ends it early; in the last run, which is
+  reported, the peers get their time.
 - A rank skips the test, exits, or fails a health check: no example follows (`_EndedError`).
 - The ranks die between two examples: that is no example's failure, and ends the property.
 
@@ -149,7 +149,7 @@ class _EndedError(BaseException):
         self.outcome = outcome
 
 
-def conduct(company: ExampleRanks, outcome: Outcome) -> Outcome:
+def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
     """Serve the ranks' properties until the call is over; returns how that went.
 
     `outcome` is how the call began. Raises `FoundError` for a property that fails, and what
@@ -194,7 +194,7 @@ class _Engine:
     def run(self) -> None:
         """Have Hypothesis try the property. Raises `FoundError` or what Hypothesis has to say."""
         __tracebackhide__ = True
-        stand_in = self._hypothesis.stand_in(self._property, self._play)
+        stand_in = self._hypothesis.stand_in(self._property, self._run_example)
         found: list[Found] = []
         try:
             with self._hypothesis.seeding_nothing():
@@ -220,11 +220,11 @@ class _Engine:
 
     # One example.
 
-    def _play(self, data: Any, final: bool) -> None:
+    def _run_example(self, data: Any, final: bool) -> None:
         """Have the ranks run what the engine wants to try next, and tell it what came of that."""
         world_s = self._make_ready()
         verdict = self._attempt(self._hypothesis.attempt_of(data, final=final))
-        self.broken = not (self._company.world.sound and verdict.may_go_on)
+        self.broken = not (self._company.world.survivors_idle and verdict.may_go_on)
         if verdict.is_last:
             raise _EndedError(verdict.outcome)
         self._tell(data, verdict)
@@ -243,7 +243,7 @@ class _Engine:
         if not self.broken and (died := world.find_deaths()):
             # Not an example's failure: Hypothesis would shrink an example that has done nothing.
             raise _EndedError(combine(0, {}, died))
-        if self.broken or not world.sound:
+        if self.broken or not world.survivors_idle:
             return self.repair()
         return 0.0
 
@@ -255,9 +255,9 @@ class _Engine:
         world.restart_clock(limit_s)
         order = Example(pickle.dumps(attempt))
         started = time.monotonic()
-        impatience = _Impatience(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
-        outcome = world.run_until("call", order, impatience.enough)
-        if impatience.in_vain:  # they poll: no more of that in this property
+        early = EarlyDecision(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
+        outcome = world.run_until("call", order, early.enough)
+        if early.in_vain:  # they poll: no more of that in this property
             self._busy_s = PATIENCE_S
         if any(failure.kind == "timeout" for failure in outcome.failures):
             self._hung = True
@@ -317,7 +317,7 @@ class _Engine:
         raise _as(kind, error)
 
 
-class _Impatience:
+class EarlyDecision:
     """Knows when an example is decided, though not every rank has ended it."""
 
     def __init__(self, world: World, final: bool, busy_s: float) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 from pytest_dcp.errors import WorldError
 
 RANK_VARIABLE = "PYTEST_DCP_RANK"
-"""`Order.token` in every rank's environment, and so in that of every program it starts."""
+"""`RankLaunch.token` in every rank's environment, and so in that of every program it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2
 themselves."""
@@ -41,7 +41,7 @@ def is_worth_preloading(module: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RankLaunch:
     """All that a rank needs to know to come up."""
 
     session: str
@@ -75,13 +75,13 @@ class Order:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Order:
+    def from_json(text: str) -> RankLaunch:
         """Inverse of `to_json`."""
         raw = json.loads(text)
         raw["mesh"] = tuple(raw["mesh"])
         if raw["mesh_dim_names"] is not None:
             raw["mesh_dim_names"] = tuple(raw["mesh_dim_names"])
-        return Order(**raw)
+        return RankLaunch(**raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +112,12 @@ class ProcessExit:
     rank: int
     status: int
     """The exit code, or minus the signal."""
-    strays: tuple[str, ...] = ()
+    leaked_processes: tuple[str, ...] = ()
     """Processes that it left behind, as `pid (command)`; they were killed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Halt:
+class StopChange:
     """A rank's process was stopped (SIGSTOP and its like), or goes on after a stop."""
 
     rank: int
@@ -147,7 +147,7 @@ class Launcher(Protocol):
     def check_running(self) -> None:
         """Raise `LauncherLostError` when a test has stopped the launcher's process. Cheap."""
 
-    def launch(self, orders: Sequence[Order], fds: Sequence[RankFds]) -> None:
+    def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
         """Start one process per order. Raises `WorldError` when that is impossible."""
 
     def fileno(self) -> int:
@@ -156,7 +156,7 @@ class Launcher(Protocol):
     def has_news(self, world: int) -> bool:
         """Whether `news` of this world were read already, for another one. Costs nothing."""
 
-    def news(self, world: int) -> list[ProcessExit | Halt]:
+    def news(self, world: int) -> list[ProcessExit | StopChange]:
         """What became of this world's processes since the last call. Does not wait."""
 
     def stacks(self, world: int, rank: int) -> None:

@@ -74,7 +74,7 @@ class Reporter(Protocol):
 def install(rank: Rank, reporter: Reporter) -> None:
     """Have the properties of this rank follow the controller."""
     inside.freeze_constants()
-    follower = Follower(rank, reporter)
+    follower = ExampleRunner(rank, reporter)
     inside.follow_with(follower.follow, follower.meet)
 
 
@@ -155,7 +155,7 @@ class ExampleRecord:
         self._pending.clear()
 
 
-class Follower:
+class ExampleRunner:
     """Runs the examples of this rank."""
 
     def __init__(self, rank: Rank, reporter: Reporter) -> None:

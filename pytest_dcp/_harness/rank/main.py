@@ -1,7 +1,8 @@
 """A rank's life: boot, orders, end.
 
-Enters: an `Order` and inherited descriptors. Leaves: messages on the report socket and the exit
-code 0, which only a rank that was ordered to leave returns; its last message is `Done("finish")`,
+Enters: a `RankLaunch` and inherited descriptors. Leaves: messages on the report socket and the
+exit code 0, which only a rank that was ordered to leave returns; its last message is
+`Done("finish")`,
 which says that its exit ran to the end. Everything that pytest knows of a rank
 is in `pytest_plugin`; here is what any rank does, also one that only runs functions.
 """
@@ -20,7 +21,7 @@ from typing import NoReturn, Protocol
 
 from pytest_dcp import api
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE, STACKS_SIGNAL, Order, RankFds
+from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE, STACKS_SIGNAL, RankFds, RankLaunch
 from pytest_dcp._harness.protocol.messages import (
     At,
     CallFunction,
@@ -56,7 +57,7 @@ class ItemRunner(Protocol):
 
 
 def run(
-    order: Order,
+    order: RankLaunch,
     fds: RankFds,
     prepare: Callable[[Rank], ItemRunner],
 ) -> NoReturn:
@@ -123,7 +124,7 @@ def _boot(rank: Rank) -> bool:
     return True
 
 
-def environment(order: Order) -> dict[str, str]:
+def environment(order: RankLaunch) -> dict[str, str]:
     """The standard variables of torch's launchers. Pure (no I/O)."""
     return {
         "RANK": str(order.rank),
@@ -137,13 +138,13 @@ def environment(order: Order) -> dict[str, str]:
     }
 
 
-def _set_environment(order: Order) -> None:
+def _set_environment(order: RankLaunch) -> None:
     os.environ.update(environment(order))
     # Reverse look-ups of the host's own name took gloo seconds; ranks are on one machine.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _init_process_group(order: Order) -> None:
+def _init_process_group(order: RankLaunch) -> None:
     import torch
     import torch.distributed as dist
 

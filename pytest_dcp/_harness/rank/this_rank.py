@@ -13,7 +13,7 @@ from typing import Any
 
 from pytest_dcp import api
 from pytest_dcp._harness.lockstep.fresh_folders import scratch_beside
-from pytest_dcp._harness.protocol.launcher import Order, RankFds
+from pytest_dcp._harness.protocol.launcher import RankFds, RankLaunch
 from pytest_dcp._harness.protocol.messages import Announce, At, Exchange, Met
 from pytest_dcp._harness.rank.channel import Channel
 from pytest_dcp._harness.rank.exception_facts import lines_of, traceback_text
@@ -37,7 +37,7 @@ class WarmMesh:
 class Rank:
     """This process, as a rank of its world."""
 
-    order: Order
+    order: RankLaunch
     channel: Channel
     fds: RankFds
     interrupts: RankInterrupts

@@ -14,7 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import Halt, Launcher, LauncherLostError, Order
+from pytest_dcp._harness.protocol.launcher import (
+    Launcher,
+    LauncherLostError,
+    RankLaunch,
+    StopChange,
+)
 from pytest_dcp._harness.protocol.messages import (
     DebugAnswer,
     SubReport,
@@ -49,7 +54,7 @@ class RankLoop:
         self.ranks: list[RankEnd] = []
         self.interrupts = Interrupts()
         self.sub_reports: list[tuple[int, dict[str, object]]] = []
-        self.strays: list[tuple[int, str]] = []
+        self.leaked_processes: list[tuple[int, str]] = []
         """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
         self._world = world
         self._launcher = launcher
@@ -64,7 +69,7 @@ class RankLoop:
             self._selector.register(end.socket, selectors.EVENT_READ, rank)
         self._selector.register(self._launcher.fileno(), selectors.EVENT_READ, -1)
 
-    def launch(self, orders: Sequence[Order]) -> None:
+    def launch(self, orders: Sequence[RankLaunch]) -> None:
         """Start the ranks' processes."""
         self._launcher.launch(orders, [end.fds() for end in self.ranks])
         for end in self.ranks:
@@ -131,10 +136,10 @@ class RankLoop:
         for one in news:
             self._hear_last_words(one.rank)
             now = time.monotonic()
-            if isinstance(one, Halt):
+            if isinstance(one, StopChange):
                 self.act(self.supervisor.see_stop_change(one.rank, now, stopped=one.stopped))
                 continue
-            self.strays += [(one.rank, stray) for stray in one.strays]
+            self.leaked_processes += [(one.rank, leaked) for leaked in one.leaked_processes]
             self.act(self.supervisor.see_exit(one.rank, one.status, now))
         return bool(news)
 

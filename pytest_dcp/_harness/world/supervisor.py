@@ -135,7 +135,7 @@ class Supervisor:
         return not (self.busy or S.KILLED in self.states.values() or self.deaths.owing)
 
     @property
-    def whole(self) -> bool:
+    def all_ranks_alive(self) -> bool:
         """Whether every rank is alive and none failed in this phase."""
         return not self.failures and S.GONE not in self.states.values()
 
@@ -228,10 +228,13 @@ class Supervisor:
             case FaultAsk():
                 self.deaths.ask(rank, message)
                 why = f"world.{message.act}({message.rank}) in rank {rank}"
-                return [*self.strike(message.act, message.rank, why, now), *self._answer_requests()]
+                return [
+                    *self.apply_fault(message.act, message.rank, why, now),
+                    *self._answer_requests(),
+                ]
         return self._meet()
 
-    def strike(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
+    def apply_fault(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
         """Have a rank killed, stopped or continued, because the test asked for it."""
         if self.states[rank] in (S.KILLED, S.GONE):
             return []

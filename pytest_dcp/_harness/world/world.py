@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import Order
+from pytest_dcp._harness.protocol.launcher import RankLaunch
 from pytest_dcp._harness.protocol.messages import (
     Done,
     Down,
@@ -146,9 +146,9 @@ class World:
         return reports
 
     @property
-    def strays(self) -> Sequence[tuple[int, str]]:
+    def leaked_processes(self) -> Sequence[tuple[int, str]]:
         """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
-        return self._loop.strays
+        return self._loop.leaked_processes
 
     @property
     def root(self) -> str:
@@ -156,12 +156,12 @@ class World:
         return self._settings.root
 
     @property
-    def whole(self) -> bool:
+    def all_ranks_idle(self) -> bool:
         """Whether all ranks are alive, idle and unharmed."""
         return not self.ended and len(self._supervisor.idle) == self.spec.size
 
     @property
-    def sound(self) -> bool:
+    def survivors_idle(self) -> bool:
         """Whether all ranks but those that were lost as asked are alive, idle and unharmed."""
         idle, lost = len(self._supervisor.idle), len(self.lost)
         return not self.ended and 0 < idle == self.spec.size - lost
@@ -188,7 +188,7 @@ class World:
             self._loop.drain()
             self._is_awaited = True
             with self._loop.interrupts.held():
-                if not self._supervisor.failures or self.sound:
+                if not self._supervisor.failures or self.survivors_idle:
                     orders = dict.fromkeys(self._supervisor.idle, order)
                     self._loop.act(self._supervisor.begin(phase, orders, self._deadline))
 
@@ -206,7 +206,7 @@ class World:
         """Like `run`, but what ranks said and what failed so far may be `enough`.
 
         It is asked at every event, and now and then. A world in which a rank was not waited
-        for is of no use any more: it is not `sound`.
+        for is of no use any more: it is not `survivors_idle`.
         """
         with self._guarded():
             self.begin(phase, order)
@@ -221,7 +221,7 @@ class World:
                 self.spec.size, self._supervisor.done, self._explain_failures(), self.lost
             )
 
-    def strike(self, act: FaultAct, rank: int, why: str) -> None:
+    def apply_fault(self, act: FaultAct, rank: int, why: str) -> None:
         """Have a rank killed, stopped or continued; returns when that has happened.
 
         Raises `WorldError` when a rank that is to be stopped or continued is gone.
@@ -231,7 +231,7 @@ class World:
             gone = self._supervisor.gone
             if act != "kill" and rank in gone:
                 raise WorldError(f"rank {rank} is gone: there is nothing to {act}")
-            self._loop.act(self._supervisor.strike(act, rank, why, time.monotonic()))
+            self._loop.act(self._supervisor.apply_fault(act, rank, why, time.monotonic()))
             ask = FaultAsk(act, rank)
             while not self._supervisor.deaths.is_done(ask, self._supervisor.gone):
                 self._loop.step()
@@ -245,7 +245,7 @@ class World:
             self._loop.drain()
             return self._explain_failures()[told:]
 
-    def wind_down(self, order: Down, within_s: float) -> Outcome:
+    def tear_down_survivors(self, order: Down, within_s: float) -> Outcome:
         """A last phase on the ranks that outlived a failure, and the end; how the phase went.
 
         Their fixtures may hold things outside this machine, and so may what an exiting interpreter
@@ -278,7 +278,7 @@ class World:
             told = len(self._supervisor.failures)
             self._loop.drain()
             self._loop.run_until_settled()
-            if self.sound:
+            if self.survivors_idle:
                 orders: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
                 deadline = time.monotonic() + LEAVE_S
                 self._loop.act(self._supervisor.begin("finish", orders, deadline))
@@ -331,12 +331,12 @@ class World:
 
     # Inside.
 
-    def _order(self, rank: int) -> Order:
+    def _order(self, rank: int) -> RankLaunch:
         spec = self.spec
         device = spec.device
         if device == "cuda":
             device = f"cuda:{self._gpus[rank % len(self._gpus)]}"
-        return Order(
+        return RankLaunch(
             session=self._settings.session,
             world=self.number,
             rank=rank,

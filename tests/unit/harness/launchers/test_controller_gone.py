@@ -32,4 +32,4 @@ def test_a_rank_takes_a_reset_for_the_end_of_its_controller() -> None:
 def test_a_zygote_takes_a_reset_for_the_end_of_its_controller() -> None:
     zygote: Any = Zygote.__new__(Zygote)
     with reset(socket.SOCK_SEQPACKET) as zygote.control:
-        assert zygote.obey() is False
+        assert zygote.handle_request() is False

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_dcp._harness.lockstep.messages import Attempt, Status
 from pytest_dcp._harness.protocol.messages import At
-from pytest_dcp._harness.rank.example_runner import Follower
+from pytest_dcp._harness.rank.example_runner import ExampleRunner
 
 
 class FakeRank:
@@ -17,7 +17,7 @@ class FakeRank:
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
-        self.watchers: list[Any] = []
+        self.renewed: list[Any] = []
         self.channel = self
         self.seed = 0
         self.order = SimpleNamespace(size=1)
@@ -54,7 +54,7 @@ def example(
     status: Status = "interesting",
 ) -> Any:
     """The answer of a rank in which an example came to this."""
-    follower = Follower.__new__(Follower)
+    follower = ExampleRunner.__new__(ExampleRunner)
     follower.rank = FakeRank(log)  # type: ignore[assignment]
     follower.record = SimpleNamespace(drawn=(0, 0))  # type: ignore[assignment]
     follower._state = SimpleNamespace(put_back=tuple)  # type: ignore[assignment]

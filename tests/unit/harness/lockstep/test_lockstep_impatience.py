@@ -38,7 +38,7 @@ def given_up_after_s(
     """When the example was given up, and whether its patience was in vain."""
     world = FakeWorld(works_until_s)
     monkeypatch.setattr(subject.time, "monotonic", lambda: world.now_s)
-    impatience = subject._Impatience(world, final=False, busy_s=busy_s)  # type: ignore[arg-type]
+    impatience = subject.EarlyDecision(world, final=False, busy_s=busy_s)  # type: ignore[arg-type]
     for _ in range(1000):
         if impatience.enough(REJECTED if rejected else {}, [] if rejected else FAILED):
             return world.now_s, impatience.in_vain

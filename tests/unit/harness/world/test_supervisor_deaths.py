@@ -48,7 +48,7 @@ def test_a_rank_that_dies_between_phases_fails_the_world_without_a_kill() -> Non
     assert replay.failures == [(1, "crashed")]
     assert "SIGKILL" in replay.summary(1)
     assert replay.supervisor.settled
-    assert not replay.supervisor.whole
+    assert not replay.supervisor.all_ranks_alive
     assert replay.supervisor.idle == [0]
     assert replay.log == []
 
@@ -174,7 +174,7 @@ def test_when_what_started_the_ranks_is_gone_all_that_lived_are_lost_at_once() -
     replay.log.clear()
     replay.supervisor.abandon("the zygote was killed by signal 9", T0 + 1)
     assert replay.supervisor.settled
-    assert not replay.supervisor.whole
+    assert not replay.supervisor.all_ranks_alive
     assert not replay.supervisor.paused
     assert replay.supervisor.idle == replay.supervisor.busy == []
     assert replay.failures[2:] == [(0, "lost"), (2, "lost"), (3, "lost"), (4, "lost")]

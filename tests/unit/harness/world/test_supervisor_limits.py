@@ -24,7 +24,7 @@ def test_after_a_failure_peers_get_the_grace_then_their_stacks_are_taken_then_th
     assert replay.failures == [(1, "failed"), (0, "blocked"), (2, "blocked")]
     assert replay.now == killed + DYING_S
     assert replay.supervisor.idle == [1]
-    assert not replay.supervisor.whole
+    assert not replay.supervisor.all_ranks_alive
 
 
 def test_a_failure_keeps_the_rank_s_own_time_and_a_kill_has_the_controller_s() -> None:

@@ -20,7 +20,7 @@ def test_a_world_comes_up_when_every_rank_said_so() -> None:
     assert replay.supervisor.busy == [1]
     replay.play([(T0 + 10, Says(1, done("boot")))])
     assert replay.supervisor.busy == []
-    assert replay.supervisor.whole
+    assert replay.supervisor.all_ranks_alive
     assert replay.supervisor.idle == [0, 1, 2]
     assert replay.log == []
 
@@ -32,7 +32,7 @@ def test_a_phase_sends_its_order_to_every_rank_and_settles_when_all_are_done() -
     replay.play([(T0 + 1, Says(1, PASSED)), (T0 + 2, Says(0, PASSED))])
     assert replay.supervisor.done == {0: PASSED, 1: PASSED}
     assert replay.failures == []
-    assert replay.supervisor.whole
+    assert replay.supervisor.all_ranks_alive
     assert replay.supervisor.wake_at() == math.inf
     assert len(replay.log) == 2
 

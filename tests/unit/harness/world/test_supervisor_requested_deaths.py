@@ -45,7 +45,7 @@ def test_a_death_that_was_announced_is_no_failure_and_its_peers_go_on(status: in
     assert replay.log == []
     assert replay.lost[1] == f"{exit_text(status)} as asked: NoSpace at write_data"
     assert replay.supervisor.idle == [0, 2]
-    assert not replay.supervisor.whole
+    assert not replay.supervisor.all_ranks_alive
 
 
 def test_a_rank_that_announces_its_death_and_lives_is_a_failure_and_is_killed() -> None:
@@ -154,7 +154,7 @@ def test_a_paused_rank_that_is_resumed_owes_its_answer_again() -> None:
     replay.play([(T0 + 20, Says(1, PASSED))])
     assert replay.failures == []
     assert replay.lost == {}
-    assert replay.supervisor.whole
+    assert replay.supervisor.all_ranks_alive
 
 
 def test_a_rank_that_is_about_to_stop_is_resumed_when_it_has_stopped() -> None:

@@ -31,7 +31,7 @@ def test_ranks_at_work_are_interrupted_until_they_say_that_they_heard() -> None:
     assert sent[:2] == [(T0 + 5, 0), (T0 + 5, 1)]
     assert [at for at, rank in sent if rank == 1] == [T0 + 5 + n * AGAIN_S for n in range(3)]
     assert (replay.failures, replay.ordered(KillRank)) == ([], [])
-    assert replay.supervisor.whole
+    assert replay.supervisor.all_ranks_alive
 
 
 def test_a_rank_that_hangs_when_it_is_interrupted_is_killed_and_its_peers_get_time() -> None:
