@@ -2,6 +2,15 @@
 
 They are raised in ranks and in the controller and cross between them, so each keeps its facts as
 plain attributes and rebuilds from them.
+
+>>> import pickle
+>>> error = CheckpointCorruptError("the checksum differs", file="__0_0.distcp", offset=512)
+>>> error
+CheckpointCorruptError("the checksum differs (file '__0_0.distcp', offset 512)")
+>>> pickle.loads(pickle.dumps(error)).offset
+512
+>>> isinstance(error, CheckpointError)
+True
 """
 
 from __future__ import annotations

@@ -3,6 +3,39 @@
 `import pytest_dcp.checkpoint as dcp` instead of `import torch.distributed.checkpoint as dcp`; the
 names, arguments and files are the same. Saves replace a checkpoint atomically, loads verify the
 bytes they read, and an altered file gives an error, never a wrong tensor or foreign code.
+
+In one process, or in every rank of a group alike:
+
+>>> import torch
+>>> import pytest_dcp.checkpoint as dcp
+>>> metadata = dcp.save({"w": torch.arange(4.0), "step": 3}, checkpoint_id="step-3")
+>>> sorted(metadata.state_dict_metadata)
+['step', 'w']
+
+A load fills the tensors of the state dict that it gets, in place, and replaces its values:
+
+>>> state = {"w": torch.zeros(4), "step": 0}
+>>> report = dcp.load(state, checkpoint_id="step-3")
+>>> state
+{'w': tensor([0., 1., 2., 3.]), 'step': 3}
+>>> report.bytes_read == report.bytes_verified
+True
+
+Without a state dict, whole tensors on the CPU:
+
+>>> dcp.load_without_template("w", checkpoint_id="step-3")
+{'w': tensor([0., 1., 2., 3.])}
+
+What does not fit, or is damaged, is one error, the same in every rank. It is torch's
+CheckpointException and also of the class that says what is wrong:
+
+>>> dcp.load({"weight": torch.zeros(4)}, checkpoint_id="step-3")
+Traceback (most recent call last):
+    ...
+pytest_dcp.checkpoint.StepError: step 'plan' of load failed on rank 0: CheckpointMismatchError:
+Missing key in checkpoint state_dict: weight...
+>>> issubclass(dcp.StepError, dcp.CheckpointException)
+True
 """
 
 from typing import TYPE_CHECKING

@@ -57,6 +57,15 @@ def async_save(
     are made one after another in the order of their calls, each of the state that it was given.
 
     replicas: as for `save`; the copies are compared while the state is saved, in a process too.
+
+    >>> import torch
+    >>> from pytest_dcp.checkpoint import async_save, load_without_template
+    >>> state = {"w": torch.ones(2)}
+    >>> future = async_save(state, checkpoint_id="step-1")
+    >>> _ = state["w"].zero_()  # training goes on: the save has its own copy
+    >>> metadata = future.result()
+    >>> load_without_template(checkpoint_id="step-1")
+    {'w': tensor([1., 1.])}
     """
     no_dist = alone(no_dist, "save")
     in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS

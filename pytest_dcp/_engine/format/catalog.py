@@ -2,6 +2,36 @@
 
 A catalog is what a committed `.metadata` says. `Catalog.metadata` shows it as torch's `Metadata`,
 whose mappings are made as they are looked at; `Catalog.of` reads any `Metadata` back.
+
+Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
+
+>>> import torch
+>>> from torch.distributed.checkpoint.metadata import TensorProperties
+>>> from pytest_dcp._engine.plan.boxes import pad_rows
+>>> index = Index(
+...     fqns=("w",), property_of=np.array([0]), properties=(TensorProperties(torch.float32),),
+...     ndim=np.array([2]), size=pad_rows([(4, 2)], 2, 1), first=np.array([0, 2]),
+...     offset=pad_rows([(0, 0), (2, 0)], 2, 0), shape=pad_rows([(2, 2), (2, 2)], 2, 1))
+>>> places = replace(
+...     EntryPlaces.nowhere(2), files=("__0_0.distcp", "__1_0.distcp"), file=np.array([0, 1]),
+...     start=np.array([0, 0]), length=np.array([900, 900]))
+>>> catalog = Catalog(index, places)
+
+For a client of torch it is a Metadata like any other:
+
+>>> metadata = catalog.metadata()
+>>> metadata.state_dict_metadata["w"].size
+torch.Size([4, 2])
+>>> metadata.storage_data[MetadataIndex("w", [2, 0])].relative_path
+'__1_0.distcp'
+
+The way back costs nothing while the client has changed nothing, and sees what it has changed:
+
+>>> Catalog.of(metadata).places is places
+True
+>>> metadata.storage_data[MetadataIndex("w", [2, 0])].relative_path = "moved.distcp"
+>>> Catalog.of(metadata).places.files
+('__0_0.distcp', 'moved.distcp')
 """
 
 from __future__ import annotations

@@ -3,6 +3,39 @@
 A stored chunk is row-major, so a box of it is a number of equal runs. Where runs follow each other
 in the file and in the target without gaps, on the CPU and in one dtype, the box is one copy from
 the file into the target's memory. Any other box is *strided*: it is read by runs or by spans.
+
+Two ranks have saved rows of a 4x2 tensor `w`, and one of them `b`; this rank wants both whole:
+
+>>> from torch.distributed.checkpoint.metadata import (
+...     ChunkStorageMetadata, TensorProperties, TensorStorageMetadata)
+>>> from pytest_dcp._engine.plan.describe import wanted_boxes
+>>> from pytest_dcp._engine.plan.load import read_items
+>>> def stored(size, *boxes):
+...     chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes]
+...     return TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), chunks)
+>>> index = Index.of({
+...     "w": stored([4, 2], ([0, 0], [2, 2]), ([2, 0], [2, 2])), "b": stored([2], ([0], [2]))})
+>>> def plan(state):
+...     items = read_items(wanted_boxes(state), index)
+...     rows = np.arange(len(items))
+...     return copies(items, rows, index, lambda row: state[items.fqns[row]], odd_strides={})
+
+Whole rows are one run each: `w` takes two copies of 16 bytes, the second 16 bytes further on:
+
+>>> w, b = torch.zeros(4, 2), torch.zeros(2)
+>>> found = plan({"w": w, "b": b})
+>>> found.flat.tolist(), found.nbytes.tolist()
+([True, True, True], [16, 16, 8])
+>>> (found.address[:2] - w.data_ptr()).tolist()
+[0, 16]
+
+Into a transposed `w` no two elements are neighbours in both places: each is a run of its own.
+
+>>> found = plan({"w": torch.zeros(2, 4).T, "b": b})
+>>> found.flat.tolist()
+[False, False, True]
+>>> runs(found.shape[0], found.from_stride[0], found.to_stride[0], itemsize=4)
+(0, 4)
 """
 
 from __future__ import annotations

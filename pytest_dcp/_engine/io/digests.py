@@ -3,6 +3,24 @@
 Equal values have equal digests on every rank and in every process: what is the same object, where
 it lies, in which order a set happens to iterate or a dict was filled plays no part. Values are
 walked as `copy` walks them, by `__reduce_ex__`; what cannot be walked so is not compared.
+
+Two ranks hold the same value, filled in another order, and a third one another:
+
+>>> ours, theirs = {"lr": 0.1, "betas": (0.9, 0.999)}, {"betas": (0.9, 0.999), "lr": 0.1}
+>>> digest_of_value(ours) == digest_of_value(theirs)
+True
+>>> digest_of_value(ours) == digest_of_value({"lr": 1, "betas": (0.9, 0.999)})
+False
+>>> digest_of_value(1) == digest_of_value(1.0), digest_of_value(0.0) == digest_of_value(-0.0)
+(False, False)
+
+Of tensors the bytes count, row by row, whatever their strides:
+
+>>> w = torch.arange(6.0).reshape(2, 3)
+>>> sum_of_tensor(w, 0, 24) == sum_of_tensor(w.T.contiguous().T, 0, 24)
+True
+>>> sum_of_tensor(w, 8, 8) == sum_of_tensor(torch.tensor([2.0, 3.0]), 0, 8)  # a sample of it
+True
 """
 
 from __future__ import annotations

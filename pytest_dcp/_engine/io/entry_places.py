@@ -2,6 +2,35 @@
 
 One small read an entry: when its bytes are what our own writer would have put before the data,
 the data follows. Otherwise the entry's directory is parsed.
+
+Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, one with
+`torch.save`; the catalog knows only where the entries are:
+
+>>> import torch
+>>> from pathlib import Path
+>>> from torch.distributed.checkpoint.metadata import TensorProperties
+>>> from pytest_dcp._engine.format.catalog import EntryPlaces
+>>> from pytest_dcp._engine.io.local_disk import LocalDisk
+>>> from pytest_dcp._engine.plan.boxes import pad_rows
+>>> from pytest_dcp._engine.plan.index import Index
+>>> halves = torch.arange(4.0).reshape(2, 2).split(1)
+>>> frame = tensor_frame(torch.float32, (1, 2))
+>>> _ = Path("ours").write_bytes(frame.head + halves[0].numpy().tobytes() + frame.tail(0))
+>>> torch.save(halves[1].clone(), "theirs")
+>>> index = Index(
+...     fqns=("w",), property_of=np.array([0]), properties=(TensorProperties(torch.float32),),
+...     ndim=np.array([2]), size=pad_rows([(2, 2)], 2, 1), first=np.array([0, 2]),
+...     offset=pad_rows([(0, 0), (1, 0)], 2, 0), shape=pad_rows([(1, 2), (1, 2)], 2, 1))
+>>> places = replace(
+...     EntryPlaces.nowhere(2), files=("ours", "theirs"), file=np.array([0, 1]),
+...     start=np.array([0, 0]),
+...     length=np.array([Path(name).stat().st_size for name in ("ours", "theirs")]))
+>>> both = np.array([0, 1])
+>>> found = resolve_entry_places(LocalDisk(), Path(), Catalog(index, places), both)
+>>> for name, start in zip(places.files, found.catalog.places.data_start.tolist()):
+...     print(np.frombuffer(Path(name).read_bytes()[start : start + 8], np.float32))
+[0. 1.]
+[2. 3.]
 """
 
 from __future__ import annotations

@@ -4,6 +4,21 @@ An `Index` is a table of keys and a table of chunks (the stored boxes; the chunk
 adjacent rows). `KeyTable` stands in `Metadata.state_dict_metadata`: a mapping that makes torch's
 objects for the keys that somebody looks at. A change made through it turns it into a plain dict,
 and `index_of` then reads the objects again, so that no planner's edit is lost.
+
+>>> chunks = [ChunkStorageMetadata(torch.Size([r, 0]), torch.Size([2, 2])) for r in (0, 2)]
+>>> w = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([4, 2]), chunks)
+>>> index = Index.of({"w": w, "step": BytesStorageMetadata()})
+>>> index.first.tolist(), index.ndim.tolist()  # `w` has the chunks 0 and 1, `step` the chunk 2
+([0, 2, 3], [2, -1])
+>>> metadata = Metadata(KeyTable(index))
+>>> metadata.state_dict_metadata["w"].chunks[1]
+ChunkStorageMetadata(offsets=torch.Size([2, 0]), sizes=torch.Size([2, 2]))
+>>> index_of(metadata) is index
+True
+>>> metadata.state_dict_metadata["w"].chunks.pop()
+ChunkStorageMetadata(offsets=torch.Size([2, 0]), sizes=torch.Size([2, 2]))
+>>> index_of(metadata).first.tolist()
+[0, 1, 2]
 """
 
 from __future__ import annotations

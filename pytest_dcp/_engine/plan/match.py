@@ -60,7 +60,13 @@ Dtype = torch.dtype | type
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys."""
+    """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys.
+
+    >>> report = LoadReport(missing=("head.bias",), unexpected=("head.b",))
+    >>> missing_keys, unexpected_keys = report  # as torch.nn.Module.load_state_dict gives them
+    >>> missing_keys, unexpected_keys
+    (['head.bias'], ['head.b'])
+    """
 
     missing: tuple[str, ...] = ()
     """Asked for, not in the checkpoint: left as they were."""

@@ -29,9 +29,17 @@ RANK_KEY = re.compile(r"rank_(\d+)_of_(\d+)")
 class PerRank(MutableMapping[str, Any]):
     """One value per rank under one key: random states, counters of a data loader, metrics.
 
-        dcp.save({"rng": PerRank(torch.get_rng_state())}, checkpoint_id=folder)
-        dcp.load(state := {"rng": PerRank(torch.get_rng_state())}, checkpoint_id=folder)
-        torch.set_rng_state(state["rng"].value)
+    >>> import torch
+    >>> import pytest_dcp.checkpoint as dcp
+    >>> metadata = dcp.save({"rng": PerRank(torch.get_rng_state())}, checkpoint_id="step-1")
+    >>> drawn = torch.rand(2)
+    >>> state = {"rng": PerRank(torch.get_rng_state())}
+    >>> report = dcp.load(state, checkpoint_id="step-1")
+    >>> torch.set_rng_state(state["rng"].value)
+    >>> torch.equal(drawn, torch.rand(2))
+    True
+    >>> sorted(metadata.state_dict_metadata)  # as rank 0 of 1 saved it
+    ['rng.rank_0_of_1']
 
     Each rank gets back what it saved. The value may be anything that a state dict may hold but
     distributed tensors, which have their own way to differ from rank to rank.

@@ -17,7 +17,17 @@ FUNCTION = "the function"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A choice of keys and their names in the checkpoint."""
+    """A choice of keys and their names in the checkpoint.
+
+    >>> state = {"model.w": 1, "model.b": 2, "step": 3}
+    >>> chosen = Selection(keys=["model.*"], rename={"model.": "net.", "model.b": "bias"})
+    >>> chosen.chosen(state)
+    {'model.w': 1, 'model.b': 2}
+    >>> chosen.stored_as(chosen.chosen(state))  # a whole name goes before a prefix
+    {'model.w': 'net.w', 'model.b': 'bias'}
+    >>> chosen.idle_renames(state, stored=["net.w"])
+    {'model.b': "rename={'model.b': 'bias'}: the checkpoint has no 'bias'"}
+    """
 
     keys: Sequence[str] | None = None
     """Flat names or shell-style patterns (`model.layers.0.*`); None: every key."""

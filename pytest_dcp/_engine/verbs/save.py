@@ -101,6 +101,13 @@ def save(
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
     folder's earlier checkpoint is whole then.
+
+    >>> import torch
+    >>> from pytest_dcp.checkpoint import load, save
+    >>> model, optimizer = {"weight": torch.ones(2, 2)}, {"lr": 0.1}
+    >>> metadata = save({"model": model, "optimizer": optimizer}, checkpoint_id="step-10")
+    >>> metadata.state_dict_metadata["model.weight"].size
+    torch.Size([2, 2])
     """
     no_dist = alone(no_dist, "save")
     team = save_team(
