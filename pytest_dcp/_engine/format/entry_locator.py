@@ -60,7 +60,7 @@ class TensorRecord:
     """CRC-32 of the whole storage; None where the entry was written without CRCs."""
 
 
-def locate(read: Callable[[int, int], bytes], length: int) -> TensorRecord:
+def locate(read: Callable[[int, int], bytes | memoryview], length: int) -> TensorRecord:
     """Where the data are in a tensor's entry of `length` bytes; `read(offset, n)` gives its bytes.
 
     Two reads of an entry that torch wrote, one of a small one. The data are not read on purpose,
@@ -80,7 +80,9 @@ def locate(read: Callable[[int, int], bytes], length: int) -> TensorRecord:
     return _record_of(source, directory, tensor)
 
 
-def locate_wrapper(read: Callable[[int, int], bytes], length: int) -> OpaqueWrapper | None:
+def locate_wrapper(
+    read: Callable[[int, int], bytes | memoryview], length: int
+) -> OpaqueWrapper | None:
     """What an entry says of the wrapper of tensors in it; None where it holds something else.
 
     As `locate`. Raises CheckpointCorruptError: the entry is damaged.

@@ -60,7 +60,7 @@ def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any
     """
     read = records_of(entry)
     try:
-        return read_stored_value(bytes(read("data.pkl")), lambda key: read(f"data/{key}"))
+        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"))
     except UntrustedPickleError as unknown:
         if not weights_only:
             return torch.load(io.BytesIO(entry), weights_only=False)

@@ -9,7 +9,7 @@ batches of bounded size. Values go to the planner.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -158,11 +158,12 @@ class Work:
     def _prepare_values(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         if not len(rows):
             return
-        for row, entry in self._read_stored(rows).items():
+        for row, entry in self._read_stored(rows):
             try:
                 self._puts.append(self._prepare_value(row, entry))
             except CheckpointMismatchError as error:
                 misfits.append(error)
+            del entry  # or it would be there until the next one is, too
 
     def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Compare the wrappers that torch has pickled whole with the targets."""
@@ -202,7 +203,7 @@ class Work:
 
     def _fill_transformed(self, row: int) -> torch.Tensor:
         """The target of a tensor whose entry passed through stream transforms: decoded whole."""
-        ((_, entry),) = self._read_stored(np.array([row])).items()
+        ((_, entry),) = self._read_stored(np.array([row]))
         tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
         item = self.items[row]
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -214,7 +215,7 @@ class Work:
 
     def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
         item = self.items[row]
-        ((_, entry),) = self._read_stored(np.array([row])).items()
+        ((_, entry),) = self._read_stored(np.array([row]))
         try:
             fill_wrapper(parts, entry)
         except CheckpointCorruptError as error:
@@ -251,23 +252,23 @@ class Work:
             )
         )
 
-    def _read_stored(self, rows: Ints) -> dict[int, bytes]:
-        """The entries of these rows, as they were before any stream transform."""
+    def _read_stored(self, rows: Ints) -> Iterator[tuple[int, bytes | memoryview]]:
+        """Each of these rows with its entry, as it was before any stream transform."""
         entries = self.items.entry[rows].tolist()
         found, tally = read_values(
             self.disk, self.folder, self.catalog, entries, self.settings, self.observer
         )
         self.tally.add(tally)
-        plain: dict[int, bytes] = {}
         # One limit for all values: each may be small, and there may be thousands of them.
         left = self.settings.memory.of(sum(map(len, found.values())))
         for row, entry in zip(rows.tolist(), entries, strict=True):
-            plain[row] = plain_entry(found[entry], self.catalog, entry, self.registry, left)
+            plain = plain_entry(found[entry], self.catalog, entry, self.registry, left)
             if entry in self.catalog.places.transforms:
-                left -= len(plain[row])
-        return plain
+                left -= len(plain)
+            yield row, plain
+            del plain
 
-    def _prepare_value(self, row: int, entry: bytes) -> Callable[[], None]:
+    def _prepare_value(self, row: int, entry: bytes | memoryview) -> Callable[[], None]:
         """What gives the planner the value of a row."""
         planner: Any = self.planner
         if getattr(planner, "takes_values", False):

@@ -265,14 +265,14 @@ def read_values(
     entries: Sequence[int],
     settings: ReadSettings,
     observer: Observer,
-) -> tuple[dict[int, bytes], ByteCounts]:
+) -> tuple[dict[int, bytes | memoryview], ByteCounts]:
     """The whole entries of byte values, by row of the catalog.
 
     Raises CheckpointCorruptError, too, where a sparse file has more of them than `settings.memory`
     allows for what it occupies.
     """
     places = catalog.places
-    found: dict[int, bytes] = {}
+    found: dict[int, bytes | memoryview] = {}
     total = ByteCounts()
     ordered = sorted(entries, key=lambda row: (places.file[row], places.start[row]))
     for number in dict.fromkeys(int(places.file[row]) for row in ordered):
@@ -295,11 +295,11 @@ def read_values(
     return found, total
 
 
-def _value(reader: RangeReader, size: int, catalog: Catalog, row: int) -> bytes:
+def _value(reader: RangeReader, size: int, catalog: Catalog, row: int) -> memoryview:
     start, nbytes = int(catalog.places.data_start[row]), int(catalog.places.data_nbytes[row])
     if start + nbytes > size:
         # Before memory is taken for it.
         reader.fail(row, 0, f"the entry of {nbytes} bytes leaves the file, which has {size}")
-    buffer = bytearray(nbytes)
-    reader.read(row, 0, memoryview(buffer))
-    return bytes(buffer)
+    view = memoryview(bytearray(nbytes))
+    reader.read(row, 0, view)
+    return view.toreadonly()

@@ -20,12 +20,12 @@ ROOM_BYTES = 1 << 20
 
 
 def plain_entry(
-    stored: bytes,
+    stored: bytes | memoryview,
     catalog: Catalog,
     row: int,
     registry: ExtensionRegistry,
     value_bytes: int,
-) -> bytes:
+) -> bytes | memoryview:
     """The entry as it was before its transforms; as it is where it had none.
 
     Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past
@@ -64,7 +64,7 @@ def plain_entry(
     return entry
 
 
-def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
+def tensor_of(entry: bytes | memoryview, catalog: Catalog, row: int) -> torch.Tensor:
     """The stored chunk in a whole entry, sharing its memory."""
     index = catalog.index
     key = int(index.key_of[row])
@@ -83,12 +83,12 @@ def tensor_of(entry: bytes, catalog: Catalog, row: int) -> torch.Tensor:
     return found
 
 
-def tensor_in(entry: bytes) -> torch.Tensor:
+def tensor_in(entry: bytes | memoryview) -> torch.Tensor:
     """The tensor in a whole entry. Raises CheckpointCorruptError for a damaged one."""
     return _tensor_at(entry, locate(lambda at, nbytes: entry[at : at + nbytes], len(entry)))
 
 
-def _tensor_at(entry: bytes, record: TensorRecord) -> torch.Tensor:
+def _tensor_at(entry: bytes | memoryview, record: TensorRecord) -> torch.Tensor:
     if not math.prod(record.shape):
         return torch.empty(record.shape, dtype=record.dtype)
     data = bytearray(memoryview(entry)[record.data_offset :][: record.data_nbytes])

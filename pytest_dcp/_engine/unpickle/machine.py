@@ -105,9 +105,22 @@ class Callee:
     """NEWOBJ without arguments: an instance without fields."""
     new_of: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
     """NEWOBJ with any arguments, of a class that the user has allowed."""
+    takes_encoded_text: bool = False
+    """Whether its argument may be an `EncodedText` in place of a str."""
     records: Callable[[PickleMachine, list[Any], int], int] | None = None
     """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
     pushes what they make; returns where the opcodes go on, the same position if it took none."""
+
+
+LONG_TEXT_BYTES = 1 << 20
+"""From this size on text that is to become bytes is not decoded first: it would be a copy more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedText:
+    """Long text as it is stored, for the call that comes next; nothing else takes it."""
+
+    utf8: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +151,7 @@ class PickleMachine:
         *("unread", "vocabulary"),
     )
 
-    def __init__(self, data: bytes, vocabulary: Vocabulary) -> None:
+    def __init__(self, data: bytes | memoryview, vocabulary: Vocabulary) -> None:
         self.data = data
         self.vocabulary = vocabulary
         self.memo: list[Any] = []
@@ -263,7 +276,7 @@ def make_set(machine: PickleMachine, kind: type[Any], items: list[Any]) -> Any:
     return kind(items)
 
 
-def decoded_text(machine: PickleMachine, raw: bytes) -> str:
+def decoded_text(machine: PickleMachine, raw: bytes | memoryview) -> str:
     """The string, one object for all that are equal: comparing keys then never reads them."""
     try:
         text = str(raw, "utf-8", "surrogatepass")

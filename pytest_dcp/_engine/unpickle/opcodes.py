@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pytest_dcp._engine.unpickle.machine import (
+    LONG_TEXT_BYTES,
     Callee,
+    EncodedText,
     PickleMachine,
     UnknownGlobalError,
     brief,
@@ -42,7 +44,7 @@ def refuse_opcode(op: int) -> NoReturn:
 # ---- opcodes without a mark: (machine, stack, position behind the opcode) -> next position
 
 
-def _take(data: bytes, pos: int, length: int) -> bytes:
+def _take(data: bytes | memoryview, pos: int, length: int) -> bytes | memoryview:
     if not 0 <= length <= len(data) - pos:
         raise CheckpointCorruptError(
             f"expected an item within the {len(data) - pos} bytes left, got one of {length} bytes"
@@ -51,7 +53,7 @@ def _take(data: bytes, pos: int, length: int) -> bytes:
 
 
 def _sized_handler(
-    width: struct.Struct, make: Callable[[PickleMachine, bytes], object]
+    width: struct.Struct, make: Callable[[PickleMachine, bytes | memoryview], object]
 ) -> Callable[[PickleMachine, list[Any], int], int]:
     """The handler of an opcode followed by a length of that width and that many bytes."""
     unpack, skip = width.unpack_from, width.size
@@ -65,7 +67,30 @@ def _sized_handler(
     return handle
 
 
-def _long(_: PickleMachine, raw: bytes) -> int:
+def _text_handler(
+    width: struct.Struct,
+) -> Callable[[PickleMachine, list[Any], int], int]:
+    """As `_sized_handler` of text; a long one that is to become bytes stays as it is stored."""
+    unpack, skip = width.unpack_from, width.size
+
+    def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
+        begin = pos + skip
+        length = unpack(machine.data, pos)[0]
+        if length < LONG_TEXT_BYTES or not (stack and _encodes(stack[-1])):
+            raw = _take(machine.data, begin, length)
+            stack.append(decoded_text(machine, raw))
+        else:
+            stack.append(EncodedText(memoryview(_take(memoryview(machine.data), begin, length))))
+        return begin + length  # type: ignore[no-any-return]  # struct's
+
+    return handle
+
+
+def _encodes(callee: object) -> bool:
+    return type(callee) is Callee and callee.takes_encoded_text
+
+
+def _long(_: PickleMachine, raw: bytes | memoryview) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
@@ -157,13 +182,13 @@ def _frame(machine: PickleMachine, _: list[Any], pos: int) -> int:
 def _global(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     names = []
     for _ in range(2):
-        end = machine.data.find(b"\n", pos, pos + _NAME_LIMIT)
-        if end < 0:
+        name, end, _ = bytes(machine.data[pos : pos + _NAME_LIMIT]).partition(b"\n")
+        if not end:
             raise CheckpointCorruptError(
                 f"expected a global's name of a line of at most {_NAME_LIMIT} bytes, got no end"
             )
-        names.append(decoded_text(machine, machine.data[pos:end]))
-        pos = end + 1
+        names.append(decoded_text(machine, name))
+        pos += len(name) + 1
     stack.append(_find(machine, names[0], names[1]))
     return pos
 
@@ -317,11 +342,11 @@ _PLAIN_BY_OPCODE: dict[bytes, Callable[[PickleMachine, list[Any], int], int]] = 
     pickle.LONG1: _sized_handler(_UINT8, _long),
     pickle.LONG4: _sized_handler(_INT32, _long),
     pickle.SHORT_BINUNICODE: _sized_handler(_UINT8, decoded_text),
-    pickle.BINUNICODE: _sized_handler(UINT32, decoded_text),
-    pickle.BINUNICODE8: _sized_handler(_UINT64, decoded_text),
-    pickle.SHORT_BINBYTES: _sized_handler(_UINT8, lambda _, raw: raw),
-    pickle.BINBYTES: _sized_handler(UINT32, lambda _, raw: raw),
-    pickle.BINBYTES8: _sized_handler(_UINT64, lambda _, raw: raw),
+    pickle.BINUNICODE: _text_handler(UINT32),
+    pickle.BINUNICODE8: _text_handler(_UINT64),
+    pickle.SHORT_BINBYTES: _sized_handler(_UINT8, lambda _, raw: bytes(raw)),
+    pickle.BINBYTES: _sized_handler(UINT32, lambda _, raw: bytes(raw)),
+    pickle.BINBYTES8: _sized_handler(_UINT64, lambda _, raw: bytes(raw)),
     pickle.BYTEARRAY8: _sized_handler(_UINT64, lambda _, raw: bytearray(raw)),
     pickle.EMPTY_LIST: _empty_list,
     pickle.EMPTY_SET: _empty_set,

@@ -10,6 +10,8 @@ length.
 from __future__ import annotations
 
 import builtins
+import codecs
+import io
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import torch
 
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
+    EncodedText,
     PickleMachine,
     UnknownGlobalError,
     Vocabulary,
@@ -36,6 +39,7 @@ visit."""
 MAX_DIMS = 64
 """Dimensions of a tensor: torch allows no more (c10, at::dim_bitset_size)."""
 _INT64_BOUND = 1 << 63
+_PIECE_BYTES = 1 << 16
 _FACTORIES: tuple[type, ...] = (
     *(list, dict, set, frozenset, tuple),
     *(int, float, complex, bool, str, bytes, bytearray),
@@ -112,13 +116,31 @@ def _default_dict(_: PickleMachine, args: tuple[Any, ...]) -> defaultdict[Any, A
 
 def _encode(machine: PickleMachine, args: tuple[Any, ...]) -> bytes:
     """How protocol 2 writes bytes: `_codecs.encode(text, 'latin1')`."""
-    if len(args) != 2 or type(args[0]) is not str or args[1] != "latin1":
-        raise _unknown("_codecs.encode of a str as latin1", args)
-    machine.charge(len(args[0]))
+    text = args[0] if len(args) == 2 and args[1] == "latin1" else None
     try:
-        return args[0].encode("latin1")
+        if type(text) is EncodedText:
+            machine.charge(len(text.utf8))
+            return _latin1_of(text.utf8)
+        if type(text) is str:
+            machine.charge(len(text))
+            return text.encode("latin1")
     except UnicodeEncodeError:
         raise CheckpointCorruptError("expected bytes as latin1 text, got other text") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointCorruptError(f"expected a string in UTF-8, got {error.reason}") from None
+    raise _unknown("_codecs.encode of a str as latin1", args)
+
+
+def _latin1_of(utf8: memoryview) -> bytes:
+    """The text in latin1, by pieces: the whole text would be another copy."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+    out = io.BytesIO()
+    for start in range(0, len(utf8), _PIECE_BYTES):
+        piece = bytes(utf8[start : start + _PIECE_BYTES])
+        last = start + _PIECE_BYTES >= len(utf8)
+        out.write(decoder.decode(piece, last).encode("latin1"))
+    # It gives away its own memory.
+    return out.getvalue()
 
 
 def _bytes_maker(kind: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], Any]:
@@ -188,7 +210,7 @@ def _globals() -> Iterator[tuple[tuple[str, str], object]]:
     yield ("torch", "device"), Callee("torch.device", _device)
     yield ("collections", "OrderedDict"), Callee("collections.OrderedDict", ordered_dict)
     yield ("collections", "defaultdict"), Callee("collections.defaultdict", _default_dict)
-    yield ("_codecs", "encode"), Callee("_codecs.encode", _encode)
+    yield ("_codecs", "encode"), Callee("_codecs.encode", _encode, takes_encoded_text=True)
     for name, callee in _BUILTINS.items():
         yield ("builtins", name), callee
         yield ("__builtin__", _PYTHON_2_NAMES.get(name, name)), callee

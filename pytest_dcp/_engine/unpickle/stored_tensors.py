@@ -36,6 +36,9 @@ from pytest_dcp._engine.unpickle.machine import (
 from pytest_dcp._engine.unpickle.plain_values import MAX_LOGICAL_ITEMS, PLAIN, check_plain
 from pytest_dcp.errors import CheckpointCorruptError
 
+LARGE_PICKLE_BYTES = 8 << 20
+"""From this size on a pickle is read where it lies, and not copied: values so large are mostly one
+array, and many small objects take half as long again in a view."""
 Storages = Callable[[str], bytes | memoryview]
 """The bytes of a storage, by its key in the entry."""
 _Args = tuple[Any, ...]
@@ -54,7 +57,8 @@ def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bo
     """
     known, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
     persistent = _Storages(storages, share).find
-    value = run(bytes(data), Vocabulary(known, build, KEYS, persistent, nested_keys=True))
+    known_here = Vocabulary(known, build, KEYS, persistent, nested_keys=True)
+    value = run(data, known_here, copy=len(data) < LARGE_PICKLE_BYTES)
     check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
     return value
 

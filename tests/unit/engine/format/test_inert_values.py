@@ -30,6 +30,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import python_values as values
 from pytest_dcp._engine.format.entry import pickle_of, records_of, value_entry
 from pytest_dcp._engine.format.python_values import decode_value, encode_value, inert, refusal_of
+from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -369,3 +370,31 @@ def test_nothing_goes_to_torch_load_unless_trusted(monkeypatch: pytest.MonkeyPat
     decode_value(encode_value((torch.ones(2), np.ones(2), collections.Counter("a"))))
     with pytest.raises(UntrustedPickleError):
         decode_value(encode_value(Settings(1)))
+
+
+def long_bytes(text: bytes, behind: bytes = b"") -> bytes:
+    """A pickle of `[bytes]` as protocol 2 writes it; `behind`: opcodes before the list's end."""
+    call = b"c_codecs\nencode\nq\x00X" + len(text).to_bytes(4, "little") + text + b"q\x01"
+    return b"\x80\x02](" + call + b"X\x06\x00\x00\x00latin1q\x02\x86q\x03R" + behind + b"e."
+
+
+@pytest.mark.parametrize(
+    ("text", "behind", "error", "reason"),
+    [
+        ("é" * (1 << 20), b"h\x01", UntrustedPickleError, "plain values"),
+        ("x" * (1 << 20) + "€", b"", CheckpointCorruptError, "bytes as latin1 text"),
+        (b"x" * (1 << 20) + b"\xff", b"", CheckpointCorruptError, "a string in UTF-8"),
+        ("é" * (1 << 20), None, None, ""),
+    ],
+    ids=["used again as text", "not latin1", "not UTF-8", "sound"],
+)
+def test_long_bytes_are_made_of_their_text_alone(
+    text: str | bytes, behind: bytes | None, error: type[Exception] | None, reason: str
+) -> None:
+    utf8 = text if isinstance(text, bytes) else text.encode()
+    pickled = long_bytes(utf8, behind or b"")
+    if error is None:
+        assert read_stored_value(pickled, lambda _: b"") == [utf8.decode().encode("latin1")]
+        return
+    with pytest.raises(error, match=reason):
+        read_stored_value(pickled, lambda _: b"")

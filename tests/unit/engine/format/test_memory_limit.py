@@ -258,6 +258,32 @@ def test_a_value_that_grows_within_the_limit_is_read_and_the_limit_can_be_raised
     assert len(state["v"]) == 128 * MIB
 
 
+@pytest.mark.parametrize("value", [bytes(16 * MIB), "x" * (16 * MIB)], ids=["bytes", "text"])
+@pytest.mark.parametrize("compressed", [True, False], ids=["zstd", "plain"])
+def test_a_value_takes_the_memory_of_its_entry_and_its_own(
+    value: bytes | str, compressed: bool, tmp_path: Path
+) -> None:
+    """At the peak: the decoded entry, and the value that is made of it."""
+    writer = dcp.FileSystemWriter(tmp_path, _extensions=[ZStandard()] if compressed else None)
+    dcp.save({"v": value}, storage_writer=writer, no_dist=True)
+    found: list[Any] = []
+    peak, error = peak_of(lambda: found.append(load_value(tmp_path)["v"]))
+    assert error is None
+    assert found == [value]
+    assert peak <= 2.5 * len(value), f"{peak / len(value):.1f} times the value"
+
+
+def test_bytes_beyond_ascii_take_the_memory_of_their_entry_and_their_own(tmp_path: Path) -> None:
+    value = bytes(range(256)) * (16 * MIB // 256)
+    dcp.save({"v": value}, checkpoint_id=tmp_path, no_dist=True)
+    entry_bytes = 1.5 * len(value)  # half of its characters take two bytes in UTF-8
+    found: list[Any] = []
+    peak, error = peak_of(lambda: found.append(load_value(tmp_path)["v"]))
+    assert error is None
+    assert found == [value]
+    assert peak <= 1.1 * (entry_bytes + len(value)) + MIB
+
+
 def test_values_that_grow_have_one_limit_for_all_of_them(tmp_path: Path) -> None:
     writer = dcp.FileSystemWriter(tmp_path, _extensions=[ZStandard()])
     names = [f"v{number}" for number in range(8)]

@@ -130,9 +130,13 @@ def test_they_never_take_the_place_of_a_plain_tensor(
 @pytest.mark.parametrize(
     ("stored", "here", "said"),
     [
-        (scaled, outer, r"'w' is a opaque_tensors\.Scaled .* a Outer of size \(2, 3\) here"),
+        (
+            scaled,
+            outer,
+            r"'w' is a support\.opaque_tensors\.Scaled .* a Outer of size \(2, 3\) here",
+        ),
         (scaled, lambda _: scaled(1, block=64), r"'w\.block' is 32 .* 64 here"),
-        (scaled, per_tensor, r"'w' is a opaque_tensors\.Scaled"),
+        (scaled, per_tensor, r"'w' is a support\.opaque_tensors\.Scaled"),
         (per_tensor, per_channel, r"'w' is a tensor of size \(6,\)"),
         (per_tensor, scaled, r"'w' is a tensor of size \(6,\)"),
         (

@@ -64,7 +64,7 @@ def folder(checkpoint_dir: Path) -> Path:
 MISFITS = {
     "number": (lambda: torch.zeros(2), r"'number' is the number 2\.5 in the checkpoint"),
     "text": (lambda: torch.tensor(0.0), r"'text' is a Python value \(str\) in the checkpoint"),
-    "opaque": (lambda: outer(1), r"'opaque' is a opaque_tensors\.Scaled"),
+    "opaque": (lambda: outer(1), r"'opaque' is a support\.opaque_tensors\.Scaled"),
 }
 
 
