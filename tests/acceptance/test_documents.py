@@ -130,6 +130,13 @@ def test_each_module_that_the_architecture_names_is_there() -> None:
     assert [name for name in named if not (PACKAGE / name).exists()] == []
 
 
+def test_each_test_that_the_guarantees_name_is_there() -> None:
+    text = (PACKAGE / "guide" / "guarantees.md").read_text()
+    named = re.findall(r"`(tests/[\w/.*]+)`", text)
+    assert len(named) > 60
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
 def _blocks_of(page: str, language: str) -> list[Block]:
     return [block for block in BLOCKS if (block.page, block.language) == (page, language)]
 
