@@ -1,4 +1,4 @@
-"""Joins the zygote and the rank: how a forked rank gets its session."""
+"""Joins the zygote and the rank: passes the session on to a forked rank."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Processes that ranks started and left behind: found by the ranks' tokens and files, and killed.
 
 For ends that leave no time for anything else: SIGKILL of the zygote, or of a controller whose ranks
-are spawned. The second is seen by a process of its own, in which `main` waits for the end of its
-standard input, which only the controller holds open.
+are spawned. A separate process watches for the latter: `main` waits for the end of its standard
+input, which only the controller holds open.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE
 File = tuple[int, int]
 """Device and inode."""
 SWEEP_S = 1.0
-"""Bounds the killing of processes that start others all the time."""
+"""Bounds the killing of processes that keep starting others."""
 
 
 def file_of(fd: int) -> File:
@@ -30,10 +30,10 @@ def file_of(fd: int) -> File:
 
 
 def sweep(prefix: str, files: Collection[File] = ()) -> None:
-    """Kill what was started with a token that begins with `prefix`, or has one of `files` open.
+    """Kill processes whose token begins with `prefix`, or which have one of `files` open.
 
-    A program has the token in its environment; a child that was forked from a forked rank has not,
-    but it has the rank's files.
+    A program has the token in its environment; a child forked from a forked rank does not, but it
+    has the rank's files open.
     """
     deadline = time.monotonic() + SWEEP_S
     while (found := _left_processes(prefix, files)) and time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """Ranks as fresh interpreters: the same contract as the zygote's, where forking is unsafe.
 
-Slower by the imports and the collection that each rank does anew: a rank collects only the tests of
-the worlds that it is started for, by name, with the command line that the session was started with.
-Every rank is a child of the controller, in a process group of its own.
+Slower, because each rank repeats the imports and the collection: a rank collects only the tests of
+its worlds, by name, with the session's command line. Every rank is a child of the controller, in a
+process group of its own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SpawnLauncher(Signals):
         config = session.config
         args = [str(arg) for arg in config.invocation_params.args]
         if hasattr(config.option, "no_cov"):
-            # A rank's own pytest-cov would erase what others saved. After --cov it says nothing.
+            # A rank's own pytest-cov would erase the others' data. After --cov it prints nothing.
             args.insert(args.index("--") if "--" in args else len(args), "--no-cov")
         return cls(
             {
@@ -105,7 +105,7 @@ class SpawnLauncher(Signals):
                 "session": self._session,
                 "parent": os.getpid(),
             }
-            # What a rank's own pytest session prints about itself is not wanted.
+            # Discard the output of a rank's own pytest session about itself.
             output = subprocess.DEVNULL if self._session["captures"] else None
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, json.dumps(told, default=repr)],
@@ -125,7 +125,7 @@ class SpawnLauncher(Signals):
             waiter.start()
 
     def _start_guard(self, session: str) -> None:
-        """A process that kills what ranks have started when this one gets no chance to."""
+        """Start a process that kills the ranks' programs if this one gets no chance to."""
         if self._guard is None:
             self._guard = subprocess.Popen(
                 [sys.executable, "-c", GUARD, f"{session}:"],
@@ -180,11 +180,11 @@ class SpawnLauncher(Signals):
         return tuple(found), trackers
 
     def fileno(self) -> int:
-        """Readable when something became of a rank."""
+        """A descriptor that is readable when a rank has ended or stopped."""
         return self._wake_r.fileno()
 
     def has_news(self, world: int) -> bool:
-        """Whether there are news of this world."""
+        """Whether there is news of this world."""
         return bool(self._news.get(world))
 
     def news(self, world: int) -> list[ProcessExit | StopChange]:
@@ -195,7 +195,7 @@ class SpawnLauncher(Signals):
             return self._news.pop(world, [])
 
     def forget(self, world: int) -> None:
-        """Drop what is kept for a world that has ended."""
+        """Drop the state of a world that has ended."""
         with self._lock:
             self._news.pop(world, None)
 
@@ -213,7 +213,7 @@ class SpawnLauncher(Signals):
                     os.killpg(process.pid, signum)
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Nothing: every interpreter imports anew."""
+        """Does nothing: every interpreter imports its own."""
 
     def close(self) -> None:
         """End every rank; bounded in time."""
@@ -244,7 +244,9 @@ def main() -> NoReturn:
 def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
     """Import what joining the process group needs: that is not timed."""
     one.channel.send(At("preparing", "importing torch"))
-    with contextlib.suppress(Exception):  # what fails here fails again where it is reported
+    with contextlib.suppress(
+        Exception
+    ):  # an import that fails here fails again where it is reported
         importlib.import_module("torch.distributed")
     one.channel.send(At("ready"))
     return _Collecting(one, session)
@@ -280,7 +282,7 @@ class _Collecting:
             self.rank.capture = capture  # the session's own has ended with it
 
     def tear_down(self, order: Go) -> Done:
-        """Nothing: the session of an item has torn down all that it had set up."""
+        """Does nothing: the session of an item has torn down everything that it had set up."""
         return Done("teardown", "passed", time.monotonic())
 
 
@@ -307,7 +309,7 @@ def _capture_output(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
 
 
 def _alone(config: pytest.Config, basetemp: str) -> None:
-    """Undo what distributes, repeats or reports: this session is one rank's."""
+    """Undo options that distribute, repeat or report: this session is one rank's."""
     if getattr(config.option, "xmlpath", None):
         config.stash[junit_state.FAMILY_KEY] = config.getini("junit_family")
     for name, value in (
@@ -321,7 +323,7 @@ def _alone(config: pytest.Config, basetemp: str) -> None:
 
 
 class _Serving:
-    """Takes over a spawned rank's session when it has collected."""
+    """Takes over a spawned rank's session after its collection."""
 
     def __init__(self, one: this_rank.Rank, order: RunItem) -> None:
         self.rank = one
@@ -334,7 +336,7 @@ class _Serving:
         self._file: Any = None
 
     def run(self, config: pytest.Config) -> None:
-        """The session. Raises what the item's run raised, which pytest would only print."""
+        """The session. Raises the exception of the item's run, which pytest would only print."""
         missing = ""
         try:
             config.hook.pytest_cmdline_main(config=config)
@@ -362,10 +364,10 @@ class _Serving:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Have ids made anew in a warm rank, which collects its modules once for each test.
+        """Recreate ids in a warm rank, which collects its modules once for each test.
 
-        pytest keeps in the mark the ids that it escaped, and would escape them again. Can go when
-        it keeps them as they were given.
+        pytest stores the escaped ids in the mark, and would escape them again. Can go when it
+        stores the original ids.
         """
         for mark in metafunc.definition.iter_markers("parametrize"):
             source = mark._param_ids_from
@@ -373,7 +375,7 @@ class _Serving:
                 object.__setattr__(source, "_param_ids_generated", None)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Keep what went wrong, for `run` to tell."""
+        """Keep collection errors, for `run` to raise."""
         if report.failed:
             self._not_collected.append(report.longreprtext)
 

@@ -89,7 +89,9 @@ PRELOAD = (
     "torch.distributed.tensor.parallel",
     "torch._dynamo",
 )
-"""What tests of distributed code import; some of it torch imports lazily, on the first DTensor."""
+"""Modules that tests of distributed code import; torch imports some of them lazily, on the first
+DTensor.
+"""
 NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
 """Importing these starts processes or threads."""
 
@@ -107,14 +109,14 @@ class Zygote:
         self.ranks: dict[int, RankLaunch] = {}
         """By process id, those not reaped yet."""
         self.trackers: dict[int, float] = {}
-        """By process id, resource trackers whose rank has ended, and when they have to."""
+        """By process id, resource trackers whose rank has ended, and when they must end."""
         self.stopped = False
         self.wake_r, self.wake_w = socket.socketpair()
         self.wake_r.setblocking(False)
         self.wake_w.setblocking(False)
         self.first_world: int | None = None
         self.collapsed = False
-        """Whether what is frozen is on huge pages."""
+        """Whether the frozen heap is on huge pages."""
 
     def settle(self, parent: int, detach: bool) -> None:
         """Leave the controller's process group, signals and pipes."""
@@ -142,9 +144,10 @@ class Zygote:
         self.say({"ready": True})
 
     def freeze(self) -> None:
-        """Keep the collector off what exists, and have it on huge pages from the next world on.
+        """Exempt existing objects from garbage collection, and put them on huge pages from the next
+        world on.
 
-        Ranks begin here: at their exit they have no handlers but their own.
+        Ranks begin here: at exit they run only their own handlers.
         """
         interpreter_exit.forget_inherited()
         linux.flush_c_streams()
@@ -172,7 +175,7 @@ class Zygote:
                     importlib.import_module(name)
 
     def serve(self) -> None:
-        """Until the controller closes its end."""
+        """Serve requests until the controller closes its end."""
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake_r, select.POLLIN)
@@ -228,7 +231,7 @@ class Zygote:
                 self.rank_main(order, fds)
             finally:
                 os._exit(70)  # rank_main does not return; never unwind into the zygote's loop
-        with contextlib.suppress(OSError):  # the child did it, or is gone
+        with contextlib.suppress(OSError):  # the child did it, or has ended
             os.setpgid(pid, pid)
         self.ranks[pid] = order
         for fd in fds.all():
@@ -248,7 +251,7 @@ class Zygote:
                 os.kill(pid, signum)
 
     def reap(self) -> None:
-        """Reap what ended, with the processes that it left behind, and tell the controller."""
+        """Reap ended ranks with the processes that they left behind, and inform the controller."""
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, linux.ANY_CHANGE | os.WNOHANG | os.WNOWAIT)
@@ -277,7 +280,9 @@ class Zygote:
             self.tell(self.ranks.pop(pid), {"status": code, "leaked_processes": shown})
 
     def spare_trackers(self, rank_pid: int) -> bool:
-        """Give resource trackers of a rank that ended time to free what it left; are there any?"""
+        """Give an ended rank's resource trackers time to free its leftovers. Returns whether it has
+        any.
+        """
         found = [
             pid
             for pid in linux.children()
@@ -290,7 +295,7 @@ class Zygote:
         return bool(found)
 
     def end_trackers(self) -> None:
-        """Kill the trackers that had time enough: a process that was not found has their pipe."""
+        """Kill the trackers whose time is up: a process that was not found holds their pipe."""
         for pid, deadline in self.trackers.items():
             if time.monotonic() >= deadline:
                 with contextlib.suppress(ProcessLookupError):
@@ -317,7 +322,9 @@ class Zygote:
                 os.waitpid(pid, 0)
 
     def belongs(self, orphan: int, rank_pid: int) -> bool:
-        """Whether an orphan came from this rank; with the last rank go all that are left."""
+        """Whether an orphan came from this rank; all remaining ones are assigned to the
+        last rank.
+        """
         return (
             len(self.ranks) == 1
             or linux.group_of(orphan) == rank_pid
@@ -329,7 +336,7 @@ class Zygote:
         self.say({"world": order.world, "rank": order.rank, **what})
 
     def say(self, said: dict[str, Any]) -> None:
-        """Tell the controller."""
+        """Send a message to the controller."""
         with contextlib.suppress(OSError):  # the controller is gone: end() follows
             self.control.send(json.dumps(said).encode())
 
@@ -351,7 +358,7 @@ class Zygote:
 
 
 def _on_child(signum: int, frame: object) -> None:
-    """Nothing: the wake-up descriptor is what matters."""
+    """Does nothing: only the wake-up descriptor matters."""
 
 
 def _signal_group(pid: int, signum: int) -> None:

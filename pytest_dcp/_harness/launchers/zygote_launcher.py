@@ -33,7 +33,7 @@ from pytest_dcp._harness.protocol.launcher import (
 from pytest_dcp._harness.protocol.places import PREPARE_S
 
 SEND_S = 60.0
-"""For the zygote to take an order: many fit in the socket's buffer, as long as it imports."""
+"""Time for the zygote to accept an order: while it imports, many fit in the socket's buffer."""
 
 
 class ZygoteLauncher(Signals):
@@ -49,20 +49,20 @@ class ZygoteLauncher(Signals):
         self._news: dict[int, list[ProcessExit | StopChange]] = {}
         self._preloaded: set[str] = set()
         self._importing = "torch"
-        """What it imports, as far as it has said."""
+        """The module it is importing, as far as it has reported."""
         self._unready = 1
-        """How many times it has yet to say that it has imported what it was asked for."""
+        """Number of import requests that it has not yet confirmed."""
         self._session = ""
         self._files: dict[int, list[orphan_guard.File]] = {}
-        """By world, what its ranks have open as long as they live."""
+        """By world, files that its ranks have open as long as they live."""
         self.lost = ""
 
     @classmethod
     def start(cls, prepare: Callable[[], RankMain], *, detach: bool) -> ZygoteLauncher:
         """Fork the zygote of this process.
 
-        `prepare` runs once in the zygote and returns what runs in every rank. `detach` drops the
-        inherited pipes and sockets, which belong to xdist.
+        `prepare` runs once in the zygote and returns the function that runs in every rank. `detach`
+        drops the inherited pipes and sockets, which belong to xdist.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         linux.pause_openmp()
@@ -70,7 +70,7 @@ class ZygoteLauncher(Signals):
         sys.stderr.flush()
         linux.flush_c_streams()
         with warnings.catch_warnings():
-            # Python 3.12 warns of any thread; `plugin` has looked at them, and xdist's is safe.
+            # Python 3.12 warns about any thread; `plugin` has looked at them, and xdist's is safe.
             warnings.simplefilter("ignore", DeprecationWarning)
             parent = os.getpid()
             pid = os.fork()
@@ -82,7 +82,7 @@ class ZygoteLauncher(Signals):
         return cls(ours, pid)
 
     def await_ready(self) -> None:
-        """Wait until the zygote has imported what it was asked to, and forks at once."""
+        """Wait until the zygote has done its imports, and forks at once."""
         deadline = time.monotonic() + PREPARE_S
         self.check_running()
         while self._unready or self.lost:
@@ -95,7 +95,7 @@ class ZygoteLauncher(Signals):
             self._read()
 
     def check_running(self) -> None:
-        """Raise `LauncherLostError` when a test has stopped the zygote, which nothing continues."""
+        """Raise `LauncherLostError` if a test has stopped the zygote, which nothing continues."""
         if not self.lost and linux.state_of(self._pid) == "T":
             raise self._lost_error("was stopped by a signal; it was killed")
 
@@ -108,11 +108,11 @@ class ZygoteLauncher(Signals):
             self._send({"op": "fork", "order": order.to_json()}, rank_fds.all())
 
     def fileno(self) -> int:
-        """Readable when the zygote has something to say."""
+        """A descriptor that is readable when the zygote has sent a message."""
         return self._control.fileno()
 
     def has_news(self, world: int) -> bool:
-        """Whether news of this world were read for another one."""
+        """Whether news of this world were already read for another one."""
         return bool(self._news.get(world))
 
     def news(self, world: int) -> list[ProcessExit | StopChange]:
@@ -139,7 +139,7 @@ class ZygoteLauncher(Signals):
                 self._news.setdefault(said["world"], []).append(_news(said))
 
     def forget(self, world: int) -> None:
-        """Drop what is kept for a world that has ended."""
+        """Drop the state of a world that has ended."""
         self._news.pop(world, None)
         self._files.pop(world, None)
 
@@ -164,7 +164,7 @@ class ZygoteLauncher(Signals):
             self._end(CLOSE_S)
 
     def _end(self, within_s: float) -> int:
-        """The status with which the zygote ends; it is killed where it does not by itself."""
+        """The zygote's exit status; it is killed if it does not end by itself."""
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             pid, status = self._wait(os.WNOHANG)

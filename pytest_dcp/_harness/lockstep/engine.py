@@ -83,16 +83,17 @@ from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import RankFailure, WorldError
 
 PATIENCE_S = 0.05
-"""For the peers of a rank that failed to end the example too, so that the world can be kept."""
+"""Time for the peers of a failed rank to end the example too, so that the world can be kept."""
 BUSY_PATIENCE_S = 1.0
-"""For peers that are at work, and may yet have the last say: a machine may have other work too.
-A failed rank's peers have the grace at most."""
+"""Time for peers that are still working and may yet decide the verdict: the machine may be busy. A
+failed rank's peers have the grace at most.
+"""
 BUSY_SHARE = 4
 """And at most for this fraction of the example's time limit."""
 DRAWS_LOOK_S = 0.1
-"""How often ranks that do not end an example are looked at for having drawn differently."""
+"""How often to compare the draws of ranks that do not end an example."""
 LOOK_SHARE = 10
-"""And at most for this fraction of the time."""
+"""Comparing may take at most this fraction of the time."""
 HANG_FACTOR = 20
 HANG_LEAST_S = 2.0
 """Once an example hung, others get so many times what the slowest took that ended, and at least so
@@ -101,25 +102,25 @@ is reported, gets all of it."""
 
 
 class ExampleRanks(Protocol):
-    """The item whose ranks play."""
+    """The item whose ranks run the examples."""
 
     limit_s: float
 
     @property
     def world(self) -> World:
-        """Where the item is running now."""
+        """The world in which the item is running now."""
 
     def renew(self) -> Outcome:
-        """A new world for a broken one, where the item's call has begun."""
+        """Replace a broken world by a new one, in which the item's call has begun."""
 
     def fresh(self) -> None:
-        """Make everything new that is new for each example."""
+        """Renew everything that is new for each example."""
 
     def exception_for(self, outcome: Outcome) -> BaseException:
-        """What stands for a failed outcome in the controller."""
+        """The exception that represents a failed outcome in the controller."""
 
     def lead_with_unexpected(self, outcome: Outcome) -> Outcome:
-        """The outcome with what an xfail marker does not expect on top."""
+        """The outcome with failures that an xfail marker does not expect on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class Found:
 
     outcome: Outcome
     notes: tuple[str, ...]
-    """The example as code, what was noted, and how to reproduce it."""
+    """The example as code, the notes, and how to reproduce it."""
 
 
 class FoundError(Exception):
@@ -138,11 +139,11 @@ class FoundError(Exception):
         super().__init__(found[0].outcome.reason)
         self.found = tuple(found)
         self.seed = seed
-        """With which --hypothesis-seed finds it again; None when Hypothesis names none."""
+        """The --hypothesis-seed that finds it again; None if Hypothesis gives none."""
 
 
 class _EndedError(BaseException):
-    """No further example makes sense: the engine must not take it for one that failed."""
+    """No further example makes sense: the engine must not count this one as failed."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.reason)
@@ -152,8 +153,8 @@ class _EndedError(BaseException):
 def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
     """Serve the ranks' properties until the call is over; returns how that went.
 
-    `outcome` is how the call began. Raises `FoundError` for a property that fails, and what
-    Hypothesis itself raises: for a flaky test or one whose examples are all rejected.
+    `outcome` is how the call began. Raises `FoundError` for a property that fails, and Hypothesis'
+    own exceptions: for a flaky test or one whose examples are all rejected.
     """
     passed = 0
     while (prop := find_property(outcome)) is not None:
@@ -183,7 +184,7 @@ class _Engine:
         self._company = company
         self._property = prop
         self._passed = passed
-        """How many properties of the same test came before this one."""
+        """Number of properties of the same test before this one."""
         self.broken = False
         self._slowest_s = 0.0
         self._hung = False
@@ -192,7 +193,7 @@ class _Engine:
         self._found: dict[type[BaseException], Outcome] = {}
 
     def run(self) -> None:
-        """Have Hypothesis try the property. Raises `FoundError` or what Hypothesis has to say."""
+        """Have Hypothesis test the property. Raises `FoundError` or Hypothesis' own exceptions."""
         __tracebackhide__ = True
         stand_in = self._hypothesis.stand_in(self._property, self._run_example)
         found: list[Found] = []
@@ -207,7 +208,7 @@ class _Engine:
             raise FoundError(found, self._hypothesis.seed_of(stand_in))
 
     def _minimal(self, error: Exception) -> list[Found]:
-        """The failures in what Hypothesis raised; none when it has something else to say."""
+        """The failures in Hypothesis' exception; empty if it is about something else."""
         errors = [error]
         if isinstance(error, ExceptionGroup) and type(error) is ExceptionGroup:
             errors = list(error.exceptions)
@@ -238,7 +239,7 @@ class _Engine:
             self._fail(verdict)
 
     def _make_ready(self) -> float:
-        """Have a world that can take an example; returns how many seconds that took."""
+        """Provide a world that can run an example. Returns the seconds that it took."""
         world = self._company.world
         if not self.broken and (died := world.find_deaths()):
             # Not an example's failure: Hypothesis would shrink an example that has done nothing.
@@ -274,7 +275,7 @@ class _Engine:
         return min(self._company.limit_s, max(HANG_LEAST_S, HANG_FACTOR * self._slowest_s))
 
     def repair(self) -> float:
-        """Begin the call anew in a new world; returns how many seconds that took."""
+        """Begin the call again in a new world. Returns the seconds that it took."""
         started = time.perf_counter()
         outcome = self._company.renew()
         for _ in range(self._passed):
@@ -293,7 +294,7 @@ class _Engine:
     # What the engine gets.
 
     def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
-        """What was drawn, and what the test said of it in any rank."""
+        """Report the draws to the engine, and the test's observations from any rank."""
         rank = verdict.decisive
         self._hypothesis.mirror(data, verdict.records.get(rank, ()))
         if (reply := verdict.replies.get(rank)) is not None:
@@ -306,7 +307,7 @@ class _Engine:
                 targets[label] = max(value, targets.get(label, value))
 
     def _fail(self, verdict: ExampleVerdict) -> NoReturn:
-        """Raise an exception whose type stands for this bug and no other."""
+        """Raise an exception of a type that identifies this bug."""
         __tracebackhide__ = True
         outcome = self._company.lead_with_unexpected(verdict.outcome)
         error = self._company.exception_for(outcome)
@@ -322,7 +323,7 @@ class EarlyDecision:
 
     def __init__(self, world: World, final: bool, busy_s: float) -> None:
         self.in_vain = False
-        """Whether peers were at work for all the patience there was."""
+        """Whether peers kept working for the whole patience."""
         self._world = world
         self._final = final
         self._busy_s = busy_s
@@ -332,7 +333,7 @@ class EarlyDecision:
     def enough(self, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
         """For `World.run_until`."""
         now = time.monotonic()
-        # The last run of a failure is reported: what became of the peers too.
+        # The last run of a failure is reported, including the peers' ends.
         if not self._final and any(not is_echo(failure) for failure in failures):
             self._decided_at = min(self._decided_at, now)
         if now >= self._look_at:
@@ -341,7 +342,7 @@ class EarlyDecision:
                 or self._is_diverged()
             ):
                 self._decided_at = min(self._decided_at, now)
-            # A long record takes long to look at.
+            # Reading a long record takes long.
             self._look_at = now + max(DRAWS_LOOK_S, LOOK_SHARE * (time.monotonic() - now))
         if self._decided_at == float("inf"):
             return False
@@ -370,7 +371,9 @@ def _subclass(base: type[BaseException]) -> type[BaseException]:
 
 
 def _as(kind: type[BaseException], error: BaseException) -> BaseException:
-    """The exception as one of `kind`, made without an `__init__` whose arguments are unknown."""
+    """The exception as one of `kind`, made without calling `__init__`, whose arguments
+    are unknown.
+    """
     out = kind.__new__(kind)
     out.args = error.args
     out.__dict__.update(error.__dict__)

@@ -2,8 +2,8 @@
 
 See `hypothesis_stand_in` for the controller.
 
-It can all go when Hypothesis can be told from outside which example to run, and tells what it drew.
-`missing_internals` says what a version that is built differently does not have; see
+All of it can go when Hypothesis lets a caller choose the example to run, and reports its draws.
+`missing_internals` lists the internals that a version built differently lacks; see
 `hypothesis_version`.
 """
 
@@ -44,11 +44,13 @@ SETTINGS = (
     "max_examples", "derandomize", "database", "verbosity", "phases", "stateful_step_count",
     "report_multiple_bugs", "suppress_health_check", "deadline",
 )  # fmt: skip
-"""Those of a test that its stand-in takes over."""
+"""Attributes of a test that its stand-in copies."""
 
 
 def missing_internals() -> str:
-    """What this Hypothesis lacks of those that are known; empty when it is built like them."""
+    """Internals missing from the installed Hypothesis; empty if it is built like the known
+    versions.
+    """
     wanted: list[tuple[Any, set[str]]] = [
         (core.StateForActualGivenExecution.execute_once, {"data", "print_test_case", "is_final"}),
         (core.StateForActualGivenExecution.run_engine, {"self"}),
@@ -68,7 +70,7 @@ def missing_internals() -> str:
 
 @contextlib.contextmanager
 def begin_examples_with(begin: Callable[[], None]) -> Iterator[None]:
-    """In this block an example begins with `begin`, and random generators are not put back.
+    """In this block each example starts by calling `begin`, and random generators are not restored.
 
     Hypothesis would save, seed and restore them for each: a fifth of the time of a small example.
     """
@@ -87,9 +89,9 @@ def begin_examples_with(begin: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seed_examples() -> Iterator[None]:
-    """In this block an example begins with all random generators that Hypothesis knows of seeded.
+    """In this block each example starts with all generators registered with Hypothesis seeded.
 
-    Their states are put back at its end, of those that an example registers too.
+    Their states are restored at its end, including generators that an example registers.
     """
     with deterministic_PRNG():
         known = set(RANDOMS_TO_MANAGE)
@@ -112,7 +114,7 @@ def _seed_examples() -> Iterator[None]:
 
 
 class DrawRecord(Protocol):
-    """Where a rank writes down what it draws."""
+    """The record to which a rank writes its draws."""
 
     def choice(self, kind: str, constraints: Mapping[str, Any], value: Any, forced: bool) -> None:
         """A choice; see `messages.Choice`."""
@@ -122,7 +124,7 @@ class DrawRecord(Protocol):
 
 
 class _Observer(DataObserver):
-    """Writes down every choice of an example."""
+    """Records every choice of an example."""
 
     def __init__(self, record: DrawRecord) -> None:
         self._record = record
@@ -149,10 +151,10 @@ class _Observer(DataObserver):
 
 
 class _Provider(providers.HypothesisProvider):
-    """Hypothesis' own source of choices, the same in every rank, and it tells of spans.
+    """Hypothesis' own source of choices, the same in every rank, which also records spans.
 
-    Constants of the user's code are among the choices: those that were there before the ranks, for
-    a rank may import what another does not.
+    The choices include constants of the user's code, but only of modules imported before the ranks
+    started: a rank may import modules that another does not.
     """
 
     _local_constants: ClassVar[Any] = None
@@ -171,13 +173,13 @@ class _Provider(providers.HypothesisProvider):
 
 
 def freeze_constants() -> None:
-    """Let no constant that is met later among the choices of this process and its forks."""
+    """Keep constants of later imports out of the choices of this process and its forks."""
     if _Provider._local_constants is None:
         _Provider._local_constants = providers._get_local_constants()
 
 
 def data_to_draw_from(attempt: Attempt, record: DrawRecord) -> ConjectureData:
-    """What a rank draws an attempt's example from, and writes down as it does."""
+    """The data from which a rank draws an attempt's example, recording each draw."""
     return ConjectureData(
         random=None if attempt.seed is None else Random(attempt.seed),
         observer=_Observer(record),
@@ -189,15 +191,15 @@ def data_to_draw_from(attempt: Attempt, record: DrawRecord) -> ConjectureData:
 
 
 class Followed(core.StateForActualGivenExecution):
-    """A property in a rank: its engine's place is taken by the controller's."""
+    """A property in a rank: the controller's engine replaces its own."""
 
     follow: ClassVar[Callable[[Followed], None]]
     meet: ClassVar[Callable[[], None]]
-    """Meets all ranks, and makes everything new for an example; collective."""
+    """Meets all ranks, and renews everything for an example; collective."""
 
     def __init__(self, stuff: Any, test: Any, settings: Any, random: Any, *args: Any, **kw: Any):
         # After the first failure a rank must not go on to the next explicit example: its peers wait
-        # in the first. And a rank's own time is no measure of a world's.
+        # in the first. And a rank's own time says nothing about the world's.
         local = hypothesis.settings(settings, deadline=None, report_multiple_bugs=False)
         super().__init__(stuff, test, local, random, *args, **kw)
         self.own_settings = settings
@@ -205,7 +207,7 @@ class Followed(core.StateForActualGivenExecution):
         """Whether the controller leads."""
 
     def execute_once(self, data: Any, **kw: Any) -> Any:
-        """One example; of those that the rank runs of itself, every rank runs it at once."""
+        """Run one example; if the ranks run it without the engine, they run it simultaneously."""
         __tracebackhide__ = True
         execute: Any = super().execute_once
         if self.led:
@@ -216,7 +218,7 @@ class Followed(core.StateForActualGivenExecution):
         except Exception as exc:  # noqa: BLE001 - raised on
             raise trim(exc)  # noqa: B904 - it is the same exception
         if kw.get("example_kwargs") is None:
-            # To be reproduced, which only some ranks may do: none must say before that it was not.
+            # Only some ranks may reproduce it: no rank must claim before then that it was not.
             type(self).meet()
         return result
 
@@ -224,8 +226,8 @@ class Followed(core.StateForActualGivenExecution):
         """Follow the controller's engine."""
         __tracebackhide__ = True
         self.led = True
-        # What `given` says of an engine that fails, or that has run nothing, is the controller's
-        # to say; this rank may be new, and replace one that has run it all.
+        # The controller reports an engine that fails or has run nothing; this rank may be new,
+        # replacing a rank that ran all examples.
         self.failed_normally = self.ever_executed = True
         self._runner = types.SimpleNamespace(statistics={})  # type: ignore[assignment]
         with _seed_examples():
@@ -239,7 +241,7 @@ def follow_with(follow: Callable[[Followed], None], meet: Callable[[], None]) ->
 
 
 def property_of(state: Followed) -> Property:
-    """What the controller needs to know of a property."""
+    """The facts about a property that the controller needs."""
     test: Any = state.wrapped_test
     key = getattr(test, "_hypothesis_internal_database_key", None)
     seed = getattr(test, "_hypothesis_internal_use_seed", None)
@@ -249,7 +251,7 @@ def property_of(state: Followed) -> Property:
 
 
 def origin_of(error: BaseException) -> str:
-    """Where and of what type an exception is: what tells one bug from another."""
+    """An exception's type and place, which identify a bug."""
     return str(InterestingOrigin.from_exception(error))
 
 
@@ -272,5 +274,5 @@ def status_of(data: ConjectureData) -> Status:
 
 
 def listen_to_reports(hear: Callable[[object], None]) -> AbstractContextManager[Any]:
-    """Have what Hypothesis says in this block heard."""
+    """Receive Hypothesis' messages in this block."""
     return with_reporter(hear)

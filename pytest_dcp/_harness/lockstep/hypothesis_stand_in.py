@@ -50,7 +50,7 @@ __all__ = [
 def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Callable[[], None]:
     """A test that Hypothesis runs instead of a property, with its settings and database.
 
-    Whatever it draws, `play` has ranks draw, and `mirror` tells its data.
+    `play` has ranks draw each example, and `mirror` copies the draws into its data.
     """
 
     def test(data: Any) -> None:
@@ -73,12 +73,12 @@ def stand_in(prop: Property, play: Callable[[ConjectureData, bool], None]) -> Ca
 
 
 def seeding_nothing() -> AbstractContextManager[None]:
-    """Leave random generators alone in this block: no example is run in this process."""
+    """Leave random generators alone in this block: no example runs in this process."""
     return begin_examples_with(lambda: None)
 
 
 def _settings_of(prop: Property) -> settings:
-    """The test's settings, but for what makes no sense across ranks.
+    """The test's settings, except those that make no sense across ranks.
 
     The explain phase traces lines, which ranks execute and the engine does not see.
     """
@@ -90,7 +90,7 @@ def _settings_of(prop: Property) -> settings:
 
 
 def for_the_user(error: Exception) -> Exception:
-    """What Hypothesis raises, without what it says of the stand-in and of the engine's frames."""
+    """Hypothesis' exception, without its notes on the stand-in and the engine's frames."""
     notes: list[str] = getattr(error, "__notes__", [])
     notes[:] = [note for note in notes if note != STAND_IN_LINE and not note.startswith(EXPECTED)]
     for one in getattr(error, "exceptions", ()):
@@ -106,13 +106,13 @@ def seed_of(run: Any) -> int | str | None:
 
 
 def attempt_of(data: ConjectureData, *, final: bool) -> Attempt:
-    """What ranks need to draw the example that the engine wants next."""
+    """The attempt from which ranks draw the engine's next example."""
     seed = None if data._random is None else data._random.getrandbits(64)
     return Attempt(tuple(data.prefix or ()), data.max_choices, seed, final)
 
 
 def mirror(data: ConjectureData, entries: Sequence[Entry]) -> None:
-    """Tell the engine's data what a rank drew. Raises `StopTest` where the engine has enough."""
+    """Copy a rank's draws into the engine's data. Raises `StopTest` if the engine has enough."""
     data.prefix = tuple(entry.value for entry in entries if isinstance(entry, Choice))
     outermost = data.depth
     for entry in entries[1:]:  # the first opens the whole example, as it is open here
@@ -129,7 +129,7 @@ def mirror(data: ConjectureData, entries: Sequence[Entry]) -> None:
 
 
 def reject(data: ConjectureData, reply: Reply) -> NoReturn:
-    """Tell the engine's data that a rank rejected the example."""
+    """Mark the engine's data as rejected by a rank."""
     if reply.status == "overrun":
         data.mark_overrun()
     data.mark_invalid(reply.reason or None, location=reply.location)

@@ -1,4 +1,4 @@
-"""Which versions of Hypothesis can run in lockstep; imported only where Hypothesis is."""
+"""Which versions of Hypothesis can run in lockstep; imported only if Hypothesis is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAST = "6.168"
 
 
 def problem() -> str:
-    """Why properties cannot run in worlds with the installed Hypothesis; empty when they can."""
+    """Why properties cannot run in worlds with the installed Hypothesis; empty if they can."""
     try:
         from pytest_dcp._harness.lockstep import hypothesis_internals
 
@@ -29,7 +29,9 @@ def problem() -> str:
 
 
 def make_ready() -> bool:
-    """Ready this process for ranks with properties, or have it refuse them; whether it is ready."""
+    """Prepare this process for ranks with properties, or make it refuse them. Returns whether it is
+    ready.
+    """
     if text := problem():
         refuse(text)
         return False
@@ -40,7 +42,7 @@ def make_ready() -> bool:
 
 
 def refuse(text: str) -> None:
-    """Have every property of this process raise: ranks that draw on their own would diverge."""
+    """Make every property of this process raise: ranks that draw on their own would diverge."""
 
     def run_engine(self: object) -> NoReturn:
         raise DcpError(text)

@@ -1,9 +1,9 @@
-"""What the controller and the ranks tell each other of a property's examples. Pure (no I/O).
+"""Messages between the controller and the ranks about a property's examples. Pure (no I/O).
 
-One Hypothesis engine, in the controller, decides which example comes next; every rank draws it by
-itself and runs it. Enters: what an engine knows of an example before it is run (an `Attempt`), and
-what a rank knows of it afterwards (a `Reply`). Leaves: the same as bytes, and a rank's record of
-what it drew, which the engine takes as if it had drawn it itself.
+One Hypothesis engine, in the controller, decides which example comes next; every rank draws it
+independently and runs it. Enters: the engine's description of an example before the run (an
+`Attempt`), and a rank's description of the result (a `Reply`). Leaves: both as bytes, and a rank's
+record of its draws, which the engine accepts as if they were its own.
 
 Rules that hold inside:
 
@@ -33,14 +33,14 @@ Status = Literal["valid", "invalid", "overrun", "interesting"]
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """Rank -> controller: a property whose examples this rank waits for."""
+    """Rank -> controller: a property for whose examples this rank waits."""
 
     name: str
     settings: Mapping[str, Any]
     """Hypothesis' settings of the test, by name."""
     database_key: bytes
     seed: Hashable | None
-    """Of `@seed`."""
+    """The seed of `@seed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,50 +48,50 @@ class Attempt:
     """Controller -> rank: draw and run this example."""
 
     prefix: tuple[Any, ...]
-    """The first choices, as the engine has them."""
+    """The engine's first choices."""
     max_choices: int | None
-    """With more choices the example is too long; None for no limit."""
+    """An example with more choices is too long; None for no limit."""
     seed: int | None
-    """For the choices after the prefix; None when there are none."""
+    """Seed of the choices after the prefix; None if there are none."""
     final: bool
     """Whether this is the run that is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Rank -> controller: how the example went here."""
+    """Rank -> controller: this rank's result of the example."""
 
     status: Status
     drawn: tuple[int, int]
-    """How many choices were made, and a checksum of them."""
+    """Number of choices made, and their checksum."""
     origin: str = ""
-    """Of a failure: the exception's type and where it was raised, through all its causes."""
+    """For a failure: the exception's type and where it was raised, through all its causes."""
     reason: str = ""
-    """Of a rejection."""
+    """For a rejection."""
     location: str | None = None
-    """Of a rejection: file and line."""
+    """For a rejection: file and line."""
     fatal: bool = False
     """Whether no further example makes sense: a health check failed."""
     reusable: bool = True
     """Whether the process group is still the world's."""
     groups: Mapping[str, GroupUse] = field(default_factory=dict)
-    """What the example did with process groups here."""
+    """The example's use of process groups here."""
     targets: Mapping[str, float] = field(default_factory=dict)
     events: Mapping[str, Any] = field(default_factory=dict)
     draw_times: Mapping[str, float] = field(default_factory=dict)
-    """Seconds, by what was drawn."""
+    """Seconds, by the name of the draw."""
     misaligned_at: Any = None
-    """Where the prefix no longer fitted the strategies, as Hypothesis has it."""
+    """Where the prefix stopped fitting the strategies, in Hypothesis' terms."""
 
     @property
     def rejects(self) -> bool:
-        """Whether the example is none."""
+        """Whether the rank rejected the example."""
         return self.status in ("invalid", "overrun")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A choice that a strategy asked for."""
+    """A choice requested by a strategy."""
 
     kind: str
     """integer, float, string, bytes or boolean."""
@@ -117,10 +117,10 @@ class SpanStart:
 
 @dataclass(frozen=True, slots=True)
 class SpanEnd:
-    """A strategy has drawn."""
+    """A strategy has ended drawing."""
 
     discard: bool
-    """Whether what it drew was thrown away, as by a filter."""
+    """Whether its result was thrown away, as by a filter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def encode_line(text: str) -> bytes:
     return pickle.dumps(text)
 
 
-# A bool is an int: typed, or the end of a span could be found as the start of span 1.
+# A bool is an int: give its type, or the end of a span would be memoised as the start of span 1.
 @lru_cache(maxsize=1024, typed=True)
 def encode_span(mark: int | bool) -> bytes:
     """A `SpanStart`, given its label, or a `SpanEnd`, given its `discard`, as bytes."""
@@ -149,16 +149,15 @@ def encode_choice(kind: str, constraints: Mapping[str, Any], value: Any, forced:
     """A `Choice` as bytes, given its parts; the same for equal choices."""
     out = io.BytesIO()
     pickler = pickle.Pickler(out)
-    # No memo: with it, equal choices of shared parts and of equal ones would differ.
+    # No memo: otherwise choices that share parts would differ from choices with equal parts.
     pickler.fast = True
     pickler.dump((kind, dict(constraints), value, forced))
     return out.getvalue()
 
 
 class _RecordUnpickler(pickle.Unpickler):
-    """Loads what Hypothesis describes its choices with, and no other class or function.
-
-    The record is a file, which other processes of the user can reach and write to.
+    """Loads the classes with which Hypothesis describes its choices, and no other class or
+    function.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -171,13 +170,13 @@ INTERVALS = ("hypothesis.internal.intervalsets", "IntervalSet")
 
 
 def decode(record: bytes) -> list[Entry]:
-    """The entries of a rank's record, up to the first that is cut off or is none."""
+    """The entries of a rank's record, up to the first incomplete or invalid one."""
     stream = io.BytesIO(record)
     entries: list[Entry] = []
     while True:
         try:
             entries.append(_entry(_RecordUnpickler(stream).load()))
-        except Exception:  # noqa: BLE001 - any bytes may have been written, and raise anything
+        except Exception:  # noqa: BLE001 - arbitrary bytes can raise anything
             return entries
 
 
@@ -200,7 +199,7 @@ def add_to_checksum(drawn: tuple[int, int], encoded: bytes) -> tuple[int, int]:
 
 
 def divergence(records: Mapping[int, Sequence[Entry]], *, ended: bool) -> str:
-    """Which ranks drew differently and what, in one line; empty when all drew alike.
+    """Which ranks drew differently, and their draws, in one line; empty if all drew the same.
 
     Unless all have `ended` the example, one may have drawn less than another.
     """
@@ -227,12 +226,12 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def merged_lines(records: Mapping[int, Sequence[Entry]], first: int) -> list[str]:
-    """The lines of rank `first`, then those of other ranks that it has not, with their ranks."""
+    """The lines of rank `first`, then lines of other ranks that it lacks, with their ranks."""
     lines = [entry.text for entry in records.get(first, ()) if isinstance(entry, ShownLine)]
     others: dict[str, list[int]] = {}
     for rank, record in sorted(records.items()):
         for text in dict.fromkeys(entry.text for entry in record if isinstance(entry, ShownLine)):
-            # The example is the same in all ranks, but for arguments such as `rank`.
+            # The example is the same in all ranks, except for arguments such as `rank`.
             if text not in lines and not (lines and text.startswith(CASE)):
                 others.setdefault(text, []).append(rank)
     return [*lines, *(f"{_ranks(ranks)}: {text}" for text, ranks in others.items())]

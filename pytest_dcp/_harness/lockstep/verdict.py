@@ -1,10 +1,10 @@
-"""What the ranks said of a property's example -> what Hypothesis' engine gets. Pure (no I/O).
+"""The ranks' replies about a property's example -> the engine's verdict. Pure (no I/O).
 
-Enters: the outcome of a phase, the replies that came with it, and the records of what was drawn.
-Leaves: whether the example passed, was rejected or failed, by which rank, and for which bug.
+Enters: the outcome of a phase, the replies that came with it, and the records of the draws. Leaves:
+whether the example passed, was rejected or failed, by which rank, and for which bug.
 
-A rank that failed by itself decides over one that rejected the example, and that over those that
-passed, or that only suffered from the others.
+A rank that failed by itself takes precedence over a rank that rejected the example, and that over
+ranks that passed or only failed because of others.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pytest_dcp.errors import RankFailure, WorldError
 
 @dataclass(frozen=True, slots=True)
 class ExampleVerdict:
-    """An example, as all ranks had it."""
+    """The verdict of all ranks on an example."""
 
     outcome: Outcome
-    """A failure when ranks drew differently or are out of step, whatever they said."""
+    """A failure if ranks drew differently or are out of step, whatever they reported."""
     replies: Mapping[int, Reply]
     records: Mapping[int, Sequence[Entry]]
-    """By rank, what it drew; rank 0's alone when none failed and all drew the same."""
+    """By rank, its draws; rank 0's alone if none failed and all drew the same."""
     diverged: bool
 
     @property
@@ -42,15 +42,16 @@ class ExampleVerdict:
 
     @property
     def rejected_by(self) -> int | None:
-        """The rank that rejected the example; None when none did, or one failed."""
+        """The rank that rejected the example; None if none did, or one failed."""
         rejecting = [rank for rank, reply in self.replies.items() if reply.rejects]
         return min(rejecting) if rejecting and self.failure is None else None
 
     @property
     def failure(self) -> RankFailure | None:
-        """The failure that decides: the same each time, so that of the lowest rank, not the first.
+        """The failure that decides: that of the lowest rank, not the first, so that it is always
+        the same.
 
-        That nothing was heard of a rank is none when another rejected the example.
+        A rank without a reply does not count as a failure if another rejected the example.
         """
         rejected = not self.diverged and any(reply.rejects for reply in self.replies.values())
         own = [
@@ -62,7 +63,7 @@ class ExampleVerdict:
 
     @property
     def decisive(self) -> int:
-        """The rank whose record the engine gets."""
+        """The rank whose record the engine receives."""
         if self.diverged:  # a replay with fewer choices would stop the others early
             return max(self.records, key=lambda rank: _choices(self.records[rank]))
         if self.failure is not None:
@@ -73,7 +74,7 @@ class ExampleVerdict:
 
     @property
     def bug(self) -> str:
-        """What tells the failure from another: type, file and line, or how the process ended."""
+        """Identifies the failure: type, file and line, or how the process ended."""
         failure = self.failure
         reply = self.replies.get(self.decisive)
         if failure is not None and failure.kind == "crashed":
@@ -84,7 +85,7 @@ class ExampleVerdict:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether ranks that are all there can take another example."""
+        """Whether the ranks, all alive, can run another example."""
         if self.outcome.lost or not all(reply.reusable for reply in self.replies.values()):
             return False
         return not _out_of_step(self.replies)
@@ -110,7 +111,9 @@ def _out_of_step(replies: Mapping[int, Reply]) -> str:
 
 
 def reply_of(rank: int, done: Done) -> Reply:
-    """What a rank said of an example; a rank that ended the whole test instead has the last say."""
+    """A rank's reply about an example; a rank that ended the whole test instead takes
+    precedence.
+    """
     if not done.payload:
         return Reply("interesting", (0, 0), origin=done.text, fatal=True)
     reply: Reply = _load_from(rank, done, Reply)
@@ -136,7 +139,7 @@ def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> 
 
 
 def find_property(outcome: Outcome) -> Property | Outcome | None:
-    """The property that all ranks wait for, None when none does; a failure when they differ."""
+    """The property for which all ranks wait, None if none does; a failure if they differ."""
     if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
         return None
     told = {rank: _property(rank, done) for rank, done in sorted(outcome.done.items())}

@@ -1,1 +1,1 @@
-"""What controller and ranks say to each other, and what a world is."""
+"""Messages between controller and ranks, and the description of a world."""

@@ -1,8 +1,8 @@
-"""Functions and values that cross between processes, by cloudpickle: closures and lambdas too.
+"""Functions and values sent between processes with cloudpickle: closures and lambdas too.
 
-Beyond cloudpickle's own: code keeps the name of its file, where newer versions of cloudpickle write
-`<dynamic-code>`, so that tracebacks and stacks in ranks show where a function was written; and what
-cannot be pickled is named, with the way to it.
+Beyond cloudpickle: code keeps its file name, where newer versions of cloudpickle write
+`<dynamic-code>`, so that tracebacks and stacks in ranks show where a function was written; and an
+error names the object that cannot be pickled, with the path to it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import cloudpickle
 from pytest_dcp.errors import WorldError
 
 DEPTH = 5
-"""Functions in functions that are looked into for what cannot be pickled."""
+"""How deep to search nested functions for an object that cannot be pickled."""
 
 
 def dumps(value: object) -> bytes:
-    """The value, pickled. Raises whatever its own reduction raises."""
+    """The pickled value. Raises any exception of the value's own reduction."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()
 
 
 def load_from_rank(payload: bytes, rank: int, what: str) -> Any:
-    """The value that a rank pickled; `what` it is, for people.
+    """Unpickle a rank's value; `what` describes it for people.
 
-    Loading runs code of the rank's own choice: the test's, which runs as the same user. Raises
-    `WorldError` that names the rank when that fails.
+    Loading can run any code of the rank: the test's own, which runs as the same user. Raises
+    `WorldError` naming the rank if that fails.
     """
     try:
         return pickle.loads(payload)
@@ -48,7 +48,9 @@ def load_from_rank(payload: bytes, rank: int, what: str) -> Any:
 def dump_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bytes:
-    """A call, pickled, for `cloudpickle.loads`. Raises TypeError that names what is in the way."""
+    """A pickled call, for `cloudpickle.loads`. Raises TypeError naming the object that cannot be
+    pickled.
+    """
     __tracebackhide__ = True
     try:
         return dumps((function, args, kwargs))
@@ -80,7 +82,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships 
 
 
 Parts = Iterator[tuple[str, object]]
-"""(what it is to the whole, the value)."""
+"""(relation to the whole, value) of each part."""
 
 
 def _parts_of_call(
@@ -92,7 +94,7 @@ def _parts_of_call(
 
 
 def _culprits(parts: Parts, depth: int) -> Iterator[str]:
-    """For each part that cannot be pickled, the way to the smallest part of it that cannot."""
+    """For each part that cannot be pickled, the path to its smallest unpicklable part."""
     for name, value in parts:
         if _is_pickled(value):
             continue
@@ -104,7 +106,7 @@ def _culprits(parts: Parts, depth: int) -> Iterator[str]:
 
 
 def _parts_of(value: object) -> Parts:
-    """What a function takes along: its closure, globals, defaults; what a container holds."""
+    """A function's closure, globals and defaults; a container's items."""
     if isinstance(value, types.MethodType):
         yield "its object", value.__self__
         value = value.__func__

@@ -1,11 +1,11 @@
-"""What each rank did with its process groups -> whether the ranks are in step. Pure (no I/O).
+"""Each rank's use of its process groups -> whether the ranks are in step. Pure (no I/O).
 
-Enters: for each rank and group, how many collectives the rank took part in and which, as far as
-that is known, and how many messages it sent to and received from each member, since some moment at
-which all ranks were in step. Leaves: the first difference in words.
+Enters: for each rank and group, the number of collectives in which the rank took part, their names
+if known, and the number of messages that it sent to and received from each member, since a moment
+at which all ranks were in step. Leaves: the first difference in words.
 
-A collective that one rank alone has started is still open: the next one that its peers start would
-be taken for its other half. So are two that differ, and so is a message that was not received.
+A collective that only one rank has started is still open: it would pair with the next one that its
+peers start. The same holds for two different collectives, and for a message not received.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ANY = -1
-"""In `received`: a receive that took whichever member's message came first."""
+"""In `received`: a receive that accepted the first message from any member."""
 GROUPS_MADE = ""
-"""The name under which a rank counts the process groups that were made."""
+"""The name under which a rank counts the process groups that it made."""
 
 Ranks = Mapping[int, Mapping[str, "GroupUse"]]
 """By rank, and by the group's name."""
 
 
 class Kinds(NamedTuple):
-    """Which collectives Python has called in a process group."""
+    """Names of the collectives that Python has called in a process group."""
 
     called: int = 0
     digest: int = 0
-    """Of their names, in order."""
+    """Digest of their names, in order."""
     last: tuple[str, ...] = ()
-    """The names of the last of them."""
+    """The names of the last few."""
 
 
 NO_KINDS = Kinds()
@@ -44,7 +44,7 @@ class GroupUse:
     members: tuple[int, ...] = ()
     """Ranks of the world, ascending; empty for `GROUPS_MADE`."""
     sent: Mapping[int, int] = field(default_factory=dict)
-    """By receiver, as a rank of the world, how many messages."""
+    """By receiver, as a rank of the world: number of messages."""
     received: Mapping[int, int] = field(default_factory=dict)
     """By sender."""
     kinds: Kinds = NO_KINDS
@@ -57,7 +57,7 @@ PlainGroups = dict[str, tuple[int, tuple[int, ...], Counts, Counts, PlainKinds]]
 
 
 def to_plain(uses: Mapping[str, GroupUse]) -> PlainGroups:
-    """The uses as JSON can carry them; `from_plain` reads them."""
+    """The uses in a form that JSON can carry; `from_plain` reads them."""
     return {
         name: (
             use.collectives,
@@ -85,7 +85,7 @@ def from_plain(plain: PlainGroups) -> dict[str, GroupUse]:
 
 
 def are_equal(plains: Sequence[PlainGroups]) -> bool:
-    """Whether ranks say the same of themselves and tell of no message: in step, at little cost."""
+    """Whether all ranks report the same and no messages: in step, checked cheaply."""
     first = plains[0]
     return all(one == first for one in plains) and not any(
         sent or received for _, _, sent, received, _ in first.values()
@@ -95,7 +95,7 @@ def are_equal(plains: Sequence[PlainGroups]) -> bool:
 def out_of_step(ranks: Ranks) -> str:
     """The first difference between the ranks in one line; empty when they are in step.
 
-    Only ranks that are there are compared, and only those that have the group.
+    Only present ranks that have the group are compared.
     """
     names = sorted({name for uses in ranks.values() for name in uses})
     for name in names:
@@ -118,9 +118,10 @@ def _collectives(name: str, uses: Mapping[int, GroupUse]) -> str:
 
 
 def _kinds(name: str, uses: Mapping[int, GroupUse]) -> str:
-    """What differs where all ranks started as many collectives, all or as many of them in Python.
+    """The difference between ranks that started equally many collectives, and equally many of them
+    in Python.
 
-    Where one rank has called in Python what another has in C++, nothing can be compared.
+    If one rank made a call in Python and another made it in C++, they cannot be compared.
     """
     by_kinds: dict[Kinds, list[int]] = {}
     for rank, use in sorted(uses.items()):

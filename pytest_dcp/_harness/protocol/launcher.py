@@ -1,8 +1,8 @@
-"""The contract between a world and whatever starts its ranks.
+"""The contract between a world and the launcher of its ranks.
 
-A launcher starts processes, reports how they end, and kills them with everything they started.
-It knows nothing of tests: what a rank is to do travels over its own socket, which the launcher only
-hands down.
+A launcher starts processes, reports how they end, and kills them with everything they started. It
+knows nothing about tests: a rank's instructions travel over the rank's own socket, which the
+launcher only passes on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2
 themselves."""
 INTERRUPT_SIGNAL = signal.SIGRTMAX - 3
-"""Ends what a rank does in its phase by a KeyboardInterrupt; see `rank_interrupts`."""
+"""Raises KeyboardInterrupt in the rank's current phase; see `rank_interrupts`."""
 OWN_SIGNALS = frozenset((STACKS_SIGNAL, INTERRUPT_SIGNAL))
-"""Signals that a rank has handlers for, and what it has started has not."""
+"""Signals for which a rank has handlers, but programs that it started have not."""
 
 
 HELPERS = (
@@ -32,11 +32,11 @@ HELPERS = (
     "pytest_dcp._engine.background.worker",
     "dcp-async-save",
 )
-"""In the command lines of processes that end by themselves when their rank does, a moment later."""
+"""In the command lines of processes that end shortly after their rank without help."""
 
 
 def is_worth_preloading(module: str) -> bool:
-    """Whether a launcher may import a module for later ranks: never one of the user's own."""
+    """Whether a launcher may import a module for later ranks: never a module of the user."""
     return module.partition(".")[0] in ("torch", "numpy")
 
 
@@ -56,18 +56,18 @@ class RankLaunch:
     mesh: tuple[int, ...]
     mesh_dim_names: tuple[str, ...] | None
     store: str
-    """Path of the file store that the ranks meet at."""
+    """Path of the file store at which the ranks meet."""
     master_port: int
-    """A port that is reserved for this world, for code that wants env:// of its own."""
+    """A port reserved for this world, for code that sets up its own env:// rendezvous."""
     seed: int
     isolation: str
     """module: the rank runs several tests, and is reset between them."""
     basetemp: str
-    """The rank's own base for tmp_path; not made yet."""
+    """The rank's own base for tmp_path; not created yet."""
 
     @property
     def token(self) -> str:
-        """Names this rank among all processes of the machine."""
+        """Identifies this rank among all processes of the machine."""
         return f"{self.session}:{self.world}:{self.rank}"
 
     def to_json(self) -> str:
@@ -86,10 +86,10 @@ class RankLaunch:
 
 @dataclass(frozen=True, slots=True)
 class RankFds:
-    """A rank's inherited descriptors, in the order in which they are handed down.
+    """A rank's inherited descriptors, in the order in which they are passed.
 
-    All but the socket are memfds that the controller keeps, so that what a killed rank wrote is
-    still there.
+    All but the socket are memfds that the controller keeps, so that a killed rank's output
+    survives.
     """
 
     socket: int
@@ -98,7 +98,7 @@ class RankFds:
     trace: int
     """Stacks, on request and on a fatal signal."""
     draws: int
-    """What the rank drew for a property's example."""
+    """The rank's draws for a property's example."""
 
     def all(self) -> list[int]:
         """In the order of the fields."""
@@ -125,7 +125,7 @@ class StopChange:
 
 
 class LauncherLostError(WorldError):
-    """What starts, signals and reaps ranks is gone itself."""
+    """The process that starts, signals and reaps ranks has itself ended."""
 
 
 class Launcher(Protocol):
@@ -134,9 +134,9 @@ class Launcher(Protocol):
     name: str
     """fork or spawn."""
     lost: str
-    """How it ended, when it is gone; empty while it lives."""
+    """How it ended, if it has; empty while it lives."""
     first_place: str
-    """What a rank does before it can say where it is itself; empty for nothing to speak of."""
+    """The rank's first step, before it can report its place; empty if that takes no time."""
 
     def await_ready(self) -> None:
         """Wait until ranks can be started at once, for `places.PREPARE_S` at most.
@@ -145,16 +145,16 @@ class Launcher(Protocol):
         """
 
     def check_running(self) -> None:
-        """Raise `LauncherLostError` when a test has stopped the launcher's process. Cheap."""
+        """Raise `LauncherLostError` if a test has stopped the launcher's process. Cheap."""
 
     def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
         """Start one process per order. Raises `WorldError` when that is impossible."""
 
     def fileno(self) -> int:
-        """Readable when `news` has something to tell."""
+        """A descriptor that is readable when `news` has something to return."""
 
     def has_news(self, world: int) -> bool:
-        """Whether `news` of this world were read already, for another one. Costs nothing."""
+        """Whether news of this world were already read for another world. Cheap."""
 
     def news(self, world: int) -> list[ProcessExit | StopChange]:
         """What became of this world's processes since the last call. Does not wait."""
@@ -163,7 +163,7 @@ class Launcher(Protocol):
         """Have the rank write the stacks of all its threads to its trace descriptor."""
 
     def interrupt(self, world: int, rank: int) -> None:
-        """Raise KeyboardInterrupt in the rank, where it is at work in a phase."""
+        """Raise KeyboardInterrupt in the rank if it is working in a phase."""
 
     def kill(self, world: int, rank: int) -> None:
         """SIGKILL the rank and its process group."""
@@ -175,14 +175,14 @@ class Launcher(Protocol):
         """SIGCONT the rank and its process group."""
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Modules that later ranks are likely to import: a hint."""
+        """Hint: later ranks are likely to import these modules."""
 
     def close(self) -> None:
-        """End everything that was started; bounded in time."""
+        """End everything that was started, in bounded time."""
 
 
 class Signals:
-    """What a launcher does to ranks by signals alone."""
+    """Signals that a launcher sends to ranks."""
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write its stacks."""
@@ -205,8 +205,8 @@ class Signals:
         self._signal(world, rank, signal.SIGCONT)
 
     def _signal(self, world: int, rank: int, signum: int) -> None:
-        """Signal the rank, and unless it is one of `OWN_SIGNALS` what it started, too.
+        """Signal the rank and, unless the signal is in `OWN_SIGNALS`, the programs that it started.
 
-        Does nothing when the rank is gone.
+        Does nothing if the rank has ended.
         """
         raise NotImplementedError

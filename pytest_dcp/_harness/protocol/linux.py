@@ -1,6 +1,6 @@
 """The few Linux calls that Python's standard library does not have, through ctypes.
 
-Each is a no-op or a clear OSError where the kernel does not know it; nothing here keeps state.
+Each is a no-op or raises a clear OSError on kernels without it; nothing here keeps state.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ OMP_PAUSE_HARD = 2  # omp.h
 PF_EXITING = 0x4  # linux/sched.h
 HUGE_PAGE_BYTES = 2 << 20
 ANY_CHANGE = os.WEXITED | os.WSTOPPED | os.WCONTINUED
-"""For waitid: a child ended, was stopped, or goes on."""
+"""For waitid: a child ended, stopped or continued."""
 HALTS = {os.CLD_STOPPED: True, os.CLD_CONTINUED: False}
-"""si_code of waitid -> whether the child is stopped; other codes are its end."""
+"""si_code of waitid -> whether the child is stopped; other codes mean its end."""
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def _prctl(option: int, value: int) -> None:
 def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
     """Have the kernel send `signum` to this process when its parent thread ends.
 
-    Ends the process at once when `parent` is gone already: the request came too late then.
+    Ends the process at once if `parent` has already ended: the request came too late then.
     """
     _prctl(PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:
@@ -76,15 +76,15 @@ def _children_by_scan() -> list[int]:
 
 
 TRACKER = "multiprocessing.resource_tracker"
-"""In the command line of the process that frees SharedMemory when all its users have ended."""
+"""In the command line of the process that frees SharedMemory after its users have ended."""
 TRACKER_S = 1.0
-"""For a tracker to free what is left: it needs milliseconds when all users are gone."""
+"""Time for a tracker to free leftovers: it needs milliseconds once all users have ended."""
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL a process and its group, but for resource trackers: they still have work to do.
+    """SIGKILL a process and its group except resource trackers, which still have work to do.
 
-    Costs a look at every process of the machine where there is a tracker, and little elsewhere.
+    Scans all processes of the machine if there is a tracker; otherwise cheap.
     """
     members: tuple[int, ...] = ()
     trackers: tuple[int, ...] = ()
@@ -100,7 +100,7 @@ def kill_group(pid: int) -> None:
 
 
 def await_trackers(pids: Iterable[int]) -> None:
-    """Wait until those of the processes that are resource trackers have ended; a second at most."""
+    """Wait until the resource trackers among the processes have ended; a second at most."""
     deadline = time.monotonic() + TRACKER_S
     for pid in pids:
         if TRACKER in command_of(pid):
@@ -109,7 +109,7 @@ def await_trackers(pids: Iterable[int]) -> None:
 
 
 def group_of(pid: int) -> int:
-    """The process group of a process; -1 when it is gone."""
+    """The process group of a process; -1 if it has ended."""
     try:
         return os.getpgid(pid)
     except ProcessLookupError:
@@ -117,7 +117,7 @@ def group_of(pid: int) -> int:
 
 
 def _children_of(pid: int) -> list[int]:
-    """Children of any process; empty where the kernel does not tell."""
+    """Children of any process; empty if the kernel does not list them."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -127,12 +127,12 @@ def _children_of(pid: int) -> list[int]:
 
 
 def processes() -> list[int]:
-    """Process ids of everything that runs on this machine."""
+    """Process ids of all processes on this machine."""
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, or its name, or '?' when it is gone."""
+    """The command line of a process, or its name, or '?' if it has ended."""
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
         text = raw.replace(b"\0", b" ").decode(errors="replace").strip()
@@ -142,7 +142,7 @@ def command_of(pid: int) -> str:
 
 
 def variable_of(pid: int, name: str) -> str:
-    """A variable of the environment that a process was started with; '' when there is none."""
+    """A variable of the environment with which a process was started; '' if unset."""
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -153,19 +153,20 @@ def variable_of(pid: int, name: str) -> str:
 
 
 def state_of(pid: int | str) -> str:
-    """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' when it is gone.
+    """The one-letter state of a process in /proc/<pid>/stat: T is stopped; '' if it has ended.
 
-    Of a thread, given `<pid>/task/<tid>`.
+    For a thread, pass `<pid>/task/<tid>`.
     """
     try:
-        # The name, before the last bracket, is any bytes: cut at 15, which may be inside a letter.
+        # The name, before the last bracket, may hold any bytes: it is cut at 15, perhaps inside a
+        # letter.
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
     except (OSError, IndexError):
         return ""
 
 
 def at_work(pid: int) -> bool:
-    """Whether a thread of a process runs, waits for a processor, or for a disk."""
+    """Whether a thread of a process is running, or waiting for a processor or a disk."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
@@ -183,7 +184,7 @@ def is_exiting(pid: int) -> bool:
 
 
 def main_thread_cpu_s(pid: int) -> float:
-    """Seconds of processor time that a process's main thread has used; 0 when it is gone."""
+    """Processor time of a process's main thread in seconds; 0 if it has ended."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text()
         return int(text.split()[0]) / 1e9
@@ -194,7 +195,7 @@ def main_thread_cpu_s(pid: int) -> float:
 def signal_main_thread(pid: int, signum: int) -> None:
     """Send a signal to a process's main thread, though others could handle it.
 
-    The kernel gives a signal of the process to another thread while the main one has one to handle.
+    The kernel delivers a process's signal to another thread while the main one is handling one.
     Raises OSError.
     """
     libc = _libc()
@@ -205,9 +206,9 @@ def signal_main_thread(pid: int, signum: int) -> None:
 
 
 def flush_c_streams() -> None:
-    """Write what C code has printed and its library keeps: `os._exit` would drop it.
+    """Flush C code's buffered output, which `os._exit` would drop.
 
-    Before a fork, too: each child would write it again.
+    Also call it before a fork: otherwise each child would write it again.
     """
     _libc().fflush(None)
 
@@ -215,8 +216,8 @@ def flush_c_streams() -> None:
 def collapse_memory() -> int:
     """Back this process's private heap with huge pages; returns the bytes covered.
 
-    A fork then copies one page-table entry where it copied 512, which is most of what forking a
-    process with torch loaded costs.
+    A fork then copies one page-table entry instead of 512, which is most of the cost of forking a
+    process with torch loaded.
     """
     madvise = _libc().madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -1,8 +1,8 @@
 """JSON values -> values of the types that a message promises. Pure (no I/O).
 
-Enters: a type annotation, once, and then whatever JSON came. Leaves: the value, with tuples where
-the annotation has them, or a `ValueError` that says what came instead. So code that handles a
-message can trust its fields, whichever process wrote them.
+Enters: a type annotation, once, and then any JSON values. Leaves: the value, with tuples where the
+annotation has them, or a `ValueError` describing the value received. So code that handles a message
+can trust the types of its fields, whichever process wrote them.
 
 Knows the annotations that messages use: `str`, `int`, `float`, `bool`, `Any`, `Literal`, tuples,
 `dict[str, X]`, `TypedDict` and optional ones.

@@ -1,14 +1,14 @@
-"""What ranks and the controller tell each other, and the wire codec.
+"""Messages between ranks and the controller, and the wire codec.
 
 Enters: message values. Leaves: frames on a stream socket, and back. A frame is two big-endian
 u32 lengths, a JSON object, and raw bytes:
 
     u32 json_bytes | u32 payload_bytes | json | payload
 
-The JSON names the message's class and its fields, but for those that have their default; only
-`payload` is binary, and only the process that it is meant for unpickles it. A frame that does not
-decode, or whose fields are not of the types that the class names, is a `WireError`. Bytes that
-cannot be the beginning of a frame are refused before the rest of it comes.
+The JSON names the message's class and its fields, except fields with their default; only `payload`
+is binary, and only its receiver unpickles it. A frame that does not decode, or whose fields are not
+of the types that the class names, is a `WireError`. Bytes that cannot begin a frame are refused
+before the rest arrives.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ FaultAct = Literal["kill", "pause", "resume", "look"]
 
 HEADER = struct.Struct(">II")
 OPENING = b'["'
-"""How the JSON of every frame begins."""
+"""The beginning of every frame's JSON."""
 PLAIN_DEPTH = 50
 """pytest's reports nest to about 10."""
 MAX_FRAME_BYTES = 1 << 30
 """A longer frame is a broken peer, not a message."""
 SHOWN_BYTES = 80
-"""Of what is no message, in an error."""
+"""Bytes shown in an error about something that is not a message."""
 NOT_THERE = -1
-"""In `Met.sizes`, of a rank without which the others met: it was lost or stopped as asked."""
+"""In `Met.sizes`, for a rank that was not waited for: the test had it killed or stopped."""
 
 
 class WireError(DcpError):
-    """Bytes that are no message of ours."""
+    """Bytes that are not one of our messages."""
 
 
 class RecordedWarning(TypedDict):
-    """A warning, as the controller can give it again."""
+    """A warning, in a form that the controller can issue again."""
 
     text: str
     category: tuple[str, str]
@@ -56,7 +56,7 @@ class RecordedWarning(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Rank -> controller: a phase ended here, in this way."""
+    """Rank -> controller: how a phase ended here."""
 
     phase: Phase
     outcome: RankOutcome
@@ -64,58 +64,60 @@ class Done:
     """CLOCK_MONOTONIC seconds at the end."""
     duration_s: float = 0.0
     is_echo: bool = False
-    """Only for a failure: whether it says itself that a peer caused it."""
+    """Only for a failure: whether the exception itself reports that a peer caused it."""
     exception: tuple[str, str] | None = None
     """Module and qualified name of the exception's class."""
     text: str = ""
     """The exception's one-line text, or the reason of a skip, xfail or exit."""
     report: dict[str, Any] | None = None
-    """pytest's serialised report, when there is something to show."""
+    """pytest's serialised report, if there is something to show."""
     sections: tuple[tuple[str, str, str], ...] = ()
     """Captured output since the last phase: (when, stdout | stderr | log ..., text)."""
     debug_records: int = 0
-    """How many of the records in the captured log are below INFO, where no log level was set."""
+    """How many records of the captured log are below INFO, if no log level was set."""
     log_without_debug: str = ""
-    """The captured log without those."""
+    """The captured log without these records."""
     properties: tuple[tuple[str, Any], ...] = ()
-    """user_properties that the phase added."""
+    """Items that the phase added to user_properties."""
     warnings: tuple[RecordedWarning, ...] = ()
     """Only at an item's teardown: warnings recorded while the item ran; at finish: exit errors."""
     imported: tuple[str, ...] = ()
     """Only at an item's teardown: modules that the rank had to import itself."""
     threads: tuple[str, ...] = ()
-    """Only at finish: names of the threads that were left running."""
+    """Only at finish: names of the threads still running."""
     reusable: bool = True
-    """Only at an item's teardown: whether a warm world can go on with this rank."""
+    """Only at an item's teardown: whether a warm world can continue with this rank."""
     xpassed: bool = False
-    """Only for a pass: the test has given itself an xfail marker."""
+    """Only for a pass: the test added an xfail marker to itself."""
     changed: tuple[str, ...] = ()
-    """Only at an item's teardown: state of the process that the test changed for good."""
+    """Only at an item's teardown: process state that the test changed permanently."""
     groups: PlainGroups | None = None
-    """Only of a warm world's call or teardown: what the item did with process groups so far, as
-    `group_use.to_plain` has it."""
+    """Only for a warm world's call or teardown: the item's use of process groups so far, from
+    `group_use.to_plain`.
+    """
     returncode: int | None = None
-    """Only for an exit: what the session is to return."""
+    """Only for an exit: the session's exit code."""
     awaits: str = ""
-    """Only for a call that is not over: the property whose examples the rank waits for."""
+    """Only for a call that has not ended: the property for whose examples the rank waits."""
     payload: bytes = b""
-    """Pickled: the result of a function's call; `lockstep` of a property; at an item's teardown,
-    what plugins carry home."""
+    """Pickled: a function's result; a property, as in `lockstep`; at an item's teardown, the data
+    that plugins carry to the controller.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """Rank -> controller: where this rank is in its phase. No answer.
+    """Rank -> controller: this rank's place in its phase. No answer.
 
-    `preparing`: it imports or collects what the phase needs, which is not timed; `ready`: from here
-    on it is; `reporting`: the phase has raised, and the rank writes the report of that;
-    `failing`: the rank has met an error and waits for its peers to hear of it; `agreed`: they have,
-    and the phase goes on; `interrupted`: it was asked to end the phase, and does.
+    `preparing`: it imports modules or collects tests for the phase, which is not timed; `ready`:
+    the timed part begins; `reporting`: the phase has raised, and the rank writes the report;
+    `failing`: the rank has an error and waits for its peers to receive it; `agreed`: they have, and
+    the phase continues; `interrupted`: it was asked to end the phase, and does.
     """
 
     place: Place
     text: str = ""
-    """What it prepares, as in "importing torch"; or the exception: its class, then its text."""
+    """What it is preparing, as in "importing torch"; or the exception: its class, then its text."""
     at_s: float = 0.0
     """Only with an exception: CLOCK_MONOTONIC seconds when it was raised."""
     detail: str = ""
@@ -131,10 +133,10 @@ class SubReport:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Rank -> controller: meet all ranks at `operation`, with a value for them; wait for `Met`."""
+    """Rank -> controller: meet all ranks at `operation`, bringing a value; wait for `Met`."""
 
     operation: str
-    """What is met at, `barrier()` for one; all ranks must name the same."""
+    """Name of the meeting, such as `barrier()`; all ranks must give the same."""
     payload: bytes = b""
 
 
@@ -161,7 +163,7 @@ class Announce:
 class FaultAsk:
     """Rank -> controller: kill, stop or continue a rank; `look` does nothing. Wait for the answer.
 
-    It comes when the process is gone, stands still or goes on.
+    The answer comes when the process has ended, stopped or continued.
     """
 
     act: FaultAct
@@ -173,7 +175,7 @@ class RunItem:
     """Controller -> rank: begin an item's setup; phases follow with `Go`."""
 
     index: int
-    """In the session's items, as they were when the zygote was forked; -1: find it by name."""
+    """Index into the session's items at the time of the zygote's fork; -1: find it by name."""
     nodeid: str
     seed: int
     checkpoint_dir: str
@@ -199,7 +201,7 @@ class CallFunction:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Controller -> rank: run an example of the property that you wait for.
+    """Controller -> rank: run an example of the property for which you wait.
 
     `payload` is a pickled `lockstep.Attempt`.
     """
@@ -211,7 +213,7 @@ class Example:
 class Met:
     """Controller -> rank: all ranks met; the payloads' lengths in rank order, or an error.
 
-    Ranks that were lost or stopped as asked are not waited for: their length is `NOT_THERE`.
+    Ranks that the test had killed or stopped are not waited for: their length is `NOT_THERE`.
     """
 
     sizes: tuple[int, ...] = ()
@@ -219,7 +221,7 @@ class Met:
     payload: bytes = b""
 
     def values(self) -> list[bytes | None]:
-        """The payload of each rank, in rank order; None for a rank that was not there."""
+        """The payload of each rank, in rank order; None for a rank that did not take part."""
         out: list[bytes | None] = []
         start = 0
         for size in self.sizes:
@@ -230,7 +232,7 @@ class Met:
 
 @dataclass(frozen=True, slots=True)
 class DebugAnswer:
-    """Controller -> rank: take the terminal, or go on without; `error` says why there is none."""
+    """Controller -> rank: take the terminal, or continue without it; `error` is the reason."""
 
     granted: bool
     group: int = 0
@@ -240,7 +242,7 @@ class DebugAnswer:
 
 @dataclass(frozen=True, slots=True)
 class FaultAnswer:
-    """Controller -> rank: what was asked for has happened, or why it cannot."""
+    """Controller -> rank: the fault has been applied, or why it cannot be."""
 
     survivors: tuple[int, ...] = ()
     """Ranks that are neither lost nor stopped, ascending."""
@@ -298,7 +300,9 @@ def encode(message: Message) -> bytes:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """The value as JSON can carry it; what JSON cannot, and what is too deep, as its repr."""
+    """The value in a form that JSON can carry; other values, and too deeply nested ones, as their
+    repr.
+    """
     if value is None or isinstance(value, str | int | float):
         return value
     if depth < PLAIN_DEPTH:
@@ -311,18 +315,18 @@ def _plain(value: Any, depth: int = 0) -> Any:
             return [_plain(part, depth + 1) for part in value]
     try:
         return repr(value)
-    except Exception as exc:  # noqa: BLE001 - user code: whatever it raises is only text here
+    except Exception as exc:  # noqa: BLE001 - user code: any exception only becomes text here
         return f"<{type(value).__name__} whose repr raised {type(exc).__name__}>"
 
 
 @dataclass(slots=True)
 class Decoder:
-    """Bytes as they come -> whole messages. Sans-I/O; one per stream."""
+    """Bytes as they arrive -> whole messages. Sans-I/O; one per stream."""
 
     buffer: bytearray = field(default_factory=bytearray)
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that `data` completes. Raises `WireError` on anything else."""
+        """The messages completed by `data`. Raises `WireError` on anything else."""
         self.buffer += data
         messages = []
         while (message := self._take()) is not None:

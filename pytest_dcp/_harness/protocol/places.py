@@ -1,16 +1,16 @@
-"""Where ranks are in a phase, and what that does to its clocks. Pure (no I/O).
+"""The ranks' places in a phase, and their effect on its clocks. Pure (no I/O).
 
-Enters: what ranks say of themselves (`At`). Leaves: by how much a deadline moves, which ranks may
-go on past it, and words for reports.
+Enters: the ranks' reports of their places (`At`). Leaves: by how much a deadline moves, which ranks
+may continue past it, and words for reports.
 
 Rules that hold inside:
 
-- The phase's clock stands still while any rank prepares it (imports torch, collects the test): a
-  slow disk is no slow test. That takes `PREPARE_S` at most.
+- The phase's clock is stopped while any rank prepares it (imports torch, collects the test): a
+  slow disk does not make a slow test. It stops for `PREPARE_S` at most.
 - A rank that has raised has ended its work: it may write its report for `REPORT_S`, whatever its
-  peers do and whatever the time limit is. If it does not come to an end, its exception is known.
-- A rank that has met an error may have to wait for its peers until they hear of it. If they hang,
-  they will not come: after `FAILING_S`, or at a limit that is sooner, that error is why.
+  peers do and whatever the time limit is. If it never finishes, its exception is already known.
+- A rank with an error may have to wait until its peers have received it. If they hang,
+  they will not come: after `FAILING_S`, or at an earlier limit, that error is the reason.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from collections.abc import Iterable
 from pytest_dcp._harness.protocol.messages import At
 
 PREPARE_S = 600.0
-"""How long ranks may prepare a phase: a slow disk reads torch in minutes."""
+"""How long ranks may prepare a phase: a slow disk can take minutes to read torch."""
 REPORT_S = 20.0
 """How long a rank may write its report: it reads and parses the source of every frame."""
 FAILING_S = 20.0
-"""How long a rank may wait for its peers with an error that they have not heard of."""
+"""How long a rank may wait with an error that its peers have not yet received."""
 NEVER = float("-inf")
 
 
 class RankPlaces:
-    """The places of one world's ranks. Times are on the clock that deadlines go by."""
+    """The places of one world's ranks. Times are on the clock of the deadlines."""
 
     def __init__(self) -> None:
         self._preparing: dict[int, str] = {}
-        """By rank, what it does before the phase's clock goes on."""
+        """By rank, its step that stops the phase's clock."""
         self._preparing_since = 0.0
         self._reporting: dict[int, tuple[At, float]] = {}
-        """By rank, what it writes a report of, and since when."""
+        """By rank, the exception that it is reporting, and since when."""
         self._failing: dict[int, tuple[At, float]] = {}
-        """By rank, the error with which it waits for its peers, and until when it may."""
+        """By rank, the error with which it waits for its peers, and until when it may wait."""
 
     def begin(self, preparing: Iterable[int] = (), what: str = "", now: float = 0.0) -> None:
-        """A phase begins, in which these ranks do `what` first."""
+        """A phase begins; these ranks first do `what`."""
         self._preparing = dict.fromkeys(preparing, what)
         self._preparing_since = now
         self._reporting, self._failing = {}, {}
 
     def move(self, rank: int, at: At, now: float) -> float:
-        """A rank says where it is; returns by how many seconds that moves the deadline."""
+        """A rank reports its place. Returns the seconds by which the deadline moves."""
         match at.place:
             case "preparing":
                 if not self._preparing:
@@ -65,7 +65,7 @@ class RankPlaces:
         return 0.0
 
     def leave(self, rank: int, now: float) -> float:
-        """A rank is in its own work, has ended it or is gone; the seconds are as of `move`."""
+        """A rank works in the phase, has ended it or is gone; the result is as for `move`."""
         self._reporting.pop(rank, None)
         self._failing.pop(rank, None)
         if self._preparing.pop(rank, None) is None or self._preparing:
@@ -73,7 +73,7 @@ class RankPlaces:
         return now - self._preparing_since
 
     def postpone(self, seconds: float) -> None:
-        """The clock stood still for so long."""
+        """The clock was stopped for this long."""
         self._preparing_since += seconds
         self._reporting = {
             rank: (at, at_s + seconds) for rank, (at, at_s) in self._reporting.items()
@@ -82,15 +82,15 @@ class RankPlaces:
 
     @property
     def is_preparing(self) -> bool:
-        """Whether the phase's clock stands still."""
+        """Whether the phase's clock is stopped."""
         return bool(self._preparing)
 
     def limit_at(self, deadline: float) -> float:
-        """When ranks are at their limit: the deadline, or that of what is prepared before."""
+        """The ranks' limit: the deadline, or the limit of the preparation before it."""
         return self._preparing_since + PREPARE_S if self._preparing else deadline
 
     def report_due_at(self, rank: int) -> float:
-        """Until when a rank may write its report; never for one that writes none."""
+        """Until when a rank may write its report; -inf if it writes none."""
         return self._reporting[rank][1] + REPORT_S if rank in self._reporting else NEVER
 
     def error_of(self, rank: int) -> At | None:
@@ -99,16 +99,16 @@ class RankPlaces:
         return at
 
     def failing_due_at(self) -> float:
-        """When the first rank has waited too long with its error; inf for none."""
+        """When the first rank will have waited too long with its error; inf if none waits."""
         return min((until for _, until in self._failing.values()), default=float("inf"))
 
     def take_failing_due(self, now: float) -> bool:
-        """Whether a rank has waited too long with its error; told once for each."""
+        """Whether a rank has waited too long with its error; returned once for each."""
         due = [rank for rank, (_, until) in self._failing.items() if now >= until]
         for rank in due:
             self._failing[rank] = self._failing[rank][0], float("inf")
         return bool(due)
 
     def describe(self, rank: int, phase: str) -> str:
-        """What a rank does, to follow the word "still"."""
+        """What a rank is doing, to follow the word "still"."""
         return self._preparing.get(rank, f"in {phase}")

@@ -1,4 +1,4 @@
-"""The marker's values: what the user wrote -> a `WorldSpec`, or every problem with it.
+"""The marker's values: its arguments -> a `WorldSpec`, or all problems with them.
 
 Pure (no I/O), and no torch: reading markers must cost an unmarked suite nothing.
 """
@@ -14,7 +14,7 @@ Isolation = Literal["test", "module"]
 
 
 class WorldKeywords(TypedDict, total=False):
-    """What the marker and `worlds(...)` take beside the size."""
+    """Keywords of the marker and of `worlds(...)` besides the size."""
 
     backend: Literal["auto", "gloo", "nccl"]
     device: Literal["auto", "cpu", "cuda"]
@@ -33,10 +33,10 @@ MAX_WORLD_SIZE = 1024
 
 @dataclass(frozen=True, slots=True)
 class WorldSpec:
-    """One world, ready to be launched."""
+    """One world, ready to launch."""
 
     size: int
-    """Ranks, >= 1; all on this machine."""
+    """Number of ranks, >= 1; all on this machine."""
     backend: str
     """gloo or nccl."""
     device: str
@@ -47,29 +47,29 @@ class WorldSpec:
     timeout_s: float
     """Seconds from all ranks ready to the end of teardown; inf for none."""
     isolation: Isolation
-    """test: new ranks for every test; module: ranks kept between the tests of a module."""
+    """test: new ranks for every test; module: the tests of a module share ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What options and ini values say where a marker is silent."""
+    """Values of options and ini settings, for markers without their own."""
 
     backend: str = "auto"
     timeout_s: float = 120.0
     world_size: int | None = None
-    """Overrides every marker's size when set."""
+    """Overrides every marker's size if set."""
 
 
 @dataclass(frozen=True, slots=True)
 class MarkerValues:
-    """One `world_size(...)` marker, as written and checked."""
+    """One `world_size(...)` marker, raw and checked."""
 
     sizes: tuple[int, ...]
-    """Empty when the marker leaves the size to a parametrization of `world_size`."""
+    """Empty if the marker leaves the size to a parametrization of `world_size`."""
     is_list: bool
     keywords: Mapping[str, object]
     problems: tuple[str, ...]
-    """Sentences; empty when the marker is right."""
+    """Sentences; empty if the marker is valid."""
 
 
 def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerValues:
@@ -157,7 +157,7 @@ def _mesh_problems(kwargs: Mapping[str, object]) -> list[str]:
 def resolve(
     values: MarkerValues, size: int, defaults: Defaults
 ) -> tuple[WorldSpec | None, tuple[str, ...]]:
-    """The world of `size` ranks that a marker asks for, or None and why not. Pure (no I/O)."""
+    """The world of `size` ranks that a marker asks for, or None and the reason. Pure (no I/O)."""
     given = values.keywords
     if values.problems:
         return None, values.problems
@@ -190,7 +190,7 @@ def resolve(
 
 
 def _seconds(timeout: object) -> float:
-    """A limit as a float: no limit where there is none, or one that no float can hold."""
+    """A limit as a float; inf if there is no limit, or it is too large for a float."""
     try:
         return float(timeout) if isinstance(timeout, int | float) else math.inf
     except OverflowError:
@@ -198,9 +198,9 @@ def _seconds(timeout: object) -> float:
 
 
 def _resolve_device(backend: str, device: str, default_backend: str) -> tuple[str, str]:
-    """The backend and the device type; what the marker says wins over the option.
+    """The backend and the device type; the marker takes precedence over the option.
 
-    Where both are silent a world is gloo on the CPU, so that a suite does the same everywhere.
+    Without either, a world uses gloo on the CPU, so that a suite behaves the same everywhere.
     """
     if backend == "auto" and not (default_backend == "nccl" and device == "cpu"):
         backend = default_backend
