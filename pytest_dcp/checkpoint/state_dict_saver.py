@@ -9,8 +9,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine.background.async_save import async_save
+from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.torch_names import names_of_torch
-from pytest_dcp._engine.verbs.save import Save, save, save_state_dict, save_team
+from pytest_dcp._engine.verbs.save import Save, SaveRequest, save, save_state_dict, save_team
 from pytest_dcp._engine.verbs.torch_arguments import resolve_stateful
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
@@ -32,9 +33,11 @@ def _save_state_dict(
     team = save_team(
         process_group, no_dist, coordinator_rank, storage_writer, use_collectives=use_collectives
     )
-    return Save(
-        team, lambda: state_dict, storage_writer, planner, use_collectives=use_collectives
-    ).run()
+    chosen = planner or DefaultSavePlanner()
+    request = SaveRequest(
+        lambda: state_dict, storage_writer, chosen, use_collectives=use_collectives
+    )
+    return Save(team, request).run()
 
 
 if not TYPE_CHECKING:  # For names looked up at run time; type checkers see the definitions above.

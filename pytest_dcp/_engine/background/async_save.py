@@ -19,7 +19,7 @@ from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.replicas import ReplicaCheck
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, stage_state
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp._engine.verbs.save import Save, planner_for, save_team
+from pytest_dcp._engine.verbs.save import Save, SaveRequest, planner_for, save_team
 from pytest_dcp._engine.verbs.torch_arguments import (
     alone,
     check_state_dict,
@@ -96,7 +96,12 @@ def async_save(
         uploading = save_in_process(job)
     else:
         uploading = _save_in_thread(
-            Save(team, staging.state, writer, chosen, use_collectives=use_collectives, reset=reset)
+            Save(
+                team,
+                SaveRequest(
+                    staging.state, writer, chosen, use_collectives=use_collectives, reset=reset
+                ),
+            )
         )
     return staging.response(uploading)
 

@@ -34,7 +34,7 @@ from pytest_dcp._engine.coordinate import team_of
 from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp._engine.verbs.save import Save
+from pytest_dcp._engine.verbs.save import Save, SaveRequest
 from pytest_dcp._engine.verbs.save_messages import packed_metadata
 
 PROGRAM = (
@@ -135,15 +135,14 @@ class Upload:
             writer.fresh_id()
         # The folders were compared by the ranks' own save.
         team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
-        save = Save(
-            team,
+        request = SaveRequest(
             lambda: unpickle_state(self.state, flat),
             writer,
             planner,
             use_collectives=self.use_collectives,
             reset=None if self.checkpoint_id is None else partial(writer.reset, self.checkpoint_id),
         )
-        return packed_metadata(save.run())
+        return packed_metadata(Save(team, request).run())
 
 
 Order = Begin | Host | Join | Upload

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -68,7 +68,13 @@ def save_state_dict(
     team = save_team(process_group, no_dist, coordinator_rank, storage_writer)
     with team.preparing():
         check_state_dict(state_dict)
-    return Save(team, lambda: state_dict, storage_writer, planner, reset=storage_writer.reset).run()
+    request = SaveRequest(
+        lambda: state_dict,
+        storage_writer,
+        planner or DefaultSavePlanner(),
+        reset=storage_writer.reset,
+    )
+    return Save(team, request).run()
 
 
 @second_argument("storage_writer")
@@ -115,8 +121,7 @@ def save(
     )
     with team.preparing():
         check_state_dict(state_dict)
-        work = Save(
-            team,
+        request = SaveRequest(
             lambda: resolve_stateful(state_dict),
             writer_for(storage_writer, checkpoint_id),
             planner_for(planner, replicas),
@@ -124,7 +129,7 @@ def save(
             progress=progress,
             reset=reset_to(storage_writer, checkpoint_id),
         )
-    return work.run()
+    return Save(team, request).run()
 
 
 def save_team(
@@ -161,32 +166,34 @@ def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> S
     return planner
 
 
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What to save, and where to: the arguments of one save on this rank."""
+
+    state: Callable[[], dict[str, Any]]
+    """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
+    writer: StorageWriter
+    planner: SavePlanner
+    use_collectives: bool = True
+    """False: each rank plans and commits its own part."""
+    progress: Callable[[Progress], None] | None = None
+    """Called now and then with how far this rank has come."""
+    reset: Callable[[], object] | None = None
+    """Makes the writer ready; called in the first step, since an earlier save of the group may
+    still use the same writer."""
+
+
 class Save:
     """One rank's part in one save. Made where the save is called, run when its turn comes."""
 
-    def __init__(
-        self,
-        team: Team,
-        state: Callable[[], dict[str, Any]],
-        storage_writer: StorageWriter,
-        planner: SavePlanner | None = None,
-        *,
-        use_collectives: bool = True,
-        progress: Callable[[Progress], None] | None = None,
-        reset: Callable[[], object] | None = None,
-    ) -> None:
-        """reset: makes the writer ready; called in the first step, since an earlier save of the
-        group may still use the same writer.
-        """
+    def __init__(self, team: Team, request: SaveRequest) -> None:
         self.team = team
-        self.reset = reset
-        self.state = state
-        """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
-        self.writer = storage_writer
-        self.planner = planner or DefaultSavePlanner()
-        team.pickles = allows_pickles(self.planner, storage_writer)
-        self.use_collectives = use_collectives
-        self.progress = progress
+        self.request = request
+        self.writer = request.writer
+        self.planner = request.planner
+        team.pickles = allows_pickles(self.planner, self.writer)
+        self.use_collectives = request.use_collectives
+        self.reset = request.reset
         self.phases = Phases()
         self.local: SavePlan | None = None
         self.told: list[SavePlan] = []
@@ -196,7 +203,7 @@ class Save:
     def run(self) -> Metadata:
         """Save; what `save` returns and raises."""
         with self.team.wait_for_turn() as team:
-            watcher = Observer("save", team.rank, check=team.check, progress=self.progress)
+            watcher = Observer("save", team.rank, check=team.check, progress=self.request.progress)
             with observe_with(watcher), ranks_known(team.rank, team.size):
                 together = self._together if self.use_collectives else self._each_alone
                 try:
@@ -260,7 +267,7 @@ class Save:
     def _plan(self, team: Team) -> SavePlan:
         """This rank's local plan."""
         self._reset_writer()
-        state_dict = self.state()
+        state_dict = self.request.state()
         meta = self.writer.storage_meta()
         set_up: Any = self.planner.set_up_planner
         if accepts_parameter(set_up, "storage_meta"):

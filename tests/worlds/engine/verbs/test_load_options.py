@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import lease, open_files
-from pytest_dcp._engine.verbs import load as loading
+from pytest_dcp._engine.verbs import load_steps
 from pytest_dcp.checkpoint.filesystem import FileSystem
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -796,7 +796,7 @@ class TestReplacedMeanwhile:
         self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(lease, "LEASE_S", 0.01)
-        monkeypatch.setattr(loading, "RETRY_S", 0.2)
+        monkeypatch.setattr(load_steps, "RETRY_S", 0.2)
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
         replace = self.replacing(checkpoint_dir, rank, NEW)
         reader = Interrupted(checkpoint_dir, replace, at=range(10**6))

@@ -1,0 +1,73 @@
+"""The facts that all ranks have found for one load -> the error that only all of them show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.distributed.checkpoint.planner import LoadPlan
+
+from pytest_dcp._engine.coordinate import ranks_text
+from pytest_dcp._engine.coordinate.sent_classes import record
+from pytest_dcp.errors import CheckpointMismatchError, CheckpointReplacedError
+
+Found = tuple[str | None, str | None]
+"""The id of the save that a rank found, and the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a rank tells the coordinator of its plan."""
+
+    plan: LoadPlan | None
+    """None where no hook wants to see it."""
+    found: Found
+    idle_renames: Mapping[str, str]
+    """Entries of `rename` that find nothing on this rank, and why."""
+    may_misfit: bool
+    """Whether it has something to read that is not known to fit before it is read."""
+
+
+record(Planned)
+
+
+def check_together(said: Sequence[Planned]) -> bool:
+    """Raise what only all ranks together show to be wrong; whether any rank may meet a misfit."""
+    check_one_save([one.found for one in said])
+    idle = [one.idle_renames for one in said]
+    useless = set(idle[0]).intersection(*idle[1:])
+    if useless:
+        raise CheckpointMismatchError(
+            "\n".join(reason for entry, reason in idle[0].items() if entry in useless)
+        )
+    return any(one.may_misfit for one in said)
+
+
+def check_one_save(found: Sequence[Found]) -> None:
+    """Raise CheckpointReplacedError unless all ranks have found the same save.
+
+    They may have looked in different folders: copies of one save may be there.
+    """
+    saves, folders = [save for save, _ in found], [folder for _, folder in found]
+    if len(set(saves)) == 1:
+        return
+    if len(set(folders)) > 1:
+        raise CheckpointReplacedError(
+            f"the ranks found different saves, in different folders ({_by_rank(folders)}): every "
+            "rank must give the same checkpoint_id, and call the group's saves and loads in the "
+            "same order"
+        )
+    raise CheckpointReplacedError(
+        f"the ranks found different saves in {folders[0]}: the checkpoint was replaced meanwhile; "
+        f"load again ({_by_rank(saves)})"
+    )
+
+
+def _by_rank(values: Sequence[str | None]) -> str:
+    """`rank 2: a, ranks 0-1: b`; at most three values."""
+    ranks: dict[str | None, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    rarest = sorted(ranks.items(), key=lambda item: len(item[1]))
+    named = [f"{ranks_text(those)}: {value}" for value, those in rarest[:3]]
+    return ", ".join([*named, "..."] if len(rarest) > 3 else named)

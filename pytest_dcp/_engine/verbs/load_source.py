@@ -1,0 +1,150 @@
+"""A storage reader as a load uses it.
+
+Every reader has torch's hooks, the older ones with fewer parameters. The engine's own reader does
+more: it holds a lease, keeps files open, and judges values before anything changes. All that a load
+asks of a reader is asked here, so that the other modules need not know which kind it is.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+
+from pytest_dcp._engine.coordinate import Team
+from pytest_dcp._engine.plan.columns import has_values
+from pytest_dcp._engine.plan.hooks import kept_whole
+from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.storages.folder_reader import FileSystemReader
+from pytest_dcp._engine.storages.local_filesystem import save_of
+from pytest_dcp._engine.verbs.compare_ranks import Found
+from pytest_dcp._engine.verbs.torch_arguments import accepts_parameter
+from pytest_dcp.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCheckpoint:
+    """The checkpoint that a rank has found."""
+
+    metadata: Metadata
+    of_all_ranks: bool
+    """False where this rank has saved on its own."""
+    save_id: str | None
+    """None where the ranks' ids need not be equal."""
+
+
+class LoadSource:
+    """One reader, for one load."""
+
+    def __init__(self, reader: StorageReader) -> None:
+        self.reader = reader
+        self._own = reader if isinstance(reader, FileSystemReader) else None
+
+    @property
+    def where(self) -> object:
+        """The folder, or the reader itself where it names none."""
+        return getattr(self.reader, "checkpoint_id", self.reader)
+
+    @property
+    def plans_alone(self) -> bool:
+        """Whether the reader does not want to see the plans of all ranks."""
+        return type(self.reader).prepare_global_plan is FileSystemReader.prepare_global_plan
+
+    def find(self, rank: int, lease: ExitStack | None) -> FoundCheckpoint:
+        """Read the metadata; files that are opened from now on stay open until `close`.
+
+        lease: where a lease goes that holds off the next save's commit; None: none is taken.
+        """
+        if self._own is not None:
+            if lease is not None:
+                lease.enter_context(self._own.leased(rank))
+            self._own.keep_files()
+        metadata, of_all_ranks = self._read_metadata(rank)
+        # torch's ranks have an id each when they save on their own; ours have one together.
+        comparable = of_all_ranks or getattr(self.reader, "has_manifest", False)
+        save_id = save_of(metadata.storage_meta) if comparable else None
+        return FoundCheckpoint(metadata, of_all_ranks, save_id)
+
+    def _read_metadata(self, rank: int) -> tuple[Metadata, bool]:
+        """The metadata of the whole, or this rank's own, and whether it is the whole's."""
+        try:
+            return self.reader.read_metadata(), True
+        except Exception as whole:
+            # A storage of the user's may say in any way that there is none; ours says it so.
+            gone = self._own is None or isinstance(whole, FileNotFoundError)
+            if not gone or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
+                raise
+            try:
+                return self.reader.read_metadata(rank=rank), False
+            except FileNotFoundError as own:
+                raise CheckpointError(
+                    f"no checkpoint in {self.where}: "
+                    f"it has neither metadata for all ranks ({whole}) nor for rank {rank} "
+                    f"alone ({own})"
+                ) from whole
+
+    def set_up(self, found: FoundCheckpoint, team: Team) -> None:
+        """Hand the reader the metadata that plans will be made from."""
+        if accepts_parameter(self.reader.set_up_storage_reader, "kwargs"):
+            self.reader.set_up_storage_reader(
+                found.metadata,
+                team.is_coordinator,
+                rank=team.rank,
+                use_collectives=found.of_all_ranks,
+            )
+        else:
+            self.reader.set_up_storage_reader(found.metadata, team.is_coordinator)
+
+    def accept(self, asked: LoadPlan) -> tuple[LoadPlan, bool]:
+        """The rank's plan as the reader wants it, and whether every file that it needs is open.
+
+        Where all are, the plan can be carried out whatever other saves do.
+        """
+        prepared = self.reader.prepare_local_plan(asked)
+        plan = kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
+        return plan, self._own is not None and self._own.open_files(plan)
+
+    def found_in(self, save_id: str | None) -> Found:
+        """What this rank has found, to be compared with the others."""
+        where = getattr(self.reader, "checkpoint_id", None)
+        return save_id, None if where is None else os.fspath(where)
+
+    def may_misfit(self, plan: LoadPlan, *, takes_numbers: bool) -> bool:
+        """Whether the plan reads something that is not known to fit before it is read.
+
+        takes_numbers: whether the planner takes numbers out of tensors.
+        """
+        if self._own is None or not self._own.prepares():
+            return False
+        # Of torch's entries only the files tell which are wrappers of other tensors.
+        return not self._own.has_manifest or takes_numbers or has_values(plan.items)
+
+    def prepare(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read and judge everything that may not fit its target; `read` goes on from there."""
+        if self._own is not None and self._own.prepares():
+            self._own.prepare_data(plan, planner)
+
+    def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Fill the planner's targets."""
+        self.reader.read_data(plan, planner).wait()
+
+    def close(self) -> None:
+        """Close the files that were kept open."""
+        if self._own is not None:
+            self._own.close_files()
+
+    def with_byte_counts(self, report: LoadReport) -> LoadReport:
+        """The report with the bytes that were read, where the reader counts them."""
+        if self._own is None:
+            return report
+        filled = self._own.filled
+        return replace(
+            report,
+            bytes_needed=filled.bytes_needed,
+            bytes_read=filled.bytes_read,
+            bytes_verified=filled.bytes_verified,
+        )

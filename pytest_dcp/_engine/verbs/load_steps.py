@@ -1,0 +1,237 @@
+"""One rank's part in one load: find the checkpoint -> plan reads -> read into the targets.
+
+Theory of operation
+-------------------
+
+A load is two steps, "plan" and "read". All ranks take a step or none does (`coordinate`): each does
+its part, each learns whether all have succeeded, and where one failed every rank raises the same
+error. Ranks send each other facts about their plans (`Planned`); the plans themselves go to the
+coordinator only where a planner or a reader of the user's wants to see them all.
+
+One load goes through these modules from top to bottom:
+
+    verbs.load             arguments -> LoadRequest, and the team of ranks
+    plan  load_source      find: lease, metadata, the id of the save
+          planners         plan reads: state dict x index -> read items, as columns
+          load_source      accept: the reader's say; open the files
+          compare_ranks    on the coordinator: did all ranks find the same save?
+    read  io.entry_places  resolve: items -> the place of their bytes in which file
+          load_into_targets  judge: decode values, read numbers, compare wrappers
+          io.copy_plan     plan copies: items x memory of the targets -> copies, as columns
+          io.read_copies   execute: bytes of files -> memory of the targets, checked
+          planners         commit: values and numbers go into the state dict
+
+The order of the hooks is torch's, since planners and readers of users count on it: read_metadata,
+set_up_planner, set_up_storage_reader, create_local_plan, prepare_local_plan, [create_global_plan,
+prepare_global_plan,] finish_plan, read_data.
+
+Rules:
+
+- Before any rank's state changes, all ranks know that everything fits. Keys, shapes and dtypes are
+  compared in "plan". Some things are known only once they are read: values, numbers that are stored
+  as tensors, entries of torch that may be wrappers. Where any rank has one of these (`may_misfit`)
+  the ranks agree twice in "read": once when each has judged, and once when each has filled.
+- A load reads one save. Another save may replace the checkpoint at any moment, and its sweep may
+  remove the files. So a rank opens all its files in "plan", and a descriptor outlives the sweep. If
+  that comes too late, or ranks found different saves, the step fails with CheckpointReplacedError
+  and the load begins again, for at most RETRY_S, where the planner allows it; the ranks then hold a
+  lease, which keeps the next save from committing while they open.
+
+A load writes nothing to the storage. If a rank dies or a step fails in "plan", state dicts are as
+they were, except that a planner may have given memory to meta tensors. In "read", after all have
+judged, targets may be filled in part: only damaged files, failing disks and deaths lead there.
+
+Assumes: the state dict does not change while it is loaded; every rank calls with the same options.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+
+from pytest_dcp._engine.coordinate import StepError, Team
+from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
+from pytest_dcp._engine.plan.hooks import require_plan
+from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.per_rank import ranks_known
+from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
+from pytest_dcp._engine.verbs.load_source import LoadSource
+from pytest_dcp._engine.verbs.phase_timing import Phases
+from pytest_dcp._engine.verbs.wire_classes import allows_pickles
+from pytest_dcp.errors import CheckpointReplacedError
+
+RETRY_S = 120.0
+"""How long a load tries again while other saves replace the checkpoint; one retry is enough where
+the storage has leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What to load, into what: the arguments of one load on this rank."""
+
+    state: Callable[[], dict[str, Any]]
+    """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
+    reader: StorageReader
+    planner: LoadPlanner
+    progress: Callable[[Progress], None] | None = None
+    """Called now and then with how far this rank has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RankPlan:
+    """What this rank reads, once it has planned."""
+
+    plan: LoadPlan
+    may_misfit: bool
+    """Whether any rank has something to judge before it fills."""
+
+
+class Load:
+    """One rank's part in one load."""
+
+    def __init__(self, team: Team, request: LoadRequest) -> None:
+        self.team = team
+        self.request = request
+        self.planner = request.planner
+        self.source = LoadSource(request.reader)
+        team.pickles = allows_pickles(request.planner, request.reader)
+        self.state_dict: dict[str, Any] = {}
+        self.phases = Phases()
+        self.all_open = False
+        """Whether every file that this rank needs is open."""
+        self.found: list[Found] | None = None
+        """On the coordinator: what the ranks of this try have found; None where one failed."""
+        self.found_before: list[Found] | None = None
+        self.first_conflict_s: float | None = None
+        self.final: LoadPlan | None = None
+        """The plan to carry out, once the planner has finished it."""
+
+    def run(self) -> LoadReport:
+        """Load; what `load` returns and raises."""
+        with self.team.wait_for_turn() as team:
+            watcher = Observer("load", team.rank, check=team.check, progress=self.request.progress)
+            with observe_with(watcher), ranks_known(team.rank, team.size):
+                self._load_with_retries(team)
+            report = getattr(self.planner, "report", None)
+            report = report if isinstance(report, LoadReport) else LoadReport()
+            report = self.source.with_byte_counts(report)
+            more = f", {report.bytes_read} bytes read, {report.bytes_verified} verified"
+            self.phases.log("loaded", self.source.where, watcher.done_bytes, team.rank, more)
+        return report
+
+    def _load_with_retries(self, team: Team) -> None:
+        """Plan and read; again, as long as other saves replace the checkpoint meanwhile.
+
+        Ranks that come together again hold a lease while they plan and open their files, so that
+        the second try succeeds where the storage has leases and enough descriptors; so does the
+        first of a planner that has only one. Elsewhere each try must have seen another save.
+        """
+        planner: Any = self.planner
+        leased = not getattr(planner, "plans_again", False)
+        while True:
+            try:
+                self._plan_and_read(team, leased=leased)
+            except StepError as error:
+                if not self._may_repeat(error):
+                    raise
+                if not team.broadcast("retry", self._goes_on):
+                    raise
+                planner.begin_again()
+                leased = True
+            else:
+                return
+            finally:
+                self.source.close()
+
+    def _plan_and_read(self, team: Team, *, leased: bool) -> None:
+        """One try, from top to bottom."""
+        self.final = None
+        with ExitStack() as lease:
+            with self.phases.phase("plan", planning=True):
+                mine = self._plan_together(team, lease if leased else None)
+            if self.all_open:
+                lease.close()
+            with self.phases.phase("read"):
+                if mine.may_misfit:
+                    # No rank's state changes before all that any rank reads is known to fit.
+                    team.agree("read", lambda: self._judge(mine.plan))
+                team.agree("read", lambda: self._fill(mine.plan))
+
+    # ---- plan
+
+    def _plan_together(self, team: Team, lease: ExitStack | None) -> _RankPlan:
+        """This rank's plan, once all ranks have made theirs and the coordinator has compared."""
+        alone = self.source.plans_alone and bool(getattr(self.planner, "plans_alone", False))
+        plans: list[LoadPlan] = []
+
+        def plan() -> Planned:
+            save_id, local = self._plan_alone(team, lease)
+            plans.append(local)
+            numbers = bool(getattr(self.planner, "takes_numbers", ()))
+            return Planned(
+                None if alone else local,
+                self.source.found_in(save_id),
+                getattr(self.planner, "idle_renames", {}),
+                self.source.may_misfit(local, takes_numbers=numbers),
+            )
+
+        if alone:
+            may_misfit = team.all_reduce("plan", plan, self._compare)
+            return _RankPlan(plans[0], may_misfit)
+        return _RankPlan(*team.reduce_scatter("plan", plan, self._make_global_plan))
+
+    def _plan_alone(self, team: Team, lease: ExitStack | None) -> tuple[str | None, LoadPlan]:
+        """The id of the save that this rank has found, and its local plan; its files are open."""
+        self.state_dict = self.request.state()
+        found = self.source.find(team.rank, lease)
+        self.planner.set_up_planner(self.state_dict, found.metadata, team.is_coordinator)
+        self.source.set_up(found, team)
+        asked = require_plan(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
+        plan, self.all_open = self.source.accept(asked)
+        return found.save_id, plan
+
+    def _compare(self, told: Sequence[Planned]) -> bool:
+        """On the coordinator: whether any rank may meet a misfit, once their facts agree."""
+        self.found = [one.found for one in told]
+        return check_together(told)
+
+    def _make_global_plan(self, told: list[Planned]) -> list[tuple[LoadPlan, bool]]:
+        """On the coordinator: what each rank reads, by the hooks that see the plans of all."""
+        may_misfit = self._compare(told)
+        plans = [one.plan for one in told if one.plan is not None]
+        made = self.planner.create_global_plan(plans)
+        return [(plan, may_misfit) for plan in self.request.reader.prepare_global_plan(made)]
+
+    # ---- read
+
+    def _judge(self, plan: LoadPlan) -> None:
+        self.final = self.planner.finish_plan(plan)
+        self.source.prepare(self.final, self.planner)
+
+    def _fill(self, plan: LoadPlan) -> None:
+        final, self.final = self.final or self.planner.finish_plan(plan), None
+        self.source.read(final, self.planner)
+
+    # ---- again
+
+    def _may_repeat(self, error: StepError) -> bool:
+        """Whether a further try may succeed, and harms nothing. The same on every rank."""
+        causes = [cause for cause, _ in error.failures.values()]
+        allows = "repeatable" if error.step == "read" else "plans_again"
+        return bool(getattr(self.planner, allows, False)) and all(
+            isinstance(cause, CheckpointReplacedError) for cause in causes
+        )
+
+    def _goes_on(self) -> bool:
+        """On the coordinator: whether there is time, and the last try has seen something new."""
+        now_s = time.monotonic()
+        self.first_conflict_s = self.first_conflict_s or now_s
+        moves = self.found is None or self.found != self.found_before
+        self.found, self.found_before = None, self.found
+        return moves and now_s - self.first_conflict_s < RETRY_S
