@@ -1,1 +1,1 @@
-"""What runs in pytest's own process: items, fixtures, worlds and reports."""
+"""Code in pytest's own process: items, fixtures, worlds and reports."""

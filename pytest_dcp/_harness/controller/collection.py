@@ -25,7 +25,7 @@ from pytest_dcp._harness.rank.junit_state import JunitState
 from pytest_dcp._harness.rank.log_capture import SteadyLogs
 
 USAGE_ERROR = "dcp_usage_error"
-"""Under which an xdist worker hands its controller what is wrong with the suite."""
+"""The key under which an xdist worker sends its controller the suite's errors."""
 STARTS_RANKS = frozenset(
     (
         "MultiProcessTestCase",
@@ -137,7 +137,7 @@ def _parametrized_size(item: pytest.Function) -> int | None:
 
 
 def _parameter(item: pytest.Function) -> object:
-    """What a parametrization of `world_size` gives this test; None without one."""
+    """The value that a parametrization of `world_size` gives this test; None without one."""
     return item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
 
 

@@ -76,7 +76,7 @@ def _fail(
         report.longrepr = text
     if hasattr(report, "wasxfail"):
         del report.wasxfail
-    if call.excinfo is None:  # so that a rank tells the controller what kind of failure it is
+    if call.excinfo is None:  # so that a rank sends the kind of the failure to the controller
         call.excinfo = pytest.ExceptionInfo.from_exc_info(_exc_info(LateMarkerError(text)))
 
 

@@ -1,4 +1,4 @@
-"""What went wrong while ranks exited -> warnings, which `-W error` makes errors of the test.
+"""Errors during ranks' exits -> warnings, which `-W error` turns into errors of the test.
 
 An interpreter prints such errors and exits with code 0 all the same. Here they are warnings as
 pytest gives them for exceptions that cannot be caught.

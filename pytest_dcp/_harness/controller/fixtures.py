@@ -1,7 +1,8 @@
-"""The fixtures that tests ask for. In a rank they tell of it; `worlds` starts worlds of its own.
+"""The fixtures that tests ask for. In a rank they describe the rank; `worlds` starts further
+worlds.
 
-What lasts as long as a rank's process is session-scoped, so that fixtures of any scope may use it.
-No torch at import: a suite without worlds pays nothing.
+Fixtures that last as long as a rank's process are session-scoped, so that fixtures of any scope may
+use them. No torch at import: a suite without worlds pays nothing.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
 def world(request: pytest.FixtureRequest) -> RankWorld:
     """This rank's view of its world: barrier, broadcast, gather, rank0_first, seed; kill, pause.
 
-    What `kill(at=)` and `pause(at=)` ask for must happen before the running test is torn down.
+    Deaths and stops requested with `kill(at=)` and `pause(at=)` must happen before the running test
+    is torn down.
     """
     from pytest_dcp._harness.rank.world_fixture import RankWorld
 

@@ -1,4 +1,4 @@
-"""Colours for the lines on top of a report: causes red, what followed from them dim.
+"""Colours for the lines on top of a report: causes red, their consequences dim.
 
 Enters: reports, where they are made, or where they arrive. A report travels between processes
 (xdist) as pytest's own classes, which know no colours, and an attribute of it says which lines name

@@ -1,8 +1,8 @@
 """Hooks of ours that plugins and conftests may implement.
 
 All but `pytest_dcp_rank_state` are called in the controller. A marked test runs in ranks, which are
-processes of their own: what a plugin gathers there in memory (snapshots that were used, results of
-benchmarks) is not in the process that reports the session. With `pytest_dcp_rank_state` and
+processes of their own: data that a plugin gathers there in memory (snapshots used, results of
+benchmarks) is missing in the process that reports the session. With `pytest_dcp_rank_state` and
 `pytest_dcp_take_rank_states` a plugin sends it home. Implementations that must also load without
 pytest_dcp are declared `@pytest.hookimpl(optionalhook=True)`.
 """
@@ -22,7 +22,7 @@ def pytest_dcp_world_started(size: int, ready_s: float) -> None:
 
 
 def pytest_dcp_rank_state(item: pytest.Item) -> object:
-    """In every rank, when a marked test has been torn down: what the plugin has gathered in it.
+    """In every rank, when a marked test has been torn down: the plugin's data of this rank.
 
     Anything that can be pickled, or None for nothing. Each plugin's own value goes to the same
     plugin's `pytest_dcp_take_rank_states`.
@@ -32,14 +32,14 @@ def pytest_dcp_rank_state(item: pytest.Item) -> object:
 def pytest_dcp_take_rank_states(item: pytest.Item, states: Sequence[object]) -> None:
     """In the process that reports the session, before the test's teardown is reported.
 
-    `states` are what the ranks returned, in rank order; None for a rank that had nothing to say or
-    was lost. Not called when no rank had anything.
+    `states` are the ranks' results, in rank order; None for a rank without data or a lost rank. Not
+    called when no rank had anything.
     """
 
 
 @pytest.hookspec(firstresult=True)
 def pytest_dcp_carries(fixture: str) -> bool | None:
-    """Whether the plugin carries what this fixture of another plugin gathers in ranks.
+    """Whether the plugin carries the data that this fixture of another plugin gathers in ranks.
 
     True lets marked tests use a fixture whose plugin is known to lose its data in ranks.
     """

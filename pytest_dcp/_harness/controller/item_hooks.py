@@ -1,4 +1,4 @@
-"""What pytest's hooks tell marked items; registered only in sessions that have some.
+"""Forwards pytest's hooks to marked items; registered only in sessions that have some.
 
 Enters: hooks of pytest, its plugins, and Hypothesis'. Leaves: calls of the `MarkedItem`s.
 """
@@ -29,7 +29,7 @@ class ItemHooks:
         """pytest's own plugin of --pdb, None without it; a marked test's debugger is in a rank."""
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
-        """--pdb for what is no rank's failure."""
+        """--pdb for failures that are not a rank's."""
         marked = node.stash.get(ITEM_KEY, None)
         told = marked is not None and call.excinfo.value is marked.raised
         if self._pdb_invoke is not None and not told:
@@ -84,7 +84,7 @@ class ItemHooks:
     def pytest_runtest_teardown(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """Tell a marked item what comes after it: nothing where the session stops."""
+        """Pass the next item to a marked item; None if the session stops."""
         if (marked := item.stash.get(ITEM_KEY, None)) is not None:
             marked.begin_teardown(nextitem)
         return (yield)

@@ -1,8 +1,8 @@
-"""What the ranks of an item printed and logged -> sections of its report.
+"""Output and logs of an item's ranks -> sections of its report.
 
 Enters: the outcome of each phase, as it comes. Leaves: sections in the item, each text once, named
 with its ranks. The report of a hang is about the ranks' stacks: there DEBUG lines of loggers, those
-of earlier phases too, are counted in place of being shown.
+of earlier phases too, are counted, not shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
 
 Section = tuple[str, str, str]
-"""(phase, `stdout` and the like, text)"""
+"""(phase, `stdout` or another stream, text)"""
 
 
 class ItemOutput:
@@ -29,10 +29,10 @@ class ItemOutput:
         self._size = size
         self._which = which
         self._noisy: list[Mapping[int, Done]] = []
-        """What ranks said of earlier phases in which they logged below INFO."""
+        """Output of ranks in earlier phases in which they logged below INFO."""
 
     def absorb(self, world: World, outcome: Outcome, when: Phase, lost: Collection[int]) -> None:
-        """Add what a phase has left; `lost` ranks have had their last output shown before."""
+        """Add a phase's output; the last output of `lost` ranks was shown before."""
         quiet = _is_hang(outcome)
         if quiet:
             self._quieten_earlier()

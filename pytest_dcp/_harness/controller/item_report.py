@@ -1,4 +1,4 @@
-"""What pytest reports of a marked item: the ranks' own failure in place of the controller's."""
+"""pytest's report of a marked item: shows the ranks' own failure instead of the controller's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a world asks of the machine, and what goes wrong where it does not get it."""
+"""A world's request for resources of the machine, and the errors if it is not granted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytest_dcp.errors import DcpError
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequest:
-    """What one world needs for its life."""
+    """Resources that one world needs for its life."""
 
     processes: int
     """Rank processes, >= 1. A world of more than the whole budget takes the whole budget."""

@@ -5,9 +5,9 @@ life, or an error. Rules inside:
 
 - A slot is a lock file, at most one holder at a time; the files stay, as many as there are slots.
 - All or nothing: a taker collects slots only while it holds the turnstile of their resource, and on
-  failure gives back what it has. Resources are collected in one order, GPUs before CPU slots, so
-  takers cannot deadlock; a large taker keeps what it has until it has enough, so small ones cannot
-  starve it. A taker that waits for a GPU does not stop takers of CPU slots only.
+  failure releases its slots. Resources are collected in one order, GPUs before CPU slots, so takers
+  cannot deadlock; a large taker keeps its slots until it has enough, so small ones cannot starve
+  it. A taker that waits for a GPU does not stop takers of CPU slots only.
 - The kernel frees a slot when its holder dies. Lock files are close-on-exec, and filelock closes
   them in a child of `os.fork`: a child neither keeps nor can release its parent's leases, and its
   copy of a pool takes leases of its own. A child forked past Python, from C without exec, keeps
@@ -208,8 +208,8 @@ class _Resource:
     def collect(self, count: int, deadline: float, held: ExitStack) -> tuple[int, ...]:
         """Indices of `count` slots, ascending, all taken until `held` closes.
 
-        `deadline` is in seconds of the monotonic clock. Raises `_OutOfTime` when it passes; what
-        was collected by then is in `held` too.
+        `deadline` is in seconds of the monotonic clock. Raises `_OutOfTime` when it passes; slots
+        collected by then are in `held` too.
         """
         if count == 0:
             return ()
@@ -277,8 +277,8 @@ def default_max_processes(cpu_count: int | None) -> int:
 def folder_problems(mode: int, owner: int, uid: int) -> tuple[str, ...]:
     """Why user `uid` must not keep locks in a folder, of its `lstat`; empty if fine. Pure (no I/O).
 
-    `mode` is the whole st_mode: in a folder that others may write to, they could put a lock file
-    of theirs and hold it for ever, or make us open what a link names.
+    `mode` is the whole st_mode: in a folder that others may write to, they could create a lock file
+    and hold it forever, or make us open the target of a link.
     """
     problems = []
     if not stat.S_ISDIR(mode):

@@ -1,4 +1,4 @@
-"""Fixtures of known plugins that keep what they gather in the test's process.
+"""Fixtures of known plugins that keep their data in the test's process.
 
 In a rank that is lost, and not always quietly: at the end of the session syrupy deletes snapshots
 that no test of its own process used. Enters: marked items. Leaves: problems, or warnings.

@@ -1,8 +1,8 @@
 """A marked item in the controller: stays an ordinary pytest item, but each phase runs on all ranks.
 
-Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown
-by one lockstep phase each; whatever pytest and its plugins do around them (xfail, reruns, -x,
-durations, junit, xdist) needs no special code. Leaves: one report per phase, made by pytest.
+Enters: an item and its `WorldSpec`. `attach` replaces the item's own setup, runtest and teardown by
+one lockstep phase each; the features of pytest and plugins around them (xfail, reruns, -x,
+durations, junit, xdist) need no special code. Leaves: one report per phase, made by pytest.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class MarkedItem:
     limit_s: float = 0.0
     failed: bool = False
     raised: BaseException | None = None
-    """What the last failed phase raised, and its outcome."""
+    """The exception of the last failed phase, and its outcome."""
     outcome: Outcome | None = None
     found: FoundError | None = None
-    """What made Hypothesis' property fail."""
+    """The failures that Hypothesis found."""
     unexpectedly: str | None = None
     """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
@@ -197,7 +197,7 @@ class MarkedItem:
     def end_cut_off(self) -> None:
         """The session has ended while this item ran: have its ranks tear down every scope.
 
-        What its ranks raised is reported. Does nothing when they are gone.
+        The ranks' exceptions are reported. Does nothing if the ranks have ended.
         """
         world, self.world = self.world, None
         if world is None:
@@ -216,7 +216,7 @@ class MarkedItem:
         self.report_late(world, ended)
 
     def _report_cut_off(self, world: World, cut: CutOff) -> None:
-        """Report what failed in a phase that was cut off, but for what follows from that alone."""
+        """Report the failures in a phase that was cut off, except those caused by the cut."""
         self._absorb(world, cut.outcome, cut.phase)
         if not all(one.kind == "failed" and is_echo(one) for one in cut.outcome.failures):
             self.report_late(world, cut.outcome, cut.phase)
@@ -235,12 +235,12 @@ class MarkedItem:
                 self.harness.warm.keep(self._warm_key(), world, self, follower)
                 return True, torn
             warn_of_changes(self.item.nodeid, torn)
-            torn = world.run("teardown", TestPlace().order())  # what was to stay for the follower
+            torn = world.run("teardown", TestPlace().order())  # the fixtures kept for the next test
             self._absorb(world, torn, "teardown")
         return False, join_outcomes(torn, world.close())
 
     def note_teardown(self, torn: Outcome) -> None:
-        """Keep what failed when the item was torn down in a world that is replaced, once."""
+        """Record, once, failures during the item's teardown in a world that is being replaced."""
         known = {failure.summary for failure in self.torn_before.failures}
         if any(failure.summary not in known for failure in torn.failures):
             self.torn_before = join_outcomes(self.torn_before, torn)
@@ -256,8 +256,8 @@ class MarkedItem:
     def _follower(self) -> TestPlace | None:
         """The test that takes this world next, or another test of its module; None for none.
 
-        What runs after the next test is known only where pytest goes through the session's items:
-        a worker of pytest-xdist gets one item at a time.
+        The test after the next one is known only if pytest itself iterates over the session's
+        items: a worker of pytest-xdist gets one item at a time.
         """
         nextitem = self.nextitem
         if self.spec.isolation != "module" or self.failed or nextitem is None:
@@ -275,13 +275,13 @@ class MarkedItem:
         return None
 
     def absorb_late(self, world: World, outcome: Outcome) -> None:
-        """Keep what ranks of this test's world printed and warned of when the test was over."""
+        """Add output and warnings of this test's ranks from after the test."""
         self._absorb(world, outcome, "teardown")
         with self._recording_warnings():
             self._absorb_whole_item(outcome)
 
     def report_late(self, world: World, outcome: Outcome, when: Phase = "teardown") -> None:
-        """Report, as of a phase of this test, what went wrong in its world when that was over."""
+        """Report errors in this test's world after the test, as of one of the test's phases."""
 
         def conclude() -> None:
             __tracebackhide__ = True
@@ -310,7 +310,7 @@ class MarkedItem:
             config=self.item.config, ihook=self.item.ihook, when="runtest", item=self.item
         )
 
-    # What the ranks said.
+    # Results from the ranks.
 
     def _conclude(self, world: World, outcome: Outcome, when: Phase) -> None:
         self._absorb(world, outcome, when)
@@ -364,7 +364,7 @@ class MarkedItem:
         return all(done.reusable for done in outcome.done.values())
 
     def _absorb_end(self, world: World) -> None:
-        """Keep what ranks printed while they exited, and warn of what went wrong in that."""
+        """Keep the output of ranks during their exit, and warn about errors in it."""
         __tracebackhide__ = True
         printed = ((rank, *part) for rank, one in world.exited.items() for part in one.sections)
         for _, name, text in report.merged_sections(printed):
@@ -401,7 +401,7 @@ def _place_of(item: pytest.Item) -> TestPlace:
 
 
 def _properties(outcome: Outcome) -> list[tuple[str, object]]:
-    """user_properties of all ranks: those that agree once, others with the rank's name."""
+    """user_properties of all ranks: equal ones once, others with the rank's name."""
     by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
     for rank, done in sorted(outcome.done.items()):
         for name, value in done.properties:

@@ -1,7 +1,8 @@
-"""A marked item whose ranks run the examples of a property: what the engine needs, the report.
+"""A marked item whose ranks run the examples of a property: the item as the engine sees it, and the
+report.
 
-Enters: an item whose call has come to a property. Leaves: how the call went, and for a property
-that fails the representation of each minimal example.
+Enters: an item whose call has come to a property. Leaves: the outcome of the call, and for a
+failing property the representation of each minimal example.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["ItemRanks", "FoundError", "run_properties", "longrepr_for", "without
 
 
 class Item(Protocol):
-    """What is asked of a marked item."""
+    """The parts of a marked item used here."""
 
     item: pytest.Item
     spec: WorldSpec
@@ -42,7 +43,7 @@ class Item(Protocol):
         """The order that begins the item."""
 
     def note_teardown(self, torn: Outcome) -> None:
-        """Keep what failed when the item was torn down in a world that is replaced."""
+        """Record failures during the item's teardown in a world that is being replaced."""
 
     def expects(self, error: BaseException) -> bool:
         """Whether the test's xfail marker has this exception in mind."""
@@ -82,7 +83,7 @@ class ItemRanks:
         fresh_folders.renew(self._marked.checkpoint_dir)
 
     def exception_for(self, outcome: Outcome) -> BaseException:
-        """What stands for a failed outcome in the controller."""
+        """The exception that represents a failed outcome in the controller."""
         return report.exception_for(outcome, self._marked.item.nodeid)
 
     def lead_with_unexpected(self, outcome: Outcome) -> Outcome:

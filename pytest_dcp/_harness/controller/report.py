@@ -1,4 +1,4 @@
-"""A world's outcome -> what pytest shows: one report, the first cause on top.
+"""A world's outcome -> pytest's report: one report, the first cause on top.
 
 Enters: an `Outcome`. Leaves: an exception to raise in the controller, of the rank's own type
 where that is known here, and the `longrepr` and the sections of its report. Only pytest's own
@@ -45,7 +45,7 @@ def lead_with_unexpected(outcome: Outcome, expected: Callable[[BaseException], b
     """The outcome with the first failure on top that is not `expected` (by an xfail marker).
 
     An expected failure of one rank must not hide another's. A peer that hung or died is one of
-    those, though it may only have waited: what the marker expects did not happen there.
+    those, though it may only have waited: the expected failure did not happen there.
     """
     if outcome.first is None or not expected(_error_of(outcome.first, outcome)):
         return outcome
@@ -57,7 +57,9 @@ def lead_with_unexpected(outcome: Outcome, expected: Callable[[BaseException], b
 
 
 def exception_for(outcome: Outcome, where: str) -> BaseException:
-    """What the controller raises for an outcome that did not pass, instead of the test."""
+    """The exception that the controller raises for an outcome that did not pass, instead of the
+    test's.
+    """
     if outcome.kind == "skipped":
         return pytest.skip.Exception(outcome.reason)
     if outcome.kind == "xfailed":
@@ -70,7 +72,9 @@ def exception_for(outcome: Outcome, where: str) -> BaseException:
 
 
 def exception_of_end(end: SessionEnd, where: str, *, failed: bool = False) -> BaseException:
-    """What ends the session as the rank asked; not with 0 when its test has `failed`."""
+    """The exception that ends the session as the rank asked; not with 0 if its test has
+    `failed`.
+    """
     text = f"{where}: rank {end.rank}: {end.text}"
     if end.kind == "interrupt":
         return KeyboardInterrupt(text)
@@ -93,8 +97,8 @@ def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
     """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
 
     It is made without its `__init__`, whose arguments are unknown here; None when the class is not
-    to be found in this process, is no ordinary exception, or is one of pytest's own, which pytest
-    shows by what their `__init__` sets.
+    to be found in this process, is no ordinary exception, or is one of pytest's own, whose display
+    needs attributes set by `__init__`.
     """
     if class_name[1] == pytest.fail.Exception.__qualname__:
         return pytest.fail.Exception(text, pytrace=False)
@@ -190,7 +194,7 @@ def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
 
 
 def _table(outcome: Outcome, root: str) -> str:
-    """Rank by rank, the stacks of those that were killed at a limit, equal ones once."""
+    """Rank by rank, the stacks of ranks killed at a limit, equal ones once."""
     rows: dict[str, list[int]] = {}
     for group in outcome.groups:
         if group.failure.kind in ("blocked", "timeout"):

@@ -1,4 +1,4 @@
-"""What all worlds of one pytest session share: the launcher, the leases, the warm worlds.
+"""State shared by all worlds of one pytest session: the launcher, the leases, the warm worlds.
 
 Lives in the controller only. Enters: the collected session. Leaves: started worlds. `close` ends
 everything that was started, whatever state it is in.
@@ -66,7 +66,7 @@ class Harness:
         self._pool: LeasePool | None = None
         self._open: dict[int, World] = {}
         self._ending: BaseException | None = None
-        factory: Any = getattr(self.config, "_tmp_path_factory", None)  # what tmp_path itself uses
+        factory: Any = getattr(self.config, "_tmp_path_factory", None)  # used by tmp_path itself
         if factory is None:
             raise pytest.UsageError("worlds need pytest's tmpdir plugin: drop `-p no:tmpdir`")
         # Made here, before any rank: ranks that made it would race for its number.
@@ -101,7 +101,7 @@ class Harness:
         return self._ending is not None
 
     def check_end(self) -> None:
-        """Raise what ends the session, if a rank has ended it."""
+        """Raise the exception that ends the session, if a rank has requested it."""
         ending, self._ending = self._ending, None
         if ending is not None:
             raise ending
@@ -109,7 +109,7 @@ class Harness:
     # Worlds.
 
     def launcher(self) -> Launcher:
-        """What starts ranks; itself started on first use."""
+        """The launcher of ranks; started on first use."""
         if self._launcher is not None and self._launcher.lost:
             self._replace_lost(self._launcher)
         if self._launcher is None:
@@ -190,7 +190,8 @@ class Harness:
         return booted
 
     def _lease(self, spec: WorldSpec) -> Lease | None:
-        """What the world needs of the machine; None for a second world that goes on without.
+        """Lease the resources that the world needs; None for a second world that runs without a
+        lease.
 
         A test that opens a world inside another must not wait while it holds slots itself: two such
         tests would wait for each other. Only GPUs are worth that, and the wait is bounded.
@@ -220,7 +221,7 @@ class Harness:
         return self._pool
 
     def seed_of(self, name: str) -> int:
-        """The seed of a test: the option's, or one that its name always gives."""
+        """The seed of a test: the option's, or one derived from its name."""
         if self.options.seed is not None:
             return self.options.seed
         return zlib.crc32(name.encode())

@@ -39,7 +39,7 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
 
 def _restore_report(item: pytest.Item, data: Mapping[str, Any]) -> Any:
     """The report that a rank sent, or None when it is none of this item's subtests."""
-    with contextlib.suppress(Exception):  # pytest's own reading trusts what it is given
+    with contextlib.suppress(Exception):  # pytest's own reader trusts its input
         rep: Any = item.config.hook.pytest_report_from_serializable(
             config=item.config, data=dict(data)
         )
@@ -82,7 +82,7 @@ class _Said:
 
 
 def _capture_suspended(config: pytest.Config) -> AbstractContextManager[None]:
-    """Subtests are logged in the middle of a test: what that writes is not the test's output."""
+    """Suspend capturing: subtests are logged during a test, but this output is not the test's."""
     manager: Any = config.pluginmanager.getplugin("capturemanager")
     if manager is None:
         return nullcontext()

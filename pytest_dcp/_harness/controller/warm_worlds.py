@@ -7,9 +7,9 @@ Rules that hold inside:
 
 - An idle world ends in one way only, `end_idle`: its ranks tear down every scope that is still set
   up in them, and leave. Where a rank is gone, the others tear down.
-- An interrupt of the session cuts that short: what is under way has a bounded time to end, and what
-  it came to is reported. Another interrupt kills the ranks at once.
-- What is wrong with an idle world is an error of the test that ran last in it, its owner. The
+- An interrupt of the session cuts that short: the running step has a bounded time to end, and its
+  outcome is reported. Another interrupt kills the ranks at once.
+- A problem of an idle world is an error of the test that ran last in it, its owner. The
   owner has made all its reports by then, so it makes another one, of its teardown.
 """
 
@@ -29,12 +29,12 @@ from pytest_dcp._harness.world.outcome import Outcome, combine, is_echo
 from pytest_dcp._harness.world.world import World
 
 WIND_DOWN_S = 2.0
-"""For the fixtures of ranks that outlived their peers: enough to close what they hold."""
+"""For the fixtures of ranks that outlived their peers: enough to close their resources."""
 HURRIED_S = 10.0
 """For the fixtures of an idle world when the session was interrupted."""
 
 SESSION_ENDS = (KeyboardInterrupt, pytest.exit.Exception)
-"""What pytest lets pass from inside a test: the session is over."""
+"""Exceptions that pytest lets pass from inside a test: the session is over."""
 PASSED = Outcome("passed", "", (), {})
 
 Key = tuple[str, WorldSpec]
@@ -45,7 +45,7 @@ class Owner(Protocol):
     """The test that ran last in a world."""
 
     def absorb_late(self, world: World, outcome: Outcome) -> None:
-        """Keep what ranks printed and warned of, as long as the world is open."""
+        """Keep the ranks' output and warnings while the world is open."""
 
     def report_late(self, world: World, outcome: Outcome) -> None:
         """Report what went wrong in a world that has ended, if anything did.
@@ -162,7 +162,7 @@ def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
 
 
 def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> Outcome:
-    """Tear down every scope in the ranks, and have them leave; what went wrong in that.
+    """Tear down every scope in the ranks, and have them leave. Returns the errors.
 
     `limit_s` is for the teardown. `hear` is called with each outcome while the world's output can
     still be read.
@@ -179,7 +179,7 @@ def end_idle(world: World, limit_s: float, hear: Callable[[Outcome], None]) -> O
 
 
 def tear_down_survivors(world: World) -> Outcome:
-    """Tear down in the ranks that outlived a failure, and end the world; what is new in that.
+    """Tear down in the ranks that outlived a failure, and end the world. Returns the new errors.
 
     Errors that only follow from a peer's end are left out, and so is a rank that was not done in
     time: the peers that its fixtures may wait for are gone.

@@ -1,4 +1,4 @@
-"""What classes of `unittest` find in a world: the fixtures of the world as attributes."""
+"""For `unittest` classes in a world: the fixtures of the world as attributes."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ class WorldTestMixin:
         return self.device_mesh
 
     def _handle_test_skip(self, reason: str) -> None:
-        """torch's `skip_if_lt_x_gpu` calls this where there is one, in place of `sys.exit`."""
+        """torch's `skip_if_lt_x_gpu` calls this method, if it exists, instead of `sys.exit`."""
         raise unittest.SkipTest(reason)

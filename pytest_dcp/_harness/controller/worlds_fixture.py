@@ -1,7 +1,7 @@
 """The `worlds` fixture: worlds that a test starts itself, to run functions in.
 
 Enters: functions and arguments, also closures and lambdas, by cloudpickle. Leaves: one result per
-rank, or one `WorldError` that carries what went wrong in every rank.
+rank, or one `WorldError` that carries every rank's failure.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ class FunctionWorld:
         return [
             load_from_rank(outcome.done[rank].payload, rank, what)
             if rank in outcome.done
-            else outcome.lost[rank]  # type: ignore[misc]  # T alone for those who lose no rank
+            else outcome.lost[rank]  # type: ignore[misc]  # plain T for callers that lose no rank
             for rank in range(self.size)
         ]
 
     def check_finished(self) -> None:
-        """Wait for what still runs, and raise what failed in it."""
+        """Wait for a running call, and raise its failure."""
         if self._running is not None:
             self._running.result()
 
@@ -145,7 +145,7 @@ class FunctionWorld:
         return WorldError("\n".join(parts), outcome.failures)
 
     def _print_output(self, outcome: Outcome) -> None:
-        """What the ranks printed becomes the test's own output, with the ranks before each line."""
+        """Print the ranks' output as the test's own, with the ranks before each line."""
         sections: list[tuple[int, str, str, str]] = []
         for rank in range(self.size):
             done = outcome.done.get(rank)
@@ -179,7 +179,7 @@ class Running(Generic[T]):
         self._error: BaseException | None = None
 
     def result(self) -> list[T]:
-        """What `run` returns or raises; waits for it. The same each time."""
+        """Wait for the result of `run`, and return or raise it. The same each time."""
         if self._error is not None:
             raise self._error
         if self._results is None:
@@ -196,7 +196,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 class Worlds:
-    """What the `worlds` fixture gives: call it to open a world."""
+    """The value of the `worlds` fixture: call it to open a world."""
 
     def __init__(self, harness: Harness, nodeid: str) -> None:
         self._harness = harness
@@ -237,7 +237,7 @@ class Worlds:
         return world, functions
 
     def close(self) -> None:
-        """End what a test left open."""
+        """End worlds that a test left open."""
         for world in self._open:
             world.kill()
 

@@ -167,7 +167,9 @@ class SpawnLauncher(Signals):
             self._wake_w.send(b"x")
 
     def _kill_leaked(self, order: RankLaunch, pid: int) -> tuple[tuple[str, ...], list[int]]:
-        """Kill what a rank left behind; as `pid (command)`, and the trackers that may go on."""
+        """Kill a rank's leftovers. Returns them as `pid (command)`, and the trackers that may
+        continue.
+        """
         found, trackers = [], []
         for other in linux.processes():
             if other != pid and linux.variable_of(other, RANK_VARIABLE) == order.token:
@@ -242,7 +244,7 @@ def main() -> NoReturn:
 
 
 def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
-    """Import what joining the process group needs: that is not timed."""
+    """Import the modules needed to join the process group: that is not timed."""
     one.channel.send(At("preparing", "importing torch"))
     with contextlib.suppress(
         Exception

@@ -131,7 +131,7 @@ class Zygote:
         signal.set_wakeup_fd(self.wake_w.fileno(), warn_on_full_buffer=False)
 
     def warm_up(self) -> None:
-        """Import what ranks need, and make forking cheap."""
+        """Import the modules that ranks need, and make forking cheap."""
         for name in PRELOAD:
             self.say({"importing": name})
             self.preload([name])
@@ -156,7 +156,7 @@ class Zygote:
         self.collapsed = False
 
     def collapse_heap_once(self, world: int) -> None:
-        """Put what is frozen on huge pages, where this is not the first world.
+        """Put the frozen heap on huge pages, unless this is the first world.
 
         Forking is cheaper then; a session of one world ends before that pays.
         """

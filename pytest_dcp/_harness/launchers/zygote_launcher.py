@@ -1,7 +1,7 @@
 """The controller's handle on the zygote, the preloaded process that ranks are forked from.
 
 It forks the zygote once, sends it requests, and reads the ends and stops of ranks that it reports.
-See `zygote` for what runs there, and for the messages between the two.
+See `zygote` for the process itself, and for the messages between the two.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ class ZygoteLauncher(Signals):
     def _lost_error(self, why: str = "") -> LauncherLostError:
         """The error to raise when the zygote is no more.
 
-        Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills what
-        the ranks have left.
+        Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills the
+        ranks' leftovers.
         """
         if not self.lost:
             status = self._end(0.0 if why else CLOSE_S)

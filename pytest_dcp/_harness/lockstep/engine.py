@@ -96,9 +96,10 @@ LOOK_SHARE = 10
 """Comparing may take at most this fraction of the time."""
 HANG_FACTOR = 20
 HANG_LEAST_S = 2.0
-"""Once an example hung, others get so many times what the slowest took that ended, and at least so
-long: each step of shrinking a hang would otherwise take the whole time limit. The last run, which
-is reported, gets all of it."""
+"""Once an example has hung, later ones get this multiple of the slowest finished example's time,
+and at least this long: otherwise each step of shrinking a hang would take the whole time limit. The
+last run, which is reported, gets all of it.
+"""
 
 
 class ExampleRanks(Protocol):
@@ -200,7 +201,7 @@ class _Engine:
         try:
             with self._hypothesis.seeding_nothing():
                 stand_in()
-        except Exception as error:  # noqa: BLE001 - Hypothesis raises what the ranks' errors became
+        except Exception as error:  # noqa: BLE001 - Hypothesis raises the exceptions made of the ranks' errors
             found = self._minimal(error)
             if not found:
                 raise self._hypothesis.for_the_user(error) from None
@@ -222,7 +223,7 @@ class _Engine:
     # One example.
 
     def _run_example(self, data: Any, final: bool) -> None:
-        """Have the ranks run what the engine wants to try next, and tell it what came of that."""
+        """Have the ranks run the engine's next example, and report the result to the engine."""
         world_s = self._make_ready()
         verdict = self._attempt(self._hypothesis.attempt_of(data, final=final))
         self.broken = not (self._company.world.survivors_idle and verdict.may_go_on)
@@ -291,7 +292,7 @@ class _Engine:
         self.broken = False
         return time.perf_counter() - started
 
-    # What the engine gets.
+    # Results for the engine.
 
     def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
         """Report the draws to the engine, and the test's observations from any rank."""

@@ -1,4 +1,5 @@
-"""What lockstep needs of Hypothesis beyond its public API: in the ranks, and in both processes.
+"""Parts of Hypothesis beyond its public API that lockstep needs: in the ranks, and in both
+processes.
 
 See `hypothesis_stand_in` for the controller.
 

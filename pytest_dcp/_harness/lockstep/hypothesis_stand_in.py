@@ -1,7 +1,7 @@
 """Hypothesis' internals in the controller: its engine runs a stand-in for a property of the ranks.
 
-The engine decides on each example; `attempt_of` says what ranks need to draw it, and `mirror` tells
-the engine what they drew. See `hypothesis_internals` for the ranks' end.
+The engine decides on each example; `attempt_of` describes it to the ranks, and `mirror` gives their
+draws to the engine. See `hypothesis_internals` for the ranks' end.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from pytest_dcp._harness.lockstep.messages import (
 DEFAULT_DEADLINE = timedelta(milliseconds=200)
 """Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""
 STAND_IN_LINE = "Failing test case: <state machine>"
-"""What the engine says of a stand-in's own arguments."""
+"""The engine's message about a stand-in's own arguments."""
 EXPECTED = "Failed to reproduce exception. Expected:"
-"""What it says, with a traceback of ours, of a failure that did not come again."""
+"""The engine's message, with our traceback, about a failure that did not reproduce."""
 
 __all__ = [
     "attempt_of",
@@ -78,7 +78,7 @@ def seeding_nothing() -> AbstractContextManager[None]:
 
 
 def _settings_of(prop: Property) -> settings:
-    """The test's settings, except those that make no sense across ranks.
+    """The test's settings, without the ones that make no sense across ranks.
 
     The explain phase traces lines, which ranks execute and the engine does not see.
     """

@@ -24,8 +24,7 @@ class RankTerminal:
     """The terminal as a rank sees it: closed, until the rank is granted it for a debugger.
 
     A rank is not in the terminal's foreground process group, so reading from it would stop the
-    process; and only rank 0 writes what plugins write while a test runs (--setup-show, live
-    logs).
+    process; and only rank 0 writes plugins' output during a test (--setup-show, live logs).
     """
 
     def __init__(self, config: pytest.Config, tty: str) -> None:
@@ -59,7 +58,7 @@ class RankTerminal:
             os.dup2(self._stdin, 0)
 
     def _take(self, path: str) -> None:
-        """Replace the standard files by the terminal, also those that capture saved."""
+        """Replace the standard files by the terminal, also the ones that capture saved."""
         with contextlib.suppress(OSError):  # there is none: the debugger reads an end of file
             tty = os.open(path, os.O_RDWR)
             for fd, name in enumerate(("in_", "out", "err")):
@@ -160,7 +159,7 @@ class RankDebugger:
 
 
 class NoPdb:
-    """What a rank without the terminal gets for a debugger: nothing happens."""
+    """The debugger of a rank without the terminal: does nothing."""
 
     def set_trace(self, frame: object = None) -> None:
         """Go on."""

@@ -45,7 +45,7 @@ AMBIENT = frozenset(
     ("rank", "local_rank", "world_size", "device", "device_mesh", "world", "request")
 )
 FRESH = frozenset(("checkpoint_dir", "faulty_storage"))
-"""Fixtures of ours: those that are the same for all examples, and those that are new for each."""
+"""Our fixtures: shared by all examples, and renewed for each."""
 
 
 class AbandonedError(BaseException):
@@ -53,19 +53,19 @@ class AbandonedError(BaseException):
 
 
 class _Unparametrised:
-    """What a test without parameters has for a callspec."""
+    """The callspec of a test without parameters."""
 
     params: ClassVar[dict[str, object]] = {}
 
 
 class Reporter(Protocol):
-    """What pytest shows of an example; see `pytest_plugin`."""
+    """pytest's report of an example; see `pytest_plugin`."""
 
     def variant(self) -> bytes:
-        """What tells the running test from its parametrised siblings."""
+        """Distinguishes the running test from its parametrised siblings."""
 
     def begin_example(self) -> None:
-        """Forget what was captured so far."""
+        """Forget output captured so far."""
 
     def report_example(self, error: BaseException, done: Done) -> Done:
         """The answer with pytest's own report of the failure."""
@@ -112,7 +112,7 @@ def check_fixtures(item: pytest.Item) -> None:
 
 
 class ExampleRecord:
-    """What this rank draws, written down as it is drawn."""
+    """This rank's draws, recorded as they happen."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -210,7 +210,7 @@ class ExampleRunner:
             fixture.renew()
 
     def _end(self) -> None:
-        """What is known of an example only when all ranks have ended it."""
+        """Facts about an example that are known only when all ranks have ended it."""
         if self.rank.renewed:
             self.rank.meet("the end of an example")
             for fixture in self.rank.renewed:
@@ -260,7 +260,9 @@ class ExampleRunner:
     def _run(
         self, state: inside.Followed, attempt: Attempt
     ) -> tuple[Status, BaseException | None, Any]:
-        """Draw and run the example: its status, what it raised, and Hypothesis' data of it."""
+        """Draw and run the example. Returns its status, its exception, and Hypothesis'
+        data of it.
+        """
         self.record.begin()
         data = inside.data_to_draw_from(attempt, self.record)
         status: Status = "valid"

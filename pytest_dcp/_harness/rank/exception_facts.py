@@ -1,4 +1,4 @@
-"""What a rank tells of an exception: its class, its text, its traceback, and what it means."""
+"""A rank's description of an exception: its class, text, traceback and meaning."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Counts a rank's collectives and messages, by process group, and keeps which they were.
 
 Enters: this process's groups. Leaves: `GroupUse`s, counted from a moment on. A group's own sequence
-number counts what it was asked for, in C++ too, but some backends (gloo) count messages with it,
-and `monitored_barrier` by the messages that it is made of, which differ from rank to rank. So these
-are counted apart, where Python calls them; nothing else starts them.
+number counts the requests, in C++ too, but some backends (gloo) count messages with it, and
+`monitored_barrier` by the messages that it is made of, which differ from rank to rank. So these are
+counted apart, where Python calls them; nothing else starts them.
 
-Which collectives there were is known of those that Python calls: DTensor and DDP call others in
-C++, which are only counted.
+Names are recorded only for collectives called from Python: DTensor and DDP call others in C++,
+which are only counted.
 """
 
 from __future__ import annotations
@@ -103,10 +103,9 @@ class GroupCounter:
                 self._wrap_collective(ProcessGroup, name, kind)
 
     def mark(self) -> Totals:
-        """What was counted so far; `since` tells what comes after. An earlier mark is forgotten.
+        """Mark the counts so far; `since` returns later ones. An earlier mark is forgotten.
 
-        Counts can be compared with those of an earlier mark, too, but not which collectives there
-        were.
+        Counts can also be compared with an earlier mark, but not the names of collectives.
         """
         with self._lock:
             for messages in self._messages.values():
@@ -114,7 +113,7 @@ class GroupCounter:
         return self.totals()
 
     def totals(self) -> Totals:
-        """What was counted so far."""
+        """The counts so far."""
         import torch.distributed as dist
 
         if not dist.is_initialized():
@@ -135,7 +134,7 @@ class GroupCounter:
         return found
 
     def since(self, before: Totals) -> dict[str, GroupUse]:
-        """What was counted after `before`."""
+        """The counts after `before`."""
         return {
             name: _difference(now, before[name]) if name in before else now
             for name, now in self.totals().items()

@@ -1,13 +1,13 @@
-"""What an interpreter does when it exits, for ranks, which end by `os._exit`.
+"""The steps of an interpreter's exit, for ranks, which end by `os._exit`.
 
 A forked rank cannot return through the frames that it was forked in, and tearing torch's modules
-down takes longer than a small test. So a rank does by hand, in CPython's order, what a program can
-rely on: it joins threads, runs `atexit` handlers (`weakref.finalize` and `TemporaryDirectory` are
-among them), collects cycles, flushes what C code has printed, and lets the resource tracker of
-`multiprocessing` free what is left, such as `SharedMemory`. It does not clear modules: an object
-that only a module's global keeps is not finalised.
+down takes longer than a small test. So a rank performs, in CPython's order, the steps that a
+program can rely on: it joins threads, runs `atexit` handlers (`weakref.finalize` and
+`TemporaryDirectory` are among them), collects cycles, flushes the output of C code, and lets the
+resource tracker of `multiprocessing` free leftovers, such as `SharedMemory`. It does not clear
+modules: an object that only a module's global keeps is not finalised.
 
-What a process inherits by a fork belongs to the parent. `forget_inherited` makes sure that its
+Everything inherited by a fork belongs to the parent. `forget_inherited` makes sure that its
 handlers do not run in ranks: they would remove the parent's files, once for each rank.
 
 Assumes of CPython 3.11 to 3.14: `atexit._clear` and `_run_exitfuncs`, the list of calls in
@@ -40,7 +40,7 @@ JOIN_S = 2.0
 
 @dataclass(slots=True)
 class ExitReport:
-    """What went wrong while a process exited."""
+    """Errors while a process exited."""
 
     errors: list[str] = field(default_factory=list)
     """Each with its traceback: of `atexit` handlers, finalizers and `__del__`."""
@@ -57,7 +57,7 @@ def forget_inherited() -> None:
     registry: dict[Any, Any] = weakref.finalize._registry  # type: ignore[attr-defined]  # private
     for finalizer in list(registry):
         finalizer.atexit = False
-    logging._handlerList.clear()  # type: ignore[attr-defined]  # private: what `shutdown` flushes
+    logging._handlerList.clear()  # type: ignore[attr-defined]  # private: handlers that `shutdown` flushes
     # These were registered when their modules were imported, or first used; never again.
     weakref.finalize._registered_with_atexit = True  # type: ignore[attr-defined]
     atexit.register(_run_finalizers, _number_of_finalizers())
@@ -91,12 +91,12 @@ def _forget_multiprocessing() -> None:
         process._children = set()
     tracker = _resource_tracker()
     if tracker is not None:
-        # The parent's tracker would free what this process leaves only when the parent ends.
+        # The parent's tracker would free this process's leftovers only when the parent ends.
         tracker._fd = tracker._pid = None
 
 
 def run_exit() -> ExitReport:
-    """Do what an interpreter does at exit, in bounded time but for what handlers themselves do."""
+    """Run the interpreter's exit steps, in bounded time except for the handlers themselves."""
     with _errors_recorded() as report:
         deadline = time.monotonic() + JOIN_S
         report.threads += _join_threads(deadline)
@@ -129,7 +129,7 @@ def _threads_to_join() -> list[threading.Thread]:
 
 
 def _end_executors() -> None:
-    """What `threading` calls before it joins: `concurrent.futures` wakes its workers up."""
+    """Called by `threading` before it joins: `concurrent.futures` wakes its workers up."""
     for call in reversed(threading._threading_atexits):  # type: ignore[attr-defined]  # private
         call()
 
@@ -137,8 +137,8 @@ def _end_executors() -> None:
 def _join_children(deadline: float) -> None:
     """Wait for `multiprocessing`'s children but daemons, whose end its own handler asks for.
 
-    That handler would join without a limit: it never hears of those that go on, which the launcher
-    kills and names.
+    That handler would join without a limit: it does not notice children that keep running, which
+    the launcher kills and names.
     """
     process: Any = sys.modules.get("multiprocessing.process")
     if process is None or not process._children:
@@ -156,7 +156,7 @@ def _resource_tracker() -> Any:
 
 
 def _stop_resource_tracker() -> None:
-    """Let this process's own tracker free what is left, and wait for that."""
+    """Let this process's own tracker free leftovers, and wait for it."""
     tracker = _resource_tracker()
     if tracker is None or tracker._fd is None or tracker._pid is None:
         return

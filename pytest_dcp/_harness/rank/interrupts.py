@@ -1,7 +1,7 @@
 """A rank's side of an interrupt: a signal that raises KeyboardInterrupt where a test is at work.
 
 Enters: INTERRUPT_SIGNAL, which the controller sends when the session is interrupted. Leaves:
-KeyboardInterrupt in the main thread, inside a phase and nowhere else.
+KeyboardInterrupt in the main thread, only inside a phase.
 
 Not SIGINT: a test may handle or ignore that one, or send it to itself.
 
@@ -60,7 +60,7 @@ class RankInterrupts:
     def heard(self) -> Iterator[None]:
         """The block is a phase's work: an interrupt raises KeyboardInterrupt in it.
 
-        What follows the block is not interrupted; the block's last moment may be.
+        Code after the block is not interrupted; the block's last moment may be.
         """
         self.came = self._is_waiting = False
         self._is_heard = True

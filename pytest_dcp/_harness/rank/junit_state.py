@@ -1,7 +1,7 @@
-"""What tests record for the junit file itself: kept in ranks, and written by the controller.
+"""Tests' records for the junit file itself: collected in ranks, and written by the controller.
 
 `record_testsuite_property` and `record_xml_attribute` talk to pytest's `LogXML` in their own
-process. In a rank a recorder stands in its place.
+process. In a rank a recorder replaces it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class JunitState:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_unconfigure(self, config: pytest.Config) -> None:
-        """A spawned rank's session ends: pytest would unregister what stands in the stash."""
+        """A spawned rank's session ends: pytest would unregister the recorder in the stash."""
         if self._recorder is not None:
             del config.stash[xml_key]
 
     def pytest_dcp_rank_state(self) -> list[Entry] | None:
-        """What was recorded since the last test."""
+        """Records since the last test."""
         if self._recorder is None or not self._recorder.entries:
             return None
         entries, self._recorder.entries = self._recorder.entries, []
@@ -69,7 +69,7 @@ class JunitState:
     def pytest_dcp_take_rank_states(
         self, item: pytest.Item, states: Sequence[list[Entry] | None]
     ) -> None:
-        """Write it: what all ranks recorded alike once, the rest with the ranks' names."""
+        """Write them: equal records of all ranks once, the rest with the ranks' names."""
         xml: Any = item.config.stash.get(xml_key, None)
         if xml is None:
             return

@@ -100,7 +100,7 @@ class _Catcher:
         self.deafen()
 
     def deafen(self) -> None:
-        """Until the next phase, whatever is logged is no phase's."""
+        """Until the next phase, log records are assigned to no phase."""
         self._own_level = self.handler.level
         self.handler.setLevel(DEAF)
 
@@ -123,7 +123,7 @@ class SteadyLogs:
     def __call__(
         self, handler: logging.Handler, level: int | None = None
     ) -> AbstractContextManager[logging.Handler]:
-        """What `catching_logs` returns."""
+        """The result of `catching_logs`."""
         catcher = self._catchers.get(handler)
         if catcher is None:
             caught: AbstractContextManager[logging.Handler] = self._pytests(handler, level)

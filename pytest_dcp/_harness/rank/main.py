@@ -1,10 +1,9 @@
 """A rank's life: boot, orders, end.
 
-Enters: a `RankLaunch` and inherited descriptors. Leaves: messages on the report socket and the
-exit code 0, which only a rank that was ordered to leave returns; its last message is
-`Done("finish")`,
-which says that its exit ran to the end. Everything that pytest knows of a rank
-is in `pytest_plugin`; here is what any rank does, also one that only runs functions.
+Enters: a `RankLaunch` and inherited descriptors. Leaves: messages on the report socket and the exit
+code 0, which only a rank that was ordered to leave returns; its last message is `Done("finish")`,
+which says that its exit ran to the end. pytest's view of a rank is in `pytest_plugin`; here is what
+any rank does, also one that only runs functions.
 """
 
 from __future__ import annotations
@@ -53,7 +52,9 @@ class ItemRunner(Protocol):
         """One item from setup to teardown, in lockstep with the other ranks."""
 
     def tear_down(self, order: Go) -> Done:
-        """Between two items, tear down what the named one does not share; without one, all."""
+        """Between two items, tear down the scopes that the named one does not share; without one,
+        all.
+        """
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     fds: RankFds,
     prepare: Callable[[Rank], ItemRunner],
 ) -> NoReturn:
-    """A rank's whole process. `prepare` readies the session and returns what runs its items."""
+    """A rank's whole process. `prepare` readies the session and returns the runner of its items."""
     code = 1
     try:
         interrupts = RankInterrupts()

@@ -11,4 +11,4 @@ ALL_FACETS: tuple[Facet, ...] = (
     *state_of_names.FACETS,
 )
 QUICK_FACETS = tuple(facet for facet in ALL_FACETS if facet.is_quick)
-"""Those that are looked at after each example of a property."""
+"""The facets checked after each example of a property."""

@@ -55,11 +55,11 @@ class ProcessState:
 
     @property
     def is_open(self) -> bool:
-        """Whether what changes now is to last: the next `settle` sets the mark."""
+        """Whether changes from now on are to last: the next `settle` sets the mark."""
         return self._is_open
 
     def open(self) -> None:
-        """What changes from here on is to last."""
+        """Keep changes from here on."""
         self._is_open, self._marked = True, None
 
     def wait(self) -> None:
@@ -70,14 +70,14 @@ class ProcessState:
         self._is_open = True
 
     def settle(self) -> None:
-        """What changes from here on is to be put back."""
+        """Restore changes from here on."""
         self._is_open = False
         if self._marked is None:
             self._marked = self._read()
 
     @contextmanager
     def lasting(self) -> Iterator[None]:
-        """What the block changes is to last."""
+        """Keep changes made in the block."""
         if self._is_open:
             self._marked = None
             yield
@@ -94,7 +94,7 @@ class ProcessState:
             ]
 
     def put_back(self) -> tuple[str, ...]:
-        """Put back what has changed since the mark; the names of what could not be."""
+        """Restore the state at the mark. Returns the names of changes that could not be undone."""
         left = []
         for facet, then in zip(self._facets, self._marked or (), strict=False):
             if not facet.has_changed(then):

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """How much of what an item gathers had been told before a phase."""
+    """How much of an item's collected output was sent before a phase."""
 
     sections: int
     properties: int
@@ -63,7 +63,7 @@ class _Seen:
 
 
 class RankPlugin:
-    """pytest's view of a rank: runs items in phases and hears what the session has to say."""
+    """pytest's view of a rank: runs items in phases and receives the session's hooks."""
 
     rank: Rank
     keeper: StateKeeper | None = None
@@ -74,7 +74,7 @@ class RankPlugin:
     _item: pytest.Item
     _seen: _Seen
     _groups: Totals
-    """What was counted before the item."""
+    """The counts before the item."""
 
     def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
         self._debugger = debugger
@@ -82,7 +82,7 @@ class RankPlugin:
         self.config = session.config
         self.warnings: list[RecordedWarning] = []
         self._carried = b""
-        """What plugins have gathered, for the answer to teardown."""
+        """Data gathered by plugins, for the answer to teardown."""
         self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
 
     def join(self, rank: Rank) -> None:
@@ -95,7 +95,7 @@ class RankPlugin:
     def run(self, order: RunItem) -> None:
         """One item from setup to teardown.
 
-        What the session says of the whole item (its warnings) comes after pytest's protocol, so the
+        The session's reports on the whole item (its warnings) come after pytest's protocol, so the
         answer to teardown waits for that.
         """
         item = self._find(order.index, order.nodeid)
@@ -107,7 +107,8 @@ class RankPlugin:
         self.rank.channel.send(self._conclude_item(self._torn_down))
 
     def tear_down(self, order: Go) -> Done:
-        """Tear down what the order's item does not share, all without one, between two items.
+        """Between two items, tear down the scopes that the order's item does not share; all if
+        there is none.
 
         The verdict is given as one of the teardown of the item that ran last.
         """
@@ -160,7 +161,7 @@ class RankPlugin:
         )
 
     def _lasting_changes(self) -> tuple[str, ...]:
-        """What the item has changed for good."""
+        """Permanent changes by the item."""
         return self.keeper.left if self.keeper is not None else ()
 
     @contextlib.contextmanager
@@ -216,7 +217,7 @@ class RankPlugin:
         return self._verdict(item, phase, call)
 
     def _verdict(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
-        """What a phase came to, with pytest's own report of it."""
+        """A phase's outcome, with pytest's own report of it."""
         ended, seen = time.monotonic(), self._seen
         self._say_what_is_reported(call, ended)
         # A marker that the test added itself is known only here, so it is judged here.
@@ -236,7 +237,7 @@ class RankPlugin:
                 outcome, text = "exit", str(left.msg)
         self._debugger.give_back()
         debug_records, log_without_debug = log_capture.log_without_debug(self.config)
-        if phase == "teardown":  # the last that a rank hears of when its peers are lost
+        if phase == "teardown":  # the last message that a rank receives when its peers are lost
             coverage.save()
         return Done(
             phase,
@@ -260,7 +261,7 @@ class RankPlugin:
         )
 
     def _group_uses(self) -> PlainGroups | None:
-        """What this item did with process groups so far, where the next one will use them."""
+        """The item's use of process groups so far, if the next one will use them."""
         counter = self.rank.counter
         if counter is None or self.rank.order.isolation != "module":
             return None
@@ -308,11 +309,11 @@ class RankPlugin:
         return (yield)
 
     def variant(self) -> bytes:
-        """What tells the running test from its parametrised siblings."""
+        """Distinguishes the running test from its parametrised siblings."""
         return self._item.nodeid.encode() if hasattr(self._item, "callspec") else b""
 
     def begin_example(self) -> None:
-        """Forget what earlier examples printed and logged."""
+        """Forget output and logs of earlier examples."""
         self._take_printed()
 
     def report_example(self, error: BaseException, done: Done) -> Done:
@@ -327,7 +328,7 @@ class RankPlugin:
         return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._take_printed())
 
     def _take_printed(self) -> tuple[tuple[str, str, str], ...]:
-        """What was captured since the last time, which pytest then will not show."""
+        """Output captured since the last time, which pytest then will not show."""
         manager: Any = self.config.pluginmanager.getplugin("capturemanager")
         out, err = manager.read_global_capture() if manager is not None else ("", "")
         handler: Any = getattr(
@@ -351,7 +352,7 @@ class RankPlugin:
         serialised: dict[str, Any] = data
         return serialised
 
-    # What else the session says.
+    # Other hooks of the session.
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Only subtests log in a rank: their reports go to the controller."""

@@ -1,6 +1,6 @@
 """Makes a collected session one that ranks run: before the fork, and in each rank after it.
 
-Its reporting plugins are taken out (`silence`): a rank reports to the controller and nowhere else.
+Its reporting plugins are taken out (`silence`): a rank reports only to the controller.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def silence(config: pytest.Config) -> None:
 
 
 def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
-    """Ready a session for ranks, of which it will know none yet; what can be done before the fork.
+    """Prepare a session for ranks, as far as possible before the fork.
 
     `tty` names the terminal where this process did not inherit it.
     """
@@ -70,7 +70,7 @@ def _record_for_junit(config: pytest.Config) -> None:
 
 
 def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
-    """Make the session this rank's; returns what runs its items."""
+    """Make the session this rank's. Returns the runner of its items."""
     config = plugin.config
     rank.capture = plugin.capturing
     if plugin.follows:

@@ -25,12 +25,12 @@ class StateKeeper:
         self._setup = session._setupstate
         self._state = ProcessState(ALL_FACETS)
         self._scopes: list[Node] = []
-        """Those that were set up around the last test."""
+        """The fixtures that were set up around the last test."""
         self.left: tuple[str, ...] = ()
-        """What the last test has changed for good."""
+        """Permanent changes by the last test."""
 
     def open(self) -> None:
-        """Fixtures of wider scope are torn down: what they change is to last."""
+        """Fixtures of wider scope are torn down: their changes are to last."""
         self._state.open()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

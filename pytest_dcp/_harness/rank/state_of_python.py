@@ -181,7 +181,7 @@ class _Loggers(dict[str, Any]):
         super().__init__(settings)
         known = settings.modules if isinstance(settings, _Loggers) else frozenset(sys.modules)
         self.modules: frozenset[str] = known
-        """What had been imported then."""
+        """Modules imported by then."""
 
 
 def _read_logging() -> _Loggers:
@@ -247,7 +247,7 @@ def _put_back_logging(then: _Loggers) -> None:
 
 
 def _put_back_filters(then: list[Any]) -> None:
-    warnings.filters[:] = then  # type: ignore[index]  # a list, whatever typeshed says of it
+    warnings.filters[:] = then  # type: ignore[index]  # a list, despite typeshed's annotation
     # The cached decisions of each module are void. Both names are private; can go when
     # `warnings` has a function for that.
     for name in ("_filters_mutated", "_filters_mutated_lock_held"):

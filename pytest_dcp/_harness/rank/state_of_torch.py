@@ -20,7 +20,7 @@ import torch.optim.optimizer as optimizers
 from pytest_dcp._harness.rank.process_state import Facet
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""A function that reads a value, and one that sets it."""
+"""A function that reads a value, and a function that sets it."""
 
 MISSING = "missing"
 PLAIN_SETTINGS = (
@@ -33,7 +33,7 @@ PRECISIONS = (
     ("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"),
     ("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"),
 )  # fmt: skip
-"""Backend and operation of torch's float32 precisions; those that others inherit come first."""
+"""Backend and operation of torch's float32 precisions; the ones that others inherit come first."""
 HOOKS = [
     hooks
     for owner in (modules, optimizers)
@@ -44,7 +44,7 @@ HOOKS = [
 
 
 def _c_settings(*names: tuple[str, str]) -> list[Setting]:
-    """Settings that torch has a function for in C, by what follows `_get_` and `_set_`."""
+    """Settings with a C function in torch, by the suffix of `_get_` and `_set_`."""
     inside = vars(torch._C)
     pairs = [(inside.get(f"_get_{get}"), inside.get(f"_set_{put}")) for get, put in names]
     return [(get, put) for get, put in pairs if get is not None and put is not None]
@@ -58,7 +58,7 @@ def _autocast_settings(device: str) -> list[Setting]:
 
 
 def _future_settings(*names: str) -> list[Setting]:
-    """Settings of `torch.__future__`, by what follows `get_` and `set_`."""
+    """Settings of `torch.__future__`, by the suffix of `get_` and `set_`."""
     inside = vars(torch.__future__)
     return [(inside[f"get_{name}"], inside[f"set_{name}"]) for name in names]
 
@@ -73,7 +73,7 @@ SETTINGS: list[Setting] = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
-    # Subnormal numbers, by Python's own arithmetic: torch has no function that tells.
+    # Subnormal numbers, tested with Python's own arithmetic: torch has no function to query it.
     (lambda: sys.float_info.min / 2 == 0.0, torch.set_flush_denormal),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     *_autocast_settings("cpu"),
@@ -151,7 +151,7 @@ def _put_back_printing(then: tuple[Any, ...]) -> None:
 
 @cache
 def _dynamo_overrides() -> list[Setting]:
-    """What was set in torch.compile's configuration, entry by entry.
+    """The entries set in torch.compile's configuration.
 
     Private: its public functions take 0.5 ms to read it.
     """

@@ -1,4 +1,4 @@
-"""This process as a rank: what it holds, and what it may ask of its peers and of the controller."""
+"""This process as a rank: its state, and its requests to peers and the controller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WarmMesh:
     """The default process group that it was made of."""
     mesh: Any
     forget: Callable[[], None]
-    """Tears down the fixture, and with it those that use it."""
+    """Tears down the fixture and the fixtures that use it."""
 
 
 @dataclass(slots=True)
@@ -47,11 +47,13 @@ class Rank:
     """How many modules were imported before the first test."""
     mesh: WarmMesh | None = None
     counter: GroupCounter | None = None
-    """Counts what is done with process groups, where this rank is used more than once."""
+    """Counts uses of process groups, if this rank runs more than one test."""
     renewed: list[api.RenewedFixture] = field(default_factory=list)
     """The running test's fixtures that start afresh for each of Hypothesis' examples."""
     unmet: list[Callable[[], list[str]]] = field(default_factory=list)
-    """Called when a test is torn down; what they return did not happen, and fails it."""
+    """Called when a test is torn down; they return the events that did not happen, which
+    fails it.
+    """
     capture: Callable[[], contextlib.AbstractContextManager[list[tuple[str, str, str]]]] = field(
         default=contextlib.nullcontext  # type: ignore[assignment]  # set at once by the capturing plugin
     )
@@ -114,7 +116,7 @@ class Rank:
 
     @contextlib.contextmanager
     def announce_failure(self, error: BaseException) -> Iterator[None]:
-        """Inside the block, the controller knows which error this rank wants its peers to hear of.
+        """Inside the block, the controller knows the error that this rank wants to send its peers.
 
         Does nothing in a process that was forked from the rank.
         """

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class RankWorld:
-    """What the `world` fixture gives.
+    """The value of the `world` fixture.
 
     Meetings are collective: all ranks must call them. Process faults are not: any rank may ask for
     one, of itself or of another.
@@ -66,7 +66,7 @@ class RankWorld:
         return [None if data is None else cloudpickle.loads(data) for data in values]  # type: ignore[misc]  # T alone for the tests that lose no rank: nearly all
 
     def broadcast(self, value: T, src: int = 0) -> T:
-        """The value that rank `src` gave; what the others give is ignored. Values are pickled.
+        """The value passed by rank `src`; the others' values are ignored. Values are pickled.
 
         Raises `DivergedError` when that rank was lost or stopped because the test asked for it.
         """
@@ -133,7 +133,7 @@ class RankWorld:
         self._ask("resume", rank)
 
     def disarm(self) -> list[str]:
-        """Forget the points in the code; returns what was asked for and did not happen."""
+        """Forget the points in the code. Returns the requested events that did not happen."""
         points, self._points = self._points, []
         for point in reversed(points):
             point.disarm()

@@ -1,7 +1,8 @@
 """When ranks meet at an exchange, and what each is then told. Pure (no I/O).
 
-Enters: who waits, who may still come and who never will. Leaves: one `Met` for all that wait, or
-None. A meeting goes on without ranks that were lost or stopped because the test asked for it.
+Enters: which ranks wait, which may still come and which never will. Leaves: one `Met` for all that
+wait, or None. A meeting goes on without ranks that were lost or stopped because the test asked for
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pytest_dcp._harness.protocol.messages import MAX_FRAME_BYTES, NOT_THERE, Exchange, Met
 
 MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
-"""What one exchange may carry, so that the answer fits a frame."""
+"""The largest size of one exchange, so that the answer fits a frame."""
 
 
 def answer(

@@ -1,7 +1,7 @@
 """The clock of a phase that an interrupt of the controller cuts off. Pure (no I/O).
 
-Enters: that the session wants no more of the phase, and which ranks have heard of it. Leaves: when
-ranks are to be interrupted, and for how long each may go on, in words too.
+Enters: that the session ends the phase, and which ranks have received that. Leaves: when ranks are
+to be interrupted, and for how long each may go on, in words too.
 
 Rules that hold inside:
 
@@ -9,8 +9,8 @@ Rules that hold inside:
   blocks run. Ranks that tear down are not: to break that off would lose what comes after it.
 - A rank says that it was interrupted, and gets time to end. One that does not say so, and is not
   at work either, hangs where no Python code runs, in a collective for one.
-- A signal may come when a rank has not read its order yet, and so it is sent again; a rank heeds
-  one a phase.
+- A signal may come when a rank has not read its order yet, and so it is sent again; a rank acts on
+  one per phase.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ RELAYED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-"""Signals whose handlers raise: Python's own, and those of plugins for timeouts and the like."""
+"""Signals whose handlers raise: Python's own, and plugins' for timeouts."""
 
 
 class Interrupts:
@@ -75,7 +75,9 @@ class Interrupts:
                 signal.signal(signum, self._relay)
 
     def _give_back(self) -> None:
-        """Set the handlers as they were; what one of them raises meanwhile is raised at the end."""
+        """Restore the handlers; an exception that one of them raises meanwhile is raised at the
+        end.
+        """
         raised: BaseException | None = None
         while self._handlers:
             try:

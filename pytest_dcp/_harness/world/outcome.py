@@ -1,4 +1,4 @@
-"""What the ranks said -> one outcome. Pure (no I/O).
+"""The ranks' verdicts -> one outcome. Pure (no I/O).
 
 Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipped only when every
 rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
@@ -31,7 +31,7 @@ ECHO = re.compile(
     r"|application timeout caused pair closure)",
     re.DOTALL | re.IGNORECASE,
 )
-"""What gloo, NCCL and c10d stores say when a peer went away: they have no other sign for it."""
+"""Messages of gloo, NCCL and c10d stores after a peer has ended: they have no other sign for it."""
 
 WAITING = re.compile(r", in (the world's exchange|\w+), at ")
 """How `stacks.doing` names a rank that was in a collective."""
@@ -64,7 +64,7 @@ class SessionEnd:
     rank: int
     text: str
     returncode: int | None
-    """What `pytest.exit` was given."""
+    """The exit code passed to `pytest.exit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Outcome:
     groups: tuple[Group, ...]
     """Failures, the first cause first, echoes last."""
     done: Mapping[int, Done]
-    """What each rank said of itself, of those that did."""
+    """Each rank's verdict, if it sent one."""
     lost: Mapping[int, LostRank] = field(default_factory=dict)
     """Ranks that ended because the test asked for it, in this phase or before."""
     session_end: SessionEnd | None = None
@@ -216,7 +216,7 @@ def is_echo(failure: RankFailure) -> bool:
 
 
 def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
-    """Failures merged by what they say, the first cause first, then by time, echoes last."""
+    """Failures with equal texts merged; the first cause first, then by time, echoes last."""
     causes = [f for f in failures if not is_echo(f)] or [min(failures, key=_first_cause_first)]
     causes_said = {(cause.kind, cause.summary) for cause in causes}
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
@@ -232,7 +232,7 @@ def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
 
 
 def _consequence(failure: RankFailure) -> str:
-    """What echoes have in common that differ in their details."""
+    """The common text of echoes that differ in their details."""
     match = None if failure.is_echo else ECHO.search(failure.summary)
     return match["cause"] if match is not None else "of the exchange"
 
@@ -257,7 +257,9 @@ def headline(group: Group) -> str:
 
 
 def first_line(text: str) -> str:
-    """What a heading shows of a text: its first line, and the next after one that only leads in."""
+    """The part of a text shown in a heading: its first line, and the next after a line that only
+    introduces it.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     shown = lines[:1]
     for line in lines[1:]:
@@ -282,7 +284,7 @@ def _mismatch(groups: Sequence[Group]) -> str:
 
 
 def peers(outcome: Outcome) -> list[str]:
-    """A line for each other group of ranks: what became of them, and how much later."""
+    """A line for each other group of ranks: their failure, and how much later."""
     first = outcome.first
     if first is None:
         return []
@@ -317,7 +319,7 @@ def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
 
 
 def _short(group: Group) -> str:
-    """What became of a group, without the peers' addresses that gloo adds to an echo."""
+    """A group's failure, without the peers' addresses that gloo adds to an echo."""
     summary = group.failure.summary
     match = ECHO.search(summary) if group.echo and group.failure.kind == "failed" else None
     if match is None or group.failure.is_echo:

@@ -1,7 +1,7 @@
 """The controller's ends of one rank: its report socket and the files that it writes to.
 
 Enters: nothing. Leaves: descriptors for the rank to inherit, and what it wrote. The files are
-memfds, so that what a killed rank wrote is still there.
+memfds, so that a killed rank's output survives.
 
 Only the rank's own process speaks for it. The kernel says of all bytes on the socket which process
 sent them (SCM_CREDENTIALS, unix(7)); the first to send is the rank, which does so before any code
@@ -52,11 +52,11 @@ class RankEnd:
         """The rank's process, once it has said anything."""
 
     def fds(self) -> RankFds:
-        """What the rank inherits."""
+        """Descriptors that the rank inherits."""
         return RankFds(self.theirs.fileno(), self.out, self.err, self.trace, self.draws)
 
     def receive(self) -> bytes:
-        """What the rank sent; empty at the end of file.
+        """Bytes that the rank sent; empty at the end of file.
 
         Raises `WireError` when another process sent it.
         """
@@ -72,7 +72,7 @@ class RankEnd:
         return data
 
     def read(self, fd: int) -> str:
-        """What is in one of the memfds; of much, the two ends."""
+        """The contents of one of the memfds; if long, only its two ends."""
         size = os.fstat(fd).st_size
         if size <= 2 * END_BYTES:
             return os.pread(fd, size, 0).decode(errors="replace")
@@ -81,7 +81,7 @@ class RankEnd:
         return head.decode(errors="replace") + left_out + tail.decode(errors="replace")
 
     def empty_trace(self) -> None:
-        """Have what the rank writes next stand at the begin: the offset is shared with it."""
+        """Make the rank's next output start at the beginning: the offset is shared with it."""
         os.ftruncate(self.trace, 0)
         os.lseek(self.trace, 0, os.SEEK_SET)
 

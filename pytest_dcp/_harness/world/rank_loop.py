@@ -1,4 +1,4 @@
-"""Drives a world's ranks: carries out what the supervisor decides, and tells it what happens.
+"""Drives a world's ranks: carries out the supervisor's decisions, and passes events to it.
 
 Enters: actions, messages on the ranks' sockets, and what the launcher says of processes. Every wait
 is bounded by the supervisor's own clock. An interrupt of this process never breaks into an action
@@ -97,7 +97,7 @@ class RankLoop:
             self._handle(ready)
 
     def _handle(self, ready: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
-        """Handle what there is to read, and what is due."""
+        """Handle received data and due timers."""
         for key, _ in ready:
             if key.data < 0:
                 self._hear_news()
@@ -144,7 +144,7 @@ class RankLoop:
         return bool(news)
 
     def _abandon(self, lost: LauncherLostError) -> None:
-        """Without its launcher nothing more is to be heard of the world's ranks."""
+        """Without its launcher no more events of the world's ranks will arrive."""
         with contextlib.suppress(KeyError, ValueError):  # it was, or it is closed
             self._selector.unregister(self._launcher.fileno())
         self.supervisor.abandon(str(lost), time.monotonic())
@@ -160,7 +160,7 @@ class RankLoop:
             sock.settimeout(SEND_S)
 
     def _hear(self, rank: int) -> bool:
-        """Read what a rank sent; False when there is nothing (more)."""
+        """Read a rank's messages; False if there is nothing (more)."""
         one = self.ranks[rank]
         now = time.monotonic()
         try:
@@ -243,7 +243,7 @@ class RankLoop:
             self._abandon(lost)
 
     def close(self) -> None:
-        """Close what `open` has made; the ranks are gone."""
+        """Close everything that `open` created; the ranks have ended."""
         self.interrupts.ignored = False
         self._selector.close()
         for end in self.ranks:

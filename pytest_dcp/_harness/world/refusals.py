@@ -1,4 +1,4 @@
-"""What a rank may say at each point of its life. Pure (no I/O).
+"""The messages that a rank may send at each point of its life. Pure (no I/O).
 
 Enters: a message that decoded well, and where its rank is. Leaves: in words, why the message cannot
 be meant, or nothing. A test can reach its own rank's socket, and write to it by hand: what such a

@@ -1,7 +1,7 @@
 """Deaths and stops of ranks that the test itself asked for. Pure (no I/O).
 
 Enters: who asked for what, and what became of the process. Leaves: which ranks are stopped or lost
-as asked, and who can learn that what it asked for has happened.
+as requested, and which requesters can receive their answer.
 
 Rules that hold inside:
 
@@ -42,7 +42,7 @@ class Deaths:
 
     size: int
     wishes: dict[int, Wish] = field(default_factory=dict)
-    """By rank, of those that are not gone."""
+    """By rank, of ranks with a living process."""
     stopped: set[int] = field(default_factory=set)
     """Ranks that are stopped as asked."""
     resuming: set[int] = field(default_factory=set)
@@ -50,7 +50,7 @@ class Deaths:
     lost: dict[int, LostRank] = field(default_factory=dict)
     """Ranks that ended as asked."""
     _asking: dict[int, FaultAsk] = field(default_factory=dict)
-    """By rank, what it waits to see done."""
+    """By rank, the fault that it waits for."""
 
     def survivors(self, gone: Iterable[int]) -> tuple[int, ...]:
         """Ranks with a process that was not asked to end or stop, or that went on."""
@@ -111,11 +111,13 @@ class Deaths:
         self._asking.pop(rank, None)
 
     def ask(self, asker: int, message: FaultAsk) -> None:
-        """A rank waits until what it asked for has happened."""
+        """A rank waits until its requested fault has happened."""
         self._asking[asker] = message
 
     def answers(self, gone: Iterable[int]) -> list[tuple[int, FaultAnswer]]:
-        """(asker, answer) of those that need wait no longer; `gone` ranks have no process."""
+        """(requester, answer) of requesters that need not wait any longer; `gone` ranks have no
+        process.
+        """
         gone = set(gone)
         ready = [(asker, ask) for asker, ask in self._asking.items() if self.is_done(ask, gone)]
         for asker, _ in ready:
@@ -123,7 +125,7 @@ class Deaths:
         return [(asker, self._answer(ask, gone)) for asker, ask in ready]
 
     def is_done(self, ask: FaultAsk, gone: Iterable[int]) -> bool:
-        """Whether what was asked for has happened, or cannot happen any more."""
+        """Whether the requested fault has happened, or cannot happen any more."""
         done: dict[FaultAct, bool] = {
             "kill": False,
             "pause": ask.rank not in self.owing,

@@ -1,4 +1,4 @@
-"""What faulthandler wrote -> what a rank was doing. Pure (no I/O).
+"""faulthandler's output -> a description of a rank's activity. Pure (no I/O).
 
 The format is that of `faulthandler.dump_traceback`: a heading per thread, most recent call first,
 the signalled thread headed `Current thread`, then `  File "...", line N in name` per frame.
@@ -87,8 +87,8 @@ def _is_users(frame: StackFrame) -> bool:
 def _users_frame(frames: list[StackFrame]) -> StackFrame | None:
     """The innermost frame outside of libraries; in an installed suite, the test's own frame.
 
-    The tests of an installed package lie among the libraries, and are known by their place: they
-    are what the runner called.
+    The tests of an installed package lie among the libraries, and are recognised by their position:
+    the runner called them.
     """
     if user := next((frame for frame in frames if _is_users(frame)), None):
         return user
@@ -99,7 +99,7 @@ def _users_frame(frames: list[StackFrame]) -> StackFrame | None:
 
 
 def _up_to_entry(frames: list[StackFrame]) -> list[StackFrame]:
-    """The frames of a rank: what is outside of its beginning is how the process came to be."""
+    """The frames of a rank, without those of the start of its process."""
     begins = (
         i
         for i, frame in enumerate(frames)
@@ -111,13 +111,13 @@ def _up_to_entry(frames: list[StackFrame]) -> list[StackFrame]:
 def from_root(text: str, root: str) -> str:
     """The text of stacks or tracebacks with files below the folder `root` named as they lie in it.
 
-    For people only: what looks into stacks knows libraries by their whole paths.
+    For people only: code that analyses stacks recognises libraries by their whole paths.
     """
     return text.replace(f'File "{root}/', 'File "') if root.strip("/") else text
 
 
 def describe_activity(trace: str, root: str = "") -> str:
-    """What a rank was doing: its collective, if it was in one, and the line of user code.
+    """A rank's activity: its collective, if it was in one, and the line of user code.
 
     Files below the folder `root` are named as they lie in it.
     """

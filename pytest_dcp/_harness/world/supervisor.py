@@ -119,7 +119,7 @@ class Supervisor:
         self._meeting: dict[int, Exchange] = {}
         self._timers = Timers(grace_s)
 
-    # What the world asks.
+    # Requests of the world.
 
     @property
     def busy(self) -> list[int]:
@@ -168,7 +168,7 @@ class Supervisor:
         """When `tick` has something to do if nothing happens before; inf for never."""
         return self._timers.wake_at(busy=bool(self.busy), deaths_due_at=self.deaths.due_at())
 
-    # What the world tells.
+    # Events from the world.
 
     def boot(self, deadline: float, now: float = 0.0, preparing: str = "") -> None:
         """All ranks were started; each owes a `Done("boot")` before `deadline`.
@@ -307,7 +307,7 @@ class Supervisor:
         return []
 
     def refuse(self, rank: int, text: str, now: float) -> list[Action]:
-        """What came from a rank is no message of its own, or no message gets to it."""
+        """A rank sent bytes that are not its own message, or cannot receive messages."""
         return self._kill(rank, "closed", text, now)
 
     def see_flood(self, rank: int, size_bytes: int, now: float) -> list[Action]:
@@ -329,7 +329,7 @@ class Supervisor:
         return [*killed, *self._interrupt(now)]
 
     def see_work(self, rank: int, now: float) -> None:
-        """The rank is at work: where the phase is cut off, it may yet hear of that."""
+        """The rank is working: if the phase is cut off, it may yet be informed."""
         self._timers.interruption.see_work(rank, now)
 
     def _interrupt(self, now: float) -> list[Action]:
@@ -342,7 +342,7 @@ class Supervisor:
         return [a for rank in self.states for a in self._kill(rank, "blocked", "stopped", now)]
 
     def abandon(self, text: str, now: float) -> None:
-        """What started the ranks is gone, and they with it."""
+        """The launcher has ended, and the ranks with it."""
         for rank, state in self.states.items():
             if state is not S.GONE:
                 self.states[rank] = S.GONE
@@ -352,7 +352,7 @@ class Supervisor:
         self._timers.stop()
 
     def tick(self, now: float) -> list[Action]:
-        """What is due by now."""
+        """Actions due by now."""
         timers = self._timers
         if timers.paused:
             return []

@@ -1,6 +1,6 @@
 """When a world's ranks are due: to answer, to write their stacks, to be killed. Pure (no I/O).
 
-Enters: what begins and ends, and the time. Leaves: what is due, and when to look again.
+Enters: begins, ends and the time. Leaves: what is due, and when to look again.
 
 Rules that hold inside:
 
@@ -84,7 +84,7 @@ class Timers:
         self.deadline += self.places.move(rank, at, self.clock(now))
 
     def leave_place(self, rank: int, now: float) -> None:
-        """A rank has ended what it did besides the phase's own work, or is gone."""
+        """A rank has ended its work outside the phase itself, or has ended."""
         self.deadline += self.places.leave(rank, self.clock(now))
 
     def close(self, rank: int, now: float, *, exiting: bool) -> None:
@@ -144,7 +144,7 @@ class Timers:
         self._closed = {rank: at + pause_s for rank, at in self._closed.items()}
         return pause_s
 
-    # What is due.
+    # Due actions.
 
     def wake_at(self, *, busy: bool, deaths_due_at: float) -> float:
         """When something is due if nothing happens before; `busy`: ranks owe an answer."""
@@ -195,7 +195,7 @@ class Timers:
     # In words.
 
     def describe_report(self, *, failing: bool) -> str:
-        """What a rank with an error did when it was killed."""
+        """The state of a rank with an error when it was killed."""
         if failing:
             return "it waited for its peers to hear of that"
         for_s = "" if self.interruption.is_on else f" for {REPORT_S:g} s"

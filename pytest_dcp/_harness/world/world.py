@@ -1,8 +1,9 @@
 """One world in the controller: joins a launcher, the supervisor and the ranks' sockets.
 
 Enters: a `WorldSpec` and orders for a phase. Leaves: an `Outcome` for each phase. The loop in
-`rank_loop` carries out what `supervisor` decides; every wait in it is bounded by the supervisor's
-own clock, and the end of a world (`close`, `kill`) leaves no process, descriptor or file behind.
+`rank_loop` carries out the decisions of `supervisor`; every wait in it is bounded by the
+supervisor's own clock, and the end of a world (`close`, `kill`) leaves no process, descriptor or
+file behind.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ BRIEF_LOOK_S = 0.02
 """How often somebody who need not wait to the end is asked whether to."""
 
 Verdicts = Mapping[int, Done]
-"""What ranks said, by rank."""
+"""The ranks' answers, by rank."""
 Failures = Sequence[RankFailure]
 
 _numbers = itertools.count()
@@ -77,7 +78,7 @@ class World:
         self.spec = spec
         self.seed = seed
         self.exited: Verdicts = {}
-        """What ranks printed, and what went wrong, while they exited."""
+        """Output and errors of ranks during their exit."""
         self.ended = False
         self.cut_off: CutOff | None = None
         """Set when an interrupt came while this process waited for a phase's end."""
@@ -162,7 +163,7 @@ class World:
 
     @property
     def survivors_idle(self) -> bool:
-        """Whether all ranks but those that were lost as asked are alive, idle and unharmed."""
+        """Whether all ranks except those lost on request are alive, idle and unharmed."""
         idle, lost = len(self._supervisor.idle), len(self.lost)
         return not self.ended and 0 < idle == self.spec.size - lost
 
@@ -183,7 +184,7 @@ class World:
             return self.finish()
 
     def begin(self, phase: Phase, order: Down) -> None:
-        """Have every rank start a phase, but those that were lost as asked; `finish` follows."""
+        """Have every rank except those lost on request start a phase; `finish` follows."""
         with self._guarded():
             self._loop.drain()
             self._is_awaited = True
@@ -248,9 +249,9 @@ class World:
     def tear_down_survivors(self, order: Down, within_s: float) -> Outcome:
         """A last phase on the ranks that outlived a failure, and the end; how the phase went.
 
-        Their fixtures may hold things outside this machine, and so may what an exiting interpreter
-        sees to; their peers are dead, so they get only `within_s` for each. Ranks that are still at
-        work then are killed.
+        Their fixtures may hold things outside this machine, and so may handlers of an exiting
+        interpreter; their peers are dead, so they get only `within_s` for each. Ranks that are
+        still at work then are killed.
         """
         with self._guarded():
             self._loop.drain()
@@ -270,7 +271,7 @@ class World:
     def close(self) -> Outcome:
         """Have every rank leave; an outcome other than passed names those that did not exit with 0.
 
-        What an earlier phase has reported is not told again. See also `exited`.
+        Failures reported by an earlier phase are not repeated. See also `exited`.
         """
         with self._guarded():
             if self.ended:
@@ -317,7 +318,7 @@ class World:
         return self._loop.ranks[rank].read(self._loop.ranks[rank].trace)
 
     def draws(self, rank: int) -> bytes:
-        """What a rank wrote down of what it drew for the last example."""
+        """A rank's record of its draws for the last example."""
         return self._loop.ranks[rank].read_draws()
 
     def at_work(self, rank: int) -> bool:
@@ -402,7 +403,7 @@ class World:
                 self._supervisor.see_work(rank, time.monotonic())
 
     def _outcome_of_cut_off(self) -> Outcome:
-        """What the ranks came to, but for the KeyboardInterrupt that they got from this process."""
+        """The ranks' outcome, except for KeyboardInterrupts that this process sent them."""
         done = self._supervisor.done
         others = {rank: one for rank, one in done.items() if one.outcome != "interrupt"}
         outcome = combine(0, others, self._explain_failures(), self.lost)

@@ -1,4 +1,4 @@
-"""What the session says about all its worlds."""
+"""The session's settings for all its worlds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_dcp._harness.world.terminal import Terminal
 
 @dataclass(frozen=True, slots=True)
 class WorldSettings:
-    """What the session says about all its worlds."""
+    """The session's settings for all its worlds."""
 
     session: str
     """Unique among all sessions on the machine."""
