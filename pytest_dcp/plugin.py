@@ -16,6 +16,7 @@ from pytest_dcp import command_line, tracebacks
 from pytest_dcp._harness.controller import decided_markers
 from pytest_dcp._harness.controller import options as options_
 from pytest_dcp._harness.controller.options import Options
+from pytest_dcp._swap import options as swap_options
 from pytest_dcp.api import current_rank
 from pytest_dcp.faults import options as fault_options
 
@@ -25,7 +26,18 @@ NOTES_KEY = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--dcp-* and their ini twins."""
-    command_line.add_options(parser, options_.OPTIONS + fault_options.OPTIONS)
+    command_line.add_options(
+        parser, options_.OPTIONS + fault_options.OPTIONS + swap_options.OPTIONS
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Swap engines, where that is asked for, before any conftest can import torch's."""
+    if swap_options.asks_for_engine(early_config):
+        from pytest_dcp._swap import session
+
+        session.begin(early_config)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:

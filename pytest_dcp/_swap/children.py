@@ -1,0 +1,34 @@
+"""What makes this process's children give our engine too: two environment variables.
+
+Whatever starts them (subprocess, multiprocessing's spawn, torchrun) hands the environment on, and a
+Python that starts imports `sitecustomize` from its path: ours, which calls the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from pytest_dcp._swap.fallbacks import FOLDER_VARIABLE
+
+SITE = str(Path(__file__).parent / "site")
+VARIABLE = "PYTEST_DCP_ENGINE"
+
+
+def extend_environment(environment: MutableMapping[str, str]) -> None:
+    """Have children swap engines, and note their fallbacks in a folder of this process.
+
+    The package is put on their path as well where it is not installed: where it is, its folder in
+    front of the standard library's would hide modules of that.
+    """
+    environment[VARIABLE] = "1"
+    package = str(Path(__file__).parents[2])
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    installed = package in (*site.getsitepackages(), site.getusersitepackages())
+    first = [SITE] if installed or package in paths else [SITE, package]
+    environment["PYTHONPATH"] = os.pathsep.join([*first, *(p for p in paths if p != SITE)])
+    if FOLDER_VARIABLE not in environment:
+        environment[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="pytest-dcp-engine-")

@@ -1,0 +1,56 @@
+"""The command `python -m pytest_dcp run SCRIPT ARGUMENTS...`: a program on our engine, unedited."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytest_dcp._swap.children import extend_environment
+from pytest_dcp._swap.fallbacks import FOLDER_VARIABLE, fallback_text, noted_fallbacks
+from pytest_dcp._swap.import_hook import install
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script as `python SCRIPT` would; its exit code and exceptions are its own."""
+    parser = argparse.ArgumentParser(prog="python -m pytest_dcp", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run", help="run a script whose imports of torch.distributed.checkpoint give this engine"
+    )
+    run.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module's name")
+    run.add_argument("script", help="a file, or with -m a module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    options = parser.parse_args(argv)
+    if not options.is_module and not os.path.exists(options.script):
+        parser.error(f"there is no file {options.script!r}")
+    mine = FOLDER_VARIABLE not in os.environ
+    extend_environment(os.environ)
+    install()
+    try:
+        _run(options.script, options.arguments, is_module=options.is_module)
+    finally:
+        if mine:
+            _report_fallbacks(Path(os.environ.pop(FOLDER_VARIABLE)))
+    return 0
+
+
+def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
+    sys.argv = [script, *arguments]
+    if is_module:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+
+
+def _report_fallbacks(folder: Path) -> None:
+    text = fallback_text(noted_fallbacks(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    if text:
+        print(text, file=sys.stderr)

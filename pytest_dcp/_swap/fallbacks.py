@@ -1,0 +1,37 @@
+"""What code asked of torch's engine that ours does not have: noted, and listed at the end.
+
+Every process notes for itself, in a folder that the first one made; that one lists all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+FOLDER_VARIABLE = "PYTEST_DCP_ENGINE_NOTES"
+"""Where processes note."""
+
+
+def note_fallback(name: str) -> None:
+    """Note that this module of torch's engine is torch's own. Never raises."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        with contextlib.suppress(OSError):
+            (Path(folder) / name).touch()
+
+
+def noted_fallbacks(folder: Path) -> list[str]:
+    """The full names of torch's modules that any process imported, and we do not have.
+
+    Of a package, without its own modules.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name.rpartition(".")[0] not in names]
+
+
+def fallback_text(names: list[str]) -> str:
+    """One line for the reader; empty where there is nothing to say."""
+    if not names:
+        return ""
+    return f"pytest_dcp's engine has no {', '.join(names)}: torch's own was imported"

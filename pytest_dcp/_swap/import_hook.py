@@ -1,0 +1,138 @@
+"""In the way of imports of torch's package: each module of it gets our names once it is there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from pytest_dcp._swap.fallbacks import note_fallback
+from pytest_dcp._swap.replaced_names import OURS, TORCH, replace_names
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds torch's modules as before, and takes part in their loading."""
+
+    def __init__(self) -> None:
+        self.importing_ours = False
+        """Whether our engine is being imported: its own imports of torch's modules are torch's."""
+        self.waiting: list[ModuleType] = []
+        """Modules of torch's that were imported meanwhile."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """torch's own spec, with a loader that calls us afterwards."""
+        if fullname != TORCH and not fullname.startswith(f"{TORCH}."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+    def loaded(self, module: ModuleType) -> None:
+        """Give a module of torch's our names, once that can be: after the whole package has them.
+
+        A module that code asks for by itself, and that we do not have, is noted.
+        """
+        self.waiting.append(module)
+        if self.importing_ours:
+            return
+        if module.__name__ == TORCH:
+            self.swap_waiting()
+        elif _is_whole(TORCH):
+            if not _has_ours(module):
+                note_fallback(module.__name__)
+            self.swap_waiting()
+
+    def swap_waiting(self) -> None:
+        """Give the modules that wait our names; ours are imported first, all of them."""
+        self.importing_ours = True
+        try:
+            _import_ours()
+        finally:
+            self.importing_ours = False
+        waiting, self.waiting = self.waiting, []
+        for module in waiting:
+            replace_names(module)
+
+
+class _Loader(importlib.abc.Loader):
+    """A module's own loader, and a call afterwards."""
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """As the module's own loader."""
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module, then give it our names."""
+        self._loader.exec_module(module)
+        self._finder.loaded(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+_installed: list[_Finder] = []
+
+
+def install() -> None:
+    """Have imports of torch's engine give ours, those that were before included. Idempotent.
+
+    Imports neither torch nor our engine where torch's has not been imported.
+    """
+    if _installed:
+        return
+    finder = _Finder()
+    _installed.append(finder)
+    sys.meta_path.insert(0, finder)
+    if TORCH in sys.modules:
+        finder.waiting.extend(_loaded_modules())
+        finder.swap_waiting()
+
+
+def _has_ours(theirs: ModuleType) -> bool:
+    top = theirs.__name__.removeprefix(TORCH).split(".")[1]
+    return importlib.util.find_spec(f"{OURS}.{top}") is not None
+
+
+def _loaded_modules() -> list[ModuleType]:
+    prefix = f"{TORCH}."
+    return [
+        module for name, module in list(sys.modules.items())
+        if (name == TORCH or name.startswith(prefix)) and isinstance(module, ModuleType)
+    ]  # fmt: skip
+
+
+def _import_ours() -> None:
+    """Import every module of ours that has one of torch's names.
+
+    At once: one that was imported while a module of torch's is being loaded would be half there.
+    """
+    ours = importlib.import_module(OURS)
+    for found in pkgutil.iter_modules(ours.__path__, f"{OURS}."):
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("pytest_dcp", "torch"):
+                raise  # Not a package that need not be installed, such as fsspec.
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a module has been imported, to its end."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
