@@ -26,13 +26,13 @@ from pytest_dcp.faults.crashes.crash_state import (
     CrashState,
     Recording,
     Search,
-    desk_at,
     loads_one_of,
+    recording_dir,
 )
 from pytest_dcp.faults.crashes.loaders import check_signature
 from pytest_dcp.faults.crashes.recording import Folders, recording
 from pytest_dcp.faults.injection.filesystem import FaultyFileSystem, StoreFolder
-from pytest_dcp.faults.injection.fire_counts import Ledger
+from pytest_dcp.faults.injection.fire_counts import FireCounts
 from pytest_dcp.faults.injection.hook_wrappers import Wrappers
 from pytest_dcp.faults.injection.injection import Injection, problems
 from pytest_dcp.faults.injection.injector import Armed, Injector, RootWatcher
@@ -51,26 +51,26 @@ class Injected:
     """Handle of an injection."""
 
     injection: Injection
-    ledger: Ledger
+    fire_counts: FireCounts
     must_fire: bool
 
     @property
     def fired(self) -> int:
         """How often it fired so far, in all ranks of the world together."""
-        return sum(self.ledger.fired().values())
+        return sum(self.fire_counts.fired().values())
 
     @property
     def fired_by_rank(self) -> dict[int, int]:
         """How often it fired in each rank, without ranks in which it did not."""
-        return self.ledger.fired()
+        return self.fire_counts.fired()
 
     def release(self) -> None:
         """Let every operation that hangs at it continue, in all ranks."""
-        self.ledger.release()
+        self.fire_counts.release()
 
     def wait_until_fired(self, limit_s: float = 60.0) -> None:
         """Wait until it has fired in some rank. Raises FaultError after the limit."""
-        self.ledger.await_firing(limit_s, repr(self.injection))
+        self.fire_counts.await_firing(limit_s, repr(self.injection))
 
 
 class FaultyStorage:
@@ -134,9 +134,9 @@ class FaultyStorage:
         if wrong:
             raise ValueError("; ".join(wrong))
         same = sum(one.injection == injection for one in self._injected)
-        ledger = Ledger(self._folder, f"{injection.key}-{same}")
-        injected = Injected(injection, ledger, must_fire)
-        ledger.begin(self._injector.rank)
+        fire_counts = FireCounts(self._folder, f"{injection.key}-{same}")
+        injected = Injected(injection, fire_counts, must_fire)
+        fire_counts.begin(self._injector.rank)
         self._injected.append(injected)
         self._arm(injected)
         return injected
@@ -213,7 +213,7 @@ class FaultyStorage:
         """
         made = Recording(self._search)
         place = Folders(self._roots) if filesystem is None else StoreFolder(filesystem, folder)
-        with recording(place, desk_at(self._folder, self._injector.rank), made):
+        with recording(place, recording_dir(self._folder, self._injector.rank), made):
             yield made
 
     def assert_loads_one_of(
@@ -279,7 +279,7 @@ class FaultyStorage:
         wrong += [
             f"{one.injection!r} held something until its limit: call release() on the injection"
             for one in self._injected
-            if one.ledger.is_overdue()
+            if one.fire_counts.is_overdue()
         ]
         if wrong:
             raise FaultError("\n".join(wrong))
@@ -291,7 +291,7 @@ class FaultyStorage:
         injection = injected.injection
         self._wrappers.target(injection.hooks)
         names = _names_below(self._roots) if "list" in injection.kinds else {}
-        self._injector.arm(Armed(injection, injected.ledger, names))
+        self._injector.arm(Armed(injection, injected.fire_counts, names))
         self._begin_watching()
 
     def _begin_watching(self) -> None:

@@ -132,7 +132,7 @@ class Upload:
         writer, planner = unpickle_state(self.how)
         if isinstance(writer, FileSystemWriter):
             # It is a copy: its original gives every save's copy the same id.
-            writer.fresh_id()
+            writer.new_save_id()
         # The folders were compared by the ranks' own save.
         team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
         request = SaveRequest(

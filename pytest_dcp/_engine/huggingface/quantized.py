@@ -27,7 +27,7 @@ from torch.futures import Future
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.huggingface.consolidate import Shards, Slab
 from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
-from pytest_dcp._engine.io.load_into_targets import Filled
+from pytest_dcp._engine.io.load_into_targets import LoadedBytes
 from pytest_dcp._engine.io.progress_observer import Observer, observer
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.columns import ReadItems
@@ -118,7 +118,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             return super().read_data(plan, planner)
         items = ReadItems.of(plan.items)
         quantised = np.array([fqn in self._scale_of for fqn in items.stored_fqns], dtype=bool)
-        plain = Filled()
+        plain = LoadedBytes()
         future: Future[None] = Future()
         future.set_result(None)
         if not quantised.all():
@@ -135,7 +135,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             for row, some in zip(rows, pieces, strict=True)
         ]
         run_all(jobs, self.thread_count or 1)
-        self.filled = Filled(
+        self.filled = LoadedBytes(
             plain.bytes_needed + nbytes, plain.bytes_read + nbytes, plain.bytes_verified
         )
         return future

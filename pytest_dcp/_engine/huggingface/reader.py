@@ -23,7 +23,7 @@ from pytest_dcp._engine.huggingface.folder import leased_name, look_of, read_fil
 from pytest_dcp._engine.huggingface.safetensors_file import SafetensorsFile
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.file_queue import FileQueue
-from pytest_dcp._engine.io.load_into_targets import Filled
+from pytest_dcp._engine.io.load_into_targets import LoadedBytes
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_streams import items_by_file
 from pytest_dcp._engine.io.threads import StopFlag, run_all
@@ -134,7 +134,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         hooks = ("_process_read_request", "_read_files_from_queue")
         return overridden(self, HuggingFaceStorageReader, hooks)
 
-    def _read_requests(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+    def _read_requests(self, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
         """Hand each item to the hook, files by several threads."""
         by_file = items_by_file(list(plan.items), self.storage_data)
         paths = ((self._full_path(name), items) for name, items in by_file.items())
@@ -148,7 +148,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         run_all([job] * min(threads, len(by_file)), threads)
         if done.qsize() != len(by_file):
             raise CheckpointError(f"{done.qsize()} of {len(by_file)} files of the plan were read")
-        return Filled(files.bytes_read, files.bytes_read, 0)
+        return LoadedBytes(files.bytes_read, files.bytes_read, 0)
 
     def _full_path(self, name: str) -> str:
         return name if os.path.isabs(name) else str(self.fs.concat_path(self.path, name))
@@ -182,7 +182,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Never: tensors lie in the files as they are."""
         return False
 
-    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
         """Read from the files that `storage_data` names, where that is all that is known."""
         names = {str(place.relative_path) for place in self.storage_data.values()}
         inside = {os.path.relpath(n, self.path) if os.path.isabs(n) else n for n in names}

@@ -182,7 +182,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         disk = self._registering_disk()
         if not len(plan.items):
-            self._sync_name(disk)
+            self._sync_parent_dirs(disk)
             future.set_result([])
             return future
         said: Mapping[str, Any] = plan.storage_data or {}
@@ -206,7 +206,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             table,
             {SAVE_KEY: save_id or self.save_id[:12], **stated_save(said), **FORMAT},
         )
-        self._sync_name(disk)
+        self._sync_parent_dirs(disk)
         results: Any = WriteResults(plan.items, written)
         future.set_result(results)
         return future

@@ -42,7 +42,7 @@ BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class LoadedBytes:
     """What a rank's plan took."""
 
     bytes_needed: int = 0
@@ -137,7 +137,7 @@ class Work:
         if misfits:
             raise together(misfits)
 
-    def run(self) -> Filled:
+    def run(self) -> LoadedBytes:
         """Fill the targets."""
         for put in self._puts:
             put()
@@ -146,7 +146,7 @@ class Work:
         for row, (target, parts) in self._wrapped.items():
             self._fill_wrapped(row, target, parts)
         self._fill_tensors(self._tensors)
-        return Filled(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
+        return LoadedBytes(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
 
     def _numbers(self) -> NDArray[np.bool_]:
         """Which rows are numbers for the planner, and tensors in the checkpoint."""

@@ -23,7 +23,13 @@ from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.small_reads import BATCH, SPARSE, ReadKind, read_together, stretches
+from pytest_dcp._engine.io.small_reads import (
+    BATCH,
+    SPARSE,
+    ReadKind,
+    read_together,
+    split_by_read_kind,
+)
 from pytest_dcp._engine.io.tensor_memory import memory_at, memory_of, strided_tensor
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.boxes import Ints
@@ -114,7 +120,7 @@ def _read_part(
         with disk.open(folder, name) as file:
             reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
             boxes = _BoxReader(reader, items, copies, settings)
-            for kind, some in stretches(catalog, copies, rows, settings.verify):
+            for kind, some in split_by_read_kind(catalog, copies, rows, settings.verify):
                 if kind is ReadKind.ALONE:
                     _read_boxes(reader, boxes, copies, some)
                 else:

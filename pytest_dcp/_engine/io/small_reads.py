@@ -47,7 +47,7 @@ class ReadKind(IntEnum):
     """Small, without a sum or where none is asked for."""
 
 
-def stretches(
+def split_by_read_kind(
     catalog: Catalog, copies: Copies, rows: Ints, verify: Verify
 ) -> Iterator[tuple[ReadKind, Ints]]:
     """The rows in their order, cut where the kind changes; one between others goes with them."""
@@ -73,7 +73,7 @@ def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDAr
 
 
 def _cuts(kind: NDArray[np.int8]) -> list[int]:
-    """Where stretches of one kind begin, and the end."""
+    """Where split_by_read_kind of one kind begin, and the end."""
     return [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]
 
 

@@ -20,7 +20,7 @@ from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.load_into_targets import Filled, Work, files_of, prepare
+from pytest_dcp._engine.io.load_into_targets import LoadedBytes, Work, files_of, prepare
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 from pytest_dcp._engine.io.progress_observer import observer
@@ -83,7 +83,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True
-        self.filled = Filled()
+        self.filled = LoadedBytes()
         self.has_manifest = False
         """Whether the metadata that was read last is this engine's."""
         self._metadata: Metadata | None = None
@@ -245,7 +245,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         """The catalog of the metadata, with the places that `storage_data` now has."""
         return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
 
-    def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+    def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
         return self._work_of(catalog, plan, planner).run()
 
     def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
@@ -266,7 +266,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
             self, FileSystemReader, "_slice_file"
         )
 
-    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> Filled:
+    def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
         streams = Streams(
             lambda name: self.fs.create_stream(self.fs.concat_path(self.path, name), "rb"),
             self._slice_file,
@@ -274,7 +274,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         )
         watcher, places = observer("load"), self.storage_data
         nbytes = read_streams(streams, plan.items, places, planner, watcher, self.memory)
-        return Filled(nbytes, nbytes, 0)
+        return LoadedBytes(nbytes, nbytes, 0)
 
     def _is_replaced(self, metadata: Metadata) -> bool:
         """Whether the folder's checkpoint is another save's than the metadata."""

@@ -114,7 +114,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         """What this rank has made on the disk for this save."""
         self._cleaned_for: str | None = None
         """The save that leftovers of dead ones have been removed for."""
-        self._above: Sequence[Any] = ()
+        self._parent_dirs_to_sync: Sequence[Any] = ()
         """Where the folder's own name is, which may not last yet."""
         self.rank: int | None = None
         self.use_collectives = True
@@ -123,7 +123,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         """Begin another save, to the given folder or the same."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
-        self.fresh_id()
+        self.new_save_id()
 
     def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
         self.path = self.fs.init_path(checkpoint_id)
@@ -226,7 +226,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             written = write_safetensors(disk, folder, jobs, source, settings, watcher, items)
         else:
             written = write_files(disk, folder, jobs, source, settings, watcher)
-        self._sync_name(disk)
+        self._sync_parent_dirs(disk)
         return WriteResults(items, written)
 
     def _write_data(
@@ -252,14 +252,14 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return _done(join_results(parts))
 
     def _make_folder(self, disk: Disk) -> None:
-        """Make the folder; the names of new ones above it last, its own does after `_sync_name`."""
+        """Make the folder; sync where new folders above it are named. See `_sync_parent_dirs`."""
         above = disk.make_folder(self.path)
-        self._above = above[:1]
+        self._parent_dirs_to_sync = above[:1]
         self._sync(disk, above[1:])
 
-    def _sync_name(self, disk: Disk) -> None:
+    def _sync_parent_dirs(self, disk: Disk) -> None:
         """Have the folder's name last: after the files, whose sync has done most of it."""
-        self._sync(disk, self._above)
+        self._sync(disk, self._parent_dirs_to_sync)
 
     def _sync(self, disk: Disk, folders: Sequence[Any]) -> None:
         """Have the names in these folders last, where that is asked for."""
@@ -322,7 +322,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
                 kept |= {name, *files_named(disk, place, name)}
         return kept
 
-    def retire_whole(self) -> None:
+    def remove_collective_metadata(self) -> None:
         """Remove the checkpoint of the whole, after every rank has committed its own part.
 
         Until then a reader finds the old checkpoint, from then on the ranks' own.
@@ -341,15 +341,15 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         """Where and what the save is that begins or goes on."""
         if self._used:
             # Another save of the same writer: its files must not have the names of the last one's.
-            self.fresh_id()
+            self.new_save_id()
         return self._meta()
 
-    def fresh_id(self) -> str:
+    def new_save_id(self) -> str:
         """Another id for the save to come."""
-        self.take_id(new_id())
+        self.set_save_id(new_id())
         return self.save_id
 
-    def take_id(self, save_id: str) -> None:
+    def set_save_id(self, save_id: str) -> None:
         """Let the save to come have this id."""
         self.save_id, self._used, self._made = save_id, False, {}
 

@@ -217,7 +217,9 @@ class Save:
 
     def _together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
-            sent, checks = team.reduce_scatter("plan", lambda: self._plan(team), self._join)
+            sent, checks = team.reduce_scatter(
+                "plan", lambda: self._plan(team), self._make_global_plan
+            )
         comparison = self.comparison
 
         def write() -> tuple[Any, Sums | None]:
@@ -245,7 +247,7 @@ class Save:
     def _each_alone(self, team: Team) -> Metadata:
         def write() -> Sequence[WriteResult]:
             with self.phases.phase("plan"):
-                (sent,) = self._join([self._plan(team)])
+                (sent,) = self._make_global_plan([self._plan(team)])
             with self.phases.phase("write"):
                 return self._write(expand_plan(sent[0], self._local_plan()))
 
@@ -256,12 +258,12 @@ class Save:
         if isinstance(self.writer, FileSystemWriter):
             # One id for the parts of one save, so that a load can tell them from another's.
             self._reset_writer()
-            self.writer.take_id(team.broadcast("plan", self.writer.fresh_id))
+            self.writer.set_save_id(team.broadcast("plan", self.writer.new_save_id))
         results = team.agree("write", write)
         team.agree("commit", commit)
         if isinstance(self.writer, FileSystemWriter):
             # A whole checkpoint that was there before would be found first.
-            team.broadcast("retire", self.writer.retire_whole)
+            team.broadcast("retire", self.writer.remove_collective_metadata)
         return self._whole()
 
     def _plan(self, team: Team) -> SavePlan:
@@ -300,7 +302,7 @@ class Save:
         if reset is not None:
             reset()
 
-    def _join(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
+    def _make_global_plan(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
         """On the coordinator: what each rank is to write, and to compare."""
         joined, self.metadata = self.planner.create_global_plan(plans)
         if isinstance(self.writer, FileSystemWriter):

@@ -185,7 +185,7 @@ def recorded(
     return made
 
 
-def desk_at(place: Path, rank: int) -> Desk:
+def recording_dir(place: Path, rank: int) -> Desk:
     """The desk of this process, in a world shared with its peers.
 
     place: a folder that every rank can reach and no rank watches.

@@ -9,9 +9,9 @@ which each began and ended in each rank, are enough to compute what every crash 
 2. `_storages` applies the done operations to a model of the storage (`DiskModel`, `ObjectStore`).
    It knows what programs saw, what was on stable storage, and the changes between the two.
 3. `_damages` says what the crash did, level by level. At level 0 nothing that was seen is lost, and
-   an operation under way may be done in part (`Torn`). From level 1 on, changes that were not yet
-   stable are lost: first all or single ones, then runs of them, then pairs (`losses`). Only a power
-   cut loses changes, so the models `kill` and `s3` have level 0 alone.
+   an operation under way may be done in part (`TornWriteAt`). From level 1 on, changes that were
+   not yet stable are lost: first all or single ones, then runs of them, then pairs (`losses`). Only
+   a power cut loses changes, so the models `kill` and `s3` have level 0 alone.
 4. `_different` computes the folder that is left and drops those seen before. The same folder counts
    twice only if other ranks had returned: what a test may expect of it differs then.
 
@@ -67,7 +67,7 @@ from dataclasses import dataclass, field
 
 from pytest_dcp.faults.crashes.crash_points import CrashPoint, moments
 from pytest_dcp.faults.crashes.disk_model import DiskModel
-from pytest_dcp.faults.crashes.losses import LOSSES, MODELS, RULES, Loss, Model
+from pytest_dcp.faults.crashes.losses import LOSSES, MODELS, RULES, LostSet, Model
 from pytest_dcp.faults.crashes.object_store_model import ObjectStore
 from pytest_dcp.faults.crashes.trace import Entry, Trace, Tree
 from pytest_dcp.faults.tap.operation import Operation
@@ -94,7 +94,7 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class Torn:
+class TornWriteAt:
     """An operation under way, partly done."""
 
     operation: int
@@ -102,12 +102,12 @@ class Torn:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class StateCandidate:
     """A crash whose folder has not been computed yet."""
 
     moment: CrashPoint
     storage: DiskModel | ObjectStore
-    damage: Loss | Torn
+    damage: LostSet | TornWriteAt
 
     def id(self, model: Model) -> str:
         """The crash's id."""
@@ -116,12 +116,12 @@ class Candidate:
 
     def tree(self, operations: Sequence[Operation]) -> Tree:
         """The folder after the crash."""
-        if isinstance(self.damage, Torn):
+        if isinstance(self.damage, TornWriteAt):
             torn = self.storage.copy()
             at = self.damage.operation
             torn.begin(at, operations[at], self.damage.part)
             return torn.seen()
-        if isinstance(self.storage, DiskModel) and self.damage != Loss():
+        if isinstance(self.storage, DiskModel) and self.damage != LostSet():
             return self.damage.left(self.storage)
         return self.storage.seen()
 
@@ -146,7 +146,7 @@ def crashes(
         # A long trace has more moments than the budget allows crashes: drop the surplus.
         every = 1 if only or not left or not level else -(-len(storages) // left)
         candidates = [
-            Candidate(moment, storage, damage)
+            StateCandidate(moment, storage, damage)
             for moment, storage in storages[::every]
             for damage in _damages(trace, model, level, moment, storage)
         ]
@@ -163,8 +163,8 @@ Found = tuple[frozenset[int], frozenset[tuple[str, Entry]]]
 
 
 def _different(
-    trace: Trace, candidates: Iterable[Candidate], seen: set[Found]
-) -> Iterator[tuple[Candidate, Tree]]:
+    trace: Trace, candidates: Iterable[StateCandidate], seen: set[Found]
+) -> Iterator[tuple[StateCandidate, Tree]]:
     for candidate in candidates:
         tree = candidate.tree(trace.operations)
         found = (candidate.moment.returned, frozenset(tree.items()))
@@ -215,25 +215,25 @@ def in_order(
 
 def _damages(
     trace: Trace, model: Model, level: int, moment: CrashPoint, storage: DiskModel | ObjectStore
-) -> Iterator[Loss | Torn]:
+) -> Iterator[LostSet | TornWriteAt]:
     if level > 0:
         if isinstance(storage, DiskModel):
             yield from LOSSES[model][level - 1](storage)
         return
-    yield Loss()
+    yield LostSet()
     for index in moment.under_way:
         for part in storage.parts(trace.operations[index]):
-            yield Torn(index, part)
+            yield TornWriteAt(index, part)
 
 
-def _evenly(candidates: Sequence[Candidate], wanted: int | None) -> Iterator[Candidate]:
+def _evenly(candidates: Sequence[StateCandidate], wanted: int | None) -> Iterator[StateCandidate]:
     """All of them, ordered so that any prefix is spread evenly over the whole sequence."""
     step = 1 if not wanted else max(1, -(-len(candidates) // wanted))
     for start in range(step):
         yield from candidates[start::step]
 
 
-def _crash(trace: Trace, model: Model, candidate: Candidate, tree: Tree) -> Crash:
+def _crash(trace: Trace, model: Model, candidate: StateCandidate, tree: Tree) -> Crash:
     moment = candidate.moment
     return Crash(
         model=model,
@@ -245,13 +245,13 @@ def _crash(trace: Trace, model: Model, candidate: Candidate, tree: Tree) -> Cras
     )
 
 
-def _what(operations: Sequence[Operation], candidate: Candidate) -> str:
+def _what(operations: Sequence[Operation], candidate: StateCandidate) -> str:
     """A text for people: when the crash came, and what it lost."""
     moment, damage, storage = candidate.moment, candidate.damage, candidate.storage
     parts = [f"after {len(moment.order)} of {len(operations)} operations"]
     if moment.order:
         parts.append(f"the last: {operations[moment.order[-1]]}")
-    if isinstance(damage, Torn):
+    if isinstance(damage, TornWriteAt):
         parts.append(f"{damage.part} bytes done of: {operations[damage.operation]}")
     elif isinstance(storage, DiskModel):
         names = sorted({storage.name_changes[n].operation for n in damage.names})

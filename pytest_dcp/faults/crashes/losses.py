@@ -62,7 +62,7 @@ SINGLY = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostSet:
     """One combination of losses, as positions in the model's lists of changes."""
 
     names: tuple[int, ...] = ()
@@ -83,18 +83,18 @@ class Loss:
         return machine.left(names, changes)
 
 
-Losses = Iterator[Loss]
+Losses = Iterator[LostSet]
 
 
 def _posix_simple(machine: DiskModel) -> Losses:
     """All names, all bytes, all of both; each one."""
     names, changes = _all(machine)
     for zeros in (False, True):
-        yield Loss(names, changes, zeros)
-        yield Loss((), changes, zeros)
-        yield from (Loss((), (n,), zeros) for n in _some(changes))
-    yield Loss(names, ())
-    yield from (Loss((n,), ()) for n in _some(names))
+        yield LostSet(names, changes, zeros)
+        yield LostSet((), changes, zeros)
+        yield from (LostSet((), (n,), zeros) for n in _some(changes))
+    yield LostSet(names, ())
+    yield from (LostSet((n,), ()) for n in _some(names))
 
 
 def _posix_runs(machine: DiskModel) -> Losses:
@@ -104,38 +104,38 @@ def _posix_runs(machine: DiskModel) -> Losses:
     for zeros in (False, True):
         for since in _some(done[1:]):
             late = _since(machine.byte_changes, since)
-            yield Loss(_since(machine.name_changes, since), late, zeros)
-            yield Loss((), late, zeros)
-        yield from (Loss((), file, zeros) for file in _by_file(machine))
+            yield LostSet(_since(machine.name_changes, since), late, zeros)
+            yield LostSet((), late, zeros)
+        yield from (LostSet((), file, zeros) for file in _by_file(machine))
         for kept in _some(names):
-            yield Loss(tuple(n for n in names if n != kept), changes, zeros)
+            yield LostSet(tuple(n for n in names if n != kept), changes, zeros)
         for kept in _some(changes):
-            yield Loss(names, tuple(n for n in changes if n != kept), zeros)
-            yield Loss((), tuple(n for n in changes if n != kept), zeros)
+            yield LostSet(names, tuple(n for n in changes if n != kept), zeros)
+            yield LostSet((), tuple(n for n in changes if n != kept), zeros)
     for since in _some(done[1:]):
-        yield Loss(_since(machine.name_changes, since), ())
+        yield LostSet(_since(machine.name_changes, since), ())
     for kept in _some(names):
-        yield Loss(tuple(n for n in names if n != kept), ())
+        yield LostSet(tuple(n for n in names if n != kept), ())
 
 
 def _posix_pairs(machine: DiskModel) -> Losses:
     """Every pair: two names, two writes, or one of each."""
     names, changes = (some[-PAIRS_OF:] for some in _all(machine))
     for pair in itertools.combinations(names, 2):
-        yield Loss(pair, ())
+        yield LostSet(pair, ())
     for zeros in (False, True):
         for name, change in itertools.product(names, changes):
-            yield Loss((name,), (change,), zeros)
+            yield LostSet((name,), (change,), zeros)
         for pair in itertools.combinations(changes, 2):
-            yield Loss((), pair, zeros)
+            yield LostSet((), pair, zeros)
 
 
 def _ext4_simple(machine: DiskModel) -> Losses:
     """Names from some operation on; all bytes that can be lost; the bytes of each write."""
     for names in _name_suffixes(machine):
-        yield Loss(names, ())
-        yield Loss(names, _unforced_changes(machine, names))
-    yield from (Loss((), (n,)) for n in _some(_unforced_changes(machine, ())))
+        yield LostSet(names, ())
+        yield LostSet(names, _unforced_changes(machine, names))
+    yield from (LostSet((), (n,)) for n in _some(_unforced_changes(machine, ())))
 
 
 def _ext4_runs(machine: DiskModel) -> Losses:
@@ -143,15 +143,15 @@ def _ext4_runs(machine: DiskModel) -> Losses:
     for names in _name_suffixes(machine):
         free = _unforced_changes(machine, names)
         for file in _by_file(machine):
-            yield Loss(names, tuple(n for n in file if n in free))
-        yield from (Loss(names, free[n:]) for n in _some(range(1, len(free))))
+            yield LostSet(names, tuple(n for n in file if n in free))
+        yield from (LostSet(names, free[n:]) for n in _some(range(1, len(free))))
 
 
 def _ext4_pairs(machine: DiskModel) -> Losses:
     for names in _name_suffixes(machine):
         free = _unforced_changes(machine, names)[-PAIRS_OF:]
-        yield from (Loss(names, (n,)) for n in free)
-        yield from (Loss(names, pair) for pair in itertools.combinations(free, 2))
+        yield from (LostSet(names, (n,)) for n in free)
+        yield from (LostSet(names, pair) for pair in itertools.combinations(free, 2))
 
 
 LOSSES: Mapping[Model, tuple[Callable[[DiskModel], Losses], ...]] = {

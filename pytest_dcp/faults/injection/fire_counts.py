@@ -18,7 +18,7 @@ POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class FireCounts:
     """The files of one injection."""
 
     folder: Path

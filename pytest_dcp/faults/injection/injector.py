@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_dcp.faults.injection.fire_counts import Ledger
+from pytest_dcp.faults.injection.fire_counts import FireCounts
 from pytest_dcp.faults.injection.injection import Event, Firing, Injection, Tally, count, matches
 from pytest_dcp.faults.kinds.base import Fault, Moment
 from pytest_dcp.faults.tap.operation import Operation, Verdict
@@ -25,7 +25,7 @@ class Armed:
     """An injection in this process."""
 
     injection: Injection
-    ledger: Ledger
+    fire_counts: FireCounts
     names: Mapping[Path | None, frozenset[str]] = field(default_factory=dict)
     """Contents of each watched folder at the time of the injection."""
     tally: Tally = field(default_factory=Tally)
@@ -82,7 +82,7 @@ class Injector:
     def hook(self, name: str, call: Callable[[], Any]) -> Any:
         """Run a hook with the faults that act at it, and return its result."""
         firing = self._firing(self._event(name))
-        acting = [(a.injection.fault, Moment(name, self.rank, a.ledger)) for a, _ in firing]
+        acting = [(a.injection.fault, Moment(name, self.rank, a.fire_counts)) for a, _ in firing]
         with self._lock:
             self._running[name] += 1
         try:
@@ -134,7 +134,7 @@ class Injector:
             moment = Moment(
                 operation.kind,
                 self.rank,
-                armed.ledger,
+                armed.fire_counts,
                 operation,
                 file,
                 target,
@@ -157,7 +157,7 @@ class Injector:
         )
 
     def _firing(self, event: Event, file: Path | None = None) -> list[tuple[Armed, Firing]]:
-        """The injections that fire at an event, recorded in their ledgers."""
+        """The injections that fire at an event, recorded in their fire counts."""
         found: list[tuple[Armed, Firing]] = []
         with self._lock:
             for armed in [] if self._muted else self._armed:
@@ -168,7 +168,7 @@ class Injector:
                         found.append((armed, firing))
         for armed, firing in found:
             if firing.counted:
-                armed.ledger.add(self.rank)
+                armed.fire_counts.add(self.rank)
         return found
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.faults.crashes.crash_state import desk_at
+from pytest_dcp.faults.crashes.crash_state import recording_dir
 from pytest_dcp.properties import Layout, MeshSpec, StateSpec, TensorSpec, assert_round_trip
 
 
@@ -108,7 +108,7 @@ def test_recording_that_fails_on_one_rank(rank: int, tmp_path: Path) -> None:
         dist.recv(torch.zeros(1), src=0)
         return b""
 
-    desk_at(tmp_path, rank).agree("ready", step)
+    recording_dir(tmp_path, rank).agree("ready", step)
 
 
 @pytest.mark.world_size(2)

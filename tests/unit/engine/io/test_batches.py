@@ -24,7 +24,7 @@ from pytest_dcp._engine.io.small_reads import (
     FEW,
     ReadKind,
     read_together,
-    stretches,
+    split_by_read_kind,
 )
 from pytest_dcp._engine.io.threads import StopFlag, Stopped
 from pytest_dcp._engine.plan.index import Index
@@ -204,6 +204,6 @@ def test_parts_stay_in_the_files_order(
     sizes: list[int], verify: str, expected: list[tuple[ReadKind, int]]
 ) -> None:
     part = Part(sizes)
-    found = list(stretches(part.catalog, part.copies, part.rows, verify))  # type: ignore[arg-type]
+    found = list(split_by_read_kind(part.catalog, part.copies, part.rows, verify))  # type: ignore[arg-type]
     assert [(kind, len(rows)) for kind, rows in found] == expected
     assert np.concatenate([rows for _, rows in found]).tolist() == part.rows.tolist()
