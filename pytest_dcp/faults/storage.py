@@ -57,12 +57,12 @@ class Injected:
     @property
     def fired(self) -> int:
         """How often it fired so far, in all ranks of the world together."""
-        return sum(self.fire_counts.fired().values())
+        return sum(self.fire_counts.count_by_rank().values())
 
     @property
     def fired_by_rank(self) -> dict[int, int]:
         """How often it fired in each rank, without ranks in which it did not."""
-        return self.fire_counts.fired()
+        return self.fire_counts.count_by_rank()
 
     def release(self) -> None:
         """Let every operation that hangs at it continue, in all ranks."""

@@ -42,7 +42,7 @@ class Layout:
     """Which ranks of a world hold which elements of a tensor.
 
     >>> rows = Layout(MeshSpec((2,)), (Shard(0),))
-    >>> rows.fitted(ndim=2), rows.fitted(ndim=0)
+    >>> rows.fit(ndim=2), rows.fit(ndim=0)
     ((Shard(dim=0),), (Replicate(),))
     >>> Layout().place(TensorSpec((3,)))  # no placements: a plain tensor, on every rank
     tensor([1., 2., 3.])
@@ -52,7 +52,7 @@ class Layout:
     placements: tuple[Placement, ...] | None = None
     """One for each dimension of the mesh; None: a plain tensor, whole, on every rank."""
 
-    def fitted(self, ndim: int) -> tuple[Placement, ...]:
+    def fit(self, ndim: int) -> tuple[Placement, ...]:
         """The placements for a tensor of `ndim` dimensions."""
         return tuple(_fit(placement, ndim) for placement in self.placements or ())
 
@@ -64,7 +64,7 @@ class Layout:
         coordinate = self.mesh.coordinate(rank())
         if coordinate is None:
             raise ValueError(f"rank {rank()} is not in {self.mesh!r}")
-        placements = self.fitted(len(spec.shape))
+        placements = self.fit(len(spec.shape))
         local = part_of(spec.bits(), places_of(spec.shape, self.mesh.shape, coordinate, placements))
         return DTensor.from_local(
             tensor_of(local, spec.dtype, spec.memory).to(device),

@@ -153,13 +153,13 @@ class Connection:
                 self.ended = "connection closed"
                 return
             self.heard_s = time.monotonic()
-            self._filled(count)
+            self._take_bytes(count)
             if one and self.frames:
                 return
 
-    def _filled(self, count: int) -> None:
+    def _take_bytes(self, count: int) -> None:
         try:
-            frame = self.reader.filled(count)
+            frame = self.reader.take_bytes(count)
         except FrameError as error:
             self.ended, self.is_garbled = f"it sent garbage: {error}", True
             return

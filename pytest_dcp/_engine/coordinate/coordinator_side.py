@@ -130,7 +130,7 @@ class CoordinatorSide:
     def _given_up(self, head: Head) -> list[Cause]:
         """Why the step failed for peers that did not wait while this rank combined."""
         self._pump(0)
-        impatient = [peer for peer in self._peers.values() if self._told(peer) is not None]
+        impatient = [peer for peer in self._peers.values() if self._find_failure(peer) is not None]
         for peer in impatient:
             self._take(peer, head)
         return self._causes() if impatient else []
@@ -341,7 +341,7 @@ class CoordinatorSide:
     def _answer_late(self, arrival: Arrival) -> bool:
         """Send a peer away that comes to an operation which this rank has left; whether it did."""
         hello, connection = arrival.hello, arrival.connection
-        known = self._order.left(hello.epoch, hello.number)
+        known = self._order.find_verdict(hello.epoch, hello.number)
         if known is None or self._peer_listener is None:
             return False
         connection.queue(self._peer_listener.welcome(hello))
@@ -410,7 +410,7 @@ class CoordinatorSide:
         """What a peer has told of, or that it is gone; passes it on to the others."""
         self._pump(0)
         for peer in self._peers.values():
-            cause = self._stuck.get(peer.rank) or self._told(peer)
+            cause = self._stuck.get(peer.rank) or self._find_failure(peer)
             if cause is None and peer.connection.over:
                 cause = self.context.ended(
                     peer.rank, "its work", peer.connection.ended or "it left"
@@ -421,7 +421,7 @@ class CoordinatorSide:
         self._ping()
         return None
 
-    def _told(self, peer: Peer) -> Cause | None:
+    def _find_failure(self, peer: Peer) -> Cause | None:
         """The failure that a peer has told of, in a frame that is not taken yet."""
         for frame in peer.connection.frames:
             if frame.kind is FrameKind.FAILED:

@@ -146,7 +146,7 @@ def decode(data: bytes) -> Frame:
         count = min(len(space), len(view))
         space[:count] = view[:count]
         view = view[count:]
-        if (frame := reader.filled(count)) is not None and not view:
+        if (frame := reader.take_bytes(count)) is not None and not view:
             return frame
     raise FrameError(f"expected one frame, got {len(data)} bytes that are none")
 
@@ -176,7 +176,7 @@ class FrameReader:
         """Where the next bytes of the stream go: never empty."""
         return memoryview(self._body if self._body is not None else self._header)[self._at :]
 
-    def filled(self, count: int) -> Frame | None:
+    def take_bytes(self, count: int) -> Frame | None:
         """The frame that the last `count` bytes completed, if they did.
 
         Raises FrameError when the stream cannot be one of frames.

@@ -150,7 +150,7 @@ class CallOrder:
             while len(self._left) > VERDICTS:
                 del self._left[next(iter(self._left))]
 
-    def left(self, epoch: int, number: int) -> Any | None:
+    def find_verdict(self, epoch: int, number: int) -> Any | None:
         """The verdict on an operation that this rank left."""
         return self._left.get((epoch, number))
 

@@ -161,7 +161,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         strict = not self.allow_partial_load
         if is_opaque(here):
             return partial(self._fill_opaque, fqn, here, prepare_opaque(fqn, here, entry))
-        value = self._decoded(fqn, entry, here)
+        value = self._decode(fqn, entry, here)
         if not isinstance(here, torch.Tensor):
             return partial(self._put, fqn, value)
         if not isinstance(value, torch.Tensor):
@@ -180,7 +180,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         fqn = read_item.dest_index.fqn
         number_of(fqn, tensor, self._numbers[fqn], strict=not self.allow_partial_load)
 
-    def _decoded(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
+    def _decode(self, fqn: str, entry: bytes | memoryview, here: Any) -> Any:
         try:
             return decode_value(entry, weights_only=self.weights_only)
         except UntrustedPickleError as error:
@@ -198,12 +198,12 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     def _fill_number(self, fqn: str, here: torch.Tensor, number: Any, kind: type) -> None:
         fill_tensor(here, number)
-        self._converted(fqn, kind, here.dtype)
+        self._note_conversion(fqn, kind, here.dtype)
 
     def _fill_plain(self, fqn: str, here: torch.Tensor, value: torch.Tensor) -> None:
         here.detach().copy_(value)
         if value.dtype != here.dtype:
-            self._converted(fqn, value.dtype, here.dtype)
+            self._note_conversion(fqn, value.dtype, here.dtype)
 
     def _put(self, fqn: str, value: Any) -> None:
         """Let the state dict have this value."""
@@ -213,7 +213,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self.original_state_dict[fqn] = value
         self.state_dict[fqn] = value
 
-    def _converted(self, fqn: str, stored: Dtype, asked: Dtype) -> None:
+    def _note_conversion(self, fqn: str, stored: Dtype, asked: Dtype) -> None:
         self.report = replace(
             self.report, converted={**self.report.converted, fqn: (stored, asked)}
         )

@@ -112,7 +112,7 @@ class _Names:
         names: list[Sequence[str]] = [one.names or [*vars(one.owner)] for one in owners]
         return cls(owners, names, [one.values() for one in owners])
 
-    def changed(self) -> list[tuple[Any, str, Any]]:
+    def find_changed(self) -> list[tuple[Any, str, Any]]:
         """(owner, name, value) of functions and classes that are not in their places now.
 
         The value is `INHERITED` where a class now has one of its own instead of its base's.
@@ -147,7 +147,7 @@ def _is_code(value: Any) -> bool:
 
 
 def _put_back(then: _Names) -> None:
-    for owner, name, value in then.changed():
+    for owner, name, value in then.find_changed():
         if value is INHERITED:
             delattr(owner, name)
         else:
@@ -193,7 +193,7 @@ FACETS = (
         "functions that were replaced",
         _Names.read,
         _put_back,
-        differs=lambda then: bool(then.changed()),
+        differs=lambda then: bool(then.find_changed()),
         is_quick=False,
     ),
 )

@@ -41,21 +41,23 @@ disk).
 >>> disk = DiskModel.of({}, Rules())
 >>> disk.apply(0, op("create", "w", handle=1))
 >>> disk.apply(1, op("write", "w", handle=1, offset=0, data=b"ab", nbytes=2))
->>> disk.seen(), disk.left(names=[], changes=[])
+>>> disk.visible_tree(), disk.tree_after(names=[], changes=[])
 ({'w': b'ab'}, {})
 
 The name could arrive without the bytes, or with zeros for them:
 
->>> disk.left(disk.name_changes, []), disk.left(disk.name_changes, [(disk.byte_changes[0], False)])
-({'w': b''}, {'w': b'\\x00\\x00'})
+>>> disk.tree_after(disk.name_changes, [])
+{'w': b''}
+>>> disk.tree_after(disk.name_changes, [(disk.byte_changes[0], False)])
+{'w': b'\\x00\\x00'}
 
 An fsync of the file makes its bytes last; its name lasts once the folder is synced as well:
 
 >>> disk.apply(2, op("sync", "w", handle=1))
->>> len(disk.byte_changes), disk.left([], [])
+>>> len(disk.byte_changes), disk.tree_after([], [])
 (0, {})
 >>> disk.apply(3, op("sync_folder", ".", handle=2))
->>> disk.left([], [])
+>>> disk.tree_after([], [])
 {'w': b'ab'}
 """
 
@@ -120,7 +122,7 @@ class ByteChange:
     grows_only: bool = False
     """For an allocation: a lower bound of the size, not the size itself."""
 
-    def applied(self, content: bytes) -> bytes:
+    def apply(self, content: bytes) -> bytes:
         """The content after the change."""
         if self.data is not None:
             start = content[: self.offset].ljust(self.offset, b"\0")
@@ -129,7 +131,7 @@ class ByteChange:
             return content.ljust(self.offset, b"\0")
         return content[: self.offset].ljust(self.offset, b"\0")
 
-    def zeroed(self, content: bytes) -> bytes:
+    def zero_fill(self, content: bytes) -> bytes:
         """The content when the size has grown and the bytes have not arrived."""
         return content.ljust(self.offset + len(self.data or b""), b"\0")
 
@@ -269,23 +271,25 @@ class DiskModel:
         if self.rules.close_syncs and node is not None:
             self._settle_bytes(node, op)
 
-    def looked(self, index: int, op: Operation) -> None:
+    def change_nothing(self, index: int, op: Operation) -> None:
         """Change nothing: for operations that only look."""
 
     # ---- after a crash
 
-    def seen(self) -> Tree:
+    def visible_tree(self) -> Tree:
         """The tree as running programs see it; it also remains if only the processes die."""
         return self._tree(self.names, self.contents)
 
-    def left(self, names: Iterable[NameChange], changes: Sequence[tuple[ByteChange, bool]]) -> Tree:
+    def tree_after(
+        self, names: Iterable[NameChange], changes: Sequence[tuple[ByteChange, bool]]
+    ) -> Tree:
         """The tree if only these changes have reached the disk, in this order."""
         kept = dict(self.stable_names)
         for change in names:
             _apply_name(kept, change)
         contents = dict(self.stable_contents)
         for byte_change, arrived in changes:
-            apply = byte_change.applied if arrived else byte_change.zeroed
+            apply = byte_change.apply if arrived else byte_change.zero_fill
             contents[byte_change.node] = apply(contents.get(byte_change.node, b""))
         return self._tree(kept, contents)
 
@@ -337,7 +341,7 @@ class DiskModel:
             self.name_changes.append(change)
 
     def _change(self, change: ByteChange) -> None:
-        self.contents[change.node] = change.applied(self.contents.get(change.node, b""))
+        self.contents[change.node] = change.apply(self.contents.get(change.node, b""))
         self.byte_changes.append(change)
 
     def _settle_bytes(self, node: int, op: Operation) -> None:
@@ -346,7 +350,7 @@ class DiskModel:
         for change in self.byte_changes:
             if change.node == node and change.ended_ns <= op.started_ns:
                 before = self.stable_contents.get(node, b"")
-                self.stable_contents[node] = change.applied(before)
+                self.stable_contents[node] = change.apply(before)
             else:
                 left.append(change)
         self.byte_changes = left
@@ -367,7 +371,7 @@ class DiskModel:
         for change in self.byte_changes:
             if change.node == rename.node and change.operation < rename.operation:
                 before = self.stable_contents.get(change.node, b"")
-                self.stable_contents[change.node] = change.applied(before)
+                self.stable_contents[change.node] = change.apply(before)
             else:
                 left.append(change)
         self.byte_changes = left
@@ -427,11 +431,11 @@ def _apply_name(names: Names, change: NameChange) -> None:
 
 APPLY: dict[str, Callable[[DiskModel, int, Operation], None]] = {
     "make_folder": DiskModel.make_folder,
-    "list": DiskModel.looked,
+    "list": DiskModel.change_nothing,
     "create": DiskModel.create,
     "open": DiskModel.open,
     "write": DiskModel.write,
-    "read": DiskModel.looked,
+    "read": DiskModel.change_nothing,
     "allocate": DiskModel.allocate,
     "truncate": DiskModel.truncate,
     "sync": DiskModel.sync,

@@ -120,10 +120,10 @@ class StateCandidate:
             torn = self.storage.copy()
             at = self.damage.operation
             torn.begin(at, operations[at], self.damage.part)
-            return torn.seen()
+            return torn.visible_tree()
         if isinstance(self.storage, DiskModel) and self.damage != LostSet():
-            return self.damage.left(self.storage)
-        return self.storage.seen()
+            return self.damage.tree_after(self.storage)
+        return self.storage.visible_tree()
 
 
 def crashes(

@@ -129,7 +129,7 @@ class Finished:
             return
         machine = DiskModel.of(self._trace.base, Rules())
         in_order(machine, self._trace.operations, range(len(self._trace.operations)))
-        with folder_trees.restore_tree(machine.seen()) as folder, warnings.catch_warnings():
+        with folder_trees.restore_tree(machine.visible_tree()) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 load(blank(likeness), checkpoint_id=folder, **keywords)

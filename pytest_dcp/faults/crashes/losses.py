@@ -70,7 +70,7 @@ class LostSet:
     zeros: bool = False
     """Whether the sizes of the lost bytes have arrived."""
 
-    def left(self, machine: DiskModel) -> Tree:
+    def tree_after(self, machine: DiskModel) -> Tree:
         """What is on the disk."""
         # A lost byte change with its size arrived stays in the list, as one that only grows the
         # file.
@@ -80,7 +80,7 @@ class LostSet:
             for n, change in enumerate(machine.byte_changes)
             if self.zeros or n not in self.bytes
         ]
-        return machine.left(names, changes)
+        return machine.tree_after(names, changes)
 
 
 Losses = Iterator[LostSet]

@@ -33,7 +33,7 @@ class ObjectStore:
 
     def apply(self, index: int, op: Operation) -> None:
         """Do one operation of the trace."""
-        APPLY.get(op.kind, ObjectStore.nothing)(self, op)
+        APPLY.get(op.kind, ObjectStore.change_nothing)(self, op)
 
     def parts(self, op: Operation) -> Sequence[int]:
         """The parts of an operation that can be done alone: for a rename, the copy."""
@@ -41,9 +41,9 @@ class ObjectStore:
 
     def begin(self, index: int, op: Operation, part: int) -> None:
         """Do only one such part."""
-        self._copied(op)
+        self._copy(op)
 
-    def seen(self) -> Tree:
+    def visible_tree(self) -> Tree:
         """The objects as files, with the folders that their names imply."""
         folders = {
             path[:n]: None for path in self.objects for n, sign in enumerate(path) if sign == "/"
@@ -70,9 +70,9 @@ class ObjectStore:
         else:
             change = ByteChange(0, 0, 0, at, op.data or b"")
         if staged is None:  # by its path, as truncate does
-            self.objects[path] = change.applied(content)
+            self.objects[path] = change.apply(content)
         else:
-            self.staged[_key(op)] = (path, change.applied(content), True)
+            self.staged[_key(op)] = (path, change.apply(content), True)
 
     def close(self, op: Operation) -> None:
         path, content, to_put = self.staged.pop(_key(op), ("", b"", False))
@@ -80,23 +80,23 @@ class ObjectStore:
             self.objects[path] = content
 
     def rename(self, op: Operation) -> None:
-        self._copied(op)
-        self._removed(op.path)
+        self._copy(op)
+        self._remove(op.path)
 
     def link(self, op: Operation) -> None:
-        self._copied(op)
+        self._copy(op)
 
     def remove(self, op: Operation) -> None:
-        self._removed(op.path)
+        self._remove(op.path)
 
     def make_folder(self, op: Operation) -> None:
         if op.path != ".":
             self.objects.setdefault(op.path, None)
 
-    def nothing(self, op: Operation) -> None:
+    def change_nothing(self, op: Operation) -> None:
         """Does nothing: a store has no such operation."""
 
-    def _copied(self, op: Operation) -> None:
+    def _copy(self, op: Operation) -> None:
         to = str(op.to)
         if op.data is not None:
             self.objects[to] = op.data
@@ -104,7 +104,7 @@ class ObjectStore:
             if path == op.path or path.startswith(op.path + "/"):
                 self.objects[to + path[len(op.path) :]] = entry
 
-    def _removed(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
         for path in list(self.objects):
             if path == name or path.startswith(name + "/"):
                 del self.objects[path]

@@ -241,7 +241,7 @@ def check(trace: Trace, found: Sequence[Tree]) -> None:
     impossible = in_order(machine, trace.operations, range(len(trace.operations)))
     if impossible:
         raise RecordingError(f"{trace.operations[impossible[0]]} could not be replayed: {UNSEEN}")
-    made, there = machine.seen(), Trace.of(found, (), {}).base
+    made, there = machine.visible_tree(), Trace.of(found, (), {}).base
     wrong = list(_differences(made, there))
     if wrong:
         raise RecordingError(f"{'; '.join(wrong[:10])}: {UNSEEN}")

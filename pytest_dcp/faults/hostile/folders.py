@@ -68,7 +68,9 @@ def hostile_folders(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
     yield from _odd_names(good)
     for edit in EDITS:
         if good.has(edit.needs):
-            yield Hostile(edit.name, edit.harm, source, {".metadata": Content(good.edited(edit))})
+            yield Hostile(
+                edit.name, edit.harm, source, {".metadata": Content(good.edit_pickle(edit))}
+            )
 
 
 def _odd_nodes(good: Good) -> Iterator[Hostile]:
@@ -118,5 +120,5 @@ def _odd_names(good: Good) -> Iterator[Hostile]:
     }
     beside: dict[str, Node] = {"inner": Folder(), "linked": SymbolicLink(str(source))}
     for what, name in names.items():
-        nodes = {**beside, ".metadata": Content(good.edited(rename_files(name)))}
+        nodes = {**beside, ".metadata": Content(good.edit_pickle(rename_files(name)))}
         yield Hostile(what, "is read outside of the folder, or is no file", source, nodes)

@@ -89,7 +89,7 @@ class Good:
         metadata: Metadata = pickle.loads(self.metadata)
         return metadata
 
-    def edited(self, edit: Edit) -> bytes:
+    def edit_pickle(self, edit: Edit) -> bytes:
         """The pickle of the metadata with this lie."""
         metadata = self.copy()
         edit.change(metadata, getattr(self, edit.needs))

@@ -151,14 +151,15 @@ class FaultyStream(io.IOBase):
         left, whole = memoryview(data).cast("B"), len(memoryview(data).cast("B"))
         while left:
             done: int = self._perform(
-                Operation("write", self._path, data=bytes(left), nbytes=len(left)), self._written
+                Operation("write", self._path, data=bytes(left), nbytes=len(left)),
+                self._write_and_count,
             )
             left = left[done:]
             if isinstance(self._stream, io.RawIOBase):
                 break
         return whole - len(left)
 
-    def _written(self, operation: Operation) -> tuple[int, int]:
+    def _write_and_count(self, operation: Operation) -> tuple[int, int]:
         data = operation.data or b""
         done = self._stream.write(data)
         taken = len(data) if done is None else int(done)

@@ -39,7 +39,7 @@ class FireCounts:
         finally:
             os.close(fd)
 
-    def fired(self) -> dict[int, int]:
+    def count_by_rank(self) -> dict[int, int]:
         """How often it fired in each rank, without ranks in which it did not."""
         files = sorted(self.folder.glob(f"{self.key}.fired-*"))
         return {int(file.name.rpartition("-")[2]): file.stat().st_size for file in files}
@@ -61,7 +61,7 @@ class FireCounts:
     def await_firing(self, limit_s: float, what: str) -> None:
         """Wait until it has fired in some rank. Raises FaultError after the limit."""
         deadline = time.monotonic() + limit_s
-        while not self.fired():
+        while not self.count_by_rank():
             if time.monotonic() > deadline:
                 raise FaultError(f"{what} has not fired within {limit_s:g} s")
             time.sleep(POLL_S)

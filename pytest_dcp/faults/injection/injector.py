@@ -81,7 +81,7 @@ class Injector:
 
     def hook(self, name: str, call: Callable[[], Any]) -> Any:
         """Run a hook with the faults that act at it, and return its result."""
-        firing = self._firing(self._event(name))
+        firing = self._take_firing(self._event(name))
         acting = [(a.injection.fault, Moment(name, self.rank, a.fire_counts)) for a, _ in firing]
         with self._lock:
             self._running[name] += 1
@@ -129,7 +129,7 @@ class Injector:
         paths = (operation.path,) if operation.to is None else (operation.path, operation.to)
         event = self._event(operation.kind, paths, operation.nbytes)
         acting: Acting = []
-        for armed, firing in self._firing(event, file):
+        for armed, firing in self._take_firing(event, file):
             names = listed if listed is not None else armed.names.get(file, frozenset())
             moment = Moment(
                 operation.kind,
@@ -156,7 +156,7 @@ class Injector:
             frozenset(hook for hook, depth in self._running.items() if depth),
         )
 
-    def _firing(self, event: Event, file: Path | None = None) -> list[tuple[Armed, Firing]]:
+    def _take_firing(self, event: Event, file: Path | None = None) -> list[tuple[Armed, Firing]]:
         """The injections that fire at an event, recorded in their fire counts."""
         found: list[tuple[Armed, Firing]] = []
         with self._lock:

@@ -333,14 +333,14 @@ class _Process(Fault):
 
     def before(self, moment: Moment) -> Verdict | None:
         if self.when == "before":
-            self._announced(moment)
+            self._announce_and_act(moment)
         return None
 
     def after(self, moment: Moment) -> None:
         if self.when == "after":
-            self._announced(moment)
+            self._announce_and_act(moment)
 
-    def _announced(self, moment: Moment) -> None:
+    def _announce_and_act(self, moment: Moment) -> None:
         announce(f"{self!r} at {moment}")
         self.act()
 

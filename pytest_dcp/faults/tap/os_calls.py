@@ -51,7 +51,7 @@ def open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None)
 
     def opened() -> int:
         fd: int = real.open(path, flags, mode, dir_fd=dir_fd)
-        REGISTRY.opened(fd, place, handle, appends=bool(flags & os.O_APPEND))
+        REGISTRY.add_descriptor(fd, place, handle, appends=bool(flags & os.O_APPEND))
         return fd
 
     fd: int = _done(Operation("create" if makes else "open", place, handle=handle), opened)
@@ -69,7 +69,7 @@ def close_known(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
     """Close a tracked descriptor by calling `act`."""
 
     def let_go() -> None:
-        REGISTRY.closed(fd)  # before: the number may be another file's at once
+        REGISTRY.drop_descriptor(fd)  # before: the number may be another file's at once
         act()
 
     return _done(_of("close", known), let_go)
@@ -77,13 +77,13 @@ def close_known(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
 
 def dup(fd: int) -> int:
     copy: int = real.dup(fd)
-    REGISTRY.duplicated(fd, copy)
+    REGISTRY.copy_descriptor(fd, copy)
     return copy
 
 
 def dup2(fd: int, fd2: int, inheritable: bool = True) -> int:
     copy: int = real.dup2(fd, fd2, inheritable)
-    REGISTRY.duplicated(fd, copy)
+    REGISTRY.copy_descriptor(fd, copy)
     return copy
 
 
@@ -278,7 +278,7 @@ def _move(
 ) -> Any:
     def act() -> None:
         function(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
-        REGISTRY.renamed(operation.path, str(operation.to))
+        REGISTRY.rename_paths(operation.path, str(operation.to))
 
     source, to = REGISTRY.place(src, src_fd), REGISTRY.place(dst, dst_fd)
     if source is None and to is None:

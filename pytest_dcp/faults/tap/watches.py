@@ -46,7 +46,7 @@ class Watch:
     """It only observes: called first, and also for operations that another watcher's verdict does.
     """
 
-    def seen(self, operation: Operation) -> Operation | None:
+    def restrict(self, operation: Operation) -> Operation | None:
         """The operation as seen from this watch's roots; None if it touches none of them."""
         for path in (operation.to, operation.path):
             if path is not None and (root := self._root_of(path)) is not None:
@@ -115,26 +115,26 @@ class Registry:
             return None
         head, last = os.path.split(name)
         spelled = os.path.join(os.path.realpath(head or "."), last)
-        if last not in ("", ".", "..") and self.watched(spelled):
+        if last not in ("", ".", "..") and self.is_watched(spelled):
             return spelled
         followed = os.path.realpath(name)
-        return followed if self.watched(followed) else None
+        return followed if self.is_watched(followed) else None
 
-    def watched(self, path: str) -> bool:
+    def is_watched(self, path: str) -> bool:
         """Whether a watch's root is the path or above it."""
         return any(_is_below(path, root) for watch in self.watches for root in watch.roots)
 
     def new_handle(self) -> int:
         return next(self._handles)
 
-    def opened(self, fd: int, path: str, handle: int, *, appends: bool) -> None:
+    def add_descriptor(self, fd: int, path: str, handle: int, *, appends: bool) -> None:
         """Start tracking a descriptor."""
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino)
         folder = os.path.isdir(path)
         self._descriptors[fd] = Descriptor(path, handle, identity, folder, appends)
 
-    def duplicated(self, fd: int, copy: int) -> None:
+    def copy_descriptor(self, fd: int, copy: int) -> None:
         """Track `copy` like `fd`."""
         known = self.descriptor(fd)
         if known is None:
@@ -142,7 +142,7 @@ class Registry:
         else:
             self._descriptors[copy] = known
 
-    def closed(self, fd: int) -> None:
+    def drop_descriptor(self, fd: int) -> None:
         self._descriptors.pop(fd, None)
 
     def descriptor(self, fd: Any) -> Descriptor | None:
@@ -152,15 +152,15 @@ class Registry:
         try:
             status = os.fstat(fd)
         except OSError:
-            self.closed(fd)
+            self.drop_descriptor(fd)
             return None
         if (status.st_dev, status.st_ino) != known.identity:
             # Code that Python does not see closed it, and another file got its number.
-            self.closed(fd)
+            self.drop_descriptor(fd)
             return None
         return known
 
-    def renamed(self, old: str, new: str) -> None:
+    def rename_paths(self, old: str, new: str) -> None:
         """Give open files their new names."""
         for known in list(self._descriptors.values()):
             if _is_below(known.path, old):
@@ -173,7 +173,7 @@ class Registry:
         of bytes; called with other data if a watcher replaces them.
         """
         mood = getattr(self._busy, "mood", "")
-        watches = [] if mood == "asking" else [w for w in self.watches if w.seen(operation)]
+        watches = [] if mood == "asking" else [w for w in self.watches if w.restrict(operation)]
         deciding = [] if mood == "acting" else [w for w in watches if not w.observing]
         started = time.monotonic_ns()
         thread = threading.current_thread().name
@@ -207,7 +207,7 @@ class Registry:
     def _drop(self, operation: Operation, result: Any) -> None:
         """Release the result of an opening or a listing."""
         if operation.kind in ("create", "open") and isinstance(result, int):
-            self.closed(result)
+            self.drop_descriptor(result)
             os.close(result)
         elif operation.kind == "list" and hasattr(result, "close"):
             result.close()
@@ -236,7 +236,7 @@ class Registry:
         verdict: Verdict | None = None
         with self._in_mood("asking"):
             for watch in watches:
-                seen = watch.seen(operation)
+                seen = watch.restrict(operation)
                 if seen is not None:
                     verdict = watch.watcher.before(seen) or verdict
         return verdict
@@ -245,7 +245,7 @@ class Registry:
         first: BaseException | None = None
         with self._in_mood("asking"):
             for watch in watches:
-                seen = watch.seen(operation)
+                seen = watch.restrict(operation)
                 try:
                     if seen is not None:
                         watch.watcher.after(seen)

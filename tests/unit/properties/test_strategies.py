@@ -130,9 +130,9 @@ def test_strided_shards_are_drawn_where_two_dimensions_shard_one() -> None:
 
 def test_a_layout_fits_any_tensor() -> None:
     layout = props.Layout(props.MeshSpec((2, 2)), (Shard(2), Shard(1)))
-    assert layout.fitted(3) == (Shard(2), Shard(1))
-    assert layout.fitted(2) == (Shard(0), Shard(1))
-    assert layout.fitted(0) == (Replicate(), Replicate())
+    assert layout.fit(3) == (Shard(2), Shard(1))
+    assert layout.fit(2) == (Shard(0), Shard(1))
+    assert layout.fit(0) == (Replicate(), Replicate())
 
 
 def test_a_state_has_layouts_of_one_world_size() -> None:

@@ -42,7 +42,7 @@ def read(stream: bytes, cuts: list[int]) -> list[Frame]:
         space = reader.space()
         size = min(cuts[turn % len(cuts)], len(space), len(stream) - at)
         space[:size] = stream[at : at + size]
-        frame = reader.filled(size)
+        frame = reader.take_bytes(size)
         found += [frame] if frame is not None else []
         at, turn = at + size, turn + 1
     return found
@@ -86,7 +86,7 @@ def test_a_body_above_the_limit_is_refused_before_memory_is_taken() -> None:
     reader = FrameReader(limit_bytes=1000)
     reader.space()[:] = HEADER.pack(MAGIC, 1, 0, 0, 0, 0, 2**39)
     with pytest.raises(FrameError, match="at most 1000"):
-        reader.filled(HEADER.size)
+        reader.take_bytes(HEADER.size)
 
 
 @pytest.mark.parametrize("kind", FrameKind)
@@ -95,19 +95,19 @@ def test_each_kind_of_frame_has_its_limit(kind: FrameKind) -> None:
     reader = FrameReader()
     reader.space()[:] = HEADER.pack(MAGIC, kind, 0, 0, 0, 0, limit + 1)
     with pytest.raises(FrameError, match=f"at most {limit}"):
-        reader.filled(HEADER.size)
+        reader.take_bytes(HEADER.size)
 
 
 def test_memory_for_a_frame_is_taken_as_its_bytes_come() -> None:
     reader = FrameReader()
     reader.space()[:] = HEADER.pack(MAGIC, FrameKind.VALUE, 0, 0, 1, 0, MAX_BODY_BYTES)
-    assert reader.filled(HEADER.size) is None
+    assert reader.take_bytes(HEADER.size) is None
     taken = 0
     for _ in range(4):
         room = len(reader.space())
         assert taken + room <= max(FIRST_BYTES, 2 * taken)
         taken += room
-        assert reader.filled(room) is None
+        assert reader.take_bytes(room) is None
 
 
 @pytest.mark.parametrize("size", [FIRST_BYTES - 48, FIRST_BYTES, 5 * FIRST_BYTES + 7])
