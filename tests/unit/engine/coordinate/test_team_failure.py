@@ -121,7 +121,7 @@ def test_an_exception_of_plain_data_arrives_as_itself() -> None:
     error, stack = sent(OSError(28, "No space left on device", "/data/x")).rebuild()
     assert isinstance(error, OSError)
     assert (error.errno, error.filename) == (28, "/data/x")
-    assert "raise error" in (stack[0].connection or "")
+    assert "raise error" in (stack[0].line or "")
 
 
 @pytest.mark.parametrize(
