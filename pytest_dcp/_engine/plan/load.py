@@ -86,25 +86,12 @@ def read_items(
     names = wanted.fqns
     stored_fqns = names if stored_as is None else tuple(stored_as.get(n, n) for n in names)
     key = np.array([index.row_of[fqn] for fqn in stored_fqns], dtype=np.int64)
-    want_offset, want_shape = (
-        widen_table(wanted.offset, width, 0),
-        widen_table(wanted.shape, width, 1),
-    )
-    have_offset, have_shape = (
-        widen_table(index.offset, width, 0),
-        widen_table(index.shape, width, 1),
-    )
+    want_offset = widen_table(wanted.offset, width, 0)
+    have_offset = widen_table(index.offset, width, 0)
     _check_apart(index, key)
-    counts = np.diff(index.first)[key]
-    parts = []
-    for rows in _slabs(counts):
-        want = np.repeat(rows, counts[rows])
-        have = index.first[key[want]] + spans(counts[rows])
-        low, shape, shared = intersect(
-            want_offset[want], want_shape[want], have_offset[have], have_shape[have]
-        )
-        parts.append((want[shared], have[shared], low[shared], shape[shared]))
-    want, have, low, shape = _concatenate_copies(parts, width)
+    wanted_boxes = want_offset, widen_table(wanted.shape, width, 1)
+    stored_boxes = have_offset, widen_table(index.shape, width, 1)
+    want, have, low, shape = _find_overlaps(wanted_boxes, stored_boxes, index.first, key)
     tensors = wanted.ndim[want] >= 0
     _check_filled(wanted, want[tensors], shape[tensors], partial)
     fqns = tuple(names[row] for row in want.tolist())
@@ -124,6 +111,27 @@ def read_items(
         entry=have,
         source=index,
     )
+
+
+def _find_overlaps(
+    wanted: tuple[Ints, Ints], stored: tuple[Ints, Ints], first: Ints, key: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The rows of the wanted and of the stored boxes that overlap; where, and in what shape.
+
+    wanted, stored: offsets and shapes. first: the first stored row of each name, and their end;
+    key: the name of each wanted row.
+    """
+    (want_offset, want_shape), (have_offset, have_shape) = wanted, stored
+    counts = np.diff(first)[key]
+    parts = []
+    for rows in _slabs(counts):
+        want = np.repeat(rows, counts[rows])
+        have = first[key[want]] + spans(counts[rows])
+        low, shape, shared = intersect(
+            want_offset[want], want_shape[want], have_offset[have], have_shape[have]
+        )
+        parts.append((want[shared], have[shared], low[shared], shape[shared]))
+    return _concatenate_copies(parts, want_offset.shape[1])
 
 
 def _slabs(counts: Ints) -> list[Ints]:

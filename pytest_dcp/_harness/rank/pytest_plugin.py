@@ -226,15 +226,13 @@ class RankPlugin:
         report = item.ihook.pytest_runtest_makereport(item=item, call=call)
         outcome, text = _judge(call, report)
         error = call.excinfo.value if call.excinfo is not None else None
+        is_given_up = self.rank.channel.has_order
         if (
             outcome in ("failed", "interrupt")
-            and not self.rank.channel.has_order  # else the call was given up
+            and not is_given_up
             and not self._is_expected(item, error)
         ):
-            try:
-                item.ihook.pytest_exception_interact(node=item, call=call, report=report)
-            except pytest.exit.Exception as left:  # `quit` in the debugger
-                outcome, text = "exit", str(left.msg)
+            outcome, text = self._interact(item, call, report) or (outcome, text)
         self._debugger.give_back()
         debug_records, log_without_debug = log_capture.log_without_debug(self.config)
         if phase == "teardown":  # the last message that a rank receives when its peers are lost
@@ -259,6 +257,16 @@ class RankPlugin:
             properties=tuple(item.user_properties[seen.properties :]),
             groups=self._group_uses() if phase in ("call", "teardown") else None,
         )
+
+    def _interact(
+        self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
+    ) -> tuple[RankOutcome, str] | None:
+        """Let the debugger have a failure; an outcome where that ends the session."""
+        try:
+            item.ihook.pytest_exception_interact(node=item, call=call, report=report)
+        except pytest.exit.Exception as left:  # `quit` in the debugger
+            return "exit", str(left.msg)
+        return None
 
     def _group_uses(self) -> PlainGroups | None:
         """The item's use of process groups so far, if the next one will use them."""

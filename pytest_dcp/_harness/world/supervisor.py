@@ -209,16 +209,7 @@ class Supervisor:
             case At():
                 self._timers.move_place(rank, message, now)
             case Done():
-                self._timers.leave_place(rank, now)
-                self._meeting.pop(rank, None)
-                self.deaths.silence(rank)
-                self.done[rank] = message
-                if message.outcome == "failed":
-                    self._fail(
-                        rank, "failed", message.text, message.at_s, now, is_echo=message.is_echo
-                    )
-                elif message.outcome in ("exit", "interrupt"):
-                    self._timers.end_soon(now)
+                self._take_answer(rank, message, now)
             case Exchange():
                 self._meeting[rank] = message
             case DebugAsk():
@@ -374,6 +365,17 @@ class Supervisor:
         return actions
 
     # Inside.
+
+    def _take_answer(self, rank: int, done: Done, now: float) -> None:
+        """A rank has ended the phase."""
+        self._timers.leave_place(rank, now)
+        self._meeting.pop(rank, None)
+        self.deaths.silence(rank)
+        self.done[rank] = done
+        if done.outcome == "failed":
+            self._fail(rank, "failed", done.text, done.at_s, now, is_echo=done.is_echo)
+        elif done.outcome in ("exit", "interrupt"):
+            self._timers.end_soon(now)
 
     def _ask_for_stacks(self, now: float) -> list[Action]:
         spared_until = self._timers.spared_until
