@@ -1,7 +1,7 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
-What enters: the documents that `bench_worlds`, `bench_engine`, `bench_state_dict` and
-`bench_hardening` write. What leaves: Markdown tables by the names of their sections. A page has a
+Enters: the documents that `bench_worlds`, `bench_engine`, `bench_state_dict` and
+`bench_hardening` write. Leaves: Markdown tables by the names of their sections. A page has a
 place for each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->

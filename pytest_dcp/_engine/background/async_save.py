@@ -122,11 +122,11 @@ class _Staging:
                 self._copied = stage_state(plain, KEPT_SHARED if shared else KEPT)
             else:
                 self._copied = stager.stage(plain)
-        except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks hear of it
+        except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks receive it
             self._failure = error
 
     def state(self) -> dict[str, Any]:
-        """The copy, once it is made; raises what kept it from being made."""
+        """The copy, once it is made; raises the error that prevented it."""
         if self._failure is not None:
             raise self._failure
         made: dict[str, Any] = (
@@ -135,7 +135,7 @@ class _Staging:
         return made
 
     def response(self, uploading: Future[Metadata]) -> Future[Metadata] | AsyncSaveResponse:
-        """What `async_save` returns."""
+        """The result of `async_save`."""
         stager, later = self._stager, self._copied
         if isinstance(stager, BlockingAsyncStager):
             stager.hold_for(uploading)
@@ -163,7 +163,7 @@ def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
 
 
 def _heed_stage(writer: StorageWriter | None, stager: AsyncStager | None) -> None:
-    """What the writer's own `stage` would do beside the copying, where that is done without it."""
+    """The side effects of the writer's own `stage`, if the copying is done without it."""
     if stager is None and isinstance(writer, FileSystemWriter):
         writer.per_thread_copy_ahead = 0
 

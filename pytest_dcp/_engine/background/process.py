@@ -78,7 +78,7 @@ from pytest_dcp.tracebacks import forget_frames
 START_S = 300.0
 """How long a process may take to begin: on a busy machine the imports alone may take a minute."""
 GRACE_S = 2.0
-"""What a process has for its answer once another rank's save has failed: so has its own, then."""
+"""A process's answer after another rank's save has failed: its own has failed, too."""
 LOOK_S = 0.05
 
 State = Callable[[], dict[str, Any]]
@@ -91,11 +91,11 @@ class Job:
     team: Team
     """Of the rank's own side of the save."""
     state: State
-    """Gives the staged state, or raises what kept it from being staged."""
+    """Gives the staged state, or raises the error that prevented staging."""
     how: bytes
     """The storage writer and the planner, pickled."""
     checkpoint_id: str | os.PathLike[str] | None
-    """What the writer is set to; None: it is set already."""
+    """The id to set the writer to; None: it is already set."""
     use_collectives: bool
 
 
@@ -151,12 +151,7 @@ class SaverProcess:
         silence_s: float,
         memory_fd: int | None = None,
     ) -> Any:
-        """The answer to an order. After a SaverProcessError the process has ended.
-
-        check: called while waiting; once it has raised PeerAborted the answer has `GRACE_S`.
-        silence_s: the process may be silent so long.
-        Raises what carrying out the order raised, or SaverProcessError.
-        """
+        """Raises the order's exception, or SaverProcessError."""
         try:
             self._connection.send(order)
             if memory_fd is not None:

@@ -1,4 +1,4 @@
-"""What goes from a rank to its background process: a pickle, and one stretch of shared memory.
+"""Data sent from a rank to its background process: a pickle, and one stretch of shared memory.
 
 A staged state enters; in its pickle each tensor is only its place in the memory, which both
 processes map. Classes and functions of the user's own program travel by value, since the background
@@ -66,7 +66,7 @@ def pickle_state(value: Any, memory: Memory | None = None) -> bytes:
 
 
 def unpickle_state(data: bytes, flat: torch.Tensor | None = None) -> Any:
-    """The value, its tensors over the bytes of the shared memory. Only for what a rank sent."""
+    """The value, its tensors over the bytes of the shared memory. Only for data sent by a rank."""
     return _Unpacker(io.BytesIO(data), flat).load()
 
 

@@ -1,6 +1,6 @@
 """The background process of one rank: takes orders from its rank, saves, answers, until it is left.
 
-It ends with its rank, whatever way that goes: by a signal of the kernel, or when the line to it
+It ends with its rank, however the rank ends: by a signal of the kernel, or when the line to it
 breaks. While an order is carried out it says again and again that it is there.
 """
 
@@ -47,7 +47,7 @@ BEAT = "beat"
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
-"""What the system calls the process, also while it ends; at most 15 bytes."""
+"""The process's name in the system, also while it ends; at most 15 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Upload:
     no_dist: bool
     use_collectives: bool
     checkpoint_id: str | os.PathLike[str] | None
-    """What the storage writer is set to; None: it is set already."""
+    """The id to set the storage writer to; None: it is already set."""
 
     def run(self, line: Connection) -> Any:
         flat = _map_memory(recv_handle(line), self.nbytes) if self.nbytes else None

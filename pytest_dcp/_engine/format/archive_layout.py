@@ -6,7 +6,7 @@ and `end` give the bytes before and after it, and `skip` steps over it.
 - Every record's content starts at a multiple of 64 bytes, behind an extra field `FB` of padding.
 - A record of 4 GiB - 1 bytes or more, or one that starts at or after that, is in zip64 form.
 
-Pure (no I/O). The zip format is APPNOTE.TXT 6.3.10 of PKWARE; what torch makes of it is
+Pure (no I/O). The zip format is APPNOTE.TXT 6.3.10 of PKWARE; torch's form of it is
 caffe2/serialize/inline_container.cc and miniz of torch 2.13.
 """
 
@@ -21,7 +21,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class ArchiveLayout:
-    """An archive being laid out: what was emitted since `take`, and the directory to come."""
+    """An archive being laid out: the bytes emitted since `take`, and the directory to come."""
 
     def __init__(self) -> None:
         self.cursor = 0
@@ -46,8 +46,8 @@ class ArchiveLayout:
     def begin(self, name: bytes, nbytes: int) -> None:
         """Emits a record's local header, padded so that the content starts aligned.
 
-        With bit 3 set the header has no CRC and no sizes; what torch writes in the zip64 field
-        here is the size, a zero and, where it needs it, the header's own offset.
+        With bit 3 set the header has no CRC and no sizes; torch writes into the zip64 field here
+        the size, a zero and, if needed, the header's own offset.
         """
         self._offset = offset = self.cursor
         sizes = (nbytes, 0) if nbytes >= form.MAX32 else ()
@@ -84,18 +84,19 @@ class ArchiveLayout:
         return at
 
     def take(self) -> bytes:
-        """What was emitted since the last call."""
+        """The bytes emitted since the last call."""
         taken, self._chunks = b"".join(self._chunks), []
         self._taken = self.cursor
         return taken
 
     def skip(self, nbytes: int) -> None:
-        """Leaves room for content that someone else writes; what was emitted must be taken."""
+        """Leaves room for content that the caller writes; take the emitted bytes first."""
         self.cursor += nbytes
         self._taken = self.cursor
 
     def finish(self) -> tuple[bytes, list[int]]:
-        """What was emitted since `take`, the directory and the ends; where its CRCs are.
+        """The bytes emitted since `take`, the directory and the end records; and the offsets of its
+        CRCs.
 
         The zip64 end record is written always, needed or not.
         """

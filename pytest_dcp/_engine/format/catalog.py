@@ -1,4 +1,4 @@
-"""The catalog of a checkpoint: what it holds (an index) and where each chunk's bytes are.
+"""The catalog of a checkpoint: its contents (an index) and where each chunk's bytes are.
 
 A catalog is what a committed `.metadata` says. `Catalog.metadata` shows it as torch's `Metadata`,
 whose mappings are made as they are looked at; `Catalog.of` reads any `Metadata` back.
@@ -99,7 +99,7 @@ class EntryPlaces:
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """What a checkpoint holds, where, and what its planner and storage said."""
+    """The contents of a checkpoint, their places, and the data of its planner and storage."""
 
     index: Index
     places: EntryPlaces
@@ -159,7 +159,7 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
     def __init__(self, catalog: Catalog) -> None:
         super().__init__()
         self.catalog = catalog
-        """What the table was made from, whatever became of it since."""
+        """The source of the table, even if it was changed since."""
         self._keys: Collection[MetadataIndex] | None = None
         self._origins: dict[int, tuple[_StorageInfo, int]] = {}
 
@@ -219,11 +219,12 @@ def index_key(index: Index, row: int) -> MetadataIndex:
 def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> EntryPlaces:
     """The places that torch's mapping names.
 
-    Of places that come from a catalog, and were only given other keys, what else the catalog knows
-    of their bytes is kept.
+    For places that come from a catalog and only got other keys, the catalog's further facts about
+    their bytes are kept.
     """
     chunks = len(index.offset)
-    # What two keys of torch are equal by; to make one for each row takes longer than all the rest.
+    # The fields that decide equality of torch's keys; building a key per row would take longer than
+    # everything else.
     found: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {
         (key.fqn, key.offset): info for key, info in table.items()
     }

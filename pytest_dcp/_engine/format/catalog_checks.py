@@ -1,7 +1,7 @@
 """Checks of an untrusted catalog, before its numbers are used. Pure (no I/O).
 
-What enters: an index and places whose arrays have the shapes and dtypes that their classes say.
-What leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no number may make
+Enters: an index and places whose arrays have the shapes and dtypes that their classes say.
+Leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no number may make
 arithmetic wrap around into an accepted one; each check is one pass over a column, and a single row
 is looked at only to name the culprit.
 """
@@ -81,7 +81,7 @@ def check_catalog(catalog: Catalog) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Slab:
-    """Some chunks in a row: few enough that what is computed of them stays in caches."""
+    """Chunks per pass: few enough that intermediate results stay in caches."""
 
     index: Index
     rows: slice

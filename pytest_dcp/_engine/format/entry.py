@@ -15,7 +15,7 @@ Rules inside:
   begin with the signature of a descriptor for one and counts four bytes more: such an entry
   differs from torch's in the fingerprint and its CRC alone.
 
-The zip format is APPNOTE.TXT 6.3.10 of PKWARE; what torch makes of it is
+The zip format is APPNOTE.TXT 6.3.10 of PKWARE; torch's form of it is
 caffe2/serialize/inline_container.cc and miniz of torch 2.13.
 """
 
@@ -107,7 +107,7 @@ class EntryFrame:
     """The tail, cut where a CRC or the fingerprint goes; one part when the data is empty."""
 
     def tail(self, crc: int) -> bytes:
-        """What follows the data, whose true CRC-32 is `crc` (0 for an empty tensor)."""
+        """The bytes after the data, whose true CRC-32 is `crc` (0 for an empty tensor)."""
         if not self.data_nbytes:
             return self._parts[0]
         data_crc = crc.to_bytes(4, "little")
@@ -170,7 +170,7 @@ def pickle_of(entry: bytes | memoryview) -> memoryview:
 
 
 def records_of(entry: bytes | memoryview) -> Callable[[str], bytes | memoryview]:
-    """What gives the content of a whole entry's records by name; each CRC is checked.
+    """A function that gives the content of a whole entry's records by name, checking each CRC.
 
     Raises:
         CheckpointCorruptError: the entry, or the record that is asked for, is damaged or missing,

@@ -1,7 +1,7 @@
 """Tensors found: the bytes of a tensor's entry -> where its data are.
 
-Opens what torch from 2.0 on writes: the order, the number and the alignment of the records and the
-archive's name differ between versions, so all are found through the archive's directory.
+Opens entries that torch from 2.0 on writes: the order, the number and the alignment of the records
+and the archive's name differ between versions, so all are found through the archive's directory.
 
 Rules inside:
 

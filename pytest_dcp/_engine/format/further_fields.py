@@ -23,7 +23,7 @@ _PROTOCOL = 4
 
 
 class PlainPickler(pickle.Pickler):
-    """Writes what stands in for torch's objects as those objects."""
+    """Writes the stand-ins for torch's objects as those objects."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, ItemTable):
@@ -53,6 +53,6 @@ def encode_further(further: Mapping[str, Any], beside: Mapping[Any, Any]) -> byt
 
 
 def decode_further(data: bytes | memoryview) -> tuple[dict[str, Any], Mapping[Any, Any]]:
-    """What `encode_further` was given. Raises CheckpointCorruptError for other bytes."""
+    """The argument of `encode_further`. Raises CheckpointCorruptError for other bytes."""
     metadata = read_metadata(data)
     return further_fields(metadata), metadata.storage_data or {}

@@ -1,6 +1,6 @@
 """The manifest: a catalog as columns, without pickle but for what frameworks add. Pure (no I/O).
 
-What enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
+Enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
 
     magic (8), length of the header (8), the header in JSON, then the columns of `_COLUMNS` in that
     order, each at the next multiple of 8, then, where the header says so, further attributes of the
@@ -92,7 +92,7 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPcat\n"
-"""As PNG's: not text, and damaged by whatever changes line ends."""
+"""Like PNG's: not text, and damaged by any conversion of line ends."""
 MAX_HEADER_BYTES = 1 << 24
 """The header's JSON takes about 20 times its length in memory."""
 _HEAD = struct.Struct("<8sQ")
@@ -237,7 +237,7 @@ def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]
 
 
 def _encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
-    """What planner and storage said, each as [how, value]; the columns of the planner's paths."""
+    """Data of planner and storage, each as [how, value]; the columns of the planner's paths."""
     packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
     said = {
         "planner_data": [_IN_PICKLE if packed is None else _PATHS],
@@ -299,7 +299,7 @@ def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int
 
 
 def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
-    """The header's counts, and those that follow from them."""
+    """The header's counts, and the counts that follow from them."""
     counts = header.get("counts")
     if not isinstance(counts, dict) or counts.keys() != set(_COUNTS):
         raise CheckpointCorruptError(f"expected the counts {', '.join(_COUNTS)}", offset=_HEAD.size)

@@ -1,9 +1,10 @@
 """How much memory the description of a checkpoint may take while it is read. Pure (no I/O).
 
 A description says where tensors lie: `.metadata`, the header of a safetensors file, the index of a
-Hugging Face folder. Neither its size nor that of a compressed value tells what it takes: a sparse
-file of 2 GiB occupies a few blocks, 3 bytes of JSON make a list of 64, 1 KiB of zstd is 1 MiB. So
-the memory is estimated before it is taken, and compared with the bytes that are really stored:
+Hugging Face folder. Neither its size nor that of a compressed value shows the memory needed: a
+sparse file of 2 GiB occupies a few blocks, 3 bytes of JSON make a list of 64, 1 KiB of zstd is 1
+MiB. So the memory is estimated before it is taken, and compared with the bytes that are really
+stored:
 
     limit = 64 MiB + 20 bytes for each byte stored
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pytest_dcp.errors import CheckpointCorruptError
 
 FREE_BYTES = 64 << 20
-"""What a description of any size may take."""
+"""Memory allowed for a description of any size."""
 BYTES_PER_STORED_BYTE = 20
 """About twice what an honest description needs at most."""
 
@@ -60,7 +61,7 @@ def estimate_json_bytes(text: bytes | memoryview) -> int:
     """About what `json.loads` takes for this text at most, by the tokens that make objects.
 
     Sizes are those of CPython on 64 bits: a list of one item takes 88 bytes, a dict of one 232, a
-    string 49 and its characters, an int 28 to 32, and each a place of 8 in what holds it. Tokens
+    string 49 and its characters, an int 28 to 32, and each a slot of 8 in its container. Tokens
     within strings count, too: names with many brackets or commas are estimated too high.
     """
     count = bytes(text).count

@@ -1,6 +1,6 @@
 """A committed checkpoint's `.metadata` file. Pure (no I/O).
 
-What enters and leaves: a catalog and the file's bytes:
+Enters and leaves: a catalog and the file's bytes:
 
     pickle    what torch reads; `pickle.load` stops at its end (see `metadata_pickle`)
     zeros     up to the next multiple of 64
@@ -36,7 +36,7 @@ from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPend\n"
-"""As PNG's: not text, and damaged by whatever changes line ends."""
+"""Like PNG's: not text, and damaged by any conversion of line ends."""
 FORMAT_VERSION = 1
 _BODY = struct.Struct("<8sIIQQQI")
 _CRC = struct.Struct("<I")
@@ -85,7 +85,8 @@ def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     Its arrays are read-only views of `data` where the file has a manifest.
 
     Raises:
-        CheckpointCorruptError: the file is damaged, cut off, or holds what no checkpoint does.
+        CheckpointCorruptError: the file is damaged, cut off, or holds things that no checkpoint
+        holds.
     """
     view = memoryview(data)
     trailer = _trailer(view)
@@ -109,7 +110,7 @@ def read(
     """The catalog of a `.metadata` file of `size` bytes, of which `get(offset, nbytes)` gives some.
 
     As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for. Memory
-    is taken only within `limit`. stored_bytes: what the file occupies on its disk; None: its size.
+    is taken only within `limit`. stored_bytes: the file's blocks on its disk; None: its size.
     """
     stored = size if stored_bytes is None else stored_bytes
     at = size - _TRAILER_BYTES

@@ -1,12 +1,12 @@
 """A catalog as the pickle of torch's `Metadata`, written opcode by opcode. Pure (no I/O).
 
-What enters: a catalog. What leaves: bytes of protocol 4 that any unpickler turns into the object
+Enters: a catalog. Leaves: bytes of protocol 4 that any unpickler turns into the object
 that torch's own writer pickles, down to the instances' `__dict__`.
 
 How: the stock pickler writes the fields of `Metadata` once. Where `state_dict_metadata` belongs it
 gets a tuple of `_Words` instead: every class, key, name and property that is needed more than once,
-so that the pickler's own memo tells the number of each. The dict of fields stays open, the real
-mappings are set over what is in it, and one BUILD ends it. Every chunk and every entry is a record:
+so that the pickler's own memo gives the number of each. The dict of fields stays open, the real
+mappings overwrite its values, and one BUILD ends it. Every chunk and every entry is a record:
 opcodes of a fixed length for a given number of dimensions, so that a column of numbers is written
 into all records in one stroke.
 
@@ -44,8 +44,9 @@ from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import Index
 
 MARK_OF_OURS = b"pytest_dcp: a manifest follows STOP"
-"""Stands within the first `MARK_WITHIN` bytes: tells a file of ours that lost its end from one of
-torch."""
+"""Comes within the first `MARK_WITHIN` bytes: distinguishes a truncated file of ours from one of
+torch.
+"""
 MARK_WITHIN = 256
 _PROTOCOL = 4
 _NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ
@@ -91,7 +92,7 @@ def pickle_metadata(catalog: Catalog) -> bytes:
 
 
 class _Words:
-    """What the stock pickler wrote, and the opcode that fetches each word of it."""
+    """The stock pickler's output, and the opcode that fetches each word of it."""
 
     def __init__(self, catalog: Catalog) -> None:
         index, places = catalog.index, catalog.places
@@ -151,7 +152,7 @@ def _head(fields: bytes) -> bytes:
 
 
 def _plain(planner_data: Any) -> Any:
-    """The planner's data; paths as plain dict and ints, whatever stood in for them."""
+    """The planner's data; paths as plain dict and ints, replacing any stand-ins."""
     if isinstance(planner_data, DescribedPaths):
         planner_data = dict(planner_data)
     if isinstance(planner_data, PathTable):

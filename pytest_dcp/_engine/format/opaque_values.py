@@ -1,8 +1,8 @@
 """The entry of a wrapper subclass or a quantised tensor -> into the tensor that is loaded to.
 
 Nothing of the checkpoint's classes is imported or run: the target says by `__tensor_flatten__`
-which inner tensors it has, and each gets the values that the entry has for it. What else the entry
-says of the tensor must be what the target says. First everything is compared, for which the bytes
+which inner tensors it has, and each gets the values that the entry has for it. The entry's other
+attributes of the tensor must equal the target's. First everything is compared, for which the bytes
 of the tensors are not needed, then everything is made, then copied.
 """
 
@@ -37,13 +37,7 @@ Copy = tuple[torch.Tensor, Stored]
 def prepare_opaque(
     fqn: str, target: torch.Tensor, entry: bytes | memoryview
 ) -> Callable[[], torch.Tensor]:
-    """What gives the opaque tensor with the values of an entry, which was found to fit.
-
-    A new tensor where the target is quantised and has no scales yet, as an empty tensor of such a
-    dtype: it cannot be given any. Raises CheckpointMismatchError, naming the key, where the entry
-    holds another kind of tensor; CheckpointCorruptError where it is damaged, which may come to
-    light only when the values are made.
-    """
+    """A function that gives the opaque tensor with the values of an entry that fits."""
     try:
         stored, storage = _open_entry(entry)
         if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
@@ -63,10 +57,10 @@ def prepare_opaque(
 
 
 def check_wrapper(fqn: str, target: torch.Tensor, stored: OpaqueWrapper) -> list[Copy]:
-    """What is to be copied into which tensor within the target, of a wrapper that torch wrote.
+    """The copies from a wrapper that torch wrote into the tensors within the target.
 
     The target may be of another class, if the tensors within it have the same names. Raises
-    CheckpointMismatchError, naming the key, where what is stored does not fit.
+    CheckpointMismatchError, naming the key, if the stored wrapper does not fit.
     """
     return _copies(fqn, target, stored, same_class=False)
 
@@ -111,7 +105,7 @@ def wrapper_in(entry: bytes | memoryview) -> str | None:
 
 
 def _open_entry(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
-    """What an entry says of its tensor, and what gives the bytes of a storage by its key."""
+    """An entry's description of its tensor, and a function that gives a storage's bytes by key."""
     read = records_of(entry)
     stored = read_opaque_pickle(read("data.pkl"))
     return stored, lambda key: read(f"data/{key}")
@@ -122,13 +116,13 @@ def _lacks_scales(target: torch.Tensor) -> bool:
         return False
     try:
         target.qscheme()
-    except RuntimeError:  # What torch says of one whose quantiser is unknown.
+    except RuntimeError:  # torch's description of a tensor with an unknown quantiser.
         return True
     return False
 
 
 def _copies(fqn: str, target: Any, stored: OpaquePickle, *, same_class: bool) -> list[Copy]:
-    """What has to be copied where."""
+    """One copy to be made: source and destination."""
     if isinstance(stored, OpaqueWrapper):
         return _inner_copies(fqn, target, stored, same_class=same_class)
     data = stored if isinstance(stored, TensorPickle) else stored.data

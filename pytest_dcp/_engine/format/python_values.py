@@ -2,8 +2,8 @@
 
 A value is stored as `torch.save` stores it: an archive whose data.pkl is its pickle. Plain values
 are written without torch's machinery, the others by `torch.save`. All are read by the engine's own
-reader, whose memory and time are in proportion to the entry; what it does not know goes to
-`torch.load` only where the caller trusts the checkpoint.
+reader, whose memory and time are in proportion to the entry; unknown values go to `torch.load` only
+if the caller trusts the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 PICKLE_PROTOCOL = 2
-"""What torch.save uses and all that torch.load(weights_only=True) reads."""
+"""The protocol that torch.save uses, and the only one that torch.load(weights_only=True) reads."""
 
 LEAVES = frozenset({type(None), bool, int, float, str})
 CONTAINERS = frozenset({list, tuple, dict, set, OrderedDict})
@@ -73,7 +73,7 @@ def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any
             "allow the class with torch.serialization.add_safe_globals"
         ) from unknown
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as e:
-        # What torch, numpy or an allowed class finds wrong with arguments of the right kinds.
+        # Errors of torch, numpy or an allowed class for arguments of the right types.
         raise CheckpointCorruptError(f"the value cannot be made: {e!r:.200}") from e
 
 

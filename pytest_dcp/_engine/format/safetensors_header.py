@@ -83,7 +83,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself."""
+    """A file's description of itself."""
 
     tensors: tuple[StoredTensor, ...]
     """In the order of their data."""

@@ -22,7 +22,7 @@ from pytest_dcp._engine.format.archive_layout import ArchiveLayout, add_constant
 from pytest_dcp._engine.format.checksum import crc32
 
 PICKLE_PROTOCOL = 2
-"""What torch.save uses, and all that torch.load(weights_only=True) reads."""
+"""The protocol that torch.save uses, and the only one that torch.load(weights_only=True) reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ArchivePiece:
 
 
 def place_tensors(sizes: Sequence[int]) -> tuple[list[TensorPlace], int]:
-    """A place for each storage of so many bytes, and where the last one's record ends."""
+    """A place for each storage of the given size, and where the last one's record ends."""
     archive = ArchiveLayout()
     places: list[TensorPlace] = []
     for number, nbytes in enumerate(sizes):
@@ -120,7 +120,7 @@ class _StatePickler(pickle.Pickler):
         self._keys: dict[int, str] = {}
 
     def persistent_id(self, value: object) -> tuple[str, object, str, str, int] | None:
-        """What stands for a storage in the pickle; None for everything else."""
+        """The stand-in for a storage in the pickle; None for everything else."""
         storage: Any = value
         if isinstance(value, torch.storage.TypedStorage):
             # Not `untyped()` and its like: they warn that the class is to go.

@@ -1,4 +1,6 @@
-"""What a wrapper says of itself beside its inner tensors: stored against here. Pure (no I/O)."""
+"""Attributes of a wrapper beside its inner tensors: stored ones against the target's. Pure (no
+I/O).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,7 @@ SAYS = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device
 def require_same_attributes(
     fqn: str, target: torch.Tensor, stored: Mapping[str, Any], inner: Collection[str]
 ) -> None:
-    """Compare the attributes that a wrapper was stored with and those that the target has.
-
-    inner: the names of its inner tensors, which are not looked at. An attribute that only one of
-    them has, or that is no plain value, does not count. Raises CheckpointMismatchError, naming the
-    attribute below the key.
-    """
+    """Compare the attributes stored with a wrapper with the target's."""
     for name, there in stored.items():
         here = getattr(target, name, there)
         if name not in inner and _says(there) and _says(here) and here != there:

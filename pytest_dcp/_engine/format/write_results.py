@@ -40,7 +40,7 @@ class Written:
     """The descriptors of the rows that have others."""
 
     def descriptors(self, row: int) -> tuple[str, ...]:
-        """What a reader must undo of the row's entry, in that order."""
+        """Transforms that a reader must undo for the row's entry, in that order."""
         return self.own_transforms.get(row, self.transforms)
 
 

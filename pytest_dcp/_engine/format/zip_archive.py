@@ -51,9 +51,9 @@ MAX32 = 0xFFFF_FFFF
 """The first value that a 32-bit field cannot hold: it means "see the zip64 extra field"."""
 
 _TAIL_WINDOW = 2048
-"""Bytes read first, from the end: what torch writes after a tensor's data takes about 900."""
+"""Bytes read first, from the end: torch writes about 900 after a tensor's data."""
 _WINDOW = 1024
-"""Bytes read where some are missing: what torch writes before the data takes about 700."""
+"""Bytes read if some are missing: torch writes about 700 before the data."""
 _WHOLE = 4096
 """An entry up to this long is read at once."""
 
@@ -130,7 +130,7 @@ def read_directory(source: Source, limit: int) -> Directory:
     """The archive's records, from a directory of at most `limit` bytes.
 
     They are checked to lie one after the other from the entry's start to the directory, as far as
-    the directory tells; `content_offset` checks the rest for a record that is used.
+    the directory shows; `content_offset` checks the rest for a record that is used.
     """
     count, start, end = _find_directory(source)
     if end - start > limit:
@@ -266,7 +266,7 @@ def _read_central(raw: bytes | memoryview, at: int, start: int) -> tuple[ZipReco
 
 
 def _read_zip64(extra: bytes, narrow: tuple[int, ...], where: int) -> Iterator[int]:
-    """The 32-bit fields, those that say so replaced by the values of the zip64 extra field."""
+    """The 32-bit fields, with marked ones replaced by the values of the zip64 extra field."""
     absent = sum(value == MAX32 for value in narrow)
     wide = b""
     at = 0

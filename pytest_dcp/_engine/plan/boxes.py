@@ -1,7 +1,7 @@
 """Boxes of tensors, many at a time. Pure (no I/O).
 
 A box is a half-open block of a tensor: an offset and a shape, in elements. n boxes are two int64
-arrays of shape (n, k), where k is the largest rank (number of dimensions) at hand: a box of a
+arrays of shape (n, k), where k is the largest rank (number of dimensions) among them: a box of a
 tensor of fewer dimensions has offset 0 and shape 1 in the dimensions that it lacks, so that a 0-d
 box holds one element and every formula holds without a special case. An empty box has a 0 in its
 shape.
@@ -47,7 +47,7 @@ def pad_rows(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
     [[4, 2], [3, 1], [1, 1]]
     """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    # Faster than an array of the rows, which numpy would ask one by one what they are.
+    # Faster than an array of the rows, for which numpy would inspect each one's type.
     cells = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
     if (lengths == rank).all():
         return cells.reshape(len(rows), rank)
@@ -121,8 +121,8 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     """Pairs of rows whose boxes share an element, at most `limit` of them, lower row first.
 
     A sweep along the dimension with the most distinct offsets: boxes are sorted by their start,
-    each is compared with those that start before it ends. n log n for boxes that are cut along that
-    dimension alone; n * n at worst, where all of them span it.
+    each is compared with the ones that start before it ends. n log n for boxes that are cut along
+    that dimension alone; n * n at worst, where all of them span it.
 
     >>> offset, shape = np.array([[0, 0], [0, 2], [1, 1]]), np.array([[2, 2], [2, 2], [2, 2]])
     >>> overlapping_pairs(offset, shape)

@@ -1,4 +1,4 @@
-"""What a save planner remembers between saves, so that an unchanged plan is not sent again.
+"""A save planner's memory between saves, so that an unchanged plan is not sent again.
 
 Each planner instance has its own memory. A rank remembers the local plan that it sent last, the
 coordinator all of them and the global plan that they gave. Everything that a plan says is

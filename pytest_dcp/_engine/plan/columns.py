@@ -134,7 +134,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteItems(ItemTable[WriteItem]):
-    """What one rank writes, one row an item."""
+    """The items that one rank writes, one per row."""
 
     fqns: Fqns
     kind: NDArray[np.int8]
@@ -201,8 +201,9 @@ class WriteItems(ItemTable[WriteItem]):
         )
 
     def size_bytes(self) -> Ints:
-        """Bytes of data of each row's box; of a byte value, what is known, at least 1."""
-        # A value's property is -1, the last one's width: the `where` below drops what that gives.
+        """Bytes of data of each row's box; for a byte value the known size, at least 1."""
+        # A value's property is -1, which selects the last width: the `where` below drops that
+        # result.
         width = np.array([p.dtype.itemsize for p in self.properties] or [1], dtype=np.int64)
         tensors = volumes(self.shape) * width[self.property_of]
         return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), tensors)
@@ -244,12 +245,14 @@ class WriteItems(ItemTable[WriteItem]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadItems(ItemTable[ReadItem]):
-    """What one rank reads, one row a copy from a stored box to a part of a wanted box."""
+    """The items that one rank reads, one row per copy from a stored box to a part of a
+    wanted box.
+    """
 
     fqns: Fqns
     """Of the wanted boxes."""
     stored_fqns: Fqns
-    """What the checkpoint calls them: the same tuple unless keys are renamed on the way."""
+    """The checkpoint's names: the same tuple unless keys are renamed on the way."""
     kind: NDArray[np.int8]
     """Positions in READ_KINDS."""
     ndim: NDArray[np.int16]
@@ -269,7 +272,7 @@ class ReadItems(ItemTable[ReadItem]):
     entry: Ints
     """Row of the stored box in the index that the plan was made from; -1: not known."""
     source: object = None
-    """That index; None where it is not at hand. Stays behind when the table is pickled."""
+    """That index; None if it is not available. Not included when the table is pickled."""
 
     def __len__(self) -> int:
         return len(self.fqns)
@@ -378,7 +381,7 @@ def rebuilt_reads(names: bytes, stored: bytes, columns: dict[str, Any]) -> ReadI
 
 
 def has_values(items: Sequence[ReadItem]) -> bool:
-    """Whether a Python value is among what is read."""
+    """Whether a Python value is among the items."""
     if isinstance(items, ReadItems):
         return bool((items.kind == READ_BYTES).any())
     return any(item.type == LoadItemType.BYTE_IO for item in items)

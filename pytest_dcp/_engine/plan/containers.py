@@ -62,7 +62,7 @@ _UNKNOWN = "?"
 
 
 def _by_rank(items: Mapping[Any, Any]) -> dict[int, Any]:
-    """What each rank saved of a PerRank, by rank."""
+    """The values of a PerRank that each rank saved, by rank."""
     found = {key: RANK_KEY.fullmatch(str(key)) for key in items}
     return {int(match[1]): items[key] for key, match in found.items() if match is not None}
 
@@ -157,7 +157,7 @@ def merge_descriptions(texts: Iterable[str]) -> str | None:
 
 
 def paths_of_kind(text: str, kind: str | None = None) -> frozenset[Path]:
-    """Where the description has containers of this kind; None: of any."""
+    """Where the description has containers of these kinds; None: of any."""
     if kind is not None and f'"{kind}"' not in text:
         return frozenset()
     entries = json.loads(text)
@@ -176,7 +176,7 @@ def alike(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 class Description:
-    """What a checkpoint says of its containers."""
+    """A checkpoint's description of its containers."""
 
     def __init__(self, text: str | None) -> None:
         """Raises CheckpointCorruptError for a text that is no description."""
@@ -236,7 +236,7 @@ def _put_empty(root: Any, path: Path, empty: Any) -> None:
         made: Any = empty if not deeper else [] if type(deeper[0]) is int else {}
         if isinstance(container, list) and type(key) is int and key >= 0:
             if key > len(container):
-                return  # beyond what else was loaded of the list
+                return  # beyond the loaded items of the list
             if key == len(container):
                 container.append(None)
             if container[key] is None:

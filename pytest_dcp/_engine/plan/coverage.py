@@ -5,8 +5,8 @@ tensor's. The last is a sum only because the first two hold: so a key that fails
 out of the next, whose answer would mean nothing.
 
 Overlaps are the dear part. Most tensors are cut along one dimension, and there a single pass over
-neighbouring rows settles it (`_suspects`). Only what is left is swept (`boxes.overlapping_pairs`),
-once for each distinct layout.
+neighbouring rows settles it (`_suspects`). Only the remaining ones are swept
+(`boxes.overlapping_pairs`), once for each distinct layout.
 
 Two ranks hold `w` by rows; the second begins a row too late, and both hold the whole of `b`:
 
@@ -44,7 +44,7 @@ from pytest_dcp._engine.plan.index import Index
 
 
 def problems_of(index: Index, *, complete: bool) -> list[str]:
-    """What is wrong with the boxes, one line a problem, in the order of the keys.
+    """The problems of the boxes, one line each, in the order of the keys.
 
     Boxes out of bounds, overlapping boxes, and, where `complete`, elements that no box holds.
     """

@@ -1,4 +1,5 @@
-"""A flat state dict -> what this rank writes (`WriteItems`) or wants (`Wanted`), as columns.
+"""A flat state dict -> the items that this rank writes (`WriteItems`) or wants (`Wanted`), as
+columns.
 
 Both read the same parts of the same tensors; only the questions differ. Every problem of a state
 dict is named at once.
@@ -154,7 +155,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
         kind = type(value)
         memory = local_tensor(value) if kind is DTensor else value
         if type(memory) in PLAIN and (kind is DTensor or not hasattr(value, BOXES)):
-            # What nearly every value is, without the questions below.
+            # The ordinary kinds of values, which need none of the checks below.
             number = rows.known_property_of(value, memory)
             if number is None:
                 if is_opaque(value) and not value.is_meta:

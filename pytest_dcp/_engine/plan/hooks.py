@@ -58,8 +58,8 @@ def require_plan(plan: Any, kind: type[Plan], hook: str) -> Plan:
 def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
     """The plan that a storage's hook made of the planner's.
 
-    Raises PlanError, naming what it leaves out: a storage says how items are moved, and may divide
-    them; which they are is the planner's choice.
+    Raises PlanError, naming the missing items: a storage decides how items are moved, and may
+    divide them; the planner decides which items there are.
     """
     plan = require_plan(answer, kind, hook)
     if plan.items is asked.items:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as columns that look like torch's metadata.
+"""The contents of a checkpoint, as columns that look like torch's metadata.
 
 An `Index` is a table of keys and a table of chunks (the stored boxes; the chunks of a key are
 adjacent rows). `KeyTable` stands in `Metadata.state_dict_metadata`: a mapping that makes torch's
@@ -158,7 +158,7 @@ class KeyTable(LazyDict[str, STORAGE_TYPES]):
     def __init__(self, index: Index) -> None:
         super().__init__()
         self.source = index
-        """What the table was made from, whatever became of it since."""
+        """The source of the table, even if it was changed since."""
 
     def lazy_keys(self) -> Collection[str]:
         return self.source.row_of.keys()
@@ -174,7 +174,7 @@ class KeyTable(LazyDict[str, STORAGE_TYPES]):
         return index if all(_as_made(index, *made) for made in self.made_items()) else None
 
     def stated_size(self, fqn: str) -> torch.Size | None:
-        """The size that the index has for a tensor, whatever somebody made of it since."""
+        """The size that the index has for a tensor, even if the table was changed since."""
         row = self.source.row_of.get(fqn)
         if row is None or self.source.ndim[row] < 0:
             return None

@@ -5,9 +5,9 @@ left (`torch.distributed.tensor.placement_types`):
 
 - `Shard(d)` cuts dimension d into `ceil(n / ranks)`-sized chunks, the last ones shorter or empty;
 - `_StridedShard(d, split_factor=s)` first cuts it into s such parts, then each part among the
-  ranks: a rank holds its chunk of every part, one after the other. That is how FSDP shards what
-  tensor parallelism will shard again. Where the sizes are uneven such a shard is not one box of
-  the full tensor but several;
+  ranks: a rank holds its chunk of every part, one after the other. That is how FSDP shards tensors
+  that tensor parallelism will shard again. Where the sizes are uneven such a shard is not one box
+  of the full tensor but several;
 - `Replicate()` leaves it whole.
 
 Each dimension of the tensor is a list of runs of its indices, in the order in which the local
@@ -110,7 +110,7 @@ def local_boxes(
 
 
 def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
-    """What `rank` of `ranks` keeps of a dimension: its chunk of each of `parts` parts.
+    """The runs of a dimension that `rank` of `ranks` keeps: its chunk of each of `parts` parts.
 
     >>> shard_runs([(0, 8)], ranks=2, rank=1)
     [(4, 8)]
@@ -127,7 +127,7 @@ def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
 
 def _chunk(low: int, high: int, chunks: int, which: int) -> tuple[int, int]:
     """The range of a chunk of low..high as torch.chunk cuts it; past the end it is empty."""
-    # Rounded up: the first chunks are full, the last ones get what is left, perhaps nothing.
+    # Rounded up: the first chunks are full, the last ones get the rest, perhaps nothing.
     step = -(-(high - low) // chunks)
     return min(low + which * step, high), min(low + (which + 1) * step, high)
 

@@ -3,9 +3,9 @@
 They stand in torch's objects for columns with many rows, and behave as the `dict` or `list` that
 torch has there: `isinstance` says so, and every method works, `pop` and item assignment among them.
 
-What has been made lies in the object itself, so that looking it up again costs nothing extra.
-Whatever needs all of it, or changes it, makes all of it first; from then on the object is an
-ordinary dict or list. Copies and pickles are plain ones.
+Items made so far are stored in the object itself, so that looking them up again costs nothing
+extra. An operation that needs all of it, or changes it, makes all items first; from then on the
+object is an ordinary dict or list. Copies and pickles are plain ones.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LazyDict(dict[K, V]):
         self.is_full = True
 
     def made_items(self) -> Collection[tuple[K, V]]:
-        """What has been made so far."""
+        """The items made so far."""
         return super().items()
 
     def __missing__(self, key: K) -> V:
@@ -173,7 +173,7 @@ class LazyList(list[V]):
             super().extend(made)
 
     def made_items(self) -> Iterable[tuple[int, V]]:
-        """What has been made so far, with its positions."""
+        """The items made so far, with their positions."""
         return enumerate(super().__iter__()) if self.is_full else self._made.items()
 
     def _item(self, at: int) -> V:

@@ -1,4 +1,4 @@
-"""A state dict against a checkpoint's index: what fits, what does not. Pure (no I/O).
+"""A state dict against a checkpoint's index: fits and misfits. Pure (no I/O).
 
 Every key that does not fit is named at once, with the nearest names that exist.
 
@@ -60,16 +60,10 @@ Dtype = torch.dtype | type
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """How a state dict and a checkpoint met. What one rank saw; ranks may hold different keys.
-
-    >>> report = LoadReport(missing=("head.bias",), unexpected=("head.b",))
-    >>> missing_keys, unexpected_keys = report  # as torch.nn.Module.load_state_dict gives them
-    >>> missing_keys, unexpected_keys
-    (['head.bias'], ['head.b'])
-    """
+    """Results of one rank;"""
 
     missing: tuple[str, ...] = ()
-    """Asked for, not in the checkpoint: left as they were."""
+    """Requested but not in the checkpoint: left unchanged."""
     unexpected: tuple[str, ...] = ()
     """In the checkpoint, not asked for."""
     converted: Mapping[str, tuple[Dtype, Dtype]] = field(default_factory=dict)
@@ -116,15 +110,7 @@ def match(
     stored_as: Mapping[str, str] | None = None,
     numbers: bool = False,
 ) -> Match:
-    """What of the flat state dict the index holds.
-
-    A stored Python value is not judged: it replaces a value, and is known only when it is read.
-    numbers: let a number be loaded from a tensor of one element; such a key is in `converted`.
-
-    Raises CheckpointMismatchError, naming all at once: keys that are missing (if `strict`), values
-    of another kind or size, and, if `strict`, of a dtype of another kind (float, int, bool,
-    complex). A dtype of the same kind is converted, as `copy_` does.
-    """
+    """The part of the flat state dict that the index holds."""
     row_of = index.row_of
     renamed = stored_as or {}
     names = {fqn: renamed.get(fqn, fqn) for fqn in state_dict}
@@ -154,7 +140,7 @@ def match(
             except RuntimeError:  # Of a nested tensor; to ask every tensor would cost more.
                 same = False
             if same and not hasattr(value, BOXES):
-                continue  # What nearly every value is, without the questions below.
+                continue  # the ordinary kinds of values, which need none of the checks below.
         problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted, numbers)
         if problem:
             problems[fqn] = problem

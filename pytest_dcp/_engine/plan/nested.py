@@ -29,8 +29,8 @@ Traceback (most recent call last):
     ...
 ValueError: duplicated flatten key 'a.b': both ('a.b',) and ('a', 'b') lead to it
 
-Assumes nothing of a path that comes from a file: `Room` puts values in place of `set_element` where
-a checkpoint is read, since one forged position could otherwise ask for a list of any length.
+Assumes nothing of a path that comes from a file: `Room` puts values instead of `set_element` when a
+checkpoint is read, since one forged position could otherwise ask for a list of any length.
 """
 
 from __future__ import annotations
@@ -60,17 +60,10 @@ def flatten(
     plain_mappings_whole: bool = False,
     note: Note = lambda path, container: None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The values by flat name, and the path of each.
-
-    `note` is called with each container that is more than the flat names say: empty ones, those of
-    other classes than dict and list, mappings with keys that are no strings.
-
-    Raises ValueError when two paths give one name; PlanError for a PerRank of distributed tensors,
-    and for what is nested too deeply.
-    """
+    """PlanError for a PerRank of distributed tensors, and for too deep nesting."""
     flat: dict[str, Any] = {}
     paths: dict[str, Path] = {}
-    # Nearly every mapping has string keys only, which cannot collide: one C loop tells.
+    # Nearly every mapping has string keys only, which cannot collide: one C loop checks that.
     if not TEXT.issuperset(map(type, state_dict)):
         _check_keys((), state_dict)
         note((), dict(state_dict))
@@ -160,7 +153,7 @@ def _walk(
     path: Path, value: Any, visit: Callable[[Path, Any], None], note: Note, whole: bool
 ) -> None:
     if isinstance(value, torch.Tensor):
-        visit(path, value)  # what most are
+        visit(path, value)  # the common case
     elif isinstance(value, Mapping) and (not whole or _is_walked(value)):
         if not is_plain(value):
             _check_keys(path, value)
@@ -179,7 +172,7 @@ def _walk(
 
 
 def _check_keys(path: Path, mapping: Mapping[Any, Any]) -> None:
-    """Raise ValueError where two keys of a mapping are one string: what is below would be mixed."""
+    """Raise ValueError if two keys of a mapping give one string: their contents would be mixed."""
     known: dict[str, Any] = {}
     for key in mapping:
         other = known.setdefault(str(key), key)
@@ -209,8 +202,9 @@ def _holds(values: Any, whole: bool) -> bool:
 
 ROOM_PER_KEY = 64
 ROOM_AT_LEAST = 1 << 16
-"""Positions of lists that a checkpoint's paths may need beside those that they name: lists are
-filled up with None, and a path of a damaged file could ask for any number."""
+"""Positions of lists that a checkpoint's paths may need beside the ones they name: lists are filled
+up with None, and a path of a damaged file could ask for any number.
+"""
 
 
 _NOTHING = object()
@@ -223,7 +217,7 @@ class Room:
         self._left = ROOM_AT_LEAST + ROOM_PER_KEY * keys
 
     def check_path(self, fqn: str, path: Any) -> Path:
-        """The path; raises CheckpointCorruptError, naming the key, for what can be none."""
+        """The path; raises CheckpointCorruptError, naming the key, if it is not a valid one."""
         if isinstance(path, list):
             path = tuple(path)
         if not isinstance(path, tuple) or not path or not isinstance(path[0], str):

@@ -1,4 +1,4 @@
-"""Tensors that are more than their elements: what they are, and whether a checkpoint can hold them.
+"""Tensors that are more than their elements: their kinds, and whether a checkpoint can hold them.
 
 An opaque tensor is a wrapper subclass, whose values are in inner tensors (`__tensor_flatten__`:
 torchao's, for one), or has a quantised dtype, which comes with scales. It is saved as a value, in
@@ -48,7 +48,7 @@ def is_opaque(value: Any) -> bool:
 
 
 def what_no_file_holds(fqn: str, memory: Any) -> str | None:
-    """Why no checkpoint can hold a tensor of this kind, naming the key, or None."""
+    """The reason why no checkpoint can hold a tensor of this type, naming the key, or None."""
     if memory.is_nested:
         return f"{fqn!r} is a nested tensor: save its values() and offsets()"
     if isinstance(memory, torch.masked.MaskedTensor):

@@ -45,7 +45,7 @@ def say_parts(tensor: torch.Tensor, said: dict[str, Any]) -> torch.Tensor:
 def global_shape(fqn: str, value: Any) -> torch.Size:
     """The shape of the tensor that the value is a part of.
 
-    Raises PlanError, naming the fqn, for what is no shape.
+    Raises PlanError, naming the fqn, if it is not a valid shape.
     """
     return torch.Size(_integers(fqn, "global_shape", value.global_shape))
 

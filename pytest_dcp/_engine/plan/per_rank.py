@@ -79,7 +79,7 @@ class PerRank(MutableMapping[str, Any]):
 
 
 def rank_key(rank: int, size: int) -> str:
-    """What stands in a flat name for the value of one of `size` ranks."""
+    """The part of a flat name that stands for one of `size` ranks."""
     return f"rank_{rank}_of_{size}"
 
 
@@ -125,7 +125,7 @@ def check_per_rank(name: str, value: Any) -> None:
 def resized_names(
     wanted: Mapping[str, tuple[str, PerRank]], stored: Iterable[str], *, strict: bool
 ) -> dict[str, str | None]:
-    """What to load in place of names that the checkpoint lacks, for values per rank.
+    """Replacements for names that the checkpoint lacks, for values per rank.
 
     wanted: by flat name, what the checkpoint would call it, and the PerRank that it belongs to.
     stored: the names in the checkpoint. Names of a save by as many ranks are left out; None: the
@@ -169,7 +169,7 @@ def _source(prefix: str, resize: Resize, rank: int, size: int, saved: int) -> in
 
 
 def _sizes_by_prefix(stored: Iterable[str]) -> dict[str, int]:
-    """The world size of the save, by what stands before the rank in the flat names."""
+    """The world size of the save, by the prefix of the rank in the flat names."""
     sizes: dict[str, int] = {}
     for name in stored:
         if "rank_" in name:

@@ -63,7 +63,7 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checks:
-    """What one rank sums, one row a piece."""
+    """The pieces that one rank sums, one per row."""
 
     rows: Ints
     """Of its local plan."""
@@ -91,9 +91,10 @@ class Replicas:
     """Of each group: the position of its name in `fqns`."""
 
     def choose_rows(self, how: ReplicaCheck, seed: int) -> list[Checks] | None:
-        """What each rank is to sum; None where there is nothing to compare.
+        """The pieces that each rank is to sum; None if there is nothing to compare.
 
-        The same seed chooses the same sample; a new one each save finds in time what one misses.
+        The same seed chooses the same sample; a new one at each save eventually finds differences
+        that one sample misses.
         """
         many = self.count > 1
         if how == "off" or not many.any():
@@ -176,7 +177,7 @@ def groups_of_ranks(lengths: Sequence[int], order: Ints, starts: Ints) -> list[I
     return np.split(group, np.cumsum(lengths)[:-1])
 
 
-# ---- what the error says
+# ---- the error text
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class ReplicaDifference:
     where: str
     """The first index, or the first place in a Python value; may be empty."""
     shown: list[str]
-    """What each camp has there."""
+    """Each camp's copy at that place."""
 
     def __str__(self) -> str:
         at = f" first at {self.where}:" if self.where else ":"

@@ -91,7 +91,7 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GlobalPlan:
-    """Who writes what."""
+    """Which rank writes which boxes."""
 
     tables: list[WriteItems]
     """Of each rank: its own rows that it keeps, in its own order, with hints into the index."""
@@ -242,7 +242,9 @@ def _group_starts(key: Ints, linear: Ints) -> Ints:
 
 
 def _check_bounds(rows: _All) -> None:
-    """Raise PlanError for boxes outside their tensors: what follows takes offsets for numbers."""
+    """Raise PlanError for boxes outside their tensors: the following steps combine offsets to
+    numbers.
+    """
     outside = np.flatnonzero(out_of_bounds(rows.offset, rows.shape, rows.size) & (rows.ndim >= 0))
     problems = [
         f"key:{rows.fqns[rows.key[row]]} has out of bounds chunk: "
@@ -290,7 +292,7 @@ def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Int
     keeper = order[starts]
     if to_lowest_rank:
         return keeper
-    # Boxes without a choice come first: what a rank must write anyway decides who is free for more.
+    # Boxes with only one holder come first: these bytes decide which rank is free for more.
     alone = count == 1
     ranks = int(rows.rank.max(initial=-1)) + 1
     burden = np.zeros(ranks, dtype=np.int64)

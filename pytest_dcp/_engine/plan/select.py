@@ -43,7 +43,7 @@ class Selection:
         if self.keys is None:
             return dict(state_dict)
         patterns = [self.keys] if isinstance(self.keys, str) else list(self.keys)
-        # The name `groups[0]` is meant as it is; a name with a star would be an odd one.
+        # The name `groups[0]` is literal; a name with a star would be unusual.
         literal = {p for p in patterns if p in state_dict and not set("*?") & set(p)}
         shapes = [pattern for pattern in patterns if pattern not in literal]
         idle = [p for p in shapes if not any(fnmatchcase(fqn, p) for fqn in state_dict)]
@@ -60,7 +60,7 @@ class Selection:
         }
 
     def stored_as(self, fqns: Mapping[str, Any]) -> dict[str, str] | None:
-        """What the checkpoint calls each of the names; None where all are the same."""
+        """The checkpoint's name for each of the names; None if all are the same."""
         if self.rename is None:
             return None
         if callable(self.rename):
@@ -70,12 +70,8 @@ class Selection:
     def idle_renames(
         self, fqns: Collection[str], stored: Collection[str], moved: tuple[str, ...] = ()
     ) -> dict[str, str]:
-        """The entries of `rename` that give no name of the checkpoint here, each with the reason.
-
-        Another rank may hold what an entry is for, so one rank alone cannot call it a mistake.
-
-        fqns: the state dict's flat names. stored: the checkpoint's. moved: prefixes of flat names
-            that the checkpoint may have under yet other names; their entries are not judged.
+        """Another rank may hold the names that an entry selects, so one rank alone cannot call it a
+        mistake.
         """
         if self.rename is None:
             return {}

@@ -41,7 +41,7 @@ from pytest_dcp.errors import PlanError
 
 T = TypeVar("T")
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-"""Classes whose objects are their own memory, whatever a subclass may be."""
+"""Classes whose objects are their own memory, even in subclasses."""
 
 Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 """Offset and shape in the full tensor, of some boxes."""
@@ -66,7 +66,7 @@ def spec_of(tensor: DTensor) -> DTensorSpec:
 
 
 def full(value: Any) -> Any:
-    """What has the shape and the dtype of the full tensor, soonest."""
+    """The first part with the shape and the dtype of the full tensor."""
     return value._spec.tensor_meta if type(value) is DTensor else value
 
 
@@ -140,7 +140,7 @@ def in_mesh(tensor: DTensor) -> bool:
 
 
 class Layouts:
-    """The boxes that this rank holds of DTensors; what is true of a whole mesh is asked once."""
+    """The boxes that this rank holds of DTensors; facts about a whole mesh are queried once."""
 
     def __init__(self) -> None:
         # By id, since a mesh's own hash is slow; the state dict keeps each mesh alive meanwhile.
@@ -187,7 +187,9 @@ class Layouts:
 
 
 def _kind_of(placement: Placement) -> Hashable:
-    """What is equal for placements that hold the same part; torch's own hash is 1 us of Python."""
+    """A key that is equal for placements holding the same part; torch's own hash takes 1 us of
+    Python.
+    """
     kind: type = type(placement)
     if kind is Shard:
         dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard's
@@ -252,7 +254,7 @@ def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, whose memory is as large as its shape and strides say.
 
     It is not where a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
-    PlanError naming the fqn: what is read or written through a pointer must be there.
+    PlanError naming the fqn: memory that is read or written through a pointer must exist.
     """
     count = tensor.numel()
     if not count:

@@ -1,7 +1,7 @@
-"""A tensor that was stored as a value, and the tensor to load it into: what fits. Pure (no I/O).
+"""Checks that a tensor stored as a value fits the tensor to load it into. Pure (no I/O).
 
-Nothing takes the place of the tensor that is there: a model or an optimizer holds it, and would
-never see the other one.
+The existing tensor is never replaced: a model or an optimizer holds it, and would never see the
+other one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_tensor(fqn: str, here: torch.Tensor, value: torch.Tensor, *, strict: b
 
 
 def tensor_misfit(fqn: str, here: torch.Tensor, stored: str) -> CheckpointMismatchError:
-    """The error for a tensor that cannot take what is stored for it."""
+    """The error for a tensor that cannot take the stored one."""
     return CheckpointMismatchError(
         f"{fqn!r} is {stored} in the checkpoint, and {_describe(here)} here: load it into a "
         "tensor of the stored kind",

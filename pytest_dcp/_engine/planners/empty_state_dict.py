@@ -60,13 +60,13 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         for fqn, path in places.items():
             room.put(state_dict, fqn, path, flat[fqn])
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        # What was built would be flattened otherwise where a list holds no tensor any more.
+        # Otherwise the built state would be flattened if a list no longer holds a tensor.
         self.state_dict, self.mappings = flat, places
         described = description_of(metadata.planner_data)
         if described is not None:
             self._description = Description(described)
             if self.weights_only:
-                # What cannot be given back is refused before anything is read.
+                # Values that cannot be returned are refused before anything is read.
                 self.rebuilt()
 
     def empty_tensor(self, fqn: str, stored: TensorStorageMetadata) -> torch.Tensor:

@@ -45,19 +45,19 @@ def create_read_items_for_chunk_list(
 
 
 def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
-    """What this rank could write of one value (torch's name; other libraries import it)."""
+    """This rank's write items for one value (torch's name; other libraries import it)."""
     return list(write_items({fqn: object}))
 
 
 def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
-    """What this rank reads for one value (torch's name; other libraries import it).
+    """This rank's read items for one value (torch's name; other libraries import it).
 
-    A tensor of another size than the stored one gets what both have.
+    A tensor of another size than the stored one gets the part that both have.
     """
     if isinstance(md, BytesStorageMetadata):
         obj = None
     elif not isinstance(obj, torch.Tensor):
-        raise ValueError(  # noqa: TRY004 - what torch raises
+        raise ValueError(  # noqa: TRY004 - torch raises the same
             f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
             f"{type(md)}"
         )

@@ -1,4 +1,4 @@
-"""A flat state dict and a checkpoint's index -> what this rank reads. Pure (no I/O)."""
+"""A flat state dict and a checkpoint's index -> this rank's read items. Pure (no I/O)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pytest_dcp.errors import CheckpointMismatchError
 def create_default_local_load_plan(
     state_dict: dict[str, Any], metadata: Metadata, strict: bool = True
 ) -> LoadPlan:
-    """What this rank reads into a flat state dict.
+    """This rank's read items for a flat state dict.
 
     Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
     `strict`.
@@ -83,7 +83,7 @@ def plan_reads(
     template = found.loaded | dict.fromkeys(replaced)
     lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
     items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
-    # Last: what does not fit is refused before the state dict changes.
+    # Last: a mismatch is refused before the state dict changes.
     on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
@@ -94,7 +94,7 @@ def plan_reads(
 def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
     """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
 
-    Raises CheckpointMismatchError for one that is stored in parts.
+    Raises CheckpointMismatchError for a tensor stored in parts.
     """
     if all(properties.dtype in STORED_DTYPES for properties in index.properties):
         return []

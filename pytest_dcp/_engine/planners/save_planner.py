@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 OF_ONE_SAVE = frozenset(
     {"state_dict", "plan", "global_plan", "metadata", "offered", "replicas", "planned", "_entries"}
 )
-"""What a planner has of the save that it plans, or planned last."""
+"""A planner's state for the save that it plans, or planned last."""
 
 
 class DefaultSavePlanner(SavePlanner):
@@ -92,7 +92,7 @@ class DefaultSavePlanner(SavePlanner):
         self._cache = PlanCache() if enable_plan_caching else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only what it brings to the next save, which may be in another process."""
+        """Only the state that it brings to the next save, which may be in another process."""
         return {name: value for name, value in vars(self).items() if name not in OF_ONE_SAVE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class DefaultSavePlanner(SavePlanner):
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        """What this rank could write: local, no communication."""
+        """This rank's possible write items: local, no communication."""
         items = write_items(self.state_dict)
         self.offered = items
         plan = _plan(items, lists_wanted(self, DefaultSavePlanner))
@@ -126,7 +126,7 @@ class DefaultSavePlanner(SavePlanner):
         return plan if self._cache is None else self._cache.shorten_plan(plan)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Who writes what, and the metadata of the whole: on the coordinator.
+        """Which rank writes which items, and the global metadata: on the coordinator.
 
         Raises PlanError naming every key whose parts do not make one whole tensor.
         """
@@ -160,7 +160,7 @@ class DefaultSavePlanner(SavePlanner):
         return self._plan_cache().recall_plan(new_plan)
 
     def _plan_cache(self) -> PlanCache:
-        """What is remembered of the last save: from here on, where nothing was so far."""
+        """The memory of the last save; created here if it is missing."""
         if self._cache is None:
             self._cache = PlanCache()
         return self._cache
@@ -184,17 +184,17 @@ class DefaultSavePlanner(SavePlanner):
         return found
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """What the state dict holds there: for subclasses to extend."""
+        """The object in the state dict there: for subclasses to extend."""
         return find_state_dict_object(self.state_dict, index)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        """What is stored of what was found: for subclasses to extend."""
+        """The value stored for the object found: for subclasses to extend."""
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(_encode(write_item.index.fqn, object))
         return object
 
     def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
-        """What gives the data of the n-th item: a tensor, or a value's bytes.
+        """A function that gives the data of the n-th item: a tensor, or a value's bytes.
 
         Goes around the per-item hooks where no subclass overrides them.
         """
@@ -216,7 +216,7 @@ class DefaultSavePlanner(SavePlanner):
         return data
 
     def lookup(self, items: WriteItems) -> Callable[[int], Any] | None:
-        """What gives the state's own data of the n-th row: a box's memory, or a value.
+        """A function that gives the state's own data of the n-th row: a box's memory, or a value.
 
         None where a subclass makes what it saves: it cannot be asked twice.
         """
@@ -255,7 +255,7 @@ class DefaultSavePlanner(SavePlanner):
         )
 
     def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """What `create_global_plan` answers, without what it remembers: torch's hook."""
+        """The answer of `create_global_plan`, without the memory of earlier saves: torch's hook."""
         if is_overridden(self, DefaultSavePlanner, "_dedup_save_plans"):
             all_plans = self._dedup_save_plans(list(all_plans))
         together = self._join_plans(all_plans)
@@ -273,7 +273,7 @@ class DefaultSavePlanner(SavePlanner):
 
 
 def create_default_local_save_plan(state_dict: dict[str, Any], is_coordinator: bool) -> SavePlan:
-    """What this rank could write of a flat state dict; replicas are removed by the global plan."""
+    """This rank's possible write items of a flat state dict; the global plan removes replicas."""
     return SavePlan(list(write_items(state_dict)))
 
 
@@ -348,5 +348,5 @@ def _encode(fqn: str, value: Any) -> bytes:
 
 
 def plain_data(fqn: str, data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:
-    """What a planner's `resolve_data` gave, as the writer takes it."""
+    """The result of a planner's `resolve_data`, in the form that the writer takes."""
     return data.getvalue() if isinstance(data, io.BytesIO) else require_memory(fqn, data)

@@ -68,7 +68,7 @@ class Arena:
         self._bytes = torch.from_numpy(array)
 
     def rooms(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of these dtypes and shapes, row-major, with whatever values were there.
+        """Tensors of these dtypes and shapes, row-major, with arbitrary values.
 
         Those of one dtype lie together, so that one call cuts them all.
         """
@@ -84,7 +84,7 @@ class Arena:
 
 
 def needed_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """What an arena for these tensors must have."""
+    """The sizes that an arena for these tensors needs."""
     return sum(
         _align(sum(tensors[row].numel() for row in rows) * dtype.itemsize)
         for dtype, rows in _by_dtype(tensors).items()
@@ -114,7 +114,7 @@ class Pool:
         """Memory for `nbytes`."""
         memory = self._find_fitting(nbytes) or Memory(nbytes, shared=self.shared)
         array = np.frombuffer(memory.pages, dtype=np.uint8)
-        # Tensors keep the array alive, which is how its end tells of theirs.
+        # Tensors keep the array alive, so its finalizer reports their end.
         weakref.finalize(array, self._take_back, memory).atexit = False
         if self.shared:
             _shared[memory.address] = memory
@@ -126,7 +126,7 @@ class Pool:
             self.idle = []
 
     def close(self) -> None:
-        """Let go of all memory, of that which is in use as soon as it is not."""
+        """Free all memory, and memory in use as soon as it is not."""
         self._open = False
         self.clear()
 

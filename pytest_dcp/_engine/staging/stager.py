@@ -1,7 +1,7 @@
 """A state dict -> a copy of it on the CPU, so that training can go on while it is saved.
 
-The tensors' values enter in whatever layout and on whatever device they are; they leave row-major,
-one behind the other in the memory of an arena. What a tensor views is copied, not its storage.
+The tensors' values enter in any layout and on any device; they leave row-major, one behind the
+other in the memory of an arena. Only the part of a storage that a tensor views is copied.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ KEPT_SHARED = Pool(shared=True)
 
 
 def release_memory() -> None:
-    """Give back what is kept for the next `async_save`; memory in use is kept when it is free."""
+    """Free the memory kept for the next `async_save`; memory in use is freed when it is
+    released.
+    """
     KEPT.clear()
     KEPT_SHARED.clear()
 
@@ -94,7 +96,7 @@ class BlockingAsyncStager(AsyncStager):
 class DefaultStager(AsyncStager):
     """Copies the state dict to memory of its own, which it keeps for the next copy.
 
-    What the options say of GPUs does nothing where there is none.
+    Options about GPUs have no effect without one.
     """
 
     def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - as torch's
@@ -115,7 +117,7 @@ class DefaultStager(AsyncStager):
         """A copy of the state dict on the CPU, or its future with `use_async_staging`."""
         if self._thread is None:
             return self._stage(state_dict, None)
-        # What the GPU has been given to compute must be done before it is copied.
+        # The GPU must finish its pending work before the copy.
         before = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
         self._under_way = self._thread.submit(self._stage, state_dict, before)
         return self._under_way
@@ -211,8 +213,8 @@ def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
 def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
     """The tensors of a state that go to the arena, all of which have memory.
 
-    Raises PlanError for those that have not, and in the words of a save for tensors that cannot be
-    copied at all.
+    Raises PlanError for tensors without memory, and, in the words of a save, for tensors that
+    cannot be copied at all.
     """
     problems: list[str] = []
     named = _named_tensors(state_dict, "", problems)
@@ -226,7 +228,7 @@ def _named_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a state that go to the arena, in the order in which `_copy_value` meets them.
 
-    problems: is given what a save says of the tensors that have no values to copy.
+    problems: receives a save's messages about tensors without values to copy.
     """
     if isinstance(value, DTensor):
         yield from _named_tensors(local_tensor(value), name, problems)
@@ -317,7 +319,7 @@ def _check_types(value: Any, name: str) -> None:
         for n, inner in enumerate(value):
             _check_types(inner, f"{name}.{n}")
     elif not isinstance(value, PLAIN_VALUES):
-        raise ValueError(  # noqa: TRY004 - what torch's stager raises
+        raise ValueError(  # noqa: TRY004 - torch's stager raises the same
             f"{name.lstrip('.')!r} is a {type(value).__name__}: with type_check=True a state dict "
             "holds tensors and values of Python's plain types only"
         )

@@ -1,7 +1,7 @@
 """Reads the pickles of a checkpoint without trusting them: no code of theirs runs, nothing is
 imported.
 
-What enters: bytes. What leaves: torch's metadata objects, the description of a tensor, or a plain
+Enters: bytes. Leaves: torch's metadata objects, the description of a tensor, or a plain
 value, equal to what `pickle.load` gives. Anything else leaves as `CheckpointCorruptError`: as its
 subclass `UntrustedPickleError` where a pickle asks for more than data needs, and as that one's
 subclass `UnknownGlobalError` where it is well made but holds what this reader does not know.
@@ -72,7 +72,7 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorPickle:
-    """What the `data.pkl` of a tensor's entry says of it; its elements lie within its storage."""
+    """A tensor's description in its entry's `data.pkl`; its elements lie within its storage."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -90,12 +90,12 @@ class TensorPickle:
 def read_metadata(data: bytes | memoryview, *, to_the_end: bool = False) -> Metadata:
     """The Metadata in a `.metadata` file of torch 2.0 to 2.13.
 
-    to_the_end: whether the pickle must be all of it; otherwise what follows is not read.
+    to_the_end: whether the pickle must be all of it; otherwise further bytes are not read.
 
     Raises:
         CheckpointCorruptError: the pickle, or a field, is not what it should be; names the field.
     """
-    # Outside of a handler, which would keep alive what the first try has made.
+    # Outside of a handler, which would keep the first attempt's objects alive.
     with contextlib.suppress(CheckpointCorruptError):
         return _read_metadata(data, METADATA, to_the_end)
     # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
@@ -166,7 +166,7 @@ def load_storage(saved_id: object) -> _Storage:
 
 @dataclass(frozen=True, slots=True)
 class StorageClass:
-    """What a storage class of torch stands for."""
+    """The dtype that a storage class of torch stands for."""
 
     dtype: torch.dtype
 
@@ -290,5 +290,5 @@ _TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=load_
 
 
 def tensor_vocabulary() -> Vocabulary:
-    """What the pickle of a tensor's entry may name: for readers that know more."""
+    """Globals that the pickle of a tensor's entry may name: for readers that support more."""
     return _TENSOR

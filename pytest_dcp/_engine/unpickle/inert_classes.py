@@ -1,7 +1,7 @@
 """Inert values of numpy and of the standard library, as a pickle may make them.
 
-What enters: the arguments of calls that a pickle asks for, unchecked. What leaves: arrays and
-scalars of plain dtypes, dates, paths, decimals, byte streams and the like: values whose making and
+Enters: the arguments of calls that a pickle asks for, unchecked. Leaves: arrays and
+scalars of plain dtypes, dates, paths, decimals, byte streams and similar: values whose making and
 whose use run no code that the file chose. Each is made here, by a function that has checked the
 arguments' types and paid for their length; nothing is looked up by name.
 
@@ -258,7 +258,7 @@ def _layout(_: PickleMachine, args: _Args) -> Any:
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 
 
-# ---- what comes after the object: BUILD
+# ---- after the object: BUILD
 
 
 def _build_bytes_io(target: Any, state: object) -> None:

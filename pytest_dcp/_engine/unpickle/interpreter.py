@@ -1,6 +1,6 @@
 """The loop that runs a pickle's opcodes on a `PickleMachine`.
 
-What enters: bytes and a `Vocabulary`. What leaves: the object at STOP; what follows it is not read.
+Enters: bytes and a `Vocabulary`. Leaves: the object at STOP; bytes after it are not read.
 The rules are those of `unpickle.machine`; `opcodes` says what each opcode does.
 """
 
@@ -51,7 +51,7 @@ def run(
 def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
     """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
 
-    It is one function because a call for each opcode doubled its time. `stack` holds what came
+    It is one function because a call for each opcode doubled its time. `stack` holds the objects
     after the last MARK, so that nothing reaches below it; `outer` holds the stacks of the MARKs
     before.
     """

@@ -1,7 +1,7 @@
 """A small interpreter of pickle opcodes that calls nothing but what its caller allows.
 
-What enters: untrusted bytes, and a `Vocabulary`: the globals a pickle may name, and
-what each stands for. What leaves: the object at STOP (bytes behind it are not looked at), or
+Enters: untrusted bytes, and a `Vocabulary`: the globals a pickle may name, and
+what each stands for. Leaves: the object at STOP (bytes behind it are not looked at), or
 `CheckpointCorruptError` for a malformed pickle, `UntrustedPickleError` for one that asks for too
 much, `UnknownGlobalError` for one that is well made but outside the vocabulary.
 
@@ -96,7 +96,7 @@ class UnknownGlobalError(UntrustedPickleError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Callee:
-    """What an allowed class or function stands for; never the real one, so that none is called."""
+    """The meaning of an allowed class or function; never the real one, so that none is called."""
 
     name: str
     call: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
@@ -109,7 +109,8 @@ class Callee:
     """Whether its argument may be an `EncodedText` in place of a str."""
     records: Callable[[PickleMachine, list[Any], int], int] | None = None
     """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
-    pushes what they make; returns where the opcodes go on, the same position if it took none."""
+    pushes their results; returns where the opcodes go on, the same position if it took none.
+    """
 
 
 LONG_TEXT_BYTES = 1 << 20
@@ -125,7 +126,7 @@ class EncodedText:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a kind of pickle may name and do."""
+    """The globals that a kind of pickle may name, and what they do."""
 
     globals: Mapping[tuple[str, str], object]
     """(module, name) to what the global stands for: a `Callee` or a plain constant."""
@@ -135,7 +136,7 @@ class Vocabulary:
     """Types of dict keys beside the plain ones; an instance without its fields raises
     AttributeError when hashed."""
     persistent: Callable[[object], object] | None = None
-    """BINPERSID: what a persistent id stands for."""
+    """BINPERSID: the object for a persistent id."""
     nested_keys: bool = False
     """Whether keys may be tuples and frozensets of such."""
     keeps_unread: Callable[[str, str], bool] | None = None
@@ -161,11 +162,11 @@ class PickleMachine:
         """By id: a large container, which it keeps alive, and how many of its keys have each
         hash."""
         self.patterns: dict[object, re.Pattern[bytes]] = {}
-        """What records look like in this pickle, by their kind."""
+        """The shape of records in this pickle, by their kind."""
         self.to_learn = MOST_LEARNT
         """How many more patterns there may be."""
         self.known: dict[bytes, Any] = {}
-        """By opcodes that make the same wherever they stand, within records: what they make."""
+        """By opcodes that make the same object anywhere, within records: their result."""
         self.unread: set[str] = set()
         """Names of the classes whose objects were kept aside unread."""
 
@@ -183,7 +184,7 @@ class PickleMachine:
             )
 
     def keep_aside(self, class_name: str) -> UnreadObject:
-        """What stands for an object of a class that the reader does not know."""
+        """Stand-in for an object of a class that the reader does not know."""
         self.charge(_UNREAD_COST)
         self.unread.add(class_name)
         return UnreadObject(class_name)

@@ -1,9 +1,9 @@
 """The classes of a `.metadata` file: how a pickle may make them, and what their fields must be.
 
-What enters: fields in any state, as a pickle sets them. What leaves: torch's own objects.
+Enters: fields in any state, as a pickle sets them. Leaves: torch's own objects.
 
-While the pickle runs, a field may hold any value; only what is hashed (MetadataIndex) or has a
-meaning of its own (TensorProperties) is looked at. All else is judged by `check_metadata` once the
+While the pickle runs, a field may hold any value; only hashed objects (MetadataIndex) and ones with
+state of their own (TensorProperties) are inspected. All else is judged by `check_metadata` once the
 pickle has ended and nothing can change an object any more; there the fqn is known, so that errors
 can name it.
 
@@ -95,7 +95,7 @@ def _build_index(index: Any, state: object) -> None:
 
 
 def _build_properties(properties: Any, state: object) -> None:
-    """What TensorProperties.__setstate__ does, of either class."""
+    """The effect of TensorProperties.__setstate__, of either class."""
     if type(state) is not tuple or len(state) != 5:
         raise _corrupt("TensorProperties", "a state of five fields", state)
     encoding = state[3]
@@ -186,7 +186,8 @@ METADATA = replace(STEPWISE, globals=dict(_with_records()))
 
 
 def check_metadata(root: object) -> Metadata:
-    """`root`, once it is a Metadata all of whose fields are what readers rely on. Pure (no I/O).
+    """`root`, after checking that it is a Metadata whose fields have the types that readers rely
+    on. Pure (no I/O).
 
     Looks at each object a bounded number of times, however often it is referred to.
     """
@@ -213,7 +214,7 @@ def check_metadata(root: object) -> Metadata:
 
 
 def _leave_out_unread(root: Metadata) -> None:
-    """Keep out what has its place in the metadata, but is of a class that is not known.
+    """Remove entries of the metadata whose class is not known.
 
     A key described so is as if it were not there; a key whose place is, cannot be loaded.
     """

@@ -1,7 +1,7 @@
 """Runs of equal records in a `.metadata` pickle of torch: many opcodes at a step.
 
 Nearly all of such a file are two sequences of opcodes, again and again: one that makes a chunk, one
-that makes a key and its place. Each is a regular expression here. What a record makes goes to the
+that makes a key and its place. Each is a regular expression here. A record's objects go to the
 machine's stack and memo as if its opcodes had run one by one, and is charged alike; where a record
 looks different in any way, nothing is done, and the opcodes run.
 
@@ -85,7 +85,7 @@ def _learning_pattern(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
 def _known_pattern(
     template: Callable[[Named], bytes], found: Mapping[str, bytes]
 ) -> re.Pattern[bytes]:
-    """The record whose names are where they were found; without what was not found."""
+    """The record with its names as found; without the names that are missing."""
 
     def get(name: str) -> bytes:
         opcode = found.get(_group(name))
@@ -105,7 +105,9 @@ class _RecordKind:
     template: Callable[[Named], bytes]
     learning: re.Pattern[bytes]
     meanings: Mapping[str, object]
-    """What the names stand for: keys of the vocabulary's globals for classes, else themselves."""
+    """The objects behind the names: keys of the vocabulary's globals for classes, else the names
+    themselves.
+    """
 
 
 def _matches(machine: PickleMachine, kind: _RecordKind, start: int) -> Iterator[re.Match[bytes]]:
@@ -124,7 +126,7 @@ def _matches(machine: PickleMachine, kind: _RecordKind, start: int) -> Iterator[
 def _learn_pattern(
     machine: PickleMachine, kind: _RecordKind, start: int
 ) -> re.Pattern[bytes] | None:
-    """The pattern of the record that begins here, if its names are what they must be."""
+    """The pattern of the record that begins here, if its names are the expected ones."""
     match = kind.learning.match(machine.data, start) if machine.to_learn else None
     if match is None:
         return None
@@ -184,13 +186,13 @@ def entries(machine: PickleMachine, stack: list[Any], start: int) -> int:
 
 
 def _is_key(fields: Mapping[str, Any]) -> bool:
-    """Whether a MetadataIndex may have these fields: whatever is wrong, the opcodes will say."""
+    """Whether a MetadataIndex may have these fields: the opcodes report the error."""
     fqn, hint, offset = fields["fqn"], fields["index"], fields["offset"]
     whole = type(fqn) is str and type(offset) is torch.Size
     return whole and hint >= 0 and min(offset, default=0) >= 0
 
 
-# What opcodes make; `Machine.known` has what they made before, which is the same object then.
+# Results of opcodes; `Machine.known` has earlier results, for which the same object is used.
 
 
 def _got(machine: PickleMachine, opcode: bytes) -> Any:

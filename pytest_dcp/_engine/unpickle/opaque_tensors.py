@@ -1,7 +1,7 @@
 """Reads the pickle of a tensor of any class or dtype: descriptions, and no object of it.
 
-What enters: the `data.pkl` of an entry that `torch.save` made of one tensor: of a subclass with
-memory of its own, a wrapper of other tensors, a quantised one. What leaves: an `OpaquePickle`.
+Enters: the `data.pkl` of an entry that `torch.save` made of one tensor: of a subclass with
+memory of its own, a wrapper of other tensors, a quantised one. Leaves: an `OpaquePickle`.
 Classes that the pickle names are kept aside unread, and so are objects that a wrapper carries: the
 tensor that is loaded to has them already. Pure (no I/O).
 """
@@ -100,7 +100,7 @@ _PARAMETER = "torch._utils._rebuild_parameter"
 
 @dataclass(frozen=True, slots=True)
 class _Outside:
-    """What `_rebuild_wrapper_subclass` makes: a wrapper around nothing yet."""
+    """The result of `_rebuild_wrapper_subclass`: a wrapper without inner tensors yet."""
 
     kind: str
     dtype: torch.dtype

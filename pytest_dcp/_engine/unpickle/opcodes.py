@@ -1,4 +1,4 @@
-"""What each pickle opcode does to a `PickleMachine`: the handlers, and their tables by opcode.
+"""The effect of each pickle opcode on a `PickleMachine`: the handlers, and their tables by opcode.
 
 The rules are those of `unpickle.machine`. The format: CPython's Lib/pickletools.py. Opcodes of
 protocols 0 and 1 that protocol 2 replaced, and those no pickler emits for data (DUP, EXT, INST, OBJ
@@ -138,7 +138,7 @@ def _put(layout: struct.Struct) -> Callable[[PickleMachine, list[Any], int], int
             memo.append(stack[-1])
         elif index < len(memo):
             memo[index] = stack[-1]
-            # What was learnt of the memo need not hold any more.
+            # Facts learnt about the memo may no longer hold.
             machine.patterns, machine.to_learn = {}, 0
         else:
             raise UntrustedPickleError(

@@ -1,6 +1,6 @@
 """Plain values: the globals their pickles name, and the judgement of a value as a whole.
 
-What enters: the arguments of a call a pickle asks for, all of them unchecked. What leaves: plain
+Enters: the arguments of a call a pickle asks for, all of them unchecked. Leaves: plain
 Python values, torch's sizes, dtypes and devices.
 
 Rule: a call is made by a function here that has checked the arguments' types and paid for their
@@ -34,8 +34,9 @@ MAX_DEPTH = 256
 """Containers within containers. Python compares and prints nested values by recursion, and gives up
 at 1,000 calls."""
 MAX_LOGICAL_ITEMS = 10_000_000
-"""Items of a value when what is shared counts each time: what printing or comparing it would
-visit."""
+"""Items of a value, counting shared ones each time: as many as printing or comparing it would
+visit.
+"""
 MAX_DIMS = 64
 """Dimensions of a tensor: torch allows no more (c10, at::dim_bitset_size)."""
 _INT64_BOUND = 1 << 63
@@ -231,7 +232,7 @@ _BUILTINS = {
     name: Callee(name, _CALLS.get(name)) for name in {*_CALLS, *(k.__name__ for k in _FACTORIES)}
 }
 _PYTHON_2_NAMES = {"range": "xrange", "int": "long", "str": "unicode"}
-"""What pickles of protocol 2 call them: Lib/_compat_pickle.py."""
+"""Their names in pickles of protocol 2: Lib/_compat_pickle.py."""
 _FACTORY_OF: dict[Callee, type] = {
     callee: vars(builtins)[name]
     for name, callee in _BUILTINS.items()
@@ -252,8 +253,8 @@ def check_plain(
 
     Looks at each container once, however often it is referred to, without recursion. `what` names
     `root` in the errors. `others` are further classes of values that are not looked into, and
-    `records` those whose fields are; `at_most` is the number of items when what is shared counts
-    each time.
+    `records` those whose fields are; `at_most` is the number of items, counting shared ones each
+    time.
 
     Raises:
         UnknownGlobalError: a class by itself, or an object that is no plain value.

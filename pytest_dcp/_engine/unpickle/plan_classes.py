@@ -1,6 +1,6 @@
 """Plans in a `.metadata` file: torch's plan classes, which frameworks keep with what they planned.
 
-What enters: fields in any state, as a pickle sets them. What leaves: torch's own objects. Nothing
+Enters: fields in any state, as a pickle sets them. Leaves: torch's own objects. Nothing
 of the engine uses them: `check_further` only makes sure that walking them does no harm.
 """
 
@@ -60,13 +60,13 @@ _ATOMS = frozenset(
         *(pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path())),
     }
 )
-"""What a further field of Metadata may hold beside plain values, and the records above."""
+"""Allowed in a further field of Metadata beside plain values, and the records above."""
 UNREAD = frozenset({UnreadObject})
-"""What planner_data may hold beside plain values."""
+"""Allowed in planner_data beside plain values."""
 
 
 def field_setter(cls: type) -> Callable[[Any, object], None]:
-    """What sets the fields of an instance from the dict that a pickle has for it.
+    """A function that sets the fields of an instance from the pickle's dict.
 
     Fields that this version of torch does not have are set, too: unused they do no harm.
     """
@@ -86,7 +86,7 @@ def field_setter(cls: type) -> Callable[[Any, object], None]:
 
 
 def enum_maker(cls: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], object]:
-    """What makes a member of an enum whose values are ints."""
+    """A function that makes a member of an enum whose values are ints."""
     values = {member.value for member in cls}
 
     def call(_: PickleMachine, args: tuple[Any, ...]) -> object:
@@ -115,7 +115,7 @@ def plan_globals() -> Iterator[tuple[tuple[str, str], object]]:
 
 
 def plan_builders() -> dict[type, Callable[[Any, object], None]]:
-    """What sets the fields of each plan class."""
+    """The functions that set the fields of each plan class."""
     return {cls: field_setter(cls) for cls in PLAN_CLASSES}
 
 

@@ -1,13 +1,13 @@
 """Reads the pickle of a stored Python value: plain and inert values, and tensors within them.
 
-What enters: the bytes of an entry's `data.pkl`, and what gives the bytes of its storages. What
+Enters: the bytes of an entry's `data.pkl`, and what gives the bytes of its storages. What
 leaves: the value, or `UnknownGlobalError` naming the class that a checkpoint is not trusted with.
 Every byte that is made comes out of one budget, in proportion to the entry: containers and work by
 the machine's rules, arrays and storages by the bytes that are really there.
 
 Classes that the user has allowed with `torch.serialization.add_safe_globals` are made as
-`torch.load` makes them: what they do when they are made and given their state is the user's to
-know.
+`torch.load` makes them: the user is responsible for the effects of creating them and setting their
+state.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Storages:
         self._known: dict[str, torch.UntypedStorage] = {}
 
     def find(self, saved_id: object) -> _Stored:
-        """What a persistent id stands for: ('storage', class, key, location, elements)."""
+        """Decodes a persistent id: ('storage', class, key, location, elements)."""
         if type(saved_id) is not tuple or len(saved_id) != 5 or saved_id[0] != "storage":
             raise UnknownGlobalError(f"expected a reference to a storage, got {brief(saved_id)}")
         _, kind, key, _, numel = saved_id

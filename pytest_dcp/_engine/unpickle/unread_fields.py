@@ -4,8 +4,8 @@ Frameworks put data of their own into a checkpoint's metadata. Where a pickle ma
 unknown class, an `UnreadObject` takes its place: it has the class's name and nothing else, so no
 code runs, nothing is imported, and the rest of the metadata can be used.
 
-What an attack calls is refused as ever: functions and classes of Python's library, of torch and of
-numpy, but for those that frameworks have in their data and that do nothing.
+Functions that an attack calls are refused as ever: functions and classes of Python's library, of
+torch and of numpy, but for those that frameworks have in their data and that do nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _HARMLESS = frozenset(
 )
 _HARMLESS_OF_TORCH = "torch.distributed."
 """Where metadata, plans, placements and meshes are, those of a later torch among them. A dotted
-name is not one of theirs: it may reach what such a module imports, `os.mkdir` for one."""
+name is not one of theirs: it may reach something that such a module imports, `os.mkdir` for
+example.
+"""
 
 
 class UnreadObject:
