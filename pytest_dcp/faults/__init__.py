@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from pytest_dcp.faults.hostile.fuzzing import fuzzed_metadata
     from pytest_dcp.faults.hostile.pickles import malicious_pickles, memory_bombs
     from pytest_dcp.faults.injection.injection import HOOKS, Injection
-    from pytest_dcp.faults.injection.torch_names import FaultyStorageReader, FaultyStorageWriter
+    from pytest_dcp.faults.injection.torch_test_storages import (
+        FaultyStorageReader,
+        FaultyStorageWriter,
+    )
     from pytest_dcp.faults.kinds.at_rest import (
         BitFlip,
         Damage,
@@ -143,7 +146,7 @@ _MODULES = {
     "hostile.fuzzing": "fuzzed_metadata",
     "hostile.pickles": "malicious_pickles memory_bombs",
     "injection.injection": "HOOKS Injection",
-    "injection.torch_names": "FaultyStorageReader FaultyStorageWriter",
+    "injection.torch_test_storages": "FaultyStorageReader FaultyStorageWriter",
     "kinds.at_rest": "BitFlip Damage Foreign Missing StaleFile Swap Truncate ZeroSector",
     "kinds.base": (
         "Exit Fault Hang Kill LostReply Moment Raise Slow Stop Unpicklable "

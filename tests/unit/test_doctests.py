@@ -28,7 +28,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.io.entry_places",
     "pytest_dcp._engine.plan.boxes",
     "pytest_dcp._engine.plan.columns",
-    "pytest_dcp._engine.plan.coverage",
+    "pytest_dcp._engine.plan.box_coverage",
     "pytest_dcp._engine.plan.index",
     "pytest_dcp._engine.plan.layout",
     "pytest_dcp._engine.plan.load",

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.parts import parts_said, say_parts, says_parts
 from pytest_dcp._engine.plan.shards import local_tensor
-from pytest_dcp._engine.staging.arena import Memory, shared_memory_of, view_bytes
+from pytest_dcp._engine.staging.buffer_pool import Memory, shared_memory_of, view_bytes
 from pytest_dcp._engine.staging.stager import (
     KEPT_SHARED,
     dtensor,

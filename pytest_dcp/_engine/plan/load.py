@@ -56,9 +56,9 @@ from itertools import islice
 
 import numpy as np
 
+from pytest_dcp._engine.plan.box_coverage import overlaps
 from pytest_dcp._engine.plan.boxes import Ints, intersect, spans, volumes, widen_table
 from pytest_dcp._engine.plan.columns import READ_BYTES, READ_TENSOR, UNKNOWN, ReadItems
-from pytest_dcp._engine.plan.coverage import overlaps
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError

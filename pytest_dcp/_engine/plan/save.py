@@ -77,9 +77,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
+from pytest_dcp._engine.plan.box_coverage import problems_of
 from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widen_table
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
-from pytest_dcp._engine.plan.coverage import problems_of
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.names import Fqns
 from pytest_dcp._engine.plan.replicas import Replicas, groups_of_ranks

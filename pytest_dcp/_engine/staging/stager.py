@@ -26,7 +26,7 @@ from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, require_memory
-from pytest_dcp._engine.staging.arena import Pool, needed_bytes
+from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
 from pytest_dcp.errors import PlanError
 
 State = dict[str, Any]

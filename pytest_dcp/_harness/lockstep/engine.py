@@ -61,7 +61,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from pytest_dcp._harness.lockstep.messages import (
+from pytest_dcp._harness.lockstep.example_messages import (
     Attempt,
     Property,
     decode,

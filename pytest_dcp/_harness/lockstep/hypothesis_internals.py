@@ -29,7 +29,7 @@ from hypothesis.internal.escalation import InterestingOrigin, get_trimmed_traceb
 from hypothesis.internal.reflection import function_digest
 from hypothesis.reporting import with_reporter
 
-from pytest_dcp._harness.lockstep.messages import (
+from pytest_dcp._harness.lockstep.example_messages import (
     Attempt,
     Property,
     Status,

@@ -17,8 +17,7 @@ from hypothesis.control import current_build_context
 from hypothesis.internal.conjecture.data import ConjectureData
 from hypothesis.reporting import report as say
 
-from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with
-from pytest_dcp._harness.lockstep.messages import (
+from pytest_dcp._harness.lockstep.example_messages import (
     Attempt,
     Choice,
     Entry,
@@ -27,6 +26,7 @@ from pytest_dcp._harness.lockstep.messages import (
     SpanEnd,
     SpanStart,
 )
+from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with
 
 DEFAULT_DEADLINE = timedelta(milliseconds=200)
 """Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_dcp._harness.lockstep.messages import Choice, Entry, Property, Reply, divergence
+from pytest_dcp._harness.lockstep.example_messages import Choice, Entry, Property, Reply, divergence
 from pytest_dcp._harness.protocol.function_pickles import load_from_rank
 from pytest_dcp._harness.protocol.group_use import out_of_step
 from pytest_dcp._harness.protocol.messages import Done

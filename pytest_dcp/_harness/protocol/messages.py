@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_type_hints
 
 from pytest_dcp._harness.protocol.group_use import PlainGroups
-from pytest_dcp._harness.protocol.message_types import Read, reader_for
+from pytest_dcp._harness.protocol.typed_json import Read, reader_for
 from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]

@@ -17,7 +17,7 @@ from pytest_dcp._harness.protocol.messages import (
     Met,
     encode,
 )
-from pytest_dcp._harness.rank.interrupts import RankInterrupts
+from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 from pytest_dcp.errors import DcpError
 
 RECEIVE_BYTES = 1 << 16

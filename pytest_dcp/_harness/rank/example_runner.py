@@ -25,7 +25,7 @@ from hypothesis.errors import FailedHealthCheck, StopTest, UnsatisfiedAssumption
 
 from pytest_dcp._harness.lockstep import fresh_folders
 from pytest_dcp._harness.lockstep import hypothesis_internals as inside
-from pytest_dcp._harness.lockstep.messages import (
+from pytest_dcp._harness.lockstep.example_messages import (
     Attempt,
     Reply,
     Status,

@@ -40,7 +40,7 @@ from pytest_dcp._harness.rank.exception_facts import (
     outcome_of,
     traceback_text,
 )
-from pytest_dcp._harness.rank.interrupts import RankInterrupts
+from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 

@@ -18,7 +18,7 @@ from pytest_dcp._harness.protocol.messages import Announce, At, Exchange, Met
 from pytest_dcp._harness.rank.channel import Channel
 from pytest_dcp._harness.rank.exception_facts import lines_of, traceback_text
 from pytest_dcp._harness.rank.group_counter import GroupCounter
-from pytest_dcp._harness.rank.interrupts import RankInterrupts
+from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 from pytest_dcp.errors import DivergedError
 
 

@@ -2,7 +2,7 @@
 
 Enters: actions, messages on the ranks' sockets, and what the launcher says of processes. Every wait
 is bounded by the supervisor's own clock. An interrupt of this process never breaks into an action
-or into the handling of a message; see `interrupts`.
+or into the handling of a message; see `controller_interrupts`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pytest_dcp._harness.protocol.messages import (
     WireError,
     encode,
 )
-from pytest_dcp._harness.world.interrupts import Interrupts
+from pytest_dcp._harness.world.controller_interrupts import Interrupts
 from pytest_dcp._harness.world.rank_handle import SEND_S, RankEnd
 from pytest_dcp._harness.world.rank_states import (
     Action,

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.default_planner import _create_default_local_m
 
 import pytest_dcp.checkpoint as ours
 from pytest_dcp.faults import FaultyStorageReader, FaultyStorageWriter
-from pytest_dcp.faults.injection.torch_names import READER_KEYS, WRITER_KEYS
+from pytest_dcp.faults.injection.torch_test_storages import READER_KEYS, WRITER_KEYS
 
 torch_dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 """As Any: it exports its names without saying so to a type checker."""

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.plan.coverage import problems_of
+from pytest_dcp._engine.plan.box_coverage import problems_of
 from pytest_dcp._engine.plan.index import Index
 from support.tilings import Box, elements, fewer, shapes, tilings
 

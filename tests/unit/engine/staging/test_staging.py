@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.background.state_transfer import pickle_state, ship_state, unpickle_state
-from pytest_dcp._engine.staging.arena import IDLE, Memory, Pool, shared_memory_of
+from pytest_dcp._engine.staging.buffer_pool import IDLE, Memory, Pool, shared_memory_of
 from pytest_dcp._engine.staging.stager import KEPT, stage_state
 from pytest_dcp.checkpoint.staging import (
     BlockingAsyncStager,

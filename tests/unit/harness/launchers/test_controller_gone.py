@@ -10,7 +10,7 @@ import pytest
 
 from pytest_dcp._harness.launchers.zygote import Zygote
 from pytest_dcp._harness.rank.channel import Channel, ControllerGoneError
-from pytest_dcp._harness.rank.interrupts import RankInterrupts
+from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 
 
 def reset(kind: int) -> socket.socket:

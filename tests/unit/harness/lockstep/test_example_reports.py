@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.lockstep.messages import Attempt, Status
+from pytest_dcp._harness.lockstep.example_messages import Attempt, Status
 from pytest_dcp._harness.protocol.messages import At
 from pytest_dcp._harness.rank.example_runner import ExampleRunner
 

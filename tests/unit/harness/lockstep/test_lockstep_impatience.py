@@ -8,7 +8,7 @@ import types
 import pytest
 
 from pytest_dcp._harness.lockstep import engine as subject
-from pytest_dcp._harness.lockstep.messages import Reply
+from pytest_dcp._harness.lockstep.example_messages import Reply
 from pytest_dcp._harness.protocol.messages import Done
 from pytest_dcp.errors import RankFailure
 

@@ -12,7 +12,7 @@ from hypothesis.internal.intervalsets import IntervalSet
 
 from pytest_dcp._harness.lockstep import hypothesis_internals
 from pytest_dcp._harness.lockstep import hypothesis_version as lockstep_versions
-from pytest_dcp._harness.lockstep.messages import (
+from pytest_dcp._harness.lockstep.example_messages import (
     Choice,
     Entry,
     ShownLine,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from pytest_dcp._harness.lockstep.messages import Choice, Entry, Property, Reply, Status
+from pytest_dcp._harness.lockstep.example_messages import Choice, Entry, Property, Reply, Status
 from pytest_dcp._harness.lockstep.verdict import (
     ExampleVerdict,
     drew_the_same,

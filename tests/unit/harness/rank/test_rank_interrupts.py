@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pytest_dcp._harness.protocol.launcher import INTERRUPT_SIGNAL
-from pytest_dcp._harness.rank.interrupts import RankInterrupts
+from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 
 
 class Fixture:

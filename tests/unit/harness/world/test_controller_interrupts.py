@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_dcp._harness.world.interrupts import Interrupts
+from pytest_dcp._harness.world.controller_interrupts import Interrupts
 
 
 class Rang(BaseException):
