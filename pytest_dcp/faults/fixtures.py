@@ -22,6 +22,14 @@ def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iter
     """A storage that fails on command, the same in all ranks: inject, wrap, assert_loads.
 
     At its end everything that hangs is released, and an injection that never fired fails the test.
+
+        @pytest.mark.world_size(2)
+        def test_a_full_disk_leaves_the_old_checkpoint(checkpoint_dir, faulty_storage):
+            dcp.save({"w": torch.ones(4)}, checkpoint_id=checkpoint_dir)
+            faulty_storage.inject(NoSpace(), on="write", rank=0)
+            with pytest.raises(dcp.CheckpointException, match="No space left"):
+                dcp.save({"w": torch.zeros(4)}, checkpoint_id=checkpoint_dir)
+            faulty_storage.assert_loads({"w": torch.ones(4)})
     """
     from pytest_dcp.faults.crashes.crash_state import Search
     from pytest_dcp.faults.options import read_fault_options

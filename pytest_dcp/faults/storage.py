@@ -208,6 +208,14 @@ class FaultyStorage:
         filesystem, folder: instead of them, a folder of a wrapped file system that can list it
         (`ls`): an object store, or memory.
 
+            def test_a_killed_save_leaves_the_old_state_or_the_new(checkpoint_dir, faulty_storage):
+                old, new = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
+                dcp.save(old, checkpoint_id=checkpoint_dir)
+                with faulty_storage.record() as made:
+                    dcp.save(new, checkpoint_id=checkpoint_dir)
+                for state in made.crash_states("kill", budget=20):
+                    faulty_storage.assert_loads_one_of(state, old, new)
+
         Afterwards `crash_states` of the result are the folders that a crash could have left. Raises
         RecordingError if the folders were also changed in ways that Python does not see.
         """

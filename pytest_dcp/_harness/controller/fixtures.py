@@ -37,7 +37,16 @@ def _rank_of(request: pytest.FixtureRequest) -> Rank:
 
 @pytest.fixture(scope="session")
 def rank(request: pytest.FixtureRequest) -> int:
-    """This process's rank, 0 to world_size - 1."""
+    """This process's rank, 0 to world_size - 1.
+
+    ```python
+    @pytest.mark.world_size(2)
+    def test_sum_over_ranks(rank, world_size):
+        ones = torch.ones(2) * rank
+        dist.all_reduce(ones)
+        assert ones.tolist() == [1.0, 1.0] and world_size == 2
+    ```
+    """
     return _rank_of(request).order.rank
 
 
@@ -66,6 +75,12 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
     """A DeviceMesh over all ranks, of the marker's `mesh` shape; collective.
 
     The tests of a warm world share it until one makes another default process group.
+
+        @pytest.mark.world_size(4, mesh=(2, 2))
+        def test_a_rank_holds_half_of_the_rows(device_mesh):
+            whole = torch.arange(8.0).reshape(4, 2)
+            sharded = distribute_tensor(whole, device_mesh, [Replicate(), Shard(0)])
+            assert sharded.to_local().shape == (2, 2)
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -90,6 +105,13 @@ def world(request: pytest.FixtureRequest) -> RankWorld:
 
     Deaths and stops requested with `kill(at=)` and `pause(at=)` must happen before the running test
     is torn down.
+
+        @pytest.mark.world_size(3)
+        def test_survivors_go_on(rank, world):
+            if rank == 0:
+                world.kill(2)
+            assert world.gather(rank * 10) == [0, 10, None]
+            assert world.survivors == (0, 1)
     """
     from pytest_dcp._harness.rank.world_fixture import RankWorld
 
@@ -105,6 +127,12 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
 
     Kept or removed after the test as tmp_path is (tmp_path_retention_policy), by the controller,
     when every rank is gone.
+
+        @pytest.mark.world_size(2)
+        def test_a_checkpoint_of_two_ranks(rank, checkpoint_dir):
+            dcp.save({"w": torch.ones(2), "rank": dcp.PerRank(rank)}, checkpoint_id=checkpoint_dir)
+            saved = dcp.load_without_template(checkpoint_id=checkpoint_dir)
+            assert sorted(saved["rank"].values()) == [0, 1]
     """
     from pytest_dcp._harness.rank.this_rank import current
 
@@ -120,7 +148,24 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def worlds(request: pytest.FixtureRequest) -> Iterator[Worlds]:
-    """Starts worlds inside one test: `with worlds(4) as w: results = w.run(function, *args)`."""
+    """Starts worlds inside one test: `with worlds(4) as w: results = w.run(function, *args)`.
+
+    ```python
+    def test_save_on_two_ranks_load_on_three(worlds, tmp_path):
+        def save():
+            dcp.save({"w": torch.arange(6.0)}, checkpoint_id=tmp_path / "checkpoint")
+
+        def load():
+            state = {"w": torch.zeros(6)}
+            dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+            return state["w"].sum().item()
+
+        with worlds(2) as two:
+            two.run(save)
+        with worlds(3) as three:
+            assert three.run(load) == [15.0] * 3
+    ```
+    """
     from pytest_dcp._harness.controller.session import harness_of
     from pytest_dcp._harness.controller.worlds_fixture import Worlds
 

@@ -169,7 +169,21 @@ class FunctionWorld:
 
 
 class Running(Generic[T]):
-    """A function that runs in a world's ranks. Made by `FunctionWorld.start`."""
+    """A function that runs in a world's ranks. Made by `FunctionWorld.start`.
+
+    ```python
+    def test_a_rank_dies_while_the_others_work(worlds):
+        def wait_for_peers():
+            time.sleep(0.1)
+            return dist.get_rank()
+
+        with worlds(2) as world:
+            running = world.start(wait_for_peers)
+            world.kill(1)
+            alive, lost = running.result()
+        assert alive == 0 and isinstance(lost, LostRank)
+    ```
+    """
 
     def __init__(self, world: FunctionWorld, function: Callable[..., T]) -> None:
         self.name = _name_of(function)

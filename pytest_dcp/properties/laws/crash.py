@@ -37,6 +37,10 @@ def assert_overwrite_atomic(
     rank 0 alone loads up to `budget` states, unsharded. Once the save had returned in any rank, a
     load must give the new state; without an old state, an earlier load may fail. Collective, like
     `assert_round_trip`; `folder` is local.
+
+        def test_a_save_over_another_is_atomic(checkpoint_dir):
+            old, new = (StateSpec({"w": TensorSpec((8,), seed=n)}).on() for n in (1, 2))
+            assert_overwrite_atomic(old, new, checkpoint_dir, budget=10)
     """
     __tracebackhide__ = True
     enter(*([] if old is None else [old]), new)
