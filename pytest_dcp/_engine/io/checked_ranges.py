@@ -172,6 +172,7 @@ class RangeReader:
         crc, start, carried = self._begin(entry, low, extend)
         last = -(-high // block) if extend or high == nbytes else high // block
         end = min(last * block, nbytes)
+        # Two sums run on: `whole` to the end of the last block checked, `rest` to the range's end.
         whole = rest = crc
         for begin, piece in pieces:
             self.stop.check()
@@ -218,6 +219,7 @@ class RangeReader:
     def _find_damage(self, entry: int, first: int, last: int, nbytes: int) -> None:
         """Raise for the first block that is not as it was written."""
         size = self.catalog.places.block_bytes
+        # Read again, block by block: the running sum told that something differs, not where.
         for block in range(first, last):
             data = self._extra(entry, block * size, min((block + 1) * size, nbytes))
             if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):

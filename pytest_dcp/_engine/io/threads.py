@@ -42,6 +42,7 @@ def run_all(jobs: Sequence[Callable[[StopFlag], Result]], threads: int) -> list[
 
     def guarded(job: Callable[[StopFlag], Result]) -> Result:
         try:
+            # A job that has not begun when another fails need not begin at all.
             stop.check()
             return job(stop)
         except BaseException as error:
@@ -53,6 +54,7 @@ def run_all(jobs: Sequence[Callable[[StopFlag], Result]], threads: int) -> list[
     with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp") as pool:
         futures = [pool.submit(guarded, job) for job in jobs]
         try:
+            # Waits for each; what it raised is in `first`, where the first in time is first.
             for future in futures:
                 future.exception()
         except BaseException:

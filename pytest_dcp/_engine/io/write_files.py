@@ -165,6 +165,7 @@ class File:
         self.position += len(buffer)
         self._data += data
         self._buffers.append(buffer)
+        # Only once a multiple of `step` is passed; what lies beyond it waits for the next write.
         if self.position // self.step > self._written // self.step:
             self._write(self.position % self.step)
 
@@ -200,6 +201,7 @@ def _put_tensor(file: File, rows: Rows, row: int, tensor: torch.Tensor, settings
     start = file.position
     data_start = start + len(frame.head)
     if frame.data_nbytes <= BLOCK_BYTES and is_flat(tensor):
+        # Head, data and tail joined: one copy of a small tensor costs less than three buffers.
         memory = memory_of(tensor)
         crc = crc32(memory)
         sums = [crc] if frame.data_nbytes else []
@@ -329,6 +331,7 @@ def balance_by_bytes(size_bytes: Ints, bins: int) -> list[list[int]]:
     """The rows in at most `bins` groups of nearly equal bytes, each in the rows' order."""
     if bins <= 1 or len(size_bytes) <= 1:
         return [list(range(len(size_bytes)))]
+    # Largest first, each to the emptiest bin (LPT, as in `plan.save`).
     load = [0] * bins
     groups: list[list[int]] = [[] for _ in range(bins)]
     for row in np.argsort(-size_bytes, kind="stable").tolist():

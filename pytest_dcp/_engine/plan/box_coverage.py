@@ -107,6 +107,7 @@ def _suspects(index: Index) -> NDArray[np.bool_]:
     several = np.diff(index.first) > 1
     if not chunks or not several.any():
         return several
+    # Of each key, along which dimensions any of its boxes is shorter than the tensor.
     partial = index.shape != index.size[index.key_of]
     cut = np.logical_or.reduceat(partial, np.minimum(index.first[:-1], chunks - 1), axis=0)
     one_dim = cut.sum(axis=1) <= 1

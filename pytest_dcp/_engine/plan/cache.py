@@ -56,6 +56,7 @@ class PlanCache:
 
         Raises PlanError naming the ranks whose unchanged plan is not the one remembered here.
         """
+        # Remembered only from a rank that says in full what it means: a digest stands for the rest.
         strangers = []
         for rank, plan in enumerate(plans):
             if plan.usable:

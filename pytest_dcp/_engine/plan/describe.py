@@ -193,6 +193,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
         else:
             rows.add_tensor(fqn, value, rows.property_of(value, value))
     require_savable(problems)
+    # Tables of items that tensors made themselves are rare, and joined by way of the items.
     if not spoken:
         return rows.items()
     return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])

@@ -106,6 +106,7 @@ class Index:
         tensors = [v if isinstance(v, TensorStorageMetadata) else None for v in values]
         known: dict[Any, int] = {}
         chunks = [[None] if t is None else list(t.chunks) for t in tensors]
+        # A value counts as one chunk without dimensions: entries of both kinds have one table.
         flat = [chunk for some in chunks for chunk in some]
         rank = max((len(t.size) for t in tensors if t is not None), default=0)
         counts = np.array([len(some) for some in chunks], dtype=np.int64)

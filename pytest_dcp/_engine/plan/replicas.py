@@ -162,6 +162,7 @@ class Differing:
 
 def _some(rows: Ints, random: np.random.Generator) -> Ints:
     """A sample of the rows."""
+    # Sorted, so that each rank looks its tensors up in the order of its plan.
     most = max(SAMPLED_AT_LEAST, len(rows) // SAMPLED_ONE_IN)
     return rows if len(rows) <= most else np.sort(random.choice(rows, most, replace=False))
 

@@ -41,6 +41,7 @@ def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
                 for key, value in values.items()
             }
             message = [specs, _unsendable(values)]
+            # Here a failure reaches all ranks; within the broadcast it would reach this one alone.
             pickle.dumps(message)
     dist.broadcast_object_list(message, src=0)
     specs, problem = message
@@ -88,10 +89,12 @@ def from_rank0(
         memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
     sends = dist.get_rank() == 0
     receiving = Agreement("while rank 0's state was received")
+    # One memory for all buckets, cut into the same views on every rank: no names need be sent.
     for bucket in _buckets(tensors, limit):
         arrived = dict(zip(bucket, views(memory, list(bucket.values())), strict=True))
         for key, view in arrived.items() if sends else ():
             receiving.run(partial(_copy, view, values, key))
+        # Sent even after a failure here: the other ranks wait for it, and learn of it in `settle`.
         used = sum(spec.packed_bytes for spec in bucket.values())
         dist.broadcast(memory[:used], src=0)
         for key, view in arrived.items():

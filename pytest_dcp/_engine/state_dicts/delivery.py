@@ -94,6 +94,7 @@ def _way_of(tensor: torch.Tensor) -> _Way | None:
 
 
 def _whole_bucket(bucket: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    # Every rank has the same tensors in the same order, so all form the same messages.
     together: dict[_Way, list[int]] = {}
     for at, tensor in enumerate(bucket):
         if (way := _way_of(tensor)) is not None:
@@ -115,6 +116,7 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
         [Spec(torch.Size(box.shape), part.dtype) for box, part in zip(of, parts, strict=True)]
         for of in boxes
     ]
+    # all_gather wants messages of one length; ranks with smaller shards leave their ends unused.
     longest = max(sum(spec.packed_bytes for spec in of) for of in specs)
     device = local_tensor(parts[0]).device
     memory = torch.empty(len(specs), longest, dtype=torch.uint8, device=device)

@@ -65,6 +65,7 @@ def _first_step(
     optimizer: Optimizer, group: dict[str, Any], stand_ins: Sequence[torch.Tensor]
 ) -> list[dict[str, Any]]:
     """What each stand-in's entries are first set to by a twin that steps on them."""
+    # Not by its constructor, whose arguments are not known: the same attributes, then its own.
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     # A scheduler's or a user's replacement of `step` would step the optimizer itself.
@@ -122,6 +123,7 @@ def initial_entries(
     have no meaning, except that None stays None. What the optimizer does not tell is left out.
     """
     plain = {**group, **{key: value for key, value in PLAIN_STEP.items() if key in group}}
+    # On meta tensors first; some optimizers read values as they step, which those do not have.
     try:
         return _entries_on("meta", optimizer, plain, specs)
     except CheckpointError:

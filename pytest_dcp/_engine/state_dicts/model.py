@@ -140,8 +140,10 @@ def load_model(
 def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
     strict = target.scope.options.strict
     mismatch = target.compare(given)
+    # Sizes that differ are an error in any case; missing names only where no hook may rename them.
     if mismatch.misfits or target.wrapped or not _knows_other_names(target.scope.model):
         mismatch.require_none(target.kind, strict=strict)
+    # One meta tensor is enough: load_state_dict can assign all values or copy all.
     assign = any(_is_meta(value) for value in target.own.values())
     values: dict[str, Any] = {}
     for name, value in given.items():

@@ -227,6 +227,7 @@ def _compare(
     ]
     for name, entries in state[STATE].items():
         for entry, value in entries.items() if name in owner else ():
+            # By entry, since a state's tensors differ: Adam's step is a scalar beside its averages.
             if why := owner[name].misfit(name, entry, value):
                 misfits[f"{STATE}.{name}.{entry}"] = why
     found = [pairing.mismatch, Mismatch(unexpected=tuple(strangers), misfits=misfits)]

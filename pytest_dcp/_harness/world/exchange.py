@@ -25,6 +25,7 @@ def answer(
     """
     if not there:
         return None
+    # Before those who may still come are waited for: with one rank gone for good, waiting is vain.
     if error := _error(there, left):
         return Met(error=error)
     if any(rank not in there and rank not in excused for rank in range(size)):

@@ -78,6 +78,7 @@ class RankLoop:
     def run_until_settled(self) -> None:
         """Loop until every rank has answered, died or been killed."""
         self._step_until_settled()
+        # Stopped ranks do not hold the others up; once those are done, none can continue them.
         self.act(self.supervisor.dismiss(time.monotonic()))
         self._step_until_settled()
 
@@ -134,6 +135,7 @@ class RankLoop:
             self._abandon(lost)
             return False
         for one in news:
+            # The supervisor assumes that a rank's messages come before its exit.
             self._hear_last_words(one.rank)
             now = time.monotonic()
             if isinstance(one, StopChange):

@@ -238,6 +238,7 @@ class Supervisor:
                 deaths.wishes[rank] = Wish("pause", why, self._timers.clock(now))
                 return [StopRank(rank), *self._meet()]
             case "resume" if rank in deaths.wishes:
+                # It may only be about to stop: then `halted` continues it as soon as it has.
                 deaths.resuming.add(rank)
                 return [Continue(rank)] if rank in deaths.stopped else []
         return []

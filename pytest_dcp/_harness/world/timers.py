@@ -150,6 +150,7 @@ class Timers:
         """When something is due if nothing happens before; `busy`: ranks owe an answer."""
         if self.paused:
             return INF
+        # Once reached, a deadline is not due again: its ranks have a time to be killed at by then.
         waits = busy and not self.timed_out
         deadline = self.places.limit_at(self.deadline) if waits else INF
         again = self.interruption.due_at() if busy else INF

@@ -231,6 +231,7 @@ def _entries(path: Path) -> Iterator[Operation | int]:
         while True:
             try:
                 yield pickle.load(file)
+            # Each rank appends whole pickles; only the last can be cut, where the rank was killed.
             except (EOFError, pickle.UnpicklingError):
                 return  # the end, or where a killed rank stopped
 
