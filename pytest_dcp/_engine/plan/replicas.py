@@ -18,13 +18,14 @@ Both ranks hold `b`, and of `w` each its own half. In `global_plan` their rows a
 >>> replicas = Replicas(
 ...     group=[np.array([0, 2]), np.array([1, 2])], count=np.array([1, 1, 2]),
 ...     nbytes=np.array([16, 16, 8]), fqns=("w", "b"), key=np.array([0, 0, 1]))
->>> checks = replicas.chosen("check", seed=0)
+>>> checks = replicas.choose_rows("check", seed=0)
 >>> [(check.rows.tolist(), check.nbytes.tolist()) for check in checks]
 [([1], [8]), ([1], [8])]
 
 Each rank sends a sum of its copy of `b`. Where they differ, the ranks are in two camps:
 
->>> differing = replicas.differing(checks, [np.array([7], np.uint64), np.array([9], np.uint64)])
+>>> sums = [np.array([number], np.uint64) for number in (7, 9)]
+>>> differing = replicas.find_differing(checks, sums)
 >>> [(one.fqn, one.camps()) for one in differing]
 [('b', [[0], [1]])]
 >>> ranks_text([0, 1, 2, 5])

@@ -21,9 +21,9 @@ class Selection:
 
     >>> state = {"model.w": 1, "model.b": 2, "step": 3}
     >>> chosen = Selection(keys=["model.*"], rename={"model.": "net.", "model.b": "bias"})
-    >>> chosen.chosen(state)
+    >>> chosen.choose(state)
     {'model.w': 1, 'model.b': 2}
-    >>> chosen.stored_as(chosen.chosen(state))  # a whole name goes before a prefix
+    >>> chosen.stored_as(chosen.choose(state))  # a whole name goes before a prefix
     {'model.w': 'net.w', 'model.b': 'bias'}
     >>> chosen.idle_renames(state, stored=["net.w"])
     {'model.b': "rename={'model.b': 'bias'}: the checkpoint has no 'bias'"}
