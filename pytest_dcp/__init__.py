@@ -1,8 +1,8 @@
 """Fresh multi-process PyTorch worlds for pytest.
 
 PYTEST_DONT_REWRITE: this module is only the plugin's name, for `pytest -p pytest_dcp` and for the
-entry point; it hands pytest to `pytest_dcp.plugin` and imports nothing heavy. What needs torch is
-imported when it is first asked for.
+entry point; it hands pytest to `pytest_dcp.plugin` and imports nothing heavy. Modules that need
+torch are imported at first use.
 """
 
 from __future__ import annotations

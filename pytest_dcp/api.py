@@ -1,8 +1,8 @@
-"""The rank that runs this code: what tests, fixtures and faults may ask of it.
+"""The rank that runs this code: the requests open to tests, fixtures and faults.
 
-The harness, the faults and the properties meet here and nowhere else. A rank enters itself with
-`enter_rank` when its process starts; everybody else asks `current_rank()`. Outside of a world that
-is None, and the functions below do nothing, so that the same code runs in a plain test:
+The harness, the faults and the properties meet only here. A rank enters itself with `enter_rank`
+when its process starts; everybody else asks `current_rank()`. Outside of a world that is None, and
+the functions below do nothing, so that the same code runs in a plain test:
 
     >>> from pytest_dcp.api import announce_death, current_rank
     >>> current_rank() is None
@@ -67,7 +67,7 @@ class ThisRank(Protocol):
     def meet(self, operation: str, payload: bytes = b"") -> list[bytes | None]:
         """Every rank's payload, in rank order; waits for all ranks. Collective.
 
-        operation: what it is for; all ranks must say the same. No process group is used.
+        operation: its purpose; all ranks must say the same. No process group is used.
 
         None stands for a rank that was lost or stopped because the test asked for it. Raises
         `DivergedError` when a peer called something else or will not come.
@@ -100,7 +100,7 @@ def enter_rank(rank: ThisRank) -> None:
 def announce_death(reason: str) -> None:
     """Tell the controller that this process is about to end or stop because the test wants it to.
 
-    reason: for people: what asked for it, and where.
+    reason: for people: the code that asked for it, and where.
 
     Call it right before `os._exit`, or `os.kill` with SIGKILL or SIGSTOP, from any thread. That end
     then fails no test, but a rank that lives on does. Does nothing outside of a world, nor in a

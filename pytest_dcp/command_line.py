@@ -31,7 +31,9 @@ class Option:
     help: str
     choices: tuple[str, ...] = ()
     takes: type[str] | type[int] | type[float] | type[bool] = str
-    """What a TOML file may give, beside a string; a bool is a flag on the command line."""
+    """Types of values that a TOML file may give, beside a string; a bool is a flag on the command
+    line.
+    """
     words: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for a value."""
     may_be_empty: bool = False
@@ -71,7 +73,7 @@ def _ini_type(takes: type[Any]) -> Any:
 
 
 class OptionReader:
-    """Reads the values of a table of options, and gathers what is wrong with them."""
+    """Reads the values of a table of options, and collects all problems with them."""
 
     def __init__(self, config: pytest.Config, options: Sequence[Option]) -> None:
         self.problems: list[str] = []

@@ -38,7 +38,7 @@ def names_of_torch(ours: str) -> Callable[[str], Any]:
 
 
 def _counterpart(value: Any, name: str, asked: str) -> Any:
-    """What we have for something that torch's module has under this name."""
+    """Our replacement for an object that torch's module has under this name."""
     if isinstance(value, ModuleType):
         inside, _, path = value.__name__.partition(TORCH)
         return value if inside or not path else _our_module(path) or value

@@ -109,7 +109,7 @@ class Frozen(Mlp):
 
 
 class Buffers(Mlp):
-    """An MLP with one persistent buffer and one that is not."""
+    """An MLP with a persistent buffer and a non-persistent one."""
 
     seen: torch.Tensor
     scale: torch.Tensor

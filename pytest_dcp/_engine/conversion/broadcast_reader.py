@@ -7,9 +7,9 @@
         checkpoint_id="model.pt",
     )
 
-Only the coordinator needs the file. It is opened, and compared with what all ranks ask for, while
-the load is planned, so that whatever is wrong reaches every rank. Then each tensor is sent whole,
-one after the other; a rank copies its part and lets the rest go.
+Only the coordinator needs the file. It is opened, and compared with all ranks' requests, while the
+load is planned, so that every error reaches every rank. Then each tensor is sent whole, one after
+the other; a rank copies its part and lets the rest go.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class BroadcastingTorchSaveReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Open the file, on the coordinator.
 
-        Raises CheckpointCorruptError or UntrustedPickleError for what the file holds, OSError where
+        Raises CheckpointCorruptError or UntrustedPickleError for the file's contents, OSError where
         there is none, and ValueError where the load has another coordinator.
         """
         self.is_coordinator = is_coordinator
@@ -186,7 +186,9 @@ class DynamicMetaLoadPlanner(DefaultLoadPlanner, format_utils_of_torch.DynamicMe
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state dict to fill. Raises CheckpointMismatchError for what is no tensor."""
+        """Take the state dict to fill. Raises CheckpointMismatchError for values other than
+        tensors.
+        """
         flat = flatten(state_dict)[0] if self.flatten_state_dict else state_dict
         values = [fqn for fqn, value in flat.items() if not isinstance(value, torch.Tensor)]
         if values:

@@ -1,7 +1,7 @@
 """Checkpoint folders <-> the one file of `torch.save`.
 
 Neither direction holds the state in memory. The file is mapped: a load fills the tensors where they
-lie in it, or a save writes them from there. What a process takes beside that are the values, and
+lie in it, or a save writes them from there. Beside that a process needs memory for the values, and
 some bytes for each tensor.
 
 The file appears under its name whole and synced, or not at all.
@@ -95,7 +95,7 @@ def _meant_to_be_alone() -> Iterator[None]:
 def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, Any]:
     """The state dict in a file of `torch.save`; its tensors lie in the file, which is mapped.
 
-    What is written into them stays in this process.
+    Writes into them stay in this process.
     """
     with open(path, "rb") as file:
         signature = file.read(len(ZIP_SIGNATURE))

@@ -1,8 +1,8 @@
 """A sharded checkpoint -> files of full tensors, with bounded memory.
 
 Every full tensor is cut into slabs that are runs of its file. Slabs are gathered into batches; a
-batch is read from the shards, in the order of their files and checked, and written in one go. What
-is held is `BATCH_BYTES` for each thread.
+batch is read from the shards, in the order of their files and checked, and written in one go.
+Memory is bounded by `BATCH_BYTES` for each thread.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def consolidate(
 ) -> int:
     """Bytes of all tensors; the files are whole.
 
-    files: the names of the files to write into `folder`, and the tensors of each. metadata: what
-    each says under `__metadata__`.
+    files: the names of the files to write into `folder`, and the tensors of each. metadata: the
+    `__metadata__` of each.
 
     Raises CheckpointCorruptError where the shards do not make a tensor whole.
     """

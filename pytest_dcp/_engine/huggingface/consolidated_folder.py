@@ -68,7 +68,7 @@ class ConsolidatedFolder:
         )
 
     def commit(self, nbytes: int) -> None:
-        """Make the files, which have so many bytes of tensors, the folder's checkpoint."""
+        """Make the files, with this many bytes of tensors, the folder's checkpoint."""
         with exclude_others(self.disk, self.folder):
             finals = give_final_names(self.disk, self.folder, list(self.files), sync=self.sync)
             where = {fqn: finals[name] for name, fqns in self.files.items() for fqn in fqns}
@@ -84,7 +84,7 @@ class ConsolidatedFolder:
 
 
 def assign_files(fqns: Iterable[str], mapping: Mapped | None) -> dict[str, list[str]]:
-    """The files of some tensors: one, or those that the mapping says."""
+    """The files of some tensors: one, or the files of the mapping."""
     highest = max(mapping.values(), default=1) if mapping else 1
     files: dict[str, list[str]] = {}
     for fqn in fqns:
@@ -102,9 +102,8 @@ def consolidate_safetensors_files(
 ) -> None:
     """Make files of whole tensors from a folder of shards, in this process.
 
-    fqn_to_index_mapping: the number of the file, from 1, for each tensor; those that it leaves out
-        are left out, with a warning.
-    num_threads: each holds 32 MiB, and writes one file at a time.
+    fqn_to_index_mapping: the number of the file, from 1, for each tensor; tensors that it omits are
+    left out, with a warning. num_threads: each holds 32 MiB, and writes one file at a time.
 
     Raises CheckpointMismatchError for tensors that the folder lacks, CheckpointCorruptError where
     its shards do not make a tensor whole. A failure leaves the output folder as it was.

@@ -20,7 +20,7 @@ from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp.errors import PlanError
 
 FORMAT = {"DCP_VERSION": "1.0", "format": "pt"}
-"""What torch 2.13 writes into each file; other libraries ask for the format."""
+"""torch 2.13's metadata of each file; other libraries check the format."""
 SHOWN = 10
 
 
@@ -105,7 +105,7 @@ def count_files(plan: SavePlan, split: Sequence[int] | None) -> int:
 
 
 def stated_save(said: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of its save, where that is known."""
+    """A file's description of its save, if known."""
     keys = {FILES_KEY: "files", NUMBER_KEY: "number"}
     return {key: str(said[name]) for key, name in keys.items() if name in said}
 

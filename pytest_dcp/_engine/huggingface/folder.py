@@ -64,7 +64,7 @@ def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str |
 
 @dataclass(frozen=True, slots=True)
 class WeightIndex:
-    """What an index says."""
+    """The contents of an index."""
 
     weight_map: Mapping[str, str]
     save_id: str | None
@@ -90,7 +90,7 @@ def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> W
 
 
 def decode_index(text: bytes | memoryview, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex:
-    """What the bytes of an index say. Raises CheckpointCorruptError."""
+    """The contents of an index's bytes. Raises CheckpointCorruptError."""
     said = parse_json(text, "the index", limit)
     weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
@@ -130,7 +130,7 @@ def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> 
 def files_in_force(disk: Disk, folder: Any) -> set[str]:
     """The files of the folder's checkpoint, and its index; none where there is no checkpoint.
 
-    Raises CheckpointCorruptError where that cannot be told.
+    Raises CheckpointCorruptError if that cannot be determined.
     """
     index = read_index(disk, folder)
     if index is not None:
@@ -150,14 +150,14 @@ def next_number(disk: Disk, folder: Any) -> int:
 
 
 def leased_name(disk: Disk, folder: Any) -> str:
-    """The file that tells the checkpoint in force from others: it is gone, or another, after it."""
+    """The file that identifies the current checkpoint: a later save removes or replaces it."""
     if disk.exists(folder, INDEX_NAME):
         return INDEX_NAME
     return min((name for name in disk.names(folder) if name.endswith(SUFFIX)), default=INDEX_NAME)
 
 
 def look_of(disk: Disk, folder: Any) -> object:
-    """What any save to the folder changes: its names and its index."""
+    """The parts of the folder that any save changes: its names and its index."""
     try:
         index = read_index(disk, folder)
     except (FileNotFoundError, CheckpointCorruptError):
@@ -183,7 +183,7 @@ def save_named_in(disk: Disk, folder: Any, names: Iterable[str]) -> str | None:
 
 
 def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
-    """Whether a file is one that this engine, or torch's, wrote under a name that it gives."""
+    """Whether a file was written by this engine or torch's, under a name of theirs."""
     if not DATA_NAME.fullmatch(name):
         return False
     try:
@@ -194,14 +194,14 @@ def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
 
 
 def remove_leftovers(disk: Disk, folder: Any) -> None:
-    """Remove what dead saves left unfinished, so that a full disk has room for the next one."""
+    """Remove unfinished files of dead saves, so that a full disk has room for the next one."""
     for name in disk.names(folder):
         if LEFT_OVER.fullmatch(name):
             disk.remove(folder, name)
 
 
 def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
-    """Remove what earlier saves left: files of theirs, whole or not, that are not to be kept.
+    """Remove leftovers of earlier saves: files of theirs, complete or not, that are not to be kept.
 
     Nothing where one to be kept is not there: its name is then another program's for a file that
     may be among these.
@@ -298,7 +298,7 @@ def _part(file: str, header: Header, tensor: StoredTensor, said: Any) -> Part:
 
 
 def _as_mapped(parts: Sequence[Part], weight_map: Mapping[str, str]) -> list[Part]:
-    """The parts without those that the index has in another file."""
+    """The parts, except parts that the index has in another file."""
     kept = [part for part in parts if weight_map.get(part.fqn, part.file) == part.file]
     lost = weight_map.keys() - {part.fqn for part in kept}
     if lost:
@@ -358,7 +358,7 @@ def _places(rows: Sequence[Part]) -> EntryPlaces:
 
 
 def _full_size(fqn: str, group: Sequence[Part]) -> tuple[int, ...]:
-    """The size that every part states, or else what the parts reach to."""
+    """The size that every part states, or else the extent of the parts."""
     lead = group[0]
     for part in group:
         alike = (part.tensor.dtype, len(part.offset), part.size) == (

@@ -38,6 +38,6 @@ def give_final_names(
 def publish_index(
     disk: Disk, folder: Any, index: bytes, files: Iterable[str], save: str, *, sync: bool
 ) -> None:
-    """Put the index in place, and remove what it does not name. Readers have been waited for."""
+    """Put the index in place, and remove files that it does not name, after waiting for readers."""
     publish(disk, folder, INDEX_NAME, [index], save, sync=sync, waits=False)
     sweep(disk, folder, files)

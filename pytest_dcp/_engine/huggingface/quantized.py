@@ -78,9 +78,9 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     ) -> None:
         """As torch's.
 
-        path: the checkpoint's folder. thread_count: threads that read. target_dtype: what is made
-        of quantised values, before they are copied to where the plan wants them. block_size: rows
-        and columns of a block of a matrix. max_decoded_bytes, follow_links: as
+        path: the checkpoint's folder. thread_count: threads that read. target_dtype: the dtype of
+        dequantised values, before they are copied to the plan's targets. block_size: rows and
+        columns of a block of a matrix. max_decoded_bytes, follow_links: as
         HuggingFaceStorageReader's.
         """
         super().__init__(
@@ -97,7 +97,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         return is_overridden(self, QuantizedHuggingFaceStorageReader, "read_data")
 
     def _read_catalog(self) -> Catalog:
-        """The catalog as plans see it; what is stored is kept for the reading."""
+        """The catalog as plans see it; the stored form is kept for reading."""
         self._stored = stored = super()._read_catalog()
         self._scale_of = scales_of(stored.index)
         return replace(
@@ -226,7 +226,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What must be read for a box."""
+    """The reads needed for a box."""
 
     values: Slab
     scale: Slab
@@ -305,14 +305,14 @@ def _part(whole: Slab, low: Sequence[int], high: Sequence[int]) -> Slab:
 
 
 def matrix_piece(values: Slab, scale: Slab, box: Box, start: int, block: int) -> Piece:
-    """What a box of a matrix in blocks needs. Pure (no I/O)."""
+    """The reads for a box of a matrix in blocks. Pure (no I/O)."""
     low = [n // block for n in box.low]
     high = [-(-n // block) for n in box.high]
     return Piece(_part(values, box.low, box.high), _part(scale, low, high), box, start)
 
 
 def mxfp4_piece(values: Slab, scale: Slab, box: Box, start: int) -> Piece:
-    """What a box of a flattened MXFP4 tensor needs: whole groups. Pure (no I/O)."""
+    """The reads for a box of a flattened MXFP4 tensor: whole groups. Pure (no I/O)."""
     bytes_each = values.shape[-1]
     each = 2 * bytes_each
     low = (*box.low[:-1], box.low[-1] // each)

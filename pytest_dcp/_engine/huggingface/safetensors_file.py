@@ -35,7 +35,7 @@ class SafetensorsFile:
         return [tensor.name for tensor in self._header.tensors]
 
     def metadata(self) -> Mapping[str, str]:
-        """What the file says besides."""
+        """The file's further metadata."""
         return self._header.metadata
 
     def get_slice(self, name: str) -> TensorSlice:

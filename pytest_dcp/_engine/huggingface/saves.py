@@ -48,7 +48,7 @@ def data_name(number: int, count: int, shard: int | None = None) -> str:
 
 
 def temporary_name(name: str, save_id: str) -> str:
-    """What a file is called until its save is whole."""
+    """The name of a file until its save is complete."""
     return f"{name}-{save_id}{TEMPORARY}"
 
 
@@ -63,7 +63,7 @@ def save_of(temporary: str) -> str:
 
 
 def final_names(temporary: Collection[str], taken: Collection[str]) -> dict[str, str]:
-    """What temporary files are called once their save is whole: names that no other file has.
+    """Final names of temporary files, once their save is complete: names that no other file has.
 
     The usual ones, if none of them is taken, else all with the save's id in them.
     """
@@ -92,7 +92,7 @@ def _stated_number(header: Header, key: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Save:
-    """Files of one save, by what they say."""
+    """Files grouped by save, according to their metadata."""
 
     headers: Mapping[str, Header]
 

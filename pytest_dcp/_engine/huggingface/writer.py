@@ -1,8 +1,8 @@
 """Writes checkpoints as Hugging Face keeps them: safetensors files and their index.
 
 Names, arguments and files are those of `torch.distributed.checkpoint.hf_storage`. See `file_layout`
-for which tensor goes to which file, `folder` for what makes a folder one checkpoint, and `saves`
-for how a save becomes it.
+for which tensor goes to which file, `folder` for which files are one checkpoint, and `saves` for
+how a save becomes it.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """The plans, each with what its rank must know to name its files.
+        """The plans, each with the data that its rank needs to name its files.
 
-        Raises PlanError naming what such files cannot hold or what no file is meant for, and
-        CheckpointExistsError where the folder holds files that the shards would mix with.
+        Raises PlanError naming entries that such files cannot hold or that no file is assigned to,
+        and CheckpointExistsError where the folder holds files that the shards would mix with.
         """
         if all(plan.usable for plan in plans):
             tables = [WriteItems.of(plan.items) for plan in plans]

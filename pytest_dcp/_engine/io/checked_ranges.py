@@ -25,7 +25,7 @@ from pytest_dcp.errors import CheckpointCorruptError
 Verify = Literal["auto", "full", "off"]
 
 PIECE_BYTES = 1 << 20
-"""What is read and hashed at a time: the second reads it from the processor's cache."""
+"""Bytes read and hashed at a time: hashing then finds them in the processor's cache."""
 EXTEND_FROM_BYTES = 16 << 20
 """From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
 64 KiB on average, 0.4 % of it."""
@@ -181,7 +181,7 @@ class RangeReader:
                 whole = rest = _run_checksum(
                     piece, begin, max(begin, start), min(until, end), whole
                 )
-            # What follows the last whole block, for the next read.
+            # Bytes after the last whole block, kept for the next read.
             rest = _run_checksum(piece, begin, max(begin, start, end), until, rest)
         if end > high:
             whole = crc32(self._extra(entry, high, end), whole)
@@ -193,7 +193,8 @@ class RangeReader:
 
     def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int, int]:
         """The running checksum, where it goes on from, at or after `low`, and the bytes before
-        `low` that it stands for: those that the last range had read and could not check alone."""
+        `low` that it stands for: bytes that the last range had read and could not check alone.
+        """
         block = self.catalog.places.block_bytes
         first, inside = divmod(low, block)
         if self._carry is not None and self._carry[:2] == (entry, low):

@@ -105,7 +105,9 @@ def metadata_name(rank: int | None = None) -> str:
 
 
 def data_name(prefix: str, number: int, save: str) -> str:
-    """The n-th data file of a rank's save. `save` tells it from those of any other save."""
+    """The n-th data file of a rank's save. `save` distinguishes it from the files of any other
+    save.
+    """
     return f"{prefix}{number}-{save}{SUFFIX}"
 
 
@@ -161,8 +163,8 @@ def sweep(
     """Step 5: the names of the files removed.
 
     named: the data files that a metadata file names. rank: None after a commit of the whole
-    checkpoint, which also replaces what ranks had saved on their own; or the rank that committed
-    its own part, whose files alone are looked at.
+    checkpoint, which also replaces the ranks' separate saves; or the rank that committed its own
+    part, whose files alone are looked at.
     """
     committed = (METADATA,) if rank is None else (METADATA, metadata_name(rank))
     return _remove(disk, folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
@@ -181,8 +183,8 @@ def _remove(
     is_stale: Callable[[str], bool],
 ) -> list[str]:
     """Remove the stale files that no metadata that counts names; their names."""
-    # Listed before any metadata is read: a file that appears later is not removed, whoever names
-    # it.
+    # Listed before any metadata is read: a file that appears later is not removed, even if no
+    # metadata names it.
     present = disk.names(folder)
     asked = {METADATA, *filter(counts, present)}
     keep = _all_named(named, asked)
@@ -227,6 +229,6 @@ def _all_named(named: Callable[[str], Iterable[str]], metadata: Iterable[str]) -
         except FileNotFoundError:
             continue
         except CheckpointCorruptError as error:
-            # What it names cannot be known: nothing may be removed.
+            # The files that it names are unknown: nothing may be removed.
             raise error.at(file=name) from error
     return found

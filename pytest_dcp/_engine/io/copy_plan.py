@@ -91,8 +91,9 @@ class Copies:
 
 
 class _Memory:
-    """The targets' own memory, asked for all of it at once: there are thousands, and to come back
-    to a tensor is to fetch it from far away again."""
+    """The targets' own memory, looked up in one pass: there are thousands of tensors, and a second
+    pass would miss the CPU cache.
+    """
 
     def __init__(self) -> None:
         self.shapes: list[Sequence[int]] = []

@@ -94,7 +94,7 @@ def block_sums(tensor: torch.Tensor) -> list[int]:
 
 
 def digest_of_value(value: Any) -> int:
-    """64 bits that are equal for equal values; `NOT_COMPARED` for what cannot be walked."""
+    """64 bits that are equal for equal values; `NOT_COMPARED` for values that cannot be walked."""
     # Numbers are most of the values of a state, and a hash takes ten times as long as this.
     kind = type(value)
     if kind is int and -_SHORT < value < _SHORT:
@@ -192,7 +192,7 @@ def _hash(data: bytes) -> bytes:
 
 
 def outline(value: Any) -> list[tuple[str, str, int]]:
-    """The first leaves of a value: where each is, what it looks like, its digest."""
+    """The first leaves of a value: path, short form, digest."""
     leaves: list[tuple[str, str, int]] = []
     for leaf in _leaves(value, ""):
         leaves.append(leaf)

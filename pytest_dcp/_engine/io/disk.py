@@ -26,7 +26,7 @@ class Out(Protocol):
         in one piece, where the storage can do that."""
 
     def end_at(self, nbytes: int) -> None:
-        """Say that the file is so long, whatever was reserved."""
+        """Set the file's size, independent of reserved space."""
 
     def sync(self) -> None:
         """Return once the bytes so far are on stable storage."""
@@ -41,7 +41,7 @@ class In(Protocol):
 
     @property
     def stored_bytes(self) -> int:
-        """What it occupies where it is kept: less than `size` if it is sparse."""
+        """Space that it occupies in its storage: less than `size` if it is sparse."""
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill the view from the offset; fewer bytes than asked only at the end of the file.
@@ -88,7 +88,8 @@ class Disk(Protocol):
     def open(self, folder: Any, name: str) -> AbstractContextManager[In]:
         """The file of this name, to read.
 
-        Raises FileNotFoundError, and CheckpointCorruptError for what is no plain file inside.
+        Raises FileNotFoundError, and CheckpointCorruptError unless it is a plain file inside the
+        folder.
         """
 
     def replace(self, folder: Any, old: str, new: str) -> None:

@@ -1,7 +1,7 @@
 """Where the data of entries begins, for those whose catalog does not say: torch's own.
 
-One small read an entry: when its bytes are what our own writer would have put before the data,
-the data follows. Otherwise the entry's directory is parsed.
+One small read an entry: if its bytes are the ones that our own writer puts before the data, the
+data follows. Otherwise the entry's directory is parsed.
 
 Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, one with
 `torch.save`; the catalog knows only where the entries are:
@@ -65,8 +65,7 @@ class Located:
     odd_strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Bytes between neighbours, of the chunks that are not stored row-major."""
     wrapped: dict[int, OpaqueWrapper] = field(default_factory=dict)
-    """What is said of the chunks that are stored as wrappers of other tensors: their data are whole
-    entries."""
+    """Descriptions of chunks stored as wrappers of other tensors: their data are whole entries."""
 
 
 def resolve_entry_places(

@@ -30,7 +30,7 @@ class FileQueue(queue.Queue[Any]):
         return super().get_nowait()
 
     def advance(self, nbytes: int) -> None:
-        """Report more bytes as read. Raises what stops the work."""
+        """Report more bytes as read. Raises the exception that stops the work."""
         self.stop.check()
         with self._counting:
             self.bytes_read += nbytes

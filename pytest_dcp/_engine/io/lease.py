@@ -84,7 +84,9 @@ def _locked_file(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
-    """Let no reader begin to hold this file inside, once those that do have ended, or are late."""
+    """Within the block no reader begins to hold this file; current holders have ended, or
+    are late.
+    """
     try:
         fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -98,7 +100,7 @@ def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
 
 
 def _close(fd: int) -> None:
-    """Let go of a file that was only read: what its closing says changes nothing."""
+    """Close a file that was only read: an error of its closing changes nothing."""
     with contextlib.suppress(OSError):
         os.close(fd)
 

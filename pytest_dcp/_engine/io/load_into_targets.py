@@ -38,12 +38,12 @@ from pytest_dcp._engine.plan.match import together
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 BATCH_BYTES = 64 << 20
-"""What a planner with hooks of its own is asked for at a time: it may make a buffer for each."""
+"""Bytes requested from a planner with hooks of its own at a time: it may make a buffer for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBytes:
-    """What a rank's plan took."""
+    """The result of carrying out a rank's plan."""
 
     bytes_needed: int = 0
     bytes_read: int = 0
@@ -63,7 +63,7 @@ def prepare(
     """The work of filling the planner's targets, once all that may not fit was read and judged.
 
     Values are decoded, numbers that are stored as tensors read, wrappers compared: none of it
-    touches a target. Raises CheckpointMismatchError, naming every key, for what does not fit;
+    touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
     CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
     """
     items = _with_entries(items, catalog.index)
@@ -113,14 +113,14 @@ class Work:
         self.tally = ByteCounts()
         self.nbytes = self._sizes()
         self._puts: list[Callable[[], None]] = []
-        """What puts the values where they belong, and what commits the numbers."""
+        """Receivers of the values, and the function that commits the numbers."""
         self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
         """By row: the target, and what goes where within it."""
         self._transformed: Ints = np.zeros(0, dtype=np.int64)
         self._tensors: Ints = self._transformed
 
     def prepare(self, values: NDArray[np.bool_]) -> None:
-        """Read and judge what may not fit. values: the rows that are Python values."""
+        """Read and check values that may not fit. values: the rows that are Python values."""
         entries, stored = self.items.entry, np.zeros(len(self.catalog.index.offset), dtype=bool)
         stored[list(self.catalog.places.transforms)] = True
         transformed = stored[entries] & ~values
@@ -188,7 +188,7 @@ class Work:
     def _prepare_numbers(
         self, rows: Ints, transformed: NDArray[np.bool_], misfits: list[CheckpointMismatchError]
     ) -> None:
-        """Read what the planner takes out of tensors of its own."""
+        """Read items that the planner copies from temporary tensors."""
         planner: Any = self.planner
         targets = self._filled_by_hooks(rows[~transformed[rows]])
         targets |= {row: self._fill_transformed(row) for row in rows[transformed[rows]].tolist()}
@@ -238,7 +238,7 @@ class Work:
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
             _check_size(self.items[row], target)
-        # What resolve_tensor gives is narrowed already.
+        # The result of resolve_tensor is narrowed already.
         narrowed = replace(self.items, to_offset=np.zeros_like(self.items.to_offset))
         self._copy(narrowed, rows, targets.__getitem__)
         return targets
@@ -269,7 +269,7 @@ class Work:
             del plain
 
     def _prepare_value(self, row: int, entry: bytes | memoryview) -> Callable[[], None]:
-        """What gives the planner the value of a row."""
+        """A function that gives the planner the value of a row."""
         planner: Any = self.planner
         if getattr(planner, "takes_values", False):
             prepared: Callable[[], None] = planner.prepare_value(self.items.fqns[row], entry)
@@ -292,7 +292,7 @@ def _check_size(item: ReadItem, target: torch.Tensor) -> None:
 
 
 def _with_entries(items: ReadItems, index: Index) -> ReadItems:
-    """The items with the rows of their stored chunks, for those that are not of this very index.
+    """The items with the rows of their stored chunks, for items of another index.
 
     Raises CheckpointCorruptError for an item that the index does not have.
     """

@@ -123,7 +123,7 @@ class LocalDisk:
 
 @lru_cache(maxsize=64)
 def _warn_of_unsynced(device: int, folder: Path, code: int) -> None:
-    """Say once of each folder that its file system cannot do what is promised elsewhere."""
+    """Warn once per folder that its file system cannot keep a promise that others keep."""
     warnings.warn(
         f"{folder} is on a file system that cannot sync folders ({errno.errorcode[code]}, fsync): "
         "a save that has returned may be undone by a power cut, but not mixed with another. "
@@ -141,13 +141,13 @@ def _close(fd: int, path: Path) -> None:
 
 
 def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
-    """A descriptor of a file inside the folder; what no checkpoint would name is damage."""
+    """A descriptor of a file inside the folder; any other kind of entry is damage."""
     # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     path = os.path.join(folder, name)
     try:
         if os.sep not in name and name not in ("", ".", ".."):
-            # What is in the folder itself, and no link, cannot be elsewhere.
+            # An entry of the folder itself that is not a link cannot be elsewhere.
             try:
                 return os.open(path, flags | os.O_NOFOLLOW)
             except OSError as error:

@@ -169,7 +169,7 @@ class LocalIn:
         return again
 
     def close(self) -> None:
-        """Give back what was opened beside the file; the descriptor is its owner's."""
+        """Close everything opened beside the file; the owner closes the descriptor."""
         self._windows.close()
 
 

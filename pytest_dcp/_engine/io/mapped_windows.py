@@ -46,7 +46,7 @@ class Windows:
         self._pagemap = -1
 
     def close(self) -> None:
-        """Give back what was opened; windows that were given out stay."""
+        """Close the file; windows given to callers stay valid."""
         for fd in (self._sink, self._pagemap):
             if fd >= 0:
                 os.close(fd)
@@ -61,7 +61,7 @@ class Windows:
         low = offset - offset % HUGE_PAGE_BYTES
         first = offset - offset % mmap.PAGESIZE - low
         try:
-            # torch takes only what it could write to; private pages never reach the file.
+            # torch only accepts writable memory; private pages never reach the file.
             length = min(end + -end % HUGE_PAGE_BYTES, self.size) - low
             pages = mmap.mmap(self.fd, length, access=mmap.ACCESS_COPY, offset=low)
             if nbytes < TOUCHED_FROM_BYTES or not self._touch(pages, first, end - low):

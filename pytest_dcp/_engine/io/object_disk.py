@@ -1,8 +1,8 @@
 """Any file system of fsspec as the engine's `Disk`: object stores above all.
 
 Every operation is one or a few requests to a store that may be far away, so a file is read by
-ranges, small files are put in one piece, and what lies near together is fetched together. What a
-store lists may be old: nothing is decided by the absence of a name in a listing.
+ranges, small files are put in one piece, and what lies near together is fetched together. A store's
+listing may be old: nothing is decided by the absence of a name in a listing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ONE_PUT_BYTES = 16 << 20
 """Data files up to this size are put in one request. Longer ones are held in memory so far, and
 then sent as the file system sends streams."""
 GET_BYTES = 32 << 20
-"""What is asked for at a time: bounds the memory beside the target."""
+"""Bytes requested at a time: bounds the memory beside the target."""
 GAP_BYTES = 256 << 10
 """Unwanted bytes are fetched too where that saves a request: a round trip's worth."""
 
@@ -29,7 +29,7 @@ class ObjectDisk:
     """A file system of fsspec."""
 
     def __init__(self, fs: Any, path_of: Mapping[str, str]) -> None:
-        """path_of: what the file system itself calls a folder, where that is not its URL."""
+        """path_of: the file system's own path of a folder, if that is not its URL."""
         self.fs = fs
         self.path_of = path_of
         self.renames = renames(fs)
@@ -82,7 +82,7 @@ class ObjectDisk:
             self.fs.rm_file(self._path(folder, name))
 
     def sync_folder(self, folder: str) -> None:
-        """Nothing: what a store has taken is durable."""
+        """Does nothing: an object that a store has accepted is durable."""
 
     @contextlib.contextmanager
     def locked(self, folder: str) -> Iterator[None]:
@@ -139,7 +139,7 @@ class ObjectOut:
         """Nothing: a store has no call for it."""
 
     def end_at(self, nbytes: int) -> None:
-        """Nothing: what was written is what there is."""
+        """Does nothing: the size is that of the bytes written."""
 
     def sync(self) -> None:
         """Nothing: the file is durable once it is put."""
@@ -178,7 +178,7 @@ class ObjectIn:
         self._end = 0
         """Where the last small read ended."""
         self._ahead = (0, b"")
-        """What was fetched beyond one: its offset, its bytes."""
+        """The surplus of a fetch: its offset, its bytes."""
 
     def read_into(self, offset: int, view: memoryview) -> int:
         if len(view) <= GAP_BYTES:
@@ -193,7 +193,7 @@ class ObjectIn:
         return done
 
     def _read_small(self, offset: int, view: memoryview) -> int:
-        """As `read_into`; a second read near the last fetches what may be asked for next."""
+        """Like `read_into`; a second read near the last one also fetches the bytes after it."""
         with self._lock:
             near = 0 <= offset - self._end <= GAP_BYTES
             self._end = offset + len(view)

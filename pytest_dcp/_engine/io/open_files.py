@@ -2,8 +2,8 @@
 
 A file that a later save removes, or replaces under its name, is still there for a descriptor. So a
 load that has opened every file of its plan cannot be disturbed any more. Descriptors are few: a
-load takes at most half of those that the process may have, and opens the rest each time. Of those
-it remembers which file it was: another one under the same name is refused.
+load keeps at most half of the process's limit, and reopens the other files each time. Of those it
+remembers which file it was: another one under the same name is refused.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class OpenFiles(LocalDisk):
         self._most = most_files()
         self._files: dict[str, LocalIn] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
-        """Of files that are not kept: which one it was, to be told from a later one."""
+        """For files that are not kept open: their identity, to detect a replacement."""
         self._stack = contextlib.ExitStack()
 
     def keep(self, name: str) -> In | None:
         """Open the file and keep it; None where there are no descriptors left for it.
 
-        Raises what opening it raises.
+        Raises the error of opening it.
         """
         if name in self._files:
             return self._files[name]
@@ -93,7 +93,7 @@ class OpenFiles(LocalDisk):
             )
 
     def close(self) -> None:
-        """Close the files. What that says of files that were only read changes nothing."""
+        """Close the files. Errors from closing files that were only read change nothing."""
         self._files.clear()
         self._seen.clear()
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Who watches a save or load while its bytes move.
+"""Observers of a save or load while its bytes move.
 
 An `Observer` gets every piece; it may count, show progress, or raise to stop the work. It is
 handed to storages through `observe_with`, since their hooks have no argument for it.
@@ -38,11 +38,11 @@ class Observer:
         progress: Callable[[Progress], None] | None = None,
         every_s: float = 0.1,
     ) -> None:
-        """check: called now and then; what it raises ends the work (a peer has failed).
+        """check: called now and then; its exception ends the work (a peer has failed).
 
         progress: called with the state at most every `every_s` seconds, and at the end. One that is
-            a context manager too is open while the work is `observe_with`. Raises TypeError for
-            what cannot be called.
+        a context manager too is open while the work is `observe_with`. Raises TypeError if it is
+        not callable.
         """
         if progress is not None and not callable(progress):
             raise TypeError(f"progress takes a function of a Progress; got {progress!r:.200}")
@@ -57,7 +57,7 @@ class Observer:
         self._lock = threading.Lock()
 
     def shown_while_working(self) -> AbstractContextManager[object]:
-        """What is to be open while the work goes on."""
+        """A context manager to keep open during the work."""
         progress = self._progress
         return progress if isinstance(progress, AbstractContextManager) else nullcontext()
 
@@ -68,7 +68,7 @@ class Observer:
             self._tell()
 
     def advance(self, nbytes: int) -> None:
-        """Report `nbytes` more as done. Raises what stops the work."""
+        """Report `nbytes` more as done. Raises the exception that stops the work."""
         self._check()
         with self._lock:
             self.done_bytes += nbytes
@@ -97,5 +97,5 @@ def observe_with(observer: Observer) -> Iterator[None]:
 
 
 def observer(operation: Literal["save", "load"]) -> Observer:
-    """The observer of the work under way, or one that watches nothing."""
+    """The observer of the current work, or an observer that does nothing."""
     return _current.get() or Observer(operation)

@@ -1,10 +1,10 @@
 """Copies from files into tensors: several threads, each with its own part of a file.
 
-Every file's copies are sorted by their place. A flat box is read straight into the target's
-memory, small ones many at a time (see `small_reads`); a strided one by its runs where they are
-long, else out of slabs of the file that are mapped or read into a staging buffer, as are targets on
-another device or of another dtype. What is held besides the targets is `staging_bytes`, and mapped
-at most `window_bytes` and the rest of the huge pages at its ends, for each thread.
+Every file's copies are sorted by their place. A flat box is read straight into the target's memory,
+small ones many at a time (see `small_reads`); a strided one by its runs where they are long, else
+out of slabs of the file that are mapped or read into a staging buffer, as are targets on another
+device or of another dtype. Memory besides the targets is `staging_bytes`, and mapped at most
+`window_bytes` and the rest of the huge pages at its ends, for each thread.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def read_copies(
     settings: ReadSettings,
     observer: Observer,
 ) -> ByteCounts:
-    """Fill every copy's part of its target; what was read and checked.
+    """Fill every copy's part of its target. Returns the bytes read and checked.
 
     Raises CheckpointCorruptError naming file, entry and offset.
     """
@@ -275,7 +275,7 @@ def read_values(
     """The whole entries of byte values, by row of the catalog.
 
     Raises CheckpointCorruptError, too, where a sparse file has more of them than `settings.memory`
-    allows for what it occupies.
+    allows for its occupied space.
     """
     places = catalog.places
     found: dict[int, bytes | memoryview] = {}

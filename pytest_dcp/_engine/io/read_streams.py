@@ -1,7 +1,7 @@
 """A load plan carried out through the streams of a storage, one entry after the other.
 
-For a storage that has hooks of its own between a file and its entries, and for one that knows
-only where the entries are. Each entry is read whole; what a tensor is, its entry says.
+For storages with hooks of their own between a file and its entries, and for storages that know only
+the entries' places. Each entry is read whole; the entry itself describes the tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_streams(
 ) -> int:
     """Fill the planner's targets; the bytes read. A file is opened once.
 
-    memory: what an entry that was transformed may take.
+    memory: the limit for an entry that was transformed.
 
     Raises CheckpointCorruptError for an item that has no place, and for a damaged entry.
     """
@@ -106,7 +106,7 @@ def _deliver(item: ReadItem, entry: bytes, planner: LoadPlanner) -> None:
 
 
 def _part(item: ReadItem, stored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """What the item wants of a stored tensor, which the target has room for."""
+    """The part of a stored tensor that the item wants and the target has room for."""
     ends = [a + n for a, n in zip(item.storage_offsets, item.lengths, strict=True)]
     inside = [end <= side for end, side in zip(ends, stored.shape, strict=False)]
     fits = len(ends) == stored.dim() and all(inside) and min(item.storage_offsets, default=0) >= 0

@@ -31,9 +31,9 @@ def write_item(
 ) -> WriteResult:
     """Where the item's entry went: it is appended to the stream.
 
-    transforms: with `transform_save_stream`, as a storage's `transforms`. storage_key: what the
-    metadata calls the file. In the safetensors format tensors are not written here: the caller
-    writes them together.
+    transforms: with `transform_save_stream`, as a storage's `transforms`. storage_key: the file's
+    name in the metadata. In the safetensors format tensors are not written here: the caller writes
+    them together.
     """
     start = stream.tell()
     through, descriptors = transforms.transform_save_stream(write_item, stream)

@@ -93,7 +93,7 @@ def read_together(
         first_sum = places.first_sum[entry]
         sums = places.sums[first_sum].tolist() if kind is ReadKind.BLOCK else None
         total, span = sum(nbytes), max(map(add, place, nbytes)) - place[0]
-        # What has no sums may be no file of ours, and be cut short while it is mapped.
+        # A file without sums may not be ours, and may be truncated while it is mapped.
         ours = bool((places.first_sum[entry + 1] > first_sum).all())
         worth = len(batch) >= FEW and span <= window_bytes and total * SPARSE >= span
         window = reader.file.window(place[0], span) if ours and worth else None

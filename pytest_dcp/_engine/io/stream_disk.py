@@ -98,7 +98,7 @@ class StreamOut:
         """Nothing: a stream has no call for it."""
 
     def end_at(self, nbytes: int) -> None:
-        """Nothing: what was written is what there is."""
+        """Does nothing: the size is that of the bytes written."""
 
     def sync(self) -> None:
         try:

@@ -16,7 +16,7 @@ from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20
-"""What an entry may take beside a tensor's data."""
+"""Memory that an entry may take beside a tensor's data."""
 
 
 def plain_entry(
@@ -26,10 +26,9 @@ def plain_entry(
     registry: ExtensionRegistry,
     value_bytes: int,
 ) -> bytes | memoryview:
-    """The entry as it was before its transforms; as it is where it had none.
+    """The entry before its transforms; unchanged if it had none.
 
-    Raises CheckpointCorruptError where it grows past what its tensor can take, or a value past
-    `value_bytes`.
+    Raises CheckpointCorruptError if it exceeds its tensor's size, or a value exceeds `value_bytes`.
     """
     descriptors = catalog.places.transforms.get(row)
     if not descriptors:
@@ -50,7 +49,7 @@ def plain_entry(
                 stream = extension.transform_from(stream)
         entry = read_at_most(stream, limit + 1)
     except Exception as error:
-        # A codec may raise what it likes.
+        # A codec may raise any exception.
         raise CheckpointCorruptError(
             f"the entry cannot be decoded by {list(descriptors)}: {error}", entry=fqn
         ) from error
@@ -110,7 +109,7 @@ def _limit(catalog: Catalog, row: int, for_values: int) -> int:
 
 
 def read_at_most(stream: IO[bytes], limit: int) -> bytes:
-    """What the stream has, up to a number of bytes."""
+    """The stream's content, up to a number of bytes."""
     # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
     whole = io.BytesIO()
     while whole.tell() < limit:

@@ -16,14 +16,14 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
 
 class StorageWriterTransforms:
-    """What an entry passes through on its way to a file."""
+    """Streams that an entry passes through on its way to a file."""
 
     def __init__(self, extensions: Sequence[StreamTransformExtension] | None = None) -> None:
         """extensions: the first one is called first; None: none."""
         self.extensions: Sequence[StreamTransformExtension] = tuple(extensions or ())
 
     def descriptors(self) -> list[str]:
-        """What a reader must undo, in that order."""
+        """Transforms that a reader must undo, in that order."""
         return [extension.get_descriptor() for extension in reversed(self.extensions)]
 
     def transform_save_stream(
@@ -59,7 +59,7 @@ def has_own_way(transforms: Any) -> bool:
 
 
 def own_way_of(transforms: Any, items: Sequence[WriteItem]) -> Through | None:
-    """What asks a client's class for the stream of each item; None where there is none."""
+    """A function that asks a client's class for the stream of each item; None if there is none."""
     if not has_own_way(transforms):
         return None
 
@@ -71,7 +71,7 @@ def own_way_of(transforms: Any, items: Sequence[WriteItem]) -> Through | None:
 
 
 class StorageReaderTransforms:
-    """What an entry passes through on its way from a file."""
+    """Streams that an entry passes through on its way from a file."""
 
     def __init__(self, extension_registry: ExtensionRegistry | None = None) -> None:
         self.extension_registry = extension_registry or ExtensionRegistry()

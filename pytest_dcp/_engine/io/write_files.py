@@ -2,8 +2,8 @@
 
 Tensors go from their memory to the file without a copy but of their ends: writes end at multiples
 of a constant where the tensors are flat, so that the page cache can hold a large file in huge
-pages. Checksums are taken on the way, while the bytes are in the processor's cache. What is held
-besides the tensors is bounded by `Settings.copy_ahead_bytes` and a huge page for each thread.
+pages. Checksums are taken on the way, while the bytes are in the processor's cache. Memory besides
+the tensors is bounded by `Settings.copy_ahead_bytes` and a huge page for each thread.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ WRITE_BYTES = 1 << 20
 """Writes end at multiples of this."""
 HUGE_FROM_BYTES = 1 << 30
 """Files from this size on are written by whole huge pages: the cache then keeps them so, and a load
-maps each for next to nothing, in place of 90 us. A huge page is one of memory that was not in use
+maps each at almost no cost, instead of 90 us. A huge page is one of memory that was not in use
 lately, which a virtual machine may have to ask its host for: 2.5 ms, and small pages in use before
-are to be had for shorter files, not for long ones."""
+are to be had for shorter files, not for long ones.
+"""
 PIECE_BYTES = 1 << 20
-"""What is hashed and written at a time: fits the second-level cache."""
+"""Bytes hashed and written at a time: fits the second-level cache."""
 COPY_AHEAD_BYTES = 10_000_000
 """The least that a tensor elsewhere than in flat CPU memory is copied by, as torch's default."""
 
@@ -57,7 +58,7 @@ class Settings:
     """For a tensor that must be copied (strided, on a GPU): how much at a time."""
     transforms: Sequence[StreamTransformExtension] = ()
     through: Through | None = None
-    """In place of `transforms`, what gives the stream that an entry is written to."""
+    """Instead of `transforms`: a function that gives the stream for an entry."""
 
     @property
     def is_plain(self) -> bool:
@@ -73,12 +74,12 @@ class FileJob:
     rows: Sequence[int]
     """Of the plan, in the order of the file."""
     nbytes: int = 0
-    """What the file will have at least, as far as the plan tells."""
+    """A lower bound of the file's size, as far as the plan shows."""
 
 
 @dataclass(slots=True)
 class Rows:
-    """What is known of the rows written so far."""
+    """Facts about the rows written so far."""
 
     places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """The row, its entry's start and length, its data's start and bytes."""
@@ -103,7 +104,7 @@ def write_files(
 ) -> Written:
     """Where every row went. The files are whole, and on stable storage if `settings.sync`.
 
-    Raises what the disk, the source or the observer raises, from whichever thread.
+    Raises errors of the disk, the source or the observer, from any thread.
     """
 
     def job(number: int) -> Callable[[StopFlag], Rows]:
@@ -170,7 +171,7 @@ class File:
             self._write(self.position % self.step)
 
     def settle(self) -> None:
-        """Copy what is held of memory that is not ours, less than `step`.
+        """Copy pending pieces that are in others' memory, less than `step`.
 
         A planner may take the memory of one tensor for the next.
         """
@@ -180,7 +181,7 @@ class File:
             self._buffers[n] = bytes(self._buffers[n])
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the pending pieces."""
         if self._buffers:
             self._write(0)
 

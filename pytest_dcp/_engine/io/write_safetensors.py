@@ -1,7 +1,7 @@
 """Data files in the safetensors format: plain tensors behind one header, not torch's entries.
 
-`write_safetensors` does for these files what `io.write_files.write_files` does for torch's; the
-header itself is made by `format.safetensors_header`.
+`write_safetensors` corresponds to `io.write_files.write_files` for torch's files; the header itself
+is made by `format.safetensors_header`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def write_safetensors(
 ) -> Written:
     """Where every row went; as `write_files`, and the entries are the data alone.
 
-    items: what the rows are. A value's bytes are stored as a row of U8.
-    metadata: what each file says besides, under `__metadata__`.
+    items: the contents of the rows. A value's bytes are stored as a row of U8. metadata: each
+    file's `__metadata__`.
 
     Raises TypeError naming a tensor that the format cannot hold.
     """
@@ -63,7 +63,7 @@ def write_safetensors(
     def job(number: int) -> Callable[[StopFlag], Rows]:
         def run(stop: StopFlag) -> Rows:
             name, rows = jobs[number].name, jobs[number].rows
-            # The header comes first, so every row must be at hand; they are references.
+            # The header comes first, so every row must be available; they are references.
             data = {row: source(row) for row in rows}
             with disk.create(folder, name) as out:
                 file = File(out, observer, stop)

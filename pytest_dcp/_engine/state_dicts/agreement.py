@@ -1,8 +1,8 @@
 """Regions that all ranks run between two collectives, which none may leave alone.
 
 A rank that raises there goes on to the next collective all the same, and says there that it failed;
-then all ranks raise, it its own exception and the others one that names it. So no rank waits for
-one that has left. Collective over the default process group.
+then all ranks raise, it its own exception and the others one that names it. So no rank waits for a
+peer that has left. Collective over the default process group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Agreement:
         self.failure: Exception | None = None
 
     def run(self, work: Callable[[], T]) -> T | None:
-        """What the work gives; None where it, or work before it, failed."""
+        """The result of the work; None if it, or work before it, failed."""
         if self.failure is None:
             try:
                 return work()
@@ -37,7 +37,7 @@ class Agreement:
         return None
 
     def settle(self) -> None:
-        """Raise on every rank what failed on any. Collective."""
+        """Raise on every rank if any rank has failed. Collective."""
         said = None if self.failure is None else _text_of(self.failure)
         every: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(every, said)
@@ -50,7 +50,7 @@ class Agreement:
 
 @contextmanager
 def raise_on_all_ranks(doing: str) -> Iterator[None]:
-    """Raise on every rank what is raised inside on any. Collective at its end."""
+    """Raise on every rank if the block raises on any rank. Collective at its end."""
     agreement = Agreement(doing)
     try:
         yield

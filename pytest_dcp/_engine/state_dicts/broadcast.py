@@ -1,4 +1,4 @@
-"""What rank 0 has, sent to every rank, a bucket of tensors at a time.
+"""Broadcasts rank 0's state to every rank, a bucket of tensors at a time.
 
 First all ranks learn what will come (`broadcast_values`) and agree that it fits
 (`join_mismatches`); then the tensors come (`from_rank0`). Everything here is collective over the
@@ -30,7 +30,7 @@ def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
     """The values that `made` gives on rank 0, on every rank, with a Spec for each tensor.
 
     Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
-    what pickling its values raises.
+    and errors of pickling its values.
     """
     message: list[Any] = [None, None]
     with raise_on_all_ranks("rank 0's state cannot be announced"):
@@ -76,11 +76,10 @@ def from_rank0(
 ) -> None:
     """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
 
-    values: rank 0's; other ranks' are not looked at.
-    specs: what `broadcast_values` returned.
-    near: tensors that are to be filled; what is sent lies on their device where the group can.
+    values: rank 0's; other ranks' are not looked at. specs: the result of `broadcast_values`. near:
+    tensors that are to be filled; what is sent lies on their device where the group can.
 
-    What fails on one rank, in `take` too, is raised on all ranks once all tensors were sent.
+    A failure on one rank, in `take` too, is raised on all ranks once all tensors were sent.
     """
     tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
     sizes = [spec.packed_bytes for spec in tensors.values()]

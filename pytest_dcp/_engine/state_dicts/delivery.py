@@ -123,7 +123,7 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
     here = mesh.get_local_rank(dim)
     mine = torch.empty_like(memory[0])
     for view, part in zip(views(mine, specs[here]), parts, strict=True):
-        if view.numel():  # What holds nothing may have any shape.
+        if view.numel():  # An empty part may have any shape.
             view.copy_(local_tensor(part))
     dist.all_gather(list(memory), mine, group=group)
     full = [torch.empty(part.size(), dtype=part.dtype, device=device) for part in parts]
@@ -134,7 +134,7 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _box_at(part: DTensor, dim: int, at: int) -> LocalBox:
-    """What a rank holds of a tensor, by its place along the mesh's dimension."""
+    """A rank's part of a tensor, by its place along the mesh's dimension."""
     mesh = part.device_mesh
     coordinate = list(mesh.get_coordinate() or ())
     coordinate[dim] = at

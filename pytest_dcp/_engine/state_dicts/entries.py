@@ -29,7 +29,7 @@ ANEW = (
 
 @dataclass(frozen=True, slots=True)
 class Lack:
-    """What a state dict does not have of one state."""
+    """The parts of one state that a state dict lacks."""
 
     entries: tuple[str, ...]
     """The entries that are missing."""
@@ -69,7 +69,7 @@ def check_entries(
 ) -> EntryCheck:
     """Compare what a state dict has of each parameter in these groups with what it must have.
 
-    partners: for each group of the optimizer, the group of the state dict that belongs to it.
+    partners: for each group of the optimizer, its group in the state dict.
     states: the state of each parameter, {} where it has none, and what is kept for all.
     grouped: the parameters that are in a group of the state dict; others are not looked at.
     raw: whether it is the optimizer's own state dict, which says nothing of a parameter that was
@@ -88,7 +88,7 @@ def check_entries(
         for name, spec in specs.items():
             given, made = states[name], known.get(spec)
             if made is not None and given.keys() == made.keys():
-                continue  # What nearly every state is, without the questions below.
+                continue  # the common case, without the checks below
             current = target.current(name)
             if made is None and not spec.shape.numel():
                 continue
@@ -110,7 +110,7 @@ def _is_trained(target: Target, at: int, name: str) -> bool:
     parameter = target.scope.parameters.get(name)
     if parameter is not None:
         return parameter.requires_grad and name not in target.scope.frozen
-    # FSDP1 shows flat parameters in place of the model's own.
+    # FSDP1 shows flat parameters instead of the model's own.
     return all(flat.requires_grad for flat in target.optimizer.param_groups[at]["params"])
 
 

@@ -16,7 +16,7 @@ from pytest_dcp._engine.state_dicts.groups import PARAMS
 STATE = "state"
 GROUPS = "param_groups"
 SCALARS = frozenset({bool, int, float, str, type(None)})
-"""What nearly every setting is, and is compared without the questions that tensors need."""
+"""Types of ordinary settings, compared without the checks that tensors need."""
 
 
 def flatten_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def nest_optimizer_state(
 ) -> dict[str, Any]:
     """The nested form, with the parameters grouped as in `groups` where their settings are equal.
 
-    names: every parameter of the model. A key belongs to the longest of them that it begins with;
-    what belongs to none is a parameter of that name, without its last part.
+    names: every parameter of the model. A key is assigned to the longest name that it begins with;
+    a key without one belongs to a parameter named like the key without its last part.
     """
     known = frozenset(names)
     states: dict[str, dict[str, Any]] = {}

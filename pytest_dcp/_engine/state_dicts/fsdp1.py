@@ -61,7 +61,7 @@ def name_own_state(
 
 
 def pack_own_state(model: nn.Module, optimizer: Optimizer, named: dict[str, Any]) -> dict[str, Any]:
-    """What `name_own_state` is made from: what the optimizer itself loads."""
+    """The input of `name_own_state`: the state that the optimizer itself loads."""
     return FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, named)
 
 

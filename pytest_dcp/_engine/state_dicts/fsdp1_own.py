@@ -26,7 +26,7 @@ from pytest_dcp.errors import CheckpointMismatchError
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What one rank has of a parameter that it has elements of."""
+    """One rank's part of a parameter of which it has elements."""
 
     given: frozenset[str]
     """The entries of the state that is given."""
@@ -84,7 +84,7 @@ def _kept_states(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[i
 
 
 def _keys(target: Target) -> list[str]:
-    """What the state of each parameter is called: by its number where it is a flat one."""
+    """The name of each parameter's state: its number if it is a flat parameter."""
     names = [name for group in target.groups for name in group]
     count = sum(len(group[PARAMS]) for group in target.optimizer.param_groups)
     return [f"{STATE}.{names[at] if count == len(names) else at}" for at in range(count)]

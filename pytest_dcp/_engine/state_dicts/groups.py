@@ -21,7 +21,7 @@ Group = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What was found for the groups of all optimizers."""
+    """The groups found for all optimizers."""
 
     partners: tuple[Group | None, ...]
     """For each own group, the one of the state dict; None: it keeps its own settings."""

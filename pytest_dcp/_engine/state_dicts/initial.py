@@ -117,11 +117,7 @@ allow only the plain way."""
 def initial_entries(
     optimizer: Optimizer, group: dict[str, Any], specs: Sequence[Spec]
 ) -> dict[Spec, dict[str, Any]]:
-    """The entries that the optimizer makes in its first step for parameters of these sizes.
-
-    group: the settings to step with. {} where the optimizer keeps no state for a parameter. Values
-    have no meaning, except that None stays None. What the optimizer does not tell is left out.
-    """
+    """Entries that the optimizer does not reveal are left out."""
     plain = {**group, **{key: value for key, value in PLAIN_STEP.items() if key in group}}
     # On meta tensors first; some optimizers read values as they step, which those do not have.
     try:
@@ -145,7 +141,7 @@ def _entries_on(
 
 
 class _FirstValues(dict[str, Any]):
-    """A state that remembers what each entry was first set to."""
+    """A state that remembers the first value of each entry."""
 
     def __init__(self) -> None:
         super().__init__()

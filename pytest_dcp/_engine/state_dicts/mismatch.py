@@ -1,4 +1,6 @@
-"""What of a state dict does not fit a model or its optimizers, said at once. Pure (no I/O)."""
+"""Mismatches between a state dict and a model or its optimizers, reported together. Pure
+(no I/O).
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ class Mismatch:
     """Everything that does not fit, in one call."""
 
     missing: tuple[str, ...] = ()
-    """What the model has and the state dict lacks."""
+    """Names that the model has and the state dict lacks."""
     unexpected: tuple[str, ...] = ()
-    """What the state dict has and the model lacks."""
+    """Names that the state dict has and the model lacks."""
     misfits: Mapping[str, str] = field(default_factory=dict)
-    """What both have, and why it does not fit."""
+    """Names that both have but that do not fit, and why."""
     groups: tuple[str, ...] = ()
     """Groups of parameters that have no counterpart, and why."""
     advice: tuple[str, ...] = ()
-    """What to do about what is missing, beside what is said always."""
+    """Advice about missing names, beside the usual advice."""
 
     def merge(self, others: Iterable[Mismatch]) -> Mismatch:
         """All that is in this one or in the others."""
@@ -41,7 +43,7 @@ class Mismatch:
         )
 
     def require_none(self, what: str, *, strict: bool) -> None:
-        """Raise CheckpointMismatchError for what is wrong: if not strict, only for misfits.
+        """Raise CheckpointMismatchError for all mismatches; if not strict, only for misfits.
 
         what: the class of the model or of the optimizers, for the message.
         """
@@ -84,7 +86,7 @@ def _names(kind: str, names: Sequence[str]) -> list[str]:
 
 
 def _nearest(names: Sequence[str], pool: Sequence[str]) -> list[str]:
-    """For missing names that were perhaps only misspelt, what is there in their place."""
+    """Suggestions for missing names that may be misspelt: existing similar names."""
     found = []
     for name in names[:SHOWN]:
         if nearest := difflib.get_close_matches(name, pool[:SUGGESTED_FROM], n=1):

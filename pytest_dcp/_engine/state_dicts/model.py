@@ -86,14 +86,16 @@ class _Target:
         return type(self.scope.model).__name__
 
     def key_of(self, name: str) -> str:
-        """The model's key for a canonical name: also for one that only the model's hooks know."""
+        """The model's key for a canonical name, also for keys that only the model's hooks
+        produce.
+        """
         if name in self.keys:
             return self.keys[name]
         same = (k.removesuffix(n) for n, k in self.keys.items() if k.endswith(n))
         return next(same, "") + name
 
     def mismatch_of(self, result: Any) -> Mismatch:
-        """What the model's own `load_state_dict` says that it missed or did not know."""
+        """Missing and unexpected keys reported by the model's own `load_state_dict`."""
         canonical = self.scope.names.canonical
         missing = map(canonical, result.missing_keys)
         return Mismatch(
@@ -102,7 +104,7 @@ class _Target:
         )
 
     def compare(self, given: Mapping[str, Any]) -> Mismatch:
-        """What of a state dict, or of the specs of one, does not fit."""
+        """The mismatches of a state dict, or of the specs of one."""
         misfits = {}
         for name, value in given.items():
             if name in self.own and (why := misfit(name, self.own[name], value)):
@@ -119,12 +121,11 @@ class _Target:
 def load_model(
     scope: Scope, given: Mapping[str, Any], *, optional: bool = False
 ) -> _IncompatibleKeys:
-    """Load a state dict under canonical names; returns what was missing and unexpected.
+    """Load a state dict under canonical names; returns the missing and unexpected keys.
 
-    optional: an empty state dict leaves the model alone; see also `Scope.takes_nothing`.
-    Tensors may be whole or sharded in any way. Collective with FSDP1, with `broadcast_from_rank0`
-    and where tensors change their layout. Raises CheckpointMismatchError, naming everything at
-    once, for what does not fit.
+    optional: an empty state dict leaves the model alone; see also `Scope.takes_nothing`. Tensors
+    may be whole or sharded in any way. Collective with FSDP1, with `broadcast_from_rank0` and where
+    tensors change their layout. Raises CheckpointMismatchError naming every mismatch.
     """
     optional = optional or scope.takes_nothing()
     if not given and optional and not scope.options.broadcast_from_rank0:

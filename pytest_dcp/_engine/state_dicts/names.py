@@ -1,4 +1,4 @@
-"""Canonical names: what a part of a model would be called if nothing wrapped the model.
+"""Canonical names: the name that a part of a model would have if nothing wrapped the model.
 
 Enters: a model and names as its `named_parameters()`, `named_modules()` or `state_dict()` give
 them. Leaves: those names without the steps into a wrapper. A step counts as one where the module at
@@ -48,7 +48,7 @@ class Names:
             yield self.canonical(name), parameter
 
     def prefixes(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
-        """What the names below these modules begin with, in the order of the model.
+        """Prefixes of the names below these modules, in the order of the model.
 
         Raises ValueError for modules that are not the model's.
         """

@@ -41,11 +41,11 @@ class OptimizerLoad:
     state: Mapping[str, Any]
     """Nested, each parameter under the name that its optimizer uses. With `specs`: rank 0's."""
     specs: Mapping[Any, Any] | None
-    """With `broadcast_from_rank0`: what rank 0 will send, by parameter and entry."""
+    """With `broadcast_from_rank0`: tensors that rank 0 will send, by parameter and entry."""
     partners: Sequence[Group | None]
     """For each group of each optimizer in turn, the group of the state dict."""
     lacks: Mapping[Any, Lack]
-    """What stays as it is, because the state dict does not have it."""
+    """States that remain unchanged, because the state dict lacks them."""
 
     @torch.no_grad()
     def run(self) -> None:
@@ -89,7 +89,7 @@ class OptimizerLoad:
 def check_optimizers(
     scope: Scope, optimizers: Sequence[Optimizer], given: Mapping[str, Any]
 ) -> OptimizerLoad | None:
-    """What loads a state dict into optimizers that together have its parameters; changes nothing.
+    """Loads a state dict into optimizers that together have its parameters; changes nothing.
 
     None where there is nothing to load: an empty state dict, where it is allowed, leaves the
     optimizers alone. The state dict is nested or flat, or one optimizer's own. Tensors may be whole
@@ -121,7 +121,7 @@ def check_optimizers(
 def _check_from_rank0(
     scope: Scope, optimizers: Sequence[Optimizer], targets: Sequence[Target], state: Any, raw: bool
 ) -> OptimizerLoad | None:
-    """The same for what rank 0 has; the others learn of its keys and sizes."""
+    """The same for rank 0's state; the others learn its keys and sizes."""
 
     def made() -> dict[Any, Any]:
         empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
@@ -159,7 +159,7 @@ def _is_state(of: Any) -> bool:
 
 
 def _by_parameter(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The states that have no entry, and those that the entries make."""
+    """The states without an entry, and the states that the entries make."""
     found: dict[Any, Any] = {name: {} for name in states}
     for (name, entry), value in entries.items():
         if entry == ALL:
@@ -211,7 +211,8 @@ def _copy_if_shared(value: Any, seen: set[int]) -> Any:
 def _compare(
     scope: Scope, targets: Sequence[Target], state: Mapping[str, Any], raw: bool
 ) -> tuple[Mismatch, Sequence[Group | None], dict[Any, Lack]]:
-    """What of a state dict, or of the specs of one, does not fit; the groups that do; what lacks.
+    """The mismatches of a state dict, or of the specs of one; the groups that fit; the missing
+    states.
 
     raw: see `check_entries`.
     """

@@ -1,8 +1,8 @@
 """Optimizers -> their state dict under the names of the model's parameters.
 
 {"state": {parameter: {name: value}}, "param_groups": [{..., "params": [parameter, ...]}]}, of all
-optimizers together. Every parameter that can be trained has its states: those that it would begin
-with, where it was never stepped. So the keys do not depend on how long was trained.
+optimizers together. Every parameter that can be trained has its states: its initial states if it
+was never stepped. So the keys do not depend on how long was trained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
 @torch.no_grad()
 def read_optimizers(scope: Scope, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """The optimizers' state dict, as the options want it. The optimizers are left as they are.
+    """The optimizers' state dict, as the options want it. The optimizers stay unchanged.
 
     Collective if the options ask for whole tensors, and with FSDP1. Raises CheckpointMismatchError
     for parameters that are not the model's, CheckpointError for an optimizer that must be stepped

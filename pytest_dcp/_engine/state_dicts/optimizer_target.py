@@ -1,4 +1,4 @@
-"""One optimizer that is loaded to: what its parameters are called, and how its states lie."""
+"""One optimizer to load into: the names of its parameters, and the layout of its states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
 States = Mapping[str, Any]
-"""Of each parameter a dict of its states; under other keys, what the optimizer keeps for all."""
+"""For each parameter a dict of its states; under other keys, the optimizer's global state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Target:
     layouts: Mapping[str, torch.Tensor]
     """Of each parameter a tensor that has its size and lies as it does."""
     parameters: dict[str, torch.Tensor]
-    """What the optimizer has for each name; {} under FSDP1, where it has something else."""
+    """The optimizer's states of each name; {} under FSDP1, which has other names."""
     fsdp_names: dict[str, str]
     """FSDP1's own names of the parameters; {} without FSDP1."""
     _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -89,7 +89,9 @@ class Target:
         return f"state {entry!r} of {name!r}: expected size {tuple(here)}, got {tuple(size)}"
 
     def laid_out(self, name: str, entry: str, value: Any) -> Any:
-        """A state in the layout that the optimizer keeps it in; what is no tensor stays so."""
+        """A state in the layout in which the optimizer keeps it; values other than tensors are
+        unchanged.
+        """
         if not isinstance(value, torch.Tensor):
             return value
         like = self._layout(name, entry, size_of(value))
@@ -126,7 +128,8 @@ class Target:
             )
         ]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
-            # Torch's own labels of the parameters: they are this optimizer's, whatever was saved.
+            # Torch's own labels of the parameters: they are this optimizer's, not those of the
+            # save.
             group.update({k: v for k, v in own.items() if k == "param_names"})
         mine = self.names()
         kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
@@ -174,7 +177,7 @@ class Target:
         )
 
     def current(self, name: str) -> Mapping[str, Any]:
-        """What the optimizer has of a parameter; {} under FSDP1, where it has something else."""
+        """The optimizer's states of a parameter; {} under FSDP1, which has other parameters."""
         parameter = self.parameters.get(name)
         return {} if parameter is None else self.optimizer.state.get(parameter, {})
 
@@ -189,7 +192,7 @@ class Target:
         return name in self._held[0]
 
     def _named_by_fsdp1(self) -> dict[str, Any]:
-        """What the optimizer has of each parameter, by FSDP1's names. Collective."""
+        """The optimizer's states of each parameter, by FSDP1's names. Collective."""
         own = own_method(self.optimizer, "state_dict")()
         states: dict[str, Any] = fsdp1.name_own_state(self.scope.model, self.optimizer, own)[STATE]
         return states
@@ -224,5 +227,5 @@ def _size(value: Any) -> torch.Size | None:
 
 
 def settings_of(group: Group) -> dict[str, Any]:
-    """What a group says beside its parameters."""
+    """A group's settings, without its parameters."""
     return {key: value for key, value in group.items() if key != PARAMS}

@@ -24,7 +24,7 @@ class Spec:
 
     @property
     def packed_bytes(self) -> int:
-        """What it takes in the memory, with the padding behind it."""
+        """Its size in the memory, including padding."""
         return -(-self._nbytes // ALIGNMENT) * ALIGNMENT
 
     @property

@@ -69,7 +69,7 @@ def size_of(tensor: torch.Tensor) -> torch.Size:
 
 
 def fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy the value, of the same size, into what this rank holds of the target.
+    """Copy the value, of the same size, into this rank's part of the target.
 
     Collective only where the value is sharded otherwise than the target.
     """
@@ -158,7 +158,7 @@ def cut(full: torch.Tensor, box: LocalBox) -> torch.Tensor:
 
 
 def _local_parts(tensor: torch.Tensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:
-    """What this rank holds of the tensor, and the memory that it is in."""
+    """This rank's part of the tensor, and the memory that holds it."""
     if isinstance(tensor, ShardedTensor):
         yield from local_shards(tensor)
         return

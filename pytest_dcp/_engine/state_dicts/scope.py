@@ -1,4 +1,4 @@
-"""What one call is about: a model, the names in it, the options, and which names are asked for."""
+"""The scope of one call: a model, the names in it, the options, and the requested names."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
 def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]:
     """The settings of an optimizer's group that the given one lacks and that every step needs.
 
-    None of those that something else has added to the group, such as a scheduler's `initial_lr`.
+    Without settings added by other code, such as a scheduler's `initial_lr`.
     """
     defaults = getattr(optimizer, "defaults", {})
     lacking = [name for name in own if name in defaults and name not in given and name != PARAMS]
@@ -29,7 +29,9 @@ def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]
 
 
 def _filled_in(optimizer: Optimizer, given: Group) -> dict[str, Any]:
-    """The given settings and those that the optimizer fills in; all of its own if it cannot."""
+    """The given settings plus the defaults that the optimizer fills in; all of its own if it
+    cannot.
+    """
     group = {**given, PARAMS: []}
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__, defaults=dict(optimizer.defaults))

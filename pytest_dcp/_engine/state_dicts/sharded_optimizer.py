@@ -184,7 +184,7 @@ class _Placement:
 
 
 def _device_type(group: dist.ProcessGroup) -> str:
-    """What torch takes for the group's device: the CPU where the group serves it."""
+    """Torch's device of the group: the CPU if the group supports it."""
     kinds = {device.type for device in group._device_types}
     return "cpu" if "cpu" in kinds or not kinds else min(kinds)
 
@@ -249,7 +249,7 @@ class _PartPlanner(DefaultLoadPlanner):
         self.offsets = offsets
 
     def create_local_plan(self) -> LoadPlan:
-        """What this rank reads."""
+        """This rank's read items."""
         if self.metadata is None:
             raise ValueError("the planner was set up without metadata: it has nothing to load from")
         index = index_of(self.metadata)

@@ -46,7 +46,7 @@ from pytest_dcp.errors import (
 
 
 class FileSystemReader(MetadataPlace, StorageReader):
-    """Reads checkpoints from folders: ours, and those that torch 2.0 to 2.13 wrote."""
+    """Reads checkpoints from folders, by this engine or by torch 2.0 to 2.13."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self._metadata: Metadata | None = None
         self._open_files: OpenFiles | None = None
         self._prepared: tuple[LoadPlan, Work] | None = None
-        """What `prepare_data` has prepared, for the plan that it was given."""
+        """The result of `prepare_data`, for the plan passed to it."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same."""
@@ -174,7 +174,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return kept.complete
 
     def close_files(self) -> None:
-        """Close what was kept open."""
+        """Close files kept open."""
         if self._open_files is not None:
             self._open_files.close()
             self._open_files = None
@@ -202,7 +202,8 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return not is_overridden(self, FileSystemReader, "read_data")
 
     def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        """Read and judge what may not fit its target, and change nothing; `read_data` goes on.
+        """Read and check values that may not fit their target, and change nothing; `read_data`
+        continues.
 
         Raises CheckpointMismatchError, naming every key, for values that do not fit.
         """
@@ -300,7 +301,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
 
 def checked_verify(verify: str) -> Verify:
-    """The setting; raises ValueError for what is none."""
+    """The setting; raises ValueError if it is invalid."""
     if verify not in ("auto", "full", "off"):
         raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
     return cast(Verify, verify)

@@ -64,7 +64,7 @@ from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 CURRENT_DCP_VERSION = "1.0.0"
-"""What torch 2.13 writes into metadata."""
+"""torch 2.13's entry in the metadata."""
 
 
 class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
@@ -111,7 +111,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         self.save_id = new_id()
         self._used = False
         self._made: Made = {}
-        """What this rank has made on the disk for this save."""
+        """Files that this rank has created on the disk for this save."""
         self._cleaned_for: str | None = None
         """The save that leftovers of dead ones have been removed for."""
         self._parent_dirs_to_sync: Sequence[Any] = ()
@@ -162,7 +162,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         ]
 
     def remove_leftovers(self) -> None:
-        """Remove what dead saves have left, so that a full disk has room for this one.
+        """Remove leftovers of dead saves, so that a full disk has room for this one.
 
         The engine calls it before anything is written, whatever steps a subclass replaces.
         """
@@ -291,7 +291,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             self._clean(partial(sweep, rank=alone))
 
     def _clean(self, remove: Callable[..., object]) -> None:
-        """Remove files of earlier saves; a save goes on, or stands, whatever becomes of this."""
+        """Remove files of earlier saves; an error here does not fail the save."""
         if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
             # Which files other checkpoints of the folder name cannot be known.
             return
@@ -314,7 +314,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def _committed_files(self, disk: Disk, folder: Any) -> set[str]:
         """The files of the folder that a checkpoint consists of.
 
-        Raises CheckpointCorruptError where that cannot be told.
+        Raises CheckpointCorruptError if that cannot be determined.
         """
         kept: set[str] = set()
         for place, name in dict.fromkeys(map(self._metadata_place, (None, self.rank))):
@@ -398,7 +398,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
 
 def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
-    """What gives the data of an item: the planner's own short way, or its hook."""
+    """A function that gives the data of an item: the planner's own short way, or its hook."""
     if hasattr(planner, "source"):
         source: Source = planner.source(items)
         return source

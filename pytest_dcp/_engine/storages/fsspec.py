@@ -35,7 +35,7 @@ class FileSystem(FileSystemBase):
         self.fs: Any = None
         self.options: dict[str, Any] = {}
         self.path_of: dict[str, str] = {}
-        """What the file system itself calls a path: without protocols."""
+        """The file system's own name of a path: without protocols."""
 
     @property
     def disk(self) -> ObjectDisk:

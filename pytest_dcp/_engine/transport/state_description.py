@@ -1,9 +1,9 @@
-"""A state dict without its tensors' elements: what a receiver needs to make room for them.
+"""A state dict without its tensors' elements: the data that a receiver needs to allocate them.
 
-A description is plain data: the containers and values of the state, and in the place of each tensor
-a note of its dtype, shape and layout. `describe` also lists the tensors whose elements travel, and
-`rebuild` puts such tensors in again, in the same order: each rank's own part of a DTensor, each
-shard of a ShardedTensor.
+A description is plain data: the containers and values of the state, and instead of each tensor its
+dtype, shape and layout. `describe` also lists the tensors whose elements travel, and `rebuild` puts
+such tensors in again, in the same order: each rank's own part of a DTensor, each shard of a
+ShardedTensor.
 
 Pure (no I/O).
 """

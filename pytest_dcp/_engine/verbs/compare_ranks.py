@@ -17,7 +17,7 @@ Found = tuple[str | None, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a rank tells the coordinator of its plan."""
+    """A rank's message to the coordinator about its plan."""
 
     plan: LoadPlan | None
     """None where no hook wants to see it."""
@@ -32,7 +32,9 @@ record(Planned)
 
 
 def check_together(said: Sequence[Planned]) -> bool:
-    """Raise what only all ranks together show to be wrong; whether any rank may meet a misfit."""
+    """Raise errors that only all ranks together show. Returns whether any rank may meet a
+    misfit.
+    """
     check_one_save([one.found for one in said])
     idle = [one.idle_renames for one in said]
     useless = set(idle[0]).intersection(*idle[1:])

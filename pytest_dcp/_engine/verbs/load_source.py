@@ -109,7 +109,7 @@ class LoadSource:
         return plan, self._own is not None and self._own.open_files(plan)
 
     def found_in(self, save_id: str | None) -> Found:
-        """What this rank has found, to be compared with the others."""
+        """This rank's results, to be compared with the others'."""
         where = getattr(self.reader, "checkpoint_id", None)
         return save_id, None if where is None else os.fspath(where)
 

@@ -85,7 +85,7 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class _RankPlan:
-    """What this rank reads, once it has planned."""
+    """This rank's plan, once it has planned."""
 
     plan: LoadPlan
     may_misfit: bool
@@ -106,14 +106,14 @@ class Load:
         self.all_open = False
         """Whether every file that this rank needs is open."""
         self.found: list[Found] | None = None
-        """On the coordinator: what the ranks of this try have found; None where one failed."""
+        """On the coordinator: the ranks' results of this try; None if a rank failed."""
         self.found_before: list[Found] | None = None
         self.first_conflict_s: float | None = None
         self.final: LoadPlan | None = None
         """The plan to carry out, once the planner has finished it."""
 
     def run(self) -> LoadReport:
-        """Load; what `load` returns and raises."""
+        """Load, with the result and errors of `load`."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.request.progress)
             with observe_with(watcher), ranks_known(team.rank, team.size):
@@ -202,7 +202,7 @@ class Load:
         return check_together(told)
 
     def _make_global_plan(self, told: list[Planned]) -> list[tuple[LoadPlan, bool]]:
-        """On the coordinator: what each rank reads, by the hooks that see the plans of all."""
+        """On the coordinator: each rank's plan, by the hooks that see the plans of all."""
         may_misfit = self._compare(told)
         plans = [one.plan for one in told if one.plan is not None]
         made = self.planner.create_global_plan(plans)

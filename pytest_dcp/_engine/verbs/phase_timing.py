@@ -31,7 +31,7 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def log(self, done: str, where: object, nbytes: int, rank: int, more: str = "") -> None:
-        """Say at INFO what was done, and what each phase took."""
+        """Log at INFO the operation and the time of each phase."""
         if not logger.isEnabledFor(logging.INFO):
             return
         total = time.perf_counter() - self._start

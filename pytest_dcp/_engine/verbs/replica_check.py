@@ -45,7 +45,7 @@ Lookup = Callable[[int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Dispute:
-    """What the coordinator found to differ; it reaches every rank in place of the metadata."""
+    """Differences that the coordinator found; sent to every rank instead of the metadata."""
 
     shown: list[Differing]
     others: list[str]
@@ -80,7 +80,8 @@ class Comparison:
         self._checks: list[Checks] | None = None
 
     def choose_rows(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
-        """On the coordinator, once these local plans are joined: what each rank is to sum.
+        """On the coordinator, once these local plans are joined: the pieces that each rank is to
+        sum.
 
         Nothing where a subclass has joined other plans than the ranks': their rows are not known.
         """
@@ -113,7 +114,7 @@ class Comparison:
         return sums
 
     def dispute(self, sums: Sequence[Sums | None]) -> Dispute | None:
-        """On the coordinator: what differs; None where nothing does."""
+        """On the coordinator: the differences; None if there are none."""
         if self._planner is None or self._planner.replicas is None or self._checks is None:
             return None
         differing = self._planner.replicas.find_differing(self._checks, sums)

@@ -201,7 +201,7 @@ class Save:
         self.metadata: Metadata | None = None
 
     def run(self) -> Metadata:
-        """Save; what `save` returns and raises."""
+        """Save, with the result and errors of `save`."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.request.progress)
             with observe_with(watcher), ranks_known(team.rank, team.size):
@@ -303,7 +303,7 @@ class Save:
             reset()
 
     def _make_global_plan(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
-        """On the coordinator: what each rank is to write, and to compare."""
+        """On the coordinator: the items that each rank is to write, and to compare."""
         joined, self.metadata = self.planner.create_global_plan(plans)
         if isinstance(self.writer, FileSystemWriter):
             self.writer.remove_leftovers()
@@ -324,7 +324,7 @@ class Save:
         self.writer.finish(metadata=self._whole(), results=results)
 
     def _discard(self) -> None:
-        """Remove what this rank has written of a save that failed; its failure comes first."""
+        """Remove this rank's files of a failed save; the save's own error takes precedence."""
         if isinstance(self.writer, FileSystemWriter):
             try:
                 self.writer.discard()

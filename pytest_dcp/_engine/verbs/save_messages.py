@@ -1,4 +1,4 @@
-"""What ranks send each other in a save, made small: row numbers in place of what both sides have.
+"""Messages between ranks in a save, compressed: row numbers instead of rows that both sides have.
 
 A rank sends its local plan in full. Of the global plan it gets back the numbers of its own rows
 and their hints. Of what it wrote it sends the places; the coordinator knows the items.
@@ -27,7 +27,7 @@ class Homeward:
     """A global plan for the rank whose local plan it was made from."""
 
     plan: SavePlan
-    """Without items and without what the local plan has already."""
+    """Without items and data that the local plan already contains."""
     rows: Ints
     hint: Ints
     same_data: bool
@@ -59,7 +59,7 @@ def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
 def compress_results(
     results: Sequence[WriteResult], told: SavePlan
 ) -> Written | Sequence[WriteResult]:
-    """What a rank says that it wrote: only the places, where the items are those of its plan."""
+    """A rank's write results: only the places, if the items are those of its plan."""
     whole = isinstance(results, WriteResults) and results.is_untouched()
     if isinstance(results, WriteResults) and whole and results.items is told.items:
         return results.written
@@ -69,7 +69,7 @@ def compress_results(
 def expand_results(
     said: Written | Sequence[WriteResult], told: SavePlan | None
 ) -> Sequence[WriteResult]:
-    """What a rank wrote, in full again."""
+    """A rank's write results, expanded again."""
     if not isinstance(said, Written):
         return said
     if told is None:
@@ -82,7 +82,7 @@ class PackedMetadata:
     """Metadata as columns."""
 
     manifest: bytes
-    """Of a catalog without what planner and storage said."""
+    """A catalog's bytes, without the data of planner and storage."""
     said: tuple[Any, Any, Any, Mapping[str, Any]]
     """planner_data, storage_meta, version, further attributes."""
 

@@ -40,7 +40,7 @@ def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWrite
 
 
 def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], None] | None:
-    """What sets a storage that was given to the id, if there is anything to set."""
+    """A function that sets a given storage to the id, if there is anything to set."""
     if storage is None or checkpoint_id is None:
         return None
     return partial(storage.reset, checkpoint_id)
@@ -116,7 +116,7 @@ def is_stateful(value: Any) -> bool:
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raise TypeError for what is no mapping and has no `items` either, as a ModuleDict does."""
+    """Raise TypeError unless it is a mapping or has `items`, as a ModuleDict does."""
     if not isinstance(state_dict, Mapping) and not hasattr(state_dict, "items"):
         kind = type(state_dict).__name__
         raise TypeError(f"state_dict must be a mapping of names to values, got {kind}")

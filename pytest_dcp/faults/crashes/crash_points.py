@@ -67,7 +67,7 @@ def moments(trace: Trace) -> Iterator[CrashPoint]:
         at = operations[now].started_ns
         while len(ended) < len(operations) and operations[len(ended)].ended_ns <= at:
             ended.append(len(ended))
-        # `order` numbers operations by their ends, so those that have ended are a prefix.
+        # `order` numbers operations by their ends, so the ended ones are a prefix.
         flying = [n for n in range(len(ended), len(operations)) if operations[n].started_ns <= at]
         returned = frozenset(rank for rank, end in trace.returned_ns.items() if end <= at)
         for some in _orders(_subsets(flying)):

@@ -71,7 +71,7 @@ class LostSet:
     """Whether the sizes of the lost bytes have arrived."""
 
     def tree_after(self, machine: DiskModel) -> Tree:
-        """What is on the disk."""
+        """The tree on the disk after the loss."""
         # A lost byte change with its size arrived stays in the list, as one that only grows the
         # file.
         names = [c for n, c in enumerate(machine.name_changes) if n not in self.names]

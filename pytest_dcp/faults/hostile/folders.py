@@ -60,7 +60,8 @@ class Hostile:
 def hostile_folders(folder: str | os.PathLike[str]) -> Iterator[Hostile]:
     """Hostile checkpoints without any code in them, of every kind.
 
-    The good checkpoint must have a tensor of some elements, and a value for what is done to values.
+    The good checkpoint must have a tensor of some elements, and a value, so that values can be
+    attacked too.
     """
     source = Path(folder).absolute()
     good = Good.of(source)

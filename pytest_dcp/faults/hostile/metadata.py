@@ -81,7 +81,7 @@ class Good:
         )
 
     def has(self, needs: Needs) -> bool:
-        """Whether the checkpoint has a key of this kind."""
+        """Whether the checkpoint has such a key."""
         return bool(getattr(self, needs))
 
     def copy(self) -> Metadata:

@@ -21,7 +21,7 @@ A short write says so. A torn one has stored its part when it fails:
 >>> try_write(ShortWrite(3), 8), try_write(TornWrite(at=3), 8)
 (3, ('Input/output error', 3))
 
-A full disk takes what fits, and fails the next write:
+A full disk accepts the bytes that fit, and fails the next write:
 
 >>> try_write(NoSpace(after_bytes=100), 64), try_write(NoSpace(), 64)
 (64, ('No space left on device', 0))

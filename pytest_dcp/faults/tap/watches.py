@@ -25,7 +25,7 @@ class Watcher(Protocol):
     """Called before and after each operation, in the thread that makes it."""
 
     def before(self, operation: Operation) -> Verdict | None:
-        """What shall happen instead; None: the operation itself. Exceptions go to the caller."""
+        """The verdict on the operation; None: do it. Exceptions go to the caller."""
 
     def after(self, operation: Operation) -> None:
         """The operation was done, with the bytes and numbers that it really had.
