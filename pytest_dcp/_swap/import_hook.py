@@ -39,7 +39,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def loaded(self, module: ModuleType) -> None:
+    def take_loaded(self, module: ModuleType) -> None:
         """Give a module of torch's our names, once that can be: after the whole package has them.
 
         A module that code asks for by itself, and that we do not have, is noted.
@@ -81,7 +81,7 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, then give it our names."""
         self._loader.exec_module(module)
-        self._finder.loaded(module)
+        self._finder.take_loaded(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
