@@ -7,6 +7,33 @@ model's names; tensors are sharded as the model is, or whole. Getting changes no
 optimizer that was never stepped; setting accepts whole tensors and any other sharding.
 
 Without a process group everything works on this process's tensors.
+
+>>> def build(wrap=lambda layer: layer):
+...     model = nn.Sequential(wrap(nn.Linear(2, 2, bias=False)))
+...     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+>>> model, optimizer = build()
+>>> model_state, optimizer_state = get_state_dict(model, optimizer)
+>>> list(model_state), list(optimizer_state["state"])
+(['0.weight'], ['0.weight'])
+
+A model with activation checkpoints has other names of its own, and takes the same state:
+
+>>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+>>> other, other_optimizer = build(checkpoint_wrapper)
+>>> [name for name, _ in other.named_parameters()]
+['0._checkpoint_wrapped_module.weight']
+>>> set_state_dict(
+...     other, other_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+<All keys matched successfully>
+>>> torch.equal(model[0].weight, other[0].weight)
+True
+
+Everything that does not fit is in one error:
+
+>>> set_model_state_dict(model, {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(2)})
+Traceback (most recent call last):
+    ...
+pytest_dcp.errors.CheckpointMismatchError: ...0.bias...size mismatch for 0.weight...
 """
 
 from __future__ import annotations

@@ -94,6 +94,16 @@ def load(
     Raises CheckpointException, the same on every rank, naming each rank that failed and why: keys
     that do not fit (CheckpointMismatchError) before any byte moves, damage
     (CheckpointCorruptError) with file, entry and offset.
+
+    >>> import torch
+    >>> from pytest_dcp.checkpoint import load, save
+    >>> metadata = save({"net": {"w": torch.ones(2), "b": torch.zeros(2)}}, checkpoint_id="step-1")
+    >>> state = {"model": {"w": torch.zeros(2, dtype=torch.float64)}}
+    >>> report = load(state, checkpoint_id="step-1", rename={"model.": "net."})
+    >>> state["model"]["w"]
+    tensor([1., 1.], dtype=torch.float64)
+    >>> report.unexpected, report.converted
+    (('net.b',), {'model.w': (torch.float32, torch.float64)})
     """
     no_dist = alone(no_dist, "load")
     options = {} if verify is None else {"verify": verify}
