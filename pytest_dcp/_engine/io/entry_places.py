@@ -58,7 +58,7 @@ from pytest_dcp.errors import (
 
 
 @dataclass(slots=True)
-class Located:
+class ResolvedCatalog:
     """A catalog whose wanted entries all say where their data is."""
 
     catalog: Catalog
@@ -70,7 +70,7 @@ class Located:
 
 def resolve_entry_places(
     disk: Disk, folder: Any, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
-) -> Located:
+) -> ResolvedCatalog:
     """The catalog with the places of these chunks filled in; byte values are their whole entry.
 
     values: chunks that are read as byte values whatever the catalog says of them.
@@ -78,8 +78,8 @@ def resolve_entry_places(
     places = catalog.places
     lost = np.unique(entries[(places.data_start[entries] < 0) & (places.file[entries] >= 0)])
     if not len(lost):
-        return Located(catalog)
-    found = Located(catalog)
+        return ResolvedCatalog(catalog)
+    found = ResolvedCatalog(catalog)
     data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
     order = lost[np.lexsort((places.start[lost], places.file[lost]))]
     for number in np.unique(places.file[order]).tolist():
@@ -98,7 +98,9 @@ def resolve_entry_places(
     return found
 
 
-def _find(file: In, catalog: Catalog, row: int, found: Located, *, whole: bool) -> tuple[int, int]:
+def _find(
+    file: In, catalog: Catalog, row: int, found: ResolvedCatalog, *, whole: bool
+) -> tuple[int, int]:
     index, places = catalog.index, catalog.places
     start, length = int(places.start[row]), int(places.length[row])
     key = int(index.key_of[row])

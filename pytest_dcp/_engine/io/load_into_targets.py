@@ -1,9 +1,17 @@
-"""A load plan -> the planner's targets filled.
+"""A load plan -> the planner's targets filled: resolve places -> judge -> plan copies -> execute.
 
-First everything that may not fit its target is read and judged, then the targets are filled: a
+    prepare   resolve  match_entries, resolve_entry_places   items -> rows of the catalog -> places
+                       sort_rows                             rows by the way they reach their target
+              judge    Work.judge                            values decoded, wrappers compared,
+                                                             numbers read: no target has changed
+    Work.run  commit   the values and numbers that were judged go to the planner
+              plan     copy_plan.copies                      tensors' rows x targets -> copies
+              execute  read_copies                           copies -> bytes in the targets
+
+Everything that may not fit its target is read and judged first, and then the targets are filled: a
 load that refuses something leaves no half behind. Tensors are filled in place, many at a time where
 the planner gives its targets outright; a planner with hooks of its own is asked item by item, in
-batches of bounded size. Values go to the planner.
+batches of bounded size.
 """
 
 from __future__ import annotations
@@ -26,14 +34,14 @@ from pytest_dcp._engine.format.opaque_values import check_wrapper, fill_wrapper
 from pytest_dcp._engine.io.checked_ranges import ByteCounts
 from pytest_dcp._engine.io.copy_plan import copies
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.entry_places import Located, resolve_entry_places
+from pytest_dcp._engine.io.entry_places import ResolvedCatalog, resolve_entry_places
+from pytest_dcp._engine.io.plan_entries import match_entries, sort_rows
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
 from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
-from pytest_dcp._engine.plan.boxes import Ints, volumes, widen_table
+from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
-from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.match import together
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
@@ -66,25 +74,13 @@ def prepare(
     touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
     CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
     """
-    items = _with_entries(items, catalog.index)
-    values = items.kind == READ_BYTES
-    found = resolve_entry_places(
-        disk, folder, catalog, items.entry, frozenset(items.entry[values].tolist())
-    )
+    items = match_entries(items, catalog.index)
+    values = items.entry[items.kind == READ_BYTES]
+    found = resolve_entry_places(disk, folder, catalog, items.entry, frozenset(values.tolist()))
     work = Work(disk, folder, found, items, planner, settings, registry, observer)
     observer.expect(int(work.nbytes.sum()))
-    work.prepare(values)
+    work.judge()
     return work
-
-
-def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
-    """The names of the files that the items are in; none for items that the index lacks."""
-    try:
-        entry = _with_entries(items, catalog.index).entry
-    except CheckpointCorruptError:
-        return []
-    numbers = np.unique(catalog.places.file[entry])
-    return [catalog.places.files[number] for number in numbers[numbers >= 0].tolist()]
 
 
 class Work:
@@ -94,7 +90,7 @@ class Work:
         self,
         disk: Disk,
         folder: Any,
-        found: Located,
+        found: ResolvedCatalog,
         items: ReadItems,
         planner: LoadPlanner,
         settings: ReadSettings,
@@ -116,24 +112,14 @@ class Work:
         """Receivers of the values, and the function that commits the numbers."""
         self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
         """By row: the target, and what goes where within it."""
-        self._transformed: Ints = np.zeros(0, dtype=np.int64)
-        self._tensors: Ints = self._transformed
+        self.rows = sort_rows(items, found, self._numbers())
 
-    def prepare(self, values: NDArray[np.bool_]) -> None:
-        """Read and check values that may not fit. values: the rows that are Python values."""
-        entries, stored = self.items.entry, np.zeros(len(self.catalog.index.offset), dtype=bool)
-        stored[list(self.catalog.places.transforms)] = True
-        transformed = stored[entries] & ~values
-        stored[:] = False
-        stored[list(self.found.wrapped)] = True
-        wrapped = stored[entries] & ~values & ~transformed
-        numbers = self._numbers() & ~values & ~wrapped
-        self._transformed = np.flatnonzero(transformed & ~numbers)
-        self._tensors = np.flatnonzero(~values & ~transformed & ~wrapped & ~numbers)
+    def judge(self) -> None:
+        """Read everything that may not fit, and change no target."""
         misfits: list[CheckpointMismatchError] = []
-        self._prepare_values(np.flatnonzero(values), misfits)
-        self._prepare_wrapped(np.flatnonzero(wrapped), misfits)
-        self._prepare_numbers(np.flatnonzero(numbers), transformed, misfits)
+        self._prepare_values(self.rows.values, misfits)
+        self._prepare_wrapped(self.rows.wrapped, misfits)
+        self._prepare_numbers(self.rows.numbers, misfits)
         if misfits:
             raise together(misfits)
 
@@ -141,11 +127,11 @@ class Work:
         """Fill the targets."""
         for put in self._puts:
             put()
-        for row in self._transformed.tolist():
+        for row in self.rows.transformed.tolist():
             self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
         for row, (target, parts) in self._wrapped.items():
             self._fill_wrapped(row, target, parts)
-        self._fill_tensors(self._tensors)
+        self._fill_tensors(self.rows.tensors)
         return LoadedBytes(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
 
     def _numbers(self) -> NDArray[np.bool_]:
@@ -185,13 +171,12 @@ class Work:
             else:
                 self._wrapped[row] = target, parts
 
-    def _prepare_numbers(
-        self, rows: Ints, transformed: NDArray[np.bool_], misfits: list[CheckpointMismatchError]
-    ) -> None:
+    def _prepare_numbers(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Read items that the planner copies from temporary tensors."""
         planner: Any = self.planner
-        targets = self._filled_by_hooks(rows[~transformed[rows]])
-        targets |= {row: self._fill_transformed(row) for row in rows[transformed[rows]].tolist()}
+        whole = np.isin(self.items.entry[rows], list(self.catalog.places.transforms))
+        targets = self._filled_by_hooks(rows[~whole])
+        targets |= {row: self._fill_transformed(row) for row in rows[whole].tolist()}
         for row, target in targets.items():
             item = self.items[row]
             try:
@@ -289,44 +274,3 @@ def _check_size(item: ReadItem, target: torch.Tensor) -> None:
         raise ValueError(
             f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}"
         )
-
-
-def _with_entries(items: ReadItems, index: Index) -> ReadItems:
-    """The items with the rows of their stored chunks, for items of another index.
-
-    Raises CheckpointCorruptError for an item that the index does not have.
-    """
-    if items.source is index:
-        return items
-    entry = items.entry.copy()
-    for row in np.flatnonzero(~_named_rightly(items, index)).tolist():
-        fqn = items.stored_fqns[row]
-        if fqn not in index.row_of:
-            raise CheckpointCorruptError("the plan reads what the metadata lacks", entry=fqn)
-        key = index.row_of[fqn]
-        first, last = int(index.first[key]), int(index.first[key + 1])
-        width = min(items.stored.shape[1], index.offset.shape[1])
-        same = (index.offset[first:last, :width] == items.stored[row, :width]).all(axis=1)
-        if not same.any():
-            raise CheckpointCorruptError(
-                f"the plan reads a chunk at offset {items.stored[row].tolist()}, "
-                "which the metadata lacks",
-                entry=fqn,
-            )
-        entry[row] = first + int(np.argmax(same))
-    return replace(items, entry=entry)
-
-
-def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
-    """Whether each item's row is that of its chunk in this index, too."""
-    known = (items.entry >= 0) & (items.entry < len(index.offset))
-    entry = np.where(known, items.entry, 0)
-    if not known.any():
-        return known
-    key = index.key_of[entry]
-    stored = zip(key.tolist(), items.stored_fqns, strict=True)
-    named = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
-    width = max(items.stored.shape[1], index.offset.shape[1])
-    offset = widen_table(index.offset[entry], width, 0) == widen_table(items.stored, width, 0)
-    alike: NDArray[np.bool_] = known & named & (index.ndim[key] == items.ndim) & offset.all(axis=1)
-    return alike

@@ -20,9 +20,10 @@ from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.load_into_targets import LoadedBytes, Work, files_of, prepare
+from pytest_dcp._engine.io.load_into_targets import LoadedBytes, Work, prepare
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
+from pytest_dcp._engine.io.plan_entries import files_of
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
