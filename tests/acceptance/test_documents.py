@@ -199,10 +199,14 @@ class TestBlocks:
         [
             ("one 1.25 s\ntwo", []),
             ("one 7.00 s\n...\nfour", []),
+            ("posix-00000000ff", []),
             ("one 7.00 s\nfour", ["one 7.00 s", "four"]),
             ("...\nfive", ["five"]),
             ("two\n...\none 1.25 s", ["one 1.25 s"]),
         ],
     )
     def test_lines_stand_together_and_in_order(self, output: str, missing: list[str]) -> None:
-        assert find_missing_lines(output, "one 3.50 s\ntwo\nthree\nfour\n") == missing
+        assert (
+            find_missing_lines(output, "one 3.50 s\ntwo\nthree\nfour\nposix-7cf359f7fa\n")
+            == missing
+        )

@@ -37,12 +37,14 @@ _LEXERS = (
 )
 _TEST = re.compile(r"^\s*(def test_|class Test|Test\w+ = )", re.MULTILINE)
 _VARYING = (
+    (re.compile(r"\b(kill|posix|ext4-ordered|nfs|s3)-[0-9a-f]{10}\b"), "<state>"),
     (re.compile(r"\d+(\.\d+)? ?m?s\b"), "<time>"),
     (re.compile(r"\d{6,}"), "<number>"),
     (re.compile(r"reproduce_failure\(.*?\)"), "<blob>"),
     (re.compile(r"(=|-|_){4,}"), "<rule>"),
 )
-"""What differs between runs: times, seeds, and rulers as long as the terminal is wide."""
+"""What differs between runs or versions: ids of crash states, times, seeds, and rulers as long as
+the terminal is wide."""
 
 
 @dataclass(frozen=True, slots=True)
