@@ -132,9 +132,9 @@ def encode_alert(text: str) -> list[Segment]:
     return [text.encode("utf-8", "replace")]
 
 
-def alert_text(frame: Frame) -> str:
-    """What an ALERT says, on one line."""
-    said = bytes(frame.segments[0]) if frame.segments else b""
+def alert_text(segments: Sequence[Segment]) -> str:
+    """The text of an ALERT, from its segments."""
+    said = bytes(segments[0]) if segments else b""
     return said[:MAX_ALERT_BYTES].decode("utf-8", "replace")
 
 

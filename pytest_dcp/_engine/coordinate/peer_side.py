@@ -18,12 +18,22 @@ from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
-from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, alert_text
+from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head
 from pytest_dcp._engine.coordinate.handshake import SHARED_KEY
-from pytest_dcp._engine.coordinate.hello import Hello, greet
+from pytest_dcp._engine.coordinate.hello import greet
 from pytest_dcp._engine.coordinate.link import GONE, Link, connect, keep, take_idle
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.payload import Payload
+from pytest_dcp._engine.coordinate.peer_state import (
+    AGAIN_S,
+    ExplainEnd,
+    Finish,
+    LinkState,
+    LookForVerdict,
+    PeerAction,
+    PeerState,
+    Reconnect,
+)
 from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import Combine, LocalResult, Result, StepVerdict
 
@@ -31,10 +41,6 @@ UNREACHED_S = 60.0
 """How long a network that leads to none of the coordinator's addresses may take to recover."""
 REFUSED_S = 0.5
 """How long a refused address may be replaced by the address of a coordinator that came anew."""
-AGAIN_S = 0.2
-"""Between two tries to be let in, where strangers crowd the coordinator."""
-WORD_S = 0.5
-"""How often a peer that is not let in looks whether the coordinator left word for it."""
 TICK_S = 0.5
 """Longest single wait, so that signals are handled soon on every Python."""
 
@@ -47,10 +53,8 @@ class PeerSide:
         self._link: Link | None = None
         self._answer = b""
         """What the coordinator must show."""
-        self._welcome = False
-        self._met_s = 0.0
-        """When this rank last said hello."""
-        self._looked_s = time.monotonic()
+        self._state: PeerState | None = None
+        """From the first hello on."""
         self._kept = False
 
     @property
@@ -58,10 +62,6 @@ class PeerSide:
         if self.context.group is None:
             raise ValueError(f"rank {self.context.rank} has no group to meet its coordinator in")
         return self.context.group
-
-    @property
-    def _order(self) -> CallOrder:
-        return rendezvous.meeting_of(self._group).order
 
     def join(self, head: Head) -> StepVerdict | None:
         """Say hello, at the first step; a verdict when no coordinator is there."""
@@ -76,27 +76,21 @@ class PeerSide:
             except RuntimeError as error:  # of the store
                 found = context.ended(context.coordinator, head.name, f"its store: {error}")
         if isinstance(found, Cause):
-            return self._end(found, head)
+            return StepVerdict(head.name, [found], final=True)
         if found.address.check != found.address.key().check():
             found.connection.hang_up()
-            return self._end(capture(context.rank, _other_key(context.rank)), head)
+            cause = capture(context.rank, _other_key(context.rank))
+            return StepVerdict(head.name, [cause], final=True)
         self._say_hello(found)
         return None
 
     def _say_hello(self, link: Link) -> None:
-        context, place = self.context, self.context.place
-        self._met_s = time.monotonic()
+        if self._state is None:
+            order = rendezvous.meeting_of(self._group).order
+            self._state = PeerState(self.context, order, time.monotonic())
         self._link = link
-        hello = Hello(
-            rendezvous.group_key(self._group, context.coordinator),
-            context.operation,
-            place.number,
-            context.rank,
-            place.epoch,
-            self._order.finished_up_to(),
-            place.unordered,
-            None if place.subject is None else (place.subject.name, place.subject.real),
-        )
+        group_key = rendezvous.group_key(self._group, self.context.coordinator)
+        hello = self._state.make_hello(group_key, time.monotonic())
         self._answer = greet(link.connection, hello, link.address.key())
 
     def _find(self, until_s: float, step: str) -> Link | Cause:
@@ -138,141 +132,107 @@ class PeerSide:
 
     def exchange(self, head: Head, own: LocalResult, combine: Combine) -> Result | StepVerdict:
         """Send the local result and wait for the result; `combine` is the coordinator's."""
-        connection = self._require_connection()
-        connection.queue(own.frame(head))
-        since_s = time.monotonic()
+        state = self._require_state()
+        state.begin_wait(head, time.monotonic())
+        sent_over: Connection | None = None
         while True:
-            connection.flush()
-            connection.receive()
-            while connection.frames:
-                outcome = self._judge(head, connection.frames.popleft())
-                if outcome is not None:
-                    return outcome
-            if self._is_let_in_again(since_s):
-                if connection is not self._require_connection():
-                    connection = self._require_connection()
-                    connection.queue(own.frame(head))
-                continue
-            lost = self._lost(head, since_s)
-            if lost is not None:
-                # All peers say the same of the coordinator, and tell it, should it come back.
-                connection.queue(LocalResult(cause=lost).frame(head))
-                return StepVerdict(head.name, [lost], final=True)
-            if (word := self._word_left()) is not None:
-                return self._obey(word)
-            if not self._welcome and self._order.is_dropped(self.context.place):
-                return StepVerdict(head.name, self._order.causes, final=True)
-            _wait(connection, min(TICK_S, self.context.ping_s))
+            connection = self._require_connection()
+            if sent_over is not connection:
+                sent_over = connection
+                connection.queue(own.frame(head))
+            step: PeerAction | None = self._hear(state, connection)
+            step = step or state.decide(time.monotonic(), _state_of(connection))
+            if isinstance(step, ExplainEnd):
+                how = rendezvous.ended_process(self._group, self.context.coordinator)
+                step = state.end_step(how or step.how)
+            if isinstance(step, Finish):
+                return self._finish(head, step)
+            if isinstance(step, Reconnect):
+                self._reconnect(state, step)
+            elif isinstance(step, LookForVerdict):
+                if (verdict := self._read_verdict()) is not None:
+                    return state.obey(verdict)
+            else:
+                _wait(connection, min(TICK_S, self.context.ping_s))
 
-    def _is_let_in_again(self, since_s: float) -> bool:
-        """Say hello anew where the coordinator closed the connection before it let this rank in.
+    def _hear(self, state: PeerState, connection: Connection) -> Finish | None:
+        """Send what is queued, and hear what has come."""
+        connection.flush()
+        connection.receive()
+        while connection.frames:
+            frame = connection.frames.popleft()
+            if frame.kind is FrameKind.WELCOME:
+                state.hear_welcome(is_proof=self._is_proof(frame))
+            elif (finish := state.hear(frame.kind, frame.head, _body_of(frame))) is not None:
+                return finish
+        return None
 
-        It does so when strangers crowd it. Whether to go on; False: the connection is as it was.
-        """
-        context = self.context
+    def _finish(self, head: Head, finish: Finish) -> Result | StepVerdict:
         connection = self._require_connection()
-        if self._welcome or connection.ended is None or connection.is_garbled:
-            return False
-        if time.monotonic() - since_s > context.timeout_s + context.margin_s:
-            return False
-        time.sleep(max(0.0, self._met_s + AGAIN_S - time.monotonic()))
-        self._met_s = time.monotonic()
-        rendezvous.forget(self._group, context.coordinator)
-        try:
-            address = rendezvous.look_up(self._group, context.coordinator, 0.0)
-            link = None if address is None else Link(Connection(connect(address)), address)
-        except (*GONE, RuntimeError, ValueError):
-            return False
-        except OSError:  # its queue is full, or it cannot be reached just now
-            return True
-        if link is None:
-            return False
-        connection.close()
-        self._say_hello(link)
-        return True
+        if finish.distrust is not None:
+            connection.ended = finish.distrust
+        if finish.farewell is not None:
+            connection.queue(finish.farewell.frame(head))
+        return finish.outcome
 
-    def _word_left(self) -> StepVerdict | None:
-        """The verdict of a coordinator that left this operation before it let this rank in."""
-        now, context = time.monotonic(), self.context
-        if self._welcome or now - self._looked_s < WORD_S:
-            return None
-        self._looked_s = now
+    def _reconnect(self, state: PeerState, reconnect: Reconnect) -> None:
+        """Say hello on a new connection to the address that is in the store now."""
+        connection, coordinator = self._require_connection(), self.context.coordinator
+        time.sleep(max(0.0, reconnect.not_before_s - time.monotonic()))
+        rendezvous.forget(self._group, coordinator)
+        link, is_of_use = None, True
         try:
-            word = rendezvous.read_verdict(self._group, context.coordinator, context.place)
-            return None if word is None else StepVerdict.read(word)
+            address = rendezvous.look_up(self._group, coordinator, 0.0)
+            link = None if address is None else Link(Connection(connect(address)), address)
+            is_of_use = link is not None
+        except (*GONE, RuntimeError, ValueError):
+            is_of_use = False
+        except OSError:  # its queue is full, or it cannot be reached just now
+            pass
+        state.note_reconnect(time.monotonic(), is_of_use=is_of_use)
+        if link is not None:
+            connection.close()
+            self._say_hello(link)
+
+    def _read_verdict(self) -> StepVerdict | None:
+        """The verdict of a coordinator that left this operation before it let this rank in."""
+        try:
+            group, coordinator = self._group, self.context.coordinator
+            frame = rendezvous.read_verdict(group, coordinator, self.context.place)
+            return None if frame is None else StepVerdict.read(frame)
         except (RuntimeError, ValueError):  # no store any more, or somebody else's word
             return None
 
-    def _judge(self, head: Head, frame: Frame) -> Result | StepVerdict | None:
-        context = self.context
-        if frame.kind is FrameKind.WELCOME:
-            self._welcome_in(frame)
-        elif not self._welcome:
-            text = "did not show that it is the coordinator"
-            stranger = context.out_of_step(context.coordinator, text)
-            self._require_connection().ended = f"it {text}"  # so that it is not used again
-            return self._end(stranger, head)
-        elif frame.kind is FrameKind.VERDICT:
-            try:
-                return self._obey(StepVerdict.read(frame))
-            except ValueError as error:
-                return self._end(
-                    context.out_of_step(context.coordinator, f"sent garbage: {error}"), head
-                )
-        elif frame.kind is FrameKind.RESULT and frame.head == head:
-            return Result(frame.segments)
-        elif frame.kind is not FrameKind.ALERT:
-            text = f"answered step {frame.head} with {frame.kind.name} where {head} was run"
-            return self._end(context.out_of_step(context.coordinator, text), head)
-        return None
-
-    def _obey(self, verdict: StepVerdict) -> StepVerdict:
-        if verdict.epoch:
-            self._order.restart(verdict.epoch, verdict.causes)
-        return verdict
-
-    def _lost(self, head: Head, since_s: float) -> Cause | None:
-        connection, context = self._require_connection(), self.context
-        if connection.left:
-            return context.left(context.coordinator, head.name)
-        if connection.ended is not None:
-            how = rendezvous.ended_process(self._group, context.coordinator) or connection.ended
-            return context.ended(context.coordinator, head.name, how)
-        quiet_s = time.monotonic() - max(since_s, connection.heard_s)
-        if quiet_s > context.timeout_s + context.margin_s:
-            return context.silent(context.coordinator, head.name)
-        return None
-
     def trouble(self) -> str | None:
-        """What the coordinator has told of, or that it is gone; says that this rank is alive."""
+        """The failure that the coordinator told of, or its end; says that this rank is alive."""
         if self._link is None or self._kept or (connection := self._link.connection).fileno() < 0:
             return None
+        state = self._require_state()
         connection.receive()
         if not connection.pending and time.monotonic() - connection.said_s > self.context.ping_s:
             connection.queue(Frame(FrameKind.PING))
         connection.flush()
         for frame in connection.frames:
-            if self._welcome_in(frame) and frame.kind is FrameKind.ALERT:
-                return alert_text(frame)
-            if self._welcome and frame.kind is FrameKind.VERDICT:
-                with contextlib.suppress(ValueError):  # told by the next exchange
-                    return "; ".join(cause.summary() for cause in StepVerdict.read(frame).causes)
-        if (word := self._word_left()) is not None:
-            return "; ".join(cause.summary() for cause in word.causes)
-        if self._is_let_in_again(time.monotonic()):
-            return None
+            if frame.kind is FrameKind.WELCOME:
+                state.hear_welcome(is_proof=self._is_proof(frame))
+            elif (text := state.overhear(frame.kind, _body_of(frame))) is not None:
+                return text
+        step = state.decide_at_work(time.monotonic(), _state_of(connection))
+        if isinstance(step, LookForVerdict):
+            if (verdict := self._read_verdict()) is not None:
+                return verdict.summary()
+            step = state.decide_at_work(time.monotonic(), _state_of(connection))
+        if isinstance(step, Reconnect):
+            self._reconnect(state, step)
+            if state.can_reconnect:
+                return None
         if connection.over:
             return f"{self.context.name_of(self.context.coordinator)} {connection.ended or 'left'}"
         return None
 
-    def _welcome_in(self, frame: Frame) -> bool:
-        if frame.kind is FrameKind.WELCOME:
-            shown = bytes(frame.segments[0]) if frame.segments else b""
-            self._welcome = hmac.compare_digest(shown, self._answer)
-        return self._welcome
-
-    def _end(self, cause: Cause, head: Head) -> StepVerdict:
-        return StepVerdict(head.name, [cause], final=True)
+    def _is_proof(self, welcome: Frame) -> bool:
+        shown = bytes(welcome.segments[0]) if welcome.segments else b""
+        return hmac.compare_digest(shown, self._answer)
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the coordinator why, and close."""
@@ -311,12 +271,34 @@ class PeerSide:
             self._kept = True
             keep(self._group, self.context.coordinator, self._link)
 
+    def _require_state(self) -> PeerState:
+        if self._state is None:
+            raise ValueError(
+                f"{self.context.name_of(self.context.rank)} has not joined the operation"
+            )
+        return self._state
+
     def _require_connection(self) -> Connection:
         if self._link is None:
             raise ValueError(
                 f"{self.context.name_of(self.context.rank)} has not joined the operation"
             )
         return self._link.connection
+
+
+def _state_of(connection: Connection) -> LinkState:
+    return LinkState(
+        connection.heard_s, connection.left, connection.ended, garbled=connection.is_garbled
+    )
+
+
+def _body_of(frame: Frame) -> Payload | StepVerdict | ValueError:
+    if frame.kind is not FrameKind.VERDICT:
+        return frame.segments
+    try:
+        return StepVerdict.read(frame)
+    except ValueError as error:
+        return error
 
 
 def _other_key(rank: int) -> CoordinationError:

@@ -63,6 +63,10 @@ class StepVerdict:
     epoch: int = 0
     """Above 0: every rank counts its operations anew from here on, in this epoch."""
 
+    def summary(self) -> str:
+        """One line: each failed rank, and the first line of its exception."""
+        return "; ".join(cause.summary() for cause in self.causes)
+
     def frame(self, head: Head) -> Frame:
         """The frame that tells a peer."""
         return Frame(FrameKind.VERDICT, head, pack(self))

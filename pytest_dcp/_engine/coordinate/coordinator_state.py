@@ -1,0 +1,406 @@
+"""Decides what the coordinator of one operation does: (state, event, now) -> actions.
+
+Pure (no I/O): time is an argument, connections are known by their rank, and actions are values that
+`CoordinatorSide` carries out. The peers' half is `peer_state`. Both are tried on any history of
+delays, deaths and stops by a simulator of ranks (see the tests).
+
+Theory of operation. A step is one exchange, and every rank is in the same one.
+
+    peer                                    coordinator
+    HELLO        which operation  ------->  joins it, keeps it for later, or turns it away
+                                  <-------  WELCOME
+    local work                              local work
+    VALUE, FAILED or ABORTED      ------->  collects one local result of each rank
+                                  <-------  ALERT, at the first failure: busy ranks may stop
+                                            combines the values
+                                  <-------  RESULT, or the VERDICT that is the same for all
+    BYE                           <------>  BYE, and the connection waits for the next operation
+
+The coordinator's phases:
+
+    WORKING      its local work runs. Messages of peers stay in their connections; `overhear` looks
+                 at them so that the work can be given up.
+    COLLECTING   it waits for the ranks in `missing`. Each of them states a result or becomes stuck.
+    COMBINING    every rank has stated a result and none has failed.
+    DELIVERING   the answer is on its way. A peer that does not take it in time is stuck.
+    LEAVING      this rank gave the operation up. Peers that join get the verdict.
+
+Rules:
+
+- A step succeeds only when every rank has stated a value in it. Silence is no consent.
+- The verdict waits until each rank has stated its result or is stuck, so that no rank still writes
+  when the others are told that the step failed.
+- A rank is stuck when its connection ended, it left, it was silent for the timeout, or it is out of
+  step. No further step is possible then: the verdict is final and names the stuck ranks.
+- A plain failure is not final. Ranks that only gave up their work for it (an echo) are not named.
+- Every wait is bounded: a missing rank by the timeout since it was last heard, a delivery by its
+  patience, a rank that leaves by `PARTING_S`.
+- A final verdict is also published in the store while some rank has not joined: it may come late.
+- Ranks whose numbers of the operation differ get a final verdict that begins an epoch. They count
+  anew from there, so later operations meet again.
+
+After a death:
+
+    of a peer before it joined   its end is noticed (see absence), else the timeout ends the wait
+    of a peer in its work        its connection ends: stuck, the others are alerted, final verdict
+    of a peer after its result   the step may still succeed; the next one finds the peer stuck
+    of a peer in the delivery    as before: the answer stays what it was
+    of the coordinator           peers see it end, and each of them names it. Where it had begun to
+                                 send results, some peers may have theirs, and learn it in the next
+                                 step.
+
+Assumes that each connection keeps its order and loses nothing while it lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from pytest_dcp._engine.coordinate.admission import Admission, admit, difference
+from pytest_dcp._engine.coordinate.failure import Cause
+from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head
+from pytest_dcp._engine.coordinate.hello import Hello
+from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.payload import Payload
+from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.side import PARTING_S
+from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
+
+FINAL_S = 2.0
+"""How long a final verdict waits for peers to take it; it stays in their sockets anyway."""
+
+
+class Phase(Enum):
+    """Where the coordinator is in a step; see the module."""
+
+    WORKING = auto()
+    COLLECTING = auto()
+    COMBINING = auto()
+    DELIVERING = auto()
+    LEAVING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SendAlert:
+    """Tell peers that a rank failed."""
+
+    ranks: Sequence[int]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendResult:
+    """Give peers the result of the step; all of them the same."""
+
+    ranks: Sequence[int]
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class SendVerdict:
+    """Give peers the verdict on the step."""
+
+    ranks: Sequence[int]
+    verdict: StepVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class SendPing:
+    """Tell a peer that this rank is alive."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOn:
+    """Read what else has come from a peer: it may leave for good after a failure."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishVerdict:
+    """Put a final verdict in the store, for peers that have not joined."""
+
+    verdict: StepVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class CombineValues:
+    """Combine the payloads of all ranks, in rank order; the coordinator's own is empty."""
+
+    payloads: Sequence[Payload]
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """Wait at most `patience_s` for peers to take the answer, and end the step with an outcome."""
+
+    outcome: Result | StepVerdict
+    patience_s: float
+
+
+SendAction = SendAlert | SendResult | SendVerdict | SendPing
+CoordinatorAction = SendAction | ReadOn | PublishVerdict | CombineValues | Conclude
+
+
+class CoordinatorState:
+    """What the coordinator knows of one operation. See the module's docstring for the rules."""
+
+    def __init__(self, context: OperationContext, order: CallOrder) -> None:
+        self.context = context
+        self.phase = Phase.WORKING
+        self.missing: set[int] = set()
+        """Ranks that have not stated how this step's work ended, and still can."""
+        self.joined: dict[int, None] = {}
+        """Peers that are in this operation, in the order in which they joined."""
+        self._order = order
+        self._head = START
+        self._since_s = 0.0
+        """When this step's collection began."""
+        self._stuck: dict[int, Cause] = {}
+        """Ranks with which no further step is possible."""
+        self._local_results: dict[int, LocalResult] = {}
+        self._alert_text: str | None = None
+        """The failure that this step's peers were alerted of."""
+        self._garbled: set[int] = set()
+        """Peers whose connections ended for garbage: they may not have heard that they joined."""
+        self._epochs: set[int] = set()
+        """Of peers whose numbers do not match."""
+        self._parting: tuple[StepVerdict, float] | None = None
+        """The verdict of a rank that leaves, and until when peers may come for it."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every peer has joined."""
+        return len(self.joined) + 1 == self.context.size
+
+    @property
+    def absent(self) -> list[int]:
+        """Missing ranks that have not joined."""
+        return sorted(self.missing - self.joined.keys())
+
+    # Peers come.
+
+    def receive_hello(
+        self, hello: Hello, *, left: bool, waited_s: float
+    ) -> Admission | StepVerdict | None:
+        """What to do with a peer that says hello: the verdict on an operation that is over, or None
+        to turn away a rank that is none of the group.
+
+        left: it has left already. waited_s: since it arrived.
+        """
+        rank, context = hello.rank, self.context
+        if not 0 <= rank < context.size or rank == context.rank:
+            return None
+        late: StepVerdict | None = self._order.find_verdict(hello.epoch, hello.number)
+        if late is not None:
+            return late
+        admission = admit(hello, context.place, self._order, left=left, waited_s=waited_s)
+        # A second connection of a rank is never this operation's: it has one here.
+        taken = rank in self.joined and admission is not Admission.STALE
+        return Admission.LATER if taken else admission
+
+    def join(self, hello: Hello, admission: Admission) -> list[CoordinatorAction]:
+        """Take a peer into the operation."""
+        rank = hello.rank
+        self.joined[rank] = None
+        actions: list[CoordinatorAction] = []
+        if self._alert_text is not None:
+            actions.append(SendAlert((rank,), self._alert_text))
+        if admission is Admission.OUT_OF_COUNT:
+            self._epochs |= {hello.epoch, self.context.place.epoch}
+        if (text := difference(hello, self.context, admission)) is not None:
+            actions += self._give_up(self.context.out_of_step(rank, text))
+        if self._parting is not None:
+            actions.append(SendVerdict((rank,), self._parting[0]))
+        return actions
+
+    # A step.
+
+    def begin_step(self, head: Head) -> None:
+        """This rank's local work begins."""
+        self._head, self.phase = head, Phase.WORKING
+        self._alert_text = None
+
+    def collect(self, own: LocalResult, now: float) -> list[CoordinatorAction]:
+        """This rank's local work has ended: wait for the others."""
+        context = self.context
+        self.phase, self._since_s = Phase.COLLECTING, now
+        self._local_results = {context.rank: own}
+        self.missing = set(range(context.size)) - {context.rank} - self._stuck.keys()
+        return self._alert(own.cause) if own.cause is not None and not own.echo else []
+
+    def hear(
+        self, rank: int, kind: FrameKind, head: Head, result: LocalResult | ValueError
+    ) -> list[CoordinatorAction]:
+        """A peer states how its work ended, or a ValueError that says why that cannot be read."""
+        if kind is not FrameKind.FAILED and head != self._head:
+            text = f"is in step {head} where the coordinator is in {self._head}"
+            return self._give_up(self.context.out_of_step(rank, text))
+        if isinstance(result, ValueError):
+            return self._give_up(self.context.out_of_step(rank, f"sent garbage: {result}"))
+        self._local_results[rank] = result
+        self.missing.discard(rank)
+        if result.cause is None:
+            return []
+        alert = [] if result.echo else self._alert(result.cause)
+        return [ReadOn(rank), *alert]
+
+    def lose(
+        self, rank: int, *, left: bool, ended: str | None, garbled: bool = False
+    ) -> list[CoordinatorAction]:
+        """Nothing more comes of a peer: it left, or its connection ended. May be told again."""
+        if garbled:
+            self._garbled.add(rank)
+        if rank in self._stuck:
+            return []
+        result = self._local_results.get(rank)
+        if result is not None and result.cause is not None and not result.echo:
+            return self._give_up(result.cause)
+        if self.phase is not Phase.COLLECTING:
+            return []  # It has stated a value: the step may succeed, and the next one cannot.
+        step = self._head.name
+        if left:
+            return self._give_up(self.context.left(rank, step))
+        return self._give_up(self.context.ended(rank, step, ended or ""))
+
+    def look_around(
+        self,
+        now: float,
+        heard_s: Mapping[int, float],
+        *,
+        ended: Mapping[int, str] | None = None,
+        refusal: Cause | None = None,
+    ) -> list[CoordinatorAction]:
+        """Give up missing ranks of which nothing will come; called every half second or so.
+
+        heard_s: when each peer was last heard. ended: how absent ranks ended. refusal: why a rank
+        takes no part, of one that could not say so here.
+        """
+        actions: list[CoordinatorAction] = []
+        for rank, how in (ended or {}).items():
+            actions += self._give_up(self.context.ended(rank, self._head.name, how))
+        if refusal is not None:
+            actions += self._give_up(refusal)
+        for rank in sorted(self.missing):
+            if now - max(self._since_s, heard_s.get(rank, 0.0)) > self.context.timeout_s:
+                actions += self._give_up(self.context.silent(rank, self._head.name))
+        return [*actions, *self._drop_absent()]
+
+    def _drop_absent(self) -> list[CoordinatorAction]:
+        """Wait for no newcomers once the ranks began to count anew: they dropped it, too."""
+        actions: list[CoordinatorAction] = []
+        if self.context.size > 1 and self._order.is_dropped(self.context.place):
+            for rank in self.absent:
+                text = f"went out of step before it came to {self.context.operation}"
+                actions += self._give_up(self.context.out_of_step(rank, text))
+        return actions
+
+    def ping(self, now: float, said_s: Mapping[int, float]) -> list[CoordinatorAction]:
+        """Show peers that this rank is alive; said_s: when each was last sent something."""
+        ping_s = self.context.ping_s
+        return [SendPing(rank) for rank, since_s in said_s.items() if now - since_s > ping_s]
+
+    def conclude(self) -> list[CoordinatorAction]:
+        """Every message that came has been heard and no rank is missing: combine, or fail."""
+        if causes := self._causes():
+            return self._fail_step(causes)
+        self.phase = Phase.COMBINING
+        results = self._local_results
+        return [CombineValues([results[rank].payload for rank in range(self.context.size)])]
+
+    def combine(self, reduced: Reduced | Cause) -> list[CoordinatorAction]:
+        """The values are combined, or that failed; peers that gave up meanwhile are heard."""
+        if isinstance(reduced, Cause):
+            return self._fail_step([reduced])
+        if causes := self._causes():
+            return self._fail_step(causes)
+        self.phase = Phase.DELIVERING
+        finish = Conclude(Result(value=reduced.own), self.context.timeout_s)
+        if not reduced.apart:
+            return [SendResult(tuple(self.joined), reduced.shared), finish]
+        return [*(SendResult((rank,), reduced.payload(rank)) for rank in self.joined), finish]
+
+    def note_undelivered(self, ranks: Iterable[int]) -> None:
+        """Peers have not taken the answer in time: they are stuck in the next step."""
+        for rank in ranks:
+            self._stuck.setdefault(rank, self.context.silent(rank, self._head.name))
+
+    # Failures.
+
+    def overhear(
+        self, rank: int, said: Cause | None, *, over: bool, ended: str | None
+    ) -> tuple[str | None, list[CoordinatorAction]]:
+        """While this rank works: the failure of a peer, in one line, and what to do about it.
+
+        said: the failure that the peer told of. over, ended: whether and how its connection ended.
+        """
+        cause = self._stuck.get(rank) or said
+        if cause is None and over:
+            cause = self.context.ended(rank, "its work", ended or "it left")
+        return (None, []) if cause is None else (cause.summary(), self._alert(cause))
+
+    def _give_up(self, cause: Cause) -> list[CoordinatorAction]:
+        self._stuck.setdefault(cause.rank, cause)
+        self.missing.discard(cause.rank)
+        return self._alert(cause)
+
+    def _alert(self, cause: Cause) -> list[CoordinatorAction]:
+        """Tell the ranks that are still busy, once per step."""
+        if self._alert_text is not None:
+            return []
+        self._alert_text = cause.summary()
+        return [SendAlert(tuple(self.joined), self._alert_text)]
+
+    def _causes(self) -> list[Cause]:
+        """Why the step failed, one cause per rank; echoes only when there is nothing else."""
+        stated = [result for result in self._local_results.values() if result.cause is not None]
+        told = [result.cause for result in stated if result.cause is not None and not result.echo]
+        # Peers that have given up on this rank say so of it.
+        found = {cause.rank: cause for cause in told} | self._stuck
+        causes = [cause for _, cause in sorted(found.items())]
+        return causes or [result.cause for result in stated if result.cause is not None]
+
+    def _fail_step(self, causes: Sequence[Cause]) -> list[CoordinatorAction]:
+        self.phase = Phase.DELIVERING
+        final = bool(self._stuck)
+        verdict = self._make_verdict(causes, final=final)
+        if verdict.epoch:
+            self._order.restart(verdict.epoch, causes)
+        actions: list[CoordinatorAction] = []
+        if final and (self._garbled or not self.is_complete):
+            actions.append(PublishVerdict(verdict))
+        patience_s = FINAL_S if final else self.context.timeout_s
+        return [*actions, SendVerdict(tuple(self.joined), verdict), Conclude(verdict, patience_s)]
+
+    def _make_verdict(self, causes: Sequence[Cause], *, final: bool) -> StepVerdict:
+        """The verdict; it begins an epoch where the ranks' numbers do not match."""
+        epoch = 1 + max(self._epochs) if self._epochs else 0
+        return StepVerdict(self._head.name, causes, final, epoch)
+
+    # This rank leaves.
+
+    def leave(self, head: Head, cause: Cause, now: float) -> list[CoordinatorAction]:
+        """Give the operation up. `end_parting` follows, when `is_parting` no longer holds."""
+        self._head, self.phase = head, Phase.LEAVING
+        verdict = self._make_verdict([cause], final=True)
+        # Before the first step peers may come at any time: the verdict is published for them.
+        self._parting = verdict, now + (PARTING_S if head.number else 0.0)
+        return [SendVerdict(tuple(self.joined), verdict)]
+
+    def is_parting(self, now: float, *, sending: bool) -> bool:
+        """Whether to wait for late peers, or for bytes that peers have not taken (`sending`)."""
+        if self._parting is None or now > self._parting[1]:
+            return False
+        return sending or not self.is_complete
+
+    def end_parting(self) -> list[CoordinatorAction]:
+        """Leave the verdict for peers that have not come."""
+        if self._parting is None or self.is_complete:
+            return []
+        verdict = self._make_verdict(self._parting[0].causes, final=True)
+        self._order.note_left(self.context.place, verdict)
+        return [PublishVerdict(verdict)]
