@@ -119,7 +119,7 @@ def session(make_suite: MakeSuite) -> SessionResult:
 
 
 @pytest.mark.parametrize("case", PASSED, ids=lambda case: case.test)
-def test_a_death_that_was_asked_for_is_told_and_is_no_failure(
+def test_a_death_that_was_asked_for_is_reported_and_is_no_failure(
     session: SessionResult, case: Lost
 ) -> None:
     assert session.outcomes(case.test) == {"call": "passed"}
@@ -174,7 +174,7 @@ def test_every_case_is_looked_at_here(session: SessionResult) -> None:
     assert {nodeid.rpartition("::")[2] for nodeid in session.collected} == looked_at
 
 
-def test_nobody_is_warned_and_nothing_is_left(session: SessionResult) -> None:
+def test_no_warning_is_given_and_nothing_is_left(session: SessionResult) -> None:
     assert session.warnings == ()
     assert session.repeated() == []
     assert session.left_running == ()

@@ -171,7 +171,7 @@ class TestBlocks:
         page = "<!--- invisible-code-block: python\nx = 1\n-->\n\n```python\nprint(x)\n```\n"
         assert parse_blocks(page, "page") == [Block("page", 5, "python", "x = 1\nprint(x)\n")]
 
-    def test_an_output_belongs_to_the_block_before_it(self) -> None:
+    def test_an_output_goes_with_the_block_before_it(self) -> None:
         page = "```python\nprint(1)\n```\n\n```text\n1\n```\n"
         assert parse_blocks(page, "page") == [Block("page", 1, "python", "print(1)\n", "1\n")]
 

@@ -137,7 +137,7 @@ def test_sections_and_properties_survive_xdist(
     assert kept(distributed) == kept(alone)
 
 
-def test_a_warning_of_all_ranks_is_told_once_through_xdist(distributed: SessionResult) -> None:
+def test_a_warning_of_all_ranks_is_reported_once_through_xdist(distributed: SessionResult) -> None:
     assert distributed.warnings == ("UserWarning: told by all ranks",)
 
 

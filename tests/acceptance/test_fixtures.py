@@ -70,7 +70,7 @@ def test_rank0_first_lets_rank_0_go_first(fixtures: SessionResult) -> None:
     assert [note["rank"] for note in fixtures.noted("rank0_first")] == [0, 1]
 
 
-def test_a_warning_of_all_ranks_is_told_once(fixtures: SessionResult) -> None:
+def test_a_warning_of_all_ranks_is_reported_once(fixtures: SessionResult) -> None:
     assert fixtures.warnings == ("UserWarning: told by all ranks",)
 
 

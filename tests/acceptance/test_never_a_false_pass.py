@@ -148,7 +148,7 @@ XFAILED = (
     ("test_xfail_mark", "known"),
     ("test_xfail_mark_one_dies", "known"),
     ("test_xfail_raises_right", ""),
-    ("test_xfail_raises_right_and_the_others_are_told", ""),
+    ("test_xfail_raises_right_and_the_others_are_reported", ""),
     ("test_xfail_mark_added", "known since now"),
 )
 

@@ -85,7 +85,7 @@ def test_a_size_of_the_class_s_own_must_be_the_marker_s(ported: SessionResult) -
     assert ported.noted("ran") == []
 
 
-def test_a_ported_class_without_the_marker_is_told_to_have_one(ported: SessionResult) -> None:
+def test_a_ported_class_without_the_marker_is_asked_for_one(ported: SessionResult) -> None:
     report = ported.bad("TestUnmarked::test_method")
     assert "mark the test with @pytest.mark.world_size(n)" in report.text
 

@@ -143,7 +143,7 @@ def test_caplog_works_in_a_rank(session: SessionResult) -> None:
     assert session.outcomes("test_caplog") == {"call": "passed"}
 
 
-def test_output_of_fixtures_is_told_apart_by_phase(session: SessionResult) -> None:
+def test_output_of_fixtures_is_distinguished_by_phase(session: SessionResult) -> None:
     report = session.phases("test_output_of_fixtures")["teardown"]
     assert captured(report, "stdout") == {
         "Captured stdout [ranks 0-3] setup": "printed in setup\n",

@@ -152,7 +152,7 @@ def test_every_spawned_rank_is_a_child_of_the_controller(session: SessionResult)
     assert {note["rank"] for note in noted} == {0, 1}
 
 
-def test_a_module_can_keep_its_spawned_world_whatever_its_tests_are_called(
+def test_a_module_can_keep_its_spawned_world_under_any_test_names(
     session: SessionResult,
 ) -> None:
     ids = [report for report in session.reports if "test_spawned_warm.py" in report.nodeid]

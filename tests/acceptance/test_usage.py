@@ -149,7 +149,7 @@ def test_a_wrong_marker_is_named_with_its_test_and_value(
     assert any(line.startswith(start) for line in errors_of(wrong_markers))
 
 
-def test_wrong_markers_are_usage_errors_told_all_at_once_before_anything_runs(
+def test_wrong_markers_are_usage_errors_reported_all_at_once_before_anything_runs(
     wrong_markers: SessionResult,
 ) -> None:
     second_problems = 2  # of two_problems and of list_in_list
@@ -185,7 +185,7 @@ def wrong_values() -> Iterable[tuple[str, str]]:
         yield name, text.rpartition("got ")[2].strip("'")
 
 
-def test_wrong_ini_values_are_told_all_at_once(make_suite: MakeSuite) -> None:
+def test_wrong_ini_values_are_reported_all_at_once(make_suite: MakeSuite) -> None:
     ini = "\n".join(f"{name.replace('-', '_')} = {value}" for name, value in wrong_values())
     session = make_suite({"test_plain.py": PLAIN}, ini).run()
     assert session.exit_code == USAGE_ERROR
@@ -234,7 +234,7 @@ def test_a_toml_file_s_wrong_value_is_a_usage_error(make_suite: MakeSuite, line:
 
 
 @pytest.mark.parametrize("distribution", ["-n0", "-n2"])
-def test_wrong_options_are_told_all_at_once(make_suite: MakeSuite, distribution: str) -> None:
+def test_wrong_options_are_reported_all_at_once(make_suite: MakeSuite, distribution: str) -> None:
     by_argparse = ("dcp-launch", "dcp-backend", "dcp-report-ranks", "dcp_require_gpus")
     given = [(name, value) for name, value in wrong_values() if name not in by_argparse]
     options = [f"--{name}={value}" for name, value in given]
@@ -308,7 +308,7 @@ def sizes(session: SessionResult) -> dict[str, int]:
     [((), SIZES), (("--dcp-world-size=1",), OVERRIDDEN)],
     ids=["as marked", "overridden"],
 )
-def test_the_closest_marker_tells_the_size_of_the_world(
+def test_the_closest_marker_sets_the_size_of_the_world(
     make_suite: MakeSuite, options: tuple[str, ...], expected: Mapping[str, int]
 ) -> None:
     session = make_suite({"test_marker_forms.py": "marker_forms.py"}).run(*options)

@@ -99,6 +99,6 @@ def test_methods_that_act_are_verbs() -> None:
     assert found == []
 
 
-def test_participles_are_told_from_other_words() -> None:
+def test_participles_are_distinguished_from_other_words() -> None:
     assert [name for name in ("packed", "_told", "watching", "pack_names", "listing", "red", "ring")
             if is_participle(name)] == ["packed", "_told", "watching"]  # fmt: skip

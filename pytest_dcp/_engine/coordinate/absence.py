@@ -98,7 +98,7 @@ class Absence:
 
 
 class Absences:
-    """What is known of ranks that have not come."""
+    """Facts about ranks that have not come."""
 
     def __init__(self, group: dist.ProcessGroup, key: str, peer_listener: PeerListener) -> None:
         self._group = group

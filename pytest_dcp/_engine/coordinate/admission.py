@@ -14,7 +14,7 @@ two threads of the user's: their calls come at about the same time on every rank
 
 
 class Admission(Enum):
-    """What becomes of a peer."""
+    """The decision about a peer."""
 
     JOIN = auto()
     """It runs this operation."""

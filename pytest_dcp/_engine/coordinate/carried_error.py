@@ -24,7 +24,7 @@ MAX_DATA_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class CarriedError:
-    """What an exception is made of."""
+    """The parts from which an exception is rebuilt."""
 
     module: str
     qualname: str
@@ -37,7 +37,9 @@ record(CarriedError)
 
 
 def carry(error: BaseException) -> CarriedError | None:
-    """What another rank can rebuild the exception from; None where that would not be the same."""
+    """The data from which another rank can rebuild the exception; None if the result
+    would differ.
+    """
     cls = type(error)
     try:
         _, args, *state = _builtin_of(cls).__reduce__(error)

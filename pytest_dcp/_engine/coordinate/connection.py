@@ -91,7 +91,7 @@ class Connection:
         return self._seal is not None
 
     def seal(self, *, outgoing: Seal, incoming: Seal) -> None:
-        """Seal what is queued from now on, and take only frames with the other end's seals."""
+        """Seal frames queued from now on, and accept only frames with the other end's seals."""
         self._seal, self.reader.seal = outgoing, incoming
 
     def queue(self, frame: Frame) -> None:
@@ -108,7 +108,7 @@ class Connection:
             self._out.extend(view.cast("B") for view in views if view.nbytes)
 
     def flush(self) -> bool:
-        """Send what the socket takes; whether nothing is left to send."""
+        """Send as much as the socket takes. Returns whether nothing is left to send."""
         while self._out and self.ended is None:
             pieces = islice(self._out, MAX_PIECES)
             try:
@@ -116,7 +116,7 @@ class Connection:
             except BlockingIOError:
                 return False
             except OSError as error:
-                # What came before the break is still to be read: it may say why.
+                # Bytes from before the break are still read: they may give the reason.
                 self.receive()
                 self.ended = self.ended or _how(error)
                 break
@@ -135,7 +135,8 @@ class Connection:
             self._out.popleft()
 
     def receive(self, *, one: bool = False) -> None:
-        """Take what has come into `frames`, or its first frame; pings only count as heard.
+        """Move received bytes into `frames`, or their first frame; pings only count as signs of
+        life.
 
         Of a peer that sends without end a part is taken; the rest comes at the next call.
         """
@@ -205,11 +206,11 @@ class Connection:
         self.queue(Frame(FrameKind.HANG_UP))
         if self.sock.fileno() >= 0:
             self.flush()
-            self.receive()  # what is unread would have the kernel reset the connection
+            self.receive()  # unread bytes would make the kernel reset the connection
         self.close()
 
     def close(self) -> None:
-        """Send what can be sent at once, and close. A second call does nothing."""
+        """Send as much as possible at once, and close. A second call does nothing."""
         if self.sock.fileno() >= 0:
             self.flush()
             self.sock.close()

@@ -227,7 +227,7 @@ class CoordinatorSide:
     # Lines.
 
     def _pump(self, timeout_s: float) -> list[Peer]:
-        """Wait for peers, at most so long; those that came, spoke or ended."""
+        """Wait for peers, at most this long. Returns the peers that came, spoke or ended."""
         if self._selector is None or self._peer_listener is None:
             return []
         newcomers = self._let_in()
@@ -291,7 +291,7 @@ class CoordinatorSide:
         return peer
 
     def _flush(self, peer: Peer) -> None:
-        """Send what goes, and have the selector wait for what is still of interest."""
+        """Send as much as possible, and register the selector for the events still needed."""
         done = peer.connection.flush()
         if self._selector is None or not peer.watched:
             return

@@ -15,9 +15,9 @@ import resource
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 
 BESIDE = 512
-"""What a process may have open beside its peers' connections."""
+"""Descriptors that a process may have open beside its peers' connections."""
 FEW = 16
-"""What it has open at least."""
+"""Descriptors that it has open at least."""
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 """Of a call that opens a descriptor: the process, or the machine, has too many."""
 

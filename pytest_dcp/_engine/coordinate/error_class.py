@@ -1,6 +1,6 @@
 """Pure (no I/O): one class that is both an error of a step and the error that caused it.
 
-`except CheckpointMismatchError` around a load shall catch what the load raises, though that is the
+`except CheckpointMismatchError` around a load shall catch the load's exception, though that is the
 error of a whole step. So the step's error gets a class of its own for each class of causes: a
 subclass of both. All ranks know the same causes, and so raise the same class.
 """
@@ -19,7 +19,8 @@ HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: made by a class statement."""
 LEFT_OUT = (CheckpointException, StopIteration, StopAsyncIteration, SyntaxError)
 """Nested step errors say nothing new; the next two would end a generator or a loop; tracebacks show
-a line of a file in place of a SyntaxError's text."""
+a line of a file instead of a SyntaxError's text.
+"""
 
 
 def shared_class(errors: Sequence[BaseException], known: type) -> type[Exception] | None:

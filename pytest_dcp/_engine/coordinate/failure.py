@@ -44,7 +44,7 @@ class RankLeftError(CoordinationError):
 
 
 class RankSilentError(CoordinationError):
-    """Nothing was heard of a rank for as long as the group's timeout."""
+    """A rank sent no sign of life for the group's timeout."""
 
 
 class OutOfStepError(CoordinationError):
@@ -136,7 +136,7 @@ class Cause:
     frames: tuple[tuple[str, int, str, str], ...]
     """File, line, function and source line, outermost first, without this package's own."""
     error: CarriedError | None = None
-    """What the exception is made of; None: the text stands for it."""
+    """The data to rebuild the exception; None: only its text is known."""
     nested: tuple[Cause, ...] = ()
     """Of a StepError, which is an operation's within this one: its causes ..."""
     step: tuple[str, str] | None = None
@@ -194,7 +194,7 @@ def _is_whole(cause: Cause) -> bool:
 def step_error(
     step: str, operation: str, causes: Iterable[Cause], raised: BaseException | None = None
 ) -> StepError:
-    """What every rank raises for these causes; `raised` is what this rank itself met."""
+    """The exception that every rank raises for these causes; `raised` is this rank's own."""
     ordered = sorted(causes, key=lambda cause: cause.rank)
     error = StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
     if raised is not None and is_echo(raised):
@@ -250,7 +250,7 @@ def _name_of(error: BaseException) -> str:
 
 
 def _module_of(type_name: str) -> str:
-    """What a traceback writes before a class's name; a qualified name may hold dots itself."""
+    """The prefix of a class's name in a traceback; a qualified name may itself contain dots."""
     return type_name.removesuffix(type_name.rpartition(".")[2])
 
 

@@ -31,11 +31,11 @@ SMALL_BYTES = 1 << 17
 CAUSE_BYTES = 1 << 28
 """Of a rank's failure: one of a whole operation holds those of its ranks."""
 FIRST_BYTES = 1 << 22
-"""What is taken for the body of a frame before any of it has come; then twice what has."""
+"""Bytes reserved for a frame's body before any of it has come; then twice the received size."""
 
 
 class FrameKind(IntEnum):
-    """What a frame says."""
+    """The kind of message in a frame."""
 
     HELLO = 1
     """First frame of a peer: who it is."""
@@ -62,7 +62,7 @@ class FrameKind(IntEnum):
 
 
 class Mode(IntEnum):
-    """What a step does with the values of the ranks."""
+    """How a step combines the values of the ranks."""
 
     NONE = 0
     REDUCE_SCATTER = 1

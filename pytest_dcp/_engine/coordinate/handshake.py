@@ -70,7 +70,7 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """What the ranks of a group can prove with."""
+    """The secrets with which the ranks of a group prove their identity."""
 
     key: bytes = field(repr=False)
     seals_frames: bool
@@ -87,7 +87,7 @@ class GroupKey:
         return _mac(self.key, b"check").hex()
 
     def proof(self, hello: bytes) -> bytes:
-        """What a peer shows with its HELLO."""
+        """A peer's proof in its HELLO."""
         return _mac(self.key, b"hello", hello)
 
     def is_proof(self, shown: Segment, hello: bytes) -> bool:
@@ -95,7 +95,7 @@ class GroupKey:
         return hmac.compare_digest(bytes(shown), self.proof(hello))
 
     def welcome(self, nonce: str) -> bytes:
-        """What the coordinator answers."""
+        """The coordinator's answer."""
         return _mac(self.key, b"welcome", nonce.encode())
 
     def seals(self, nonce: str) -> tuple[Seal, Seal] | None:

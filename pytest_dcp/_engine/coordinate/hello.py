@@ -34,11 +34,11 @@ class Address:
     """Equal to the check of the peer's key, unless DCP_SHARED_KEY differs."""
 
     def key(self) -> GroupKey:
-        """What a rank of the group proves with."""
+        """The secrets with which a rank of the group proves its identity."""
         return GroupKey.of(self.secret)
 
     def encode(self) -> str:
-        """What the store keeps."""
+        """The value kept in the store."""
         return json.dumps(asdict(self))
 
     @classmethod

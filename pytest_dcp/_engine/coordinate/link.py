@@ -27,7 +27,7 @@ LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
 """One try of an address that does not answer. A full accept queue answers to none of them."""
 GONE = (ConnectionRefusedError, ConnectionResetError)
-"""What only an address without a listener answers with."""
+"""Errors that only an address without a listener gives."""
 
 
 @dataclass(frozen=True, slots=True)

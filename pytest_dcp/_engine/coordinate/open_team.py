@@ -32,7 +32,7 @@ def team_of(
     sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
     is the default group. Without `use_dist` this rank is alone, and its own coordinator.
 
-    operation: what is done, its kind first ("save", "load", "save step_100"): ranks that name
+    operation: the operation, its kind first ("save", "load", "save step_100"): ranks that name
         different operations fail.
     subject: the folder; one_subject: whether ranks that mean different ones fail.
     background: whether it goes on while the caller does something else.

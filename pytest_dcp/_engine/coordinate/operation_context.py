@@ -65,7 +65,7 @@ class OperationContext:
         )
 
     def silent(self, rank: int, step: str) -> Cause:
-        """The cause that a rank was not heard of."""
+        """The cause for a rank without a sign of life."""
         text = f"{self.name_of(rank)} was silent for {self.timeout_s:g} s {self._in(step)}"
         return capture(rank, RankSilentError(f"{text}: it hangs, or has not come to this step"))
 

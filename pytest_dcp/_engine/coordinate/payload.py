@@ -27,7 +27,7 @@ def pack(value: object, *, pickles: bool = False) -> list[Segment]:
 def unpack(payload: Payload, *, pickles: bool = False) -> Any:
     """The value of a payload; its arrays lie in the payload's segments.
 
-    pickles: whether pickles are opened. Raises ValueError for what `pack` does not make.
+    pickles: whether pickles are opened. Raises ValueError for bytes that `pack` does not make.
     """
     return wire.decode(payload, pickles=pickles)
 

@@ -101,7 +101,7 @@ class PeerListener:
         """Say that it expects none any more."""
         with self._lock:
             self._active[group, kind] -= 1
-            self._active += Counter()  # drops what is not positive
+            self._active += Counter()  # drops values that are not positive
 
     def has_unsignalled_peers(self) -> bool:
         """Whether peers may come without the descriptor telling this operation."""
@@ -121,7 +121,7 @@ class PeerListener:
         return mine
 
     def broken_connection(self, group: str, rank: int) -> str | None:
-        """How the process of a rank ended, as far as its idle connection tells."""
+        """How the process of a rank ended, as far as its idle connection shows."""
         return self._ended.get((group, rank))
 
     def full_for_s(self) -> float:
@@ -154,7 +154,7 @@ class PeerListener:
                 del self._ended[member]
 
     def _look(self) -> None:
-        """Read what has come on idle connections; then accept, and greet."""
+        """Read received bytes of idle connections; then accept and greet new ones."""
         self._heed_listener()
         knocks = False
         for key, _ in self._selector.select(0):

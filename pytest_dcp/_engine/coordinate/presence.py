@@ -40,7 +40,7 @@ class Presence:
 
     @classmethod
     def own(cls, hosts: Sequence[str] = (), port: int = 0) -> Presence:
-        """This process. hosts: those that are no names, which a resolver could take long for."""
+        """This process. hosts: numeric addresses only, since resolving a name could take long."""
         pid = os.getpid()
         _, started = _stat_of(pid) or ("", "")
         error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
@@ -49,7 +49,7 @@ class Presence:
         return cls(pid, started, _scope(), tuple(filter(_is_numeric, hosts)), port, error_file)
 
     def encode(self) -> str:
-        """What the store keeps."""
+        """The value kept in the store."""
         return json.dumps(asdict(self))
 
     @classmethod

@@ -1,4 +1,5 @@
-"""What an operation needs of a process group: who is in it, its patience, and where to meet.
+"""The parts of a process group that an operation needs: its members, its timeout, and where to
+meet.
 
 The coordinator puts the address of its listener into the group's c10d store, one key per group
 and coordinator, which is never removed: the address is good for as long as the process lives. Peers
@@ -44,7 +45,7 @@ and the user's other threads have the store to themselves in between."""
 
 @dataclass(slots=True)
 class Meeting:
-    """What this process remembers of a group, from one operation to the next."""
+    """This process's memory of a group, from one operation to the next."""
 
     order: CallOrder = field(default_factory=CallOrder)
     """The operations that this process called in the group."""
@@ -57,9 +58,9 @@ class Meeting:
     present: bool = False
     """Whether this process has said in the store which one it is."""
     presences: dict[int, Presence] = field(default_factory=dict)
-    """By rank, those that were looked up."""
+    """By rank, addresses looked up so far."""
     gloo_listeners: dict[int, GlooListener | None] = field(default_factory=dict)
-    """By rank, those that were looked up; None where gloo left no address that we can read."""
+    """By rank, gloo's addresses looked up so far; None if gloo left no address that we can read."""
     tying: threading.Lock = field(default_factory=threading.Lock)
     """Held while `idle` changes: a save and a load may begin at once."""
 
@@ -73,7 +74,7 @@ _inherited: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def meeting_of(group: dist.ProcessGroup) -> Meeting:
-    """What is remembered of a group."""
+    """The memory of a group."""
     with _meeting:
         meeting = _meetings.get(group)
         if meeting is None:

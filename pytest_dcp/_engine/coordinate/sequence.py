@@ -45,7 +45,7 @@ def kind_of(operation: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What an operation saves to or loads from."""
+    """The place that an operation saves to or loads from."""
 
     name: str
     """The absolute path, or the URL."""

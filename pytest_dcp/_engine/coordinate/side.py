@@ -23,7 +23,7 @@ class Side(Protocol):
         """Get in touch with the other side; a verdict when that is not to be had."""
 
     def exchange(self, head: Head, own: LocalResult, combine: Combine) -> Result | StepVerdict:
-        """State how this rank's work ended, and wait for what becomes of the step."""
+        """State how this rank's work ended, and wait for the outcome of the step."""
 
     def trouble(self) -> str | None:
         """The first failure that a peer has told of, in one line; never waits."""

@@ -1,4 +1,4 @@
-"""Pure (no I/O): what ranks tell each other in one step.
+"""Pure (no I/O): the messages between ranks in one step.
 
 Every rank sends a `LocalResult`. When all have, the coordinator combines the values to `Reduced`
 and gives each rank its `Result`, or all of them one `StepVerdict`.
@@ -25,7 +25,7 @@ class LocalResult:
     echo: bool = False
 
     def frame(self, head: Head) -> Frame:
-        """The frame that tells the coordinator."""
+        """The frame for the coordinator."""
         if self.cause is None:
             return Frame(FrameKind.VALUE, head, self.payload)
         return Frame(FrameKind.ABORTED if self.echo else FrameKind.FAILED, head, pack(self.cause))
@@ -68,7 +68,7 @@ class StepVerdict:
         return "; ".join(cause.summary() for cause in self.causes)
 
     def frame(self, head: Head) -> Frame:
-        """The frame that tells a peer."""
+        """The frame for a peer."""
         return Frame(FrameKind.VERDICT, head, pack(self))
 
     @classmethod
@@ -95,7 +95,7 @@ record(StepVerdict)
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What the coordinator answers to a step's values."""
+    """The coordinator's answer to a step's values."""
 
     own: object
     shared: Sequence[Segment] = ()
@@ -104,7 +104,7 @@ class Reduced:
     """... or one per rank, the coordinator's left out of account."""
 
     def payload(self, rank: int) -> Payload:
-        """What a rank gets."""
+        """A rank's result."""
         return self.apart[rank] if self.apart else self.shared
 
 

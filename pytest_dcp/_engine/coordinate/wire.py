@@ -9,12 +9,12 @@ Nothing here can run code of the sender's. A value becomes a head and segments:
 so that a plan of 10,000 tensors is a few columns and one short head. Example: `(1, b"xy")` is the
 head `["t",[1,["b"]]]` and the segment `xy`.
 
-What can be sent: Python's plain values and containers, numpy arrays and scalars of numbers, torch's
-dtypes, layouts and sizes, paths, and objects of the classes that were registered by `record` (their
-fields, by name; `__init__` is not called) or by `convert`. Anything else is a TypeError on the
-sender that names it. Where the sender's planner or storage is a class of the user's own (see
-`messages`), such objects travel as pickles; a receiver opens those only where its own planner or
-storage is one, too.
+Values that can be sent: Python's plain values and containers, numpy arrays and scalars of numbers,
+torch's dtypes, layouts and sizes, paths, and objects of the classes that were registered by
+`record` (their fields, by name; `__init__` is not called) or by `convert`. Anything else is a
+TypeError on the sender that names it. Where the sender's planner or storage is a class of the
+user's own (see `messages`), such objects travel as pickles; a receiver opens those only where its
+own planner or storage is one, too.
 
 Reading is bounded: each segment is used once, and a text is refused before it is parsed if the
 objects that it describes would take more than FREE_BYTES and BYTES_PER_STORED_BYTE for each of its
@@ -52,7 +52,7 @@ from pytest_dcp._engine.format.memory_limit import (
 Segment = bytes | bytearray | memoryview
 Payload = Sequence[Segment]
 Node = Any
-"""A part of the head: a scalar of JSON, or a list of a tag and what belongs to it."""
+"""A part of the head: a scalar of JSON, or a list of a tag and its arguments."""
 
 NUMBERS = frozenset("biufc")
 """Kinds of numpy dtypes whose bytes are values, and nothing else."""
@@ -61,7 +61,7 @@ _TEXT = frozenset((str,))
 _PATH_PARTS = frozenset((str, int))
 _COLUMN = np.dtype("<u4")
 PLAIN_BASES: tuple[type[Any], ...] = (str, int, float, bytes)
-"""Objects of subclasses of these, such as a StrEnum's, are sent as what they are equal to."""
+"""Objects of subclasses of these, such as a StrEnum's, are sent as the equal base value."""
 KEY_BITS = 63
 """Of an int in a key: longer ones can be chosen to have one hash, which takes quadratic time."""
 MANY = 16

@@ -1,8 +1,8 @@
 """A point in the code of this rank at which the process ends or stops.
 
 Enters: the name of a function, and which of its entries counts. Leaves: the announcement to the
-controller, and the signal. A Python function is watched whatever name it is called by: its code is
-what is exchanged. Anything else that can be called (`os:replace`) is exchanged where it is named.
+controller, and the signal. A Python function is watched under any name: its code is what is
+exchanged. Anything else that can be called (`os:replace`) is exchanged where it is named.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Point:
         """Let the function be as it was."""
 
     def describe_miss(self) -> str:
-        """What did not happen; empty when it did."""
+        """The calls that did not happen; empty if all did."""
         if self._entered >= self._nth:
             return ""
         return f"{self._asked}: entered {self._entered} times, expected {self._nth}"
@@ -75,7 +75,7 @@ def _member(owner: Any, name: str, at: str) -> Any:
 
 
 def _watch(owner: Any, name: str, enter: Callable[[], None]) -> Callable[[], None]:
-    """Have `enter` called before each call; returns what undoes that."""
+    """Have `enter` called before each call. Returns a function that undoes that."""
     found = getattr(owner, name)
     function = getattr(found, "__func__", found)  # of a class method
     if isinstance(function, FunctionType):

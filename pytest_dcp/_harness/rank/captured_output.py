@@ -1,4 +1,4 @@
-"""What a rank's work printed: captured between pytest's own phases, and cut to size."""
+"""A rank's output: captured between pytest's own phases, and truncated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ C_STREAMS = "pytest_dcp.c_streams"
 
 
 class CStreams:
-    """A plugin: what C code prints in a phase is captured in it, not when its buffer is full."""
+    """A plugin: output of C code in a phase is captured in it, not when its buffer is full."""
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_make_collect_report(self) -> Generator[None, object, object]:

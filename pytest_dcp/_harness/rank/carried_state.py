@@ -1,4 +1,5 @@
-"""What plugins gather in ranks: collected there by hook, and given to the same plugins at home.
+"""Plugins' data in ranks: collected there by a hook, and given to the same plugins in the
+controller.
 
 Enters, in a rank: an item that was torn down. Leaves: one payload for all plugins. In the
 controller the reverse, for all ranks together.
@@ -18,11 +19,11 @@ from pytest_dcp.errors import DcpError
 
 
 class LostStateWarning(pytest.PytestWarning):
-    """What a plugin gathered in ranks is not in its own report."""
+    """A plugin's data of ranks is missing in its own report."""
 
 
 def collect(item: pytest.Item) -> bytes:
-    """What the plugins have gathered in this rank, pickled by their names; empty for nothing.
+    """The plugins' data in this rank, pickled by their names; empty if there is none.
 
     Raises `DcpError` when it cannot be pickled, and what a plugin's hook raises.
     """
@@ -41,7 +42,7 @@ def collect(item: pytest.Item) -> bytes:
 
 
 def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None:
-    """Give each plugin what its like gathered in the ranks; warn where none takes it."""
+    """Give each plugin its data from the ranks; warn if no plugin takes it."""
     what = "what plugins gathered in the process"
     came = {
         rank: load_from_rank(payload, rank, what) for rank, payload in payloads.items() if payload

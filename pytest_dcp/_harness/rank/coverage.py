@@ -1,4 +1,4 @@
-"""What coverage.py measures in ranks: saved by each rank, gathered where pytest-cov would not.
+"""coverage.py's measurements in ranks: saved by each rank, gathered where pytest-cov would not.
 
 A forked rank inherits the running measurement; a spawned one starts its own with the settings that
 the controller hands down (`settings`, `start`). Beside pytest-cov, and wherever each process has a
@@ -34,7 +34,7 @@ def _has_one_file(measuring: Any) -> bool:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """What `start` needs in another process, as JSON takes it; empty when nothing is measured.
+    """Arguments of `start` in another process, as JSON; empty if nothing is measured.
 
     Files that pytest-cov would not combine go to `folder`.
     """
@@ -73,7 +73,7 @@ def detach(folder: Path) -> None:
 
 
 def save() -> None:
-    """Write what was measured in this process so far; `os._exit` would lose it."""
+    """Write this process's measurements so far; `os._exit` would lose them."""
     measuring = _current()
     if measuring is not None:
         with warnings.catch_warnings():  # of a rank that ran no measured line
@@ -82,7 +82,7 @@ def save() -> None:
 
 
 def gather(folder: Path) -> None:
-    """Add what ranks saved in `folder` to this process's measurement."""
+    """Add the ranks' measurements in `folder` to this process's."""
     measuring = _current()
     for path in sorted(folder.glob(f"{NAME}.*")) if measuring is not None else ():
         import pytest

@@ -175,7 +175,7 @@ def test_xfail_raises_right_but_some_wait(rank: int) -> None:
 
 
 @pytest.mark.xfail(raises=ZeroDivisionError)
-def test_xfail_raises_right_and_the_others_are_told(rank: int, world: RankWorld) -> None:
+def test_xfail_raises_right_and_the_others_are_reported(rank: int, world: RankWorld) -> None:
     if rank == 2:
         _ = 1 / 0
     world.barrier()

@@ -106,7 +106,7 @@ class TestSizesThatDiffer:
         assert torch.equal(target["w"][:4], numbered(4, 3))
         assert (target["w"][4:] == -1).all()
 
-    def test_another_size_is_still_refused_where_nobody_allows_it(self, saved: Path) -> None:
+    def test_another_size_is_still_refused_unless_allowed(self, saved: Path) -> None:
         class Other(Resizing):
             pass
 
@@ -161,7 +161,7 @@ class TestSizesThatDiffer:
         assert torch.equal(target["v"][:4], numbered(4, 3)[:, :2])
         assert target["step"] == 7
 
-    def test_a_value_in_place_of_a_tensor_is_named(self) -> None:
+    def test_a_value_instead_of_a_tensor_is_named(self) -> None:
         entry = TensorStorageMetadata(TensorProperties(), torch.Size([1]), [])
         with pytest.raises(ValueError, match="Invalid checkpoint metadata for a, expected Bytes"):
             planner_helpers._create_read_items("a", entry, 3)

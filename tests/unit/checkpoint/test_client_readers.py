@@ -376,7 +376,7 @@ class Copied(FileSystemBase):
 
 
 @pytest.mark.parametrize("make", [Copied, TorchFileSystem, FileSystem])
-def test_a_file_system_put_in_place_of_ours_is_used(
+def test_a_file_system_replacing_ours_is_used(
     tmp_path: Path, make: Callable[[], FileSystemBase]
 ) -> None:
     """As the storages of s3torchconnector and of object stores, which set `fs` and `path`."""

@@ -493,7 +493,7 @@ class TestTransforms:
         told = {key.fqn: place.transform_descriptors for key, place in places.items()}
         assert told == {"w": ["stream.flip/1"], "step": ["stream.flip/1"], "b": None}
 
-    def test_a_stream_that_no_reader_is_told_of_is_undone_by_the_readers_own(
+    def test_a_stream_unknown_to_the_reader_is_undone_by_the_readers_own(
         self, tmp_path: Path
     ) -> None:
         class Own:

@@ -57,7 +57,7 @@ def test_names_the_first_element_its_bits_and_how_many() -> None:
     [(0x80000000, 0), (0x7FC00001, 0x7FC00000), (0x7F800001, 0x7FC00001), (1, 0)],
     ids=["-0.0", "NaN payload", "signalling NaN", "subnormal"],
 )
-def test_tells_values_apart_that_compare_equal_or_unordered(actual: int, expected: int) -> None:
+def test_distinguishes_values_that_compare_equal_or_unordered(actual: int, expected: int) -> None:
     found = only({"w": floats(actual)}, {"w": floats(expected)})
     assert (found.what, found.index) == ("bits", (0,))
     assert f"{actual:08x}" in found.actual
@@ -96,7 +96,7 @@ def test_equal_nans_are_equal_and_others_are_not() -> None:
     assert only({"v": loaded}, {"v": quiet}).what == "value"
 
 
-def test_all_differences_are_told_at_once() -> None:
+def test_all_differences_are_reported_at_once() -> None:
     with pytest.raises(LawError) as raised:
         assert_state_dict_equal({"a": 1, "c": 3}, {"a": 2, "b": 1})
     assert str(raised.value).splitlines() == [

@@ -106,7 +106,7 @@ class Unrecorded(TestSqlite):
     records = True
 
 
-def test_a_storage_that_cannot_be_recorded_is_told_what_to_say(tmp_path: pathlib.Path) -> None:
+def test_a_storage_that_cannot_be_recorded_gets_advice(tmp_path: pathlib.Path) -> None:
     with pytest.raises(RecordingError, match="Python does not see") as caught:
         Unrecorded().test_killed_first_save(tmp_path)
     assert any("has records = False" in note for note in caught.value.__notes__)

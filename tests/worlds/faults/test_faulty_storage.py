@@ -121,7 +121,7 @@ def test_plain_code_below_a_watched_folder_fails_and_what_is_outside_does_not(
     assert fault.fired >= 2
 
 
-def test_worker_threads_are_told_from_the_main_one(
+def test_worker_threads_are_distinguished_from_the_main_one(
     faulty_storage: FaultyStorage, checkpoint_dir: Path
 ) -> None:
     faulty_storage.inject(InputOutput(), on="create", thread="worker")
@@ -184,7 +184,7 @@ def test_a_hang_is_released_by_hand_and_a_slow_operation_by_itself(
     faulty_storage.assert_loads(new)
 
 
-def test_a_hang_that_nobody_releases_ends_and_is_told(
+def test_an_unreleased_hang_ends_and_is_reported(
     faulty_storage: FaultyStorage, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     with FaultyStorage(checkpoint_dir, tmp_path / "counts") as storage:
@@ -320,7 +320,7 @@ def test_a_store_takes_its_writes_in_parts_and_lists_late(faulty_storage: Faulty
     assert fs.ls("mem://run/1") == [*shown, "mem://run/1/new"]
 
 
-def test_the_end_of_the_test_tells_of_what_never_fired(
+def test_the_end_of_the_test_reports_faults_that_never_fired(
     checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     with FaultyStorage(checkpoint_dir, tmp_path / "counts") as storage:

@@ -145,16 +145,14 @@ def wrong_with(told: Told, rank: int, reason: str) -> str:
 
 
 @pytest.mark.parametrize(("fault", "size"), [(Kill(), 2), (Kill(), 4), (Exit(0), 2)], ids=repr)
-def test_survivors_are_told_at_once_of_a_rank_that_dies(
-    stage: Stage, fault: Fault, size: int
-) -> None:
+def test_survivors_learn_at_once_of_a_rank_that_dies(stage: Stage, fault: Fault, size: int) -> None:
     cases = plans(size)
     played = list(stage.play(size, fault, cases, NO_LIMIT_S))
     assert [(one, why) for one in played if (why := wrong_in(one, "RankEndedError"))] == []
     print(f"{fault!r}: {len(played)} cases on {size} ranks")
 
 
-def test_survivors_are_told_of_a_rank_that_stands_still_after_the_group_s_time_out(
+def test_survivors_learn_of_a_rank_that_stands_still_after_the_group_s_time_out(
     stage: Stage,
 ) -> None:
     played = list(stage.play(2, Stop(), plans(2), SHORT_S))
@@ -162,7 +160,7 @@ def test_survivors_are_told_of_a_rank_that_stands_still_after_the_group_s_time_o
     print(f"Stop(): {len(played)} cases on 2 ranks")
 
 
-def test_a_rank_that_hangs_is_named_by_its_peers_and_is_told_itself_when_it_goes_on(
+def test_a_rank_that_hangs_is_named_by_its_peers_and_learns_of_it_when_it_continues(
     stage: Stage,
 ) -> None:
     played = list(stage.play(2, Hang(limit_s=4.0), plans(2), SHORT_S))
@@ -194,14 +192,14 @@ STAGED = [Plan("stager.stage", rank) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("fault", [Kill(), Exit(0)], ids=repr)
-def test_survivors_are_told_of_a_rank_that_ends_while_it_stages(stage: Stage, fault: Fault) -> None:
+def test_survivors_learn_of_a_rank_that_ends_while_it_stages(stage: Stage, fault: Fault) -> None:
     """At once; of a peer that began before its coordinator after the group's timeout."""
     for one in stage.play(2, fault, STAGED, SHORT_S):
         at_once, later = (wrong_in(one, reason) for reason in ("RankEndedError", "RankSilentError"))
         assert not at_once or (one.plan.rank == 1 and not later), (one, at_once, later)
 
 
-def test_survivors_are_told_of_a_rank_that_stands_still_while_it_stages_after_the_time_out(
+def test_survivors_learn_of_a_rank_that_stands_still_while_it_stages_after_the_time_out(
     stage: Stage,
 ) -> None:
     played = list(stage.play(2, Stop(), STAGED, SHORT_S))

@@ -72,7 +72,7 @@ class TestOnFourRanks:
         save(engine)()
         load(engine)()
 
-    def test_a_save_tells_every_rank_of_the_ranks_that_failed(self, engine: Any) -> None:
+    def test_a_save_names_the_failed_ranks_on_every_rank(self, engine: Any) -> None:
         check(save(engine, fail_set_up_storage_writer=[0]), [0])
         check(save(engine, fail_finish=[0]), [0])
         check(save(engine, fail_prepare_global_plan=[0]), [0])
@@ -82,7 +82,7 @@ class TestOnFourRanks:
         check(save(engine, 1, fail_set_up_storage_writer=[1]), [1])
         check(save(engine, 1, fail_finish=[1]), [1])
 
-    def test_a_load_tells_every_rank_of_the_ranks_that_failed(self, engine: Any) -> None:
+    def test_a_load_names_the_failed_ranks_on_every_rank(self, engine: Any) -> None:
         check(load(engine, fail_set_up_storage_reader=[0]), [0])
         check(load(engine, fail_prepare_global_plan=[0]), [0])
         check(load(engine, fail_read_metadata=[0]), [0], any_type=True)

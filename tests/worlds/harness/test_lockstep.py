@@ -60,7 +60,7 @@ def test_a_barrier_works_when_the_process_group_is_gone(world: RankWorld) -> Non
 
 
 @pytest.mark.world_size(1)
-def test_a_world_of_one_waits_for_nobody(world: RankWorld) -> None:
+def test_a_world_of_one_waits_for_no_peer(world: RankWorld) -> None:
     world.barrier()
     assert world.gather("alone") == ["alone"]
     assert world.broadcast("alone") == "alone"
@@ -92,7 +92,7 @@ def test_broadcast_gives_the_value_of_its_source(world: RankWorld, rank: int, sr
     assert world.broadcast({"from": rank}, src=src) == {"from": src}
 
 
-def test_broadcast_is_from_rank_0_unless_told(world: RankWorld, rank: int) -> None:
+def test_broadcast_is_from_rank_0_by_default(world: RankWorld, rank: int) -> None:
     assert world.broadcast(rank) == 0
 
 
@@ -112,7 +112,9 @@ def test_broadcast_from_no_rank_is_an_error_in_every_rank(world: RankWorld, src:
 # Ranks that do different things.
 
 
-def test_ranks_that_ask_for_different_things_are_told_what(world: RankWorld, rank: int) -> None:
+def test_ranks_that_ask_for_different_things_see_the_difference(
+    world: RankWorld, rank: int
+) -> None:
     said = r"different things \(rank 0: gather\(\), rank 1: barrier\(\), rank 2: barrier\(\)\)"
     if rank == 0:
         time.sleep(LATE_S)  # the others wait by then
@@ -252,7 +254,7 @@ def test_a_warm_world_is_seeded_for_every_test(world: RankWorld, number: int) ->
 # The device mesh.
 
 
-def test_a_mesh_has_one_dimension_unless_told(device_mesh: DeviceMesh) -> None:
+def test_a_mesh_has_one_dimension_by_default(device_mesh: DeviceMesh) -> None:
     assert device_mesh.mesh.tolist() == [0, 1, 2]
     assert device_mesh.device_type == "cpu"
 

@@ -230,7 +230,7 @@ def test_peers_wait_for_the_operation_that_they_ask_for(listener: PeerListener) 
         arrival.connection.close()
 
 
-def test_peers_that_ask_for_what_nobody_runs_are_seen_by_who_is_there(
+def test_peers_that_ask_for_an_unknown_operation_are_seen_by_present_ranks(
     listener: PeerListener,
 ) -> None:
     with send(listener, hello(listener, fresh(operation="load"))):
@@ -251,7 +251,7 @@ def broken(listener: PeerListener, rank: int = 2) -> str | None:
     return listener.broken_connection("group", rank)
 
 
-def test_an_idle_connection_that_breaks_tells_that_a_process_ended(
+def test_an_idle_connection_that_breaks_shows_that_a_process_ended(
     listener: PeerListener,
 ) -> None:
     sock = send(listener, hello(listener, fresh(operation=IDLE)))
@@ -262,7 +262,7 @@ def test_an_idle_connection_that_breaks_tells_that_a_process_ended(
     assert broken(listener, rank=1) is None
 
 
-def test_a_connection_that_a_peer_closes_on_purpose_tells_of_no_end(
+def test_a_connection_that_a_peer_closes_on_purpose_shows_no_end(
     listener: PeerListener,
 ) -> None:
     line = Connection(send(listener, hello(listener, fresh(operation=IDLE))))
@@ -421,7 +421,7 @@ def test_a_hard_limit_that_is_too_low_is_named(limits: list[tuple[int, int]]) ->
 
 
 @pytest.mark.parametrize("hosts", [(), ("127.0.0.1",)])
-def test_a_socket_that_was_lent_the_port_of_who_has_ended_does_not_meet_itself(
+def test_a_socket_with_the_port_of_an_ended_process_does_not_meet_itself(
     nobodys: Address, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]
 ) -> None:
     class Lent(socket.socket):

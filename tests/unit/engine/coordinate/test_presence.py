@@ -67,7 +67,7 @@ def error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '{"message": "ValueError: boom"}',
     ],
 )
-def test_torchruns_error_file_tells_that_a_worker_failed(error_file: Path, text: str) -> None:
+def test_torchruns_error_file_shows_that_a_worker_failed(error_file: Path, text: str) -> None:
     elsewhere = replace(Presence.own(), scope="another machine")
     assert elsewhere.how_ended() is None
     error_file.write_text(text)

@@ -320,7 +320,7 @@ def test_the_first_line_names_ranks_step_operation_and_causes() -> None:
     )
 
 
-def test_equal_failures_are_told_once() -> None:
+def test_equal_failures_are_reported_once() -> None:
     text = str(step_error("plan", "save", [sent(ValueError("same"), rank) for rank in range(5)]))
     assert text.count("ValueError: same") == 2
     assert "failed on ranks 0-4: ValueError: same\n" in text

@@ -383,7 +383,7 @@ class TestStandIns:
         chunks = getattr(metadata.state_dict_metadata["m.b"], "chunks", [])
         assert isinstance(chunks, list)
 
-    def test_places_at_which_nobody_looks_take_no_time(self, tmp_path: Path) -> None:
+    def test_unwatched_places_take_no_time(self, tmp_path: Path) -> None:
         """A key for each is a third of what planning a load takes."""
         dcp.save(state(), checkpoint_id=tmp_path)
         metadata = dcp.FileSystemReader(tmp_path).read_metadata()

@@ -161,7 +161,7 @@ def test_an_attribute_of_a_wrapper_within_a_wrapper_is_named_before_anything_is_
     assert torch.equal(target.b.b, two(5).b)
 
 
-def test_attributes_of_one_side_only_and_those_that_are_no_plain_values_do_not_count(
+def test_attributes_of_one_side_only_and_values_that_are_not_plain_do_not_count(
     tagged: Path,
 ) -> None:
     target = scaled(0, tag="x", more={"k": 2}, own=3)

@@ -144,7 +144,7 @@ def test_what_cannot_be_walked_is_not_compared() -> None:
     ],
 )
 @pytest.mark.parametrize("start", [0, 8, 4096])
-def test_a_sum_is_of_the_row_major_data_whatever_the_strides(view: Any, start: int) -> None:
+def test_a_sum_is_of_the_row_major_data_for_any_strides(view: Any, start: int) -> None:
     tensor = view(torch.arange(64 * 100, dtype=torch.float32).reshape(64, 100) % 251)
     data = tensor.contiguous().numpy().tobytes()
     start = min(start, len(data) // tensor.itemsize * tensor.itemsize)

@@ -191,7 +191,7 @@ def test_more_buffers_than_one_call_takes_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
-def test_a_file_ends_where_it_was_written_whatever_was_reserved(kind, tmp_path, monkeypatch):
+def test_a_file_ends_where_it_was_written_despite_reserved_space(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(local_file, "kind_of_device", lambda major, minor: kind)
     with LocalDisk().create(tmp_path, "a") as out:
         out.reserve(2 << 20)
@@ -243,7 +243,7 @@ def test_a_link_inside_the_folder_is_followed_and_one_out_of_it_refused(tmp_path
         assert caught.value.file == name
 
 
-def test_a_refused_link_is_told_how_to_be_followed(tmp_path):
+def test_a_refused_link_error_says_how_to_follow_it(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "out").symlink_to(tmp_path / "data")
     (tmp_path / "data").write_bytes(b"1")
@@ -269,7 +269,7 @@ def test_links_lead_to_plain_files_anywhere_where_they_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../data", "/etc/passwd", "in/../../data", "up/../../data"])
-def test_names_lead_nowhere_where_links_are_followed(name, tmp_path):
+def test_names_escape_nothing_where_links_are_followed(name, tmp_path):
     folder = tmp_path / "folder"
     (folder / "in").mkdir(parents=True)
     (tmp_path / "data").write_bytes(b"12345")

@@ -98,6 +98,6 @@ def test_no_bytes_are_an_empty_view():
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 3).t(), torch.ones(2, dtype=torch.cfloat).conj()])
-def test_what_is_not_flat_is_told(tensor):
+def test_a_nested_state_is_refused(tensor):
     assert not is_flat(tensor)
     assert is_flat(torch.ones(2, 3))

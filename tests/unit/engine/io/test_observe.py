@@ -21,7 +21,7 @@ def test_bytes_of_every_thread_are_counted():
     assert seen[-1] == Progress("save", 3, 400, 400)
 
 
-def test_progress_is_told_no_more_often_than_asked_but_always_at_the_end():
+def test_progress_is_reported_no_more_often_than_asked_but_always_at_the_end():
     seen: list[int] = []
     watcher = Observer("load", progress=lambda p: seen.append(p.done_bytes), every_s=3600)
     watcher.expect(10)

@@ -171,7 +171,7 @@ def test_a_range_past_the_data_is_refused(verify):
 
 @pytest.mark.parametrize("verify", MODES)
 @pytest.mark.parametrize(("nbytes", "low"), [(40, 0), (40, 20), (11, 0)])
-def test_a_file_that_is_cut_short_is_told_with_the_place(nbytes, low, verify):
+def test_a_file_that_is_cut_short_is_reported_with_the_place(nbytes, low, verify):
     reader = reader_of(data_of(nbytes), 16, verify)
     reader.file = FakeIn(reader.file.content[: LEAD + nbytes - 4])
     with pytest.raises(CheckpointCorruptError, match="the file ends here") as caught:
@@ -179,7 +179,7 @@ def test_a_file_that_is_cut_short_is_told_with_the_place(nbytes, low, verify):
     assert caught.value.offset == LEAD + nbytes - 4
 
 
-def test_damage_that_is_gone_when_it_is_read_again_is_still_told():
+def test_damage_that_is_gone_when_it_is_read_again_is_still_reported():
     class Flickers(FakeIn):
         reads = 0
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_without_sums_is_not_mapped():
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-def test_rows_are_read_and_a_file_that_ends_too_early_is_told(cut):
+def test_rows_are_read_and_a_file_that_ends_too_early_is_reported(cut):
     data = data_of(40)
     reader = reader_of(data, 16, "auto", stored=data[: 40 - cut * 10])
     reader.file.content = reader.file.content[:-3]

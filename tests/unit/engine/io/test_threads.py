@@ -63,7 +63,7 @@ def test_the_first_failure_in_time_wins_and_every_thread_is_joined(error):
     assert running() == []
 
 
-def test_the_others_are_told_to_stop_and_those_not_begun_never_begin():
+def test_the_others_are_asked_to_stop_and_pending_ones_never_begin():
     begun: list[str] = []
     both = threading.Barrier(2, timeout=10)
 

@@ -59,7 +59,7 @@ def test_a_quantised_tensor_is_a_value_wherever_it_stands():
         assert kinds == {"a": TENSOR, "q": BYTES, "b": TENSOR}
 
 
-def test_a_plain_tensor_is_its_own_memory_whatever_it_says_of_itself():
+def test_a_plain_tensor_is_its_own_memory_despite_its_attributes():
     talkative = torch.ones(2)
     talkative.__create_write_items__ = lambda fqn, value: 1 / 0
     found = write_items({"first": talkative, "second": torch.ones(2), "third": talkative})

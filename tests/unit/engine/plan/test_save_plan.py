@@ -135,7 +135,7 @@ def test_the_same_plans_come_from_pickled_tables(plans):
 
 @given(rank_plans(), st.data())
 @fewer(4)
-def test_a_box_that_nobody_has_is_missed_and_named(plans, data):
+def test_a_box_that_no_rank_has_is_missed_and_named(plans, data):
     groups = groups_of(plans)
     tensors = [key for key in groups if key[1] is not None]
     if not tensors:
@@ -186,7 +186,7 @@ def test_ranks_that_disagree_about_a_name_are_named(one, other, what):
         global_plan(tables)
 
 
-def test_every_disagreement_is_told_and_the_rest_counted():
+def test_every_disagreement_is_reported_and_the_rest_counted():
     names = [f"w.{n}" for n in range(30)]
     tables = tables_of([[whole(n, (4,)) for n in names], [whole(n, (5,)) for n in names]])
     with pytest.raises(PlanError, match=r"and \d+ more"):

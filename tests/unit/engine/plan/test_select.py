@@ -13,7 +13,7 @@ states = st.lists(names, unique=True).map(lambda fqns: {fqn: n for n, fqn in enu
 
 
 @given(states, st.lists(names, max_size=3))
-def test_the_chosen_keys_are_those_that_a_pattern_fits(state, patterns):
+def test_the_chosen_keys_are_the_ones_matching_a_pattern(state, patterns):
     fits = [compiled(translate(pattern)).match for pattern in patterns]
     expected = {fqn: n for fqn, n in state.items() if any(fit(fqn) for fit in fits)}
     if all(any(fit(fqn) for fqn in state) for fit in fits):

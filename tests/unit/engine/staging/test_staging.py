@@ -348,7 +348,7 @@ class TestStagers:
         assert isinstance(found.exception(60), PlanError)
         stager.close()
 
-    def test_the_blocking_one_keeps_memory_only_if_told(self) -> None:
+    def test_the_blocking_one_keeps_memory_only_on_request(self) -> None:
         for keep in (True, False):
             stager = BlockingAsyncStager(cache_staged_state_dict=keep)
             where = addresses(stager.stage(state(1)))

@@ -81,7 +81,7 @@ def test_flattening_is_undone(state: dict[str, Any]) -> None:
     assert nest_optimizer_state(flat, groups, NAMES) == state
 
 
-def test_a_key_belongs_to_the_longest_name_that_it_begins_with() -> None:
+def test_a_key_is_assigned_to_the_longest_name_that_it_begins_with() -> None:
     flat = {"state.a.b.m.n": 1, "state.a.m": 2, "state.gone.m": 3}
     state = nest_optimizer_state(flat, [["a", "a.b"]], NAMES)["state"]
     assert state == {"a.b": {"m.n": 1}, "a": {"m": 2}, "gone": {"m": 3}}

@@ -66,7 +66,7 @@ def test_a_module_may_say_which_child_its_keys_leave_out() -> None:
     ]
 
 
-def test_a_key_that_leads_nowhere_stays_as_it_is() -> None:
+def test_an_unknown_key_is_unchanged() -> None:
     names = Names(checkpoint_wrapper(net()))
     assert names.canonical("gone.deeper.key") == "gone.deeper.key"
     assert names.canonical("_checkpoint_wrapped_module.0._extra_state") == "0._extra_state"

@@ -272,7 +272,7 @@ def test_torchs_own_checkpoints_name_what_is_missing(tmp_path: Path, missing: st
 
 
 @pytest.mark.parametrize("writer", ["ours", "torch"])
-def test_small_tensors_that_nobody_checks_are_right_or_the_file_ends_early(
+def test_small_tensors_without_checks_are_right_or_the_file_ends_early(
     tmp_path: Path, writer: str
 ) -> None:
     saved = {f"{n:03}": torch.randn(n % 7 + 1, 60) for n in range(600)}
@@ -312,7 +312,7 @@ class OfParts(dcp.DefaultLoadPlanner):
         return self.target[low : low + int(read_item.lengths[0])]
 
 
-def test_parts_of_a_tensor_that_nobody_checks_may_overlap(folder: Path) -> None:
+def test_parts_of_a_tensor_without_checks_may_overlap(folder: Path) -> None:
     target = torch.zeros(4, 6)
     planner = OfParts(target, (2, 3), (0, 4), (1, 2))
     reader = FileSystemReader(folder, verify="off", thread_count=1)

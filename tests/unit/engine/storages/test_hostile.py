@@ -300,7 +300,7 @@ def test_chunks_that_do_not_tile_their_tensor_are_refused(
 @pytest.mark.parametrize(
     "path", [("v", 1 << 31), ("v", -7), (), 5, "xyz", ("w", 0), ("w", ["x"]), ("w", "x")]
 )
-def test_paths_that_lead_nowhere_are_refused(tmp_path: Path, path: Any) -> None:
+def test_dangling_paths_are_refused(tmp_path: Path, path: Any) -> None:
     def edit(metadata: Metadata) -> None:
         metadata.planner_data = {"w": ("w",), "v": path}
 

@@ -75,7 +75,7 @@ def test_a_plan_of_other_items_is_sent_in_full():
         assert expand_plan(sent(plan), local).items == items
 
 
-def test_a_rank_may_be_told_to_write_nothing():
+def test_a_rank_may_have_nothing_to_write():
     local = local_plan()
     plan = replace(local, items=local.items.take(np.zeros(0, dtype=np.int64)))
     assert len(expand_plan(sent(compress_plan(plan, local)), local).items) == 0
@@ -96,7 +96,7 @@ def results(plan: SavePlan) -> WriteResults:
     return WriteResults(plan.items, written)
 
 
-def test_only_the_places_of_what_was_told_are_sent_back():
+def test_only_the_places_of_known_items_are_sent_back():
     told_plan = local_plan()
     wrote = results(told_plan)
     message = compress_results(wrote, told_plan)

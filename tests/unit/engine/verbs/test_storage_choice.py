@@ -44,7 +44,7 @@ def test_takes_an_argument_by_its_name_or_any(hook, expected):
         assert accepts_parameter(hook, "rank") is expected
 
 
-def test_methods_of_two_classes_are_told_apart():
+def test_methods_of_two_classes_are_distinguished():
     class Other(Hooks):
         def plain(self, rank): ...
 

@@ -137,7 +137,7 @@ def test_nothing_of_a_recording_is_left_however_it_ends(
     assert list(place.iterdir()) == []
 
 
-def test_a_name_that_came_from_nowhere_is_an_error(tmp_path: Path) -> None:
+def test_a_name_without_origin_is_an_error(tmp_path: Path) -> None:
     from pytest_dcp.faults.tap import os_calls as calls
 
     def workload(folder: Path) -> None:

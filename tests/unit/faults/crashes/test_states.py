@@ -355,7 +355,7 @@ def test_an_unknown_model_is_named() -> None:
         list(crashes(a_trace(), "zfs"))  # type: ignore[arg-type]  # what is under test
 
 
-def test_what_happened_is_told() -> None:
+def test_the_events_are_reported() -> None:
     trace = one_after_another(CREATE)
     told = [crash.what for crash in crashes(trace, "posix")]
     assert any("its bytes zeros: write f [0, 2)" in what for what in told)

@@ -52,7 +52,7 @@ def test_close_and_the_like_are_operations_unless_a_role_is_named() -> None:
         ("xyzzy", "operations are make_folder, list"),
     ],
 )
-def test_a_wrong_name_is_told_with_the_nearest_ones(on: str, told: str) -> None:
+def test_a_wrong_name_is_reported_with_the_nearest_ones(on: str, told: str) -> None:
     (problem,) = problems(Injection(Raise(), on))
     assert told in problem
     assert repr(on) in problem
@@ -73,11 +73,11 @@ def test_a_wrong_name_is_told_with_the_nearest_ones(on: str, told: str) -> None:
         (Injection(NoSpace, "write"), "a fault is expected"),  # type: ignore[arg-type]  # a class
     ],
 )
-def test_what_cannot_be_is_told(injection: Injection, told: str) -> None:
+def test_impossible_arguments_are_reported(injection: Injection, told: str) -> None:
     assert any(told in problem for problem in problems(injection))
 
 
-def test_everything_that_is_wrong_is_told_at_once() -> None:
+def test_everything_that_is_wrong_is_reported_at_once() -> None:
     assert len(problems(Injection(ShortRead(), "rename", nth=0, rank=-3))) == 3
 
 
@@ -148,7 +148,7 @@ def test_the_nth_event_fires_and_with_sticky_all_after_it(
 
 
 @given(st.integers(0, 300), st.lists(st.integers(1, 120), max_size=8), st.booleans())
-def test_a_budget_lets_exactly_so_many_bytes_through_and_then_fails(
+def test_a_budget_lets_exactly_that_many_bytes_through_and_then_fails(
     budget: int, sizes: list[int], sticky: bool
 ) -> None:
     injection, tally = Injection(NoSpace(budget), "write", sticky=sticky), Tally()

@@ -157,7 +157,7 @@ def test_temporary_files_and_descriptors_as_files_are_seen(tmp_path: Path) -> No
     assert sorted(kinds) == ["close", "close", "create", "create", "remove", "write", "write"]
 
 
-def test_appending_tells_where(tmp_path: Path) -> None:
+def test_appending_returns_the_position(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"12345")
     with noted(tmp_path) as notes, (tmp_path / "f").open("a") as file:
         file.write("6")
@@ -294,7 +294,7 @@ def test_each_watcher_sees_its_own_roots(tmp_path: Path) -> None:
     assert [(op.root, op.path) for op in two.done][::2] == [(1, "b/f"), (0, "g")]
 
 
-def test_threads_are_told_apart_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_threads_are_distinguished_and_nothing_is_lost(tmp_path: Path) -> None:
     def writes(number: int) -> None:
         for n in range(50):
             (tmp_path / f"{number}-{n}").write_bytes(b"x" * n)
@@ -406,7 +406,7 @@ def test_observers_see_what_an_alternative_does_and_others_do_not(tmp_path: Path
     assert notes.short == ["rename new > old"]
 
 
-def test_observers_are_told_before_another_watcher_raises(tmp_path: Path) -> None:
+def test_observers_are_called_before_another_watcher_raises(tmp_path: Path) -> None:
     class Late(Notes):
         def after(self, operation: Operation) -> None:
             raise ConnectionError("the reply was lost")

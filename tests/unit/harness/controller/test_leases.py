@@ -535,7 +535,7 @@ def test_a_gpu_is_the_same_under_different_visible_lists(folder: Path) -> None:
         ("MIG-GPU-aa/1/0", 8, ("MIG-GPU-aa/1/0",)),
     ],
 )
-def test_visible_gpus_are_those_that_cuda_shows(
+def test_visible_gpus_are_the_ones_cuda_shows(
     listed: str | None, device_count: int, keys: tuple[str, ...]
 ) -> None:
     environ = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
@@ -581,7 +581,7 @@ def test_a_folder_that_others_can_enter_is_rejected(folder: Path) -> None:
         LeasePool(folder, max_processes=1)
 
 
-def test_all_problems_of_a_folder_are_told_together() -> None:
+def test_all_problems_of_a_folder_are_reported_together() -> None:
     assert folder_problems(stat.S_IFDIR | 0o700, owner=7, uid=7) == ()
     assert folder_problems(stat.S_IFDIR | 0o1777, owner=0, uid=7) == (
         "has mode 1777, expected 0700",
@@ -591,7 +591,7 @@ def test_all_problems_of_a_folder_are_told_together() -> None:
     assert folder_problems(stat.S_IFREG | 0o700, owner=7, uid=7) == ("is not a folder",)
 
 
-def test_a_folder_that_cannot_be_made_is_told(folder: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(folder: Path) -> None:
     with pytest.raises(LeaseFolderRejected, match="cannot be made") as caught:
         LeasePool(folder / "deeper", max_processes=1)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
@@ -636,7 +636,7 @@ def test_what_is_no_lock_file_is_refused_by_name_and_left_alone(
     pool.acquire(LeaseRequest(processes=1, gpus=0), 5.0).release()
 
 
-def test_a_full_disk_is_told_of_with_the_lock_file(
+def test_a_full_disk_is_reported_with_the_lock_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def acquire(self: FileLock, **keywords: object) -> None:

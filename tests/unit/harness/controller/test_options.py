@@ -155,7 +155,7 @@ def test_a_marker_that_no_test_can_carry_is_refused(name: str) -> None:
     assert repr(name) in told
 
 
-def test_all_wrong_values_are_told_at_once() -> None:
+def test_all_wrong_values_are_reported_at_once() -> None:
     wrong = {"launch": "thread", "world-size": "0", "timeout": "1m", "seed": "x", "grace": "-1"}
     told = refused(wrong)
     for name, text in wrong.items():

@@ -116,7 +116,7 @@ def test_equal_choices_are_equal_bytes() -> None:
     assert encode(one) == encode(other)
 
 
-def test_a_checksum_tells_choices_apart_and_counts_them() -> None:
+def test_a_checksum_distinguishes_choices_and_counts_them() -> None:
     same = [add_to_checksum((0, 0), encode(integer(5))) for _ in range(2)]
     assert same[0] == same[1]
     assert same[0] != add_to_checksum((0, 0), encode(integer(6)))

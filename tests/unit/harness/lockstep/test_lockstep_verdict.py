@@ -92,7 +92,7 @@ def test_hangs_are_one_bug_wherever_they_are() -> None:
 
 
 @pytest.mark.parametrize("peer", [[], [failed(0, "failed", ECHO)], [failed(0, "blocked", "in f")]])
-def test_a_rejection_decides_over_those_that_waited_for_it(peer: list[RankFailure]) -> None:
+def test_a_rejection_decides_over_ranks_that_waited_for_it(peer: list[RankFailure]) -> None:
     verdict = verdict_of({1: reply("invalid", reason="assume")}, *peer)
     assert (verdict.rejected_by, verdict.decisive) == (1, 1)
 

@@ -230,7 +230,7 @@ def test_a_mapping_whose_keys_json_does_not_know_travels_too() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.none() | st.binary(), max_size=6))
-def test_met_gives_each_rank_s_payload_back_and_none_for_who_was_not_there(
+def test_met_gives_each_rank_s_payload_back_and_none_for_absent_ranks(
     payloads: list[bytes | None],
 ) -> None:
     sizes = tuple(NOT_THERE if p is None else len(p) for p in payloads)
@@ -362,7 +362,7 @@ def test_a_field_of_another_type_is_a_wire_error_that_names_the_value(data: st.D
         (Met, {"sizes": [None]}, "expected int, got None"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_was_expected(
+def test_a_wrong_value_is_reported_with_what_was_expected(
     cls: type[Any], body: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(WireError, match=expected):

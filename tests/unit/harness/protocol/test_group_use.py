@@ -130,7 +130,7 @@ def test_ranks_that_do_not_tell_of_their_groups_are_not_compared() -> None:
     assert in_step(combine(2, done, ())).kind == "passed"
 
 
-def test_equal_ranks_that_sent_what_nobody_received_are_out_of_step() -> None:
+def test_equal_ranks_with_messages_not_received_are_out_of_step() -> None:
     both = to_plain(use(sent={0: 1, 1: 1}))
     done = {rank: Done("call", "passed", 0.0, groups=both) for rank in PAIR}
     assert "rank 0 received 0 of 1 messages from rank 0" in in_step(combine(2, done, ())).reason

@@ -128,7 +128,7 @@ def test_the_verdicts_of_the_ranks_that_are_left_decide(said: Done) -> None:
     assert outcome.lost == LOST
 
 
-def test_a_lost_rank_is_told_of_beside_the_failure_of_another() -> None:
+def test_a_lost_rank_is_reported_beside_the_failure_of_another() -> None:
     outcome = combine(3, {0: PASSED}, [failure(1)], LOST)
     assert outcome.kind == "failed"
     assert outcome.reason == "rank 1: ValueError: 3"
@@ -178,7 +178,7 @@ def test_a_skip_on_some_ranks_only_is_a_failure_that_names_both_sides(other: Don
 
 @pytest.mark.parametrize("other", [PASSED, SKIPPED, XFAILED])
 @pytest.mark.parametrize("kind", get_args(FailureKind))
-def test_a_failure_of_one_rank_fails_the_world_whatever_the_others_say(
+def test_a_failure_of_one_rank_fails_the_world_despite_the_others(
     other: Done, kind: FailureKind
 ) -> None:
     outcome = combine(2, {0: other}, (failure(1, "SIGSEGV", kind=kind),))
@@ -273,7 +273,7 @@ def test_a_world_passes_only_when_every_rank_passed_and_nothing_failed(
     assert (outcome.kind == "failed") == bool(outcome.groups)
 
 
-def test_a_rank_that_says_failed_fails_the_world_even_when_nobody_noted_it() -> None:
+def test_a_rank_that_says_failed_fails_the_world_even_without_a_recorded_failure() -> None:
     assert combine(2, {0: PASSED, 1: done("failed", "ValueError: 3")}, ()).kind == "failed"
 
 
@@ -299,12 +299,12 @@ def test_what_a_rank_says_of_itself_is_no_echo(summary: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["crashed", "closed", "flooded", "timeout", "diverged"])
-def test_what_became_of_a_rank_itself_is_no_echo_whatever_the_words(kind: FailureKind) -> None:
+def test_what_became_of_a_rank_itself_is_no_echo_in_any_words(kind: FailureKind) -> None:
     assert not is_echo(failure(0, GLOO_CLOSED, kind=kind))
 
 
 @pytest.mark.parametrize("summary", ECHOES.values(), ids=ECHOES)
-def test_the_first_cause_comes_before_its_echoes_although_they_were_told_earlier(
+def test_the_first_cause_comes_before_its_echoes_even_if_reported_later(
     summary: str,
 ) -> None:
     # A rank's death is seen by its peers before the controller reaps it.
@@ -347,7 +347,7 @@ def test_who_reached_the_limit_comes_after_who_failed_however_early() -> None:
     assert [group.failure.kind for group in outcome.groups] == ["failed", "timeout"]
 
 
-def test_of_the_ranks_that_reached_the_limit_the_one_that_waited_for_nobody_comes_first() -> None:
+def test_of_the_ranks_that_reached_the_limit_the_one_waiting_for_no_peer_comes_first() -> None:
     late = "still in call at the time limit of 2 s, "
     waits = failure(0, late + "in all_reduce, at test_a.py:6 in test_b", 1.0, "timeout")
     meets = failure(1, late + "in the world's exchange, at test_a.py:7 in test_b", 1.1, "timeout")
@@ -357,7 +357,7 @@ def test_of_the_ranks_that_reached_the_limit_the_one_that_waited_for_nobody_come
     assert outcome.reason.startswith("rank 2: ")
 
 
-def test_ranks_that_all_wait_in_different_collectives_are_told_so() -> None:
+def test_ranks_that_all_wait_in_different_collectives_are_reported() -> None:
     late = "still in call at the time limit of 2 s, in {}, at test_a.py:{} in test_b"
     outcome = combine(
         3,
@@ -423,7 +423,7 @@ failures_ = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(failures_, min_size=1, max_size=8))
-def test_every_failure_is_told_once_and_echoes_come_after_causes(
+def test_every_failure_is_reported_once_and_echoes_come_after_causes(
     failures: Sequence[RankFailure],
 ) -> None:
     outcome = combine(10, {}, failures)
@@ -473,9 +473,7 @@ def test_each_other_group_gets_a_line_with_its_ranks_and_how_much_later() -> Non
     assert "killed" in blocked
 
 
-def test_an_echo_that_was_told_before_its_cause_is_not_said_to_be_later_by_less_than_nothing() -> (
-    None
-):
+def test_an_echo_reported_before_its_cause_is_not_said_to_be_later_by_less_than_nothing() -> None:
     crash = failure(1, "was killed by signal 9 (SIGKILL)", 5.0, "crashed")
     (line,) = peers(combine(2, {}, [crash, failure(0, GLOO_CLOSED, 4.0)]))
     assert "-" not in line.replace("GLHF-", "")
@@ -502,7 +500,7 @@ def test_an_outcome_without_failures_has_no_peers() -> None:
         ([9, 10, 11, 99, 100], "ranks 9-11,99-100"),
     ],
 )
-def test_ranks_are_told_as_ranges(ranks: list[int], text: str) -> None:
+def test_ranks_are_reported_as_ranges(ranks: list[int], text: str) -> None:
     assert ranks_text(ranks) == text
 
 

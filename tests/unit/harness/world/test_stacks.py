@@ -315,7 +315,7 @@ HANGS = {
 
 
 @pytest.mark.parametrize(("trace", "what"), HANGS.values(), ids=HANGS)
-def test_a_real_hang_is_told_by_its_collective_and_line(trace: str, what: str) -> None:
+def test_a_real_hang_is_reported_by_its_collective_and_line(trace: str, what: str) -> None:
     assert describe_activity(trace) == what
 
 
@@ -326,7 +326,7 @@ def test_a_trimmed_hang_says_the_same(trace: str, what: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_a_hang_outside_of_user_code_is_told_by_its_function_however_pytest_was_started(
+def test_a_hang_outside_of_user_code_is_reported_by_its_function_however_pytest_was_started(
     entry: str,
 ) -> None:
     trace = hang(DEBRIS) + entry
@@ -343,7 +343,7 @@ def test_a_hang_in_the_runner_itself_keeps_the_frame_that_says_so(entry: str) ->
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_a_hang_in_a_fixture_of_ours_is_told_by_its_collective_however_pytest_was_started(
+def test_a_hang_in_a_fixture_of_ours_is_reported_by_its_collective_however_pytest_was_started(
     entry: str,
 ) -> None:
     init = f'  File "{SITE}/torch/distributed/device_mesh.py", line 9 in init_device_mesh\n'

@@ -343,7 +343,7 @@ def test_in_any_history_a_rank_that_was_killed_or_died_never_answers_again(
 
 @settings(max_examples=100, deadline=None)
 @given(histories())
-def test_in_any_history_nobody_waits_at_an_exchange_for_a_rank_that_will_not_come(
+def test_in_any_history_no_rank_waits_at_an_exchange_for_a_dead_one(
     history: History,
 ) -> None:
     def look(witness: Witness) -> None:
@@ -357,7 +357,7 @@ def test_in_any_history_nobody_waits_at_an_exchange_for_a_rank_that_will_not_com
 
 @settings(max_examples=100, deadline=None)
 @given(histories())
-def test_in_any_history_time_that_passes_in_the_debugger_ends_nobody(history: History) -> None:
+def test_in_any_history_time_in_the_debugger_ends_no_rank(history: History) -> None:
     def look(witness: Witness) -> None:
         witness.halt()
         if witness.supervisor.paused:

@@ -189,7 +189,7 @@ def test_when_what_started_the_ranks_is_gone_all_that_lived_are_lost_at_once() -
     ("status", "words"),
     [(0, ["code 0"]), (137, ["code 137"]), (-9, ["9", "SIGKILL"]), (-250, ["250"])],
 )
-def test_an_exit_is_told_by_its_code_or_its_signal(status: int, words: list[str]) -> None:
+def test_an_exit_is_reported_by_its_code_or_its_signal(status: int, words: list[str]) -> None:
     text = exit_text(status)
     assert all(word in text for word in words)
     assert ("signal" in text) == (status < 0)

@@ -65,7 +65,7 @@ def test_a_pinned_rank_gets_the_terminal_although_another_asked_first() -> None:
     assert replay.sent(1) == [DebugAnswer(granted=True)]
 
 
-def test_without_a_terminal_every_asker_is_told_why() -> None:
+def test_without_a_terminal_every_asker_gets_the_reason() -> None:
     replay = Replay.calling(2, terminal=Terminal(missing="pytest -n has no terminal"))
     asks = [(T0 + 1, Says(rank, DebugAsk("set_trace"))) for rank in (0, 1)]
     replay.play(asks, until=T0 + 1)

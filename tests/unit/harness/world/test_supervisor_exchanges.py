@@ -103,7 +103,7 @@ ABSENCES: dict[str, tuple[Event, str]] = {
 
 @pytest.mark.parametrize(("event", "why"), ABSENCES.values(), ids=ABSENCES)
 @pytest.mark.parametrize("first", ["the wait", "the absence"])
-def test_who_waits_for_a_rank_that_will_not_come_is_told_at_once_and_why(
+def test_a_wait_for_a_dead_rank_fails_at_once_and_says_why(
     event: Event, why: str, first: str
 ) -> None:
     wait = Says(0, Exchange("barrier()"))

@@ -132,7 +132,7 @@ def test_an_asker_that_is_killed_itself_is_not_answered() -> None:
     assert replay.sent(0) == []
 
 
-def test_a_paused_rank_holds_nobody_up_and_is_killed_at_the_end_of_the_phase() -> None:
+def test_a_paused_rank_delays_no_peer_and_is_killed_at_the_end_of_the_phase() -> None:
     replay = Replay.calling(3)
     replay.play([(T0 + 1, Says(0, FaultAsk("pause", 2)))], until=T0 + 2)
     assert replay.sent(0) == [FaultAnswer(survivors=(0, 1))]
@@ -194,7 +194,7 @@ def test_a_rank_that_stops_unasked_is_waited_for_until_the_limit() -> None:
     assert replay.failures == [(1, "timeout")]
 
 
-def test_at_the_limit_a_paused_rank_is_killed_as_asked_and_those_that_run_are_named() -> None:
+def test_at_the_limit_a_paused_rank_is_killed_as_asked_and_running_ranks_are_named() -> None:
     replay = Replay.calling(3, limit_s=10.0)
     replay.play([(T0 + 1, Strikes("pause", 2)), (T0 + 2, Says(0, PASSED))])
     assert replay.failures == [(1, "timeout")]
@@ -209,7 +209,7 @@ def test_a_peer_s_failure_does_not_make_a_paused_rank_one() -> None:
     assert set(replay.lost) == {2}
 
 
-def test_what_cannot_be_done_to_a_rank_that_is_gone_is_told() -> None:
+def test_a_fault_on_a_dead_rank_is_an_error() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Strikes("kill", 1))], until=T0 + 2)
     for act in ("pause", "resume"):

@@ -45,7 +45,7 @@ def test_the_time_limit_of_a_test_that_waits_with_an_error_is_not_the_cause() ->
     assert replay.ordered(KillRank)[0][0] == T0 + 5 + STACKS_S
 
 
-def test_a_rank_that_dies_while_it_waits_with_an_error_has_told_of_it() -> None:
+def test_a_rank_that_dies_while_it_waits_with_an_error_has_reported_it() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, FAILING)), (T0 + 2, Ends(0, -11)), (T0 + 2, Says(1, PASSED))])
     assert replay.failures == [(0, "crashed")]

@@ -94,7 +94,7 @@ def test_a_rank_that_reports_its_failure_may_do_so_beyond_the_time_limit() -> No
 
 
 @pytest.mark.parametrize("since", [1, LIMIT_S - 1])
-def test_a_report_without_end_is_ended_and_what_it_is_of_is_told(since: float) -> None:
+def test_a_report_without_end_is_cut_off_and_its_exception_is_reported(since: float) -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(0, FAILED)), (T0 + since, Says(1, REPORTING))])
     if since > 1:  # too late: killed as a peer of the first
@@ -113,7 +113,7 @@ def test_a_report_without_end_of_the_only_failure_is_ended() -> None:
     assert replay.ordered(KillRank) == [(T0 + LIMIT_S + STACKS_S, 1)]
 
 
-def test_a_rank_that_dies_while_it_reports_its_failure_is_told_with_it() -> None:
+def test_a_rank_that_dies_while_it_reports_its_failure_is_reported_with_it() -> None:
     replay = Replay.calling(1)
     replay.play([(T0 + 1, Says(0, REPORTING)), (T0 + 2, Ends(0, -11))])
     assert replay.summary(0) == (

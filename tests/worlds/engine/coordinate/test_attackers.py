@@ -192,7 +192,7 @@ def answer_as_coordinator(line: socket.socket, key: bytes, bomb: bytes) -> None:
         )
 
 
-def test_the_secret_alone_lets_nobody_in_where_there_is_a_shared_key(
+def test_the_secret_alone_admits_no_peer_where_there_is_a_shared_key(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCP_SHARED_KEY", KEY)

@@ -346,7 +346,7 @@ def test_an_exception_that_is_no_plain_data_travels_as_text(
 
 @each_coordinator
 @pytest.mark.parametrize("stop", [KeyboardInterrupt("ctrl-c"), SystemExit(3)])
-def test_an_interrupt_stays_itself_and_is_told_to_the_peers(
+def test_an_interrupt_stays_itself_and_reaches_the_peers(
     rank: int, stop: BaseException, coordinator: int
 ) -> None:
     with team(None, coordinator) as t:
@@ -363,7 +363,7 @@ def test_an_interrupt_stays_itself_and_is_told_to_the_peers(
 
 
 @each_coordinator
-def test_an_interrupt_while_waiting_is_told_to_the_peers(rank: int, coordinator: int) -> None:
+def test_an_interrupt_while_waiting_reaches_the_peers(rank: int, coordinator: int) -> None:
     with team(None, coordinator) as t:
         if rank == 1:
             timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
@@ -399,7 +399,7 @@ def test_a_rank_that_comes_when_the_coordinator_has_left_learns_why(
 
 
 @each_coordinator
-def test_an_exception_between_steps_is_told_to_the_peers(rank: int, coordinator: int) -> None:
+def test_an_exception_between_steps_reaches_the_peers(rank: int, coordinator: int) -> None:
     def interrupted() -> None:
         with team(None, coordinator) as t:
             t.barrier("first")

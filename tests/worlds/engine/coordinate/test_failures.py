@@ -132,7 +132,7 @@ class TestTogether:
         assert not (checkpoint_dir / ".metadata").exists()
         assert "'bad'" in str(caught.value)
 
-    def test_ranks_that_disagree_are_told_where(self, checkpoint_dir: Path, rank: int) -> None:
+    def test_ranks_that_disagree_see_where(self, checkpoint_dir: Path, rank: int) -> None:
         for name, mine in (
             ("size", numbered(3 + (rank == 2))),
             ("dtype", numbered(3, dtype=torch.float64 if rank == 2 else torch.float32)),

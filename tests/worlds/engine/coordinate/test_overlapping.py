@@ -191,7 +191,7 @@ def failure(operation: Callable[[], object]) -> StepError:
     return caught.value
 
 
-def test_different_folders_are_told_to_every_rank(rank: int, checkpoint_dir: Path) -> None:
+def test_different_folders_are_reported_to_every_rank(rank: int, checkpoint_dir: Path) -> None:
     folder = checkpoint_dir / f"of{rank}"
     error = failure(lambda: dcp.save(numbered(1, rank), checkpoint_id=folder))
     assert isinstance(error, OutOfStepError)
@@ -218,7 +218,7 @@ def test_one_folder_may_have_two_names(rank: int, checkpoint_dir: Path, world: R
     assert loaded(checkpoint_dir / "real", rank) == 1
 
 
-def test_another_order_is_told_to_every_rank_and_the_next_save_succeeds(
+def test_another_order_is_reported_to_every_rank_and_the_next_save_succeeds(
     rank: int, checkpoint_dir: Path
 ) -> None:
     order = ["a", "b"] if rank == 0 else ["b", "a"]

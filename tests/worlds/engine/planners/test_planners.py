@@ -324,7 +324,7 @@ class TestCachedPlans:
             planner.finish_plan(together[rank])
         assert usable == [True, False, False]
 
-    def test_whatever_changes_is_planned_anew(
+    def test_every_change_is_planned_anew(
         self, checkpoint_dir: Path, device_mesh: DeviceMesh, rank: int
     ) -> None:
         planner = dcp.DefaultSavePlanner(enable_plan_caching=True)

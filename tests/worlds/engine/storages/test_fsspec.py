@@ -209,7 +209,7 @@ class TestOneRank:
         assert same(found(state(), storage_reader=reader, checkpoint_id=other), state(1))
         assert objects(store, FOLDER) == set()
 
-    def test_a_protocol_that_nobody_knows_is_named(self) -> None:
+    def test_an_unknown_protocol_is_named(self) -> None:
         with pytest.raises(RuntimeError, match=r"'nosuch://a/b' is: .*specify the storage_writer"):
             dcp.save({"v": 1}, checkpoint_id="nosuch://a/b")
         with pytest.raises(RuntimeError, match=r"'nosuch://a/b' is: .*specify the storage_reader"):

@@ -302,7 +302,7 @@ class TestRename:
 @two
 class TestStrict:
     @ENGINES
-    def test_what_is_missing_is_left_and_what_is_unexpected_is_told(
+    def test_missing_keys_are_left_and_unexpected_ones_reported(
         self, checkpoint_dir: Path, device_mesh: DeviceMesh, engine: Any
     ) -> None:
         engine.save(
@@ -383,7 +383,7 @@ class TestDtypes:
         ],
         ids=str,
     )
-    def test_a_dtype_of_the_same_kind_is_converted_and_told(
+    def test_a_dtype_of_the_same_kind_is_converted_and_reported(
         self, checkpoint_dir: Path, device_mesh: DeviceMesh, stored: Any, asked: Any
     ) -> None:
         full = numbered(4, 3, dtype=stored)
@@ -483,7 +483,7 @@ class TestWeightsOnly:
         )
 
     @ENGINES
-    def test_it_is_loaded_for_who_trusts_the_writer_or_allows_the_class(
+    def test_it_is_loaded_if_the_caller_trusts_the_writer_or_allows_the_class(
         self, checkpoint_dir: Path, engine: Any
     ) -> None:
         state = {"cfg": Settings(0.5)}
@@ -760,7 +760,7 @@ class TestReplacedMeanwhile:
         dcp.load(target, storage_reader=reader, strict=False)
         assert same(target, {"a": numbered(4, start=50), "w": torch.full((2, 2), 9.0)})
 
-    def test_a_planner_of_the_users_is_told_to_load_again(
+    def test_a_user_planner_is_asked_to_load_again(
         self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(lease, "LEASE_S", 0.01)
@@ -974,7 +974,7 @@ class TestDifferentSaves:
         dcp.load(target, checkpoint_id=checkpoint_dir / str(rank))
         assert same(target, OLD)
 
-    def test_a_planner_of_the_users_is_told_to_load_again(
+    def test_a_user_planner_is_asked_to_load_again(
         self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(lease, "LEASE_S", 0.01)

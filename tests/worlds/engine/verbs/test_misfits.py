@@ -112,7 +112,7 @@ def test_a_tensor_that_gives_no_such_number_is_judged_before_anything_changes(
     assert told(state) == (before if rank == 0 else before | {"step": 0})
 
 
-def test_what_fits_is_loaded_and_told(folder: Path) -> None:
+def test_matching_entries_are_loaded_and_reported(folder: Path) -> None:
     state = target()
     report = dcp.load(state, checkpoint_id=folder)
     assert told(state) == told(stored() | {"number": torch.tensor(2.5), "step": float(1 << 60)})

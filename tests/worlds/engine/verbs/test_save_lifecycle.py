@@ -499,7 +499,7 @@ class TestOneOverAnother:
             ids.add(save_id)
             assert same(found(checkpoint_dir, state(device_mesh)), state(device_mesh, n))
 
-    def test_a_planner_is_told_of_the_save_that_is_made(
+    def test_a_planner_is_informed_of_the_save_that_is_made(
         self, checkpoint_dir: Path, rank: int
     ) -> None:
         told: list[StorageMeta | None] = []

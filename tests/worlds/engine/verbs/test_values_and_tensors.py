@@ -213,7 +213,7 @@ class Counter:
         assert state["weight"] is self.weight
 
 
-def test_objects_with_a_state_are_asked_and_told(checkpoint_dir: Path) -> None:
+def test_objects_with_a_state_are_saved_and_loaded_by_their_methods(checkpoint_dir: Path) -> None:
     dcp.save({"counter": Counter(5, numbered(3)), "x": 1}, checkpoint_id=checkpoint_dir)
     for engine in (dcp, torch_dcp):
         counter = Counter(0, torch.zeros(3))

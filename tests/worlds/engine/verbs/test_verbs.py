@@ -240,7 +240,7 @@ class TestArguments:
         assert all(p.done_bytes <= p.total_bytes for p in seen)
         assert seen[-1].done_bytes == seen[-1].total_bytes
 
-    def test_progress_is_told(self, checkpoint_dir: Path, rank: int) -> None:
+    def test_progress_is_reported(self, checkpoint_dir: Path, rank: int) -> None:
         seen: list[Progress] = []
         state = {f"{n}": numbered(100, start=n) for n in range(8)}
         dcp.save(state, checkpoint_id=checkpoint_dir, progress=seen.append)
