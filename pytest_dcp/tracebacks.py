@@ -157,11 +157,14 @@ def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
     text = TracebackException(type(error), error, traceback)
     todo: list[tuple[BaseException | None, TracebackException | None]] = [(error, text)]
     while todo:
-        one, its_text = todo.pop()
-        if one is None or its_text is None:
+        shown, its_text = todo.pop()
+        if shown is None or its_text is None:
             continue
-        todo += [(one.__cause__, its_text.__cause__), (one.__context__, its_text.__context__)]
-        if _hides_frames_of(one):
+        todo += [
+            (shown.__cause__, its_text.__cause__),
+            (shown.__context__, its_text.__context__),
+        ]
+        if _hides_frames_of(shown):
             frames = [f for f in its_text.stack if owner_of(f.filename) != "package"]
             its_text.stack = StackSummary.from_list(frames)
     return "".join(text.format())
@@ -186,13 +189,13 @@ def _frames_of(error: BaseException) -> Iterator[FrameType]:
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
     while todo:
-        one = todo.pop()
-        if one is None or id(one) in seen:
+        chained = todo.pop()
+        if chained is None or id(chained) in seen:
             continue
-        seen.add(id(one))
-        todo += [one.__cause__, one.__context__]
-        todo += getattr(one, "exceptions", ())
-        yield from (frame for frame, _ in walk_tb(one.__traceback__))
+        seen.add(id(chained))
+        todo += [chained.__cause__, chained.__context__]
+        todo += getattr(chained, "exceptions", ())
+        yield from (frame for frame, _ in walk_tb(chained.__traceback__))
 
 
 class Boundary:

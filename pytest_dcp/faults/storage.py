@@ -250,8 +250,8 @@ class FaultyStorage:
 
     def __enter__(self) -> FaultyStorage:
         """Let the injections that it carries act until the block ends."""
-        for one in self._to_arm:
-            self._arm(one)
+        for injected in self._to_arm:
+            self._arm(injected)
         self._to_arm = []
         return self
 
@@ -268,8 +268,8 @@ class FaultyStorage:
         self._watching.close()
         self._watched.clear()
         self._injector.disarm()
-        for one in self._injected:
-            one.release()
+        for injected in self._injected:
+            injected.release()
 
     def renew(self) -> None:
         """Forget every injection, in all ranks, before another example of a property."""
@@ -279,15 +279,16 @@ class FaultyStorage:
     def check(self) -> None:
         """Raise FaultError if an injection did not do its part in any rank."""
         wrong = [
-            f"{one.injection!r} never fired: nothing that it was to act at happened, or what has "
-            "the hook was not wrapped; say must_fire=False where that is meant"
-            for one in self._injected
-            if one.must_fire and not one.fired
+            f"{injected.injection!r} never fired: nothing that it was to act at happened, or what "
+            "has the hook was not wrapped; say must_fire=False where that is meant"
+            for injected in self._injected
+            if injected.must_fire and not injected.fired
         ]
         wrong += [
-            f"{one.injection!r} held something until its limit: call release() on the injection"
-            for one in self._injected
-            if one.fire_counts.is_overdue()
+            f"{injected.injection!r} held something until its limit: call release() on the "
+            "injection"
+            for injected in self._injected
+            if injected.fire_counts.is_overdue()
         ]
         if wrong:
             raise FaultError("\n".join(wrong))

@@ -164,7 +164,7 @@ def decode(text: bytes | memoryview, file_bytes: int, limit: MemoryLimit = DEFAU
         raise CheckpointCorruptError(f"expected {METADATA_KEY!r} to map names to strings")
     data_start = LENGTH_BYTES + len(text)
     tensors = sorted(
-        (_tensor(name, said, data_start) for name, said in content.items()),
+        (_tensor(name, description, data_start) for name, description in content.items()),
         key=lambda tensor: (tensor.start, tensor.nbytes),
     )
     end = 0
@@ -185,13 +185,17 @@ def decode(text: bytes | memoryview, file_bytes: int, limit: MemoryLimit = DEFAU
     return Header(tuple(tensors), metadata, data_start)
 
 
-def _tensor(name: str, said: Any, data_start: int) -> StoredTensor:
+def _tensor(name: str, description: Any, data_start: int) -> StoredTensor:
     def fail(expected: str) -> NoReturn:
-        raise CheckpointCorruptError(f"expected {expected}, got {said!r:.200}", entry=name)
+        raise CheckpointCorruptError(f"expected {expected}, got {description!r:.200}", entry=name)
 
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(description, dict) or description.keys() != {
+        "dtype",
+        "shape",
+        "data_offsets",
+    }:
         fail("a dtype, a shape and data_offsets")
-    dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    dtype, shape, offsets = description["dtype"], description["shape"], description["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
         fail(f"one of the dtypes {[*DTYPES]}")
     if not counts(shape) or len(shape) > MAX_DIMS:
@@ -265,12 +269,12 @@ def unique_names(names: Mapping[int, str]) -> dict[int, str]:
 
 def sharding_of(table: WriteItems, names: Mapping[int, str]) -> str:
     """The text under `DCP_SHARDING_INFO` for these rows of the items, stored under these names."""
-    said: dict[str, dict[str, Any]] = {}
+    shards: dict[str, dict[str, Any]] = {}
     for row, name in names.items():
         ndim = int(table.ndim[row])
         if table.kind[row] != BYTES:
             offset, size = table.offset[row, :ndim].tolist(), table.size[row, :ndim].tolist()
-            said[name] = {OFFSETS_KEY: offset, SIZE_KEY: size}
+            shards[name] = {OFFSETS_KEY: offset, SIZE_KEY: size}
             if name != table.fqns[row]:
-                said[name][FQN_KEY] = table.fqns[row]
-    return json.dumps(said, separators=(",", ":"), ensure_ascii=False)
+                shards[name][FQN_KEY] = table.fqns[row]
+    return json.dumps(shards, separators=(",", ":"), ensure_ascii=False)

@@ -58,8 +58,8 @@ MAX_INDEX_BYTES = 100_000_000
 def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str | None) -> bytes:
     """The bytes of the index; without a save's id for files that name none."""
     metadata = {"total_size": total_bytes} | ({SAVE_KEY: save_id} if save_id else {})
-    said = {"metadata": metadata, "weight_map": weight_map}
-    return json.dumps(said, indent=2).encode()
+    index = {"metadata": metadata, "weight_map": weight_map}
+    return json.dumps(index, indent=2).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> W
 
 def decode_index(text: bytes | memoryview, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex:
     """The contents of an index's bytes. Raises CheckpointCorruptError."""
-    said = parse_json(text, "the index", limit)
-    weight_map, metadata = said.get("weight_map"), said.get("metadata") or {}
+    index = parse_json(text, "the index", limit)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise CheckpointCorruptError("expected a weight_map and metadata, got others")
     for fqn, name in weight_map.items():
@@ -187,10 +187,10 @@ def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
     if not DATA_NAME.fullmatch(name):
         return False
     try:
-        said = _header(disk, folder, name).metadata
+        metadata = _header(disk, folder, name).metadata
     except CheckpointCorruptError:
         return False
-    return SAVE_KEY in said or SHARDING_KEY in said
+    return SAVE_KEY in metadata or SHARDING_KEY in metadata
 
 
 def remove_leftovers(disk: Disk, folder: Any) -> None:
@@ -265,20 +265,20 @@ def parts_of(name: str, header: Header, limit: MemoryLimit = DEFAULT_LIMIT) -> l
     """The boxes that a file holds; each is a whole tensor where the file does not say otherwise."""
     text = header.metadata.get(SHARDING_KEY)
     try:
-        said = {} if text is None else parse_json(text, SHARDING_KEY, limit)
+        shards = {} if text is None else parse_json(text, SHARDING_KEY, limit)
         return [
-            _part(name, header, tensor, said.get(tensor.name) if text else {OFFSETS_KEY: None})
+            _part(name, header, tensor, shards.get(tensor.name) if text else {OFFSETS_KEY: None})
             for tensor in header.tensors
         ]
     except CheckpointCorruptError as error:
         raise error.at(file=name) from error
 
 
-def _part(file: str, header: Header, tensor: StoredTensor, said: Any) -> Part:
+def _part(file: str, header: Header, tensor: StoredTensor, shard: Any) -> Part:
     ndim = len(tensor.shape)
-    if not isinstance(said, dict) or OFFSETS_KEY not in said:
+    if not isinstance(shard, dict) or OFFSETS_KEY not in shard:
         raise CheckpointCorruptError(f"expected its offset in {SHARDING_KEY}", entry=tensor.name)
-    offset, size, fqn = said[OFFSETS_KEY], said.get(SIZE_KEY), said.get(FQN_KEY, tensor.name)
+    offset, size, fqn = shard[OFFSETS_KEY], shard.get(SIZE_KEY), shard.get(FQN_KEY, tensor.name)
     offset = [0] * ndim if offset is None else offset
     for numbers in (offset, *([] if size is None else [size])):
         if not counts(numbers) or len(numbers) != ndim or max(numbers, default=0) > 1 << 62:

@@ -115,8 +115,8 @@ def read_together(
                 reader.observer.advance(wanted)
                 continue
             # Again, one by one, to say what is wrong.
-            for one, low_, view in zip(entry[some], low[some], views[some], strict=True):
-                reader.read(int(one), int(low_), view)
+            for part_entry, low_, view in zip(entry[some], low[some], views[some], strict=True):
+                reader.read(int(part_entry), int(low_), view)
         window = None  # or it would be there until the next one is, too
 
 

@@ -185,11 +185,13 @@ def tear_down_survivors(world: World) -> Outcome:
     time: the peers that its fixtures may wait for are gone.
     """
     torn = world.tear_down_survivors(TestPlace().order(), WIND_DOWN_S)
-    failures = [one for one in torn.failures if one.kind == "failed" and not is_echo(one)]
-    said = {one.rank for one in failures}
+    failures = [
+        failure for failure in torn.failures if failure.kind == "failed" and not is_echo(failure)
+    ]
+    reporting = {failure.rank for failure in failures}
     if torn.session_end is not None:
-        said.add(torn.session_end.rank)
-    return combine(0, {rank: torn.done[rank] for rank in said}, failures)
+        reporting.add(torn.session_end.rank)
+    return combine(0, {rank: torn.done[rank] for rank in reporting}, failures)
 
 
 def join_outcomes(*outcomes: Outcome) -> Outcome:
@@ -215,7 +217,9 @@ def as_running_item(item: pytest.Item) -> Iterator[None]:
     worker looks at the report instead. (It has its code from afar, so its module has another name.)
     """
     plugins: Any = item.config.pluginmanager.get_plugins()
-    worker = next((one for one in plugins if type(one).__name__ == "WorkerInteractor"), None)
+    worker = next(
+        (plugin for plugin in plugins if type(plugin).__name__ == "WorkerInteractor"), None
+    )
     running = getattr(worker, "item_index", None)
     if worker is None or running is None:
         yield

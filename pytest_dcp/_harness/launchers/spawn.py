@@ -99,7 +99,7 @@ class SpawnLauncher(Signals):
         """Start one interpreter per order."""
         self._start_guard(orders[0].session)
         for order, rank_fds in zip(orders, fds, strict=True):
-            told = {
+            request = {
                 "order": order.to_json(),
                 "fds": rank_fds.all(),
                 "session": self._session,
@@ -108,7 +108,7 @@ class SpawnLauncher(Signals):
             # Discard the output of a rank's own pytest session about itself.
             output = subprocess.DEVNULL if self._session["captures"] else None
             process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(told, default=repr)],
+                [sys.executable, "-c", PROGRAM, json.dumps(request, default=repr)],
                 pass_fds=rank_fds.all(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -171,14 +171,14 @@ class SpawnLauncher(Signals):
         continue.
         """
         found, trackers = [], []
-        for other in linux.processes():
-            if other != pid and linux.variable_of(other, RANK_VARIABLE) == order.token:
-                if linux.TRACKER in (command := linux.command_of(other)):
-                    trackers.append(other)
+        for candidate in linux.processes():
+            if candidate != pid and linux.variable_of(candidate, RANK_VARIABLE) == order.token:
+                if linux.TRACKER in (command := linux.command_of(candidate)):
+                    trackers.append(candidate)
                     continue
-                found.append(f"{other} ({command})")
+                found.append(f"{candidate} ({command})")
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
+                    os.kill(candidate, signal.SIGKILL)
         return tuple(found), trackers
 
     def fileno(self) -> int:
@@ -219,8 +219,8 @@ class SpawnLauncher(Signals):
 
     def close(self) -> None:
         """End every rank; bounded in time."""
-        for world, one in list(self._running):
-            self.kill(world, one)
+        for world, number in list(self._running):
+            self.kill(world, number)
         for waiter in self._waiters:
             waiter.join(WAIT_S)
         if self._guard is not None:
@@ -231,16 +231,16 @@ class SpawnLauncher(Signals):
 
 def main() -> NoReturn:
     """A spawned rank's entry: its order is the first argument."""
-    told = json.loads(sys.argv[1])
-    linux.die_with_parent(told["parent"])
-    sys.path[:] = told["session"]["path"]
-    coverage.start(told["session"]["coverage"])
-    fds = RankFds(*told["fds"])
+    request = json.loads(sys.argv[1])
+    linux.die_with_parent(request["parent"])
+    sys.path[:] = request["session"]["path"]
+    coverage.start(request["session"]["coverage"])
+    fds = RankFds(*request["fds"])
     for fd in fds.all():
         os.set_inheritable(fd, False)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    order = RankLaunch.from_json(told["order"])
-    rank.run(order, fds, lambda one: _prepare(one, told["session"]))
+    order = RankLaunch.from_json(request["order"])
+    rank.run(order, fds, lambda this: _prepare(this, request["session"]))
 
 
 def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
@@ -347,8 +347,8 @@ class _Serving:
         if self._error is not None:
             raise self._error
         if not self._served:
-            said = "\n".join([missing, *self._not_collected])
-            raise DcpError(f"this rank did not collect {self.order.nodeid!r}: {said}")
+            reasons = "\n".join([missing, *self._not_collected])
+            raise DcpError(f"this rank did not collect {self.order.nodeid!r}: {reasons}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:

@@ -130,13 +130,13 @@ class ZygoteLauncher(Signals):
                 data = b""
             if not data:
                 raise self._lost_error()
-            said = json.loads(data)
-            if "importing" in said:
-                self._importing = said["importing"]
-            elif "ready" in said:
+            message = json.loads(data)
+            if "importing" in message:
+                self._importing = message["importing"]
+            elif "ready" in message:
                 self._unready -= 1
             else:
-                self._news.setdefault(said["world"], []).append(_news(said))
+                self._news.setdefault(message["world"], []).append(_news(message))
 
     def forget(self, world: int) -> None:
         """Drop the state of a world that has ended."""
@@ -237,7 +237,7 @@ def run_zygote(
         os._exit(code)
 
 
-def _news(said: dict[str, Any]) -> ProcessExit | StopChange:
-    if "stopped" in said:
-        return StopChange(said["rank"], said["stopped"])
-    return ProcessExit(said["rank"], said["status"], tuple(said["leaked_processes"]))
+def _news(message: dict[str, Any]) -> ProcessExit | StopChange:
+    if "stopped" in message:
+        return StopChange(message["rank"], message["stopped"])
+    return ProcessExit(message["rank"], message["status"], tuple(message["leaked_processes"]))

@@ -139,7 +139,7 @@ def _put_back_collector(then: tuple[bool, tuple[int, int, int], int]) -> None:
 
 def _users(handlers: list[logging.Handler]) -> list[logging.Handler]:
     """Without pytest's own handlers, which it hangs where it likes."""
-    return [one for one in handlers if type(one).__module__ != "_pytest.logging"]
+    return [handler for handler in handlers if type(handler).__module__ != "_pytest.logging"]
 
 
 class _Touches:
@@ -189,9 +189,9 @@ def _read_logging() -> _Loggers:
     _touches = _touches or _Touches()
     found = _Loggers(_read_root())
     found.touches = _touches.count
-    for name, one in logging.root.manager.loggerDict.items():
-        if isinstance(one, logging.Logger):
-            found[name] = _settings_of(one)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger):
+            found[name] = _settings_of(logger)
     return found
 
 
@@ -228,22 +228,22 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
-def _settings_of(one: logging.Logger) -> tuple[Any, ...]:
-    handlers = (*_users(one.handlers),) if one.handlers else ()
-    filters = (*one.filters,) if one.filters else ()
-    return one.level, one.disabled, one.propagate, handlers, filters
+def _settings_of(logger: logging.Logger) -> tuple[Any, ...]:
+    handlers = (*_users(logger.handlers),) if logger.handlers else ()
+    filters = (*logger.filters,) if logger.filters else ()
+    return logger.level, logger.disabled, logger.propagate, handlers, filters
 
 
 def _put_back_logging(then: _Loggers) -> None:
     logging.disable(then[""][-1])
     new = _new_loggers(_read_logging(), then)
     for name, settings in {**then, **dict.fromkeys(new, AS_MADE)}.items():
-        one = logging.getLogger(name) if name else logging.root
-        level, one.disabled, one.propagate, handlers, filters = settings[:5]
-        one.setLevel(level)
-        pytests = [handler for handler in one.handlers if not _users([handler])]
-        one.handlers[:] = [*handlers, *pytests]
-        one.filters[:] = filters
+        logger = logging.getLogger(name) if name else logging.root
+        level, logger.disabled, logger.propagate, handlers, filters = settings[:5]
+        logger.setLevel(level)
+        pytests = [handler for handler in logger.handlers if not _users([handler])]
+        logger.handlers[:] = [*handlers, *pytests]
+        logger.filters[:] = filters
 
 
 def _put_back_filters(then: list[Any]) -> None:

@@ -116,9 +116,11 @@ def _combine(
     failures = [
         *failures,
         *(
-            RankFailure(rank, "failed", one.phase, one.at_s, one.text, is_echo=one.is_echo)
-            for rank, one in done.items()
-            if one.outcome == "failed" and rank not in known
+            RankFailure(
+                rank, "failed", answer.phase, answer.at_s, answer.text, is_echo=answer.is_echo
+            )
+            for rank, answer in done.items()
+            if answer.outcome == "failed" and rank not in known
         ),
     ]
     if end is not None and all(is_echo(failure) for failure in failures):
@@ -130,10 +132,10 @@ def _combine(
         return Outcome("failed", reason, groups, done, session_end=end)
     expected: tuple[OutcomeKind, ...] = ("skipped", "xfailed")
     for kind in expected:
-        for _rank, one in sorted(done.items()):
-            if one.outcome == kind:
-                return Outcome(kind, one.text, (), done)
-    unknown = [rank for rank, one in done.items() if one.outcome != "passed"]
+        for _rank, answer in sorted(done.items()):
+            if answer.outcome == kind:
+                return Outcome(kind, answer.text, (), done)
+    unknown = [rank for rank, answer in done.items() if answer.outcome != "passed"]
     if unknown:  # no word of ours: never a pass
         text = f"said {done[unknown[0]].outcome!r}"
         failure = RankFailure(unknown[0], "closed", done[unknown[0]].phase, 0.0, text)
@@ -146,9 +148,9 @@ def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
     """Of the lowest rank that interrupts the session, else of the lowest that exits."""
     kinds: tuple[Literal["interrupt", "exit"], ...] = ("interrupt", "exit")
     for kind in kinds:
-        for rank, one in sorted(done.items()):
-            if one.outcome == kind:
-                return SessionEnd(kind, rank, one.text, one.returncode)
+        for rank, answer in sorted(done.items()):
+            if answer.outcome == kind:
+                return SessionEnd(kind, rank, answer.text, answer.returncode)
     return None
 
 
@@ -158,12 +160,14 @@ def in_step(outcome: Outcome) -> Outcome:
     Only ranks that tell of their groups count, and no outcome that has failed, lost a rank or ended
     the session: those worlds are not used again.
     """
-    told = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
+    groups = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
     if outcome.failures or outcome.lost or outcome.session_end is not None:
         return outcome
-    if not told or group_use.are_equal([*told.values()]):
+    if not groups or group_use.are_equal([*groups.values()]):
         return outcome
-    text = group_use.out_of_step({rank: group_use.from_plain(one) for rank, one in told.items()})
+    text = group_use.out_of_step(
+        {rank: group_use.from_plain(used) for rank, used in groups.items()}
+    )
     if not text:
         return outcome
     phase = next(iter(outcome.done.values())).phase
@@ -222,8 +226,8 @@ def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
     merged: dict[tuple[bool, str, str], list[RankFailure]] = {}
     for failure in sorted(failures, key=_first_cause_first):
         echo = failure not in causes and (failure.kind, failure.summary) not in causes_said
-        said = _consequence(failure) if echo and failure.kind == "failed" else failure.summary
-        merged.setdefault((echo, failure.kind, said), []).append(failure)
+        summary = _consequence(failure) if echo and failure.kind == "failed" else failure.summary
+        merged.setdefault((echo, failure.kind, summary), []).append(failure)
     groups = [
         Group(tuple(sorted({f.rank for f in alike})), alike[0], echo, tuple(alike))
         for (echo, _, _), alike in merged.items()
@@ -246,7 +250,10 @@ def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
 def lead_with(outcome: Outcome, group: Group) -> Outcome:
     """The outcome with another of its groups as the first cause."""
     first = replace(group, echo=False)
-    groups = (first, *(one for one in outcome.groups if one is not group))
+    groups = (
+        first,
+        *(other for other in outcome.groups if other is not group),
+    )
     return replace(outcome, reason=headline(first), groups=groups)
 
 
@@ -304,7 +311,10 @@ def peers(outcome: Outcome) -> list[str]:
 
 def lost_lines(lost: Iterable[LostRank]) -> list[str]:
     """A line for each rank that was lost as asked."""
-    return [f"rank {one.rank}: {one.reason}" for one in sorted(lost, key=lambda one: one.rank)]
+    return [
+        f"rank {lost_rank.rank}: {lost_rank.reason}"
+        for lost_rank in sorted(lost, key=lambda lost_rank: lost_rank.rank)
+    ]
 
 
 def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
@@ -312,8 +322,8 @@ def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
     ended: dict[str, list[int]] = {}
     for rank, done in sorted(outcome.done.items()):
         if done.phase == phase:
-            said = first_line(done.text)
-            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {said}"
+            line = first_line(done.text)
+            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {line}"
             ended.setdefault(how, []).append(rank)
     return [f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ended.items()]
 

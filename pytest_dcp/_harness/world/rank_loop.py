@@ -134,15 +134,15 @@ class RankLoop:
         except LauncherLostError as lost:
             self._abandon(lost)
             return False
-        for one in news:
+        for change in news:
             # The supervisor assumes that a rank's messages come before its exit.
-            self._hear_last_words(one.rank)
+            self._hear_last_words(change.rank)
             now = time.monotonic()
-            if isinstance(one, StopChange):
-                self.act(self.supervisor.see_stop_change(one.rank, now, stopped=one.stopped))
+            if isinstance(change, StopChange):
+                self.act(self.supervisor.see_stop_change(change.rank, now, stopped=change.stopped))
                 continue
-            self.leaked_processes += [(one.rank, leaked) for leaked in one.leaked_processes]
-            self.act(self.supervisor.see_exit(one.rank, one.status, now))
+            self.leaked_processes += [(change.rank, leaked) for leaked in change.leaked_processes]
+            self.act(self.supervisor.see_exit(change.rank, change.status, now))
         return bool(news)
 
     def _abandon(self, lost: LauncherLostError) -> None:
@@ -163,24 +163,24 @@ class RankLoop:
 
     def _hear(self, rank: int) -> bool:
         """Read a rank's messages; False if there is nothing (more)."""
-        one = self.ranks[rank]
+        end = self.ranks[rank]
         now = time.monotonic()
         try:
-            data = one.receive()
+            data = end.receive()
             if data:
                 self._take(rank, data, now)
                 return True
         except (BlockingIOError, TimeoutError):
             return False
         except WireError as error:
-            one.unwatch(self._selector)
+            end.unwatch(self._selector)
             text = f"what came on its report socket in {self.supervisor.phase} is refused: {error}"
             self.act(self.supervisor.refuse(rank, text, now))
             return False
         except OSError:
             pass  # reset: as good as its end
-        one.unwatch(self._selector)
-        exiting = one.pid != 0 and linux.is_exiting(one.pid)
+        end.unwatch(self._selector)
+        exiting = end.pid != 0 and linux.is_exiting(end.pid)
         self.act(self.supervisor.see_close(rank, now, exiting=exiting))
         return False
 
@@ -233,8 +233,8 @@ class RankLoop:
             self._abandon(lost)
 
     def _look_at_output(self, now: float) -> None:
-        for rank, one in enumerate(self.ranks):
-            size = os.fstat(one.out).st_size + os.fstat(one.err).st_size
+        for rank, end in enumerate(self.ranks):
+            size = os.fstat(end.out).st_size + os.fstat(end.err).st_size
             if size > self._output_limit_bytes:
                 self.act(self.supervisor.see_flood(rank, size, now))
 

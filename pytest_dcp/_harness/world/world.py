@@ -242,9 +242,9 @@ class World:
         if self.ended:
             return ()
         with self._guarded():
-            told = len(self._supervisor.failures)
+            known_count = len(self._supervisor.failures)
             self._loop.drain()
-            return self._explain_failures()[told:]
+            return self._explain_failures()[known_count:]
 
     def tear_down_survivors(self, order: Down, within_s: float) -> Outcome:
         """A last phase on the ranks that outlived a failure, and the end; how the phase went.
@@ -276,17 +276,17 @@ class World:
         with self._guarded():
             if self.ended:
                 return combine(0, {}, ())
-            told = len(self._supervisor.failures)
+            reported_count = len(self._supervisor.failures)
             self._loop.drain()
             self._loop.run_until_settled()
             if self.survivors_idle:
                 orders: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
                 deadline = time.monotonic() + LEAVE_S
                 self._loop.act(self._supervisor.begin("finish", orders, deadline))
-                told = 0
+                reported_count = 0
                 self._loop.run_until_settled()
                 self.exited = dict(self._supervisor.done)
-            outcome = combine(0, {}, self._explain_failures()[told:])
+            outcome = combine(0, {}, self._explain_failures()[reported_count:])
             self.kill()
             return outcome
 
@@ -309,8 +309,8 @@ class World:
 
     def output(self, rank: int) -> list[tuple[str, str]]:
         """(stdout | stderr, text) that a rank wrote and did not live to report. Until `close`."""
-        one = self._loop.ranks[rank]
-        texts = (("stdout", one.read(one.out)), ("stderr", one.read(one.err)))
+        end = self._loop.ranks[rank]
+        texts = (("stdout", end.read(end.out)), ("stderr", end.read(end.err)))
         return [(name, text) for name, text in texts if text]
 
     def trace(self, rank: int) -> str:
@@ -327,8 +327,8 @@ class World:
 
     def forget_draws(self) -> None:
         """Another example begins."""
-        for one in self._loop.ranks:
-            os.ftruncate(one.draws, 0)
+        for end in self._loop.ranks:
+            os.ftruncate(end.draws, 0)
 
     # Inside.
 
