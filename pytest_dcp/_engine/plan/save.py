@@ -22,8 +22,8 @@ The steps, in this order, since each relies on the ones before:
    hold the box (LPT, the longest-processing-time rule of Graham 1969: with free choice of the rank
    its fullest rank has at most 4/3 of the best possible; replicas restrict the choice, so here it
    is a heuristic). Ties go to the lowest rank.
-6. `_index` lists the kept boxes, and `coverage.problems_of` checks that they tile every tensor: no
-   overlap and, where `complete`, no gap.
+6. `_index` lists the kept boxes, and `box_coverage.problems_of` checks that they tile every tensor:
+   no overlap and, where `complete`, no gap.
 7. `_shared_out` cuts the kept rows back into one table per rank, in each rank's own order. The hint
    of a row is the position of its box in the index's list for that name, as torch's
    `MetadataIndex.index`.
