@@ -14,7 +14,7 @@ from pytest_dcp._swap.import_hook import install
 
 
 class EngineSession:
-    """What the session has to put back, and to say at its end."""
+    """State that the session has to restore, and messages for its end."""
 
     def __init__(self) -> None:
         self._environment = dict(os.environ)

@@ -247,7 +247,7 @@ class CoordinatorSide:
         return moved
 
     def _let_in(self) -> list[Peer]:
-        """Take in the peers that have come; those who come for a later operation wait."""
+        """Accept the peers that have come; peers of a later operation wait."""
         if self._peer_listener is None or self._state.is_complete:
             self._close_door()
             return []

@@ -115,7 +115,7 @@ class SendPing:
 
 @dataclass(frozen=True, slots=True)
 class ReadOn:
-    """Read what else has come from a peer: it may leave for good after a failure."""
+    """Read the rest of a peer's messages: it may leave for good after a failure."""
 
     rank: int
 
@@ -147,7 +147,7 @@ CoordinatorAction = SendAction | ReadOn | PublishVerdict | CombineValues | Concl
 
 
 class CoordinatorState:
-    """What the coordinator knows of one operation. See the module's docstring for the rules."""
+    """The coordinator's state of one operation. See the module's docstring for the rules."""
 
     def __init__(self, context: OperationContext, order: CallOrder) -> None:
         self.context = context
@@ -252,7 +252,9 @@ class CoordinatorState:
     def lose(
         self, rank: int, *, left: bool, ended: str | None, garbled: bool = False
     ) -> list[CoordinatorAction]:
-        """Nothing more comes of a peer: it left, or its connection ended. May be told again."""
+        """No more messages will come from a peer: it left, or its connection ended. May be
+        repeated.
+        """
         if garbled:
             self._garbled.add(rank)
         if rank in self._stuck:

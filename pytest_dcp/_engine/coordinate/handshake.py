@@ -40,7 +40,7 @@ COUNTER_DIGITS = 16
 def shared_key(environ: Mapping[str, str]) -> bytes:
     """The key that the user gave to all ranks; empty where there is none.
 
-    Raises ValueError for one that is too short.
+    Raises ValueError if it is too short.
     """
     text = environ.get(SHARED_KEY, "")
     if text and len(text) < SHORTEST_KEY:

@@ -92,7 +92,9 @@ class Hello:
 
 
 def greet(connection: Connection, hello: Hello, key: GroupKey) -> bytes:
-    """Say hello on a peer's connection, sealed from then on; what the coordinator must answer."""
+    """Say hello on a peer's connection, sealed from then on. Returns the coordinator's expected
+    answer.
+    """
     hello = replace(hello, nonce=new_nonce())
     connection.queue(hello.frame(key))
     seals = key.seals(hello.nonce)

@@ -108,7 +108,7 @@ class PeerListener:
         return bool(self._handshaking) or self._active.total() > 1
 
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
-        """The peers of a group that run this kind of operation, or one that is not run here."""
+        """The peers of a group that run this kind of operation, or a kind that is not run here."""
         with self._lock:
             self._look()
             mine: list[Arrival] = []
@@ -134,7 +134,7 @@ class PeerListener:
             self._waiting.extend(arrivals)
 
     def keep(self, group: str, rank: int, connection: Connection) -> None:
-        """Leave the operation of a peer's connection, and wait for what it does next."""
+        """Leave the operation of a peer's connection, and wait for the peer's next message."""
         connection.finish()
         with self._lock:
             self._add_idle((group, rank), connection)

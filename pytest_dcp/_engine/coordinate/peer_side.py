@@ -52,7 +52,7 @@ class PeerSide:
         self.context = context
         self._link: Link | None = None
         self._answer = b""
-        """What the coordinator must show."""
+        """The proof expected from the coordinator."""
         self._state: PeerState | None = None
         """From the first hello on."""
         self._kept = False
@@ -156,7 +156,7 @@ class PeerSide:
                 _wait(connection, min(TICK_S, self.context.ping_s))
 
     def _hear(self, state: PeerState, connection: Connection) -> Finish | None:
-        """Send what is queued, and hear what has come."""
+        """Send queued frames, and receive."""
         connection.flush()
         connection.receive()
         while connection.frames:

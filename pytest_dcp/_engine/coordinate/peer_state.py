@@ -86,7 +86,7 @@ PeerAction = Finish | Reconnect | LookForVerdict | ExplainEnd
 
 
 class PeerState:
-    """What a peer knows of one operation. See the module's docstring for the rules."""
+    """A peer's state of one operation. See the module's docstring for the rules."""
 
     def __init__(self, context: OperationContext, order: CallOrder, now: float) -> None:
         self.context = context
@@ -155,7 +155,7 @@ class PeerState:
         return Finish(self._verdict(context.out_of_step(context.coordinator, text)))
 
     def overhear(self, kind: FrameKind, body: Payload | StepVerdict | ValueError) -> str | None:
-        """While this rank works: the failure that a message tells of, in one line."""
+        """While this rank works: the failure that a message reports, in one line."""
         if not self.is_welcome:
             return None
         if isinstance(body, StepVerdict):

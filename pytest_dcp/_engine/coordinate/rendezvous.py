@@ -221,7 +221,7 @@ def post(
 def read_verdict(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
 ) -> Frame | None:
-    """The word that was left, if any; never waits. Raises ValueError for what is no word."""
+    """The verdict in the store, if any; never waits. Raises ValueError for an invalid one."""
     return _word_at(group, _word_key(coordinator_rank, place))
 
 
@@ -235,7 +235,7 @@ def refuse(
 def read_refusal(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
 ) -> Frame | None:
-    """What a rank that takes no part has left, if one has. As `read_verdict`."""
+    """The verdict of a rank that takes no part, if any. Like `read_verdict`."""
     return _word_at(group, f"{_word_key(coordinator_rank, place)}/refused")
 
 

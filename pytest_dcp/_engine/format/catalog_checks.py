@@ -105,7 +105,7 @@ class _Slab:
 
 
 def _usual(slab: _Slab, places: EntryPlaces) -> bool:
-    """Whether the chunks are what nearly all are: inside their tensor, in a file, with data.
+    """Whether the chunks are of the ordinary form: inside their tensor, in a file, with data.
 
     Then every rule holds of them; of others the rules are looked at one by one, with twice the
     passes. As unsigned numbers, negative ones are larger than any limit here.

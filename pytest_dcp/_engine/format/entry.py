@@ -161,7 +161,7 @@ def value_entry(pickled: bytes) -> bytes:
 def pickle_of(entry: bytes | memoryview) -> memoryview:
     """The bytes of data.pkl in a whole entry, a view of it; their CRC has been checked.
 
-    Holds for every entry that torch wrote, of whatever version and with or without tensors.
+    Works for every entry that torch wrote, of any version and with or without tensors.
 
     Raises:
         CheckpointCorruptError: the entry is damaged.

@@ -83,7 +83,7 @@ def locate(read: Callable[[int, int], bytes | memoryview], length: int) -> Tenso
 def locate_wrapper(
     read: Callable[[int, int], bytes | memoryview], length: int
 ) -> OpaqueWrapper | None:
-    """What an entry says of the wrapper of tensors in it; None where it holds something else.
+    """An entry's description of its tensor wrapper; None if it holds something else.
 
     As `locate`. Raises CheckpointCorruptError: the entry is damaged.
     """

@@ -21,7 +21,7 @@ from pytest_dcp.errors import CheckpointCorruptError
 FREE_BYTES = 64 << 20
 """Memory allowed for a description of any size."""
 BYTES_PER_STORED_BYTE = 20
-"""About twice what an honest description needs at most."""
+"""About twice the memory that an honest description needs at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
         there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
         raise _mismatch(fqn, there, _describe(target))
     for name in stored.inner().keys() - set(names):
-        # Kept by the class beside those that count, or else lost.
+        # Kept by the class beside the attributes that count, or else lost.
         if not isinstance(getattr(target, name, None), torch.Tensor):
             raise _mismatch(f"{fqn}.{name}", "a tensor", "no tensor of this name")
     copies: list[Copy] = []

@@ -54,7 +54,7 @@ def run_all(jobs: Sequence[Callable[[StopFlag], Result]], threads: int) -> list[
     with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp") as pool:
         futures = [pool.submit(guarded, job) for job in jobs]
         try:
-            # Waits for each; what it raised is in `first`, where the first in time is first.
+            # Waits for each; `first` holds the exception that was raised first.
             for future in futures:
                 future.exception()
         except BaseException:

@@ -81,7 +81,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.idle_renames: dict[str, str] = {}
         """Entries of the selection's `rename` that find nothing on this rank, and why."""
         self._per_rank: dict[str, PerRank] = {}
-        """By what their flat names begin with."""
+        """By the prefixes of their flat names."""
         self._saved_sizes: Mapping[str, torch.Size] = {}
 
     def set_up_planner(
@@ -244,7 +244,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return tensor
 
     def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
-        """What gives the whole wanted box of the n-th item; None where hooks must be asked.
+        """A function that gives the whole wanted box of the n-th item; None if hooks must be asked.
 
         The engine narrows it itself, for many items at a time. It is not asked for `takes_numbers`.
         """
@@ -272,7 +272,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     @property
     def takes_values(self) -> bool:
-        """Whether `put_value` may be used in place of `load_bytes`."""
+        """Whether `put_value` may be used instead of `load_bytes`."""
         return not overridden(self, DefaultLoadPlanner, ("load_bytes",))
 
     @property

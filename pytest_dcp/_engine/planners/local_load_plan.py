@@ -77,7 +77,7 @@ def plan_reads(
             room = torch.empty(stored.size, dtype=stored.properties.dtype)
             found.loaded[fqn] = on_number(fqn, kind, room)
     values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
-    # A stored value replaces whatever is here.
+    # A stored value replaces any value here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
     replaced += _stored_in_one(found.loaded, names, index)
     template = found.loaded | dict.fromkeys(replaced)
@@ -117,9 +117,10 @@ def _choose_per_rank(
     *,
     strict: bool,
 ) -> dict[str, str]:
-    """What the checkpoint calls the names, those below a PerRank of another number of ranks too.
+    """The checkpoint's names for the names, including those below a PerRank of another number of
+    ranks.
 
-    Takes out of `choose` what is to stay as it is.
+    Removes from `choose` the names that stay unchanged.
     """
     names = dict(stored_as or {})
     wanted = {

@@ -77,7 +77,7 @@ def from_rank0(
     """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
 
     values: rank 0's; other ranks' are not looked at. specs: the result of `broadcast_values`. near:
-    tensors that are to be filled; what is sent lies on their device where the group can.
+    tensors that are to be filled; sent tensors are on their device if the group supports it.
 
     A failure on one rank, in `take` too, is raised on all ranks once all tensors were sent.
     """

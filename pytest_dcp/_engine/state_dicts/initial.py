@@ -64,7 +64,7 @@ def _step_of_twin(
 def _first_step(
     optimizer: Optimizer, group: dict[str, Any], stand_ins: Sequence[torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """What each stand-in's entries are first set to by a twin that steps on them."""
+    """The first values of each stand-in's entries, set by a twin that steps on them."""
     # Not by its constructor, whose arguments are not known: the same attributes, then its own.
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)

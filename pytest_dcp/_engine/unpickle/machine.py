@@ -106,7 +106,7 @@ class Callee:
     new_of: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
     """NEWOBJ with any arguments, of a class that the user has allowed."""
     takes_encoded_text: bool = False
-    """Whether its argument may be an `EncodedText` in place of a str."""
+    """Whether its argument may be an `EncodedText` instead of a str."""
     records: Callable[[PickleMachine, list[Any], int], int] | None = None
     """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
     pushes their results; returns where the opcodes go on, the same position if it took none.

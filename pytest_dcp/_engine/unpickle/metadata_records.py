@@ -26,7 +26,7 @@ from pytest_dcp._engine.unpickle.machine import PickleMachine, decoded_text
 
 LEFT_OUT = object()
 
-# Opcodes with their arguments; the first byte of each tells it from all others.
+# Opcodes with their arguments; the first byte of each identifies it.
 _GET = rb"(?:h.|j....)"
 _INT = rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
 _TEXT = rb"\x8c(?:" + b"|".join(re.escape(bytes([n])) + rb".{%d}" % n for n in range(129)) + rb")"

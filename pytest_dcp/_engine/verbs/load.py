@@ -123,7 +123,7 @@ def load(
     with verify_with(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():
-        # A planner may build what it loads: then the caller had no value there.
+        # A planner may build the state that it loads: then the caller had no value there.
         value: Any = state_dict.get(key)
         if is_stateful(value):
             value.load_state_dict(loaded)

@@ -102,7 +102,7 @@ class LoadSource:
     def accept(self, asked: LoadPlan) -> tuple[LoadPlan, bool]:
         """The rank's plan as the reader wants it, and whether every file that it needs is open.
 
-        Where all are, the plan can be carried out whatever other saves do.
+        If all are, the plan can be carried out despite other saves.
         """
         prepared = self.reader.prepare_local_plan(asked)
         plan = kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
