@@ -28,6 +28,7 @@ from pytest_dcp.errors import (
     ReplicaMismatchError,
     SaverProcessError,
     StoreResponseError,
+    UnsupportedVersionError,
     UntrustedPickleError,
     WorldError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "FaultError",
     "RecordingError",
     "StoreResponseError",
+    "UnsupportedVersionError",
     "CheckpointError",
     "CheckpointCorruptError",
     "CheckpointExistsError",

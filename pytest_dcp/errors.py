@@ -85,6 +85,27 @@ class LateMarkerError(DcpError):
     """A test got a marker for a world after its world had already been decided."""
 
 
+class UnsupportedVersionError(DcpError, ImportError):
+    """The installed torch or pytest lacks a private name that this package needs."""
+
+    def __init__(self, package: str, version: str, missing: str, supported: str) -> None:
+        super().__init__(
+            f"{package} {version} has no {missing}, which pytest_dcp needs: it supports {package} "
+            f"{supported}; install one of these, or a newer pytest_dcp if there is one"
+        )
+        self.package = package
+        """torch or pytest."""
+        self.version = version
+        """Of the package that is installed."""
+        self.missing = missing
+        """The name, from its package down."""
+        self.supported = supported
+        """The first and the last version that have all names."""
+
+    def __reduce__(self) -> tuple[type[UnsupportedVersionError], tuple[str, str, str, str]]:
+        return type(self), (self.package, self.version, self.missing, self.supported)
+
+
 class LawError(DcpError, AssertionError):
     """A law of checkpoints does not hold: names the differences, the same on every rank."""
 

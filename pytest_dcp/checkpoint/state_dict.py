@@ -43,9 +43,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts.model import load_model, read_model
@@ -54,6 +52,8 @@ from pytest_dcp._engine.state_dicts.optimizer_reading import read_optimizers
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
 from pytest_dcp._engine.state_dicts.scope import PATCHED, Scope
 from pytest_dcp._engine.torch_names import names_of_torch
+from pytest_dcp._torch_internals.modules import _IncompatibleKeys
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.tracebacks import drop_inner_frames
 
 __all__ = [

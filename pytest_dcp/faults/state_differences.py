@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
+
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 
 BLANK = 0x5A
 """The byte that fills empty tensors: it shows values that were not loaded."""

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from pytest_dcp._torch_internals.dtensors import _StridedShard
 from pytest_dcp.properties.bits import Bits, tensor_of
 from pytest_dcp.properties.meshes import ALONE, MeshSpec, meshes
 from pytest_dcp.properties.subworlds import device_type, rank

@@ -55,6 +55,7 @@ from pytest_dcp.errors import (
     ReplicaMismatchError,
     SaverProcessError,
     StoreResponseError,
+    UnsupportedVersionError,
     UntrustedPickleError,
     WorldError,
 )
@@ -87,6 +88,9 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     RecordingError: RecordingError("'f' was recorded as a folder and is missing"),
     FaultError: FaultError("NoSpace() never fired"),
     StoreResponseError: StoreResponseError(503, "Slow Down", "write of a/b (rank 1)"),
+    UnsupportedVersionError: UnsupportedVersionError(
+        "torch", "2.16.0", "torch.distributed._shard", "2.10 to 2.14"
+    ),
     LawError: LawError("loading in place:\n  rank 1: w: was moved to other memory"),
     CheckpointError: CheckpointError("the checkpoint"),
     CheckpointCorruptError: CheckpointCorruptError(

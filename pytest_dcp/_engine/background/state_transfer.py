@@ -16,20 +16,19 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.parts import parts_said, say_parts, says_parts
-from pytest_dcp._engine.plan.shards import local_tensor
 from pytest_dcp._engine.staging.buffer_pool import Memory, shared_memory_of, view_bytes
 from pytest_dcp._engine.staging.stager import (
     KEPT_SHARED,
     dtensor,
-    make_sharded_tensor,
     stage_state,
     tensors_of,
 )
+from pytest_dcp._torch_internals.dtensors import forget_groups, local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor, make_detached_sharded_tensor
 
 Reduced = tuple[Any, ...]
 
@@ -81,7 +80,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
             reduced = dtensor, (local_tensor(value), value._spec)
         elif isinstance(value, ShardedTensor):
             reduced = (
-                make_sharded_tensor,
+                make_detached_sharded_tensor,
                 (value.local_shards(), value.metadata(), value.sharding_spec()),
             )
         elif isinstance(value, torch.Tensor) and says_parts(value):
@@ -129,6 +128,5 @@ def _reduced_mesh(mesh: DeviceMesh) -> Reduced:
 
 
 def _set_mesh(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
-    # The mesh's own `__setstate__` looks for the groups, and warns of each that is not there.
     mesh.__dict__.update(state)
-    mesh._pg_registry = {}
+    forget_groups(mesh)

@@ -34,6 +34,7 @@ from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
+from pytest_dcp._torch_internals.tensors import identity_of_storage
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -205,11 +206,13 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         placed = list(self._places.values())
         crcs = [crc32(view[one.offset : one.offset + one.nbytes]) for one in placed]
         keys = {
-            tensor.untyped_storage()._cdata: self._places[fqn].key
+            identity_of_storage(tensor.untyped_storage()): self._places[fqn].key
             for fqn, tensor in self.state_dict.items()
             if fqn in self._places and isinstance(tensor, torch.Tensor)
         }
-        pickled, others = pickle_state_dict(self.rebuilt(), lambda one: keys.get(one._cdata))
+        pickled, others = pickle_state_dict(
+            self.rebuilt(), lambda one: keys.get(identity_of_storage(one))
+        )
         contents = {key: _bytes_of(storage) for key, storage in others.items()}
         end = 0
         for piece in close_archive(placed, crcs, pickled, contents):

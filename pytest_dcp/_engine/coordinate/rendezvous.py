@@ -20,7 +20,6 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate.failure import CoordinationError
@@ -32,11 +31,11 @@ from pytest_dcp._engine.coordinate.machines import local_only
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.presence import Presence
 from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace
+from pytest_dcp._torch_internals.process_groups import backend_timeout_s, devices_of, group_registry
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
     from pytest_dcp._engine.coordinate.link import Link
+    from pytest_dcp._torch_internals.process_groups import Store
 
 POLL_S = (0.001, 0.1)
 """First and longest pause between looks into the store: `check` never blocks, so that Ctrl-C works
@@ -103,12 +102,10 @@ def _key(group_name: str, coordinator_rank: int, size: int) -> str:
 
 def timeout_of(group: dist.ProcessGroup) -> float:
     """The group's timeout in seconds: its CPU backend's, else its first device's, else torch's."""
-    devices = sorted(group._device_types, key=lambda device: device.type != "cpu")
-    for device in devices:
-        backend = group._get_backend(torch.device(device))
-        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
-        if timeout is not None:
-            return float(timeout.total_seconds())
+    for device in sorted(devices_of(group), key=lambda device: device.type != "cpu"):
+        timeout_s = backend_timeout_s(group, device)
+        if timeout_s is not None:
+            return timeout_s
     return float(dist.constants.default_pg_timeout.total_seconds())
 
 
@@ -168,7 +165,7 @@ def gloo_listener_of(group: dist.ProcessGroup, rank: int) -> GlooListener | None
 
 def _read_gloo_listener(group: dist.ProcessGroup, rank: int) -> GlooListener | None:
     store = _store(group)
-    kinds = {device.type for device in group._device_types}
+    kinds = {device.type for device in devices_of(group)}
     for kind in sorted(kinds, key=lambda kind: (kind != "cpu", kind)):
         key = f"{kind}//0/{rank}"
         if store.check([key]):
@@ -269,14 +266,14 @@ def _forget_in_child() -> None:
         meeting.idle.clear()
         meeting.published.clear()
     # Of these groups its parent is the rank.
-    _inherited.update(dist.distributed_c10d._world.pg_map)
+    _inherited.update(group_registry().pg_map)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _store(group: dist.ProcessGroup) -> Store:
-    known = dist.distributed_c10d._world.pg_map.get(group)
+    known = group_registry().pg_map.get(group)
     store = known[1] if known is not None else group.get_group_store()
     if store is None:
         raise CoordinationError(

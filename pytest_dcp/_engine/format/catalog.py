@@ -43,13 +43,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from pytest_dcp._engine.plan.boxes import Ints, spans
 from pytest_dcp._engine.plan.columns import UNKNOWN
 from pytest_dcp._engine.plan.index import Index, KeyTable, copy_metadata, further_fields, index_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 BLOCK_BYTES = 1 << 16
 """A checksum every 64 KiB: 4 bytes in 65,536; small enough that a shard's ragged ends can be read

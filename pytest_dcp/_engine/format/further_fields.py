@@ -11,12 +11,12 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 
 from pytest_dcp._engine.plan.columns import ItemTable
 from pytest_dcp._engine.plan.index import further_fields
 from pytest_dcp._engine.unpickle import read_metadata
+from pytest_dcp._torch_internals.checkpoint_classes import _StoragePrefix
 from pytest_dcp.errors import PlanError
 
 _PROTOCOL = 4

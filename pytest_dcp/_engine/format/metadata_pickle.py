@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -42,6 +41,7 @@ from pytest_dcp._engine.format.planner_paths import PathTable
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 MARK_OF_OURS = b"pytest_dcp: a manifest follows STOP"
 """Comes within the first `MARK_WITHIN` bytes: distinguishes a truncated file of ours from one of

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp._engine.format.entry import records_of
 from pytest_dcp._engine.format.wrapper_attributes import require_same_attributes
@@ -24,6 +23,11 @@ from pytest_dcp._engine.unpickle.opaque_tensors import (
     OpaqueWrapper,
     QuantisedPickle,
     read_opaque_pickle,
+)
+from pytest_dcp._torch_internals.tensors import (
+    is_traceable_wrapper_subclass,
+    make_quantised_by_channel,
+    make_quantised_by_tensor,
 )
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
 
@@ -166,10 +170,10 @@ def _tensor(stored: Stored, storage: Storage) -> torch.Tensor:
     scales, zeros, *axis = _scales_of(stored)
     whole = _plain(stored.data, storage, _integers_of(stored.data.dtype)).contiguous()
     if not axis:
-        return torch._make_per_tensor_quantized_tensor(whole, scales, zeros)
+        return make_quantised_by_tensor(whole, scales, zeros)
     of_scales = _plain(scales, storage, scales.dtype)
     of_zeros = _plain(zeros, storage, zeros.dtype)
-    return torch._make_per_channel_quantized_tensor(whole, of_scales, of_zeros, *axis)
+    return make_quantised_by_channel(whole, of_scales, of_zeros, *axis)
 
 
 def _scales_of(stored: QuantisedPickle) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ import torch
 
 from pytest_dcp._engine.format.archive_layout import ArchiveLayout, add_constants
 from pytest_dcp._engine.format.checksum import crc32
+from pytest_dcp._torch_internals.tensors import identity_of_storage, take_apart_typed_storage
 
 PICKLE_PROTOCOL = 2
 """The protocol that torch.save uses, and the only one that torch.load(weights_only=True) reads."""
@@ -123,10 +124,8 @@ class _StatePickler(pickle.Pickler):
         """The stand-in for a storage in the pickle; None for everything else."""
         storage: Any = value
         if isinstance(value, torch.storage.TypedStorage):
-            # Not `untyped()` and its like: they warn that the class is to go.
-            typed: Any = value
-            kind: object = getattr(torch, typed._pickle_storage_type())
-            storage, numel = typed._untyped_storage, typed._size()
+            name, storage, numel = take_apart_typed_storage(value)
+            kind: object = getattr(torch, name)
         elif isinstance(value, torch.UntypedStorage):
             kind, numel = torch.UntypedStorage, value.nbytes()
         else:
@@ -135,9 +134,10 @@ class _StatePickler(pickle.Pickler):
         return ("storage", kind, key, "cpu", numel)
 
     def _other_key(self, storage: Any) -> str:
-        key = self._keys.get(storage._cdata)
+        identity = identity_of_storage(storage)
+        key = self._keys.get(identity)
         if key is None:
-            key = self._keys[storage._cdata] = f"value-{len(self.others)}"
+            key = self._keys[identity] = f"value-{len(self.others)}"
             self.others[key] = storage.cpu()
         return key
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -19,6 +18,7 @@ from pytest_dcp._engine.plan.boxes import Ints, spans
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.lazy_containers import LazyList
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 from pytest_dcp.errors import PlanError
 
 

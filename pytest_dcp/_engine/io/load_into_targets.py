@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from pytest_dcp._engine.format.catalog import Catalog
@@ -43,6 +42,7 @@ from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp._engine.plan.match import together
+from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 BATCH_BYTES = 64 << 20

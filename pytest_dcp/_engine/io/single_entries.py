@@ -9,7 +9,7 @@ import io
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -19,6 +19,7 @@ from pytest_dcp._engine.io.stream_disk import StreamOut
 from pytest_dcp._engine.io.tensor_memory import pieces
 from pytest_dcp._engine.io.write_files import PIECE_BYTES, balance_by_bytes
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 
 def write_item(

@@ -7,12 +7,15 @@ import math
 from typing import IO
 
 import torch
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry_locator import TensorRecord, locate
 from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp._torch_internals.checkpoint_classes import (
+    ExtensionRegistry,
+    StreamTransformExtension,
+)
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20

@@ -10,9 +10,13 @@ import io
 from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
-from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms as _OF_TORCH
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+
+from pytest_dcp._torch_internals.checkpoint_classes import (
+    ExtensionRegistry,
+    StreamTransformExtension,
+)
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageWriterTransforms as _OF_TORCH
 
 
 class StorageWriterTransforms:

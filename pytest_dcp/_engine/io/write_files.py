@@ -16,7 +16,6 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint._extension import StreamTransformExtension
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
 from pytest_dcp._engine.format.checksum import crc32
@@ -29,6 +28,7 @@ from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.transforms import Through
 from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
 
 Source = Callable[[int], torch.Tensor | bytes]
 """The data of a row: a tensor, or a value's entry."""

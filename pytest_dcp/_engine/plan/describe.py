@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
@@ -32,11 +29,13 @@ from pytest_dcp._engine.plan.shards import (
     Layouts,
     full,
     local_shards,
-    local_tensor,
     speaks_for_itself,
     spoken_chunks,
     spoken_items,
 )
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
+from pytest_dcp._torch_internals.tensors import FakeTensor, is_traceable_wrapper_subclass
 from pytest_dcp.errors import PlanError
 
 Box = tuple[Sequence[int], Sequence[int]]

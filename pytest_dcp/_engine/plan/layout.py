@@ -45,7 +45,8 @@ from functools import lru_cache
 from itertools import product
 
 from torch.distributed.tensor import Partial, Placement, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+
+from pytest_dcp._torch_internals.dtensors import _StridedShard
 
 Runs = list[tuple[int, int]]
 """Half-open index ranges of one dimension of the full tensor, in the order of the local one."""

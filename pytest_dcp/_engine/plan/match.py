@@ -38,13 +38,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.numbers import kind_of, takes_tensor_of
 from pytest_dcp._engine.plan.parts import BOXES, global_shape, says_parts
 from pytest_dcp._engine.plan.shards import PLAIN, full, speaks_for_itself, spoken_items
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.parts import parts_said, say_parts
-from pytest_dcp._engine.plan.shards import local_tensor
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.shards import local_tensor
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 NUMBERS = (bool, int, float, complex)

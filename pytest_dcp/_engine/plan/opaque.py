@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
+from pytest_dcp._torch_internals.tensors import is_traceable_wrapper_subclass
 
 HOOK = "__create_write_items__"
 """A class that has it says itself how it is saved."""

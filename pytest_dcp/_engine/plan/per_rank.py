@@ -15,9 +15,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError, PlanError
 
 Resize = Callable[[int, int, int], int | None]

@@ -28,15 +28,15 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from pytest_dcp._engine.plan.layout import LocalBox, local_boxes, whole_box
 from pytest_dcp._engine.plan.parts import boxes_said, says_parts
+from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
+from pytest_dcp._torch_internals.tensors import FakeTensor
 from pytest_dcp.errors import PlanError
 
 T = TypeVar("T")
@@ -48,26 +48,9 @@ Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 SPEAKS_FOR_ITSELF = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
 
 
-def local_tensor(tensor: DTensor) -> torch.Tensor:
-    """The rank's own part of a DTensor, sharing its memory.
-
-    `to_local()` makes an autograd node and a view for each call, which costs more than all else
-    that planning does with a tensor; the attribute can go when torch offers a plain accessor.
-    """
-    return tensor._local_tensor
-
-
-def spec_of(tensor: DTensor) -> DTensorSpec:
-    """Mesh, placements, and the full tensor's shape and dtype, of a DTensor.
-
-    The tensor's own attributes are a call through torch's dispatcher each; see `local_tensor`.
-    """
-    return tensor._spec
-
-
 def full(value: Any) -> Any:
     """The first part with the shape and the dtype of the full tensor."""
-    return value._spec.tensor_meta if type(value) is DTensor else value
+    return spec_of(value).tensor_meta if type(value) is DTensor else value
 
 
 def speaks_for_itself(value: Any) -> bool:

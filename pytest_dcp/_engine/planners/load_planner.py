@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
@@ -28,7 +27,7 @@ from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.select import Selection
-from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, spec_of
+from pytest_dcp._engine.plan.shards import PLAIN
 from pytest_dcp._engine.plan.value_tensors import check_tensor, tensor_misfit
 from pytest_dcp._engine.planners.local_load_plan import (
     create_default_global_load_plan,
@@ -36,6 +35,8 @@ from pytest_dcp._engine.planners.local_load_plan import (
     with_list_of_items,
 )
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
+from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,

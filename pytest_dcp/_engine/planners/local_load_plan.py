@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
@@ -21,6 +20,7 @@ from pytest_dcp._engine.plan.opaque import STORED_DTYPES
 from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp._engine.plan.select import Selection
 from pytest_dcp._engine.plan.shards import PLAIN
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 

@@ -37,8 +37,9 @@ from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.rank_paths import merge_paths
 from pytest_dcp._engine.plan.replicas import ReplicaCheck, Replicas
 from pytest_dcp._engine.plan.save import GlobalPlan, concatenate_tables, global_plan
-from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, require_memory
+from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
+from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp.errors import PlanError
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
-from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +22,15 @@ from pytest_dcp._engine.plan.describe import require_savable, unsavable
 from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp._engine.plan.per_rank import PerRank
-from pytest_dcp._engine.plan.shards import PLAIN, local_tensor, require_memory
+from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    make_detached_sharded_tensor,
+)
 from pytest_dcp.errors import PlanError
 
 State = dict[str, Any]
@@ -257,7 +261,7 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         shards = [
             Shard(_copy_value(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
         ]
-        return make_sharded_tensor(shards, value.metadata(), value.sharding_spec())
+        return make_detached_sharded_tensor(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
         copied = next(rooms) if _fits(value) else _copied_alone(value)
         return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
@@ -297,15 +301,6 @@ def _anywhere(metadata: ShardMetadata) -> ShardMetadata:
 def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
     """A DTensor of this part, wherever that is: `from_local` would move it to the mesh's device."""
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's own
-
-
-def make_sharded_tensor(shards: list[Shard], metadata: Any, spec: Any) -> ShardedTensor:
-    """A ShardedTensor of these shards that needs no process group: it can be saved, no more."""
-    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
-        shards, metadata, sharding_spec=spec
-    )
-    tensor: ShardedTensor = made
-    return tensor
 
 
 PLAIN_VALUES = (torch.Tensor, str, bytes, int, float, complex, bool, type(None))

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.materialise import current_device, group_device_type
 from pytest_dcp._engine.state_dicts.agreement import Agreement, raise_on_all_ranks
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 
 K = TypeVar("K", bound=Hashable)
 

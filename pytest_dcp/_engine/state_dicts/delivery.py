@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp._engine.plan.layout import LocalBox, local_boxes
-from pytest_dcp._engine.plan.shards import local_tensor
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
 from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
 from pytest_dcp._engine.state_dicts.parts import cut, whole
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 
 
 def deliver_state(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts.packing import Spec
+from pytest_dcp._torch_internals.modules import drop_step_hooks
 from pytest_dcp.errors import CheckpointError
 
 BATCH_BYTES = 64 << 20
@@ -70,8 +71,7 @@ def _first_step(
     twin.__dict__.update(optimizer.__dict__)
     # A scheduler's or a user's replacement of `step` would step the optimizer itself.
     twin.__dict__.pop("step", None)
-    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
+    drop_step_hooks(twin)
     # A step may change a tensor among the settings in place, such as a learning rate.
     settings = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
     twin.param_groups = [{**settings, "params": list(stand_ins)}]

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from pytest_dcp._engine.plan.materialise import empty_for_meta
@@ -22,6 +20,8 @@ from pytest_dcp._engine.state_dicts.names import wrapped_as
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
+from pytest_dcp._torch_internals.modules import _IncompatibleKeys, loads_in_its_own_way
+from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 FLAT_PARAMETER = "_flat_param"
@@ -161,9 +161,7 @@ def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
 def _knows_other_names(model: nn.Module) -> bool:
     """Whether loading may rename keys, so that only the model can say which ones it misses."""
     return any(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        loads_in_its_own_way(module)
         or type(module).load_state_dict is not nn.Module.load_state_dict
         for module in model.modules()
         if wrapped_as(type(module)) is None

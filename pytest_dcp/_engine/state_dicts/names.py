@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from pytest_dcp._torch_internals.modules import child_of
+
 WRAPPED_AS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
@@ -84,7 +86,7 @@ class Names:
         renamed: Mapping[str, str] = getattr(module, self._modifiers, dict)()
         if step in renamed.values():
             return module.get_submodule(step), prefix
-        return module._modules.get(renamed.get(step, step)), f"{prefix}{step}."
+        return child_of(module, renamed.get(step, step)), f"{prefix}{step}."
 
 
 def wrapped_as(kind: type) -> str | None:

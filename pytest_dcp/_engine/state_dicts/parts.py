@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.layout import LocalBox
-from pytest_dcp._engine.plan.shards import boxes_of, local_shards, local_tensor, part_of
+from pytest_dcp._engine.plan.shards import boxes_of, local_shards, part_of
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.sharded_tensors import (
+    Shard,
+    ShardedTensor,
+    ShardMetadata,
+    group_of_sharded_tensor,
+    make_sharded_tensor_in_group,
+)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -32,7 +37,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _gather(tensor: ShardedTensor) -> torch.Tensor:
     """The full tensor, on every rank of the ShardedTensor's group: one message of equal pieces."""
-    metadata, group = tensor.metadata(), tensor._process_group
+    metadata, group = tensor.metadata(), group_of_sharded_tensor(tensor)
     boxes: dict[int, list[LocalBox]] = {n: [] for n in range(dist.get_world_size(group))}
     for shard in metadata.shards_metadata:
         owner: Any = shard.placement
@@ -129,12 +134,9 @@ def _as_sharded_tensor(full: torch.Tensor, like: ShardedTensor, keep: bool) -> S
         shards.append(Shard(part, shard.metadata))
     metadata = like.metadata()
     properties = replace(metadata.tensor_properties, dtype=full.dtype)
-    tensor: ShardedTensor = ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards,
-        replace(metadata, tensor_properties=properties),
-        process_group=like._process_group,
+    return make_sharded_tensor_in_group(
+        shards, replace(metadata, tensor_properties=properties), group_of_sharded_tensor(like)
     )
-    return tensor
 
 
 def _box(shard: ShardMetadata) -> LocalBox:

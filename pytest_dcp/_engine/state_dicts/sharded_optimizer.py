@@ -15,12 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import (
-    TensorProperties as ShardedProperties,
-)
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -28,7 +22,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.boxes import widen_table
@@ -38,6 +31,17 @@ from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp._engine.plan.nested import set_element
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
 from pytest_dcp._engine.verbs.load import load
+from pytest_dcp._torch_internals.dtensors import local_tensor
+from pytest_dcp._torch_internals.process_groups import devices_of
+from pytest_dcp._torch_internals.sharded_tensors import (
+    ChunkShardingSpec,
+    Shard,
+    ShardedTensor,
+    _remote_device,
+    group_of_sharded_tensor,
+    make_sharded_tensor_in_group,
+)
+from pytest_dcp._torch_internals.sharded_tensors import TensorProperties as ShardedProperties
 from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -131,7 +135,7 @@ def _layout_of(model_state_dict: Mapping[str, Any]) -> _ModelLayout:
             continue
         sizes[fqn], offsets[fqn] = part.metadata.shard_sizes, part.metadata.shard_offsets
         inner: Any = part.tensor
-        group = inner._process_group
+        group = group_of_sharded_tensor(inner)
     return _ModelLayout(sizes, offsets, group)
 
 
@@ -141,7 +145,7 @@ def _part_of(fqn: str, value: Any) -> Shard | None:
     Raises ValueError for nestings that FSDP1 does not make.
     """
     if isinstance(value, DTensor):
-        if isinstance(value._local_tensor, DTensor | ShardedTensor):
+        if isinstance(local_tensor(value), DTensor | ShardedTensor):
             raise ValueError(f"Cannot handle nested DTensor: {fqn!r}")  # noqa: TRY004 - torch's type
         return None
     if not isinstance(value, ShardedTensor) or not value.local_shards():
@@ -185,7 +189,7 @@ class _Placement:
 
 def _device_type(group: dist.ProcessGroup) -> str:
     """Torch's device of the group: the CPU if the group supports it."""
-    kinds = {device.type for device in group._device_types}
+    kinds = {device.type for device in devices_of(group)}
     return "cpu" if "cpu" in kinds or not kinds else min(kinds)
 
 
@@ -234,10 +238,7 @@ def _make_sharded(
         for shard in metadata.shards_metadata
         if isinstance(shard.placement, _remote_device) and shard.placement.rank() == dist.get_rank()
     ]
-    tensor: ShardedTensor = ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, metadata, process_group=placement.group
-    )
-    return tensor
+    return make_sharded_tensor_in_group(shards, metadata, placement.group)
 
 
 class _PartPlanner(DefaultLoadPlanner):

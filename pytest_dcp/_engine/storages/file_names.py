@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from pytest_dcp._torch_internals.checkpoint_classes import _StoragePrefix
 
 
 @dataclass

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any, cast
 
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -39,6 +38,7 @@ from pytest_dcp._engine.storages.local_filesystem import (
     read_catalog,
     save_of,
 )
+from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointFileMissingError,

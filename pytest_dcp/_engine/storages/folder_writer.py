@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint._extension import StreamTransformExtension
 from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -59,6 +58,7 @@ from pytest_dcp._engine.storages.local_filesystem import (
     new_id,
     split_path,
 )
+from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
 
 logger = logging.getLogger("pytest_dcp.checkpoint")

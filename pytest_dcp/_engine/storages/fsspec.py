@@ -13,7 +13,6 @@ from io import IOBase
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
 
 from pytest_dcp._engine.io.checked_ranges import Verify
@@ -21,6 +20,10 @@ from pytest_dcp._engine.io.object_disk import ObjectDisk
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._torch_internals.checkpoint_classes import (
+    ExtensionRegistry,
+    StreamTransformExtension,
+)
 
 Id = str | os.PathLike[str]
 

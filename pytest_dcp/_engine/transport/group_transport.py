@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import _pg_transport
 
 from pytest_dcp._engine.coordinate.wire import decode, encode
 from pytest_dcp._engine.transport.state_description import TensorNote, describe, rebuild
+from pytest_dcp._torch_internals.checkpoint_classes import _pg_transport
 
 LENGTH_TAG, HEAD_TAG, TENSOR_TAG = 1, 2, 3
 MAX_SEGMENTS = 1 << 20

@@ -16,19 +16,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard as ShardOfTensor
-from torch.distributed._shard.sharding_spec.api import EnumerableShardingSpec
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from pytest_dcp._engine.coordinate.sent_classes import record
-from pytest_dcp._engine.plan.shards import local_tensor
-from pytest_dcp._engine.staging.stager import dtensor, make_sharded_tensor
+from pytest_dcp._engine.staging.stager import dtensor
+from pytest_dcp._torch_internals.dtensors import (
+    DTensorSpec,
+    TensorMeta,
+    _StridedShard,
+    local_tensor,
+)
+from pytest_dcp._torch_internals.sharded_tensors import (
+    EnumerableShardingSpec,
+    ShardedTensor,
+    ShardMetadata,
+    TensorProperties,
+    make_detached_sharded_tensor,
+)
+from pytest_dcp._torch_internals.sharded_tensors import Shard as ShardOfTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,4 +234,4 @@ def _rebuild_sharded(note: ShardedTensorNote, take: Take, template: Any) -> Shar
     ]
     spec: Any = EnumerableShardingSpec(everywhere)
     metadata = spec.build_metadata(note.shape, TensorProperties(dtype=note.dtype))
-    return make_sharded_tensor(shards, metadata, spec)
+    return make_detached_sharded_tensor(shards, metadata, spec)

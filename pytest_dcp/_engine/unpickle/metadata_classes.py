@@ -22,15 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.metadata import (
-    MEM_FORMAT_ENCODING as LegacyEncoding,
-)
-from torch.distributed._shard.sharded_tensor.metadata import (
-    TensorProperties as LegacyProperties,
-)
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -53,6 +45,9 @@ from pytest_dcp._engine.unpickle.plan_classes import (
     plan_globals,
 )
 from pytest_dcp._engine.unpickle.unread_fields import UnreadObject, may_stay_unread
+from pytest_dcp._torch_internals.checkpoint_classes import _MEM_FORMAT_ENCODING, _StorageInfo
+from pytest_dcp._torch_internals.sharded_tensors import MEM_FORMAT_ENCODING as LegacyEncoding
+from pytest_dcp._torch_internals.sharded_tensors import TensorProperties as LegacyProperties
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAX_DESCRIPTORS = 64

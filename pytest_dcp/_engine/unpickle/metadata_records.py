@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from pytest_dcp._engine.unpickle.machine import PickleMachine, decoded_text
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 LEFT_OUT = object()
 

@@ -13,10 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.metadata import (
-    TensorProperties as LegacyProperties,
-)
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -39,6 +35,8 @@ from torch.distributed.checkpoint.planner import (
 from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, brief
 from pytest_dcp._engine.unpickle.plain_values import brief_all, check_plain
 from pytest_dcp._engine.unpickle.unread_fields import UnreadObject
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo, _StoragePrefix
+from pytest_dcp._torch_internals.sharded_tensors import TensorProperties as LegacyProperties
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAX_NAME = 256

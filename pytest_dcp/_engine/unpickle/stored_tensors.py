@@ -34,6 +34,7 @@ from pytest_dcp._engine.unpickle.machine import (
     brief,
 )
 from pytest_dcp._engine.unpickle.plain_values import MAX_LOGICAL_ITEMS, PLAIN, check_plain
+from pytest_dcp._torch_internals.tensors import set_negative_bit
 from pytest_dcp.errors import CheckpointCorruptError
 
 LARGE_PICKLE_BYTES = 8 << 20
@@ -191,8 +192,8 @@ def _with_bits(tensor: torch.Tensor, bits: object) -> torch.Tensor:
     if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:
         raise UnknownGlobalError("expected a tensor with a conjugate or negative bit at most")
     if bits.get("conj") and tensor.is_complex():
-        tensor = torch._conj(tensor)
-    return torch._neg_view(tensor) if bits.get("neg") else tensor
+        tensor = tensor.conj()
+    return set_negative_bit(tensor) if bits.get("neg") else tensor
 
 
 def _parameter(_: PickleMachine, args: _Args) -> torch.nn.Parameter:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -47,6 +46,7 @@ from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable
 from pytest_dcp._engine.plan.names import pack_names, unpack_names
 from pytest_dcp._engine.plan.replicas import Checks, Differing
 from pytest_dcp._engine.storages.file_names import FileNames
+from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo, _StoragePrefix
 
 OWN_PACKAGES = ("pytest_dcp", "torch")
 CHOICE = "pickles_between_ranks"

@@ -93,7 +93,7 @@ class GroupCounter:
 
     def install(self) -> None:
         """Count from here on what the sequence numbers do not tell."""
-        from torch._C._distributed_c10d import ProcessGroup
+        from pytest_dcp._torch_internals.process_groups import ProcessGroup
 
         for name in MESSAGES:
             self._wrap(ProcessGroup, name, _note_message)
@@ -118,14 +118,15 @@ class GroupCounter:
 
         if not dist.is_initialized():
             return {}
-        # Can go when torch lists its process groups.
-        world: Any = dist.distributed_c10d._world
+        from pytest_dcp._torch_internals.process_groups import group_registry, sequence_number
+
+        world = group_registry()
         found = {GROUPS_MADE: GroupUse(world.group_count)}
         with self._lock:
             for group, name in world.pg_names.items():
                 messages = self._messages.get(group, NO_MESSAGES)
                 found[name] = GroupUse(
-                    _sequence_number(group) - messages.apart,
+                    sequence_number(group) - messages.apart,
                     tuple(sorted(world.pg_group_ranks[group])),
                     dict(messages.sent),
                     dict(messages.received),
@@ -145,9 +146,11 @@ class GroupCounter:
     ) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
+        from pytest_dcp._torch_internals.process_groups import sequence_number
+
         def counted(group: Any, *args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
-            before = _sequence_number(group)
+            before = sequence_number(group)
             passed = False
             try:
                 work = original(group, *args, **kwargs)
@@ -156,7 +159,7 @@ class GroupCounter:
             finally:
                 with self._lock:
                     messages = self._messages.setdefault(group, _Messages())
-                    messages.apart += _sequence_number(group) - before
+                    messages.apart += sequence_number(group) - before
                     if passed:
                         note(messages, group, name, args)
 
@@ -211,11 +214,3 @@ def _difference(now: GroupUse, before: GroupUse) -> GroupUse:
 
 def _more(now: Mapping[int, int], before: Mapping[int, int]) -> dict[int, int]:
     return {peer: n - before.get(peer, 0) for peer, n in now.items() if n != before.get(peer, 0)}
-
-
-def _sequence_number(group: Any) -> int:
-    try:
-        count: int = group._get_sequence_number_for_group()
-    except RuntimeError:  # a backend that does not count
-        return 0
-    return count

@@ -8,19 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
 import torch
-import torch._C._distributed_c10d as c10d
-import torch.nn.modules.module as modules
-import torch.optim.optimizer as optimizers
 
 from pytest_dcp._harness.rank.process_state import Facet
-
-Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""A function that reads a value, and a function that sets it."""
+from pytest_dcp._torch_internals import global_state as internals
 
 MISSING = "missing"
 PLAIN_SETTINGS = (
@@ -34,30 +28,16 @@ PRECISIONS = (
     ("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"),
 )  # fmt: skip
 """Backend and operation of torch's float32 precisions; the ones that others inherit come first."""
-HOOKS = [
-    hooks
-    for owner in (modules, optimizers)
-    for name, hooks in sorted(vars(owner).items())
-    if name.startswith("_global_") and isinstance(hooks, dict)
-]
-"""Hooks of all modules and optimizers."""
 
 
-def _c_settings(*names: tuple[str, str]) -> list[Setting]:
-    """Settings with a C function in torch, by the suffix of `_get_` and `_set_`."""
-    inside = vars(torch._C)
-    pairs = [(inside.get(f"_get_{get}"), inside.get(f"_set_{put}")) for get, put in names]
-    return [(get, put) for get, put in pairs if get is not None and put is not None]
-
-
-def _autocast_settings(device: str) -> list[Setting]:
+def _autocast_settings(device: str) -> list[internals.Setting]:
     return [
         (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device)),
         (partial(torch.get_autocast_dtype, device), partial(torch.set_autocast_dtype, device)),
     ]
 
 
-def _future_settings(*names: str) -> list[Setting]:
+def _future_settings(*names: str) -> list[internals.Setting]:
     """Settings of `torch.__future__`, by the suffix of `get_` and `set_`."""
     inside = vars(torch.__future__)
     return [(inside[f"get_{name}"], inside[f"set_{name}"]) for name in names]
@@ -67,7 +47,7 @@ def _set_default_device(context: Any) -> None:
     torch.set_default_device(None if context is None else context.device)
 
 
-SETTINGS: list[Setting] = [
+SETTINGS: list[internals.Setting] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),
@@ -78,11 +58,11 @@ SETTINGS: list[Setting] = [
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     *_autocast_settings("cpu"),
     *_autocast_settings("cuda"),
-    *_c_settings(
+    *internals.settings_in_c(
         *((name, name) for name in PLAIN_SETTINGS),
         *((f"{kind}_sdp_enabled", f"sdp_use_{kind}") for kind in ATTENTION),
     ),
-    (c10d.get_debug_level, c10d.set_debug_level),
+    internals.DEBUG_LEVEL,
     (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
     *_future_settings("overwrite_module_params_on_conversion", "swap_module_params_on_conversion"),
 ]
@@ -109,9 +89,7 @@ def _put_back_settings(then: Sequence[Any]) -> None:
 
 
 def _read_precisions() -> list[Any]:
-    matmul = _quietly(torch._C._get_float32_matmul_precision)
-    read = getattr(torch._C, "_get_fp32_precision_getter", None)  # torch 2.9 and later
-    return [matmul, *([] if read is None else [read(*which) for which in PRECISIONS])]
+    return [_quietly(internals.read_matmul_precision), *internals.read_precisions(PRECISIONS)]
 
 
 def _put_back_precisions(then: Sequence[Any]) -> None:
@@ -120,7 +98,7 @@ def _put_back_precisions(then: Sequence[Any]) -> None:
         with suppress(RuntimeError):
             torch.set_float32_matmul_precision(matmul)
     for which, value in zip(PRECISIONS, precisions, strict=False):
-        torch._C._set_fp32_precision_setter(*which, value)
+        internals.set_precision(*which, value)
 
 
 def _put_back_safe_globals(then: set[Any]) -> None:
@@ -129,20 +107,20 @@ def _put_back_safe_globals(then: set[Any]) -> None:
 
 
 def _put_back_hooks(then: Sequence[dict[int, Any]]) -> None:
-    for hooks, value in zip(HOOKS, then, strict=True):
+    for hooks, value in zip(internals.GLOBAL_HOOKS, then, strict=True):
         hooks.clear()
         hooks.update(value)
 
 
 def _read_printing() -> tuple[Any, ...]:
     numpy: Any = sys.modules.get("numpy")
-    own = dict(vars(torch._tensor_str.PRINT_OPTS))
+    own = dict(internals.print_options())
     return own, None if numpy is None else numpy.get_printoptions()
 
 
 def _put_back_printing(then: tuple[Any, ...]) -> None:
     own, numpys = then
-    vars(torch._tensor_str.PRINT_OPTS).update(own)
+    internals.print_options().update(own)
     if numpys is not None:
         import numpy
 
@@ -150,25 +128,12 @@ def _put_back_printing(then: tuple[Any, ...]) -> None:
 
 
 @cache
-def _dynamo_overrides() -> list[Setting]:
-    """The entries set in torch.compile's configuration.
-
-    Private: its public functions take 0.5 ms to read it.
-    """
-    entries: dict[str, Any] = getattr(sys.modules["torch._dynamo.config"], "_config", {})
-    settings: list[Setting] = []
-    for entry in entries.values():
-        override = entry.user_override
-        if isinstance(override, ContextVar):  # torch 2.13 and later
-            settings.append((override.get, override.set))
-        else:
-            put = partial(setattr, entry, "user_override")
-            settings.append((partial(getattr, entry, "user_override"), put))
-    return settings
+def _dynamo_overrides() -> list[internals.Setting]:
+    return [*internals.dynamo_overrides()]
 
 
 def _read_dynamo() -> list[Any]:
-    if "torch._dynamo.config" not in sys.modules:
+    if not internals.is_dynamo_configured():
         return []
     return [get() for get, _ in _dynamo_overrides()]
 
@@ -196,7 +161,7 @@ FACETS = (
     # A device is a mode on the stack that is looked at below.
     Facet(
         "torch's default device",
-        lambda: getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
+        internals.default_device_context,
         _set_default_device,
     ),
     Facet("torch's settings", _read_settings, _put_back_settings),
@@ -204,7 +169,7 @@ FACETS = (
     Facet("torch's inference mode", torch.is_inference_mode_enabled),
     Facet(
         "torch's function and dispatch modes",
-        lambda: (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        internals.depths_of_mode_stacks,
     ),
     Facet("torch's number of interop threads", torch.get_num_interop_threads),
     Facet(
@@ -214,7 +179,7 @@ FACETS = (
     ),
     Facet(
         "hooks of all modules and optimizers",
-        lambda: [dict(hooks) for hooks in HOOKS],
+        lambda: [dict(hooks) for hooks in internals.GLOBAL_HOOKS],
         _put_back_hooks,
     ),
     Facet("torch.compile's configuration", _read_dynamo, _put_back_dynamo),
