@@ -153,12 +153,12 @@ def _given_as(config: pytest.Config, option: Option) -> str:
 def _ini_value(config: pytest.Config, key: str) -> object:
     """What the ini or TOML file says, of whatever type; None when it says nothing.
 
-    pytest 9.0 and 9.1 refuse a TOML file's 200 where a string was registered, and have no type for
-    both. The second way can go when they are no longer supported.
+    pytest 9.0 and 9.1 refuse a TOML file's 200 where a string was registered.
     """
     try:
         value: object = config.getini(key)
     except TypeError:
-        private: Any = config
-        value = private._inicfg[key].value
+        from pytest_dcp._pytest_internals import toml_value
+
+        value = toml_value(config, key)
     return value

@@ -18,6 +18,7 @@ from pytest_dcp._harness.controller import options as options_
 from pytest_dcp._harness.controller.options import Options
 from pytest_dcp._swap import options as swap_options
 from pytest_dcp.api import current_rank
+from pytest_dcp.errors import UnsupportedVersionError
 from pytest_dcp.faults import options as fault_options
 
 OPTIONS_KEY = pytest.StashKey[Options]()
@@ -74,6 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A list of sizes parametrises the test."""
     name = metafunc.config.stash[OPTIONS_KEY].marker
     if name and metafunc.definition.get_closest_marker(name) is not None:
+        _require_known_pytest(pytest.Collector.CollectError)
         from pytest_dcp._harness.controller import collection
 
         collection.parametrize(metafunc, metafunc.config.stash[OPTIONS_KEY])
@@ -110,9 +112,18 @@ def pytest_collection_finish(session: pytest.Session) -> Generator[None, object,
 def _check_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
     options = session.config.stash[OPTIONS_KEY]
     if any(decided_markers.markers_of(item, options.marker) for item in items):
+        _require_known_pytest(pytest.UsageError)
         from pytest_dcp._harness.controller import collection
 
         collection.read_specs(items, options)
+
+
+def _require_known_pytest(refusal: type[Exception]) -> None:
+    """Raise `refusal` for a pytest that lacks a private name which worlds need."""
+    try:
+        from pytest_dcp import _pytest_internals  # noqa: F401
+    except UnsupportedVersionError as error:
+        raise refusal(str(error)) from None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

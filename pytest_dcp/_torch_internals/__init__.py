@@ -6,6 +6,6 @@ imports a private name of torch or reads a private attribute of its objects
 the names of torch's module of the same name. So a new torch is supported here or nowhere: a name
 that has moved is imported from both places, a function that has changed has two bodies.
 
-Where the installed torch lacks a name, importing the module raises `UnsupportedVersionError` (see
-`supported_versions`). The modules import torch, so the plugin's start must not import them.
+Where the installed torch lacks a name, importing the module raises `UnsupportedVersionError` in
+words. The modules import torch, so the plugin's start must not import them.
 """

@@ -5,9 +5,9 @@ They can go when torch gives them public names; nothing that we define can repla
 
 from __future__ import annotations
 
-from pytest_dcp._torch_internals.supported_versions import explain_missing_names
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # The base of ours, so that it passes for torch's where a training loop asks `isinstance`.
     from torch.distributed.checkpoint import _pg_transport
 

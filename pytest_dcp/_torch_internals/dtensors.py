@@ -9,12 +9,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._torch_internals.supported_versions import (
-    explain_missing_names,
-    require_attributes,
-)
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # What the constructor of DTensor takes: `from_local` would move the part to the mesh's device.
     # Can go when a DTensor can be made in public of a part that is elsewhere.
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -23,8 +20,8 @@ with explain_missing_names():
     # which order. Can go when torch exports it beside Shard.
     from torch.distributed.tensor.placement_types import _StridedShard
 
-require_attributes(DTensor, "_local_tensor", "_spec")
-require_attributes(DeviceMesh, "_pg_registry")
+TORCH.require_attributes(DTensor, "_local_tensor", "_spec")
+TORCH.require_attributes(DeviceMesh, "_pg_registry")
 
 __all__ = ["DTensorSpec", "TensorMeta", "_StridedShard", "forget_groups", "local_tensor", "spec_of"]
 

@@ -17,9 +17,10 @@ import torch
 import torch.nn.modules.module as modules
 import torch.optim.optimizer as optimizers
 
-from pytest_dcp._torch_internals.supported_versions import explain_missing_names
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
+    # Has the level of checks on collectives, see `DEBUG_LEVEL`.
     import torch._C._distributed_c10d as c10d
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]

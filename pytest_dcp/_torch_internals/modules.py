@@ -5,24 +5,21 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from pytest_dcp._torch_internals.supported_versions import (
-    explain_missing_names,
-    require_attributes,
-)
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # What `load_state_dict` returns, and so must `set_model_state_dict`. Can go when torch gives
     # it a public name.
     from torch.nn.modules.module import _IncompatibleKeys
 
-require_attributes(
+TORCH.require_attributes(
     nn.Module,
     "_modules",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
     "_load_from_state_dict",
 )
-require_attributes(Optimizer, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+TORCH.require_attributes(Optimizer, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 __all__ = ["_IncompatibleKeys", "child_of", "drop_step_hooks", "loads_in_its_own_way"]
 

@@ -8,19 +8,18 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from pytest_dcp._torch_internals.supported_versions import (
-    explain_missing_names,
-    require_attributes,
-)
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # Public as `torch.distributed.ProcessGroup` and `Store`, but no type checker sees those. Can
     # go when torch lists them in `__all__`.
     from torch._C._distributed_c10d import ProcessGroup, Store
 
 # torch's registry of groups; read where it is, since torch's threaded groups replace it.
-require_attributes(dist.distributed_c10d, "_world")
-require_attributes(ProcessGroup, "_device_types", "_get_backend", "_get_sequence_number_for_group")
+TORCH.require_attributes(dist.distributed_c10d, "_world")
+TORCH.require_attributes(
+    ProcessGroup, "_device_types", "_get_backend", "_get_sequence_number_for_group"
+)
 
 __all__ = [
     "GroupRegistry",

@@ -11,12 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pytest_dcp._torch_internals.supported_versions import (
-    explain_missing_names,
-    require_attributes,
-)
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # State dicts hold these classes, and saves and loads must tell them apart from tensors.
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
@@ -35,8 +32,8 @@ with explain_missing_names():
     # The type of a shard's placement; it says which rank has the shard.
     from torch.distributed.remote_device import _remote_device
 
-require_attributes(ShardedTensorBase, "_init_from_local_shards_and_global_metadata")
-require_attributes(ShardedTensor, "_init_from_local_shards_and_global_metadata")
+TORCH.require_attributes(ShardedTensorBase, "_init_from_local_shards_and_global_metadata")
+TORCH.require_attributes(ShardedTensor, "_init_from_local_shards_and_global_metadata")
 
 __all__ = [
     "MEM_FORMAT_ENCODING",

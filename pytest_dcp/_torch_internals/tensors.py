@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._torch_internals.supported_versions import (
-    explain_missing_names,
-    require_attributes,
-)
+from pytest_dcp._torch_internals.supported_versions import TORCH
 
-with explain_missing_names():
+with TORCH.explain_missing_names():
     # The first two are behind torch's own unpickling of quantised tensors: a file has the integers,
     # scales and zero points apart, and in public there is only quantising of floats. They can go
     # with quantised tensors, which torch has deprecated. The third sets a lazy bit that a stored
@@ -33,7 +30,7 @@ with explain_missing_names():
     # authors of subclasses, but in a private module; can go when it moves to a public one.
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-require_attributes(torch.UntypedStorage, "_cdata")
+TORCH.require_attributes(torch.UntypedStorage, "_cdata")
 
 __all__ = [
     "FakeTensor",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -86,6 +86,7 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     from pytest_dcp._harness.rank.this_rank import WarmMesh
+    from pytest_dcp._pytest_internals import this_fixture
 
     rank = _rank_of(request)
     order, group = rank.order, dist.group.WORLD
@@ -94,7 +95,7 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
         return shared
     device_type = order.device.partition(":")[0]
     mesh = init_device_mesh(device_type, order.mesh, mesh_dim_names=order.mesh_dim_names)
-    definition: Any = request._fixturedef  # type: ignore[attr-defined]  # of a fixture's request
+    definition = this_fixture(request)
     rank.mesh = WarmMesh(group, mesh, forget=lambda: definition.finish(request))
     return mesh
 

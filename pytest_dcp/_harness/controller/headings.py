@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from _pytest._code.code import ExceptionChainRepr, ReprEntryNative
-from _pytest._io import TerminalWriter
 
 from pytest_dcp._harness.controller.report import HEADING
+from pytest_dcp._pytest_internals import ExceptionChainRepr, ReprEntryNative, TerminalWriter
 
 
 class HeadingEntry(ReprEntryNative):

@@ -16,6 +16,7 @@ from pytest_dcp._harness.controller.report import merged_sections, shown_ranks
 from pytest_dcp._harness.protocol.messages import Done, Phase
 from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
+from pytest_dcp._pytest_internals import report_sections
 
 Section = tuple[str, str, str]
 """(phase, `stdout` or another stream, text)"""
@@ -49,7 +50,7 @@ class ItemOutput:
             self._noisy.append({rank: outcome.done[rank] for rank in shown & outcome.done.keys()})
 
     def _quieten_earlier(self) -> None:
-        sections = self._item._report_sections
+        sections = report_sections(self._item)
         for said in self._noisy:
             loud = merged_sections(_log_sections(said, quiet=False))
             at = min((sections.index(part) for part in loud if part in sections), default=0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from pytest_dcp._harness.rank.carried_state import LostStateWarning
+from pytest_dcp._pytest_internals import fixtures_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def _losing_fixtures(item: pytest.Item) -> list[tuple[str, Losing]]:
 
 def _package_of(item: pytest.Item, name: str) -> str:
     """The package whose function makes a fixture of the item; empty when there is none."""
-    info: Any = getattr(item, "_fixtureinfo", None)
+    info = fixtures_of(item)
     definitions = info.name2fixturedefs.get(name) if info is not None else None
     if not definitions:
         return ""

@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from _pytest.raises import AbstractRaises
-from _pytest.skipping import xfailed_key
-from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp._harness.controller import losing_fixtures, report
 from pytest_dcp._harness.controller.exit_warnings import warn_of_end
@@ -53,6 +50,7 @@ from pytest_dcp._harness.world.outcome import (
     ranks_text,
 )
 from pytest_dcp._harness.world.world import CutOff, World
+from pytest_dcp._pytest_internals import AbstractRaises, catch_warnings_for_item, xfailed_key
 from pytest_dcp.errors import WorldError
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from _pytest._code.code import ExceptionRepr
 
 from pytest_dcp._harness.controller import report
 from pytest_dcp._harness.controller.session import Harness
@@ -24,6 +23,7 @@ from pytest_dcp._harness.protocol.messages import Go, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
+from pytest_dcp._pytest_internals import ExceptionRepr
 from pytest_dcp.errors import WorldError
 
 __all__ = ["ItemRanks", "FoundError", "run_properties", "longrepr_for", "without_fixture_check"]

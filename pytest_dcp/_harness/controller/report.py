@@ -13,13 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from _pytest._code.code import (
-    ExceptionChainRepr,
-    ExceptionRepr,
-    ReprEntryNative,
-    ReprFileLocation,
-    ReprTraceback,
-)
 
 from pytest_dcp._harness.controller.options import ReportRanks
 from pytest_dcp._harness.protocol.messages import Done
@@ -32,6 +25,13 @@ from pytest_dcp._harness.world.outcome import (
     ranks_text,
 )
 from pytest_dcp._harness.world.stacks import describe_activity, from_root
+from pytest_dcp._pytest_internals import (
+    ExceptionChainRepr,
+    ExceptionRepr,
+    ReprEntryNative,
+    ReprFileLocation,
+    ReprTraceback,
+)
 from pytest_dcp.errors import WorldError
 
 RERUN = "to rerun just this"

@@ -37,6 +37,7 @@ from pytest_dcp._harness.world.outcome import Outcome, SessionEnd
 from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.world import World
 from pytest_dcp._harness.world.world_settings import WorldSettings
+from pytest_dcp._pytest_internals import tmp_path_factory_of
 from pytest_dcp.errors import WorldError
 
 LEASE_S = 600.0
@@ -66,7 +67,7 @@ class Harness:
         self._pool: LeasePool | None = None
         self._open: dict[int, World] = {}
         self._ending: BaseException | None = None
-        factory: Any = getattr(self.config, "_tmp_path_factory", None)  # used by tmp_path itself
+        factory = tmp_path_factory_of(self.config)
         if factory is None:
             raise pytest.UsageError("worlds need pytest's tmpdir plugin: drop `-p no:tmpdir`")
         # Made here, before any rank: ranks that made it would race for its number.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp._harness.world.outcome import ranks_text
+from pytest_dcp._pytest_internals import count_failed_subtest
 from pytest_dcp.errors import WorldError
 
 OUTCOMES = ("failed", "skipped", "passed")
@@ -50,15 +51,13 @@ def _restore_report(item: pytest.Item, data: Mapping[str, Any]) -> Any:
 
 
 def _log_merged(item: pytest.Item, alike: Sequence[tuple[int, dict[str, Any], Any]]) -> None:
-    from _pytest.subtests import failed_subtests_key
-
     _, data, rep = min(alike, key=lambda one: (OUTCOMES.index(one[2].outcome), one[0]))
     ranks = [rank for rank, _, other in alike if other.outcome == rep.outcome]
     crash = getattr(rep.longrepr, "reprcrash", None)
     if crash is not None:
         crash.message = f"{ranks_text(ranks)}: {crash.message}"
     if rep.failed:
-        item.config.stash[failed_subtests_key][item.id] += 1
+        count_failed_subtest(item)
     rep.context.kwargs.update(_as_said(item.config, data["_subtest.context"]["kwargs"]))
     with _capture_suspended(item.config):
         item.ihook.pytest_runtest_logreport(report=rep)

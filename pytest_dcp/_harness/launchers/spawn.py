@@ -43,6 +43,7 @@ from pytest_dcp._harness.rank import (
     this_rank,
 )
 from pytest_dcp._harness.rank import main as rank
+from pytest_dcp._pytest_internals import forget_made_ids, make_config, redirect_writer, writer_of
 from pytest_dcp.errors import DcpError
 
 PROGRAM = "from pytest_dcp._harness.launchers.spawn import main; main()"
@@ -265,11 +266,9 @@ class _Collecting:
 
     def run(self, order: RunItem) -> None:
         """Collect the item, then run it as a forked rank does."""
-        from _pytest.config import _prepareconfig
-
         self.rank.channel.send(At("preparing", "collecting the test"))
         os.chdir(self.session["cwd"])
-        config: Any = _prepareconfig(list(self.session["args"]))
+        config = make_config(list(self.session["args"]))
         _alone(config, self.rank.order.basetemp)
         if self.session["workerinput"] is not None:  # for xdist's fixtures, such as `worker_id`
             config.workerinput, config.workeroutput = self.session["workerinput"], {}
@@ -356,25 +355,17 @@ class _Serving:
         manager = session.config.pluginmanager
         for name in ("lfplugin", "nfplugin"):
             manager.unregister(name=name)
-        self._writer = getattr(manager.getplugin("terminalreporter"), "_tw", None)
-        self._file = getattr(self._writer, "_file", None)
+        self._writer, self._file = writer_of(session.config)
         self._print_to(self._nowhere)
 
     def _print_to(self, file: Any) -> None:
-        if self._writer is not None:
-            self._writer._file = file
+        redirect_writer(self._writer, file)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Recreate ids in a warm rank, which collects its modules once for each test.
-
-        pytest stores the escaped ids in the mark, and would escape them again. Can go when it
-        stores the original ids.
-        """
+        """Recreate ids in a warm rank, which collects its modules once for each test."""
         for mark in metafunc.definition.iter_markers("parametrize"):
-            source = mark._param_ids_from
-            if source is not None and isinstance(source.kwargs.get("ids"), list | tuple):
-                object.__setattr__(source, "_param_ids_generated", None)
+            forget_made_ids(mark)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep collection errors, for `run` to raise."""

@@ -18,6 +18,14 @@ import pytest
 
 from pytest_dcp._harness.protocol.messages import DebugAnswer, DebugAsk, DebugDone
 from pytest_dcp._harness.rank.this_rank import Rank
+from pytest_dcp._pytest_internals import (
+    global_capture_of,
+    has_started,
+    init_pdb,
+    redirect_writer,
+    set_init_pdb,
+    writer_of,
+)
 
 
 class RankTerminal:
@@ -31,18 +39,16 @@ class RankTerminal:
         self._tty = tty
         self._null = os.open(os.devnull, os.O_RDWR)
         self._nowhere = os.fdopen(os.dup(self._null), "w")
-        reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-        self._writer: Any = getattr(reporter, "_tw", None)
-        self._file = getattr(self._writer, "_file", None)
+        self._writer, self._file = writer_of(config)
         capture: Any = config.pluginmanager.getplugin("capturemanager")
         self._stdin_is_captured = capture is not None and capture.is_globally_capturing()
-        self._capturing = getattr(capture, "_global_capturing", None)
+        self._capturing = global_capture_of(config)
         self._stdin = -1
 
     def shut(self, *, muted: bool) -> None:
         """Do not read it, and when `muted` do not write it either."""
-        if muted and self._writer is not None:
-            self._writer._file = self._nowhere
+        if muted:
+            redirect_writer(self._writer, self._nowhere)
         if not self._stdin_is_captured:
             if self._stdin < 0:
                 self._stdin = os.dup(0)
@@ -50,8 +56,7 @@ class RankTerminal:
 
     def open(self) -> None:
         """Let this process read and write it from now on."""
-        if self._writer is not None:
-            self._writer._file = self._file
+        redirect_writer(self._writer, self._file)
         if self._tty:
             self._take(self._tty)
         elif self._stdin >= 0:
@@ -64,7 +69,7 @@ class RankTerminal:
             for fd, name in enumerate(("in_", "out", "err")):
                 stream: Any = getattr(self._capturing, name, None)
                 os.dup2(tty, getattr(stream, "targetfd_save", fd))
-                if getattr(stream, "_state", "") != "started":
+                if not has_started(stream):
                     os.dup2(tty, fd)
             os.close(tty)
 
@@ -86,26 +91,20 @@ class RankDebugger:
         self._terminal.shut(muted=rank.order.rank != 0)
 
     def take_over_pdb(self) -> None:
-        """Have pytest's debugger ask the controller for the terminal first.
-
-        Wraps `pytestPDB._init_pdb`, through which every way into pytest's debugger leads; there
-        is no public place. Can go when pytest has a hook that may refuse a debugger.
-        """
-        from _pytest.debugging import pytestPDB
-
+        """Have pytest's debugger ask the controller for the terminal first."""
         self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
         # A spawned rank that is kept warm comes here for every test.
-        original: Any = getattr(pytestPDB._init_pdb, "__wrapped__", pytestPDB._init_pdb)
+        original = init_pdb()
 
         @functools.wraps(original)
-        def init_pdb(method: str, *args: Any, **kwargs: Any) -> Any:
+        def ask_and_init(method: str, *args: Any, **kwargs: Any) -> Any:
             if not self._debugging and not self._ask_for_terminal(method):
                 return NoPdb()
             pdb = original(method, *args, **kwargs)
             pdb.setup = self._asking_again(pdb.setup)
             return pdb
 
-        pytestPDB._init_pdb = init_pdb  # type: ignore[method-assign]  # see above
+        set_init_pdb(ask_and_init)
 
     def _asking_again(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is

@@ -39,6 +39,7 @@ from pytest_dcp._harness.rank.exception_facts import class_of, is_echo, lines_of
 from pytest_dcp._harness.rank.process_facets import QUICK_FACETS
 from pytest_dcp._harness.rank.process_state import ProcessState
 from pytest_dcp._harness.rank.this_rank import Rank
+from pytest_dcp._pytest_internals import fixtures_of
 from pytest_dcp.errors import DcpError
 
 AMBIENT = frozenset(
@@ -90,7 +91,7 @@ def check_fixtures(item: pytest.Item) -> None:
     health = hypothesis.HealthCheck.function_scoped_fixture
     if health in settings.suppress_health_check:
         return
-    info: Any = getattr(item, "_fixtureinfo", None)
+    info = fixtures_of(item)
     constant = AMBIENT | FRESH | getattr(item, "callspec", _Unparametrised).params.keys()
     found = [
         name

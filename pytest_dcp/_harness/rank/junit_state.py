@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from _pytest.junitxml import xml_key
 
 from pytest_dcp._harness.world.outcome import ranks_text
+from pytest_dcp._pytest_internals import xml_key
 
 NAME = "pytest_dcp.junit"
 FAMILY_KEY = pytest.StashKey[str]()

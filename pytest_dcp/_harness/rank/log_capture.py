@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
-import _pytest.logging as pytest_logging
 import pytest
+
+from pytest_dcp._pytest_internals import pytest_logging
 
 HANDLERS = ("caplog_handler", "report_handler")
 DEAF = sys.maxsize

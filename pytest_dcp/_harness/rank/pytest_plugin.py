@@ -19,10 +19,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from _pytest.python import get_direct_param_fixture_func
-from _pytest.scope import Scope
-from _pytest.skipping import evaluate_xfail_marks
-from _pytest.warnings import catch_warnings_for_item
 
 from pytest_dcp._harness.protocol.group_use import PlainGroups, to_plain
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
@@ -42,6 +38,16 @@ from pytest_dcp._harness.rank.exception_facts import is_echo, lines_of, outcome_
 from pytest_dcp._harness.rank.group_counter import Totals
 from pytest_dcp._harness.rank.process_state import UNTOLD
 from pytest_dcp._harness.rank.this_rank import Rank
+from pytest_dcp._pytest_internals import (
+    begin_request,
+    catch_warnings_for_item,
+    end_request,
+    evaluate_xfail_marks,
+    fixtures_of,
+    report_sections,
+    setup_state,
+    widen_parametrised_fixture,
+)
 from pytest_dcp.errors import DcpError
 
 if TYPE_CHECKING:
@@ -59,7 +65,7 @@ class _Seen:
     @classmethod
     def of(cls, item: pytest.Item) -> _Seen:
         marks = len(list(item.iter_markers("xfail")))
-        return cls(len(item._report_sections), len(item.user_properties), marks)
+        return cls(len(report_sections(item)), len(item.user_properties), marks)
 
 
 class RankPlugin:
@@ -128,7 +134,7 @@ class RankPlugin:
 
     def _tear_down_to(self, nextitem: pytest.Item | None) -> None:
         try:
-            self.session._setupstate.teardown_exact(nextitem)
+            setup_state(self.session).teardown_exact(nextitem)
         finally:
             self._carried = carried_state.collect(self._item)
 
@@ -176,10 +182,7 @@ class RankPlugin:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
         """The item's phases, each when the controller says so."""
-        any_item: Any = item
-        has_request = hasattr(item, "_request")
-        if has_request and not any_item._request:
-            any_item._initrequest()
+        begin_request(item)
         self._item = item
         counter = self.rank.counter
         self._groups = counter.mark() if counter is not None else {}
@@ -195,9 +198,7 @@ class RankPlugin:
             done = self._phase(item, go.phase)
             if not self.rank.channel.has_order:  # else the call was given up: no one waits for it
                 self.rank.channel.send(done)
-        if has_request:
-            any_item._request = False
-            any_item.funcargs = None
+        end_request(item)
         return True
 
     def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
@@ -250,7 +251,7 @@ class RankPlugin:
             returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
             sections=tuple(
                 (when, name, clip(content))
-                for when, name, content in item._report_sections[seen.sections :]
+                for when, name, content in report_sections(item)[seen.sections :]
             ),
             debug_records=debug_records,
             log_without_debug=clip(log_without_debug),
@@ -417,14 +418,12 @@ def _widen_world_size(item: pytest.Item) -> None:
     """Let fixtures of any scope use a `world_size` that is parametrised.
 
     pytest gives the values of a parametrization the scope of a function; but in this process the
-    size never changes. Uses pytest's private table of an item's fixtures.
+    size never changes.
     """
-    info: Any = getattr(item, "_fixtureinfo", None)
     callspec: Any = getattr(item, "callspec", None)
     if callspec is not None and "world_size" in callspec.params:
-        definition = info.name2fixturedefs["world_size"][-1]
-        if definition.func is get_direct_param_fixture_func:
-            definition._scope = callspec._arg2scope["world_size"] = Scope.Session
+        definition = fixtures_of(item).name2fixturedefs["world_size"][-1]
+        widen_parametrised_fixture(definition, callspec, "world_size")
 
 
 def _is_default_group(group: object) -> bool:

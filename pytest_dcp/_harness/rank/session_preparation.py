@@ -20,6 +20,7 @@ from pytest_dcp._harness.rank.junit_state import JunitState
 from pytest_dcp._harness.rank.main import ItemRunner
 from pytest_dcp._harness.rank.pytest_plugin import RankPlugin
 from pytest_dcp._harness.rank.this_rank import Rank
+from pytest_dcp._pytest_internals import global_capture_of, remove_hooks_of, set_base_of_tmp_path
 
 
 def silence(config: pytest.Config) -> None:
@@ -28,16 +29,13 @@ def silence(config: pytest.Config) -> None:
     Plugins that get reports and warnings write them somewhere: to the terminal, a file, xdist's
     channel. The session itself still counts, for --maxfail among subtests, and captured logging
     still works.
-
-    Uses `_remove_plugin` of pluggy's hook callers: unregistering a plugin would take all its hooks.
-    Can go when pluggy can drop a single implementation.
     """
     manager = config.pluginmanager
     logging_plugin = manager.getplugin("logging-plugin")
     for hook in (manager.hook.pytest_runtest_logreport, manager.hook.pytest_warning_recorded):
         for impl in hook.get_hookimpls():
             if not isinstance(impl.plugin, pytest.Session) and impl.plugin is not logging_plugin:
-                hook._remove_plugin(impl.plugin)
+                remove_hooks_of(hook, impl.plugin)
 
 
 def prepare(session: pytest.Session, *, tty: str = "") -> RankPlugin:
@@ -78,7 +76,7 @@ def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
 
         example_runner.install(rank, plugin)
     _redirect_capture(config, rank)
-    _base_of_tmp_path(config, Path(rank.order.basetemp))
+    set_base_of_tmp_path(config, Path(rank.order.basetemp))
     plugin.join(rank)
     if rank.order.isolation == "module":
         from pytest_dcp._harness.rank.state_keeper import StateKeeper
@@ -90,17 +88,9 @@ def enlist(rank: Rank, plugin: RankPlugin) -> ItemRunner:
 
 def _redirect_capture(config: pytest.Config, rank: Rank) -> None:
     """Let the rank's capture write to its own memfds: the inherited files share their offset."""
-    manager: Any = config.pluginmanager.getplugin("capturemanager")
-    capturing = getattr(manager, "_global_capturing", None)
+    capturing = global_capture_of(config)
     for name, fd in (("out", rank.fds.out), ("err", rank.fds.err)):
         stream = getattr(capturing, name, None)
         file: Any = getattr(stream, "tmpfile", None)
         with contextlib.suppress(OSError, AttributeError):  # sys capture has no descriptor
             os.dup2(fd, file.fileno(), inheritable=False)
-
-
-def _base_of_tmp_path(config: pytest.Config, base: Path) -> None:
-    """Let the factory make its folder here, when a test first asks for one."""
-    factory: Any = getattr(config, "_tmp_path_factory", None)
-    if factory is not None:
-        factory._basetemp, factory._given_basetemp = None, base

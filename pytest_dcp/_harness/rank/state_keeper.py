@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
-from _pytest.fixtures import FixtureDef
-from _pytest.nodes import Node
 
 from pytest_dcp._harness.rank.process_facets import ALL_FACETS
 from pytest_dcp._harness.rank.process_state import ProcessState
 from pytest_dcp._harness.rank.state_of_names import watch_suite
+from pytest_dcp._pytest_internals import Node, setup_state
 
 
 class StateKeeper:
@@ -22,7 +21,7 @@ class StateKeeper:
 
     def __init__(self, session: pytest.Session) -> None:
         watch_suite(session.config.rootpath)
-        self._setup = session._setupstate
+        self._setup = setup_state(session)
         self._state = ProcessState(ALL_FACETS)
         self._scopes: list[Node] = []
         """The fixtures that were set up around the last test."""
@@ -53,7 +52,7 @@ class StateKeeper:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_fixture_setup(
-        self, fixturedef: FixtureDef[object]
+        self, fixturedef: pytest.FixtureDef[object]
     ) -> Generator[None, object, object]:
         """Tell a fixture of the test from one that outlasts it."""
         if fixturedef.scope == "function":
