@@ -39,6 +39,7 @@ from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
 from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
 from pytest_dcp._engine.plan.boxes import Ints, volumes
+from pytest_dcp._engine.plan.capabilities import numbers_of, prepares_values, targets_of
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp._engine.plan.match import together
@@ -136,7 +137,7 @@ class Work:
 
     def _numbers(self) -> NDArray[np.bool_]:
         """Which rows are numbers for the planner, and tensors in the checkpoint."""
-        names = getattr(self.planner, "takes_numbers", ())
+        names = numbers_of(self.planner)
         if not names:
             return np.zeros(len(self.items), dtype=bool)
         return np.fromiter((fqn in names for fqn in self.items.fqns), np.bool_, len(self.items))
@@ -208,10 +209,9 @@ class Work:
         self.planner.commit_tensor(item, target)
 
     def _fill_tensors(self, rows: Ints) -> None:
-        direct = getattr(self.planner, "targets", None)
-        target = None if direct is None else direct(self.items)
-        if target is not None:
-            self._copy(self.items, rows, target)
+        given = targets_of(self.planner, self.items)
+        if given is not None:
+            self._copy(self.items, rows, given)
             return
         done = self.nbytes[rows].cumsum() - self.nbytes[rows]
         for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
@@ -255,10 +255,9 @@ class Work:
 
     def _prepare_value(self, row: int, entry: bytes | memoryview) -> Callable[[], None]:
         """A function that gives the planner the value of a row."""
-        planner: Any = self.planner
-        if getattr(planner, "takes_values", False):
-            prepared: Callable[[], None] = planner.prepare_value(self.items.fqns[row], entry)
-            return prepared
+        planner = self.planner
+        if prepares_values(planner):
+            return planner.prepare_value(self.items.fqns[row], entry)
         return lambda: planner.load_bytes(self.items[row], io.BytesIO(entry))
 
     def _sizes(self) -> Ints:

@@ -44,6 +44,7 @@ from pytest_dcp._engine.io.write_files import (
     write_files,
 )
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
+from pytest_dcp._engine.plan.capabilities import gives_data
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
@@ -399,9 +400,8 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
 def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
     """A function that gives the data of an item: the planner's own short way, or its hook."""
-    if hasattr(planner, "source"):
-        source: Source = planner.source(items)
-        return source
+    if gives_data(planner):
+        return planner.source(items)
 
     def resolved(row: int) -> torch.Tensor | bytes:
         return plain_data(items[row].index.fqn, planner.resolve_data(items[row]))

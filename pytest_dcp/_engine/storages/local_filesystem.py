@@ -22,6 +22,7 @@ from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk
+from pytest_dcp._engine.plan.capabilities import has_disk
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -81,8 +82,8 @@ def disk_of(fs: FileSystemBase) -> Disk:
     """
     if type(fs) in (FileSystem, TorchFileSystem):
         return LocalDisk(follow_links=isinstance(fs, FileSystem) and fs.follow_links)
-    if hasattr(type(fs), "disk"):
-        own: Disk = cast(Any, fs).disk
+    if has_disk(fs):
+        own: Disk = fs.disk
         return own
     return StreamDisk(fs)
 

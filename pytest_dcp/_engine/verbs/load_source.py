@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import Team
+from pytest_dcp._engine.plan.capabilities import knows_saves, place_of
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import kept_whole
 from pytest_dcp._engine.plan.match import LoadReport
@@ -47,7 +48,7 @@ class LoadSource:
     @property
     def where(self) -> object:
         """The folder, or the reader itself where it names none."""
-        return getattr(self.reader, "checkpoint_id", self.reader)
+        return place_of(self.reader) or self.reader
 
     @property
     def plans_alone(self) -> bool:
@@ -65,7 +66,7 @@ class LoadSource:
             self._own.keep_files()
         metadata, of_all_ranks = self._read_metadata(rank)
         # torch's ranks have an id each when they save on their own; ours have one together.
-        comparable = of_all_ranks or getattr(self.reader, "has_manifest", False)
+        comparable = of_all_ranks or knows_saves(self.reader)
         save_id = save_of(metadata.storage_meta) if comparable else None
         return FoundCheckpoint(metadata, of_all_ranks, save_id)
 
@@ -110,7 +111,7 @@ class LoadSource:
 
     def found_in(self, save_id: str | None) -> Found:
         """This rank's results, to be compared with the others'."""
-        where = getattr(self.reader, "checkpoint_id", None)
+        where = place_of(self.reader)
         return save_id, None if where is None else os.fspath(where)
 
     def may_misfit(self, plan: LoadPlan, *, takes_numbers: bool) -> bool:

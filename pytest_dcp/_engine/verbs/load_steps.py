@@ -57,6 +57,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import StepError, Team
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
+from pytest_dcp._engine.plan.capabilities import (
+    idle_renames_of,
+    may_repeat,
+    numbers_of,
+    plans_alone,
+    report_of,
+)
 from pytest_dcp._engine.plan.hooks import require_plan
 from pytest_dcp._engine.plan.match import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
@@ -118,9 +125,7 @@ class Load:
             watcher = Observer("load", team.rank, check=team.check, progress=self.request.progress)
             with observe_with(watcher), ranks_known(team.rank, team.size):
                 self._load_with_retries(team)
-            report = getattr(self.planner, "report", None)
-            report = report if isinstance(report, LoadReport) else LoadReport()
-            report = self.source.with_byte_counts(report)
+            report = self.source.with_byte_counts(report_of(self.planner))
             more = f", {report.bytes_read} bytes read, {report.bytes_verified} verified"
             self.phases.log("loaded", self.source.where, watcher.done_bytes, team.rank, more)
         return report
@@ -133,7 +138,7 @@ class Load:
         first of a planner that has only one. Elsewhere each try must have seen another save.
         """
         planner: Any = self.planner
-        leased = not getattr(planner, "plans_again", False)
+        leased = not may_repeat(planner, has_read=False)
         while True:
             try:
                 self._plan_and_read(team, leased=leased)
@@ -167,17 +172,17 @@ class Load:
 
     def _plan_together(self, team: Team, lease: ExitStack | None) -> _RankPlan:
         """This rank's plan, once all ranks have made theirs and the coordinator has compared."""
-        alone = self.source.plans_alone and bool(getattr(self.planner, "plans_alone", False))
+        alone = self.source.plans_alone and plans_alone(self.planner)
         plans: list[LoadPlan] = []
 
         def plan() -> Planned:
             save_id, local = self._plan_alone(team, lease)
             plans.append(local)
-            numbers = bool(getattr(self.planner, "takes_numbers", ()))
+            numbers = bool(numbers_of(self.planner))
             return Planned(
                 None if alone else local,
                 self.source.found_in(save_id),
-                getattr(self.planner, "idle_renames", {}),
+                idle_renames_of(self.planner),
                 self.source.may_misfit(local, takes_numbers=numbers),
             )
 
@@ -223,8 +228,7 @@ class Load:
     def _may_repeat(self, error: StepError) -> bool:
         """Whether a further try may succeed, and harms nothing. The same on every rank."""
         causes = [cause for cause, _ in error.failures.values()]
-        allows = "repeatable" if error.step == "read" else "plans_again"
-        return bool(getattr(self.planner, allows, False)) and all(
+        return may_repeat(self.planner, has_read=error.step == "read") and all(
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )
 

@@ -20,6 +20,7 @@ from typing_extensions import deprecated
 
 from pytest_dcp._engine.coordinate import Team, team_of
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
+from pytest_dcp._engine.plan.capabilities import place_of
 from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replicas import Checks, ReplicaCheck, Sums
@@ -211,7 +212,7 @@ class Save:
                 except BaseException:
                     self._discard()
                     raise
-            where = getattr(self.writer, "checkpoint_id", self.writer)
+            where = place_of(self.writer) or self.writer
             self.phases.log("saved", where, watcher.done_bytes, team.rank)
         return metadata
 

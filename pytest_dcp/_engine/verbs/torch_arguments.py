@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from pytest_dcp._engine.coordinate import Subject
+from pytest_dcp._engine.plan.capabilities import place_of
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp.tracebacks import BOUNDARY
@@ -53,7 +54,7 @@ def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id)
     """
     if storage is not None and not isinstance(storage, FileSystemWriter | FileSystemReader):
         return None
-    given = checkpoint_id or getattr(storage, "checkpoint_id", None)
+    given = checkpoint_id or place_of(storage)
     try:
         if not given:
             return None

@@ -34,6 +34,7 @@ from pytest_dcp._engine.format.catalog import EntryTable
 from pytest_dcp._engine.format.planner_paths import PathTable
 from pytest_dcp._engine.format.write_results import WriteResults, Written
 from pytest_dcp._engine.plan.cache import Unchanged
+from pytest_dcp._engine.plan.capabilities import pickle_choice_of
 from pytest_dcp._engine.plan.columns import (
     ReadItems,
     WriteItems,
@@ -49,7 +50,6 @@ from pytest_dcp._engine.storages.file_names import FileNames
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo, _StoragePrefix
 
 OWN_PACKAGES = ("pytest_dcp", "torch")
-CHOICE = "pickles_between_ranks"
 
 
 def allows_pickles(*owners: object) -> bool:
@@ -58,7 +58,7 @@ def allows_pickles(*owners: object) -> bool:
     They may where one of them is of a class of neither torch nor the engine, unless its attribute
     `pickles_between_ranks` says otherwise. A False counts for both.
     """
-    said = [getattr(owner, CHOICE, None) for owner in owners]
+    said = [pickle_choice_of(owner) for owner in owners]
     if False in said:
         return False
     return True in said or not all(map(_is_known, owners))

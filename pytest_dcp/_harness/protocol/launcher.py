@@ -177,6 +177,9 @@ class Launcher(Protocol):
     def preload(self, modules: Sequence[str]) -> None:
         """Hint: later ranks are likely to import these modules."""
 
+    def forget(self, world: int) -> None:
+        """The world is gone: drop what is kept of its processes, such as their files."""
+
     def close(self) -> None:
         """End everything that was started, in bounded time."""
 

@@ -250,6 +250,4 @@ class RankLoop:
         self._selector.close()
         for end in self.ranks:
             end.close()
-        forget = getattr(self._launcher, "forget", None)
-        if forget is not None:
-            forget(self._world)
+        self._launcher.forget(self._world)

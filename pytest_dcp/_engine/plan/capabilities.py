@@ -1,0 +1,260 @@
+"""What planners, storages and file systems may offer beyond torch's hooks. Pure (no I/O).
+
+For authors of planners and storages. torch's classes (`SavePlanner`, `LoadPlanner`,
+`StorageWriter`, `StorageReader`, `FileSystemBase`) are the contract, and an object that has their
+methods is enough: nothing here is required. Each class below is a further **capability**: one or
+more attributes that the engine looks for and makes use of. Ours have them; yours gets them by
+having attributes of these names, or by a subclass of ours that overrides none of the hooks that a
+capability goes around. An object without a capability takes the way through torch's hooks, which
+is slower or refuses more, and never wrong.
+
+Without one, of a save planner:
+
+- `GivesData`: `resolve_data` is called for each item;
+
+of a load planner:
+
+- `GivesTargets`: `resolve_tensor` and `commit_tensor` are called for each item;
+- `PreparesValues`: `load_bytes` is called for each value, and nothing judges it before;
+- `TakesNumbers`: a stored tensor does not load into a Python number;
+- `PlansAlone`: the plans of all ranks are gathered for `create_global_plan`;
+- `Repeats`: a load fails when another save replaces the checkpoint meanwhile;
+- `ReportsKeys`: `load` returns a report without keys;
+
+of a storage, a reader or a file system:
+
+- `ChoosesPickles` (planners too): its objects travel in pickles between ranks if its class is
+  neither ours nor torch's;
+- `KnowsPlace`: messages name the object, and the folders of ranks are not compared;
+- `KnowsSaves`: saves are told apart only where there is metadata for all ranks;
+- `HasDisk`: the engine goes through its streams.
+
+The functions ask. They look attributes up on the object, so that a wrapper which passes attributes
+on by `__getattr__` has the capabilities of what it wraps.
+
+    >>> class Remembers:
+    ...     repeatable = True
+    ...     plans_again = False
+    ...     def begin_again(self):
+    ...         print("again")
+    >>> may_repeat(Remembers(), has_read=True), may_repeat(Remembers(), has_read=False)
+    (True, False)
+    >>> may_repeat(object(), has_read=True)
+    False
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+from typing_extensions import TypeIs
+
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.match import LoadReport
+
+# Of save planners.
+
+
+class GivesData(Protocol):
+    """A save planner that gives the data of many items at a time. Asked by writers of ours."""
+
+    def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
+        """What gives the data of the n-th item: a tensor of its size, or a value's bytes.
+
+        Called once, in `write_data`; what it returns is called once for each item, in any order and
+        from several threads. It must give what `resolve_data` would.
+        """
+
+
+def gives_data(planner: object) -> TypeIs[GivesData]:
+    """Whether a save planner is a `GivesData`."""
+    return hasattr(planner, "source")
+
+
+# Of load planners.
+
+
+class GivesTargets(Protocol):
+    """A load planner that gives the targets of many items at a time. Asked by readers of ours."""
+
+    def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
+        """What gives the memory of the whole wanted box of the n-th item, which is filled in place.
+
+        The engine narrows it to the part that the item fills, and does not commit it. None where
+        `resolve_tensor` and `commit_tensor` must be called.
+        """
+
+
+def targets_of(planner: object, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
+    """What a `GivesTargets` answers; None for any other planner."""
+    direct: Callable[[ReadItems], Any] | None = getattr(planner, "targets", None)
+    return None if direct is None else direct(items)
+
+
+class PreparesValues(Protocol):
+    """A load planner that judges a value before it takes it. Asked by readers of ours.
+
+    So a value that does not fit is refused while all targets still have what they had.
+    """
+
+    takes_values: bool
+    """Whether `prepare_value` may be called in place of `load_bytes`."""
+
+    def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
+        """Judge the stored bytes of a value; what is returned then takes it, and cannot fail.
+
+        Raises CheckpointMismatchError or CheckpointCorruptError.
+        """
+
+
+def prepares_values(planner: object) -> TypeIs[PreparesValues]:
+    """Whether a load planner is a `PreparesValues` that wants to be used as one."""
+    return bool(getattr(planner, "takes_values", False))
+
+
+class TakesNumbers(Protocol):
+    """A load planner that loads stored tensors into Python numbers. Asked by `load` and readers."""
+
+    takes_numbers: Container[str]
+    """Names of numbers that are loaded from tensors. Their `resolve_tensor` gives memory of the
+    planner's own, and `commit_tensor` takes the number out of it."""
+
+    def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Raise CheckpointMismatchError where a number that was read does not fit.
+
+        Called before any target is filled.
+        """
+
+
+def numbers_of(planner: object) -> Container[str]:
+    """What a `TakesNumbers` takes; nothing for any other planner."""
+    names: Container[str] = getattr(planner, "takes_numbers", ())
+    return names
+
+
+class PlansAlone(Protocol):
+    """A load planner whose `create_global_plan` changes nothing. Asked by `load`, on every rank.
+
+    Then plans are not sent. The answer must be the same on all ranks.
+    """
+
+    plans_alone: bool
+
+
+def plans_alone(planner: object) -> bool:
+    """Whether a load planner says so of itself."""
+    return bool(getattr(planner, "plans_alone", False))
+
+
+class Repeats(Protocol):
+    """A load planner that can be used again when the checkpoint is replaced meanwhile.
+
+    Asked by `load`, on every rank; the answers must be the same on all ranks. Between two tries
+    `begin_again` is called, then `set_up_planner` as for a new load.
+    """
+
+    plans_again: bool
+    """Before anything was read: whether planning may begin again."""
+    repeatable: bool
+    """After targets were filled in part: whether a further try overwrites all of that."""
+
+    def begin_again(self) -> None:
+        """Prepare for another try with the same state dict."""
+
+
+def may_repeat(planner: object, *, has_read: bool) -> bool:
+    """Whether a load planner is a `Repeats` that allows a further try.
+
+    has_read: whether targets may have been filled.
+    """
+    return bool(getattr(planner, "repeatable" if has_read else "plans_again", False))
+
+
+class ReportsKeys(Protocol):
+    """A load planner that says how the keys met. Asked by `load`, after planning and at its end."""
+
+    report: LoadReport
+    """What this rank has seen."""
+    idle_renames: Mapping[str, str]
+    """Prefixes that rename no key of this rank, with a line for each that says so. It is an error
+    where a prefix is idle on all ranks."""
+
+
+def report_of(planner: object) -> LoadReport:
+    """What a `ReportsKeys` has seen; an empty report for any other planner."""
+    report = getattr(planner, "report", None)
+    return report if isinstance(report, LoadReport) else LoadReport()
+
+
+def idle_renames_of(planner: object) -> dict[str, str]:
+    """What a `ReportsKeys` says of its renames; nothing for any other planner."""
+    return dict(getattr(planner, "idle_renames", {}))
+
+
+# Of planners and storages.
+
+
+class ChoosesPickles(Protocol):
+    """A planner or storage that says whether its objects may be pickled between ranks.
+
+    Asked once for each save or load. Without a choice, objects of classes that are neither ours nor
+    torch's may be: their plans and results hold classes that only pickles can carry.
+    """
+
+    pickles_between_ranks: bool
+
+
+def pickle_choice_of(owner: object) -> bool | None:
+    """What a `ChoosesPickles` says; None for any other object."""
+    choice: bool | None = getattr(owner, "pickles_between_ranks", None)
+    return choice
+
+
+class KnowsPlace(Protocol):
+    """A storage that says where its checkpoint is. Asked by `save` and `load`.
+
+    Ranks that name different places are refused, and messages name the place.
+    """
+
+    checkpoint_id: str | os.PathLike[str]
+
+
+def place_of(storage: object) -> str | os.PathLike[str] | None:
+    """What a `KnowsPlace` says; None for any other storage."""
+    place: str | os.PathLike[str] | None = getattr(storage, "checkpoint_id", None)
+    return place
+
+
+# Of readers and file systems.
+
+
+class KnowsSaves(Protocol):
+    """A reader that can tell one save from another. Asked by `load`, after `read_metadata`."""
+
+    has_manifest: bool
+    """Whether all ranks' parts of the checkpoint carry the id of one save, so that ranks which
+    found different saves are refused."""
+
+
+def knows_saves(reader: object) -> bool:
+    """Whether a reader says so of itself."""
+    return bool(getattr(reader, "has_manifest", False))
+
+
+class HasDisk(Protocol):
+    """A file system that has a better way than its streams. Asked by storages of ours.
+
+    Of the class, not the object: a wrapper that passes attributes on must not be gone around.
+    """
+
+    disk: Any
+    """A `Disk` (see `io.disk`): files by ranges, atomic publishing, syncs."""
+
+
+def has_disk(filesystem: object) -> TypeIs[HasDisk]:
+    """Whether a file system's class is a `HasDisk`."""
+    return hasattr(type(filesystem), "disk")
