@@ -1,12 +1,12 @@
 """Ranges of entries' data, read and checked.
 
-A range is checked by the blocks that it covers whole: the checksum before the first and the one
-after the last are in the catalog. Its ragged ends belong to blocks of which the rest is not
-wanted; that rest is read as well where it is little (beside the range, or because the whole chunk
-is one block), or always for `full`.
+A range is checked by the blocks that it covers completely: the catalog has the checksum before the
+first and the one after the last. At its ragged ends the range covers only parts of blocks. The rest
+of these blocks is read too if it is small (compared with the range, or because the whole chunk is
+one block), and always for `full`.
 
-Files of checkpoints that have checksums are written once under names of their own, so windows of
-them may be mapped.
+Files of checkpoints with checksums are written once, under unique names, so it is safe to map
+windows of them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pytest_dcp.errors import CheckpointCorruptError
 Verify = Literal["auto", "full", "off"]
 
 PIECE_BYTES = 1 << 20
-"""Bytes read and hashed at a time: hashing then finds them in the processor's cache."""
+"""Bytes read and hashed at a time, few enough to be in the processor's cache when they are
+hashed."""
 EXTEND_FROM_BYTES = 16 << 20
-"""From this size on a range is extended to whole blocks also for `auto`: two halves of a block of
-64 KiB on average, 0.4 % of it."""
+"""Ranges of at least this size are extended to whole blocks for `auto` too: on average by two
+halves of a block of 64 KiB, 0.4 % of the range."""
 
 
 @dataclass(slots=True)
@@ -64,8 +65,8 @@ class RangeReader:
         self.stop = stop
         self.tally = ByteCounts()
         self._carry: tuple[int, int, int] | None = None
-        """Of the last range, where it ended inside a block whose beginning it had: entry, end, sum
-        up to there."""
+        """Where the last range ended, if inside a block whose beginning it had read: entry, end,
+        and the sum up to there."""
 
     def read(self, entry: int, low: int, view: memoryview) -> None:
         """Fill the view from byte `low` of the entry's data, all of which is wanted.
@@ -76,7 +77,7 @@ class RangeReader:
         self.observer.advance(len(view))
 
     def fetch(self, entry: int, low: int, view: memoryview) -> None:
-        """As `read`, of bytes that may be wanted in part: progress is the caller's to tell."""
+        """Like `read`, for bytes of which only some may be wanted: the caller reports progress."""
         places = self.catalog.places
         nbytes = int(places.data_nbytes[entry])
         if len(view) == nbytes <= places.block_bytes and self._checks(entry):
@@ -94,14 +95,14 @@ class RangeReader:
         self.tally.read += len(window)
 
     def window(self, entry: int, low: int, nbytes: int) -> memoryview | None:
-        """Bytes of the entry's data as memory, not checked; None where they must be read."""
+        """Bytes of the entry's data as memory, unchecked; None if they must be read."""
         if not self.maps(entry):
             return None
         return self.file.window(int(self.catalog.places.data_start[entry]) + low, nbytes)
 
     def maps(self, entry: int) -> bool:
-        """Whether windows of this entry can be had: it was written once, under a name of its own,
-        and nothing cuts it short."""
+        """Whether this entry can be mapped: its file was written once, under a unique name, and is
+        never truncated."""
         return self.file.maps and self._has_sums(entry)
 
     def raw(self, entry: int, low: int, view: memoryview) -> None:
@@ -139,7 +140,8 @@ class RangeReader:
     def _fill_by_pieces(
         self, entry: int, low: int, view: memoryview
     ) -> Iterator[tuple[int, memoryview]]:
-        """Fill the view piece by piece: where each begins in the entry's data, and the piece."""
+        """Fill the view piece by piece; yields where each piece begins in the entry's data, and the
+        piece."""
         for at in range(0, len(view), PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]
             self.raw(entry, low + at, piece)
@@ -148,7 +150,7 @@ class RangeReader:
     def _take(
         self, entry: int, low: int, nbytes: int, pieces: Iterator[tuple[int, memoryview]]
     ) -> None:
-        """Go through the pieces, which come when they are filled, and check them."""
+        """Check the pieces as they are filled."""
         have = int(self.catalog.places.data_nbytes[entry])
         if low + nbytes > have:
             self.fail(entry, low, f"asks for bytes past the data, which has {have}")
@@ -161,9 +163,9 @@ class RangeReader:
     def _check(
         self, entry: int, low: int, high: int, pieces: Iterator[tuple[int, memoryview]]
     ) -> None:
-        """Check every block that the pieces, and what was read just before, make whole.
+        """Check every block that the pieces complete, together with the bytes read just before.
 
-        Sums run on: the state at `start` and the one at `end` check all blocks between.
+        The sums are cumulative: the state at `start` and the one at `end` check all blocks between.
         """
         places = self.catalog.places
         block, nbytes = places.block_bytes, int(places.data_nbytes[entry])
@@ -172,7 +174,8 @@ class RangeReader:
         crc, start, carried = self._begin(entry, low, extend)
         last = -(-high // block) if extend or high == nbytes else high // block
         end = min(last * block, nbytes)
-        # Two sums run on: `whole` to the end of the last block checked, `rest` to the range's end.
+        # Two running sums: `whole` up to the end of the last block checked, `rest` to the range's
+        # end.
         whole = rest = crc
         for begin, piece in pieces:
             self.stop.check()
@@ -192,8 +195,8 @@ class RangeReader:
         self._carry = (entry, high, rest) if end < high and start <= high else None
 
     def _begin(self, entry: int, low: int, extend: bool) -> tuple[int, int, int]:
-        """The running checksum, where it goes on from, at or after `low`, and the bytes before
-        `low` that it stands for: bytes that the last range had read and could not check alone.
+        """The running checksum; where it continues, at or after `low`; and how many bytes before
+        `low` it covers: bytes that the last range read but could not check alone.
         """
         block = self.catalog.places.block_bytes
         first, inside = divmod(low, block)
@@ -218,9 +221,9 @@ class RangeReader:
         return view
 
     def _find_damage(self, entry: int, first: int, last: int, nbytes: int) -> None:
-        """Raise for the first block that is not as it was written."""
+        """Raise for the first block that differs from the one that was written."""
         size = self.catalog.places.block_bytes
-        # Read again, block by block: the running sum told that something differs, not where.
+        # Read again, block by block: the running sum shows that something differs, but not where.
         for block in range(first, last):
             data = self._extra(entry, block * size, min((block + 1) * size, nbytes))
             if crc32(data, self._sum(entry, block - 1)) != self._sum(entry, block):

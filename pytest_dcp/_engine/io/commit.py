@@ -14,9 +14,10 @@ coordinator takes the lock of the folder, checks that the files are there, and:
 3. waits until the readers of the old metadata have opened their files, or have had their time
    (see `lease`), and renames the temporary file over the old one;
 4. syncs the folder again: from here on the new checkpoint survives a power cut;
-5. removes what no metadata names any more: the old data files, and leftovers of dead saves.
+5. removes the files that no metadata names any more: the old data files, and leftovers of dead
+   saves.
 
-What a crash leaves, whether processes die or the power fails:
+The state after a crash, whether processes die or the power fails:
 
     crash during            the folder loads as      left over
     writing of data files   old                      some of the new data files
@@ -26,25 +27,26 @@ What a crash leaves, whether processes die or the power fails:
     5                       new                      some of the old data files
 
 "Old" is no checkpoint where this is the folder's first save. Between 3 and 4 both answers are
-whole, since old files are not removed before the folder is synced. The next save removes what is
-left over, before it writes (`remove_unnamed`), so that a full disk has room for it, and again in
-its own step 5 (`sweep`). A save that fails without dying removes its files itself
+whole, since old files are not removed before the folder is synced. The next save removes the
+leftovers before it writes (`remove_unnamed`), so that a full disk has room for it, and again in its
+own step 5 (`sweep`). A save that fails without dying removes its files itself
 (`FileSystemWriter.discard`).
 
-Assumes that a rename is atomic for readers and that fsync means what POSIX says. Where the file
-system cannot sync folders, a warning says so. Assumes that saves to one folder come one after
-another: a save that begins while another one writes takes that one's files for leftovers, and the
-other's commit fails since its files are gone. Guarantees, with `sync`, that once a save has
-returned its checkpoint is the folder's, and that a reader finds the old checkpoint or the new one
-at every instant; a reader that planned with the old metadata and comes after step 5 finds a file
-missing, never another save's bytes. Without `sync` all of this holds for the death of processes,
-and a power cut may leave neither checkpoint whole.
+Assumes that a rename is atomic for readers and that fsync works as POSIX specifies. If the file
+system cannot sync folders, a warning says so. Assumes that saves to one folder do not overlap: a
+save that begins while another one is writing takes that save's files for leftovers and removes
+them, and the other save's commit then fails. Guarantees, with `sync`, that once a save has returned
+its checkpoint is the folder's, and that a reader finds the old checkpoint or the new one at every
+instant; a reader that planned with the old metadata and opens a file after step 5 finds it missing,
+never another save's bytes. Without `sync` all of this holds if processes die, but a power cut may
+leave neither checkpoint whole.
 
 Ranks that save on their own (without collectives) each do all this with a metadata file of their
 own, `__RANK.metadata`. A later commit of the whole sweeps those too.
 
-An object store has no rename, but puts a file whole or not at all: there 2 and 3 are one put of the
-metadata. It may also list what was there a while ago: what is committed is asked for by its name.
+An object store has no rename, but puts a file whole or not at all: there steps 2 and 3 are one put
+of the metadata. Its listings may also be out of date, so the files of the commit are looked up by
+name.
 
 Two ranks save; here the metadata are just the names of the data files:
 
@@ -70,7 +72,7 @@ The next save dies before its commit. The first one is still the folder's checkp
 >>> files_named(METADATA)
 ['__0_0-1a.distcp', '__1_0-1a.distcp']
 
-The third replaces it, and sweeps what both have left:
+The third replaces it, and sweeps the files of both:
 
 >>> publish(disk, folder, METADATA, [write_data("3c")], "3c", sync=True)
 >>> sweep(disk, folder, files_named, rank=None)
@@ -123,7 +125,7 @@ def publish(
 ) -> None:
     """Steps 1 to 4: make `content` the metadata of this name.
 
-    waits: for readers; not where the caller has waited for them.
+    waits: wait for readers; False if the caller has already waited for them.
 
     Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
     """
@@ -140,8 +142,8 @@ def publish(
                 disk.replace(folder, temporary, name)
     except BaseException as error:
         if not disk.renames:
-            raise  # the name is the checkpoint's: the old metadata may be there still
-        # A failed save leaves nothing behind that it can remove.
+            raise  # `name` is the checkpoint's own: it may still hold the old metadata
+        # A failed save removes all it can.
         try:
             disk.remove(folder, temporary)
         except OSError as more:
@@ -160,18 +162,18 @@ def publish(
 def sweep(
     disk: Disk, folder: Any, named: Callable[[str], Iterable[str]], *, rank: int | None
 ) -> list[str]:
-    """Step 5: the names of the files removed.
+    """Step 5: remove the stale files; returns their names.
 
     named: the data files that a metadata file names. rank: None after a commit of the whole
     checkpoint, which also replaces the ranks' separate saves; or the rank that committed its own
-    part, whose files alone are looked at.
+    part: then only its files are considered.
     """
     committed = (METADATA,) if rank is None else (METADATA, metadata_name(rank))
     return _remove(disk, folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
 
 
 def remove_unnamed(disk: Disk, folder: Any, named: Callable[[str], Iterable[str]]) -> list[str]:
-    """The names of the data files removed that no metadata of the folder names: of dead saves."""
+    """Remove data files that no metadata of the folder names, left by dead saves; their names."""
     return _remove(disk, folder, named, _is_metadata, is_leftover)
 
 
@@ -182,14 +184,14 @@ def _remove(
     counts: Callable[[str], bool],
     is_stale: Callable[[str], bool],
 ) -> list[str]:
-    """Remove the stale files that no metadata that counts names; their names."""
+    """Remove the stale files that no metadata in force names; returns their names."""
     # Listed before any metadata is read: a file that appears later is not removed, even if no
     # metadata names it.
     present = disk.names(folder)
     asked = {METADATA, *filter(counts, present)}
     keep = _all_named(named, asked)
     stale = [name for name in present if name not in keep and is_stale(name)]
-    # The metadata that names one of these may be there without being listed.
+    # Metadata that names one of these files may exist without being listed.
     keep |= _all_named(named, set(filter(counts, map(_metadata_of, stale))) - asked)
     removed = [name for name in stale if name not in keep]
     for name in removed:
@@ -208,12 +210,12 @@ def _is_metadata(name: str) -> bool:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file is a save's, and a leftover unless some metadata names it."""
+    """Whether a save wrote this file, so that it is a leftover unless some metadata names it."""
     return bool(OURS.fullmatch(name) or LEFT_OVER.fullmatch(name))
 
 
 def _is_stale(name: str, rank: int | None) -> bool:
-    """Whether a file that no metadata names is a checkpoint's, and this commit's to remove."""
+    """Whether this commit should remove a file that no metadata names."""
     if rank is None:
         kinds = (OURS, RANK_METADATA, LEFT_OVER)
         return any(kind.fullmatch(name) for kind in kinds)
@@ -229,6 +231,6 @@ def _all_named(named: Callable[[str], Iterable[str]], metadata: Iterable[str]) -
         except FileNotFoundError:
             continue
         except CheckpointCorruptError as error:
-            # The files that it names are unknown: nothing may be removed.
+            # Which files it names is unknown, so nothing may be removed.
             raise error.at(file=name) from error
     return found

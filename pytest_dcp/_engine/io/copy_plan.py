@@ -29,7 +29,7 @@ Whole rows are one run each: `w` takes two copies of 16 bytes, the second 16 byt
 >>> (found.address[:2] - w.data_ptr()).tolist()
 [0, 16]
 
-Into a transposed `w` no two elements are neighbours in both places: each is a run of its own.
+If `w` is transposed, no two elements are neighbours in both places: each is a separate run.
 
 >>> found = plan({"w": torch.zeros(2, 4).T, "b": b})
 >>> found.flat.tolist()
@@ -101,7 +101,7 @@ class _Memory:
         """In elements."""
         self.dtypes: list[torch.dtype] = []
         self.plain: list[bool] = []
-        """Whether it is the CPU's, and the values are there as they are."""
+        """Whether it is CPU memory that holds the values directly."""
         self.addresses: list[int] = []
         """0 where it is not plain."""
 
@@ -127,7 +127,7 @@ def copies(
     """
     width = items.shape.shape[1]
     fqns = items.fqns
-    # All of them before any address: to ask for one may move another's memory.
+    # Get all targets before any address: getting one may move another's memory.
     tensors = [target(row) for row in rows.tolist()]
     memory = _Memory()
     for row, tensor in zip(rows.tolist(), tensors, strict=True):
@@ -175,7 +175,7 @@ def _odd(
 def _check_inside(items: ReadItems, rows: Ints, stored: Ints, room: Ints) -> None:
     """Raise PlanError unless every box lies in its stored chunk and in its target.
 
-    Plans of any planner come here, and what they say is written to memory unseen.
+    The plan may be any planner's, and the copies write to raw memory without further checks.
     """
     shape = items.shape[rows]
     bad = out_of_bounds(items.from_offset[rows], shape, stored)

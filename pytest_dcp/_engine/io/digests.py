@@ -1,10 +1,10 @@
 """Sums of tensors and digests of Python values, by which ranks compare their copies.
 
-Equal values have equal digests on every rank and in every process: what is the same object, where
-it lies, in which order a set happens to iterate or a dict was filled plays no part. Values are
-walked as `copy` walks them, by `__reduce_ex__`; what cannot be walked so is not compared.
+Equal values have equal digests on every rank and in every process, independent of object identity,
+memory address, the iteration order of sets and the insertion order of dicts. Values are walked as
+`copy` walks them, by `__reduce_ex__`; values that cannot be walked this way are not compared.
 
-Two ranks hold the same value, filled in another order, and a third one another:
+Two ranks hold the same value, filled in a different order; a third holds a different value:
 
 >>> ours, theirs = {"lr": 0.1, "betas": (0.9, 0.999)}, {"betas": (0.9, 0.999), "lr": 0.1}
 >>> digest_of_value(ours) == digest_of_value(theirs)
@@ -14,7 +14,7 @@ False
 >>> digest_of_value(1) == digest_of_value(1.0), digest_of_value(0.0) == digest_of_value(-0.0)
 (False, False)
 
-Of tensors the bytes count, row by row, whatever their strides:
+Tensors are compared by their bytes in row-major order, independent of their strides:
 
 >>> w = torch.arange(6.0).reshape(2, 3)
 >>> sum_of_tensor(w, 0, 24) == sum_of_tensor(w.T.contiguous().T, 0, 24)
@@ -45,12 +45,13 @@ from pytest_dcp._engine.plan.shards import PLAIN
 
 PIECE_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 16
-"""Of a tensor whose copies differ: blocks are compared first, then the elements of one."""
+"""To find where two copies of a tensor differ, blocks are compared first, then one block's
+elements."""
 OUTLINE_AT_MOST = 1 << 14
 """Leaves of a value that are compared to find the first difference."""
 _SHORT, _BITS = 1 << 60, (1 << 64) - 1
 _FLOATS = 0x9E37_79B9_7F4A_7C15
-"""Keeps floats apart from the ints of the same bits."""
+"""Distinguishes floats from ints with the same bits."""
 _FLOAT64, _UINT64 = struct.Struct("<d"), struct.Struct("<Q")
 _LEAVES = frozenset({type(None), bool, int, float, str, bytes})
 
@@ -138,7 +139,7 @@ def _canonical(value: Any, above: tuple[int, ...]) -> bytes:
 def _leaf(value: Any) -> bytes:
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, 4)
-    # Without a memo equal values give equal bytes, whichever of their parts are one object.
+    # Without a memo, equal values give equal bytes even if they share different parts.
     pickler.fast = True
     pickler.dump(value)
     return stream.getvalue()
@@ -164,7 +165,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _digest_by_reduce(value: Any, within: tuple[int, ...]) -> bytes:
-    """The parts that pickle would make the object from again."""
+    """A digest of the parts from which pickle would rebuild the object."""
     reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):
         return f"global {type(value).__module__}.{reduced}".encode()

@@ -2,8 +2,8 @@
 
 See `local_disk`, `stream_disk` and `object_disk` for the storages.
 
-Everything that the engine does to storage goes through a `Disk`, so that one place decides how an
-operation is made, and faults can be put between.
+The engine accesses storage only through a `Disk`, so that one place decides how an operation is
+done, and faults can be injected there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Out(Protocol):
         """Append the buffers, all of them."""
 
     def reserve(self, nbytes: int) -> None:
-        """Say how long the file will be at least: an early error when there is no room, and space
-        in one piece, where the storage can do that."""
+        """Announce a lower bound of the file's size: storages that can, reserve contiguous space,
+        and fail early if there is no room."""
 
     def end_at(self, nbytes: int) -> None:
         """Set the file's size, independent of reserved space."""
@@ -33,15 +33,15 @@ class Out(Protocol):
 
 
 class In(Protocol):
-    """A file that is there."""
+    """An existing file."""
 
     size: int
     maps: bool
-    """Whether `window` is worth asking."""
+    """Whether it is worth calling `window`."""
 
     @property
     def stored_bytes(self) -> int:
-        """Space that it occupies in its storage: less than `size` if it is sparse."""
+        """Space that the file occupies in its storage: less than `size` if it is sparse."""
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill the view from the offset; fewer bytes than asked only at the end of the file.
@@ -56,9 +56,9 @@ class In(Protocol):
         """
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
-        """These bytes as memory, to be dropped soon; None where that does not go. For one thread.
+        """These bytes as memory, to be dropped soon; None if that is impossible. For one thread.
 
-        For files that are not cut short while they are read: see `io.mapped_windows`.
+        Only for files that are not truncated while they are read: see `io.mapped_windows`.
         """
 
 
@@ -66,18 +66,19 @@ class Disk(Protocol):
     """Where checkpoints are kept."""
 
     renames: bool
-    """Whether `replace` is done at one instant. Where not, a file appears whole when it is closed,
-    if it is no longer than metadata are."""
+    """Whether `replace` is atomic. If not, a file no longer than metadata appears whole when it is
+    closed."""
 
     def make_folder(self, folder: Any) -> Sequence[Any]:
-        """Make the folder and those above it; nothing where it exists.
+        """Make the folder and its missing parents; does nothing if it exists.
 
-        The folders to sync before its name and those of new ones above it last, the innermost
-        first. The first is given for a folder that exists, too: who made it may not have synced it.
+        Returns the folders to sync, innermost first, so that its name and the names of new parents
+        survive a power cut. Its own parent is returned even if the folder exists: another rank may
+        have made it without syncing.
         """
 
     def names(self, folder: Any) -> list[str]:
-        """Names of the folder's entries; none where there is no folder."""
+        """Names of the folder's entries; empty if the folder does not exist."""
 
     def exists(self, folder: Any, name: str) -> bool:
         """Whether the folder has a file of this name."""
@@ -96,16 +97,16 @@ class Disk(Protocol):
         """Rename a file. An open of `new` finds the old file or the new one, never none."""
 
     def remove(self, folder: Any, name: str) -> None:
-        """Remove a file; nothing where it is gone."""
+        """Remove a file; does nothing if it is gone."""
 
     def sync_folder(self, folder: Any) -> None:
         """Return once the folder's names are on stable storage."""
 
     def locked(self, folder: Any) -> AbstractContextManager[None]:
-        """Keep other saves' commits out of the folder, where the storage has a way to."""
+        """Keep other saves' commits out of the folder, if the storage can."""
 
     def leased(self, folder: Any, name: str) -> AbstractContextManager[None]:
-        """Keep a commit from replacing this file, for a while, where the storage has a way to."""
+        """Keep a commit from replacing this file for a while, if the storage can."""
 
     def between_leases(self, folder: Any, name: str) -> AbstractContextManager[None]:
-        """Replace this file inside: its readers have let go, or were given their time."""
+        """Replace this file inside: its readers have released it, or their time is up."""

@@ -1,7 +1,7 @@
-"""Where the data of entries begins, for those whose catalog does not say: torch's own.
+"""Where the data of entries begins, if the catalog does not say: entries written by torch.
 
-One small read an entry: if its bytes are the ones that our own writer puts before the data, the
-data follows. Otherwise the entry's directory is parsed.
+This takes one small read per entry: if the bytes are those that our own writer puts before the
+data, the data follows. Otherwise the entry's directory is parsed.
 
 Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, one with
 `torch.save`; the catalog knows only where the entries are:
@@ -65,7 +65,7 @@ class ResolvedCatalog:
     odd_strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Bytes between neighbours, of the chunks that are not stored row-major."""
     wrapped: dict[int, OpaqueWrapper] = field(default_factory=dict)
-    """Descriptions of chunks stored as wrappers of other tensors: their data are whole entries."""
+    """Descriptions of chunks stored as wrappers of other tensors; their data is the whole entry."""
 
 
 def resolve_entry_places(

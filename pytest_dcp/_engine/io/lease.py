@@ -2,15 +2,15 @@
 
 The lock is flock(2) on the file that a commit replaces, the metadata of the save in force: shared
 for readers, exclusive for the commit. No lock file is left in the folder, and the lock of a process
-that dies ends with it. All ranks that hold a lease on the file of that name at one time have read
-one save, because no commit can lie between.
+that dies ends with it. All ranks that hold a lease on the file of that name at the same time have
+read the same save, because no commit can happen in between.
 
-Who does what:
+The two sides:
 
 - a reader opens the file, locks it, and looks whether the name still leads to it; if not, a commit
   came between, and it begins again with the new file;
-- a commit locks the file that is there, then renames its own over it. A reader that is slow, or
-  stopped, delays it by `LEASE_S` at most: then it goes on, and the reader finds another save.
+- a commit locks the existing file, then renames its own over it. A slow or stopped reader delays
+  the commit by at most `LEASE_S`: then the commit goes on, and the reader finds another save.
 
 The cases, where the reader R opens the file and the commit C wants to replace it:
 
@@ -18,19 +18,19 @@ The cases, where the reader R opens the file and the commit C wants to replace i
   files stay readable, since Unix removes a file only when its last descriptor is closed.
 - C has its lock first: R waits for it, at most `LEASE_S`. C renames and closes the old file. R gets
   a lock on a file that no longer has the name, sees that, and begins again with the new one.
-- R comes between the rename and C's end: it opens the new file, which nothing locks.
+- R starts between the rename and C's end: it opens the new file, which is not locked.
 - R dies: the kernel closes its descriptor, and with it the lock goes.
-- C dies before the rename: its lock goes, the old file keeps its name. After it: the new file has
-  the name already.
+- C dies before the rename: its lock goes, the old file keeps its name. C dies after it: the new
+  file already has the name.
 - R is late: C goes on without it. R may find its data files swept, and its load begins again.
 
-A lock belongs to the opening of the file, not to the process: a child that is forked meanwhile
-shares it until it closes the descriptor or executes a program.
+A lock belongs to the open file description, not to the process: a child forked meanwhile shares it
+until it closes the descriptor or executes a program.
 
-Assumes that the file system has flock, between machines too where they share it. Where it has not,
+Assumes that the file system supports flock, also between machines that share it. If it does not,
 nothing is locked, and readers try again instead. Guarantees bounded waits (`LEASE_S`) for both
-sides, and nothing more: a lease makes it likely that a load needs no second try, and what a load
-reads is right without it.
+sides, and nothing more: a lease makes it likely that a load needs no second try, and a load reads
+the right bytes without it too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LAST_PAUSE_S = 0.02
 
 @contextlib.contextmanager
 def hold_lease(folder: Path, name: str) -> Iterator[None]:
-    """Hold off the commit that would replace this file; nothing where there is no such file."""
+    """Hold off the commit that would replace this file; does nothing if there is no such file."""
     fd = _locked_file(Path(folder) / name)
     try:
         yield

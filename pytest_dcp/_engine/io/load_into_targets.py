@@ -238,7 +238,7 @@ class Work:
         )
 
     def _read_stored(self, rows: Ints) -> Iterator[tuple[int, bytes | memoryview]]:
-        """Each of these rows with its entry, as it was before any stream transform."""
+        """Each of these rows with its entry, any stream transforms undone."""
         entries = self.items.entry[rows].tolist()
         found, tally = read_values(
             self.disk, self.folder, self.catalog, entries, self.settings, self.observer

@@ -25,11 +25,12 @@ from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 LOCK_S = 120.0
 """How long a commit waits for another save's: they take milliseconds."""
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)
-"""How a file system (of SMB or 9p mounts, some in user space) says that folders have no fsync."""
+"""Errors by which a file system (SMB or 9p mounts, some in user space) reports that it cannot fsync
+folders."""
 UNREAL_KINDS = frozenset(
     ("proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf")
 )
-"""File systems whose files are made up by the kernel when they are read: no link may lead there."""
+"""File systems whose files the kernel generates when they are read: no link may lead there."""
 
 
 class LocalDisk:
@@ -41,8 +42,8 @@ class LocalDisk:
     def __init__(self, *, follow_links: bool = False) -> None:
         """follow_links: whether a link in a folder may lead out of it, to a plain file.
 
-        A name may not, either way: it is the checkpoint's word, and a link that of the one who made
-        the folder.
+        A name may never do so: the checkpoint's writer chose the name, while the folder's owner
+        made the link.
         """
         self.follow_links = follow_links
 
@@ -141,7 +142,7 @@ def _close(fd: int, path: Path) -> None:
 
 
 def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
-    """A descriptor of a file inside the folder; any other kind of entry is damage."""
+    """A descriptor of a file inside the folder; any other kind of entry counts as damage."""
     # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     path = os.path.join(folder, name)
@@ -157,7 +158,7 @@ def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
         if os.path.commonpath((root, real)) == root:
             return os.open(path, flags)
         _check_way_out(name, real, follow_links=follow_links)
-        # O_NOCTTY: should another file be there by now, it must not become this process's terminal.
+        # O_NOCTTY: if another file has replaced it, it must not become this process's terminal.
         return os.open(real, flags | os.O_NOFOLLOW | os.O_NOCTTY)
     except ValueError as error:
         raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
@@ -170,14 +171,14 @@ def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
 def _check_way_out(name: str, real: str, *, follow_links: bool) -> None:
     """Raise CheckpointCorruptError unless this name may be the file `real`, outside of the folder.
 
-    A device or a FIFO is not even opened: that alone can do something.
+    A device or a FIFO is not even opened, since opening it can have effects.
     """
     climbs = os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
     if climbs or not follow_links:
         raise CheckpointCorruptError(
             f"{'the name' if climbs else 'a link'} leads out of the checkpoint's folder"
             + ("" if climbs else f", to {real}: FileSystemReader(folder, follow_links=True) reads "
-               "it, if you trust whoever made the link"),
+               "it, if you trust the maker of the link"),
             file=name,
         )  # fmt: skip
     status = os.stat(real, follow_symlinks=False)
@@ -186,7 +187,8 @@ def _check_way_out(name: str, real: str, *, follow_links: bool) -> None:
 
 
 def _lock(fd: int, folder: Path) -> None:
-    """Take the advisory lock of an open folder, in bounded time. It goes with the descriptor.
+    """Take the advisory lock of an open folder, in bounded time. Closing the descriptor releases
+    it.
 
     On the folder itself (flock(2)), so that no lock file is left among the checkpoint's.
     """
@@ -201,7 +203,7 @@ def _lock(fd: int, folder: Path) -> None:
                 ) from None
             time.sleep(0.02)
         except OSError:
-            # Some network file systems lock no folders; then commits are as safe as a rename is.
+            # Some network file systems cannot lock folders; there a commit is as safe as a rename.
             return
         else:
             return

@@ -17,15 +17,15 @@ from pytest_dcp._engine.io.disk import Buffer
 from pytest_dcp._engine.io.mapped_windows import IOV_MAX, Windows
 
 RESERVE_FROM_BYTES = 1 << 20
-"""Smaller files are written at once anyway."""
+"""Smaller files are written in one call anyway."""
 MEMORY_KINDS = ("tmpfs", "ramfs")
-"""File systems that fill a reserved page with zeros, to be written a second time."""
+"""File systems that fill a reserved page with zeros, so that it is written twice."""
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
-"""Local disk file systems, where no other machine can take a file away from under a mapping."""
+"""Local disk file systems, where no other machine can remove a file while it is mapped."""
 
 
 def name_file(error: OSError, path: Any) -> None:
-    """Have the error of a descriptor say which file it is about."""
+    """Add the file's name to errors of its descriptor."""
     if error.errno is not None and error.filename is None and path is not None:
         error.filename = os.fspath(path)
 
@@ -119,7 +119,7 @@ class LocalIn:
     def stored_bytes(self) -> int:
         """The size without its holes (lseek(2), SEEK_HOLE).
 
-        Not st_blocks, which file systems that compress, or write late, count otherwise.
+        Not st_blocks, which file systems with compression or delayed writing count differently.
         """
         if not hasattr(os, "SEEK_DATA"):
             return self.size
@@ -129,7 +129,7 @@ class LocalIn:
                 start = os.lseek(self.fd, end, os.SEEK_DATA)
                 end = os.lseek(self.fd, start, os.SEEK_HOLE)
             except OSError as error:
-                # ENXIO: no data behind this place. Others: the file system has no such call.
+                # ENXIO: no data after this offset. Others: the file system lacks this call.
                 return stored if error.errno == errno.ENXIO else self.size
             stored += end - start
         return stored
@@ -148,7 +148,7 @@ class LocalIn:
         return done
 
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
-        # One call of the system for each row, without a step of the interpreter between them.
+        # One system call for each row, without an interpreter step in between.
         try:
             done = list(map(os.preadv, repeat(self.fd), zip(views), offsets))
         except OSError as error:
@@ -163,7 +163,7 @@ class LocalIn:
         return self._windows.window(offset, nbytes) if self.maps else None
 
     def again(self) -> LocalIn:
-        """The same open file, for one more thread; valid as long as this one is."""
+        """The same open file for another thread; valid as long as this one."""
         again = LocalIn(self.fd, self.size, path=self.path)
         again.maps = self.maps
         return again

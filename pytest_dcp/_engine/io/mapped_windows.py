@@ -1,10 +1,10 @@
 """Windows: bytes of an open file as memory of this process, safe to look at.
 
-Many small parts are copied out of mapped pages for less than a call of the system each. But where
-a page cannot be had, because the file was cut short or the disk fails, an access is a SIGBUS and
-the end of the process. So a window is given out only once all of its pages are there; else the
-caller reads, and gets the error by its name. That holds as long as nothing cuts the file short, so
-windows are for files that are never written again.
+Copying a small part out of mapped pages costs less than a system call. But if a page is not
+available, because the file was truncated or the disk fails, accessing it raises SIGBUS and ends the
+process. So a window is handed out only once all of its pages are in memory; otherwise the caller
+reads, and gets an ordinary error. This holds as long as nothing truncates the file, so windows are
+for files that are never written again.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from functools import cache
 import numpy as np
 
 HUGE_PAGE_BYTES = 2 << 20
-"""Of x86-64 and, with pages of 4 KiB, arm64. A cache that has a file in pages of this size (ext4
-since Linux 6.16, xfs) maps each by one entry of the page table."""
+"""The size on x86-64 and, with pages of 4 KiB, arm64. If the page cache holds a file in pages of
+this size (ext4 since Linux 6.16, xfs), each is mapped by one entry of the page table."""
 MADV_POPULATE_READ = 22
 """Of Linux 5.14; the mmap module of Python 3.11 has no name for it."""
 AROUND_BYTES = 64 << 10
-"""A read of a page that is not mapped also maps the cache's pages around it, this many bytes of
-them (fault-around, Linux 3.15)."""
+"""Reading an unmapped page also maps this many bytes of the cached pages around it (fault-around,
+Linux 3.15)."""
 TOUCHED_FROM_BYTES = 1 << 20
-"""Shorter windows are populated page by page: there is little to save."""
+"""Shorter windows are populated page by page, since there is little to save."""
 IOV_MAX = 1024
 """Buffers that one writev takes (POSIX asks for 16, Linux and macOS have 1024)."""
 PAGEMAP = "/proc/self/pagemap"
@@ -53,7 +53,7 @@ class Windows:
         self._sink = self._pagemap = -1
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
-        """These bytes as memory, to be dropped soon; None where they are not to be had so."""
+        """These bytes as memory, to be dropped soon; None if they cannot be mapped."""
         end = offset + nbytes
         if not nbytes or end > self.size:
             return None
@@ -68,15 +68,15 @@ class Windows:
                 pages.madvise(MADV_POPULATE_READ, first, end - low - first)
         except (OSError, ValueError):
             return None
-        # The view keeps the mapping, and the last one takes it along.
+        # The view keeps the mapping alive; it goes with the last view.
         return memoryview(pages)[offset - low : end - low]
 
     def _touch(self, pages: mmap.mmap, first: int, end: int) -> bool:
-        """Map the pages by touching some of them; whether all are there then.
+        """Map the pages by touching some of them; returns whether all are mapped then.
 
-        A third of what MADV_POPULATE_READ takes, which goes from page to page. The touching is
-        done by the kernel: pwritev(2) fails where a read would be a SIGBUS. Not mapped by it are
-        pages that were not in the cache, or that somebody had locked.
+        Takes a third of the time of MADV_POPULATE_READ, which goes from page to page. The kernel
+        does the touching: pwritev(2) fails where a read would raise SIGBUS. Pages that were not in
+        the cache, or were locked, stay unmapped.
         """
         if not tells_what_is_mapped():
             return False
@@ -87,7 +87,7 @@ class Windows:
                 self._pagemap = os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC)
             if self._sink < 0:
                 self._sink = os.memfd_create("touched", os.MFD_CLOEXEC)
-            # A huge page needs one touch, and that there are none is seen at the first.
+            # A huge page needs one touch; if there are no huge pages, the first touch shows it.
             for each in (HUGE_PAGE_BYTES, max(AROUND_BYTES, mmap.PAGESIZE)):
                 touched = [first, *range(first + each - (start + first) % each, end, each)]
                 for at in range(0, len(touched), IOV_MAX):
@@ -101,7 +101,7 @@ class Windows:
 
 @cache
 def tells_what_is_mapped() -> bool:
-    """Whether this system says which pages are there, and has files in memory."""
+    """Whether this system reports which pages are present, and has files in memory."""
     if not hasattr(os, "memfd_create"):
         return False
     page = mmap.mmap(-1, mmap.PAGESIZE)
@@ -120,7 +120,7 @@ def tells_what_is_mapped() -> bool:
 
 
 def all_mapped(pagemap: int, start: int, end: int) -> bool:
-    """Whether no page of these addresses is missing. Raises OSError where that cannot be found out.
+    """Whether all pages of these addresses are present. Raises OSError if that cannot be found out.
 
     Asks for the first run of pages that are not present: the struct pm_scan_arg of PAGEMAP_SCAN
     (ioctl_pagemap_scan(2), Linux 6.7).

@@ -1,8 +1,8 @@
 """Any file system of fsspec as the engine's `Disk`: object stores above all.
 
-Every operation is one or a few requests to a store that may be far away, so a file is read by
-ranges, small files are put in one piece, and what lies near together is fetched together. A store's
-listing may be old: nothing is decided by the absence of a name in a listing.
+Every operation is one or a few requests to a store that may be far away, so files are read by
+ranges, small files are put in one piece, and ranges near each other are fetched together. A store's
+listing may be out of date, so a name missing from a listing proves nothing.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pytest_dcp._engine.io.disk import Buffer, In, Out
 from pytest_dcp._engine.io.stream_disk import StreamOut
 
 ONE_PUT_BYTES = 16 << 20
-"""Data files up to this size are put in one request. Longer ones are held in memory so far, and
-then sent as the file system sends streams."""
+"""Data files up to this size are put in one request. Longer ones are held in memory up to this
+size, then sent as a stream."""
 GET_BYTES = 32 << 20
-"""Bytes requested at a time: bounds the memory beside the target."""
+"""Bytes requested at a time: bounds the memory used besides the target."""
 GAP_BYTES = 256 << 10
-"""Unwanted bytes are fetched too where that saves a request: a round trip's worth."""
+"""Up to this many unwanted bytes are fetched if that saves a request: a round trip's worth."""
 
 
 class ObjectDisk:
     """A file system of fsspec."""
 
     def __init__(self, fs: Any, path_of: Mapping[str, str]) -> None:
-        """path_of: the file system's own path of a folder, if that is not its URL."""
+        """path_of: gives the file system's own path of a folder, if that is not its URL."""
         self.fs = fs
         self.path_of = path_of
         self.renames = renames(fs)
 
     def make_folder(self, folder: str) -> tuple[()]:
-        # In a store without folders this does nothing, or makes the bucket.
+        # In a store without folders this does nothing, or creates the bucket.
         self.fs.makedirs(self._folder(folder), exist_ok=True)
         return ()
 
@@ -54,7 +54,7 @@ class ObjectDisk:
 
     @contextlib.contextmanager
     def create(self, folder: str, name: str) -> Iterator[Out]:
-        # Metadata replace others at one instant, so they are never sent as a stream.
+        # Metadata must replace the old file atomically, so they are never sent as a stream.
         limit = None if name.endswith(METADATA) else ONE_PUT_BYTES
         out = ObjectOut(self.fs, self._path(folder, name), limit)
         try:
@@ -68,7 +68,8 @@ class ObjectDisk:
     def open(self, folder: str, name: str) -> Iterator[In]:
         path = self._path(folder, name)
         if name.endswith(METADATA):
-            # The one kind of file that another save replaces: in one request it is of one save.
+            # The only kind of file that another save replaces: read in one request, it is one
+            # save's.
             yield MemoryIn(self.fs.cat_file(path))
             return
         self._look_anew(folder)
@@ -86,7 +87,7 @@ class ObjectDisk:
 
     @contextlib.contextmanager
     def locked(self, folder: str) -> Iterator[None]:
-        """Nothing: a store has no locks. Two saves to a folder at once are for users to avoid."""
+        """Does nothing: a store has no locks. Users must avoid two saves to a folder at once."""
         yield
 
     def leased(self, folder: Any, name: str) -> contextlib.nullcontext[None]:
@@ -106,17 +107,17 @@ class ObjectDisk:
 
 
 def renames(fs: Any) -> bool:
-    """Whether the file system renames by itself; fsspec's own way is to copy and to remove."""
+    """Whether the file system can rename; fsspec's default is to copy and remove."""
     from fsspec import AbstractFileSystem
 
     return type(fs).mv is not AbstractFileSystem.mv
 
 
 class ObjectOut:
-    """A new file: put whole at its end, or sent as a stream once it is long."""
+    """A new file: put whole when it is closed, or sent as a stream once it is long."""
 
     def __init__(self, fs: Any, path: str, limit_bytes: int | None) -> None:
-        """limit_bytes: how much is held before it is sent as a stream; None: everything."""
+        """limit_bytes: bytes to hold before sending as a stream; None: hold everything."""
         self.fs = fs
         self.path = path
         self._limit_bytes = limit_bytes
@@ -136,23 +137,23 @@ class ObjectOut:
         StreamOut(self._stream).write(buffers)
 
     def reserve(self, nbytes: int) -> None:
-        """Nothing: a store has no call for it."""
+        """Does nothing: a store has no call for it."""
 
     def end_at(self, nbytes: int) -> None:
         """Does nothing: the size is that of the bytes written."""
 
     def sync(self) -> None:
-        """Nothing: the file is durable once it is put."""
+        """Does nothing: the file is durable once it is put."""
 
     def put(self) -> None:
-        """Make the file; returns when the store has it."""
+        """Make the file; returns once the store has it."""
         if self._stream is None:
             self.fs.pipe_file(self.path, b"".join(self._held))
         else:
             self._stream.close()
 
     def give_up(self) -> None:
-        """Leave no file, as far as that goes: nothing names it anyway."""
+        """Remove the file if possible; nothing names it anyway."""
         if self._stream is None:
             return
         with contextlib.suppress(OSError, NotImplementedError):
@@ -168,7 +169,7 @@ class ObjectIn:
     """A file that is read by ranges, each a request."""
 
     maps = True
-    """A window is one request for all that lies near together."""
+    """One window is one request for all ranges near each other."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self.fs = fs
@@ -250,9 +251,10 @@ class MemoryIn:
 
 
 def spans(offsets: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    """Which rows to get together: first row, last (exclusive), first byte, last (exclusive).
+    """Which rows to fetch together: first row, last (exclusive), first byte, last (exclusive).
 
-    Rows ascend, and may overlap; where one goes back, another get begins. Pure (no I/O).
+    Rows ascend, and may overlap; a row that starts before its predecessor begins another fetch.
+    Pure (no I/O).
     """
     first = low = end = 0
     for row, (offset, size) in enumerate(zip(offsets, nbytes, strict=True)):

@@ -1,9 +1,9 @@
-"""Files that stay open from the moment a load knows them until it has read them.
+"""Files that stay open from the moment a load knows their names until it has read them.
 
-A file that a later save removes, or replaces under its name, is still there for a descriptor. So a
-load that has opened every file of its plan cannot be disturbed any more. Descriptors are few: a
-load keeps at most half of the process's limit, and reopens the other files each time. Of those it
-remembers which file it was: another one under the same name is refused.
+A file that a later save removes or replaces can still be read through an open descriptor. So once a
+load has opened every file of its plan, no save can disturb it. Descriptors are scarce: a load keeps
+at most half of the process's limit, and reopens the other files each time. It remembers their
+identity and refuses another file under the same name.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def most_files() -> int:
 
 
 class OpenFiles(LocalDisk):
-    """A disk that answers from files of one folder that are open; others it opens as before."""
+    """A disk that uses the open files of one folder, and opens all other files as usual."""
 
     def __init__(self, disk: LocalDisk, folder: Any) -> None:
         super().__init__(follow_links=disk.follow_links)
         self.disk: Disk = disk
         self.folder = folder
         self.complete = True
-        """Whether every file that was to be kept is open."""
+        """Whether every file that should be kept is open."""
         self._most = most_files()
         self._files: dict[str, LocalIn] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
-        """For files that are not kept open: their identity, to detect a replacement."""
+        """The identity of files that are not kept open, to detect a replacement."""
         self._stack = contextlib.ExitStack()
 
     def keep(self, name: str) -> In | None:
-        """Open the file and keep it; None where there are no descriptors left for it.
+        """Open the file and keep it open; None if there is no descriptor left for it.
 
         Raises the error of opening it.
         """
@@ -93,7 +93,7 @@ class OpenFiles(LocalDisk):
             )
 
     def close(self) -> None:
-        """Close the files. Errors from closing files that were only read change nothing."""
+        """Close the files, ignoring errors, since the files were only read."""
         self._files.clear()
         self._seen.clear()
         with contextlib.suppress(OSError):

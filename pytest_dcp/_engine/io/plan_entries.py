@@ -1,7 +1,7 @@
 """A load plan's items -> rows of the catalog, and the files that they are in. Pure (no I/O).
 
-Items that this engine has planned know their rows. A planner of the user's may have changed them,
-or made them from other metadata: those are looked up by name and offset.
+Items planned by this engine carry their rows. A user's planner may have changed items, or made them
+from other metadata: these are looked up by name and offset.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pytest_dcp.errors import CheckpointCorruptError
 
 @dataclass(frozen=True, slots=True)
 class RowKinds:
-    """Rows of the read items, by how they reach their targets; each row is in one of them."""
+    """Rows of the read items, grouped by how they reach their targets; each row is in one group."""
 
     values: Ints
     """Python values: their entries are decoded."""
@@ -30,7 +30,7 @@ class RowKinds:
     numbers: Ints
     """Numbers for the planner that are stored as tensors: read into memory of its own."""
     transformed: Ints
-    """Tensors whose entries passed through stream transforms: decoded whole, then copied."""
+    """Tensors whose entries were written through stream transforms: decoded whole, then copied."""
     tensors: Ints
     """All other tensors: copied from the file."""
 
@@ -55,7 +55,7 @@ def sort_rows(items: ReadItems, found: ResolvedCatalog, numbers: NDArray[np.bool
 
 
 def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
-    """The names of the files that the items are in; none for items that the index lacks."""
+    """The names of the files that hold the items; items that the index lacks are left out."""
     try:
         entry = match_entries(items, catalog.index).entry
     except CheckpointCorruptError:
@@ -65,7 +65,7 @@ def files_of(catalog: Catalog, items: ReadItems) -> list[str]:
 
 
 def match_entries(items: ReadItems, index: Index) -> ReadItems:
-    """The items with the rows of their stored chunks, looked up where they are of another index.
+    """The items with the rows of their stored chunks, looked up if they refer to another index.
 
     Raises CheckpointCorruptError for an item that the index does not have.
     """
@@ -75,7 +75,7 @@ def match_entries(items: ReadItems, index: Index) -> ReadItems:
     for row in np.flatnonzero(~_named_rightly(items, index)).tolist():
         fqn = items.stored_fqns[row]
         if fqn not in index.row_of:
-            raise CheckpointCorruptError("the plan reads what the metadata lacks", entry=fqn)
+            raise CheckpointCorruptError("the plan reads a key that the metadata lacks", entry=fqn)
         key = index.row_of[fqn]
         first, last = int(index.first[key]), int(index.first[key + 1])
         width = min(items.stored.shape[1], index.offset.shape[1])
@@ -91,7 +91,7 @@ def match_entries(items: ReadItems, index: Index) -> ReadItems:
 
 
 def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
-    """Whether each item's row is that of its chunk in this index, too."""
+    """Whether each item's row is also that of its chunk in this index."""
     known = (items.entry >= 0) & (items.entry < len(index.offset))
     entry = np.where(known, items.entry, 0)
     if not known.any():

@@ -1,7 +1,7 @@
 """Observers of a save or load while its bytes move.
 
-An `Observer` gets every piece; it may count, show progress, or raise to stop the work. It is
-handed to storages through `observe_with`, since their hooks have no argument for it.
+An `Observer` is called for every piece; it may count, show progress, or raise to stop the work.
+Storages get it through `observe_with`, since their hooks have no argument for it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far this rank has come."""
+    """How far this rank has got."""
 
     operation: Literal["save", "load"]
     rank: int
     done_bytes: int
     total_bytes: int
-    """Of this rank's own plan; 0 before it is known."""
+    """Bytes of this rank's own plan; 0 until it is known."""
 
 
 class Observer:
-    """Counts the bytes of one rank's save or load; told from any of its threads."""
+    """Counts the bytes of one rank's save or load; any of its threads may call it."""
 
     def __init__(
         self,
@@ -38,11 +38,12 @@ class Observer:
         progress: Callable[[Progress], None] | None = None,
         every_s: float = 0.1,
     ) -> None:
-        """check: called now and then; its exception ends the work (a peer has failed).
+        """check: called from time to time; its exception ends the work (for example, a peer has
+        failed).
 
-        progress: called with the state at most every `every_s` seconds, and at the end. One that is
-        a context manager too is open while the work is `observe_with`. Raises TypeError if it is
-        not callable.
+        progress: called with the state at most every `every_s` seconds, and at the end. If it is
+        also a context manager, it is entered for the duration of the work. Raises TypeError if it
+        is not callable.
         """
         if progress is not None and not callable(progress):
             raise TypeError(f"progress takes a function of a Progress; got {progress!r:.200}")
@@ -57,7 +58,7 @@ class Observer:
         self._lock = threading.Lock()
 
     def shown_while_working(self) -> AbstractContextManager[object]:
-        """A context manager to keep open during the work."""
+        """A context manager to hold open during the work."""
         progress = self._progress
         return progress if isinstance(progress, AbstractContextManager) else nullcontext()
 

@@ -1,10 +1,10 @@
 """Copies from files into tensors: several threads, each with its own part of a file.
 
-Every file's copies are sorted by their place. A flat box is read straight into the target's memory,
-small ones many at a time (see `small_reads`); a strided one by its runs where they are long, else
-out of slabs of the file that are mapped or read into a staging buffer, as are targets on another
-device or of another dtype. Memory besides the targets is `staging_bytes`, and mapped at most
-`window_bytes` and the rest of the huge pages at its ends, for each thread.
+Every file's copies are sorted by their place in it. A flat box is read straight into the target's
+memory, small ones many at a time (see `small_reads`). A strided box is read run by run if its runs
+are long, otherwise from slabs of the file that are mapped or read into a staging buffer; so are
+targets on another device or of another dtype. Each thread uses `staging_bytes` of memory besides
+the targets, and maps at most `window_bytes` plus the rest of the huge pages at both ends.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
 
 RUN_BYTES = 4096
-"""Runs from this size on are read one by one; shorter ones cost more to ask for than to copy."""
+"""Runs of at least this size are read one by one; for shorter ones a read costs more than a
+copy."""
 CHECKED_RUN_BYTES = 1 << 18
-"""Runs from this size on are checked by the blocks inside them."""
+"""Runs of at least this size are checked by the blocks inside them."""
 STAGING_BYTES = 4 << 20
 WINDOW_BYTES = 16 << 20
-"""Of a file, mapped at a time: pages of the cache. Smaller windows cost a third more."""
+"""Bytes of a file mapped at a time (cached pages). Smaller windows cost a third more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,11 @@ class ReadSettings:
     verify: Verify = "auto"
     threads: int = 1
     staging_bytes: int = STAGING_BYTES
-    """Of the file, read into memory at a time where it cannot be mapped."""
+    """Bytes of the file read at a time if it cannot be mapped."""
     window_bytes: int = WINDOW_BYTES
-    """Of the file, mapped at a time."""
+    """Bytes of the file mapped at a time."""
     memory: MemoryLimit = DEFAULT_LIMIT
-    """For values that are decompressed, or lie in sparse files."""
+    """The limit for values that are decompressed or lie in sparse files."""
 
 
 def read_copies(
@@ -95,7 +96,7 @@ def read_copies(
 
 
 def _parts(order: Ints, file: NDArray[np.int32], nbytes: Ints, threads: int) -> list[Ints]:
-    """Sorted rows in parts of one file each, files cut where a thread has had its share."""
+    """Sorted rows in parts of one file each; files are cut where a thread's share ends."""
     if not len(order):
         return []
     done = nbytes[order].cumsum() - nbytes[order]
@@ -158,7 +159,7 @@ class _BoxReader:
         self._staging: torch.Tensor | None = None
 
     def read(self, row: int) -> None:
-        """Fill the part of the target that the row says."""
+        """Fill the part of the target that the row describes."""
         copies = self.copies
         if not copies.address[row] or self.settings.verify == "full":
             self._by_slabs(row, checked=True)
@@ -179,7 +180,7 @@ class _BoxReader:
             self._by_rows(row, inner, nbytes)
 
     def _by_runs(self, row: int, inner: int, nbytes: int) -> None:
-        """Long runs, each read and checked for itself."""
+        """Long runs, each read and checked by itself."""
         low, address = self._starts(row, inner)
         for at, to in zip(low, address, strict=True):
             self.reader.read(int(self.copies.entry[row]), at, memory_at(to, nbytes))
@@ -195,7 +196,7 @@ class _BoxReader:
             reader.observer.advance(nbytes * len(views))
 
     def _starts(self, row: int, inner: int) -> tuple[list[int], list[int]]:
-        """Where each run begins: in the chunk's data, and its address in memory."""
+        """Where each run begins in the chunk's data, and its address in memory."""
         copies = self.copies
         outer = copies.shape.shape[1] - inner
         shape = copies.shape[row, :outer]
@@ -224,14 +225,14 @@ class _BoxReader:
             for dim in range(ndim):
                 part = part.narrow(dim, int(offset[dim]), int(shape[dim]))
             part.copy_(strided_tensor(source, dtype, shape[:ndim], stride[:ndim] // dtype.itemsize))
-            del source  # or its window would be there until the next one is, too
+            del source  # otherwise this window would stay until the next one exists
 
     def _source(
         self, entry: int, low: int, span: int, target: torch.Tensor, unchecked: int | None
     ) -> memoryview:
         """A span of the entry's data in memory: a window of the file, or read into the buffer.
 
-        unchecked: how many bytes of it are wanted, if it need not be checked.
+        unchecked: how many of its bytes are wanted, if the span need not be checked.
         """
         reader = self.reader
         # From pinned memory a copy to a GPU is one DMA.
@@ -274,8 +275,8 @@ def read_values(
 ) -> tuple[dict[int, bytes | memoryview], ByteCounts]:
     """The whole entries of byte values, by row of the catalog.
 
-    Raises CheckpointCorruptError, too, where a sparse file has more of them than `settings.memory`
-    allows for its occupied space.
+    Also raises CheckpointCorruptError if a sparse file holds more bytes of values than
+    `settings.memory` allows for its occupied space.
     """
     places = catalog.places
     found: dict[int, bytes | memoryview] = {}
@@ -304,7 +305,7 @@ def read_values(
 def _value(reader: RangeReader, size: int, catalog: Catalog, row: int) -> memoryview:
     start, nbytes = int(catalog.places.data_start[row]), int(catalog.places.data_nbytes[row])
     if start + nbytes > size:
-        # Before memory is taken for it.
+        # Checked before memory is allocated for it.
         reader.fail(row, 0, f"the entry of {nbytes} bytes leaves the file, which has {size}")
     view = memoryview(bytearray(nbytes))
     reader.read(row, 0, view)

@@ -1,7 +1,7 @@
-"""A load plan carried out through the streams of a storage, one entry after the other.
+"""Carries out a load plan through a storage's streams, entry by entry.
 
-For storages with hooks of their own between a file and its entries, and for storages that know only
-the entries' places. Each entry is read whole; the entry itself describes the tensor.
+For storages with their own hooks between a file and its entries, and for storages that know only
+where the entries are. Each entry is read whole; the entry itself describes the tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Streams:
     slice_file: Callable[[Any, Any], IO[bytes]]
     """The entry within a file, by its place."""
     transform: Callable[[ReadItem, Sequence[str], IO[bytes]], IO[bytes]]
-    """The entry before its transforms, whose descriptors these are."""
+    """The entry with the transforms of these descriptors undone."""
 
 
 def read_streams(
@@ -41,9 +41,9 @@ def read_streams(
     observer: Observer,
     memory: MemoryLimit,
 ) -> int:
-    """Fill the planner's targets; the bytes read. A file is opened once.
+    """Fill the planner's targets; returns the bytes read. Each file is opened once.
 
-    memory: the limit for an entry that was transformed.
+    memory: the limit for a transformed entry.
 
     Raises CheckpointCorruptError for an item that has no place, and for a damaged entry.
     """

@@ -1,7 +1,7 @@
-"""A disk that writes down which files a save has made, so that it can take them away if it fails.
+"""A disk that records which files a save has made, so that a failed save can remove them.
 
-Every writer's files pass here, whatever it calls them and whichever of its steps makes them: none
-can be forgotten by a writer that replaces a step.
+All of a writer's files pass here, under any name and from any of its steps, so a writer that
+replaces a step cannot forget one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Made = dict[tuple[Any, str], None]
 
 
 class RegisteringDisk:
-    """Another disk, and a register of what was made through this one."""
+    """Another disk, and a register of the files made through this one."""
 
     def __init__(self, disk: Disk, made: Made) -> None:
         self.disk = disk

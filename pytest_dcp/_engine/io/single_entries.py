@@ -1,4 +1,5 @@
-"""One item written to a stream, and items shared out to files: for storages that do it themselves.
+"""Writing one item to a stream, and distributing items to files, for storages that do this
+themselves.
 
 Storages written for torch have functions of these names from torch's `filesystem` module.
 """
@@ -30,7 +31,7 @@ def write_item(
     storage_key: str,
     serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
 ) -> WriteResult:
-    """Where the item's entry went: it is appended to the stream.
+    """Append the item's entry to the stream; returns where it went.
 
     transforms: with `transform_save_stream`, as a storage's `transforms`. storage_key: the file's
     name in the metadata. In the safetensors format tensors are not written here: the caller writes

@@ -1,9 +1,8 @@
-"""Small parts of a file, read many at a time: most tensors of a model are small.
+"""Reading small parts of a file, many at a time: most tensors of a model are small.
 
-A part is small when it is one run of at most a block in the file and in memory, and is checked by
-one sum or by none. Parts that follow each other are copied out of one window of the file, or asked
-for by one call of its disk. Everything is in the file's order: the disks of object stores read
-ahead.
+A part is small if it is one run of at most a block in the file and in memory, and is checked by one
+sum or none. Adjacent parts are copied out of one window of the file, or read by one call of its
+disk. All reads are in the file's order, since the disks of object stores read ahead.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ FEW = 16
 BATCH = 256
 """Parts of one window."""
 AT_A_TIME = 64
-"""Parts that are read, and then summed out of the core's cache, between two looks at whether to go
+"""Parts that are read, and then summed while in the core's cache, between two checks whether to go
 on."""
 SPARSE = 16
-"""Of a window at least this part is wanted: its gaps come along."""
+"""At least this fraction of a window must be wanted, since its gaps are mapped too."""
 LOOSE = 2
-"""Of a batch that is got by few requests at least this part is wanted."""
+"""At least this fraction must be wanted of a batch that is fetched by few requests."""
 
 
 class ReadKind(IntEnum):
@@ -44,13 +43,14 @@ class ReadKind(IntEnum):
     BLOCK = 1
     """A whole chunk, with its only sum."""
     UNCHECKED = 2
-    """Small, without a sum or where none is asked for."""
+    """Small, and either without a sum or not to be checked."""
 
 
 def split_by_read_kind(
     catalog: Catalog, copies: Copies, rows: Ints, verify: Verify
 ) -> Iterator[tuple[ReadKind, Ints]]:
-    """The rows in their order, cut where the kind changes; one between others goes with them."""
+    """The rows in their order, cut where the kind changes; a single odd row between others goes
+    with them."""
     kind = _kinds(catalog, copies, rows, verify)
     if (kind == ReadKind.ALONE).any():
         lengths = np.diff(_cuts(kind))
@@ -73,7 +73,7 @@ def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDAr
 
 
 def _cuts(kind: NDArray[np.int8]) -> list[int]:
-    """Where split_by_read_kind of one kind begin, and the end."""
+    """Where each stretch of one kind begins, and the end of the last."""
     return [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]
 
 
@@ -97,7 +97,7 @@ def read_together(
         ours = bool((places.first_sum[entry + 1] > first_sum).all())
         worth = len(batch) >= FEW and span <= window_bytes and total * SPARSE >= span
         window = reader.file.window(place[0], span) if ours and worth else None
-        # Where nothing is to be summed, and little to be left out, one call may do for all.
+        # If nothing needs a checksum and the gaps are small, one call may read everything.
         step = BATCH if sums is None and total * LOOSE >= span else AT_A_TIME
         for start in range(0, len(batch), step):
             some = slice(start, start + step)
@@ -114,10 +114,10 @@ def read_together(
                 reader.tally.add(ByteCounts(wanted, wanted if sums is not None else 0))
                 reader.observer.advance(wanted)
                 continue
-            # Again, one by one, to say what is wrong.
+            # Read again, one by one, to report which part is wrong.
             for part_entry, low_, view in zip(entry[some], low[some], views[some], strict=True):
                 reader.read(int(part_entry), int(low_), view)
-        window = None  # or it would be there until the next one is, too
+        window = None  # otherwise it would stay until the next one exists
 
 
 def _copy_out(window: memoryview, starts: Sequence[int], views: Sequence[memoryview]) -> int:

@@ -57,7 +57,7 @@ class StreamDisk:
             self.fs.rm_file(path)
 
     def sync_folder(self, folder: Any) -> None:
-        """Nothing: such a file system has no call for it."""
+        """Does nothing: such a file system has no call for it."""
 
     @contextlib.contextmanager
     def locked(self, folder: Any) -> Iterator[None]:
@@ -88,14 +88,14 @@ class StreamOut:
         for buffer in buffers:
             left = memoryview(buffer)
             while left:
-                # A raw stream may take a part; a buffered one takes all or says nothing.
+                # A raw stream may write only a part; a buffered one writes all and may return None.
                 done = self.stream.write(left)
                 if done == 0:
                     raise OSError(errno.EIO, "a write took no byte, and gave no reason")
                 left = left[len(left) if done is None else done :]
 
     def reserve(self, nbytes: int) -> None:
-        """Nothing: a stream has no call for it."""
+        """Does nothing: a stream has no call for it."""
 
     def end_at(self, nbytes: int) -> None:
         """Does nothing: the size is that of the bytes written."""

@@ -29,7 +29,7 @@ def plain_entry(
     registry: ExtensionRegistry,
     value_bytes: int,
 ) -> bytes | memoryview:
-    """The entry before its transforms; unchanged if it had none.
+    """The entry with its transforms undone; unchanged if it had none.
 
     Raises CheckpointCorruptError if it exceeds its tensor's size, or a value exceeds `value_bytes`.
     """
@@ -113,7 +113,7 @@ def _limit(catalog: Catalog, row: int, for_values: int) -> int:
 
 def read_at_most(stream: IO[bytes], limit: int) -> bytes:
     """The stream's content, up to a number of bytes."""
-    # BytesIO gives away its own memory: pieces and a joined copy would be two of them.
+    # BytesIO hands out its own memory; a list of pieces would have to be copied to join it.
     whole = io.BytesIO()
     while whole.tell() < limit:
         part = stream.read(min(limit - whole.tell(), 1 << 20))

@@ -1,4 +1,4 @@
-"""Tensors as bytes, without copies where there need be none.
+"""Tensors as bytes, copied only where necessary.
 
 Everything that touches a raw pointer is here. A view keeps nothing alive: the caller
 holds on to the tensor while it is used.
@@ -22,7 +22,7 @@ _view = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _view.restype = ctypes.py_object
 _everything: memoryview = _view(1, sys.maxsize - 1, _WRITE)
-"""All addresses but 0: to cut a view out of it takes 100 ns, and to make one 500."""
+"""All addresses but 0: slicing a view out of it takes 100 ns, making a new one 500."""
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:
@@ -48,8 +48,8 @@ def pieces(tensor: torch.Tensor, nbytes: int) -> Iterator[memoryview]:
     """The tensor's values in row-major order, as views of at most about `nbytes`.
 
     A flat tensor is viewed in place. Any other is copied to flat CPU memory piece by piece: a view
-    is good until the next is asked for, and no more than `nbytes`, but at least one element, is
-    held at a time.
+    is valid until the next is requested, and at most `nbytes`, but at least one element, is held at
+    a time.
     """
     if is_flat(tensor):
         whole = memory_of(tensor)

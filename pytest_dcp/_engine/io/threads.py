@@ -1,4 +1,4 @@
-"""Jobs on several threads: all joined, the first failure raised, the others told to stop."""
+"""Runs jobs on several threads: joins all, raises the first failure, makes the others stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """A flag that a failing thread raises and the others look at between pieces."""
+    """A flag that a failing thread sets and the others check between pieces."""
 
     def __init__(self) -> None:
         self._event = threading.Event()

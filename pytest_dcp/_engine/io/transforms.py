@@ -1,7 +1,7 @@
 """Stream transforms as attributes of a storage, where torch's storages have them.
 
-A storage that was written for torch calls these, hands them to torch's `_write_item`, or puts
-objects of its own in their place.
+A storage written for torch calls these, passes them to torch's `_write_item`, or replaces them by
+its own objects.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StorageWriterTransforms:
     def transform_save_stream(
         self, write_item: WriteItem, raw_stream: io.IOBase
     ) -> tuple[IO[bytes], list[str]]:
-        """A stream to write the entry to, and what is noted of it.
+        """A stream to write the entry to, and the descriptors to record for it.
 
         Closing the stream ends the entry and leaves the raw stream open.
         """
@@ -44,11 +44,12 @@ class StorageWriterTransforms:
 
 
 Through = Callable[[int, io.IOBase], tuple[IO[bytes], Sequence[str]]]
-"""For the n-th item and the stream to its file: where to write its entry, and what is noted."""
+"""Takes the n-th item and the stream of its file; gives the stream for its entry and the
+descriptors to record."""
 
 
 def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
-    """The extensions of a storage's `transforms`; none where it has a way of its own."""
+    """The extensions of a storage's `transforms`; empty if it transforms in its own way."""
     if has_own_way(transforms):
         return ()
     extensions: Sequence[StreamTransformExtension] = transforms.extensions
@@ -56,14 +57,15 @@ def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
 
 
 def has_own_way(transforms: Any) -> bool:
-    """Whether a client's class stands between an entry and its file."""
+    """Whether a user's class writes entries to their file."""
     own = getattr(type(transforms), "transform_save_stream", None)
     known = (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream)
     return own not in known
 
 
 def own_way_of(transforms: Any, items: Sequence[WriteItem]) -> Through | None:
-    """A function that asks a client's class for the stream of each item; None if there is none."""
+    """A function that asks a user's class for the stream of each item; None if there is no such
+    class."""
     if not has_own_way(transforms):
         return None
 
@@ -83,7 +85,7 @@ class StorageReaderTransforms:
     def transform_load_stream(
         self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]
     ) -> IO[bytes]:
-        """The entry as it was before its transforms. Raises ValueError for an unknown one."""
+        """The entry with its transforms undone. Raises ValueError for an unknown one."""
         stream = raw_stream
         for extension in self.extension_registry.from_descriptor_list(transform_descriptors):
             if isinstance(extension, StreamTransformExtension):
@@ -92,7 +94,7 @@ class StorageReaderTransforms:
 
 
 class _EndOfEntry(io.RawIOBase):
-    """Passes everything on but the closing: other entries follow in the same file."""
+    """Passes everything on except closing: other entries follow in the same file."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
@@ -115,7 +117,7 @@ class _EndOfEntry(io.RawIOBase):
 
 
 class FileSlice(io.RawIOBase):
-    """A stretch of a seekable file, which looks like a file of its own."""
+    """A slice of a seekable file that looks like a separate file."""
 
     def __init__(self, base: Any, offset: int, length: int) -> None:
         self._base = base

@@ -1,9 +1,9 @@
-"""Items -> data files: one job a file, each written once from its start to its end.
+"""Items -> data files: one job per file, each written once from start to end.
 
-Tensors go from their memory to the file without a copy but of their ends: writes end at multiples
-of a constant where the tensors are flat, so that the page cache can hold a large file in huge
-pages. Checksums are taken on the way, while the bytes are in the processor's cache. Memory besides
-the tensors is bounded by `Settings.copy_ahead_bytes` and a huge page for each thread.
+Tensors go from their memory to the file; only their ends are copied. Writes of flat tensors end at
+multiples of a constant, so that the page cache can hold a large file in huge pages. Checksums are
+computed on the way, while the bytes are in the processor's cache. Each thread uses at most
+`Settings.copy_ahead_bytes` and a huge page of memory besides the tensors.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Source = Callable[[int], torch.Tensor | bytes]
 WRITE_BYTES = 1 << 20
 """Writes end at multiples of this."""
 HUGE_FROM_BYTES = 1 << 30
-"""Files from this size on are written by whole huge pages: the cache then keeps them so, and a load
-maps each at almost no cost, instead of 90 us. A huge page is one of memory that was not in use
-lately, which a virtual machine may have to ask its host for: 2.5 ms, and small pages in use before
-are to be had for shorter files, not for long ones.
+"""Files of at least this size are written in whole huge pages: the cache then keeps them that way,
+and a load maps each at almost no cost, instead of 90 us. A huge page needs memory that was not in
+use lately, which a virtual machine may have to request from its host (2.5 ms). Shorter files can
+use recently freed small pages instead; there are not enough of these for long files.
 """
 PIECE_BYTES = 1 << 20
 """Bytes hashed and written at a time: fits the second-level cache."""
 COPY_AHEAD_BYTES = 10_000_000
-"""The least that a tensor elsewhere than in flat CPU memory is copied by, as torch's default."""
+"""The least to copy at a time of a tensor that is not in flat CPU memory; torch's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class Settings:
     """fsync each file once it is whole."""
     threads: int = 1
     copy_ahead_bytes: int = COPY_AHEAD_BYTES
-    """For a tensor that must be copied (strided, on a GPU): how much at a time."""
+    """Bytes to copy at a time of a tensor that must be copied (strided, or on a GPU)."""
     transforms: Sequence[StreamTransformExtension] = ()
     through: Through | None = None
     """Instead of `transforms`: a function that gives the stream for an entry."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether entries reach the file as they are."""
+        """Whether entries reach the file untransformed."""
         return not self.transforms and self.through is None
 
 
@@ -72,9 +72,9 @@ class FileJob:
 
     name: str
     rows: Sequence[int]
-    """Of the plan, in the order of the file."""
+    """Rows of the plan, in the file's order."""
     nbytes: int = 0
-    """A lower bound of the file's size, as far as the plan shows."""
+    """A lower bound of the file's size, derived from the plan."""
 
 
 @dataclass(slots=True)
@@ -82,10 +82,10 @@ class Rows:
     """Facts about the rows written so far."""
 
     places: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """The row, its entry's start and length, its data's start and bytes."""
+    """Per row: the row, its entry's start and length, its data's start and size in bytes."""
     sums: list[list[int]] = field(default_factory=list)
     descriptors: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """Of the rows that went through a stream of the client's own."""
+    """For the rows that went through a user's own stream."""
 
     def add(
         self, row: int, start: int, length: int, data_start: int, nbytes: int, sums: list[int]
@@ -102,7 +102,8 @@ def write_files(
     settings: Settings,
     observer: Observer,
 ) -> Written:
-    """Where every row went. The files are whole, and on stable storage if `settings.sync`.
+    """Write the files; returns where every row went. If `settings.sync`, the files are on stable
+    storage.
 
     Raises errors of the disk, the source or the observer, from any thread.
     """
@@ -146,7 +147,7 @@ def _write_file(
 
 
 class File:
-    """A file in the making, written in parts that end at multiples of `step` unless flushed."""
+    """A file being written, in parts that end at multiples of `step` unless flushed."""
 
     def __init__(self, out: Out, observer: Observer, stop: StopFlag, nbytes: int = 0) -> None:
         self.step = WRITE_BYTES if nbytes < HUGE_FROM_BYTES else HUGE_PAGE_BYTES
@@ -161,23 +162,23 @@ class File:
     def put(self, buffer: Buffer, data: int = 0) -> None:
         """Append bytes, some of them tensor data.
 
-        They must stay as they are until `settle` or `flush`.
+        They must not change until `settle` or `flush`.
         """
         self.position += len(buffer)
         self._data += data
         self._buffers.append(buffer)
-        # Only once a multiple of `step` is passed; what lies beyond it waits for the next write.
+        # Only once a multiple of `step` is passed; the bytes beyond it wait for the next write.
         if self.position // self.step > self._written // self.step:
             self._write(self.position % self.step)
 
     def settle(self) -> None:
-        """Copy pending pieces that are in others' memory, less than `step`.
+        """Copy pending pieces that lie in the caller's memory; they are shorter than `step`.
 
-        A planner may take the memory of one tensor for the next.
+        A planner may reuse the memory of one tensor for the next.
         """
         for n in range(len(self._buffers) - 1, -1, -1):
             if isinstance(self._buffers[n], bytes):
-                return  # and so is what came before, or it is a part of such
+                return  # and the pieces before it are copies, too, or parts of one
             self._buffers[n] = bytes(self._buffers[n])
 
     def flush(self) -> None:
@@ -225,7 +226,7 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
             view = piece[part : part + PIECE_BYTES]
             at = 0
             while at < len(view):
-                # Blocks are counted from the tensor's start, whatever the pieces are.
+                # Blocks are counted from the tensor's start, independent of the pieces.
                 until = min(at + BLOCK_BYTES - filled, len(view))
                 crc = crc32(view[at:until], crc)
                 filled = (filled + until - at) % BLOCK_BYTES
@@ -233,7 +234,7 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
                 if not filled:
                     sums.append(crc)
             file.put(view, len(view))
-        if not flat:  # the next piece takes the memory of this one
+        if not flat:  # the next piece reuses this one's memory
             file.flush()
     file.settle()
     if filled:
@@ -274,7 +275,8 @@ def _put_transformed(
     stream.close()
     length = file.position - start
     if settings.through is not None and not rows.descriptors[row]:
-        # Nothing will say that it is not the entry itself: where its data are must be looked up.
+        # The metadata cannot say that it is transformed, so a reader must look up where its data
+        # is.
         rows.add(row, start, length, -1, -1, [])
     else:
         rows.add(row, start, length, start, length, tap.sums())

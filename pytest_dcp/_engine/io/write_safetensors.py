@@ -49,7 +49,8 @@ def write_safetensors(
     items: Sequence[WriteItem],
     metadata: Mapping[str, str] | None = None,
 ) -> Written:
-    """Where every row went; as `write_files`, and the entries are the data alone.
+    """Write the files; returns where every row went. Like `write_files`, but an entry is only the
+    data.
 
     items: the contents of the rows. A value's bytes are stored as a row of U8. metadata: each
     file's `__metadata__`.
