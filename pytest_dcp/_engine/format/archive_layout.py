@@ -1,10 +1,10 @@
 """A zip archive laid out as `torch.save` lays it out: every record where torch would put it.
 
-The parts are made in order, and the content of large records is written by somebody else: `begin`
-and `end` give the bytes before and after it, and `skip` steps over it.
+The parts are made in order, and the caller writes the content of large records: `begin` and `end`
+give the bytes before and after it, and `skip` steps over it.
 
 - Every record's content starts at a multiple of 64 bytes, behind an extra field `FB` of padding.
-- A record of 4 GiB - 1 bytes or more, or one that starts at or after that, is in zip64 form.
+- A record of 4 GiB - 1 bytes or more, or starting at or after that offset, is in zip64 form.
 
 Pure (no I/O). The zip format is APPNOTE.TXT 6.3.10 of PKWARE; torch's form of it is
 caffe2/serialize/inline_container.cc and miniz of torch 2.13.
@@ -21,7 +21,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class ArchiveLayout:
-    """An archive being laid out: the bytes emitted since `take`, and the directory to come."""
+    """An archive being laid out: the bytes emitted since `take`, and the directory so far."""
 
     def __init__(self) -> None:
         self.cursor = 0
@@ -46,8 +46,8 @@ class ArchiveLayout:
     def begin(self, name: bytes, nbytes: int) -> None:
         """Emits a record's local header, padded so that the content starts aligned.
 
-        With bit 3 set the header has no CRC and no sizes; torch writes into the zip64 field here
-        the size, a zero and, if needed, the header's own offset.
+        With bit 3 set the header has no CRC and no sizes; torch writes the size, a zero and, if
+        needed, the header's own offset into the zip64 field here.
         """
         self._offset = offset = self.cursor
         sizes = (nbytes, 0) if nbytes >= form.MAX32 else ()
@@ -66,7 +66,7 @@ class ArchiveLayout:
         """Emits a record's descriptor and notes its directory entry; returns the CRC's place."""
         at = self.cursor - self._taken + 4
         offset = self._offset
-        if nbytes:  # an empty record has no descriptor, and no part in the fingerprint
+        if nbytes:  # an empty record has no descriptor and does not count in the fingerprint
             self.seed = combine_fingerprint(self.seed, crc)
             layout = form.DESCRIPTOR64 if max(nbytes, offset) >= form.MAX32 else form.DESCRIPTOR
             self._emit(layout.pack(form.DESCRIPTOR_SIGNATURE, crc, nbytes, nbytes))
@@ -98,7 +98,7 @@ class ArchiveLayout:
         """The bytes emitted since `take`, the directory and the end records; and the offsets of its
         CRCs.
 
-        The zip64 end record is written always, needed or not.
+        The zip64 end record is always written, needed or not.
         """
         start, nbytes, count = self.cursor, self._central_nbytes, self._count
         self._emit(b"".join(self._central))

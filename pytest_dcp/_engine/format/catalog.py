@@ -1,7 +1,7 @@
 """The catalog of a checkpoint: its contents (an index) and where each chunk's bytes are.
 
-A catalog is what a committed `.metadata` says. `Catalog.metadata` shows it as torch's `Metadata`,
-whose mappings are made as they are looked at; `Catalog.of` reads any `Metadata` back.
+A catalog is the content of a committed `.metadata`. `Catalog.metadata` shows it as torch's
+`Metadata`, whose mappings are made on demand; `Catalog.of` reads any `Metadata` back.
 
 Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
 
@@ -17,7 +17,7 @@ Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
 ...     start=np.array([0, 0]), length=np.array([900, 900]))
 >>> catalog = Catalog(index, places)
 
-For a client of torch it is a Metadata like any other:
+Code written for torch sees an ordinary Metadata:
 
 >>> metadata = catalog.metadata()
 >>> metadata.state_dict_metadata["w"].size
@@ -25,7 +25,7 @@ torch.Size([4, 2])
 >>> metadata.storage_data[MetadataIndex("w", [2, 0])].relative_path
 '__1_0.distcp'
 
-The way back costs nothing while the client has changed nothing, and sees what it has changed:
+The way back costs nothing if the client has changed nothing, and picks up its changes otherwise:
 
 >>> Catalog.of(metadata).places is places
 True
@@ -52,13 +52,14 @@ from pytest_dcp._engine.plan.lazy_containers import LazyDict
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 BLOCK_BYTES = 1 << 16
-"""A checksum every 64 KiB: 4 bytes in 65,536; small enough that a shard's ragged ends can be read
-whole for their sake, large enough that the loop over blocks costs less than the hashing."""
+"""A checksum every 64 KiB: 4 bytes in 65,536. Blocks are small enough that a shard's ragged ends
+can be extended to whole blocks, and large enough that looping over them costs less than the
+hashing."""
 
 
 @dataclass(frozen=True, eq=False)
 class EntryPlaces:
-    """Where the chunks of an index are stored, one row a chunk, in the index's order."""
+    """Where the chunks of an index are stored, one row per chunk, in the index's order."""
 
     files: tuple[str, ...]
     """Relative to the checkpoint's folder."""
@@ -109,7 +110,8 @@ class Catalog:
     further: Mapping[str, Any] = field(default_factory=dict)
     """Attributes that a planner or a framework has set on the Metadata, by name."""
     beside: Mapping[MetadataIndex, _StorageInfo] = field(default_factory=dict)
-    """Places of what a client wrote that the index lacks: for clients that look them up."""
+    """Places of items that a client wrote although the index lacks them, for clients that look them
+    up."""
 
     def metadata(self) -> Metadata:
         """This catalog as torch's object; its mappings make their values on demand."""
@@ -127,7 +129,7 @@ class Catalog:
 
     @cached_property
     def row_of(self) -> dict[MetadataIndex, int]:
-        """The chunk row of each key that torch knows it by."""
+        """The chunk row of each of torch's keys."""
         index = self.index
         return {index_key(index, row): row for row in range(len(index.key_of))}
 
@@ -180,7 +182,7 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
         return info
 
     def origin_of(self, info: _StorageInfo) -> int | None:
-        """The row that a place of this table was made from, unless somebody changed the place."""
+        """The row that a place of this table was made from, unless the place has been changed."""
         made, row = self._origins.get(id(info), (None, -1))
         same = made is info and info == info_of(self.catalog.places, row)
         return row if same else None
@@ -208,7 +210,7 @@ def info_of(places: EntryPlaces, row: int) -> _StorageInfo:
 
 
 def index_key(index: Index, row: int) -> MetadataIndex:
-    """The key that torch knows a chunk by: its name, and its offset unless it is a byte value."""
+    """Torch's key of a chunk: its name, and its offset unless it is a byte value."""
     key = index.key_of[row]
     ndim = int(index.ndim[key])
     offset = None if ndim < 0 else index.offset[row, :ndim].tolist()
@@ -219,12 +221,12 @@ def index_key(index: Index, row: int) -> MetadataIndex:
 def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> EntryPlaces:
     """The places that torch's mapping names.
 
-    For places that come from a catalog and only got other keys, the catalog's further facts about
+    If places come from a catalog and only their keys differ, the catalog's further facts about
     their bytes are kept.
     """
     chunks = len(index.offset)
-    # The fields that decide equality of torch's keys; building a key per row would take longer than
-    # everything else.
+    # The fields that determine equality of torch's keys; building a key per row would take longer
+    # than everything else.
     found: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {
         (key.fqn, key.offset): info for key, info in table.items()
     }
@@ -258,7 +260,7 @@ def _places_of(index: Index, table: Mapping[MetadataIndex, _StorageInfo]) -> Ent
 def _with_known_data(
     bare: EntryPlaces, infos: Sequence[_StorageInfo | None], table: EntryTable
 ) -> EntryPlaces:
-    """The places with the data's start and sums, where an entry is still one of the table's."""
+    """The places, with the data's start and sums for entries that are still the table's own."""
     known = table.catalog.places
     origin = [None if info is None else table.origin_of(info) for info in infos]
     row = np.array([-1 if at is None else at for at in origin], dtype=np.int64)

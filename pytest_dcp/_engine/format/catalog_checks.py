@@ -1,9 +1,9 @@
 """Checks of an untrusted catalog, before its numbers are used. Pure (no I/O).
 
 Enters: an index and places whose arrays have the shapes and dtypes that their classes say.
-Leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no number may make
-arithmetic wrap around into an accepted one; each check is one pass over a column, and a single row
-is looked at only to name the culprit.
+Leaves: nothing, or `CheckpointCorruptError` naming the key. Rules inside: no arithmetic may wrap
+around to a value that passes; each check is one pass over a column, and single rows are looked at
+only to name the bad one.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pytest_dcp.errors import CheckpointCorruptError
 MAX_DIMS = 64
 """Dimensions of a tensor: torch allows no more (c10, at::dim_bitset_size)."""
 MAX_TENSOR_BYTES = 1 << 62
-"""Of one tensor, an empty side counted as 1: torch's strides are such products. Every number
-derived from sizes then fits int64."""
+"""Bytes of one tensor, counting empty dimensions as 1 as torch's strides do. Every number derived
+from sizes then fits int64."""
 MAX_BLOCK_BYTES = 1 << 31
-"""Of data under one sum: times the number of sums it still fits int64."""
+"""Bytes of data under one sum: multiplied by the number of sums they still fit int64."""
 MAX_PATH_BYTES = 4096
 """PATH_MAX of Linux."""
 _NO_PARTS = frozenset({"", ".", ".."})
 _SLAB = 1 << 15
 _MAX_INT64 = np.iinfo(np.int64).max
 _FAR = (1 << 62) - 1
-"""Two numbers up to it have a sum in int64."""
+"""The sum of two numbers up to this fits int64."""
 
 Mask = NDArray[np.bool_]
 
 
 def checked_path(name: str) -> str:
-    """The name of a data file, once it is sure to stay inside the checkpoint's folder.
+    """The name of a data file, after checking that it stays inside the checkpoint's folder.
 
     It is relative and in plain form: no "", "." or ".." between its slashes, no NUL, not too long.
 
@@ -56,10 +56,10 @@ def checked_path(name: str) -> str:
 
 
 def check_catalog(catalog: Catalog) -> None:
-    """Nothing, once every rule that `Index` and `Places` state holds of the catalog.
+    """Check that the catalog satisfies every rule that `Index` and `EntryPlaces` state.
 
-    A chunk without elements may lie outside its tensor: so planners describe ranks that hold
-    nothing.
+    A chunk without elements may lie outside its tensor: planners describe ranks that hold nothing
+    this way.
 
     Raises:
         CheckpointCorruptError: the first rule that does not hold, with the key's name as `entry`.
@@ -86,14 +86,14 @@ class _Slab:
     index: Index
     rows: slice
     least_ndim: int
-    """Of any key: dimensions from there on may be padding."""
+    """The fewest dimensions of any key: dimensions from there on may be padding."""
 
     @property
     def keys(self) -> Ints:
         return self.index.key_of[self.rows]
 
     def refuse(self, odd: Mask, expected: str) -> None:
-        """Nothing where no chunk is odd."""
+        """Raise if any chunk is odd."""
         if not odd.any():
             return
         row = self.rows.start + int(odd.argmax())
@@ -107,8 +107,8 @@ class _Slab:
 def _usual(slab: _Slab, places: EntryPlaces) -> bool:
     """Whether the chunks are of the ordinary form: inside their tensor, in a file, with data.
 
-    Then every rule holds of them; of others the rules are looked at one by one, with twice the
-    passes. As unsigned numbers, negative ones are larger than any limit here.
+    If so, they satisfy every rule; otherwise the rules are checked one by one, in twice as many
+    passes. Read as unsigned, negative numbers are larger than any limit here.
     """
     index, rows, keys = slab.index, slab.rows, slab.keys
     offset, shape, size = index.offset[rows], index.shape[rows], index.size.take(keys, axis=0)

@@ -1,6 +1,6 @@
-"""CRC-32, by the fastest means there is: isal's, some ten times faster than zlib's, or zlib's.
+"""CRC-32 by the fastest library installed: isal, some ten times faster than zlib, or else zlib.
 
-isal is installed with the package where there are wheels of it. The values are the same.
+The package installs isal where it has wheels. The values are the same.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ Rules inside:
 - Pure (no I/O); the tensor's bytes are never touched, and never copied.
 - Offsets are relative to the entry's start, so an entry may start anywhere in its file.
 - Every record's content starts at a multiple of 64 bytes, behind an extra field `FB` of padding.
-- A record of 4 GiB - 1 bytes or more, or one that starts at or after that, is in zip64 form.
-- The record `.data/serialization_id` is a fingerprint that no reader checks. torch takes data that
-  begin with the signature of a descriptor for one and counts four bytes more: such an entry
-  differs from torch's in the fingerprint and its CRC alone.
+- A record of 4 GiB - 1 bytes or more, or starting at or after that offset, is in zip64 form.
+- The record `.data/serialization_id` is a fingerprint that no reader checks. If data begins with
+  the signature of a descriptor, torch mistakes it for one and counts four bytes more: such an entry
+  differs from torch's only in the fingerprint and its CRC.
 
 The zip format is APPNOTE.TXT 6.3.10 of PKWARE; torch's form of it is
 caffe2/serialize/inline_container.cc and miniz of torch 2.13.
@@ -48,10 +48,11 @@ _TENSOR_NAMES_HASH = b"15728199511854643026"
 _VALUE_NAMES_HASH = b"02908468677762923104"
 
 _KEPT_FRAMES = 4096
-"""About 2 kB each. A model's distinct (dtype, shape) pairs are few next to its tensors."""
+"""Frames of about 2 kB each. A model has few distinct (dtype, shape) pairs compared with its
+tensors."""
 
 _VALUE_DIRECTORY_LIMIT = 16 << 20
-"""Bytes of a value's directory, in which each tensor that the value holds takes about 70."""
+"""Bytes of a value's directory; each tensor that the value holds takes about 70."""
 
 # Storage classes of pickle format v2. Every other dtype is written untyped, in format v3.
 _STORAGE_CLASSES = {
@@ -104,7 +105,7 @@ class EntryFrame:
     _seed: int = field(repr=False)
     """The fingerprint of the records before the data."""
     _parts: tuple[bytes, ...] = field(repr=False)
-    """The tail, cut where a CRC or the fingerprint goes; one part when the data is empty."""
+    """The tail, split where a CRC or the fingerprint goes; one part if the data is empty."""
 
     def tail(self, crc: int) -> bytes:
         """The bytes after the data, whose true CRC-32 is `crc` (0 for an empty tensor)."""
@@ -149,7 +150,8 @@ def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> EntryFrame:
 
 
 def value_entry(pickled: bytes) -> bytes:
-    """The whole entry of a Python value that holds no tensor; `pickled` is it in protocol 2."""
+    """The whole entry of a Python value that holds no tensor; `pickled` is its pickle in protocol
+    2."""
     archive = ArchiveLayout()
     archive.add(_PICKLE_NAME, pickled)
     add_constants(archive)
@@ -173,8 +175,8 @@ def records_of(entry: bytes | memoryview) -> Callable[[str], bytes | memoryview]
     """A function that gives the content of a whole entry's records by name, checking each CRC.
 
     Raises:
-        CheckpointCorruptError: the entry, or the record that is asked for, is damaged or missing,
-            or the numbers of a storage are not little-endian.
+        CheckpointCorruptError: the entry or the requested record is damaged or missing, or the
+            numbers of a storage are not little-endian.
     """
     view = memoryview(entry).cast("B")
     source = form.Source(lambda offset, nbytes: view[offset : offset + nbytes], len(view))
@@ -199,7 +201,7 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def tensor_pickle(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    """The data.pkl of a contiguous tensor on the CPU: the opcodes torch's pickler makes.
+    """The data.pkl of a contiguous tensor on the CPU: the opcodes that torch's pickler emits.
 
     Protocol 2: `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad,
     hooks)`; v3 adds the dtype and counts the untyped storage in bytes.
@@ -228,7 +230,7 @@ def tensor_pickle(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def _pickled_tuple(values: tuple[int, ...], memo: int) -> tuple[bytes, int]:
-    """The opcodes that push a tuple of integers, and the next free place of the memo."""
+    """The opcodes that push a tuple of integers, and the next free memo index."""
     items = b"".join(map(_pickled_int, values))
     match len(values):
         case 0:

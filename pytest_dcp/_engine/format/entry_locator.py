@@ -1,13 +1,13 @@
-"""Tensors found: the bytes of a tensor's entry -> where its data are.
+"""Locates tensors: the bytes of a tensor's entry -> where its data is.
 
-Opens entries that torch from 2.0 on writes: the order, the number and the alignment of the records
-and the archive's name differ between versions, so all are found through the archive's directory.
+Opens entries written by torch 2.0 and later: the order, number and alignment of the records and the
+archive's name differ between versions, so all are found through the archive's directory.
 
 Rules inside:
 
 - Everything in an entry is untrusted: no number is used before it is checked, and nothing is
   decompressed, executed or unpickled here; `unpickle` reads a tensor's pickle.
-- What is wrong raises `CheckpointCorruptError` with the offset from the entry's start.
+- Damage raises `CheckpointCorruptError` with the offset from the entry's start.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _BYTEORDER_LIMIT = 16
 class TensorRecord:
     """Where a tensor's bytes are inside its entry.
 
-    Every element lies inside the record, and the record has room for as many elements as the shape
-    counts: a small entry cannot ask for a large tensor.
+    Every element lies inside the record, and the record has room for all elements of the shape, so
+    a small entry cannot ask for a large tensor.
     """
 
     dtype: torch.dtype
@@ -51,20 +51,20 @@ class TensorRecord:
     stride: tuple[int, ...]
     """In elements."""
     storage_offset: int
-    """Of the first element from the storage's start, in elements."""
+    """Offset of the first element from the storage's start, in elements."""
     data_offset: int
-    """Of the storage from the entry's start, in bytes."""
+    """Offset of the storage from the entry's start, in bytes."""
     data_nbytes: int
     """Of the whole storage."""
     crc: int | None
-    """CRC-32 of the whole storage; None where the entry was written without CRCs."""
+    """CRC-32 of the whole storage; None if the entry was written without CRCs."""
 
 
 def locate(read: Callable[[int, int], bytes | memoryview], length: int) -> TensorRecord:
-    """Where the data are in a tensor's entry of `length` bytes; `read(offset, n)` gives its bytes.
+    """Where the data is in a tensor's entry of `length` bytes; `read(offset, n)` gives its bytes.
 
-    Two reads of an entry that torch wrote, one of a small one. The data are not read on purpose,
-    and their CRC is not checked.
+    Takes two reads of an entry that torch wrote, one if the entry is small. The data need not be
+    read, and its CRC is not checked.
 
     Raises:
         CheckpointCorruptError: the entry is damaged, or holds something other than a tensor.
@@ -85,7 +85,7 @@ def locate_wrapper(
 ) -> OpaqueWrapper | None:
     """An entry's description of its tensor wrapper; None if it holds something else.
 
-    As `locate`. Raises CheckpointCorruptError: the entry is damaged.
+    Like `locate`. Raises CheckpointCorruptError if the entry is damaged.
     """
     source = Source(read, length)
     directory = read_directory(source, _TENSOR_DIRECTORY_LIMIT)
@@ -98,7 +98,8 @@ def locate_wrapper(
 
 
 def _read_plain(pickled: bytes | memoryview) -> TensorPickle:
-    """The tensor's description; of a subclass that has memory of its own, its memory's."""
+    """The tensor's description; for a subclass with its own memory, the description of that
+    memory."""
     try:
         return read_tensor_pickle(pickled)
     except UnknownGlobalError as error:

@@ -1,7 +1,8 @@
 """Attributes that planners and frameworks set on a Metadata, as bytes. Pure (no I/O).
 
-Megatron-Core keeps the plans of all ranks there, for one. They are pickled in torch's own terms, so
-that torch alone can read them, and read back by the bounded reader, as all of `.metadata` is.
+Megatron-Core, for example, keeps the plans of all ranks there. They are pickled as torch's own
+objects, so that torch can read them without this package, and read back by the bounded reader, like
+all of `.metadata`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PROTOCOL = 4
 
 
 class PlainPickler(pickle.Pickler):
-    """Writes the stand-ins for torch's objects as those objects."""
+    """Pickles the engine's stand-ins for torch's objects as torch's objects."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, ItemTable):
@@ -34,7 +35,7 @@ class PlainPickler(pickle.Pickler):
 
 
 def encode_further(further: Mapping[str, Any], beside: Mapping[Any, Any]) -> bytes:
-    """The attributes, and places beside the index, as a pickle.
+    """The attributes, and the places of items not in the index, as a pickle.
 
     Raises PlanError, naming it, for an attribute that cannot be pickled.
     """
@@ -53,6 +54,6 @@ def encode_further(further: Mapping[str, Any], beside: Mapping[Any, Any]) -> byt
 
 
 def decode_further(data: bytes | memoryview) -> tuple[dict[str, Any], Mapping[Any, Any]]:
-    """The argument of `encode_further`. Raises CheckpointCorruptError for other bytes."""
+    """Decode the bytes of `encode_further`. Raises CheckpointCorruptError for other bytes."""
     metadata = read_metadata(data)
     return further_fields(metadata), metadata.storage_data or {}

@@ -1,18 +1,18 @@
-"""The manifest: a catalog as columns, without pickle but for what frameworks add. Pure (no I/O).
+"""The manifest: a catalog as columns; only attributes of frameworks are pickled. Pure (no I/O).
 
 Enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
 
     magic (8), length of the header (8), the header in JSON, then the columns of `_COLUMNS` in that
-    order, each at the next multiple of 8, then, where the header says so, further attributes of the
-    Metadata (see `further_fields`), and nothing behind the last.
+    order, each at the next multiple of 8, then, if the header says so, further attributes of the
+    Metadata (see `further_fields`), and nothing after them.
 
-The header holds counts and what is small: properties, transforms, what planner and storage said.
-It has no offsets: where a column lies follows from the counts, so it cannot lie anywhere else. What
-the default planner says travels in columns too (see `planner_paths`); of what is no plain value
-the header says that it stands in the pickle alone.
+The header holds counts and small data: properties, transforms, and the data of the planner and the
+storage. It has no offsets: the counts determine where each column lies, so no header can claim
+another place. The default planner's paths are columns too (see `planner_paths`); for data that is
+not plain values the header says that only the pickle has it.
 
-`decode` believes nothing: every count is compared with the bytes at hand before it is used, and
-every rule of the catalog is checked. The arrays it returns are read-only views of the buffer.
+`decode` trusts nothing: it compares every count with the size of the buffer before it uses it, and
+checks every rule of the catalog. The arrays it returns are read-only views of the buffer.
 
 The columns, of n keys, c chunks and tensors of at most k dimensions:
 
@@ -32,9 +32,9 @@ The columns, of n keys, c chunks and tensors of at most k dimensions:
     path_forms     n i4, and paths, bytes: see `planner_paths`; absent where no path is kept
 
 Assumes that the caller has checked the bytes against damage (`metadata_file` has a checksum), so
-that an error here means a file that was made wrong, by malice or by a bug. Guarantees that decoding
-takes no more memory than a small multiple of the buffer, and that `encode` of the same catalog
-gives the same bytes.
+that an error here means that the file was made wrong, by malice or by a bug. Guarantees that
+decoding takes no more memory than a small multiple of the buffer, and that `encode` of the same
+catalog gives the same bytes.
 
 Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
 
@@ -60,7 +60,7 @@ The first column, the names, begins at the next multiple of 8:
 >>> data[start : start + 8]
 b'w\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
 
-The way back needs no pickle, as nothing was said that the manifest cannot hold:
+The way back needs no pickle, since the manifest holds everything:
 
 >>> again = decode(memoryview(data), whole=lambda: 1 / 0)
 >>> again.index.offset.tolist(), again.places.files
@@ -92,7 +92,7 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPcat\n"
-"""Like PNG's: not text, and damaged by any conversion of line ends."""
+"""Like PNG's: it is not text, and any conversion of line ends damages it."""
 MAX_HEADER_BYTES = 1 << 24
 """The header's JSON takes about 20 times its length in memory."""
 _HEAD = struct.Struct("<8sQ")
@@ -132,7 +132,7 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def encode(catalog: Catalog) -> bytes:
-    """The manifest of the catalog. Raises ValueError where its header would be too long."""
+    """The manifest of the catalog. Raises ValueError if its header would be too long."""
     index, places = catalog.index, catalog.places
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
     header["properties"] = [_property_names(p) for p in index.properties]
@@ -164,12 +164,12 @@ def decode(
 ) -> Catalog:
     """The catalog of a manifest, its arrays read-only views of `buffer`.
 
-    `whole` reads the metadata from the pickle; it is called only where planner or storage said
-    something that the manifest could not hold.
+    `whole` reads the metadata from the pickle; it is called only if the manifest could not hold the
+    planner's or the storage's data.
 
     Raises:
-        CheckpointCorruptError: bytes that are no manifest, or a catalog that breaks a rule;
-            `offset` counts from the buffer's start.
+        CheckpointCorruptError: the bytes are not a manifest, or the catalog breaks a rule; `offset`
+            counts from the buffer's start.
     """
     header, start = _header(buffer, limit)
     columns, end = _columns(buffer, start, _checked_counts(header, len(buffer)))
@@ -228,7 +228,8 @@ def _property_names(properties: TensorProperties) -> list[Any]:
 
 
 def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]]:
-    """The distinct descriptors, and for each chunk their position or -1; no column without any."""
+    """The distinct descriptors, and for each chunk their position or -1; no column if there are
+    none."""
     known: dict[tuple[str, ...], int] = {}
     column = np.full(len(places.file) if places.transforms else 0, -1, dtype=np.int32)
     for row, descriptors in places.transforms.items():
@@ -237,7 +238,8 @@ def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]
 
 
 def _encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
-    """Data of planner and storage, each as [how, value]; the columns of the planner's paths."""
+    """The data of planner and storage, each as [how, value], and the columns of the planner's
+    paths."""
     packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
     said = {
         "planner_data": [_IN_PICKLE if packed is None else _PATHS],
@@ -265,7 +267,7 @@ def _told_storage(meta: StorageMeta | None) -> list[Any]:
 
 
 def _is_text(value: object) -> bool:
-    """None, or a string that survives JSON, which joins the halves of a surrogate pair."""
+    """None, or a string that survives JSON (which joins the halves of a surrogate pair)."""
     return value is None or (type(value) is str and json.loads(json.dumps(value)) == value)
 
 
@@ -316,7 +318,7 @@ def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
 
 
 def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> tuple[Columns, int]:
-    """The columns where the counts say they are, and where they end."""
+    """The columns, at the offsets that follow from the counts, and where they end."""
     found: dict[str, NDArray[Any]] = {}
     at = start
     for name, kind, rows, width in _COLUMNS:

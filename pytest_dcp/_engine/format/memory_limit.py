@@ -1,15 +1,15 @@
 """How much memory the description of a checkpoint may take while it is read. Pure (no I/O).
 
 A description says where tensors lie: `.metadata`, the header of a safetensors file, the index of a
-Hugging Face folder. Neither its size nor that of a compressed value shows the memory needed: a
-sparse file of 2 GiB occupies a few blocks, 3 bytes of JSON make a list of 64, 1 KiB of zstd is 1
-MiB. So the memory is estimated before it is taken, and compared with the bytes that are really
-stored:
+Hugging Face folder. Neither its size nor that of a compressed value shows how much memory reading
+it takes: a sparse file of 2 GiB occupies a few blocks, 3 bytes of JSON make a list of 64 bytes, 1
+KiB of zstd expands to 1 MiB. So the memory is estimated before it is allocated, and compared with
+the bytes that are really stored:
 
     limit = 64 MiB + 20 bytes for each byte stored
 
-Honest descriptions take 1 byte (a manifest) to 11 (safetensors headers of scalars) for each of
-their own. `max_decoded_bytes` of the storage reader raises the limit.
+Honest descriptions take 1 byte (a manifest) to 11 bytes (safetensors headers of scalars) of memory
+per byte stored. `max_decoded_bytes` of the storage reader raises the limit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MemoryLimit:
             )
 
     def of(self, stored_bytes: int) -> int:
-        """The limit for a description that occupies this many bytes where it is stored."""
+        """The limit for a description that occupies this many bytes of storage."""
         if self.at_most_bytes is not None:
             return self.at_most_bytes
         return FREE_BYTES + BYTES_PER_STORED_BYTE * stored_bytes
@@ -58,11 +58,12 @@ DEFAULT_LIMIT = MemoryLimit()
 
 
 def estimate_json_bytes(text: bytes | memoryview) -> int:
-    """About what `json.loads` takes for this text at most, by the tokens that make objects.
+    """An upper estimate of the memory that `json.loads` takes for this text, from the tokens that
+    make objects.
 
     Sizes are those of CPython on 64 bits: a list of one item takes 88 bytes, a dict of one 232, a
     string 49 and its characters, an int 28 to 32, and each a slot of 8 in its container. Tokens
-    within strings count, too: names with many brackets or commas are estimated too high.
+    within strings count too, so names with many brackets or commas are overestimated.
     """
     count = bytes(text).count
     lists, dicts, pairs = count(b"["), count(b"{"), count(b":")

@@ -2,18 +2,19 @@
 
 Enters and leaves: a catalog and the file's bytes:
 
-    pickle    what torch reads; `pickle.load` stops at its end (see `metadata_pickle`)
+    pickle    for torch; `pickle.load` stops at its end (see `metadata_pickle`)
     zeros     up to the next multiple of 64
-    manifest  what the engine reads (see `manifest`)
+    manifest  for the engine (see `manifest`)
     trailer   48 bytes: magic, format version, CRC-32 of the manifest, the manifest's offset and
               length, the pickle's length and CRC-32, CRC-32 of the trailer up to here
 
 All numbers are little-endian. Both parts are in one file, so one rename publishes both and they can
-never be of two saves. A file without a trailer is torch's: its pickle is read, by the engine's own
-reader. Two things tell it from a file of ours that lost its end: ours says within its first bytes
-that a manifest follows, and torch's ends with STOP.
+never be from two saves. A file without a trailer is torch's: the engine's own reader reads its
+pickle. Two things distinguish it from a file of ours that lost its end: ours says within its first
+bytes that a manifest follows, and torch's ends with STOP.
 
-`decode` vouches for every byte but the pickle's, which it does not look at; `verify_pickle` does.
+`decode` checks every byte except the pickle's, which it does not read; `verify_pickle` checks
+those.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPend\n"
-"""Like PNG's: not text, and damaged by any conversion of line ends."""
+"""Like PNG's: it is not text, and any conversion of line ends damages it."""
 FORMAT_VERSION = 1
 _BODY = struct.Struct("<8sIIQQQI")
 _CRC = struct.Struct("<I")
@@ -65,7 +66,7 @@ class _Trailer:
 
 
 def encode(catalog: Catalog) -> list[bytes]:
-    """The file's bytes, to be written one after the other."""
+    """The parts of the file, to be written one after the other."""
     columns = manifest.encode(catalog)
     stock = pickle_metadata(catalog)
     gap = bytes(-len(stock) % _ALIGNMENT)
@@ -107,16 +108,17 @@ def read(
     stored_bytes: int | None = None,
     limit: MemoryLimit = DEFAULT_LIMIT,
 ) -> Catalog:
-    """The catalog of a `.metadata` file of `size` bytes, of which `get(offset, nbytes)` gives some.
+    """The catalog of a `.metadata` file of `size` bytes; `get(offset, nbytes)` reads some of them.
 
-    As `decode`; of a file with a manifest the pickle, which is most of it, is not asked for. Memory
-    is taken only within `limit`. stored_bytes: the file's blocks on its disk; None: its size.
+    Like `decode`, but does not read the pickle, which is most of the file, if there is a manifest.
+    Allocates memory only within `limit`. stored_bytes: the size of the file's blocks on disk; None:
+    its size.
     """
     stored = size if stored_bytes is None else stored_bytes
     at = size - _TRAILER_BYTES
     tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
     if tail[: len(MAGIC)] != MAGIC:
-        # Before memory is taken for it: a sparse file of any size takes no room on a disk.
+        # Before memory is allocated for it: a sparse file of any size takes no room on disk.
         _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
         limit.check("a pickle", size, stored)
         return decode(get(0, size), limit)
@@ -134,12 +136,12 @@ def read(
 
 
 def verify_pickle(data: FileBytes) -> None:
-    """Nothing, once the pickle that torch reads is what was written.
+    """Check that the pickle for torch is the one that was written.
 
-    A file of torch has no sum for it.
+    A file written by torch has no checksum for it.
 
     Raises:
-        CheckpointCorruptError: it is not, or the trailer that says so is damaged.
+        CheckpointCorruptError: it differs, or the trailer with its checksum is damaged.
     """
     view = memoryview(data)
     trailer = _trailer(view)
@@ -164,14 +166,15 @@ def _decode_torchs(view: memoryview) -> Catalog:
                 f"expected chunks and places that fit together in torch's metadata, got "
                 f"{error!r:.200}"
             ) from error
-        # Its objects end here, a million of them, before the collector looks again.
+        # Its objects, up to a million, are freed here, before the garbage collector runs again.
         del metadata
     check_catalog(catalog)
     return catalog
 
 
 def _check_dimensions(metadata: Metadata) -> None:
-    """Nothing, once chunks have their tensor's number of dimensions: columns cannot tell later."""
+    """Check that chunks have their tensor's number of dimensions: the columns cannot show it
+    later."""
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
@@ -211,7 +214,7 @@ def _trailer_of(tail: memoryview, at: int) -> _Trailer:
 
 
 def _check_parts(trailer: _Trailer, at: int) -> None:
-    """Pickle, zeros, manifest and trailer are the whole file."""
+    """Check that pickle, zeros, manifest and trailer make up the whole file."""
     length, start = trailer.pickle_length, trailer.manifest_start
     follow = start == length + -length % _ALIGNMENT and start + trailer.manifest_length == at
     if not follow or start > at:

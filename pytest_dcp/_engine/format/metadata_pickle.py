@@ -3,15 +3,15 @@
 Enters: a catalog. Leaves: bytes of protocol 4 that any unpickler turns into the object
 that torch's own writer pickles, down to the instances' `__dict__`.
 
-How: the stock pickler writes the fields of `Metadata` once. Where `state_dict_metadata` belongs it
-gets a tuple of `_Words` instead: every class, key, name and property that is needed more than once,
-so that the pickler's own memo gives the number of each. The dict of fields stays open, the real
+How: the stock pickler writes the fields of `Metadata` once. As `state_dict_metadata` it gets a
+tuple of `_Words` instead: every class, key, name and property that is needed more than once, so
+that the pickler's own memo gives the number of each. The dict of fields stays open, the real
 mappings overwrite its values, and one BUILD ends it. Every chunk and every entry is a record:
-opcodes of a fixed length for a given number of dimensions, so that a column of numbers is written
-into all records in one stroke.
+opcodes of a fixed length for a given number of dimensions, so that one numpy operation writes a
+column of numbers into all records.
 
-The opcodes: CPython's Lib/pickletools.py. Beside those of torch's files only LONG_BINGET, GLOBAL
-and BININT, LONG1 for numbers of a fixed width.
+For the opcodes see CPython's Lib/pickletools.py. Besides the opcodes in torch's files, only
+LONG_BINGET, GLOBAL, and BININT and LONG1 for numbers of a fixed width are used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 MARK_OF_OURS = b"pytest_dcp: a manifest follows STOP"
-"""Comes within the first `MARK_WITHIN` bytes: distinguishes a truncated file of ours from one of
+"""Is within the first `MARK_WITHIN` bytes: distinguishes a truncated file of ours from one of
 torch.
 """
 MARK_WITHIN = 256
@@ -54,9 +54,9 @@ _OPEN = pickle.EMPTY_DICT + pickle.MARK
 _CLOSE = pickle.SETITEMS + pickle.BUILD
 _TUPLES = (pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 _BATCH = 1000
-"""Pairs that an unpickler keeps on its stack at a time, as the stock pickler has it."""
+"""Pairs that an unpickler keeps on its stack at a time, as with the stock pickler."""
 _BLOCK_BYTES = 1 << 18
-"""Of records that are filled at a time: they stay in the core's cache while numbers go in."""
+"""Bytes of records that are filled at a time: they stay in the core's cache meanwhile."""
 _CLASSES = (
     *(TensorStorageMetadata, BytesStorageMetadata, TensorProperties, ChunkStorageMetadata),
     *(MetadataIndex, _StorageInfo, torch.Size),
@@ -69,7 +69,7 @@ _KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """An opcode with a number that differs from record to record."""
+    """An opcode whose number differs from record to record."""
 
     opcode: bytes
     dtype: str
@@ -92,7 +92,7 @@ def pickle_metadata(catalog: Catalog) -> bytes:
 
 
 class _Words:
-    """The stock pickler's output, and the opcode that fetches each word of it."""
+    """The stock pickler's output, and the opcode that fetches each of its words."""
 
     def __init__(self, catalog: Catalog) -> None:
         index, places = catalog.index, catalog.places
@@ -124,7 +124,7 @@ class _Words:
         self.files = self.numbers(places.files)
 
     def number(self, word: object) -> int:
-        """The word's place in the memo, which goes by identity."""
+        """The word's index in the memo, which is keyed by identity."""
         return self._memo[id(word)][0]
 
     def numbers(self, words: Iterable[object]) -> NDArray[np.uint32]:
@@ -143,7 +143,7 @@ class _Words:
 
 
 def _head(fields: bytes) -> bytes:
-    """A `Metadata` and its fields, opened. MARK takes the place of STOP, so frames stay true."""
+    """A `Metadata` and its fields, opened. MARK replaces STOP, so that frame lengths stay right."""
     kind = f"{Metadata.__module__}\n{Metadata.__qualname__}\n".encode()
     start = len(pickle.PROTO) + 1
     return b"".join(
@@ -273,21 +273,21 @@ def _entry(
 
 
 def _size(words: _Words, table: Ints, ndim: int) -> list[_Part]:
-    """torch.Size of the row's first `ndim` numbers, as torch pickles it: called with a tuple."""
+    """torch.Size of the row's first `ndim` numbers, as torch pickles it: a call with a tuple."""
     numbers = [_ints(table[:, dim]) for dim in range(ndim)]
     mark, end = (b"", _TUPLES[ndim]) if ndim < len(_TUPLES) else (pickle.MARK, pickle.TUPLE)
     return [words(torch.Size) + mark, *numbers, end + pickle.TUPLE1 + pickle.REDUCE]
 
 
 def _ints(values: Ints) -> _Numbers:
-    """4 bytes a number where all fit, else 8."""
+    """4 bytes per number if all fit, else 8."""
     if not values.size or (values.max() < 1 << 31 and values.min() >= -(1 << 31)):
         return _Numbers(pickle.BININT, "<i4", values)
     return _Numbers(pickle.LONG1 + b"\x08", "<i8", values)
 
 
 class _Shelf:
-    """Records of every row, each kind of row filled in one go. Rows of a kind lie side by side."""
+    """Records of every row. Each kind of row is filled in one go, and its rows are adjacent."""
 
     def __init__(self, kinds: Ints, parts: Callable[[int, Rows], Sequence[_Part]]) -> None:
         at = np.arange(len(kinds))
@@ -300,12 +300,12 @@ class _Shelf:
             at[rows] = np.arange(count)
             table = _repeat_parts(parts(kind, rows), count)
             self._tables[kind], self._widths[kind] = table.reshape(-1).data, table.shape[1]
-        # Asked for row by row: lists answer sooner than arrays.
+        # Read row by row, for which lists are faster than arrays.
         self._kinds: list[int] = kinds.tolist()
         self._at: list[int] = at.tolist()
 
     def records(self, start: int, stop: int) -> memoryview:
-        """Those of rows start to stop - 1, which are of one kind."""
+        """The records of rows start to stop - 1, which must be of one kind."""
         if start == stop:
             return memoryview(b"")
         kind = self._kinds[start]

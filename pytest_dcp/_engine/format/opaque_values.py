@@ -1,9 +1,9 @@
 """The entry of a wrapper subclass or a quantised tensor -> into the tensor that is loaded to.
 
-Nothing of the checkpoint's classes is imported or run: the target says by `__tensor_flatten__`
-which inner tensors it has, and each gets the values that the entry has for it. The entry's other
-attributes of the tensor must equal the target's. First everything is compared, for which the bytes
-of the tensors are not needed, then everything is made, then copied.
+The checkpoint's classes are neither imported nor run: the target lists its inner tensors by
+`__tensor_flatten__`, and each gets the values that the entry has for it. The tensor's other
+attributes in the entry must equal the target's. First everything is compared, which does not need
+the bytes of the tensors; then all tensors are made; then they are copied.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def prepare_opaque(
 def check_wrapper(fqn: str, target: torch.Tensor, stored: OpaqueWrapper) -> list[Copy]:
     """The copies from a wrapper that torch wrote into the tensors within the target.
 
-    The target may be of another class, if the tensors within it have the same names. Raises
+    The target may be of another class if its inner tensors have the same names. Raises
     CheckpointMismatchError, naming the key, if the stored wrapper does not fit.
     """
     return _copies(fqn, target, stored, same_class=False)
 
 
 def fill_wrapper(copies: Sequence[Copy], entry: bytes | memoryview) -> None:
-    """Copy the tensors of a whole entry to where `check_wrapper` found that they belong.
+    """Copy the tensors of a whole entry to the places that `check_wrapper` found.
 
     Raises CheckpointCorruptError, before anything is copied, for a damaged entry.
     """
@@ -150,7 +150,7 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
         there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
         raise _mismatch(fqn, there, _describe(target))
     for name in stored.inner().keys() - set(names):
-        # Kept by the class beside the attributes that count, or else lost.
+        # The class keeps it besides the attributes that are compared, or it is lost.
         if not isinstance(getattr(target, name, None), torch.Tensor):
             raise _mismatch(f"{fqn}.{name}", "a tensor", "no tensor of this name")
     copies: list[Copy] = []
@@ -190,7 +190,7 @@ def _scales_of(stored: QuantisedPickle) -> tuple[Any, ...]:
             if 0 <= axis < len(shape) and len(sizes) == 1:
                 return stored.parameters
     raise CheckpointCorruptError(
-        f"expected scales that belong to a quantised tensor of size {shape}, got "
+        f"expected scales for a quantised tensor of size {shape}, got "
         f"{stored.scheme} with {stored.parameters!r:.200}"
     )
 

@@ -1,11 +1,11 @@
-"""The default planner's paths (`planner_data`) in a few bytes a key. Pure (no I/O).
+"""The default planner's paths (`planner_data`) in a few bytes per key. Pure (no I/O).
 
 The default planner keeps, for each flat name, the keys that lead to the value: strings, and
 positions in lists as ints. The name is the path's parts joined with dots, so the name and the
 path's **form** rebuild it: for each part how many of the name's dot-separated words it takes, or -1
 for an int. A thousand keys have a handful of forms. Paths that do not join to their name are kept
-in full. Beside them stands the description of their containers (`plan.containers`), if any; files
-of versions that had none lack it.
+in full. With them goes the description of their containers (`plan.containers`), if any; files of
+older versions lack it.
 
 `PathTable` looks like the dict it stands for and makes each path when it is asked for.
 """
@@ -27,7 +27,8 @@ from pytest_dcp.errors import CheckpointCorruptError
 
 Path = tuple[str | int, ...]
 Form = tuple[int, ...]
-"""Words that each part of a path takes of the name, at least 1; -1: one word that is an int."""
+"""How many words of the name each part of the path takes, at least 1; -1: one word that is an
+int."""
 _NO_PATH = -1
 _TEXT = frozenset((str,))
 
@@ -47,13 +48,13 @@ class PathTable(LazyDict[str, Path]):
     ) -> None:
         """form_of: (n,) positions in `forms`; -1: the name is in `extra` or has no path.
 
-        description: of the containers that the paths lead through, where there is more to say.
+        description: of the containers that the paths lead through, if the paths do not say it all.
         """
         super().__init__()
         self.fqns, self.form_of, self.forms, self.extra = fqns, form_of, forms, extra
         self.description = description
         self._row_of: dict[str, int] | None = None
-        # json takes a dict for empty that has nothing in its own memory.
+        # json treats a dict subclass as empty if its own storage is empty.
         for row in np.flatnonzero(form_of >= 0)[:1].tolist():
             dict.__setitem__(self, fqns[row], self._path(row))
         for fqn in islice(extra, 1):
@@ -80,7 +81,7 @@ class PathTable(LazyDict[str, Path]):
 
 
 def path_of(fqn: str, form: Form) -> Path:
-    """The path of this form that joins to the name. Raises ValueError where there is none."""
+    """The path of this form that joins to the name. Raises ValueError if there is none."""
     words = fqn.split(".")
     if sum(map(abs, form)) != len(words):
         raise ValueError(f"expected a form of {len(words)} words for {fqn!r}, got {form}")
@@ -102,7 +103,7 @@ def _int_of(word: str) -> int:
 
 
 def form_of(fqn: str, path: Path) -> Form | None:
-    """The form that rebuilds the path from the name, or None where none does."""
+    """The form that rebuilds the path from the name, or None if there is none."""
     if len(path) == 1 and path[0] == fqn:
         return (fqn.count(".") + 1,)
     if not path or ".".join(map(str, path)) != fqn:
@@ -111,7 +112,7 @@ def form_of(fqn: str, path: Path) -> Form | None:
 
 
 def pack_paths(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], bytes] | None:
-    """The form of each name and a JSON text of the rest, or None where these are no plain paths."""
+    """The form of each name and a JSON text of the rest, or None if these are not plain paths."""
     if type(planner_data) not in (dict, PathTable, DescribedPaths):
         return None
     paths = dict(planner_data)  # type: ignore[call-overload]  # one of the two mappings above
@@ -148,7 +149,7 @@ def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
     """The paths of `pack_paths`.
 
     Raises:
-        CheckpointCorruptError: a form that does not fit its name, or paths that are none.
+        CheckpointCorruptError: a form does not fit its name, or the bytes are not paths.
     """
     try:
         told = json.loads(text)

@@ -1,9 +1,9 @@
 """Python values as entries, and back.
 
 A value is stored as `torch.save` stores it: an archive whose data.pkl is its pickle. Plain values
-are written without torch's machinery, the others by `torch.save`. All are read by the engine's own
-reader, whose memory and time are in proportion to the entry; unknown values go to `torch.load` only
-if the caller trusts the checkpoint.
+are written without torch's machinery, the others by `torch.save`. The engine's own reader reads all
+of them, with memory and time in proportion to the entry; it passes unknown values to `torch.load`
+only if the caller trusts the checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INERT_LEAVES = frozenset(
 )
 DEPTH = 16
 MANY = 1000
-"""Items of a container beyond which its parts are not looked at one by one."""
+"""Containers with more items than this are not inspected item by item."""
 
 
 def encode_value(value: Any) -> bytes:
@@ -54,9 +54,9 @@ def encode_value(value: Any) -> bytes:
 def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
     """The value of an entry.
 
-    Raises CheckpointCorruptError where the bytes are no entry, and UntrustedPickleError where it
-    holds more than plain and inert values, tensors, and classes that the user has allowed, and
-    `weights_only` is not switched off.
+    Raises CheckpointCorruptError if the bytes are not an entry, and UntrustedPickleError if the
+    entry holds more than plain and inert values, tensors, and classes that the user has allowed,
+    unless `weights_only` is False.
     """
     read = records_of(entry)
     try:
@@ -73,12 +73,12 @@ def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any
             "allow the class with torch.serialization.add_safe_globals"
         ) from unknown
     except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as e:
-        # Errors of torch, numpy or an allowed class for arguments of the right types.
+        # Errors that torch, numpy or an allowed class raises for arguments of the right types.
         raise CheckpointCorruptError(f"the value cannot be made: {e!r:.200}") from e
 
 
 def refusal_of(value: Any, entry: bytes) -> str | None:
-    """Why a load will refuse, by default, the value of this entry; None where it will not."""
+    """Why a load will by default refuse the value of this entry; None if it will not."""
     if inert(value):
         return None
     try:
@@ -89,13 +89,13 @@ def refusal_of(value: Any, entry: bytes) -> str | None:
 
 
 def inert(value: Any, depth: int = DEPTH) -> bool:
-    """Whether the value is made of what is sure to be read, so that no trial is needed."""
+    """Whether the value has only parts that are sure to be readable, so that no trial is needed."""
     kind = type(value)
     if kind in LEAVES or kind in INERT_LEAVES:
         return True
     if kind is np.ndarray:
         return value.dtype.kind in "biufcSU"
-    if is_opaque(value):  # A load fills one that is there.
+    if is_opaque(value):  # A load fills an existing one.
         return True
     if kind in PLAIN_TENSORS:
         return value.layout is torch.strided and not value.is_quantized
@@ -107,7 +107,7 @@ def inert(value: Any, depth: int = DEPTH) -> bool:
 
 
 def plain(value: Any, depth: int = DEPTH) -> bool:
-    """Whether the value is made of what `read_value` reads."""
+    """Whether the value has only parts that `read_value` reads."""
     kind = type(value)
     if kind in LEAVES:
         return True

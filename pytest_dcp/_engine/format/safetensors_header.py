@@ -5,8 +5,8 @@ tensor's dtype, shape and place, and the data without gaps, row-major and little
 (https://github.com/huggingface/safetensors#format). torch adds, under `DCP_SHARDING_INFO`, where in
 the full tensor each stored part begins; the engine adds the full size there.
 
-Pure (no I/O). `decode` trusts nothing that enters: anything that does not fit raises
-CheckpointCorruptError, and no memory is taken for a number that a file states.
+Pure (no I/O). `decode` does not trust its input: anything that does not fit raises
+CheckpointCorruptError, and no memory is allocated because of a number in the file.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ METADATA_KEY = "__metadata__"
 SHARDING_KEY = "DCP_SHARDING_INFO"
 OFFSETS_KEY = "saved_offsets"
 SIZE_KEY = "full_size"
-"""Ours, beside torch's `saved_offsets`: a missing last part is then a gap, not a smaller tensor."""
+"""Ours, besides torch's `saved_offsets`: it shows a missing last part as a gap, not as a smaller
+tensor."""
 FQN_KEY = "fqn"
-"""Ours: the tensor that a part belongs to, where it could not have that name in the file."""
+"""Ours: the tensor of a part that could not have the tensor's name in the file."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit (MAX_HEADER_SIZE of its implementation)."""
 LENGTH_BYTES = 8
 ALIGNMENT = 64
-"""Of the first tensor's data; the format asks for 8 at most, vector loads like 64."""
+"""Alignment of the first tensor's data; the format asks for at most 8, vector loads prefer 64."""
 MAX_DIMS = 64
 MAX_TENSOR_BYTES = 1 << 62
 """As of `format.catalog_checks`: every number derived from a tensor's place fits int64."""
@@ -61,7 +62,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""The format's dtypes whose elements are whole bytes; F4 and the F6 kinds are not among them."""
+"""The format's dtypes whose elements are whole bytes, so not F4 and the F6 kinds."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -112,7 +113,7 @@ def place_tensors(kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 def encode(tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a file up to its data, a multiple of 64.
 
-    Raises ValueError for names that are twice there or reserved, and for too many of them.
+    Raises ValueError for duplicate or reserved names, and for too many names.
     """
     header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for tensor in tensors:
@@ -136,7 +137,7 @@ def encode(tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> byte
 def header_length(head: bytes | memoryview, file_bytes: int) -> int:
     """Bytes of JSON that follow a file's first eight bytes.
 
-    Raises CheckpointCorruptError where the file, or the format, has no room for as many.
+    Raises CheckpointCorruptError if the file is too short for them, or the format's limit too low.
     """
     if len(head) < LENGTH_BYTES:
         raise CheckpointCorruptError(
@@ -203,7 +204,7 @@ def _tensor(name: str, description: Any, data_start: int) -> StoredTensor:
     if not counts(offsets) or len(offsets) != 2:
         fail("two data_offsets of 0 or more")
     tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), offsets[0])
-    # An empty side must not let the others grow: torch's strides are their products.
+    # An empty dimension must not hide huge other ones: torch's strides are their products.
     if math.prod(max(side, 1) for side in shape) * tensor.dtype.itemsize > MAX_TENSOR_BYTES:
         fail(f"a tensor of at most {MAX_TENSOR_BYTES} bytes")
     if offsets[1] - offsets[0] != tensor.nbytes:
@@ -223,7 +224,7 @@ def counts(value: Any) -> bool:
 def parse_json(
     text: bytes | memoryview | str, what: str, limit: MemoryLimit = DEFAULT_LIMIT
 ) -> dict[str, Any]:
-    """A JSON object in which nothing is named twice, read within the limit of memory.
+    """A JSON object without duplicate names, read within the memory limit.
 
     Raises CheckpointCorruptError.
     """
@@ -254,7 +255,8 @@ def parse_json(
 
 
 def unique_names(names: Mapping[int, str]) -> dict[int, str]:
-    """The names with a number behind each that is there already: parts of one tensor share one."""
+    """The names, each with a number appended if it is taken already: parts of one tensor share a
+    name."""
     taken = set(names.values())
     seen: set[str] = set()
     unique: dict[int, str] = {}

@@ -1,10 +1,10 @@
-"""A whole state dict as `torch.save` writes it, its tensors' bytes left to be filled in.
+"""A whole state dict as `torch.save` writes it, with the tensors' bytes to be filled in.
 
 The archive begins with a record for each tensor, so that their places are known before anything is
-read; the pickle, which holds the values too, comes after them. A reader finds records by name, so
-the order is ours to choose.
+read; the pickle, which also holds the values, comes after them. A reader finds records by name, so
+we can choose the order.
 
-Life of a file: `place_tensors` says where each tensor's bytes go; somebody puts them there;
+How a file is made: `place_tensors` says where each tensor's bytes go; the caller writes them there;
 `close_archive`, given their CRCs and the pickle, gives all the other bytes. Pure (no I/O).
 """
 
@@ -31,7 +31,7 @@ class TensorPlace:
     """Where the bytes of a storage lie in the file."""
 
     key: str
-    """Of the storage, in the pickle: the record is `data/{key}`."""
+    """The storage's key in the pickle: the record is `data/{key}`."""
     offset: int
     """Bytes from the file's start, a multiple of 64."""
     nbytes: int
@@ -65,7 +65,7 @@ def close_archive(
     pickled: bytes,
     others: Mapping[str, bytes | memoryview],
 ) -> list[ArchivePiece]:
-    """All bytes of the archive but those of the placed storages.
+    """All bytes of the archive except those of the placed storages.
 
     crcs: CRC-32 of each placed storage.
     others: the further storages that the pickle refers to, by key.
@@ -99,7 +99,7 @@ def close_archive(
 def pickle_state_dict(
     state_dict: object, key_of: Callable[[torch.UntypedStorage], str | None]
 ) -> tuple[bytes, dict[str, torch.UntypedStorage]]:
-    """The pickle of a state dict, and the storages that it refers to beside the placed ones.
+    """The pickle of a state dict, and the storages that it refers to besides the placed ones.
 
     key_of: the key of a placed storage; None for any other.
     """

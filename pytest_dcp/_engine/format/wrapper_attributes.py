@@ -1,6 +1,4 @@
-"""Attributes of a wrapper beside its inner tensors: stored ones against the target's. Pure (no
-I/O).
-"""
+"""Compares a wrapper's attributes other than its inner tensors with the target's. Pure (no I/O)."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 from pytest_dcp.errors import CheckpointMismatchError
 
 SAYS = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
-"""Attributes that are compared; tuples and lists of them too."""
+"""Types of attributes that are compared; tuples and lists of them are compared too."""
 
 
 def require_same_attributes(

@@ -37,7 +37,7 @@ class Written:
     transforms: tuple[str, ...] = ()
     """Descriptors, the same for every row."""
     own_transforms: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """The descriptors of the rows that have others."""
+    """The descriptors of the rows that have different ones."""
 
     def descriptors(self, row: int) -> tuple[str, ...]:
         """Transforms that a reader must undo for the row's entry, in that order."""
@@ -117,7 +117,7 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
 def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:
     """The places of an index's chunks, from what every rank wrote.
 
-    Raises PlanError when something was written that the index does not have, or written twice.
+    Raises PlanError if an item was written that the index does not have, or was written twice.
     """
     places = EntryPlaces.nowhere(len(index.offset))
     counts = np.zeros(len(index.offset), dtype=np.int64)
@@ -163,7 +163,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPl
 
 
 def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:
-    """As `places_of`; raises PlanError also when something of the index was written by no rank."""
+    """Like `places_of`; also raises PlanError if no rank wrote some chunk of the index."""
     places = places_of(index, results)
     unwritten = np.flatnonzero(places.file < 0)
     if len(unwritten):
@@ -177,7 +177,7 @@ def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> E
 def places_and_more(
     index: Index, results: Sequence[Sequence[WriteResult]]
 ) -> tuple[EntryPlaces, dict[MetadataIndex, Any]]:
-    """As `whole_places_of`, and the places of what was written that the index lacks, by key."""
+    """Like `whole_places_of`; also the places of written items that the index lacks, by key."""
     try:
         return whole_places_of(index, results), {}
     except PlanError:
@@ -191,7 +191,7 @@ def places_and_more(
 
 
 def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:
-    """The index's rows of what was written; by their hints where those are right."""
+    """The index's rows of the written items; by their hints where those are right."""
     items = part.items
     if isinstance(items, WriteItems) and len(index.offset):
         key = np.array([index.row_of.get(fqn, -1) for fqn in items.fqns], dtype=np.int64)
@@ -212,7 +212,7 @@ def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, in
 
 
 def _columns_of(results: Sequence[WriteResult]) -> list[WriteResults]:
-    """The results as columns, those of entries with the same transforms together."""
+    """The results as columns, grouped by the transforms of their entries."""
     if isinstance(results, WriteResults) and results.is_untouched():
         return [results]
     alike: dict[tuple[str, ...], list[WriteResult]] = {}
@@ -223,7 +223,7 @@ def _columns_of(results: Sequence[WriteResult]) -> list[WriteResults]:
 
 
 def _of_objects(results: Sequence[WriteResult], descriptors: tuple[str, ...]) -> WriteResults:
-    """Columns of what another storage's code returned with `_StorageInfo` places."""
+    """Columns of the results that another storage's code returned with `_StorageInfo` places."""
     infos: list[_StorageInfo] = [result.storage_data for result in results]
     files: dict[str, int] = {}
     none = np.full(len(infos), -1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The zip format as entries use it, and its reading: an entry's bytes -> its records, checked.
+"""Reads the zip format as entries use it: an entry's bytes -> its records, checked.
 
 The format is APPNOTE.TXT 6.3.10 of PKWARE, without compression, encryption, parts or comments.
 
@@ -6,9 +6,10 @@ Rules inside:
 
 - Everything in an entry is untrusted. Each offset and length is checked against the entry before
   use, and no more is read than the entry holds or a limit allows.
-- An archive is wholly explained or refused: its records, its directory and the end records fill it
-  from the first byte to the last without a gap or an overlap, and what is written twice agrees.
-- What is wrong raises `CheckpointCorruptError` with the offset from the entry's start.
+- An archive is fully accounted for or refused: its records, its directory and the end records fill
+  it from the first byte to the last without a gap or an overlap, and facts that are stored twice
+  agree.
+- Damage raises `CheckpointCorruptError` with the offset from the entry's start.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ class Directory:
     records: Mapping[str, ZipRecord]
     """By name, without the archive's name in front."""
     has_crcs: bool
-    """False when the archive was written without CRCs: then every one is 0."""
+    """False if the archive was written without CRCs: then every CRC is 0."""
 
     def record(self, name: str) -> ZipRecord:
-        """The record of that name, or `CheckpointCorruptError` when there is none."""
+        """The record of that name; raises `CheckpointCorruptError` if there is none."""
         found = self.records.get(name)
         if found is None:
             names = ", ".join(repr(known[:64]) for known in list(self.records)[:8])
@@ -92,9 +93,10 @@ class Directory:
 
 
 class Source:
-    """An entry's bytes, few reads: a small one is widened, and what was read is kept.
+    """An entry's bytes, in few reads: small reads are widened, and the bytes read are kept.
 
-    `read(offset, n)` gives n bytes from the entry's start; fewer mean that the file ends too soon.
+    `read(offset, n)` gives n bytes at an offset from the entry's start; fewer mean that the file
+    ends too soon.
     """
 
     def __init__(self, read: Callable[[int, int], bytes | memoryview], length: int) -> None:
@@ -107,7 +109,7 @@ class Source:
             self._fetch(0, length)
 
     def get(self, offset: int, nbytes: int, what: str) -> bytes | memoryview:
-        """Exactly these bytes, or `CheckpointCorruptError` when the entry does not hold them."""
+        """Exactly these bytes; raises `CheckpointCorruptError` if the entry does not hold them."""
         if offset < 0 or offset + nbytes > self.length:
             raise corrupt(
                 f"expected {what} of {nbytes} bytes, the entry has {self.length}", max(offset, 0)
@@ -129,8 +131,8 @@ class Source:
 def read_directory(source: Source, limit: int) -> Directory:
     """The archive's records, from a directory of at most `limit` bytes.
 
-    They are checked to lie one after the other from the entry's start to the directory, as far as
-    the directory shows; `content_offset` checks the rest for a record that is used.
+    Checks that they lie one after the other from the entry's start to the directory, as far as the
+    directory shows; `content_offset` checks the rest for a record that is used.
     """
     count, start, end = _find_directory(source)
     if end - start > limit:
@@ -152,7 +154,7 @@ def read_directory(source: Source, limit: int) -> Directory:
 
 
 def content(source: Source, directory: Directory, name: str, limit: int) -> bytes | memoryview:
-    """The content of a record of at most `limit` bytes, its CRC checked where there is one."""
+    """The content of a record of at most `limit` bytes; its CRC is checked if it has one."""
     record = directory.record(name)
     if record.nbytes > limit:
         raise corrupt(
@@ -289,7 +291,7 @@ def _in_order(found: list[ZipRecord], directory_at: int) -> list[ZipRecord]:
         raise corrupt("expected the first record at the entry's start", 0)
     for record, end in zip(found, ends, strict=True):
         if record.offset + LOCAL_HEADER.size + len(record.name) + record.nbytes > end:
-            raise corrupt(f"the record {record.name[:64]!r} overlaps what follows", record.offset)
+            raise corrupt(f"the record {record.name[:64]!r} overlaps the next part", record.offset)
     # Not `replace`, which takes longer than all the rest of a small entry's directory.
     return [
         ZipRecord(r.offset, r.name, r.flags, r.crc, r.nbytes, end)

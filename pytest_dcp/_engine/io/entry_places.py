@@ -1,6 +1,6 @@
 """Where the data of entries begins, if the catalog does not say: entries written by torch.
 
-This takes one small read per entry: if the bytes are those that our own writer puts before the
+This takes one small read per entry: if the bytes are the ones that our own writer puts before the
 data, the data follows. Otherwise the entry's directory is parsed.
 
 Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, one with

@@ -1,15 +1,14 @@
-"""Reads the pickles of a checkpoint without trusting them: no code of theirs runs, nothing is
-imported.
+"""Reads the pickles of a checkpoint without trusting them: runs none of their code, and imports
+nothing.
 
 Enters: bytes. Leaves: torch's metadata objects, the description of a tensor, or a plain
 value, equal to what `pickle.load` gives. Anything else leaves as `CheckpointCorruptError`: as its
-subclass `UntrustedPickleError` where a pickle asks for more than data needs, and as that one's
-subclass `UnknownGlobalError` where it is well made but holds what this reader does not know.
+subclass `UntrustedPickleError` if a pickle asks for more than data needs, and as the latter's
+subclass `UnknownGlobalError` if it is well formed but holds objects that this reader does not know.
 `offset` counts from the start of the bytes.
 
-Time and memory are proportional to the input: at most 200 bytes of memory for a byte of it.
-
-Containers may be shared within what `read_value` returns and within planner_data, as in any pickle;
+Time and memory are proportional to the input: at most 200 bytes of memory per byte. Containers may
+be shared within a value that `read_value` returns and within planner_data, as in any pickle;
 `check_plain` bounds how deep and how large that makes them. In Metadata sizes, chunks, even whole
 entries may be shared, so change no object in place.
 """
@@ -49,7 +48,7 @@ __all__ = [
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 SHOWN = 20
-"""Classes that the log names."""
+"""How many classes the log names."""
 _INT64_BOUND = 1 << 63
 # Storage classes by dtype: torch/storage.py, _dtype_to_storage_type_map, without the quantized
 # ones, whose tensors carry scales that a TensorPickle has no place for.
@@ -90,15 +89,15 @@ class TensorPickle:
 def read_metadata(data: bytes | memoryview, *, to_the_end: bool = False) -> Metadata:
     """The Metadata in a `.metadata` file of torch 2.0 to 2.13.
 
-    to_the_end: whether the pickle must be all of it; otherwise further bytes are not read.
+    to_the_end: whether the pickle must be the whole file; otherwise further bytes are not read.
 
     Raises:
-        CheckpointCorruptError: the pickle, or a field, is not what it should be; names the field.
+        CheckpointCorruptError: the pickle or a field is malformed; names the field.
     """
     # Outside of a handler, which would keep the first attempt's objects alive.
     with contextlib.suppress(CheckpointCorruptError):
         return _read_metadata(data, METADATA, to_the_end)
-    # Opcode by opcode it may be read after all, or what is wrong is known to the byte.
+    # Opcode by opcode it may be readable after all; if not, the error names the byte.
     return _read_metadata(data, STEPWISE, to_the_end)
 
 
@@ -119,8 +118,8 @@ def read_value(data: bytes | memoryview) -> object:
     dtypes.
 
     Raises:
-        UnknownGlobalError: it holds something else, tensors for one.
-        CheckpointCorruptError: the pickle is malformed or made to exhaust its reader.
+        UnknownGlobalError: it holds something else, for example tensors. CheckpointCorruptError:
+        the pickle is malformed or made to exhaust its reader.
     """
     value: object = run(data, PLAIN)
     check_plain(value, "the value")
@@ -199,8 +198,7 @@ def _rebuild_parameter(_: PickleMachine, args: tuple[Any, ...]) -> TensorPickle:
 
 
 def _check_extras(hooks: object, metadata: object = None) -> None:
-    """Nothing for a tensor without hooks and without the bits (conjugate, negative) metadata
-    holds."""
+    """Refuse a tensor with hooks, or with bits in its metadata (conjugate, negative)."""
     if type(hooks) is not OrderedDict or hooks or (metadata is not None and metadata != {}):
         raise UnknownGlobalError(
             "expected a tensor without hooks, conjugate or negative bit, got one with them"
@@ -220,7 +218,7 @@ def describe_tensor(
     """A tensor over a storage, from its offset, shape, stride and requires_grad, all unchecked.
 
     Raises:
-        CheckpointCorruptError: they are none, or reach beyond the storage.
+        CheckpointCorruptError: they are malformed, or reach beyond the storage.
     """
     offset, shape, stride, requires_grad = facts
     if type(requires_grad) is not bool:
@@ -290,5 +288,5 @@ _TENSOR = Vocabulary(globals=dict(_tensor_globals()), build={}, persistent=load_
 
 
 def tensor_vocabulary() -> Vocabulary:
-    """Globals that the pickle of a tensor's entry may name: for readers that support more."""
+    """Globals that the pickle of a tensor's entry may name, for readers that support more."""
     return _TENSOR

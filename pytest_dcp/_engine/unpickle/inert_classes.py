@@ -1,11 +1,10 @@
 """Inert values of numpy and of the standard library, as a pickle may make them.
 
 Enters: the arguments of calls that a pickle asks for, unchecked. Leaves: arrays and
-scalars of plain dtypes, dates, paths, decimals, byte streams and similar: values whose making and
-whose use run no code that the file chose. Each is made here, by a function that has checked the
-arguments' types and paid for their length; nothing is looked up by name.
-
-The forms are those that CPython 3.10 to 3.14 and numpy 1 and 2 write at protocol 2.
+scalars of plain dtypes, dates, paths, decimals, byte streams and similar: values that can be made
+and used without running code that the file chose. Each is made here, by a function that has checked
+the arguments' types and charged for their length; nothing is looked up by name. CPython 3.10 to
+3.14 and numpy 1 and 2 write these forms at protocol 2.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _refusal(expected: str, args: object) -> UnknownGlobalError:
 
 
 def _dtype(_: PickleMachine, args: _Args) -> np.dtype[Any]:
-    """`numpy.dtype(text, align, copy)`: an object of its own, whose state follows."""
+    """`numpy.dtype(text, align, copy)`: a new object, whose state follows."""
     text = args[0] if args else None
     if type(text) is not str or not 2 <= len(text) <= 12 or text[0] not in _PLAIN_KINDS:
         raise _refusal("a plain dtype of numpy", args)
@@ -64,7 +63,7 @@ def _dtype(_: PickleMachine, args: _Args) -> np.dtype[Any]:
 def _build_dtype(target: Any, state: object) -> None:
     """The byte order, and the unit of a moment: (version, order, None, None, None, ...).
 
-    The state that is set is numpy's own for that order and unit, so that no size can change.
+    Sets numpy's own state for that order and unit, so that no size can change.
     """
     if type(state) is not tuple or not 8 <= len(state) <= 9 or state[2:5] != (None, None, None):
         raise _refusal("a plain dtype of numpy", state)
@@ -87,7 +86,7 @@ def _unit(state: _Args) -> str:
 
 
 def _reconstruct(machine: PickleMachine, args: _Args) -> np.ndarray[Any, Any]:
-    """`_reconstruct(numpy.ndarray, (0,), b'b')`: an empty array, to be filled by its state."""
+    """`_reconstruct(numpy.ndarray, (0,), b'b')`: an empty array, which its state fills."""
     if len(args) != 3 or args[0] is not _NDARRAY or args[1] != (0,) or args[2] != b"b":
         raise _refusal("a plain array of numpy", args)
     machine.charge(_ARRAY_COST)
@@ -325,7 +324,7 @@ def _simple_namespace(_: PickleMachine, args: _Args) -> types.SimpleNamespace:
 
 
 def inert_globals() -> Iterator[tuple[tuple[str, str], object]]:
-    """(module, name) and what it stands for."""
+    """Each (module, name) and its meaning."""
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         yield (module, "_reconstruct"), Callee("numpy's _reconstruct", _reconstruct)
         yield (module, "scalar"), Callee("numpy's scalar", _scalar)

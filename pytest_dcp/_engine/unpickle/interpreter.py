@@ -30,15 +30,16 @@ def run(
 ) -> Any:
     """The object that the pickle at the start of `data` describes.
 
-    unread: where the names of classes go whose objects the vocabulary keeps aside.
+    unread: receives the names of classes whose objects the vocabulary does not read.
     to_the_end: whether the pickle must be all of `data`.
-    copy: False works on a memoryview as it is, of bytes that nothing changes meanwhile. A copy is
-        faster to go through opcode by opcode; a view saves the memory where the values are large.
+    copy: False works on the memoryview itself, whose bytes must not change meanwhile. A copy is
+        faster to read opcode by opcode; a view saves memory if the values are large.
 
-    The cyclic garbage collector rests meanwhile: it would look at every new object many times over.
+    The cyclic garbage collector is off meanwhile: it would visit every new object many times.
 
     Raises:
-        CheckpointCorruptError: and its subclasses, as the module says; `offset` is the opcode's.
+        CheckpointCorruptError: or a subclass, as the module docstring says; `offset` is the
+        opcode's.
     """
     machine = PickleMachine(bytes(data) if copy else data, vocabulary)
     with collector_paused():
@@ -49,7 +50,7 @@ def run(
 
 
 def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
-    """The loop: the opcodes that make nine tenths of a `.metadata` inline, the others by table.
+    """The loop: opcodes that make up nine tenths of a `.metadata` inline, the others by table.
 
     It is one function because a call for each opcode doubled its time. `stack` holds the objects
     after the last MARK, so that nothing reaches below it; `outer` holds the stacks of the MARKs
@@ -107,7 +108,7 @@ def _interpret(machine: PickleMachine, to_the_end: bool = False) -> Any:
                 refuse_opcode(op)
     except (IndexError, struct.error):
         raise CheckpointCorruptError(
-            "expected a whole pickle, got one that ends early or takes what it never stored",
+            "expected a whole pickle, got one that ends early or uses values it never stored",
             offset=start,
         ) from None
     except CheckpointCorruptError as error:

@@ -1,32 +1,32 @@
-"""A small interpreter of pickle opcodes that calls nothing but what its caller allows.
+"""A small interpreter of pickle opcodes that calls only the functions its caller allows.
 
-Enters: untrusted bytes, and a `Vocabulary`: the globals a pickle may name, and
-what each stands for. Leaves: the object at STOP (bytes behind it are not looked at), or
-`CheckpointCorruptError` for a malformed pickle, `UntrustedPickleError` for one that asks for too
-much, `UnknownGlobalError` for one that is well made but outside the vocabulary.
+Enters: untrusted bytes, and a `Vocabulary`: the globals that a pickle may name, and their meanings.
+Leaves: the object at STOP (bytes after it are not read), or `CheckpointCorruptError` for a
+malformed pickle, `UntrustedPickleError` for a pickle that asks for too much, `UnknownGlobalError`
+for a well-formed pickle outside the vocabulary.
 
 A pickle is a program for a stack machine: opcodes push values, join them to containers, name
-globals and call them. `opcodes` has the loop and the stack; the machine here keeps what the opcodes
-share: the memo, the budget, and what must be remembered of large containers. What a program can do
-is limited to
+globals and call them. `interpreter` has the loop and the stack; the machine here keeps the state
+that the opcodes share: the memo, the budget, and the hashes of keys in large containers. A program
+can use only
 
 - plain values and containers: numbers, text, bytes, None; list, dict, tuple, set, bytearray;
-- a global that the vocabulary has: it stands for a constant or a `Callee`. REDUCE and NEWOBJ on a
-  callee call the vocabulary's own function, which checks the arguments and makes a value of ours,
+- a global that the vocabulary has: its meaning is a constant or a `Callee`. REDUCE and NEWOBJ on a
+  callee call the vocabulary's own function, which checks the arguments and makes one of our values,
   or an instance of a class that the user has allowed;
 - BUILD on an object whose type the vocabulary has an entry for;
-- a persistent id (BINPERSID), where the vocabulary says what it stands for.
+- a persistent id (BINPERSID), if the vocabulary resolves it.
 
-Everything else is an error, or, in metadata, an `UnreadObject`: a note of the class's name in place
-of its object, so that one unknown attribute does not make a whole checkpoint unreadable.
+Everything else is an error, or, in metadata, an `UnreadObject`: it replaces the object by its
+class's name, so that one unknown attribute does not make a whole checkpoint unreadable.
 
 Budgets. A short pickle can ask for much: to copy one list again and again, or to hash keys that are
 all equal. So `charge` takes units of work out of a budget of `_BUDGET_PER_BYTE` for each byte of
 the input and `_BUDGET_BASE` besides. Picklers' own output stays below that; a bomb runs out of it.
 
-Assumes nothing of the bytes. Guarantees that no code of theirs runs, that nothing is imported, that
-time and memory are proportional to the input, and that what is returned equals what `pickle.load`
-would give, `UnreadObject`s aside.
+Assumes nothing about the bytes. Guarantees that none of their code runs, that nothing is imported,
+that time and memory are proportional to the input, and that the result equals that of
+`pickle.load`, `UnreadObject`s aside.
 
 >>> import pickle
 >>> from pytest_dcp._engine.unpickle import read_value
@@ -44,13 +44,13 @@ loaded by default (offset ...)
 
 Rules inside, which together keep memory and time proportional to the input:
 
-- No global is imported, no attribute looked up; a name is a key of the vocabulary's table.
+- No global is imported and no attribute looked up; a name is a key of the vocabulary's table.
 - The memo is filled in order without gaps, as every pickler does, so no index makes it grow.
-- What copies or walks an object that the memo can hand out again pays for each element out of one
-  budget (`PickleMachine.charge`), a small multiple of the input's length.
+- Code that copies or walks an object that the memo can hand out again is charged for each element
+  (`PickleMachine.charge`); the budget is a small multiple of the input's length.
 - Dict keys and set members are hashed only once they are known to be flat and short, or strings;
   equal strings are one object; a large container takes few keys of one hash.
-- Nothing recurses. Objects may be shared or hold themselves: `plain_values.check_plain` judges
+- Nothing recurses. Objects may be shared or contain themselves: `plain_values.check_plain` checks
   that.
 """
 
@@ -70,7 +70,7 @@ MAX_EQUAL_HASHES = 32
 """Keys of one hash in a large container. Hashes of numbers are no secret, so a file can choose them
 all equal, and n such keys cost n * n comparisons."""
 _SMALL_CONTAINER = 64
-"""With fewer keys than this not even equal hashes cost time worth counting."""
+"""With fewer keys than this, even equal hashes cost too little time to count."""
 _BUDGET_PER_BYTE = 4
 """Units of work per byte of input. A pickler's own output needs at most 4: a set's member takes two
 bytes or more and costs 8, a bytearray's byte is copied twice."""
@@ -80,7 +80,7 @@ _MEMBER_COST = 4
 _UNREAD_COST = 4
 _FREE_KEY_BYTES = 64
 MOST_LEARNT = 16
-"""Patterns of records that a pickle may need: each costs the making of a regular expression."""
+"""How many patterns of records a pickle may need: each one compiles a regular expression."""
 _TEXT = frozenset({str})
 _NESTED_KEYS = (tuple, frozenset)
 _KEY_ATOMS = frozenset({str, int, float, bool, type(None), bytes})
@@ -89,14 +89,13 @@ _KEY_ATOMS = frozenset({str, int, float, bool, type(None), bytes})
 class UnknownGlobalError(UntrustedPickleError):
     """A pickle names a class, a function or a use of one that this reader does not know.
 
-    The bytes may be sound all the same: `torch.load(weights_only=True)` knows more than this
-    reader.
+    The bytes may still be sound: `torch.load(weights_only=True)` knows more than this reader.
     """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Callee:
-    """The meaning of an allowed class or function; never the real one, so that none is called."""
+    """The meaning of an allowed class or function; never the real one, so that it is not called."""
 
     name: str
     call: Callable[[PickleMachine, tuple[Any, ...]], object] | None = None
@@ -108,18 +107,18 @@ class Callee:
     takes_encoded_text: bool = False
     """Whether its argument may be an `EncodedText` instead of a str."""
     records: Callable[[PickleMachine, list[Any], int], int] | None = None
-    """BINGET: takes whole records of opcodes that begin with it, at that position of the data, and
-    pushes their results; returns where the opcodes go on, the same position if it took none.
+    """BINGET: reads whole records of opcodes that begin with it, at that position of the data, and
+    pushes their results; returns the position after them, or the same position if it read none.
     """
 
 
 LONG_TEXT_BYTES = 1 << 20
-"""From this size on text that is to become bytes is not decoded first: it would be a copy more."""
+"""Text of at least this size that will become bytes is not decoded first, which saves a copy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedText:
-    """Long text as it is stored, for the call that comes next; nothing else takes it."""
+    """Long text as it is stored, for the call that follows; nothing else accepts it."""
 
     utf8: memoryview
 
@@ -129,23 +128,23 @@ class Vocabulary:
     """The globals that a kind of pickle may name, and what they do."""
 
     globals: Mapping[tuple[str, str], object]
-    """(module, name) to what the global stands for: a `Callee` or a plain constant."""
+    """(module, name) to the meaning of the global: a `Callee` or a plain constant."""
     build: Mapping[type, Callable[[Any, object], None]]
     """BUILD by the object's type: sets the fields of the object from the state."""
     keys: frozenset[type] = frozenset()
-    """Types of dict keys beside the plain ones; an instance without its fields raises
+    """Types of dict keys besides the plain ones; an instance without its fields raises
     AttributeError when hashed."""
     persistent: Callable[[object], object] | None = None
     """BINPERSID: the object for a persistent id."""
     nested_keys: bool = False
-    """Whether keys may be tuples and frozensets of such."""
+    """Whether keys may be tuples and frozensets of such keys."""
     keeps_unread: Callable[[str, str], bool] | None = None
     """Whether a class outside the table, by its module and name, becomes an `UnreadObject`; None:
-    no such class does, each is refused."""
+    all such classes are refused."""
 
 
 class PickleMachine:
-    """One run over one pickle: its memo, its budget and what it must remember of containers."""
+    """One run over one pickle: its memo, its budget, and its record of large containers."""
 
     __slots__ = (
         *("data", "hashes", "known", "memo", "patterns", "spare", "strings", "to_learn"),
@@ -168,7 +167,7 @@ class PickleMachine:
         self.known: dict[bytes, Any] = {}
         """By opcodes that make the same object anywhere, within records: their result."""
         self.unread: set[str] = set()
-        """Names of the classes whose objects were kept aside unread."""
+        """Names of the classes whose objects were not read."""
 
     def charge(self, units: int) -> None:
         """Takes `units` of work from the budget.
@@ -190,7 +189,7 @@ class PickleMachine:
         return UnreadObject(class_name)
 
     def check_keys(self, target: Collection[Any], keys: list[Any]) -> None:
-        """Nothing, once `keys` may be hashed into `target` without harm."""
+        """Check that `keys` may be hashed into `target` without harm."""
         if _TEXT.issuperset(map(type, keys)):
             return
         odd = [key for key in keys if type(key) is not str]
@@ -229,7 +228,7 @@ class PickleMachine:
                 self.charge(atom.bit_length() // 8)
 
     def _check_nested_key(self, key: object) -> None:
-        """As `_check_key` of every part of tuples and frozensets within each other."""
+        """Apply `_check_key` to every part of nested tuples and frozensets."""
         rest, parts = [key], 0
         while rest:
             part = rest.pop()
@@ -271,14 +270,14 @@ def brief(value: object) -> str:
 
 
 def make_set(machine: PickleMachine, kind: type[Any], items: list[Any]) -> Any:
-    """A set or frozenset of a list that may be used again: charges for every member."""
+    """A set or frozenset of a list that the pickle may use again: charges for every member."""
     machine.charge(_SET_COST + _MEMBER_COST * len(items))
     machine.check_keys(items, items)
     return kind(items)
 
 
 def decoded_text(machine: PickleMachine, raw: bytes | memoryview) -> str:
-    """The string, one object for all that are equal: comparing keys then never reads them."""
+    """The string, interned: comparing keys then never reads their characters."""
     try:
         text = str(raw, "utf-8", "surrogatepass")
     except UnicodeDecodeError as error:

@@ -1,15 +1,15 @@
-"""The classes of a `.metadata` file: how a pickle may make them, and what their fields must be.
+"""The classes of a `.metadata` file: how a pickle may make them, and checks of their fields.
 
 Enters: fields in any state, as a pickle sets them. Leaves: torch's own objects.
 
-While the pickle runs, a field may hold any value; only hashed objects (MetadataIndex) and ones with
-state of their own (TensorProperties) are inspected. All else is judged by `check_metadata` once the
-pickle has ended and nothing can change an object any more; there the fqn is known, so that errors
-can name it.
+While the pickle runs, a field may hold any value; only hashed objects (MetadataIndex) and objects
+that set their own state (TensorProperties) are inspected. `check_metadata` checks everything else
+once the pickle has ended and no object can change any more; it knows the fqn, so that errors can
+name it.
 
 The fields: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.0 to 2.13. Further
-fields, of a later torch or a framework, are kept where they are Metadata's own, and have no effect
-elsewhere. An object of an unknown class (`UnreadObject`) stops a load only where the load needs it.
+fields, of a later torch or a framework, are kept on Metadata itself, and have no effect elsewhere.
+An object of an unknown class (`UnreadObject`) stops a load only where the load needs it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MAX_DESCRIPTORS = 64
 _INT64_BOUND = 1 << 63
 _PATH_COST = 64
 _PATH_CHARACTER_COST = 4
-"""A path keeps each of its parts as a string of its own, some 50 bytes for two characters."""
+"""A path keeps each of its parts as a separate string, some 50 bytes for two characters."""
 _TEXT_OR_NONE = (str, type(None))
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -76,7 +76,8 @@ _RECORD_CLASSES: tuple[type, ...] = (
 
 
 def _build_index(index: Any, state: object) -> None:
-    """Sets the fields of a MetadataIndex, once: it is hashed next, and must not change then."""
+    """Sets the fields of a MetadataIndex, once: it is hashed next, and must not change after
+    that."""
     if getattr(index, "fqn", None) is not None:
         raise CheckpointCorruptError("expected each MetadataIndex to be built once, got it twice")
     _SET_INDEX(index, state)
@@ -122,8 +123,8 @@ def _path_maker(cls: type[pathlib.PurePath]) -> Callable[[PickleMachine, tuple[A
 
 
 def _path_classes() -> Iterator[tuple[str, type[pathlib.PurePath]]]:
-    """The class for each kind of path; a foreign system's becomes the pure one, which opens
-    nothing."""
+    """The class for each kind of path; paths of another system become pure ones, which cannot open
+    files."""
     posix = os.name == "posix"
     yield "PurePosixPath", pathlib.PurePosixPath
     yield "PureWindowsPath", pathlib.PureWindowsPath
@@ -174,7 +175,7 @@ STEPWISE = Vocabulary(
 )
 """Reads a `.metadata` pickle opcode by opcode."""
 METADATA = replace(STEPWISE, globals=dict(_with_records()))
-"""As STEPWISE, but by whole records where it can; see `metadata_records`."""
+"""Like STEPWISE, but reads whole records where it can; see `metadata_records`."""
 
 
 # ---- once the pickle has ended
@@ -184,7 +185,7 @@ def check_metadata(root: object) -> Metadata:
     """`root`, after checking that it is a Metadata whose fields have the types that readers rely
     on. Pure (no I/O).
 
-    Looks at each object a bounded number of times, however often it is referred to.
+    Inspects each object a bounded number of times, even if it is referred to often.
     """
     if type(root) is not Metadata:
         raise _corrupt("the file", "a pickled Metadata", root)
@@ -211,7 +212,7 @@ def check_metadata(root: object) -> Metadata:
 def _leave_out_unread(root: Metadata) -> None:
     """Remove entries of the metadata whose class is not known.
 
-    A key described so is as if it were not there; a key whose place is, cannot be loaded.
+    A key with such a description counts as absent; a key with such a place cannot be loaded.
     """
     entries = root.state_dict_metadata
     root.state_dict_metadata = _without_unread(entries)
@@ -330,8 +331,8 @@ def _entry_name(index: MetadataIndex) -> str:
 
 
 def _check_size(size: Any, where: str) -> None:
-    """Nothing for a torch.Size without negative numbers; how long it may be `size_of` has seen
-    to."""
+    """Check that this is a torch.Size without negative numbers; `size_of` has limited its
+    length."""
     if type(size) is not torch.Size:
         raise _corrupt(where, "a torch.Size", size)
     if min(size, default=0) < 0:

@@ -1,13 +1,13 @@
-"""Runs of equal records in a `.metadata` pickle of torch: many opcodes at a step.
+"""Runs of equal records in a `.metadata` pickle of torch: many opcodes per step.
 
-Nearly all of such a file are two sequences of opcodes, again and again: one that makes a chunk, one
-that makes a key and its place. Each is a regular expression here. A record's objects go to the
-machine's stack and memo as if its opcodes had run one by one, and is charged alike; where a record
-looks different in any way, nothing is done, and the opcodes run.
+Such a file consists almost entirely of two repeated sequences of opcodes: one makes a chunk, the
+other a key and its place. Each is a regular expression here. A record's objects go to the machine's
+stack and memo as if its opcodes had run one by one, and cost the same; if a record looks different
+in any way, it is left to the opcodes.
 
-Of what a record memoizes only its objects and sizes are kept. A pickle that takes one of the others
-from the memo finds `LEFT_OUT`, which no reader accepts: `unpickle.read_metadata` then reads the
-pickle again, opcode by opcode.
+Of the values that a record memoizes, only its objects and sizes are kept. A pickle that gets
+another one from the memo finds `LEFT_OUT`, which no reader accepts: `unpickle.read_metadata` then
+reads the pickle again, opcode by opcode.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _NOTHING = rb"(?!)"
 
 
 def _learning_pattern(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
-    """The record wherever its names are in the memo: a group for each, the same all through."""
+    """The record with any memo indices for its names: one group per name, the same throughout."""
     seen: set[str] = set()
 
     def get(name: str) -> bytes:
@@ -85,7 +85,7 @@ def _learning_pattern(template: Callable[[Named], bytes]) -> re.Pattern[bytes]:
 def _known_pattern(
     template: Callable[[Named], bytes], found: Mapping[str, bytes]
 ) -> re.Pattern[bytes]:
-    """The record with its names as found; without the names that are missing."""
+    """The record with the names that were found; missing names are left out."""
 
     def get(name: str) -> bytes:
         opcode = found.get(_group(name))
@@ -111,7 +111,7 @@ class _RecordKind:
 
 
 def _matches(machine: PickleMachine, kind: _RecordKind, start: int) -> Iterator[re.Match[bytes]]:
-    """The records that begin at `start` and follow each other."""
+    """The adjacent records that begin at `start`."""
     data = machine.data
     pattern = machine.patterns.get(kind)
     match = pattern.match(data, start) if pattern is not None else None
@@ -144,7 +144,7 @@ def _meaning(machine: PickleMachine, kind: _RecordKind, name: str) -> object:
 
 
 def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
-    """Where the opcodes go on: behind the chunks that begin at `start`, which are on the stack."""
+    """Push the chunks that begin at `start`; returns the position after them."""
     memo, known, new, end = machine.memo, machine.known, object.__new__, start
     for match in _matches(machine, _CHUNKS, start):
         numbers, more = match.groups()
@@ -161,7 +161,7 @@ def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
 
 
 def entries(machine: PickleMachine, stack: list[Any], start: int) -> int:
-    """Where the opcodes go on: behind the keys and places that begin at `start`, and are pushed."""
+    """Push the keys and places that begin at `start`; returns the position after them."""
     memo, new, end = machine.memo, object.__new__, start
     for match in _matches(machine, _ENTRIES, start):
         fqn, hint, numbers, size, path, offset, length, none = match.groups()
@@ -200,7 +200,7 @@ def _got(machine: PickleMachine, opcode: bytes) -> Any:
 
 
 def _text(machine: PickleMachine, opcode: bytes, made: list[Any]) -> Any:
-    """A new string, which is memoized, or what the memo has."""
+    """A new string, which is memoized, or the one in the memo."""
     if opcode[0] != _SHORT_BINUNICODE:
         return _got(machine, opcode)
     text = machine.known.get(opcode)
@@ -211,7 +211,7 @@ def _text(machine: PickleMachine, opcode: bytes, made: list[Any]) -> Any:
 
 
 def _where(machine: PickleMachine, numbers: bytes | None, opcode: bytes, made: list[Any]) -> Any:
-    """A new size, which is memoized, or what the memo has."""
+    """A new size, which is memoized, or the one in the memo."""
     if numbers is None:
         return _got(machine, opcode)
     size = machine.known.get(numbers) or _size(machine, numbers)
@@ -244,7 +244,7 @@ def _number(machine: PickleMachine, opcode: bytes) -> int:
 _LONG1, _BININT, _MARK = pickle.LONG1[0], pickle.BININT[0], pickle.MARK[0]
 _SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
 _WIDTHS = {pickle.BININT1[0]: 2, pickle.BININT2[0]: 3, _BININT: 5}
-"""Bytes of an int's opcode; LONG1 says its length itself."""
+"""Bytes of an int's opcode; LONG1 contains its length."""
 _CHUNKS = _RecordKind(
     _chunk,
     _learning_pattern(_chunk),

@@ -1,9 +1,9 @@
-"""Reads the pickle of a tensor of any class or dtype: descriptions, and no object of it.
+"""Reads the pickle of a tensor of any class or dtype into descriptions, without making its objects.
 
-Enters: the `data.pkl` of an entry that `torch.save` made of one tensor: of a subclass with
-memory of its own, a wrapper of other tensors, a quantised one. Leaves: an `OpaquePickle`.
-Classes that the pickle names are kept aside unread, and so are objects that a wrapper carries: the
-tensor that is loaded to has them already. Pure (no I/O).
+Enters: the `data.pkl` of an entry that `torch.save` made of one tensor: a subclass with its own
+memory, a wrapper of other tensors, or a quantised tensor. Leaves: an `OpaquePickle`. Neither the
+classes that the pickle names nor the objects that a wrapper carries are made: the tensor to load
+into already has them. Pure (no I/O).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OpaqueWrapper:
     kind: str
     """Its class, by module and name."""
     dtype: torch.dtype
-    """That it shows; its inner tensors have their own."""
+    """The wrapper's own; its inner tensors have theirs."""
     shape: tuple[int, ...]
     state: Mapping[str, Any]
     """Its attributes: TensorPickle, OpaqueWrapper, QuantisedPickle, plain values, UnreadObject."""
@@ -64,7 +64,7 @@ class QuantisedPickle:
     """A tensor of a quantised dtype."""
 
     data: TensorPickle
-    """Its integers; the dtype is the quantised one."""
+    """Its integers; their dtype is the quantised one."""
     scheme: torch.qscheme
     parameters: tuple[Any, ...]
     """Scale and zero point; or TensorPickles of scales and zero points, and the axis."""
@@ -87,7 +87,7 @@ def read_opaque_pickle(data: bytes | memoryview) -> OpaquePickle:
 
 
 def _is_class(module: str, name: str) -> bool:
-    """Whether a name may be that of a wrapper, or of an object that one carries."""
+    """Whether this may be the name of a wrapper's class, or of an object that a wrapper carries."""
     return may_stay_unread(module, name) or module.startswith(_WRAPPERS_OF_TORCH)
 
 

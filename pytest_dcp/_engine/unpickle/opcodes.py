@@ -1,8 +1,8 @@
 """The effect of each pickle opcode on a `PickleMachine`: the handlers, and their tables by opcode.
 
 The rules are those of `unpickle.machine`. The format: CPython's Lib/pickletools.py. Opcodes of
-protocols 0 and 1 that protocol 2 replaced, and those no pickler emits for data (DUP, EXT, INST, OBJ
-...), are refused.
+protocols 0 and 1 that protocol 2 replaced, and opcodes that no pickler emits for data (DUP, EXT,
+INST, OBJ ...), are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 _NAME_LIMIT = 256
 """Bytes of a global's module or name."""
 _EMPTY_SET_COST = 8
-"""An empty set takes 232 bytes; picklers spend two bytes on it, which pay for so much."""
+"""An empty set takes 232 bytes; the two bytes that picklers spend on it cover this charge."""
 _FREE_FIELDS = 8
 _FIELD_COST = 2
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
@@ -55,7 +55,7 @@ def _take(data: bytes | memoryview, pos: int, length: int) -> bytes | memoryview
 def _sized_handler(
     width: struct.Struct, make: Callable[[PickleMachine, bytes | memoryview], object]
 ) -> Callable[[PickleMachine, list[Any], int], int]:
-    """The handler of an opcode followed by a length of that width and that many bytes."""
+    """The handler of an opcode followed by a length of that width, and as many bytes."""
     unpack, skip = width.unpack_from, width.size
 
     def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
@@ -70,7 +70,7 @@ def _sized_handler(
 def _text_handler(
     width: struct.Struct,
 ) -> Callable[[PickleMachine, list[Any], int], int]:
-    """As `_sized_handler` of text; a long one that is to become bytes stays as it is stored."""
+    """Like `_sized_handler` for text; long text that will become bytes is not decoded."""
     unpack, skip = width.unpack_from, width.size
 
     def handle(machine: PickleMachine, stack: list[Any], pos: int) -> int:
@@ -138,7 +138,7 @@ def _put(layout: struct.Struct) -> Callable[[PickleMachine, list[Any], int], int
             memo.append(stack[-1])
         elif index < len(memo):
             memo[index] = stack[-1]
-            # Facts learnt about the memo may no longer hold.
+            # Cached facts about the memo may no longer hold.
             machine.patterns, machine.to_learn = {}, 0
         else:
             raise UntrustedPickleError(
@@ -262,7 +262,7 @@ def _build(machine: PickleMachine, stack: list[Any], pos: int) -> int:
     if type(target) is UnreadObject:
         return pos
     if type(state) is dict and len(state) > _FREE_FIELDS:
-        # The same state may be given to many objects, each of which keeps a dict of its own.
+        # A pickle may give the same state to many objects, each of which keeps its own dict.
         machine.charge(_FIELD_COST * len(state))
     build = machine.vocabulary.build.get(type(target))
     if build is None:

@@ -1,9 +1,9 @@
-"""Plain values: the globals their pickles name, and the judgement of a value as a whole.
+"""Plain values: the globals that their pickles name, and the check of a value as a whole.
 
-Enters: the arguments of a call a pickle asks for, all of them unchecked. Leaves: plain
-Python values, torch's sizes, dtypes and devices.
+Enters: the unchecked arguments of a call that a pickle asks for. Leaves: plain Python values,
+torch's sizes, dtypes and devices.
 
-Rule: a call is made by a function here that has checked the arguments' types and paid for their
+Rule: only functions here make calls, after checking the arguments' types and charging for their
 length.
 """
 
@@ -31,8 +31,8 @@ from pytest_dcp._engine.unpickle.machine import (
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 MAX_DEPTH = 256
-"""Containers within containers. Python compares and prints nested values by recursion, and gives up
-at 1,000 calls."""
+"""How deep containers may be nested. Python compares and prints nested values by recursion, and
+gives up at 1,000 calls."""
 MAX_LOGICAL_ITEMS = 10_000_000
 """Items of a value, counting shared ones each time: as many as printing or comparing it would
 visit.
@@ -61,8 +61,7 @@ _OPEN = (-2, 0)
 
 
 def size_of(machine: PickleMachine, args: tuple[Any, ...]) -> torch.Size:
-    """torch.Size of a tuple of at most 64 ints of 64 bits; negative ones are for the owner to
-    refuse."""
+    """torch.Size of a tuple of at most 64 ints of 64 bits; the caller must refuse negative ones."""
     dims = args[0] if len(args) == 1 else None
     if type(dims) is not tuple or len(dims) > MAX_DIMS:
         raise CheckpointCorruptError(
@@ -72,7 +71,7 @@ def size_of(machine: PickleMachine, args: tuple[Any, ...]) -> torch.Size:
     if not _INT.issuperset(map(type, dims)):
         raise CheckpointCorruptError("expected torch.Size of ints, got other items")
     if dims and not (min(dims) >= -_INT64_BOUND and max(dims) < _INT64_BOUND):
-        # torch.Size would take them, and fail when it is printed or multiplied.
+        # torch.Size would accept them, and fail when it is printed or multiplied.
         raise CheckpointCorruptError("expected torch.Size of 64-bit ints, got longer ones")
     return torch.Size(dims)
 
@@ -86,7 +85,7 @@ def brief_all(args: tuple[Any, ...]) -> str:
 
 
 def ordered_dict(_: PickleMachine, args: tuple[Any, ...]) -> OrderedDict[Any, Any]:
-    """An empty OrderedDict: its items come after it."""
+    """An empty OrderedDict: its items follow."""
     if args:
         raise _unknown("collections.OrderedDict without arguments", args)
     return OrderedDict()
@@ -133,14 +132,14 @@ def _encode(machine: PickleMachine, args: tuple[Any, ...]) -> bytes:
 
 
 def _latin1_of(utf8: memoryview) -> bytes:
-    """The text in latin1, by pieces: the whole text would be another copy."""
+    """The text in latin1, encoded in pieces: decoding the whole text would make another copy."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
     out = io.BytesIO()
     for start in range(0, len(utf8), _PIECE_BYTES):
         piece = bytes(utf8[start : start + _PIECE_BYTES])
         last = start + _PIECE_BYTES >= len(utf8)
         out.write(decoder.decode(piece, last).encode("latin1"))
-    # It gives away its own memory.
+    # It hands out its own memory.
     return out.getvalue()
 
 
@@ -148,7 +147,7 @@ def _bytes_maker(kind: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], 
     def call(machine: PickleMachine, args: tuple[Any, ...]) -> Any:
         raw = args[0] if len(args) == 1 else b""
         if type(raw) is int:
-            # A length: a few bytes would ask for any amount of memory, also from torch.load.
+            # A length: a few bytes could ask for any amount of memory, also in torch.load.
             raise UntrustedPickleError(f"expected {kind.__name__} of bytes, got it of a length")
         if len(args) > 1 or type(raw) is not bytes:
             raise _unknown(f"{kind.__name__} of bytes", args)
@@ -248,13 +247,13 @@ def check_plain(
     at_most: int = MAX_LOGICAL_ITEMS,
     records: frozenset[type] = frozenset(),
 ) -> None:
-    """Nothing, once every part of `root` is a plain value and walking it is harmless. Pure (no
+    """Check that every part of `root` is a plain value and that walking it is harmless. Pure (no
     I/O).
 
-    Looks at each container once, however often it is referred to, without recursion. `what` names
-    `root` in the errors. `others` are further classes of values that are not looked into, and
-    `records` those whose fields are; `at_most` is the number of items, counting shared ones each
-    time.
+    Visits each container once, without recursion, even if it is referred to often. `what` names
+    `root` in the errors. `others` are further classes of values, which are not walked, and
+    `records` are classes whose fields are walked; `at_most` is the number of items, counting shared
+    ones each time.
 
     Raises:
         UnknownGlobalError: a class by itself, or an object that is no plain value.
@@ -263,7 +262,7 @@ def check_plain(
             makes more than `MAX_LOGICAL_ITEMS` items.
     """
     known: dict[int, tuple[int, int]] = {}
-    """By id of a container: depth and items of what it holds, or _OPEN while it is being walked."""
+    """By id of a container: depth and number of its items, or _OPEN while it is being walked."""
     limits = _Limits(_ATOMS | others, at_most, records)
     path = [_Visit((root,), 0, limits)]
     while True:
@@ -291,7 +290,7 @@ class _Limits(NamedTuple):
 
 
 class _Visit:
-    """A container on the way from the root to where the walk is."""
+    """A container on the path from the root to the current position of the walk."""
 
     __slots__ = ("depth", "items", "key", "limits", "rest")
 
@@ -316,7 +315,7 @@ class _Visit:
             )
 
     def advance(self, known: dict[int, tuple[int, int]], what: str) -> Any:
-        """The next child to walk into, or None at the end; counts the others on the way."""
+        """The next child to walk into, or None at the end; counts the children in between."""
         atoms = self.limits.atoms
         for child in self.rest:
             self.items += 1
@@ -344,7 +343,7 @@ def _is_short_and_flat(value: Any) -> bool:
 
 
 def _children(container: Any, records: frozenset[type]) -> Iterable[Any]:
-    """Keys and members are plain already: nothing else passes `Machine.check_keys`."""
+    """Keys and members are plain already, since `PickleMachine.check_keys` accepts nothing else."""
     held: Iterable[Any] = container
     if type(container) is SimpleNamespace or type(container) in records:
         held = vars(container).values()

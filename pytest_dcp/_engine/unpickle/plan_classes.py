@@ -1,7 +1,7 @@
-"""Plans in a `.metadata` file: torch's plan classes, which frameworks keep with what they planned.
+"""Plans in a `.metadata` file: torch's plan classes, which some frameworks store with a checkpoint.
 
-Enters: fields in any state, as a pickle sets them. Leaves: torch's own objects. Nothing
-of the engine uses them: `check_further` only makes sure that walking them does no harm.
+Enters: fields in any state, as a pickle sets them. Leaves: torch's own objects. The engine does not
+use them: `check_further` only makes sure that walking them does no harm.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ _ATOMS = frozenset(
         *(pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path())),
     }
 )
-"""Allowed in a further field of Metadata beside plain values, and the records above."""
+"""Allowed in a further field of Metadata besides plain values and the records above."""
 UNREAD = frozenset({UnreadObject})
-"""Allowed in planner_data beside plain values."""
+"""Allowed in planner_data besides plain values."""
 
 
 def field_setter(cls: type) -> Callable[[Any, object], None]:
     """A function that sets the fields of an instance from the pickle's dict.
 
-    Fields that this version of torch does not have are set, too: unused they do no harm.
+    Fields that this version of torch does not have are set too: unused, they do no harm.
     """
     assign = object.__setattr__
 
@@ -118,7 +118,7 @@ def plan_builders() -> dict[type, Callable[[Any, object], None]]:
 
 
 def check_further(value: object, name: str) -> object:
-    """The value of a further field, or an `UnreadObject` where walking it could do harm."""
+    """The value of a further field, or an `UnreadObject` if walking it could do harm."""
     try:
         check_plain(value, f"Metadata.{name}", _ATOMS, records=_RECORDS)
     except CheckpointCorruptError as error:

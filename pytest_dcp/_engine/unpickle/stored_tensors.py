@@ -1,9 +1,9 @@
 """Reads the pickle of a stored Python value: plain and inert values, and tensors within them.
 
-Enters: the bytes of an entry's `data.pkl`, and what gives the bytes of its storages. What
-leaves: the value, or `UnknownGlobalError` naming the class that a checkpoint is not trusted with.
-Every byte that is made comes out of one budget, in proportion to the entry: containers and work by
-the machine's rules, arrays and storages by the bytes that are really there.
+Enters: the bytes of an entry's `data.pkl`, and a function that gives the bytes of its storages.
+Leaves: the value, or `UnknownGlobalError` naming a class that is not loaded by default. All memory
+is charged to one budget, in proportion to the entry: containers and work by the machine's rules,
+arrays and storages by the bytes that are really there.
 
 Classes that the user has allowed with `torch.serialization.add_safe_globals` are made as
 `torch.load` makes them: the user is responsible for the effects of creating them and setting their
@@ -38,8 +38,8 @@ from pytest_dcp._torch_internals.tensors import set_negative_bit
 from pytest_dcp.errors import CheckpointCorruptError
 
 LARGE_PICKLE_BYTES = 8 << 20
-"""From this size on a pickle is read where it lies, and not copied: values so large are mostly one
-array, and many small objects take half as long again in a view."""
+"""Pickles of at least this size are read in place, not copied: such large values are mostly one
+array. Reading many small objects from a view takes half as long again."""
 Storages = Callable[[str], bytes | memoryview]
 """The bytes of a storage, by its key in the entry."""
 _Args = tuple[Any, ...]
@@ -48,8 +48,8 @@ _Args = tuple[Any, ...]
 def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bool = False) -> Any:
     """The value that the `data.pkl` of an entry describes.
 
-    share: whether tensors lie in the memory that `storages` gives, which must be writable;
-        otherwise it is copied.
+    share: whether tensors use the memory that `storages` gives, which must be writable; otherwise
+        it is copied.
 
     Raises:
         UnknownGlobalError: it holds a class that is neither inert nor allowed by the user.
@@ -68,9 +68,9 @@ def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bo
 def _vocabulary(
     allowed: tuple[Any, ...],
 ) -> tuple[dict[tuple[str, str], object], dict[type, Any], frozenset[type]]:
-    """The globals, the setters of state, and the further classes of values.
+    """The globals, the setters of state, and the additional classes of values.
 
-    allowed: classes and functions, or (one, its full name), as torch keeps them.
+    allowed: classes and functions, or pairs of one and its full name, as torch keeps them.
     """
     known = dict(PLAIN.globals) | dict(inert_globals()) | dict(_tensors())
     made_of = set()
@@ -98,7 +98,8 @@ _OTHERS = frozenset(
 
 
 class _Storages:
-    """The storages of one entry, each read once: tensors that share one share it again."""
+    """The storages of one entry, each read once, so that tensors that shared a storage share it
+    again."""
 
     def __init__(self, read: Storages, share: bool) -> None:
         self._read = read
@@ -130,7 +131,7 @@ class _Storages:
         return found
 
     def tensor(self, told: TensorPickle) -> torch.Tensor:
-        """The tensor that is described, over its storage."""
+        """The described tensor, over its storage."""
         memory = self.bytes_of(told.storage_key, told.storage_nbytes)
         tensor = torch.empty(0, dtype=told.dtype)
         tensor.set_(memory, told.storage_offset, told.shape, told.stride)
@@ -186,7 +187,7 @@ _TENSOR_COST = 128
 
 
 def _with_bits(tensor: torch.Tensor, bits: object) -> torch.Tensor:
-    """The tensor with the lazy bits that its metadata says."""
+    """The tensor with the lazy bits that its metadata sets."""
     if bits is None or bits == {}:
         return tensor
     if type(bits) is not dict or not bits.keys() <= {"conj", "neg"}:

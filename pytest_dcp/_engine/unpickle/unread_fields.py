@@ -1,11 +1,11 @@
 """Objects of classes that this reader does not know, kept aside unread. Pure (no I/O).
 
-Frameworks put data of their own into a checkpoint's metadata. Where a pickle makes an object of an
-unknown class, an `UnreadObject` takes its place: it has the class's name and nothing else, so no
-code runs, nothing is imported, and the rest of the metadata can be used.
+Frameworks put data of their own into a checkpoint's metadata. An `UnreadObject` replaces each
+object of an unknown class: it has only the class's name, so no code runs, nothing is imported, and
+the rest of the metadata can be used.
 
-Functions that an attack calls are refused as ever: functions and classes of Python's library, of
-torch and of numpy, but for those that frameworks have in their data and that do nothing.
+Functions and classes of Python's library, torch and numpy, which an attack could call, are still
+refused, except harmless ones that frameworks have in their data.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ _HARMLESS = frozenset(
     }
 )
 _HARMLESS_OF_TORCH = "torch.distributed."
-"""Where metadata, plans, placements and meshes are, those of a later torch among them. A dotted
-name is not one of theirs: it may reach something that such a module imports, `os.mkdir` for
-example.
+"""The modules of metadata, plans, placements and meshes, also those of a later torch. A dotted name
+is refused: it may reach something that such a module imports, for example `os.mkdir`.
 """
 
 
 class UnreadObject:
-    """Stands for an object that was not read."""
+    """Represents an object that was not read."""
 
     __slots__ = ("class_name",)
 
