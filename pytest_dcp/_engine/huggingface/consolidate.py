@@ -1,8 +1,8 @@
 """A sharded checkpoint -> files of full tensors, with bounded memory.
 
 Every full tensor is cut into slabs that are runs of its file. Slabs are gathered into batches; a
-batch is read from the shards, in the order of their files and checked, and written in one go.
-Memory is bounded by `BATCH_BYTES` for each thread.
+batch is read from the shards in the order of their files, checked, and written in one go. Each
+thread uses at most `BATCH_BYTES` of memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.load import read_items
 
 BATCH_BYTES = 32 << 20
-"""Large enough that a read and a write of it cost more than their calls."""
+"""Large enough that reading and writing a batch costs more than the calls for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,12 @@ def consolidate(
     threads: int = 1,
     sync: bool = True,
 ) -> int:
-    """Bytes of all tensors; the files are whole.
+    """Write the files; returns the bytes of all tensors.
 
     files: the names of the files to write into `folder`, and the tensors of each. metadata: the
     `__metadata__` of each.
 
-    Raises CheckpointCorruptError where the shards do not make a tensor whole.
+    Raises CheckpointCorruptError if the shards do not make a tensor whole.
     """
 
     def job(name: str, fqns: Sequence[str]) -> Callable[[StopFlag], int]:
@@ -126,7 +126,7 @@ def _put(out: Out, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def full_tensors(index: Index, fqns: Sequence[str]) -> list[StoredTensor]:
-    """The tensors as one file holds them: wide elements first, so that all are aligned."""
+    """The tensors in the order of a file: wide elements first, so that all are aligned."""
     rows = [index.row_of[fqn] for fqn in fqns]
     kinds = [
         (
@@ -154,7 +154,8 @@ def _batches(tensors: Sequence[StoredTensor]) -> Iterator[list[Slab]]:
 
 
 def slabs_of(tensor: StoredTensor, limit: int) -> list[Slab]:
-    """The tensor in runs of at most `limit` bytes, in the order of its data; none when empty."""
+    """The tensor in runs of at most `limit` bytes, in the order of its data; no runs if it is
+    empty."""
     if not tensor.nbytes:
         return []
     shape = np.array([tensor.shape], dtype=np.int64).reshape(1, len(tensor.shape))

@@ -1,7 +1,7 @@
-"""Folders of whole tensors, made from folders of shards: by the writer, or on their own.
+"""Folders of whole tensors, made from folders of shards by the writer or by separate calls.
 
-All of a consolidation's files are written under temporary names, by one process or by the ranks of
-a group, each some of them; then one commit makes them the folder's checkpoint.
+One process, or the ranks of a group, each a share, write all files of a consolidation under
+temporary names; then one commit makes them the folder's checkpoint.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class ConsolidatedFolder:
         """By temporary name."""
 
     def write(self, shards: Shards, names: Iterable[str], *, number: int, threads: int) -> int:
-        """Write these of the files; bytes of their tensors.
+        """Write these files; returns the bytes of their tensors.
 
-        number: of the save, see `next_number`.
+        number: the save's number, see `next_number`.
         """
         stated = stated_save({"files": len(self.files), "number": number})
         return consolidate(
@@ -105,8 +105,8 @@ def consolidate_safetensors_files(
     fqn_to_index_mapping: the number of the file, from 1, for each tensor; tensors that it omits are
     left out, with a warning. num_threads: each holds 32 MiB, and writes one file at a time.
 
-    Raises CheckpointMismatchError for tensors that the folder lacks, CheckpointCorruptError where
-    its shards do not make a tensor whole. A failure leaves the output folder as it was.
+    Raises CheckpointMismatchError for tensors that the folder lacks, CheckpointCorruptError if its
+    shards do not make a tensor whole. A failure leaves the output folder as it was.
     """
     _consolidate_on_ranks(
         input_dir, output_dir, fqn_to_index_mapping, num_threads, None, use_dist=False
@@ -121,9 +121,9 @@ def consolidate_safetensors_files_on_every_rank(
     num_threads: int = 1,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """As `consolidate_safetensors_files`; the ranks share the files among them. Collective.
+    """Like `consolidate_safetensors_files`, with the files shared out among the ranks. Collective.
 
-    A failure of any rank is raised on all, in a CheckpointException.
+    A failure on any rank is raised on all, as a CheckpointException.
     """
     _consolidate_on_ranks(
         input_dir,

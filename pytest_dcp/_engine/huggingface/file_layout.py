@@ -1,8 +1,7 @@
 """Which file each tensor of a save goes to, and what each file is called. Pure (no I/O).
 
 Enters: the ranks' tables of items, and the user's mapping of names to file numbers. Leaves: file
-numbers for each rank, names with the rows of each file, and refusals of
-what no file can hold.
+numbers for each rank, names with the rows of each file, and errors for items that no file can hold.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class FolderLayout:
 def check_items(
     tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, *, whole: bool
 ) -> None:
-    """Nothing, where every item can be stored and has a file. Raises PlanError naming the rest."""
+    """Check that every item can be stored and has a file. Raises PlanError naming the others."""
     problems: dict[str, str] = {}
     for table in {id(table.fqns): table for table in tables}.values() if mapping else ():
         for fqn in table.fqns:
@@ -57,7 +56,7 @@ def check_items(
 def layout_files(
     tables: Sequence[WriteItems], mapping: Mapping[str, int] | None, distributed: bool
 ) -> FolderLayout:
-    """The files: numbered as the mapping says, or in order where ranks would share a file."""
+    """The files: numbered by the mapping, or in order if ranks would share a file."""
     highest = max(mapping.values(), default=1) if mapping else 1
     used = [
         sorted({1 if mapping is None else mapping[fqn] for fqn in set(table.fqns)})

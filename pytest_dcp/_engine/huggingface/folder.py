@@ -1,15 +1,16 @@
 """Folders of safetensors files: which files are one checkpoint, and what they hold.
 
 The files are named as torch and Hugging Face name them. `model.safetensors.index.json` maps every
-tensor to its file; a folder of shards has none. What the engine adds: each file and the index name
-the save that they are of, so that files of two saves are never taken for one checkpoint:
+tensor to its file; a folder of shards has none. The engine also writes the id of the save into each
+file and the index, so that files of two saves are never taken for one checkpoint:
 
-- with an index, the files that it names are the checkpoint, and they are of its save;
-- without one, the files of the newest save that is whole are, see `hf_saves`; of files that do not
-  say how many there are, all, and they are of one save: one id, or none and one way of naming;
+- with an index, the files that it names are the checkpoint, and must be of its save;
+- without one, the files of the newest whole save are the checkpoint, see `saves`. If the files do
+  not say how many there are, all of them are, and must be of one save: one id, or no id and one way
+  of naming;
 - no part of a tensor is in two files.
 
-What breaks a rule raises CheckpointCorruptError naming the file.
+A folder that breaks a rule raises CheckpointCorruptError naming the file.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAX_INDEX_BYTES = 100_000_000
-"""As of a header, which holds as much for each tensor."""
+"""The same limit as for a header, which holds as much for each tensor."""
 
 
 def encode_index(weight_map: Mapping[str, str], total_bytes: int, save_id: str | None) -> bytes:
-    """The bytes of the index; without a save's id for files that name none."""
+    """The bytes of the index; without a save's id if the files have none."""
     metadata = {"total_size": total_bytes} | ({SAVE_KEY: save_id} if save_id else {})
     index = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(index, indent=2).encode()
@@ -72,7 +73,7 @@ class WeightIndex:
 
 
 def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex | None:
-    """The folder's index, or None where there is none."""
+    """The folder's index, or None if there is none."""
     if not disk.exists(folder, INDEX_NAME):
         return None
     with disk.open(folder, INDEX_NAME) as file:
@@ -107,7 +108,7 @@ def decode_index(text: bytes | memoryview, limit: MemoryLimit = DEFAULT_LIMIT) -
 def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of the checkpoint in a folder.
 
-    Raises FileNotFoundError where there is none, CheckpointCorruptError where it is no whole one.
+    Raises FileNotFoundError if there is none, CheckpointCorruptError if it is not whole.
     """
     index = read_index(disk, folder, limit)
     if index is None:
@@ -128,7 +129,7 @@ def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> 
 
 
 def files_in_force(disk: Disk, folder: Any) -> set[str]:
-    """The files of the folder's checkpoint, and its index; none where there is no checkpoint.
+    """The files of the folder's checkpoint, and its index; no files if there is no checkpoint.
 
     Raises CheckpointCorruptError if that cannot be determined.
     """
@@ -140,7 +141,7 @@ def files_in_force(disk: Disk, folder: Any) -> set[str]:
 
 
 def next_number(disk: Disk, folder: Any) -> int:
-    """The number of the next save to the folder: one more than that of any file."""
+    """The number of the next save to the folder: one more than the highest number of any file."""
     numbers = [0]
     for name in disk.names(folder):
         if DATA_NAME.fullmatch(name):
@@ -173,11 +174,11 @@ def read_files(disk: Disk, folder: Any, names: Iterable[str], limit: MemoryLimit
 
 
 def save_named_in(disk: Disk, folder: Any, names: Iterable[str]) -> str | None:
-    """The id of the save that the files name; None where they name none, or are not there."""
+    """The id of the save that the files name; None if they name none, or do not exist."""
     present = [name for name in names if disk.exists(folder, name)]
     try:
         saves = {_header(disk, folder, name).metadata.get(SAVE_KEY) for name in present}
-    except CheckpointCorruptError:  # The save that named such a file may yet write it.
+    except CheckpointCorruptError:  # The save that gave the file its name may still be writing it.
         return None
     return saves.pop() if len(saves) == 1 else None
 
@@ -201,10 +202,10 @@ def remove_leftovers(disk: Disk, folder: Any) -> None:
 
 
 def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
-    """Remove leftovers of earlier saves: files of theirs, complete or not, that are not to be kept.
+    """Remove leftovers of earlier saves: their files, complete or not, except the ones to keep.
 
-    Nothing where one to be kept is not there: its name is then another program's for a file that
-    may be among these.
+    Does nothing if a file to keep does not exist: another program then uses its name for a file
+    that may be one of these.
     """
     kept, names = set(keep), disk.names(folder)
     if not kept.issubset(names):
@@ -233,7 +234,7 @@ def _check_one_save(headers: Mapping[str, Header], index: WeightIndex | None) ->
             whose = "the other files are" if index is None else "the index is"
             raise CheckpointCorruptError(
                 f"this is a file of save {save_id!r}, {whose} of {expected!r}: a save to this "
-                "folder did not end, or left files of another; remove those that do not belong",
+                "folder did not end, or left files of another; remove the ones that do not belong",
                 file=name,
             )
     matches = [match for name in headers if (match := DATA_NAME.fullmatch(name))]
@@ -241,7 +242,7 @@ def _check_one_save(headers: Mapping[str, Header], index: WeightIndex | None) ->
     if index is None and len(ways) > 1:
         raise CheckpointCorruptError(
             f"files of different saves in one folder, without an index: {sorted(ways.values())}; "
-            "remove those that do not belong",
+            "remove the ones that do not belong",
             file=min(ways.values()),
         )
 
@@ -254,7 +255,7 @@ class Part:
     offset: tuple[int, ...]
     """In the full tensor."""
     size: tuple[int, ...] | None
-    """Of the full tensor, where the file says it."""
+    """Of the full tensor, if the file says it."""
     tensor: StoredTensor
     file: str
     start: int
@@ -262,7 +263,7 @@ class Part:
 
 
 def parts_of(name: str, header: Header, limit: MemoryLimit = DEFAULT_LIMIT) -> list[Part]:
-    """The boxes that a file holds; each is a whole tensor where the file does not say otherwise."""
+    """The boxes that a file holds; each is a whole tensor unless the file says otherwise."""
     text = header.metadata.get(SHARDING_KEY)
     try:
         shards = {} if text is None else parse_json(text, SHARDING_KEY, limit)
@@ -314,7 +315,7 @@ def _as_mapped(parts: Sequence[Part], weight_map: Mapping[str, str]) -> list[Par
 def catalog_of(parts: Sequence[Part]) -> Catalog:
     """The catalog of parts that are one checkpoint.
 
-    Raises CheckpointCorruptError where parts of a tensor overlap or do not fit each other.
+    Raises CheckpointCorruptError if parts of a tensor overlap or do not fit together.
     """
     grouped: dict[str, list[Part]] = {}
     for part in parts:
@@ -393,7 +394,7 @@ def _check_apart(index: Index, rows: Sequence[Part]) -> None:
         if index.ndim[key] == 0:
             raise CheckpointCorruptError(
                 f"{chunks.stop - chunks.start} files hold the same scalar: they are of different "
-                "saves; remove those that do not belong",
+                "saves; remove the ones that do not belong",
                 file=rows[chunks.stop - 1].file,
                 entry=index.fqns[key],
             )

@@ -1,7 +1,7 @@
-"""How written files become a folder's checkpoint: names of their own, then the index, then a sweep.
+"""How written files become a folder's checkpoint: they get new names, then the index, then a sweep.
 
-The index is put in place by one rename, and readers look there first. So with other names than the
-old files have, a reader finds the old checkpoint or the new one at every instant.
+One rename puts the index in place, and readers look there first. Since the new files' names differ
+from the old ones', a reader finds the old checkpoint or the new one at every instant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def exclude_others(disk: Disk, folder: Any) -> Iterator[None]:
 def give_final_names(
     disk: Disk, folder: Any, temporary: Sequence[str], *, sync: bool
 ) -> dict[str, str]:
-    """The files' own names, by their temporary ones; they have them now."""
+    """Give the files their final names; returns these by the temporary names."""
     finals = final_names(temporary, disk.names(folder))
     for name, final in finals.items():
         disk.replace(folder, name, final)

@@ -1,14 +1,14 @@
-"""Quantised safetensors checkpoints, read as the tensors that they stand for.
+"""Quantised safetensors checkpoints, read as the tensors that they represent.
 
-Two ways of quantising are known, both by the names of tensors, as in torch's
+Two ways of quantising are supported, recognised by the names of tensors as in torch's
 `torch.distributed.checkpoint.quantized_hf_storage`:
 
-- `x.weight` beside `x.weight_scale_inv`: a matrix in square blocks, one factor each (DeepSeek);
-- `x_blocks` beside `x_scales`: MXFP4, bytes of two 4-bit values in groups along the last dimension,
+- `x.weight` with `x.weight_scale_inv`: a matrix in square blocks, one factor each (DeepSeek);
+- `x_blocks` with `x_scales`: MXFP4, bytes of two 4-bit values in groups along the last dimension,
   each with one power of two (gpt-oss). It is shown with its groups flattened.
 
-What a plan sees has the shape and dtype of the dequantised tensor; what is read is the quantised
-part that a piece needs and its scales. What is held is `PIECE_BYTES` of values for each thread.
+Plans see the shape and dtype of the dequantised tensor; the reader reads only the quantised part
+that a piece needs and its scales. Each thread holds `PIECE_BYTES` of values.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ FP4_VALUES = (
 )
 """Of the 16 codes of E2M1 (OCP Microscaling Formats 1.0, section 5.3.3)."""
 E8M0_BIAS = 127
-"""Of the exponents in MXFP4's scales (section 5.4.1)."""
+"""Bias of the exponents in MXFP4's scales (section 5.4.1)."""
 
 
 class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
-    """Reads a quantised checkpoint and dequantises on the way."""
+    """Reads a quantised checkpoint and dequantises it on the fly."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         return is_overridden(self, QuantizedHuggingFaceStorageReader, "read_data")
 
     def _read_catalog(self) -> Catalog:
-        """The catalog as plans see it; the stored form is kept for reading."""
+        """The catalog that plans see; the stored form is kept for reading."""
         self._stored = stored = super()._read_catalog()
         self._scale_of = scales_of(stored.index)
         return replace(
@@ -107,13 +107,14 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Take the metadata that plans will be made from."""
+        """Set the metadata from which plans will be made."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         if self._stored is None:
             self._read_catalog()
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into the planner's targets; done when the future is returned."""
+        """Read this rank's items into the planner's targets; finished when it returns the
+        future."""
         if self._has_requests_of_its_own():
             return super().read_data(plan, planner)
         items = ReadItems.of(plan.items)
@@ -144,7 +145,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         return is_overridden(self, QuantizedHuggingFaceStorageReader, "_process_read_request")
 
     def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
-        """Fill one item, dequantised where it must be: torch's hook, for subclasses."""
+        """Fill one item, dequantising if needed: torch's hook, for subclasses."""
         if req.storage_index.fqn not in self._scale_of:
             super()._process_read_request(f, req, planner)
             return
@@ -254,7 +255,7 @@ def scales_of(index: Index) -> dict[str, str]:
 
 
 def dequantised_index(index: Index, scale_of: Mapping[str, str], dtype: torch.dtype) -> Index:
-    """The index, row by row, of what the quantised tensors stand for. Pure (no I/O)."""
+    """The index, row by row, of the dequantised tensors. Pure (no I/O)."""
     ndim, property_of = index.ndim.copy(), index.property_of.copy()
     size, offset, shape = index.size.copy(), index.offset.copy(), index.shape.copy()
     for fqn in scale_of:
@@ -294,7 +295,7 @@ def _stored_kind(index: Index, fqn: str) -> Slab:
 
 
 def _part(whole: Slab, low: Sequence[int], high: Sequence[int]) -> Slab:
-    """A box of a stored tensor. Raises CheckpointCorruptError where it leaves the tensor."""
+    """A box of a stored tensor. Raises CheckpointCorruptError if it exceeds the tensor."""
     if len(low) != len(whole.shape) or any(h > n for h, n in zip(high, whole.shape, strict=True)):
         raise CheckpointCorruptError(
             f"expected scales and values for elements up to {list(high)}, got shape {whole.shape}",
@@ -329,7 +330,7 @@ def mxfp4_piece(values: Slab, scale: Slab, box: Box, start: int) -> Piece:
 def matrix_values(
     values: torch.Tensor, scale: torch.Tensor, piece: Piece, block: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The values of a box of a matrix: each times its block's factor, in float32."""
+    """The values of a box of a matrix, each multiplied by its block's factor, in float32."""
     rows, columns = (
         torch.arange(low, high) // block - low // block
         for low, high in zip(piece.box.low, piece.box.high, strict=True)
@@ -339,7 +340,7 @@ def matrix_values(
 
 
 def mxfp4_values(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values of whole MXFP4 groups, flattened: the low half of each byte comes first."""
+    """The values of whole MXFP4 groups, flattened; the low half of each byte comes first."""
     table = torch.tensor(FP4_VALUES, dtype=dtype)
     codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2).long()
     exponents = (scales.to(torch.int32) - E8M0_BIAS).unsqueeze(-1)

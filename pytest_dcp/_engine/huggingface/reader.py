@@ -47,8 +47,8 @@ class HuggingFaceStorageReader(FileSystemReader):
     ) -> None:
         """As torch's.
 
-        path: the checkpoint's folder. thread_count: threads that read. max_decoded_bytes: as
-        FileSystemReader's, for each header and the index. follow_links: whether its files may be
+        path: the checkpoint's folder. thread_count: threads that read. max_decoded_bytes: as for
+        FileSystemReader, for each header and the index. follow_links: whether its files may be
         links to plain files elsewhere, as in a cache of the Hugging Face hub.
         """
         super().__init__(
@@ -61,8 +61,8 @@ class HuggingFaceStorageReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the folder's checkpoint, from the headers of its files.
 
-        Raises FileNotFoundError where there is none; CheckpointCorruptError, naming the file, where
-        one is damaged or files are of different saves.
+        Raises FileNotFoundError if there is none; CheckpointCorruptError, naming the file, if one
+        is damaged or files are of different saves.
         """
         catalog = self._read_catalog()
         metadata = catalog.metadata()
@@ -71,14 +71,14 @@ class HuggingFaceStorageReader(FileSystemReader):
         return metadata
 
     def _catalog_of(self, metadata: Metadata) -> Catalog:
-        # A planner that changed the metadata, or a pickle of it, has lost where data starts.
+        # If a planner changed the metadata, or it was pickled, it no longer says where data starts.
         return with_data_at_start(super()._catalog_of(metadata))
 
     def _read_catalog(self) -> Catalog:
         return self._read_settled(self._reading_disk)
 
     def _read_settled(self, disk: Callable[[], Disk]) -> Catalog:
-        """The folder's catalog; read again, as long as saves change the folder meanwhile."""
+        """The folder's catalog; read again as long as saves change the folder meanwhile."""
         look: object = None
         while True:
             try:
@@ -90,7 +90,7 @@ class HuggingFaceStorageReader(FileSystemReader):
                 self._forget_files()
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
-        """Hold off the next save's commit, for some seconds, where the storage can do that."""
+        """Hold off the next save's commit for some seconds, if the storage can do that."""
         disk = disk_of(self.fs)
         return disk.leased(self.path, leased_name(disk, self.path))
 
@@ -106,7 +106,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Fill one item from its open file: torch's hook, for subclasses.
 
         f: as `safetensors.safe_open` gives it, with `get_slice` and `get_tensor`. Raises ValueError
-        where the planner's tensor has another size.
+        if the planner's tensor has another size.
         """
         box = tuple(
             slice(at, at + n) for at, n in zip(req.storage_offsets, req.lengths, strict=True)
@@ -121,7 +121,8 @@ class HuggingFaceStorageReader(FileSystemReader):
         planner.commit_tensor(req, target)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into the planner's targets; done when the future is returned."""
+        """Read this rank's items into the planner's targets; finished when it returns the
+        future."""
         if not self._has_requests_of_its_own():
             return super().read_data(plan, planner)
         self.filled = self._read_requests(plan, planner)
@@ -130,12 +131,12 @@ class HuggingFaceStorageReader(FileSystemReader):
         return future
 
     def _has_requests_of_its_own(self) -> bool:
-        """Whether a subclass makes the values of an item itself, or opens the files."""
+        """Whether a subclass makes the values of an item or opens the files itself."""
         hooks = ("_process_read_request", "_read_files_from_queue")
         return overridden(self, HuggingFaceStorageReader, hooks)
 
     def _read_requests(self, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
-        """Hand each item to the hook, files by several threads."""
+        """Pass each item to the hook, reading files on several threads."""
         by_file = items_by_file(list(plan.items), self.storage_data)
         paths = ((self._full_path(name), items) for name, items in by_file.items())
         files, done = FileQueue(paths, observer("load")), queue.Queue[Any]()
@@ -158,7 +159,7 @@ class HuggingFaceStorageReader(FileSystemReader):
     ) -> None:
         """Read files until their queue is empty: torch's hook, run by each thread.
 
-        file_queue: of each file its path and its items. result_queue: gets True for each.
+        file_queue: for each file its path and its items. result_queue: gets True for each file.
         """
         disk = self._reading_disk()
         own = file_queue if isinstance(file_queue, FileQueue) else None
@@ -179,11 +180,11 @@ class HuggingFaceStorageReader(FileSystemReader):
         return is_overridden(self, HuggingFaceStorageReader, "read_data")
 
     def _has_streams_of_its_own(self) -> bool:
-        """Never: tensors lie in the files as they are."""
+        """Never: the files hold tensors untransformed."""
         return False
 
     def _read_streams(self, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
-        """Read from the files that `storage_data` names, where that is all that is known."""
+        """Read from the files that `storage_data` names, if nothing else is known."""
         names = {str(place.relative_path) for place in self.storage_data.values()}
         inside = {os.path.relpath(n, self.path) if os.path.isabs(n) else n for n in names}
         catalog = read_files(self._reading_disk(), self.path, sorted(inside), self.memory)

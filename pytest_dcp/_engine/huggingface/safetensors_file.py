@@ -1,4 +1,4 @@
-"""An open safetensors file, as code written for `safetensors.safe_open` uses one."""
+"""An open safetensors file, for code written for `safetensors.safe_open`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SafetensorsFile:
         self._advance = advance
         self._header = read_header(file, name, limit)
         self._tensors = {tensor.name: tensor for tensor in self._header.tensors}
-        # A second part of a tensor has a name of its own in the file.
+        # A second part of a tensor has its own name in the file.
         self._tensors |= {p.fqn: p.tensor for p in parts_of(name, self._header, limit)}
 
     def keys(self) -> list[str]:
@@ -39,17 +39,17 @@ class SafetensorsFile:
         return self._header.metadata
 
     def get_slice(self, name: str) -> TensorSlice:
-        """The tensor, to be indexed. Raises CheckpointCorruptError where the file lacks it."""
+        """The tensor, to be indexed. Raises CheckpointCorruptError if the file lacks it."""
         if name not in self._tensors:
             raise CheckpointCorruptError("the file has no such tensor", file=self._name, entry=name)
         return TensorSlice(self, self._tensors[name])
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor. Raises CheckpointCorruptError where the file lacks it."""
+        """The whole tensor. Raises CheckpointCorruptError if the file lacks it."""
         return self.get_slice(name)[()]
 
     def read(self, tensor: StoredTensor, start: int, nbytes: int) -> torch.Tensor:
-        """Elements of a tensor, flat, from this byte of its data on."""
+        """Elements of a tensor, flat, starting at this byte of its data."""
         data = bytearray(nbytes)
         at = self._header.data_start + tensor.start + start
         if self._file.read_into(at, memoryview(data)) != nbytes:
@@ -74,7 +74,7 @@ class TensorSlice:
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        """The format's name of its dtype."""
+        """The format's name for its dtype."""
         return NAMES[self._tensor.dtype]
 
     def __getitem__(self, key: Any) -> torch.Tensor:

@@ -1,18 +1,19 @@
 """Names of files in Hugging Face folders, and which of them are one save. Pure (no I/O).
 
-A save never writes over a file of another: its files get names of their own where the usual ones
-are taken. So each state of a folder, wherever a save dies, holds the old checkpoint or the new one:
+A save never overwrites a file of another: if the usual names are taken, its files get other names.
+So wherever a save dies, the folder holds the old checkpoint or the new one:
 
-1. every rank's files are whole, under temporary names, which no reader takes for a checkpoint's;
-2. they get their names, which no file had. With an index the old one is still in force, since it
-   names the old files. Without one, the files that are there tell: each says how many its save has
-   (`FILES_KEY`) and the how manyth of the folder it is (`NUMBER_KEY`), and the newest save of which
-   all files are there is in force. The last renaming is then the instant of the change;
-3. the new index takes the old one's place, by one rename; or the old one is removed, if the new
-   save has none;
+1. every rank writes its files under temporary names, which no reader takes for a checkpoint's;
+2. they get their final names, which no file had. With an index the old checkpoint is still in
+   force, since the index names the old files. Without one, the files themselves decide: each says
+   how many files its save has (`FILES_KEY`) and the number of its save (`NUMBER_KEY`), and the
+   newest save with all files present is in force. The last renaming is then the instant of the
+   change;
+3. one rename replaces the old index by the new one; or the old one is removed, if the new save has
+   none;
 4. files of earlier saves are removed.
 
-Between 2 and 4 readers that look for no index, and believe all files of a folder, find both saves.
+Between 2 and 4, readers that ignore the index and read all files of a folder find both saves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SAVE_KEY = "DCP_SAVE_ID"
 FILES_KEY = "DCP_SAVE_FILES"
 """In the files' `__metadata__`: how many files the save has, in decimal."""
 NUMBER_KEY = "DCP_SAVE_NUMBER"
-"""In the files' `__metadata__`: one more than that of the save before it in the folder."""
+"""In the files' `__metadata__`: one more than the number of the previous save in the folder."""
 
 DATA_NAME = re.compile(
     r"(?P<shard>shard-\d{5,}-)?model-\d{5,}-of-(?P<count>\d{5,})(-[0-9a-f]+)?\.safetensors"
@@ -42,7 +43,7 @@ _COUNT = re.compile(r"[1-9]\d{0,11}")
 
 
 def data_name(number: int, count: int, shard: int | None = None) -> str:
-    """The file number 1 to `count` of a checkpoint, or of one rank's shards."""
+    """The name of file 1 to `count` of a checkpoint, or of one rank's shards."""
     name = f"model-{number:05d}-of-{count:05d}{SUFFIX}"
     return name if shard is None else f"shard-{shard:05d}-{name}"
 
@@ -53,7 +54,7 @@ def temporary_name(name: str, save_id: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file has a name that it loses when its save is whole."""
+    """Whether a file has a temporary name, which it loses once its save is complete."""
     return name.endswith(TEMPORARY) and SUFFIX in name
 
 
@@ -63,14 +64,14 @@ def save_of(temporary: str) -> str:
 
 
 def final_names(temporary: Collection[str], taken: Collection[str]) -> dict[str, str]:
-    """Final names of temporary files, once their save is complete: names that no other file has.
+    """Final names for temporary files, once their save is complete: names that no other file has.
 
-    The usual ones, if none of them is taken, else all with the save's id in them.
+    The usual names if none of them is taken, else all with the save's id in them.
     """
     usual = {name: name[: name.rindex(SUFFIX) + len(SUFFIX)] for name in temporary}
     found, n = usual, 0
     while not set(taken).isdisjoint(found.values()):
-        # A planner that remembers plans may bring the same id twice.
+        # A planner that remembers plans may give the same id twice.
         more = f"{n:x}" if n else ""
         found = {
             name: f"{final.removesuffix(SUFFIX)}-{save_of(name)}{more}{SUFFIX}"
@@ -81,7 +82,7 @@ def final_names(temporary: Collection[str], taken: Collection[str]) -> dict[str,
 
 
 def number_of(header: Header) -> int:
-    """Which save to the folder a file is of; 0 where it does not say."""
+    """The number of the file's save; 0 if the file does not say."""
     return _stated_number(header, NUMBER_KEY) or 0
 
 
@@ -98,7 +99,7 @@ class _Save:
 
     @property
     def files(self) -> int | None:
-        """How many it has; None where that is not said, or not alike."""
+        """How many files the save has; None if the files do not give a number, or disagree."""
         stated = {_stated_number(header, FILES_KEY) for header in self.headers.values()}
         return stated.pop() if len(stated) == 1 else None
 
@@ -121,10 +122,10 @@ class _Save:
 
 
 def files_of_newest_save(headers: Mapping[str, Header]) -> Mapping[str, Header]:
-    """The files of the newest whole save, of all in a folder that has no index.
+    """The files of the newest whole save in a folder without an index.
 
-    All files, where none of them can be left out: that they are of one save is for the caller to
-    check. Raises CheckpointCorruptError where files of the only save are missing.
+    All files, if none of them can be left out: the caller must check that they are of one save.
+    Raises CheckpointCorruptError if files of the only save are missing.
     """
     by_id: dict[str | None, dict[str, Header]] = {}
     for name, header in headers.items():

@@ -91,10 +91,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """As torch's.
 
         path: the checkpoint's folder.
-        fqn_to_index_mapping: the number, from 1, of the file that each tensor goes to; None: all
-            to one.
+        fqn_to_index_mapping: the number, from 1, of each tensor's file; None: all go to one file.
         thread_count: files of a rank that are written at the same time.
-        save_distributed: every rank writes its shards to files of its own. If not, the tensors must
+        save_distributed: every rank writes its shards to its own files. Otherwise the tensors must
             be whole, and an index says where each is.
         enable_consolidation: write the shards to `path/sharded`, and from them files of full
             tensors, with an index, to `path`.
@@ -114,7 +113,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self._place(path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another save, to the given folder or the same."""
+        """Begin another save, to the given folder or the same one."""
         super().reset()
         if checkpoint_id:
             self._place(checkpoint_id)
@@ -126,7 +125,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self.path = self.fs.concat_path(self.path, SHARDED_FOLDER)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan; the folder is there."""
+        """Return the plan, after making the folder."""
         if not self.use_collectives:
             raise ValueError(
                 "a folder of safetensors files is one checkpoint of all ranks: "
@@ -178,7 +177,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return files_in_force(disk, folder)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors, under temporary names; done when the future is returned."""
+        """Write this rank's tensors under temporary names; finished when it returns the future."""
         future: Future[list[WriteResult]] = Future()
         disk = self._registering_disk()
         if not len(plan.items):
@@ -228,7 +227,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return files
 
     def _split(self, items: Sequence[WriteItem], said: Mapping[str, Any]) -> list[int] | None:
-        """The number of each item's file, where a subclass says it; None: as the mapping says."""
+        """The number of each item's file, if a subclass chooses it; None: from the mapping."""
         if not is_overridden(self, HuggingFaceStorageWriter, "_split_by_storage_plan"):
             return None
         known = list(items)
@@ -251,12 +250,12 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         )
         disk = self._registering_disk()
-        # A planner that remembers plans may have given the ranks those of an earlier save.
+        # A planner that remembers plans may have given the ranks plans of an earlier save.
         whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
         save_id: str | None = next(whose, self.save_id[:12])
         files = catalog.places.files
         if files and not any(map(is_temporary, files)):
-            # Of results made by hand: the files may be another program's, or not there yet.
+            # For results made by hand: the files may be another program's, or may not exist yet.
             save_id = save_named_in(disk, self.path, files)
         with exclude_others(disk, self.path):
             catalog = self._rename_files(disk, self.path, catalog)
@@ -274,7 +273,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._consolidate(disk, catalog, save_id or self.save_id[:12])
 
     def _commit_shards(self, disk: Disk, files: Iterable[str]) -> None:
-        """The files have their names: they are the checkpoint, unless an index names others."""
+        """The files have their final names: they are the checkpoint, unless an index names
+        others."""
         if disk.exists(self.path, INDEX_NAME):
             disk.remove(self.path, INDEX_NAME)
             if self.sync_files:
@@ -302,8 +302,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
     def _rename_files(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
 
-        Only temporary names are looked for and taken away: others are a caller's own, who may write
-        the files later.
+        Only temporary names are replaced: other names are the caller's own, who may write the files
+        later.
         """
         places = catalog.places
         temporary = [name for name in places.files if is_temporary(name)]
@@ -329,5 +329,5 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         if strangers:
             raise CheckpointExistsError(
                 f"{self.path} holds {strangers[:SHOWN]}, which are no shards, and without an index "
-                "nobody could tell them from the shards: choose another folder"
+                "they cannot be distinguished from the shards: choose another folder"
             )

@@ -1,11 +1,11 @@
 """Whether the boxes of an index tile their tensors. Pure (no I/O).
 
 Boxes tile a tensor when they lie inside it, no two overlap, and their elements add up to the
-tensor's. The last is a sum only because the first two hold: so a key that fails one check is left
-out of the next, whose answer would mean nothing.
+tensor's. The sum proves this only if the first two conditions hold, so a key that fails one check
+is left out of the next one.
 
-Overlaps are the dear part. Most tensors are cut along one dimension, and there a single pass over
-neighbouring rows settles it (`_suspects`). Only the remaining ones are swept
+Finding overlaps is the expensive part. Most tensors are cut along one dimension, for which a single
+pass over neighbouring rows is enough (`_suspects`). Only the remaining tensors are swept
 (`boxes.overlapping_pairs`), once for each distinct layout.
 
 Two ranks hold `w` by rows; the second begins a row too late, and both hold the whole of `b`:
@@ -26,7 +26,7 @@ key:w invalid fill tensor-volume: 8 chunks-volume: 6
 key:b has overlapping chunks: ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([2]))
 ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([2]))
 
-Where each rank plans alone, a gap is no error, since other ranks may fill it:
+If each rank plans alone, a gap is not an error, since other ranks may fill it:
 
 >>> [line.split()[0] for line in problems_of(index, complete=False)]
 ['key:b']
@@ -46,7 +46,8 @@ from pytest_dcp._engine.plan.index import Index
 def problems_of(index: Index, *, complete: bool) -> list[str]:
     """The problems of the boxes, one line each, in the order of the keys.
 
-    Boxes out of bounds, overlapping boxes, and, where `complete`, elements that no box holds.
+    These are boxes out of bounds, overlapping boxes, and, if `complete`, elements that no box
+    holds.
     """
     key = index.key_of
     problems: list[tuple[int, str]] = []
@@ -80,7 +81,7 @@ def _gaps(index: Index, bad: set[int]) -> list[tuple[int, int, int]]:
 def overlaps(
     index: Index, skip: Collection[int] = (), only: NDArray[np.bool_] | None = None
 ) -> list[tuple[int, int, int]]:
-    """Keys with overlapping boxes and two rows that do, one pair a key."""
+    """Keys with overlapping boxes, and one pair of overlapping rows for each."""
     found: list[tuple[int, int, int]] = []
     seen: dict[bytes, list[tuple[int, int]]] = {}
     suspects = _suspects(index) if only is None else _suspects(index) & only
@@ -100,14 +101,14 @@ def overlaps(
 def _suspects(index: Index) -> NDArray[np.bool_]:
     """Keys that may have overlapping boxes.
 
-    Where all boxes of a key are cut along one dimension only, and lie in the order of their
-    offsets, it is enough that each ends where or before the next begins.
+    If all boxes of a key are cut along one dimension only and are sorted by offset, it is enough
+    that each ends before or where the next begins.
     """
     chunks = len(index.offset)
     several = np.diff(index.first) > 1
     if not chunks or not several.any():
         return several
-    # Of each key, along which dimensions any of its boxes is shorter than the tensor.
+    # For each key, the dimensions along which any of its boxes is shorter than the tensor.
     partial = index.shape != index.size[index.key_of]
     cut = np.logical_or.reduceat(partial, np.minimum(index.first[:-1], chunks - 1), axis=0)
     one_dim = cut.sum(axis=1) <= 1

@@ -2,9 +2,8 @@
 
 A box is a half-open block of a tensor: an offset and a shape, in elements. n boxes are two int64
 arrays of shape (n, k), where k is the largest rank (number of dimensions) among them: a box of a
-tensor of fewer dimensions has offset 0 and shape 1 in the dimensions that it lacks, so that a 0-d
-box holds one element and every formula holds without a special case. An empty box has a 0 in its
-shape.
+tensor with fewer dimensions has offset 0 and shape 1 in the missing ones, so that a 0-d box holds
+one element and no formula needs a special case. An empty box has a 0 in its shape.
 
 Two ranks hold rows 0 and 1, and 2 and 3, of a 4x2 tensor `w`, and each all of a tensor `b` of two
 elements. As one table, `b` padded to two dimensions:
@@ -23,7 +22,7 @@ Rows 1 and 2 of `w` are the last row of the first box and the first row of the s
 >>> low.tolist(), overlap.tolist(), shared.tolist()
 ([[1, 0], [2, 0]], [[1, 2], [1, 2]], [True, True])
 
-The boxes of `w` are apart; those of `b` share their elements:
+The boxes of `w` are disjoint; the boxes of `b` share their elements:
 
 >>> overlapping_pairs(offset[:2], shape[:2]), overlapping_pairs(offset[2:], shape[2:])
 ([], [(0, 1)])
@@ -41,7 +40,7 @@ Ints = NDArray[np.int64]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], rank: int, fill: int) -> Ints:
-    """The rows as one (n, rank) array, each filled up on the right with `fill`.
+    """The rows as one (n, rank) array, each padded on the right with `fill`.
 
     >>> pad_rows([(4, 2), (3,), ()], 2, 1).tolist()
     [[4, 2], [3, 1], [1, 1]]
@@ -91,7 +90,7 @@ def intersect(
 ) -> tuple[Ints, Ints, NDArray[np.bool_]]:
     """The overlaps of the i-th box of `a` with the i-th of `b`: offset, shape, and whether any.
 
-    Where there is none the offset and shape mean nothing. An empty box overlaps nothing.
+    If there is no overlap, offset and shape mean nothing. An empty box overlaps nothing.
     """
     low = np.maximum(offset_a, offset_b)
     high = np.minimum(offset_a + shape_a, offset_b + shape_b)
@@ -110,8 +109,9 @@ def spans(counts: Ints) -> Ints:
 
 
 def out_of_bounds(offset: Ints, shape: Ints, size: Ints) -> NDArray[np.bool_]:
-    """Whether each box leaves the tensor of the size beside it, or has a negative side."""
-    # Not offset + shape > size: numbers from a plan of somebody else's may wrap around.
+    """Whether each box exceeds its tensor, whose size is in the same row, or has a negative
+    side."""
+    # Not offset + shape > size, which could wrap around for numbers of a foreign plan.
     bad: NDArray[np.bool_] = (offset < 0) | (shape < 0) | (offset > size - shape)
     row_is_bad: NDArray[np.bool_] = np.any(bad, axis=1)
     return row_is_bad
@@ -120,9 +120,9 @@ def out_of_bounds(offset: Ints, shape: Ints, size: Ints) -> NDArray[np.bool_]:
 def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[int, int]]:
     """Pairs of rows whose boxes share an element, at most `limit` of them, lower row first.
 
-    A sweep along the dimension with the most distinct offsets: boxes are sorted by their start,
-    each is compared with the ones that start before it ends. n log n for boxes that are cut along
-    that dimension alone; n * n at worst, where all of them span it.
+    Sweeps along the dimension with the most distinct offsets: sorts the boxes by their start and
+    compares each with the ones that start before it ends. Takes n log n for boxes that are cut
+    along that dimension alone, and n * n at worst, if all of them span it.
 
     >>> offset, shape = np.array([[0, 0], [0, 2], [1, 1]]), np.array([[2, 2], [2, 2], [2, 2]])
     >>> overlapping_pairs(offset, shape)
@@ -139,7 +139,8 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     order = np.argsort(offset[:, dim], kind="stable")
     offset, shape, rows = offset[order], shape[order], rows[order]
     start = offset[:, dim]
-    # Of each box, how many after it in this order start before it ends: those alone can overlap it.
+    # For each box, how many later ones in this order start before it ends: only these can overlap
+    # it.
     ahead = np.searchsorted(start, start + shape[:, dim], side="left") - np.arange(len(rows)) - 1
     found: list[tuple[int, int]] = []
     for part in _parts(ahead):

@@ -1,9 +1,9 @@
 """A save planner's memory between saves, so that an unchanged plan is not sent again.
 
-Each planner instance has its own memory. A rank remembers the local plan that it sent last, the
-coordinator all of them and the global plan that they gave. Everything that a plan says is
-compared: names, boxes, dtypes, properties, the paths of the state dict. A rank that sends nothing
-sends the digest of what it means, so that a coordinator with another memory finds out.
+Each planner instance has its own memory. A rank remembers the local plan that it sent last; the
+coordinator remembers all local plans and the global plan made from them. Plans are compared in
+full: names, boxes, dtypes, properties, the paths of the state dict. Instead of an unchanged plan a
+rank sends its digest, so that a coordinator that remembers another plan notices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pytest_dcp.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """Stands in `planner_data` of a plan that is not sent: the digest of the one that is meant."""
+    """The `planner_data` of a plan that is not sent: the digest of the unchanged plan."""
 
     digest: bytes
 
@@ -35,14 +35,15 @@ class PlanCache:
     """One planner's memory."""
 
     pending: bytes | None = None
-    """Digest of the local plan of the save under way, remembered once that save has its plan."""
+    """Digest of the local plan of the current save, remembered once that save has its final
+    plan."""
     sent: bytes | None = None
     final: SavePlan | None = None
-    """The plan that this rank got to write."""
+    """The final plan that this rank received."""
     all_plans: dict[int, tuple[bytes, SavePlan]] = field(default_factory=dict)
     """On the coordinator: each rank's last plan."""
     answer: tuple[tuple[bytes, ...], list[SavePlan], Metadata, Replicas | None] | None = None
-    """On the coordinator: the digests, and the plans, metadata and replicas that they gave."""
+    """On the coordinator: the digests, and the plans, metadata and replicas made from them."""
 
     def shorten_plan(self, plan: SavePlan) -> SavePlan:
         """The plan to send: this one, or a note that it is the same as last time."""
@@ -56,7 +57,7 @@ class PlanCache:
 
         Raises PlanError naming the ranks whose unchanged plan is not the one remembered here.
         """
-        # Remembered only from a rank that says in full what it means: a digest stands for the rest.
+        # Only a plan sent in full is remembered; a digest must match the remembered plan.
         strangers = []
         for rank, plan in enumerate(plans):
             if plan.usable:
@@ -72,24 +73,24 @@ class PlanCache:
         return [plan for _, plan in known], tuple(digest for digest, _ in known)
 
     def recall_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan to carry out: the one told, or the remembered one."""
+        """The plan to carry out: the received one, or the remembered one."""
         if not plan.usable:
             if self.final is None:
                 raise PlanError("the coordinator sent no plan, and none is remembered")
-            # Where it goes is of this save alone.
+            # The file names are this save's own.
             return replace(self.final, storage_data=plan.storage_data)
         self.sent, self.final = self.pending, plan
         return plan
 
 
 def digest_of(plan: SavePlan) -> bytes:
-    """A digest of everything that the plan says."""
+    """A digest of the whole plan."""
     data = plan.planner_data
     paths = tuple(data.items()) if isinstance(data, Mapping) else data
     said: Any = (WriteItems.of(plan.items), paths, plan.storage_data)
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, 5)
-    # Without a memo equal plans give equal bytes, whichever of their strings are one object.
+    # Without a memo, equal plans give equal bytes even if they share different strings.
     pickler.fast = True
     pickler.dump(said)
     return hashlib.blake2b(stream.getbuffer(), digest_size=16).digest()

@@ -1,24 +1,24 @@
-"""What planners, storages and file systems may offer beyond torch's hooks. Pure (no I/O).
+"""Optional extras of planners, storages and file systems beyond torch's hooks. Pure (no I/O).
 
 For authors of planners and storages. torch's classes (`SavePlanner`, `LoadPlanner`,
 `StorageWriter`, `StorageReader`, `FileSystemBase`) are the contract, and an object that has their
-methods is enough: nothing here is required. Each class below is a further **capability**: one or
-more attributes that the engine looks for and makes use of. Ours have them; yours gets them by
-having attributes of these names, or by a subclass of ours that overrides none of the hooks that a
-capability goes around. An object without a capability takes the way through torch's hooks, which
-is slower or refuses more, and never wrong.
+methods is enough: nothing here is required. Each class below is a **capability**: one or more
+attributes that the engine looks for and uses. Our classes have them; yours gets them by defining
+attributes of these names, or by subclassing ours without overriding any of the hooks that a
+capability bypasses. For an object without a capability the engine goes through torch's hooks, which
+is slower or refuses more, but is never wrong.
 
-Without one, of a save planner:
+Without a capability of a save planner:
 
 - `GivesData`: `resolve_data` is called for each item;
 
 of a load planner:
 
 - `GivesTargets`: `resolve_tensor` and `commit_tensor` are called for each item;
-- `PreparesValues`: `load_bytes` is called for each value, and nothing judges it before;
+- `PreparesValues`: `load_bytes` is called for each value, without a check before;
 - `TakesNumbers`: a stored tensor does not load into a Python number;
 - `PlansAlone`: the plans of all ranks are gathered for `create_global_plan`;
-- `Repeats`: a load fails when another save replaces the checkpoint meanwhile;
+- `Repeats`: a load fails if another save replaces the checkpoint meanwhile;
 - `ReportsKeys`: `load` returns a report without keys;
 
 of a storage, a reader or a file system:
@@ -26,11 +26,11 @@ of a storage, a reader or a file system:
 - `ChoosesPickles` (planners too): its objects travel in pickles between ranks if its class is
   neither ours nor torch's;
 - `KnowsPlace`: messages name the object, and the folders of ranks are not compared;
-- `KnowsSaves`: saves are told apart only where there is metadata for all ranks;
+- `KnowsSaves`: saves can be distinguished only if there is metadata for all ranks;
 - `HasDisk`: the engine goes through its streams.
 
-The functions ask. They look attributes up on the object, so that a wrapper which passes attributes
-on by `__getattr__` has the capabilities of what it wraps.
+The functions check for capabilities. They look attributes up on the object, so a wrapper that
+forwards attributes by `__getattr__` has the capabilities of the object that it wraps.
 
     >>> class Remembers:
     ...     repeatable = True
@@ -60,13 +60,14 @@ from pytest_dcp._engine.plan.match import LoadReport
 
 
 class GivesData(Protocol):
-    """A save planner that gives the data of many items at a time. Asked by writers of ours."""
+    """A save planner that gives the data of many items at a time. Used by our writers."""
 
     def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
-        """What gives the data of the n-th item: a tensor of its size, or a value's bytes.
+        """A function that gives the data of the n-th item: a tensor of its size, or a value's
+        bytes.
 
-        Called once, in `write_data`; what it returns is called once for each item, in any order and
-        from several threads. It must give what `resolve_data` would.
+        Called once, in `write_data`; the returned function is called once for each item, in any
+        order and from several threads. It must give the same data as `resolve_data`.
         """
 
 
@@ -79,67 +80,68 @@ def gives_data(planner: object) -> TypeIs[GivesData]:
 
 
 class GivesTargets(Protocol):
-    """A load planner that gives the targets of many items at a time. Asked by readers of ours."""
+    """A load planner that gives the targets of many items at a time. Used by our readers."""
 
     def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
-        """What gives the memory of the whole wanted box of the n-th item, which is filled in place.
+        """A function that gives the memory of the n-th item's whole wanted box, to be filled in
+        place.
 
-        The engine narrows it to the part that the item fills, and does not commit it. None where
+        The engine narrows it to the part that the item fills, and does not commit it. None if
         `resolve_tensor` and `commit_tensor` must be called.
         """
 
 
 def targets_of(planner: object, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
-    """What a `GivesTargets` answers; None for any other planner."""
+    """The function of a `GivesTargets`; None for any other planner."""
     direct: Callable[[ReadItems], Any] | None = getattr(planner, "targets", None)
     return None if direct is None else direct(items)
 
 
 class PreparesValues(Protocol):
-    """A load planner that judges a value before it takes it. Asked by readers of ours.
+    """A load planner that checks a value before it takes it. Used by our readers.
 
-    So a value that does not fit is refused while all targets still have what they had.
+    So a value that does not fit is refused before any target changes.
     """
 
     takes_values: bool
-    """Whether `prepare_value` may be called in place of `load_bytes`."""
+    """Whether `prepare_value` may be called instead of `load_bytes`."""
 
     def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
-        """Judge the stored bytes of a value; what is returned then takes it, and cannot fail.
+        """Check the stored bytes of a value; the returned function then takes it, and cannot fail.
 
         Raises CheckpointMismatchError or CheckpointCorruptError.
         """
 
 
 def prepares_values(planner: object) -> TypeIs[PreparesValues]:
-    """Whether a load planner is a `PreparesValues` that wants to be used as one."""
+    """Whether a load planner is a `PreparesValues` whose `takes_values` is set."""
     return bool(getattr(planner, "takes_values", False))
 
 
 class TakesNumbers(Protocol):
-    """A load planner that loads stored tensors into Python numbers. Asked by `load` and readers."""
+    """A load planner that loads stored tensors into Python numbers. Used by `load` and readers."""
 
     takes_numbers: Container[str]
-    """Names of numbers that are loaded from tensors. Their `resolve_tensor` gives memory of the
-    planner's own, and `commit_tensor` takes the number out of it."""
+    """Names of numbers that are loaded from tensors. Their `resolve_tensor` gives the planner's own
+    memory, and `commit_tensor` takes the number out of it."""
 
     def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Raise CheckpointMismatchError where a number that was read does not fit.
+        """Raise CheckpointMismatchError if a number that was read does not fit.
 
         Called before any target is filled.
         """
 
 
 def numbers_of(planner: object) -> Container[str]:
-    """What a `TakesNumbers` takes; nothing for any other planner."""
+    """The names that a `TakesNumbers` takes; empty for any other planner."""
     names: Container[str] = getattr(planner, "takes_numbers", ())
     return names
 
 
 class PlansAlone(Protocol):
-    """A load planner whose `create_global_plan` changes nothing. Asked by `load`, on every rank.
+    """A load planner whose `create_global_plan` changes nothing. Used by `load`, on every rank.
 
-    Then plans are not sent. The answer must be the same on all ranks.
+    Then plans are not sent. The value must be the same on all ranks.
     """
 
     plans_alone: bool
@@ -151,10 +153,10 @@ def plans_alone(planner: object) -> bool:
 
 
 class Repeats(Protocol):
-    """A load planner that can be used again when the checkpoint is replaced meanwhile.
+    """A load planner that can be used again if the checkpoint is replaced meanwhile.
 
-    Asked by `load`, on every rank; the answers must be the same on all ranks. Between two tries
-    `begin_again` is called, then `set_up_planner` as for a new load.
+    Used by `load`, on every rank; the values must be the same on all ranks. Between two tries
+    `load` calls `begin_again`, then `set_up_planner` as for a new load.
     """
 
     plans_again: bool
@@ -175,23 +177,24 @@ def may_repeat(planner: object, *, has_read: bool) -> bool:
 
 
 class ReportsKeys(Protocol):
-    """A load planner that says how the keys met. Asked by `load`, after planning and at its end."""
+    """A load planner that reports which keys matched. Used by `load`, after planning and at its
+    end."""
 
     report: LoadReport
-    """What this rank has seen."""
+    """The keys that this rank has seen."""
     idle_renames: Mapping[str, str]
-    """Prefixes that rename no key of this rank, with a line for each that says so. It is an error
-    where a prefix is idle on all ranks."""
+    """Prefixes that rename no key of this rank, each with a message. A prefix that is idle on all
+    ranks is an error."""
 
 
 def report_of(planner: object) -> LoadReport:
-    """What a `ReportsKeys` has seen; an empty report for any other planner."""
+    """The report of a `ReportsKeys`; an empty report for any other planner."""
     report = getattr(planner, "report", None)
     return report if isinstance(report, LoadReport) else LoadReport()
 
 
 def idle_renames_of(planner: object) -> dict[str, str]:
-    """What a `ReportsKeys` says of its renames; nothing for any other planner."""
+    """The idle renames of a `ReportsKeys`; empty for any other planner."""
     return dict(getattr(planner, "idle_renames", {}))
 
 
@@ -201,21 +204,22 @@ def idle_renames_of(planner: object) -> dict[str, str]:
 class ChoosesPickles(Protocol):
     """A planner or storage that says whether its objects may be pickled between ranks.
 
-    Asked once for each save or load. Without a choice, objects of classes that are neither ours nor
-    torch's may be: their plans and results hold classes that only pickles can carry.
+    Checked once for each save or load. Without a choice, objects of classes that are neither ours
+    nor torch's may be pickled, since their plans and results hold classes that only pickles can
+    carry.
     """
 
     pickles_between_ranks: bool
 
 
 def pickle_choice_of(owner: object) -> bool | None:
-    """What a `ChoosesPickles` says; None for any other object."""
+    """The choice of a `ChoosesPickles`; None for any other object."""
     choice: bool | None = getattr(owner, "pickles_between_ranks", None)
     return choice
 
 
 class KnowsPlace(Protocol):
-    """A storage that says where its checkpoint is. Asked by `save` and `load`.
+    """A storage that says where its checkpoint is. Used by `save` and `load`.
 
     Ranks that name different places are refused, and messages name the place.
     """
@@ -224,7 +228,7 @@ class KnowsPlace(Protocol):
 
 
 def place_of(storage: object) -> str | os.PathLike[str] | None:
-    """What a `KnowsPlace` says; None for any other storage."""
+    """The place of a `KnowsPlace`; None for any other storage."""
     place: str | os.PathLike[str] | None = getattr(storage, "checkpoint_id", None)
     return place
 
@@ -233,7 +237,7 @@ def place_of(storage: object) -> str | os.PathLike[str] | None:
 
 
 class KnowsSaves(Protocol):
-    """A reader that can tell one save from another. Asked by `load`, after `read_metadata`."""
+    """A reader that can tell one save from another. Used by `load`, after `read_metadata`."""
 
     has_manifest: bool
     """Whether all ranks' parts of the checkpoint carry the id of one save, so that ranks which
@@ -246,9 +250,9 @@ def knows_saves(reader: object) -> bool:
 
 
 class HasDisk(Protocol):
-    """A file system that has a better way than its streams. Asked by storages of ours.
+    """A file system that has a better way than its streams. Used by our storages.
 
-    Of the class, not the object: a wrapper that passes attributes on must not be gone around.
+    Looked up on the class, not the object: a wrapper that forwards attributes must not be bypassed.
     """
 
     disk: Any

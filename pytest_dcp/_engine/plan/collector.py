@@ -1,4 +1,4 @@
-"""The cyclic garbage collector, out of the way while many small objects are made.
+"""Pauses the cyclic garbage collector while many small objects are made.
 
 Planning makes tens of thousands of tuples and no cycle. Each of the collector's full passes over a
 process that has torch loaded takes longer than the planning itself.
@@ -18,7 +18,8 @@ _was_enabled = False
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Switch the collector off inside, in every thread; on again after the last of those inside."""
+    """Switch the collector off inside, in every thread; the last thread to leave switches it on
+    again."""
     global _depth, _was_enabled
     with _lock:
         if not _depth:

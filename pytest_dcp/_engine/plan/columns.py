@@ -1,20 +1,20 @@
 """Plans as columns that look like sequences of torch's items.
 
-`WriteItems` and `ReadItems` stand in `SavePlan.items` and `LoadPlan.items`. A planner or storage
-that was written for torch iterates over them and sees `WriteItem` and `ReadItem` objects, made on
-the way; the engine reads the columns. They are pickled as a few arrays and one block of names.
+`SavePlan.items` and `LoadPlan.items` are `WriteItems` and `ReadItems`. A planner or storage written
+for torch iterates over them and sees `WriteItem` and `ReadItem` objects, made on demand; the engine
+reads the columns. They are pickled as a few arrays and one block of names.
 
-A box is padded to the width of its table (see `boxes`); `ndim` tells how many dimensions are real,
-and is -1 where an item has no offset at all (a byte value).
+A box is padded to the width of its table (see `boxes`); `ndim` is the number of real dimensions, or
+-1 if an item has no offset at all (a byte value).
 
 Why columns: a large job has thousands of items per rank, and each of torch's is a tree of Python
 objects. numpy plans all ranks' rows at once, and a table pickles as a handful of arrays.
 
-Assumes nothing of the planner: `of` takes any sequence of torch's items. Guarantees that a table
-equals the list of items that it was made from, and that a table is never changed: a planner that
-edits an item edits a copy, and `SavePlan.items` stays as it was.
+Assumes nothing about the planner: `of` takes any sequence of torch's items. Guarantees that a table
+equals the list of items that it was made from, and never changes: a planner that edits an item
+edits a copy, and `SavePlan.items` stays the same.
 
-What rank 0 of two writes, two rows of the 4x2 tensor `w` and a value `step`:
+Rank 0 of two writes two rows of the 4x2 tensor `w` and a value `step`:
 
 >>> from torch.distributed.checkpoint.planner import TensorWriteData
 >>> box = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 2]))
@@ -29,7 +29,7 @@ What rank 0 of two writes, two rows of the 4x2 tensor `w` and a value `step`:
 >>> table.size_bytes().tolist()  # a value's size is not known before it is written
 [16, 1]
 
-It is a sequence of torch's items, made when they are asked for:
+It is a sequence of torch's items, made on demand:
 
 >>> table[0].tensor_data.chunk
 ChunkStorageMetadata(offsets=torch.Size([0, 0]), sizes=torch.Size([2, 2]))
@@ -81,11 +81,11 @@ READ_BYTES, READ_TENSOR = (
     READ_KINDS.index(kind) for kind in (LoadItemType.BYTE_IO, LoadItemType.TENSOR)
 )
 UNKNOWN = -1
-"""No hint, no property, no number of bytes; as `ndim`: no offset."""
+"""No hint, property or number of bytes; as `ndim`: no offset."""
 
 
 class ItemTable(Sequence[Item]):
-    """Rows that become items when somebody looks at them. Immutable."""
+    """Rows that become items on demand. Immutable."""
 
     __slots__ = ()
 
@@ -126,7 +126,7 @@ def size_of(row: Ints, ndim: int) -> torch.Size:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origin:
-    """The rows of a table that another was taken from."""
+    """The rows of the table that this one was taken from."""
 
     table: WriteItems
     rows: Ints
@@ -148,13 +148,13 @@ class WriteItems(ItemTable[WriteItem]):
     """Of the full tensor."""
     offset: Ints
     shape: Ints
-    """Of this rank's box in it."""
+    """Of this rank's box in the tensor."""
     hint: Ints
     """`MetadataIndex.index`: the box's position in the metadata's list; -1: none."""
     nbytes: Ints
-    """Of a byte value, where the planner knows it; else -1."""
+    """Of a byte value, if the planner knows it; else -1."""
     origin: Origin | None = None
-    """Where the rows were taken from; stays behind when the table is pickled."""
+    """Where the rows were taken from; not pickled with the table."""
 
     def __len__(self) -> int:
         return len(self.fqns)
@@ -184,7 +184,7 @@ class WriteItems(ItemTable[WriteItem]):
     def take(self, rows: Ints, hint: Ints | None = None) -> WriteItems:
         """These rows in this order, with other hints where given."""
         fqns = self.fqns
-        # The same tuple where nothing is left out: names are compared by identity elsewhere.
+        # The same tuple if nothing is left out: other code compares names by identity.
         everything = len(rows) == len(fqns) and bool((rows == np.arange(len(rows))).all())
         return replace(
             self,
@@ -354,14 +354,14 @@ def hint_of(index: MetadataIndex) -> int:
 
 
 def position(known: dict[Any, int], properties: TensorProperties) -> int:
-    """The number of these properties among those known, which they join when they are new."""
+    """The position of these properties among the known ones; new ones are added."""
     p = properties
     key = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
     return known.setdefault(key, len(known))
 
 
 _AT_HOME = ("origin", "source")
-"""Fields that mean something only in the process that has the table or index they point to."""
+"""Fields that are meaningful only in the process that has the table or index they refer to."""
 
 
 def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:

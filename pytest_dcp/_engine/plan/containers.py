@@ -1,13 +1,13 @@
-"""The containers of a nested state dict, beside the flat names of what they hold. Pure (no I/O).
+"""Describes the containers of a nested state dict in addition to its flat names. Pure (no I/O).
 
-A flat name says the keys as strings, and nothing of a container that is empty or is no plain dict.
-What it does not say is described here, in JSON. A rank sends its description with its plan, as one
+A flat name gives the keys as strings, and shows neither empty containers nor classes other than
+plain dicts. This module describes these in JSON. A rank sends its description with its plan, as one
 more path (`DESCRIPTION`); the coordinator joins them (`DescribedPaths`), and the manifest keeps the
-text beside the planner's paths. So `Metadata` and its pickle are what torch would have written, and
-readers that do not know the description pass it over. Checkpoints whose containers are plain dicts
-with string keys have none.
+text with the planner's paths. So `Metadata` and its pickle are the same as torch's, and readers
+that do not know the description skip it. Checkpoints whose containers are plain dicts with string
+keys have none.
 
-One entry a container:
+One entry per container:
 
     path    keys as strings, positions in lists as ints
     kind    one of KINDS, or "?" and the full name of any other class
@@ -77,7 +77,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "PerRank": (PerRank, _by_rank),
     "list": (list, lambda items: items),
 }
-"""By name: the class, and what makes one of a plain dict or list."""
+"""By name: the class, and a function that makes one from a plain dict or list."""
 _NAME_OF = {kind: name for name, (kind, _) in KINDS.items()}
 
 
@@ -85,12 +85,12 @@ _NAME_OF = {kind: name for name, (kind, _) in KINDS.items()}
 
 
 def is_plain(container: Mapping[Any, Any]) -> bool:
-    """Whether the flat names of what the mapping holds say all there is to say of it."""
+    """Whether the flat names of the mapping's items describe it completely."""
     return type(container) is dict and bool(container) and _STRINGS.issuperset(map(type, container))
 
 
 def describe(containers: Iterable[tuple[Path, Any]]) -> str | None:
-    """The description of these containers, by their paths as saved; None where there are none."""
+    """The description of these containers, by their paths as saved; None if there are none."""
     entries = [_entry(list(path), container) for path, container in containers]
     return json.dumps(entries, separators=(",", ":")) if entries else None
 
@@ -139,7 +139,7 @@ def _encode_key(key: Any) -> list[Any]:
 
 
 def merge_descriptions(texts: Iterable[str]) -> str | None:
-    """One description of what several ranks described; of one container the first counts."""
+    """Joins the descriptions of several ranks; for each container the first one counts."""
     distinct = list(dict.fromkeys(texts))
     if len(distinct) < 2:
         return distinct[0] if distinct else None
@@ -157,7 +157,7 @@ def merge_descriptions(texts: Iterable[str]) -> str | None:
 
 
 def paths_of_kind(text: str, kind: str | None = None) -> frozenset[Path]:
-    """Where the description has containers of these kinds; None: of any."""
+    """Where the description has containers of these kinds; None: of any kind."""
     if kind is not None and f'"{kind}"' not in text:
         return frozenset()
     entries = json.loads(text)
@@ -165,7 +165,7 @@ def paths_of_kind(text: str, kind: str | None = None) -> frozenset[Path]:
 
 
 def alike(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A container of these items that is described as the original is: of its class if known."""
+    """A container of these items with the original's description: of its class if that is known."""
     name = _NAME_OF.get(type(original), "dict")
     if isinstance(original, defaultdict):
         return defaultdict(original.default_factory, items)
@@ -192,8 +192,8 @@ class Description:
     ) -> dict[Any, Any]:
         """The state dict of plain dicts and lists with the containers and keys that were saved.
 
-        included: whether a container of this path is wanted, asked for the empty ones. trusted:
-        make containers of any class, which are imported and called with their items.
+        included: whether an empty container at this path is wanted. trusted: make containers of any
+        class, which is imported and called with the items.
 
         Raises CheckpointMismatchError, naming each, for containers and keys of unknown classes,
         unless `trusted`; CheckpointCorruptError where the description does not fit.
@@ -229,7 +229,8 @@ class Description:
 
 
 def _put_empty(root: Any, path: Path, empty: Any) -> None:
-    """Put an empty container where nothing is; its parents are made as plain dicts and lists."""
+    """Put an empty container at a path that is free; its parents are made as plain dicts and
+    lists."""
     container = root
     for depth, key in enumerate(path):
         deeper = path[depth + 1 :]
@@ -251,10 +252,10 @@ def _put_empty(root: Any, path: Path, empty: Any) -> None:
 def _key_names(
     entry: Entry | None, value: Mapping[str, Any], refused: list[str], path: Path
 ) -> dict[str, Any]:
-    """The keys as they were, by the strings that stand for them."""
+    """The original keys, by the strings that represent them."""
     told = (entry or {}).get("keys", [])
     if told == "int":
-        # A key that is no int here is of a rank whose own keys were strings.
+        # A key that is not an int here is from a rank whose own keys were strings.
         return {key: int(key) if _is_int(key) else key for key in value}
     known: dict[str, Any] = dict(told)
     names: dict[str, Any] = {}

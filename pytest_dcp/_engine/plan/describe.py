@@ -1,8 +1,8 @@
 """A flat state dict -> the items that this rank writes (`WriteItems`) or wants (`Wanted`), as
 columns.
 
-Both read the same parts of the same tensors; only the questions differ. Every problem of a state
-dict is named at once.
+Both read the same parts of the same tensors, but record different facts. All problems of a state
+dict are reported in one error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Box = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """The boxes that a rank wants to load, one row a box; a byte value has no dimensions."""
+    """The boxes that a rank wants to load, one row per box; a byte value has no dimensions."""
 
     fqns: Fqns
     ndim: NDArray[np.int16]
@@ -101,14 +101,14 @@ class _Rows:
             problems.append(str(error))
 
     def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
-        """The number of the properties of a tensor that is kept in this memory."""
+        """The position of the properties of a tensor that is kept in this memory."""
         key = (memory.dtype, memory.layout, value.requires_grad)
         return self.known.setdefault(key, len(self.known))
 
     def known_property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int | None:
-        """As `property_of`; None where no tensor before had these, or the memory is no CPU's.
+        """Like `property_of`; None if no earlier tensor had these, or the memory is not on the CPU.
 
-        Whether properties are of something that can be saved needs be asked once.
+        Whether tensors with given properties can be saved needs only one check.
         """
         layout = memory.layout
         if layout is not torch.strided or not memory.is_cpu:
@@ -166,7 +166,7 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
                 number = rows.property_of(value, memory)
             if kind is DTensor:
                 rows.add_dtensor(fqn, value, number, problems)
-            elif memory.is_nested:  # It looks like others, and has no shape.
+            elif memory.is_nested:  # It looks like other tensors, but has no shape.
                 problems.append(f"{what_no_file_holds(fqn, value)}")
             else:
                 rows.add_tensor(fqn, value, number)
@@ -192,20 +192,20 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
         else:
             rows.add_tensor(fqn, value, rows.property_of(value, value))
     require_savable(problems)
-    # Tables of items that tensors made themselves are rare, and joined by way of the items.
+    # Tables of items that tensors made themselves are rare, so they are joined item by item.
     if not spoken:
         return rows.items()
     return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
 
 
 def require_savable(problems: Sequence[str]) -> None:
-    """Raise PlanError for the problems of values that cannot be saved, if there are any."""
+    """Raise PlanError for values that cannot be saved, if there are any."""
     if problems:
         raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
 
 
 def unsavable(fqn: str, value: Any) -> str | None:
-    """Why a tensor has no bytes that could be saved, or None."""
+    """Why a tensor has no bytes to save, or None."""
     if isinstance(value, ShardedTensor):
         return None
     memory: Any = local_tensor(value) if isinstance(value, DTensor) else value

@@ -1,4 +1,5 @@
-"""Which hooks of a planner a subclass has changed, and what hooks answered. Pure (no I/O)."""
+"""Which hooks of a planner a subclass overrides, and checks of the hooks' results. Pure (no
+I/O)."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ Plan = TypeVar("Plan", SavePlan, LoadPlan)
 
 
 def overridden(planner: object, base: type, hooks: Iterable[str]) -> bool:
-    """Whether the planner's class, or the object itself, has another of the base's hooks."""
+    """Whether the planner's class, or the object itself, overrides any of the base's hooks."""
     return any(is_overridden(planner, base, hook) for hook in hooks)
 
 
 def is_overridden(owner: object, base: type, hook: str) -> bool:
-    """Whether the owner's class, or the object itself, has another hook than the base."""
+    """Whether the owner's class, or the object itself, overrides the base's hook."""
     return getattr(type(owner), hook) is not getattr(base, hook) or hook in vars(owner)
 
 
 def lists_wanted(planner: object, base: type) -> bool:
-    """Whether a subclass looks into plans, and may expect lists that it can change."""
+    """Whether a subclass reads plans, and may expect lists that it can change."""
     hooks = ("create_local_plan", "create_global_plan", "finish_plan")
     return overridden(planner, base, hooks) or any(
         hasattr(base, hook) and is_overridden(planner, base, hook) for hook in _INNER_HOOKS
@@ -37,9 +38,9 @@ _INNER_HOOKS = ("_create_global_plan", "_dedup_save_plans")
 
 
 def with_list(plan: Plan, hook: Callable[..., Any]) -> Plan:
-    """The plan as a hook gets it: with a list of items, where it is of another package's storage.
+    """The plan as a hook gets it: with a list of items if the hook is another package's storage's.
 
-    Such a storage may sort the items, or take some away, as it can with torch's.
+    Such a storage may sort the items, or remove some, as it can with torch's.
     """
     ours = str(getattr(hook, "__module__", "")).startswith("pytest_dcp.")
     if ours or type(plan.items) is list:
@@ -49,14 +50,14 @@ def with_list(plan: Plan, hook: Callable[..., Any]) -> Plan:
 
 
 def require_plan(plan: Any, kind: type[Plan], hook: str) -> Plan:
-    """The plan that a hook answered with. Raises TypeError, naming the hook, for anything else."""
+    """The plan that a hook returned. Raises TypeError, naming the hook, for anything else."""
     if not isinstance(plan, kind):
         raise TypeError(f"{hook} must return a {kind.__name__}, it returned {plan!r:.200}")
     return plan
 
 
 def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
-    """The plan that a storage's hook made of the planner's.
+    """The plan that a storage's hook made from the planner's.
 
     Raises PlanError, naming the missing items: a storage decides how items are moved, and may
     divide them; the planner decides which items there are.
@@ -72,7 +73,7 @@ def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
 
 
 def _elements(items: Sequence[WriteItem | ReadItem]) -> Counter[str]:
-    """How many elements the items of each key have; a value is one."""
+    """How many elements the items of each key have; a value counts as one."""
     found: Counter[str] = Counter()
     for item in items:
         if isinstance(item, ReadItem):

@@ -1,9 +1,9 @@
 """The contents of a checkpoint, as columns that look like torch's metadata.
 
 An `Index` is a table of keys and a table of chunks (the stored boxes; the chunks of a key are
-adjacent rows). `KeyTable` stands in `Metadata.state_dict_metadata`: a mapping that makes torch's
-objects for the keys that somebody looks at. A change made through it turns it into a plain dict,
-and `index_of` then reads the objects again, so that no planner's edit is lost.
+adjacent rows). `Metadata.state_dict_metadata` is a `KeyTable`: a mapping that makes torch's objects
+on demand. A change made through it turns it into a plain dict, and `index_of` then reads the
+objects again, so that no planner's edit is lost.
 
 >>> chunks = [ChunkStorageMetadata(torch.Size([r, 0]), torch.Size([2, 2])) for r in (0, 2)]
 >>> w = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([4, 2]), chunks)
@@ -126,7 +126,7 @@ class Index:
 
 
 class ChunkList(LazyList[ChunkStorageMetadata]):
-    """The chunks of one key: rows of an index until somebody changes them, then a list."""
+    """The chunks of one key: rows of an index until they are changed, then a list."""
 
     __slots__ = ("_index", "_start", "_stop")
 
@@ -152,7 +152,7 @@ class ChunkList(LazyList[ChunkStorageMetadata]):
 
 
 class KeyTable(LazyDict[str, STORAGE_TYPES]):
-    """`Metadata.state_dict_metadata` over an index: values are made when they are asked for."""
+    """`Metadata.state_dict_metadata` over an index: values are made on demand."""
 
     __slots__ = ("source",)
 
@@ -168,7 +168,7 @@ class KeyTable(LazyDict[str, STORAGE_TYPES]):
         return self.source.value(self.source.row_of[key])
 
     def index(self) -> Index | None:
-        """The index, or None when somebody changed a key or a value."""
+        """The index, or None if a key or a value has been changed."""
         index = self.source
         if self.is_full and list(self) != list(index.fqns):
             return None
@@ -191,9 +191,9 @@ def stated_sizes(metadata: Metadata | None) -> Mapping[str, torch.Size]:
 
 
 def resized_keys(metadata: Metadata, before: Mapping[str, torch.Size]) -> frozenset[str]:
-    """The keys whose size somebody has changed since the metadata were read.
+    """The keys whose size has been changed since the metadata was read.
 
-    before: the sizes then, of metadata that are not the engine's.
+    before: the sizes at that time, if the metadata is not the engine's.
     """
     keys = metadata.state_dict_metadata
     table = keys if isinstance(keys, KeyTable) else None

@@ -1,7 +1,7 @@
 """Which part of a full tensor a rank holds, from mesh, coordinate and placements. Pure (no I/O).
 
-Placements apply from the first mesh dimension to the last, each dividing what the earlier ones
-left (`torch.distributed.tensor.placement_types`):
+Placements apply from the first mesh dimension to the last, each dividing the part that the earlier
+ones left (`torch.distributed.tensor.placement_types`):
 
 - `Shard(d)` cuts dimension d into `ceil(n / ranks)`-sized chunks, the last ones shorter or empty;
 - `_StridedShard(d, split_factor=s)` first cuts it into s such parts, then each part among the
@@ -29,7 +29,7 @@ second mesh dimension), so FSDP (the first) takes its chunk of each of the two p
 >>> [local_boxes((8,), (2, 2), at, both)[0].offset for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
 [(0,), (4,), (2,), (6,)]
 
-Under the first placement alone a rank has both its chunks, one after the other in its memory:
+With only the first placement a rank has both its chunks, one after the other in its memory:
 
 >>> for box in local_boxes((8,), (2,), (1,), both[:1]):
 ...     print(box)
@@ -64,7 +64,8 @@ class LocalBox:
 
     @property
     def whole(self) -> bool:
-        """Whether it may be the rank's entire local tensor: it starts at its origin."""
+        """Whether it may be the rank's entire local tensor: it starts at the local tensor's
+        origin."""
         return not any(self.local_offset)
 
 
@@ -83,7 +84,7 @@ def local_boxes(
 ) -> tuple[LocalBox, ...]:
     """The boxes that the rank at `coordinate` of the mesh holds, at least one (perhaps empty).
 
-    Raises ValueError for a placement that holds no part of the tensor's own values (Partial).
+    Raises ValueError for a placement that does not hold the tensor's own values (Partial).
     """
     runs: list[Runs] = [[(0, n)] for n in shape]
     for ranks, rank, placement in zip(mesh_shape, coordinate, placements, strict=True):

@@ -1,11 +1,10 @@
-"""Dicts and lists whose contents are made when somebody looks at them. Pure (no I/O).
+"""Dicts and lists whose contents are made on demand. Pure (no I/O).
 
-They stand in torch's objects for columns with many rows, and behave as the `dict` or `list` that
-torch has there: `isinstance` says so, and every method works, `pop` and item assignment among them.
-
-Items made so far are stored in the object itself, so that looking them up again costs nothing
-extra. An operation that needs all of it, or changes it, makes all items first; from then on the
-object is an ordinary dict or list. Copies and pickles are plain ones.
+In torch's objects they represent columns with many rows, and behave like the `dict` or `list` that
+torch has there: they are instances of it, and every method works, including `pop` and item
+assignment. Items made so far are stored in the object itself, so that looking them up again costs
+nothing extra. An operation that needs all items, or changes any, makes all items first; from then
+on the object is an ordinary dict or list. Copies and pickles are plain dicts and lists.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class LazyDict(dict[K, V]):
 
     @abstractmethod
     def lazy_keys(self) -> Collection[K]:
-        """The keys in their order; asked until the dict is full."""
+        """The keys in their order; called until the dict is full."""
 
     @abstractmethod
     def make_value(self, key: K) -> V:
-        """The value of a key. Raises KeyError where there is none."""
+        """The value of a key. Raises KeyError if there is none."""
 
     def fill(self) -> None:
         """Make everything."""
@@ -159,7 +158,7 @@ class LazyList(list[V]):
 
     @abstractmethod
     def lazy_len(self) -> int:
-        """How many items there are; asked until the list is full."""
+        """How many items there are; called until the list is full."""
 
     @abstractmethod
     def make_item(self, at: int) -> V:

@@ -1,27 +1,27 @@
 """Wanted boxes x stored boxes -> what to read. Pure (no I/O).
 
-A rank wants boxes of full tensors: those that its state dict holds. The checkpoint stores boxes of
-the same tensors, cut by other ranks for another mesh. Every overlap of a wanted box with a stored
-one is one copy, and one row of the plan: so many elements from there in the stored box to there in
-the wanted one. That is all there is to resharding: a load on the same mesh is the case where each
-wanted box meets exactly one stored box of its own size.
+A rank wants the boxes of full tensors that its state dict holds. The checkpoint stores boxes of the
+same tensors, cut by other ranks for another mesh. Every overlap of a wanted box with a stored one
+is one copy, and one row of the plan: a shape, where it starts in the stored box, and where it
+starts in the wanted one. Resharding needs nothing more: in a load on the same mesh each wanted box
+overlaps exactly one stored box of its own size.
 
 The steps:
 
 1. Each wanted name is looked up in the index, under the name that the checkpoint has for it.
 2. `_check_apart`: the stored boxes of the wanted tensors must not overlap. Without this rule an
-   element that is stored twice could make up for one that is stored nowhere in the count of step 4.
+   element that is stored twice could hide a missing one in the count of step 4.
 3. Each wanted box is paired with all stored boxes of its name, and the pairs are intersected, about
    `PAIRS_AT_ONCE` at a time. For w wanted boxes of a tensor in s chunks these are w * s pairs.
-4. `_check_filled`: since stored boxes are apart, a wanted box is filled exactly when its overlaps
+4. `_check_filled`: since stored boxes are disjoint, a wanted box is filled exactly if its overlaps
    have as many elements as the box. One pass of sums finds every gap.
 
-Assumes an index whose boxes lie inside their tensors, as `catalog_checks` has checked when it was
-read, and that every wanted name is in it and of the same size there (`match` checks that before).
-Guarantees that the rows write each element of each wanted box exactly once (but for the names in
-`partial`, whose gaps stay as they were), that they read nothing else, and that they are ordered by
-wanted box, then by stored box. Each rank plans alone, from its own state dict and the checkpoint's
-index: planning a load needs no peer.
+Assumes that the boxes of the index lie inside their tensors (`catalog_checks` checks this when
+reading it), and that the index has every wanted name with the same size (`match` checks this
+first). Guarantees that the rows write each element of each wanted box exactly once (but for the
+names in `partial`, whose gaps stay as they were), that they read nothing else, and that they are
+ordered by wanted box, then by stored box. Each rank plans alone, from its own state dict and the
+checkpoint's index: planning a load needs no peer.
 
 Two ranks have saved `w`, rows 0 to 2 and rows 3 and 4, and one of them `b`. This rank is the second
 of three that load: of `w` it wants rows 2 and 3, which lie in both stored boxes:
@@ -64,7 +64,7 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
 PAIRS_AT_ONCE = 1 << 20
-"""Pairs of a wanted and a stored box that are intersected at a time: bounds the memory."""
+"""Pairs of a wanted and a stored box intersected at a time: bounds the memory."""
 
 
 def read_items(
@@ -77,8 +77,8 @@ def read_items(
     """One row for each overlap of a wanted box with a stored one.
 
     Every wanted name must be in the index, under the name that `stored_as` gives for it. Raises
-    CheckpointCorruptError when the stored boxes lack an element that is wanted, or hold one twice.
-    Of the names in `partial` they may lack any.
+    CheckpointCorruptError if the stored boxes lack a wanted element, or hold one twice. For the
+    names in `partial` they may lack elements.
     """
     # Values travel as boxes of no dimensions: padded to offset 0 and shape 1 they overlap
     # themselves once, so that they need no branch until the kinds are set below.
@@ -116,7 +116,7 @@ def read_items(
 def _find_overlaps(
     wanted: tuple[Ints, Ints], stored: tuple[Ints, Ints], first: Ints, key: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """The rows of the wanted and of the stored boxes that overlap; where, and in what shape.
+    """The rows of the wanted and the stored boxes that overlap; offset and shape of each overlap.
 
     wanted, stored: offsets and shapes. first: the first stored row of each name, and their end;
     key: the name of each wanted row.
@@ -175,7 +175,7 @@ def _check_filled(wanted: Wanted, want: Ints, shape: Ints, partial: Container[st
 
 
 def _check_apart(index: Index, key: Ints) -> None:
-    """Raise where stored chunks of a wanted key overlap: a gap elsewhere would go unnoticed."""
+    """Raise if stored chunks of a wanted key overlap: a gap elsewhere would go unnoticed."""
     asked = np.zeros(len(index), dtype=bool)
     asked[key] = True
     for at, one, other in overlaps(index, only=asked)[:1]:

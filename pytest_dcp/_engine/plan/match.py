@@ -1,6 +1,6 @@
-"""A state dict against a checkpoint's index: fits and misfits. Pure (no I/O).
+"""Matches a state dict with a checkpoint's index. Pure (no I/O).
 
-Every key that does not fit is named at once, with the nearest names that exist.
+One error names all keys that do not fit, with the nearest existing names.
 
 The checkpoint has `w` in two chunks, as two ranks saved it, and `b`:
 
@@ -12,7 +12,7 @@ The checkpoint has `w` in two chunks, as two ranks saved it, and `b`:
 >>> index = Index.of({
 ...     "w": stored([4, 2], ([0, 0], [2, 2]), ([2, 0], [2, 2])), "b": stored([2], ([0], [2]))})
 
-How a tensor is cut plays no part here, only its full size and dtype do:
+How a tensor is cut does not matter here, only its full size and dtype:
 
 >>> half = {"w": torch.zeros(4, 2, dtype=torch.float16)}
 >>> found = match(half, index, strict=True)
@@ -51,11 +51,11 @@ SHOWN = 20
 USUAL = (*PLAIN, DTensor)
 """Classes whose own shape and dtype are those of the full tensor."""
 SUGGESTED_FROM = 2000
-"""The most names that one name is compared with for likeness: it takes a while."""
+"""The most names that one name is compared with for similarity, which is slow."""
 
 
 Dtype = torch.dtype | type
-"""Of a tensor, or the class of a number."""
+"""The dtype of a tensor, or the class of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +65,29 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     """Requested but not in the checkpoint: left unchanged."""
     unexpected: tuple[str, ...] = ()
-    """In the checkpoint, not asked for."""
+    """In the checkpoint, but not requested."""
     converted: Mapping[str, tuple[Dtype, Dtype]] = field(default_factory=dict)
-    """Loaded from another dtype: (stored, asked for). A number has its class for a dtype: a tensor
-    of one element is filled with a stored number, and a number is taken from such a tensor."""
+    """Loaded from another dtype: (stored, asked for). The dtype of a number is its class: a stored
+    number can fill a tensor of one element, and such a tensor can be loaded into a number."""
     bytes_needed: int = 0
-    """Of tensor data and values that the plan asked for."""
+    """Bytes of tensor data and values that the plan requested."""
     bytes_read: int = 0
     """From storage, for them."""
     bytes_verified: int = 0
-    """Of those read, how many a checksum vouches for."""
+    """How many of the bytes read were verified by a checksum."""
 
     @property
     def missing_keys(self) -> list[str]:
-        """`missing`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        """`missing`, under the name that `torch.nn.Module.load_state_dict` uses."""
         return list(self.missing)
 
     @property
     def unexpected_keys(self) -> list[str]:
-        """`unexpected`, under the name that `torch.nn.Module.load_state_dict` has for it."""
+        """`unexpected`, under the name that `torch.nn.Module.load_state_dict` uses."""
         return list(self.unexpected)
 
     def __iter__(self) -> Iterator[list[str]]:
-        """As `missing_keys, unexpected_keys = load(...)`."""
+        """For `missing_keys, unexpected_keys = load(...)`."""
         return iter((self.missing_keys, self.unexpected_keys))
 
 
@@ -132,12 +132,12 @@ def match(
     for fqn, value in loaded.items():
         row = row_of[names[fqn]]
         if ndims[row] < 0:
-            continue  # a value: it is judged when it is read
+            continue  # a value: it is checked when it is read
         if type(value) in USUAL:
             here = full(value)
             try:
                 same = here.shape == sizes[row] and here.dtype is stored[row]
-            except RuntimeError:  # Of a nested tensor; to ask every tensor would cost more.
+            except RuntimeError:  # A nested tensor; checking every tensor for this would cost more.
                 same = False
             if same and not hasattr(value, BOXES):
                 continue  # the ordinary kinds of values, which need none of the checks below.
@@ -150,7 +150,7 @@ def match(
 
 
 def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
-    """One error that says what all of these say; the error itself where it is the only one."""
+    """One error with all of these messages; the error itself if there is only one."""
     if len(errors) == 1:
         return errors[0]
     more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
@@ -197,13 +197,13 @@ def _misfit(
 
 
 def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:
-    """The full tensor's size, and the dtype of its memory; None where this rank has none."""
+    """The full tensor's size, and the dtype of its memory; None if this rank has none."""
     if speaks_for_itself(value):
         told = [item.tensor_data for item in spoken_items(fqn, value)]
         data = next((some for some in told if some is not None), None)
         return (value.shape, None) if data is None else (data.size, data.properties.dtype)
     if isinstance(value, ShardedTensor):
-        # Its own methods warn of its deprecation; its metadata do not.
+        # Its own methods warn about its deprecation; its metadata does not.
         found = value.metadata()
         return found.size, found.tensor_properties.dtype
     if says_parts(value):
@@ -236,13 +236,13 @@ def _error(
 
 
 def _with_nearest(fqn: str, stored_as: str, names: Iterable[str], stored: Collection[str]) -> str:
-    """A missing name, with what the checkpoint has in its place."""
+    """A missing name, with the nearest names in the checkpoint."""
     said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
     below = [name for name in stored if name.startswith(f"{stored_as}.")]
     if below:
         return (
-            f"{said} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; what "
-            "the state dict has there is empty or is no container)"
+            f"{said} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; the "
+            "state dict has something else or an empty container there)"
         )
     above = next((name for name in _names_above(stored_as) if name in stored), None)
     if above is not None:

@@ -1,4 +1,4 @@
-"""Meta tensors of a state dict -> empty tensors on the device that they are to be loaded to."""
+"""Meta tensors of a state dict -> empty tensors on the device to load them to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pytest_dcp.errors import CheckpointMismatchError
 
 
 def materialise(state_dict: dict[Any, Any]) -> None:
-    """Replace every meta tensor, wherever it is nested, in place: containers stay the same objects.
+    """Replace every meta tensor at any depth, in place: containers stay the same objects.
 
-    A DTensor goes to its mesh's device type, a plain tensor to the process group's (the CPU where
-    it has one, or where there is no group), both to this rank's current device there.
+    A DTensor goes to its mesh's device type, a plain tensor to the process group's (the CPU if the
+    group supports it, or if there is no group), both to this rank's current device of that type.
     """
     for key, value in state_dict.items():
         state_dict[key] = _materialise(value)
@@ -47,7 +47,7 @@ def empty_for_meta(value: torch.Tensor) -> torch.Tensor:
         return say_parts(made, parts_said(value))
     mesh = value.device_mesh
     local = torch.empty_like(local_tensor(value), device=current_device(mesh.device_type))
-    # Shape and stride are said outright: an uneven shard does not tell them.
+    # Shape and stride are given explicitly: they do not follow from an uneven shard.
     return DTensor.from_local(
         local, mesh, value.placements, shape=value.size(), stride=value.stride()
     )

@@ -1,6 +1,6 @@
-"""Fully qualified names in bulk: packed for the way between ranks, and shared after it.
+"""Fully qualified names in bulk: packed to send between ranks, and shared after that.
 
-Thousand ranks of one job send the same thousand names. They travel as one block of bytes, and
+A thousand ranks of one job send the same thousand names. They travel as one block of bytes, and
 equal blocks become one tuple again, so that a coordinator neither builds nor compares them twice.
 """
 
@@ -21,7 +21,7 @@ def pack_names(fqns: Iterable[str]) -> bytes:
 
 @lru_cache(maxsize=256)
 def unpack_names(block: bytes) -> Fqns:
-    """The names of `pack_names`; the same tuple for the same bytes while it is remembered."""
+    """The names of `pack_names`; the same tuple for the same bytes as long as it is cached."""
     if not block:
         return ()
     lines = block.decode("utf-8", "surrogatepass").split("\n")

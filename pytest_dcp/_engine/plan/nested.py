@@ -1,8 +1,9 @@
 """Nested state dicts as flat ones, and back. Pure (no I/O).
 
-Mappings are walked always; lists only when a tensor or a mapping is somewhere inside; tuples and
-everything else are values. A flat name is the path's keys joined with dots. Checkpoints of torch
-before 2.4 also kept a mapping without tensors as one value: `plain_mappings_whole` walks so.
+Mappings are always walked; lists only if they contain a tensor or a mapping at any depth; tuples
+and everything else are values. A flat name is the path's keys joined with dots. Checkpoints of
+torch before 2.4 also kept a mapping without tensors as one value: `plain_mappings_whole` walks this
+way.
 
 The way there:
 
@@ -22,15 +23,15 @@ A name does not say whether `0` is a position or a key, so the checkpoint stores
 >>> again == {"model": {"w": flat["model.w"]}, "optimizer": [{"lr": 0.1}], "steps": [1, 2]}
 True
 
-Names must be distinct, though paths are:
+Names must be distinct, even if the paths are:
 
 >>> flatten({"a.b": 1, "a": {"b": 2}})
 Traceback (most recent call last):
     ...
 ValueError: duplicated flatten key 'a.b': both ('a.b',) and ('a', 'b') lead to it
 
-Assumes nothing of a path that comes from a file: `Room` puts values instead of `set_element` when a
-checkpoint is read, since one forged position could otherwise ask for a list of any length.
+Assumes nothing about a path from a file: when a checkpoint is read, `Room` puts values instead of
+`set_element`, since one forged position could otherwise ask for a list of any length.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def flatten(
     """PlanError for a PerRank of distributed tensors, and for too deep nesting."""
     flat: dict[str, Any] = {}
     paths: dict[str, Path] = {}
-    # Nearly every mapping has string keys only, which cannot collide: one C loop checks that.
+    # Nearly every mapping has only string keys, which cannot collide: one C loop checks this.
     if not TEXT.issuperset(map(type, state_dict)):
         _check_keys((), state_dict)
         note((), dict(state_dict))
@@ -102,7 +103,7 @@ def as_saved_path(path: Path) -> Path:
 
 
 class Position(int):
-    """A position in a list, told from an integer key of a mapping."""
+    """A position in a list, as opposed to an integer key of a mapping."""
 
     __slots__ = ()
 
@@ -172,7 +173,8 @@ def _walk(
 
 
 def _check_keys(path: Path, mapping: Mapping[Any, Any]) -> None:
-    """Raise ValueError if two keys of a mapping give one string: their contents would be mixed."""
+    """Raise ValueError if two keys of a mapping give the same string: their contents would be
+    mixed."""
     known: dict[str, Any] = {}
     for key in mapping:
         other = known.setdefault(str(key), key)
@@ -184,12 +186,12 @@ def _check_keys(path: Path, mapping: Mapping[Any, Any]) -> None:
 
 
 def _is_walked(value: Mapping[Any, Any]) -> bool:
-    """Whether a mapping is walked even where plain ones are kept whole."""
+    """Whether a mapping is walked even if plain ones are kept whole."""
     return isinstance(value, PerRank) or _holds(value.values(), True)
 
 
 def _holds(values: Any, whole: bool) -> bool:
-    """Whether something inside must be walked to: a tensor; a mapping, unless kept whole."""
+    """Whether it contains something to walk to: a tensor, or a mapping that is not kept whole."""
     for value in values:
         if isinstance(value, torch.Tensor):
             return True
@@ -202,8 +204,8 @@ def _holds(values: Any, whole: bool) -> bool:
 
 ROOM_PER_KEY = 64
 ROOM_AT_LEAST = 1 << 16
-"""Positions of lists that a checkpoint's paths may need beside the ones they name: lists are filled
-up with None, and a path of a damaged file could ask for any number.
+"""How many list positions a checkpoint's paths may need besides the ones they name: lists are
+padded with None, and a path of a damaged file could ask for any number.
 """
 
 
@@ -211,7 +213,7 @@ _NOTHING = object()
 
 
 class Room:
-    """Puts values at paths that a file says, in bounds."""
+    """Puts values at paths from a file, with bounded list lengths."""
 
     def __init__(self, keys: int) -> None:
         self._left = ROOM_AT_LEAST + ROOM_PER_KEY * keys
@@ -235,7 +237,7 @@ class Room:
         return path
 
     def put(self, root: Any, fqn: str, path: Path, value: Any) -> None:
-        """Put the value there; raises CheckpointCorruptError where another value is in the way."""
+        """Put the value there; raises CheckpointCorruptError if another value is in the way."""
         container = root
         for depth, key in enumerate(path):
             wanted = list if isinstance(key, int) else dict

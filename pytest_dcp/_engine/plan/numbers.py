@@ -1,7 +1,7 @@
-"""A number in one place, a tensor of one element in the other: what fits. Pure (no I/O).
+"""Loads numbers into tensors of one element, and the reverse, if they fit. Pure (no I/O).
 
 A learning rate is 0.5 in one run and a tensor in the next (a capturable optimizer). The number fits
-where it stays the same but for rounding: float to any float, int to an int that is wide enough or
+if it stays the same except for rounding: float to any float, int to an int that is wide enough or
 to a float that holds it exactly, either to complex, bool to bool.
 """
 
@@ -23,7 +23,8 @@ _WIDER = {("int", "float"), ("int", "complex"), ("float", "complex")}
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """float, complex, bool or int: values survive a change within a kind, save for precision."""
+    """float, complex, bool or int: a change within a kind keeps the values, except for
+    precision."""
     if dtype.is_complex:
         return "complex"
     if dtype.is_floating_point:
@@ -42,7 +43,7 @@ def takes_tensor_of(kind: type, dtype: torch.dtype, *, strict: bool) -> bool:
 def number_of(fqn: str, tensor: torch.Tensor, kind: type, *, strict: bool) -> Any:
     """The tensor's one element as a number of the class.
 
-    Raises CheckpointMismatchError, naming the fqn, where it does not fit.
+    Raises CheckpointMismatchError, naming the fqn, if it does not fit.
     """
     found = tensor.item()
     number = kind(found.real if isinstance(found, complex) and kind is not complex else found)
@@ -54,7 +55,7 @@ def number_of(fqn: str, tensor: torch.Tensor, kind: type, *, strict: bool) -> An
 def check_number(fqn: str, target: torch.Tensor, value: Any, *, strict: bool) -> Any:
     """The number that a tensor of one element can be filled with.
 
-    Raises CheckpointMismatchError, naming the fqn, for anything else than a number that fits.
+    Raises CheckpointMismatchError, naming the fqn, for anything but a number that fits.
     """
     here = f"a tensor of {target.dtype} and shape {tuple(target.shape)} here"
     number = value.item() if isinstance(value, np.generic) else value
@@ -68,7 +69,7 @@ def check_number(fqn: str, target: torch.Tensor, value: Any, *, strict: bool) ->
 
 
 def fill_tensor(target: torch.Tensor, number: Any) -> None:
-    """Fill a tensor with a number that was checked, in place."""
+    """Fill a tensor in place with a checked number."""
     memory = local_tensor(target) if isinstance(target, DTensor) else target.detach()
     with torch.no_grad():
         memory.copy_(torch.tensor(number).to(memory.dtype))

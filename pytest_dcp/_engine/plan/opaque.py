@@ -1,8 +1,8 @@
 """Tensors that are more than their elements: their kinds, and whether a checkpoint can hold them.
 
-An opaque tensor is a wrapper subclass, whose values are in inner tensors (`__tensor_flatten__`:
-torchao's, for one), or has a quantised dtype, which comes with scales. It is saved as a value, in
-torch's own pickle of it, and loaded into a tensor of the same class by its inner tensors.
+An opaque tensor is a wrapper subclass, whose values are in inner tensors (`__tensor_flatten__`: for
+example torchao's), or has a quantised dtype, which comes with scales. It is saved as a value, as
+torch pickles it, and loaded into a tensor of the same class, inner tensor by inner tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp._torch_internals.tensors import is_traceable_wrapper_subclass
 
 HOOK = "__create_write_items__"
-"""A class that has it says itself how it is saved."""
+"""A class with this method defines how it is saved."""
 
 PLAIN_KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes whose objects are no wrappers."""
@@ -32,7 +32,7 @@ STORED_DTYPES = frozenset(
         *(torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2),
     }
 )
-"""Of the elements that a data file holds."""
+"""The dtypes of elements that a data file can hold."""
 
 
 def is_opaque(value: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Plain tensors that say by attributes which boxes of a larger tensor they hold.
+"""Plain tensors whose attributes say which boxes of a larger tensor they hold.
 
 The attributes are those of torch 2.14's `CheckpointableTensor`: `global_shape`, and for each box an
-entry in `global_offsets`, `local_offsets` and `local_sizes`. The tensor may hold elements besides.
+entry in `global_offsets`, `local_offsets` and `local_sizes`. The tensor may hold other elements
+too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pytest_dcp._engine.plan.layout import LocalBox
 from pytest_dcp.errors import PlanError
 
 BOXES = "global_offsets"
-"""The attribute that is looked for first; nearly no tensor has it."""
+"""The attribute that is checked first; hardly any tensor has it."""
 ATTRIBUTES = ("global_shape", BOXES, "local_offsets", "local_sizes")
 
 
@@ -31,7 +32,7 @@ def says_parts(value: Any) -> bool:
 
 
 def parts_said(value: Any) -> dict[str, Any]:
-    """The attributes of a tensor that has them, {} of any other."""
+    """The attributes of a tensor that has them; {} for any other."""
     return {name: getattr(value, name) for name in ATTRIBUTES} if says_parts(value) else {}
 
 
@@ -53,8 +54,8 @@ def global_shape(fqn: str, value: Any) -> torch.Size:
 def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     """The boxes that the value says it holds.
 
-    Raises PlanError, naming the fqn, for attributes of other types than sequences of integers, and
-    for boxes that are not inside the tensors they belong to.
+    Raises PlanError, naming the fqn, for attributes that are not sequences of integers, and for
+    boxes that are not inside their tensors.
     """
     shape, local = tuple(global_shape(fqn, value)), tuple(value.shape)
     lists = [_each(fqn, name, getattr(value, name)) for name in ATTRIBUTES[1:]]

@@ -1,9 +1,8 @@
-"""Values of which each rank has its own, under one key of the state dict.
+"""Values that differ between ranks, under one key of the state dict.
 
-`PerRank(value)` looks like a mapping with one key, which says whose value it is: `rank_1_of_4`. So
-any planner that walks mappings saves and loads it, torch's too; the checkpoint's flat names are
-`rng.rank_0_of_4`, `rng.rank_1_of_4` and so on, and tell by themselves how many ranks saved. Pure
-(no I/O).
+`PerRank(value)` looks like a mapping with one key, which names the rank: `rank_1_of_4`. So any
+planner that walks mappings, including torch's, saves and loads it; the checkpoint's flat names are
+`rng.rank_0_of_4`, `rng.rank_1_of_4` and so on, and show how many ranks saved. Pure (no I/O).
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class PerRank(MutableMapping[str, Any]):
     >>> sorted(metadata.state_dict_metadata)  # as rank 0 of 1 saved it
     ['rng.rank_0_of_1']
 
-    Each rank gets back what it saved. The value may be anything that a state dict may hold but
-    distributed tensors, which have their own way to differ from rank to rank.
+    Each rank gets back the value that it saved. The value may be anything that a state dict may
+    hold except distributed tensors, which differ between ranks already.
     """
 
     def __init__(self, value: Any, *, when_resized: Resize | None = None) -> None:
@@ -79,7 +78,7 @@ class PerRank(MutableMapping[str, Any]):
 
 
 def rank_key(rank: int, size: int) -> str:
-    """The part of a flat name that stands for one of `size` ranks."""
+    """The part of a flat name that identifies one of `size` ranks."""
     return f"rank_{rank}_of_{size}"
 
 
@@ -88,7 +87,7 @@ _within: ContextVar[tuple[int, int] | None] = ContextVar("ranks", default=None)
 
 @contextmanager
 def ranks_known(rank: int, size: int) -> Iterator[None]:
-    """Let values per rank inside be this rank's, of the ranks of an operation's group."""
+    """Make PerRank values inside belong to this rank, among the ranks of an operation's group."""
     token = _within.set((rank, size))
     try:
         yield
@@ -97,7 +96,7 @@ def ranks_known(rank: int, size: int) -> Iterator[None]:
 
 
 def _ranks() -> tuple[int, int]:
-    """Rank and world size of the operation under way, or of the default group."""
+    """Rank and world size of the current operation, or of the default group."""
     known = _within.get()
     if known is not None:
         return known
@@ -107,7 +106,7 @@ def _ranks() -> tuple[int, int]:
 
 
 def check_per_rank(name: str, value: Any) -> None:
-    """Raise PlanError where a value of one rank holds a tensor that several ranks share."""
+    """Raise PlanError if a PerRank value holds a tensor that is distributed over ranks."""
     if isinstance(value, DTensor | ShardedTensor):
         raise PlanError(
             f"{name!r} is a {type(value).__name__} inside PerRank: it is distributed over ranks by "
@@ -125,14 +124,14 @@ def check_per_rank(name: str, value: Any) -> None:
 def resized_names(
     wanted: Mapping[str, tuple[str, PerRank]], stored: Iterable[str], *, strict: bool
 ) -> dict[str, str | None]:
-    """Replacements for names that the checkpoint lacks, for values per rank.
+    """Replacements for names of PerRank values that the checkpoint lacks.
 
-    wanted: by flat name, what the checkpoint would call it, and the PerRank that it belongs to.
-    stored: the names in the checkpoint. Names of a save by as many ranks are left out; None: the
-    rank's value stays as it is.
+    wanted: by flat name, its name in the checkpoint and its PerRank. stored: the names in the
+    checkpoint. Names of a save by the same number of ranks are left out; None: the rank's value
+    stays as it is.
 
-    Raises CheckpointMismatchError, naming every key, where another number of ranks saved and no
-    function says what to do, if `strict`; ValueError where such a function gives no saved rank.
+    Raises CheckpointMismatchError, naming every key, if `strict` and another number of ranks saved
+    and there is no `when_resized`; ValueError if that function does not give a saved rank.
     """
     sizes = _sizes_by_prefix(stored)
     rank, size = _ranks()
@@ -179,5 +178,5 @@ def _sizes_by_prefix(stored: Iterable[str]) -> dict[str, int]:
 
 
 def is_of_other_ranks(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether the flat name is of a value per rank below one of these prefixes."""
+    """Whether the flat name is that of a PerRank value below one of these prefixes."""
     return any(name.startswith(prefix) and RANK_KEY.match(name, len(prefix)) for prefix in prefixes)

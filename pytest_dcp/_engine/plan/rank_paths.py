@@ -1,8 +1,8 @@
-"""The paths of the ranks' state dicts, joined into those of one checkpoint. Pure (no I/O).
+"""Joins the paths of the ranks' state dicts into the paths of one checkpoint. Pure (no I/O).
 
-Each rank says where its values are (`planner_data`); the ranks need not hold the same keys. Where
-one rank has a value, another may have a container: flat names keep them apart, so that a load into
-the ranks' own state dicts gives each its own back, but no single state dict can hold both.
+Each rank says where its values are (`planner_data`); the ranks need not hold the same keys. One
+rank may have a value where another has a container: their flat names differ, so a load into the
+ranks' own state dicts gives each its own back, but no single state dict can hold both.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pytest_dcp.errors import CheckpointMismatchError, PlanError
 
 SHOWN = 20
 RankPaths = Mapping[str, Path] | None
-"""By flat name; the text that describes a rank's containers is the only key of `DESCRIPTION`."""
+"""By flat name; the path of `DESCRIPTION` has one key, the text that describes a rank's
+containers."""
 
 
 def merge_paths(data: Sequence[RankPaths]) -> dict[str, Path]:
-    """The ranks' paths in one dict; where ranks differ, the lowest rank counts.
+    """The ranks' paths in one dict; if ranks differ, the lowest rank counts.
 
-    Raises PlanError, naming key and ranks, where a PerRank on one rank is no PerRank on another.
+    Raises PlanError, naming key and ranks, if a PerRank on one rank is something else on another.
     """
     merged: dict[str, Path] = {}
     for paths in data:
@@ -75,9 +76,9 @@ def _holds(paths: RankPaths, text: str | None, wanted: Path) -> bool:
 
 
 def check_one_tree(paths: Mapping[str, Path]) -> None:
-    """Raise CheckpointMismatchError, naming the keys, where a value lies above another's path.
+    """Raise CheckpointMismatchError, naming the keys, if a value lies on the path of another one.
 
-    Only of keys whose paths are their names: others are of a damaged checkpoint.
+    Considers only keys whose paths match their names: others come from a damaged checkpoint.
     """
     taken = {path for fqn, path in paths.items() if _name(path) == fqn}
     problems = []

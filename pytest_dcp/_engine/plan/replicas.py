@@ -1,18 +1,18 @@
 """Which parts of a state dict several ranks hold, and whether their copies are equal.
 
 A save keeps one copy of each replicated box or value, on whichever rank has the least to write. So
-copies that differ would leave a checkpoint that no rank ever held. How they are compared:
+if copies differ, the checkpoint would be a state that no rank ever held. The comparison:
 
 1. The global plan groups the ranks' rows by key and offset (`Replicas`). The coordinator chooses
    what to compare (`choose_rows`) and sends each rank the rows: every replicated value, and of the
    tensors a few short pieces (a sample) or all bytes.
 2. Each rank sends a 64-bit sum for each of its rows with the result of its write.
-3. The coordinator compares the sums (`find_differing`) before it commits. Only where some differ do
+3. The coordinator compares the sums (`find_differing`) before it commits. Only if some differ do
    the ranks send more, so that the error can name the first index.
 
 Pure (no I/O).
 
-Both ranks hold `b`, and of `w` each its own half. In `global_plan` their rows are 0 for `w`, 1 for
+Both ranks hold `b`, and each holds half of `w`. In `global_plan` their rows are 0 for `w`, 1 for
 `b`; the groups are the two halves and `b`:
 
 >>> replicas = Replicas(
@@ -22,7 +22,7 @@ Both ranks hold `b`, and of `w` each its own half. In `global_plan` their rows a
 >>> [(check.rows.tolist(), check.nbytes.tolist()) for check in checks]
 [([1], [8]), ([1], [8])]
 
-Each rank sends a sum of its copy of `b`. Where they differ, the ranks are in two camps:
+Each rank sends a sum of its copy of `b`. If they differ, the ranks are in two camps:
 
 >>> sums = [np.array([number], np.uint64) for number in (7, 9)]
 >>> differing = replicas.find_differing(checks, sums)
@@ -47,19 +47,19 @@ from pytest_dcp._engine.plan.names import Fqns
 from pytest_dcp.errors import ReplicaMismatchError
 
 ReplicaCheck = Literal["sample", "check", "off"]
-"""What to compare of what several ranks hold: all values and a sample of the tensors, everything,
+"""How much of the replicated data to compare: all values and a sample of the tensors, everything,
 or nothing."""
 Sums = NDArray[np.uint64]
 NOT_COMPARED = 0
-"""The sum of a value that cannot be reduced to bytes; it equals every other."""
+"""The sum of a value that cannot be reduced to bytes; it counts as equal to every other sum."""
 SAMPLE_BYTES = 4096
-"""Of one sampled tensor: replicas that drifted apart differ nearly everywhere."""
+"""Bytes of a sampled tensor: replicas that drifted apart differ nearly everywhere."""
 SAMPLED_AT_LEAST = 8
 SAMPLED_ONE_IN = 64
-"""Tensors of a sample. Both keep its cost below 3 % of a save: looking a tensor up and summing a
-piece takes about a fifth of the time that writing a small one does."""
+"""Tensors in a sample. Both constants keep its cost below 3 % of a save: looking up a tensor and
+summing a piece takes about a fifth of the time of writing a small tensor."""
 SHOWN = 5
-"""Keys that an error describes in full."""
+"""How many keys an error describes in full."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +92,7 @@ class Replicas:
     """Of each group: the position of its name in `fqns`."""
 
     def choose_rows(self, how: ReplicaCheck, seed: int) -> list[Checks] | None:
-        """The pieces that each rank is to sum; None if there is nothing to compare.
+        """The pieces that each rank must sum; None if there is nothing to compare.
 
         The same seed chooses the same sample; a new one at each save eventually finds differences
         that one sample misses.
@@ -123,7 +123,7 @@ class Replicas:
     ) -> list[Differing]:
         """The groups whose members' sums are not all equal, in the order of the first rank's rows.
 
-        A rank that gave no sums (its planner makes the data as it goes) is not compared.
+        A rank that gave no sums (its planner makes the data on the fly) is not compared.
         """
         ranks = [rank for rank, some in enumerate(sums) if some is not None]
         if not ranks:
@@ -135,7 +135,7 @@ class Replicas:
         known = told != NOT_COMPARED
         rows, rank_of, group, told = rows[known], rank_of[known], group[known], told[known]
         first = np.zeros(len(self.count), dtype=np.uint64)
-        # Backwards, so that the lowest rank's sum is the one that stays.
+        # Backwards, so that the lowest rank's sum remains.
         first[group[::-1]] = told[::-1]
         odd = set(group[told != first[group]].tolist())
         found: dict[int, dict[int, tuple[int, int]]] = {}
@@ -216,7 +216,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 def mismatch_error(
     differences: Sequence[ReplicaDifference], others: Iterable[str] = ()
 ) -> ReplicaMismatchError:
-    """The error for these differences, and for other keys that are named only."""
+    """The error for these differences, and for other keys, which are only named."""
     named = list(others)
     fqns = tuple(dict.fromkeys([*(d.fqn for d in differences), *named]))
     lines = [f"{len(fqns)} key(s) that several ranks hold are not equal on them:"]

@@ -5,8 +5,8 @@ hold this box of that tensor. The plan answers two questions:
 
 - Who writes each box? Rows with the same name and the same offset are replicas. Exactly one of them
   is kept.
-- What does the checkpoint hold? The kept boxes, sorted by name and offset, are the index, which
-  becomes `Metadata.state_dict_metadata`.
+- Which boxes does the checkpoint hold? The kept boxes, sorted by name and offset, are the index,
+  which becomes `Metadata.state_dict_metadata`.
 
 The steps, in this order, since each relies on the ones before:
 
@@ -18,10 +18,10 @@ The steps, in this order, since each relies on the ones before:
 4. `_check_replicas` refuses ranks that disagree: on whether a name is a tensor or a value, on a
    tensor's size or dtype, on the shape of a box that two of them hold.
 5. `_keepers` chooses one row per group. Boxes without a replica are charged to their rank first.
-   Then the groups, largest first, each go to the rank with the fewest bytes so far among those that
-   hold the box (LPT, the longest-processing-time rule of Graham 1969: with free choice of the rank
-   its fullest rank has at most 4/3 of the best possible; replicas restrict the choice, so here it
-   is a heuristic). Ties go to the lowest rank.
+   Then the groups, largest first, each go to the rank with the fewest bytes so far among the
+   holders of the box (LPT, the longest-processing-time rule of Graham 1969: with free choice of the
+   rank its fullest rank has at most 4/3 of the best possible; replicas restrict the choice, so here
+   it is a heuristic). Ties go to the lowest rank.
 6. `_index` lists the kept boxes, and `box_coverage.problems_of` checks that they tile every tensor:
    no overlap and, where `complete`, no gap.
 7. `_shared_out` cuts the kept rows back into one table per rank, in each rank's own order. The hint
@@ -86,7 +86,7 @@ from pytest_dcp._engine.plan.replicas import Replicas, groups_of_ranks
 from pytest_dcp.errors import PlanError
 
 SHOWN = 20
-"""Problems that an error lists in full; the rest are counted."""
+"""How many problems an error lists in full; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +94,12 @@ class GlobalPlan:
     """Which rank writes which boxes."""
 
     tables: list[WriteItems]
-    """Of each rank: its own rows that it keeps, in its own order, with hints into the index."""
+    """For each rank: the rows that it keeps, in its own order, with hints into the index."""
     rows: list[Ints]
-    """Of each rank: which of its rows those are."""
+    """For each rank: which of its rows these are."""
     index: Index
     replicas: Replicas
-    """The groups of rows of which one is kept."""
+    """The groups of rows, of which one row each is kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,8 +128,8 @@ def global_plan(
     """The ranks' plans without replicas, and the index of what they write together.
 
     `to_lowest_rank` keeps each replica on the lowest rank that has it, instead of balancing bytes.
-    `complete` demands that the boxes fill every tensor; without it a gap is no error (each rank
-    plans alone). Raises PlanError naming every key whose boxes do not fit.
+    `complete` requires that the boxes fill every tensor; without it a gap is not an error (each
+    rank plans alone). Raises PlanError naming every key whose boxes do not fit.
     """
     rows = _join_tables(tables)
     _check_bounds(rows)
@@ -158,10 +158,10 @@ def global_plan(
 
 
 def concatenate_tables(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
-    """The tables with hints, and the index of all rows as they are: replicas stay, no check.
+    """The tables with hints, and the index of all rows unchanged: keeps replicas, checks nothing.
 
-    Chunks keep the order of the ranks. Raises PlanError when a value or an unsharded tensor is
-    in two plans.
+    Chunks keep the order of the ranks. Raises PlanError if a value or an unsharded tensor is in two
+    plans.
     """
     rows = _join_tables(tables)
     order = np.argsort(rows.key, kind="stable")
@@ -183,7 +183,7 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
     known: dict[Any, int] = {}
     ids: dict[int, Ints] = {}
     for table in tables:
-        # Ranks that sent the same names share one tuple (see `names`): it is numbered once.
+        # Ranks that sent the same names share one tuple (see `names`), which is numbered once.
         if id(table.fqns) not in ids:
             numbers = [names.setdefault(fqn, len(names)) for fqn in table.fqns]
             ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)
@@ -215,7 +215,7 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
 
 
 def _linear(rows: _All) -> Ints:
-    """A number for each row's offset, distinct within a tensor, also for boxes at its very end."""
+    """A number for each row's offset, distinct within a tensor, even for boxes at its very end."""
     # Strides of size + 1, since an empty box may lie at the tensor's end, where offset == size.
     linear: Ints = (rows.offset * strides_of(rows.size + 1)).sum(axis=1, dtype=np.int64)
     return linear
@@ -242,9 +242,7 @@ def _group_starts(key: Ints, linear: Ints) -> Ints:
 
 
 def _check_bounds(rows: _All) -> None:
-    """Raise PlanError for boxes outside their tensors: the following steps combine offsets to
-    numbers.
-    """
+    """Raise PlanError for boxes outside their tensors: later steps turn offsets into numbers."""
     outside = np.flatnonzero(out_of_bounds(rows.offset, rows.shape, rows.size) & (rows.ndim >= 0))
     problems = [
         f"key:{rows.fqns[rows.key[row]]} has out of bounds chunk: "
@@ -259,7 +257,8 @@ def _check_bounds(rows: _All) -> None:
 
 def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
     """Raise PlanError unless every row agrees with the first of its key, replicas on the shape."""
-    # `lead` is each row's first row of the same key, `one` that of the same key and offset.
+    # For each row, `lead` is the first row of the same key, `one` the first of the same key and
+    # offset.
     group = np.repeat(starts, np.diff(np.append(starts, len(order))))
     one, other = order[group], order
     first_of_key = np.full(len(rows.fqns), len(order), dtype=np.int64)
@@ -287,12 +286,12 @@ def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
 
 
 def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
-    """The row that keeps each group's box: of its replicas the one on the least burdened rank."""
+    """The row that keeps each group's box: the replica on the rank with the fewest bytes."""
     count = np.diff(np.append(starts, len(order)))
     keeper = order[starts]
     if to_lowest_rank:
         return keeper
-    # Boxes with only one holder come first: these bytes decide which rank is free for more.
+    # Boxes with only one holder come first: their bytes decide which rank has room for more.
     alone = count == 1
     ranks = int(rows.rank.max(initial=-1)) + 1
     burden = np.zeros(ranks, dtype=np.int64)
@@ -300,7 +299,7 @@ def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Int
     load = burden.tolist()
     shared = np.flatnonzero(~alone)
     shared = shared[np.argsort(-rows.nbytes[keeper[shared]], kind="stable")]
-    # One after the other, for each depends on those before: lists answer sooner than arrays.
+    # One by one, since each depends on the ones before; lists are faster than arrays for this.
     rank_of, nbytes = rows.rank[order].tolist(), rows.nbytes[order].tolist()
     kept = []
     for first, many in zip(starts[shared].tolist(), count[shared].tolist(), strict=True):
@@ -334,7 +333,7 @@ def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
 def _shared_out(
     tables: Sequence[WriteItems], kept: Ints, hint: Ints
 ) -> tuple[list[WriteItems], list[Ints]]:
-    """Each rank's part of the kept rows, and which of its rows those are."""
+    """Each rank's part of the kept rows, and which of its rows these are."""
     ends = np.cumsum([len(table) for table in tables])
     parts = np.split(kept, np.searchsorted(kept, ends[:-1]))
     rows = [part - (end - len(t)) for part, end, t in zip(parts, ends, tables, strict=True)]

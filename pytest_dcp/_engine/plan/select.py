@@ -1,4 +1,4 @@
-"""Which keys of a state dict to load, and what the checkpoint calls them. Pure (no I/O)."""
+"""Which keys of a state dict to load, and their names in the checkpoint. Pure (no I/O)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_dcp.errors import CheckpointMismatchError
 Rename = Mapping[str, str] | Callable[[str], str]
 """From names of the state dict to names of the checkpoint: `{"mine.": "stored."}`."""
 FUNCTION = "the function"
-"""Stands for the only entry of a rename that is a function."""
+"""The entry's key for a rename that is a function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Selection:
     end in a dot, or a function; None: the names are the same."""
 
     def choose(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of the flat state dict that is to be loaded.
+        """The part of the flat state dict to load.
 
-        Raises CheckpointMismatchError for a pattern that fits no key.
+        Raises CheckpointMismatchError for a pattern that matches no key.
         """
         if self.keys is None:
             return dict(state_dict)
@@ -100,7 +100,7 @@ def _rename(fqn: str, names: Mapping[str, str]) -> str:
 
 
 def _entry_for(fqn: str, names: Mapping[str, str]) -> str | None:
-    """The entry that a name is renamed by: its own, or the longest prefix that it begins with."""
+    """The entry that renames a name: its own, or that of its longest prefix."""
     if fqn in names:
         return fqn
     fitting = [mine for mine in names if mine.endswith(".") and fqn.startswith(mine)]
@@ -110,7 +110,7 @@ def _entry_for(fqn: str, names: Mapping[str, str]) -> str | None:
 def _reason(
     mine: str, theirs: str, given: Sequence[str], fqns: Iterable[str], stored: Iterable[str]
 ) -> str:
-    """Why an entry of `rename` gives no name of the checkpoint."""
+    """Why an entry of `rename` gives no name that the checkpoint has."""
     entry = f"rename={{{mine!r}: {theirs!r}}}"
     if given:
         return f"{entry}: the checkpoint has no {given[0]!r}"

@@ -1,13 +1,13 @@
-"""The boxes of full tensors that this rank's state dict holds, and the memory that each is in.
+"""The boxes of full tensors that this rank's state dict holds, and the memory of each.
 
 Plain tensors are one box, the whole, unless their attributes say otherwise (`plan.parts`). DTensor
-and ShardedTensor hold parts. Any other tensor class may say its parts itself through the methods
-that torch's DTensor also has: `__create_write_items__(fqn, object)`, `__create_chunk_list__()` and
-`__get_tensor_shard__(index)`.
+and ShardedTensor hold parts. Any other tensor class may describe its parts itself through the
+methods that torch's DTensor also has: `__create_write_items__(fqn, object)`,
+`__create_chunk_list__()` and `__get_tensor_shard__(index)`.
 
-A box says two things: where it lies in the full tensor (`offset`), which the checkpoint stores, and
-where it lies in this rank's memory (`local_offset`), which the checkpoint never sees. Reading and
-writing go through `part_of`, a view of the memory.
+A box has two positions: in the full tensor (`offset`), which the checkpoint stores, and in this
+rank's memory (`local_offset`), which it does not store. Reading and writing go through `part_of`, a
+view of the memory.
 
 >>> whole = torch.arange(8).reshape(4, 2)
 >>> boxes_of("w", whole)
@@ -54,20 +54,20 @@ def full(value: Any) -> Any:
 
 
 def speaks_for_itself(value: Any) -> bool:
-    """Whether the value, not being a DTensor of plain tensors, knows its own parts."""
+    """Whether the value describes its own parts and is not a DTensor of plain tensors."""
     return hasattr(spokesman(value), "__create_write_items__")
 
 
 def spokesman(value: Any) -> Any:
-    """Who would know the value's parts: itself, or what a DTensor has on this rank."""
+    """The object that describes the value's parts: itself, or the local tensor of a DTensor."""
     return local_tensor(value) if isinstance(value, DTensor) else value
 
 
 def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
-    """The write items of a value that knows its own parts, of the dtype that its memory has.
+    """The write items of a value that describes its own parts, with the dtype of its memory.
 
-    The value itself may show another dtype than it keeps its data in. Raises PlanError, naming the
-    fqn, where its methods are missing or give something else.
+    The value may show a different dtype than that of its data. Raises PlanError, naming the fqn, if
+    its methods are missing or give something else.
     """
     found = _ask_hook(fqn, value, "__create_write_items__", fqn, value)
     items = _check_list(fqn, "__create_write_items__", found, WriteItem)
@@ -75,13 +75,13 @@ def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
 
 
 def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
-    """The boxes of a value that knows its own parts; raises as `spoken_items`."""
+    """The boxes of a value that describes its own parts; raises like `spoken_items`."""
     found = _ask_hook(fqn, value, "__create_chunk_list__")
     return _check_list(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
 
 
 def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
-    """The memory of a box of a value that knows its own parts; raises as `spoken_items`."""
+    """The memory of a box of a value that describes its own parts; raises like `spoken_items`."""
     found: object = _ask_hook(fqn, value, "__get_tensor_shard__", index)
     if not isinstance(found, torch.Tensor):
         raise PlanError(f"{fqn!r}: its __get_tensor_shard__ must give a tensor, it gave {found!r}")
@@ -118,7 +118,7 @@ def _of_memory(fqn: str, value: torch.Tensor, item: WriteItem) -> WriteItem:
 
 
 def in_mesh(tensor: DTensor) -> bool:
-    """Whether this rank is one of the tensor's mesh and holds a part of it."""
+    """Whether this rank is in the tensor's mesh and holds a part of it."""
     return tensor.device_mesh.get_coordinate() is not None
 
 
@@ -170,9 +170,7 @@ class Layouts:
 
 
 def _kind_of(placement: Placement) -> Hashable:
-    """A key that is equal for placements holding the same part; torch's own hash takes 1 us of
-    Python.
-    """
+    """A key that is equal for placements that hold the same part; torch's own hash takes 1 us."""
     kind: type = type(placement)
     if kind is Shard:
         dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard's
@@ -190,7 +188,8 @@ def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
 def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor]]:
     """The boxes that this rank holds of a ShardedTensor, and their memory.
 
-    A shard that is sharded again (tensor parallelism under FSDP1) counts as its innermost shards.
+    A shard that is sharded again (tensor parallelism under FSDP1) is replaced by its innermost
+    shards.
     """
     for shard in tensor.local_shards():
         origin = tuple(shard.metadata.shard_offsets)
@@ -206,7 +205,7 @@ def local_shards(tensor: ShardedTensor) -> Iterator[tuple[LocalBox, torch.Tensor
 def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
     """The memory of the box at `index.offset` of a tensor that this rank holds a part of.
 
-    Raises ValueError when the rank holds no box there.
+    Raises ValueError if the rank holds no box there.
     """
     if hasattr(spokesman(value), "__get_tensor_shard__"):
         return spoken_shard(index.fqn, value, index)
@@ -225,7 +224,7 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
 
 
 def _not_found(value: torch.Tensor, index: MetadataIndex) -> str:
-    """The words that torch has for it, which programs look for."""
+    """Torch's own messages, which programs match."""
     if not isinstance(value, ShardedTensor | DTensor):
         return f"FQN: '{index.fqn}' is not a ShardedTensor, can't find by offset: '{index.offset}'"
     if index.offset is None:
@@ -234,10 +233,10 @@ def _not_found(value: torch.Tensor, index: MetadataIndex) -> str:
 
 
 def require_memory(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, whose memory is as large as its shape and strides say.
+    """The tensor, after checking that its memory is as large as its shape and strides require.
 
-    It is not where a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
-    PlanError naming the fqn: memory that is read or written through a pointer must exist.
+    It is smaller if a storage was resized (as FSDP frees parameters) or the tensor is fake. Raises
+    PlanError naming the fqn, since memory that is accessed through a pointer must exist.
     """
     count = tensor.numel()
     if not count:

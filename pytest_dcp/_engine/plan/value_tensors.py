@@ -1,7 +1,7 @@
 """Checks that a tensor stored as a value fits the tensor to load it into. Pure (no I/O).
 
-The existing tensor is never replaced: a model or an optimizer holds it, and would never see the
-other one.
+The existing tensor is never replaced: a model or an optimizer holds it, and would not see the new
+one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pytest_dcp.errors import CheckpointMismatchError
 
 
 def check_tensor(fqn: str, here: torch.Tensor, value: torch.Tensor, *, strict: bool) -> None:
-    """Nothing where the stored tensor can be copied into the one that is here.
+    """Check that the stored tensor can be copied into the existing one.
 
-    Raises CheckpointMismatchError, naming the key and both kinds, where it is of another class or
-    layout, quantised, or of another size, and, if `strict`, of a dtype of another kind.
+    Raises CheckpointMismatchError, naming the key and both kinds, if it has another class, layout
+    or size, or is quantised, or, if `strict`, has a dtype of another kind.
     """
     plain = type(here) in PLAIN and type(value) in PLAIN and here.layout is value.layout
     fits = plain and here.shape == value.shape and not value.is_quantized

@@ -1,4 +1,4 @@
-"""How the data files of a save are named, and who says so. Pure (no I/O)."""
+"""How the data files of a save are named. Pure (no I/O)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pytest_dcp._torch_internals.checkpoint_classes import _StoragePrefix
 
 @dataclass
 class FileNames(_StoragePrefix):
-    """How a rank's data files are named; the coordinator says it, in `SavePlan.storage_data`.
+    """How a rank's data files are named; the coordinator sends it in `SavePlan.storage_data`.
 
-    To a storage that was written for torch it is the prefix that torch's writer has there.
+    A storage written for torch sees the prefix that torch's writer has there.
     """
 
     save: str = ""

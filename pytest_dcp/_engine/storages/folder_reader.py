@@ -59,17 +59,17 @@ class FileSystemReader(MetadataPlace, StorageReader):
         max_decoded_bytes: int | None = None,
         follow_links: bool = False,
     ) -> None:
-        """As torch's, and:
+        """Like torch's, and:
 
         verify: "auto" checks every block of 64 KiB that is read whole, "full" reads blocks whole
             so that every byte is checked, "off" checks nothing. Only our own checkpoints have
             checksums.
         thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
-        max_decoded_bytes: the most memory that `.metadata`, or a compressed value, may take to
-            read; None: 64 MiB, and 20 bytes for each byte stored. Raise it for a checkpoint that
-            you trust.
-        follow_links: whether a file of the checkpoint may be a symbolic link that leads out of its
-            folder, to a plain file anywhere: for folders whose maker you trust.
+        max_decoded_bytes: the most memory that reading `.metadata` or a compressed value may take;
+            None: 64 MiB, plus 20 bytes for each byte stored. Raise it for a checkpoint that you
+            trust.
+        follow_links: whether a file of the checkpoint may be a symbolic link to a plain file
+            outside the folder, for folders whose maker you trust.
         """
         super().__init__()
         self.follow_links = follow_links
@@ -80,20 +80,20 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.memory = MemoryLimit(max_decoded_bytes)
         self.transforms = StorageReaderTransforms(_extension_registry)
         self.storage_data: Any = {}
-        """Where the entries are: as the metadata says, or as it was set."""
+        """Where the entries are: from the metadata, unless it was set."""
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True
         self.filled = LoadedBytes()
         self.has_manifest = False
-        """Whether the metadata that was read last is this engine's."""
+        """Whether the metadata read last was written by this engine."""
         self._metadata: Metadata | None = None
         self._open_files: OpenFiles | None = None
         self._prepared: tuple[LoadPlan, Work] | None = None
         """The result of `prepare_data`, for the plan passed to it."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another load, from the given folder or the same."""
+        """Begin another load, from the given folder or the same one."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
         self.load_id = new_id()
@@ -104,9 +104,9 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.path = self.fs.init_path(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata of the whole checkpoint, or of `rank` where each rank saved on its own.
+        """The metadata of the whole checkpoint, or of `rank` if each rank saved on its own.
 
-        Raises FileNotFoundError where there is none, CheckpointCorruptError where it is damaged.
+        Raises FileNotFoundError if there is none, CheckpointCorruptError if it is damaged.
         """
         folder, name = self._metadata_place(kwargs.get("rank"))
         catalog = read_catalog(local_filesystem.disk_of(self.fs), folder, name, self.memory)
@@ -120,7 +120,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Take the metadata that plans will be made from."""
+        """Set the metadata from which plans will be made."""
         if metadata.storage_data is None:
             raise ValueError("the metadata has no storage_data: it does not say where anything is")
         self._metadata, self.storage_data = metadata, metadata.storage_data
@@ -136,7 +136,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return plans
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
-        """Hold off the next save's commit, for some seconds, where the storage can do that."""
+        """Hold off the next save's commit for some seconds, if the storage can do that."""
         disk = local_filesystem.disk_of(self.fs)
         folder, name = self._metadata_place(None)
         if not disk.exists(folder, name):
@@ -144,9 +144,9 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return disk.leased(folder, name)
 
     def keep_files(self) -> None:
-        """Keep the files open that are opened from now on, until `close_files`.
+        """Keep files that are opened from now on open until `close_files`.
 
-        Not where a subclass reads in a way of its own.
+        Does nothing if a subclass reads in its own way.
         """
         disk = local_filesystem.disk_of(self.fs)
         self.close_files()
@@ -154,10 +154,10 @@ class FileSystemReader(MetadataPlace, StorageReader):
             self._open_files = OpenFiles(disk, self.path)
 
     def open_files(self, plan: LoadPlan) -> bool:
-        """Open the files of the plan, to be read even if another save removes them meanwhile.
+        """Open the files of the plan, so that they can be read even if another save removes them.
 
-        Whether all are open now, and the plan is sure to be carried out. Raises
-        CheckpointReplacedError where another save has done so already. Any other file that cannot
+        Returns whether all are open now, so that no save can disturb the plan. Raises
+        CheckpointReplacedError if another save has removed one already. Any other file that cannot
         be opened is left to `read_data`.
         """
         kept = self._open_files
@@ -181,12 +181,12 @@ class FileSystemReader(MetadataPlace, StorageReader):
             self._open_files = None
 
     def _forget_files(self) -> None:
-        """Begin anew with what is kept open, if anything is."""
+        """Close the files kept open, if any, and begin again."""
         if self._open_files is not None:
             self.keep_files()
 
     def _reading_disk(self) -> Disk:
-        """The disk, by the files that are open where there are any."""
+        """The disk, using the files kept open if there are any."""
         return self._open_files or local_filesystem.disk_of(self.fs)
 
     def _reads_its_own_way(self) -> bool:
@@ -199,7 +199,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         )
 
     def prepares(self) -> bool:
-        """Whether `read_data` goes on from `prepare_data`: not where a subclass has its own."""
+        """Whether `read_data` continues from `prepare_data`: not if a subclass overrides it."""
         return not is_overridden(self, FileSystemReader, "read_data")
 
     def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
@@ -216,7 +216,8 @@ class FileSystemReader(MetadataPlace, StorageReader):
                 )
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into the planner's targets; done when the future is returned."""
+        """Read this rank's items into the planner's targets; finished when it returns the
+        future."""
         prepared, self._prepared = self._prepared, None
         with self._noticing_a_replacement():
             if prepared is not None and prepared[0] is plan:
@@ -231,7 +232,8 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
     @contextmanager
     def _noticing_a_replacement(self) -> Iterator[None]:
-        """Say so where a data file is missing since another save has replaced the checkpoint."""
+        """Raise a clearer error if a data file is missing because another save replaced the
+        checkpoint."""
         try:
             yield
         except CheckpointFileMissingError as error:
@@ -244,7 +246,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return cast(IO[bytes], FileSlice(file, sinfo.offset, sinfo.length))
 
     def _catalog_of(self, metadata: Metadata) -> Catalog:
-        """The catalog of the metadata, with the places that `storage_data` now has."""
+        """The catalog of the metadata, with the current places of `storage_data`."""
         return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
@@ -263,7 +265,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         )
 
     def _has_streams_of_its_own(self) -> bool:
-        """Whether a hook of a subclass stands between a file and its entries."""
+        """Whether a subclass's hook is called between a file and its entries."""
         return type(self.transforms) is not StorageReaderTransforms or is_overridden(
             self, FileSystemReader, "_slice_file"
         )
@@ -279,13 +281,14 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return LoadedBytes(nbytes, nbytes, 0)
 
     def _is_replaced(self, metadata: Metadata) -> bool:
-        """Whether the folder's checkpoint is another save's than the metadata."""
+        """Whether the folder's checkpoint is from a different save than the metadata."""
         disk = local_filesystem.disk_of(self.fs)
         folder, name = self._metadata_place(None if self.use_collectives else self.rank)
         try:
             now = read_catalog(disk, folder, name, self.memory)
         except FileNotFoundError:
-            # The whole's gave way to the ranks' own, or the other way round.
+            # A save with one metadata file was replaced by one with a file per rank, or the
+            # reverse.
             other = metadata_name(0 if self.use_collectives else None)
             return disk.exists(self.path, other)
         return save_of(now.storage_meta) != save_of(metadata.storage_meta)

@@ -69,10 +69,10 @@ CURRENT_DCP_VERSION = "1.0.0"
 
 
 class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
-    """Writes a checkpoint to a folder, and makes it the folder's checkpoint at one instant.
+    """Writes a checkpoint to a folder, and makes it the folder's checkpoint atomically.
 
-    The data files have names of their own save; the old checkpoint, if there is one, stays whole
-    and loadable until the new one has replaced it.
+    The data files' names are unique to the save; an old checkpoint stays whole and loadable until
+    the new one has replaced it.
     """
 
     def __init__(
@@ -87,16 +87,14 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         _extensions: Sequence[StreamTransformExtension] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
     ) -> None:
-        """As torch's.
-
-        path: the checkpoint's folder; made if it is not there.
+        """As torch's. path: the checkpoint's folder; created if missing.
         single_file_per_rank: one file for each rank and thread, instead of one for each item.
         sync_files: wait for stable storage, of files and folder, before the save is committed.
         thread_count: files of a rank that are written at the same time.
         per_thread_copy_ahead: bytes of a tensor outside flat CPU memory that are copied at a time.
         cache_staged_state_dict: keep the memory of `stage` for the next save of the same state.
-        overwrite: whether a checkpoint that is there may be replaced; if not, the save raises
-            CheckpointExistsError and nothing is changed.
+        overwrite: whether an existing checkpoint may be replaced; if not, the save raises
+            CheckpointExistsError and changes nothing.
         """
         StorageWriter.__init__(self)
         BlockingAsyncStager.__init__(self, cache_staged_state_dict)
@@ -114,14 +112,14 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         self._made: Made = {}
         """Files that this rank has created on the disk for this save."""
         self._cleaned_for: str | None = None
-        """The save that leftovers of dead ones have been removed for."""
+        """The save for which leftovers of dead saves have been removed."""
         self._parent_dirs_to_sync: Sequence[Any] = ()
-        """Where the folder's own name is, which may not last yet."""
+        """The parents of the folder whose new names may not be synced yet."""
         self.rank: int | None = None
         self.use_collectives = True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another save, to the given folder or the same."""
+        """Begin another save, to the given folder or the same one."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
         self.new_save_id()
@@ -130,12 +128,12 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         self.path = self.fs.init_path(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take this rank's number, and whether all ranks commit together."""
+        """Set this rank's number, and whether all ranks commit together."""
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan; the folder is there, and may be written to."""
+        """Return the plan, after making the folder and checking that it may be written to."""
         disk = self._disk()
         self._make_folder(disk)
         if self._metadata_exists():
@@ -153,7 +151,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """The plans, each with the names of its files to be; dead saves make room for them."""
+        """The plans, each with the names of its files; removes leftovers of dead saves first."""
         self.remove_leftovers()
         return [
             plan
@@ -165,7 +163,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def remove_leftovers(self) -> None:
         """Remove leftovers of dead saves, so that a full disk has room for this one.
 
-        The engine calls it before anything is written, whatever steps a subclass replaces.
+        The engine calls it before anything is written, even if a subclass replaces other steps.
         """
         if self._cleaned_for != self.save_id:
             self._cleaned_for = self.save_id
@@ -183,11 +181,11 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             return True
         if self.use_collectives:
             return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
-        # Only its own: other ranks may have committed theirs a moment ago.
+        # Only this rank's: other ranks may have just committed theirs.
         return disk.exists(*self._metadata_place(self.rank))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items; done when the future is returned."""
+        """Write this rank's items; finished when it returns the future."""
         items = plan.items
         table = WriteItems.of(items)
         size_bytes = table.size_bytes()
@@ -204,7 +202,8 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return _done(self._write_jobs(self.path, jobs, items, planner))
 
     def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
-        """The name of the n-th file, where the plan says how to name it, or is made by hand."""
+        """The name of the n-th file, from the plan, or from this writer if the plan was made by
+        hand."""
         prefix = getattr(storage_data, "prefix", f"__{self.rank or 0}_")
         save = getattr(storage_data, "save", "") or self.save_id[:12]
         return lambda number: data_name(prefix, number, save)
@@ -212,7 +211,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def _write_jobs(
         self, folder: Any, jobs: Sequence[FileJob], items: Sequence[WriteItem], planner: SavePlanner
     ) -> WriteResults:
-        """Write these files of the items; where each went."""
+        """Write the items to these files; returns where each went."""
         watcher = observer("save")
         watcher.expect(sum(job.nbytes for job in jobs))
         settings = Settings(
@@ -235,9 +234,9 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     ) -> Future[list[WriteResult]]:
         """Write the files of a queue: torch's hook, which a `write_data` of a subclass calls.
 
-        file_queue: for each file its path, the name that the metadata will have for it, and its
-        items. The names are the caller's: a save over another one of the same names has no old
-        checkpoint to fall back to.
+        file_queue: for each file its path, its name in the metadata, and its items. The caller
+        chooses the names: a save over another one with the same names has no old checkpoint to fall
+        back to.
         """
         parts: list[WriteResults] = []
         self._used = True
@@ -253,17 +252,18 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return _done(join_results(parts))
 
     def _make_folder(self, disk: Disk) -> None:
-        """Make the folder; sync where new folders above it are named. See `_sync_parent_dirs`."""
+        """Make the folder; sync the folders that have new folders' names. See
+        `_sync_parent_dirs`."""
         above = disk.make_folder(self.path)
         self._parent_dirs_to_sync = above[:1]
         self._sync(disk, above[1:])
 
     def _sync_parent_dirs(self, disk: Disk) -> None:
-        """Have the folder's name last: after the files, whose sync has done most of it."""
+        """Make the folder's name durable, after the files, whose sync has done most of the work."""
         self._sync(disk, self._parent_dirs_to_sync)
 
     def _sync(self, disk: Disk, folders: Sequence[Any]) -> None:
-        """Have the names in these folders last, where that is asked for."""
+        """Sync these folders, if `sync_files` is set."""
         if self.sync_files:
             for folder in folders:
                 disk.sync_folder(folder)
@@ -276,7 +276,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         disk = self._registering_disk()
         places, beside = places_and_more(catalog.index, results)
         if beside:
-            # Their files are the checkpoint's, too, and are not swept.
+            # Their files are also part of the checkpoint, and are not swept.
             present = set(disk.names(self.path)) - set(places.files)
             named = {place.relative_path for place in beside.values()}
             places = dataclasses.replace(places, files=(*places.files, *sorted(present & named)))
@@ -294,7 +294,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def _clean(self, remove: Callable[..., object]) -> None:
         """Remove files of earlier saves; an error here does not fail the save."""
         if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
-            # Which files other checkpoints of the folder name cannot be known.
+            # It cannot be known which files other checkpoints of the folder name.
             return
         disk = self._disk()
         try:
@@ -326,7 +326,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def remove_collective_metadata(self) -> None:
         """Remove the checkpoint of the whole, after every rank has committed its own part.
 
-        Until then a reader finds the old checkpoint, from then on the ranks' own.
+        Before that a reader finds the old checkpoint, after that the ranks' own.
         """
         disk = self._disk()
         if not disk.exists(self.path, metadata_name()):
@@ -339,29 +339,29 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             self._clean(remove_unnamed)
 
     def storage_meta(self) -> StorageMeta | None:
-        """Where and what the save is that begins or goes on."""
+        """The place and id of the current save."""
         if self._used:
-            # Another save of the same writer: its files must not have the names of the last one's.
+            # Another save of the same writer must not reuse the file names of the last one.
             self.new_save_id()
         return self._meta()
 
     def new_save_id(self) -> str:
-        """Another id for the save to come."""
+        """A new id for the next save."""
         self.set_save_id(new_id())
         return self.save_id
 
     def set_save_id(self, save_id: str) -> None:
-        """Let the save to come have this id."""
+        """Set the id of the next save."""
         self.save_id, self._used, self._made = save_id, False, {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the state dict on the CPU, which needs no copying when it is written."""
+        """A copy of the state dict on the CPU, which can be written without copying again."""
         self.per_thread_copy_ahead = 0
         return super().stage(state_dict)
 
     @property
     def metadata_path(self) -> str | os.PathLike[str]:
-        """The metadata file of the whole, as torch before 2.7 called it."""
+        """The metadata file of the whole checkpoint, under the name of torch before 2.7."""
         return self._get_metadata_path()
 
     def _meta(self) -> StorageMeta:
@@ -381,14 +381,14 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return local_filesystem.disk_of(self.fs)
 
     def _registering_disk(self) -> Disk:
-        """The disk, for everything that a save makes: see `discard`."""
+        """The disk for all files that a save makes: see `discard`."""
         return RegisteringDisk(self._disk(), self._made)
 
     def _check_written(self, disk: Disk, catalog: Catalog) -> None:
-        """Raise unless every file that the metadata will name is there."""
+        """Raise unless every file that the metadata will name exists."""
         present = set(disk.names(self.path))
         missing = [name for name in catalog.places.files if present and name not in present]
-        # A store may list what was there a while ago.
+        # A store's listing may be out of date.
         gone = [name for name in missing if not disk.exists(self.path, name)]
         if gone:
             raise CheckpointCorruptError(
@@ -399,7 +399,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
 
 def source_of(planner: SavePlanner, items: Sequence[Any]) -> Source:
-    """A function that gives the data of an item: the planner's own short way, or its hook."""
+    """A function that gives the data of an item: the planner's `source`, or its hook."""
     if gives_data(planner):
         return planner.source(items)
 

@@ -1,7 +1,7 @@
 """Checkpoints wherever fsspec reaches: `s3://bucket/folder`, `gs://`, `memory://`, `file://` ...
 
-The files and the promises are those of `filesystem`. A store that cannot rename commits by one put
-of `.metadata`, which it does whole or not at all.
+Files and guarantees are the same as for local folders. A store that cannot rename commits by one
+put of `.metadata`, which happens whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READERS = 8
 
 
 class FileSystem(FileSystemBase):
-    """A file system of fsspec, the one that the path asks for."""
+    """The fsspec file system of a path."""
 
     def __init__(self) -> None:
         self.fs: Any = None
@@ -42,12 +42,12 @@ class FileSystem(FileSystemBase):
 
     @property
     def disk(self) -> ObjectDisk:
-        """How the engine reaches it."""
+        """How the engine accesses it."""
         return ObjectDisk(self.fs, self.path_of)
 
     @contextmanager
     def create_stream(self, path: Id, mode: str) -> Generator[IOBase, None, None]:
-        """A stream that leaves no file behind when writing it fails."""
+        """A stream that leaves no file behind if writing fails."""
         with self.fs.open(os.fspath(path), mode) as stream:
             try:
                 yield stream
@@ -61,9 +61,9 @@ class FileSystem(FileSystemBase):
         return f"{os.fspath(path).rstrip('/')}/{suffix}"
 
     def init_path(self, path: Id, **options: Any) -> Id:
-        """The path, whose file system this is from now on.
+        """The path; from now on this is its file system.
 
-        options: of that file system, kept for later paths.
+        options: for that file system, kept for later paths.
 
         Raises ImportError naming the package that a protocol needs, ValueError for an unknown one.
         """
@@ -110,7 +110,7 @@ class FileSystem(FileSystemBase):
 def _open_filesystem(
     path: Id, options: dict[str, Any], *, follow_links: bool = False
 ) -> tuple[FileSystemBase, Id]:
-    """The file system of a path, and how it calls the path; the local one is the engine's own."""
+    """The file system of a path, and its own form of the path; local paths use the engine's own."""
     from fsspec.implementations.local import LocalFileSystem
 
     remote = FileSystem()

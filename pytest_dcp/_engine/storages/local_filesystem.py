@@ -1,4 +1,4 @@
-"""The local file system under torch's names, and how the engine reaches any of them."""
+"""The local file system under torch's names, and how the engine accesses any file system."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FileSystem(FileSystemBase):
     """The local file system."""
 
     def __init__(self, *, follow_links: bool = False) -> None:
-        """follow_links: whether a link in a checkpoint may lead out of it, to a plain file."""
+        """follow_links: whether a link in a checkpoint may lead to a plain file outside it."""
         super().__init__()
         self.follow_links = follow_links
 
@@ -56,7 +56,7 @@ class FileSystem(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether the id can be a local path: one that is there, or whose parent can be."""
+        """Whether the id can be a local path: it exists, or its parent can be one."""
         if isinstance(checkpoint_id, Path):
             return True
         if "://" in str(checkpoint_id):
@@ -75,10 +75,10 @@ class FileSystem(FileSystemBase):
 
 
 def disk_of(fs: FileSystemBase) -> Disk:
-    """How the engine reaches this file system: by descriptors where it is the local one.
+    """How the engine accesses this file system: by descriptors if it is local.
 
-    A class that knows a better way than its streams has it as `disk`; a wrapper around one must not
-    be gone around.
+    A class with a better way than its streams has it as `disk`; a wrapper around such an object
+    must not be bypassed.
     """
     if type(fs) in (FileSystem, TorchFileSystem):
         return LocalDisk(follow_links=isinstance(fs, FileSystem) and fs.follow_links)
@@ -89,7 +89,7 @@ def disk_of(fs: FileSystemBase) -> Disk:
 
 
 def save_of(meta: StorageMeta | None) -> str | None:
-    """Which save wrote the checkpoint, where it says so."""
+    """Which save wrote the checkpoint, if it says so."""
     return None if meta is None else meta.save_id
 
 
@@ -125,7 +125,8 @@ class MetadataPlace:
     path: str | os.PathLike[str]
 
     def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
-        """The metadata file of the whole, or of one rank: torch's hook, for subclasses."""
+        """The metadata file of the whole checkpoint, or of one rank: torch's hook, for
+        subclasses."""
         return self.fs.concat_path(self.path, metadata_name(rank))
 
     def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
