@@ -1,8 +1,8 @@
 """Processes that ranks started and left behind: found by the ranks' tokens and files, and killed.
 
-For ends that leave no time for anything else: SIGKILL of the zygote, or of a controller whose ranks
-are spawned. A separate process watches for the latter: `main` waits for the end of its standard
-input, which only the controller holds open.
+For processes that end without a chance to clean up: a zygote killed by SIGKILL, or a controller
+whose ranks are spawned. In the second case a separate process keeps watch: its `main` waits for the
+end of its standard input, which only the controller holds open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def file_of(fd: int) -> File:
 
 
 def sweep(prefix: str, files: Collection[File] = ()) -> None:
-    """Kill processes whose token begins with `prefix`, or which have one of `files` open.
+    """Kill the processes whose token begins with `prefix`, and those with one of `files` open.
 
     A program has the token in its environment; a child forked from a forked rank does not, but it
     has the rank's files open.

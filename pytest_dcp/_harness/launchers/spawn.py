@@ -1,4 +1,4 @@
-"""Ranks as fresh interpreters: the same contract as the zygote's, where forking is unsafe.
+"""Starts ranks as fresh interpreters, where forking is unsafe; the same contract as the zygote's.
 
 Slower, because each rank repeats the imports and the collection: a rank collects only the tests of
 its worlds, by name, with the session's command line. Every rank is a child of the controller, in a
@@ -91,10 +91,10 @@ class SpawnLauncher(Signals):
         )
 
     def await_ready(self) -> None:
-        """An interpreter can be started at any time."""
+        """Does nothing: an interpreter can be started at any time."""
 
     def check_running(self) -> None:
-        """Nothing: this process is the launcher."""
+        """Does nothing: this process is the launcher."""
 
     def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
         """Start one interpreter per order."""
@@ -126,7 +126,7 @@ class SpawnLauncher(Signals):
             waiter.start()
 
     def _start_guard(self, session: str) -> None:
-        """Start a process that kills the ranks' programs if this one gets no chance to."""
+        """Start a process that kills the ranks' programs if this one is killed before it can."""
         if self._guard is None:
             self._guard = subprocess.Popen(
                 [sys.executable, "-c", GUARD, f"{session}:"],
@@ -168,8 +168,8 @@ class SpawnLauncher(Signals):
             self._wake_w.send(b"x")
 
     def _kill_leaked(self, order: RankLaunch, pid: int) -> tuple[tuple[str, ...], list[int]]:
-        """Kill a rank's leftovers. Returns them as `pid (command)`, and the trackers that may
-        continue.
+        """Kill the processes that a rank left behind. Returns them as `pid (command)`, and the
+        resource trackers that may continue.
         """
         found, trackers = [], []
         for candidate in linux.processes():
@@ -245,11 +245,11 @@ def main() -> NoReturn:
 
 
 def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
-    """Import the modules needed to join the process group: that is not timed."""
+    """Import the modules needed to join the process group, before the clock starts."""
     one.channel.send(At("preparing", "importing torch"))
     with contextlib.suppress(
         Exception
-    ):  # an import that fails here fails again where it is reported
+    ):  # an import that fails here fails again later, where it is reported
         importlib.import_module("torch.distributed")
     one.channel.send(At("ready"))
     return _Collecting(one, session)

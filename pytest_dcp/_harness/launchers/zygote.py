@@ -16,37 +16,40 @@ with its order (SCM_RIGHTS). From the controller:
 
 and from the zygote:
 
-    {"importing": "torch"}           what it does until it is ready, for error texts
+    {"importing": "torch"}           its activity until it is ready, for error texts
     {"ready": true}                  once after the start, once after each "preload"
     {"world": ..., "rank": ..., "stopped": true}      a stop, or with false its end
     {"world": ..., "rank": ..., "status": ..., "leaked_processes": [...]}   an end
 
-Order of a life: `settle` leaves the controller's process group, signals and pipes; `warm_up`
-imports torch and collects into what every rank begins with; `serve` answers until the end; `end`
-kills and reaps all. After `freeze` the garbage collector no longer looks at what is there, so that
-a rank's collections do not write to the pages that it shares with its siblings.
+The steps of its life: `settle` leaves the controller's process group, signals and pipes; `warm_up`
+imports torch and prepares the session that every rank begins with; `serve` answers requests until
+the end; `end` kills and reaps all. After `freeze` the garbage collector no longer looks at the
+existing objects, so that a rank's collections do not write to the pages that it shares with its
+siblings.
 
-Why a process of its own, and not the controller: it has one thread, so a fork copies no lock that
-another thread holds; it is small to fork, since no test's data is in it; and as the parent of all
-ranks, and the reaper of their orphans (PR_SET_CHILD_SUBREAPER), it finds every process that a test
-leaves behind.
+The controller itself does not fork ranks, for three reasons. The zygote has one thread, so a fork
+copies no lock that another thread holds; it is small to fork, since it has no data of tests; and as
+the parent of all ranks, and the reaper of their orphans (PR_SET_CHILD_SUBREAPER), it finds every
+process that a test leaves behind.
 
-What a death leaves:
+What happens when a process ends:
 
-- A rank ends. SIGCHLD wakes the loop by way of a descriptor. The rank is looked at before it is
-  reaped (WNOWAIT): as long as it is a zombie, its process id and its group's cannot be another's.
-  Its orphans are killed and reported, then its group; then it is reaped, and the end is told. The
-  resource trackers of multiprocessing are spared for a while, to free shared memory.
-- The controller ends. Its socket closes, and the kernel sends SIGTERM besides (PR_SET_PDEATHSIG).
-  Either way `serve` returns, and `end` kills every rank and whatever they have started.
+- A rank ends. SIGCHLD wakes the loop through a descriptor. The zygote waits for the rank without
+  reaping it (WNOWAIT): while the rank is a zombie, the kernel gives its process id and group id to
+  no other process. The zygote kills the rank's orphans, then its group; then it reaps the rank and
+  reports the end. It spares the resource trackers of multiprocessing for a while, so that they can
+  free shared memory.
+- The controller ends. Its socket closes, and the kernel also sends SIGTERM (PR_SET_PDEATHSIG).
+  Either way `serve` returns, and `end` kills every rank and all programs that ranks have started.
 - The zygote is killed. The kernel kills the ranks (PR_SET_PDEATHSIG). The controller reads the end
-  of file, fails the running worlds, and has `orphan_guard` find what the ranks had started.
+  of file, fails the running worlds, and has `orphan_guard` find the programs that the ranks had
+  started.
 - The zygote is stopped by a test. Nothing continues it, so the controller kills it when it looks.
 
-Assumes Linux, and that what is imported here starts no thread (see `NEVER_PRELOAD`). Guarantees
+Assumes Linux, and that the modules imported here start no thread (see `NEVER_PRELOAD`). Guarantees
 that when the zygote ends by itself no descendant of a rank outlives it, unless the kernel takes
-longer than `CLOSE_S` to end one. When it is killed, `orphan_guard` finds those that still have a
-rank's token in their environment, or a rank's file open.
+longer than `CLOSE_S` to end one. When it is killed, `orphan_guard` finds the descendants that still
+have a rank's token in their environment, or a rank's file open.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ class Zygote:
         self.control = control
         self.prepare = prepare
         self.ranks: dict[int, RankLaunch] = {}
-        """By process id, those not reaped yet."""
+        """By process id, the ranks not reaped yet."""
         self.trackers: dict[int, float] = {}
         """By process id, resource trackers whose rank has ended, and when they must end."""
         self.stopped = False
@@ -147,7 +150,7 @@ class Zygote:
         """Exempt existing objects from garbage collection, and put them on huge pages from the next
         world on.
 
-        Ranks begin here: at exit they run only their own handlers.
+        Ranks start from this state: at exit they run only their own handlers.
         """
         interpreter_exit.forget_inherited()
         linux.flush_c_streams()
@@ -158,7 +161,7 @@ class Zygote:
     def collapse_heap_once(self, world: int) -> None:
         """Put the frozen heap on huge pages, unless this is the first world.
 
-        Forking is cheaper then; a session of one world ends before that pays.
+        Forking is cheaper afterwards, but that pays only in sessions with more than one world.
         """
         if self.first_world is None:
             self.first_world = world
@@ -190,7 +193,7 @@ class Zygote:
                 return
 
     def stop(self, signum: int, frame: object) -> None:
-        """SIGTERM: end soon. Raising here could break into the end that is already under way."""
+        """SIGTERM: end soon. Raising here could interrupt an `end` that has already begun."""
         self.stopped = True
 
     def handle_request(self) -> bool:
@@ -231,14 +234,14 @@ class Zygote:
                 self.rank_main(order, fds)
             finally:
                 os._exit(70)  # rank_main does not return; never unwind into the zygote's loop
-        with contextlib.suppress(OSError):  # the child did it, or has ended
+        with contextlib.suppress(OSError):  # the child has done it, or has ended
             os.setpgid(pid, pid)
         self.ranks[pid] = order
         for fd in fds.all():
             os.close(fd)
 
     def signal(self, world: int, rank: int, signum: int) -> None:
-        """Signal a rank that is not reaped yet; all but `OWN_SIGNALS` go to its group too."""
+        """Signal a rank that is not reaped yet, and its group, except for `OWN_SIGNALS`."""
         for pid, order in self.ranks.items():
             if (order.world, order.rank) == (world, rank):
                 if signum == signal.SIGKILL:
@@ -269,7 +272,7 @@ class Zygote:
                 os.waitpid(pid, 0)
                 self.trackers.pop(pid, None)
                 continue
-            # Not reaped yet: its process id, and so its group's, cannot be another's.
+            # Not reaped yet, so no other process can have its process id or its group's.
             spared = self.spare_trackers(pid)
             leaked_processes = self.kill_leaked(pid)
             if not spared:
@@ -295,7 +298,7 @@ class Zygote:
         return bool(found)
 
     def end_trackers(self) -> None:
-        """Kill the trackers whose time is up: a process that was not found holds their pipe."""
+        """Kill the trackers whose time is up: a process that we did not find holds their pipe."""
         for pid, deadline in self.trackers.items():
             if time.monotonic() >= deadline:
                 with contextlib.suppress(ProcessLookupError):
@@ -322,9 +325,7 @@ class Zygote:
                 os.waitpid(pid, 0)
 
     def belongs(self, orphan: int, rank_pid: int) -> bool:
-        """Whether an orphan came from this rank; all remaining ones are assigned to the
-        last rank.
-        """
+        """Whether this rank started an orphan; the last rank gets all remaining ones."""
         return (
             len(self.ranks) == 1
             or linux.group_of(orphan) == rank_pid
@@ -332,7 +333,7 @@ class Zygote:
         )
 
     def tell(self, order: RankLaunch, what: dict[str, Any]) -> None:
-        """Report what became of a rank."""
+        """Report a rank's end or stop."""
         self.say({"world": order.world, "rank": order.rank, **what})
 
     def say(self, said: dict[str, Any]) -> None:
@@ -341,7 +342,7 @@ class Zygote:
             self.control.send(json.dumps(said).encode())
 
     def end(self) -> None:
-        """Kill and reap everything; trackers once the ranks are gone, if they do not end first."""
+        """Kill and reap everything; trackers after the ranks are gone, unless they end by then."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for pid in self.ranks:
             linux.kill_group(pid)

@@ -1,6 +1,6 @@
 """The controller's handle on the zygote, the preloaded process that ranks are forked from.
 
-It forks the zygote once, sends it requests, and reads the ends and stops of ranks that it reports.
+It forks the zygote once, sends it requests, and reads its reports of ranks that ended or stopped.
 See `zygote` for the process itself, and for the messages between the two.
 """
 
@@ -49,12 +49,12 @@ class ZygoteLauncher(Signals):
         self._news: dict[int, list[ProcessExit | StopChange]] = {}
         self._preloaded: set[str] = set()
         self._importing = "torch"
-        """The module it is importing, as far as it has reported."""
+        """The module that it is importing, by its last report."""
         self._unready = 1
         """Number of import requests that it has not yet confirmed."""
         self._session = ""
         self._files: dict[int, list[orphan_guard.File]] = {}
-        """By world, files that its ranks have open as long as they live."""
+        """By world, the files that its ranks keep open as long as they live."""
         self.lost = ""
 
     @classmethod
@@ -82,7 +82,7 @@ class ZygoteLauncher(Signals):
         return cls(ours, pid)
 
     def await_ready(self) -> None:
-        """Wait until the zygote has done its imports, and forks at once."""
+        """Wait until the zygote has done its imports, so that it forks at once."""
         deadline = time.monotonic() + PREPARE_S
         self.check_running()
         while self._unready or self.lost:
@@ -181,10 +181,10 @@ class ZygoteLauncher(Signals):
             return self._pid, 0
 
     def _lost_error(self, why: str = "") -> LauncherLostError:
-        """The error to raise when the zygote is no more.
+        """The error to raise when the zygote has ended.
 
-        Once, it asks the kernel for the reason, unless it is known, ends the zygote, and kills the
-        ranks' leftovers.
+        The first call asks the kernel for the reason, unless it is known, ends the zygote, and
+        kills the processes that ranks left behind.
         """
         if not self.lost:
             status = self._end(0.0 if why else CLOSE_S)

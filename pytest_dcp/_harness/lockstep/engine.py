@@ -1,10 +1,10 @@
-"""Hypothesis' engine in the controller, whose examples all ranks of a world run in lockstep.
+"""Runs Hypothesis' engine in the controller, and its examples in all ranks of a world in lockstep.
 
 Enters: a world whose ranks wait for the examples of a property. Leaves: the outcome of the call:
-that of the ranks when all examples passed, or that of the minimal example that fails.
+the ranks' own when all examples passed, else that of the minimal failing example.
 
 Hypothesis generates, shrinks and replays examples by looking at the choices that a test draws. With
-n ranks there are n tests that draw, and n engines would come to n different examples. So there is
+n ranks there are n tests that draw, and n engines would generate n different examples. So there is
 one engine, here, and the ranks are its test function:
 
 1. Each rank runs the test until Hypothesis' engine would start. There it answers its `Go` with a
@@ -12,45 +12,45 @@ one engine, here, and the ranks are its test function:
 2. All ranks must wait for the same property (`find_property`). The engine is started here, with a
    stand-in for the test function.
 3. For each example that the engine wants, the stand-in sends every rank the same `Attempt`: the
-   choices to replay, and a seed for those after them. Each rank draws from that by itself, runs its
-   test function, and answers with a `Reply`. What it draws it writes to a file in memory, which the
-   controller can read even if the rank dies in the middle.
-4. `judge` makes one verdict of the replies and records. The engine gets the record of the rank that
-   decides, as if the stand-in had drawn it, and then that it passed, was rejected, or failed.
-5. When the engine has had enough, a `Go` lets the ranks run on: to the next property of the test,
-   which begins at 2 again, or to the test's end.
+   choices to replay, and a seed for later choices. Each rank draws from it independently, runs its
+   test function, and answers with a `Reply`. It records its draws in a file in memory, which the
+   controller can read even if the rank dies during the example.
+4. `judge` makes one verdict of the replies and records. The engine gets the record of the decisive
+   rank, as if the stand-in had drawn it, and then the result: passed, rejected or failed.
+5. When the engine needs no more examples, a `Go` lets the ranks continue: to the next property of
+   the test, which begins at 2 again, or to the test's end.
 
 The decisive rank is the same each time that an example is run (the lowest that failed by itself, or
 else the lowest that rejected it, or else the lowest): a shrinking engine that saw rank 1's choices
 once and rank 0's another time would call the test flaky. If the ranks drew differently, that is the
-failure, and the longest record decides.
+failure, and the rank with the longest record is decisive.
 
-What an example can leave behind:
+How an example can end:
 
-- All ranks answered and are in step: the world takes the next example, whether this one failed or
+- All ranks answered and are in step: the world runs the next example, whether this one failed or
   not. So an example costs one message to each rank, not a process.
-- A rank died, hangs, or its process groups are out of step: the world is of no more use. The next
+- A rank died, hangs, or its process groups are out of step: the world is not used again. The next
   example begins with `repair`: a new world, in which the ranks run the test again up to the same
-  property, past those before it. If they do not come to it, the property is over.
-- A rank fails while others wait for it in a collective: the verdict is certain, and only the
-  world's life depends on the wait. `EarlyDecision` ends it early; in the last run, which is
-  reported, the peers get their time.
+  property, skipping the properties before it. If they do not reach it, the property is over.
+- A rank fails while others wait for it in a collective: the verdict is certain, and waiting could
+  only save the world. `EarlyDecision` ends the wait early; in the last run, which is reported, the
+  peers get their full time.
 - A rank skips the test, exits, or fails a health check: no example follows (`_EndedError`).
-- The ranks die between two examples: that is no example's failure, and ends the property.
+- Ranks die between two examples: that is not a failure of any example, and ends the property.
 
-Assumes that a test draws the same from the same attempt in every rank: that is lockstep, and what
-is reported when it fails. Guarantees that the engine sees a deterministic test function if the
-ranks are deterministic.
+Assumes that a test draws the same from the same attempt in every rank: this is what lockstep means,
+and a difference is reported as a failure. Guarantees that the engine sees a deterministic test
+function if the ranks are deterministic.
 
 Rules that hold inside:
 
-- An example fails when any rank does: by an exception, its death, or the time limit, which counts
-  anew for each example. A rank's `assume` rejects it for all.
-- What the engine learns of an example comes from the record of the rank that decides it, and so is
-  the same each time that the example is run.
-- Ranks whose process groups are out of step after an example have failed it.
-- A failure leaves a world that may go on only when every rank answered and they are in step;
-  otherwise the next example gets a new one.
+- An example fails when any rank does: by an exception, its death, or the time limit, which starts
+  again for each example. If one rank's `assume` rejects the example, it is rejected for all.
+- The engine learns an example's draws from the record of the decisive rank only, so they are the
+  same each time that the example is run.
+- An example also fails when the ranks' process groups are out of step after it.
+- After a failure, the world is kept only when every rank answered and they are in step; otherwise
+  the next example gets a new one.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ from pytest_dcp.errors import RankFailure, WorldError
 PATIENCE_S = 0.05
 """Time for the peers of a failed rank to end the example too, so that the world can be kept."""
 BUSY_PATIENCE_S = 1.0
-"""Time for peers that are still working and may yet decide the verdict: the machine may be busy. A
-failed rank's peers have the grace at most.
+"""Time for peers that are still working and may still decide the verdict: the machine may be busy.
+A failed rank's peers have the grace at most.
 """
 BUSY_SHARE = 4
-"""And at most for this fraction of the example's time limit."""
+"""The grace is also at most this fraction of the example's time limit."""
 DRAWS_LOOK_S = 0.1
 """How often to compare the draws of ranks that do not end an example."""
 LOOK_SHARE = 10
@@ -115,7 +115,7 @@ class ExampleRanks(Protocol):
         """Replace a broken world by a new one, in which the item's call has begun."""
 
     def fresh(self) -> None:
-        """Renew everything that is new for each example."""
+        """Renew all state that must be new for each example."""
 
     def exception_for(self, outcome: Outcome) -> BaseException:
         """The exception that represents a failed outcome in the controller."""
@@ -144,7 +144,7 @@ class FoundError(Exception):
 
 
 class _EndedError(BaseException):
-    """No further example makes sense: the engine must not count this one as failed."""
+    """No more examples can be run; the engine must not count this one as failed."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.reason)
@@ -152,10 +152,10 @@ class _EndedError(BaseException):
 
 
 def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
-    """Serve the ranks' properties until the call is over; returns how that went.
+    """Serve the ranks' properties until the call is over; returns its outcome.
 
-    `outcome` is how the call began. Raises `FoundError` for a property that fails, and Hypothesis'
-    own exceptions: for a flaky test or one whose examples are all rejected.
+    `outcome` is that of the call's beginning. Raises `FoundError` for a property that fails, and
+    Hypothesis' own exceptions: for a flaky test or one whose examples are all rejected.
     """
     passed = 0
     while (prop := find_property(outcome)) is not None:
@@ -166,7 +166,7 @@ def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
             engine.run()
         except _EndedError as ended:
             return ended.outcome
-        if engine.broken:  # by its last example, which a rank rejected or lost as asked
+        if engine.broken:  # by the last example: rejected, or a rank was lost on request
             engine.repair()
         passed += 1
         company.world.restart_clock(company.limit_s)
@@ -243,7 +243,8 @@ class _Engine:
         """Provide a world that can run an example. Returns the seconds that it took."""
         world = self._company.world
         if not self.broken and (died := world.find_deaths()):
-            # Not an example's failure: Hypothesis would shrink an example that has done nothing.
+            # Not a failure of the example: Hypothesis would shrink an example that has done
+            # nothing.
             raise _EndedError(combine(0, {}, died))
         if self.broken or not world.survivors_idle:
             return self.repair()
@@ -259,7 +260,7 @@ class _Engine:
         started = time.monotonic()
         early = EarlyDecision(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
         outcome = world.run_until("call", order, early.enough)
-        if early.in_vain:  # they poll: no more of that in this property
+        if early.in_vain:  # they poll: do not compare again in this property
             self._busy_s = PATIENCE_S
         if any(failure.kind == "timeout" for failure in outcome.failures):
             self._hung = True
@@ -320,11 +321,11 @@ class _Engine:
 
 
 class EarlyDecision:
-    """Knows when an example is decided, though not every rank has ended it."""
+    """Notices when an example is decided although some ranks have not ended it."""
 
     def __init__(self, world: World, final: bool, busy_s: float) -> None:
         self.in_vain = False
-        """Whether peers kept working for the whole patience."""
+        """Whether peers kept working for the whole time that they were given."""
         self._world = world
         self._final = final
         self._busy_s = busy_s

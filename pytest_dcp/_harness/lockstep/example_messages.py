@@ -7,10 +7,10 @@ record of its draws, which the engine accepts as if they were its own.
 
 Rules that hold inside:
 
-- The same attempt makes every rank draw the same: choices replayed from the attempt first, then
-  from one seed. Ranks whose strategies ask for other choices have diverged.
-- A record is written while the rank draws, outside of the rank's memory, so that it is whole up to
-  the moment at which the rank was killed.
+- The same attempt makes every rank draw the same: first the attempt's choices are replayed, then
+  all draw from one seed. Ranks whose strategies ask for different choices have diverged.
+- A record is written while the rank draws, outside the rank's memory, so that it is complete up to
+  the moment at which the rank is killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Status = Literal["valid", "invalid", "overrun", "interesting"]
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """Rank -> controller: a property for whose examples this rank waits."""
+    """Rank -> controller: a property whose examples this rank waits for."""
 
     name: str
     settings: Mapping[str, Any]
@@ -71,9 +71,9 @@ class Reply:
     location: str | None = None
     """For a rejection: file and line."""
     fatal: bool = False
-    """Whether no further example makes sense: a health check failed."""
+    """Whether no further example can be run: a health check failed."""
     reusable: bool = True
-    """Whether the process group is still the world's."""
+    """Whether the default process group is still the world's."""
     groups: Mapping[str, GroupUse] = field(default_factory=dict)
     """The example's use of process groups here."""
     targets: Mapping[str, float] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Reply:
     draw_times: Mapping[str, float] = field(default_factory=dict)
     """Seconds, by the name of the draw."""
     misaligned_at: Any = None
-    """Where the prefix stopped fitting the strategies, in Hypothesis' terms."""
+    """Where the prefix no longer fitted the strategies, in Hypothesis' terms."""
 
     @property
     def rejects(self) -> bool:
@@ -201,7 +201,7 @@ def add_to_checksum(drawn: tuple[int, int], encoded: bytes) -> tuple[int, int]:
 def divergence(records: Mapping[int, Sequence[Entry]], *, ended: bool) -> str:
     """Which ranks drew differently, and their draws, in one line; empty if all drew the same.
 
-    Unless all have `ended` the example, one may have drawn less than another.
+    Unless all ranks have `ended` the example, one may have drawn less than another.
     """
     drawn = {rank: [str(e) for e in r if isinstance(e, Choice)] for rank, r in records.items()}
     longest = max((len(choices) for choices in drawn.values()), default=0)

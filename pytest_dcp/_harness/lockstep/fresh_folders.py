@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def scratch_beside(checkpoint_dir: Path) -> Path:
-    """The ranks' scratch folder: where faults keep their counts, for one."""
+    """The ranks' scratch folder, where faults keep their counts, for example."""
     return checkpoint_dir.with_name(f"{checkpoint_dir.name}-scratch")
 
 

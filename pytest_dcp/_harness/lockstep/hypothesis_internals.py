@@ -3,7 +3,7 @@ processes.
 
 See `hypothesis_stand_in` for the controller.
 
-All of it can go when Hypothesis lets a caller choose the example to run, and reports its draws.
+This module can go when Hypothesis lets a caller choose the example to run, and reports its draws.
 `missing_internals` lists the internals that a version built differently lacks; see
 `hypothesis_version`.
 """
@@ -73,7 +73,8 @@ def missing_internals() -> str:
 def begin_examples_with(begin: Callable[[], None]) -> Iterator[None]:
     """In this block each example starts by calling `begin`, and random generators are not restored.
 
-    Hypothesis would save, seed and restore them for each: a fifth of the time of a small example.
+    Hypothesis would save, seed and restore them for each example, which takes a fifth of the time
+    of a small one.
     """
 
     @contextlib.contextmanager
@@ -200,7 +201,7 @@ class Followed(core.StateForActualGivenExecution):
 
     def __init__(self, stuff: Any, test: Any, settings: Any, random: Any, *args: Any, **kw: Any):
         # After the first failure a rank must not go on to the next explicit example: its peers wait
-        # in the first. And a rank's own time says nothing about the world's.
+        # in the first. And one rank's time says nothing about the world's.
         local = hypothesis.settings(settings, deadline=None, report_multiple_bugs=False)
         super().__init__(stuff, test, local, random, *args, **kw)
         self.own_settings = settings
@@ -270,7 +271,7 @@ def _is_ours(file: str) -> bool:
 
 
 def status_of(data: ConjectureData) -> Status:
-    """How an example ended that Hypothesis itself stopped."""
+    """How an example ended if Hypothesis itself stopped it."""
     return STATUSES[data.status]
 
 

@@ -29,7 +29,7 @@ from pytest_dcp._harness.lockstep.example_messages import (
 from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with
 
 DEFAULT_DEADLINE = timedelta(milliseconds=200)
-"""Hypothesis' own, per example. Meant for code in one process: a first collective takes longer."""
+"""Hypothesis' default, per example. Too short for a first collective across processes."""
 STAND_IN_LINE = "Failing test case: <state machine>"
 """The engine's message about a stand-in's own arguments."""
 EXPECTED = "Failed to reproduce exception. Expected:"
@@ -78,7 +78,7 @@ def seeding_nothing() -> AbstractContextManager[None]:
 
 
 def _settings_of(prop: Property) -> settings:
-    """The test's settings, without the ones that make no sense across ranks.
+    """The test's settings, without those that cannot work across ranks.
 
     The explain phase traces lines, which ranks execute and the engine does not see.
     """

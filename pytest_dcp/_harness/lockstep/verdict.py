@@ -3,8 +3,8 @@
 Enters: the outcome of a phase, the replies that came with it, and the records of the draws. Leaves:
 whether the example passed, was rejected or failed, by which rank, and for which bug.
 
-A rank that failed by itself takes precedence over a rank that rejected the example, and that over
-ranks that passed or only failed because of others.
+A rank that failed by itself takes precedence over a rank that rejected the example, which takes
+precedence over ranks that passed or failed only because of others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ExampleVerdict:
     """The verdict of all ranks on an example."""
 
     outcome: Outcome
-    """A failure if ranks drew differently or are out of step, whatever they reported."""
+    """A failure if ranks drew differently or are out of step, even if no rank reported one."""
     replies: Mapping[int, Reply]
     records: Mapping[int, Sequence[Entry]]
     """By rank, its draws; rank 0's alone if none failed and all drew the same."""
@@ -34,7 +34,7 @@ class ExampleVerdict:
 
     @property
     def is_last(self) -> bool:
-        """Whether no further example makes sense: a skip, an exit, a failed health check."""
+        """Whether no further example can be run: after a skip, an exit or a failed health check."""
         goes_on = self.outcome.kind in ("passed", "failed", "xfailed")
         if self.outcome.session_end is not None:
             goes_on = False
@@ -64,7 +64,7 @@ class ExampleVerdict:
     @property
     def decisive(self) -> int:
         """The rank whose record the engine receives."""
-        if self.diverged:  # a replay with fewer choices would stop the others early
+        if self.diverged:  # replaying fewer choices would stop the other ranks early
             return max(self.records, key=lambda rank: _choices(self.records[rank]))
         if self.failure is not None:
             return self.failure.rank
@@ -111,9 +111,7 @@ def _out_of_step(replies: Mapping[int, Reply]) -> str:
 
 
 def reply_of(rank: int, done: Done) -> Reply:
-    """A rank's reply about an example; a rank that ended the whole test instead takes
-    precedence.
-    """
+    """A rank's reply about an example; a rank that ended the whole test takes precedence."""
     if not done.payload:
         return Reply("interesting", (0, 0), origin=done.text, fatal=True)
     reply: Reply = _load_from(rank, done, Reply)
@@ -139,7 +137,7 @@ def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> 
 
 
 def find_property(outcome: Outcome) -> Property | Outcome | None:
-    """The property for which all ranks wait, None if none does; a failure if they differ."""
+    """The property that all ranks wait for, None if no rank does; a failure if they differ."""
     if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
         return None
     told = {rank: _property(rank, done) for rank, done in sorted(outcome.done.items())}

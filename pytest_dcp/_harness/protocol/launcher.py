@@ -2,7 +2,7 @@
 
 A launcher starts processes, reports how they end, and kills them with everything they started. It
 knows nothing about tests: a rank's instructions travel over the rank's own socket, which the
-launcher only passes on.
+launcher only passes to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from pytest_dcp.errors import WorldError
 
 RANK_VARIABLE = "PYTEST_DCP_RANK"
-"""`RankLaunch.token` in every rank's environment, and so in that of every program it starts."""
+"""Holds `RankLaunch.token` in the environment of each rank and of the programs that it starts."""
 STACKS_SIGNAL = signal.SIGRTMAX - 2
 """Asks a rank for its stacks; a real-time signal, since tests use SIGUSR1 and SIGUSR2
 themselves."""
@@ -32,7 +32,7 @@ HELPERS = (
     "pytest_dcp._engine.background.worker",
     "dcp-async-save",
 )
-"""In the command lines of processes that end shortly after their rank without help."""
+"""Occur in command lines of processes that end by themselves shortly after their rank."""
 
 
 def is_worth_preloading(module: str) -> bool:
@@ -113,12 +113,12 @@ class ProcessExit:
     status: int
     """The exit code, or minus the signal."""
     leaked_processes: tuple[str, ...] = ()
-    """Processes that it left behind, as `pid (command)`; they were killed."""
+    """The processes that it left running, as `pid (command)`; they were killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopChange:
-    """A rank's process was stopped (SIGSTOP and its like), or goes on after a stop."""
+    """A rank's process was stopped (by SIGSTOP, for example), or continued after a stop."""
 
     rank: int
     stopped: bool
@@ -134,7 +134,7 @@ class Launcher(Protocol):
     name: str
     """fork or spawn."""
     lost: str
-    """How it ended, if it has; empty while it lives."""
+    """How the launcher ended; empty while it lives."""
     first_place: str
     """The rank's first step, before it can report its place; empty if that takes no time."""
 
@@ -157,7 +157,7 @@ class Launcher(Protocol):
         """Whether news of this world were already read for another world. Cheap."""
 
     def news(self, world: int) -> list[ProcessExit | StopChange]:
-        """What became of this world's processes since the last call. Does not wait."""
+        """The ends and stops of this world's processes since the last call. Does not wait."""
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write the stacks of all its threads to its trace descriptor."""
@@ -178,7 +178,7 @@ class Launcher(Protocol):
         """Hint: later ranks are likely to import these modules."""
 
     def forget(self, world: int) -> None:
-        """The world is gone: drop what is kept of its processes, such as their files."""
+        """The world is gone: drop the state of its processes, such as their files."""
 
     def close(self) -> None:
         """End everything that was started, in bounded time."""

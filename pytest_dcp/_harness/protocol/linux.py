@@ -41,7 +41,7 @@ def _prctl(option: int, value: int) -> None:
 def die_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
     """Have the kernel send `signum` to this process when its parent thread ends.
 
-    Ends the process at once if `parent` has already ended: the request came too late then.
+    Ends the process at once if `parent` has already ended: then the kernel would send nothing.
     """
     _prctl(PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:
@@ -195,8 +195,8 @@ def main_thread_cpu_s(pid: int) -> float:
 def signal_main_thread(pid: int, signum: int) -> None:
     """Send a signal to a process's main thread, though others could handle it.
 
-    The kernel delivers a process's signal to another thread while the main one is handling one.
-    Raises OSError.
+    While the main thread handles a signal, the kernel delivers the process's next one to another
+    thread. Raises OSError.
     """
     libc = _libc()
     if not hasattr(libc, "tgkill"):  # glibc before 2.30

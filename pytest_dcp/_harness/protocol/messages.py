@@ -33,7 +33,7 @@ OPENING = b'["'
 PLAIN_DEPTH = 50
 """pytest's reports nest to about 10."""
 MAX_FRAME_BYTES = 1 << 30
-"""A longer frame is a broken peer, not a message."""
+"""A longer frame comes from a broken peer and is refused."""
 SHOWN_BYTES = 80
 """Bytes shown in an error about something that is not a message."""
 NOT_THERE = -1
@@ -64,7 +64,7 @@ class Done:
     """CLOCK_MONOTONIC seconds at the end."""
     duration_s: float = 0.0
     is_echo: bool = False
-    """Only for a failure: whether the exception itself reports that a peer caused it."""
+    """Only for a failure: whether the exception itself says that a peer caused it."""
     exception: tuple[str, str] | None = None
     """Module and qualified name of the exception's class."""
     text: str = ""
@@ -98,7 +98,7 @@ class Done:
     returncode: int | None = None
     """Only for an exit: the session's exit code."""
     awaits: str = ""
-    """Only for a call that has not ended: the property for whose examples the rank waits."""
+    """Only for a call that has not ended: the property whose examples the rank waits for."""
     payload: bytes = b""
     """Pickled: a function's result; a property, as in `lockstep`; at an item's teardown, the data
     that plugins carry to the controller.
@@ -111,13 +111,14 @@ class At:
 
     `preparing`: it imports modules or collects tests for the phase, which is not timed; `ready`:
     the timed part begins; `reporting`: the phase has raised, and the rank writes the report;
-    `failing`: the rank has an error and waits for its peers to receive it; `agreed`: they have, and
-    the phase continues; `interrupted`: it was asked to end the phase, and does.
+    `failing`: the rank has an error and waits for its peers to receive it; `agreed`: they have
+    received it, and the phase continues; `interrupted`: the rank was asked to end the phase, and is
+    ending it.
     """
 
     place: Place
     text: str = ""
-    """What it is preparing, as in "importing torch"; or the exception: its class, then its text."""
+    """The preparation, as in "importing torch"; or the exception: its class, then its text."""
     at_s: float = 0.0
     """Only with an exception: CLOCK_MONOTONIC seconds when it was raised."""
     detail: str = ""
@@ -201,7 +202,7 @@ class CallFunction:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Controller -> rank: run an example of the property for which you wait.
+    """Controller -> rank: run an example of the property that you wait for.
 
     `payload` is a pickled `lockstep.Attempt`.
     """
@@ -242,7 +243,7 @@ class DebugAnswer:
 
 @dataclass(frozen=True, slots=True)
 class FaultAnswer:
-    """Controller -> rank: the fault has been applied, or why it cannot be."""
+    """Controller -> rank: the fault has been applied, or the reason why it cannot be."""
 
     survivors: tuple[int, ...] = ()
     """Ranks that are neither lost nor stopped, ascending."""

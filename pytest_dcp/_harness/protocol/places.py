@@ -9,8 +9,8 @@ Rules that hold inside:
   slow disk does not make a slow test. It stops for `PREPARE_S` at most.
 - A rank that has raised has ended its work: it may write its report for `REPORT_S`, whatever its
   peers do and whatever the time limit is. If it never finishes, its exception is already known.
-- A rank with an error may have to wait until its peers have received it. If they hang,
-  they will not come: after `FAILING_S`, or at an earlier limit, that error is the reason.
+- A rank with an error may have to wait until its peers have received it. If they hang, they will
+  never receive it: after `FAILING_S`, or at an earlier limit, that error is the reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RankPlaces:
 
     def __init__(self) -> None:
         self._preparing: dict[int, str] = {}
-        """By rank, its step that stops the phase's clock."""
+        """By rank, the step for which the phase's clock is stopped."""
         self._preparing_since = 0.0
         self._reporting: dict[int, tuple[At, float]] = {}
         """By rank, the exception that it is reporting, and since when."""
@@ -73,7 +73,7 @@ class RankPlaces:
         return now - self._preparing_since
 
     def postpone(self, seconds: float) -> None:
-        """The clock was stopped for this long."""
+        """Postpone the limits by the time for which the clock was stopped."""
         self._preparing_since += seconds
         self._reporting = {
             rank: (at, at_s + seconds) for rank, (at, at_s) in self._reporting.items()
@@ -90,11 +90,11 @@ class RankPlaces:
         return self._preparing_since + PREPARE_S if self._preparing else deadline
 
     def report_due_at(self, rank: int) -> float:
-        """Until when a rank may write its report; -inf if it writes none."""
+        """When a rank's time to write its report ends; -inf if it writes none."""
         return self._reporting[rank][1] + REPORT_S if rank in self._reporting else NEVER
 
     def error_of(self, rank: int) -> At | None:
-        """The error that a rank writes a report of, or waits with."""
+        """The error that a rank is reporting, or waiting with."""
         at, _ = self._reporting.get(rank) or self._failing.get(rank) or (None, 0.0)
         return at
 
@@ -110,5 +110,5 @@ class RankPlaces:
         return bool(due)
 
     def describe(self, rank: int, phase: str) -> str:
-        """What a rank is doing, to follow the word "still"."""
+        """A rank's activity, to follow the word "still"."""
         return self._preparing.get(rank, f"in {phase}")
