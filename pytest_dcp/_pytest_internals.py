@@ -1,9 +1,10 @@
 """All private names of pytest and pluggy that the package uses: the one door to them.
 
-Each has its reason beside it, and what would let it go. No other module of the package imports a
-private name of pytest or reads a private attribute of its objects
+Each has its reason beside it, and the condition under which it can go. No other module of the
+package imports a private name of pytest or reads a private attribute of its objects
 (`tests/unit/test_internals.py`). Where the installed pytest lacks a name, importing this module
-raises `UnsupportedVersionError` in words; what only some versions have is looked up where it is.
+raises `UnsupportedVersionError` in words; names that only some versions have are used where they
+exist.
 
 For sessions with worlds; the plugin's start does not import it.
 """
@@ -24,8 +25,8 @@ with PYTEST.explain_missing_names():
     # them there. Can go when pytest does.
     from _pytest import logging as pytest_logging
 
-    # What a failure's report consists of: plugins and xdist know these classes and no others. Can
-    # go when pytest exports them, or takes a report as plain values.
+    # The parts of a failure's report: plugins and xdist know these classes and no others. Can go
+    # when pytest exports them, or takes a report as plain values.
     from _pytest._code.code import (
         ExceptionChainRepr,
         ExceptionRepr,
@@ -34,29 +35,29 @@ with PYTEST.explain_missing_names():
         ReprTraceback,
     )
 
-    # The type of what an entry writes itself to. Can go when pytest exports it.
+    # The type of the writer that an entry writes itself to. Can go when pytest exports it.
     from _pytest._io import TerminalWriter
 
-    # A spawned rank needs a configuration before its session, to give it what an xdist worker's
-    # has; `pytest.main` makes both. Can go when pytest makes one in public.
+    # A spawned rank needs a configuration before its session, to add the attributes that an xdist
+    # worker's has; `pytest.main` makes both. Can go when pytest makes one in public.
     from _pytest.config import _prepareconfig
 
     # The one place through which every way into pytest's debugger leads. Can go when pytest has a
     # hook that may refuse a debugger.
     from _pytest.debugging import pytestPDB
 
-    # Where the junit plugin keeps its file. Can go when it has hooks for what tests record.
+    # Where the junit plugin keeps its file. Can go when it has hooks for tests' records.
     from _pytest.junitxml import xml_key
 
     # For annotations: a session, a folder, a module, a class or an item.
     from _pytest.nodes import Node
 
-    # What `xfail(raises=)` may be given: it tells itself which errors match. Can go when pytest
+    # Also accepted by `xfail(raises=)`: it decides itself which errors match. Can go when pytest
     # exports the base of RaisesExc and RaisesGroup.
     from _pytest.raises import AbstractRaises
 
-    # What the xfail markers of an item say, and where pytest keeps that. Can go when pytest tells
-    # whether an error is expected.
+    # Evaluates an item's xfail markers, and the key of the result. Can go when pytest has a public
+    # check whether an error is expected.
     from _pytest.skipping import evaluate_xfail_marks, xfailed_key
 
     # Warnings of an item by its filters, as pytest records them around its own protocol. Can go
@@ -110,7 +111,7 @@ def make_config(args: list[str]) -> Any:
 
 
 def toml_value(config: pytest.Config, key: str) -> object:
-    """What an ini file says for a key, of whatever type.
+    """The value of a key in an ini file, of any type.
 
     pytest 9.0 and 9.1 refuse a TOML file's 200 where a string was registered, and have no type for
     both. Can go when they are no longer supported.
@@ -132,7 +133,7 @@ def report_sections(item: pytest.Item) -> list[tuple[str, str, str]]:
 
 
 def fixtures_of(item: pytest.Item) -> Any:
-    """What pytest found of an item's fixtures: `argnames`, `name2fixturedefs`; None without.
+    """pytest's data on an item's fixtures: `argnames`, `name2fixturedefs`; None without.
 
     Can go when an item lists its fixtures' definitions in public.
     """
@@ -166,7 +167,7 @@ def this_fixture(request: pytest.FixtureRequest) -> Any:
 
 
 def setup_state(session: pytest.Session) -> Any:
-    """What is set up: `stack`, node -> its finalizers; `teardown_exact`.
+    """The session's setup state: `stack`, node -> its finalizers; `teardown_exact`.
 
     Can go when an item's phases can be run apart in public.
     """
@@ -208,7 +209,7 @@ def count_failed_subtest(item: pytest.Item) -> None:
 
 
 def tmp_path_factory_of(config: pytest.Config) -> Any:
-    """What `tmp_path` uses, before there is a test; None without the tmpdir plugin.
+    """The factory that `tmp_path` uses, before any test; None without the tmpdir plugin.
 
     Can go when a configuration has it in public.
     """
@@ -244,15 +245,15 @@ def redirect_writer(writer: Any, file: TextIO | None) -> None:
 
 
 def global_capture_of(config: pytest.Config) -> Any:
-    """What captures the standard files, with `in_`, `out` and `err`; None where nothing does.
+    """The capture of the standard files, with `in_`, `out` and `err`; None without one.
 
-    Can go when pytest tells which descriptors it has put aside.
+    Can go when pytest has a public way to find the descriptors that it has put aside.
     """
     return getattr(config.pluginmanager.getplugin("capturemanager"), "_global_capturing", None)
 
 
 def has_started(stream: Any) -> bool:
-    """Whether one of the streams of `global_capture_of` is in the place of the standard file."""
+    """Whether one of the streams of `global_capture_of` replaces the standard file."""
     return bool(getattr(stream, "_state", "") == "started")
 
 

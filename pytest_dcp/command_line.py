@@ -3,7 +3,7 @@
 Enters: a table of `Option`, and what the user wrote. Leaves: checked values, or one list of
 everything that is wrong. The harness and the faults each have a table of their own.
 
-Light on purpose: every session imports this, also one without a single world.
+Light on purpose: every session imports it, even without any world.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _given_as(config: pytest.Config, option: Option) -> str:
 
 
 def _ini_value(config: pytest.Config, key: str) -> object:
-    """What the ini or TOML file says, of whatever type; None when it says nothing.
+    """The value in the ini or TOML file, of any type; None when it has none.
 
     pytest 9.0 and 9.1 refuse a TOML file's 200 where a string was registered.
     """

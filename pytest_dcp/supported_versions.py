@@ -1,4 +1,4 @@
-"""How a package that lacks a private name is refused: in words, with the versions that have it.
+"""Refuses a package that lacks a private name, in words, with the versions that have it.
 
 Used by the two doors to private names, `_torch_internals` and `_pytest_internals`.
 """
@@ -34,8 +34,8 @@ class SupportedVersions:
     def require_attributes(self, owner: type | ModuleType, *names: str) -> None:
         """Raise `UnsupportedVersionError` unless a module, or objects of a class, have the names.
 
-        A class also declares an attribute by an annotation, as torch and pytest do for those that
-        `__init__` sets.
+        A class also declares an attribute by an annotation, as torch and pytest do for attributes
+        that `__init__` sets.
         """
         is_module = isinstance(owner, ModuleType)
         path = owner.__name__ if is_module else f"{owner.__module__}.{owner.__qualname__}"

@@ -199,7 +199,7 @@ def _frames_of(error: BaseException) -> Iterator[FrameType]:
 
 
 class Boundary:
-    """Where errors leave the package: drops the inner frames of those that are explained.
+    """Where errors leave the package: drops the inner frames of explained ones.
 
     Their traceback then shows only the user's own line and the text. At level DEBUG the logger
     "pytest_dcp" logs all frames.

@@ -1,4 +1,4 @@
-"""What DTensor and DeviceMesh do not tell in public."""
+"""Properties of DTensor and DeviceMesh that have no public access."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._torch_internals.supported_versions import TORCH
 
 with TORCH.explain_missing_names():
-    # What the constructor of DTensor takes: `from_local` would move the part to the mesh's device.
-    # Can go when a DTensor can be made in public of a part that is elsewhere.
+    # Arguments of DTensor's constructor: `from_local` would move the part to the mesh's device. Can
+    # go when a public function makes a DTensor of a part on another device.
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     # FSDP2 over tensor parallelism shards one dimension twice, and only this placement says in

@@ -1,8 +1,8 @@
 """Settings of a whole process that torch reads or sets in private only.
 
-A rank puts them back after each test. What only some versions have is looked up where it is and
-left out where it is not, so nothing here is required. Each can go when torch has a public way to
-read and to set it, or one for all of its state.
+A rank puts them back after each test. Names that only some versions have are used where they exist,
+so nothing here is required. Each can go when torch has a public way to read and to set it, or one
+for all of its state.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ GLOBAL_HOOKS = [
 def settings_in_c(*names: tuple[str, str]) -> list[Setting]:
     """Settings with a C function in torch, by the suffix of `_get_` and `_set_`.
 
-    Their public ways are descriptors of modules (`torch.backends.cudnn.flags` and the like) that
-    differ from one version to the next.
+    Their public forms are descriptors of modules, such as `torch.backends.cudnn.flags`, that differ
+    from one version to the next.
     """
     inside = vars(torch._C)
     pairs = [(inside.get(f"_get_{get}"), inside.get(f"_set_{put}")) for get, put in names]
@@ -60,7 +60,7 @@ def read_precisions(which: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def set_precision(backend: str, operation: str, precision: str) -> None:
-    """Set one of those that `read_precisions` has read."""
+    """Set a precision that `read_precisions` has read."""
     torch._C._set_fp32_precision_setter(backend, operation, precision)
 
 

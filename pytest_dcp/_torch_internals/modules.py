@@ -1,4 +1,4 @@
-"""What modules and optimizers do not tell in public about their hooks and children."""
+"""Hooks and children of modules and optimizers that have no public access."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 from pytest_dcp._torch_internals.supported_versions import TORCH
 
 with TORCH.explain_missing_names():
-    # What `load_state_dict` returns, and so must `set_model_state_dict`. Can go when torch gives
-    # it a public name.
+    # The result of `load_state_dict`, which `set_model_state_dict` must return too. Can go when
+    # torch gives it a public name.
     from torch.nn.modules.module import _IncompatibleKeys
 
 TORCH.require_attributes(
@@ -37,7 +37,7 @@ def child_of(module: nn.Module, name: str) -> nn.Module | None:
 def loads_in_its_own_way(module: nn.Module) -> bool:
     """Whether a module's loading of its own entries was changed, by hooks or by its class.
 
-    Can go when torch tells which hooks a module has.
+    Can go when torch has a public list of a module's hooks.
     """
     return bool(
         module._load_state_dict_pre_hooks

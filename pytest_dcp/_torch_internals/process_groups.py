@@ -1,4 +1,6 @@
-"""What process groups do not tell in public: devices, timeouts, the store, the list of groups."""
+"""Properties of process groups without public access: devices, timeouts, the store, the list of
+groups.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def group_registry() -> GroupRegistry:
 
 
 def devices_of(group: ProcessGroup) -> Collection[torch.device]:
-    """The devices whose tensors the group serves. Can go when torch tells them in public."""
+    """The devices whose tensors the group serves. Can go when torch makes them public."""
     found: Collection[torch.device] = group._device_types
     return found
 
@@ -59,7 +61,7 @@ def devices_of(group: ProcessGroup) -> Collection[torch.device]:
 def backend_timeout_s(group: ProcessGroup, device: torch.device) -> float | None:
     """The timeout of the group's backend for a device, in seconds; None where it has none.
 
-    Can go when a group tells its timeout.
+    Can go when a group has a public timeout.
     """
     backend = group._get_backend(device)
     # Only backends with options have one: a fake backend has no options.
@@ -70,7 +72,7 @@ def backend_timeout_s(group: ProcessGroup, device: torch.device) -> float | None
 def sequence_number(group: ProcessGroup) -> int:
     """How many collectives the group has begun; 0 for a backend that does not count.
 
-    Can go when torch tells it in public.
+    Can go when torch makes it public.
     """
     try:
         # torch's stub lacks it.

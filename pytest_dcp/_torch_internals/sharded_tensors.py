@@ -1,4 +1,4 @@
-"""ShardedTensor and its parts: what FSDP1 gives in state dicts, and old checkpoints hold.
+"""ShardedTensor and its parts, which FSDP1 puts in state dicts, and old checkpoints hold.
 
 They can go when the package drops FSDP1, which torch has deprecated in favour of DTensor. None of
 them was ever public.

@@ -16,7 +16,7 @@ from test_never_a_false_pass import FAILED, PASSED, TEARDOWN_ERROR, Case, each
 if TYPE_CHECKING:
     from support.sample_session import MakeSuite, SessionResult
 
-REFUSED = "rank 1: what came on its report socket in call is refused: "
+REFUSED = "rank 1: data on its report socket in call is refused: "
 BY_HAND = "rank 1: ended call while in teardown: was the message written by hand\\?$"
 
 ATTACKS = (
@@ -64,13 +64,17 @@ ATTACKS = (
     Case(
         "test_report_of_no_subtest[empty]",
         FAILED,
-        "WorldError: rank 1 sent what is no report of a subtest of ",
+        "WorldError: rank 1 sent something other than a report of a subtest of ",
     ),
-    Case("test_report_of_no_subtest[bare]", FAILED, "WorldError: rank 1 sent what is no report"),
+    Case(
+        "test_report_of_no_subtest[bare]",
+        FAILED,
+        "WorldError: rank 1 sent something other than a report",
+    ),
     Case(
         "test_report_of_no_subtest[of another test]",
         FAILED,
-        "WorldError: rank 1 sent what is no report",
+        "WorldError: rank 1 sent something other than a report",
     ),
     Case("test_closes_all_descriptors", FAILED, "rank 1: (was killed|exited|closed) "),
     Case("test_puts_null_over_all_descriptors", FAILED, "rank 1: (was killed|exited|closed) "),
@@ -90,7 +94,7 @@ ATTACKS = (
     Case(
         "test_sends_garbage_for_its_plugins",
         TEARDOWN_ERROR,
-        "WorldError: what plugins gathered in the process of rank 1 cannot be unpickled here: ",
+        "WorldError: data gathered by plugins in the process of rank 1 cannot be unpickled here: ",
     ),
     Case("test_removes_the_folder_of_the_session", PASSED),
     Case("test_takes_the_names_of_coming_stores", PASSED),

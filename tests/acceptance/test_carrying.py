@@ -71,15 +71,15 @@ def test_what_cannot_be_pickled_is_an_error_that_names_the_plugin(forked: Sessio
     report = forked.bad("test_cannot_be_pickled")
     assert report.when == "teardown"
     assert re.search(
-        r"DcpError: what the plugin '.*conftest.py' returned from pytest_dcp_rank_state, a list, "
-        "cannot be pickled: cannot pickle '_thread.lock' object",
+        r"DcpError: the value that the plugin '.*conftest.py' returned from pytest_dcp_rank_state, "
+        "a list, cannot be pickled: cannot pickle '_thread.lock' object",
         report.text,
     )
 
 
 def test_state_that_no_plugin_takes_is_a_warning_that_names_it(forked: SessionResult) -> None:
     (text,) = (text for text in forked.warnings if text.startswith("LostStateWarning: "))
-    assert "::test_gathers: what the plugin 'has-no-taker' gathered in ranks 0-2 is lost" in text
+    assert "::test_gathers: data of the plugin 'has-no-taker' from ranks 0-2 is lost" in text
 
 
 # Plugins that are known to keep their state in one process; stand-ins with their names.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}
-TABLE_TITLE = "what the ranks that did not end were doing"
+TABLE_TITLE = "stacks of the ranks that did not end"
 RERUN_TITLE = "to rerun just this"
 
 IS_NIGHTLY = settings().max_examples >= 10_000

@@ -81,7 +81,7 @@ FAULTS = (
     Case(
         "test_writes_nonsense_to_its_report_socket",
         FAILED,
-        "rank 1: what came on its report socket in call is refused: not the beginning of a message",
+        "rank 1: data on its report socket in call is refused: not the beginning of a message",
     ),
     Case(
         "test_barrier_that_a_rank_leaves_out",

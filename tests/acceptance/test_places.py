@@ -64,7 +64,7 @@ def test_an_error_that_the_peers_do_not_come_to_hear_of_is_the_cause(
 ) -> None:
     report = session.bad(f"test_{of}_that_fails_on_one_rank")
     assert report.headline == (
-        "rank 0: ValueError: met by rank 0 alone (killed: it waited for its peers to hear of that)"
+        "rank 0: ValueError: met by rank 0 alone (killed: it waited for its peers to receive that)"
     )
     assert "rank 1: still in call at the time limit of 3 s, in recv, at " in report.text
     assert 'raise ValueError("met by rank 0 alone")' in report.text  # with its traceback

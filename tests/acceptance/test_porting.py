@@ -49,7 +49,7 @@ def test_the_marker_on_a_class_with_ranks_of_its_own_is_refused_with_the_way_to_
     assert (
         f"test_torch_cases.py::{test}::test_method: @pytest.mark.world_size is on a test of {base},"
         f" which starts ranks of its own. To run it in a world, have {test} inherit from "
-        f"pytest_dcp.WorldTestMixin and TestCase in the place of {base}"
+        f"pytest_dcp.WorldTestMixin and TestCase instead of {base}"
     ) in refused.output
 
 

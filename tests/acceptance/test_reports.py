@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INI = "dcp_grace = 1.5\njunit_family = xunit1"
 LATER = r"(\d+\.\d\d) s later"
 RERUN_TITLE = "to rerun just this"
-TABLE_TITLE = "what the ranks that did not end were doing"
+TABLE_TITLE = "stacks of the ranks that did not end"
 
 
 def call_of(session: SessionResult, test: str) -> Report:

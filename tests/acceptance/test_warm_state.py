@@ -75,7 +75,7 @@ def test_what_cannot_be_put_back_costs_a_world(session: SessionResult) -> None:
 def test_what_cannot_be_put_back_is_named(session: SessionResult) -> None:
     told = [text for text in session.warnings if text.startswith("ChangedStateWarning")]
     assert len(told) == 2
-    assert "test_interop_threads: has changed what cannot be put back" in told[0]
+    assert "test_interop_threads: has changed state that cannot be restored" in told[0]
     assert "torch's number of interop threads (rank 0)" in told[0]
     assert "test_mode" in told[1]
     assert "torch's inference mode" in told[1]

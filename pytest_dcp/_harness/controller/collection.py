@@ -64,7 +64,7 @@ def _parametrizes_size(definition: pytest.Item) -> bool:
 
 
 def read_specs(items: Sequence[pytest.Item], options: Options) -> list[WorldSpec | None]:
-    """The world of each item; None for those that are ordinary tests.
+    """The world of each item; None for ordinary tests.
 
     Raises one `pytest.UsageError` that names every test whose marker is wrong, and why.
     """
@@ -121,8 +121,8 @@ def _own_ranks_problem(item: pytest.Function) -> str:
     return (
         f"is on a test of {name}, which starts ranks of its own. To run it in a world, have "
         f"{item.cls.__name__ if item.cls is not None else 'its class'} inherit from "
-        f"pytest_dcp.WorldTestMixin and TestCase in the place of {name}, without what starts "
-        "processes or the process group in setUp; to leave it to torch, take the marker off"
+        f"pytest_dcp.WorldTestMixin and TestCase instead of {name}, and start no "
+        "processes and no process group in setUp; to leave it to torch, take the marker off"
     )
 
 

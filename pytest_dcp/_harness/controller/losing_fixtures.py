@@ -70,7 +70,7 @@ KNOWN = {
     ),
 }
 CURE = (
-    "compare or measure in an ordinary test what `worlds(n)` brings there, or carry it by hooks: "
+    "compare or measure results of `worlds(n)` in an ordinary test, or carry the data by hooks: "
     "pytest_dcp_rank_state and pytest_dcp_carries"
 )
 
@@ -93,9 +93,7 @@ def warn_of(item: pytest.Item) -> None:
 
 
 def _describe(name: str, found: Losing) -> str:
-    return (
-        f"uses the fixture {name!r} of {found.plugin}, which keeps what it gathers in one process"
-    )
+    return f"uses the fixture {name!r} of {found.plugin}, which keeps its data in one process"
 
 
 def _losing_fixtures(item: pytest.Item) -> list[tuple[str, Losing]]:

@@ -1,6 +1,6 @@
 """The harness's options, and the values that a session has for them.
 
-Light on purpose: this is imported by every session, also one without a single world.
+Light on purpose: every session imports it, even without any world.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OPTIONS = (
     Option(
         "pdb-rank",
         "first",
-        "the rank that gets the terminal for pdb; first: who asks first",
+        "the rank that gets the terminal for pdb; first: the first to ask",
         takes=int,
     ),
     Option("require-gpus", "", "fail, not skip, a test whose GPUs are missing", takes=bool),

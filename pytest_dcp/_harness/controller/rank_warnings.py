@@ -29,7 +29,7 @@ def warn_again(outcome: Outcome) -> None:
 
 
 def warn_of_changes(nodeid: str, outcome: Outcome) -> None:
-    """Say what of the processes' state cannot be put back, where that costs a new world."""
+    """Warn of process state that cannot be restored, if that costs a new world."""
     by_name: dict[str, list[int]] = {}
     for rank, done in sorted(outcome.done.items()):
         for name in done.changed:
@@ -38,7 +38,7 @@ def warn_of_changes(nodeid: str, outcome: Outcome) -> None:
         said = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
         warnings.warn(
             ChangedStateWarning(
-                f"{nodeid}: has changed what cannot be put back: {said}. The next "
+                f"{nodeid}: has changed state that cannot be restored: {said}. The next "
                 "test gets a new world. Put it back in the test, or give the test a world of "
                 'its own with isolation="test".'
             ),

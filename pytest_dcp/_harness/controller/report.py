@@ -146,7 +146,7 @@ def longrepr_for(
             repr_.addsection(f"{ranks_text(group.ranks)} also failed", text)
     table = _table(outcome, str(config.rootpath))
     if table:
-        repr_.addsection("what the ranks that did not end were doing", table)
+        repr_.addsection("stacks of the ranks that did not end", table)
     if rerun:
         repr_.addsection(RERUN, rerun, "-")
     return repr_

@@ -1,7 +1,7 @@
 """State shared by all worlds of one pytest session: the launcher, the leases, the warm worlds.
 
 Lives in the controller only. Enters: the collected session. Leaves: started worlds. `close` ends
-everything that was started, whatever state it is in.
+everything that was started, in any state.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def log(item: pytest.Item, reports: Sequence[tuple[int, dict[str, Any]]]) -> Non
         _log_merged(item, alike)
     if refused:
         who = ranks_text(sorted(set(refused)))
-        raise WorldError(f"{who} sent what is no report of a subtest of this test")
+        raise WorldError(f"{who} sent something other than a report of a subtest of this test")
 
 
 def _restore_report(item: pytest.Item, data: Mapping[str, Any]) -> Any:

@@ -149,9 +149,10 @@ class WarmWorlds:
 
 
 def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
-    """End a world in whose last phase an interrupt came; what went wrong in that, and since.
+    """End a world whose last phase an interrupt cut off. Returns the errors in that phase and
+    since.
 
-    Its ranks tear down what they have not, unless another interrupt came and they were killed.
+    Its ranks finish their teardown, unless another interrupt came and they were killed.
     """
     cut = PASSED if world.cut_off is None else world.cut_off.outcome
     if world.cut_off is not None:

@@ -78,7 +78,7 @@ def seeding_nothing() -> AbstractContextManager[None]:
 
 
 def _settings_of(prop: Property) -> settings:
-    """The test's settings, without those that cannot work across ranks.
+    """The test's settings, except for the ones that cannot work across ranks.
 
     The explain phase traces lines, which ranks execute and the engine does not see.
     """

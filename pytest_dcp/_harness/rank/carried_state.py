@@ -1,8 +1,8 @@
 """Plugins' data in ranks: collected there by a hook, and given to the same plugins in the
 controller.
 
-Enters, in a rank: an item that was torn down. Leaves: one payload for all plugins. In the
-controller the reverse, for all ranks together.
+Enters, in a rank: an item that was torn down. Leaves: one payload for all plugins. The controller
+does the reverse, for all ranks together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LostStateWarning(pytest.PytestWarning):
 def collect(item: pytest.Item) -> bytes:
     """The plugins' data in this rank, pickled by their names; empty if there is none.
 
-    Raises `DcpError` when it cannot be pickled, and what a plugin's hook raises.
+    Raises `DcpError` when it cannot be pickled, and any exception of a plugin's hook.
     """
     values: dict[str, bytes] = {}
     for name, state in _implementations(item, "pytest_dcp_rank_state"):
@@ -35,7 +35,7 @@ def collect(item: pytest.Item) -> bytes:
             values[name] = dumps(value)
         except Exception as error:
             raise DcpError(
-                f"what the plugin {name!r} returned from pytest_dcp_rank_state, a "
+                f"the value that the plugin {name!r} returned from pytest_dcp_rank_state, a "
                 f"{type(value).__qualname__}, cannot be pickled: {error}"
             ) from error
     return pickle.dumps(values) if values else b""
@@ -43,7 +43,7 @@ def collect(item: pytest.Item) -> bytes:
 
 def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None:
     """Give each plugin its data from the ranks; warn if no plugin takes it."""
-    what = "what plugins gathered in the process"
+    what = "data gathered by plugins in the process"
     came = {
         rank: load_from_rank(payload, rank, what) for rank, payload in payloads.items() if payload
     }
@@ -52,13 +52,11 @@ def deliver(item: pytest.Item, payloads: Mapping[int, bytes], size: int) -> None
     for name in names:
         if name not in takers:
             ranks = [rank for rank, values in came.items() if name in values]
-            text = (
-                f"{item.nodeid}: what the plugin {name!r} gathered in {ranks_text(ranks)} is lost"
-            )
+            text = f"{item.nodeid}: data of the plugin {name!r} from {ranks_text(ranks)} is lost"
             item.warn(LostStateWarning(f"{text}: it has no pytest_dcp_take_rank_states"))
             continue
         found = [came.get(rank, {}).get(name) for rank in range(size)]
-        what = f"what the plugin {name!r} gathered in the process"
+        what = f"data gathered by the plugin {name!r} in the process"
         states = [
             None if data is None else load_from_rank(data, rank, what)
             for rank, data in enumerate(found)

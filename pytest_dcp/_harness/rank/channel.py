@@ -39,7 +39,7 @@ class Channel:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sending = threading.Lock()
-        """A thread may have something to say while another waits for a reply."""
+        """One thread may send a message while another waits for a reply."""
 
     @property
     def is_ours(self) -> bool:
@@ -78,7 +78,7 @@ class Channel:
     def receive_order(self) -> Message:
         """The next order; waits for it, and is not interrupted.
 
-        Replies that an interrupted phase did not wait for are left out.
+        Skips replies that an interrupted phase did not wait for.
         """
         with self._interrupts.unheard():
             while isinstance(message := self.receive(), Met | DebugAnswer | FaultAnswer):
@@ -92,7 +92,7 @@ class Channel:
             return self.receive_order()
 
     def put_back(self, message: Message) -> None:
-        """Have `receive` give this message next: it is meant for somebody else."""
+        """Have `receive` return this message next: it is for another reader."""
         self._pending.insert(0, message)
 
     @property

@@ -2,9 +2,9 @@
 
 A forked rank inherits the running measurement; a spawned one starts its own with the settings that
 the controller hands down (`settings`, `start`). Beside pytest-cov, and wherever each process has a
-data file of its own (`coverage run -p`), somebody combines the files afterwards. A plain `coverage
-run` has one file, which ranks would fight for: they save to the session's folder instead, and the
-controller adds that to its own measurement in the end.
+data file of its own (`coverage run -p`), pytest-cov or the user combines the files afterwards. A
+plain `coverage run` has one file, which ranks would fight for: they save to the session's folder
+instead, and the controller adds that to its own measurement in the end.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def start(told: Mapping[str, Any]) -> None:
-    """Measure this process as `settings` told, into a file of its own, if need be.
+    """Measure this process according to `settings`, into a file of its own if necessary.
 
-    A process that is measured already, as coverage.py's own patch for subprocesses has it, stays
-    as it is.
+    Does nothing in a process that is measured already, for example by coverage.py's own patch for
+    subprocesses.
     """
     if told and _current() is None:
         from coverage import Coverage
@@ -91,6 +91,6 @@ def gather(folder: Path) -> None:
         try:
             measuring.get_data().update(CoverageData(basename=str(path)))
         except CoverageException as exc:  # the rank was killed while it saved
-            text = f"what a rank measured is lost with its damaged file {str(path)!r}: {exc}"
+            text = f"a rank's measurements are lost with its damaged file {str(path)!r}: {exc}"
             warnings.warn(pytest.PytestWarning(text), stacklevel=2)
         path.unlink()

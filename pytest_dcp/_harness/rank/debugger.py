@@ -133,7 +133,7 @@ class RankDebugger:
         """At the latest when a phase ends; a debugger that is to stop again asks again."""
         if self._debugging:
             self._debugging = False
-            if not tracing:  # who stepped to the end of a test left the tracing on
+            if not tracing:  # a user who stepped to the end of a test left the tracing on
                 sys.settrace(None)
             self._terminal.shut(muted=self.rank.order.rank != 0)
             with contextlib.suppress(OSError):

@@ -103,7 +103,7 @@ def check_fixtures(item: pytest.Item) -> None:
     if found:
         raise FailedHealthCheck(
             f"{item.nodeid!r} uses the function-scoped fixtures {', '.join(found)}, which are set "
-            "up once for all examples. Make what must be new inside the test, or say that it need "
+            "up once for all examples. Create fresh values inside the test, or say that they need "
             "not be with @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])"
         )
     function: Any = getattr(item.obj, "__func__", item.obj)  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ class ExampleRunner:
         if self._following:
             raise DcpError(
                 f"{state.test.__name__}: a @given test was called inside an example of another. "
-                "In a world it cannot be: draw what it needs with st.data() instead"
+                "In a world that cannot work: draw its values with st.data() instead"
             )
         self._following = True
         self._state = ProcessState(QUICK_FACETS)

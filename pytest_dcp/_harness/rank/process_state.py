@@ -1,15 +1,16 @@
-"""What a test may leave changed in its process: seen, and put back for the next test or example.
+"""Finds changes that a test leaves in its process, and undoes them for the next test or example.
 
 Enters: `Facet`s of the process's state, from `state_of_python`, `state_of_torch` and
 `state_of_names`. Leaves: the state as it was at a mark, and the names of what is still changed.
 
 Rules that hold inside:
 
-- A test of a warm world finds what a test in a fresh world would find, and the fixtures of wider
-  scope: the mark is set when these are set up and those of the test itself are not.
-- A wider fixture that is set up later changes the mark, too: that change is to last.
-- What cannot be put back is named, and the world is not used again.
-- What lives in objects (caches, module variables, registries) is no state of the process.
+- A test of a warm world finds the state that it would find in a fresh world, plus the changes of
+  fixtures of wider scope: the mark is set when these are set up, before the test's own.
+- A wider fixture that is set up later changes the mark too, so that its changes last.
+- Changes that cannot be undone are named, and the world is not used again.
+- State inside objects (caches, module variables, registries) does not count as state of the
+  process.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ProcessState:
         self._is_open, self._marked = True, None
 
     def wait(self) -> None:
-        """A test begins: what its fixtures of wider scope change is to last.
+        """A test begins: changes by its fixtures of wider scope are to last.
 
         The mark stays as it is unless there are any; see `lasting`.
         """

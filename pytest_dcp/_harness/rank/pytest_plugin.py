@@ -190,7 +190,7 @@ class RankPlugin:
         while True:
             go = self.rank.channel.receive_order()
             if not isinstance(go, Go):
-                raise DcpError(f"expected a phase of {item.nodeid!r}, was told {go!r}")
+                raise DcpError(f"expected a phase of {item.nodeid!r}, received {go!r}")
             if go.phase == "teardown":
                 nextitem = self._find(go.next_index, go.next_nodeid)
                 self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
@@ -287,9 +287,9 @@ class RankPlugin:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Collect what plugins carry home.
+        """Collect the data that plugins carry to the controller.
 
-        Fails the test when the world's fixture was asked for something that did not happen.
+        Fails the test when an event requested of the world's fixture did not happen.
         """
         self._carried = b""
         try:

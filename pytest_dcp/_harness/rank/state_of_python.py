@@ -1,4 +1,4 @@
-"""The parts of a process's state that belong to the system, Python and its standard library."""
+"""The process's state in the system, Python and its standard library."""
 
 from __future__ import annotations
 
@@ -214,9 +214,9 @@ def _has_other_loggers(then: _Loggers) -> bool:
 
 
 def _new_loggers(names: Iterable[str], then: _Loggers) -> list[str]:
-    """Those that were not there and that a test made.
+    """The loggers that a test has made.
 
-    Not those of modules that were imported since: the import set them up, and is not run again.
+    Leaves out those of modules imported since: the import set them up, and does not run again.
     """
     new = [name for name in names if name not in then]
     imported = sys.modules.keys() - then.modules if new else set()

@@ -1,4 +1,4 @@
-"""The parts of a process's state that belong to torch and numpy.
+"""The process's state in torch and numpy.
 
 Settings that only some versions have are looked at where they are.
 """

@@ -96,7 +96,7 @@ class Rank:
         return met.values()
 
     def say_raised(self, error: BaseException, at_s: float) -> None:
-        """Tell the controller what this rank is about to write a report of.
+        """Tell the controller which exception this rank is about to report.
 
         Its class at once, then its text, which the exception's own `__str__` may take long to make.
         """

@@ -1,8 +1,8 @@
 """A rank's view of its world: meetings of all ranks that carry Python values, and process faults.
 
-Meetings go through the controller, not through torch's process group: they work whatever state the
-group is in, name the rank that does not come, and end when it cannot come any more. Ranks that were
-lost or stopped because the test asked for it are not waited for.
+Meetings go through the controller, not through torch's process group: they work even if the group
+is broken, name a rank that does not come, and end when it can no longer come. Ranks that were lost
+or stopped because the test asked for it are not waited for.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""When signals may interrupt the controller: while it waits for ranks, and not in half an action.
+"""When signals may interrupt the controller: while it waits for ranks, but not during an action.
 
 Enters: the handlers of signals that are set when a world is driven. Leaves: the same handlers,
-which meanwhile were called only where an exception of theirs does no harm. An order that was sent
-to one rank and not to the next would leave that one waiting, and a message that was read and not
-handled would be lost.
+which meanwhile were called only where an exception of theirs does no harm. An interrupt between the
+orders to two ranks would leave one of them waiting; a message that was read but not handled would
+be lost.
 
-Signals are not blocked for that: another thread of the process, of a library in C, would take them.
+Signals are not blocked: another thread of the process, such as a C library's, would then receive
+them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The block is not interrupted in the middle, but at its end. May be nested."""
+        """Interrupts during the block are delayed until its end. May be nested."""
         was_holding, self._is_holding = self._is_holding, True
         try:
             yield

@@ -1,8 +1,8 @@
-"""When ranks meet at an exchange, and what each is then told. Pure (no I/O).
+"""Decides when ranks meet at an exchange, and what answer they get. Pure (no I/O).
 
-Enters: which ranks wait, which may still come and which never will. Leaves: one `Met` for all that
-wait, or None. A meeting goes on without ranks that were lost or stopped because the test asked for
-it.
+Enters: which ranks wait, which may still come and which never will. Leaves: one `Met` for all
+waiting ranks, or None. A meeting does not wait for ranks that were lost or stopped because the test
+asked for it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ def answer(
 ) -> Met | None:
     """The answer for the ranks that are `there`; None while others may still come.
 
-    `excused` ranks are not waited for, though one that is there is heard; `left` maps the ranks
-    that will not come, and should have, to the reason.
+    `excused` ranks are not waited for, but take part if they are there; `left` maps the ranks that
+    should have come, and will not, to the reason.
     """
     if not there:
         return None
-    # Before those who may still come are waited for: with one rank gone for good, waiting is vain.
+    # Checked before waiting for ranks that may still come: if one is gone for good, waiting is
+    # useless.
     if error := _error(there, left):
         return Met(error=error)
     if any(rank not in there and rank not in excused for rank in range(size)):

@@ -22,8 +22,8 @@ def explain_failure(
 ) -> RankFailure:
     """The failure with its details: `done` is the rank's answer, `read_trace` returns its stacks.
 
-    A rank that was killed at the time limit of `limit_s` is said to be where its stacks show it;
-    files are named from the folder `root`.
+    For a rank that was killed at the time limit of `limit_s`, the text says where its stacks show
+    it; files are named from the folder `root`.
     """
     if failure.kind == "failed" and done is not None:
         return replace(failure, detail=str((done.report or {}).get("text", "")))

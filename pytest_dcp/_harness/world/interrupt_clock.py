@@ -1,16 +1,17 @@
 """The clock of a phase that an interrupt of the controller cuts off. Pure (no I/O).
 
-Enters: that the session ends the phase, and which ranks have received that. Leaves: when ranks are
-to be interrupted, and for how long each may go on, in words too.
+Enters: the session's interrupt, and which ranks have received it. Leaves: when to interrupt ranks,
+and how long each may continue, in words too.
 
 Rules that hold inside:
 
 - Ranks in a test's setup or call are interrupted: a KeyboardInterrupt lets the test's own `finally`
-  blocks run. Ranks that tear down are not: to break that off would lose what comes after it.
-- A rank says that it was interrupted, and gets time to end. One that does not say so, and is not
-  at work either, hangs where no Python code runs, in a collective for one.
-- A signal may come when a rank has not read its order yet, and so it is sent again; a rank acts on
-  one per phase.
+  blocks run. Ranks that tear down are not: an interrupted teardown would leave out its remaining
+  steps.
+- A rank reports that it was interrupted, and gets time to end. A rank that does not report it, and
+  is not at work either, hangs where no Python code runs, for example in a collective.
+- A signal may reach a rank that has not read its order yet, so it is sent again; a rank acts on one
+  signal per phase.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pytest_dcp._harness.protocol.messages import Phase
 HEED_S = 1.5
 """How long a rank that is not at work has to say that it was interrupted."""
 END_S = 10.0
-"""How long ranks that were interrupted, or tear down or exit, may go on with that."""
+"""How long ranks that were interrupted, that tear down or that exit may take to finish."""
 AGAIN_S = 0.25
 """From one signal to the next."""
 NEVER = float("inf")
@@ -59,7 +60,7 @@ class Interruption:
         self._worked_at.clear()
 
     def heed(self, rank: int) -> None:
-        """The rank has heard the interrupt."""
+        """The rank has received the interrupt."""
         self._heeding.add(rank)
 
     def see_work(self, rank: int, now: float) -> None:
@@ -78,7 +79,7 @@ class Interruption:
         return True
 
     def limit_at(self, rank: int) -> float:
-        """Until when the rank may go on; always over where nothing is cut off."""
+        """When the rank's time ends; in the past if nothing is cut off."""
         if self._since is None:
             return -NEVER
         limit = self._since + END_S
@@ -87,5 +88,7 @@ class Interruption:
         return min(limit, self._worked_at.get(rank, self._since) + HEED_S)
 
     def describe(self, now: float) -> str:
-        """For how long a rank went on, to follow where it is; empty when nothing is cut off."""
+        """How long a rank continued after the interrupt, as a suffix; empty when nothing is cut
+        off.
+        """
         return "" if self._since is None else f" {now - self._since:.1f} s after it was interrupted"

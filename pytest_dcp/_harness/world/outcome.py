@@ -2,8 +2,8 @@
 
 Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipped only when every
 rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
-session does so also when another failed; then the failure is reported first. A rank that was lost
-because the test asked for it has no say: the others decide, and when none is left the test has
+session does so even when another failed; then the failure is reported first. A rank that was lost
+because the test asked for it does not count: the others decide, and when none is left the test has
 failed. The first cause is distinguished from its echoes: a peer that lost its connection because
 another rank went away, or that was still waiting for it.
 """
@@ -31,14 +31,15 @@ ECHO = re.compile(
     r"|application timeout caused pair closure)",
     re.DOTALL | re.IGNORECASE,
 )
-"""Messages of gloo, NCCL and c10d stores after a peer has ended: they have no other sign for it."""
+"""Messages of gloo, NCCL and c10d stores after a peer has ended: the only sign in their errors.
+"""
 
 WAITING = re.compile(r", in (the world's exchange|\w+), at ")
 """How `stacks.doing` names a rank that was in a collective."""
 
 
 OUT_OF_STEP = (
-    "what one rank has started and others have not would be taken up by the next test in this world"
+    "operations that only some ranks started would be taken up by the next test in this world"
 )
 
 
@@ -100,9 +101,9 @@ def combine(
     failures: Sequence[RankFailure],
     lost: Mapping[int, LostRank] = MappingProxyType({}),
 ) -> Outcome:
-    """The outcome of a phase from the ranks' own words and from what became of them.
+    """The outcome of a phase, from the ranks' verdicts and the failures noted by the supervisor.
 
-    `lost` ranks owe no word. A `size` of 0 asks for no verdict at all: only failures count.
+    `lost` ranks owe no verdict. With a `size` of 0 no rank owes one: only failures count.
     """
     owing = [rank for rank in range(size) if rank not in lost]
     return replace(_combine(size, owing, done, failures), lost=dict(lost))
@@ -157,8 +158,8 @@ def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
 def in_step(outcome: Outcome) -> Outcome:
     """The outcome, failed where the ranks' process groups are out of step.
 
-    Only ranks that tell of their groups count, and no outcome that has failed, lost a rank or ended
-    the session: those worlds are not used again.
+    Only ranks that report their groups count. Outcomes that failed, lost a rank or ended the
+    session are not checked: those worlds are not used again.
     """
     groups = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
     if outcome.failures or outcome.lost or outcome.session_end is not None:
@@ -212,7 +213,7 @@ def _one_sided(
 
 
 def is_echo(failure: RankFailure) -> bool:
-    """Whether a failure is the consequence of another rank's: it says so, or torch's text does."""
+    """Whether another rank's failure caused this one: its exception or torch's text says so."""
     if failure.kind in ("blocked", "lost"):
         return True
     is_told = failure.is_echo or ECHO.search(failure.summary) is not None
@@ -242,7 +243,7 @@ def _consequence(failure: RankFailure) -> str:
 
 
 def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
-    """By time; but who reached the limit comes last, and there who waited for a peer comes last."""
+    """By time; but ranks that reached the limit come last, those awaiting a peer at the end."""
     late = failure.kind in ("timeout", "lost", "blocked")
     return late, late and WAITING.search(failure.summary) is not None, failure.at_s
 
@@ -258,7 +259,7 @@ def lead_with(outcome: Outcome, group: Group) -> Outcome:
 
 
 def headline(group: Group) -> str:
-    """One line that names the ranks of the first cause and what became of them."""
+    """One line that names the ranks of the first cause and how they failed."""
     text = first_line(group.failure.summary)
     return text if group.failure.kind == "diverged" else f"{ranks_text(group.ranks)}: {text}"
 

@@ -3,11 +3,11 @@
 Enters: nothing. Leaves: descriptors for the rank to inherit, and what it wrote. The files are
 memfds, so that a killed rank's output survives.
 
-Only the rank's own process speaks for it. The kernel says of all bytes on the socket which process
-sent them (SCM_CREDENTIALS, unix(7)); the first to send is the rank, which does so before any code
-of a test runs. Others can come to hold the socket: a child that the test forks, or a peer that
-takes a copy of it (pidfd_getfd). A process that may do as it likes, as root's may, can name another
-sender; it could as well write into the controller's memory.
+Only the rank's own process speaks for it. The kernel reports which process sent any bytes on the
+socket (SCM_CREDENTIALS, unix(7)); the first sender is the rank, which sends before any code of a
+test runs. Other processes can get the socket: a child that the test forks, or a peer that takes a
+copy of it (pidfd_getfd). A privileged process can forge the sender; but it could also write into
+the controller's memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CREDENTIALS = struct.Struct("iII")
 CREDENTIALS_ROOM = socket.CMSG_SPACE(CREDENTIALS.size)
 """With no room beside them, the kernel drops descriptors that are sent along."""
 SEND_S = 5.0
-"""A rank that takes no byte for so long is stopped or broken."""
+"""A rank that reads nothing for this long is stopped or broken."""
 
 
 class RankEnd:
@@ -90,7 +90,7 @@ class RankEnd:
         return os.pread(self.draws, min(os.fstat(self.draws).st_size, DRAWS_BYTES), 0)
 
     def unwatch(self, selector: selectors.BaseSelector) -> None:
-        """Listen to the socket no more."""
+        """Stop listening to the socket."""
         with contextlib.suppress(KeyError):
             selector.unregister(self.socket)
 

@@ -125,9 +125,9 @@ class RankLoop:
                     self._hear(key.data)
 
     def _hear_news(self) -> bool:
-        """Handle what became of processes; whether there was something.
+        """Handle ends and stops of processes; returns whether there were any.
 
-        To be called when the launcher is readable, and when another world has read it for this one.
+        Call it when the launcher is readable, and when another world has read news for this one.
         """
         try:
             news = self._launcher.news(self._world)
@@ -152,7 +152,7 @@ class RankLoop:
         self.supervisor.abandon(str(lost), time.monotonic())
 
     def _hear_last_words(self, rank: int) -> None:
-        """A rank may have answered and died before anybody looked: the answer counts."""
+        """A rank may have answered and died since the last look: the answer counts."""
         with contextlib.suppress(KeyError):
             sock = self.ranks[rank].socket
             self._selector.get_key(sock)
@@ -174,7 +174,7 @@ class RankLoop:
             return False
         except WireError as error:
             end.unwatch(self._selector)
-            text = f"what came on its report socket in {self.supervisor.phase} is refused: {error}"
+            text = f"data on its report socket in {self.supervisor.phase} is refused: {error}"
             self.act(self.supervisor.refuse(rank, text, now))
             return False
         except OSError:
@@ -219,8 +219,7 @@ class RankLoop:
         try:
             self.ranks[rank].socket.sendall(frame)
         except TimeoutError:
-            # Ended at once: it may have said much that is yet to be answered, and each answer would
-            # be waited for anew.
+            # End it at once: other answers may be due to it, and each would wait again.
             text = f"took nothing from its report socket for {SEND_S:g} s"
             self.act(self.supervisor.refuse(rank, text, time.monotonic()))
         except OSError:

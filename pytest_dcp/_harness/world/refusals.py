@@ -1,8 +1,8 @@
 """The messages that a rank may send at each point of its life. Pure (no I/O).
 
-Enters: a message that decoded well, and where its rank is. Leaves: in words, why the message cannot
-be meant, or nothing. A test can reach its own rank's socket, and write to it by hand: what such a
-message says must not be taken for the answer to an order that it does not answer.
+Enters: a message that decoded well, and where its rank is. Leaves: in words, why the message does
+not fit the rank's state, or nothing. A test can reach its own rank's socket, and write to it by
+hand: such a message must not pass for the answer to an order.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Deaths and stops of ranks that the test itself asked for. Pure (no I/O).
 
-Enters: who asked for what, and what became of the process. Leaves: which ranks are stopped or lost
-as requested, and which requesters can receive their answer.
+Enters: requests, and the ends and stops of processes. Leaves: which ranks are stopped or lost as
+requested, and which requesters can receive their answer.
 
 Rules that hold inside:
 
-- Only what was asked for is forgiven: a rank that was to be stopped and dies first has crashed.
-- What was asked for is owed: a rank that lives on as if nothing had been said is a failure.
-- A rank that goes on after its stop owes nothing any more.
+- Only the requested event is forgiven: a rank that should stop, and dies before that, has crashed.
+- The requested event must happen: a rank that lives on is a failure.
+- A rank that continues after its stop has met the request.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Deaths:
         return min((self.wishes[r].since_s + OWED_S for r in self.owing), default=float("inf"))
 
     def postpone(self, seconds: float) -> None:
-        """The clock stood still for so long."""
+        """Postpone the limits by the time for which the clock stood still."""
         self.wishes = {
             rank: Wish(wish.kind, wish.why, wish.since_s + seconds)
             for rank, wish in self.wishes.items()
@@ -85,11 +85,11 @@ class Deaths:
         """A rank's process was stopped, or goes on after a stop."""
         if stopped and rank in self.wishes:
             self.stopped.add(rank)
-        elif not stopped:  # the kernel may tell of the end of a stop alone
+        elif not stopped:  # the kernel may report only the end of a stop
             self.forgive(rank)
 
     def forgive(self, rank: int) -> None:
-        """The rank owes nothing any more."""
+        """The rank has met the request."""
         self.wishes.pop(rank, None)
         self.stopped.discard(rank)
         self.resuming.discard(rank)
@@ -107,7 +107,7 @@ class Deaths:
         return True
 
     def silence(self, rank: int) -> None:
-        """The rank will hear no answer any more."""
+        """The rank can no longer receive an answer."""
         self._asking.pop(rank, None)
 
     def ask(self, asker: int, message: FaultAsk) -> None:

@@ -1,8 +1,9 @@
 """Decides what to do with a world's ranks: (state, event, now) -> actions.
 
 Pure (no I/O): time is an argument, and actions are values that `rank_loop.RankLoop` carries out.
-Enters: what ranks say and how processes end. Leaves: replies, requests for stacks, kills, and in
-the end for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was asked for.
+Enters: the ranks' messages and the ends of their processes. Leaves: replies, requests for stacks,
+kills, and in the end for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was
+requested.
 
 The life of a world is a series of phases: boot, then setup, call and teardown of each test item,
 and at last finish. In each phase every rank gets one order and owes one `Done`. A rank's states:
@@ -14,11 +15,11 @@ and at last finish. In each phase every rank gets one order and owes one `Done`.
                 any living state --our SIGKILL--> KILLED --exit--> GONE
                 any living state --exit--> GONE
 
-Who says what, when (`rank_states.TRANSITIONS` and `refusals` have the exact table):
+The messages (`rank_states.TRANSITIONS` and `refusals` have the exact table):
 
-- `Go`, `Leave`: from here, to an idle rank, which begins a phase. The answer is `Done`.
-- `Exchange`: from a rank within a phase: "I wait for my peers." The answer is one `Met` for all,
-  when every rank is there that may still come, or at once when one will never come.
+- `Go`, `Leave`: from the supervisor to an idle rank, which begins a phase. The answer is `Done`.
+- `Exchange`: from a rank within a phase: "I wait for my peers." All get one `Met` in answer: when
+  every rank that may still come is there, or at once when one will never come.
 - `At`: from a rank within a phase, no answer: it prepares, reports an error, waits with an error.
   Such a rank does not hang, and is judged by other clocks (see `places`).
 - `DebugAsk`, `DebugDone`: a rank wants the terminal, and gives it back. One rank gets it; while it
@@ -26,7 +27,8 @@ Who says what, when (`rank_states.TRANSITIONS` and `refusals` have the exact tab
 - `FaultAsk`: a rank wants another killed, stopped or continued; the answer comes when that has
   happened. `Announce`: a rank is about to end itself. No answer.
 
-A message that its rank cannot mean in its state ends the rank: something else wrote to its socket.
+A message that the rank cannot have sent in its state ends the rank: something else wrote to its
+socket.
 
 The clocks, in the order in which they strike after a failure (see `timers`):
 
@@ -34,34 +36,34 @@ The clocks, in the order in which they strike after a failure (see `timers`):
    collective that will never end. After a failure they have `grace_s`, at the deadline nothing.
 2. The ranks that still owe an answer are asked for their stacks (`Dump`) and have `STACKS_S`.
 3. They are killed (`KillRank`), each with a failure that says where it was.
-4. The kernel has `LOST_S` to end a killed process. Then it counts as gone all the same.
+4. The kernel has `LOST_S` to end a killed process. After that the supervisor treats it as gone.
 
-What the end of a process means depends on the state that the rank was in:
+The meaning of a process's end depends on the rank's state:
 
     asked for by the test       a LostRank, no failure; exchanges go on without it
     KILLED                      nothing more: the failure was noted with the kill
     LEAVING, Done, code 0       a good end
     LEAVING otherwise           crashed: its exit did not finish, or failed after its verdict
     IDLE                        crashed, after the phase
-    RUNNING and the like        crashed, in the phase, without a verdict
+    inside a phase              crashed, in the phase, without a verdict
 
-A rank that was to be stopped and dies before that has crashed too. If a process closes its socket
-and lives, its exit has `CLOSED_S` to follow, since the exit names the real cause; then it is
-killed.
+A rank that should be stopped, and dies before that, has crashed too. If a process closes its socket
+and lives, the supervisor waits `CLOSED_S` for its exit, which names the real cause; then it kills
+the process.
 
 Further rules:
 
-- A rank that is stopped because the test asked for it does not hold the others up. Once all others
-  have answered, none is left to continue it, and it is ended (`dismiss`).
+- A rank that is stopped because the test asked for it does not delay the others. Once all others
+  have answered, no rank is left to continue it, and the supervisor ends it (`dismiss`).
 - A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
   or a thread may have called `os._exit(0)` before.
 - An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
   `interrupt_clock`.
 
-Assumes that `tick` is called no later than `wake_at` says, that a rank's messages are heard before
-its exit is, and that time does not run backwards. Guarantees that every rank that was ordered to go
-is accounted for, in bounded time: it answers, dies, or is killed. The one wait without a bound is
-that for a user at the debugger's prompt.
+Assumes that `tick` is called no later than `wake_at` says, that it receives a rank's messages
+before its exit, and that time does not run backwards. Guarantees a result for every rank that was
+given an order, in bounded time: it answers, dies, or is killed. Only the wait for a user at the
+debugger's prompt has no bound.
 """
 
 from __future__ import annotations
@@ -192,7 +194,7 @@ class Supervisor:
         return [Send(rank, order) for rank, order in orders.items()]
 
     def hear(self, rank: int, message: Up, now: float) -> list[Action]:
-        """A rank said something."""
+        """A rank sent a message."""
         state = self.states[rank]
         if state in (S.KILLED, S.GONE):
             return []
@@ -293,7 +295,7 @@ class Supervisor:
         `exiting`: it is known to follow.
         """
         if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
-            if self.states[rank] in HAS_TERMINAL:  # it can no longer say that it is done with it
+            if self.states[rank] in HAS_TERMINAL:  # it cannot give it back now
                 self._resume(now)
             self._timers.close(rank, now, exiting=exiting)
         return []
@@ -310,7 +312,7 @@ class Supervisor:
         return self._kill(rank, "flooded", text, now)
 
     def cut_off(self, now: float) -> list[Action]:
-        """The session wants no more of the phase: have its ranks end it, in bounded time.
+        """The session cuts the phase off: have its ranks end it, in bounded time.
 
         A rank with the terminal is killed: its clock stands still.
         """
@@ -321,7 +323,7 @@ class Supervisor:
         return [*killed, *self._interrupt(now)]
 
     def see_work(self, rank: int, now: float) -> None:
-        """The rank is working: if the phase is cut off, it may yet be informed."""
+        """The rank is working: if the phase is cut off, it may still receive the interrupt."""
         self._timers.interruption.see_work(rank, now)
 
     def _interrupt(self, now: float) -> list[Action]:
@@ -383,7 +385,7 @@ class Supervisor:
         return [Dump(rank) for rank in self.busy if now >= spared_until(rank, self.states[rank])]
 
     def _lose_killed(self, now: float) -> None:
-        """Give up the ranks that were killed and do not go away."""
+        """Give up the ranks that were killed and have not ended in time."""
         for rank, state in self.states.items():
             if state is S.KILLED:
                 self.states[rank] = S.GONE

@@ -1,6 +1,6 @@
 """When a world's ranks are due: to answer, to write their stacks, to be killed. Pure (no I/O).
 
-Enters: begins, ends and the time. Leaves: what is due, and when to look again.
+Enters: begins, ends and the time. Leaves: the actions that are due, and when to look again.
 
 Rules that hold inside:
 
@@ -23,8 +23,9 @@ machine may take its time to schedule it."""
 CLOSED_S = 0.25
 """How long after its socket closed a rank's exit may still come, and name the real cause."""
 EXITING_S = 10.0
-"""How long it may take where the kernel has begun to end the process: it closes the socket early,
-and frees a large memory page by page."""
+"""The same if the kernel has begun to end the process: it closes the socket early, and frees a
+large memory page by page.
+"""
 LOST_S = 10.0
 """How long a SIGKILLed process may take to go away: a large one is torn down page by page."""
 INF = float("inf")
@@ -80,7 +81,7 @@ class Timers:
     # Ranks.
 
     def move_place(self, rank: int, at: At, now: float) -> None:
-        """A rank says where it is."""
+        """A rank reports its place."""
         self.deadline += self.places.move(rank, at, self.clock(now))
 
     def leave_place(self, rank: int, now: float) -> None:
@@ -110,7 +111,7 @@ class Timers:
         self._stacks_at = min(self._stacks_at, until)
 
     def spared_until(self, rank: int, state: RankState) -> float:
-        """Until when a rank that should have ended may go on."""
+        """When the time of a rank that should have ended is over."""
         if self.interruption.is_on:
             return self.interruption.limit_at(rank)
         return self.places.report_due_at(rank) if state is RankState.RUNNING else NEVER
@@ -123,7 +124,7 @@ class Timers:
         return self._paused_at is not None
 
     def clock(self, now: float) -> float:
-        """The time that deadlines go by: it stands still while a rank has the terminal."""
+        """The time that deadlines are compared with; it stops while a rank has the terminal."""
         return now if self._paused_at is None else self._paused_at
 
     def pause(self, now: float) -> None:
@@ -198,6 +199,6 @@ class Timers:
     def describe_report(self, *, failing: bool) -> str:
         """The state of a rank with an error when it was killed."""
         if failing:
-            return "it waited for its peers to hear of that"
+            return "it waited for its peers to receive that"
         for_s = "" if self.interruption.is_on else f" for {REPORT_S:g} s"
         return f"it wrote the report of that{for_s}"

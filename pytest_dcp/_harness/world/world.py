@@ -43,9 +43,9 @@ BOOT_S = 120.0
 LEAVE_S = 20.0
 """For a rank's exit once it was ordered to leave."""
 WORK_S = 0.005
-"""Of processor time: a thread that hangs uses some 0.05 ms for each signal."""
+"""Processor time that counts as work: a hanging thread uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
-"""How often somebody who need not wait to the end is asked whether to."""
+"""How often `run_until` calls `enough`."""
 
 Verdicts = Mapping[int, Done]
 """The ranks' answers, by rank."""
@@ -125,7 +125,7 @@ class World:
     def _make_folder(self) -> None:
         """Make the session's folder anew when a test has removed it.
 
-        Not what is above it: that may lie where other users could make it first.
+        Not its parents: other users could create one of those first.
         """
         folder = self._settings.folder
         try:
@@ -194,7 +194,7 @@ class World:
                     self._loop.act(self._supervisor.begin(phase, orders, self._deadline))
 
     def finish(self) -> Outcome:
-        """Wait until every rank has answered, died or been killed; how the phase went."""
+        """Wait until every rank has answered, died or been killed; returns the phase's outcome."""
         with self._guarded():
             outcome = self._settle()
             self._deadline = self._supervisor.deadline
@@ -204,10 +204,10 @@ class World:
     def run_until(
         self, phase: Phase, order: Down, enough: Callable[[Verdicts, Failures], bool]
     ) -> Outcome:
-        """Like `run`, but what ranks said and what failed so far may be `enough`.
+        """Like `run`, but ends early when `enough` accepts the verdicts and failures so far.
 
-        It is asked at every event, and now and then. A world in which a rank was not waited
-        for is of no use any more: it is not `survivors_idle`.
+        It is called at every event, and periodically. A world that ended early cannot be used
+        again: it is not `survivors_idle`.
         """
         with self._guarded():
             self.begin(phase, order)
@@ -247,7 +247,8 @@ class World:
             return self._explain_failures()[known_count:]
 
     def tear_down_survivors(self, order: Down, within_s: float) -> Outcome:
-        """A last phase on the ranks that outlived a failure, and the end; how the phase went.
+        """Run a last phase on the ranks that outlived a failure, then end the world; returns the
+        phase's outcome.
 
         Their fixtures may hold things outside this machine, and so may handlers of an exiting
         interpreter; their peers are dead, so they get only `within_s` for each. Ranks that are
@@ -269,7 +270,8 @@ class World:
             return outcome
 
     def close(self) -> Outcome:
-        """Have every rank leave; an outcome other than passed names those that did not exit with 0.
+        """Have every rank leave; an outcome other than passed names the ranks that did not exit
+        with 0.
 
         Failures reported by an earlier phase are not repeated. See also `exited`.
         """
@@ -326,7 +328,7 @@ class World:
         return linux.at_work(self._loop.ranks[rank].pid)
 
     def forget_draws(self) -> None:
-        """Another example begins."""
+        """A new example begins."""
         for end in self._loop.ranks:
             os.ftruncate(end.draws, 0)
 
@@ -355,7 +357,9 @@ class World:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """An error ends the world; Ctrl-C and its like only the phase, so that ranks tear down."""
+        """An error ends the world; an interrupt such as Ctrl-C ends only the phase, so that ranks
+        tear down.
+        """
         with self._loop.interrupts.relayed(), self._ending_on_error():
             yield
 

@@ -17,7 +17,7 @@ def test_a_rank_whose_peers_hang_when_it_waits_with_an_error_names_that() -> Non
     replay.play([(T0 + 1, Says(0, FAILING))])
     assert replay.ordered(Dump) == [(T0 + 1 + FAILING_S, rank) for rank in (0, 1)]
     assert replay.failures == [(0, "failed"), (1, "blocked")]
-    said = "ValueError: 3 (killed: it waited for its peers to hear of that)"
+    said = "ValueError: 3 (killed: it waited for its peers to receive that)"
     assert replay.summary(0) == said
     first = replay.supervisor.failures[0]
     assert (first.at_s, first.detail) == (99.5, "the traceback")
