@@ -302,8 +302,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
     def _rename_files(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
 
-        Only temporary names are replaced: other names are the caller's own, who may write the files
-        later.
+        Only temporary names are replaced: other names were chosen by the caller, who may write the
+        files later.
         """
         places = catalog.places
         temporary = [name for name in places.files if is_temporary(name)]

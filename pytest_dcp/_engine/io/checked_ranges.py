@@ -232,11 +232,11 @@ class RangeReader:
 
 
 def _cut(low: int, window: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The window in pieces, and where each begins in the entry's data."""
+    """The pieces of the window, and where each begins in the entry's data."""
     for at in range(0, len(window), PIECE_BYTES):
         yield low + at, window[at : at + PIECE_BYTES]
 
 
 def _run_checksum(piece: memoryview, begin: int, low: int, high: int, crc: int) -> int:
-    """The checksum run on over the bytes `low` to `high` of a piece that begins at `begin`."""
+    """Continue the checksum over bytes `low` to `high` of a piece that begins at `begin`."""
     return crc32(piece[low - begin : high - begin], crc) if low < high else crc

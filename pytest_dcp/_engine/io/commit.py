@@ -1,13 +1,12 @@
 """How a save becomes the checkpoint of its folder, at one instant.
 
 A checkpoint is one metadata file, `.metadata`, and the data files that it names. A data file that
-no metadata names is no part of any checkpoint, so a save can write its own under names that only it
-uses, and nothing of the old checkpoint is touched meanwhile. The save takes effect when its
-metadata gets the name `.metadata`; everything before that only prepares, everything after it only
-tidies up.
+no metadata names is not part of any checkpoint, so a save can write its data files under unique
+names without touching the old checkpoint. The save takes effect when its metadata gets the name
+`.metadata`; everything before that is preparation, everything after it is cleanup.
 
-Each rank writes its data files (`__RANK_N-SAVE.distcp`) and syncs them. Once all have said so, the
-coordinator takes the lock of the folder, checks that the files are there, and:
+Each rank writes its data files (`__RANK_N-SAVE.distcp`) and syncs them. Once all have reported
+this, the coordinator locks the folder, checks that the files exist, and:
 
 1. syncs the folder, so that the names of the data files last;
 2. writes the metadata to a temporary name (`.metadata-SAVE.tmp`) and syncs it;

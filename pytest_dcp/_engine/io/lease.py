@@ -66,10 +66,10 @@ def _locked_file(path: Path) -> int | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
-            return None  # reading it will say what is wrong
+            return None  # reading it will raise the error
         try:
             locked = _lock(fd, fcntl.LOCK_SH, until_s)
-            # Locked after a commit was waited for, it may be the file that the commit replaced.
+            # If the lock had to wait for a commit, this may be the file that the commit replaced.
             if not locked or os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except FileNotFoundError:
@@ -84,13 +84,11 @@ def _locked_file(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
-    """Within the block no reader begins to hold this file; current holders have ended, or
-    are late.
-    """
+    """Inside, no reader can acquire this file; earlier readers have released it, or are late."""
     try:
         fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        yield  # there is nothing to replace, or the replacing itself says what is wrong
+        yield  # there is nothing to replace, or replacing it raises the error
         return
     try:
         _lock(fd, fcntl.LOCK_EX, time.monotonic() + LEASE_S)
@@ -100,13 +98,13 @@ def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
 
 
 def _close(fd: int) -> None:
-    """Close a file that was only read: an error of its closing changes nothing."""
+    """Close a file that was only read, ignoring errors."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 def _lock(fd: int, how: int, until_s: float) -> bool:
-    """Whether the lock was had before that time; it goes with the descriptor."""
+    """Whether the lock was acquired before the deadline; closing the descriptor releases it."""
     # Polled, since flock(2) has no timeout, and a signal to end its wait would be the program's.
     pause_s = FIRST_PAUSE_S
     while True:

@@ -8,10 +8,10 @@
               plan     copy_plan.copies                      tensors' rows x targets -> copies
               execute  read_copies                           copies -> bytes in the targets
 
-Everything that may not fit its target is read and judged first, and then the targets are filled: a
-load that refuses something leaves no half behind. Tensors are filled in place, many at a time where
-the planner gives its targets outright; a planner with hooks of its own is asked item by item, in
-batches of bounded size.
+Everything that may not fit its target is read and checked before any target is filled, so a load
+that refuses something changes no target. Tensors are filled in place, many at a time if the planner
+gives its targets directly; the hooks of other planners are called item by item, in batches of
+bounded size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 BATCH_BYTES = 64 << 20
-"""Bytes requested from a planner with hooks of its own at a time: it may make a buffer for each."""
+"""Bytes requested at a time from a planner with its own hooks: it may make a buffer for each
+item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,12 @@ def prepare(
     registry: ExtensionRegistry,
     observer: Observer,
 ) -> Work:
-    """The work of filling the planner's targets, once all that may not fit was read and judged.
+    """Read and check everything that may not fit; returns the work of filling the planner's
+    targets.
 
-    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of it
+    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of this
     touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
-    CheckpointCorruptError naming file, entry and offset where the checkpoint is damaged.
+    CheckpointCorruptError naming file, entry and offset if the checkpoint is damaged.
     """
     items = match_entries(items, catalog.index)
     values = items.entry[items.kind == READ_BYTES]
@@ -85,7 +87,7 @@ def prepare(
 
 
 class Work:
-    """One rank's plan and everything that it is carried out with; made by `prepare`."""
+    """One rank's plan and everything needed to carry it out; made by `prepare`."""
 
     def __init__(
         self,
@@ -116,7 +118,7 @@ class Work:
         self.rows = sort_rows(items, found, self._numbers())
 
     def judge(self) -> None:
-        """Read everything that may not fit, and change no target."""
+        """Read and check everything that may not fit, without changing any target."""
         misfits: list[CheckpointMismatchError] = []
         self._prepare_values(self.rows.values, misfits)
         self._prepare_wrapped(self.rows.wrapped, misfits)
@@ -136,7 +138,7 @@ class Work:
         return LoadedBytes(int(self.nbytes.sum()), self.tally.read, self.tally.verified)
 
     def _numbers(self) -> NDArray[np.bool_]:
-        """Which rows are numbers for the planner, and tensors in the checkpoint."""
+        """Which rows are numbers for the planner but tensors in the checkpoint."""
         names = numbers_of(self.planner)
         if not names:
             return np.zeros(len(self.items), dtype=bool)
@@ -150,10 +152,10 @@ class Work:
                 self._puts.append(self._prepare_value(row, entry))
             except CheckpointMismatchError as error:
                 misfits.append(error)
-            del entry  # or it would be there until the next one is, too
+            del entry  # otherwise it would stay until the next one exists
 
     def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
-        """Compare the wrappers that torch has pickled whole with the targets."""
+        """Compare the wrappers that torch pickled whole with the targets."""
         for row in rows.tolist():
             item = self.items[row]
             index, stored = self.catalog.index, int(self.items.entry[row])
@@ -219,7 +221,7 @@ class Work:
                 self.planner.commit_tensor(self.items[row], target)
 
     def _filled_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
-        """The targets that the planner's hooks give, filled."""
+        """Fill the targets that the planner's hooks give; returns them by row."""
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
             _check_size(self.items[row], target)

@@ -124,7 +124,7 @@ class LocalDisk:
 
 @lru_cache(maxsize=64)
 def _warn_of_unsynced(device: int, folder: Path, code: int) -> None:
-    """Warn once per folder that its file system cannot keep a promise that others keep."""
+    """Warn once per folder that its file system cannot give a guarantee that others give."""
     warnings.warn(
         f"{folder} is on a file system that cannot sync folders ({errno.errorcode[code]}, fsync): "
         "a save that has returned may be undone by a power cut, but not mixed with another. "

@@ -169,7 +169,7 @@ class LocalIn:
         return again
 
     def close(self) -> None:
-        """Close everything opened beside the file; the owner closes the descriptor."""
+        """Close everything opened in addition to the file; the owner closes the descriptor."""
         self._windows.close()
 
 

@@ -19,7 +19,7 @@ from pytest_dcp._torch_internals.checkpoint_classes import (
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 ROOM_BYTES = 1 << 20
-"""Memory that an entry may take beside a tensor's data."""
+"""Memory that an entry may take besides a tensor's data."""
 
 
 def plain_entry(

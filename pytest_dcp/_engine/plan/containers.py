@@ -50,7 +50,7 @@ class DescribedPaths(dict[str, Path]):
 
 
 def description_of(planner_data: object) -> str | None:
-    """The text that describes the containers of these paths, where there is one."""
+    """The text that describes the containers of these paths, if there is one."""
     text = getattr(planner_data, "description", None)
     return text if isinstance(text, str) else None
 
@@ -179,7 +179,7 @@ class Description:
     """A checkpoint's description of its containers."""
 
     def __init__(self, text: str | None) -> None:
-        """Raises CheckpointCorruptError for a text that is no description."""
+        """Raises CheckpointCorruptError for a text that is not a description."""
         self._entries: dict[Path, Entry] = {}
         self._above: set[Path] = set()
         for entry in _parse_entries(text) if text is not None else ():

@@ -18,8 +18,8 @@ The steps:
 
 Assumes that the boxes of the index lie inside their tensors (`catalog_checks` checks this when
 reading it), and that the index has every wanted name with the same size (`match` checks this
-first). Guarantees that the rows write each element of each wanted box exactly once (but for the
-names in `partial`, whose gaps stay as they were), that they read nothing else, and that they are
+first). Guarantees that the rows write each element of each wanted box exactly once (except for the
+names in `partial`, whose gaps are not written), that they read nothing else, and that they are
 ordered by wanted box, then by stored box. Each rank plans alone, from its own state dict and the
 checkpoint's index: planning a load needs no peer.
 

@@ -22,7 +22,7 @@ ATTRIBUTES = ("global_shape", BOXES, "local_offsets", "local_sizes")
 
 
 def says_parts(value: Any) -> bool:
-    """Whether the value is a tensor with all of the attributes and without hooks of its own."""
+    """Whether the value is a tensor with all of the attributes and without its own hooks."""
     return (
         hasattr(value, BOXES)
         and isinstance(value, torch.Tensor)

@@ -256,7 +256,7 @@ def check_plain(
     ones each time.
 
     Raises:
-        UnknownGlobalError: a class by itself, or an object that is no plain value.
+        UnknownGlobalError: a class by itself, or an object that is not a plain value.
         UntrustedPickleError: a container that holds itself; nesting beyond `MAX_DEPTH`; sharing
         that
             makes more than `MAX_LOGICAL_ITEMS` items.

@@ -1,8 +1,8 @@
-"""Objects of classes that this reader does not know, kept aside unread. Pure (no I/O).
+"""Placeholders for objects of classes that this reader does not know. Pure (no I/O).
 
-Frameworks put data of their own into a checkpoint's metadata. An `UnreadObject` replaces each
-object of an unknown class: it has only the class's name, so no code runs, nothing is imported, and
-the rest of the metadata can be used.
+Frameworks put their own data into a checkpoint's metadata. An `UnreadObject` replaces each object
+of an unknown class: it has only the class's name, so no code runs, nothing is imported, and the
+rest of the metadata can be used.
 
 Functions and classes of Python's library, torch and numpy, which an attack could call, are still
 refused, except harmless ones that frameworks have in their data.
