@@ -1,7 +1,7 @@
 """The rank that runs this code: the requests open to tests, fixtures and faults.
 
 The harness, the faults and the properties meet only here. A rank enters itself with `enter_rank`
-when its process starts; everybody else asks `current_rank()`. Outside of a world that is None, and
+when its process starts; all other code calls `current_rank()`. Outside of a world that is None, and
 the functions below do nothing, so that the same code runs in a plain test:
 
     >>> from pytest_dcp.api import announce_death, current_rank
@@ -69,8 +69,8 @@ class ThisRank(Protocol):
 
         operation: its purpose; all ranks must say the same. No process group is used.
 
-        None stands for a rank that was lost or stopped because the test asked for it. Raises
-        `DivergedError` when a peer called something else or will not come.
+        The payload is None for a rank that was lost or stopped because the test asked for it.
+        Raises `DivergedError` when a peer called something else or will not come.
         """
 
     def announce_death(self, reason: str) -> None:
@@ -111,7 +111,7 @@ def announce_death(reason: str) -> None:
 
 
 def announce_failure(error: BaseException | None) -> AbstractContextManager[None]:
-    """Inside the block, this rank waits for its peers in order to tell them of its own error.
+    """Inside the block, this rank waits for its peers in order to send them its own error.
 
     If they never come, because they hang, the test fails with this error and not with a timeout.
     Does nothing without an error, nor outside of a world.

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Swap engines, where that is asked for, before any conftest can import torch's."""
+    """Swap engines, if requested, before any conftest can import torch's."""
     if swap_options.asks_for_engine(early_config):
         from pytest_dcp._swap import session
 

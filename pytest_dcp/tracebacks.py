@@ -51,7 +51,7 @@ Owner = Literal["package", "library", "user"]
 
 
 def owner_of(file: str) -> Owner:
-    """The owner of a file's code. Pure (no I/O)."""
+    """Whose code a file holds. Pure (no I/O)."""
     if file.startswith(TESTS):
         return "user"
     if file.startswith(PACKAGE):

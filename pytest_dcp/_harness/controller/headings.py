@@ -23,7 +23,7 @@ class HeadingEntry(ReprEntryNative):
         self.marks = marks
 
     def toterminal(self, tw: TerminalWriter) -> None:
-        """Write each line in its colour, where the terminal has any."""
+        """Write each line in its colour, if the terminal has colours."""
         for number, (line, is_cause) in enumerate(zip(self.lines, self.marks, strict=True)):
             tw.line(line.rstrip("\n"), red=is_cause, bold=number == 0, light=not is_cause)
 

@@ -44,7 +44,7 @@ class ItemHooks:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> Generator[None, object, object]:
-        """See to the idle worlds before and after each item; tell a marked one that it begins.
+        """Look after the idle worlds before and after each item; notify a marked item of its start.
 
         After it, end the session if a rank has.
         """
@@ -90,7 +90,7 @@ class ItemHooks:
         return (yield)
 
     def pytest_sessionfinish(self) -> None:
-        """The last test was not known for the last, as with -x."""
+        """Take the log handlers off if no test was known to be the last, as with -x."""
         self._steady_logs.take_off()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

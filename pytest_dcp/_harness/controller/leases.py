@@ -50,7 +50,7 @@ PAUSE_GROWTH = 1.2
 LONGEST_SLOT_PAUSE_S = 0.05
 """A try for a taken slot costs about 40 us, and only the turnstile's holder tries."""
 LONGEST_TURN_PAUSE_S = 0.01
-"""Shorter, so that one who waits long is about as likely to go next as one who just came."""
+"""Shorter, so that a taker that has waited long is about as likely to be next as a new one."""
 PROCESSES_PER_CPU = 4
 """Ranks mostly wait: for their peers, for a disk, for their imports."""
 LEAST_PROCESSES = 8

@@ -85,7 +85,7 @@ class MarkedItem:
     """The reason of an xfail marker that the test added itself, and then passed."""
     checkpoint_dir: Path = field(default_factory=Path)
     lost: frozenset[int] = frozenset()
-    """Ranks that the test has lost as it asked, and that were reported."""
+    """Ranks lost because the test asked for it, and reported already."""
     output: ItemOutput = field(init=False)
     torn_before: Outcome = PASSED
     """How the item was torn down in worlds that were replaced while it ran."""
@@ -220,8 +220,8 @@ class MarkedItem:
             self.report_late(world, cut.outcome, cut.phase)
 
     def _tear_down_whole(self, world: World, *, keep: bool) -> tuple[bool, Outcome]:
-        """Tear down in every rank, and end the world unless it is kept: whether it is, and how
-        that went.
+        """Tear down in every rank, and end the world unless it is kept. Returns whether it is kept,
+        and the outcome.
         """
         follower = self._follower() if keep and world.all_ranks_idle else None
         torn = world.run("teardown", (follower or TestPlace()).order())
@@ -339,7 +339,7 @@ class MarkedItem:
         raise self.raised
 
     def expects(self, error: BaseException) -> bool:
-        """Whether the test's xfail marker has this exception in mind."""
+        """Whether the test's xfail marker expects this exception."""
         xfailed = self.item.stash.get(xfailed_key, None)
         if xfailed is None or xfailed.raises is None:
             return xfailed is not None

@@ -46,7 +46,7 @@ class Item(Protocol):
         """Record failures during the item's teardown in a world that is being replaced."""
 
     def expects(self, error: BaseException) -> bool:
-        """Whether the test's xfail marker has this exception in mind."""
+        """Whether the test's xfail marker expects this exception."""
 
 
 class ItemRanks:
@@ -79,7 +79,7 @@ class ItemRanks:
         return began
 
     def fresh(self) -> None:
-        """Make everything new that is new for each example."""
+        """Renew all state that must be new for each example."""
         fresh_folders.renew(self._marked.checkpoint_dir)
 
     def exception_for(self, outcome: Outcome) -> BaseException:
@@ -87,7 +87,7 @@ class ItemRanks:
         return report.exception_for(outcome, self._marked.item.nodeid)
 
     def lead_with_unexpected(self, outcome: Outcome) -> Outcome:
-        """The outcome with what an xfail marker does not expect on top."""
+        """The outcome with failures that an xfail marker does not expect on top."""
         return report.lead_with_unexpected(outcome, self._marked.expects)
 
 

@@ -44,8 +44,8 @@ TRACE_CHARS = 20_000
 def lead_with_unexpected(outcome: Outcome, expected: Callable[[BaseException], bool]) -> Outcome:
     """The outcome with the first failure on top that is not `expected` (by an xfail marker).
 
-    An expected failure of one rank must not hide another's. A peer that hung or died is one of
-    those, though it may only have waited: the expected failure did not happen there.
+    An expected failure of one rank must not hide another's. A peer that hung or died counts as
+    unexpected, though it may only have waited: the expected failure did not happen there.
     """
     if outcome.first is None or not expected(_error_of(outcome.first, outcome)):
         return outcome
@@ -155,7 +155,7 @@ def longrepr_for(
 def heading_marks(outcome: Outcome) -> list[bool]:
     """For each line that `longrepr_for` puts on top, whether it names a cause.
 
-    The others name what followed from it. A list, so that it can be sent with a report.
+    The others name consequences. A list, so that it can be sent with a report.
     """
     groups = [not group.echo for group in outcome.groups[1:]]
     return [True, *groups, *[False] * (len(peers(outcome)) - len(groups))]

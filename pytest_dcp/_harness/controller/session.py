@@ -93,7 +93,7 @@ class Harness:
     # The session's end.
 
     def end_after_item(self, end: SessionEnd, where: str) -> None:
-        """Have the session end when the running item was reported: a rank failed beside that."""
+        """End the session after the running item's report, as a rank asked; another rank failed."""
         self._ending = self._ending or exception_of_end(end, where, failed=True)
 
     @property

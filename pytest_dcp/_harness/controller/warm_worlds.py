@@ -123,7 +123,7 @@ class WarmWorlds:
             self._idle.popitem()[1].world.kill()
 
     def _retire(self, idle: _Idle, limit_s: float, torn: Outcome | None = None) -> None:
-        """End a world and report what went wrong; `torn` is what is known of that already."""
+        """End a world and report errors; `torn` is the outcome of its teardown so far."""
 
         hear = partial(idle.owner.absorb_late, idle.world)
         try:

@@ -1,8 +1,8 @@
 """A point in the code of this rank at which the process ends or stops.
 
 Enters: the name of a function, and which of its entries counts. Leaves: the announcement to the
-controller, and the signal. A Python function is watched under any name: its code is what is
-exchanged. Anything else that can be called (`os:replace`) is exchanged where it is named.
+controller, and the signal. A Python function is watched under any name, because its code is
+replaced. Any other callable (`os:replace`) is replaced in the module or class that the name gives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Point:
         self._entered = 0
         owner, name = _resolve(at)
         self.disarm = _watch(owner, name, self._enter)
-        """Let the function be as it was."""
+        """Restore the function."""
 
     def describe_miss(self) -> str:
         """The calls that did not happen; empty if all did."""

@@ -69,7 +69,7 @@ class Channel:
     def _read(self) -> None:
         try:
             data = self._socket.recv(RECEIVE_BYTES)
-        except ConnectionResetError:  # it ended before it had read everything
+        except ConnectionResetError:  # the controller ended before it had read everything
             data = b""
         if not data:
             raise ControllerGoneError("the controller closed the report socket")
@@ -97,7 +97,7 @@ class Channel:
 
     @property
     def has_order(self) -> bool:
-        """Whether the controller has already said what comes next."""
+        """Whether the controller has already sent the next order."""
         return bool(self._pending)
 
     def ask(self, message: Message, reply: type[M]) -> M:

@@ -1,4 +1,4 @@
-"""A debugger in a rank: the terminal is the controller's to grant, to one rank at a time.
+"""A debugger in a rank: the controller grants the terminal to one rank at a time.
 
 Enters: pytest's own debugger, taken over at the one place through which every way into it leads.
 Leaves: questions to the controller (`DebugAsk`), which stops every clock while a rank has the
@@ -46,7 +46,7 @@ class RankTerminal:
         self._stdin = -1
 
     def shut(self, *, muted: bool) -> None:
-        """Do not read it, and when `muted` do not write it either."""
+        """Do not read the terminal, and if `muted` do not write to it either."""
         if muted:
             redirect_writer(self._writer, self._nowhere)
         if not self._stdin_is_captured:
@@ -93,7 +93,7 @@ class RankDebugger:
     def take_over_pdb(self) -> None:
         """Have pytest's debugger ask the controller for the terminal first."""
         self._pdb_invoke = self.config.pluginmanager.unregister(name="pdbinvoke")
-        # A spawned rank that is kept warm comes here for every test.
+        # A spawned rank that is kept warm calls this for every test.
         original = init_pdb()
 
         @functools.wraps(original)

@@ -66,7 +66,7 @@ class Reporter(Protocol):
         """Distinguishes the running test from its parametrised siblings."""
 
     def begin_example(self) -> None:
-        """Forget output captured so far."""
+        """Drop the output captured so far."""
 
     def report_example(self, error: BaseException, done: Done) -> Done:
         """The answer with pytest's own report of the failure."""
@@ -198,7 +198,7 @@ class ExampleRunner:
             raise AbandonedError
 
     def meet(self) -> None:
-        """Make everything new for an example that every rank runs of itself; collective."""
+        """Renew all state for an example that the ranks run without the engine; collective."""
         self.rank.meet("the end of an example")
         if self.rank.order.rank == 0:
             fresh_folders.renew(Path(self.rank.checkpoint_dir))
@@ -227,7 +227,7 @@ class ExampleRunner:
         status, error, data = self._run(state, attempt)
         outcome = outcome_of(error) if error is not None else "passed"
         if error is not None and outcome == "failed":
-            # Its text may take long to make, and is part of no example's time.
+            # Its text may take long to make, and does not count in the example's time.
             self.rank.channel.send(At("reporting", type(error).__name__, time.monotonic()))
         left = self._state.put_back()
         reply = Reply(

@@ -58,7 +58,7 @@ class _Messages:
     """Of one group."""
 
     apart: int = 0
-    """How much of the group's sequence number is no collective."""
+    """The part of the group's sequence number that does not count collectives."""
     sent: Counter[int] = field(default_factory=Counter)
     received: Counter[int] = field(default_factory=Counter)
     called: int = 0
@@ -92,7 +92,7 @@ class GroupCounter:
         """By group: a name may be used again when its group was destroyed."""
 
     def install(self) -> None:
-        """Count from here on what the sequence numbers do not tell."""
+        """From now on, count calls that the sequence numbers do not show."""
         from pytest_dcp._torch_internals.process_groups import ProcessGroup
 
         for name in MESSAGES:

@@ -1,8 +1,9 @@
 """pytest's capture of logging, left in place from one phase of a marked test to the next.
 
-For each phase pytest hangs its two handlers on the root logger and on every logger that does not
-propagate, and takes them off again; torch has some forty of those. Here they stay, deaf between
-phases, and a phase only looks whether they still hang where pytest would hang them.
+For each phase pytest adds its two handlers to the root logger and to every logger that does not
+propagate, and removes them again; torch has some forty of those. This module leaves them there,
+deaf between phases; a phase only checks that they are still on the loggers that pytest would
+choose.
 
 Takes the place of `catching_logs` in `_pytest.logging`, where the logging plugin looks it up for
 each phase, and for the plugin's two handlers only; another pytest than 9.2's kind is left alone.
@@ -43,7 +44,7 @@ def log_without_debug(config: pytest.Config) -> tuple[int, str]:
 
 
 class _Place:
-    """Where the handlers hang."""
+    """The loggers that have the handlers."""
 
     def __init__(self, handlers: Sequence[logging.Handler]) -> None:
         self._in_order = handlers
@@ -51,7 +52,7 @@ class _Place:
         self._loggers: list[logging.Logger] = []
 
     def hang(self) -> None:
-        """See to it that the handlers hang where pytest would hang them now."""
+        """Put the handlers on the loggers that pytest would choose now."""
         loggers = [logging.getLogger()]
         for one in logging.Logger.manager.loggerDict.values():
             if isinstance(one, logging.Logger) and not one.propagate:

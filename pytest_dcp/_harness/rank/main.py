@@ -2,8 +2,8 @@
 
 Enters: a `RankLaunch` and inherited descriptors. Leaves: messages on the report socket and the exit
 code 0, which only a rank that was ordered to leave returns; its last message is `Done("finish")`,
-which says that its exit ran to the end. pytest's view of a rank is in `pytest_plugin`; here is what
-any rank does, also one that only runs functions.
+which says that its exit ran to the end. pytest's view of a rank is in `pytest_plugin`; this module
+has the part common to all ranks, even to ranks that only run functions.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _watch_faults(trace_fd: int) -> None:
 
 
 def _boot(rank: Rank) -> bool:
-    """Join the process group and say so; False when that failed (and was said)."""
+    """Join the process group and report it; False when that failed, which is reported too."""
     started = time.perf_counter()
     sections: list[tuple[str, str, str]] = []
     try:
@@ -190,7 +190,7 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
 
 
 def _leave(rank: Rank) -> None:
-    """Exit as an interpreter does, and say so: code 0 alone does not prove it."""
+    """Exit as an interpreter does, and report it: code 0 alone does not prove it."""
     coverage.save()  # in case the exit hangs
     started = time.perf_counter()
     with rank.capture() as sections:

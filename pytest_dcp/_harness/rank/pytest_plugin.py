@@ -278,7 +278,7 @@ class RankPlugin:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
-        """Have no mesh of a process group that an earlier test has replaced."""
+        """Drop a mesh of a process group that an earlier test has replaced."""
         mesh = self.rank.mesh
         if mesh is not None and not _is_default_group(mesh.group):
             self.rank.mesh = None

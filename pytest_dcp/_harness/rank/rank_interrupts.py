@@ -10,7 +10,7 @@ Rules that hold inside:
 - Each phase is interrupted once at most, however often the signal comes. A `finally` block that
   the interrupt has started is left alone.
 - A rank that has answered, or waits for an order, is at no work: a signal that crosses its answer
-  means nothing.
+  has no effect.
 - Messages are read and written whole. A signal that comes meanwhile waits for that.
 """
 

@@ -1,8 +1,8 @@
 """Functions and classes that a test has replaced, in modules and classes.
 
-Looked at are functions of the standard library, of torch and of this package that tests replace,
-all names of `torch.distributed`, and all modules of the suite itself: more would take too long.
-Other values of a module are its own business: caches, counters and flags live on.
+Checks the functions of the standard library, of torch and of this package that tests usually
+replace, all names of `torch.distributed`, and all modules of the suite itself; more would take too
+long. Other values of a module, such as caches, counters and flags, are left alone.
 """
 
 from __future__ import annotations
