@@ -1,1 +1,1 @@
-"""What saves and loads checkpoints. Public names are in `pytest_dcp.checkpoint`."""
+"""The engine that saves and loads checkpoints. Public names are in `pytest_dcp.checkpoint`."""

@@ -1,10 +1,10 @@
-"""Names that torch's modules have and ours do not define, found when somebody asks for them.
+"""Looks up names that torch's modules have and ours do not define.
 
-Code that was written for torch takes from `torch.distributed.checkpoint.utils` whatever happens to
-be there, imported names and private ones too. Each module of ours that has torch's name has this
-as its `__getattr__`. A name is looked up in torch's module of the same name; where what is there is
-defined in another of torch's modules, or is a module, and we have one of that name, ours counts: an
-engine's own class never comes out of a module of ours as torch's.
+Code that was written for torch takes any name from `torch.distributed.checkpoint.utils`, even
+imported and private ones. Each of our modules with one of torch's names has this as its
+`__getattr__`. It looks a name up in torch's module of the same name. If the object is a module, or
+is defined in another of torch's modules, and we have a counterpart of that name, it returns ours:
+our modules never return torch's class where the engine has its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OURS = "pytest_dcp.checkpoint"
 def names_of_torch(ours: str) -> Callable[[str], Any]:
     """The `__getattr__` of our module of this full name.
 
-    It raises AttributeError for what torch's module does not have either.
+    It raises AttributeError for names that torch's module lacks, too.
     """
 
     def find(name: str) -> Any:
@@ -50,7 +50,7 @@ def _counterpart(value: Any, name: str, asked: str) -> Any:
 
 
 def _submodule(name: str) -> ModuleType | None:
-    """A module of the package that is not imported yet; torch's, where only torch has it."""
+    """A module of the package that is not imported yet; torch's, if only torch has it."""
     if (module := _our_module(f".{name}")) is not None:
         return module
     found = importlib.util.find_spec(f"{TORCH}.{name}")

@@ -1,10 +1,10 @@
-"""Our classes that stand in for a class of torch's of the same name, made known as such.
+"""Registers our classes as virtual subclasses of torch's classes of the same name.
 
-Code that was written for torch asks `isinstance(reader, FileSystemReader)` of torch's class. Ours
-are no subclasses, whose methods would be torch's where ours has none; they are registered, as
-`abc.ABCMeta.register` has it. The other way round nothing holds: the engine itself asks whether an
-object is of its own classes. Values (enumerations, options, plans, metadata) are torch's own
-classes and need none of this.
+Code that was written for torch checks `isinstance(reader, FileSystemReader)` with torch's class.
+Ours are not real subclasses, which would inherit torch's methods where ours has none; they are
+registered with `abc.ABCMeta.register`. The reverse does not hold: the engine itself checks for its
+own classes. Values (enumerations, options, plans, metadata) are torch's own classes and need none
+of this.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TWINS: tuple[tuple[Any, tuple[type, ...]], ...] = (
     (quantized_hf_storage_of_torch, (QuantizedHuggingFaceStorageReader,)),
     (staging_of_torch, (BlockingAsyncStager, DefaultStager)),
 )
-"""Torch's module, and our classes that stand in for those of the same name there. Torch's load
-planner has no abstract base, so ours is a subclass of it. Those of fsspec are registered where they
-are imported, for the package may be missing."""
+"""Torch's module, and our classes to register for its classes of the same name. Torch's load
+planner has no abstract base, so ours is a subclass of it. The classes for fsspec are registered
+when they are imported, since the package may be missing."""
 
 
 def register(theirs: Any, classes: tuple[type, ...]) -> None:
-    """Make each class of ours count as an instance of torch's of the same name."""
+    """Register each of our classes as a subclass of torch's class of the same name."""
     for ours in classes:
         getattr(theirs, ours.__name__).register(ours)
 

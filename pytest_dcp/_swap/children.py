@@ -1,7 +1,7 @@
-"""What makes this process's children give our engine too: two environment variables.
+"""Makes this process's children use our engine too, by two environment variables.
 
-Whatever starts them (subprocess, multiprocessing's spawn, torchrun) hands the environment on, and a
-Python that starts imports `sitecustomize` from its path: ours, which calls the next one.
+Every way to start them (subprocess, multiprocessing's spawn, torchrun) passes the environment on,
+and a Python that starts imports `sitecustomize` from its path: ours, which calls the next one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ VARIABLE = "PYTEST_DCP_ENGINE"
 
 
 def extend_environment(environment: MutableMapping[str, str]) -> None:
-    """Have children swap engines, and note their fallbacks in a folder of this process.
+    """Let children swap engines, and note their fallbacks in a folder of this process.
 
-    The package is put on their path as well where it is not installed: where it is, its folder in
-    front of the standard library's would hide modules of that.
+    Also puts the package on their path if it is not installed. If it is, its folder before the
+    standard library's would hide modules of the library.
     """
     environment[VARIABLE] = "1"
     package = str(Path(__file__).parents[2])

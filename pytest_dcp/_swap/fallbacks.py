@@ -1,6 +1,6 @@
-"""What code asked of torch's engine that ours does not have: noted, and listed at the end.
+"""Notes the modules of torch's engine that code imports and ours lacks; lists them at the end.
 
-Every process notes for itself, in a folder that the first one made; that one lists all.
+Every process writes its own notes, in a folder that the first one made; the first one lists all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 FOLDER_VARIABLE = "PYTEST_DCP_ENGINE_NOTES"
-"""Where processes note."""
+"""The folder of the notes."""
 
 
 def note_fallback(name: str) -> None:
@@ -22,9 +22,9 @@ def note_fallback(name: str) -> None:
 
 
 def noted_fallbacks(folder: Path) -> list[str]:
-    """The full names of torch's modules that any process imported, and we do not have.
+    """The full names of torch's modules that any process imported and we lack.
 
-    Of a package, without its own modules.
+    For a package only its name, without its own modules.
     """
     names = sorted(path.name for path in folder.iterdir())
     return [name for name in names if name.rpartition(".")[0] not in names]

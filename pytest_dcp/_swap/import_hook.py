@@ -1,4 +1,4 @@
-"""In the way of imports of torch's package: each module of it gets our names once it is there."""
+"""Hooks the imports of torch's package: each of its modules gets our names after its import."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
     def take_loaded(self, module: ModuleType) -> None:
-        """Give a module of torch's our names, once that can be: after the whole package has them.
+        """Give one of torch's modules our names, once the whole package is imported.
 
-        A module that code asks for by itself, and that we do not have, is noted.
+        A module that code imports by itself, and that we lack, is noted.
         """
         self.waiting.append(module)
         if self.importing_ours:
@@ -55,7 +55,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             self.swap_waiting()
 
     def swap_waiting(self) -> None:
-        """Give the modules that wait our names; ours are imported first, all of them."""
+        """Give our names to the modules that wait, after importing all of ours."""
         self.importing_ours = True
         try:
             _import_ours()
@@ -91,9 +91,9 @@ _installed: list[_Finder] = []
 
 
 def install() -> None:
-    """Have imports of torch's engine give ours, those that were before included. Idempotent.
+    """Make imports of torch's engine return ours, including earlier imports. Idempotent.
 
-    Imports neither torch nor our engine where torch's has not been imported.
+    Imports neither torch nor our engine if torch's has not been imported.
     """
     if _installed:
         return
@@ -119,9 +119,9 @@ def _loaded_modules() -> list[ModuleType]:
 
 
 def _import_ours() -> None:
-    """Import every module of ours that has one of torch's names.
+    """Import each of our modules that has one of torch's names.
 
-    At once: one that was imported while a module of torch's is being loaded would be half there.
+    All at once: a module imported while one of torch's is being loaded would be incomplete.
     """
     ours = importlib.import_module(OURS)
     for found in pkgutil.iter_modules(ours.__path__, f"{OURS}."):
@@ -133,6 +133,6 @@ def _import_ours() -> None:
 
 
 def _is_whole(name: str) -> bool:
-    """Whether a module has been imported, to its end."""
+    """Whether a module has been imported completely."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return spec is not None and not getattr(spec, "_initializing", False)

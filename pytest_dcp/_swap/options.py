@@ -1,4 +1,4 @@
-"""The option `--dcp-engine`. Light: every session imports this."""
+"""The option `--dcp-engine`. Imports little: every session imports this module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPTIONS = (
 
 
 def asks_for_engine(config: pytest.Config) -> bool:
-    """Whether the command line or the ini file does; known before any conftest is imported.
+    """Whether the command line or the ini file asks for our engine; no conftest is needed.
 
     Raises `pytest.UsageError` for a word in the ini file that is neither yes nor no.
     """

@@ -1,4 +1,4 @@
-"""Gives torch's modules our names, and those that took names from them before."""
+"""Puts our names into torch's modules, and into modules that imported names from these before."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OURS = "pytest_dcp.checkpoint"
 IMPORT_MACHINERY = frozenset({"__name__", "__loader__", "__spec__", "__path__", "__file__"})
 
 _replaced: dict[int, tuple[Any, Any]] = {}
-"""By the identity of torch's object: that object, which stays alive by it, and ours."""
+"""By the identity of torch's object: that object, which this keeps alive, and ours."""
 
 
 def replace_names(theirs: ModuleType) -> bool:
-    """Put our names into a module of torch's, wherever ours differ; False where we have no such.
+    """Put our names into one of torch's modules, where ours differ; False if we lack the module.
 
-    Modules that have taken torch's objects from it are given ours.
+    Modules that imported torch's objects from it get ours.
     """
     path = theirs.__name__.removeprefix(TORCH)
     if not _is_ours(path):
@@ -49,15 +49,15 @@ def _is_ours(path: str) -> bool:
 
 
 def _belongs_to_torch(value: Any) -> bool:
-    """Whether it is a class or function of torch's engine; a constant may be anybody's."""
+    """Whether it is a class or function of torch's engine; a constant may be from anywhere."""
     home = getattr(value, "__module__", None)
     return isinstance(home, str) and home.startswith(TORCH) and callable(value)
 
 
 def _rebind(new: dict[int, tuple[Any, Any]]) -> None:
-    """Give ours to all modules that hold one of these objects of torch's under some name.
+    """Put our objects into all modules that hold one of torch's under some name.
 
-    Not to our own: they hold torch's classes to say that ours count as such.
+    Except into our own modules: they hold torch's classes to register ours.
     """
     for module_name, module in list(sys.modules.items()):
         namespace = getattr(module, "__dict__", None)

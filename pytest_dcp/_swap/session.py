@@ -24,18 +24,18 @@ class EngineSession:
         install()
 
     def pytest_report_header(self) -> str:
-        """Say it on top: results depend on it."""
+        """Report the engine in the header: results depend on it."""
         return "engine: torch.distributed.checkpoint gives pytest_dcp.checkpoint"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """List what only torch's engine has, of all that any process imported."""
+        """List the imported modules that only torch's engine has."""
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder and (text := fallback_text(noted_fallbacks(Path(folder)))):
             terminalreporter.section("engine")
             terminalreporter.write_line(text)
 
     def pytest_unconfigure(self) -> None:
-        """Give the environment back, and remove the notes."""
+        """Restore the environment, and remove the notes."""
         folder = os.environ.get(FOLDER_VARIABLE)
         os.environ.clear()
         os.environ.update(self._environment)

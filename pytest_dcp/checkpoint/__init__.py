@@ -26,8 +26,8 @@ Without a state dict, whole tensors on the CPU:
 >>> dcp.load_without_template("w", checkpoint_id="step-3")
 {'w': tensor([0., 1., 2., 3.])}
 
-What does not fit, or is damaged, is one error, the same in every rank. It is torch's
-CheckpointException and also of the class that says what is wrong:
+A mismatch, or damage, raises one error, the same in every rank. It is torch's CheckpointException
+and also an instance of the class that says what is wrong:
 
 >>> dcp.load({"weight": torch.zeros(4)}, checkpoint_id="step-3")
 Traceback (most recent call last):

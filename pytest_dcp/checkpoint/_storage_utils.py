@@ -1,4 +1,4 @@
-"""Which storage a checkpoint id means: torch's private name, on our storages."""
+"""The storage for a checkpoint id: torch's private name, on our storages."""
 
 import os
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ def _storage_setup(
     checkpoint_id: str | os.PathLike[str] | None,
     reader: bool = False,
 ) -> StorageReader | StorageWriter:
-    """The storage, set to the id; a new one of ours where None is given."""
+    """The storage, set to the id; a new one of ours if it is None."""
     if reader:
         assert storage is None or isinstance(storage, StorageReader)
         return reader_for(storage, checkpoint_id)

@@ -1,7 +1,7 @@
 """The planners that `save` and `load` use by default.
 
-Names, arguments and hooks are those of `torch.distributed.checkpoint.default_planner`; subclasses
-written for torch's planners work on these. Plans are columns (`plan.columns`) that look like
+Names, arguments and hooks are as in `torch.distributed.checkpoint.default_planner`; subclasses
+written for torch's planners work with these. Plans are columns (`plan.columns`) that look like
 torch's lists of items; a subclass that overrides one of the planning hooks gets plain lists, which
 it may change freely.
 """

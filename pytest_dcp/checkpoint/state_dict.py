@@ -16,7 +16,7 @@ Without a process group everything works on this process's tensors.
 >>> list(model_state), list(optimizer_state["state"])
 (['0.weight'], ['0.weight'])
 
-A model with activation checkpoints has other names of its own, and takes the same state:
+A model with activation checkpoints has other names of its own, and accepts the same state:
 
 >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 >>> other, other_optimizer = build(checkpoint_wrapper)
@@ -138,11 +138,11 @@ def set_model_state_dict(
     """Load the model's state dict; returns the missing and the unexpected keys.
 
     Tensors may be whole or sharded in any way; an empty state dict loads nothing, unless `strict`
-    says that everything is missing. A model on the meta device gets tensors of its own
-    layout in place of its parameters: make the optimizer after that. Collective with FSDP1, with
-    `broadcast_from_rank0` and where a DTensor has to change its layout.
+    reports everything as missing. A model on the meta device gets new tensors of its own layout as
+    parameters: make the optimizer after that. Collective with FSDP1, with `broadcast_from_rank0`,
+    and if a DTensor has to change its layout.
 
-    Raises CheckpointMismatchError that names every key that does not fit.
+    Raises a CheckpointMismatchError that names every key that does not fit.
     """
     scope = Scope.of(model, options)
     return load_model(scope, _by_name(scope, model_state_dict))
@@ -158,12 +158,11 @@ def set_optimizer_state_dict(
 ) -> None:
     """Load the state dict of all the optimizers, nested or flattened, or one optimizer's own.
 
-    Groups are found by their parameters, in whatever order they are. An empty state dict loads
-    nothing, unless `strict` says that everything is missing. Where a tensor lies as the optimizer
-    keeps it, the optimizer takes it over as it is, as torch's own do. Collective as
-    `set_model_state_dict`.
+    Groups are found by their parameters, in any order. An empty state dict loads nothing, unless
+    `strict` reports everything as missing. If a tensor already has the optimizer's layout, the
+    optimizer keeps it without a copy, as torch's own do. Collective as `set_model_state_dict`.
 
-    Raises CheckpointMismatchError that names every parameter, group, state and entry of a state
+    Raises a CheckpointMismatchError that names every parameter, group, state and entry of a state
     that is missing, unexpected or of another size, before anything changes.
     """
     scope = Scope.of(model, options)
@@ -180,10 +179,10 @@ def set_state_dict(
     optim_state_dict: OptimizerStateType,
     options: StateDictOptions | None = None,
 ) -> _IncompatibleKeys:
-    """Load both state dicts; returns what `set_model_state_dict` returns.
+    """Load both state dicts; returns the missing and the unexpected keys of the model.
 
-    An empty `model_state_dict` leaves the model alone, no optimizers leave out the other half. That
-    the optimizers' half fits is checked before the model's is loaded.
+    An empty `model_state_dict` leaves the model alone; without optimizers only the model is loaded.
+    The optimizers' half is checked before the model's is loaded.
     """
     scope = Scope.of(model, options)
     load = check_optimizers(scope, _several(optimizers), optim_state_dict)
@@ -194,7 +193,7 @@ def set_state_dict(
 
 
 def _patch_model_state_dict(model: nn.Module, *, options: StateDictOptions | None = None) -> None:
-    """Make `model.state_dict` and `model.load_state_dict` those of this module."""
+    """Replace `model.state_dict` and `model.load_state_dict` by this module's functions."""
 
     def state_dict() -> dict[str, ValueType]:
         return get_model_state_dict(model, options=options)
@@ -211,7 +210,7 @@ def _patch_optimizer_state_dict(
     optimizers: tuple[Optimizer, ...],
     options: StateDictOptions | None = None,
 ) -> None:
-    """Make the same of the optimizers: each one's gets and sets the state of them all."""
+    """Do the same for the optimizers: each one's methods get and set the state of all."""
 
     def state_dict() -> OptimizerStateType:
         return get_optimizer_state_dict(model, optimizers, options=options)
@@ -234,7 +233,7 @@ def _several(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ..
 
 
 def _by_name(scope: Scope, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
-    """The state dict; its older form {submodule: state dict} by names of the whole model."""
+    """The state dict; the older form {submodule: state dict} is converted to the model's names."""
     if not any(isinstance(key, nn.Module) for key in state_dict):
         return cast(dict[str, Any], state_dict)
     return {

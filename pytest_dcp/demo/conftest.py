@@ -36,7 +36,7 @@ class Tour:
                 tell.line(f"  {len(times)} of size {size}, ready in {ready_ms:.0f} ms (median)")
             tell.line("A test passed when it had passed in every process of its world.")
         if self.failure is not None and hasattr(self.failure.longrepr, "toterminal"):
-            tell.section("what a failure looks like (expected here: test_failure_report.py)")
+            tell.section("an example failure (expected here: test_failure_report.py)")
             self.failure.toterminal(tell._tw)
 
 

@@ -115,9 +115,6 @@ def state_dicts(
 
     min_nested: keys of nested mappings. torch 2.13's engine needs 1: for an empty mapping in a list
     it reports a missing key, even in its own checkpoints.
-
-    min_nested: keys of nested mappings. torch 2.13's engine needs 1: of an empty mapping in a list
-    it says that a key is missing, also in its own checkpoints.
     """
     one = tensor_specs() if tensors is None else tensors
     entries = st.one_of(one, values())

@@ -232,7 +232,7 @@ def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     except Exception as failed:  # noqa: BLE001 - reported below: the first error is the cause
         in_vain = failed
     if in_vain is not None:
-        error.add_note(f"The other ranks did not hear of this: {_describe(in_vain)}")
+        error.add_note(f"The other ranks did not receive this error: {_describe(in_vain)}")
         raise error
 
 

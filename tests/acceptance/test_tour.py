@@ -51,7 +51,7 @@ def test_it_ends_with_the_worlds_their_processes_and_their_time(tour: SessionRes
 
 
 def test_it_ends_with_a_failure_report(tour: SessionResult) -> None:
-    told = tour.output.partition(" what a failure looks like ")[2]
+    told = tour.output.partition(" an example failure ")[2]
     assert "\nrank 1: ValueError: the loss is nan\n" in told
     assert re.search(r"^  ranks 0,2-3: still in call, in all_reduce, at .*; killed$", told, re.M)
     assert '>           raise ValueError("the loss is nan")' in told

@@ -1,1 +1,1 @@
-"""Saving beside the caller's own work: in a thread, or in a process of its own."""
+"""Saving while the caller goes on: in a thread, or in a separate process."""

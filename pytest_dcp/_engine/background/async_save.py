@@ -46,17 +46,17 @@ def async_save(
     use_collectives: bool = True,
     replicas: ReplicaCheck | None = None,
 ) -> Future[Metadata] | AsyncSaveResponse:
-    """A future of what `save` returns; the state may be changed as soon as it is returned.
+    """Save in the background; return a future of the metadata. Afterwards the state may change.
 
     The tensors are copied to the CPU before it returns, or by `async_stager` (or a storage writer
     that is one), whose own future is then part of an AsyncSaveResponse. The memory of the copy is
-    kept for the next save: see `staging.release_memory`. Failures, of the copying too, are the
-    future's, on every rank.
+    kept for the next save: see `staging.release_memory`. The future gets all failures, even those
+    of copying, on every rank.
     Collective: every rank must call it, in the same order as its other saves and loads of the
-    group. It may be called again before the last one is done: the saves of a group, `save` too,
-    are made one after another in the order of their calls, each of the state that it was given.
+    group. It may be called again before the last one is done: the saves of a group, including
+    `save`, run one after another in the order of their calls, each with the state at its call.
 
-    replicas: as for `save`; the copies are compared while the state is saved, in a process too.
+    replicas: as for `save`; the copies are compared while the state is saved, also in a process.
 
     >>> import torch
     >>> from pytest_dcp.checkpoint import async_save, load_without_template
@@ -80,7 +80,7 @@ def async_save(
         background=True,
     )
     if not no_dist:
-        # The save begins after the copy; that this rank ends meanwhile is seen from here on.
+        # The save begins after the copy; from here on the others see if this rank ends meanwhile.
         announce(process_group, COORDINATOR)
     with team.preparing():
         check_state_dict(state_dict)
@@ -107,7 +107,7 @@ def async_save(
 
 
 class _Staging:
-    """The copy of a state: made, failed, or on its way."""
+    """The copy of a state: done, failed, or under way."""
 
     def __init__(
         self, state_dict: dict[str, Any], stager: AsyncStager | None, *, shared: bool
@@ -142,7 +142,7 @@ class _Staging:
         if isinstance(later, Future):
             staging: Future[None] = Future()
             later.add_done_callback(lambda done: _follow(done, staging))
-            # Torch's type has it that the save gives nothing; ours gives the metadata, as `save`.
+            # In torch's type the save returns nothing; ours returns the metadata, as `save` does.
             return AsyncSaveResponse(staging, cast(Any, uploading))
         if stager is not None and self._failure is None and stager.should_synchronize_after_execute:
             stager.synchronize_staging()
@@ -153,7 +153,7 @@ STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execu
 
 
 def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
-    """The writer, where it has a way of its own to stage."""
+    """The writer, if it stages in its own way."""
     own: Any = writer
     if isinstance(own, FileSystemWriter):
         changed = overridden(own, FileSystemWriter, STAGING_HOOKS)
@@ -170,7 +170,7 @@ def _heed_stage(writer: StorageWriter | None, stager: AsyncStager | None) -> Non
 
 def _save_in_thread(save: Save) -> Future[Metadata]:
     uploading: Future[Metadata] = Future()
-    # It has begun: its place among the group's operations is taken.
+    # It has begun: it has its place among the group's operations.
     uploading.set_running_or_notify_cancel()
 
     def run() -> None:

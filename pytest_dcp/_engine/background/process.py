@@ -1,37 +1,37 @@
 """A rank's background process for `async_save`: started, kept for later saves, replaced, ended.
 
-Orders and answers go over a pair of sockets; the other end is `worker`. The ranks' processes form a
-process group of their own, alike in ranks and size, in which they save like any ranks. Each rank
+Orders and answers go over a pair of sockets; the other end is `worker`. The ranks' processes form
+their own process group, with the same ranks and size, in which they save like any ranks. Each rank
 has one thread for this, which starts the process and makes the rank's saves one after another.
 
-The orders that a rank gives its process; each has one answer, a value or the error it ended with:
+A rank gives its process these orders; each gets one answer, a value or an error:
 
     Begin                imports done?           after the start
     Host                 the port of a store     to the coordinator's process, where all will meet
     Join                 nothing                 form the process group
     Upload, + memory     packed metadata         save this state; its tensors are in shared memory
 
-While an order is carried out the process also says `BEAT` every quarter of a second.
+While the process carries out an order it also sends `BEAT` every quarter of a second.
 
-One save, as the ranks' own team runs its steps; a failure in any step is raised by all ranks:
+The ranks' own team runs the steps of one save; all ranks raise a failure in any step:
 
-1. "prepare": each rank stages its state into shared memory and pickles the rest. It says which
-   meeting its process has joined, or nothing if that is gone.
-2. Unless all processes are there, and of one meeting, all are begun anew: each rank ends its own.
-   "start": each starts another. "meet": the coordinator's process opens a store, and the meeting
-   gets a name. "join": all join. From then on this is skipped until a process is lost.
+1. "prepare": each rank stages its state into shared memory and pickles the rest. It reports which
+   meeting its process has joined, or nothing if the process is gone.
+2. Unless all processes live and have joined one meeting, each rank ends its process and they begin
+   anew. "start": each rank starts another. "meet": the coordinator's process opens a store, and the
+   meeting gets a name. "join": all join. Later saves skip these until a process is lost.
 3. "save": each rank sends its `Upload` and waits. The processes plan, write and commit among
-   themselves; the commit is theirs. The ranks' futures get the metadata.
+   themselves. The ranks' futures get the metadata.
 
-What a death, or a silence, leaves:
+After a death or a silence:
 
-- A process ends, whatever kills it: its line breaks, and its rank raises SaverProcessError. The
+- A process ends, for any reason: its line breaks, and its rank raises SaverProcessError. The
   others' saves fail through the processes' own group. The next save finds one missing in step 1.
-- A process is silent for the group's timeout: it is killed, which is the case above.
-- Another rank's save fails: this one's process must fail too, and has `GRACE_S` to say so; then it
-  is killed, as it may hang in a collective with a process that is gone.
+- A process is silent for the group's timeout: its rank kills it, which is the case above.
+- Another rank's save fails: this rank's process must fail too, and has `GRACE_S` to report it; then
+  the rank kills it, as it may hang in a collective with a process that is gone.
 - The rank ends: the kernel kills the process with the thread that started it (PR_SET_PDEATHSIG); so
-  that thread lives as long as the saver. A save that was not committed is none.
+  that thread lives as long as the saver. The old checkpoint remains unless the save was committed.
 - The rank forks: the child has neither thread nor process, and begins without them.
 
 Assumes that storage writer and planner can be pickled, and that the background processes reach each
@@ -76,9 +76,10 @@ from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import forget_frames
 
 START_S = 300.0
-"""How long a process may take to begin: on a busy machine the imports alone may take a minute."""
+"""How long a process may take to start: on a busy machine the imports alone may take a minute."""
 GRACE_S = 2.0
-"""A process's answer after another rank's save has failed: its own has failed, too."""
+"""How long to wait for a process's answer after another rank's save failed: this one failed, too.
+"""
 LOOK_S = 0.05
 
 State = Callable[[], dict[str, Any]]
@@ -91,7 +92,7 @@ class Job:
     team: Team
     """Of the rank's own side of the save."""
     state: State
-    """Gives the staged state, or raises the error that prevented staging."""
+    """Returns the staged state, or raises the error that prevented staging."""
     how: bytes
     """The storage writer and the planner, pickled."""
     checkpoint_id: str | os.PathLike[str] | None
@@ -107,7 +108,7 @@ def save_in_process(job: Job) -> Future[Metadata]:
 def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     """The writer and the planner for the background process.
 
-    Raises TypeError, which names what cannot be sent there.
+    Raises a TypeError that names the object that cannot be sent.
     """
     for name, value in (("storage_writer", writer), ("planner", planner)):
         try:
@@ -115,14 +116,14 @@ def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
         except Exception as error:
             raise TypeError(
                 f"the {name}, a {type(value).__name__}, cannot be pickled, which a save in a "
-                f"process needs: {error}. Save in a thread, or leave what cannot be pickled out of "
-                "its __getstate__"
+                f"process needs: {error}. Save in a thread, or leave attributes that cannot be "
+                "pickled out of its __getstate__"
             ) from error
     return pickle_state((writer, planner))
 
 
 class SaverProcess:
-    """A background process and the line to it. For one thread, which outlives it."""
+    """A background process and the line to it. Used by one thread, which outlives it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -213,13 +214,13 @@ class Saver:
     """The saves of one group in this rank's background process, one after another."""
 
     def __init__(self) -> None:
-        # It lives as long as this does: the kernel ends the process with the thread that began it.
+        # The thread lives as long as this: the kernel ends the process with the thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-process")
         self._jobs: list[tuple[Job, Future[Metadata]]] = []
         self._queued = threading.Condition()
         self._line: SaverProcess | None = None
         self._meeting = ""
-        """Names the group that the process joined, alike in all ranks; empty before."""
+        """Name of the group that the process joined, the same in all ranks; empty before."""
         self._owner = os.getpid()
 
     def submit(self, job: Job) -> Future[Metadata]:
@@ -281,7 +282,7 @@ class Saver:
                 fd = shipment.memory.fd if shipment.memory else None
                 sent = team.agree("save", lambda: line.ask(upload, team.check, silence_s, fd))
             except StepError as error:
-                # Its text has all that this one says, which stays the context, for debuggers.
+                # Its text says all that this one says; this one stays the context, for debuggers.
                 raise _plainly(error) from None
         return unpacked_metadata(sent)
 
@@ -336,9 +337,9 @@ def _start_process(team: Team) -> SaverProcess:
 
 
 def _plainly(error: StepError) -> StepError:
-    """The failure with those of the processes' own save in place of the ranks that pass them on.
+    """The failures of the processes' own save, instead of the ranks' errors that pass them on.
 
-    What befell a process is said by its rank, which saw it.
+    The end of a process is reported by its own rank, which saw it.
     """
     failures = {}
     step = error.step

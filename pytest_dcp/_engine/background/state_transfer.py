@@ -1,8 +1,8 @@
 """Data sent from a rank to its background process: a pickle, and one stretch of shared memory.
 
-A staged state enters; in its pickle each tensor is only its place in the memory, which both
-processes map. Classes and functions of the user's own program travel by value, since the background
-process does not run that program.
+In the pickle of a staged state each tensor is only its place in the memory, which both processes
+map. Classes and functions of the user's own program are sent by value, since the background process
+does not run that program.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Reduced = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """A state on its way."""
+    """A state to send."""
 
     pickled: bytes
     memory: Memory | None
-    """Where its tensors are; None where it has none."""
+    """The memory of its tensors; None without tensors."""
     state: Any
     """Keeps the memory from being used for another state meanwhile."""
 
 
 def ship_state(state: dict[str, Any]) -> Shipment:
-    """A staged state as it is sent: as it lies, or copied where it is not in shared memory.
+    """Prepare a staged state for sending: tensors outside of shared memory are copied to it.
 
-    Raises TypeError, or what pickling a value raises.
+    Raises TypeError, or the error from pickling a value.
     """
     memories = {shared_memory_of(tensor) for tensor in tensors_of(state)}
     if len(memories) > 1 or None in memories:
@@ -65,7 +65,7 @@ def pickle_state(value: Any, memory: Memory | None = None) -> bytes:
 
 
 def unpickle_state(data: bytes, flat: torch.Tensor | None = None) -> Any:
-    """The value, its tensors over the bytes of the shared memory. Only for data sent by a rank."""
+    """The value, with tensors that view the shared memory. Only for data sent by a rank."""
     return _Unpacker(io.BytesIO(data), flat).load()
 
 

@@ -1,7 +1,7 @@
-"""The background process of one rank: takes orders from its rank, saves, answers, until it is left.
+"""The background process of one rank: takes orders from its rank, saves and answers.
 
 It ends with its rank, however the rank ends: by a signal of the kernel, or when the line to it
-breaks. While an order is carried out it says again and again that it is there.
+breaks. While it carries out an order, it repeatedly sends a sign of life.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ PROGRAM = (
 )
 BEAT_S = 0.25
 BEAT = "beat"
-"""Sent every `BEAT_S` until the answer, and no answer to any order."""
+"""Sent every `BEAT_S` until the answer; it is itself no answer to any order."""
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
-"""The process's name in the system, also while it ends; at most 15 bytes."""
+"""The process's name in the system, even while it ends; at most 15 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Say that the imports are done."""
+    """Answer when the imports are done."""
 
     def run(self, line: Connection) -> None:
         return None
@@ -64,7 +64,7 @@ class Host:
 
     timeout_s: float
     one_machine: bool
-    """Whether all ranks are on this machine: then no process on another one reaches the store."""
+    """Whether all ranks are on this machine: then no other machine can reach the store."""
 
     def run(self, line: Connection) -> int:
         listener = socket.create_server((LOOPBACK if self.one_machine else "", 0))
@@ -81,7 +81,7 @@ class Join:
     size: int
     port: int
     hosts: tuple[str, ...]
-    """Of the coordinator, in order of trial from another machine."""
+    """The coordinator's addresses, in the order in which another machine tries them."""
     machine: str
     """The coordinator's."""
     timeout_s: float
@@ -89,7 +89,7 @@ class Join:
 
     def run(self, line: Connection) -> None:
         if self.one_machine:
-            # The sockets of gloo and of the save itself; a rank's own environment stays as it is.
+            # For the sockets of gloo and of the save; the rank's own environment is unchanged.
             os.environ["MASTER_ADDR"] = LOOPBACK
             if LOOPBACK_NAME in (name for _, name in socket.if_nameindex()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_NAME)
@@ -121,7 +121,7 @@ class Upload:
     how: bytes
     """The storage writer and the planner."""
     nbytes: int
-    """Of the shared memory, whose descriptor follows; 0: none does."""
+    """Bytes of the shared memory, whose descriptor follows; 0: no memory follows."""
     no_dist: bool
     use_collectives: bool
     checkpoint_id: str | os.PathLike[str] | None
@@ -131,7 +131,7 @@ class Upload:
         flat = _map_memory(recv_handle(line), self.nbytes) if self.nbytes else None
         writer, planner = unpickle_state(self.how)
         if isinstance(writer, FileSystemWriter):
-            # It is a copy: its original gives every save's copy the same id.
+            # A new id, because every copy of the writer has the original's.
             writer.new_save_id()
         # The folders were compared by the ranks' own save.
         team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
@@ -148,14 +148,14 @@ class Upload:
 Order = Begin | Host | Join | Upload
 
 _store: list[TCPStore] = []
-"""The one that is hosted here, if one is."""
+"""The store hosted here, if any."""
 
 
 def main() -> None:
     """The process's whole life."""
     told = json.loads(sys.argv[1])
     _end_with(told["parent"])
-    # Ctrl-C in a terminal reaches all; the rank decides what becomes of its saves.
+    # Ctrl-C in a terminal reaches all processes; the rank decides whether its saves go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(told["threads"])
     with contextlib.suppress(EOFError, OSError):
@@ -172,14 +172,14 @@ def serve(line: Connection) -> None:
             answer = _answer(order, line)
         line.send(answer)
         del order, answer
-        # A state that is kept alive by a cycle would keep its memory mapped.
+        # A cycle that keeps a state alive would keep its memory mapped.
         gc.collect()
 
 
 def _answer(order: Order, line: Connection) -> Any:
     try:
         return order.run(line)
-    except BaseException as error:  # noqa: BLE001 - sent to the rank, whatever it is
+    except BaseException as error:  # noqa: BLE001 - sent to the rank
         return capture(order.rank if isinstance(order, Join) else 0, error)
 
 
@@ -213,7 +213,7 @@ def _map_memory(fd: int, nbytes: int) -> torch.Tensor:
 def _store_at(
     name: str, port: int, timeout_s: float, listener: socket.socket | None = None
 ) -> TCPStore:
-    """The store at this address; hosted here, and given this socket, where there is one."""
+    """The store at this address; with a socket it is hosted here, on the socket."""
     return TCPStore(
         name,
         port,

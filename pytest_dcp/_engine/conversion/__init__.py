@@ -1,1 +1,1 @@
-"""Checkpoints into other files, and back: those of `torch.save`."""
+"""Converts checkpoints to and from the files of `torch.save`."""

@@ -7,9 +7,9 @@
         checkpoint_id="model.pt",
     )
 
-Only the coordinator needs the file. It is opened, and compared with all ranks' requests, while the
-load is planned, so that every error reaches every rank. Then each tensor is sent whole, one after
-the other; a rank copies its part and lets the rest go.
+Only the coordinator needs the file. It opens the file, and compares it with all ranks' requests,
+while the load is planned, so every error reaches every rank. Then it sends the tensors whole, one
+after another; each rank copies its part and discards the rest.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class BroadcastingTorchSaveReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Open the file, on the coordinator.
 
-        Raises CheckpointCorruptError or UntrustedPickleError for the file's contents, OSError where
-        there is none, and ValueError where the load has another coordinator.
+        Raises CheckpointCorruptError or UntrustedPickleError for the file's contents, OSError if it
+        is missing, and ValueError if the load has another coordinator.
         """
         self.is_coordinator = is_coordinator
         mine = not dist.is_initialized() or dist.get_rank() == self.coordinator_rank
@@ -84,7 +84,7 @@ class BroadcastingTorchSaveReader(StorageReader):
             self._flat, _ = flatten(read_torch_save(self.checkpoint_id))
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is. Raises CheckpointMismatchError for a value, which is not sent."""
+        """The plan, unchanged. Raises CheckpointMismatchError for a value, which is not sent."""
         values = [item.dest_index.fqn for item in plan.items if item.type == LoadItemType.BYTE_IO]
         if values:
             raise CheckpointMismatchError(
@@ -93,10 +93,10 @@ class BroadcastingTorchSaveReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Tell every rank which tensors are sent: those that any rank asks for.
+        """List the tensors to send, for every rank: all that any rank asks for.
 
-        Raises CheckpointMismatchError for one that the file lacks, or that has another shape there
-        than the ranks' parts make up together.
+        Raises CheckpointMismatchError for a tensor that the file lacks, or whose shape differs from
+        the shape that the ranks' parts form together.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for plan in global_plan:
@@ -158,7 +158,7 @@ class BroadcastingTorchSaveReader(StorageReader):
             whole: torch.Tensor = self._flat[fqn].detach().to(device).contiguous()
         else:
             whole = torch.empty(shape, dtype=dtype, device=device)
-        # Sent as bytes: the backends do not know every dtype.
+        # Sent as bytes: the backends do not support every dtype.
         flat = whole.reshape(-1).view(torch.uint8) if whole.numel() else None
         if flat is not None:
             dist.broadcast(flat, src=self.coordinator_rank)
@@ -166,14 +166,14 @@ class BroadcastingTorchSaveReader(StorageReader):
 
 
 def _device_of_collectives() -> torch.device:
-    """The CPU where the default group has a backend for it, this rank's accelerator otherwise."""
+    """The CPU if the default group has a backend for it, this rank's accelerator otherwise."""
     if any(backend.startswith("cpu:") for backend in dist.get_backend_config().split(",")):
         return torch.device("cpu")
     return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
 class DynamicMetaLoadPlanner(DefaultLoadPlanner, format_utils_of_torch.DynamicMetaLoadPlanner):
-    """Describes the checkpoint by the state dict that is loaded: as if each tensor was one chunk.
+    """Describes the checkpoint by the state dict to load: as if each tensor were one chunk.
 
     For files that do not describe themselves, see `BroadcastingTorchSaveReader`. Tensors only.
 

@@ -13,7 +13,7 @@ DIRECTIONS = {"torch_to_dcp": torch_save_to_dcp, "dcp_to_torch": dcp_to_torch_sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the arguments say; 0, or 1 with one line on stderr where it failed."""
+    """Convert as the arguments say; return 0, or 1 after one line on stderr if it failed."""
     parser = argparse.ArgumentParser(
         prog="python -m pytest_dcp.checkpoint.format_utils",
         description="Convert between the file of torch.save and a checkpoint folder.",

@@ -1,8 +1,8 @@
 """Checkpoint folders <-> the one file of `torch.save`.
 
-Neither direction holds the state in memory. The file is mapped: a load fills the tensors where they
-lie in it, or a save writes them from there. Beside that a process needs memory for the values, and
-some bytes for each tensor.
+Neither direction holds the state in memory. The file is mapped: a load fills the tensors directly
+in the file, or a save writes them from it. Otherwise a process needs memory only for the values,
+and some bytes for each tensor.
 
 The file appears under its name whole and synced, or not at all.
 """
@@ -50,12 +50,12 @@ def dcp_to_torch_save(
     """Convert a checkpoint folder to one file that `torch.load` reads. No process group is used.
 
     Every tensor is whole in the file. The state is never in memory as a whole: the file is mapped,
-    and the tensors are loaded into it. A file of this name is replaced, once the new one is whole.
+    and the tensors are loaded into it. A file of this name is replaced once the new one is whole.
 
-    weights_only: False lets values of any class be loaded, which can run code: only for checkpoints
-        whose writer you trust.
+    weights_only: False allows values of any class, and loading them can run code: only for
+        checkpoints whose writer you trust.
 
-    Raises CheckpointException, as `load`, and OSError where the file cannot be written.
+    Raises CheckpointException, as `load`, and OSError if the file cannot be written.
     """
     target = Path(torch_save_path)
     with _replace_at_end(target) as fd:
@@ -73,12 +73,12 @@ def torch_save_to_dcp(
 
     The file is mapped; its tensors are never in memory as a whole.
 
-    weights_only: False lets values of any class be loaded, which can run code: only for files whose
-        writer you trust.
+    weights_only: False allows values of any class, and loading them can run code: only for files
+        whose writer you trust.
 
-    Raises CheckpointCorruptError where the file is none of `torch.save`'s, or damaged;
-    UntrustedPickleError for classes that `weights_only` does not allow; TypeError where it holds
-    something else than a state dict.
+    Raises CheckpointCorruptError if the file is not from `torch.save`, or damaged;
+    UntrustedPickleError for classes that `weights_only` does not allow; TypeError if it holds
+    something other than a state dict.
     """
     state_dict = read_torch_save(torch_save_path, weights_only=weights_only)
     with _meant_to_be_alone():
@@ -137,7 +137,7 @@ def _read_archive(archive: memoryview, path: PathLike, *, weights_only: bool) ->
 
 @contextlib.contextmanager
 def _replace_at_end(target: Path) -> Iterator[int]:
-    """A new file's descriptor; the file takes the name at the end, or goes where that fails."""
+    """A new file's descriptor; at the end the file gets the name, or is removed on failure."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -182,7 +182,7 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         places, end = place_tensors(list(sizes.values()))
         self._places = dict(zip(sizes, places, strict=True))
         os.ftruncate(self._fd, 0)
-        # A write into the map of a full disk would end the process: take the room beforehand.
+        # A write into a mapped file on a full disk would end the process: allocate it beforehand.
         os.posix_fallocate(self._fd, 0, max(end, mmap.PAGESIZE))
         self._mapped = mmap.mmap(self._fd, max(end, mmap.PAGESIZE))
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -200,7 +200,7 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         return tensor.set_(raw.untyped_storage(), 0, stored.size, contiguous_stride(stored.size))
 
     def close_file(self) -> None:
-        """Write all that is not a tensor's bytes: the file is whole then."""
+        """Write everything except the tensors' bytes, which completes the file."""
         assert self._mapped is not None
         view = memoryview(self._mapped)
         placed = list(self._places.values())
@@ -226,7 +226,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
 
 
 def _write_all(fd: int, content: bytes | memoryview, offset: int) -> int:
-    """Write all of it there; the number of bytes."""
+    """Write all of it at the offset; return the number of bytes."""
     left = memoryview(content)
     while left:
         done = os.pwrite(fd, left, offset)

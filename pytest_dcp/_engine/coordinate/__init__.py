@@ -1,4 +1,4 @@
-"""How ranks run the steps of a save or a load together, so that every failure reaches all."""
+"""How ranks run the steps of a save or a load together, so that every rank learns of a failure."""
 
 from pytest_dcp._engine.coordinate.failure import (
     CoordinationError,

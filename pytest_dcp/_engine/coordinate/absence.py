@@ -1,16 +1,16 @@
-"""Which of the ranks that have not come to an operation have ended.
+"""Finds out which of an operation's missing ranks have ended.
 
-Four things tell:
+Four signs show it:
 
 - the rank's idle connection from an earlier operation broke (see peer_listener);
-- the process that it left in the store at its first operation has ended, or torchrun's error file
-  of it is there (see presence): on the same machine, or with a shared folder of logs;
+- the process that it named in the store at its first operation has ended, or torchrun wrote an
+  error file for it (see presence): on the same machine, or with a shared folder of logs;
 - nothing listens any more at the address that it left there (see probe): on another machine;
 - nothing listens any more where gloo did when the group was made (see gloo_listener): a rank that
   ended before it called its first operation.
 
-Nothing is known of a machine that vanished from the network before the rank had a connection, nor
-of a rank that ended before its first operation of a group without gloo: they are waited for.
+Two ends leave no sign: a machine vanishes from the network before its rank has a connection, or a
+rank ends before its first operation of a group without gloo. The others wait for such ranks.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pytest_dcp._engine.coordinate.peer_listener import PeerListener
 from pytest_dcp._engine.coordinate.probe import Probe, QuietProbe
 
 AT_ONCE = 32
-"""Ranks that are looked at together: each may be a request to the store, and a descriptor."""
+"""Ranks to look for at a time: each may take a request to the store, and a descriptor."""
 LOOK_S = 0.1
-"""How long one look may take where addresses do not answer; the other ranks are next."""
+"""How long one look may take if addresses do not answer; the next look begins with other ranks."""
 
 
 class Absence:
-    """One rank that has not come."""
+    """One missing rank."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         self._group = group
@@ -44,13 +44,13 @@ class Absence:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a try to connect holds a descriptor."""
+        """Whether an attempt to connect holds a descriptor."""
         return self._probe is not None and self._probe.is_under_way
 
     def look(self, *, may_begin: bool = True) -> str | None:
-        """How it is known that the rank has ended, or None.
+        """The sign that the rank has ended, or None.
 
-        Waits only for a quiet try (see probe). may_begin: whether it may take another descriptor.
+        Waits only for a quiet attempt (see probe). may_begin: whether it may open a descriptor.
         """
         presence = rendezvous.presence_of(self._group, self._rank)
         where = None
@@ -75,9 +75,9 @@ class Absence:
         return QuietProbe(other, leads_there=leads_there)
 
     def _neighbour_answers(self, listener: GlooListener) -> bool:
-        """Whether the next or the previous rank, at the same address, lives.
+        """Whether the next or the previous rank lives, at the same address.
 
-        Then the address leads to the network of both: ranks of one address share one.
+        If so, the address leads to their common network: ranks with one address share one.
         """
         size = self._group.size()
         for rank in ((self._rank - 1) % size, (self._rank + 1) % size):
@@ -91,14 +91,14 @@ class Absence:
         return False
 
     def close(self) -> None:
-        """End the try under way."""
+        """End the attempt under way."""
         if self._probe is not None:
             self._probe.close()
             self._probe = None
 
 
 class Absences:
-    """Facts about ranks that have not come."""
+    """Looks for signs that missing ranks have ended."""
 
     def __init__(self, group: dist.ProcessGroup, key: str, peer_listener: PeerListener) -> None:
         self._group = group
@@ -106,10 +106,10 @@ class Absences:
         self._peer_listener = peer_listener
         self._absent: dict[int, Absence] = {}
         self._turn = 0
-        """At which of the ranks the next look begins."""
+        """The rank with which the next look begins."""
 
     def find_ended(self, missing: Sequence[int]) -> dict[int, str]:
-        """How those of the missing ranks ended of which it is known."""
+        """The missing ranks that are known to have ended, and how."""
         self._forget_others(missing)
         ended = {
             rank: how
@@ -140,5 +140,5 @@ class Absences:
             self._absent.pop(rank).close()
 
     def close(self) -> None:
-        """End all tries."""
+        """End all attempts."""
         self._forget_others(())

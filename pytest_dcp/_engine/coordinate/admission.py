@@ -9,8 +9,8 @@ from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace, Subject, kind_of
 
 RACE_S = 0.5
-"""How long an operation with the number of another kind's may be the other half of a race between
-two threads of the user's: their calls come at about the same time on every rank."""
+"""How long to assume that two kinds of operation with the same number are a race between two of the
+user's threads: on every rank both threads call at about the same time."""
 
 
 class Admission(Enum):
@@ -19,9 +19,9 @@ class Admission(Enum):
     JOIN = auto()
     """It runs this operation."""
     LATER = auto()
-    """It runs another that is called here too, or will be."""
+    """It runs another operation, which this rank has called too, or will call."""
     STALE = auto()
-    """It runs one that is over, and has left."""
+    """It runs an operation that is over, and has left."""
     ASTRAY = auto()
     """It runs another operation instead of this one."""
     OUT_OF_COUNT = auto()
@@ -33,7 +33,7 @@ def admit(
 ) -> Admission:
     """What to do with a peer that says hello.
 
-    mine: the operation that looks. left: the peer has left already. waited_s: since it arrived.
+    mine: the coordinator's operation. left: the peer has left already. waited_s: since it arrived.
     """
     kind = kind_of(hello.operation)
     if hello.epoch != mine.epoch:
@@ -55,7 +55,7 @@ def admit(
 
 
 def difference(hello: Hello, context: OperationContext, verdict: Admission) -> str | None:
-    """Why a peer that has come cannot take part in the coordinator's operation; None: it can."""
+    """Why a peer cannot take part in the coordinator's operation; None: it can."""
     mine = context.place.subject
     theirs = None if hello.subject is None else Subject(*hello.subject)
     if hello.operation.removeprefix("async_") != context.operation.removeprefix("async_"):

@@ -1,10 +1,10 @@
 """Pure (no I/O): an exception <-> plain data, without running a line of its class.
 
-An exception is its class's name, its arguments and its attributes. It is rebuilt on another rank
-where a class of that name is loaded there and is an exception: it is made by the builtin class that
-it derives from (OSError knows its `errno`), then its attributes are set. Neither `__init__` nor
-`__reduce__` of the class is called, and no module is imported for it. An exception that holds
-anything but plain data, or whose text would be another one, travels as text alone.
+An exception is sent as its class's name, its arguments and its attributes. Another rank rebuilds it
+if an exception class of that name is loaded there: the builtin class that it derives from makes it
+(OSError sets its `errno`), then its attributes are set. Neither `__init__` nor `__reduce__` of the
+class is called, and no module is imported. An exception that holds anything but plain data, or
+whose text would change, is sent as text alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytest_dcp._engine.coordinate.error_class import HEAP_TYPE, MEMBERS
 from pytest_dcp._engine.coordinate.sent_classes import record
 
 MAX_DATA_BYTES = 1024 * 1024
-"""Above it (an exception that holds a tensor) the text travels alone: every rank gets a copy."""
+"""A larger exception (it holds a tensor) is sent as text alone: every rank gets a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def carry(error: BaseException) -> CarriedError | None:
 
 
 def rebuild(carried: CarriedError) -> BaseException | None:
-    """The exception; None where its class is not loaded here, or is no exception."""
+    """The exception; None if its class is not loaded here, or is not an exception class."""
     cls = _loaded_class(carried.module, carried.qualname)
     if cls is None:
         return None
@@ -83,21 +83,21 @@ def is_whole(carried: object) -> bool:
 
 
 def _builtin_of(cls: type[BaseException]) -> Any:
-    """The most special class written in C that it derives from."""
+    """The most derived of its bases that is written in C."""
     return next(one for one in cls.__mro__ if not one.__flags__ & HEAP_TYPE)
 
 
 def _loaded_class(module: str, qualname: str) -> type[BaseException] | None:
-    """The class of this name, if it is there without importing or asking anything."""
+    """The class of this name, if it is loaded; imports nothing and runs no module's code."""
     found: Any = sys.modules.get(module)
     for name in qualname.split("."):
-        # `vars`, not getattr: a module's own __getattr__ may import whatever it is asked for.
+        # `vars`, not getattr: a module's own __getattr__ may import modules.
         found = getattr(found, "__dict__", {}).get(name)
     return found if isinstance(found, type) and issubclass(found, BaseException) else None
 
 
 def _set(error: BaseException, name: str, value: Any) -> None:
-    """Set an attribute past the class's own `__setattr__` and properties."""
+    """Set an attribute, bypassing the class's own `__setattr__` and properties."""
     for cls in type(error).__mro__:
         member: Any = vars(cls).get(name)
         if isinstance(member, MEMBERS) and not cls.__flags__ & HEAP_TYPE and name[:2] != "__":

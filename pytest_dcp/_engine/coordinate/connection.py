@@ -1,12 +1,12 @@
 """A connection between the coordinator and one peer: frames over a non-blocking socket.
 
-Frames enter with `queue` and leave the socket with `flush`; frames that came lie in `frames`
-after `receive`, in order. No call blocks. How a link ended is kept, never raised: `hung_up` (the
-other end closed it on purpose) or `ended` (the connection broke, as it does when a process dies).
+`queue` takes frames and `flush` sends them; `receive` puts received frames into `frames`, in order.
+No call blocks. The end of a link is recorded, never raised: `hung_up` (the other end closed it on
+purpose) or `ended` (the connection broke, as it does when a process dies).
 
 A link serves one operation after another. Each begins with the peer's HELLO and ends with one BYE
-from either end, in any order: `finish` sends ours. What still comes of an operation that this end
-has left is dropped up to the other's BYE; nothing behind a BYE is read before `finish`.
+from either end, in any order: `finish` sends ours. After this end has left an operation, it drops
+the operation's remaining frames up to the other's BYE; it reads nothing after a BYE until `finish`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pytest_dcp._engine.coordinate.handshake import Seal
 from pytest_dcp._engine.coordinate.payload import Segment
 
 READS_AT_ONCE = 4096
-"""Calls of the system in one `receive`: two for each frame, and more for long ones."""
+"""System calls in one `receive`: two for each frame, and more for long ones."""
 MOST_WAITING = 64
-"""Frames that may wait to be taken: a rank that is busy gets a few for each step."""
+"""Received frames that may wait: a busy rank gets a few in each step."""
 PINGED_S, MOST_PINGS = 1.0, 1000
 """A rank pings four times in a group's timeout."""
 MAX_PIECES = 512
@@ -45,7 +45,7 @@ class Connection:
         self.sock = sock
         self.reader = FrameReader()
         self.frames: deque[Frame] = deque()
-        """Received and not yet taken."""
+        """Received frames that are not yet handled."""
         self.left = False
         """Whether the other end has left the operation."""
         self.hung_up = False
@@ -53,14 +53,14 @@ class Connection:
         self.ended: str | None = None
         """How the connection broke."""
         self.is_garbled = False
-        """Whether it ended because the other end is no rank of the group, or misbehaves."""
+        """Whether it ended because the other end is not a rank of the group, or misbehaves."""
         self.heard_s = time.monotonic()
         """When bytes last came."""
         self.said_s = self.heard_s
         """When a frame was last queued."""
         self._out: deque[memoryview] = deque()
         self._unfinished = 0
-        """Operations that this end has left and the other has not."""
+        """Number of operations that this end has left and the other has not."""
         self._seal: Seal | None = None
         self._pings, self._pinged_s = 0, self.heard_s
         """Pings since then."""
@@ -72,12 +72,12 @@ class Connection:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can come of this operation."""
+        """Whether no more frames of this operation can arrive."""
         return self.left or self.closed
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more can come at all."""
+        """Whether no more frames can arrive at all."""
         return self.hung_up or self.ended is not None
 
     @property
@@ -95,7 +95,7 @@ class Connection:
         self._seal, self.reader.seal = outgoing, incoming
 
     def queue(self, frame: Frame) -> None:
-        """Send a frame as soon as the socket takes it; its segments must stay as they are."""
+        """Send a frame as soon as the socket takes it; its segments must not change until then."""
         self.queue_encoded(encode(frame))
 
     def queue_encoded(self, pieces: list[Segment]) -> None:
@@ -108,7 +108,7 @@ class Connection:
             self._out.extend(view.cast("B") for view in views if view.nbytes)
 
     def flush(self) -> bool:
-        """Send as much as the socket takes. Returns whether nothing is left to send."""
+        """Send as much as the socket takes. Returns whether all is sent."""
         while self._out and self.ended is None:
             pieces = islice(self._out, MAX_PIECES)
             try:
@@ -116,7 +116,7 @@ class Connection:
             except BlockingIOError:
                 return False
             except OSError as error:
-                # Bytes from before the break are still read: they may give the reason.
+                # Still read the bytes from before the break: they may give the reason.
                 self.receive()
                 self.ended = self.ended or _how(error)
                 break
@@ -135,10 +135,10 @@ class Connection:
             self._out.popleft()
 
     def receive(self, *, one: bool = False) -> None:
-        """Move received bytes into `frames`, or their first frame; pings only count as signs of
+        """Move received frames, or only the first, into `frames`; pings only count as signs of
         life.
 
-        Of a peer that sends without end a part is taken; the rest comes at the next call.
+        Takes only a part from a peer that never stops sending; the next call takes more.
         """
         for _ in range(READS_AT_ONCE):
             if self.over:
@@ -178,7 +178,7 @@ class Connection:
             self.frames.append(frame)
 
     def _is_too_much(self, frame: Frame) -> bool:
-        """Whether the other end sends more than any rank has to say; that ends the connection."""
+        """Whether the other end sends more than any rank would; that ends the connection."""
         if frame.kind is not FrameKind.PING:
             full = len(self.frames) >= MOST_WAITING
         elif self.heard_s - self._pinged_s > PINGED_S:
@@ -202,7 +202,7 @@ class Connection:
         self.flush()
 
     def hang_up(self) -> None:
-        """Close the connection and say that this process lives."""
+        """Close the connection, and send that this process lives."""
         self.queue(Frame(FrameKind.HANG_UP))
         if self.sock.fileno() >= 0:
             self.flush()
@@ -210,14 +210,14 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Send as much as possible at once, and close. A second call does nothing."""
+        """Send as much as possible without waiting, and close. A second call does nothing."""
         if self.sock.fileno() >= 0:
             self.flush()
             self.sock.close()
         self._out.clear()
 
     def __del__(self) -> None:
-        """Close without a word where the owner ended first: a group that is collected at exit."""
+        """Close without a message if the owner ended first: a group that is collected at exit."""
         if (sock := getattr(self, "sock", None)) is not None:
             sock.close()
 
@@ -228,7 +228,7 @@ def _how(error: OSError) -> str:
 
 
 def _forget_in_child() -> None:
-    """Close a forked child's copies: they would hide from the peers that this process ended."""
+    """Close a forked child's copies: they would hide the parent's end from its peers."""
     for line in list(_open):
         with contextlib.suppress(OSError):
             line.sock.close()

@@ -49,9 +49,10 @@ from pytest_dcp._engine.coordinate.step_values import (
 
 TICK_S = 0.5
 UNSIGNALLED_S = 0.005
-"""Between looks for peers that no descriptor announces: see PeerListener.has_unsignalled_peers."""
+"""Pause between checks for peers that no descriptor signals: see
+PeerListener.has_unsignalled_peers."""
 FULL_S = 5.0
-"""How long peers may wait for this process to close descriptors that it has open elsewhere."""
+"""How long peers may wait for this process to close other descriptors."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +90,7 @@ class CoordinatorSide:
         return "" if group is None else rendezvous.group_key(group, self.context.coordinator)
 
     def join(self, head: Head) -> None:
-        """Be there for the peers, from the first step on."""
+        """Accept peers, from the first step on."""
         context, group = self.context, self.context.group
         self._head = head
         self._state.begin_step(head)
@@ -122,7 +123,7 @@ class CoordinatorSide:
             reduced = combine(payloads)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
+        except BaseException as error:  # noqa: BLE001 - every rank raises it
             return capture(self.context.rank, error)
         self._pump(0)  # peers that did not wait say so
         for peer in self._peers.values():
@@ -158,13 +159,13 @@ class CoordinatorSide:
         self._perform(self._state.ping(now, said_s))
 
     def _find_descriptors(self) -> None:
-        """Raise CoordinationError when the peers cannot be accepted for want of descriptors."""
+        """Raise CoordinationError if this process has no descriptors left to accept peers."""
         if self._peer_listener is not None and self._peer_listener.full_for_s() > FULL_S:
             error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             raise exhaustion_error(error, self.context.size - 1)
 
     def _read_refusal(self) -> Cause | None:
-        """Why a rank takes no part, if it could not say so here: there was no address yet."""
+        """Why a rank takes no part, from the store: it had no address to connect to."""
         group, context = self.context.group, self.context
         if group is None or self._state.is_complete:
             return None
@@ -175,7 +176,7 @@ class CoordinatorSide:
             return None
 
     def _hand_over(self, peer: Peer) -> None:
-        """Tell the state what came of a peer."""
+        """Pass a peer's messages, or its end, to the state."""
         connection, rank = peer.connection, peer.rank
         while connection.frames:
             frame = connection.frames.popleft()
@@ -214,7 +215,7 @@ class CoordinatorSide:
             self._flush(self._peers[rank])
 
     def _deliver(self, patience_s: float) -> None:
-        """Send what is queued; a peer that does not take it is silent in the next step."""
+        """Send queued bytes; a peer that does not take them counts as silent in the next step."""
         until_s = time.monotonic() + patience_s
         for peer in self._peers.values():
             self._flush(peer)
@@ -227,7 +228,7 @@ class CoordinatorSide:
     # Lines.
 
     def _pump(self, timeout_s: float) -> list[Peer]:
-        """Wait for peers, at most this long. Returns the peers that came, spoke or ended."""
+        """Wait for peers, at most this long. Returns the peers that joined, sent bytes or ended."""
         if self._selector is None or self._peer_listener is None:
             return []
         newcomers = self._let_in()
@@ -239,7 +240,8 @@ class CoordinatorSide:
         for key, _ in self._selector.select(wait_s):
             peer: Peer | None = key.data
             if peer is not None:
-                # The selector tells again of what is left: no call of the system to find nothing.
+                # One frame at a time: the selector reports the rest again, without a system call
+                # that finds nothing.
                 peer.connection.receive(one=True)
                 if peer in self._writing or peer.connection.over:
                     self._flush(peer)
@@ -247,7 +249,7 @@ class CoordinatorSide:
         return moved
 
     def _let_in(self) -> list[Peer]:
-        """Accept the peers that have come; peers of a later operation wait."""
+        """Accept peers that have connected; peers of a later operation wait."""
         if self._peer_listener is None or self._state.is_complete:
             self._close_door()
             return []
@@ -311,7 +313,7 @@ class CoordinatorSide:
     # Failures outside of the exchange.
 
     def trouble(self) -> str | None:
-        """The failure that a peer told of, or that it is gone; passes it on to the others."""
+        """A failure that a peer reported, or the end of a peer; passes it on to the others."""
         self._pump(0)
         for rank, peer in self._peers.items():
             said, connection = self._find_failure(peer), peer.connection
@@ -325,7 +327,7 @@ class CoordinatorSide:
         return None
 
     def _find_failure(self, peer: Peer) -> Cause | None:
-        """The failure that a peer has told of, in a frame that is not taken yet."""
+        """The failure that a peer reports in a frame that is not yet handled."""
         for frame in peer.connection.frames:
             if frame.kind is FrameKind.FAILED:
                 result = _result_of(frame)

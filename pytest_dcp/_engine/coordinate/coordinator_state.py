@@ -1,8 +1,8 @@
 """Decides what the coordinator of one operation does: (state, event, now) -> actions.
 
-Pure (no I/O): time is an argument, connections are known by their rank, and actions are values that
-`CoordinatorSide` carries out. The peers' half is `peer_state`. Both are tried on any history of
-delays, deaths and stops by a simulator of ranks (see the tests).
+Pure (no I/O): time is an argument, ranks identify connections, and actions are values that
+`CoordinatorSide` carries out. The peers' half is `peer_state`. The tests run both in a simulator of
+ranks, with random delays, deaths and stops.
 
 Theory of operation. A step is one exchange, and every rank is in the same one.
 
@@ -20,34 +20,34 @@ The coordinator's phases:
 
     WORKING      its local work runs. Messages of peers stay in their connections; `overhear` looks
                  at them so that the work can be given up.
-    COLLECTING   it waits for the ranks in `missing`. Each of them states a result or becomes stuck.
-    COMBINING    every rank has stated a result and none has failed.
+    COLLECTING   it waits for the ranks in `missing`. Each of them sends a result or becomes stuck.
+    COMBINING    every rank has sent a result and none has failed.
     DELIVERING   the answer is on its way. A peer that does not take it in time is stuck.
     LEAVING      this rank gave the operation up. Peers that join get the verdict.
 
 Rules:
 
-- A step succeeds only when every rank has stated a value in it. Silence is no consent.
-- The verdict waits until each rank has stated its result or is stuck, so that no rank still writes
-  when the others are told that the step failed.
+- A step succeeds only when every rank has sent a value in it. Silence is not consent.
+- The verdict waits until each rank has sent its result or is stuck, so no rank still writes when
+  the others learn that the step failed.
 - A rank is stuck when its connection ended, it left, it was silent for the timeout, or it is out of
-  step. No further step is possible then: the verdict is final and names the stuck ranks.
+  step. No further step is then possible: the verdict is final and names the stuck ranks.
 - A plain failure is not final. Ranks that only gave up their work for it (an echo) are not named.
-- Every wait is bounded: a missing rank by the timeout since it was last heard, a delivery by its
-  patience, a rank that leaves by `PARTING_S`.
-- A final verdict is also published in the store while some rank has not joined: it may come late.
-- Ranks whose numbers of the operation differ get a final verdict that begins an epoch. They count
-  anew from there, so later operations meet again.
+- Every wait is bounded: for a missing rank by the timeout since its last message, for a delivery by
+  its patience, for a rank that leaves by `PARTING_S`.
+- If some rank has not joined, a final verdict is also published in the store: it may join late.
+- Ranks whose numbers of the operation differ get a final verdict that begins an epoch. They restart
+  their numbers there, so later operations match again.
 
 After a death:
 
     of a peer before it joined   its end is noticed (see absence), else the timeout ends the wait
     of a peer in its work        its connection ends: stuck, the others are alerted, final verdict
     of a peer after its result   the step may still succeed; the next one finds the peer stuck
-    of a peer in the delivery    as before: the answer stays what it was
-    of the coordinator           peers see it end, and each of them names it. Where it had begun to
-                                 send results, some peers may have theirs, and learn it in the next
-                                 step.
+    of a peer in the delivery    as before: the answer does not change
+    of the coordinator           peers see it end, and each of them names it. If it had begun to
+                                 send results, some peers may have theirs; they learn of the death
+                                 in the next step.
 
 Assumes that each connection keeps its order and loses nothing while it lasts.
 """
@@ -69,7 +69,7 @@ from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
 
 FINAL_S = 2.0
-"""How long a final verdict waits for peers to take it; it stays in their sockets anyway."""
+"""How long to wait for peers to take a final verdict; it stays in their sockets anyway."""
 
 
 class Phase(Enum):
@@ -92,7 +92,7 @@ class SendAlert:
 
 @dataclass(frozen=True, slots=True)
 class SendResult:
-    """Give peers the result of the step; all of them the same."""
+    """Give peers the result of the step, the same to all of them."""
 
     ranks: Sequence[int]
     payload: Payload
@@ -153,7 +153,7 @@ class CoordinatorState:
         self.context = context
         self.phase = Phase.WORKING
         self.missing: set[int] = set()
-        """Ranks that have not stated how this step's work ended, and still can."""
+        """Ranks that have not sent this step's result, and still can."""
         self.joined: dict[int, None] = {}
         """Peers that are in this operation, in the order in which they joined."""
         self._order = order
@@ -164,13 +164,13 @@ class CoordinatorState:
         """Ranks with which no further step is possible."""
         self._local_results: dict[int, LocalResult] = {}
         self._alert_text: str | None = None
-        """The failure that this step's peers were alerted of."""
+        """The failure in this step's alert."""
         self._garbled: set[int] = set()
-        """Peers whose connections ended for garbage: they may not have heard that they joined."""
+        """Peers whose connections ended because of garbage: they may not know that they joined."""
         self._epochs: set[int] = set()
-        """Of peers whose numbers do not match."""
+        """The epochs of peers whose numbers do not match."""
         self._parting: tuple[StepVerdict, float] | None = None
-        """The verdict of a rank that leaves, and until when peers may come for it."""
+        """The verdict of a rank that leaves, and until when peers may join to get it."""
 
     @property
     def is_complete(self) -> bool:
@@ -182,13 +182,13 @@ class CoordinatorState:
         """Missing ranks that have not joined."""
         return sorted(self.missing - self.joined.keys())
 
-    # Peers come.
+    # Peers arrive.
 
     def receive_hello(
         self, hello: Hello, *, left: bool, waited_s: float
     ) -> Admission | StepVerdict | None:
         """What to do with a peer that says hello: the verdict on an operation that is over, or None
-        to turn away a rank that is none of the group.
+        to turn away a rank outside of the group.
 
         left: it has left already. waited_s: since it arrived.
         """
@@ -199,7 +199,7 @@ class CoordinatorState:
         if late is not None:
             return late
         admission = admit(hello, context.place, self._order, left=left, waited_s=waited_s)
-        # A second connection of a rank is never this operation's: it has one here.
+        # A rank's second connection is never for this operation, which already has one.
         taken = rank in self.joined and admission is not Admission.STALE
         return Admission.LATER if taken else admission
 
@@ -236,7 +236,7 @@ class CoordinatorState:
     def hear(
         self, rank: int, kind: FrameKind, head: Head, result: LocalResult | ValueError
     ) -> list[CoordinatorAction]:
-        """A peer states how its work ended, or a ValueError that says why that cannot be read."""
+        """A peer sends its result, or a ValueError says why that cannot be read."""
         if kind is not FrameKind.FAILED and head != self._head:
             text = f"is in step {head} where the coordinator is in {self._head}"
             return self._give_up(self.context.out_of_step(rank, text))
@@ -263,7 +263,7 @@ class CoordinatorState:
         if result is not None and result.cause is not None and not result.echo:
             return self._give_up(result.cause)
         if self.phase is not Phase.COLLECTING:
-            return []  # It has stated a value: the step may succeed, and the next one cannot.
+            return []  # It has sent a value: this step may still succeed, but not the next one.
         step = self._head.name
         if left:
             return self._give_up(self.context.left(rank, step))
@@ -277,10 +277,10 @@ class CoordinatorState:
         ended: Mapping[int, str] | None = None,
         refusal: Cause | None = None,
     ) -> list[CoordinatorAction]:
-        """Give up missing ranks of which nothing will come; called every half second or so.
+        """Give up missing ranks that cannot answer any more; called every half second or so.
 
-        heard_s: when each peer was last heard. ended: how absent ranks ended. refusal: why a rank
-        takes no part, of one that could not say so here.
+        heard_s: when each peer last sent something. ended: how absent ranks ended. refusal: why a
+        rank takes no part, from the store.
         """
         actions: list[CoordinatorAction] = []
         for rank, how in (ended or {}).items():
@@ -293,7 +293,7 @@ class CoordinatorState:
         return [*actions, *self._drop_absent()]
 
     def _drop_absent(self) -> list[CoordinatorAction]:
-        """Wait for no newcomers once the ranks began to count anew: they dropped it, too."""
+        """Once a new epoch has begun, stop waiting for absent ranks: they dropped the operation."""
         actions: list[CoordinatorAction] = []
         if self.context.size > 1 and self._order.is_dropped(self.context.place):
             for rank in self.absent:
@@ -302,12 +302,12 @@ class CoordinatorState:
         return actions
 
     def ping(self, now: float, said_s: Mapping[int, float]) -> list[CoordinatorAction]:
-        """Show peers that this rank is alive; said_s: when each was last sent something."""
+        """Show peers that this rank is alive; said_s: when it last sent something to each."""
         ping_s = self.context.ping_s
         return [SendPing(rank) for rank, since_s in said_s.items() if now - since_s > ping_s]
 
     def conclude(self) -> list[CoordinatorAction]:
-        """Every message that came has been heard and no rank is missing: combine, or fail."""
+        """All received messages are handled and no rank is missing: combine, or fail."""
         if causes := self._causes():
             return self._fail_step(causes)
         self.phase = Phase.COMBINING
@@ -315,7 +315,7 @@ class CoordinatorState:
         return [CombineValues([results[rank].payload for rank in range(self.context.size)])]
 
     def combine(self, reduced: Reduced | Cause) -> list[CoordinatorAction]:
-        """The values are combined, or that failed; peers that gave up meanwhile are heard."""
+        """The values are combined, or that failed; fail too if a peer gave up meanwhile."""
         if isinstance(reduced, Cause):
             return self._fail_step([reduced])
         if causes := self._causes():
@@ -338,7 +338,7 @@ class CoordinatorState:
     ) -> tuple[str | None, list[CoordinatorAction]]:
         """While this rank works: the failure of a peer, in one line, and what to do about it.
 
-        said: the failure that the peer told of. over, ended: whether and how its connection ended.
+        said: the failure that the peer reported. over, ended: whether and how its connection ended.
         """
         cause = self._stuck.get(rank) or said
         if cause is None and over:
@@ -358,10 +358,10 @@ class CoordinatorState:
         return [SendAlert(tuple(self.joined), self._alert_text)]
 
     def _causes(self) -> list[Cause]:
-        """Why the step failed, one cause per rank; echoes only when there is nothing else."""
+        """Why the step failed, one cause per rank; echoes only if there is no other cause."""
         stated = [result for result in self._local_results.values() if result.cause is not None]
         told = [result.cause for result in stated if result.cause is not None and not result.echo]
-        # Peers that have given up on this rank say so of it.
+        # Peers that gave up on this rank name it in their causes.
         found = {cause.rank: cause for cause in told} | self._stuck
         causes = [cause for _, cause in sorted(found.items())]
         return causes or [result.cause for result in stated if result.cause is not None]
@@ -379,7 +379,7 @@ class CoordinatorState:
         return [*actions, SendVerdict(tuple(self.joined), verdict), Conclude(verdict, patience_s)]
 
     def _make_verdict(self, causes: Sequence[Cause], *, final: bool) -> StepVerdict:
-        """The verdict; it begins an epoch where the ranks' numbers do not match."""
+        """The verdict; it begins an epoch if the ranks' numbers do not match."""
         epoch = 1 + max(self._epochs) if self._epochs else 0
         return StepVerdict(self._head.name, causes, final, epoch)
 
@@ -389,7 +389,7 @@ class CoordinatorState:
         """Give the operation up. `end_parting` follows, when `is_parting` no longer holds."""
         self._head, self.phase = head, Phase.LEAVING
         verdict = self._make_verdict([cause], final=True)
-        # Before the first step peers may come at any time: the verdict is published for them.
+        # Before the first step peers may arrive at any time: publish the verdict for them.
         self._parting = verdict, now + (PARTING_S if head.number else 0.0)
         return [SendVerdict(tuple(self.joined), verdict)]
 
@@ -400,7 +400,7 @@ class CoordinatorState:
         return sending or not self.is_complete
 
     def end_parting(self) -> list[CoordinatorAction]:
-        """Leave the verdict for peers that have not come."""
+        """Leave the verdict in the store for peers that have not joined."""
         if self._parting is None or self.is_complete:
             return []
         verdict = self._make_verdict(self._parting[0].causes, final=True)

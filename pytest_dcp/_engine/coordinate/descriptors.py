@@ -1,7 +1,7 @@
-"""How many descriptors this process may have open, and room for the connections of its peers.
+"""The process's limit of open descriptors, raised for the connections of its peers.
 
 The coordinator holds one connection for each other rank of a group. The usual soft limit of 1,024
-is raised where that is not enough, and stays raised: the connections stay open, too. Only an
+is raised if that is not enough, and stays raised: the connections stay open, too. Only an
 administrator can raise the hard limit, so an operation that needs more fails with an error that
 names it.
 """
@@ -15,15 +15,15 @@ import resource
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 
 BESIDE = 512
-"""Descriptors that a process may have open beside its peers' connections."""
+"""Descriptors that a process may need besides its peers' connections."""
 FEW = 16
 """Descriptors that it has open at least."""
 EXHAUSTED = (errno.EMFILE, errno.ENFILE)
-"""Of a call that opens a descriptor: the process, or the machine, has too many."""
+"""Errors of a call that opens a descriptor: the process, or the machine, has too many."""
 
 
 def make_room_for(connections: int) -> None:
-    """Raise the soft limit where it is too low for this many connections.
+    """Raise the soft limit if it is too low for this many connections.
 
     Raises CoordinationError when the hard limit is too low for them.
     """
@@ -40,7 +40,7 @@ def make_room_for(connections: int) -> None:
 
 
 def make_more_room() -> bool:
-    """Double the soft limit, up to the hard one; whether it is higher now."""
+    """Double the soft limit, up to the hard one; return whether it is higher now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft == hard:
         return False
@@ -49,7 +49,7 @@ def make_more_room() -> bool:
 
 
 def exhaustion_error(error: OSError, connections: int) -> CoordinationError:
-    """What to raise where a connection cannot be opened for want of descriptors."""
+    """The error to raise if no descriptor is left for a connection."""
     return CoordinationError(f"no connection can be opened ({error}): {_advice(connections)}")
 
 

@@ -1,8 +1,8 @@
 """Pure (no I/O): one class that is both an error of a step and the error that caused it.
 
-`except CheckpointMismatchError` around a load shall catch the load's exception, though that is the
-error of a whole step. So the step's error gets a class of its own for each class of causes: a
-subclass of both. All ranks know the same causes, and so raise the same class.
+`except CheckpointMismatchError` around a load must catch the load's exception, although that is the
+error of a whole step. So for each class of causes the step's error has its own class: a subclass of
+both. All ranks have the same causes, and so raise the same class.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: made by a class statement."""
 LEFT_OUT = (CheckpointException, StopIteration, StopAsyncIteration, SyntaxError)
-"""Nested step errors say nothing new; the next two would end a generator or a loop; tracebacks show
-a line of a file instead of a SyntaxError's text.
+"""Classes not to combine: nested step errors add nothing; the next two would end a generator or a
+loop; for a SyntaxError tracebacks show a line of a file instead of the text.
 """
 
 
 def shared_class(errors: Sequence[BaseException], known: type) -> type[Exception] | None:
-    """The most special class that all errors have in common; None where `known` has it already."""
+    """The most derived common class of all errors; None if `known` is already a subclass of it."""
     if not errors:
         return None
     for cls in type(errors[0]).__mro__:
@@ -39,9 +39,9 @@ _made: dict[tuple[type, type], type[BaseException]] = {}
 
 
 def combine_classes(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
-    """A subclass of both, under the name of `base`; `base` alone where the two do not go together.
+    """A subclass of both, under the name of `base`; `base` itself if Python cannot combine them.
 
-    `base` comes first: its text and its ways count. The same class for the same two.
+    `base` comes first, so its methods count. The same two give the same class.
     """
     if (base, cause) not in _made:
         _made[base, cause] = _combine(base, cause)
@@ -59,13 +59,13 @@ def _combine(base: type[BaseException], cause: type[Exception]) -> type[BaseExce
 
 
 def bare(cls: type[BaseException]) -> Any:
-    """An instance, not initialised. No code of a class statement is run."""
+    """An uninitialised instance. Runs no code of a class written in Python."""
     builtin: Any = next(one for one in cls.__mro__ if not one.__flags__ & HEAP_TYPE)
     return builtin.__new__(cls)
 
 
 def facts_of(error: BaseException) -> Iterable[tuple[str, Any]]:
-    """The attributes that an error has beside those of every exception."""
+    """The attributes that an error has in addition to every exception's."""
     for cls in type(error).__mro__:
         if cls.__flags__ & HEAP_TYPE or cls in (Exception, BaseException, object):
             continue

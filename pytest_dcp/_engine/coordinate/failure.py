@@ -1,10 +1,10 @@
-"""Pure (no I/O): how a rank's failure travels, and what every rank raises for it.
+"""Pure (no I/O): how ranks send a failure to each other, and the error that every rank raises.
 
-An exception enters on the rank that failed and becomes a `Cause`: its text, its stack, and what it
-is made of, where that is plain data (see `carried_error`). Causes reach every rank, which raises
-one `StepError` of them. It holds what was rebuilt from the causes, on the failed rank too, so that
-it reads alike everywhere; there the exception itself is its `__cause__`, unless it is explained
-(see `pytest_dcp.tracebacks`): then the text has it all, and the exception is its `__context__`.
+On the failed rank an exception becomes a `Cause`: its text, its stack, and the data to rebuild it,
+if that is plain (see `carried_error`). Causes reach every rank, and each raises one `StepError` for
+them. It holds exceptions rebuilt from the causes, on the failed rank too, so it reads the same on
+all ranks. On the failed rank the original exception is its `__cause__`, unless it is explained (see
+`pytest_dcp.tracebacks`): then the text says everything, and the exception is its `__context__`.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class OutOfStepError(CoordinationError):
 
 
 class PeerAborted(CoordinationError):
-    """Another rank failed, so that this rank's work is in vain; raised by `Team.check`.
+    """Another rank failed, so this rank's work is in vain; raised by `Team.check`.
 
-    A rank that lets it out of a step's work has not failed itself: it is in no failure list.
+    A rank whose work raises it has not failed itself: no list of failures names it.
     """
 
 
@@ -66,7 +66,7 @@ class RemoteError(CheckpointError):
         self.type_name = type_name
         """Module and name of the exception's class."""
         self.text = text
-        """As the last lines of its traceback have it."""
+        """As in the last lines of its traceback."""
 
     def __str__(self) -> str:
         return self.text
@@ -75,25 +75,25 @@ class RemoteError(CheckpointError):
 class StepError(CheckpointException, CheckpointError):
     """A step of an operation failed: on which ranks, and why. The same on every rank.
 
-    It is an instance of torch's CheckpointException, of Exception, and of the most special class
-    that the exceptions of all failed ranks have in common: of OSError, where each failed rank
-    raised one. It has the attributes (`errno`, `missing`) of the lowest failed rank's exception.
+    It is an instance of torch's CheckpointException, of Exception, and of the most derived class
+    that the exceptions of all failed ranks have in common: of OSError if each failed rank raised
+    one. It has the attributes (`errno`, `missing`) of the lowest failed rank's exception.
     """
 
     __module__ = "pytest_dcp.checkpoint"
-    """Where users import it from, which is what tracebacks and pickles name."""
+    """The module from which users import it; tracebacks and pickles name it."""
 
     def __new__(cls, step: str, failures: Mapping[int, Wrapped], *_: object) -> StepError:
         cause = shared_class([error for error, _ in failures.values()], known=cls)
         if cause in (RemoteError, PeerAborted):
-            cause = None  # these stand for something else
+            cause = None  # these only represent another exception
         made: StepError = bare(cls if cause is None else combine_classes(cls, cause))
         return made
 
     def __init__(
         self, step: str, failures: Mapping[int, Wrapped], operation: str = "operation"
     ) -> None:
-        # Not the cause's own, which is next in the order of classes and takes other arguments.
+        # Not by super(): the cause's class is next in the MRO, and takes other arguments.
         BaseException.__init__(self, step, dict(failures))
         first = min(failures, default=None)
         if first is not None and hasattr(self, "made_for"):
@@ -127,7 +127,7 @@ class StepError(CheckpointException, CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One rank's failure as it travels."""
+    """One rank's failure, as ranks send it."""
 
     rank: int
     """In the group."""
@@ -138,7 +138,7 @@ class Cause:
     error: CarriedError | None = None
     """The data to rebuild the exception; None: only its text is known."""
     nested: tuple[Cause, ...] = ()
-    """Of a StepError, which is an operation's within this one: its causes ..."""
+    """For a StepError, from an operation within this one: its causes ..."""
     step: tuple[str, str] | None = None
     """... its step and its operation."""
 
@@ -148,7 +148,7 @@ class Cause:
         return f"rank {self.rank}: {line.removeprefix(_module_of(self.type_name))}"
 
     def rebuild(self) -> Wrapped:
-        """The exception and its stack; a RemoteError where the exception cannot be built here."""
+        """The exception and its stack; a RemoteError if the exception cannot be rebuilt here."""
         return _rebuild(self), traceback.StackSummary.from_list(list(self.frames))
 
 
@@ -156,7 +156,7 @@ record(Cause)
 
 
 def capture(rank: int, error: BaseException) -> Cause:
-    """The cause that stands for an exception of this rank."""
+    """The cause for an exception of this rank."""
     return _capture_cause(rank, error, traceback.extract_tb(error.__traceback__))
 
 
@@ -171,7 +171,7 @@ def _capture_cause(rank: int, error: BaseException, stack: traceback.StackSummar
 
 
 def checked_cause(value: object) -> Cause:
-    """The cause that another rank has sent. Raises ValueError where it is none."""
+    """The cause that another rank sent. Raises ValueError for anything else."""
     if not isinstance(value, Cause) or not _is_whole(value):
         raise ValueError(f"expected the cause of a failure, got {value!r:.200}")
     return value
@@ -198,7 +198,7 @@ def step_error(
     ordered = sorted(causes, key=lambda cause: cause.rank)
     error = StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
     if raised is not None and is_echo(raised):
-        error.__cause__ = raised  # Not in the text: it is no failure of this rank.
+        error.__cause__ = raised  # Not in the text: this rank has not failed.
     else:
         set_cause(error, raised)
     return error
@@ -224,7 +224,7 @@ def _frames_of(summary: traceback.StackSummary) -> tuple[tuple[str, int, str, st
 def _text_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception_only(error)).rstrip()
-    except Exception as broken:  # noqa: BLE001 - any class may come, with any __str__
+    except Exception as broken:  # noqa: BLE001 - an exception's __str__ may raise anything
         return f"{type(error).__name__} (its text cannot be had: {type(broken).__name__})"
 
 
@@ -255,9 +255,9 @@ def _module_of(type_name: str) -> str:
 
 
 def _details(ranks: str, wrapped: Wrapped, *, named: bool, alone: bool) -> list[str]:
-    """What the first line does not say of a failure that it `named`, or of one that it did not.
+    """The lines about a failure after the first line; named: whether the first line names it.
 
-    Of an explained one its further lines; of any other its traceback.
+    For an explained failure its further lines; for any other its traceback.
     """
     error, stack = wrapped
     if not _is_explained(error, stack):
@@ -280,7 +280,7 @@ def _traceback_text(wrapped: Wrapped) -> str:
 
 
 def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:
-    """Failures with the same text and stack as one, with the ranks that have it."""
+    """Join failures with the same text and stack, and list the ranks of each."""
     merged: dict[str, tuple[list[int], Wrapped]] = {}
     for rank, wrapped in sorted(failures.items()):
         merged.setdefault(_traceback_text(wrapped), ([], wrapped))[0].append(rank)

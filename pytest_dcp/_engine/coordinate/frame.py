@@ -1,8 +1,8 @@
 """Pure (no I/O): the frames that ranks exchange, and the reader that cuts them from a stream.
 
 A frame is a fixed header, a table of its segments' lengths, a name, and the segments, each at a
-multiple of 16 bytes so that arrays in them are aligned. The reader hands out memory for the
-bytes to come and never asks for more than its limit.
+multiple of 16 bytes so that arrays in them are aligned. The reader provides memory for the next
+bytes, and never allocates more than its limit.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ HEADER = struct.Struct("<4sBBHIIQ")
 """Magic, kind, mode, bytes of the name, step number, segments, bytes after the header."""
 ALIGNMENT = 16
 FEW_SEGMENTS = 4
-"""Of the first frame of a peer that has not shown the secret yet."""
+"""Limit for the first frame of a peer that has not yet proved that it knows the secret."""
 MAX_ALERT_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1 << 32
 """Twenty times the metadata of a million chunks: a longer length is garbage."""
 SMALL_BYTES = 1 << 17
-"""Of a frame that says no more than a few words."""
+"""Limit for a frame of a few words."""
 CAUSE_BYTES = 1 << 28
-"""Of a rank's failure: one of a whole operation holds those of its ranks."""
+"""Limit for a rank's failure: the failure of a whole operation holds the failures of its ranks."""
 FIRST_BYTES = 1 << 22
-"""Bytes reserved for a frame's body before any of it has come; then twice the received size."""
+"""Bytes reserved for a frame's body before any of it has arrived; then twice the received size."""
 
 
 class FrameKind(IntEnum):
@@ -40,7 +40,7 @@ class FrameKind(IntEnum):
     HELLO = 1
     """First frame of a peer: who it is."""
     WELCOME = 2
-    """First frame of the coordinator: that it is the one looked for."""
+    """First frame of the coordinator: proves that it is the coordinator."""
     VALUE = 3
     """A peer's local work is done; carries the value."""
     FAILED = 4
@@ -81,12 +81,12 @@ LIMITS = {
 
 
 class FrameError(ValueError):
-    """The stream is not one of frames, or a frame is longer than allowed."""
+    """The stream does not consist of frames, or a frame is longer than allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Which step of an operation."""
+    """Identifies a step of an operation."""
 
     number: int
     """From 1; 0 is before the first."""
@@ -139,7 +139,7 @@ def alert_text(segments: Sequence[Segment]) -> str:
 
 
 def decode(data: bytes) -> Frame:
-    """The one frame of these bytes. Raises FrameError where they are anything else."""
+    """The one frame of these bytes. Raises FrameError for anything else."""
     reader, view = FrameReader(len(data)), memoryview(data)
     while view:
         space = reader.space()
@@ -153,33 +153,34 @@ def decode(data: bytes) -> Frame:
 
 @lru_cache(maxsize=16)
 def _head(number: int, mode: int, name: bytes) -> Head:
-    """The head with these facts: thousands of peers send the same one. Raises ValueError."""
+    """The head with these fields; cached, since thousands of peers send the same. May raise
+    ValueError."""
     return Head(number, Mode(mode), name.decode("utf-8", "replace"))
 
 
 class FrameReader:
-    """Cuts frames from a stream: fill `space()`, then say how many bytes came with `filled`."""
+    """Cuts frames from a stream: fill `space()`, then call `take_bytes` with the count."""
 
     def __init__(self, limit_bytes: int = MAX_BODY_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.only: FrameKind | None = None
-        """The one kind of frame that may come; None: any."""
+        """The only kind of frame that is accepted; None: any."""
         self.seal: Seal | None = None
         """Makes the seals that the frames must carry behind their bodies."""
         self._header: bytearray = bytearray(HEADER.size)
         self._body: bytearray | None = None
         self._length = 0
-        """Of the whole body; memory for it is taken as it comes."""
+        """Length of the whole body; its memory grows as it arrives."""
         self._at = 0
 
     def space(self) -> memoryview:
-        """Where the next bytes of the stream go: never empty."""
+        """Memory for the next bytes of the stream; never empty."""
         return memoryview(self._body if self._body is not None else self._header)[self._at :]
 
     def take_bytes(self, count: int) -> Frame | None:
-        """The frame that the last `count` bytes completed, if they did.
+        """The frame that the last `count` bytes completed, if any.
 
-        Raises FrameError when the stream cannot be one of frames.
+        Raises FrameError if the stream does not consist of frames.
         """
         self._at += count
         if self._body is None:

@@ -1,9 +1,9 @@
-"""Where gloo listens for a rank, as gloo itself writes it into the group's store.
+"""The address where gloo listens for a rank, as gloo itself writes it into the group's store.
 
-gloo's full mesh is connected while a process group is made. For that each rank writes where it
-listens under the key `<device>//0/<rank>` of the group's store, so the address of every rank is
-there before the rank calls anything of ours. The socket stays open as long as the rank's process
-and its process group do. A process that a rank has forked keeps it open, too.
+gloo connects its full mesh while a process group is made. For that each rank writes its listening
+address under the key `<device>//0/<rank>` of the group's store, so the store has the address of
+every rank before the rank calls anything of ours. The socket stays open as long as the rank's
+process and its process group last. A process that the rank has forked keeps it open, too.
 
 The value is gloo's `Rank::bytes` (gloo/transport/tcp/context.cc), in the machine's byte order:
 
@@ -15,7 +15,7 @@ The value is gloo's `Rank::bytes` (gloo/transport/tcp/context.cc), in the machin
     ssize_t pair identifiers                8 bytes for each rank of the group
 
 The format is private to gloo: any other value is read as None, unknown. So is the value of a group
-that connects lazily (TORCH_GLOO_LAZY_INIT), which has no pair identifiers: no connection has shown
+that connects lazily (TORCH_GLOO_LAZY_INIT), which has no pair identifiers: no connection has proved
 that the address leads to the rank.
 
 Pure (no I/O).
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 AF_INET = 2
 AF_INET6 = 10
-"""Both as on Linux: gloo's tcp transport is used on no other system."""
+"""Both as on Linux: gloo uses its tcp transport on no other system."""
 ADDRESS_BYTES = 136
 MAX_NAME_BYTES = 255
 SIZE = struct.Struct("=Q")
@@ -46,12 +46,12 @@ class GlooListener:
     port: int
 
     def can_reach(self, other: GlooListener) -> bool:
-        """Whether this rank's own connections have shown that the other's address leads to it.
+        """Whether this rank's own connections have proved that the other's address leads to it.
 
-        While the group is made, the rank of the higher address connects to the rank of the lower
-        one (gloo's `Device::isInitiator`). Ranks of one address share a network: one of the two
-        connected to the address that both have. The opposite direction is not shown: a network
-        may forward nothing to the other rank, or have another host of its address.
+        While the group is made, the rank with the higher address connects to the rank with the
+        lower one (gloo's `Device::isInitiator`). Ranks with one address share a network: one of the
+        two connected to the address that both have. The opposite direction is not proved: a network
+        may forward nothing to the other rank, or have another host with its address.
         """
         own, others = ipaddress.ip_address(self.host), ipaddress.ip_address(other.host)
         return own.version == others.version and own.packed >= others.packed
@@ -83,7 +83,7 @@ def parse_listener(value: bytes, size: int) -> GlooListener | None:
 
 
 def _parse_sockaddr(address: bytes) -> GlooListener | None:
-    """Host and port of a sockaddr_in or sockaddr_in6; None where no connection can be tried."""
+    """Host and port of a sockaddr_in or sockaddr_in6; None for an address that cannot be tried."""
     family = int.from_bytes(address[:2], sys.byteorder)
     port = int.from_bytes(address[2:4], "big")
     host: ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -96,5 +96,5 @@ def _parse_sockaddr(address: bytes) -> GlooListener | None:
     if not port or host.is_unspecified or host.is_multicast:
         return None
     if host.version == 6 and (host.is_link_local or host.ipv4_mapped is not None):
-        return None  # means something in one network only, or is of two families
+        return None  # valid in one network only, or an IPv4 address in IPv6 form
     return GlooListener(str(host), port)

@@ -1,17 +1,18 @@
 """Pure (no I/O): how a peer and a coordinator show each other that they belong to one group.
 
 Theory of operation. The coordinator's address in the group's store holds a secret, which is never
-sent over a connection. With DCP_SHARED_KEY set in every rank's environment the key of the group is
-made of both, so that reading the store is not enough; without it, of the secret alone.
+sent over a connection. If DCP_SHARED_KEY is set in every rank's environment, the group's key is
+derived from both, so reading the store is not enough; otherwise from the secret alone.
 
-    HELLO    peer: who it is, what it runs, a number that it has never used (the nonce), and an HMAC
-             of all that. Who listens at the address learns nothing with which to pose as a rank.
-    WELCOME  coordinator: an HMAC of the nonce. Who cannot make it is not the coordinator.
+    HELLO    peer: its identity, its operation, a number that it has never used (the nonce), and an
+             HMAC of all three. An impostor at the address learns nothing that lets it pose as a
+             rank.
+    WELCOME  coordinator: an HMAC of the nonce, which only the coordinator can make.
 
-A HELLO that was recorded and is sent again is refused: the coordinator remembers the nonces. With a
-shared key every further frame, in either direction, carries a seal: an HMAC with a key of this
-connection and direction, over the frame's number and its bytes. So a frame that was altered, left
-out, put in, repeated or swapped ends the connection.
+The coordinator remembers the nonces, and refuses a HELLO that was recorded and is sent again. With
+a shared key every further frame, in either direction, carries a seal: an HMAC with a key of this
+connection and direction, over the frame's number and its bytes. So a frame that was altered,
+removed, inserted, repeated or swapped ends the connection.
 
 Every HMAC is HMAC-SHA256. Nothing is encrypted.
 """
@@ -30,7 +31,7 @@ from pytest_dcp._engine.coordinate.wire import Segment
 
 SHARED_KEY = "DCP_SHARED_KEY"
 SHORTEST_KEY = 16
-"""Characters: a shorter one can be guessed from a recorded HELLO."""
+"""Characters: an attacker could guess a shorter one from a recorded HELLO."""
 SEAL_BYTES = 32
 WINDOW = 1024
 """How far a nonce may be behind the newest of its peer: connections overtake each other."""
@@ -38,7 +39,7 @@ COUNTER_DIGITS = 16
 
 
 def shared_key(environ: Mapping[str, str]) -> bytes:
-    """The key that the user gave to all ranks; empty where there is none.
+    """The key that the user gave to all ranks; empty without one.
 
     Raises ValueError if it is too short.
     """
@@ -53,11 +54,11 @@ def shared_key(environ: Mapping[str, str]) -> bytes:
 
 @dataclass(slots=True)
 class Seal:
-    """The seals of the frames that go one way over one connection."""
+    """The seals of the frames in one direction of one connection."""
 
     key: bytes
     count: int = 0
-    """Frames so far."""
+    """Number of frames so far."""
 
     def next(self, pieces: Iterable[Segment]) -> bytes:
         """The seal of the next frame, which consists of these pieces."""
@@ -83,7 +84,7 @@ class GroupKey:
         return cls(_mac(shared, b"group", secret.encode()), bool(shared))
 
     def check(self) -> str:
-        """Equal on ranks with the same key; nothing can be proved with it."""
+        """A value that is equal on ranks with the same key, and proves nothing."""
         return _mac(self.key, b"check").hex()
 
     def proof(self, hello: bytes) -> bytes:
@@ -91,7 +92,7 @@ class GroupKey:
         return _mac(self.key, b"hello", hello)
 
     def is_proof(self, shown: Segment, hello: bytes) -> bool:
-        """Whether this was shown by a rank of the group."""
+        """Whether this is the proof of a rank of the group."""
         return hmac.compare_digest(bytes(shown), self.proof(hello))
 
     def welcome(self, nonce: str) -> bytes:
@@ -99,7 +100,7 @@ class GroupKey:
         return _mac(self.key, b"welcome", nonce.encode())
 
     def seals(self, nonce: str) -> tuple[Seal, Seal] | None:
-        """The peer's and the coordinator's, for the connection that began with this nonce."""
+        """The peer's and the coordinator's seals for the connection that began with this nonce."""
         if not self.seals_frames:
             return None
         peers, coordinators = (
@@ -109,13 +110,13 @@ class GroupKey:
 
 
 def seal_word(environ: Mapping[str, str], key: str, word: bytes) -> bytes:
-    """A word for the store, behind its seal where there is a shared key."""
+    """A message for the store, preceded by its seal if there is a shared key."""
     shared = shared_key(environ)
     return (_mac(shared, b"word", key.encode(), word) if shared else b"") + word
 
 
 def open_word(environ: Mapping[str, str], key: str, sealed: bytes) -> bytes:
-    """The word of `seal_word`. Raises ValueError where its seal is not that of a rank."""
+    """The message of `seal_word`. Raises ValueError unless a rank sealed it."""
     word = sealed[SEAL_BYTES:] if shared_key(environ) else sealed
     if not hmac.compare_digest(seal_word(environ, key, word), sealed):
         raise ValueError("expected a word with the seal of a rank, got another's")
@@ -139,21 +140,21 @@ class Nonces:
         self._count = 0
 
     def next(self) -> str:
-        """Another one."""
+        """The next nonce."""
         with self._lock:
             self._count += 1
             return f"{self._process}{self._count:0{COUNTER_DIGITS}x}"
 
 
 class SeenNonces:
-    """The nonces that have come: of each process the newest, and which of the ones before it."""
+    """The nonces received: the newest of each process, and which earlier ones."""
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[int, int]] = {}
         """By process: the newest count, and a bit for each of the `WINDOW` up to it."""
 
     def take(self, nonce: str) -> bool:
-        """Whether it comes for the first time. Call it for peers that have shown their proof."""
+        """Whether this nonce is new. Call it only for peers that have proved their identity."""
         process, digits = nonce[:-COUNTER_DIGITS], nonce[-COUNTER_DIGITS:]
         try:
             count = int(digits, 16)
@@ -175,7 +176,7 @@ _nonces = Nonces()
 
 
 def new_nonce() -> str:
-    """A number that was never used."""
+    """A nonce that this process has never used."""
     return _nonces.next()
 
 

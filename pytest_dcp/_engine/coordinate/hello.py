@@ -1,7 +1,7 @@
-"""Pure (no I/O): the coordinator's address, and how a peer says who it is and what it runs.
+"""Pure (no I/O): the coordinator's address, and the HELLO with a peer's identity and operation.
 
-The address is in the group's store. A peer connects there and sends one HELLO; the coordinator's
-listener makes an `Arrival` of a peer that proves that it knows the group's key (see handshake).
+The address is in the group's store. A peer connects there and sends one HELLO. If the peer proves
+that it knows the group's key (see handshake), the coordinator's listener makes it an `Arrival`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
 
 MAX_ADDRESS_BYTES = 65536
 IDLE = ""
-"""The operation of a peer that runs none yet: its connection only shows that it lives."""
+"""The operation of a peer that runs none yet: its connection only shows that the peer lives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a process's listener is, and what both ends prove that they know."""
+    """The address of a process's listener, and the secret that both ends prove to know."""
 
     hosts: tuple[str, ...]
     """In order of trial, for a peer on another machine."""
     port: int
     machine: str
-    """Equal for processes that reach each other through the loopback."""
+    """Equal in processes that reach each other through the loopback."""
     secret: str
     """Never sent over a connection; a part of the group's key."""
     check: str = ""
@@ -57,7 +57,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who a peer is, and what it is about to do."""
+    """A peer's identity and its next operation."""
 
     group: str
     """The group and its coordinator; a process may have several."""
@@ -67,15 +67,15 @@ class Hello:
     rank: int
     epoch: int = 0
     finished_up_to: int = 0
-    """The peer's operations up to this number are over."""
+    """All operations of the peer up to this number are over."""
     unordered: bool = False
     subject: tuple[str, str] | None = None
     """The name and the real name of the folder."""
     nonce: str = ""
-    """A number of the peer's that was never used, so that no HELLO can be said again."""
+    """A number that the peer has never used, so that a HELLO cannot be replayed."""
 
     def is_whole(self) -> bool:
-        """Whether every field is of its type, as a rank says it."""
+        """Whether every field has its type, as in the HELLO of a rank."""
         texts = (self.group, self.operation, self.nonce, *(self.subject or ()))
         numbers = (self.number, self.rank, self.epoch, self.finished_up_to)
         return (
@@ -86,7 +86,7 @@ class Hello:
         )
 
     def frame(self, key: GroupKey) -> Frame:
-        """The frame that says so, and proves that a rank of the group does."""
+        """The HELLO frame, with the proof that a rank of the group sends it."""
         text = json.dumps(asdict(self)).encode()
         return Frame(FrameKind.HELLO, segments=[key.proof(text), text])
 

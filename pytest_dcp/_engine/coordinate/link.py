@@ -1,9 +1,9 @@
 """A peer's connections to its coordinators: one for each group, kept between operations.
 
 An operation takes the idle connection with `take_idle`, or makes one with `connect`, and gives it
-back with `keep`. Where two operations run at once the second makes its own, and the first that is
-given back is kept. While a connection is idle it only lasts: it breaks when this process ends, by
-which the coordinator knows at once that this rank will not come.
+back with `keep`. If two operations run at once, the second makes its own connection, and the first
+one given back is kept. An idle connection only shows that this process lives: it breaks when the
+process ends, so the coordinator knows at once that this rank will not join.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pytest_dcp._engine.coordinate.machines import machine
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 CONNECT_S = 5.0
-"""One try of an address that does not answer. A full accept queue answers to none of them."""
+"""Limit of one attempt to connect. A full accept queue does not answer at all."""
 GONE = (ConnectionRefusedError, ConnectionResetError)
-"""Errors that only an address without a listener gives."""
+"""Errors that occur only at an address without a listener."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Link:
 
     connection: Connection
     address: Address
-    """Where it leads, and what the two ends prove that they know."""
+    """The coordinator's address, and the secret that both ends prove to know."""
 
     @property
     def lasts(self) -> bool:
@@ -45,7 +45,7 @@ class Link:
 
 
 def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
-    """The idle connection to a coordinator, for one operation; None where there is none."""
+    """The idle connection to a coordinator, for one operation; None without one."""
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
         link = meeting.idle.pop(coordinator, None)
@@ -59,7 +59,7 @@ def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
 
 
 def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
-    """Keep a connection whose operation is over for the next one."""
+    """Keep a connection for the next operation when this one is over."""
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
         held = meeting.idle.get(coordinator)
@@ -70,9 +70,9 @@ def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
 
 
 def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
-    """Make sure that the coordinator sees this process end, before its first operation, too.
+    """Make sure that the coordinator sees this process end, even before its first operation.
 
-    Raises OSError when nothing answers there.
+    Raises OSError if nothing answers there.
     """
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
@@ -90,13 +90,13 @@ def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address)
 def connect(address: Address) -> socket.socket:
     """A connection to the listener at an address.
 
-    Where none of its hosts takes a connection, raises what says most of the process there:
+    If none of its hosts takes a connection, raises the error that says most about the process:
 
     - TimeoutError: a host may be there and did not answer in time; it is busy.
     - ConnectionRefusedError or ConnectionResetError: nothing listens there.
-    - another OSError: no host can be reached from here, which says nothing of the process.
+    - another OSError: no host can be reached from here, which says nothing about the process.
 
-    Raises CoordinationError when this process cannot open a socket.
+    Raises CoordinationError if this process cannot open a socket.
     """
     met: list[OSError] = []
     for attempt in _attempts(address, met):
@@ -112,10 +112,10 @@ def connect(address: Address) -> socket.socket:
 
 
 def _attempts(address: Address, met: Sequence[OSError]) -> Iterator[Callable[[], socket.socket]]:
-    """Ways to connect, best first; `met` is what the earlier ones raised.
+    """Ways to connect, best first; `met` holds the errors of the earlier ones.
 
-    Where the loopback of its machine refuses, its name is not asked for if it is ours: a resolver
-    could take any time.
+    If the machine is this one and its loopback refuses, its name is not resolved: a resolver could
+    take any time.
     """
     own = ""
     if address.machine == machine():
@@ -139,7 +139,7 @@ def _on_this_machine(port: int) -> socket.socket:
 
 
 def _not_itself(sock: socket.socket) -> socket.socket:
-    """The socket, unless nothing listens there and the kernel lent it that very port."""
+    """The socket, unless nothing listens there and the kernel connected the socket to itself."""
     try:
         itself = sock.getsockname() == sock.getpeername()
     except OSError:  # it ended already: the reader will see it

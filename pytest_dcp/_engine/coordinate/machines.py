@@ -23,7 +23,7 @@ def local_only(environ: Mapping[str, str]) -> bool:
 def machine() -> str:
     """Equal in processes that share a kernel and its network, and so a loopback.
 
-    Copies of one virtual machine may share it, too, and no loopback.
+    Copies of one virtual machine may have the same value without sharing a loopback.
     """
     try:
         return f"{_boot_id()}/{os.stat('/proc/self/ns/net').st_ino}"
@@ -37,7 +37,7 @@ def _boot_id() -> str:
 
 
 def hosts_of(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """This machine's addresses, best first: the one that the master is reached from, the name."""
+    """This machine's addresses, best first: the one that routes to the master, then the name."""
     hosts = []
     master = environ.get("MASTER_ADDR")
     if master and master not in LOOPBACK:

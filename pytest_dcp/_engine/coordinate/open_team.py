@@ -27,17 +27,17 @@ def team_of(
 ) -> Team:
     """This rank's team for one operation of a process group; local, nothing is sent yet.
 
-    Call it where the operation is called, in program order: it takes the operation's place among
-    those of the group. Before the first step, `wait_for_turn` waits for earlier ones (see
-    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` it
-    is the default group. Without `use_dist` this rank is alone, and its own coordinator.
+    Call it where the operation is called, in program order: it takes the operation's place in the
+    group's order. Before the first step, `wait_for_turn` waits for earlier operations (see
+    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` the
+    team is of the default group. Without `use_dist` this rank is alone, and its own coordinator.
 
     operation: the operation, its kind first ("save", "load", "save step_100"): ranks that name
         different operations fail.
-    subject: the folder; one_subject: whether ranks that mean different ones fail.
-    background: whether it goes on while the caller does something else.
+    subject: the folder; one_subject: whether ranks with different folders fail.
+    background: whether it runs while the caller does something else.
 
-    Raises ValueError when this rank is not in the group, or the coordinator is not.
+    Raises ValueError if this rank or the coordinator is not in the group.
     """
     if not use_dist:
         place = _alone.take(kind_of(operation), subject, background=background)
@@ -73,10 +73,10 @@ os.register_at_fork(after_in_child=_alone.forget_pending)
 
 
 def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:
-    """Have this rank's end seen by the others from now on, before its first step.
+    """Let the others see this rank's end from now on, before its first step.
 
-    The coordinator is where its peers look, and a peer is tied to a coordinator that is there
-    already. Asks the group's store once, the first time; what fails is left to the first step.
+    A coordinator publishes its address; a peer connects to a coordinator that has published it
+    already. Queries the group's store once, the first time; a failure is left to the first step.
     """
     group = process_group if process_group is not None else dist.group.WORLD
     if group is None:

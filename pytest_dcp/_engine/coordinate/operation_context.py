@@ -1,4 +1,4 @@
-"""One rank's place in one operation, and the causes that it names for its peers' failures."""
+"""One rank's place in one operation, and the causes that it reports for its peers' failures."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class OperationContext:
     group: dist.ProcessGroup | None
     """None: this rank is alone."""
     place: OperationPlace
-    """Where in the order of the group's operations it was called."""
+    """Its place in the order of the group's operations."""
     one_subject: bool = False
-    """Whether all ranks must mean the same folder."""
+    """Whether all ranks must use the same folder."""
 
     @property
     def margin_s(self) -> float:
-        """By how much a peer outwaits the coordinator, whose verdict says more."""
+        """How much longer a peer waits than the coordinator, whose verdict says more."""
         return min(5.0, 0.5 + 0.1 * self.timeout_s)
 
     @property
     def ping_s(self) -> float:
-        """How often a waiting coordinator says that it is alive, and busy ranks do."""
+        """How often a waiting coordinator, and a busy rank, shows that it is alive."""
         return min(10.0, self.timeout_s / PINGS_PER_TIMEOUT)
 
     def name_of(self, rank: int) -> str:
@@ -70,7 +70,7 @@ class OperationContext:
         return capture(rank, RankSilentError(f"{text}: it hangs, or has not come to this step"))
 
     def unreached(self, rank: int, step: str, error: OSError) -> Cause:
-        """The cause that no network leads to a rank, which says nothing of its process."""
+        """The cause that no network leads to a rank, which says nothing about its process."""
         text = f"{self.name_of(rank)} cannot be reached from rank {self.rank} {self._in(step)}"
         return capture(rank, RankSilentError(f"{text}: {error}"))
 

@@ -1,7 +1,7 @@
 """Pure (no I/O): a value <-> the segments of bytes that carry it between ranks.
 
-A value enters and its payload leaves, as plain data (see `wire`). Nothing is copied on the way out,
-and what is unpacked shares the memory of the segments that it came from.
+A value is packed into a payload of plain data (see `wire`). Packing copies nothing, and an unpacked
+value shares the memory of its segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Payload", "Segment", "pack", "unpack", "bundle", "unbundle"]
 def pack(value: object, *, pickles: bool = False) -> list[Segment]:
     """The payload of a value; it aliases the value's memory until it is sent.
 
-    pickles: whether objects that are no plain data may be pickled. Raises TypeError for others.
+    pickles: whether to pickle objects that are not plain data; else they raise TypeError.
     """
     return wire.encode(value, pickles=pickles)
 
@@ -33,7 +33,7 @@ def unpack(payload: Payload, *, pickles: bool = False) -> Any:
 
 
 def bundle(payloads: Sequence[Payload]) -> list[Segment]:
-    """One payload of many, unopened: their sizes in segments, then all segments in order."""
+    """Join payloads, unopened, into one: their sizes in segments, then all segments in order."""
     sizes = struct.pack(f"<{len(payloads)}I", *map(len, payloads))
     return [sizes, *(segment for payload in payloads for segment in payload)]
 

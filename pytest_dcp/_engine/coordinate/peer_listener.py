@@ -1,15 +1,15 @@
-"""Where the peers of this process's operations arrive: one listening socket per process.
+"""Accepts the peers of this process's operations, with one listening socket per process.
 
-Peers enter by connecting and saying who they are; `arrivals` hands each to the operation that it
-asks for. A peer must first prove that it knows the group's key (see handshake), in one HELLO frame
-of at most `HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most
-`STRANGERS` connections are open that have not proved it: the oldest is closed for the next. A peer
-that is closed so connects again (see peer_side), so a flood of strangers delays an operation and
-does not fail it.
+Peers connect and identify themselves; `arrivals` hands each to the operation that it asks for. A
+peer must first prove that it knows the group's key (see handshake), in one HELLO frame of at most
+`HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most `STRANGERS`
+connections without this proof are open: the next one closes the oldest. A peer whose connection is
+closed this way connects again (see peer_side), so a flood of strangers delays an operation but does
+not fail it.
 
 One connection per peer serves all operations of a group. When an operation is over, `keep` takes
-the connection back; it is idle until the peer says HELLO for its next operation. An idle connection
-that breaks tells at once that a rank has died between operations, and will not come.
+the connection back; it is idle until the peer says HELLO for its next operation. If an idle
+connection breaks, the coordinator knows at once that the rank died between operations.
 
 There is no thread: peers wait in the kernel's queue until the coordinator looks. A full queue makes
 them wait, too: see peer_side. The socket stays open until the process ends, so that later
@@ -44,11 +44,11 @@ HELLO_BYTES = 32768
 HELLO_S = 1.0
 STRANGERS = 64
 WAITING_OF_A_RANK = 64
-"""Operations that a rank may have come to before the coordinator does."""
+"""Number of operations that a rank may reach before the coordinator does."""
 ACCEPT_S = 0.003
-"""In one look, so that a flood does not keep the coordinator from its peers."""
+"""Time to accept in one look, so that a flood does not keep the coordinator from its peers."""
 BACKLOG = 4096
-"""Peers that may wait while the coordinator is busy; the kernel cuts it to net.core.somaxconn."""
+"""Peers that may wait while the coordinator is busy; net.core.somaxconn may lower it."""
 
 
 Member = tuple[str, int]
@@ -62,17 +62,17 @@ class PeerListener:
         self._lock = threading.Lock()
         self._listener = _listen(local_only(os.environ))
         self._selector = selectors.DefaultSelector()
-        """Of the listening socket, the handshaking and the idle connections."""
+        """Watches the listening socket, the handshaking and the idle connections."""
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._handshaking: list[tuple[float, Connection]] = []
-        """Connections that have not shown the secret, and until when they may."""
+        """Connections without a proof, and the deadline of each."""
         self._waiting: list[Arrival] = []
         self._idle: dict[Connection, Member] = {}
         self._ended: dict[Member, str] = {}
-        """How the last connection of a member broke while it was idle."""
+        """How a member's last connection broke while it was idle."""
         self._active: Counter[tuple[str, str]] = Counter()
         self._full_s: float | None = None
-        """Since when no connection can be accepted for want of descriptors."""
+        """Since when a lack of descriptors prevents accepting connections."""
         self._seen = SeenNonces()
         secret = secrets.token_hex(16)
         self._group_key = GroupKey.of(secret)
@@ -85,30 +85,30 @@ class PeerListener:
         )
 
     def welcome(self, hello: Hello) -> Frame:
-        """The first frame to a peer: it shows that this is the coordinator looked for."""
+        """The first frame to a peer: it proves that this is the coordinator."""
         return Frame(FrameKind.WELCOME, segments=[self._group_key.welcome(hello.nonce)])
 
     def fileno(self) -> int:
-        """A descriptor for a selector: readable when a peer has come or has gone."""
+        """A descriptor for a selector: readable when a peer has arrived or gone."""
         return self._selector.fileno()
 
     def open(self, group: str, kind: str) -> None:
-        """Say that an operation of a kind expects peers."""
+        """Note that an operation expects peers."""
         with self._lock:
             self._active[group, kind] += 1
 
     def shut(self, group: str, kind: str) -> None:
-        """Say that it expects none any more."""
+        """Note that the operation expects no more peers."""
         with self._lock:
             self._active[group, kind] -= 1
             self._active += Counter()  # drops values that are not positive
 
     def has_unsignalled_peers(self) -> bool:
-        """Whether peers may come without the descriptor telling this operation."""
+        """Whether peers may arrive without the descriptor becoming readable."""
         return bool(self._handshaking) or self._active.total() > 1
 
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
-        """The peers of a group that run this kind of operation, or a kind that is not run here."""
+        """A group's peers that run this kind of operation, or a kind that does not run here."""
         with self._lock:
             self._look()
             mine: list[Arrival] = []
@@ -125,7 +125,7 @@ class PeerListener:
         return self._ended.get((group, rank))
 
     def full_for_s(self) -> float:
-        """For how long no connection could be accepted for want of descriptors."""
+        """For how long a lack of descriptors has prevented accepting connections."""
         return 0.0 if self._full_s is None else time.monotonic() - self._full_s
 
     def give_back(self, arrivals: Sequence[Arrival]) -> None:
@@ -192,12 +192,12 @@ class PeerListener:
                 return
 
     def _note_full(self, error: OSError) -> None:
-        """Note whether peers stay in the kernel's queue for want of descriptors."""
+        """Note whether a lack of descriptors keeps peers in the kernel's queue."""
         if error.errno not in EXHAUSTED:
             self._full_s = None
         elif not make_more_room():
             self._full_s = self._full_s or time.monotonic()
-            # Until the next look: it would wake the operation all the time.
+            # Unwatched until the next look: it would wake the operation all the time.
             self._selector.unregister(self._listener)
 
     def _greet(self) -> None:
@@ -268,12 +268,12 @@ class PeerListener:
         self._selector.unregister(connection)
 
     def _count_held(self) -> Counter[Member]:
-        """How many connections each rank has here that no operation took."""
+        """How many connections of each rank wait here for an operation."""
         waiting = Counter((arrival.hello.group, arrival.hello.rank) for arrival in self._waiting)
         return waiting + Counter(self._idle.values())
 
     def _read_hello(self, frame: Frame) -> Hello | None:
-        """Who a peer is; None where it does not prove that it is a rank of the group."""
+        """The peer's HELLO; None if it does not prove that it is a rank of the group."""
         if frame.kind is not FrameKind.HELLO or len(frame.segments) != 2:
             return None
         shown, text = frame.segments[0], bytes(frame.segments[1])
@@ -320,7 +320,8 @@ def _forget_in_child() -> None:
         atexit.unregister(_peer_listener.close)
         with contextlib.suppress(OSError):
             _peer_listener._listener.close()
-            # The kernel's list of what it watches is the parent's, too: it is left as it is.
+            # The child shares the kernel's list of watched sockets with the parent: do not change
+            # it.
             _peer_listener._selector.close()
         _peer_listener = None
 

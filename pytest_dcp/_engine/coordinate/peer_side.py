@@ -1,8 +1,8 @@
 """A peer's side of an operation: one connection to the coordinator.
 
 The peer says hello before its first step's work, so that the coordinator notices its end from then
-on. It waits as long as the coordinator is heard of; a coordinator in long work of its own may be
-silent for the timeout and a margin.
+on. It waits as long as the coordinator shows signs of life; a coordinator in long work of its own
+may be silent for the timeout and a margin.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import Combine, LocalResult, Result, StepVerdict
 
 UNREACHED_S = 60.0
-"""How long a network that leads to none of the coordinator's addresses may take to recover."""
+"""How long to retry while the network leads to none of the coordinator's addresses."""
 REFUSED_S = 0.5
-"""How long a refused address may be replaced by the address of a coordinator that came anew."""
+"""How long to look for the address of a restarted coordinator after the old one refuses."""
 TICK_S = 0.5
 """Longest single wait, so that signals are handled soon on every Python."""
 
@@ -64,7 +64,7 @@ class PeerSide:
         return self.context.group
 
     def join(self, head: Head) -> StepVerdict | None:
-        """Say hello, at the first step; a verdict when no coordinator is there."""
+        """Say hello, at the first step; a verdict if there is no coordinator."""
         if self._link is not None:
             return None
         context = self.context
@@ -94,9 +94,9 @@ class PeerSide:
         self._answer = greet(link.connection, hello, link.address.key())
 
     def _find(self, until_s: float, step: str) -> Link | Cause:
-        """A new connection, or why there is none.
+        """A new connection, or the reason that it cannot be made.
 
-        A coordinator that has not come, or whose queue is full, is waited for like any late rank.
+        Waits for a coordinator that is missing, or whose queue is full, as for any late rank.
         """
         with contextlib.closing(Absence(self._group, self.context.coordinator)) as absence:
             return self._try_addresses(until_s, step, absence)
@@ -118,7 +118,7 @@ class PeerSide:
                 except GONE as error:
                     refused_s = min(refused_s, now + REFUSED_S)
                     if time.monotonic() > refused_s:
-                        how = f"nobody answers at its address: {error}"
+                        how = f"nothing answers at its address: {error}"
                         return context.ended(context.coordinator, step, how)
                     rendezvous.forget(group, context.coordinator)
                     time.sleep(REFUSED_S / 10)
@@ -176,7 +176,7 @@ class PeerSide:
         return finish.outcome
 
     def _reconnect(self, state: PeerState, reconnect: Reconnect) -> None:
-        """Say hello on a new connection to the address that is in the store now."""
+        """Say hello on a new connection to the address now in the store."""
         connection, coordinator = self._require_connection(), self.context.coordinator
         time.sleep(max(0.0, reconnect.not_before_s - time.monotonic()))
         rendezvous.forget(self._group, coordinator)
@@ -200,11 +200,11 @@ class PeerSide:
             group, coordinator = self._group, self.context.coordinator
             frame = rendezvous.read_verdict(group, coordinator, self.context.place)
             return None if frame is None else StepVerdict.read(frame)
-        except (RuntimeError, ValueError):  # no store any more, or somebody else's word
+        except (RuntimeError, ValueError):  # the store is gone, or no rank wrote the message
             return None
 
     def trouble(self) -> str | None:
-        """The failure that the coordinator told of, or its end; says that this rank is alive."""
+        """A failure that the coordinator reported, or its end; shows that this rank is alive."""
         if self._link is None or self._kept or (connection := self._link.connection).fileno() < 0:
             return None
         state = self._require_state()
@@ -309,7 +309,7 @@ def _other_key(rank: int) -> CoordinationError:
 
 
 def _wait(connection: Connection, timeout_s: float) -> None:
-    """Wait until something came, or queued bytes can go on; or until the time is over."""
+    """Wait until bytes arrive, or queued bytes can be sent; or until the time is over."""
     poll = select.poll()
     with contextlib.suppress(ValueError):  # closed: the caller sees it
         poll.register(

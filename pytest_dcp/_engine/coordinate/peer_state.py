@@ -1,23 +1,23 @@
 """Decides what a peer of one operation does: (state, event, now) -> actions.
 
-Pure (no I/O), as `coordinator_state`, whose docstring has the messages of a step. `PeerSide`
+Pure (no I/O), as `coordinator_state`, whose docstring lists the messages of a step. `PeerSide`
 carries the actions out.
 
 Theory of operation. A peer says HELLO before its first step's work, so that the coordinator sees it
 end from then on. In each step it sends its local result once over its connection and waits:
 
-- Nothing counts before the WELCOME, which shows that the coordinator is on the other end.
-- A connection that ended before the WELCOME was crowded out by strangers: the peer says HELLO again
-  on a new one, with its local result, until the time of a silent coordinator is over.
-- A connection that ended after the WELCOME, or a BYE, means that no step is possible any more. The
-  peer names the coordinator, and tells it, in case it goes on.
-- A coordinator that is silent for the timeout and a margin is given up. The margin lets the verdict
-  of the coordinator come first: it says more.
-- A peer that was not welcomed looks in the store for a verdict that the coordinator left for late
-  peers, and whether this process began to count its operations anew.
+- Nothing counts before the WELCOME, which proves that the coordinator is on the other end.
+- If the connection ends before the WELCOME, strangers crowded it out: the peer says HELLO again on
+  a new one, with its local result, until the time limit for a silent coordinator.
+- If the connection ends after the WELCOME, or a BYE arrives, no further step is possible. The peer
+  names the coordinator, and sends it that cause, in case it goes on.
+- The peer gives up a coordinator that is silent for the timeout and a margin. The margin lets the
+  coordinator's verdict arrive first: it says more.
+- A peer without a WELCOME looks in the store for a verdict that the coordinator left for late
+  peers, and checks whether this process began a new epoch.
 
-What came is always heard before any of this is decided: an answer that waits in the connection
-counts, however late this rank looks.
+Received messages are always handled before any of these decisions: an answer that waits in the
+connection counts, however late this rank looks.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Result, StepVerdict
 
 AGAIN_S = 0.2
-"""Between two tries to be let in, where strangers crowd the coordinator."""
+"""Pause between two attempts to join a coordinator that strangers crowd."""
 WORD_S = 0.5
-"""How often a peer that is not let in looks whether the coordinator left a verdict for it."""
+"""How often a peer without a WELCOME looks for a verdict that the coordinator left."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
-    """How the connection to the coordinator is."""
+    """The state of the connection to the coordinator."""
 
     heard_s: float
     """When bytes last came."""
@@ -58,7 +58,7 @@ class Finish:
 
     outcome: Result | StepVerdict
     farewell: LocalResult | None = None
-    """What to send the coordinator in case that it goes on."""
+    """A message to the coordinator in case it goes on."""
     distrust: str | None = None
     """Why the connection must not be used again."""
 
@@ -91,7 +91,7 @@ class PeerState:
     def __init__(self, context: OperationContext, order: CallOrder, now: float) -> None:
         self.context = context
         self.is_welcome = False
-        """Whether the coordinator has shown that it is the one, and has let this rank in."""
+        """Whether the coordinator has proved its identity, and let this rank join."""
         self._order = order
         self._head = START
         self._since_s = now
@@ -104,7 +104,7 @@ class PeerState:
         """Whether a new connection may help."""
 
     def make_hello(self, group_key: str, now: float) -> Hello:
-        """What to say to the coordinator on a new connection."""
+        """The HELLO for a new connection."""
         self._met_s = now
         context, place = self.context, self.context.place
         return Hello(
@@ -130,13 +130,13 @@ class PeerState:
     # Messages.
 
     def hear_welcome(self, *, is_proof: bool) -> None:
-        """The first message of the coordinator came; is_proof: it could only come from there."""
+        """The coordinator's first message arrived; is_proof: only the coordinator can send it."""
         self.is_welcome = is_proof
 
     def hear(
         self, kind: FrameKind, head: Head, body: Payload | StepVerdict | ValueError
     ) -> Finish | None:
-        """A message of the coordinator, or a ValueError that says why it cannot be read."""
+        """A message of the coordinator, or the ValueError that says why it cannot be read."""
         context = self.context
         if not self.is_welcome:
             text = "did not show that it is the coordinator"
@@ -174,11 +174,11 @@ class PeerState:
 
     @property
     def can_reconnect(self) -> bool:
-        """Whether a new connection is made, or may still be."""
+        """Whether a new connection was made, or may still be made."""
         return self._reconnects
 
     def decide(self, now: float, link: LinkState) -> PeerAction | None:
-        """What to do when nothing more has come; None: to wait."""
+        """What to do when no message is left to handle; None: wait."""
         if (reconnect := self._find_reconnect(now, link, self._since_s)) is not None:
             return reconnect
         context, step = self.context, self._head.name
@@ -195,13 +195,13 @@ class PeerState:
         return None
 
     def decide_at_work(self, now: float, link: LinkState) -> PeerAction | None:
-        """As `decide`, while the local work runs. An end is left to the step, but for its text."""
+        """As `decide`, while the local work runs. An end is only explained: the step handles it."""
         if self._must_look(now):
             return LookForVerdict()
         return self._find_reconnect(now, link, now)
 
     def note_reconnect(self, now: float, *, is_of_use: bool) -> None:
-        """A new connection was tried; is_of_use: it is made, or a further try may make it."""
+        """A new connection was tried; is_of_use: it was made, or another attempt may make it."""
         self._met_s, self._reconnects = now, is_of_use
 
     def end_step(self, how: str) -> Finish:
@@ -222,7 +222,7 @@ class PeerState:
         return True
 
     def _lose(self, lost: Cause) -> Finish:
-        # All peers say the same of the coordinator, and tell it, should it come back.
+        # All peers report the same about the coordinator, and send it the cause, should it go on.
         return Finish(self._verdict(lost), farewell=LocalResult(cause=lost))
 
     def _verdict(self, cause: Cause) -> StepVerdict:

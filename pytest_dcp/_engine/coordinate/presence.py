@@ -1,10 +1,10 @@
-"""Which process a rank is, and whether it has ended, as far as this machine can tell.
+"""A rank's process, and whether it has ended, as far as this machine can tell.
 
-Each rank leaves its process in the group's store at its first operation, before it has met anybody:
-its pid, where it listens if the ranks are on several machines, and torchrun's error file. So a rank
-that is killed before it meets the coordinator is missed within seconds, and so is the coordinator.
-Nothing is concluded here of a process of another machine, container or user, unless torchrun's
-error file says so in a folder that both see.
+Each rank describes its process in the group's store at its first operation, before it connects to
+any other: its pid, its listening address if the ranks are on several machines, and torchrun's error
+file. So the others notice within seconds that a rank, or the coordinator, was killed before the two
+met. For a process of another machine, container or user, only torchrun's error file, in a folder
+that both see, shows that it has ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from pytest_dcp._engine.coordinate.machines import LOOPBACK, machine
 
 MAX_ERROR_BYTES = 1 << 20
-"""Of torchrun's error file: it holds one traceback."""
+"""Limit for torchrun's error file: it holds one traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Presence:
 
     pid: int
     started: str
-    """When, in clock ticks since boot: another process may get the same pid."""
+    """Start time in clock ticks since boot: another process may get the same pid."""
     scope: str
     """Equal in processes that see each other by these pids: machine, pid namespace and user."""
     hosts: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Presence:
     port: int = 0
     """0: it does not listen."""
     error_file: str = ""
-    """Where torchrun has a worker that fails say why; empty where it was there already."""
+    """The file in which torchrun records why a worker failed; empty if it existed already."""
 
     @classmethod
     def own(cls, hosts: Sequence[str] = (), port: int = 0) -> Presence:
@@ -54,22 +54,22 @@ class Presence:
 
     @classmethod
     def decode(cls, data: bytes) -> Presence:
-        """The presence in a store's value. Raises ValueError, TypeError or KeyError for another."""
+        """The presence in a store's value. Raises ValueError, TypeError or KeyError for others."""
         facts = json.loads(data)
         presence = cls(**(facts | {"hosts": tuple(facts["hosts"])}))
         texts = (presence.started, presence.scope, presence.error_file, *presence.hosts)
         numbers = (presence.pid, presence.port)
         if not ({str}.issuperset(map(type, texts)) and {int}.issuperset(map(type, numbers))):
-            raise ValueError(f"expected what a rank says of its process, got {presence!r:.200}")
+            raise ValueError(f"expected a rank's description of its process, got {presence!r:.200}")
         return presence
 
     @property
     def is_visible(self) -> bool:
-        """Whether this process sees by its pid whether it has ended."""
+        """Whether this process can see by the pid whether it has ended."""
         return bool(self.started) and self.scope == _scope()
 
     def listens_at(self) -> tuple[str, int] | None:
-        """Host and port of its listening socket, as seen from here; None where it has none."""
+        """Host and port of its listening socket, as seen from here; None without one."""
         if not self.port:
             return None
         if self.scope.startswith(f"{machine()}/"):  # another container, or user
@@ -77,7 +77,7 @@ class Presence:
         return (self.hosts[0], self.port) if self.hosts else None
 
     def how_ended(self) -> str | None:
-        """How it is known that the process has ended, or None. Never waits."""
+        """The sign that the process has ended, or None. Never waits."""
         said = _reported_error(self.error_file)
         if said is None and not self.has_ended():
             return None
@@ -107,7 +107,7 @@ def _exists(pid: int) -> bool:
 
 
 def _stat_of(pid: int) -> tuple[str, str] | None:
-    """State and start of a process (proc_pid_stat(5)), or None where there is none to be seen."""
+    """State and start of a process (proc_pid_stat(5)), or None if it cannot be seen."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -139,7 +139,7 @@ def _is_numeric(host: str) -> bool:
 
 
 def _reported_error(path: str) -> str | None:
-    """The first line of torchrun's error file of a worker that failed; None where there is none."""
+    """The first line of a failed worker's error file from torchrun; None without one."""
     try:
         with open(path, "rb") as file:
             said = json.loads(file.read(MAX_ERROR_BYTES))["message"]

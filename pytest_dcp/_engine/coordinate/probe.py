@@ -1,11 +1,11 @@
 """Whether a process still listens at its address.
 
-The kernel takes connections for a process as long as it lives, however busy, stopped or stuck it
-is, and refuses them when it has ended. So a refusal says what a missed heartbeat cannot. It is
-believed when it lasts: for `CONFIRM_S` where the address is known to lead to the process, since it
-took a connection before; else for `REFUSED_S`, since a firewall between may refuse, too, and a
-rank that lives comes by itself. An address that does not answer (a full queue, a network that is
-down) says nothing.
+The kernel accepts connections for a process as long as it lives, however busy, stopped or stuck it
+is, and refuses them when it has ended. So a refusal proves more than a missed heartbeat. It counts
+when it lasts: for `CONFIRM_S` if the address is known to lead to the process, since it accepted a
+connection before; else for `REFUSED_S`, since a firewall between may refuse, too, and a living rank
+will join by itself. An address that does not answer (a full queue, a network that is down) proves
+nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pytest_dcp._engine.coordinate.gloo_listener import GlooListener
 REFUSED_S = 20.0
 CONFIRM_S = 2.0
 AGAIN_S = 1.0
-"""Between two tries while the address refuses."""
+"""Pause between two attempts while the address refuses."""
 LATER_S = 10.0
-"""Between two tries else: each one takes a place in the queue of the process."""
+"""Pause between two attempts otherwise: each takes a place in the process's queue."""
 CONNECT_S = 5.0
-"""One try of an address that does not answer."""
+"""Limit of one attempt at an address that does not answer."""
 QUIET_S = 0.03
-"""One quiet try: long for a network, and far below the 0.2 s for which the kernel keeps an
-acknowledgement back (TCP_DELACK_MAX)."""
+"""Limit of one quiet attempt: long for a network, and far below the 0.2 s for which the kernel
+delays an acknowledgement (TCP_DELACK_MAX)."""
 QUIET_LATER_S = 2.0
-"""Between two quiet tries of an address that does not refuse: they cost the process nothing."""
+"""Pause between two quiet attempts unless the address refuses: they cost the process nothing."""
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -44,14 +44,14 @@ class Probe:
         self._where = (host, port)
         self._sock: socket.socket | None = None
         self._next_s = 0.0
-        """When the next try begins, or the one under way ends."""
+        """When the next attempt begins, or the current one ends."""
         self._was_there = False
         self._refused_s: float | None = None
-        """Since when every try was refused."""
+        """Since when every attempt was refused."""
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a try holds a descriptor."""
+        """Whether an attempt holds a descriptor."""
         return self._sock is not None
 
     @property
@@ -60,7 +60,7 @@ class Probe:
         return self._was_there
 
     def look(self) -> str | None:
-        """Go on; how it is known that the process has ended, or None."""
+        """Begin or continue an attempt; the sign that the process has ended, or None."""
         now = time.monotonic()
         if self._sock is not None:
             if (outcome := self._outcome(self._sock, now)) is not None:
@@ -76,7 +76,7 @@ class Probe:
         return self._describe_end(*self._where)
 
     def _patience_s(self) -> float:
-        """How long an address that never took a connection must refuse."""
+        """How long the address must refuse before the process counts as ended."""
         return REFUSED_S
 
     def _later_s(self) -> float:
@@ -103,16 +103,16 @@ class Probe:
         return socket.socket(family)
 
     def _outcome(self, sock: socket.socket, now: float) -> int | None:
-        """The error number of the try, 0 for a connection, None while it goes on."""
+        """The error number of the attempt, 0 for a connection, None while it goes on."""
         poll = select.poll()
         poll.register(sock, select.POLLOUT)
         if not poll.poll(0):
             return errno.ETIMEDOUT if now > self._next_s else None
         if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return error
-        with contextlib.suppress(OSError):  # reset already: it was taken all the same
+        with contextlib.suppress(OSError):  # reset already: it was accepted before
             if sock.getsockname() == sock.getpeername():
-                return errno.ECONNREFUSED  # the kernel lent it the very port
+                return errno.ECONNREFUSED  # the kernel connected the socket to itself
         return 0
 
     def _conclude(self, error: int, now: float) -> None:
@@ -120,28 +120,28 @@ class Probe:
             self._refused_s = now if self._refused_s is None else self._refused_s
             self._next_s = now + AGAIN_S
             return
-        # A reset came after the connection was taken: the queue is full (tcp_abort_on_overflow).
+        # A reset after the connection was accepted: the queue is full (tcp_abort_on_overflow).
         self._was_there = self._was_there or error in (0, errno.ECONNRESET)
         self._refused_s = None
         self._next_s = now + self._later_s()
 
     def close(self) -> None:
-        """End the try under way."""
+        """End the attempt under way."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
 
 
 class QuietProbe(Probe):
-    """Where gloo listens for a rank, tried without gloo's notice.
+    """Tries the address where gloo listens for a rank, without gloo's notice.
 
-    gloo must not see the try: if its process has no descriptor left, accept() fails, and gloo ends
-    the process. So the try is reset before it becomes a connection: the other kernel answers our
-    SYN, ours keeps the acknowledgement back (TCP_QUICKACK off), and close() sends a reset. Nothing
-    enters the queue from which gloo accepts. Health checks of load balancers do the same.
+    gloo must not see the attempt: if its process has no descriptor left, accept() fails, and gloo
+    ends the process. So the attempt is reset before it becomes a connection: the other kernel
+    answers our SYN, ours delays the acknowledgement (TCP_QUICKACK off), and close() sends a reset.
+    Nothing enters the queue from which gloo accepts. Health checks of load balancers do the same.
 
-    A try waits `QUIET_S` for its answer. A refusal of an address that is not known to lead to the
-    rank is never believed: unlike a rank that listens for us, this one may not come for long.
+    An attempt waits `QUIET_S` for its answer. A refusal never counts unless the address is known to
+    lead to the rank: unlike a rank that listens for us, this one may take long to join.
     """
 
     def __init__(self, listener: GlooListener, *, leads_there: bool) -> None:

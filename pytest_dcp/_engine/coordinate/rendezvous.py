@@ -2,11 +2,11 @@
 meet.
 
 The coordinator puts the address of its listener into the group's c10d store, one key per group
-and coordinator, which is never removed: the address is good for as long as the process lives. Peers
-read it once. One more key for each operation that the coordinator gave up tells late peers why.
-Beyond that an operation does not touch the group: no collective and no
-point-to-point message of it, so that neither the order of the user's collectives nor, when a rank
-is late, gloo's connections come to harm (gloo closes all of them at the first wait that times out).
+and coordinator, which is never removed: the address is valid as long as the process lives. Peers
+read it once. For each operation that the coordinator gave up, another key gives late peers the
+reason. An operation uses the group for nothing else: it runs no collectives and sends no
+point-to-point messages on it. So it cannot disturb the order of the user's collectives, and a late
+rank does not cost gloo's connections (gloo closes all of them at the first wait that times out).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from pytest_dcp._torch_internals.process_groups import Store
 
 POLL_S = (0.001, 0.1)
-"""First and longest pause between looks into the store: `check` never blocks, so that Ctrl-C works
-and the user's other threads have the store to themselves in between."""
+"""First and longest pause between looks into the store: `check` never blocks, so Ctrl-C works, and
+the user's other threads can use the store in between."""
 
 
 @dataclass(slots=True)
 class Meeting:
-    """This process's memory of a group, from one operation to the next."""
+    """Facts about a group that this process keeps between operations."""
 
     order: CallOrder = field(default_factory=CallOrder)
     """The operations that this process called in the group."""
@@ -55,11 +55,11 @@ class Meeting:
     idle: dict[int, Link] = field(default_factory=dict)
     """By coordinator rank: this process's connection to it while no operation has it."""
     present: bool = False
-    """Whether this process has said in the store which one it is."""
+    """Whether this process has described itself in the store."""
     presences: dict[int, Presence] = field(default_factory=dict)
     """By rank, addresses looked up so far."""
     gloo_listeners: dict[int, GlooListener | None] = field(default_factory=dict)
-    """By rank, gloo's addresses looked up so far; None if gloo left no address that we can read."""
+    """By rank, gloo's addresses looked up so far; None if we cannot read gloo's address."""
     tying: threading.Lock = field(default_factory=threading.Lock)
     """Held while `idle` changes: a save and a load may begin at once."""
 
@@ -69,16 +69,16 @@ _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Meeting] = weakref.WeakK
 
 _meeting = threading.Lock()
 _inherited: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-"""Groups that were there when this process was forked."""
+"""Groups that existed when this process was forked."""
 
 
 def meeting_of(group: dist.ProcessGroup) -> Meeting:
-    """The memory of a group."""
+    """This process's `Meeting` of a group."""
     with _meeting:
         meeting = _meetings.get(group)
         if meeting is None:
             meeting = _meetings[group] = Meeting()
-            # Not at exit: a connection that breaks without a word says that the process has ended.
+            # Not at exit: a connection that breaks without a message shows that the process ended.
             weakref.finalize(group, _end, meeting, group.group_name, group.size()).atexit = False
         return meeting
 
@@ -92,7 +92,7 @@ def _end(meeting: Meeting, name: str, size: int) -> None:
 
 
 def group_key(group: dist.ProcessGroup, coordinator_rank: int) -> str:
-    """The group and its coordinator, alike on all ranks."""
+    """Identifies the group and its coordinator, the same on all ranks."""
     return _key(group.group_name, coordinator_rank, group.size())
 
 
@@ -110,16 +110,16 @@ def timeout_of(group: dist.ProcessGroup) -> float:
 
 
 def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
-    """Leave this process in the store, and a coordinator's address; once for each group.
+    """Describe this process in the store, and publish a coordinator's address; once per group.
 
-    Where the ranks are on several machines this process listens from now on: others see by it that
-    it lives.
+    If the ranks are on several machines, this process listens from now on, so that the others can
+    see that it lives.
     """
     meeting = meeting_of(group)
     if meeting.present or group in _inherited:
         return
     meeting.present = True
-    with contextlib.suppress(RuntimeError, CoordinationError):  # it only makes deaths known
+    with contextlib.suppress(RuntimeError, CoordinationError):  # only deaths are noticed later
         if local_only(os.environ):
             own = Presence.own()
         else:
@@ -130,7 +130,7 @@ def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> N
 
 
 def presence_of(group: dist.ProcessGroup, rank: int) -> Presence | None:
-    """The process of a rank, or None where it has not said which one it is. Never waits."""
+    """The process of a rank, or None if it has not described itself yet. Never waits."""
     presences = meeting_of(group).presences
     if rank not in presences:
         try:
@@ -144,13 +144,13 @@ def presence_of(group: dist.ProcessGroup, rank: int) -> Presence | None:
 
 
 def ended_process(group: dist.ProcessGroup, rank: int) -> str | None:
-    """How it is known that the process of a rank has ended; None where it is not. Never waits."""
+    """The sign that the process of a rank has ended, or None. Never waits."""
     presence = presence_of(group, rank)
     return None if presence is None else presence.how_ended()
 
 
 def gloo_listener_of(group: dist.ProcessGroup, rank: int) -> GlooListener | None:
-    """Where gloo listens for a rank, or None where that is unknown. Never waits.
+    """The address where gloo listens for a rank, or None if it is unknown. Never waits.
 
     gloo writes it while the group is made, so it is looked up once.
     """
@@ -186,9 +186,9 @@ def publish(group: dist.ProcessGroup, coordinator_rank: int) -> None:
 
 
 def look_up(group: dist.ProcessGroup, coordinator_rank: int, until_s: float) -> Address | None:
-    """The coordinator's address, or None when it has put none there until then.
+    """The coordinator's address, or None if it has published none until then.
 
-    `until_s` is a time of CLOCK_MONOTONIC. Raises RuntimeError when the store cannot be reached.
+    `until_s` is a time of CLOCK_MONOTONIC. Raises RuntimeError if the store cannot be reached.
     """
     meeting, key, pause = meeting_of(group), _store_key(coordinator_rank), POLL_S[0]
     while coordinator_rank not in meeting.addresses:
@@ -204,14 +204,14 @@ def look_up(group: dist.ProcessGroup, coordinator_rank: int, until_s: float) -> 
 
 
 def forget(group: dist.ProcessGroup, coordinator_rank: int) -> None:
-    """Look the address up anew next time: nothing answers there."""
+    """Look the address up again next time: nothing answers there."""
     meeting_of(group).addresses.pop(coordinator_rank, None)
 
 
 def post(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
 ) -> None:
-    """Leave word for peers that come to an operation which the coordinator has given up."""
+    """Leave a verdict for peers that join an operation that the coordinator has given up."""
     _leave_word(group, _word_key(coordinator_rank, place), word)
 
 
@@ -225,7 +225,7 @@ def read_verdict(
 def refuse(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
 ) -> None:
-    """Leave word for a coordinator that has no address yet: this rank takes no part."""
+    """Leave a verdict for a coordinator that has no address yet: this rank takes no part."""
     _leave_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
 
 
@@ -265,7 +265,7 @@ def _forget_in_child() -> None:
         meeting.order.forget_pending()
         meeting.idle.clear()
         meeting.published.clear()
-    # Of these groups its parent is the rank.
+    # In these groups its parent is the rank.
     _inherited.update(group_registry().pg_map)
 
 

@@ -1,4 +1,4 @@
-"""Which classes' objects ranks may send each other, and how each is taken apart and made again."""
+"""Classes whose objects ranks may send each other, and how to take apart and rebuild objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SentKind:
         self.has_dict = cls.__dictoffset__ != 0
 
     def parts(self, value: Any) -> list[Any]:
-        """The fields, and what else was set on the object."""
+        """The fields, and other attributes set on the object."""
         found = [getattr(value, name) for name in self.names]
         if self.has_dict and len(vars(value)) != len(self.names):
             more = {name: v for name, v in vars(value).items() if name not in self.names}
@@ -48,7 +48,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {}
 
 
 def record(*classes: type) -> None:
-    """Let dataclasses be sent: field by field, and made again without their `__init__`."""
+    """Allow sending dataclasses: field by field, and rebuilt without their `__init__`."""
     for cls in classes:
         names = tuple(field.name for field in fields(cls))
         SENT_KINDS[cls] = cls.__name__, SentKind(cls, names)
@@ -59,9 +59,10 @@ def record(*classes: type) -> None:
 def convert(
     cls: type, to: Callable[[Any], Any], back: Callable[[Any], Any] | None = None, name: str = ""
 ) -> None:
-    """Let objects of a class be sent as what `to` makes of them, and `back` makes them again.
+    """Allow sending objects of a class: `to` converts each for the wire, and `back` converts it
+    back.
 
-    Without `back` they arrive as that.
+    Without `back` the receiver gets the result of `to`.
     """
     name = name or cls.__name__
     CONVERSIONS[cls] = name if back is not None else "", to

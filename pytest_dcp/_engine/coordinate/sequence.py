@@ -1,26 +1,26 @@
 """Pure (no I/O): the order of a group's operations, and which of them belong together.
 
-Theory of operation. Every rank numbers the operations of a group where they are called, in program
+Theory of operation. Every rank numbers the operations of a group as it calls them, in program
 order: saves and loads, in the foreground and in the background, share one series. An
 `OperationPlace` is one call: its number, its kind ("save", "load") and its subject (the folder).
-Operations of different ranks belong together when their numbers are equal; kind and subject must
-be equal then, or every rank gets an error that says which rank called what.
+Operations of different ranks belong together if their numbers are equal; then kind and subject
+must be equal too, or every rank gets an error that says which rank called what.
 
 Within a rank:
 
 - A save waits until the saves that were called before it in this group are over, so that a save in
   the background and the next one never mix.
 - A load waits for the background saves to its own folder that were called before it, and sees what
-  they saved. Beside other saves it runs at once.
+  they saved. It does not wait for other saves.
 - An operation that a hook of a running operation calls, in the same thread, does not wait for it.
 
-Threads of the user's may call operations of different kinds at once. Program order does not say
-then which is first, and the ranks may number them differently. Such places are marked `unordered`,
-and meet by their kind.
+The user's threads may call operations of different kinds at once. Then program order does not say
+which is first, and the ranks may number them differently. Such places are marked `unordered`, and
+are matched by their kind.
 
-When numbers do not match (a rank missed an operation, or came after the others had given it up),
+If numbers do not match (a rank missed an operation, or joined after the others had given it up),
 the operation fails on every rank and its verdict begins a new epoch: numbers start again from 1,
-and what was called before and has not begun fails with the same causes.
+and operations that were called before and have not begun fail with the same causes.
 
 Assumes that all ranks call the operations of a group in the same order.
 """
@@ -53,7 +53,7 @@ class Subject:
     """The same without symbolic links."""
 
     def is_same(self, other: Subject) -> bool:
-        """Whether both are one folder: by name (on the ranks' own machines), or once resolved."""
+        """Whether both are one folder: by name (on the ranks' own machines), or when resolved."""
         return self.name == other.name or self.real == other.real
 
 
@@ -68,12 +68,12 @@ class OperationPlace:
     subject: Subject | None = None
     background: bool = False
     unordered: bool = False
-    """Whether an operation that another thread called was under way."""
+    """Whether another thread's operation was under way."""
     waits_for: tuple[OperationPlace, ...] = ()
     caller: int = 0
     """The thread that called it."""
     runner: int = 0
-    """The thread that runs it; 0: none does yet."""
+    """The thread that runs it; 0: none yet."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -87,7 +87,7 @@ class CallOrder:
         """Why the epoch began."""
         self._number = 0
         self._left: dict[tuple[int, int], Any] = {}
-        """Verdicts on the last operations that this rank left before the others came."""
+        """Verdicts on the last operations that this rank left before the others joined."""
         self._pending: list[OperationPlace] = []
         self._lock = threading.Lock()
         self._by_folder = one_folder_at_a_time
@@ -125,7 +125,7 @@ class CallOrder:
         with self._lock:
             if place in self._pending:
                 self._pending.remove(place)
-        # The chain of earlier places must not live as long as the last of them.
+        # Otherwise the last place would keep the chain of earlier ones alive.
         place.waits_for = ()
         place.done.set()
 
@@ -136,7 +136,7 @@ class CallOrder:
             return min(numbers, default=self._number + 1) - 1
 
     def is_pending(self, kind: str, epoch: int, number: int) -> bool:
-        """Whether an operation was called here and is not over."""
+        """Whether this process has called the operation and it is not over."""
         with self._lock:
             return any(
                 (place.kind, place.epoch, place.number) == (kind, epoch, number)
@@ -144,7 +144,7 @@ class CallOrder:
             )
 
     def note_left(self, place: OperationPlace, verdict: Any) -> None:
-        """Keep the verdict on an operation that this rank left, for peers that come to it."""
+        """Keep the verdict on an operation that this rank left, for peers that join it later."""
         with self._lock:
             self._left[place.epoch, place.number] = verdict
             while len(self._left) > VERDICTS:
@@ -155,7 +155,7 @@ class CallOrder:
         return self._left.get((epoch, number))
 
     def restart(self, epoch: int, causes: Sequence[Any]) -> None:
-        """Begin an epoch, unless it, or a later one, has begun."""
+        """Begin an epoch, unless this or a later one has begun."""
         with self._lock:
             if epoch > self.epoch:
                 self.epoch, self._number, self.causes = epoch, 0, causes
@@ -165,7 +165,7 @@ class CallOrder:
         return place.epoch < self.epoch
 
     def forget_pending(self) -> None:
-        """For a forked child: the threads of its parent's operations are not there."""
+        """For a forked child: it lacks the threads of its parent's operations."""
         self._lock = threading.Lock()
         for place in self._pending:
             place.done.set()

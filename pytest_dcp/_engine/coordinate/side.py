@@ -20,16 +20,16 @@ class Side(Protocol):
     """One rank's side of an operation."""
 
     def join(self, head: Head) -> StepVerdict | None:
-        """Get in touch with the other side; a verdict when that is not to be had."""
+        """Connect to the other side; a verdict if that fails."""
 
     def exchange(self, head: Head, own: LocalResult, combine: Combine) -> Result | StepVerdict:
-        """State how this rank's work ended, and wait for the outcome of the step."""
+        """Give this rank's local result, and wait for the outcome of the step."""
 
     def trouble(self) -> str | None:
-        """The first failure that a peer has told of, in one line; never waits."""
+        """The first failure that a peer has reported, in one line; never waits."""
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the others why this rank leaves, within `PARTING_S`, and close."""
 
     def close(self) -> None:
-        """Leave with nothing to say. A second call does nothing."""
+        """Leave without a reason. A second call does nothing."""

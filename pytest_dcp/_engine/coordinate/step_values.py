@@ -1,7 +1,7 @@
 """Pure (no I/O): the messages between ranks in one step.
 
-Every rank sends a `LocalResult`. When all have, the coordinator combines the values to `Reduced`
-and gives each rank its `Result`, or all of them one `StepVerdict`.
+Every rank sends a `LocalResult`. When it has all of them, the coordinator combines the values into
+`Reduced` and gives each rank its `Result`, or all of them one `StepVerdict`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_dcp._engine.coordinate.sent_classes import record
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """How one rank's local work ended: a payload, a failure, or in vain (an echo)."""
+    """How one rank's local work ended: with a payload, a failure, or in vain (an echo)."""
 
     payload: Payload = ()
     cause: Cause | None = None
@@ -32,7 +32,7 @@ class LocalResult:
 
     @classmethod
     def read(cls, frame: Frame) -> LocalResult:
-        """The result of such a frame. Raises ValueError for a frame that is none."""
+        """The result in a frame. Raises ValueError for any other frame."""
         if frame.kind is FrameKind.VALUE:
             return cls(payload=frame.segments)
         if frame.kind not in (FrameKind.FAILED, FrameKind.ABORTED):
@@ -61,7 +61,7 @@ class StepVerdict:
     final: bool
     """Whether ranks are missing or out of step, so that no further step can be run."""
     epoch: int = 0
-    """Above 0: every rank counts its operations anew from here on, in this epoch."""
+    """Above 0: from here on every rank numbers its operations from 1 again, in this epoch."""
 
     def summary(self) -> str:
         """One line: each failed rank, and the first line of its exception."""
@@ -73,7 +73,7 @@ class StepVerdict:
 
     @classmethod
     def read(cls, frame: Frame) -> StepVerdict:
-        """The verdict of such a frame. Raises ValueError for a frame that is none."""
+        """The verdict in a frame. Raises ValueError for any other frame."""
         found: Any = unpack(frame.segments) if frame.kind is FrameKind.VERDICT else frame.kind.name
         whole = (
             isinstance(found, StepVerdict)
@@ -101,7 +101,7 @@ class Reduced:
     shared: Sequence[Segment] = ()
     """The payload for every rank ..."""
     apart: Sequence[Payload] = field(default=())
-    """... or one per rank, the coordinator's left out of account."""
+    """... or one per rank; the coordinator's is ignored."""
 
     def payload(self, rank: int) -> Payload:
         """A rank's result."""

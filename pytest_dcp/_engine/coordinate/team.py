@@ -1,12 +1,12 @@
 """The ranks of a process group, running the steps of one operation together.
 
-A step's local work enters on each rank; its result leaves on each, or one `StepError` that is the
-same on all: whatever any rank raised, that it died, that it was silent for the group's timeout, or
-that it ran another step. Steps go through the coordinator; the group itself is only used to meet
-(see rendezvous), so an operation may run in a thread beside the user's collectives.
+In a step each rank does its local work, then all ranks get its result, or all raise the same
+`StepError`: a rank raised an exception, died, was silent for the group's timeout, or ran another
+step. Messages go through the coordinator; the group itself serves only to exchange addresses (see
+rendezvous), so an operation may run in a thread beside the user's collectives.
 
-After a plain failure of a step the team can go on, and so can the next team of the group. When a
-rank is missing or out of step the team is over: each further step fails with the same causes.
+After a plain failure of a step the team can go on, and so can the next team of the group. If a rank
+is missing or out of step the team is over: each further step fails with the same causes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 CHECK_S = 0.25
-"""`check` looks at most this often: it is called between blocks of data."""
+"""`check` looks at most this often: callers call it between blocks of data."""
 
 
 class Team:
@@ -52,7 +52,7 @@ class Team:
 
     All ranks run the same steps in the same order, in one thread at a time; `check` may be called
     from any thread. KeyboardInterrupt and SystemExit are sent to the peers, in bounded time, and
-    then leave as they are on the rank that they hit; the team is over then.
+    then raised unchanged on the rank that got them; the team is then over.
     """
 
     def __init__(self, context: OperationContext, order: CallOrder) -> None:
@@ -73,9 +73,9 @@ class Team:
         self._checked_s = 0.0
         self._trouble: str | None = None
         self.pickles = False
-        """Whether values that are no plain data may travel as pickles; see `wire`."""
+        """Whether values that are not plain data may be sent as pickles; see `wire`."""
         self._working = False
-        """Whether a step's local work runs: only then a peer's failure is of interest."""
+        """Whether a step's local work runs: only then `check` looks for a peer's failure."""
         self._finalizer = weakref.finalize(self, _end, self._side, order, context.place)
         self._drop_if_out_of_step()
 
@@ -110,7 +110,7 @@ class Team:
         return cast("R", self._run(Mode.ALL_REDUCE, step, local, combine, self._unpack))
 
     def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
-        """All ranks' local values, in rank order; they pass the coordinator unopened."""
+        """All ranks' local values, in rank order; the coordinator passes them on unopened."""
 
         def combine(value: T, payloads: Sequence[Payload]) -> Reduced:
             own = self._pack(value) if self.size > 1 else ()
@@ -123,7 +123,7 @@ class Team:
         return cast("list[T]", self._run(Mode.ALL_GATHER, step, local, combine, values))
 
     def agree(self, step: str, local: Callable[[], T]) -> T:
-        """This rank's local value, when the local work of every rank succeeded. Nothing is sent."""
+        """This rank's local value, once every rank's local work has succeeded. It is not sent."""
         kept: list[T] = []
 
         def keep() -> None:
@@ -145,7 +145,7 @@ class Team:
         return cast("T", got)
 
     def barrier(self, step: str) -> None:
-        """Return when all ranks have come to this step."""
+        """Return when all ranks have reached this step."""
         nothing = Reduced(None)
         self._run(
             Mode.BARRIER, step, lambda: None, lambda _, __: nothing, lambda _: None, sends=False
@@ -157,16 +157,17 @@ class Team:
         return all(earlier.done.is_set() for earlier in self._place.waits_for)
 
     def refuse(self, error: BaseException) -> None:
-        """Take no part in the operation: tell the peers why, in bounded time."""
+        """Take no part in the operation: send the peers the reason, in bounded time."""
         self._leave(error)
         self.close()
 
     def check(self) -> None:
         """Raise PeerAborted when another rank is known to have failed this step.
 
-        For a step's long local work, between its blocks: four times a second it looks, without
-        waiting, at what has come; otherwise, and outside of local work, it does nothing. It also
-        says that this rank is alive; a rank that calls it is never silent, however long it works.
+        Call it during a step's long local work, between blocks: four times a second it checks the
+        received messages, without waiting; otherwise, and outside of local work, it does nothing.
+        It also shows that this rank is alive; a rank that calls it is never silent, however long it
+        works.
         """
         recent = time.monotonic() - self._checked_s < CHECK_S
         if not self._working or (self._trouble is None and recent):
@@ -183,12 +184,12 @@ class Team:
             raise PeerAborted(f"{self.operation} was given up: {self._trouble}")
 
     def _drop_if_out_of_step(self) -> None:
-        """Be over where the ranks began to count anew after this operation was called."""
+        """End the team if a new epoch began after this operation was called."""
         if self.size > 1 and self._order.is_dropped(self._place):
             self._over = StepVerdict(START.name, self._order.causes, final=True)
 
     def wait_for_turn(self) -> Self:
-        """This team, once the operations that were called before it and exclude it are over."""
+        """Return this team once the earlier operations that exclude it are over."""
         with self.preparing():
             wait_for_turn(self._place)
         self._drop_if_out_of_step()
@@ -196,9 +197,9 @@ class Team:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """What is raised inside, before the first step, reaches the peers, in bounded time.
+        """Send the peers an exception raised inside, before the first step, in bounded time.
 
-        On this rank it stays as it is, and the operation is over.
+        On this rank the exception is raised unchanged, and the operation is over.
         """
         try:
             yield
@@ -248,11 +249,11 @@ class Team:
             self._leave(error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise step_error(  # noqa: B904 - it has the cause that is to be shown
+            raise step_error(  # noqa: B904 - it already has the right cause
                 step, self.operation, self._causes(), error
             )
         if outcome.final:
-            # The place is kept until the caller has cleaned up: the next operation begins then.
+            # Keep the place until the caller has cleaned up: then the next operation begins.
             self._over = outcome
             self._side.close()
         raise step_error(step, self.operation, outcome.causes, raised)
@@ -268,14 +269,14 @@ class Team:
     def _state(
         self, local: Callable[[], T], *, sends: bool
     ) -> tuple[T | None, LocalResult, BaseException | None]:
-        """The local value, the result that is sent, and the exception that was raised."""
+        """The local value, the result to send, and the exception that was raised."""
         self._working = self.size > 1
         try:
             value = local()
             payload = self._pack(value) if sends and not self.is_coordinator else ()
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever it is, every rank raises it
+        except BaseException as error:  # noqa: BLE001 - every rank raises it
             cause = capture(self.rank, error)
             return None, LocalResult(cause=cause, echo=is_echo(error)), error
         finally:
@@ -283,7 +284,7 @@ class Team:
         return value, LocalResult(payload), None
 
     def _leave(self, error: BaseException) -> None:
-        """Tell the peers why this rank goes, and be over."""
+        """Send the peers the reason that this rank leaves, and end the team."""
         cause = capture(self.rank, error)
         self._over = StepVerdict(self._head.name, [cause], final=True)
         self._closed = True
@@ -303,11 +304,11 @@ class Team:
             return unpack(payload, pickles=self.pickles)
         except ValueError as error:
             raise CoordinationError(
-                f"what the coordinator sent cannot be read on rank {self.rank}: {error}"
+                f"rank {self.rank} cannot read the coordinator's message: {error}"
             ) from error
 
     def _values(self, own: T, payloads: Sequence[Payload]) -> list[T]:
-        """All ranks' values, this rank's as it is."""
+        """All ranks' values; this rank's own is not copied."""
         values = []
         for rank, payload in enumerate(payloads):
             try:

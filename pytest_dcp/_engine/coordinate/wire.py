@@ -1,20 +1,20 @@
 """A value <-> the segments of bytes that carry it between ranks, as plain data. Pure (no I/O).
 
-Nothing here can run code of the sender's. A value becomes a head and segments:
+Nothing here can run the sender's code. A value becomes a head and segments:
 
-    head      JSON. Numbers, strings, booleans and null stand for themselves; everything else is an
-              array whose first item is a tag, the name of its kind: ["t", [1, 2]] is a tuple
+    head      JSON. Numbers, strings, booleans and null are themselves; everything else is an array
+              whose first item is a tag, the name of its kind: ["t", [1, 2]] is a tuple
     segments  the memory of arrays and bytes, uncopied, in the order in which the head names them
 
 so that a plan of 10,000 tensors is a few columns and one short head. Example: `(1, b"xy")` is the
 head `["t",[1,["b"]]]` and the segment `xy`.
 
-Values that can be sent: Python's plain values and containers, numpy arrays and scalars of numbers,
-torch's dtypes, layouts and sizes, paths, and objects of the classes that were registered by
-`record` (their fields, by name; `__init__` is not called) or by `convert`. Anything else is a
-TypeError on the sender that names it. Where the sender's planner or storage is a class of the
-user's own (see `messages`), such objects travel as pickles; a receiver opens those only where its
-own planner or storage is one, too.
+These values can be sent: Python's plain values and containers, numpy arrays and scalars of numbers,
+torch's dtypes, layouts and sizes, paths, and objects of classes that were registered by `record`
+(their fields, by name; `__init__` is not called) or by `convert`. Anything else raises a TypeError
+on the sender that names it. If the class of the sender's planner or storage is the user's own (see
+`verbs.wire_classes`), such objects are sent as pickles; a receiver opens these only if its own
+planner or storage is the user's, too.
 
 Reading is bounded: each segment is used once, and a text is refused before it is parsed if the
 objects that it describes would take more than FREE_BYTES and BYTES_PER_STORED_BYTE for each of its
@@ -63,9 +63,10 @@ _COLUMN = np.dtype("<u4")
 PLAIN_BASES: tuple[type[Any], ...] = (str, int, float, bytes)
 """Objects of subclasses of these, such as a StrEnum's, are sent as the equal base value."""
 KEY_BITS = 63
-"""Of an int in a key: longer ones can be chosen to have one hash, which takes quadratic time."""
+"""Limit of an int in a key: an attacker could choose longer ones with one hash, which makes dicts
+quadratic."""
 MANY = 16
-"""Entries from which on a dict of tuples is sent as columns."""
+"""A dict of tuples with this many entries or more is sent as columns."""
 
 
 def encode(value: object, *, pickles: bool = False) -> list[Segment]:
@@ -91,8 +92,7 @@ def decode(payload: Payload, *, pickles: bool = False) -> Any:
 
     pickles: whether to open pickles: they can run any code.
 
-    Raises ValueError for anything that `encode` does not make, and for pickles where they are not
-    allowed.
+    Raises ValueError for anything that `encode` does not make, and for pickles unless allowed.
     """
     if not payload:
         raise ValueError("expected a value, got no bytes")
@@ -192,8 +192,9 @@ class _Encoder:
 def _columns_of(value: dict[Any, Any]) -> list[Segment] | None:
     """A dict of names to tuples of names and positions, as a planner's paths are.
 
-    As four columns, written and read without a loop over the names: the keys, a line each; the
-    parts of all tuples, a line each; the tuples' lengths; which parts are ints. None for others.
+    It becomes four columns, written and read without a loop over the names: the keys, a line each;
+    the parts of all tuples, a line each; the tuples' lengths; which parts are ints. None for other
+    dicts.
     """
     rows = list(value.values())
     if set(map(type, rows)) != {tuple} or not _TEXT.issuperset(map(type, value)):
@@ -273,13 +274,13 @@ class _Decoder:
         return [self.value(node) for node in nodes]
 
     def segment(self) -> Segment:
-        """The next segment: each is used once, so that no text names one many times."""
+        """The next segment: each is used once, so that a head cannot name one many times."""
         for segment in self._segments:
             return segment
         raise ValueError("expected a segment for each value that has one, got fewer")
 
     def check_end(self) -> None:
-        """Raise where segments are left over."""
+        """Raise if segments are left over."""
         for _ in self._segments:
             raise ValueError("expected a segment for each value that has one, got more")
 
@@ -325,7 +326,7 @@ class _Decoder:
 
 
 def _keys(values: list[Any]) -> list[Any]:
-    """The values, none of which is or holds an int that is too long."""
+    """The values, after a check that none is or holds an int that is too long."""
     if not {str}.issuperset(map(type, values)):
         for value in values:
             if type(value) is int and value.bit_length() > KEY_BITS:
@@ -348,11 +349,11 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-@lru_cache(maxsize=4)  # The plans of large states are not kept by the dozen.
+@lru_cache(maxsize=4)  # Few, because the plans of large states take much memory.
 def _rows_of(
     keys: bytes, text: bytes, lengths: bytes, ints: bytes
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The keys and tuples of `_columns_of`: the same objects for the same bytes of many ranks."""
+    """The keys and tuples of `_columns_of`; cached, so ranks with the same bytes share objects."""
     counts = np.frombuffer(lengths, _COLUMN)
     total = int(counts.sum())
     parts: list[Any] = text.decode("utf-8", "surrogatepass").split("\n") if total else []

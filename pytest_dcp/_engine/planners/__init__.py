@@ -1,1 +1,1 @@
-"""The planners that `save` and `load` use by default, and what planners call."""
+"""The planners that `save` and `load` use by default, and functions for planners."""

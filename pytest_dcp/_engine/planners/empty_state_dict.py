@@ -17,10 +17,10 @@ from pytest_dcp.errors import CheckpointCorruptError
 
 
 class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
-    """Loads without a template: builds the state dict from what the checkpoint holds.
+    """Loads without a template: builds the state dict from the checkpoint.
 
-    keys: load only these, each a flat name or the name of anything above it; None: everything.
-    Every rank that uses it holds all of it.
+    keys: load only these, each a flat name or the name of a container; None: everything.
+    Every rank that uses it holds the whole state dict.
     """
 
     def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
                 self.rebuilt()
 
     def empty_tensor(self, fqn: str, stored: TensorStorageMetadata) -> torch.Tensor:
-        """Memory for a stored tensor. Raises CheckpointCorruptError where there is not so much."""
+        """Memory for a stored tensor. Raises CheckpointCorruptError if there is not enough."""
         try:
             return torch.empty(stored.size, dtype=stored.properties.dtype)
         except (RuntimeError, MemoryError) as error:
@@ -81,10 +81,10 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             ) from error
 
     def rebuilt(self) -> dict[Any, Any]:
-        """The state dict that was loaded, with the containers and keys that were saved.
+        """The loaded state dict, with the saved containers and keys.
 
-        Raises CheckpointMismatchError, naming them, for those of other classes than Python's own,
-        unless the planner trusts the checkpoint.
+        Raises CheckpointMismatchError, naming them, for containers and keys of other classes than
+        Python's own, unless the planner trusts the checkpoint.
         """
         if self._description is None:
             return self._filled
@@ -96,12 +96,12 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
     @property
     def repeatable(self) -> bool:
-        """Always: the state dict that was built is thrown away."""
+        """Always: a new try discards the state dict built so far."""
         return True
 
     @property
     def plans_again(self) -> bool:
-        """Whether a load that has read nothing yet may be planned again: not a subclass's."""
+        """Whether a load that has read nothing yet may be planned again: not with a subclass."""
         return type(self) is _EmptyStateDictLoadPlanner
 
     def begin_again(self) -> None:
@@ -117,7 +117,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         return self._includes(key, tuple(paths.get(key, (key,))))
 
     def _includes(self, name: str, path: Path) -> bool:
-        """Whether something of this name and path was asked for, or something above it."""
+        """Whether the caller asked for this name and path, or for a container of it."""
         if self.keys is None or name in self.keys:
             return True
         above = (".".join(map(str, path[:depth])) for depth in range(1, len(path)))

@@ -28,7 +28,7 @@ def create_read_items_for_chunk_list(
     checkpoint_md: TensorStorageMetadata,
     local_chunks: Sequence[ChunkStorageMetadata],
 ) -> list[ReadItem]:
-    """The reads that fill these boxes of a tensor from its stored chunks, as far as they overlap.
+    """The reads that fill these boxes of a tensor, where its stored chunks overlap them.
 
     Raises CheckpointCorruptError when stored chunks overlap each other.
     """
@@ -52,7 +52,7 @@ def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:
 def _create_read_items(fqn: str, md: STORAGE_TYPES, obj: Any) -> list[ReadItem]:
     """This rank's read items for one value (torch's name; other libraries import it).
 
-    A tensor of another size than the stored one gets the part that both have.
+    If the stored tensor has another size, only the overlap is read.
     """
     if isinstance(md, BytesStorageMetadata):
         obj = None

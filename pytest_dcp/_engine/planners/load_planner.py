@@ -1,4 +1,4 @@
-"""The load planner: a state dict and a checkpoint's index to read items, and their targets."""
+"""The load planner: a state dict and a checkpoint's index -> read items and their targets."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
         weights_only: whether values of arbitrary classes are refused. Pass False only for a
             checkpoint whose writer you trust: such values run code when they are loaded.
-        selection: which keys to load and what the checkpoint calls them; None: all, by their names.
+        selection: which keys to load, and their names in the checkpoint; None: all, unrenamed.
         """
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
@@ -80,7 +80,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.selection = selection or Selection()
         self.report = LoadReport()
         self.idle_renames: dict[str, str] = {}
-        """Entries of the selection's `rename` that find nothing on this rank, and why."""
+        """Entries of the selection's `rename` that match nothing on this rank, and why."""
         self._per_rank: dict[str, PerRank] = {}
         """By the prefixes of their flat names."""
         self._saved_sizes: Mapping[str, torch.Size] = {}
@@ -106,10 +106,10 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self._saved_sizes = stated_sizes(metadata)
 
     def create_local_plan(self) -> LoadPlan:
-        """What this rank reads.
+        """This rank's read items.
 
-        Where a subclass has changed the size that the metadata state for a key, so that it fits a
-        tensor of another size, the part that both have is read.
+        A subclass may change a key's size in the metadata so that it fits a tensor of another size;
+        then only the overlap is read.
 
         Raises CheckpointMismatchError naming every key that is missing or does not fit.
         """
@@ -136,27 +136,27 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return with_list_of_items(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are: no rank's load depends on another's."""
+        """The plans, unchanged: no rank's load depends on another's."""
         return create_default_global_load_plan(global_plan)
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return new_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a value where the state dict has it."""
+        """Put a value in its place in the state dict."""
         self.put_value(read_item.dest_index.fqn, value.getbuffer())
 
     def put_value(self, fqn: str, entry: bytes | memoryview) -> None:
-        """Decode a value's entry and put it where the state dict has it."""
+        """Decode a value's entry and put it in its place in the state dict."""
         self.prepare_value(fqn, entry)()
 
     def prepare_value(self, fqn: str, entry: bytes | memoryview) -> Callable[[], None]:
-        """Decode a value's entry; the result puts it where the state dict has it.
+        """Decode a value's entry; the returned function puts it in its place in the state dict.
 
         Raises CheckpointMismatchError, naming the key, for a tensor or a number that the tensor of
         the state dict cannot take, CheckpointCorruptError for a damaged entry and for a class that
-        is not loaded by default. Nothing has changed then.
+        is not loaded by default. The state dict is then unchanged.
         """
         here: Any = self.state_dict.get(fqn)
         strict = not self.allow_partial_load
@@ -177,7 +177,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return getattr(self, "_numbers", ())
 
     def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Raise CheckpointMismatchError where the number that was read does not fit."""
+        """Raise CheckpointMismatchError if the number that was read does not fit."""
         fqn = read_item.dest_index.fqn
         number_of(fqn, tensor, self._numbers[fqn], strict=not self.allow_partial_load)
 
@@ -207,7 +207,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self._note_conversion(fqn, value.dtype, here.dtype)
 
     def _put(self, fqn: str, value: Any) -> None:
-        """Let the state dict have this value."""
+        """Put this value in the state dict."""
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], value)
         else:
@@ -224,7 +224,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return self.transform_tensor(read_item, self.lookup_tensor(read_item.dest_index))
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing where the tensor was filled in place; a number is taken out of its own."""
+        """Store a number that was read into a tensor of its own; nothing for other tensors."""
         fqn = read_item.dest_index.fqn
         if fqn in self._numbers:
             kind, strict = self._numbers[fqn], not self.allow_partial_load
@@ -245,9 +245,10 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return tensor
 
     def targets(self, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
-        """A function that gives the whole wanted box of the n-th item; None if hooks must be asked.
+        """A function that returns the whole wanted box of the n-th item; None: call the hooks.
 
-        The engine narrows it itself, for many items at a time. It is not asked for `takes_numbers`.
+        The engine narrows it itself, for many items at a time, and never calls it for the names in
+        `takes_numbers`.
         """
         hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
         if overridden(self, DefaultLoadPlanner, hooks):
@@ -268,7 +269,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     @property
     def plans_alone(self) -> bool:
-        """Whether no rank's plan depends on another's, so that none need be sent."""
+        """Whether no rank's plan depends on another's, so that ranks need not send plans."""
         return not overridden(self, DefaultLoadPlanner, ("create_global_plan",))
 
     @property
@@ -278,17 +279,17 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
 
     @property
     def repeatable(self) -> bool:
-        """Whether a load that was cut short may be begun again with another checkpoint.
+        """Whether an interrupted load may begin again with another checkpoint.
 
-        Not where keys may be missing: they would keep what the first try has loaded.
+        Not if keys may be missing: they would keep the values that the first try loaded.
         """
         return type(self) is DefaultLoadPlanner and not self.allow_partial_load
 
     @property
     def plans_again(self) -> bool:
-        """Whether a load that has read nothing yet may be planned again, by another checkpoint.
+        """Whether a load that has read nothing yet may be planned again, for another checkpoint.
 
-        A planner of the user's may not expect it.
+        A user's planner may not expect it.
         """
         return type(self) is DefaultLoadPlanner
 
@@ -313,7 +314,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         return stored
 
     def _box(self, items: ReadItems, row: int) -> torch.Tensor:
-        """The rank's memory of the box that the row fills, of a tensor that it has more of."""
+        """The memory of the box that the row fills, in a tensor of which this rank has several."""
         offset = items.wanted[row, : items.ndim[row]].tolist()
         return self.lookup_tensor(MetadataIndex(items.fqns[row], offset))
 
@@ -337,8 +338,8 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         if not self.flatten_state_dict or not unknown:
             return
         flat, paths = self._flat(plain_mappings_whole=True)
-        # Such a checkpoint has a mapping whole or in parts: both are of ranks that saved different
-        # things under one key.
+        # Such a checkpoint has a mapping whole or in parts; it has both only if ranks saved
+        # different things under one key.
         in_parts = (self.state_dict.keys() - flat.keys()) & index.row_of.keys()
         if unknown & flat.keys() and not in_parts:
             self.state_dict, self.mappings = flat, paths

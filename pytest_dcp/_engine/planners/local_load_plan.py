@@ -43,7 +43,7 @@ def create_default_local_load_plan(
 
 
 def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
-    """The plans as they are: no rank's load depends on another's."""
+    """The plans, unchanged: no rank's load depends on another's."""
     return all_plans
 
 
@@ -58,11 +58,11 @@ def plan_reads(
     on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
     partial: Container[str] = (),
 ) -> tuple[LoadPlan, LoadReport]:
-    """The plan and how the keys met; `on_load` gives memory to the meta tensors among them.
+    """The plan and how the keys matched; `on_load` gives memory to the meta tensors among them.
 
-    `on_number` is handed the name and class of a number that is to be loaded from a tensor, and an
-    empty tensor like the stored one, and gives the tensor to fill; None: such a number is refused.
-    Of the stored names in `partial` elements may be lacking.
+    `on_number` takes the name and class of a number that will be loaded from a tensor, and an empty
+    tensor like the stored one, and returns the tensor to fill; None: such a number is refused.
+    Stored names in `partial` may lack elements.
     """
     chosen = selection.choose(state_dict)
     stored_as = selection.stored_as(chosen)
@@ -92,7 +92,8 @@ def plan_reads(
 
 
 def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
-    """The quantised tensors, which torch stores as tensors, their scales with them: read as values.
+    """Names of quantised tensors: torch stores them, with their scales, as tensors; they are read
+    as values.
 
     Raises CheckpointMismatchError for a tensor stored in parts.
     """
@@ -102,8 +103,8 @@ def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: I
     chunks = {fqn: np.diff(index.first)[index.row_of[names.get(fqn, fqn)]] for fqn in opaque}
     if parted := [fqn for fqn, count in chunks.items() if count > 1]:
         raise CheckpointMismatchError(
-            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be put together to a "
-            "tensor of this kind",
+            f"{', '.join(map(repr, parted))}: stored in parts, which cannot be joined to one "
+            "quantised tensor",
             mismatched=tuple(parted),
         )
     return opaque
@@ -117,8 +118,8 @@ def _choose_per_rank(
     *,
     strict: bool,
 ) -> dict[str, str]:
-    """The checkpoint's names for the names, including those below a PerRank of another number of
-    ranks.
+    """The checkpoint's names for these names, including names below a PerRank that another number
+    of ranks saved.
 
     Removes from `choose` the names that stay unchanged.
     """
@@ -141,7 +142,7 @@ def _is_meta(value: Any) -> bool:
     if type(value) in PLAIN or type(value) is DTensor:
         return bool(value.is_meta)
     if isinstance(value, ShardedTensor):
-        # Asked itself, it would answer only where it has exactly one shard.
+        # Its own `is_meta` works only with exactly one shard.
         return any(shard.tensor.is_meta for shard in value.local_shards())
     return isinstance(value, torch.Tensor) and value.is_meta
 

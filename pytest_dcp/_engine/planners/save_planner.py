@@ -1,4 +1,4 @@
-"""The save planner: a state dict to write items, the ranks' items to one global plan."""
+"""The save planner: a state dict -> write items; all ranks' items -> one global plan."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ class DefaultSavePlanner(SavePlanner):
     ) -> None:
         """As torch's, and:
 
-        replicas: what to compare of what several ranks hold, of which one copy is saved. "sample":
-            every Python value and a small sample of the tensors; "check": everything; "off".
-            Copies that differ are a ReplicaMismatchError.
+        replicas: of data that several ranks hold one copy is saved; this says which copies to
+            compare. "sample": every Python value and a small sample of the tensors; "check":
+            everything; "off". Copies that differ raise ReplicaMismatchError.
         """
         if replicas not in get_args(ReplicaCheck):
             raise ValueError(f"replicas must be 'sample', 'check' or 'off', got {replicas!r}")
         self.replica_check: ReplicaCheck = replicas
         self._entries: dict[str, bytes] = {}
-        """Of values that were encoded before they are written."""
+        """Entries of values that were encoded before they are written."""
         self.replicas: Replicas | None = None
-        """On the coordinator: which rows of the plans hold the same."""
+        """On the coordinator: which rows of the plans are replicas of each other."""
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.mappings = {}
@@ -93,7 +93,7 @@ class DefaultSavePlanner(SavePlanner):
         self._cache = PlanCache() if enable_plan_caching else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Only the state that it brings to the next save, which may be in another process."""
+        """Only the state that the next save needs, which may run in another process."""
         return {name: value for name, value in vars(self).items() if name not in OF_ONE_SAVE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class DefaultSavePlanner(SavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Which rank writes which items, and the global metadata: on the coordinator.
 
-        Raises PlanError naming every key whose parts do not make one whole tensor.
+        Raises PlanError naming every key whose parts do not form one whole tensor.
         """
         if self._cache is None:
             plans, self.metadata = self._create_global_plan(all_plans)
@@ -141,9 +141,9 @@ class DefaultSavePlanner(SavePlanner):
     def _create_global_plan_with_caching(
         self, all_plans: list[SavePlan]
     ) -> tuple[list[SavePlan], list[SavePlan], Metadata]:
-        """What to tell the ranks, the plans in full, and the metadata: torch's hook.
+        """The plans to send, the full plans, and the metadata: torch's hook.
 
-        A rank gets an unusable plan where it remembers its own.
+        A rank that remembers its plan is sent an unusable one.
         """
         cache = self._plan_cache()
         full, digests = cache.recall_plans(all_plans)
@@ -157,7 +157,7 @@ class DefaultSavePlanner(SavePlanner):
         return plans, plans, metadata
 
     def _finish_plan_with_caching(self, new_plan: SavePlan) -> SavePlan:
-        """The plan that the rank got, or the one that it remembers: torch's hook."""
+        """The plan that the rank received, or the one that it remembers: torch's hook."""
         return self._plan_cache().recall_plan(new_plan)
 
     def _plan_cache(self) -> PlanCache:
@@ -185,7 +185,7 @@ class DefaultSavePlanner(SavePlanner):
         return found
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The object in the state dict there: for subclasses to extend."""
+        """The object at this index of the state dict: for subclasses to extend."""
         return find_state_dict_object(self.state_dict, index)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
@@ -195,9 +195,9 @@ class DefaultSavePlanner(SavePlanner):
         return object
 
     def source(self, items: Sequence[WriteItem]) -> Callable[[int], torch.Tensor | bytes]:
-        """A function that gives the data of the n-th item: a tensor, or a value's bytes.
+        """A function that returns the data of the n-th item: a tensor, or a value's bytes.
 
-        Goes around the per-item hooks where no subclass overrides them.
+        Skips the per-item hooks unless a subclass overrides them.
         """
         if not isinstance(items, WriteItems) or self._makes_data():
             return lambda row: plain_data(items[row].index.fqn, self.resolve_data(items[row]))
@@ -217,9 +217,9 @@ class DefaultSavePlanner(SavePlanner):
         return data
 
     def lookup(self, items: WriteItems) -> Callable[[int], Any] | None:
-        """A function that gives the state's own data of the n-th row: a box's memory, or a value.
+        """A function that returns the state's data of the n-th row: a box's memory, or a value.
 
-        None where a subclass makes what it saves: it cannot be asked twice.
+        None if a subclass computes its data: its hooks cannot be called twice.
         """
         if self._makes_data():
             return None
@@ -239,7 +239,7 @@ class DefaultSavePlanner(SavePlanner):
         return data
 
     def _makes_data(self) -> bool:
-        """Whether a subclass has hooks of its own for the data of an item."""
+        """Whether a subclass overrides the hooks for the data of an item."""
         hooks = ("resolve_data", "lookup_object", "transform_object")
         return overridden(self, DefaultSavePlanner, hooks)
 
@@ -256,7 +256,7 @@ class DefaultSavePlanner(SavePlanner):
         )
 
     def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The answer of `create_global_plan`, without the memory of earlier saves: torch's hook."""
+        """The result of `create_global_plan`, ignoring remembered plans: torch's hook."""
         if is_overridden(self, DefaultSavePlanner, "_dedup_save_plans"):
             all_plans = self._dedup_save_plans(list(all_plans))
         together = self._join_plans(all_plans)
@@ -304,11 +304,11 @@ def _metadata(index: Index) -> Metadata:
 
 
 KEPT_BYTES = 64 << 20
-"""Of values that are not plain, encoded once to be judged and kept until they are written."""
+"""Entries of values that are not plain: encoded once to be judged, kept until they are written."""
 
 
 def _encode_values(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict[str, bytes]:
-    """The entries of the values that are not plain; says in one warning which no load will take."""
+    """The entries of values that are not plain; one warning lists values that no load accepts."""
     entries: dict[str, bytes] = {}
     refused: list[str] = []
     for fqn in _values_of(items):
@@ -339,7 +339,7 @@ def _values_of(items: Sequence[WriteItem]) -> list[str]:
 
 
 def _encode(fqn: str, value: Any) -> bytes:
-    """The value's entry; raises PlanError, naming the key, where it cannot be pickled."""
+    """The value's entry; raises PlanError, naming the key, if it cannot be pickled."""
     try:
         return encode_value(value)
     except Exception as error:

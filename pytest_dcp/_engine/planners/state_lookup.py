@@ -1,4 +1,4 @@
-"""Looking things up in state dicts, as planners do."""
+"""Lookups in state dicts, for planners."""
 
 from __future__ import annotations
 

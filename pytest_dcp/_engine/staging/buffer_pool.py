@@ -1,9 +1,9 @@
-"""Memory that a whole state is staged in: one stretch, used again from one save to the next.
+"""Memory in which a whole state is staged: one stretch, reused from one save to the next.
 
-Fresh memory costs many times what the copy into it costs, since the kernel has to find and clear
+Fresh memory costs many times more than the copy into it, since the kernel has to find and clear
 every page. So a `Pool` keeps the memory of the last states, at most `IDLE` stretches, and leases it
-for the next. A stretch comes back by itself when the last tensor in it is gone: a holder
-(a planner, a storage that is still sending, the user) is never written over.
+for the next. A stretch returns to the pool when the last tensor in it is gone: while a planner, a
+sending storage or the user holds one, it is not overwritten.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 IDLE = 2
-"""Stretches that a pool keeps for later: one for each of two states that are saved in turn."""
+"""Unused stretches that a pool keeps: one for each of two states that are saved in turn."""
 SPARE = 2
-"""A stretch serves a state of at least this part of its size: one that has shrunk lets go of it."""
+"""A stretch serves states of at least this part of its size: a state that shrank gets another."""
 PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every GPU of this process (driver_types.h)."""
 ALIGNMENT = 64
-"""Bytes: every dtype fits, and copies start at a line of the processor's cache."""
+"""Bytes: suits every dtype, and copies start at a line of the processor's cache."""
 
 
 class Memory:
-    """A stretch of pages: private to this process, or with a descriptor to share it by."""
+    """A stretch of pages: private to this process, or shared through a descriptor."""
 
     def __init__(self, nbytes: int, *, shared: bool) -> None:
         self.nbytes = max(nbytes, mmap.PAGESIZE)
@@ -70,7 +70,7 @@ class Arena:
     def rooms(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of these dtypes and shapes, row-major, with arbitrary values.
 
-        Those of one dtype lie together, so that one call cuts them all.
+        Tensors of one dtype lie together, so that one call cuts them all.
         """
         rooms = list(like)
         end = 0
@@ -105,8 +105,8 @@ class Pool:
         """shared: other processes can map the memory, through its descriptor."""
         self.shared = shared
         self.idle: list[Memory] = []
-        """The one that came back last is last."""
-        # Memory may come back in any thread at any allocation, also in here.
+        """The stretch that was returned last is last."""
+        # Memory may be returned in any thread at any allocation, even in this class.
         self._lock = threading.RLock()
         self._open = True
 
@@ -121,12 +121,12 @@ class Pool:
         return Arena(memory, array)
 
     def clear(self) -> None:
-        """Let go of all memory that no tensor is in."""
+        """Free all memory that holds no tensor."""
         with self._lock:
             self.idle = []
 
     def close(self) -> None:
-        """Free all memory, and memory in use as soon as it is not."""
+        """Free all memory; memory in use is freed once it is not."""
         self._open = False
         self.clear()
 

@@ -1,7 +1,7 @@
 """A state dict -> a copy of it on the CPU, so that training can go on while it is saved.
 
-The tensors' values enter in any layout and on any device; they leave row-major, one behind the
-other in the memory of an arena. Only the part of a storage that a tensor views is copied.
+The tensors may have any layout and be on any device; their copies are row-major, one after another
+in the memory of an arena. Only the part of a storage that a tensor views is copied.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ State = dict[str, Any]
 
 KEPT = Pool(shared=False)
 KEPT_SHARED = Pool(shared=True)
-"""Where `async_save` stages when it is given no stager; shared for a save in a process."""
+"""The pool in which `async_save` stages without a stager; shared for a save in a process."""
 
 
 def release_memory() -> None:
@@ -49,11 +49,11 @@ def release_memory() -> None:
 
 
 class BlockingAsyncStager(AsyncStager):
-    """Copies the state dict to the CPU and returns when that is done."""
+    """Copies the state dict to the CPU and returns when the copy is done."""
 
     _synchronize_after_execute = False
     state_dict_cache: State | None = None
-    """The last copy, which the next one goes into; None where no memory is kept."""
+    """The last copy, which the next one overwrites; None if no memory is kept."""
     _upload: Future[Any] | None = None
     """The save of that copy."""
 
@@ -69,8 +69,8 @@ class BlockingAsyncStager(AsyncStager):
     def stage(self, state_dict: State) -> State:
         """A copy of the state dict on the CPU.
 
-        With `cache_staged_state_dict` it is the same copy each time, filled anew: a holder of
-        the last one sees it change. A save of the last one that is under way is waited for.
+        With `cache_staged_state_dict` it is the same copy each time, filled anew: users of the
+        last one see it change. Waits for a save of the last one that is under way.
         """
         if self.type_check:
             _check_types(state_dict, "")
@@ -83,14 +83,14 @@ class BlockingAsyncStager(AsyncStager):
         return self.state_dict_cache
 
     def hold_for(self, upload: Future[Any]) -> None:
-        """Leave the kept copy as it is until this save of it is done."""
+        """Do not change the kept copy until this save of it is done."""
         self._upload = upload
 
     def synchronize_staging(self) -> None:
         """Nothing: the copy is made when `stage` returns."""
 
     def close(self) -> None:
-        """Let go of the kept memory."""
+        """Free the kept memory."""
         self.state_dict_cache = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,8 +106,8 @@ class DefaultStager(AsyncStager):
     def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - as torch's
         """use_pinned_memory: copy from a GPU into pages that are locked for it.
 
-        use_shared_memory: copy to where a background process finds it without another copy.
-        use_async_staging: copy in a thread; the state must stay as it is until the future is done.
+        use_shared_memory: copy to memory that a background process can map, without another copy.
+        use_async_staging: copy in a thread; the state must not change until the future is done.
         use_non_blocking_copy: queue all copies from a GPU, and wait once.
         """
         self._config = config
@@ -127,12 +127,12 @@ class DefaultStager(AsyncStager):
         return self._under_way
 
     def synchronize_staging(self) -> None:
-        """Return when the last copy is made."""
+        """Return when the last copy is done."""
         if self._under_way is not None:
             self._under_way.result()
 
     def close(self) -> None:
-        """Wait for the copy under way, and let go of the memory."""
+        """Wait for the copy under way, and free the memory."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         self._pool.close()
@@ -157,7 +157,7 @@ def stage_state(
 ) -> State:
     """A copy of the state dict, its tensors in memory of the pool.
 
-    pin: lock the memory where tensors are on a GPU. blocking: wait for each copy, not for all.
+    pin: lock the memory if tensors are on a GPU. blocking: wait after each copy, not once for all.
     Raises PlanError, before anything is copied, for tensors that have no values to copy.
     """
     try:
@@ -183,7 +183,7 @@ def stage_state(
 
 
 def refill(copied: State, state_dict: State) -> bool:
-    """Whether the copy had the state dict's structure; it then is a copy of that, in place.
+    """Fill the copy from the state dict, in place; False if it has another structure.
 
     Raises PlanError, before anything is copied, for tensors that have no values to copy.
     """
@@ -204,13 +204,13 @@ def _kind_of(name: str, tensor: torch.Tensor) -> tuple[str, torch.dtype, torch.S
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is no more than its values."""
+    """Whether the tensor consists of nothing but its values."""
     plain = type(tensor) in PLAIN and tensor.layout is torch.strided
     return plain and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
 
 
 def tensors_of(state_dict: State) -> Iterator[torch.Tensor]:
-    """The tensors of a state that are no more than their values; these go to the arena."""
+    """The tensors of a state that consist of nothing but their values; these go to the arena."""
     return (tensor for _, tensor in _named_tensors(state_dict, ""))
 
 
@@ -230,7 +230,7 @@ def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
 def _named_tensors(
     value: Any, name: str, problems: list[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a state that go to the arena, in the order in which `_copy_value` meets them.
+    """The tensors of a state that go to the arena, in the order of `_copy_value`.
 
     problems: receives a save's messages about tensors without values to copy.
     """
@@ -253,7 +253,7 @@ def _named_tensors(
 
 
 def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
-    """The value with the next room for each tensor, and copies of all else."""
+    """The value with the next of the rooms for each tensor, and copies of everything else."""
     if isinstance(value, DTensor):
         local = _copy_value(local_tensor(value), rooms)
         return dtensor(local, value._spec)
@@ -278,9 +278,9 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
 
 
 def _copied_alone(value: Any) -> torch.Tensor:
-    """A copy on the CPU of a tensor that is more than its values.
+    """A copy on the CPU of a tensor that has more than its values.
 
-    A wrapper subclass is made anew around copies: its own `to` may do as it likes.
+    A wrapper subclass is rebuilt around copies: its own `to` may do anything.
     """
     if not is_opaque(value) or value.is_quantized:
         copied: torch.Tensor = value.detach().to("cpu", copy=True)
@@ -294,12 +294,12 @@ def _copied_alone(value: Any) -> torch.Tensor:
 
 
 def _anywhere(metadata: ShardMetadata) -> ShardMetadata:
-    """The same part of a tensor, wherever it is: a Shard refuses to be elsewhere than it says."""
+    """The same part of a tensor, on any device: a Shard checks its tensor's device."""
     return ShardMetadata(metadata.shard_offsets, metadata.shard_sizes, placement=None)
 
 
 def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
-    """A DTensor of this part, wherever that is: `from_local` would move it to the mesh's device."""
+    """A DTensor of this part, on any device: `from_local` would move it to the mesh's device."""
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]  # torch's own
 
 

@@ -1,8 +1,8 @@
-"""Regions that all ranks run between two collectives, which none may leave alone.
+"""Regions between two collectives, which no rank may leave alone.
 
-A rank that raises there goes on to the next collective all the same, and says there that it failed;
-then all ranks raise, it its own exception and the others one that names it. So no rank waits for a
-peer that has left. Collective over the default process group.
+A rank that raises there still goes on to the next collective, and reports there that it failed;
+then all ranks raise: this rank its own exception, the others an exception that names this rank. So
+no rank waits for a peer that has left. Collective over the default process group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Agreement:
-    """This rank's work in a region: after its first exception the rest is left out."""
+    """This rank's work in a region: its first exception skips the rest."""
 
     def __init__(self, doing: str) -> None:
         """doing: for the message, as in "while rank 0's model was received"."""

@@ -1,9 +1,9 @@
 """Broadcasts rank 0's state to every rank, a bucket of tensors at a time.
 
-First all ranks learn what will come (`broadcast_values`) and agree that it fits
-(`join_mismatches`); then the tensors come (`from_rank0`). Everything here is collective over the
-default process group. No rank needs more memory than the largest tensor takes, or a bucket of
-BUCKET_BYTES.
+First all ranks learn the values and the tensors' specs (`broadcast_values`) and agree that they fit
+(`join_mismatches`); then rank 0 sends the tensors (`from_rank0`). Everything here is collective
+over the default process group. No rank needs more memory than a bucket of BUCKET_BYTES, or the
+largest tensor.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
-    """The values that `made` gives on rank 0, on every rank, with a Spec for each tensor.
+    """Send the values that `made` returns on rank 0 to every rank, with a Spec for each tensor.
 
     Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
-    and errors of pickling its values.
+    and errors from pickling its values.
     """
     message: list[Any] = [None, None]
     with raise_on_all_ranks("rank 0's state cannot be announced"):
@@ -41,7 +41,7 @@ def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
                 for key, value in values.items()
             }
             message = [specs, _unsendable(values)]
-            # Here a failure reaches all ranks; within the broadcast it would reach this one alone.
+            # Here a failure reaches all ranks; within the broadcast it would reach only this one.
             pickle.dumps(message)
     dist.broadcast_object_list(message, src=0)
     specs, problem = message
@@ -62,7 +62,7 @@ def _unsendable(values: Mapping[K, Any]) -> str | None:
 
 
 def join_mismatches(mismatch: Mismatch) -> Mismatch:
-    """Everything that does not fit on any rank, so that all raise or none."""
+    """Join the mismatches of all ranks, so that all raise or none."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mismatch)
     return Mismatch().merge(every)
@@ -76,19 +76,19 @@ def from_rank0(
 ) -> None:
     """Give each tensor of rank 0 to `take`, with its key; it is gone when `take` returns.
 
-    values: rank 0's; other ranks' are not looked at. specs: the result of `broadcast_values`. near:
-    tensors that are to be filled; sent tensors are on their device if the group supports it.
+    values: rank 0's; other ranks' are ignored. specs: the result of `broadcast_values`. near: the
+    tensors to fill; sent tensors are on their device if the group supports it.
 
     A failure on one rank, in `take` too, is raised on all ranks once all tensors were sent.
     """
     tensors = {key: spec for key, spec in specs.items() if isinstance(spec, Spec)}
     sizes = [spec.packed_bytes for spec in tensors.values()]
     limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
-    with raise_on_all_ranks("no room for what rank 0 sends"):
+    with raise_on_all_ranks("no room for the state from rank 0"):
         memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
     sends = dist.get_rank() == 0
     receiving = Agreement("while rank 0's state was received")
-    # One memory for all buckets, cut into the same views on every rank: no names need be sent.
+    # One memory for all buckets, cut into the same views on every rank, so no names need be sent.
     for bucket in _buckets(tensors, limit):
         arrived = dict(zip(bucket, views(memory, list(bucket.values())), strict=True))
         for key, view in arrived.items() if sends else ():
@@ -120,7 +120,7 @@ def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
 
 
 def _meeting_place(near: Iterable[Any]) -> torch.device:
-    """The device that tensors are sent on: that of the first target which the group serves."""
+    """The device on which tensors are sent: that of the first target that the group serves."""
     served = {pair.split(":")[0] for pair in dist.get_backend_config().split(",")}
     kinds = (value.device.type for value in near if isinstance(value, torch.Tensor))
     return current_device(next((kind for kind in kinds if kind in served), group_device_type()))

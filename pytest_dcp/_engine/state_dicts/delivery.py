@@ -1,7 +1,7 @@
 """A state dict as the options want it: sharded or whole, on its device or the CPU, or on rank 0.
 
-Whole tensors are gathered in their order, small ones several in a message. No more than a bucket,
-or one tensor, is underway at a time.
+Whole tensors are gathered in their order, small ones together in one message. No more than a
+bucket, or one tensor, is under way at a time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 
 
 def deliver_state(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
-    """The state as the options want it. Collective if it is to be whole.
+    """The state in the form that the options request. Collective if that is whole.
 
-    {} where rank 0 alone is to have it and this is another rank.
+    {} if only rank 0 gets it and this is another rank.
     """
     if not options.full_state_dict:
         return _change_tensors(state, _on_cpu) if options.cpu_offload else state
@@ -65,7 +65,7 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The full tensor of each, in order; the same object where it is no part of one. Collective."""
+    """The full tensor of each, in order; the same object if it is already full. Collective."""
     bucket: list[torch.Tensor] = []
     used = 0
     for tensor in tensors:
@@ -83,7 +83,7 @@ _Way = tuple[DeviceMesh, int]
 
 
 def _way_of(tensor: torch.Tensor) -> _Way | None:
-    """How a tensor is gathered together with others; None where it goes by itself."""
+    """How a tensor is gathered together with others; None: by itself."""
     if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
         return None
     sharded = [dim for dim, placement in enumerate(tensor.placements) if type(placement) is Shard]
@@ -94,7 +94,7 @@ def _way_of(tensor: torch.Tensor) -> _Way | None:
 
 
 def _whole_bucket(bucket: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    # Every rank has the same tensors in the same order, so all form the same messages.
+    # Every rank has the same tensors in the same order, so all ranks form the same messages.
     together: dict[_Way, list[int]] = {}
     for at, tensor in enumerate(bucket):
         if (way := _way_of(tensor)) is not None:
@@ -116,7 +116,7 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
         [Spec(torch.Size(box.shape), part.dtype) for box, part in zip(of, parts, strict=True)]
         for of in boxes
     ]
-    # all_gather wants messages of one length; ranks with smaller shards leave their ends unused.
+    # all_gather needs messages of one length; ranks with smaller shards leave the ends unused.
     longest = max(sum(spec.packed_bytes for spec in of) for of in specs)
     device = local_tensor(parts[0]).device
     memory = torch.empty(len(specs), longest, dtype=torch.uint8, device=device)

@@ -1,9 +1,9 @@
 """Which entries the state of each parameter must have, and which it may have.
 
-What decides is what the optimizer itself makes in its first step, with the settings that it will
-have after the load: AMSGrad's third average belongs to a state dict whose groups say so. Where the
-optimizer does not tell, as L-BFGS, the entries that it holds now are the measure, and nothing is
-unexpected.
+The optimizer decides: the state must have the entries that its first step would make with the
+settings after the load. So AMSGrad's third average is required if the state dict's groups set
+`amsgrad`. If the optimizer does not reveal its entries, as L-BFGS, the entries that it holds now
+are required, and no entry is unexpected.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class EntryCheck:
     strange: tuple[str, ...]
     """Keys of entries that the optimizer does not know: state.<parameter>.<entry>."""
     unset: tuple[str, ...] = ()
-    """Keys of groups that come without any setting, and of settings that every step needs."""
+    """Keys of groups without any setting, and of missing settings that every step needs."""
     advice: tuple[str, ...] = ()
-    """What to do about it, where that is not plain."""
+    """Advice, if the cure is not obvious."""
 
     def mismatch(self) -> Mismatch:
         """The same as keys of a flat state dict; a state that is wholly missing is one key."""
@@ -67,16 +67,16 @@ def check_entries(
     *,
     raw: bool,
 ) -> EntryCheck:
-    """Compare what a state dict has of each parameter in these groups with what it must have.
+    """Compare a state dict's entries for each parameter in these groups with the required ones.
 
     partners: for each group of the optimizer, its group in the state dict.
-    states: the state of each parameter, {} where it has none, and what is kept for all.
-    grouped: the parameters that are in a group of the state dict; others are not looked at.
-    raw: whether it is the optimizer's own state dict, which says nothing of a parameter that was
-        not stepped yet. There, and where the state dict has no state of any parameter, a state is
-        missing only if this optimizer has one, which would be lost.
+    states: the state of each parameter, {} without one, and the state kept for all parameters.
+    grouped: the parameters that are in a group of the state dict; others are ignored.
+    raw: whether it is the optimizer's own state dict, which lacks parameters that were not stepped
+        yet. In such a state dict, and in one without the state of any parameter, a state is missing
+        only if this optimizer has one, which would be lost.
 
-    Collective with FSDP1, where such a state is looked for.
+    Collective with FSDP1, which then looks for such a state.
     """
     unstepped = not any(states[name] for name in grouped)
     if_held = raw or unstepped
@@ -117,7 +117,7 @@ def _is_trained(target: Target, at: int, name: str) -> bool:
 def _entries_of(
     target: Target, at: int, partner: Group | None, specs: Iterable[Spec]
 ) -> dict[Spec, dict[str, Any]]:
-    # No optimizer needs to keep anything of a parameter without elements.
+    # No optimizer needs a state for a parameter without elements.
     different = [spec for spec in dict.fromkeys(specs) if spec.shape.numel()]
     if not different:
         return {}
@@ -131,9 +131,9 @@ def _spec(target: Target, name: str) -> Spec:
 
 
 def _unset(target: Target, partners: Sequence[Group | None], *, alien: bool) -> tuple[str, ...]:
-    """Keys of groups that come without any setting, and of settings that every step needs.
+    """Keys of groups without any setting, and of missing settings that every step needs.
 
-    alien: the states are of another kind of optimizer. They say so, and its settings are its own.
+    alien: the states are from another kind of optimizer. They show this, and its settings differ.
     """
     found: list[str] = []
     own = target.optimizer.param_groups

@@ -1,7 +1,7 @@
 """An optimizer's state dict with one key for each state and setting of a parameter. Pure (no I/O).
 
-`state.<parameter>.<name>` and `param_groups.<parameter>.<setting>`: a parameter's keys are the same
-however parameters are grouped, so that any layout of pipeline stages or groups can load them.
+`state.<parameter>.<name>` and `param_groups.<parameter>.<setting>`: a parameter's keys do not
+depend on the groups, so any layout of pipeline stages or groups can load them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def flatten_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_flat(state: Mapping[str, Any]) -> bool:
-    """Whether it is of that form."""
+    """Whether it has the flat form."""
     return STATE not in state and GROUPS not in state
 
 
 def nest_optimizer_state(
     flat: Mapping[str, Any], groups: Sequence[Sequence[str]], names: Collection[str]
 ) -> dict[str, Any]:
-    """The nested form, with the parameters grouped as in `groups` where their settings are equal.
+    """The nested form, with the parameters grouped as in `groups` if their settings are equal.
 
     names: every parameter of the model. A key is assigned to the longest name that it begins with;
-    a key without one belongs to a parameter named like the key without its last part.
+    if no name matches, the parameter's name is the key without its last part.
     """
     known = frozenset(names)
     states: dict[str, dict[str, Any]] = {}
@@ -75,7 +75,7 @@ def _split(rest: str, known: Collection[str]) -> tuple[str, str]:
 def _group_by_settings(
     wanted: Sequence[str], settings: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The wanted group, or several where the settings of its parameters differ."""
+    """The wanted group, or several if the settings of its parameters differ."""
     made: list[tuple[dict[str, Any], list[str]]] = []
     for name in wanted:
         if name not in settings:

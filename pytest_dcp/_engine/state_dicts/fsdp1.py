@@ -1,7 +1,7 @@
 """Models in FullyShardedDataParallel, through its public state-dict functions.
 
-FSDP1 flattens parameters, so that neither the model's nor the optimizer's states are where their
-names say. Everything here is collective.
+FSDP1 flattens parameters, so the states of model and optimizer are not stored under their names.
+Everything here is collective.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def within(model: nn.Module) -> list[FullyShardedDataParallel]:
 
 @contextmanager
 def states(model: nn.Module) -> Iterator[None]:
-    """State dicts made or loaded meanwhile are sharded; nothing changes without FSDP1.
+    """Make state dicts sharded, within the block; changes nothing without FSDP1.
 
-    Whole ones are gathered from these, a tensor at a time: FSDP1's own are whole for a module at
-    once, and offloading them frees memory of a model that is on the CPU.
+    Whole tensors are gathered from these, one at a time: FSDP1 itself would gather a whole module
+    at once, and offloading it frees memory of a model that is on the CPU.
     """
     modules = within(model)
     if not modules:
         yield
         return
     for module in modules:
-        # Before its first forward a model does not know its root, which optimizer states need.
+        # Before its first forward a model has no root yet, which optimizer states need.
         module.check_is_root()
     with FullyShardedDataParallel.state_dict_type(
         model,
@@ -52,7 +52,7 @@ def states(model: nn.Module) -> Iterator[None]:
 def name_own_state(
     model: nn.Module, optimizer: Optimizer, packed: dict[str, Any]
 ) -> dict[str, Any]:
-    """An optimizer's own state dict, by FSDP's names of the original parameters."""
+    """An optimizer's own state dict, keyed by FSDP's names of the original parameters."""
     state = FullyShardedDataParallel.optim_state_dict(model, optimizer, packed)
     for entries in state["state"].values():
         # Parameters that are flattened together have one step count, the same object.

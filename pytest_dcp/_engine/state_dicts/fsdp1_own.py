@@ -1,9 +1,9 @@
-"""An optimizer's own state dict within FSDP1, whole before it is given to FSDP1.
+"""An optimizer's own state dict within FSDP1, checked for missing parts before FSDP1 gets it.
 
-Each rank's own state dict has what that rank holds: of its part of a flat parameter, or, with
-`use_orig_params`, of the parameters that it has elements of. FSDP1 joins the ranks' parts to name
-them; where one rank's part is missing its assertions fail on that rank, and the others wait for it.
-So the ranks compare first what they have. Everything here is collective.
+Each rank's own state dict has the states for its part of a flat parameter, or, with
+`use_orig_params`, for the parameters of which it has elements. FSDP1 joins the ranks' parts to name
+them; if one rank's part is missing, its assertions fail on that rank, and the others wait for it.
+So the ranks first compare their parts. Everything here is collective.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class _Held:
     """One rank's part of a parameter of which it has elements."""
 
     given: frozenset[str]
-    """The entries of the state that is given."""
+    """The entries of the given state."""
     stepped: bool
     """Whether its optimizer has a state now."""
 
 
 def name_own(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict by FSDP1's names of the original parameters.
+    """The state dict, keyed by FSDP1's names of the original parameters.
 
-    A state that no rank was given stays as the optimizer has it, unless `strict`. Raises
-    CheckpointMismatchError, on every rank, for states that are missing.
+    If no rank was given a state, the optimizer keeps its own, unless `strict`. Raises
+    CheckpointMismatchError, on every rank, for missing states.
     """
     own = own_method(target.optimizer, "state_dict")()
     numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
@@ -51,7 +51,7 @@ def name_own(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
         state |= {numbers[at]: own[STATE][at] for at in kept if at in own[STATE]}
     try:
         return fsdp1.name_own_state(target.scope.model, target.optimizer, {**given, STATE: state})
-    except RuntimeError as error:  # It says which parameters that lie together are not there.
+    except RuntimeError as error:  # It names the missing parameters of a flat one.
         raise CheckpointMismatchError(
             f"FSDP1 cannot read the state dict that the optimizers of the ranks made: {error}"
         ) from error
@@ -67,7 +67,7 @@ def _held_states(target: Target, states: Sequence[Any], own: Mapping[str, Any]) 
 
 
 def _kept_states(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[int]:
-    """The parameters whose states stay, since no rank was given any of them."""
+    """The parameters that keep their states, since no rank was given one."""
     keys = _keys(target)
     kept: list[int] = []
     torn: dict[str, str] = {}

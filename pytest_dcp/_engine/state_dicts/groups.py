@@ -1,6 +1,6 @@
-"""An optimizer's groups of parameters and those of a state dict: which is which. Pure (no I/O).
+"""Matches an optimizer's groups of parameters with the groups of a state dict. Pure (no I/O).
 
-Groups have no names: a group is the one with the same parameters, wherever it is in the list.
+Groups have no names: groups with the same parameters match, at any position in the list.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 
 PARAMS = "params"
 SHOWN = 5
-"""Parameters of a group that a message names."""
+"""Number of a group's parameters that a message names."""
 
 Group = Mapping[str, Any]
 """Settings, and under `params` the names of the parameters."""
@@ -24,7 +24,7 @@ class Pairing:
     """The groups found for all optimizers."""
 
     partners: tuple[Group | None, ...]
-    """For each own group, the one of the state dict; None: it keeps its own settings."""
+    """For each own group, the group of the state dict; None: it keeps its own settings."""
     mismatch: Mismatch
 
 
@@ -33,7 +33,7 @@ def pair_groups(
 ) -> Pairing:
     """The partner of each own group, given as the names of its parameters.
 
-    ignored: names that do not count on either side. Empty groups are paired in their order.
+    ignored: names to ignore on either side. Empty groups are paired in their order.
     """
     ours = [[name for name in names if name not in ignored] for names in own]
     theirs = [[name for name in group[PARAMS] if name not in ignored] for group in stored]

@@ -1,10 +1,10 @@
 """The states that an optimizer begins with, found without touching it or its parameters.
 
 Optimizers make their states inside their first step. A twin of the optimizer takes one step on
-zeros with gradients of zero, and what it first sets each entry to is kept: Adam's step count is 0,
+zeros with gradients of zero, and the first value of each entry is kept: Adam's step count is 0,
 Rprop's step size the learning rate, although the twin's own have moved on by the end of its step.
-Where only the names of the entries are asked for, the twin steps on meta tensors, which cost
-neither memory nor time.
+To find only the names of the entries, the twin steps on meta tensors, which cost neither memory nor
+time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pytest_dcp._torch_internals.modules import drop_step_hooks
 from pytest_dcp.errors import CheckpointError
 
 BATCH_BYTES = 64 << 20
-"""The bytes of parameters with stand-ins at a time, or one parameter: the twin needs three to
-four times that much."""
+"""Make stand-ins for parameters of at most this many bytes at a time, or for one parameter: the
+twin needs three to four times the memory."""
 
 
 def initial_states(
@@ -32,7 +32,7 @@ def initial_states(
 ) -> list[dict[str, Any]]:
     """The state of each of these parameters of a group before its first step.
 
-    {} where the optimizer keeps none. Raises CheckpointError where the optimizer cannot step on
+    {} if the optimizer keeps none. Raises CheckpointError if the optimizer cannot step on
     stand-ins.
     """
     states: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ def _first_step(
     optimizer: Optimizer, group: dict[str, Any], stand_ins: Sequence[torch.Tensor]
 ) -> list[dict[str, Any]]:
     """The first values of each stand-in's entries, set by a twin that steps on them."""
-    # Not by its constructor, whose arguments are not known: the same attributes, then its own.
+    # Not by its constructor, whose arguments are unknown: copy the attributes, then change them.
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     # A scheduler's or a user's replacement of `step` would step the optimizer itself.
@@ -93,8 +93,8 @@ def _first_step(
 
 @contextmanager
 def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
-    """Take the parameters' gradients away: an optimizer that holds its parameters elsewhere than
-    in its groups, and so steps on them, finds nothing to do."""
+    """Remove the parameters' gradients within the block: a twin that holds the real parameters
+    outside of its groups then has nothing to step on."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
     for parameter in parameters:
@@ -110,16 +110,16 @@ REAL_BYTES = 1 << 20
 """An optimizer that cannot step on meta tensors steps on real ones, of at most this size."""
 
 PLAIN_STEP = {"foreach": False, "fused": False, "capturable": False}
-"""Settings of torch's optimizers that choose how they compute, not what they keep: meta tensors
+"""Settings of torch's optimizers that change only how they compute, not their states: meta tensors
 allow only the plain way."""
 
 
 def initial_entries(
     optimizer: Optimizer, group: dict[str, Any], specs: Sequence[Spec]
 ) -> dict[Spec, dict[str, Any]]:
-    """Entries that the optimizer does not reveal are left out."""
+    """The names of the entries, as far as the optimizer reveals them."""
     plain = {**group, **{key: value for key, value in PLAIN_STEP.items() if key in group}}
-    # On meta tensors first; some optimizers read values as they step, which those do not have.
+    # On meta tensors first; some optimizers read values as they step, which meta tensors lack.
     try:
         return _entries_on("meta", optimizer, plain, specs)
     except CheckpointError:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pytest_dcp.errors import CheckpointMismatchError
 
 SHOWN = 20
-"""The most names of a kind that are shown; the error's attributes hold all."""
+"""The most names that a message shows of each kind; the error's attributes hold all."""
 SUGGESTED_FROM = 2000
-"""The most names that one name is compared with for likeness: it takes a while."""
+"""The most names with which a name is compared for similarity, which is slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Mismatch:
         )
 
     def _text(self, what: str, strict: bool) -> str:
-        # The words of torch's own strict errors, which programs look for.
+        # The wording of torch's own strict errors, which programs look for.
         lines = [f"Error(s) in loading state_dict for {what}:"]
         if strict:
             lines += _names("Missing", self.missing)
@@ -71,7 +71,7 @@ class Mismatch:
             lines += self.advice
         if strict and not self.misfits:
             lines.append(
-                "Load what belongs to this model, or load what fits with "
+                "Load a state dict of this model, or only the matching entries with "
                 "StateDictOptions(strict=False)."
             )
         return "\n  ".join(lines)

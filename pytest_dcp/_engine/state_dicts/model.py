@@ -25,14 +25,14 @@ from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
 FLAT_PARAMETER = "_flat_param"
-"""FSDP1's own parameter, in a state dict that was not made through FSDP1's root."""
+"""Name of FSDP1's own parameter, in a state dict that was not made through FSDP1's root."""
 
 
 @torch.no_grad()
 def read_model(scope: Scope) -> dict[str, Any]:
-    """The model's state dict, as the options want it. Collective if they ask for whole tensors.
+    """The model's state dict, as the options say. Collective if they ask for whole tensors.
 
-    Raises ValueError where two submodules share a name.
+    Raises ValueError if two submodules share a name.
     """
     with fsdp1.states(scope.model):
         raw = own_method(scope.model, "state_dict")()
@@ -68,14 +68,14 @@ class _Target:
     own: dict[str, Any]
     """Its state dict by canonical names; the values are the model's own tensors."""
     keys: dict[str, str]
-    """The key in the model's own state dict, of each canonical name."""
+    """For each canonical name the key in the model's own state dict."""
     wrapped: bool
-    """Whether FSDP1 is in it."""
+    """Whether it contains FSDP1."""
 
     @classmethod
     def of(cls, scope: Scope) -> _Target:
         wrapped = bool(fsdp1.within(scope.model))
-        # With the parameters themselves, loading them back where they are copies nothing.
+        # Use the parameters themselves: loading them back into themselves copies nothing.
         raw = own_method(scope.model, "state_dict")(keep_vars=not wrapped)
         keys = {scope.names.canonical(key): key for key in raw}
         return cls(scope, {name: raw[key] for name, key in keys.items()}, keys, wrapped)
@@ -141,7 +141,7 @@ def load_model(
 def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
     strict = target.scope.options.strict
     mismatch = target.compare(given)
-    # Sizes that differ are an error in any case; missing names only where no hook may rename them.
+    # Sizes that differ are always an error; missing names only if no hook may rename them.
     if mismatch.misfits or target.wrapped or not _knows_other_names(target.scope.model):
         mismatch.require_none(target.kind, strict=strict)
     # One meta tensor is enough: load_state_dict can assign all values or copy all.
@@ -171,7 +171,7 @@ def _knows_other_names(model: nn.Module) -> bool:
 def _load_from_rank0(
     target: _Target, given: Mapping[str, Any], optional: bool
 ) -> _IncompatibleKeys:
-    """Fill the model's own tensors with what rank 0 sends: at most a bucket is here at a time."""
+    """Fill the model's own tensors from rank 0; holds at most one bucket at a time."""
     own = target.own
     specs = broadcast_values(lambda: given)
     if optional and not specs:
@@ -192,7 +192,7 @@ def _load_from_rank0(
 
 
 def _fill_or_make(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The model's own tensor, or one in its place if it is on the meta device, with the value."""
+    """The model's own tensor, or a new one if that is on the meta device, with the value."""
     tensor = empty_for_meta(own) if _is_meta(own) else own
     fill(tensor, value)
     return tensor
@@ -201,13 +201,13 @@ def _fill_or_make(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def _handed_over(
     target: _Target, values: Mapping[str, Any], mismatch: Mismatch, *, assign: bool
 ) -> _IncompatibleKeys:
-    """Let the model's own `load_state_dict`, with its hooks, take the values.
+    """Load the values with the model's own `load_state_dict` and its hooks.
 
-    Raises CheckpointMismatchError for keys that neither the model nor its hooks know.
+    Raises CheckpointMismatchError for keys that neither the model nor its hooks accept.
     """
     scope = target.scope
     if target.wrapped:
-        # FSDP1 asks for every key of its modules and for no other.
+        # FSDP1 requires every key of its modules and accepts no other.
         values = {**target.own, **{n: v for n, v in values.items() if n in target.own}}
     prepared = {target.key_of(name): value for name, value in values.items()}
     more = {"assign": True} if assign else {}
@@ -219,7 +219,7 @@ def _handed_over(
 
 
 def misfit(name: str, own: Any, value: Any) -> str | None:
-    """Why a value cannot take the place of the model's own tensor, or None."""
+    """Why a value cannot replace the model's own tensor, or None."""
     if not _is_tensor(own) or is_lazy(own):
         return None
     here, there = size_of(own), value.shape if isinstance(value, Spec) else None
@@ -228,7 +228,7 @@ def misfit(name: str, own: Any, value: Any) -> str | None:
     if there is None:
         return f"{name!r}: expected a tensor of size {tuple(here)}, got {type(value).__name__}"
     if here != there:
-        # The words of torch's `load_state_dict`, which programs look for.
+        # The wording of torch's `load_state_dict`, which programs look for.
         return (
             f"size mismatch for {name}: copying a param with shape {there} from checkpoint, the "
             f"shape in current model is {here}."

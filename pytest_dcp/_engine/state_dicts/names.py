@@ -1,8 +1,8 @@
 """Canonical names: the name that a part of a model would have if nothing wrapped the model.
 
-Enters: a model and names as its `named_parameters()`, `named_modules()` or `state_dict()` give
-them. Leaves: those names without the steps into a wrapper. A step counts as one where the module at
-that place is a wrapper: a child that a user called `module` keeps its name.
+Takes a model and names from its `named_parameters()`, `named_modules()` or `state_dict()`, and
+removes the steps into a wrapper. A step is removed only if the module at that place is a wrapper: a
+child that a user called `module` keeps its name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WRAPPED_AS = {
 """Torch's wrappers and the child that each wraps."""
 
 _Place = tuple[nn.Module | None, str]
-"""A module, or None where no module is, and its canonical prefix."""
+"""A module, or None if there is none, and its canonical prefix."""
 
 
 class Names:
@@ -74,7 +74,7 @@ class Names:
         return place
 
     def _step(self, module: nn.Module | None, prefix: str, step: str) -> _Place:
-        if module is None:  # A key that a hook has made up.
+        if module is None:  # A key that a hook has added.
             return None, f"{prefix}{step}."
         inner = wrapped_as(type(module))
         while inner is not None:
@@ -90,7 +90,7 @@ class Names:
 
 
 def wrapped_as(kind: type) -> str | None:
-    """The name of the child that a class of torch's wraps; None for any other class of modules."""
+    """The name of the child that one of torch's classes wraps; None for any other module class."""
     for base in kind.__mro__:
         if inner := WRAPPED_AS.get(f"{base.__module__}.{base.__qualname__}"):
             return inner

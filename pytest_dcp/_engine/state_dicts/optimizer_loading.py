@@ -1,7 +1,7 @@
-"""A state dict under the names of the model's parameters -> into the optimizers.
+"""Loads a state dict with the names of the model's parameters into the optimizers.
 
-Groups find their partners by their parameters, states their parameters by name; a tied parameter
-answers to each of its names. Each optimizer's own `load_state_dict` has the last word.
+Groups are matched by their parameters, and states by the names of their parameters; a tied
+parameter has several names. Each optimizer's own `load_state_dict` has the last word.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pytest_dcp._engine.state_dicts.positional import is_positional, name_positi
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 
 RAW = "raw"
-"""Beside the states and groups that rank 0 announces: whether they were an optimizer's own."""
+"""Key beside the states and groups that rank 0 announces: whether they were an optimizer's own."""
 ALL = ("all",)
-"""The entry of a value that an optimizer keeps for all its parameters, which has no entries."""
+"""The entry name for a value that an optimizer keeps for all parameters, which has no entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerLoad:
-    """A state dict that was found to fit the optimizers; nothing has changed yet."""
+    """A state dict that fits the optimizers; nothing has changed yet."""
 
     scope: Scope
     targets: Sequence[Target]
@@ -49,7 +49,7 @@ class OptimizerLoad:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Load it. Collective as the check was."""
+        """Load it. Collective if the check was."""
         with fsdp1.states(self.scope.model):
             states = self._laid_out() if self.specs is None else self._receive(self.specs)
             states = {name: of for name, of in states.items() if not self._keeps_own(name)}
@@ -71,7 +71,7 @@ class OptimizerLoad:
         return states
 
     def _receive(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
-        """Rank 0's states, each tensor in the memory that the optimizer keeps it in."""
+        """Rank 0's states, each tensor in the optimizer's own memory."""
         states = _by_parameter(self.state[STATE], specs)
         owner = {name: target for target in self.targets for name in target.names()}
         values = _by_entry(self.state[STATE]) if dist.get_rank() == 0 else {}
@@ -89,11 +89,11 @@ class OptimizerLoad:
 def check_optimizers(
     scope: Scope, optimizers: Sequence[Optimizer], given: Mapping[str, Any]
 ) -> OptimizerLoad | None:
-    """Loads a state dict into optimizers that together have its parameters; changes nothing.
+    """Check that a state dict fits optimizers that together have its parameters; changes nothing.
 
-    None where there is nothing to load: an empty state dict, where it is allowed, leaves the
-    optimizers alone. The state dict is nested or flat, or one optimizer's own. Tensors may be whole
-    or sharded in any way. Collective with FSDP1 and with `broadcast_from_rank0`. Raises
+    None if there is nothing to load: an empty state dict, if it is allowed, leaves the optimizers
+    alone. The state dict is nested or flat, or one optimizer's own. Tensors may be whole or sharded
+    in any way. Collective with FSDP1 and with `broadcast_from_rank0`. Raises
     CheckpointMismatchError, naming everything at once, for parameters, groups, entries of states
     and sizes that do not fit.
     """
@@ -159,7 +159,7 @@ def _is_state(of: Any) -> bool:
 
 
 def _by_parameter(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The states without an entry, and the states that the entries make."""
+    """The states without entries, and the states made of the entries."""
     found: dict[Any, Any] = {name: {} for name in states}
     for (name, entry), value in entries.items():
         if entry == ALL:
@@ -182,7 +182,7 @@ def _align_names(
 ) -> dict[str, Any]:
     """The state dict in its nested form, each parameter under the name that its optimizer uses.
 
-    Every parameter of its groups has an entry in its states, {} where it has none.
+    Every parameter of its groups has an entry in its states, {} if it lacks a state.
     """
     own = [names for target in targets for names in target.groups]
     state = nest_optimizer_state(given, own, scope.parameters) if is_flat(given) else given
@@ -199,7 +199,7 @@ def _align_names(
 
 
 def _copy_if_shared(value: Any, seen: set[int]) -> Any:
-    """The value, or a copy where another parameter has the same tensor: both would change it."""
+    """The value, or a copy if another parameter has the same tensor: both would change it."""
     if not isinstance(value, torch.Tensor):
         return value
     if id(value) in seen:

@@ -2,7 +2,7 @@
 
 {"state": {parameter: {name: value}}, "param_groups": [{..., "params": [parameter, ...]}]}, of all
 optimizers together. Every parameter that can be trained has its states: its initial states if it
-was never stepped. So the keys do not depend on how long was trained.
+was never stepped. So the keys do not depend on how far training has gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
 @torch.no_grad()
 def read_optimizers(scope: Scope, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """The optimizers' state dict, as the options want it. The optimizers stay unchanged.
+    """The optimizers' state dict, as the options say. The optimizers stay unchanged.
 
     Collective if the options ask for whole tensors, and with FSDP1. Raises CheckpointMismatchError
     for parameters that are not the model's, CheckpointError for an optimizer that must be stepped
@@ -97,7 +97,7 @@ def _complete(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's own state dict with the states of parameters that were not stepped yet."""
     states = dict(packed[STATE])
     for group, of in zip(optimizer.param_groups, packed[GROUPS], strict=True):
-        # Under FSDP1 a rank may hold nothing of a parameter; then it has no state of it either.
+        # Under FSDP1 a rank may hold no elements of a parameter; then it has no state for it.
         absent = {
             at: parameter
             for at, parameter in zip(of[PARAMS], group[PARAMS], strict=True)
@@ -108,7 +108,7 @@ def _complete(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
         except CheckpointError:
             if not packed[STATE]:
                 raise
-            # It was stepped and keeps no states here: one for all its parameters, as L-BFGS does.
+            # It was stepped and keeps one state for all its parameters elsewhere, as L-BFGS does.
             continue
         states |= {at: state for at, state in zip(absent, made, strict=True) if state}
     return {**packed, STATE: states}

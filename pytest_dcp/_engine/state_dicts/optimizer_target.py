@@ -27,21 +27,21 @@ States = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An optimizer, by the names of the model."""
+    """An optimizer, with the model's names for its parameters."""
 
     scope: Scope
     optimizer: Optimizer
     groups: list[list[str]]
     """Names of the parameters in each group, in the optimizer's order."""
     layouts: Mapping[str, torch.Tensor]
-    """Of each parameter a tensor that has its size and lies as it does."""
+    """For each parameter a tensor with its size and layout."""
     parameters: dict[str, torch.Tensor]
-    """The optimizer's states of each name; {} under FSDP1, which has other names."""
+    """The optimizer's states by name; {} under FSDP1, which has other names."""
     fsdp_names: dict[str, str]
     """FSDP1's own names of the parameters; {} without FSDP1."""
     _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
     _held: list[frozenset[str]] = field(default_factory=list)
-    """Under FSDP1, once it was asked for: the names of which the optimizer has a state."""
+    """Under FSDP1, once computed: the names for which the optimizer has a state."""
 
     @classmethod
     def of(cls, scope: Scope, optimizer: Optimizer) -> Target:
@@ -89,23 +89,21 @@ class Target:
         return f"state {entry!r} of {name!r}: expected size {tuple(here)}, got {tuple(size)}"
 
     def laid_out(self, name: str, entry: str, value: Any) -> Any:
-        """A state in the layout in which the optimizer keeps it; values other than tensors are
-        unchanged.
-        """
+        """A state in the optimizer's own layout; values other than tensors are unchanged."""
         if not isinstance(value, torch.Tensor):
             return value
         like = self._layout(name, entry, size_of(value))
         return value if like is None else laid_out(value, like, keep=True)
 
     def fill(self, name: str, entry: str, full: torch.Tensor) -> Any:
-        """The same for a whole tensor that will be overwritten: where there is a state, in it."""
+        """The same for a whole tensor that will be overwritten; fills an existing state."""
         current: Any = self.current(name).get(entry)
         if _size(current) == full.shape and current.dtype == full.dtype:
             fill(current, full)
             return current
         like = self._layout(name, entry, full.shape)
         if like is None:
-            # The optimizer moves it to the parameter, unless it wants it on the CPU.
+            # The optimizer moves it to the parameter's device, unless it keeps it on the CPU.
             return full.to("cpu", copy=True)
         part = laid_out(full, like, keep=True)
         return part.clone() if part is full else part
@@ -118,8 +116,8 @@ class Target:
     ) -> None:
         """Load the states of its own parameters and the settings of its groups' partners.
 
-        A parameter that `states` does not have keeps its own; it has to have {} to lose them.
-        lacking: the entries of each state that `states` does not have: they stay as they are.
+        A parameter that is not in `states` keeps its own; {} removes them.
+        lacking: the entries of each state that `states` lacks: these do not change.
         """
         groups = [
             {**settings_of(group), **settings_of(partner or {}), PARAMS: names}
@@ -128,8 +126,7 @@ class Target:
             )
         ]
         for group, own in zip(groups, self.optimizer.param_groups, strict=True):
-            # Torch's own labels of the parameters: they are this optimizer's, not those of the
-            # save.
+            # Torch's own labels of the parameters: keep this optimizer's, not the saved ones.
             group.update({k: v for k, v in own.items() if k == "param_names"})
         mine = self.names()
         kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
@@ -139,11 +136,11 @@ class Target:
         own_method(self.optimizer, "load_state_dict")(packed)
 
     def keeps(self, key: Any) -> bool:
-        """Whether the optimizer keeps something under this key, which is no parameter's name."""
+        """Whether the optimizer has a state under this key, which is not a parameter's name."""
         return key in self.optimizer.state
 
     def common_keys(self) -> list[Any]:
-        """The keys of what it keeps for all its parameters."""
+        """The keys of the states that it keeps for all its parameters."""
         return [key for key in self.optimizer.state if not isinstance(key, torch.Tensor)]
 
     def _pack(self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]) -> dict[str, Any]:
@@ -198,7 +195,7 @@ class Target:
         return states
 
     def _layout(self, name: str, entry: str, size: torch.Size) -> torch.Tensor | None:
-        """A tensor that lies as the state is to lie; None where it is to stay as it is."""
+        """A tensor with the layout for the state; None to leave the state unchanged."""
         parameter = self.layouts[name]
         if size == size_of(parameter):
             return parameter
@@ -217,7 +214,7 @@ class Target:
             group, parameter = self.optimizer.param_groups[at], self.parameters[name]
             try:
                 (self._initial[name],) = initial_states(self.optimizer, group, [parameter])
-            except CheckpointError:  # It cannot tell: the state is taken as it comes.
+            except CheckpointError:  # Unknown: accept the state unchanged.
                 self._initial[name] = {}
         return self._initial[name].get(entry)
 

@@ -8,7 +8,7 @@ error; otherwise everything that fits is loaded. `broadcast_from_rank0`: rank 0 
 of whole tensors, and the others are sent their parts; only with `full_state_dict`.
 `flatten_optimizer_state_dict`: states under `state.<parameter>.<name>`, settings under
 `param_groups.<parameter>.<setting>`: keys that do not depend on how parameters are grouped.
-`dsd_fqn_modifiers`: the method by which a module whose hooks rename keys says so, {name in keys:
+`dsd_fqn_modifiers`: the method of a module that returns how its hooks rename keys, {name in keys:
 child}.
 """
 

@@ -1,4 +1,4 @@
-"""Several tensors in one piece of memory, so that they travel in one message. Pure (no I/O)."""
+"""Several tensors in one piece of memory, to send them in one message. Pure (no I/O)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 BUCKET_BYTES = 1 << 20
-"""Small tensors share a message, whose cost they would not be worth each: a MiB takes as long to
-send as to announce."""
+"""Small tensors share a message, since each message has a fixed cost: a MiB takes as long to send
+as to announce."""
 
 ALIGNMENT = 16
 """Bytes: the largest item of any dtype, so that every tensor can be a view of the memory."""
@@ -37,7 +37,7 @@ class Spec:
 
 
 def views(memory: torch.Tensor, specs: Sequence[Spec]) -> list[torch.Tensor]:
-    """The tensors that lie one behind the other in the memory, from its start."""
+    """The tensors that lie one after another in the memory, from its start."""
     found: list[torch.Tensor] = []
     at = 0
     for spec in specs:

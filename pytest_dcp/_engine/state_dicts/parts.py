@@ -1,6 +1,6 @@
-"""Whole tensors and the parts of them that this rank holds, one from the other.
+"""Converts between whole tensors and this rank's parts of them.
 
-Layouts are said by example: a tensor, DTensor or ShardedTensor that lies as the result is to lie.
+An example gives the layout of the result: a tensor, DTensor or ShardedTensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pytest_dcp._torch_internals.sharded_tensors import (
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor; the same object where it is no part of one. Collective for parts."""
+    """The full tensor; the same object if it is already full. Collective for parts."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if isinstance(tensor, ShardedTensor):
@@ -67,7 +67,7 @@ def _volume(box: LocalBox) -> int:
 
 def size_of(tensor: torch.Tensor) -> torch.Size:
     """The size of the full tensor."""
-    # A ShardedTensor's own methods warn of its deprecation; its metadata do not.
+    # A ShardedTensor's own methods warn of deprecation; its metadata do not.
     if isinstance(tensor, ShardedTensor):
         return torch.Size(tensor.metadata().size)
     return tensor.size()
@@ -76,7 +76,7 @@ def size_of(tensor: torch.Tensor) -> torch.Size:
 def fill(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy the value, of the same size, into this rank's part of the target.
 
-    Collective only where the value is sharded otherwise than the target.
+    Collective only if the value is sharded in another way than the target.
     """
     if isinstance(target, DTensor) and isinstance(value, DTensor) and _alike(value, target):
         local_tensor(target).copy_(local_tensor(value))
@@ -87,10 +87,10 @@ def fill(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def laid_out(value: torch.Tensor, like: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """The value in the layout of `like`, which has its size; the same object if it lies so already.
+    """The value in the layout of `like`, which has its size; the same object if that is its layout.
 
-    Collective only where the value is sharded otherwise than `like`. With `keep` a part is no view
-    of the value, whose memory can then be freed.
+    Collective only if the value is sharded in another way than `like`. With `keep` a part is not a
+    view of the value, whose memory can then be freed.
     """
     if isinstance(like, DTensor):
         if isinstance(value, DTensor) and value.device_mesh == like.device_mesh:

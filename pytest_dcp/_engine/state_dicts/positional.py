@@ -1,8 +1,8 @@
-"""An optimizer's own state dict, whose parameters are numbers -> the same by the model's names.
+"""An optimizer's own state dict, whose parameters are numbers -> the same with the model's names.
 
 `optimizer.state_dict()` numbers the parameters through all groups. The numbers mean the same for
-another optimizer only if its groups hold as many parameters, in the same order: as much as its own
-`load_state_dict` asks for.
+another optimizer only if its groups hold as many parameters, in the same order; its own
+`load_state_dict` requires no more.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def name_positions(targets: Sequence[Target], given: Mapping[str, Any]) -> dict[
     if len(targets) != 1:
         raise CheckpointMismatchError(
             f"the state dict has numbers for its {sum(sizes)} parameters, as one optimizer's own "
-            f"state_dict() has: it cannot be told which of the {len(targets)} optimizers they "
-            "belong to. Load each optimizer with a state dict of its own, or make one state dict "
+            f"state_dict() has: the numbers do not show to which of the {len(targets)} optimizers "
+            "they refer. Load each optimizer with a state dict of its own, or make one state dict "
             "of all with get_optimizer_state_dict"
         )
     (target,) = targets

@@ -13,7 +13,7 @@ from pytest_dcp._engine.state_dicts.names import Names
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
 
 PATCHED = "_pytest_dcp_patched"
-"""The mark of a method of an object that was replaced by this package."""
+"""Attribute that marks a method with which this package replaced an object's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Scope:
     names: Names
     options: StateDictOptions
     prefixes: tuple[str, ...]
-    """Names that begin with one of these are asked for; () asks for all."""
+    """The call asks for names that begin with one of these; () asks for all."""
     parameters: dict[str, nn.Parameter]
-    """By every canonical name."""
+    """The parameters, by every canonical name."""
     frozen: frozenset[str]
     """The names that `ignore_frozen_params` leaves out."""
 
@@ -55,21 +55,21 @@ class Scope:
     def takes_nothing(self) -> bool:
         """Whether an empty state dict leaves the model or the optimizers alone, as in torch.
 
-        Otherwise everything is missing. Ranks other than 0 get one with `cpu_offload` and
-        `full_state_dict`.
+        Otherwise everything counts as missing. Ranks other than 0 get an empty state dict with
+        `cpu_offload` and `full_state_dict`.
         """
         options = self.options
         return not options.strict or (options.cpu_offload and options.full_state_dict)
 
     def first_names(self) -> dict[nn.Parameter, str]:
-        """The first canonical name of each parameter: the one that optimizer states are under."""
+        """The first canonical name of each parameter: the key of its optimizer states."""
         names: dict[nn.Parameter, str] = {}
         for name, parameter in self.parameters.items():
             names.setdefault(parameter, name)
         return names
 
     def key_of(self, name: str) -> str | None:
-        """The key under which a canonical name is returned; None where it is not asked for."""
+        """The key under which a canonical name is returned; None if it is not requested."""
         if name in self.frozen:
             return None
         if not self.prefixes:
@@ -81,7 +81,7 @@ class Scope:
 
 
 def own_method(of: Any, name: str) -> Callable[..., Any]:
-    """A method of a model or an optimizer: its class's, where this package patched the object's."""
+    """A method of a model or an optimizer: the class's, if this package patched the object's."""
     bound: Callable[..., Any] = getattr(of, name)
     if getattr(bound, PATCHED, False):
         bound = getattr(type(of), name).__get__(of)
@@ -89,9 +89,9 @@ def own_method(of: Any, name: str) -> Callable[..., Any]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Give FSDP2's modules their sharded parameters back, which optimizers and names refer to.
+    """Restore the sharded parameters of FSDP2's modules, to which optimizers and names refer.
 
-    After a forward without a backward the whole parameters are still in their place.
+    After a forward without a backward the modules still hold the whole parameters.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,8 +1,8 @@
-"""Which settings a group of parameters must come with.
+"""The settings that a group of parameters must have.
 
-An optimizer fills in, in its `__setstate__`, the settings that its older versions did not have. The
-others that its constructor sets are those without which its own `load_state_dict` leaves a group
-that cannot be stepped: `lr` and `betas` of Adam, but not `amsgrad`.
+In its `__setstate__` an optimizer fills in the settings that its older versions did not have. The
+others that its constructor sets are needed: without them its own `load_state_dict` leaves a group
+that cannot be stepped. Adam needs `lr` and `betas`, but not `amsgrad`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
 def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]:
     """The settings of an optimizer's group that the given one lacks and that every step needs.
 
-    Without settings added by other code, such as a scheduler's `initial_lr`.
+    Ignores settings added by other code, such as a scheduler's `initial_lr`.
     """
     defaults = getattr(optimizer, "defaults", {})
     lacking = [name for name in own if name in defaults and name not in given and name != PARAMS]
@@ -37,7 +37,7 @@ def _filled_in(optimizer: Optimizer, given: Group) -> dict[str, Any]:
     twin.__dict__.update(optimizer.__dict__, defaults=dict(optimizer.defaults))
     try:
         twin.__setstate__({"state": {}, GROUPS: [group]})
-    except Exception:  # noqa: BLE001 - any class may want more than that
+    except Exception:  # noqa: BLE001 - a class may need more than that
         # The optimizer's own load_state_dict has the last word.
         return dict(optimizer.defaults)
     return group

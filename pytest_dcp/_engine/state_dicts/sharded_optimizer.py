@@ -1,9 +1,9 @@
-"""Optimizer state of FSDP1 with the layout that the model's state dict has.
+"""Optimizer state of FSDP1, with the layout of the model's state dict.
 
-A sharded optimizer is empty before its first step, so there is no state dict to load into: it is
-made here from what the checkpoint holds. Every tensor of it becomes a ShardedTensor over the ranks
-that share the model's parameters, chunked along its first dimension. Under tensor parallelism a
-rank's parameters are parts of the full ones; the model's own shards say which.
+A sharded optimizer is empty before its first step, so it has no state dict to load into: one is
+built here from the checkpoint. Every tensor of it becomes a ShardedTensor over the ranks that share
+the model's parameters, chunked along its first dimension. Under tensor parallelism a rank's
+parameters are parts of the full ones; the model's own shards say which.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def load_sharded_optimizer_state_dict(
 ) -> dict[str, Any]:
     """The optimizer's state dict, nested under `optimizer_key` as it was saved. Collective.
 
-    model_state_dict: from FSDP with StateDictType.SHARDED_STATE_DICT; says each parameter's part.
-    optimizer_key: the key that the optimizer's state had in the state dict that was saved.
-    planner: used unless the model is tensor-parallel, where the parts need a planner of our own.
+    model_state_dict: from FSDP with StateDictType.SHARDED_STATE_DICT; gives each parameter's part.
+    optimizer_key: the key of the optimizer's state in the saved state dict.
+    planner: used unless the model is tensor-parallel, when the parts need our own planner.
 
-    Tensors of one element are plain; others are ShardedTensors on the group's device. What to give
-    to `FSDP.optim_state_dict_to_load` is the value of `optimizer_key`.
+    Tensors of one element are plain; others are ShardedTensors on the group's device. Pass the
+    value under `optimizer_key` to `FSDP.optim_state_dict_to_load`.
 
-    Raises CheckpointMismatchError where the checkpoint has no such key, CheckpointException as
-    `load` does.
+    Raises CheckpointMismatchError if the checkpoint lacks this key, CheckpointException as `load`
+    does.
     """
     metadata = storage_reader.read_metadata()
     paths = _paths_below(metadata, optimizer_key)
@@ -96,7 +96,7 @@ def load_sharded_optimizer_state_dict(
 
 
 def _paths_below(metadata: Metadata, key: str) -> dict[str, tuple[Any, ...]]:
-    """The paths of everything that the checkpoint has under a key."""
+    """The paths of everything under a key of the checkpoint."""
     paths = metadata.planner_data
     if not isinstance(paths, Mapping):
         raise CheckpointMismatchError(
@@ -114,12 +114,12 @@ def _paths_below(metadata: Metadata, key: str) -> dict[str, tuple[Any, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class _ModelLayout:
-    """Which parts of the full parameters this rank's model has."""
+    """This rank's parts of the full parameters."""
 
     sizes: dict[Any, torch.Size | Sequence[int]] = field(default_factory=dict)
-    """Of each parameter, or of this rank's tensor-parallel part of it."""
+    """Size of each parameter, or of this rank's tensor-parallel part of it."""
     offsets: dict[Any, Sequence[int]] = field(default_factory=dict)
-    """Of that part in the full parameter."""
+    """Offset of that part in the full parameter."""
     group: dist.ProcessGroup | None = None
     """The ranks that share the part; None: the model is not tensor-parallel."""
 
@@ -140,7 +140,7 @@ def _layout_of(model_state_dict: Mapping[str, Any]) -> _ModelLayout:
 
 
 def _part_of(fqn: str, value: Any) -> Shard | None:
-    """The tensor-parallel part that FSDP sharded again, or None for a value that has none.
+    """The tensor-parallel part that FSDP sharded again, or None for other values.
 
     Raises ValueError for nestings that FSDP1 does not make.
     """
@@ -229,7 +229,7 @@ def _make_sharded(
             pin_memory=properties.pin_memory,
         ),
     )
-    # The last ranks of a short tensor have nothing, and FSDP lists no shard for them.
+    # The last ranks of a short tensor have no rows, and FSDP lists no shard for them.
     metadata.shards_metadata = [
         shard for shard in metadata.shards_metadata if all(shard.shard_sizes)
     ] or metadata.shards_metadata[:1]
@@ -242,10 +242,10 @@ def _make_sharded(
 
 
 class _PartPlanner(DefaultLoadPlanner):
-    """Loads tensors that stand for a part of the stored ones."""
+    """Loads tensors that are parts of the stored ones."""
 
     def __init__(self, offsets: Mapping[str, Sequence[int]]) -> None:
-        """offsets: where in the stored tensor each begins; those not named are whole."""
+        """offsets: where each part begins in the stored tensor; tensors without one are whole."""
         super().__init__()
         self.offsets = offsets
 
@@ -257,7 +257,7 @@ class _PartPlanner(DefaultLoadPlanner):
         here = wanted_boxes(self.state_dict)
         shift = _shifts(here, self.offsets)
         found = read_items(replace(here, offset=here.offset + shift), index)
-        # The boxes are read where they are stored, and filled where this rank has them.
+        # Read the boxes at their stored offsets, and fill them at this rank's own.
         width = found.wanted.shape[1]
         by_box = dict(zip(_boxes(here.fqns, here.nth), widen_table(shift, width, 0), strict=True))
         back = [by_box[box] for box in _boxes(found.fqns, found.wanted_hint)]
@@ -267,7 +267,7 @@ class _PartPlanner(DefaultLoadPlanner):
 
 
 def _boxes(fqns: Sequence[str], nth: Iterable[int]) -> list[tuple[str, int]]:
-    """A name and a number for each row that say which box it is; a value's number is 0."""
+    """A name and a number that identify the box of each row; a value's number is 0."""
     return [(fqn, max(int(n), 0)) for fqn, n in zip(fqns, nth, strict=True)]
 
 

@@ -1,1 +1,1 @@
-"""State dicts from one rank to others, without a checkpoint between them."""
+"""Sends state dicts from one rank to others, without a checkpoint between them."""

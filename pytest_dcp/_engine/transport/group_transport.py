@@ -1,11 +1,11 @@
 """A state dict from one rank to others, over a process group's point-to-point operations.
 
-The sender gives a description, as plain data, and then each tensor's elements. Nothing that a peer
-sends can run code: values travel as `coordinate.wire` has them, and what it cannot carry is refused
-on the sender. A receiver that has such a state dict already is filled in place.
+The sender sends a description, as plain data, and then each tensor's elements. Nothing that a peer
+sends can run code: `coordinate.wire` encodes the values, and the sender refuses others. If the
+receiver already has such a state dict, its tensors are filled in place.
 
-On the line, each in one send: the number and lengths of the description's segments; the segments;
-each tensor, as bytes.
+Messages, each in one send: the number and lengths of the description's segments; the segments; each
+tensor, as bytes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pytest_dcp._torch_internals.checkpoint_classes import _pg_transport
 LENGTH_TAG, HEAD_TAG, TENSOR_TAG = 1, 2, 3
 MAX_SEGMENTS = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
-"""Of a description: 1 GiB, that of some ten million tensors."""
+"""Limit of a description: 1 GiB, enough for some ten million tensors."""
 
 
 class PGTransport(_pg_transport.PGTransport):
     """Sends and receives state dicts over a process group.
 
-    pg: the group; ranks below are ranks of it.
+    pg: the group; ranks are its ranks.
     timeout: of each operation.
-    device: where the group's backend sends from and receives to.
-    state_dict: gives a state dict to receive into: tensors of the same dtype and shape, at the same
-        place, are filled; None, and all others: new tensors on the CPU.
+    device: the device from which the group's backend sends, and to which it receives.
+    state_dict: returns a state dict to receive into: its tensors are filled if their dtype, shape
+        and place match; otherwise, and with None, the tensors are new, on the CPU.
 
     torch's class of this name is a base for the sake of `isinstance`; all methods are ours.
     """
@@ -55,7 +55,7 @@ class PGTransport(_pg_transport.PGTransport):
     def send_checkpoint(self, dst_ranks: list[int], state_dict: object) -> None:
         """Send the state dict to each of the ranks, which call `recv_checkpoint`.
 
-        Raises TypeError, before anything is sent, for a value that is no plain data.
+        Raises TypeError, before anything is sent, for a value that is not plain data.
         """
         described, tensors = describe(state_dict)
         segments = [memoryview(one).cast("B") for one in encode(described)]
@@ -74,7 +74,7 @@ class PGTransport(_pg_transport.PGTransport):
     def recv_checkpoint(self, src_rank: int) -> object:
         """The state dict that the rank sends with `send_checkpoint`.
 
-        Raises ValueError where that is no description of one.
+        Raises ValueError if the message does not describe one.
         """
         count = int(self._receive(1, torch.int64, src_rank, LENGTH_TAG).item())
         if not 2 <= count <= MAX_SEGMENTS:
@@ -96,7 +96,7 @@ class PGTransport(_pg_transport.PGTransport):
             return rebuild(described, take, template)
 
     def _take(self, note: TensorNote, room: torch.Tensor | None, src: int) -> torch.Tensor:
-        """The next tensor, in the given one where it fits."""
+        """The next tensor, received into the given one if it fits."""
         fits = room is not None and (room.dtype, room.shape) == (note.dtype, note.shape)
         if room is not None and fits and room.is_contiguous() and room.device == self._device:
             if room.numel():
@@ -123,7 +123,7 @@ class PGTransport(_pg_transport.PGTransport):
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as bytes: backends do not know every dtype."""
+    """The elements as bytes: backends do not support every dtype."""
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

@@ -1,8 +1,8 @@
 """A state dict without its tensors' elements: the data that a receiver needs to allocate them.
 
-A description is plain data: the containers and values of the state, and instead of each tensor its
-dtype, shape and layout. `describe` also lists the tensors whose elements travel, and `rebuild` puts
-such tensors in again, in the same order: each rank's own part of a DTensor, each shard of a
+A description is plain data: the containers and values of the state, and for each tensor its dtype,
+shape and layout. `describe` also lists the tensors whose elements are sent, and `rebuild` inserts
+the received tensors, in the same order: each rank's own part of a DTensor, each shard of a
 ShardedTensor.
 
 Pure (no I/O).
@@ -70,13 +70,13 @@ class DTensorNote:
 
 @dataclass(frozen=True, slots=True)
 class ShardedTensorNote:
-    """The shards of a ShardedTensor that the sender holds, and where all of them are."""
+    """The sender's shards of a ShardedTensor, and the places of all shards."""
 
     local: list[TensorNote]
     own: list[int]
-    """Of each: which of `shards` it is."""
+    """For each local shard its index in `shards`."""
     shards: list[tuple[list[int], list[int], str]]
-    """Of every rank's shards: offsets, sizes, placement."""
+    """Offsets, sizes and placement of every rank's shards."""
     shape: torch.Size
     dtype: torch.dtype
 
@@ -84,13 +84,13 @@ class ShardedTensorNote:
 record(TensorNote, MeshNote, DTensorNote, ShardedTensorNote)
 
 Take = Callable[[TensorNote, torch.Tensor | None], torch.Tensor]
-"""Gives the tensor of a note; it may lie in the given one, the template's at the same place."""
+"""Returns the tensor of a note; it may fill the given one, the template's at the same place."""
 
 
 def describe(state: Any) -> tuple[Any, list[torch.Tensor]]:
-    """The description, and the tensors whose elements travel, in its order.
+    """The description, and the tensors whose elements are sent, in its order.
 
-    Raises TypeError for a tensor that is more than its elements.
+    Raises TypeError for a tensor that has more than its elements.
     """
     tensors: list[torch.Tensor] = []
     return _describe(state, tensors), tensors

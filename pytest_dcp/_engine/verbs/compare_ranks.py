@@ -1,4 +1,4 @@
-"""The facts that all ranks have found for one load -> the error that only all of them show."""
+"""Compares the facts from all ranks about one load; raises the errors that no rank sees alone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Planned:
     """A rank's message to the coordinator about its plan."""
 
     plan: LoadPlan | None
-    """None where no hook wants to see it."""
+    """None unless a hook wants to see it."""
     found: Found
     idle_renames: Mapping[str, str]
-    """Entries of `rename` that find nothing on this rank, and why."""
+    """Entries of `rename` that match nothing on this rank, and why."""
     may_misfit: bool
-    """Whether it has something to read that is not known to fit before it is read."""
+    """Whether it reads data that can only be checked against the target after reading."""
 
 
 record(Planned)
@@ -48,7 +48,7 @@ def check_together(said: Sequence[Planned]) -> bool:
 def check_one_save(found: Sequence[Found]) -> None:
     """Raise CheckpointReplacedError unless all ranks have found the same save.
 
-    They may have looked in different folders: copies of one save may be there.
+    They may have looked in different folders, which may hold copies of one save.
     """
     saves, folders = [save for save, _ in found], [folder for _, folder in found]
     if len(set(saves)) == 1:

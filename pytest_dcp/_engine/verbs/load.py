@@ -1,6 +1,6 @@
 """The verbs `load`, `load_state_dict` and `load_without_template`: arguments -> one load.
 
-Each makes the team and the request, and hands both to `load_steps`, which tells how a load goes.
+Each makes the team and the request, and hands both to `load_steps`, which describes a load.
 """
 
 from __future__ import annotations
@@ -75,21 +75,21 @@ def load(
     verify: Verify | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> LoadReport:
-    """What was missing, unexpected or converted; the state dict is filled. Collective.
+    """Fill the state dict; report missing, unexpected and converted keys. Collective.
 
-    Tensors are loaded in place, in whatever layout they are; values are replaced; Stateful objects
-    are given what was loaded. Meta tensors are replaced by real ones. Up to `no_dist` the
-    arguments are torch's; the others are for the default planner and storage:
+    Tensors are loaded in place, in any layout; values are replaced; Stateful objects get their
+    loaded state. Meta tensors are replaced by real ones. Up to `no_dist` the arguments are torch's;
+    the others are for the default planner and storage:
 
-    strict: False leaves what the checkpoint lacks as it is, and converts any dtype to any other.
-    keys: load only these flat names, or shell-style patterns of them.
+    strict: False leaves keys that the checkpoint lacks unchanged, and converts between any dtypes.
+    keys: load only these flat names, or names that match these shell-style patterns.
     rename: from the state dict's flat names to the checkpoint's, {"mine.": "stored."}: a mapping of
-        names, or of prefixes that end in a dot, or a function. An entry that finds nothing on any
-        rank is refused, also without `strict`.
-    weights_only: False lets values of any class be loaded, which can run code: only for
+        names, or of prefixes that end in a dot, or a function. An entry that matches nothing on any
+        rank is refused, even without `strict`.
+    weights_only: False allows values of any class, and loading them can run code: only for
         checkpoints whose writer you trust.
     verify: "auto", "full" or "off", see FileSystemReader; None: "auto", or the given reader's.
-    progress: called now and then with how far this rank has come.
+    progress: called now and then with this rank's progress.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why: keys
     that do not fit (CheckpointMismatchError) before any byte moves, damage
@@ -123,7 +123,7 @@ def load(
     with verify_with(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():
-        # A planner may build the state that it loads: then the caller had no value there.
+        # A planner may build the state that it loads; the caller then had no value there.
         value: Any = state_dict.get(key)
         if is_stateful(value):
             value.load_state_dict(loaded)
@@ -135,7 +135,7 @@ def load(
 def _planner_for(
     planner: LoadPlanner | None, selection: Selection, *, strict: bool, weights_only: bool
 ) -> LoadPlanner:
-    """The given planner, or a default one with these options, which are for it alone."""
+    """The given planner, or a default one with these options; only the default one takes them."""
     if planner is None:
         return DefaultLoadPlanner(
             allow_partial_load=not strict, weights_only=weights_only, selection=selection
@@ -159,14 +159,14 @@ def load_without_template(
     no_dist: bool = False,
     weights_only: bool = True,
 ) -> dict[str, Any]:
-    """A state dict built from what the checkpoint holds, whole, on the CPU of every rank.
+    """Build the checkpoint's whole state dict on the CPU of every rank.
 
-    Containers and keys are those that were saved; a PerRank is a dict of what each rank saved, by
-    rank. Of a checkpoint that does not describe them (torch's, or an older one of ours) they are
-    dicts and lists, and keys are strings.
+    It has the saved containers and keys; a PerRank becomes a dict from each rank to the value that
+    the rank saved. A checkpoint that does not describe its containers (torch's, or an older one of
+    ours) gives dicts and lists, with strings as keys.
 
-    keys: only these flat names, and what is below them; None: everything.
-    no_dist: this rank alone, whatever process group there is.
+    keys: only these flat names, and names below them; None: everything.
+    no_dist: this rank loads alone, even in a process group.
 
     Raises CheckpointException, as `load`; its cause is a CheckpointMismatchError, naming them, for
     containers and keys of other classes than Python's own, unless `weights_only` is False.
@@ -202,7 +202,7 @@ def _load_team(
 
 @contextmanager
 def verify_with(reader: StorageReader, verify: Verify | None) -> Iterator[None]:
-    """Let the reader verify so inside, where it is one of ours; then as before."""
+    """Set how the reader verifies inside the block, if it is one of ours; then restore it."""
     if verify is None or not isinstance(reader, FileSystemReader):
         yield
         return

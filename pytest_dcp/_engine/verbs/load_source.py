@@ -1,8 +1,8 @@
 """A storage reader as a load uses it.
 
 Every reader has torch's hooks, the older ones with fewer parameters. The engine's own reader does
-more: it holds a lease, keeps files open, and judges values before anything changes. All that a load
-asks of a reader is asked here, so that the other modules need not know which kind it is.
+more: it holds a lease, keeps files open, and judges values before anything changes. A load calls
+readers only through this module, so the other modules need not know which kind it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FoundCheckpoint:
     of_all_ranks: bool
     """False where this rank has saved on its own."""
     save_id: str | None
-    """None where the ranks' ids need not be equal."""
+    """None if the ranks' ids need not be equal."""
 
 
 class LoadSource:
@@ -47,7 +47,7 @@ class LoadSource:
 
     @property
     def where(self) -> object:
-        """The folder, or the reader itself where it names none."""
+        """The folder, or the reader itself if it names none."""
         return place_of(self.reader) or self.reader
 
     @property
@@ -58,14 +58,14 @@ class LoadSource:
     def find(self, rank: int, lease: ExitStack | None) -> FoundCheckpoint:
         """Read the metadata; files that are opened from now on stay open until `close`.
 
-        lease: where a lease goes that holds off the next save's commit; None: none is taken.
+        lease: takes a lease that holds off the next save's commit; None: take no lease.
         """
         if self._own is not None:
             if lease is not None:
                 lease.enter_context(self._own.leased(rank))
             self._own.keep_files()
         metadata, of_all_ranks = self._read_metadata(rank)
-        # torch's ranks have an id each when they save on their own; ours have one together.
+        # torch's ranks each have an id when they save on their own; ours share one.
         comparable = of_all_ranks or knows_saves(self.reader)
         save_id = save_of(metadata.storage_meta) if comparable else None
         return FoundCheckpoint(metadata, of_all_ranks, save_id)
@@ -75,7 +75,7 @@ class LoadSource:
         try:
             return self.reader.read_metadata(), True
         except Exception as whole:
-            # A storage of the user's may say in any way that there is none; ours says it so.
+            # A user's storage may report missing metadata with any error; ours raises this one.
             gone = self._own is None or isinstance(whole, FileNotFoundError)
             if not gone or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
                 raise
@@ -115,13 +115,13 @@ class LoadSource:
         return save_id, None if where is None else os.fspath(where)
 
     def may_misfit(self, plan: LoadPlan, *, takes_numbers: bool) -> bool:
-        """Whether the plan reads something that is not known to fit before it is read.
+        """Whether the plan reads data that can only be checked against the target after reading.
 
         takes_numbers: whether the planner takes numbers out of tensors.
         """
         if self._own is None or not self._own.prepares():
             return False
-        # Of torch's entries only the files tell which are wrappers of other tensors.
+        # Only the files show which of torch's entries are wrappers of other tensors.
         return not self._own.has_manifest or takes_numbers or has_values(plan.items)
 
     def prepare(self, plan: LoadPlan, planner: LoadPlanner) -> None:

@@ -29,17 +29,17 @@ Rules:
 
 - Before any rank's state changes, all ranks know that everything fits. Keys, shapes and dtypes are
   compared in "plan". Some things are known only once they are read: values, numbers that are stored
-  as tensors, entries of torch that may be wrappers. Where any rank has one of these (`may_misfit`)
+  as tensors, entries of torch that may be wrappers. If any rank has one of these (`may_misfit`),
   the ranks agree twice in "read": once when each has judged, and once when each has filled.
 - A load reads one save. Another save may replace the checkpoint at any moment, and its sweep may
   remove the files. So a rank opens all its files in "plan", and a descriptor outlives the sweep. If
-  that comes too late, or ranks found different saves, the step fails with CheckpointReplacedError
-  and the load begins again, for at most RETRY_S, where the planner allows it; the ranks then hold a
-  lease, which keeps the next save from committing while they open.
+  a rank opens them too late, or ranks found different saves, the step fails with
+  CheckpointReplacedError and the load begins again, for at most RETRY_S, if the planner allows it;
+  the ranks then hold a lease, which keeps the next save from committing while they open files.
 
-A load writes nothing to the storage. If a rank dies or a step fails in "plan", state dicts are as
-they were, except that a planner may have given memory to meta tensors. In "read", after all have
-judged, targets may be filled in part: only damaged files, failing disks and deaths lead there.
+A load writes nothing to the storage. If a rank dies or a step fails in "plan", state dicts are
+unchanged, except that a planner may have given memory to meta tensors. In "read", after all ranks
+have judged, targets may be left partly filled: only by damaged files, failing disks and deaths.
 
 Assumes: the state dict does not change while it is loaded; every rank calls with the same options.
 """
@@ -87,7 +87,7 @@ class LoadRequest:
     reader: StorageReader
     planner: LoadPlanner
     progress: Callable[[Progress], None] | None = None
-    """Called now and then with how far this rank has come."""
+    """Called now and then with this rank's progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class _RankPlan:
 
     plan: LoadPlan
     may_misfit: bool
-    """Whether any rank has something to judge before it fills."""
+    """Whether any rank has values to judge before it fills."""
 
 
 class Load:
@@ -131,11 +131,12 @@ class Load:
         return report
 
     def _load_with_retries(self, team: Team) -> None:
-        """Plan and read; again, as long as other saves replace the checkpoint meanwhile.
+        """Plan and read; repeat while other saves replace the checkpoint meanwhile.
 
-        Ranks that come together again hold a lease while they plan and open their files, so that
-        the second try succeeds where the storage has leases and enough descriptors; so does the
-        first of a planner that has only one. Elsewhere each try must have seen another save.
+        From the second try on, ranks hold a lease while they plan and open their files, so this
+        try succeeds if the storage has leases and enough descriptors. A planner that cannot be
+        repeated has only one try, which takes the lease at once. Without leases each try must have
+        seen another save.
         """
         planner: Any = self.planner
         leased = not may_repeat(planner, has_read=False)
@@ -164,14 +165,14 @@ class Load:
                 lease.close()
             with self.phases.phase("read"):
                 if mine.may_misfit:
-                    # No rank's state changes before all that any rank reads is known to fit.
+                    # No rank's state changes before all data that any rank reads is known to fit.
                     team.agree("read", lambda: self._judge(mine.plan))
                 team.agree("read", lambda: self._fill(mine.plan))
 
     # ---- plan
 
     def _plan_together(self, team: Team, lease: ExitStack | None) -> _RankPlan:
-        """This rank's plan, once all ranks have made theirs and the coordinator has compared."""
+        """This rank's plan, after all ranks have planned and the coordinator has compared them."""
         alone = self.source.plans_alone and plans_alone(self.planner)
         plans: list[LoadPlan] = []
 
@@ -226,14 +227,14 @@ class Load:
     # ---- again
 
     def _may_repeat(self, error: StepError) -> bool:
-        """Whether a further try may succeed, and harms nothing. The same on every rank."""
+        """Whether another try may succeed, and does no harm. The same on every rank."""
         causes = [cause for cause, _ in error.failures.values()]
         return may_repeat(self.planner, has_read=error.step == "read") and all(
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )
 
     def _goes_on(self) -> bool:
-        """On the coordinator: whether there is time, and the last try has seen something new."""
+        """On the coordinator: whether there is time, and the last try has seen a new save."""
         now_s = time.monotonic()
         self.first_conflict_s = self.first_conflict_s or now_s
         moves = self.found is None or self.found != self.found_before

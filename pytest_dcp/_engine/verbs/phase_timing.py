@@ -21,7 +21,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str, *, planning: bool = False) -> Iterator[None]:
-        """Add the time spent inside to the phase. While planning, the collector rests."""
+        """Add the time spent inside to the phase. While planning, garbage collection is off."""
         start = time.perf_counter()
         try:
             with collector_paused() if planning else nullcontext():

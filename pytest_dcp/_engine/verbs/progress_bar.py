@@ -36,7 +36,7 @@ class ProgressBar:
         self._console = console
         self._opened = 0
         self._bar: Any = None
-        """Made when there is something to show: a rank without a bar prints nothing."""
+        """Made at the first progress to show: a rank without a bar prints nothing."""
         self._tasks: dict[tuple[str, int], TaskID] = {}
 
     def __enter__(self) -> ProgressBar:
@@ -79,6 +79,6 @@ def progress_bar(*, rank: int | None = 0, console: Console | None = None) -> Pro
         dcp.save(state_dict, checkpoint_id=folder, progress=progress_bar())
 
     rank: the only rank that shows one; None: every rank shows its own. Raises ImportError, saying
-    what to install, where rich is missing.
+    what to install, if rich is missing.
     """
     return ProgressBar(rank, console)

@@ -1,4 +1,4 @@
-"""A save's comparison of what several ranks hold: the steps that `plan.replicas` describes.
+"""A save's comparison of replicas on several ranks: the steps that `plan.replicas` describes.
 
 Where copies differ, two further steps find out where: the lowest rank of each group of equal
 copies sends the sums of the tensor's blocks (or an outline of the value), then the bytes of the
@@ -54,7 +54,7 @@ class Dispute:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """One copy of what differs, as its rank describes it."""
+    """One of several differing copies, as its rank describes it."""
 
     fqn: str
     leaves: list[Any]
@@ -72,7 +72,7 @@ record(Dispute, _Copy)
 class Comparison:
     """One rank's part in the comparison of one save.
 
-    It is made for the default planner, and for subclasses that save what the state dict holds.
+    It works with the default planner, and with subclasses that save the state dict's own data.
     """
 
     def __init__(self, planner: SavePlanner) -> None:
@@ -80,10 +80,9 @@ class Comparison:
         self._checks: list[Checks] | None = None
 
     def choose_rows(self, plans: Sequence[SavePlan]) -> list[Checks | None]:
-        """On the coordinator, once these local plans are joined: the pieces that each rank is to
-        sum.
+        """On the coordinator, once these local plans are joined: the pieces that each rank sums.
 
-        Nothing where a subclass has joined other plans than the ranks': their rows are not known.
+        None for every rank if a subclass joined other plans than the ranks': it knows no such rows.
         """
         planner = self._planner
         if planner is not None and planner.replicas is not None:
@@ -97,9 +96,9 @@ class Comparison:
         return list(self._checks) if self._checks is not None else [None] * len(plans)
 
     def sums(self, local: SavePlan, checks: Checks | None) -> Sums | None:
-        """A sum for each piece that this rank is to compare, of rows of its local plan.
+        """A sum for each piece that this rank compares, of rows of its local plan.
 
-        None for a planner that makes its data as it goes.
+        None for a planner that computes its data on request.
         """
         found = None if checks is None else self._own(local)
         if checks is None or found is None:
@@ -128,10 +127,10 @@ class Comparison:
         _settle(team, dispute, items, lookup)
 
     def _own(self, local: SavePlan) -> tuple[WriteItems, Lookup] | None:
-        """The rows of this rank's local plan, and what gives their data."""
+        """The rows of this rank's local plan, and a function that returns their data."""
         if self._planner is None:
             return None
-        # A remembered plan is not sent: the coordinator means the one that it remembers.
+        # A remembered plan is not sent: the coordinator refers to its own copy.
         items = WriteItems.of(local.items) if local.usable else self._planner.offered
         lookup = self._planner.lookup(items)
         return None if lookup is None else (items, lookup)
@@ -176,7 +175,7 @@ def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> 
 
 
 def _own_row(one: Differing, rank: int) -> int | None:
-    """The rank's row, where it speaks for the ranks with the same copy."""
+    """The rank's row, if it represents the ranks with the same copy."""
     if rank not in {camp[0] for camp in one.camps()}:
         return None
     return one.members[rank][0]

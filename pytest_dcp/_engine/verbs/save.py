@@ -1,7 +1,7 @@
 """state dict -> plan -> storage -> commit.
 
-Two steps, each of which all ranks take or none: "plan", in which the coordinator joins the ranks'
-plans, and "write", in which each writes its part and the coordinator commits.
+Two steps, each taken by all ranks or by none: in "plan" the coordinator joins the ranks' plans; in
+"write" each rank writes its part and the coordinator commits.
 """
 
 from __future__ import annotations
@@ -91,23 +91,23 @@ def save(
     progress: Callable[[Progress], None] | None = None,
     replicas: ReplicaCheck | None = None,
 ) -> Metadata:
-    """The metadata of the checkpoint that the ranks' state dicts were saved to. Collective.
+    """Save the ranks' state dicts as one checkpoint; return its metadata. Collective.
 
     state_dict: nested dicts and lists of tensors (plain, DTensor, ShardedTensor) and values;
         Stateful objects are asked for their state_dict.
-    checkpoint_id: the folder, where no storage is given, or what the storage is set to.
+    checkpoint_id: the folder; a given storage is set to it.
     process_group: whose ranks save together; None: the default group. no_dist: this rank alone.
     use_collectives: False lets each rank plan and commit its own part; such a checkpoint can be
-        loaded by the same number of ranks in the same layout only. Ranks commit once all have
-        written; one that fails just then leaves parts of two saves, which every load refuses.
-    progress: called now and then with how far this rank has come.
-    replicas: what to compare of what several ranks hold, of which one copy is saved: "sample" (None
-        means it: every Python value and a small sample of the tensors), "check" (everything) or
-        "off". For the default planner; DefaultSavePlanner has the same argument. Copies that differ
-        are a ReplicaMismatchError; PerRank saves a value of each rank.
+        loaded only by the same number of ranks in the same layout. Ranks commit once all have
+        written; a rank that fails just then leaves parts of two saves, which every load refuses.
+    progress: called now and then with this rank's progress.
+    replicas: of data that several ranks hold one copy is saved; this says which copies to compare:
+        "sample" (the default, None: every Python value and a small sample of the tensors), "check"
+        (everything) or "off". For the default planner; DefaultSavePlanner has the same argument.
+        Copies that differ raise ReplicaMismatchError; PerRank saves a value of each rank.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
-    folder's earlier checkpoint is whole then.
+    folder then still has its earlier checkpoint, whole.
 
     >>> import torch
     >>> from pytest_dcp.checkpoint import load, save
@@ -144,7 +144,7 @@ def save_team(
     operation: str = "save",
     background: bool = False,
 ) -> Team:
-    """The team of a save that is called now. Ranks that commit on their own may use own folders."""
+    """The team of a save that is called now. Ranks that commit alone may use their own folders."""
     return team_of(
         group,
         use_dist=not no_dist,
@@ -157,7 +157,7 @@ def save_team(
 
 
 def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
-    """The given planner, or a default one with this option, which is for it alone."""
+    """The given planner, or a default one with this option; only the default one takes it."""
     if planner is None:
         return DefaultSavePlanner(replicas=replicas or "sample")
     if replicas is not None:
@@ -178,7 +178,7 @@ class SaveRequest:
     use_collectives: bool = True
     """False: each rank plans and commits its own part."""
     progress: Callable[[Progress], None] | None = None
-    """Called now and then with how far this rank has come."""
+    """Called now and then with this rank's progress."""
     reset: Callable[[], object] | None = None
     """Makes the writer ready; called in the first step, since an earlier save of the group may
     still use the same writer."""
@@ -257,13 +257,13 @@ class Save:
                 self._finish([results])
 
         if isinstance(self.writer, FileSystemWriter):
-            # One id for the parts of one save, so that a load can tell them from another's.
+            # One id for the parts of one save, so that a load can tell saves apart.
             self._reset_writer()
             self.writer.set_save_id(team.broadcast("plan", self.writer.new_save_id))
         results = team.agree("write", write)
         team.agree("commit", commit)
         if isinstance(self.writer, FileSystemWriter):
-            # A whole checkpoint that was there before would be found first.
+            # A load would find an earlier collective checkpoint first.
             team.broadcast("retire", self.writer.remove_collective_metadata)
         return self._whole()
 
@@ -304,7 +304,7 @@ class Save:
             reset()
 
     def _make_global_plan(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
-        """On the coordinator: the items that each rank is to write, and to compare."""
+        """On the coordinator: the items that each rank writes, and the pieces that it compares."""
         joined, self.metadata = self.planner.create_global_plan(plans)
         if isinstance(self.writer, FileSystemWriter):
             self.writer.remove_leftovers()
@@ -313,7 +313,7 @@ class Save:
         return list(zip(sent, self.comparison.choose_rows(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
-        # A planner that remembers plans must not remember where the last save's files were.
+        # A planner that remembers plans must forget where the last save's files were.
         final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
         final = with_list(final, self.writer.write_data)
         future = self.writer.write_data(final, self.planner)

@@ -1,7 +1,7 @@
 """Messages between ranks in a save, compressed: row numbers instead of rows that both sides have.
 
-A rank sends its local plan in full. Of the global plan it gets back the numbers of its own rows
-and their hints. Of what it wrote it sends the places; the coordinator knows the items.
+A rank sends its local plan in full. It gets back its global plan as numbers of its own rows, with
+their hints. After writing it sends only the places; the coordinator knows the items.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Homeward:
     rows: Ints
     hint: Ints
     same_data: bool
-    """Whether its planner_data is that of the local plan."""
+    """Whether it has the local plan's planner_data."""
 
 
 def compress_plan(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
-    """The plan as it is sent: short, where its items are rows of the rank's own local plan."""
+    """Replace items that the receiver already has by their row numbers."""
     items: Any = plan.items
     own: Any = local.items
     if not isinstance(items, WriteItems) or items.origin is None:
@@ -48,7 +48,7 @@ def compress_plan(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
 
 
 def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
-    """The plan that was sent, in full again."""
+    """Undo `compress_plan`."""
     if isinstance(sent, SavePlan):
         return sent
     items: Any = WriteItems.of(local.items).take(sent.rows, sent.hint)
@@ -59,7 +59,7 @@ def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
 def compress_results(
     results: Sequence[WriteResult], told: SavePlan
 ) -> Written | Sequence[WriteResult]:
-    """A rank's write results: only the places, if the items are those of its plan."""
+    """A rank's write results: only the places, if they have the items of its plan."""
     whole = isinstance(results, WriteResults) and results.is_untouched()
     if isinstance(results, WriteResults) and whole and results.items is told.items:
         return results.written
@@ -69,7 +69,7 @@ def compress_results(
 def expand_results(
     said: Written | Sequence[WriteResult], told: SavePlan | None
 ) -> Sequence[WriteResult]:
-    """A rank's write results, expanded again."""
+    """Undo `compress_results`."""
     if not isinstance(said, Written):
         return said
     if told is None:
@@ -91,7 +91,7 @@ record(Homeward, PackedMetadata)
 
 
 def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
-    """The metadata as it is sent: its columns, where it has them."""
+    """The metadata's columns, if it has any; else the metadata itself."""
     if not isinstance(metadata.storage_data, EntryTable):
         return metadata
     catalog = Catalog.of(metadata)
@@ -101,7 +101,7 @@ def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
 
 
 def unpacked_metadata(sent: PackedMetadata | Metadata) -> Metadata:
-    """The metadata that was sent."""
+    """Undo `packed_metadata`."""
     if isinstance(sent, Metadata):
         return sent
     bare = manifest.decode(memoryview(sent.manifest), _no_pickle)

@@ -1,4 +1,4 @@
-"""Which storage a checkpoint id means, and the calls of torch's older storages and planners."""
+"""The storage for a checkpoint id, and calls to torch's older storages and planners."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Id = str | os.PathLike[str] | None
 
 
 def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
-    """The storage to write to. One that was given is set to the id later, by `reset_to`."""
+    """The storage to write to. `reset_to` sets a given storage to the id later."""
     if storage is not None:
         return storage
     given = _check_id(checkpoint_id, "storage_writer")
@@ -48,9 +48,9 @@ def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], N
 
 
 def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id) -> Subject | None:
-    """The folder that an operation is about; None where the storage is not of ours. Never raises.
+    """The folder that an operation works on; None for a storage that is not ours. Never raises.
 
-    A storage of the user's may put ranks' files where it likes.
+    A user's storage may put ranks' files anywhere.
     """
     if storage is not None and not isinstance(storage, FileSystemWriter | FileSystemReader):
         return None
@@ -67,7 +67,7 @@ def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id)
 
 
 def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
-    """The storage to read from, set to the id where one is given; options are for a new one."""
+    """The storage to read from, set to the id if one is given; only a new one takes the options."""
     if storage is not None:
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
@@ -108,7 +108,7 @@ def _check_protocol(
 
 
 def is_stateful(value: Any) -> bool:
-    """Whether the value is asked for its state, and given it back.
+    """Whether a save asks the value for its state, and a load gives it back.
 
     The protocol's own check looks at every attribute of every class above the value's; tensors,
     of which there are thousands, are never Stateful.
@@ -132,7 +132,7 @@ def resolve_stateful(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accepts_parameter(function: Callable[..., Any], *names: str) -> bool:
-    """Whether a hook has one of these parameters, or takes any keyword where it has **kwargs."""
+    """Whether a hook has one of these parameters, or takes any keyword by **kwargs."""
     return any(p.name in names or p.kind is p.VAR_KEYWORD for p in _parameters(function))
 
 
@@ -144,14 +144,14 @@ def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 
 @lru_cache(maxsize=64)
 def _parameters_of_method(function: FunctionType) -> tuple[inspect.Parameter, ...]:
-    """Without its first. The same few hooks are asked at each save and load, 70 us each time."""
+    """Without the first. Each save and load inspects the same few hooks, at 70 us each."""
     return tuple(inspect.signature(function).parameters.values())[1:]
 
 
 def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let the storage be the second positional argument, as it was before torch 2.2.
 
-    Errors leave as from `drop_inner_frames`: one wrapper for both keeps one frame less.
+    Errors are raised as by `drop_inner_frames`: one wrapper for both leaves one frame less.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -176,7 +176,7 @@ def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def alone(no_dist: bool, verb: str) -> bool:
-    """Whether this rank is alone, said in a warning."""
+    """Whether this rank is alone; warns if it is."""
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
     if no_dist:
         warnings.warn(

@@ -1,7 +1,7 @@
 """The classes of torch and of the engine whose objects ranks send each other, see `wire`.
 
-Also who may send more: pickles are for planners and storages of a class of the user's own, whose
-plans, results and metadata may hold anything. A rank sends and opens them only for its own.
+Pickles are sent only for planners and storages of the user's own classes, whose plans, results and
+metadata may hold anything. A rank sends and opens pickles only for its own planner or storage.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ OWN_PACKAGES = ("pytest_dcp", "torch")
 def allows_pickles(*owners: object) -> bool:
     """Whether a planner and a storage may have their objects pickled between ranks.
 
-    They may where one of them is of a class of neither torch nor the engine, unless its attribute
-    `pickles_between_ranks` says otherwise. A False counts for both.
+    They may if the class of either is from neither torch nor the engine, unless its attribute
+    `pickles_between_ranks` says otherwise. False on either one forbids pickles for both.
     """
     said = [pickle_choice_of(owner) for owner in owners]
     if False in said:

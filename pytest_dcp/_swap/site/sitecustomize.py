@@ -13,7 +13,7 @@ if os.environ.get("PYTEST_DCP_ENGINE"):
 
         install()
 
-# The one that this one hides.
+# The sitecustomize that this one hides.
 _here = os.path.dirname(os.path.abspath(__file__))
 _others = [path for path in sys.path if os.path.abspath(path or ".") != _here]
 _spec = importlib.machinery.PathFinder.find_spec("sitecustomize", _others)

@@ -1,14 +1,14 @@
-"""Pure (no I/O): the moments at which a crash can come, with the operations done and under way at
-each.
+"""Pure (no I/O): the moments at which a crash can happen, with the operations done and under way.
 
-Two operations are in order when one had ended before the other began. Of overlapping operations, in
-other threads or ranks, each may or may not have been done, in either order. These are the down-sets
-of an interval order: all that had ended when some operation began, and any of those under way.
+Two operations are in order if one ended before the other began. Each of several overlapping
+operations, in different threads or ranks, may or may not have been done, in either order. These are
+the down-sets of an interval order: all operations that had ended when some operation began, and any
+of the operations then under way.
 
-It is enough to stop where an operation begins. Whatever can have been done at a later time, before
-the next beginning, could have been done at this one: what has ended since was under way then. After
-the last operation comes one more moment, at which all ranks had returned. A return alone is no
-moment: it counts from the next beginning on.
+It is enough to stop where an operation begins. Between two beginnings no other sets are possible:
+an operation that ends in between was under way at the first of them. After the last operation
+follows one more moment, at which all ranks had returned. A return alone is not a moment: it counts
+from the next beginning on.
 
 Two ranks each make a file, at the same time:
 

@@ -1,38 +1,37 @@
 """Pure (no I/O): a model of a disk: the tree that programs see, and the parts of it on stable
 storage.
 
-A file is a node, which names point to, as in every Unix. Names and bytes that are not known to be
-on stable storage are kept as changes, in order; a crash may lose any of those that its model says.
-Which operation makes what stable is a table, `Rules`, one row for each kind of file system.
+A file is a node, to which names point, as in every Unix. Names and bytes that are not known to be
+on stable storage are kept as changes, in order; the crash model says which of them a crash may
+lose. A table, `Rules`, says which changes each operation makes stable, one row for each kind of
+file system.
 
-The state has two layers and what lies between them:
+The state has two layers and the changes between them:
 
-- `names` and `contents`: what running programs see. Every operation acts on them at once. They are
-  what the death of processes leaves.
-- `stable_names` and `stable_contents`: what is on the disk for certain.
-- `name_changes` and `byte_changes`: how to get from the second to the first. What a power cut
-  leaves is the stable layer with some of the changes applied, in their order; `losses` says which
-  ones.
+- `names` and `contents`: the tree as running programs see it. Every operation changes it at once.
+  It remains when processes die.
+- `stable_names` and `stable_contents`: the tree that is on the disk for certain.
+- `name_changes` and `byte_changes`: how to get from the second to the first. A power cut leaves the
+  stable layer with some of the changes applied, in their order; `losses` says which ones.
 
 A change becomes stable, and leaves its list, by
 
 - `sync` of a file: its byte changes. Under ext4 the journal is committed too, with all names so
   far;
-- `sync_folder`: the name changes in that folder; under ext4 those of all folders;
+- `sync_folder`: the name changes in that folder; under ext4 in all folders;
 - `close` of a file under NFS (close-to-open): its byte changes;
 - a name change that needs its bytes (under ext4, a rename over a file) takes them with it.
 
-A sync covers only changes that had ended before it began: a write that overlaps it may or may not
-be in it, and the crash that loses it must be found.
+A sync covers only changes that had ended before it began: it may miss a write that overlaps it, and
+the crash that loses this write must be found.
 
 A rename is two changes, the new name set and the old one removed, that POSIX may lose apart. A node
 without a name is no longer in the tree, though its bytes are still written to: `rename` of an open
 file and removal behind a reader's back work as in Unix, through `handles`.
 
-Assumes that operations come in an order in which they can have happened: a name that is not there
-is a LookupError, which `enumerate.in_order` uses to find such an order. Guarantees that `seen`
-equals what the folder really had after the same operations (the recording checks it against the
-disk).
+Assumes that operations are applied in a possible order: a missing name is a LookupError, which
+`enumerate.in_order` uses to find such an order. Guarantees that `visible_tree` equals the real
+folder after the same operations (the recording checks it against the disk).
 
 >>> at = iter(range(0, 1000, 10))
 >>> def op(kind, path, **more):
@@ -272,7 +271,7 @@ class DiskModel:
             self._settle_bytes(node, op)
 
     def change_nothing(self, index: int, op: Operation) -> None:
-        """Change nothing: for operations that only look."""
+        """Change nothing: for operations that only read."""
 
     # ---- after a crash
 

@@ -1,24 +1,24 @@
-"""Pure (no I/O): a trace -> what a crash at any moment could leave, each folder once.
+"""Pure (no I/O): a trace -> the folders that a crash at any moment could leave, each once.
 
 The recorded block ran once, to its end. Nothing is run again: its operations, with the times at
-which each began and ended in each rank, are enough to compute what every crash would have left.
+which each began and ended in each rank, are enough to compute the folder after every crash.
 
 1. `crash_points.moments` lists when everything may stop: which operations were done, which were
    under way. Operations of several ranks that overlap in time may have been done in either order,
    or not at all, so one instant gives several moments.
 2. `_storages` applies the done operations to a model of the storage (`DiskModel`, `ObjectStore`).
-   It knows what programs saw, what was on stable storage, and the changes between the two.
+   It holds the tree that programs saw, the tree on stable storage, and the changes between them.
 3. `_damages` says what the crash did, level by level. At level 0 nothing that was seen is lost, and
    an operation under way may be done in part (`TornWriteAt`). From level 1 on, changes that were
    not yet stable are lost: first all or single ones, then runs of them, then pairs (`losses`). Only
    a power cut loses changes, so the models `kill` and `s3` have level 0 alone.
-4. `_different` computes the folder that is left and drops those seen before. The same folder counts
-   twice only if other ranks had returned: what a test may expect of it differs then.
+4. `_different` computes the remaining folder and drops folders seen before. The same folder counts
+   twice only if other ranks had returned: then a test may expect something else of it.
 
-The order is by level, then by moment: the first states are those that are most likely and easiest
-to read. A level that does not fit the budget is thinned evenly over all moments (`_evenly`), so
-that a small budget still sees the commit at the end of a long save. Candidates are cheap to list;
-their trees, which cost a copy of the folder's bytes, are made only as far as the budget goes.
+The order is by level, then by moment: the most likely and most readable states are first. A level
+that does not fit the budget is thinned evenly over all moments (`_evenly`), so that a small budget
+still includes the commit at the end of a long save. Candidates are cheap to list; their trees,
+which cost a copy of the folder's bytes, are made only as far as the budget goes.
 
 A crash's id hashes its model, moment and damage: positions in the trace, never bytes or clocks. So
 it names the same crash in every run that does the same operations in the same order, and `only`
@@ -182,8 +182,8 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskMode
     for moment in moments(trace):
         waiting += moment.order[done : moment.ended]
         done = max(done, moment.ended)
-        # What has ended goes into `start` once and for all; only what is under way is undone again,
-        # by working on a copy: the whole costs one pass over the trace, not one for each moment.
+        # Operations that have ended stay in `start`; operations under way are applied to a copy. So
+        # all moments together cost one pass over the trace, not one each.
         waiting = in_order(start, trace.operations, waiting)
         storage = start.copy()
         under_way = moment.order[moment.ended :]

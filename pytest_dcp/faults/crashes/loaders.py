@@ -135,8 +135,8 @@ class Finished:
                 load(blank(likeness), checkpoint_id=folder, **keywords)
             except BaseException as error:
                 error.add_note(
-                    "raised by load= in the folder as the finished save left it, so it tells "
-                    "nothing of crashes"
+                    "raised by load= in the folder as the finished save left it, so it says "
+                    "nothing about crashes"
                 )
                 raise
         self._proven.append(load)

@@ -72,8 +72,7 @@ class LostSet:
 
     def tree_after(self, machine: DiskModel) -> Tree:
         """The tree on the disk after the loss."""
-        # A lost byte change with its size arrived stays in the list, as one that only grows the
-        # file.
+        # If the size of a lost byte change arrived, keep the change, to grow the file only.
         names = [c for n, c in enumerate(machine.name_changes) if n not in self.names]
         changes = [
             (change, n not in self.bytes)

@@ -309,7 +309,7 @@ def _changed_stock(parts: _Parts, chance: random.Random) -> bytes:
 
 
 def _changed_bytes(parts: _Parts, chance: random.Random) -> bytes:
-    """Any bytes of the whole file changed, checksums left as they were."""
+    """Any bytes of the whole file changed, without correcting checksums."""
     data = bytearray(_file(parts.stock, json.dumps(parts.header).encode(), parts.columns))
     for _ in range(chance.choice((1, 1, 3))):
         at = chance.randrange(len(data))

@@ -261,7 +261,7 @@ def _of_other_things(field: str, value: object) -> Callable[[Metadata, str], Non
     return change
 
 
-_LOST, _CRASH = "gives what was never saved", "breaks its reader"
+_LOST, _CRASH = "gives data that was never saved", "breaks its reader"
 _MEMORY, _OUTSIDE = "fills the memory of its reader", "reads or writes outside of the tensor"
 
 EDITS = (

@@ -11,12 +11,12 @@ True
 
 The life of one event, for a fault that is due there:
 
-1. `meets(file)`: whether this file is one to act on. If not, the event does not count.
+1. `meets(file)`: whether to act on this file. If not, the event does not count.
 2. `before(moment)`: raises, waits, ends the process, or returns a `Verdict`: do less, do nothing,
    do something else.
 3. The work, as the verdict says.
-4. `after(moment)`: raises although the work is done, or spoils what it left.
-5. `result(value, moment)`, of hooks: what is returned in place of the result.
+4. `after(moment)`: raises although the work is done, or spoils its outcome.
+5. `result(value, moment)`, of hooks: returns a replacement of the result.
 
 A fault of your own, which turns a save's first sync into a slow one that then fails:
 

@@ -56,7 +56,7 @@ def assert_overwrite_atomic(
             dcp.load(target, checkpoint_id=folder, process_group=first_ranks(1))
         return differences(target, new.full())
 
-    on_first_ranks(1, "loading what was saved", finished)
+    on_first_ranks(1, "loading the saved state", finished)
 
     def tried() -> list[str]:
         states = (state for model in models for state in made.crash_states(model, budget))

@@ -46,7 +46,7 @@ def assert_round_trip(
     __tracebackhide__ = True
     enter(saved, loaded)
     save(dcp, saved, folder)
-    load(dcp, loaded, folder, "loading what was saved")
+    load(dcp, loaded, folder, "loading the saved state")
 
 
 def assert_meta_load(

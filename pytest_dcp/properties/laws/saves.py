@@ -30,7 +30,7 @@ def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = chec
     save(dcp, placed, one)
     sizes = _sizes(one)
     save(dcp, placed, one)
-    load(dcp, placed, one, "loading what was saved twice")
+    load(dcp, placed, one, "loading the state saved twice")
 
     def again() -> Stages:
         state = blank(placed)
@@ -44,8 +44,8 @@ def assert_idempotent_save(placed: Placed, folder: Folder, *, dcp: Engine = chec
             if _sizes(path) != sizes
         ]
 
-    on_first_ranks(placed.world_size, "saving what was loaded", again)
-    load(dcp, placed, two, "loading what was loaded and saved again")
+    on_first_ranks(placed.world_size, "saving the loaded state", again)
+    load(dcp, placed, two, "loading the loaded state, saved again")
 
 
 def _sizes(folder: Path) -> list[int]:

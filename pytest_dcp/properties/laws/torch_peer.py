@@ -23,6 +23,6 @@ def assert_same_as_torch(
     enter(saved, loaded)
     ours, torchs = Path(folder) / "ours", Path(folder) / "torchs"
     save(dcp, saved, ours)
-    load(TORCH, loaded, ours, "loading by torch's engine what this one saved")
+    load(TORCH, loaded, ours, "loading this engine's checkpoint with torch's engine")
     save(TORCH, saved, torchs)
-    load(dcp, loaded, torchs, "loading what torch's engine saved")
+    load(dcp, loaded, torchs, "loading the checkpoint of torch's engine")

@@ -138,7 +138,7 @@ def test_breaks_when_saving_again_leaves_something(tmp_path: Path) -> None:
         where.mkdir(exist_ok=True)
         (where / f"left{len(list(where.iterdir()))}").write_bytes(b"")
 
-    with pytest.raises(LawError, match="saving what was loaded"):
+    with pytest.raises(LawError, match="saving the loaded state"):
         LAWS["idempotent save"](tmp_path, Pickles(saving=litter))
 
 
@@ -163,7 +163,7 @@ def test_an_engine_that_never_loads_does_not_pass_for_one_that_refuses(tmp_path:
     def mistake(state: dict[str, Any]) -> None:
         raise TypeError("a mistake of the engine's author")
 
-    with pytest.raises(LawError, match=r"loading what was saved:\n  TypeError: a mistake"):
+    with pytest.raises(LawError, match=r"loading the saved state:\n  TypeError: a mistake"):
         props.assert_overwrite_atomic(
             None, PLACED, tmp_path, models=("kill",), budget=1, dcp=Pickles(loaded=mistake)
         )
@@ -210,6 +210,6 @@ def test_every_rank_says_the_same_of_a_difference_in_one(
     texts = world.gather(str(raised.value))
     assert len(set(texts)) == 1
     assert texts[0] == (
-        "loading what was saved:\n"
+        "loading the saved state:\n"
         "  rank 1: w[3]: bits: expected 0x40800000 (4.0), got 0x41100000 (9.0), 1 of 2 elements"
     )
