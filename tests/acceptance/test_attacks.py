@@ -133,7 +133,7 @@ def test_an_attack_is_refused_in_words_or_harmless(session: SessionResult, case:
 
 @pytest.mark.parametrize("test", BY_HAND_CASES)
 def test_a_verdict_by_hand_hides_no_failure(session: SessionResult, test: str) -> None:
-    # The teardown's order may come before the failure or after: one of the two phases tells.
+    # The order to tear down may arrive before the failure or after: either phase may report it.
     assert {"failed", "error"} & {*session.outcomes(test).values()}
     assert re.match("rank 1: (ended call|sent At|exited with code 0)", session.bad(test).headline)
 

@@ -1,4 +1,4 @@
-"""What plugins gather in ranks comes home, or its loss is refused or told of by name."""
+"""Data that plugins gather in ranks reaches the controller, or an error names the plugin."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SIGKILLED = r"was killed by signal 9 \(SIGKILL\)"
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A test that passes, and the line that tells of the rank that it lost."""
+    """A test that passes, and the line that reports the rank it lost."""
 
     test: str
     line: str
@@ -57,7 +57,7 @@ PASSED_WITHOUT_MARKER = (
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A test that fails, in which phase, how it begins, and what else it tells."""
+    """A test that fails: its phase, its headline and further text of its report."""
 
     test: str
     headline: str

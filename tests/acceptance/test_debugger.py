@@ -45,7 +45,7 @@ def line_of(suite: Suite, text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What was seen while a rank stood at a breakpoint."""
+    """Observations while a rank was stopped at a breakpoint."""
 
     shown: str
     """On the terminal, up to the prompt."""

@@ -1,7 +1,7 @@
 """Tests that docstrings show: each is a file of its own, and all run in one session.
 
 A docstring shows a test as an indented block, or as a fenced one of Python, with a `def test_` in
-it. What a reader can guess is imported for all of them.
+it. Imports that a reader can guess are added to each.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ IS_NIGHTLY = settings().max_examples >= 10_000
 DISTRIBUTIONS = ("load", "loadscope", "loadfile", "worksteal", "loadgroup")
 """Of which the ci profile tries the last two: the others differ in the order of tests alone."""
 MEASURED = ("-n0 fork", "-n2 fork", "-n0 spawn", "-n2 spawn")
-"""Of which the ci profile leaves out the last: what it shares with others each has tried."""
+"""The ci profile leaves out the last: each thing it combines is covered by another."""
 PASSING = """test_ordinary test_ordinary_subtests test_marked test_properties test_of_a_group
 test_list[world_size=1] test_list[world_size=2] test_function_world test_after_the_failure
 test_shares[first] test_shares[second] test_draws[a] test_draws[b] test_draws[c] test_draws[d]"""
@@ -44,7 +44,7 @@ MIXED: Mapping[str, Mapping[str, str]] = {
     "test_xfails": {"call": "xfailed"},
     "test_fails_in_teardown": {"call": "passed", "teardown": "error"},
 }
-"""What comes of the mixed suite, whatever runs it."""
+"""Outcomes of the mixed suite, under every runner."""
 OPTIONAL = "terminal skipping warnings logging faulthandler debugging capture junitxml subtests"
 """Plugins of pytest's own that worlds can do without."""
 
@@ -87,7 +87,7 @@ def lines_with(text: str, file: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def mixed(make_suite: MakeSuite) -> Run:
-    """Runs the mixed suite, once with the same arguments in whatever order tests ask for it."""
+    """Runs the mixed suite, once per set of arguments, whatever the order of the tests."""
     samples = ("mixed", "warm", "randomness")
     suite = make_suite({f"test_{name}.py": f"{name}.py" for name in samples})
     return functools.cache(suite.run)

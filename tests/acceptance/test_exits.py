@@ -1,4 +1,4 @@
-"""A rank exits as an interpreter does: what a program leaves to its exit happens, or is told of.
+"""A rank exits as an interpreter does: work left to the exit is done, or its loss reported.
 
 Whole sessions over `samples/exits.py`, forked and spawned.
 """

@@ -1,4 +1,4 @@
-"""What users get: fixtures in ranks, folders, GPUs, and a machine shared with other sessions.
+"""Fixtures in ranks, folders, GPUs, and a machine shared with other sessions.
 
 Whole sessions over suites of `samples/`, each run once and looked at by many tests.
 """

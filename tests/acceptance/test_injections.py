@@ -1,4 +1,4 @@
-"""What the end of a test says of its injections, in whole sessions."""
+"""The report of a test's injections at its end, in whole sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`@given` in worlds: what fails is found in all ranks, made minimal, and reported once."""
+"""`@given` in worlds: a failure is found in all ranks, minimised, and reported once."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def first(suite: Suite) -> SessionResult:
 
 
 def drawn(session: SessionResult, about: str, **where: int) -> list[int]:
-    """What a test was run with, in order, in rank 0 or where told."""
+    """The values a test was run with, in order, in rank 0 or the given place."""
     where = where or {"rank": 0}
     return [
         note["x"]

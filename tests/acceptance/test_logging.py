@@ -1,4 +1,4 @@
-"""What is logged in ranks, and in ordinary tests beside them, is caught as pytest catches it."""
+"""pytest captures log records of ranks as it does those of ordinary tests beside them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Whatever a rank does, its test fails, in time, and names the rank; and nothing is left of it.
+"""A faulty rank fails its test in time, under its number, and leaves nothing behind.
 
-One session runs all the cases of `samples/`. `test_session_endings` has those that end the session.
+One session runs all the cases of `samples/`. Cases that end the session are in
+`test_session_endings`.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def duration_s(session: SessionResult, test: str) -> float:
 
 @pytest.fixture(scope="module")
 def session(make_suite: MakeSuite) -> SessionResult:
-    """The session that ran all cases but those that end it."""
+    """The session that ran all cases, except the cases that end it."""
     suite = make_suite(
         {
             "test_faults.py": "faults.py",

@@ -1,4 +1,4 @@
-"""What the report of a hang says is not buried under the DEBUG lines of loggers."""
+"""DEBUG lines of loggers do not bury the report of a hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session shows of its worlds: one report per test, the first cause on top.
+"""The reports of a session with worlds: one per test, the first cause on top.
 
 One session runs the tests of `samples/reports.py`, whose reports are read closely; short ones run
 `samples/selection.py` under options of pytest and of the plugin.
@@ -27,7 +27,7 @@ def call_of(session: SessionResult, test: str) -> Report:
 
 
 def section_of(text: str, title: str) -> str:
-    """What stands under a title such as `----- title -----` in a failure's text."""
+    """The section under a title such as `----- title -----` in a failure's text."""
     match = re.search(
         rf"^-+ {re.escape(title)} -+\n(.*?)(?=^-{{3,}} .* -{{3,}}$|\Z)", text, re.S | re.M
     )
@@ -179,7 +179,7 @@ def test_the_table_of_a_hang_has_each_ranks_stack(session: SessionResult, rank: 
     assert "_pytest" not in stack
 
 
-# What is told once for all ranks.
+# Reported once for all ranks.
 
 
 def test_a_warning_of_all_ranks_is_shown_once(session: SessionResult) -> None:
@@ -397,7 +397,7 @@ def test_no_colour_is_written_where_none_is_wanted(session: SessionResult) -> No
 
 @pytest.fixture(scope="module")
 def rerun(selection: Suite, two_failures: SessionResult) -> SessionResult:
-    """What came of the line that a failure ends with, given to pytest where it was shown."""
+    """Runs the line at the end of a failure, in the folder where it was shown."""
     return selection.run(*rerun_args(call_of(two_failures, SEEDED)), cwd="below")
 
 

@@ -1,4 +1,4 @@
-"""A test that ends its session, or kills what runs it, passes nothing and leaves nothing behind.
+"""A test that ends its session, or kills its runner, does not pass and leaves nothing behind.
 
 Each test of `samples/endings.py` runs in a session of its own, before one that would pass.
 """

@@ -78,7 +78,7 @@ def suite(make_suite: MakeSuite) -> Suite:
 
 @pytest.fixture(scope="module")
 def session(suite: Suite) -> SessionResult:
-    """The session of all samples, which also remembers what failed."""
+    """The session of all samples, with pytest's cache of failures."""
     return suite.run(cache=True)
 
 
@@ -248,7 +248,7 @@ def test_workers_of_xdist_say_once_why_they_spawn(make_suite: MakeSuite) -> None
 
 @pytest.fixture(scope="module")
 def refused(make_suite: MakeSuite) -> SessionResult:
-    """A session that was told to fork all the same."""
+    """A session that is made to fork with `--dcp-launch=fork`."""
     return make_suite({"test_one.py": THREAD + ONE_WORLD}).run("--dcp-launch=fork")
 
 

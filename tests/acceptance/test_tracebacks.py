@@ -1,4 +1,4 @@
-"""What a traceback shows of mistakes that are the caller's: the caller's line and one text."""
+"""For a caller's mistake, a traceback shows the caller's line and one error text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from support.sample_session import MakeSuite, SessionResult
 
 LINES = 21
-"""Of a whole report: arguments, the test's few lines, the error, what it printed."""
+"""Of a whole report: arguments, the test's few lines, the error, its output."""
 PACKAGE = f"{os.sep}pytest_dcp{os.sep}"
 """In the paths of the package's own frames, wherever the sessions have it installed."""
 MISTAKES = {

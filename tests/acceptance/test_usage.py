@@ -1,4 +1,4 @@
-"""What users write: the plugin in or out, markers of every form, options; right ones and wrong.
+"""The user interface: the plugin on or off, markers of every form, options, and misuse of each.
 
 Whole sessions over suites of `samples/`, each run once and looked at by many tests.
 """
@@ -130,7 +130,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def run_wrong_markers(make_suite: MakeSuite) -> Callable[..., SessionResult]:
-    """Runs the suite once with the same arguments, in whatever order tests ask for it."""
+    """Runs the suite once per set of arguments, whatever the order of the tests."""
     return functools.cache(make_suite({"test_wrong_markers.py": "wrong_markers.py"}).run)
 
 
@@ -290,7 +290,7 @@ OVERRIDDEN = {
     "test_inner_class": 1,
     "test_method": 1,
 }
-"""With --dcp-world-size=1. A test that is told its size by its author keeps it."""
+"""With --dcp-world-size=1. A size that the test itself states is kept."""
 
 
 def sizes(session: SessionResult) -> dict[str, int]:

@@ -4,11 +4,11 @@
         [--quick] [--full] [--profile] [--folder DIR] [--out DIR] [--markdown] [--list]
         [--ours-only] [--guide PAGE]
 
-Each case forks a world of four gloo ranks on the CPU (one thread each), prepares what it reads,
-runs every method once and compares what it loaded or saved bit by bit; then each round runs every
-method once, in turn. A time is that of the slowest rank between two barriers; the memory that is
-loaded into has been touched before. Figures are medians, and only ratios within one run mean
-anything. Files are in the page cache. A target that is missed is reported and is no failure.
+Each case forks a world of four gloo ranks on the CPU (one thread each), prepares its checkpoint,
+runs every method once and compares the loaded or saved bits; then each round runs every method
+once, in turn. A time is that of the slowest rank between two barriers; the memory that is loaded
+into has been touched before. Figures are medians, and only ratios within one run mean anything.
+Files are in the page cache. A target that is missed is reported and is no failure.
 
 `--quick` takes a sixteenth of every state, and one round: it shows that everything runs, and its
 ratios mean little. Planning at 1,024 ranks is timed for torch only with `--full`: it takes minutes.
@@ -56,7 +56,7 @@ Answer = dict[str, dict[str, Any]]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with those that `--quick` implies."""
+    """The options, with the changes that `--quick` implies."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,7 +159,7 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> Answer:
 def measure_all(
     options: argparse.Namespace, console: Console
 ) -> Iterator[tuple[Case, Answer | None]]:
-    """The cases with their answers, each as soon as it is measured; None for one that failed."""
+    """Each case with its answer, as soon as it is measured; None for a case that failed."""
     roots = places(options.folder)
     try:
         for number, case in enumerate(options.cases):

@@ -5,7 +5,7 @@
 
 Each section is a module `hardening_SECTION` beside this file, with one public function, `measure`
 or `measure_SECTION`. It returns rows, which are dataclasses: their fields are the columns of the
-section's table, and a field `met` says whether the row keeps what is promised. A promise that is
+section's table, and a field `met` says whether the row keeps its promise. A promise that is
 not kept is reported and is no failure. `--quick` shows that everything runs: its figures mean
 little.
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{name}  ({title})" for name, title in present().items()))
         return 0
     console = Console() if sys.stdout.isatty() else Console(width=WIDE_COLUMNS)
-    warnings.simplefilter("ignore")  # overwriting, and saves of one rank, are meant here
+    warnings.simplefilter("ignore")  # overwriting, and saves of one rank, are intended here
     where, answers, failed = bench_worlds.environment(), {}, []
     for name in options.sections:
         try:

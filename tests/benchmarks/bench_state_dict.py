@@ -6,9 +6,9 @@
 Each case forks a world of gloo ranks on the CPU, makes a model of 2,000 parameters and a stepped
 AdamW, runs every method once, and then each method once a round, in turn. A time is that of the
 slowest rank between two barriers; figures are medians, and only ratios within one run mean
-anything. The peak memory of `broadcast_from_rank0` is that of the rank that needs most, above what
-it had before the call, each time in a world of its own. `--quick` takes a tenth of the parameters
-and one round. A target that is missed is reported and is no failure.
+anything. The peak memory of `broadcast_from_rank0` is that of the rank that needs most, above its
+memory before the call; each measurement has its own world. `--quick` takes a tenth of the
+parameters and one round. A target that is missed is reported and is no failure.
 
 Needs the extra `bench`.
 """
@@ -38,7 +38,7 @@ from torch.distributed.fsdp import fully_shard
 
 PARAMETERS = 2_000
 LAYER = 64
-"""Rows and columns of a parameter: its work is little beside what is done for it."""
+"""Rows and columns of a parameter: small, so that the overhead per parameter dominates."""
 ROUNDS = 5
 RANKS = 2
 FILE_NAME = "bench_state_dict.json"
@@ -53,7 +53,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is timed."""
+    """A timed combination of model and call."""
 
     name: str
     wrapping: str

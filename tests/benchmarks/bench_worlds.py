@@ -42,7 +42,7 @@ QUICK = {"worlds": 4, "spawn_tests": 1, "session_runs": 2}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with those that `--quick` implies."""
+    """The options, with the changes that `--quick` implies."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,7 +98,7 @@ def measure_rounds(options: argparse.Namespace, console: Console) -> Iterator[ta
 
 
 def environment() -> dict[str, object]:
-    """What the figures were measured on."""
+    """The machine and versions that the figures were measured on."""
     packages = ("torch", "pytest", "numpy")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -23,7 +23,7 @@ PACKAGE = "torch_checkpointing"
 """The package of that name: synchronous saves, never synced, and loads of the same layout."""
 FULL, AUTO, OFF = "verify=full", "verify=auto", "verify=off"
 OUR_OWN = (OURS, OURS_IN_PROCESS, RAW, FULL, AUTO, OFF)
-"""What needs no peer."""
+"""Methods that need no peer package."""
 
 READ_RATIO = "bytes read / needed"
 MEMORY = "extra peak memory / state"
@@ -34,7 +34,7 @@ class Goal:
     """One promise: a ratio of two methods' medians, or a number that a case told."""
 
     limit: float | None
-    """What is promised; None: nothing, the figure is for information."""
+    """The promised ratio; None: no promise, the figure is for information."""
     over: str = TORCH
     under: str = OURS
     at_most: bool = False
@@ -45,11 +45,11 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is timed together, method after method in each round."""
+    """Methods that are timed together, one after another in each round."""
 
     name: str
     kind: str
-    """load, verify, save, async, load memory, save memory, plan or index: what function runs it."""
+    """load, verify, save, async, load memory, save memory, plan or index: selects the function."""
     goals: tuple[Goal, ...]
     methods: tuple[str, ...] = (OURS, TORCH)
     place: str = DISK
@@ -61,11 +61,11 @@ class Case:
     sync: bool = True
     overwrite: bool = False
     ranks: int = 4
-    """Of the world; for plans, those that are simulated."""
+    """Of the world; for plans, the number of simulated ranks."""
 
     @property
     def checkpoint(self) -> tuple[str, str, str] | None:
-        """What of its place the case reads, for cases to share; None: nothing."""
+        """The checkpoint that the case reads, shared between cases; None if it reads none."""
         loads = self.kind in ("load", "verify", "load memory")
         return (self.place, self.state, self.saved) if loads else None
 
@@ -186,6 +186,6 @@ def _metadata() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """Every case, in the order in which they run: those that read the same checkpoint together."""
+    """Every case in running order; cases that read the same checkpoint are adjacent."""
     placed = [case for place in PLACES for case in (*_loads(place), *_checks(place))]
     return [*placed, *_saves(), *_async(), *_memory(), *_metadata()]

@@ -1,8 +1,8 @@
 """The cases that move data: loads, verified loads, saves, and how much memory they take.
 
-Each function is the job of one rank of a world: it prepares what the case reads, compares what
-every method loaded or saved once, bit by bit and outside of the timing, and then times the methods
-in turn. An answer is {"ms": {method: [ms, ...]}, "notes": {name: number}}.
+Each function is the job of one rank of a world: it prepares the checkpoint of the case, runs every
+method once untimed and compares the result bit by bit, and then times the methods in turn. An
+answer is {"ms": {method: [ms, ...]}, "notes": {name: number}}.
 """
 
 import cProfile
@@ -41,7 +41,7 @@ Step = Callable[[], object]
 
 PROFILE_LINES = 45
 VERIFY = {FULL: "full", AUTO: "auto", OFF: "off"}
-FRESH_PEAK = "5"  # what /proc/PID/clear_refs takes to begin VmHWM anew: man 5 proc
+FRESH_PEAK = "5"  # written to /proc/PID/clear_refs, resets VmHWM: man 5 proc
 
 
 class Moves:
@@ -148,7 +148,7 @@ class Moves:
         self.world.barrier()
 
     def source(self, alone: bool) -> states.State:
-        """The state in the layout that is saved; what is saved by one rank is empty on others."""
+        """The state in the saved layout; if one rank saves alone, it is empty on the others."""
         if alone and self.world.rank:
             return {}
         mesh = None if alone else self.world.mesh
@@ -157,7 +157,7 @@ class Moves:
         return state
 
     def compare(self, steps: dict[str, Step], target: states.State) -> None:
-        """Run every method once; raises RuntimeError where it loads anything but what was saved."""
+        """Run every method once; raises RuntimeError if it does not load the saved values."""
         for name, step in steps.items():
             filled = self.whole if name == ONE_RANK else target
             states.clear(filled)
@@ -212,7 +212,7 @@ class Moves:
         return answer
 
     def target_of_save(self) -> states.State:
-        """Memory in which what was saved is compared."""
+        """Memory to load the saved state into, for the comparison."""
         return states.empty(self.shapes, self.case.saved, self.world.mesh)
 
     def remove(self, folder: Path) -> None:
@@ -232,9 +232,9 @@ def extra_memory(
     """How much more memory a rank holds at the peak of one save or load, the most of all ranks.
 
     The ranks are fresh: they have saved or loaded one small tensor, for the imports. The peak is
-    VmHWM, begun anew just before through /proc/self/clear_refs, less VmRSS at that moment. What is
-    allowed for staging is taken off for us: a mapped window where the layout changes (pages of the
-    cache that count as resident), or what a save gathers for a write.
+    VmHWM, reset just before through /proc/self/clear_refs, less VmRSS at that moment. Our figures
+    exclude the staging that is allowed: a mapped window where the layout changes (pages of the
+    cache that count as resident), or the buffer that a save gathers for a write.
     """
     moves = Moves(case, world, folder, rounds=1, quick=quick, profile=False)
     saves = case.kind == "save memory"

@@ -1,4 +1,4 @@
-"""What the engine is compared with, one function each: every peer saves and loads the same state.
+"""The peers of the engine, one function each: every peer saves and loads the same state.
 
 A save takes a state and a folder that does not exist or may be replaced; a load fills the state's
 memory in place. All are collective.
@@ -57,8 +57,8 @@ def load_torch(state: states.State, folder: Path) -> None:
 def package_manager() -> Any:
     """The package's manager: saves wait until the files are written, layouts stay as they are.
 
-    What 0.1.1 cannot do here is left out: its resharder, since ranks exchange what it needs through
-    `device="cuda"`, and its direct I/O, which ext4 refuses for writes that are not aligned.
+    Two features of 0.1.1 that fail here are left out: its resharder, whose ranks exchange data
+    through `device="cuda"`, and its direct I/O, since ext4 refuses unaligned writes.
     """
     from torch_checkpointing import CheckpointManager  # type: ignore[import-not-found,unused-ignore] # optional
     from torch_checkpointing.config import SyncCheckpointSaverConfig  # type: ignore[import-not-found,unused-ignore] # optional
@@ -109,7 +109,7 @@ def memory(tensor: torch.Tensor) -> memoryview:
 def raw_write(world: World, state: states.State, folder: Path, *, sync: bool, more: int) -> None:
     """write() of this rank's bytes to one file, a tensor at a time; of replicas, on rank 0 only.
 
-    `more`: rank 0 also writes one more file of so many bytes, as the metadata is.
+    `more`: the size in bytes of one more file that rank 0 writes, as the metadata.
     """
     folder.mkdir(exist_ok=True)
     kept = [

@@ -1,9 +1,9 @@
 """The cases without data: planning for many ranks, and the index of a big checkpoint.
 
-One process plays all ranks, since only the coordinator's time grows with their number. What is
-timed of a plan step is its critical path: one rank encodes its local plan, the coordinator decodes
-all of them, makes the global plan and encodes every reply, one rank decodes its own. The wire is
-left out for both engines.
+One process plays all ranks, since only the coordinator's time grows with their number. Of a plan
+step, only the critical path is timed: one rank encodes its local plan, the coordinator decodes all
+of them, makes the global plan and encodes every reply, one rank decodes its own. The wire is left
+out for both engines.
 """
 
 import pickle
@@ -111,7 +111,7 @@ class OurStep:
 
 @dataclass
 class TorchStep:
-    """torch's plan step; its ranks send what `pickle.dumps` makes of their plans."""
+    """torch's plan step; its ranks send their plans as pickles."""
 
     plan: SavePlan
     payloads: Sequence[bytes]

@@ -35,7 +35,7 @@ class WorldFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What a rank knows of its world."""
+    """A rank's view of its world."""
 
     rank: int
     size: int
@@ -78,7 +78,9 @@ Job = Callable[[World], Any]
 
 
 def run_world(job: Job, size: int) -> Any:
-    """What `job` returned on rank 0, by way of JSON; with one rank there is no process group.
+    """Run `job` in a world; returns its result on rank 0, by way of JSON.
+
+    One rank has no process group.
 
     Raises WorldFailed when a rank failed (its traceback is on stderr) or passed the deadline.
     """
@@ -119,7 +121,7 @@ def _fork(job: Job, rank: int, size: int, folder: Path) -> int:
         if rank == 0:
             (folder / "answer.json").write_text(json.dumps(answer))
         if size > 1:
-            dist.barrier()  # nobody hangs up while another still waits for it
+            dist.barrier()  # no rank hangs up while another still waits for it
     except BaseException:  # noqa: BLE001 # a forked rank must never return into its parent's code
         traceback.print_exc()
         sys.stderr.flush()
@@ -129,7 +131,7 @@ def _fork(job: Job, rank: int, size: int, folder: Path) -> int:
 
 def _join(rank: int, size: int, folder: Path) -> World:
     torch.set_num_threads(1)
-    # Each engine warns about what is meant here: overwriting, saves of one rank.
+    # Overwriting and saves of one rank are intended here, but each engine warns about them.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     # As torchrun sets them.

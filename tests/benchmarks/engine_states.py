@@ -88,7 +88,7 @@ def _empty(shape: Shape, layout: str, number: int, mesh: DeviceMesh | None) -> t
     if isinstance(placement, Shard):
         local[placement.dim] //= mesh.size()
     return DTensor.from_local(
-        # torch.zeros may take pages that nobody has touched.
+        # torch.zeros may return untouched pages.
         torch.empty(local).zero_(),
         mesh,
         [placement],

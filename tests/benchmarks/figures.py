@@ -39,10 +39,10 @@ def update(page: Path, document: Document) -> list[str]:
 
 
 def fill(text: str, tables: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The page with these tables in their places, and the names of those that it has.
+    """The page with these tables filled in, and the names of the tables that it has.
 
     Raises:
-        ValueError: it has a place for none of them.
+        ValueError: the page has a place for none of them.
     """
     replaced: list[str] = []
 

@@ -1,9 +1,8 @@
-"""What opening a hostile checkpoint takes: memory and time, beside what its bytes allow.
+"""Memory and time to open a hostile checkpoint, against the limit for its size.
 
-Every folder is made and opened in a process of its own, whose peak of resident memory is counted
-from the moment before it opens the folder, in which everything is imported. The limit is the one
-that the manual states, for the bytes stored. A hostile folder must be refused within it, an honest
-one opened within it.
+Every folder is made and opened in a process of its own. The peak of resident memory is counted from
+just before the folder is opened, after all imports. The limit is the manual's, for the stored
+bytes. A hostile folder must be refused within it, an honest one opened.
 """
 
 import argparse
@@ -32,7 +31,7 @@ QUICK_SCALE = 1 / 8
 MOST_BYTES = 6 << 30
 """Of memory that a process may take: a bomb that goes off must not take the machine along."""
 BASE_BYTES = 16 * MIB
-"""What any load takes: threads, staging memory, modules that the first load imports."""
+"""Overhead of any load: threads, staging memory, modules that the first load imports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +45,15 @@ class Bomb:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What opening one folder took."""
+    """Cost and outcome of opening one folder."""
 
     case: str
     stored_kib: float
     """On the disk, holes left out."""
     took_mib: float
-    """Peak of resident memory, above what the process had before."""
+    """Peak of resident memory, above the process's memory before."""
     limit_mib: float
-    """What reading so many stored bytes may take, and what any load takes."""
+    """The limit for this number of stored bytes, plus the overhead of any load."""
     seconds: float
     outcome: str
     """opened, or the class of the error; killed: it took more than the process may."""
@@ -107,7 +106,7 @@ BOMBS = {
 
 
 def measure(*, quick: bool = False) -> list[Opened]:
-    """What each folder took, in a process of its own.
+    """Open each folder, in a process of its own.
 
     Raises CalledProcessError when one cannot be made.
     """

@@ -1,10 +1,10 @@
-"""What attacks cost a save of 4 ranks: it must not fail, and take at most twice as long.
+"""Attacks during a save of 4 ranks: it must not fail, and take at most twice as long.
 
 The attackers are processes of another user, where this one is root, in a network of their own that
 they share with the ranks, where namespaces may be made. They connect to the coordinator without
 end, by hand and over raw sockets; the last ones know the secret that lies in the group's store.
-They run at the lowest priority: what is measured is what they do to the coordinator, and not that
-they need processors, which strangers on a network bring along.
+They run at the lowest priority: attackers on a network bring their own processors, so only the
+effect on the coordinator is to be measured.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MOST_SLOWDOWN = 2.0
 HELD = 800
 """Idle connections of each attacker."""
 BEGIN_S = 0.5
-"""What the attackers have to begin."""
+"""Time for the attackers to start."""
 LIMIT_S = 900.0
 HEADER = struct.Struct("<4sBBHIIQ")
 HELLO, PING = 1, 9
@@ -126,7 +126,7 @@ def hello(address: Address, group: str, operation: str, count: int) -> bytes:
 
 
 def send_again(data: Callable[[], bytes], times: int, _: Address, where: tuple[str, int]) -> None:
-    """Connect, send this so many times, and connect again."""
+    """Connect, send the data `times` times, and connect again."""
     while True:
         with contextlib.suppress(OSError), socket.create_connection(where) as sock:
             for _nth in range(times):

@@ -1,7 +1,7 @@
 """Makes the folders that `hardening_bombs` opens: hostile ones, and large honest ones.
 
-Each maker gets a new folder and a scale: 1 is what the benchmark reports, less is a quick look.
-What it leaves is the bytes on the disk that the reader must judge its memory by.
+Each maker gets a new folder and a scale: 1 is used for the reported figures, less for a quick look.
+The reader's memory limit follows from the bytes that the maker leaves on the disk.
 """
 
 import io
@@ -82,7 +82,7 @@ def _honest_parts(folder: Path) -> tuple[int, bytes]:
 
 
 def _trailer(path: Path, start: int, length: int, crc: int) -> bytes:
-    """A true trailer for another manifest in the place of the honest one."""
+    """A valid trailer for another manifest, which replaces the honest one."""
     old = metadata_file._trailer_of(memoryview((path.parent / "old trailer").read_bytes()), 0)
     return metadata_file._Trailer(crc, start, length, old.pickle_length, old.pickle_crc).packed()
 

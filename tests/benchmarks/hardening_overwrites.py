@@ -90,7 +90,7 @@ def save(name: str, folder: Path, fill: int) -> None:
 
 
 def read(name: str, folder: Path, world: World) -> dict[str, object]:
-    """Load until the writer has finished, and once more; what came of it. Collective."""
+    """Load until the writer has finished, and once more; returns the outcomes. Collective."""
     make: Any = FORMATS[name][1]
     loads = failures = mixed = 0
     slowest_ms, first = 0.0, ""
@@ -120,7 +120,7 @@ def read(name: str, folder: Path, world: World) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Overwrite a folder so many times, in this process."""
+    """Overwrite a folder `count` times, in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=tuple(FORMATS))
     parser.add_argument("folder", type=Path)

@@ -1,8 +1,8 @@
-"""What one coordinator costs with many peers: the time of its steps, and its open descriptors.
+"""One coordinator with many peers: the time of its steps, and its open descriptors.
 
 The coordinator is a process of its own that begins with the soft limit of descriptors of an
 ordinary login (1,024). One other process plays all its peers, with one socket each. Both run on
-this machine, so the time of a step includes what the peers' process needs; `cpu_ms` does not.
+this machine, so the time of a step includes the work of the peers' process; `cpu_ms` does not.
 """
 
 import argparse
@@ -34,7 +34,7 @@ STEPS = 20
 SOFT_LIMIT = 1024
 """Of descriptors, in a login shell of the common distributions."""
 MS_PER_PEER = 0.1
-"""Of the coordinator's processor in one step: what is promised."""
+"""The promised processor time of the coordinator in one step."""
 BESIDE = 8
 """Descriptors that do not grow with the peers."""
 LIMIT_S = 300.0
@@ -43,7 +43,7 @@ OPERATION = "save"
 
 @dataclass(frozen=True, slots=True)
 class PeerTimes:
-    """What one coordinator took for one number of peers."""
+    """Costs of one coordinator for one number of peers."""
 
     peers: int
     join_ms: float

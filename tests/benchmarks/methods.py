@@ -33,7 +33,7 @@ TARGET_SIZE = 4
 START_TESTS = 1
 EXAMPLE_TESTS = 4
 EXAMPLES = 300
-"""Of a property, in each of so many tests; the first and the last are not counted."""
+"""Of a property, in each of `EXAMPLE_TESTS` tests; the first and the last are not counted."""
 REPAIRS = 10
 """As `EXAMPLES`, of a property each of whose examples needs a new world."""
 ONE_PROCESS = 0
@@ -58,28 +58,28 @@ class Case:
     method: str
     """How: one of the names above."""
     workload: str
-    """What a world does (a name in `workloads.WORKLOADS`), or `ordinary`: tests without a world."""
+    """The world's work (a name in `workloads.WORKLOADS`), or `ordinary`: tests without a world."""
     size: int
     """The number of ranks; the number of tests in the session where the workload is `ordinary`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What one run of a case told."""
+    """The figures of one run of a case."""
 
     each_ms: list[float]
     """One duration per world, test or session; the first world is not among them."""
     first_ms: float | None = None
-    """The duration of the first world, which pays what is paid once; None where nothing is."""
+    """The duration of the first world, with one-time costs; None if the case has no such costs."""
     notes: dict[str, object] = field(default_factory=dict)
     """Facts to keep beside the durations."""
 
 
 def cases(sizes: list[int], session_runs: int, *, peers_only: bool = False) -> list[Case]:
-    """The cases of a round, in order, those that are compared side by side. Pure (no I/O).
+    """The cases of a round; cases that are compared are adjacent. Pure (no I/O).
 
-    The sessions of ordinary tests come `session_runs` times, since what the plugin adds to them is
-    little. With `peers_only` only what needs no plugin of ours is left.
+    The sessions of ordinary tests are repeated `session_runs` times, since the plugin adds little
+    to them. `peers_only` leaves only the cases that do not need our plugin.
     """
     switches = (WITHOUT, WITH)
     found = [
@@ -125,9 +125,9 @@ def measure(case: Case, worlds: int, spawn_tests: int) -> Timing:
 
 
 def _measure_script(scratch: Path, script: str, *options: str) -> Timing:
-    """What a script of this folder wrote to its `--out` file."""
+    """Run a script of this folder; returns the contents of its `--out` file."""
     path = str(processes.BENCHMARKS / script)
-    # What pytest_dcp sets for its own ranks: a peer must not lose time in looking up its host name.
+    # As pytest_dcp sets for its own ranks: a peer must not lose time looking up its host name.
     settings = {"GLOO_SOCKET_IFNAME": "lo", "OPENBLAS_NUM_THREADS": "1"}
     argv = [sys.executable, path, *options, "--out", "out.json"]
     processes.run(argv, scratch, settings=settings)
@@ -170,7 +170,7 @@ def _measure_ordinary(scratch: Path, case: Case) -> Timing:
 def _run_session(
     scratch: Path, suite: str, tests: int, switch: str
 ) -> tuple[suites.SessionTimes, float]:
-    """What the session's conftest wrote, and the session's wall time in ms.
+    """The times that the session's conftest wrote, and the session's wall time in ms.
 
     Raises SampleFailed unless every test passed.
     """

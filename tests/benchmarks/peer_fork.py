@@ -2,12 +2,13 @@
 
 A script: `python peer_fork.py --workload W --size N --worlds K [--huge-pages] --out FILE`. One
 process with torch imported and one thread forks N ranks; each joins a gloo group over a file store,
-makes its mesh, runs the workload and exits. Nobody collects, captures, reports or supervises. FILE
-gets JSON with `first_ms`, `each_ms` (the K - 1 worlds after the first) and `notes`.
+makes its mesh, runs the workload and exits. Nothing is collected, captured, reported or supervised.
+FILE gets JSON with `first_ms`, `each_ms` (the K - 1 worlds after the first) and `notes`.
 
-The first world tells which modules torch imported lazily in it; they are imported here before the
-next, since a limit that imports in every rank would be no limit. With `--huge-pages` the process
-also freezes its garbage collector and moves its memory to huge pages, which makes forks cheaper.
+The first world reports the modules that torch imported lazily; this process imports them before the
+next, since forks that import in every rank are not the fastest possible. With `--huge-pages` the
+process also freezes its garbage collector and moves its memory to huge pages, which makes forks
+cheaper.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Runs the benchmark's processes, one at a time, and leaves none of them behind.
 
-What enters is a command line; what leaves is its wall time, or `SampleFailed` with its output.
-Rules that hold here: each process leads a session of its own and has a deadline; this process is
-the subreaper, so that whatever a command orphaned becomes its child, is found after the command,
-killed and reported.
+Enters: a command line. Leaves: its wall time, or `SampleFailed` with its output. Rules that hold
+here: each process leads a session of its own and has a deadline; this process is the subreaper, so
+that the orphans of a command become its children and are found, killed and reported after the
+command.
 """
 
 import contextlib
@@ -95,10 +95,10 @@ def run(argv: Sequence[str], scratch: Path, *, settings: dict[str, str] | None =
 
 
 def _wait(process: subprocess.Popen[bytes]) -> str:
-    """What went wrong with the process, or an empty string; it has ended either way.
+    """Wait for the process to end; returns an error, or an empty string.
 
-    Waits on a pidfd: `Popen.wait` with a time-out sleeps up to 50 ms between two looks, which would
-    be most of what is measured.
+    Waits on a pidfd: `Popen.wait` with a time-out sleeps up to 50 ms between two polls, longer than
+    the measured work itself.
     """
     try:
         pidfd = os.pidfd_open(process.pid)

@@ -1,4 +1,4 @@
-"""The sample suites: what pytest is given to run, and what its sessions tell about their timing.
+"""The sample suites that pytest runs, and the times that their sessions record.
 
 A suite is a folder with an empty `pytest.ini` (so that no other configuration is found), a
 `conftest.py` that writes the controller's clock to `times.json`, and one test file.
@@ -98,7 +98,7 @@ def test_repairs(number, world, x):
 
 @dataclass(frozen=True, slots=True)
 class SessionTimes:
-    """What one session's conftest wrote."""
+    """The times that one session's conftest wrote."""
 
     starts_s: list[float]
     """Start of each test, on the controller's monotonic clock, in order."""
@@ -114,10 +114,10 @@ class SessionTimes:
         return (self.ends_s[0] - self.starts_s[0]) * 1e3
 
     def each_ms(self) -> list[float]:
-        """From one test's start to the next one's, but for the first test and the last.
+        """From one test's start to the next one's, except for the first test and the last.
 
-        So whatever happens between two tests counts too. The last is left out: the end of its
-        module is no cost of a test.
+        So the time between two tests counts too. The last is left out, since it includes the end of
+        its module.
         """
         pairs = zip(self.starts_s[1:-1], self.starts_s[2:], strict=True)
         return [(after - before) * 1e3 for before, after in pairs]
@@ -152,5 +152,5 @@ def write(folder: Path, tests: str) -> None:
 
 
 def read_times(folder: Path) -> SessionTimes:
-    """What the session that ran in `folder` wrote."""
+    """The times that the session in `folder` wrote."""
     return SessionTimes(**json.loads((folder / "times.json").read_text()))

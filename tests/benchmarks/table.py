@@ -37,14 +37,14 @@ class Sample:
     round: int
     """The round, from 0."""
     case: Case
-    """What was timed."""
+    """The timed case."""
     timing: Timing
-    """What the run told."""
+    """The figures of the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """What the runs of a case come to, in ms."""
+    """The runs of a case, summarised in ms."""
 
     ms: float
     """The median over the runs of each run's median."""
@@ -65,7 +65,7 @@ class Target:
     text: str
     """The promise."""
     measured: str
-    """What was measured; without meaning where nothing was."""
+    """The measured figure; meaningless if nothing was measured."""
     passed: bool | None
     """Whether it was kept; None where it was not measured."""
 
@@ -102,7 +102,7 @@ def ratio(found: Medians, over: Case, under: Case) -> float | None:
 
 
 def difference_ms(found: Medians, tests: int) -> float | None:
-    """What the plugin adds to a session of ordinary tests, or None where that was not measured."""
+    """The time that the plugin adds to a session of ordinary tests, or None if not measured."""
     on, off = Case(WITH, "ordinary", tests), Case(WITHOUT, "ordinary", tests)
     return found[on].ms - found[off].ms if on in found and off in found else None
 

@@ -1,4 +1,4 @@
-"""What every timed world does once it stands: the same few lines for the peers and for us.
+"""The work of every timed world once it is up: the same few lines for the peers and for us.
 
 Each workload takes the world's one-dimensional mesh, runs on every rank, and raises where a value
 is wrong. Ours run them as pytest tests, the peers as plain functions.

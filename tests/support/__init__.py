@@ -1,1 +1,1 @@
-"""What several tests share: states and storages to save, sessions to run, plans to draw."""
+"""Shared by several tests: states and storages to save, sessions to run, plans to draw."""

@@ -145,7 +145,7 @@ def places(draw: st.DrawFn, entry: Any, chunk: Any, block_bytes: int) -> _Row:
 
 @st.composite
 def planner_data(draw: st.DrawFn, keys: list[str]) -> Any:
-    """What the default planner says of these keys, or something of a user's own."""
+    """The default planner's data for these keys, or arbitrary data of a user's planner."""
     choice = draw(st.integers(0, 5))
     if choice == 0:
         return draw(st.sampled_from([None, {}, {"step": [1, {"lr": 0.1}]}, "words", {1: ("a",)}]))

@@ -1,9 +1,10 @@
 """The decisions of `coordinate` against whole histories: fake ranks, a fake network, a fake clock.
 
-Each rank runs the real `CoordinatorState` or `PeerState` in a generator that does what the socket
-modules do: it hands over what came, carries out actions, and yields until when it waits. Everything
-random comes from one seed: who works how long, fails, dies, stops, leaves, skips an operation or
-runs another step; how long messages take; which connections strangers crowd out.
+Each rank runs the real `CoordinatorState` or `PeerState` in a generator that stands in for the
+socket modules: it hands over messages, carries out actions, and yields the time until which it
+waits. Everything random comes from one seed: how long each rank works, which ranks fail, die, stop,
+leave, skip an operation or run another step; how long messages take; which connections strangers
+crowd out.
 
 `check_history` runs a history and checks the promises that hold for any of them.
 """
@@ -80,7 +81,7 @@ class Work:
 
 @dataclass(slots=True)
 class History:
-    """What the ranks will do."""
+    """The actions of all ranks in one run."""
 
     size: int
     work: list[list[list[Work]]]
@@ -351,7 +352,7 @@ class Simulation:
 
 
 def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Work]]) -> Waits:
-    """The coordinator's side: what `CoordinatorSide` does."""
+    """The coordinator's side; plays the part of `CoordinatorSide`."""
     world, op = me.world, (context.place.epoch, context.place.number)
     state = world.make(context, me.order)
     ends: dict[int, End] = {}
@@ -461,7 +462,7 @@ def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Wor
 
 
 def follow(me: Rank, context: OperationContext, steps: Sequence[Sequence[Work]]) -> Waits:
-    """A peer's side: what `PeerSide` does."""
+    """A peer's side; plays the part of `PeerSide`."""
     world, coordinator = me.world, me.world.ranks[0]
     op = context.place.epoch, context.place.number
     until_s = world.now + TIMEOUT_S + context.margin_s
@@ -533,7 +534,7 @@ def stated(head: Head, result: LocalResult) -> tuple[FrameKind, Head, LocalResul
 
 
 def hear(state: PeerState, end: End) -> Finish | None:
-    """Hand over what came."""
+    """Hand over the received frames."""
     while end.frames:
         frame = end.frames.popleft()
         if frame == WELCOME:
@@ -581,7 +582,7 @@ def check_history(
 
 
 def check_at_rest(world: Simulation, op: Place, number: int, outcome: Outcome) -> None:
-    """No rank works on when the others hear how the step ended, but those that it names."""
+    """When a step has ended, no rank still works on it, except the ranks that its outcome names."""
     named = {cause.rank for cause in outcome.causes} if isinstance(outcome, StepVerdict) else set()
     for rank in world.ranks:
         if rank.working == (op, number) and rank.rank not in named and rank.dead_s is None:
@@ -604,7 +605,7 @@ def check_verdicts(world: Simulation) -> None:
         if counts_anew:
             if 0 < len(verdicts) < len(outcomes):
                 raise Violated(f"step {number} of {op} fails for some ranks only")
-            continue  # Those that came too late get the verdict of the operation that met them.
+            continue  # Late ranks get the verdict of the operation that met them.
         if not named <= troubled:
             raise Violated(f"step {number} of {op} names {named}, {troubled} had trouble")
         texts = {

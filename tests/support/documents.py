@@ -1,21 +1,21 @@
 """The code blocks of a Markdown page, as files that can be run and outputs that can be compared.
 
-Enters: the text of a page. Leaves: a `Block` for each fenced block. Its language says what it is:
+Enters: the text of a page. Leaves: a `Block` for each fenced block, used by its language:
 
 - `python`: a test file, or a script where it defines no test;
-- `text`: what pytest prints for the code right before it;
+- `text`: output of pytest for the code right before it;
 - `sh`: commands;
 - `tree`: paths of the repository, one at the start of each line;
 - `diagram`: a drawing, which nothing runs.
 
-Python that the reader need not see stands in a comment:
+Python that the reader need not see is in a comment:
 
     <!--- invisible-code-block: python
     folder = "checkpoint"
     -->
 
-It is put in front of the next `python` block; in front of a `text` block it is the code whose
-output the page shows. Pure (no I/O).
+It is prepended to the next `python` block; before a `text` block it is the code whose output the
+page shows. Pure (no I/O).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _VARYING = (
     (re.compile(r"reproduce_failure\(.*?\)"), "<blob>"),
     (re.compile(r"(=|-|_){4,}"), "<rule>"),
 )
-"""What differs between runs or versions: ids of crash states, times, seeds, and rulers as long as
-the terminal is wide."""
+"""Text that differs between runs or versions: ids of crash states, times, seeds, and rulers as long
+as the terminal is wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Block:
     source: str
     """With the invisible code in front of it."""
     output: str | None = None
-    """Of a `python` block: the text that the page shows as what pytest prints for it."""
+    """Of a `python` block: pytest's output for it, as the page shows it."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What could end or spoil this process is tried in a fork of it."""
+"""Code that could end or spoil this process runs in a fork of it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ FORK_S = 200
 
 
 def forked(body: Callable[[Callable[[str], None]], Any], room_bytes: int = 1 << 30) -> Any:
-    """What the body, called in a fork, returns, by way of JSON.
+    """Call the body in a fork; returns its result, by way of JSON.
 
-    It is called with a function to which it says what it begins; room_bytes: what it may add to the
-    address space. Raises AssertionError with what it had begun last where it fails or dies.
-    Tensors made in it stay below 32,768 elements: above, torch asks for threads that a fork lacks.
+    The body gets a function and calls it with the name of each part that it begins. It may add
+    `room_bytes` to the address space. Raises AssertionError with the last part that it began if it
+    fails or dies. Its tensors must stay below 32,768 elements: above, torch asks for threads that a
+    fork lacks.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -51,7 +52,7 @@ def _answer(body: Callable[[Callable[[str], None]], Any], writing: int, room_byt
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + room_bytes,) * 2)
         answer = {"value": body(lambda what: _tell(writing, f"{what!r}\n"))}
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent is told
+    except BaseException:  # noqa: BLE001 - any error goes to the parent
         answer = {"error": traceback.format_exc()}
     with contextlib.suppress(BaseException):
         _tell(writing, json.dumps(answer))
@@ -65,7 +66,7 @@ def _tell(writing: int, text: str) -> None:
 
 @contextlib.contextmanager
 def limited(seconds: float, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
-    """Raise TimeoutError when the block has used so much of the processor, or of another timer."""
+    """Raise TimeoutError when the block exceeds this processor time, or another timer."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not done after {seconds} s")

@@ -1,6 +1,6 @@
-"""Saves and loads with a fault at one hook, and what every rank made of it.
+"""Saves and loads with a fault at one hook, and the result on every rank.
 
-The oracle is the value of a state: what was saved before, what was to be saved, and nothing else.
+The oracle is the value of a state: the one saved before or the one being saved, nothing else.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def equal(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one rank made of its run."""
+    """One rank's result of a run."""
 
     error: str
-    """Class of what was raised; empty when it returned."""
+    """Class of the error; empty if the call returned."""
     named: tuple[int, ...]
     """Ranks that the error names."""
     text: str
@@ -173,7 +173,7 @@ class Bench:
         self.world.barrier()
 
     def case(self, hook: str, fault: Fault, rank: int | None) -> Case:
-        """What came of a run with the fault at the hook, on one rank or (None) on all."""
+        """Run with the fault at the hook, on one rank or (None) on all."""
         self.cases += 1
         counts = self._counts / str(self.cases)
         verb = verb_of(hook)
@@ -190,7 +190,7 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What came of one run."""
+    """All ranks' results of one run."""
 
     name: str
     fired: tuple[int, ...]
@@ -206,7 +206,7 @@ class Case:
 
     @property
     def agreed(self) -> bool:
-        """Whether every rank was told the same, in the same words."""
+        """Whether every rank got the same error, in the same words."""
         return len({(one.error, one.named, one.text) for one in self.told}) == 1
 
     @property

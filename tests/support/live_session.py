@@ -1,8 +1,8 @@
 """A session at a terminal of its own, watched and disturbed while it runs.
 
-Enters: a suite of `sample_session` and a command line. Leaves: what stood on the terminal, the
+Enters: a suite of `sample_session` and a command line. Leaves: the text on the terminal, the
 processes at any moment, and in the end the same `SessionResult`. The session's process group is the
-terminal's foreground group, as that of one that was started from a shell is.
+terminal's foreground group, as if it had been started from a shell.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PROMPT = r"\(\s*P\s*d\s*b\s*\) "
 ANSWER_S = 60.0
 """Bounds a wait for something to happen that takes some five seconds on an idle machine."""
 GONE_S = 3.0
-"""What is to go with the session, or with the process that was killed, is gone so long after."""
+"""Processes that end with the session, or with the killed process, are gone after this time."""
 LISTEN_S = 0.02
-"""Between two looks at what is waited for."""
+"""Between two polls while waiting."""
 
 
 class LiveSession:
@@ -58,11 +58,11 @@ class LiveSession:
     # The terminal.
 
     def prompt(self) -> str:
-        """Wait for a debugger's prompt; what stood on the terminal before it."""
+        """Wait for a debugger's prompt; returns the terminal's text before it."""
         return self.shown_until(PROMPT)
 
     def shown_until(self, pattern: str) -> str:
-        """Wait for a pattern on the terminal; what stood on the terminal before it."""
+        """Wait for a pattern on the terminal; returns the text before it."""
         self.terminal.expect(pattern)
         return str(self.terminal.before)
 
@@ -86,13 +86,13 @@ class LiveSession:
     # The processes.
 
     def notes(self, about: str) -> list[dict[str, Any]]:
-        """What the suite noted so far."""
+        """The suite's notes so far."""
         record = self._run.private / "record"
         lines = record.read_text().splitlines() if record.exists() else []
         return [note for line in lines if (note := json.loads(line)).get("about") == about]
 
     def wait_for_note(self, about: str, times: int = 1) -> list[dict[str, Any]]:
-        """Wait until the suite has noted it so many times."""
+        """Wait until the suite has noted `about` this many times."""
         deadline = time.monotonic() + ANSWER_S
         while len(found := self.notes(about)) < times:
             if time.monotonic() > deadline:
@@ -111,7 +111,7 @@ class LiveSession:
             self._listen()
 
     def _listen(self) -> None:
-        """Take what comes from the terminal, lest the session waits for that, for a moment."""
+        """Read from the terminal for a moment, so that the session does not block on it."""
         with contextlib.suppress(pexpect.TIMEOUT):
             self.terminal.expect(pexpect.EOF, timeout=LISTEN_S)
             time.sleep(LISTEN_S)
@@ -138,7 +138,7 @@ class LiveSession:
         return self._run.result(code, elapsed_s)
 
     def close(self) -> None:
-        """End whatever is left."""
+        """Kill all processes that are left."""
         self._run.kill_left()
         self.terminal.close(force=True)
         self._output.close()

@@ -34,7 +34,7 @@ class ObjectStore(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no 
         self.changes = 0
         self.lock = threading.Lock()
 
-    # What it was asked.
+    # Requests.
 
     def log(self, what: str, path: str, *more: int) -> None:
         """Requests of all ranks, one line each."""
@@ -136,7 +136,7 @@ def settle(root: Path) -> None:
 
 
 def requests(root: Path) -> list[list[Any]]:
-    """What all ranks asked so far."""
+    """Requests of all ranks so far."""
     return [json.loads(line) for line in (root / "requests").read_text().splitlines()]
 
 

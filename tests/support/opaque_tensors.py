@@ -11,7 +11,7 @@ SAME = {torch.ops.aten.detach, torch.ops.aten.view, torch.ops.aten.clone, torch.
 
 
 class Scaled(torch.Tensor):
-    """int8 values and a scale for each row; what torchao's tensors are like."""
+    """int8 values and a scale for each row, like torchao's tensors."""
 
     values: torch.Tensor
     scale: torch.Tensor

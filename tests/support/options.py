@@ -1,4 +1,4 @@
-"""What pytest is, to code that registers and reads options: dictionaries."""
+"""A fake of pytest for code that registers and reads options: dictionaries."""
 
 from __future__ import annotations
 

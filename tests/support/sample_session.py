@@ -1,11 +1,12 @@
-"""Whole pytest sessions, each in a process of its own: files in, what the session said out.
+"""Whole pytest sessions, each in a process of its own: files in, reports out.
 
 Enters: the files of a suite, most of them from `samples/`, and a command line. Leaves: a
-`SessionResult` with every report that the session made, its output, and what outlived it. A session
-that takes too long is killed with everything it started, and the caller gets an AssertionError.
+`SessionResult` with every report of the session, its output, and the processes and files that
+outlived it. A session that takes too long is killed with everything it started, and the caller gets
+an AssertionError.
 
-What a session started is found by a token in its environment or on its command line, never by way
-of the package under test.
+A session's processes are found by a token in their environment or on their command line, never by
+way of the package under test.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import psutil
 
 SAMPLES = Path(__file__).parents[1] / "acceptance" / "samples"
 GONE_S = 2.0
-"""What a session started must be gone so long after its end."""
+"""Processes of a session must be gone this long after its end."""
 WITHIN_S = 240.0
 """Bounds a session that takes some ten seconds on an idle machine."""
 BASETEMP = "basetemp"
@@ -91,7 +92,7 @@ class SessionResult:
     pids: frozenset[int]
     """Of processes that recorded anything but notes."""
     notes: tuple[Mapping[str, Any], ...] = field(repr=False)
-    """What the suite's own code noted, in ranks too; see `session_recorder.note`."""
+    """Notes of the suite's own code, also in ranks; see `session_recorder.note`."""
     left_running: tuple[str, ...]
     """Command lines of processes that outlived the session by `GONE_S`."""
     left_in_tmpdir: tuple[str, ...]
@@ -141,9 +142,9 @@ class Suite:
     ) -> SessionResult:
         """`pytest *args` in `cwd` below the folder; waits for its end.
 
-        Its TMPDIR is its own, and its basetemp lies elsewhere, so that whatever is in TMPDIR
-        afterwards was forgotten. `env` is added to the environment, and `under` is
-        what the interpreter runs that then runs pytest.
+        The session has its own TMPDIR, and its basetemp is elsewhere, so that any file left in
+        TMPDIR is a leak. `env` is added to the environment, and `under` are the interpreter's
+        arguments before pytest's.
         """
         run = self.prepare(cwd=cwd, cache=cache, env=env)
         started = time.monotonic()
@@ -157,7 +158,7 @@ class Suite:
         cache: bool = False,
         env: Mapping[str, str] = MappingProxyType({}),
     ) -> _Run:
-        """What `run` runs pytest in; see `live_session` for another way to run it."""
+        """Prepare the session that `run` runs; see `live_session` for another way to run it."""
         run = _Run.prepare(self.folder, self.folder / cwd)
         options = ["-p", "no:randomly", "-p", "session_recorder"]
         options += [] if cache else ["-p", "no:cacheprovider"]
@@ -189,7 +190,7 @@ def write_suite(folder: Path, files: Mapping[str, str], ini: str = "") -> Suite:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One session: where it runs, and the token that marks what it starts."""
+    """One session: where it runs, and the token that marks its processes."""
 
     folder: Path
     cwd: Path
@@ -203,8 +204,8 @@ class _Run:
         private = folder / f"session-{token[:8]}"
         (private / "tmp").mkdir(parents=True)
         cwd.mkdir(parents=True, exist_ok=True)
-        # What pytest would take from the one that runs it: options, and (under tox) its cache; and
-        # Hypothesis, which has neither seeds nor a database where it finds itself in CI.
+        # Variables that pytest would inherit: options, and (under tox) its cache; and Hypothesis,
+        # which uses neither seeds nor a database in CI.
         inherited = ("PYTEST_", "TOX_", "__TOX_", "CI", "GITHUB_ACTIONS", "GITLAB_CI", "BUILDKITE")
         env = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
         env |= {
@@ -264,7 +265,7 @@ class _Run:
         return commands
 
     def result(self, exit_code: int, elapsed_s: float) -> SessionResult:
-        """What the session left, in files and otherwise."""
+        """Collect the session's records, and the processes and files that it left."""
         left_running = self.left_after(GONE_S)
         records = [json.loads(line) for line in self._record_lines()]
         in_tmpdir = (path.name for path in (self.private / "tmp").iterdir())

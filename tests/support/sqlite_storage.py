@@ -51,7 +51,7 @@ class Database:
 
 
 class Placed:
-    """What a writer and a reader have alike."""
+    """The common part of the writer and the reader."""
 
     def __init__(self, path: Place) -> None:
         self.database = Database(path)

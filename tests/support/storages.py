@@ -31,7 +31,7 @@ def done(value: Any = None) -> Future[Any]:
 
 
 class FolderWriter(StorageWriter):
-    """One pickle for each rank; the hooks are those that torch 2.1 knew, no keyword arguments."""
+    """One pickle for each rank; the hooks are those of torch 2.1, without keyword arguments."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class FolderWriter(StorageWriter):
 
 
 class FolderReader(StorageReader):
-    """Reads what FolderWriter wrote."""
+    """Reads the checkpoints of FolderWriter."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,7 +152,7 @@ def failing(fails: Fails, hook: str) -> None:
 
 
 class FaultyWriter(FolderWriter):
-    """Fails in the hooks and on the ranks that it is told; `write_data_later` in the future."""
+    """Fails in the given hooks, on the given ranks; for `write_data_later`, in the future."""
 
     def __init__(self, path: Path, fails: Fails) -> None:
         super().__init__(path)

@@ -1,8 +1,8 @@
 """The supervisor against replayed histories: a fake clock, fake processes, every order recorded.
 
-A history says what ranks do and when. `Replay` is the world around the supervisor: it wakes it when
-it asks to be woken, carries out its kills on processes that end a little later, and keeps what was
-ordered, with the time.
+A history says what ranks do and when. `Replay` is the world around the supervisor: it wakes the
+supervisor at the times it asks for, carries out its kills on processes that end a little later, and
+records its orders with the time.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Replay:
                 stopped = isinstance(action, StopRank)
                 self._push(self.now + DYING_S, Halts(action.rank, stopped))
 
-    # What tests ask.
+    # Queries for tests.
 
     def ordered(self, kind: type[Action]) -> list[tuple[float, int]]:
         """(time, rank) of the orders of one kind."""
@@ -220,11 +220,11 @@ class Replay:
 
     @property
     def lost(self) -> dict[int, str]:
-        """Rank -> reason, of those that ended as asked."""
+        """Rank -> reason, of the ranks whose death was requested."""
         return {rank: one.reason for rank, one in self.supervisor.deaths.lost.items()}
 
     def dismiss(self) -> None:
-        """What the world does at the end of a phase."""
+        """End a phase as the world does."""
         assert self.supervisor.settled
         self._note(self.supervisor.dismiss(self.now))
         self.play([])

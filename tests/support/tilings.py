@@ -20,7 +20,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def fewer(by: int) -> settings:
-    """The profile's settings with fewer examples, for what is slow."""
+    """The profile's settings with fewer examples, for slow tests."""
     profile = settings.default or settings()
     return settings(profile, max_examples=max(1, profile.max_examples // by))
 

@@ -1,6 +1,6 @@
 """A model, the ways in which people wrap and shard it, and the oracle: the same model, bare.
 
-Every rank trains on the same batch, so that whatever averages gradients gets those of one process.
+Every rank trains on the same batch, so that averaged gradients equal those of one process.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def replicated(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def compiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Compiled, with a part that is compiled by itself. The tests do not run what is compiled."""
+    """Compiled, with a part that is compiled by itself. The tests do not run it."""
     model.first = torch.compile(model.first, backend="eager")
     return torch.compile(model, backend="eager")  # type: ignore[return-value]  # is a module
 
@@ -120,7 +120,7 @@ def fsdp1_unsharded(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def fsdp1_hybrid(model: torch.nn.Module) -> torch.nn.Module:
-    """With a mesh FSDP1's state dicts hold DTensors in place of ShardedTensors."""
+    """With a mesh, FSDP1's state dicts hold DTensors instead of ShardedTensors."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return _fsdp1(model, strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh)
 
@@ -203,7 +203,7 @@ def adamw(model: torch.nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without what compiles it, to be run: the parameters are the same."""
+    """The model without its compiled wrapper, to be run: the parameters are the same."""
     return getattr(model, "_orig_mod", model)
 
 

@@ -1,4 +1,4 @@
-"""What may be asked of a rank, outside of a world and from a rank that is a fake."""
+"""The functions of `pytest_dcp.api`, outside of a world and in a fake rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_dcp.faults import Kill
 
 
 class FakeRank:
-    """A rank that notes what it is asked."""
+    """A rank that records its calls."""
 
     rank = 1
     world_size = 2

@@ -133,7 +133,7 @@ def all_below(cls: type[DcpError]) -> Iterator[type[DcpError]]:
 
 
 def classes() -> list[type[DcpError]]:
-    """Those that the package defines; a StepError's own class is made when it is raised."""
+    """Error classes of the package; a StepError's own class is made when it is raised."""
     for name in modules():
         importlib.import_module(name)
     found = (cls for cls in all_below(DcpError) if "made_for" not in vars(cls))

@@ -38,7 +38,7 @@ PUBLIC = {"recorded", "restored"}
 CODECS = {"mapping", "ordered", "converted", "pickled"}
 """Methods of the wire's encoder and decoder, named as the values that they are for."""
 CAUSES = {"ended", "left", "unreached"}
-"""Methods that make a `Cause` of this kind."""
+"""Methods that make a `Cause` and are named after it."""
 ALLOWED_METHODS = {
     "wire.py": CODECS,
     "operation_context.py": CAUSES,

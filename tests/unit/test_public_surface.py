@@ -1,4 +1,4 @@
-"""What users import, and from where: four modules, and every name that the manual mentions.
+"""The public names: four modules, and every name that the manual mentions.
 
 A name that is added to or removed from a public module belongs in this file too.
 """

@@ -85,7 +85,7 @@ class Canary:
         return os.mkdir, (str(CANARY),)
 
 
-# What is no message.
+# Bytes that are no message.
 
 
 def test_garbage(rank: int) -> None:
@@ -329,7 +329,7 @@ def test_pickle_in_a_peers_record(data: st.DataObject, world: RankWorld) -> None
         raise ValueError("boom")
 
 
-# What the controller does for a rank.
+# Actions of the controller for a rank.
 
 
 def test_has_a_module_of_its_own_preloaded(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +368,7 @@ def test_takes_the_names_of_coming_stores(rank: int) -> None:
 
 
 def as_nobody(attack: Callable[[], None]) -> None:
-    """Do this as another user, in a process of its own. Raises what it raised, in short."""
+    """Do this as another user, in a separate process. Raises its error, shortened."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
     pid = os.fork()

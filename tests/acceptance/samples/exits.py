@@ -1,4 +1,4 @@
-"""Copied as test_exits.py: what is left for the exit of a rank to see to."""
+"""Copied as test_exits.py: work that is left to the exit of a rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOREVER_S = 600.0
 libc = ctypes.CDLL(None)
 libc.puts(b"printed by C at collection")
 kept: list[object] = []
-"""What lives until its process exits."""
+"""Objects that live until their process exits."""
 
 
 class Owner:

@@ -1,6 +1,6 @@
-"""Copied as test_faults.py: what ranks do to themselves. None of it takes long when handled well.
+"""Copied as test_faults.py: ranks that harm themselves. None of it takes long when handled well.
 
-The time limit is far above what a case may take: one that only the limit ends takes too long.
+The time limit is far above the duration of a case: a case that only the limit ends takes too long.
 """
 
 from __future__ import annotations

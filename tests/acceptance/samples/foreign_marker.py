@@ -1,4 +1,4 @@
-"""Copied as test_foreign.py: `world_size` is another plugin's marker, whatever stands in it."""
+"""Copied as test_foreign.py: `world_size` is another plugin's marker, whatever its arguments."""
 
 from __future__ import annotations
 

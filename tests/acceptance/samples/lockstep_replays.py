@@ -1,4 +1,4 @@
-"""Copied as test_lockstep_replays.py: a property that notes what it is run with."""
+"""Copied as test_lockstep_replays.py: a property that records the values it is run with."""
 
 from __future__ import annotations
 

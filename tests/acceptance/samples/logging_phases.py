@@ -1,4 +1,4 @@
-"""Copied as test_logging.py: what pytest catches of logging, the same with a world and without."""
+"""Copied as test_logging.py: pytest catches the same log records with a world and without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ turned.propagate = False
 
 
 class Phases:
-    """In order: a test may find what the one before it has done to the loggers."""
+    """Run in order: a test may find the loggers as the previous test left them."""
 
     @pytest.fixture
     def made(self, caplog: pytest.LogCaptureFixture) -> Iterator[logging.Logger]:

@@ -27,7 +27,7 @@ def count(about: str) -> None:
 
 @pytest.mark.world_size(2)
 def test_first() -> None:
-    """What the first world makes, all others use."""
+    """Runs first: starts the processes that all later worlds share."""
 
 
 def test_before() -> None:

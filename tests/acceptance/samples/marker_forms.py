@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.world_size(2)]
 
 @pytest.fixture(autouse=True)
 def noted(request: pytest.FixtureRequest) -> None:
-    """What the rank says of itself, one way or the other."""
+    """Record the rank's size and number; both sources must agree."""
     assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
     note("size", test=request.node.name, size=dist.get_world_size(), rank=dist.get_rank())
 

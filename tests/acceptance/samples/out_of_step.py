@@ -15,7 +15,7 @@ from session_recorder import note
 
 pytestmark = pytest.mark.world_size(3, isolation="module")
 open_works: list[Any] = []
-"""Keeps what was started from being waited for by its destructor."""
+"""Keeps the started works alive: the destructor of a work would wait for it."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_expected_failure(rank: int) -> None:
 
 def test_group_of_one_rank(rank: int) -> None:
     if rank == 0:
-        dist.distributed_c10d._world.group_count += 1  # what a group made by one rank alone leaves
+        dist.distributed_c10d._world.group_count += 1  # as after a group made by one rank alone
 
 
 def test_in_step(rank: int, pair: Any) -> None:

@@ -1,4 +1,4 @@
-"""Copied as test_randomness.py: what each rank draws, in a fixture and in the test."""
+"""Copied as test_randomness.py: the numbers each rank draws, in a fixture and in the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copied as conftest.py: what of the plugin is registered, and what its presence cost."""
+"""Copied as conftest.py: the parts of the plugin that are registered, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copied as test_retention.py: what tests leave in the folders that pytest gives them."""
+"""Copied as test_retention.py: files that tests leave in the folders pytest gives them."""
 
 from __future__ import annotations
 

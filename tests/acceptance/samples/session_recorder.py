@@ -1,6 +1,6 @@
-"""A plugin for sample sessions: writes what a pytest session says to a file of JSON lines.
+"""A plugin for sample sessions: records the reports of a pytest session as JSON lines.
 
-Enters: pytest's hooks, in whatever process they run. Leaves: one line per event in the file that
+Enters: pytest's hooks, in any process. Leaves: one line per event in the file that
 SESSION_RECORD names, each with the id of the process that wrote it: a rank that reports on its own
 shows.
 """
@@ -25,7 +25,7 @@ def _record(kind: str, **facts: object) -> None:
 
 
 def note(about: str, **facts: object) -> None:
-    """Write down what a test of the suite saw, in whatever process it ran."""
+    """Record facts that a test of the suite observed, in any process."""
     _record("note", about=about, **facts)
 
 
@@ -79,5 +79,5 @@ class SessionRecorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # xdist's controller hears what its workers say
+    if not hasattr(config, "workerinput"):  # xdist's controller gets its workers' reports
         config.pluginmanager.register(SessionRecorder(config), "session_recorder.events")

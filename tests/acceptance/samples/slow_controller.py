@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 IDLE_S = 1.0
-"""Long enough for a rank to end, and to be reaped, while nobody waits for it."""
+"""Long enough for a rank to end, and to be reaped, while no process waits for it."""
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,4 +1,4 @@
-"""Copied as test_slow_places.py: what takes long is no part of the test's own work."""
+"""Copied as test_slow_places.py: the slow part is outside the test's own work."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SHARDED = StateSpec({"w": TensorSpec((4,))}).on(Layout(MeshSpec((2,)), (Shard(0)
 
 
 class FailsAloneEngine:
-    """Its load raises on rank 0, where rank 1 waits for what never comes."""
+    """Its load raises on rank 0, while rank 1 waits in a collective forever."""
 
     save = staticmethod(dcp.save)
 

@@ -1,4 +1,4 @@
-"""Copied as test_spawned.py: what can become of a test, in ranks that are new interpreters."""
+"""Copied as test_spawned.py: every outcome of a test, in ranks that are new interpreters."""
 
 from __future__ import annotations
 

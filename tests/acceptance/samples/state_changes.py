@@ -1,4 +1,4 @@
-"""What a test may leave changed in its process: how to change it, and how to look at it."""
+"""Process state that a test may leave changed: how to change it, and how to read it."""
 
 from __future__ import annotations
 

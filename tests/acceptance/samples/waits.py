@@ -1,4 +1,4 @@
-"""Copied as test_waits.py: tests that wait for any child, or want to hear of none."""
+"""Copied as test_waits.py: tests that wait for any child process, or ignore SIGCHLD."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_after_the_class() -> None:
     assert "LATE" not in os.environ
 
 
-# What cannot be put back.
+# State that cannot be restored.
 
 
 def test_interop_threads() -> None:

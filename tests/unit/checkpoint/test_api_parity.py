@@ -1,7 +1,7 @@
 """Names and arguments of `pytest_dcp.checkpoint` against those of the torch that is installed.
 
-Whatever can be called as torch's can be called as ours: no name and no parameter is missing, none
-is in another place or has another default. Ours may have parameters more, that no such call sees.
+Every call that torch accepts, ours accepts: no name or parameter is missing, at another position or
+with another default. Ours may have further parameters, which such calls do not use.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class TestSizesThatDiffer:
 
 class TestMetadataEdits:
     def test_a_planner_renames_every_key_of_the_checkpoint(self, saved: Path) -> None:
-        """As planners that strip what a wrapper put before the names, in place."""
+        """As planners that strip a wrapper's prefix from the names, in place."""
 
         class Renaming(dcp.DefaultLoadPlanner):
             def set_up_planner(
@@ -373,7 +373,7 @@ class TestSaving:
             def _create_global_plan(self, all_plans: list[SavePlan]) -> Any:
                 calls.append("global")
                 plans, metadata = super()._create_global_plan(all_plans)
-                metadata.of_mine = 3  # type: ignore[attr-defined]  # what the test is about
+                metadata.of_mine = 3  # type: ignore[attr-defined]  # under test
                 return plans, metadata
 
         planner = Hooked(enable_plan_caching=caching)
@@ -381,7 +381,7 @@ class TestSaving:
         assert planner._cached_plans_key == "Hooked"
         for _ in range(2):
             made = dcp.save({"w": numbered(3)}, checkpoint_id=tmp_path, planner=planner)
-            assert made.of_mine == 3  # type: ignore[attr-defined]  # what the test is about
+            assert made.of_mine == 3  # type: ignore[attr-defined]  # under test
         assert calls == ["global", "dedup"] * (1 if caching else 2)
         assert dcp.FileSystemReader(tmp_path).read_metadata().of_mine == 3  # type: ignore[attr-defined]  # the same
 

@@ -74,7 +74,7 @@ class TestReadDataOfItsOwn:
         assert sum(map(len, reader.spans.values())) == 3
 
     def test_reads_all_by_itself_through_slices_and_transforms(self, saved: Path) -> None:
-        """As Megatron-Core's and object stores' readers, which copy what torch's reader does."""
+        """As Megatron-Core's and object stores' readers, which copy the body of torch's reader."""
 
         class Own(dcp.FileSystemReader):
             def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
@@ -345,7 +345,7 @@ class TestRequestsOfSafetensors:
 
 
 class Copied(FileSystemBase):
-    """A file system that is no subclass of ours, and has only what torch asks for."""
+    """A file system that is no subclass of ours, with only the methods that torch requires."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Any:

@@ -1,4 +1,4 @@
-"""Whatever is there after importing torch's modules is there after importing ours.
+"""Names available after importing torch's modules are available after importing ours.
 
 Compared with the torch that is installed, name by name, in the package and in every module of torch
 that has a counterpart.

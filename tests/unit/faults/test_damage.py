@@ -1,4 +1,4 @@
-"""Damage at rest: each function changes what it says, and the generators leave none out."""
+"""Damage at rest: each function makes the damage it names; the generators cover all of them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Save = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Pickles:
-    """The simplest engine: a pickle, one process. What it does wrong is told by two functions."""
+    """The simplest engine: a pickle, one process. Two functions inject its mistakes."""
 
     saving: Save = field(default=lambda state: None)
     loaded: Callable[[dict[str, Any]], None] = field(default=lambda state: None)
@@ -143,7 +143,7 @@ def test_breaks_when_saving_again_leaves_something(tmp_path: Path) -> None:
 
 
 class InPlace(Pickles):
-    """Writes over what is there."""
+    """Overwrites the existing file."""
 
     def save(
         self, state_dict: dict[str, Any], *, checkpoint_id: Any, process_group: Any = None

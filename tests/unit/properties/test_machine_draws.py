@@ -1,4 +1,4 @@
-"""The state machine draws the same for an example, whatever a crash happened to leave."""
+"""The state machine draws the same for an example, whichever state a crash left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LUCK = random.SystemRandom()
 class Fickle(CheckpointMachine):
     """A crash leaves the old state or the new one, by luck.
 
-    There is little to choose, so that examples begin alike and the engine compares what they draw.
+    There is little to choose, so that examples begin alike and the engine compares their draws.
     """
 
     states = st.just(StateSpec({"w": TensorSpec((2,), torch.float32)}))

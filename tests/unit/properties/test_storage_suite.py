@@ -85,7 +85,7 @@ class TestTorchs(StorageSuite):
 
 
 class TestSqlite(StorageSuite):
-    """A storage whose files C code writes: what a save does to them cannot be recorded."""
+    """A storage whose files are written by C code, so that saves cannot be recorded."""
 
     records = False
     known_failures: ClassVar[dict[str, str]] = {

@@ -1,4 +1,4 @@
-"""What the strategies draw, and what they shrink to."""
+"""The values that the strategies draw and shrink to."""
 
 from __future__ import annotations
 

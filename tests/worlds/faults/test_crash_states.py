@@ -1,8 +1,8 @@
-"""Our engine in every crash state of many kinds of saves: the old checkpoint or the new, whole.
+"""Every crash state of many kinds of our engine's saves: the whole old checkpoint or the new.
 
 Each workload is recorded, and every folder that a crash could leave, by any of the models, is
 loaded: at most `--dcp-fault-budget` of each model, each different folder once. The minima of the
-workloads add up to more than 10,000 folders; what was found is printed.
+workloads add up to more than 10,000 folders; the counts are printed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def searched(
     old: State | None,
     new: State,
 ) -> Outcomes:
-    """What is in the folders that crashes of a save leave."""
+    """Contents of the folders that crashes of a save leave."""
     if before is not None:
         before(storage.checkpoint_dir)
     with storage.record() as trace:
@@ -350,7 +350,7 @@ def test_a_crash_of_a_first_save_leaves_no_part_of_a_hugging_face_folder(
 def in_shares(
     storage: FaultyStorage, trace: Recording, old: State, new: State, rank: int, size: int
 ) -> Outcomes:
-    """What all ranks found; one rank would take as long as all of them."""
+    """Outcomes of all ranks, each of which checks its share of the states."""
     states = list(different([trace]))
     mine = Counter(
         storage.assert_loads_one_of(one, old, new, load=load) for one in states[rank::size]
@@ -456,7 +456,7 @@ def test_a_crash_of_ranks_on_their_own_is_never_a_mix(
 
 
 def loaded_together(one: CrashState, old: State, new: State, rank: int) -> set[str]:
-    """What the ranks find when they load the folder as one world."""
+    """Outcomes on all ranks when they load the folder as one world."""
     with one.restored() if rank == 0 else nullcontext() as folder:
         told = [folder]
         dist.broadcast_object_list(told)

@@ -109,7 +109,7 @@ def until_none_is_left(
         folder.put_back()
         with folder.storage() as storage:
             for sync in {"sync", "sync_folder"} - {kind}:
-                # Nobody cuts the power here, and waiting for a disk is most of a small save.
+                # No power failure happens here, and waiting for a disk is most of a small save.
                 storage.inject(LyingSync(), on=sync, sticky=True)
             injected = storage.inject(fault, on=kind, nth=nth, **where)
             returned = run()

@@ -43,7 +43,7 @@ CHOICES = frozenset(
         "load_planner.finish_plan",
     }
 )
-"""What a planner leaves out of its plan is not to be saved, or loaded."""
+"""Hooks that choose: an item that a planner leaves out is not saved or loaded, without error."""
 
 
 def ranks(world: RankWorld) -> Iterator[int | None]:
@@ -75,7 +75,8 @@ def check_raised(case: Case, hook: str) -> None:
     if not case.fired:
         check_returned(case, hook)
         return
-    # What is no error of the work, such as SystemExit, also goes on its way in its own rank.
+    # An exception such as SystemExit, which is no error of the work, is also raised in its own
+    # rank.
     own = {rank for rank, one in enumerate(case.told) if one.error == "SystemExit"}
     assert own <= set(case.fired), case
     assert ("SystemExit" in case.name) == bool(own), case
@@ -83,7 +84,7 @@ def check_raised(case: Case, hook: str) -> None:
     assert {one.error for one in others} <= {"CheckpointException"}, case
     assert len({one.text for one in others}) <= 1, case
     for one in others:
-        # Of several, one that hears of another's failure in time stops its work and is not named.
+        # If several fail, a rank that receives another's failure in time stops and is not named.
         assert one.named, case
         assert set(one.named) <= set(case.fired), case
         assert one.text.startswith("step '"), case

@@ -1,4 +1,4 @@
-"""Ranks that die, stand still or hang at each hook: every survivor is told which, and in what step.
+"""Ranks that die, stop or hang at each hook: every survivor's error names the rank and the step.
 
 Each case has a world of its own; several run at once, since most of them only wait. A killed rank
 is known by its closed connection, not by a time-out: the group's is half an hour there.
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What came of a case."""
+    """The result of a case."""
 
     plan: Plan
     fired: tuple[int, ...]
@@ -87,7 +87,7 @@ class Stage:
     def play(
         self, size: int, fault: Fault, cases: Sequence[Plan], timeout_s: float
     ) -> Iterator[Played]:
-        """What comes of each case; `timeout_s` is the process group's."""
+        """Play the cases; yields the result of each. `timeout_s` is the process group's."""
         for start in range(0, len(cases), AT_ONCE):
             with ExitStack() as stack:
                 some = cases[start : start + AT_ONCE]
@@ -170,7 +170,7 @@ def test_a_rank_that_hangs_is_named_by_its_peers_and_learns_of_it_when_it_contin
         assert one.holds == OLD, one
         hung, peer = one.survivors[rank], one.survivors[1 - rank]
         assert wrong_with(peer, rank, "RankSilentError") == "", one
-        # All that it needs of its peers may have come before they gave it up; a load harms nobody.
+        # It may have received all it needs before its peers gave it up; a load does no harm.
         harmless = not hung.error and hung.right and verb_of(one.plan.hook) == "load"
         assert hung.error == "CheckpointException" or harmless, one
     print(f"Hang(): {len(played)} cases on 2 ranks")

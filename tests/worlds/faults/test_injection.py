@@ -1,4 +1,4 @@
-"""Faults in real saves and loads act where and when they are told, and are counted for all."""
+"""Faults in real saves and loads act at the given place and time; counts cover all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own failure tests, with its names: the failing ranks, and no others, are told of.
+"""torch's own failure tests, under its names: errors name the failing ranks and no others.
 
 Each case runs on our engine and on torch's.
 """

@@ -1,6 +1,6 @@
-"""What fails on one rank alone, between two meetings of a law or a recording, fails on all.
+"""A failure on one rank alone, between two exchanges of a law or a recording, fails all.
 
-Each test shows afterwards that the ranks are in step: that none was left waiting.
+Each test shows afterwards that the ranks are in step: none was left waiting.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_a_state_that_cannot_be_made_on_one_rank(
 
 
 class Training:
-    """A run whose step fails on rank 1 where it is told to."""
+    """A run whose step fails on rank 1 at the given place."""
 
     def __init__(self, fails_in: str) -> None:
         self.fails_in = fails_in

@@ -215,7 +215,7 @@ def test_parameters_and_examples_go_together(scale: int, world_size: int, x: int
     assert dist.get_world_size() == world_size
 
 
-# What a test tells Hypothesis.
+# Calls of Hypothesis's functions in a test.
 
 
 @few

@@ -290,7 +290,7 @@ def test_shape_and_names_may_be_lists(device_mesh: DeviceMesh) -> None:
 
 
 class TestWarmMesh:
-    """In order, in one world: a test may find what the one before it has done."""
+    """Run in order, in one world: a test may depend on the previous one."""
 
     pytestmark = pytest.mark.world_size(3, isolation="module")
     seen: ClassVar[list[DeviceMesh]] = []

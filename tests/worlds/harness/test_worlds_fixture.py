@@ -1,6 +1,6 @@
 """The `worlds` fixture: functions run in worlds that a test starts itself.
 
-What the functions do is looked at from outside: through results, errors and process ids.
+The functions are observed from outside: through results, errors and process ids.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ def test_a_function_that_leaves_the_process_fails(
         world.run(leave, 3)
 
 
-# What pytest's own exceptions mean.
+# The meaning of pytest's own exceptions.
 
 
 def test_a_skip_in_every_rank_skips_the_test(two: FunctionWorld) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders to files of `torch.save` and back: what they hold, and what they take."""
+"""Checkpoint folders to files of `torch.save` and back: their values, and the cost."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class NamesEchoes(CoordinatorState):
 
 
 class TakesResultsOfOtherSteps(CoordinatorState):
-    """A value counts in whatever step it was stated."""
+    """A value counts even if it was stated for another step."""
 
     def hear(
         self, rank: int, kind: FrameKind, head: Head, result: LocalResult | ValueError

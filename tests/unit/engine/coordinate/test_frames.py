@@ -1,4 +1,4 @@
-"""Frames and payloads: what goes in on one rank comes out on another, however the stream is cut."""
+"""Frames and payloads arrive as sent, however the stream is cut."""
 
 from __future__ import annotations
 

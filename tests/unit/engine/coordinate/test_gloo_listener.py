@@ -33,7 +33,7 @@ LIMIT_S = 10.0
 def value_of(
     ip: str = "10.0.0.1", port: int = 4711, *, name: bytes = b"vm", size: int = 2, tail: bytes = b""
 ) -> bytes:
-    """As gloo writes it; the rest of a sockaddr_storage is whatever was on gloo's stack."""
+    """As gloo writes it; the rest of a sockaddr_storage is garbage from gloo's stack."""
     if ":" in ip:
         packed = struct.pack("=H", 10) + struct.pack("!HI", port, 0)
         packed += socket.inet_pton(socket.AF_INET6, ip)

@@ -1,4 +1,4 @@
-"""The listening socket of a process: who is let in, who is not, and what is left."""
+"""The listening socket of a process: connections accepted, refused and left open."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def test_no_resolver_is_asked_for_a_coordinator_of_this_machine_that_has_ended(
 
 
 def full_queue(listener: socket.socket) -> list[socket.socket]:
-    """Connections that nobody accepts, until the listener's queue takes no more."""
+    """Connections that are never accepted, until the listener's queue is full."""
     waiting = []
     while True:
         sock = socket.socket()
@@ -397,7 +397,7 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
 
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What the limits of descriptors were, one after another."""
+    """The limits of descriptors, in the order in which they were set."""
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))

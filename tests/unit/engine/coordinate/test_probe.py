@@ -1,4 +1,4 @@
-"""Whether a process of another machine has ended, as its listening socket tells."""
+"""Whether a process of another machine has ended, judged by its listening socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is busy, full or out of reach is waited for, and is no death; and limits of descriptors."""
+"""A busy, full or unreachable peer is waited for, not taken for dead; limits of descriptors."""
 
 from __future__ import annotations
 

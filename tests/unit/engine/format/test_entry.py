@@ -1,4 +1,4 @@
-"""Entries: written as torch.save writes them, found in what any torch wrote, closed to the rest.
+"""Entries: written as by torch.save, read from files of any torch, all others refused.
 
 The oracles are torch.save, torch.load and the standard library's zipfile.
 """
@@ -159,7 +159,7 @@ def test_data_that_look_like_a_descriptor_differ_in_the_fingerprint_alone() -> N
 
 
 class Sink(io.RawIOBase):
-    """A stream that keeps what is small and counts what is not."""
+    """A stream that keeps small writes and counts the bytes of large ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Sink(io.RawIOBase):
         self.large: list[tuple[int, int]] = []
         """Where each large write came among the small ones, and its bytes."""
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]  # what torch hands over
+    def write(self, data: bytes) -> int:  # type: ignore[override]  # torch's argument
         view = memoryview(data).cast("B")
         if len(view) > 1 << 20:
             self.large.append((len(self.small), len(view)))
@@ -339,7 +339,7 @@ class Style:
     descriptors: bool = True
     compression: int = zipfile.ZIP_STORED
     contents: tuple[tuple[str, bytes], ...] = ()
-    """What some records hold instead of what torch would write."""
+    """Contents of some records, instead of torch's."""
 
 
 STYLES = {
@@ -377,7 +377,7 @@ class Unseekable(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]  # what zipfile hands over
+    def write(self, data: bytes) -> int:  # type: ignore[override]  # zipfile's argument
         self.written += data
         return len(data)
 

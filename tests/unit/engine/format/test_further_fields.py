@@ -1,4 +1,4 @@
-"""What planners and frameworks add to a checkpoint's metadata: kept, and never in the way."""
+"""Fields that planners and frameworks add to a checkpoint's metadata are kept and do no harm."""
 
 from __future__ import annotations
 

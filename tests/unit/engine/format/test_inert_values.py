@@ -346,7 +346,7 @@ def test_what_a_maker_finds_wrong_is_damage_of_the_value() -> None:
 
 
 def read_again(entry: bytes, data: bytes) -> Any:
-    """What is read of an entry whose pickle is replaced, its storages kept."""
+    """Read an entry after replacing its pickle; its storages are kept."""
     read = records_of(entry)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

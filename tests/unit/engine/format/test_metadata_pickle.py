@@ -46,7 +46,7 @@ def metadata(chunks: int, dims: int = 2, transform: bool = False) -> Metadata:
 
 
 def reloaded(stock: Metadata) -> Any:
-    """What the stock pickler and unpickler make of it."""
+    """The metadata after a round trip through the stock pickler and unpickler."""
     return told(pickle.loads(pickle.dumps(stock)))
 
 

@@ -1,4 +1,4 @@
-"""Entries of tensors that are more than their elements, made by hand: what must not happen."""
+"""Hand-made entries of tensors with more than elements: things that must not happen."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_inner_tensors_are_filled_in_place() -> None:
 
 
 class Further:
-    """What a wrapper may carry besides: data of a class that is not known to the reader."""
+    """A further attribute of a wrapper: data of a class that the reader does not know."""
 
     def __init__(self) -> None:
         self.more = [1, 2]
 
 
 def test_nothing_that_a_pickle_names_is_called(tmp_path: Path) -> None:
-    """Neither as a further attribute, nor in the place of an inner tensor, nor as the class."""
+    """Neither as a further attribute, nor instead of an inner tensor, nor as the class."""
     evil = Evil(tmp_path / "canary")
     target = two(0, 0)
     for name in ("more", "a"):
@@ -105,7 +105,7 @@ def test_an_inner_tensor_that_the_target_does_not_have_is_not_lost_without_a_wor
     value.zero_point = torch.ones(3)
     with pytest.raises(CheckpointMismatchError, match=r"'w\.zero_point' is a tensor in the check"):
         prepare_opaque("w", target, saved(value))
-    target.zero_point = torch.zeros(3)  # Beside its inner tensors: what the class keeps for itself.
+    target.zero_point = torch.zeros(3)  # Besides its inner tensors: private data of the class.
     fill_opaque("w", target, saved(value))
     assert target.a.tolist() == [1.0] * 3
 

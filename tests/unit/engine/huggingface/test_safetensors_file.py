@@ -1,4 +1,4 @@
-"""An open safetensors file gives what indexing the whole tensor gives, and reads only its rows."""
+"""An open safetensors file slices as the whole tensor does, and reads only the rows."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ SAVE = "0123456789ab"
 
 
 class FakeDisk:
-    """Files in a dict; records each operation, and fails before or after the one it is told."""
+    """Files in a dict; records each operation, and fails before or after a given one."""
 
     renames = True
 
@@ -140,7 +140,7 @@ class LaggingDisk(FakeDisk):
 
 
 def naming(disk: FakeDisk, kept: list[str]):
-    """What every metadata that is there names."""
+    """Names the same files for every existing metadata file."""
 
     def named(name: str) -> list[str]:
         if name not in disk.files:

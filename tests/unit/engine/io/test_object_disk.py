@@ -1,4 +1,4 @@
-"""File systems of fsspec as a disk: what is asked of them, and what is made of the answers."""
+"""File systems of fsspec as a disk: requests to them, and the use of their answers."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_what_is_written_comes_back_in_any_box_memory_and_dtype(tensors, data):
         target, base = targets[fqn], bases[fqn]
         expected = part(full, box).to(target.dtype)
         assert torch.equal(target.to(torch.complex128), expected.to(torch.complex128))
-        # What lies around and between the target's elements is as it was.
+        # Memory around and between the target's elements is unchanged.
         target.zero_()
         assert not base.to(torch.complex128).any()
 

@@ -1,4 +1,4 @@
-"""Windows of files: what they show, and that every page of one is there before it is given out."""
+"""Windows of files: their contents; every page is resident before a window is handed out."""
 
 import errno
 import mmap

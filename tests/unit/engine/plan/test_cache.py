@@ -101,7 +101,7 @@ def test_what_the_storage_said_is_in_the_digest():
 
 
 def saved(ranks: list[PlanCache], plans: list[SavePlan]) -> list[SavePlan]:
-    """One save: the first rank coordinates. What each rank is told to write."""
+    """One save, coordinated by the first rank; returns the plan that each rank receives."""
     out = [cache.shorten_plan(plan) for cache, plan in zip(ranks, plans, strict=True)]
     full, digests = ranks[0].recall_plans([out[0], *map(sent, out[1:])])
     answer = ranks[0].answer

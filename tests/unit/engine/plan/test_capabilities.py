@@ -1,4 +1,4 @@
-"""What is asked of planners and storages beyond torch's hooks."""
+"""Optional members of planners and storages beyond torch's hooks."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def index_of(tensors: dict[str, tuple[tuple, list[Box]]]) -> Index:
 
 
 def fault_of(size: tuple, boxes: list[Box]) -> str | None:
-    """What is wrong with the boxes of one tensor, found element by element."""
+    """The fault in the boxes of one tensor, found element by element."""
     for offset, shape in boxes:
         ends = [o + n for o, n in zip(offset, shape, strict=True)]
         if any(n < 0 for n in (*offset, *shape)) or any(

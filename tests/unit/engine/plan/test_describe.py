@@ -1,4 +1,4 @@
-"""What a rank's state dict says that it writes: the same for a value whatever stands before it."""
+"""The write items of a rank's state dict: a value's item does not depend on values before it."""
 
 import warnings
 from itertools import permutations

@@ -44,7 +44,7 @@ def numbered(shape: tuple) -> torch.Tensor:
 
 
 def filled_by_boxes(full: torch.Tensor, boxes: tuple[LocalBox, ...], shape: torch.Size):
-    """What the boxes make of a local tensor, each element written once."""
+    """A local tensor filled by way of the boxes; asserts that each element is written once."""
     local = torch.full(shape, -1)
     for box in boxes:
         there = tuple(slice(o, o + n) for o, n in zip(box.local_offset, box.shape, strict=True))

@@ -1,4 +1,4 @@
-"""What stands for a dict or a list behaves as one, at every method and in C code."""
+"""A lazy dict or list behaves as a real one, in every method and in C code."""
 
 from __future__ import annotations
 
@@ -157,13 +157,13 @@ LIST_USES: dict[str, Callable[[list[Any]], Any]] = {
     "repr": repr,
     "equal": lambda x: (x == [[0], [1], [2]], x != [], x == [[0], [1], [2]], x == 3),
     "order": lambda x: (x < [[5]], x <= x, x > [], x >= [[9]]),
-    "add": lambda x: (x + [3], [3] + x, x + x),  # noqa: RUF005 - what is tested
+    "add": lambda x: (x + [3], [3] + x, x + x),  # noqa: RUF005 - under test
     "times": lambda x: (x * 2, 2 * x),
     "count": lambda x: x.count([1]),
     "index": lambda x: (x.index([1]), x.index([1], 1, 3)),
     "sorted": sorted,
     "max": max,
-    "sum": lambda x: sum(x, []),  # noqa: RUF017 - what is tested
+    "sum": lambda x: sum(x, []),  # noqa: RUF017 - under test
     "extend another": lambda x: [0].extend(x),
     "slice of another": lambda x: [0].__setitem__(slice(0, 1), x),
     "append": lambda x: x.append(9),

@@ -17,7 +17,7 @@ from pytest_dcp._engine.plan.nested import (
 from pytest_dcp.errors import CheckpointCorruptError, PlanError
 from support.tilings import fewer
 
-# No dots: two paths could then give one name. Digits are told from positions by their type.
+# No dots: two paths could then give one name. Digits differ from positions in their type.
 words = st.text("abc01", min_size=1, max_size=2)
 tensors = st.integers(0, 9).map(torch.tensor)
 leaves = st.one_of(tensors, st.integers(), st.none(), st.tuples(st.integers()), st.text(max_size=2))

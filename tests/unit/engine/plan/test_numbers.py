@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def loaded(folder: Path, saved: Any, template: Any, **options: Any) -> Any:
-    """What is in the place of the template, and the report."""
+    """The value loaded over the template, and the report."""
     dcp.save({"a": {"lr": saved}, "b": [torch.ones(2)]}, checkpoint_id=folder)
     target: dict[str, Any] = {"a": {"lr": template}, "b": [torch.zeros(2)]}
     report = dcp.load(target, checkpoint_id=folder, **options)

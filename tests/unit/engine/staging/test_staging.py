@@ -1,4 +1,4 @@
-"""What is staged is a copy, in memory that serves again, but never while somebody holds it."""
+"""Staging makes a copy; its memory is reused, but never while it is still referenced."""
 
 from __future__ import annotations
 

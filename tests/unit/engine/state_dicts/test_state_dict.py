@@ -1,4 +1,4 @@
-"""State dicts without a process group: what a model and its optimizer give and take."""
+"""State dicts without a process group: saving and loading a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -442,7 +442,7 @@ def test_an_optimizer_that_keeps_one_state_for_all_goes_round_once_it_was_steppe
 
 
 class Odd(torch.optim.Optimizer):
-    """States that are no tensors, of a size of their own, and one that is no parameter's."""
+    """States that are not tensors, of other sizes than the parameter, or of no parameter."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.5, "schedule": {"kind": "odd", "at": [1, 2]}})
@@ -800,7 +800,7 @@ def test_a_setting_that_every_step_needs_is_missed(form: str, strict: bool) -> N
 
 
 def test_settings_that_an_older_torch_did_not_have_are_not_missed() -> None:
-    """The optimizer gives itself the defaults of those; a scheduler adds what it needs."""
+    """The optimizer sets the defaults itself; a scheduler adds the keys that it needs."""
     model, optimizer = trained()
     state: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
@@ -904,7 +904,7 @@ def test_an_optimizers_own_state_dict_is_taken(kind: Any, stepped: bool) -> None
     train(other, other_optimizer)
     other.load_state_dict(model.state_dict())
     if not stepped:
-        other_optimizer.state.clear()  # What it has would be lost: see below.
+        other_optimizer.state.clear()  # Its state would be lost: see below.
     set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(optimizer.state_dict()))
     if stepped:
         same(other_optimizer.state_dict(), optimizer.state_dict())

@@ -1,4 +1,4 @@
-"""Damage on disk: whatever happens to a checkpoint's bytes, a load is right or says what is wrong.
+"""Damage on disk: for any damage to a checkpoint, a load is right or reports the damage.
 
 The checkpoint is small, so that every byte can be spoiled and every length tried. A load of
 everything must give the saved tensors or raise CheckpointCorruptError, inside the one exception
@@ -79,10 +79,10 @@ def outcome(folder: Path, saved: Any, target: Any = None, verify: Verify = "auto
 
 
 class LoadByHooks:
-    """The hooks that a load calls, in its order, without what tells other ranks of a failure.
+    """The hooks that a load calls, in its order, without reporting failures to other ranks.
 
-    That takes most of the time of a load that fails. Metadata that are whole are read, and planned
-    with, only once.
+    Reporting takes most of the time of a failing load. Undamaged metadata is read and planned with
+    only once.
     """
 
     def __init__(self, folder: Path, saved: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class LoadByHooks:
         self.items = self.planner.finish_plan(plan)
 
     def read(self) -> bool:
-        """Whether what the files hold is what was saved."""
+        """Whether the files hold the saved values."""
         for name, value in self.target.items():
             self.target[name] = value.fill_(99) if isinstance(value, torch.Tensor) else None
         self.reader.read_data(self.items, self.planner).wait()
@@ -161,7 +161,7 @@ def test_no_flipped_bit_gives_a_wrong_value(folder: Path, verify: Verify) -> Non
 class TestEveryByte:
     """Of a larger checkpoint: nothing is left out."""
 
-    SAVED: dict[str, Any] = {  # noqa: RUF012 - nobody changes it
+    SAVED: dict[str, Any] = {  # noqa: RUF012 - never changed
         "w": torch.arange(3_000.0).reshape(60, 50),
         "half": torch.arange(9, dtype=torch.bfloat16),
         "epoch": 3,
@@ -383,7 +383,7 @@ def test_auto_checks_blocks_on_the_edge_of_a_staging_buffer(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("rows", [(0, 2), (1, 3), (2, 4)])
 def test_full_checks_a_part_of_a_small_tensor(folder: Path, rows: tuple[int, int]) -> None:
-    """What auto may miss by design: blocks of which only a part is read."""
+    """Damage that auto may miss by design: in blocks of which only a part is read."""
     (path,) = folder.glob("*.distcp")
     whole = path.read_bytes()
     part = state()["w"][rows[0] : rows[1]]

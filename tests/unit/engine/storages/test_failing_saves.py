@@ -1,6 +1,6 @@
-"""Saves that fail, that meet another one, or lose a rank: an error that says so, and nothing lost.
+"""Saves that fail, meet another save or lose a rank raise an error that says so, and lose nothing.
 
-What crashes leave is searched in tests/worlds/faults/test_crash_states.py.
+For crashes see tests/worlds/faults/test_crash_states.py.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def test_a_reader_beside_saves_gets_whole_checkpoints(tmp_path: Path) -> None:
 
 
 class OwnSteps(FileSystemWriter):
-    """Replaces what names, writes and cleans up, and fails at the end."""
+    """Overrides the naming, writing and cleanup, and fails at the end."""
 
     fails = True
 
@@ -423,7 +423,7 @@ class Sabotage(FileSystemWriter):
 
 
 class Unpicklable(Exception):
-    """Holds what no pickle can."""
+    """Holds a lock, which cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__("cannot travel")
@@ -484,7 +484,7 @@ def test_an_interrupted_rank_is_named_on_the_others(
 
 
 def killed_save(folder: Path, rank: int, killed: int) -> None:
-    """What a survivor sees; the killed one never returns."""
+    """Save while one rank is killed; returns on the survivors only."""
     dcp.save(of_rank(rank, 1.0), checkpoint_id=folder)
 
     def act() -> None:

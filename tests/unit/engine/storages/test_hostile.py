@@ -1,8 +1,8 @@
-"""Checkpoints made to harm whoever loads them, and plans and targets that ask for the impossible.
+"""Checkpoints made to harm their loader, and plans and targets that ask for the impossible.
 
-No code of a checkpoint runs, memory stays bounded, nothing outside of a target is written, and what
-is wrong is said as CheckpointCorruptError with the file or the entry. What could end the process is
-tried in a fork of it.
+No code of a checkpoint runs, memory stays bounded, nothing outside of a target is written, and the
+fault is raised as CheckpointCorruptError with the file or the entry. Loads that could end the
+process run in a fork of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 ROOM_BYTES = 1 << 30
-"""What a load of a few bytes may add to the address space."""
+"""Bytes that a load of a few bytes may add to the address space."""
 FORK_S = 30
 
 
@@ -56,7 +56,7 @@ def forked(body: Callable[[], None], room_bytes: int = 8 << 30) -> str:
                 used = int(statm.read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + room_bytes,) * 2)
             body()
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent is told
+        except BaseException:  # noqa: BLE001 - any error goes to the parent
             text = traceback.format_exc()
         with contextlib.suppress(BaseException):
             os.write(writing, text.encode()[-4000:])
@@ -71,7 +71,7 @@ def forked(body: Callable[[], None], room_bytes: int = 8 << 30) -> str:
 
 
 def cause_of(load: Callable[[], object]) -> BaseException | None:
-    """What one rank's load failed with, or None."""
+    """The error of one rank's load, or None."""
     try:
         load()
     except dcp.CheckpointException as error:
@@ -294,7 +294,7 @@ def test_chunks_that_do_not_tile_their_tensor_are_refused(
     check_refused(lambda: dcp.load({"w": torch.zeros(16)}, checkpoint_id=tmp_path))
 
 
-# ---- what planners said
+# ---- planner data
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,8 @@ def test_entries_with_impossible_transforms_are_refused(tmp_path: Path, descript
     torchs(tmp_path, edit)
     with pytest.raises(dcp.CheckpointException) as caught:
         dcp.load(target(), checkpoint_id=tmp_path)
-    # What is not known may be another program's: no damage, unlike what cannot be decoded.
+    # An unknown transform may be another program's, so it is no damage; bytes that cannot be
+    # decoded are.
     known = descriptor == "stream.zstd/1"
     causes = [type(cause) for cause, _ in caught.value.failures.values()]
     assert causes == [CheckpointCorruptError if known else CheckpointError]

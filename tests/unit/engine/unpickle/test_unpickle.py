@@ -572,14 +572,14 @@ HOSTILE = {
 
 
 def seconds(read: Callable[[bytes], object], data: bytes) -> float:
-    """What reading takes of the processor, whatever comes of it."""
+    """Processor time of a read, failed or not."""
     began = time.process_time()
     survives(read, data)
     return time.process_time() - began
 
 
 def peak_bytes(read: Callable[[bytes], object], data: bytes) -> int:
-    """What reading takes of the memory, whatever comes of it. It takes ten times as long."""
+    """Peak memory of a read, failed or not. Measuring it makes the read ten times slower."""
     tracemalloc.start()
     try:
         survives(read, data)
@@ -718,7 +718,8 @@ def test_only_our_errors_leave(data: bytes) -> None:
 
 
 def names_what_stays_unread(data: bytes) -> bool:
-    """Whether the pickle names a class that nobody has, in a module that stock pickle imports."""
+    """Whether the pickle names a class that does not exist, in a module that stock pickle
+    imports."""
     names = (arg.split(" ", 1) for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL")
     return any(may_stay_unread(*name) and find_global(*name) is None for name in names)
 
@@ -731,7 +732,7 @@ def find_global(module: str, name: str) -> object | None:
 
 @given(PROGRAMS | damaged())
 def test_what_is_read_is_what_pickle_reads(data: bytes) -> None:
-    """Stock pickle may read what we allow: nothing in our lists harms. Persistent ids it cannot."""
+    """Stock pickle can safely read all that we allow, except persistent ids."""
     for read in (read_metadata, read_value):
         value = survives(read, data)
         if value is not None and not names_what_stays_unread(data):

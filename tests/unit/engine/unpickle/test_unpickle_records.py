@@ -1,4 +1,4 @@
-"""Records that are read at a step are what their opcodes would make one by one."""
+"""Records read in one step equal the result of their opcodes, run one by one."""
 
 from __future__ import annotations
 

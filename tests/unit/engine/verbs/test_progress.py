@@ -1,4 +1,4 @@
-"""What a user sees of a save and a load while they run."""
+"""The progress of a save and a load, as a user sees it."""
 
 from __future__ import annotations
 

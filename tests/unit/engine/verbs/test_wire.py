@@ -1,4 +1,4 @@
-"""Values between ranks: what goes in comes out, nothing else does, and nothing is run."""
+"""Values between ranks arrive as sent; all else is refused, and no code is run."""
 
 from __future__ import annotations
 

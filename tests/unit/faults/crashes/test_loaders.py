@@ -1,4 +1,4 @@
-"""A caller's loader: what it raises is a word on the folder only where it can load a good one."""
+"""A caller's loader: its error counts against a folder only if it can load a good one."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ pytestmark = [
 
 
 class DamagedError(Exception):
-    """What a saver raises for a folder that it cannot load."""
+    """Raised by a saver for a folder that it cannot load."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Saver:
     clean_early: bool = False
     """Files of the old save are removed before the commit."""
     reuse_temporary: bool = False
-    """What is left of an earlier index is not cut off."""
+    """The rest of a longer, earlier index is not cut off."""
     rename_early: bool = False
     """The index gets its name before it is synced."""
     commit_in_two: bool = False
@@ -194,7 +194,7 @@ def crash_violations(saver: Saver) -> Iterator[str]:
 
 
 def retry_violations(saver: Saver) -> Iterator[str]:
-    """Crashes after which the next save does not give what it saved."""
+    """Crashes after which the next save does not load as saved."""
     trace = recorded(lambda f: saver.save(f, NEW), lambda f: saver.save(f, OLD))
     for state in trace.crash_states("posix", budget=100):
         with state.restored() as folder:

@@ -25,7 +25,7 @@ from pytest_dcp.faults.crashes.trace import Tree, TreeLink
 
 
 def commit(folder: Path) -> None:
-    """What a careful program does."""
+    """Write a file as a careful program does."""
     with (folder / "t").open("wb") as file:
         file.write(b"new")
         file.flush()
@@ -105,7 +105,7 @@ def test_what_python_does_not_see_is_named(unseen: Callable[[Path], None]) -> No
 
 
 class Unreadable(Folders):
-    """Folders of which nothing can be told."""
+    """Folders that cannot be read."""
 
     def trees(self) -> list[Tree]:
         raise PermissionError("no entry")
@@ -171,7 +171,8 @@ def test_threads_that_write_beside_each_other_are_replayed() -> None:
 def test_a_lie_of_the_storage_is_seen_in_what_a_crash_leaves(
     faulty_storage: FaultyStorage, checkpoint_dir: Path
 ) -> None:
-    """The recording shows what really reached the storage, not what the program was told."""
+    """The recording shows the operations that reached the storage, not the results the program
+    saw."""
     old(checkpoint_dir)
     faulty_storage.inject(LyingSync(), on="sync", sticky=True)
     with faulty_storage.record() as trace:

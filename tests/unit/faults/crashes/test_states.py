@@ -352,7 +352,7 @@ def test_an_id_brings_the_same_crash_back_beyond_any_budget(model: Any) -> None:
 
 def test_an_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match="kill, posix, ext4-ordered, nfs, s3; got 'zfs'"):
-        list(crashes(a_trace(), "zfs"))  # type: ignore[arg-type]  # what is under test
+        list(crashes(a_trace(), "zfs"))  # type: ignore[arg-type]  # under test
 
 
 def test_the_events_are_reported() -> None:

@@ -1,4 +1,4 @@
-"""Fuzzed metadata: read in bounded time and memory, and refused, or taken for what they are."""
+"""Fuzzed metadata: read in bounded time and memory, and refused or read correctly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAVERS = ("ours", "torch")
 INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000
 """For each of the two. The nightly profile of Hypothesis tries more."""
 LOADED_EACH = 50
-"""Of so many inputs one is loaded, with its tensors and values."""
+"""One in this many inputs is loaded, with its tensors and values."""
 ROOM_BYTES = 256 << 20
 INPUT_S = 5
 """Of the processor, for one input of a few thousand bytes."""
@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def check_sound(catalog: Catalog) -> None:
-    """What is said of an accepted file, by another way than the reader's own checks."""
+    """Check an accepted file, independently of the reader's own checks."""
     for name in catalog.places.files:
         assert name, "a file without a name"
         assert not name.startswith("/"), name

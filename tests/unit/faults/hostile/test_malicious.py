@@ -58,20 +58,22 @@ OWN_ERRORS = {
     ("pytest_dcp.errors", "UntrustedPickleError"),
     ("pytest_dcp._engine.unpickle.machine", "UnknownGlobalError"),
 }
-"""What a load unpickles that fails: its own error, to see whether it can be sent to other ranks."""
+"""Classes that a failing load unpickles: its own error, to see whether it can be sent to other
+ranks."""
 
 
 OF_TRACEBACKS = {"tb_frame", "f_code"}
-"""What is looked at when a traceback is quoted."""
+"""Attributes that are read when a traceback is quoted."""
 
 
 class Audit:
-    """What Python did since the last look: names of events, and files opened outside."""
+    """Python's audit events since the last call: their names, and files opened outside the
+    folder."""
 
     def __init__(self) -> None:
         self.usual: set[str] = set()
         self.folder: Path | None = None
-        """Within which files may be opened to be read; None: nothing is looked at."""
+        """Files in it may be opened for reading; None: events are ignored."""
         self.seen: list[str] = []
         sys.addaudithook(self._see)
 
@@ -96,7 +98,7 @@ class Audit:
         return known and not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
     def of(self, act: Callable[[], Any], folder: Path) -> tuple[Any, list[str]]:
-        """What the act returns, and what was done meanwhile that is not usual."""
+        """The result of the act, and the unusual events during it."""
         self.seen, self.folder = [], folder
         try:
             result = act()
@@ -112,7 +114,7 @@ def test_no_code_runs_in_our_loads(
 
     def body(begin: Callable[[str], None]) -> dict[str, str]:
         audit = Audit()
-        # What a load of a good checkpoint does is no escape.
+        # Events of a load of a good checkpoint are no escapes.
         for one in (load, load):
             _, seen = audit.of(lambda one=one: ending(one, good), good)
         audit.usual = {event.partition("(")[0] for event in seen}
@@ -161,7 +163,7 @@ def test_every_gadget_works_on_stock_pickle(
     cases: list[Hostile], canary: Path, tmp_path: Path
 ) -> None:
     whole = [case for case in cases if case.name.endswith("as .metadata")]
-    # Those that start a program are tried once.
+    # Gadgets that start a program are tried once.
     slow = ("subprocess", "system", "collect_env", "commands")
     tried = [case for case in whole if "protocol 2" in case.name or not case.name.startswith(slow)]
 

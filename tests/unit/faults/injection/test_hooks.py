@@ -1,4 +1,4 @@
-"""Wrapped storages, planners and stagers are what they were, but for hooks with faults."""
+"""Wrapped storages, planners and stagers behave as before, except for hooks with faults."""
 
 from __future__ import annotations
 

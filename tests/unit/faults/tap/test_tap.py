@@ -1,4 +1,4 @@
-"""The tap: what code does below a watched root is seen, whatever way it takes; the rest is not."""
+"""The tap sees all operations below a watched root, by any way, and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pytest_dcp.faults.tap.operation import Alternative, Operation, Replace, Sho
 
 
 class Notes:
-    """Keeps what it is told, and answers what it was given."""
+    """Records its calls, and answers with the given verdict."""
 
     def __init__(self, verdict: Callable[[Operation], Verdict | None] = lambda _: None) -> None:
         self.asked: list[Operation] = []

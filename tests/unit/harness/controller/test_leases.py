@@ -36,7 +36,7 @@ from pytest_dcp._harness.controller.leases import (
 )
 
 WAIT_S = 20.0
-"""Bounds what should take milliseconds; a test that reaches it fails."""
+"""Bounds waits that should take milliseconds; a test that reaches it fails."""
 
 PRELUDE = """
 import os, subprocess, sys, time

@@ -22,7 +22,7 @@ def read(line: dict[str, str] | None = None, ini: dict[str, object] | None = Non
 
 
 def refused(line: dict[str, str] | None = None, ini: dict[str, object] | None = None) -> str:
-    """What the user is told."""
+    """The text of the usage error."""
     with pytest.raises(pytest.UsageError) as caught:
         read(line, ini)
     return str(caught.value)
@@ -218,7 +218,7 @@ NATIVE: list[tuple[str, object, str, object]] = [
     ("output-limit", 0.5, "output_limit_bytes", 512 * 1024),
     ("seed", 7, "seed", 7),
 ]
-"""What a TOML file says without quotes: every option that is no name."""
+"""Values that a TOML file states without quotes: every option that is not a name."""
 
 
 @pytest.mark.parametrize(("name", "given", "path", "value"), NATIVE)

@@ -13,7 +13,7 @@ from pytest_dcp._harness.rank.example_runner import ExampleRunner
 
 
 class FakeRank:
-    """Keeps what is sent, and has nothing to count."""
+    """Keeps the messages it sends, and has nothing to count."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log

@@ -1,4 +1,4 @@
-"""What ranks and the controller tell each other of examples: records, divergence, lines."""
+"""Messages about examples between ranks and the controller: records, divergence, lines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_record_that_was_cut_off_keeps_what_is_whole(
 
 
 def test_intervals_of_text_strategies_are_read() -> None:
-    # What Hypothesis hands over with each character that it draws.
+    # Hypothesis passes these with each character that it draws.
     intervals = IntervalSet.from_string("abc")
     (entry,) = decode(encode_choice("string", {"intervals": intervals}, "a", False))
     assert isinstance(entry, Choice)

@@ -1,4 +1,4 @@
-"""What the engine is told of an example, from replayed words of the ranks."""
+"""The verdict on an example that Hypothesis gets, from replayed replies of the ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def verdict_of(
     size: int = 2,
     records: Mapping[int, Sequence[Entry]] | None = None,
 ) -> ExampleVerdict:
-    """Ranks without a reply were not heard of."""
+    """The verdict on these replies; a rank without one sent no message."""
     words = {"valid": "passed", "interesting": "failed", "invalid": "passed", "overrun": "passed"}
     done = {
         rank: Done("call", words[one.status], 0.0, text=one.origin, payload=pickle.dumps(one))  # type: ignore[arg-type]  # words of ours

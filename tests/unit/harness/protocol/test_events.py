@@ -1,4 +1,4 @@
-"""The wire codec: whatever is sent comes out again, and whatever else comes in is a `WireError`."""
+"""The wire codec: messages arrive as sent, and all other input is a `WireError`."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ def test_a_field_of_another_type_is_a_wire_error_that_names_the_value(data: st.D
         (got,) = decoded(frame(json.dumps([cls.__name__, body]).encode()))
     except WireError:
         return
-    # What was taken is what the field can hold.
+    # The field can hold an accepted value.
     back = plain(getattr(got, name))
     assert back == wrong
     assert type(back) is type(wrong)
@@ -405,7 +405,7 @@ def only_wire_errors(feed: Callable[[bytes], object], data: bytes) -> None:
         feed(data)
     except WireError as error:
         told = str(error)
-    assert len(told) < 2000  # it quotes, and does not repeat, what came
+    assert len(told) < 2000  # it quotes the data in part
 
 
 @settings(deadline=None)

@@ -16,7 +16,7 @@ import pytest
 from pytest_dcp._harness.protocol import linux
 
 WAIT_S = 20.0
-"""Bounds what should take milliseconds; a test that reaches it fails."""
+"""Bounds waits that should take milliseconds; a test that reaches it fails."""
 
 LOAD = f"""
 import importlib.util, os, signal, subprocess, sys, time
@@ -86,7 +86,7 @@ def gone_pid() -> int:
     return process.pid
 
 
-# What /proc says.
+# Contents of /proc.
 
 
 @pytest.mark.parametrize("list_", [linux.children, linux._children_by_scan])

@@ -1,4 +1,4 @@
-"""What is put back after a test: what changed since the mark, and what fixtures meant to last."""
+"""Restoring process state after a test: changes since the mark, except fixtures' lasting ones."""
 
 from __future__ import annotations
 

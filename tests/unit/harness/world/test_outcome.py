@@ -1,4 +1,4 @@
-"""What ranks said and what became of them -> one outcome, with messages that real worlds gave."""
+"""Reports and fates of ranks -> one outcome, with messages from real worlds."""
 
 from __future__ import annotations
 

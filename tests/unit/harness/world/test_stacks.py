@@ -1,4 +1,4 @@
-"""What faulthandler wrote -> what a rank was doing: on dumps made here, and on those of real hangs.
+"""A dump of faulthandler -> the rank's activity: dumps made here, and dumps of real hangs.
 
 For a real dump with frames of torch in it, and no torch, code is compiled under torch's file names:
 faulthandler prints the name that the code object carries.
@@ -182,7 +182,7 @@ def test_a_file_whose_name_holds_the_format_s_own_words_is_read_whole() -> None:
     assert describe_activity(dump((odd, "test_step"))).endswith(":2 in test_step")
 
 
-# What is left of stacks in a report.
+# Stacks as a report shows them.
 
 
 def test_frames_of_the_machinery_below_the_test_are_cut() -> None:
@@ -321,7 +321,7 @@ def test_a_real_hang_is_reported_by_its_collective_and_line(trace: str, what: st
 
 @pytest.mark.parametrize(("trace", "what"), HANGS.values(), ids=HANGS)
 def test_a_trimmed_hang_says_the_same(trace: str, what: str) -> None:
-    # Reports keep only the trimmed trace, and tell from it what the rank was doing.
+    # Reports keep only the trimmed trace, and derive the rank's activity from it.
     assert describe_activity(trim_runner(trace)) == what
 
 

@@ -56,13 +56,13 @@ Intent = Literal[
     "announce", "kill", "pause", "resume", "kill next", "pause next", "resume next",
     "prepare", "ready", "report",
 ]  # fmt: skip
-"""What a rank is about to do; what that means depends on where it is."""
+"""A rank's next actions; the meaning of each depends on the rank's state."""
 
 
 class Witness:
     """Runs fake ranks against a supervisor through any history, keeping books of its own.
 
-    It knows only what was told and what was ordered; the supervisor's states it never looks at.
+    It sees only the messages and the orders, never the supervisor's states.
     """
 
     def __init__(self, size: int, unkillable: frozenset[int], limit_s: float) -> None:
@@ -75,12 +75,13 @@ class Witness:
         """Ranks whose end or stop was asked for, and that did not go on since."""
         self.stopped: set[int] = set()
         self.halting: list[Halts] = []
-        """What signals will do, not yet told."""
+        """Effects of signals that the supervisor has not received yet."""
         self.ordered: set[int] = set(range(size))
         """Ranks that owe an answer to this phase."""
         self.paused_s = 0.0
         self.allowed_s = 0.0
-        """Time beyond the limit for what ranks said that they prepare or report, at most."""
+        """The most time beyond the limit that ranks may use for announced preparation and
+        reports."""
         self.limit_s = limit_s
         self.deadline = T0 + limit_s
         self.supervisor.boot(self.deadline)

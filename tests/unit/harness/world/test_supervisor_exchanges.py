@@ -152,7 +152,7 @@ def test_a_rank_that_dies_at_an_exchange_frees_the_others() -> None:
 
 
 def test_the_survivors_of_a_failed_phase_can_not_meet_the_dead() -> None:
-    # What wind-down does: a teardown on the ranks that are left.
+    # As in a wind-down: a teardown on the ranks that are left.
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Ends(1, 1)), (T0 + 1.5, Says(0, PASSED))])
     replay.begin([0], "teardown")

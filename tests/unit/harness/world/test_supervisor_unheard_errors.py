@@ -1,4 +1,4 @@
-"""The supervisor: a rank that waits with an error which its peers have not heard of."""
+"""The supervisor: a rank has an error that its peers have not received, and waits."""
 
 from __future__ import annotations
 

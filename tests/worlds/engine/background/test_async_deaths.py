@@ -1,4 +1,4 @@
-"""A rank that is killed while it copies its state: the others hear of it, in their futures."""
+"""A rank is killed while it copies its state: the others get an error from their futures."""
 
 import time
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def save_killed_before_it_meets(world: RankWorld, victim: int, folder: Path) -> 
 def test_a_rank_that_is_killed_before_it_meets_the_others_is_named(
     world: RankWorld, checkpoint_dir: Path, victim: int
 ) -> None:
-    """In the group's first operation; nobody has an address of the coordinator yet."""
+    """In the group's first operation, when no rank has the coordinator's address yet."""
     assert "has ended" in save_killed_before_it_meets(world, victim, checkpoint_dir)
 
 

@@ -1,4 +1,4 @@
-"""Saves in a background process: what a save in a thread promises, and that processes come and go.
+"""Saves in a background process: the promises of a save in a thread; processes start and end.
 
 The first save of a group starts the ranks' processes, which costs seconds: so a test makes many
 saves, one after another.
@@ -52,14 +52,14 @@ def state(mesh: DeviceMesh, n: int = 0) -> dict[str, Any]:
 
 
 def found(folder: Path | str, like: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """What a load gives."""
+    """Load the checkpoint; returns the state."""
     target: dict[str, Any] = blank(like)
     dcp.load(target, checkpoint_id=folder, **options)
     return target
 
 
 def begun(state: dict[str, Any], folder: Path | None = None, **options: Any) -> Future[Metadata]:
-    """A save in a process, over whatever is there."""
+    """Start a save in a process, over any existing checkpoint."""
     started = dcp.async_save(
         state,
         checkpoint_id=folder,
@@ -82,7 +82,7 @@ def listening(pid: int) -> set[str]:
 
 
 def failure(future: Future[Metadata]) -> StepError:
-    """What a save failed of, told to every rank alike."""
+    """The error of a failed save, which is the same on every rank."""
     error = future.exception(WAIT_S)
     assert isinstance(error, CheckpointException)
     assert isinstance(error, StepError)

@@ -42,7 +42,7 @@ KEY = "correct horse battery staple"
 
 
 def store() -> Any:
-    """What anybody who reaches MASTER_PORT can read and write."""
+    """The store: any process that reaches MASTER_PORT can read and write it."""
     return dist.distributed_c10d._world.pg_map[dist.group.WORLD][1]
 
 
@@ -155,7 +155,7 @@ def test_a_pickle_that_lies_in_the_store_is_not_opened(
 def test_who_poses_as_the_coordinator_has_no_pickle_opened(
     world: RankWorld, rank: int, bomb: bytes, shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An address in the store that is an attacker's, who knows its secret."""
+    """The store holds the address of an attacker that knows the secret in it."""
     if shared:
         monkeypatch.setenv("DCP_SHARED_KEY", shared)
     if rank == 0:
@@ -206,7 +206,7 @@ def test_the_secret_alone_admits_no_peer_where_there_is_a_shared_key(
 
 
 class Proxy(threading.Thread):
-    """Somebody on the way between a rank and the coordinator, who can change what is sent."""
+    """A man in the middle between a rank and the coordinator, who can change messages."""
 
     def __init__(self, to: int, attack: str) -> None:
         super().__init__(daemon=True)
@@ -326,7 +326,7 @@ def test_a_rank_with_another_shared_key_says_so(
 
 
 class Noted:
-    """An object of the user's own, in what a planner sends."""
+    """An object of a user's class, in a planner's data."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -1,7 +1,7 @@
 """Teams in worlds: results of steps, and failures of every sort that reach every rank.
 
-Where a rank has to die or to stop, a fork of it takes its part and dies: the rank itself lives on,
-so that every rank can assert what it saw.
+When a rank has to die or stop, a fork of it takes its part and dies: the rank itself lives on, so
+that every rank can run assertions.
 """
 
 from __future__ import annotations
@@ -668,7 +668,7 @@ def test_a_rank_that_closes_early_is_named(rank: int, coordinator: int) -> None:
             assert isinstance(seen[0].failures[1][0], RankLeftError)
 
 
-# What a failed operation leaves.
+# After a failed operation.
 
 
 @each_coordinator
@@ -680,7 +680,7 @@ def test_the_group_is_of_use_after_a_rank_was_silent(
         with team(group, coordinator) as t, fails("meet"):
             t.barrier("meet")
     world.barrier()
-    if rank == 2:  # too late for the first: nobody takes part in half of each
+    if rank == 2:  # too late for the first: no rank mixes the two operations
         with team(group, coordinator) as t, pytest.raises(StepError):
             t.barrier("meet")
     else:

@@ -1,4 +1,4 @@
-"""What a failed save or load raises is caught as what went wrong, on every rank."""
+"""The error of a failed save or load can be caught by its cause's class, on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Full(dcp.FileSystemWriter):
 
 
 def caught(operation: Any) -> Exception:
-    """What it raises."""
+    """The error that it raises."""
     try:
         operation()
     except Exception as error:  # noqa: BLE001 - that this catches it is the test

@@ -34,10 +34,10 @@ RANKS = 3
 HEARD_S = 60.0
 """Far below the group's timeout."""
 LATE_S = 1.5
-"""Many times what a refusal takes to be believed here."""
+"""Many times the period after which a refusal is believed here."""
 
 Act = Callable[[int], object]
-"""What a rank does when it is told to begin."""
+"""A rank's action on the signal to begin."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ class Ranks:
     going: int
 
     def begin(self) -> None:
-        """Have all ranks act, and those that would save wait for the others."""
+        """Signal all ranks to act; saving ranks wait for the others."""
         os.write(self.going, b"!" * RANKS)
 
     def kill(self, rank: int) -> None:
@@ -124,8 +124,8 @@ def run_rank(rank: int, act: Act, place: Path, getting_ready: int, go: int) -> N
         whole = place / f"told-{rank}.whole"
         whole.write_text(json.dumps(told))
         whole.rename(place / f"told-{rank}")
-        time.sleep(2 * HEARD_S)  # until the test is over: no death but the victim's is meant
-    except BaseException:  # noqa: BLE001 - shown in the output; the test misses what is told
+        time.sleep(2 * HEARD_S)  # until the test is over: only the victim may die
+    except BaseException:  # noqa: BLE001 - printed; the test then misses this rank's file
         traceback.print_exc()
     finally:
         os._exit(0)

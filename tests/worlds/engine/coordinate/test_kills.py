@@ -1,9 +1,9 @@
-"""Ranks that are killed (SIGKILL) at random instants of a save: old or new, and named in time.
+"""Ranks killed (SIGKILL) at random instants of a save: old or new, and named in time.
 
-Each kill has a world of its own, of three processes that this one forks, and an instant that is
-drawn from how long such a save takes, and a little more. Survivors must hear of it, by the rank's
-number, or be done; the folder must hold the old checkpoint or the new one, whole, and the new one
-where a survivor was told so. The profile `nightly` kills 1,000 times.
+Each kill has a world of its own, of three processes that this one forks, and an instant drawn from
+a little more than the duration of such a save. Survivors must get an error with the rank's number,
+or finish; the folder must hold the whole old checkpoint or the whole new one, and the new one if a
+survivor's save returned. The profile `nightly` kills 1,000 times.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def state_of(fill: float) -> State:
 
 
 def part_of(rank: int, fill: float) -> State:
-    """What one rank has of it; all have the first."""
+    """One rank's part of the state; all ranks have the first tensor."""
     return {key: value for key, value in state_of(fill).items() if key in ("w0", f"w{rank}")}
 
 
@@ -108,12 +108,12 @@ MODES = {
 
 
 def run_rank(mode: Mode, rank: int, place: Path, ready: int, go: int) -> None:
-    """One rank's life; its end is told in a file.
+    """Run one rank and write its result to a file.
 
-    It says that it is ready, and goes on when it reads a byte from `go`.
+    It reports that it is ready, and goes on when it reads a byte from `go`.
     """
-    # Says where it hangs, and ends. Not by a timer of faulthandler's: the one that pytest has set
-    # would be waited for, in a thread that no fork has.
+    # If it hangs, print the stacks and end. faulthandler's own timer cannot be used: it would wait
+    # for the timer thread that pytest started, which a fork lacks.
     faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
     signal.alarm(2 * LIMIT_S)
     torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def run_rank(mode: Mode, rank: int, place: Path, ready: int, go: int) -> None:
         told["named"] = sorted(error.failures)
     told["ended_s"] = time.monotonic()
     (place / f"told-{rank}").write_text(json.dumps(told))
-    time.sleep(0.3)  # others may still hear of the last step
+    time.sleep(0.3)  # others may still receive the last step's result
 
 
 @contextmanager
@@ -188,12 +188,12 @@ def wait_for_end(child: int) -> int:
 
 @dataclass(frozen=True)
 class Killed:
-    """What one kill came to."""
+    """The result of one kill."""
 
     found: str
-    """What the folder holds."""
+    """The checkpoint that the folder holds."""
     heard: str
-    """What survivors were told: done, or named."""
+    """The survivors' result: done, or the error names the killed rank."""
     heard_s: float
     """The slowest survivor's end after the kill; 0 where all were done before."""
 

@@ -182,7 +182,7 @@ def test_a_hook_may_save_and_load_beside_its_own_save(rank: int, checkpoint_dir:
 
 
 def failure(operation: Callable[[], object]) -> StepError:
-    """What an operation fails of, in time."""
+    """The error of an operation, which fails in time."""
     began_s = time.monotonic()
     with pytest.raises(CheckpointException) as caught:
         operation()
@@ -282,7 +282,7 @@ def test_what_was_called_before_the_ranks_were_out_of_count_fails_and_the_next_s
         assert met(team()) == [0, 1]
 
 
-# What one rank alone raises before the first step.
+# Errors of one rank alone, before the first step.
 
 
 class Unsendable(dcp.DefaultSavePlanner):

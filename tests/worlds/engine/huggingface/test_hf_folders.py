@@ -255,7 +255,7 @@ def test_ranks_beside_many_overwrites_load_one_save(
     assert loads > 1
 
 
-# What cannot be.
+# Impossible requests.
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def bits(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def whole_files(folder: Path) -> dict[str, torch.Tensor]:
-    """What the package finds in the files that the index names, each where the index says."""
+    """Tensors that safetensors loads from the index's files; asserts that the index is right."""
     said = json.loads((folder / INDEX).read_text())
     files = {n: safetensors.torch.load_file(folder / n) for n in set(said["weight_map"].values())}
     found = {name: value for file in files.values() for name, value in file.items()}

@@ -173,7 +173,7 @@ def test_what_a_planner_sets_on_the_metadata_is_what_every_rank_gets(
     class Adding(dcp.DefaultSavePlanner):
         def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
             plans, metadata = super().create_global_plan(all_plans)
-            metadata.all_local_plans = all_plans  # type: ignore[attr-defined]  # what is tested
+            metadata.all_local_plans = all_plans  # type: ignore[attr-defined]  # under test
             metadata.of_mine = {"ranks": len(all_plans)}  # type: ignore[attr-defined]  # the same
             return plans, metadata
 

@@ -1,4 +1,4 @@
-"""Layouts: what was saved in one is loaded in any other, by as many ranks or by more or fewer."""
+"""Layouts: a state saved in one loads in any other, by the same or another number of ranks."""
 
 from __future__ import annotations
 

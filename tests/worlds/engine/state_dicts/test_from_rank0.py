@@ -97,7 +97,7 @@ def test_a_meta_model_is_filled(way: str, options: StateDictOptions, world: Any)
     state = get_model_state_dict(model) if options is FULL or dist.get_rank() == 0 else {}
     with torch.device("meta"):
         other = Net()
-    other.scratch = torch.ones(2)  # It is in no state dict: whoever made the model fills it.
+    other.scratch = torch.ones(2)  # In no state dict: the model's author fills it.
     other = WAYS[way](other)  # type: ignore[assignment]
     set_model_state_dict(other, state, options=options)
     close(get_model_state_dict(other, options=FULL), dict(model.state_dict()))

@@ -1,4 +1,4 @@
-"""What our functions get torch's can set, and the other way round."""
+"""torch's functions can set the states that ours get, and the other way round."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_both_get_the_same_and_set_what_the_other_got(way: str) -> None:
         theirs = torchs.get_state_dict(model, optimizer, options=options_of(torchs, kind))
         close(whole(mine), whole(theirs))
         if kind in ("sharded", "flat"):
-            # Each by itself: together the copies would share what both took from the model.
+            # Copied one by one: together the copies would share objects taken from the model.
             got[kind] = copy.deepcopy(mine), copy.deepcopy(theirs)
     losses = train(model, optimizer, steps=2)
     for kind, (mine, theirs) in got.items():

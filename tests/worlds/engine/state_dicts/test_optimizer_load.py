@@ -101,7 +101,7 @@ def test_the_state_dict_is_the_one_that_torch_makes(checkpoint_dir: Path) -> Non
 
 
 def described(value: Any) -> Any:
-    """A state dict with tensors as what they hold and how."""
+    """A state dict whose tensors are replaced by their values and layout."""
     if isinstance(value, dict):
         return {key: described(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -121,9 +121,9 @@ ROWS, COLUMNS = 8, 5
 
 
 def tensor_parallel(size: tuple[int, int], dp: dist.ProcessGroup, column: int) -> ShardedTensor:
-    """What FSDP1 makes of a parameter whose columns are shared by two ranks.
+    """The tensor that FSDP1 makes of a parameter whose columns are sharded over two ranks.
 
-    Outer: this rank's columns, as a shard of the parameter; inner: the rows of them that it holds.
+    Outer: this rank's columns, as a shard of the parameter; inner: its rows of these columns.
     """
     rows, columns = size
     low, high = (0, 3) if column == 0 else (3, columns)

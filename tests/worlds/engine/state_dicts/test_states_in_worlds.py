@@ -1,4 +1,4 @@
-"""What sharding makes hard: groups, frozen and unused parts, odd states, errors, other sizes."""
+"""Hard cases of sharding: groups, frozen and unused parts, odd states, errors, other sizes."""
 
 from __future__ import annotations
 

@@ -39,14 +39,14 @@ def state(n: int = 0) -> dict[str, Any]:
 
 
 def found(like: dict[str, Any], **where: Any) -> dict[str, Any]:
-    """What a load gives."""
+    """Load the checkpoint; returns the state."""
     target: dict[str, Any] = blank(like)
     dcp.load(target, **where)
     return target
 
 
 def failure_of(state: dict[str, Any], writer: FsspecWriter) -> str | None:
-    """What a save over another failed of."""
+    """The error text of a save over another checkpoint, or None."""
     try:
         with without_warnings(EXISTING):
             dcp.save(state, storage_writer=writer)
@@ -160,7 +160,7 @@ class TestOneRank:
             assert same(found(state(), storage_reader=reader), state(3))
             dcp.save(state(4), storage_writer=writer)
             assert same(found(state(), storage_reader=reader), state(4))
-            # What the listings hid is found and removed as soon as they show it.
+            # Files that listings hid are found and removed as soon as listings show them.
             settle(store)
             dcp.save(state(5), storage_writer=writer)
         assert same(found(state(), storage_reader=reader), state(5))

@@ -42,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def state_of(fill: float, mib: int) -> dict[str, torch.Tensor]:
-    """So many MiB of one value."""
+    """A state of `mib` MiB, all of one value."""
     return {f"w{n}": torch.full((MIB // 4,), fill) for n in range(mib)}
 
 

@@ -28,7 +28,7 @@ def transport(state_dict: Any = None) -> PGTransport:
 
 
 def exchanged(state: Any, template: Any = None) -> Any:
-    """Rank 0 sends its state; the others give what they received."""
+    """Rank 0 sends and returns its state; the others return the state they received."""
     way = transport(None if template is None else lambda: template)
     if dist.get_rank() == 0:
         way.send_checkpoint([1, 2], state)

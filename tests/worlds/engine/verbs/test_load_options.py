@@ -1,6 +1,6 @@
-"""What `load` can do beyond torch: parts, other names, other dtypes, checks, no template, reports.
+"""Features of `load` beyond torch's: parts, renaming, dtypes, checks, no template, reports.
 
-Also what a load does when other saves replace the checkpoint under it.
+Also loads during which other saves replace the checkpoint.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def nested() -> dict[str, Any]:
 def cause(
     caught: pytest.ExceptionInfo[CheckpointException], rank: int | None = None
 ) -> BaseException:
-    """What a rank failed with, or the first that did: a peer may be stopped before it fails."""
+    """A rank's error, or that of the first that failed: a peer may be stopped before it fails."""
     failures = caught.value.failures
     return failures[min(failures) if rank is None else rank][0]
 
@@ -449,7 +449,7 @@ class Settings:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and other.lr == self.lr
 
-    __hash__ = None  # type: ignore[assignment]  # equal by what it holds
+    __hash__ = None  # type: ignore[assignment]  # equal by value
 
 
 @two

@@ -1,4 +1,4 @@
-"""What is known not to fit only when it is read: judged for all keys and ranks before a change."""
+"""Misfits found only on reading: all keys and ranks are checked before any change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stored() -> dict[str, Any]:
 
 
 def target() -> dict[str, Any]:
-    """What all of it fits into."""
+    """A target that the whole checkpoint fits."""
     return {
         "a": torch.zeros(4),
         "number": torch.tensor(0.0),

@@ -1,4 +1,4 @@
-"""What several ranks hold under one key: equal copies, copies that differ, and a value per rank."""
+"""Several ranks hold one key: equal copies, copies that differ, and a value per rank."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Reversing(dcp.DefaultSavePlanner):
 
 
 class Doubling(dcp.DefaultSavePlanner):
-    """Makes what it saves, which differs from what the state holds."""
+    """Saves a computed value, which differs from the state's."""
 
     def transform_object(self, write_item: Any, object: Any) -> Any:
         return super().transform_object(write_item, object)

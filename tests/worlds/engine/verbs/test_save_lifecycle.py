@@ -44,14 +44,14 @@ def state(mesh: DeviceMesh, n: int = 0) -> dict[str, Any]:
 
 
 def found(folder: Path | str, like: dict[str, Any]) -> dict[str, Any]:
-    """What a load gives."""
+    """Load the checkpoint; returns the state."""
     target = blank(like)
     dcp.load(target, checkpoint_id=folder)
     return target  # type: ignore[no-any-return]  # blank keeps the type
 
 
 def save(state: dict[str, Any], folder: Path | str, **options: Any) -> Metadata:
-    """A save over whatever is there."""
+    """Save, over any existing checkpoint."""
     with without_warnings(EXISTING):
         return dcp.save(state, checkpoint_id=folder, **options)
 
@@ -114,7 +114,7 @@ class FailingWriter(dcp.FileSystemWriter):
 
 
 class Stager(AsyncStager):
-    """Copies when it is told to; records what it is asked."""
+    """Copies as configured; records its calls."""
 
     def __init__(self, synchronize: bool = False, later: bool = True) -> None:
         self._synchronize_after_execute = synchronize

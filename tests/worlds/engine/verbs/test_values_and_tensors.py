@@ -1,6 +1,6 @@
-"""What a state dict may hold: every tensor there is, values, containers, objects with a state.
+"""Contents of a state dict: every sort of tensor, values, containers, objects with a state.
 
-Saved by two ranks, loaded in place. What torch's engine reads of it is checked on the way.
+Saved by two ranks, loaded in place, and compared with a load by torch's engine.
 """
 
 from __future__ import annotations
