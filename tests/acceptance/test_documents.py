@@ -92,7 +92,7 @@ def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> No
 @pytest.mark.parametrize("block", _select("sh"))
 def test_commands_name_what_there_is(block: Block) -> None:
     """Not run here: `.ci/run` runs them, the tests among them."""
-    modules = re.findall(r"python -m ([\w.]+)", block.source)
+    modules = re.findall(r"-m (pytest_dcp[\w.]*)", block.source)
     for module in modules:
         assert importlib.util.find_spec(module) is not None, module
     environments = re.findall(r"tox run -e ([\w-]+)", block.source)
