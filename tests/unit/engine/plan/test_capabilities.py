@@ -124,7 +124,7 @@ def test_our_own_classes_have_the_capabilities(tmp_path: Path) -> None:
     assert place_of(FileSystemReader(tmp_path)) == tmp_path
 
 
-def test_each_attribute_is_looked_up_here_and_nowhere_else() -> None:
+def test_each_attribute_is_looked_up_only_here() -> None:
     """But by the classes that have it, on themselves."""
     attributes = {name for one in CAPABILITIES.values() for name in _members(one)}
     assert {"plans_alone", "repeatable", "targets", "source", "disk"} <= attributes
