@@ -4,4 +4,5 @@ import sys
 
 from pytest_dcp._swap.command import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
