@@ -340,7 +340,7 @@ BROKEN = {
     "the optimizers' names": ("optimizer_loading._targets", 0),
     "the comparison of the optimizers": ("optimizer_loading._compare", 0),
     "what is announced of the optimizers": ("optimizer_loading._by_entry", 0),
-    "a state's memory": ("optimizer_target.Target.filled", 1),
+    "a state's memory": ("optimizer_target.Target.fill", 1),
     "the message's memory": ("broadcast._meeting_place", 0),
     "the sending of the second tensor": ("broadcast._copy", 1),
 }
