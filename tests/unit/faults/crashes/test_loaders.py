@@ -145,7 +145,7 @@ def test_a_mistake_of_the_loader_is_no_verdict(
         loads_one_of(empty, None, NEW, wrong)
     assert re.search(r"load|no_such_name|len\(\)|state\.json|join\(\)", str(caught.value))
     (note,) = caught.value.__notes__
-    assert "no verdict" in note or "tells nothing of crashes" in note
+    assert "no verdict" in note or "says nothing about crashes" in note
 
 
 def refuses_with_a_checkpoint_error(state: dict[str, Any], checkpoint_id: Any) -> None:
@@ -192,7 +192,7 @@ def test_torchs_engine_refuses_by_its_own_exception(tmp_path: Path) -> None:
 def test_a_mistake_says_that_it_is_no_verdict_on_a_crash() -> None:
     with pytest.raises(TypeError, match="a mistake of the loader") as caught:
         loads_one_of(states()[0], None, NEW, always_wrong)
-    assert "tells nothing of crashes" in caught.value.__notes__[0]
+    assert "says nothing about crashes" in caught.value.__notes__[0]
 
 
 def test_a_loader_is_tried_on_the_finished_folder_once() -> None:
