@@ -84,7 +84,7 @@ def _honest_parts(folder: Path) -> tuple[int, bytes]:
 def _trailer(path: Path, start: int, length: int, crc: int) -> bytes:
     """A valid trailer for another manifest, which replaces the honest one."""
     old = metadata_file._trailer_of(memoryview((path.parent / "old trailer").read_bytes()), 0)
-    return metadata_file._Trailer(crc, start, length, old.pickle_length, old.pickle_crc).packed()
+    return metadata_file._Trailer(crc, start, length, old.pickle_length, old.pickle_crc).pack()
 
 
 def make_compressed_value(folder: Path, _scale: float, mib: int) -> None:
