@@ -41,23 +41,27 @@ def _counterpart(value: Any, name: str, asked: str) -> Any:
     """Our replacement for an object that torch's module has under this name."""
     if isinstance(value, ModuleType):
         inside, _, path = value.__name__.partition(TORCH)
-        return value if inside or not path else _our_module(path) or value
+        return value if inside or not path else our_module(path) or value
     home = getattr(value, "__module__", None)
     if not isinstance(home, str) or not home.startswith(f"{TORCH}.") or home == asked:
         return value
-    module = _our_module(home.removeprefix(TORCH))
+    module = our_module(home.removeprefix(TORCH))
     return value if module is None else vars(module).get(name, value)
 
 
 def _submodule(name: str) -> ModuleType | None:
     """A module of the package that is not imported yet; torch's, if only torch has it."""
-    if (module := _our_module(f".{name}")) is not None:
+    if (module := our_module(f".{name}")) is not None:
         return module
     found = importlib.util.find_spec(f"{TORCH}.{name}")
     return None if found is None else importlib.import_module(f"{TORCH}.{name}")
 
 
-def _our_module(path: str) -> ModuleType | None:
+def our_module(path: str) -> ModuleType | None:
+    """Our counterpart of torch's module, imported; None if we have none.
+
+    path: what follows the package in the module's name, such as ".metadata"; empty: the package.
+    """
     if path.count(".") > 1:  # Of a package that we do not have.
         return None
     found = importlib.util.find_spec(OURS + path)

@@ -18,17 +18,28 @@ SITE = str(Path(__file__).parent / "site")
 VARIABLE = "PYTEST_DCP_ENGINE"
 
 
-def extend_environment(environment: MutableMapping[str, str]) -> None:
-    """Let children swap engines, and note their fallbacks in a folder of this process.
+VARIABLES = (VARIABLE, FOLDER_VARIABLE, "PYTHONPATH")
+"""The variables that `extend_environment` sets."""
+
+
+def extend_environment(environment: MutableMapping[str, str]) -> Path | None:
+    """Let children swap engines, and note their fallbacks in a folder.
+
+    Returns the folder if it is new, for the caller to report and remove; None if a parent process
+    does that.
 
     Also puts the package on their path if it is not installed. If it is, its folder before the
     standard library's would hide modules of the library.
     """
     environment[VARIABLE] = "1"
     package = str(Path(__file__).parents[2])
-    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    given = environment.get("PYTHONPATH", "")
+    paths = given.split(os.pathsep) if given else []
     installed = package in (*site.getsitepackages(), site.getusersitepackages())
     first = [SITE] if installed or package in paths else [SITE, package]
     environment["PYTHONPATH"] = os.pathsep.join([*first, *(p for p in paths if p != SITE)])
-    if FOLDER_VARIABLE not in environment:
-        environment[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="pytest-dcp-engine-")
+    if FOLDER_VARIABLE in environment:
+        return None
+    made = tempfile.mkdtemp(prefix="pytest-dcp-engine-")
+    environment[FOLDER_VARIABLE] = made
+    return Path(made)

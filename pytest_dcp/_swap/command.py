@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_dcp._swap.children import extend_environment
-from pytest_dcp._swap.fallbacks import FOLDER_VARIABLE, fallback_text, noted_fallbacks
+from pytest_dcp._swap.fallbacks import report_fallbacks
 from pytest_dcp._swap.import_hook import install
 
 
@@ -28,14 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not options.is_module and not os.path.exists(options.script):
         parser.error(f"there is no file {options.script!r}")
-    mine = FOLDER_VARIABLE not in os.environ
-    extend_environment(os.environ)
+    notes = extend_environment(os.environ)
     install()
     try:
         _run(options.script, options.arguments, is_module=options.is_module)
     finally:
-        if mine:
-            _report_fallbacks(Path(os.environ.pop(FOLDER_VARIABLE)))
+        if notes is not None:
+            text = report_fallbacks(notes)
+            shutil.rmtree(notes, ignore_errors=True)
+            if text:
+                print(text, file=sys.stderr)
     return 0
 
 
@@ -47,10 +49,3 @@ def _run(script: str, arguments: list[str], *, is_module: bool) -> None:
     else:
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
-
-
-def _report_fallbacks(folder: Path) -> None:
-    text = fallback_text(noted_fallbacks(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    if text:
-        print(text, file=sys.stderr)

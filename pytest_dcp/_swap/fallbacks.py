@@ -30,8 +30,9 @@ def noted_fallbacks(folder: Path) -> list[str]:
     return [name for name in names if name.rpartition(".")[0] not in names]
 
 
-def fallback_text(names: list[str]) -> str:
-    """One line for the reader; empty where there is nothing to say."""
+def report_fallbacks(folder: Path) -> str:
+    """One line that lists them; empty if there are none."""
+    names = noted_fallbacks(folder)
     if not names:
         return ""
     return f"pytest_dcp's engine has no {', '.join(names)}: torch's own was imported"

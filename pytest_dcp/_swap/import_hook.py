@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from pytest_dcp._engine.torch_names import OURS, TORCH, our_module
 from pytest_dcp._swap.fallbacks import note_fallback
-from pytest_dcp._swap.replaced_names import OURS, TORCH, replace_names
+from pytest_dcp._swap.replaced_names import replace_names
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -22,6 +22,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self.importing_ours = False
         """Whether our engine is being imported: its own imports of torch's modules are torch's."""
+        self.has_ours = False
+        """Whether our engine has been imported."""
         self.waiting: list[ModuleType] = []
         """Modules of torch's that were imported meanwhile."""
 
@@ -45,22 +47,21 @@ class _Finder(importlib.abc.MetaPathFinder):
         A module that code imports by itself, and that we lack, is noted.
         """
         self.waiting.append(module)
-        if self.importing_ours:
+        if self.importing_ours or not (module.__name__ == TORCH or _is_whole(TORCH)):
             return
-        if module.__name__ == TORCH:
-            self.swap_waiting()
-        elif _is_whole(TORCH):
-            if not _has_ours(module):
-                note_fallback(module.__name__)
-            self.swap_waiting()
+        self.swap_waiting()
+        if our_module(module.__name__.removeprefix(TORCH)) is None:
+            note_fallback(module.__name__)
 
     def swap_waiting(self) -> None:
         """Give our names to the modules that wait, after importing all of ours."""
-        self.importing_ours = True
-        try:
-            _import_ours()
-        finally:
-            self.importing_ours = False
+        if not self.has_ours:
+            self.importing_ours = True
+            try:
+                _import_ours()
+            finally:
+                self.importing_ours = False
+            self.has_ours = True
         waiting, self.waiting = self.waiting, []
         for module in waiting:
             replace_names(module)
@@ -103,11 +104,6 @@ def install() -> None:
     if TORCH in sys.modules:
         finder.waiting.extend(_loaded_modules())
         finder.swap_waiting()
-
-
-def _has_ours(theirs: ModuleType) -> bool:
-    top = theirs.__name__.removeprefix(TORCH).split(".")[1]
-    return importlib.util.find_spec(f"{OURS}.{top}") is not None
 
 
 def _loaded_modules() -> list[ModuleType]:

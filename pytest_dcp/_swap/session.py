@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
-from pytest_dcp._swap.children import extend_environment
-from pytest_dcp._swap.fallbacks import FOLDER_VARIABLE, fallback_text, noted_fallbacks
+from pytest_dcp._swap.children import VARIABLES, extend_environment
+from pytest_dcp._swap.fallbacks import report_fallbacks
 from pytest_dcp._swap.import_hook import install
 
 
@@ -17,10 +16,9 @@ class EngineSession:
     """State that the session has to restore, and messages for its end."""
 
     def __init__(self) -> None:
-        self._environment = dict(os.environ)
-        self._owns_notes = FOLDER_VARIABLE not in os.environ
-        """False in an xdist worker, whose controller reports for all."""
-        extend_environment(os.environ)
+        self._before = {name: os.environ.get(name) for name in VARIABLES}
+        self._notes = extend_environment(os.environ)
+        """None in an xdist worker, whose controller reports for all."""
         install()
 
     def pytest_report_header(self) -> str:
@@ -29,18 +27,19 @@ class EngineSession:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List the imported modules that only torch's engine has."""
-        folder = os.environ.get(FOLDER_VARIABLE)
-        if folder and (text := fallback_text(noted_fallbacks(Path(folder)))):
+        if self._notes is not None and (text := report_fallbacks(self._notes)):
             terminalreporter.section("engine")
             terminalreporter.write_line(text)
 
     def pytest_unconfigure(self) -> None:
         """Restore the environment, and remove the notes."""
-        folder = os.environ.get(FOLDER_VARIABLE)
-        os.environ.clear()
-        os.environ.update(self._environment)
-        if folder and self._owns_notes:
-            shutil.rmtree(folder, ignore_errors=True)
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if self._notes is not None:
+            shutil.rmtree(self._notes, ignore_errors=True)
 
 
 def begin(config: pytest.Config) -> None:
