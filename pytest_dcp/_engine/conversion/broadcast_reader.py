@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from pytest_dcp._engine.conversion.torch_save_files import read_torch_save
+from pytest_dcp._engine.plan.materialise import current_device, group_device_type
 from pytest_dcp._engine.plan.nested import flatten
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
 from pytest_dcp.errors import CheckpointMismatchError
@@ -153,7 +154,7 @@ class BroadcastingTorchSaveReader(StorageReader):
         if not dist.is_initialized():
             stored: torch.Tensor = self._flat[fqn]
             return stored
-        device = _device_of_collectives()
+        device = current_device(group_device_type())
         if self.is_coordinator:
             whole: torch.Tensor = self._flat[fqn].detach().to(device).contiguous()
         else:
@@ -163,13 +164,6 @@ class BroadcastingTorchSaveReader(StorageReader):
         if flat is not None:
             dist.broadcast(flat, src=self.coordinator_rank)
         return whole
-
-
-def _device_of_collectives() -> torch.device:
-    """The CPU if the default group has a backend for it, this rank's accelerator otherwise."""
-    if any(backend.startswith("cpu:") for backend in dist.get_backend_config().split(",")):
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator() or "cpu")
 
 
 class DynamicMetaLoadPlanner(DefaultLoadPlanner, format_utils_of_torch.DynamicMetaLoadPlanner):

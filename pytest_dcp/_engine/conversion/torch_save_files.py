@@ -22,7 +22,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from pytest_dcp._engine.format.checksum import crc32
-from pytest_dcp._engine.format.entry import contiguous_stride, records_of
+from pytest_dcp._engine.format.entry import contiguous_stride
+from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.format.state_dict_archive import (
     TensorPlace,
     close_archive,
@@ -30,8 +31,6 @@ from pytest_dcp._engine.format.state_dict_archive import (
     place_tensors,
 )
 from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
-from pytest_dcp._engine.unpickle import UnknownGlobalError
-from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
 from pytest_dcp._torch_internals.tensors import identity_of_storage
@@ -60,7 +59,7 @@ def dcp_to_torch_save(
     target = Path(torch_save_path)
     with _replace_at_end(target) as fd:
         planner = _FilePlanner(fd, weights_only=weights_only)
-        with _meant_to_be_alone():
+        with _without_single_process_warning():
             load({}, checkpoint_id=dcp_checkpoint_dir, planner=planner, no_dist=True)
         planner.close_file()
 
@@ -81,12 +80,12 @@ def torch_save_to_dcp(
     something other than a state dict.
     """
     state_dict = read_torch_save(torch_save_path, weights_only=weights_only)
-    with _meant_to_be_alone():
+    with _without_single_process_warning():
         save(state_dict, checkpoint_id=dcp_checkpoint_dir, no_dist=True)
 
 
 @contextlib.contextmanager
-def _meant_to_be_alone() -> Iterator[None]:
+def _without_single_process_warning() -> Iterator[None]:
     """Without the warning that one process saves or loads: here it always does."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -108,31 +107,19 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
                 file=os.fspath(path),
             )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    state_dict = _read_archive(memoryview(mapped), path, weights_only=weights_only)
+    try:
+        state_dict = decode_value(memoryview(mapped), share=True)
+    except CheckpointCorruptError as error:
+        if weights_only or not isinstance(error, UntrustedPickleError):
+            raise error.at(file=os.fspath(path)) from error
+        # Not by `decode_value`, which would hold the whole file in memory.
+        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     if not isinstance(state_dict, dict):
         raise TypeError(
             f"expected a state dict in {os.fspath(path)}, got {type(state_dict).__name__}: a "
             "checkpoint holds a dict of tensors and values"
         )
     return state_dict
-
-
-def _read_archive(archive: memoryview, path: PathLike, *, weights_only: bool) -> Any:
-    try:
-        read = records_of(archive)
-        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"), share=True)
-    except UnknownGlobalError as unknown:
-        if not weights_only:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        raise UntrustedPickleError(
-            f"{unknown.reason}: pass weights_only=False if you trust the file's writer, or allow "
-            "the class with torch.serialization.add_safe_globals",
-            file=os.fspath(path),
-        ) from unknown
-    except CheckpointCorruptError as error:
-        raise CheckpointCorruptError(
-            error.reason, file=os.fspath(path), offset=error.offset
-        ) from error
 
 
 @contextlib.contextmanager

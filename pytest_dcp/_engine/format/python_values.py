@@ -51,8 +51,12 @@ def encode_value(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any:
+def decode_value(
+    entry: bytes | memoryview, *, weights_only: bool = True, share: bool = False
+) -> Any:
     """The value of an entry.
+
+    share: whether its tensors lie in the entry's memory, which must be writable.
 
     Raises CheckpointCorruptError if the bytes are not an entry, and UntrustedPickleError if the
     entry holds more than plain and inert values, tensors, and classes that the user has allowed,
@@ -60,7 +64,7 @@ def decode_value(entry: bytes | memoryview, *, weights_only: bool = True) -> Any
     """
     read = records_of(entry)
     try:
-        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"))
+        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"), share=share)
     except UntrustedPickleError as unknown:
         if not weights_only:
             return torch.load(io.BytesIO(entry), weights_only=False)

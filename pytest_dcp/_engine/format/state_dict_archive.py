@@ -20,10 +20,8 @@ import torch
 
 from pytest_dcp._engine.format.archive_layout import ArchiveLayout, add_constants
 from pytest_dcp._engine.format.checksum import crc32
+from pytest_dcp._engine.format.python_values import PICKLE_PROTOCOL
 from pytest_dcp._torch_internals.tensors import identity_of_storage, take_apart_typed_storage
-
-PICKLE_PROTOCOL = 2
-"""The protocol that torch.save uses, and the only one that torch.load(weights_only=True) reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,6 +198,25 @@ class TestToAFolder:
             torch_save_to_dcp(file, tmp_path / "folder")
 
 
+class Picky:
+    """An allowed class that refuses its arguments."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Picky, (str(self.value), "too many")
+
+
+def test_an_allowed_class_that_fails_is_an_error_of_the_file(tmp_path: Path, file: Path) -> None:
+    torch.save({"p": Picky(3)}, file)
+    with (
+        torch.serialization.safe_globals([Picky]),
+        pytest.raises(CheckpointCorruptError, match=r"cannot be made.*state\.pt"),
+    ):
+        torch_save_to_dcp(file, tmp_path / "folder")
+
+
 class Touches:
     """Whose pickle makes a folder where it is loaded by a reader that runs code."""
 
