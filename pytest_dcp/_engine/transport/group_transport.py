@@ -34,8 +34,9 @@ class PGTransport(_pg_transport.PGTransport):
     pg: the group; ranks are its ranks.
     timeout: of each operation.
     device: the device from which the group's backend sends, and to which it receives.
-    state_dict: returns a state dict to receive into: its tensors are filled if their dtype, shape
-        and place match; otherwise, and with None, the tensors are new, on the CPU.
+    state_dict: returns a state dict to receive into: its tensors are filled if their dtype, shape,
+        layout and place match; otherwise, and with None, the tensors are new, on the CPU. Of a
+        sharded tensor the sender's part is received: send from the rank that has the same part.
 
     torch's class of this name is a base for the sake of `isinstance`; all methods are ours.
     """
@@ -98,7 +99,7 @@ class PGTransport(_pg_transport.PGTransport):
     def _take(self, note: TensorNote, room: torch.Tensor | None, src: int) -> torch.Tensor:
         """The next tensor, received into the given one if it fits."""
         fits = room is not None and (room.dtype, room.shape) == (note.dtype, note.shape)
-        if room is not None and fits and room.is_contiguous() and room.device == self._device:
+        if room is not None and fits and self._receives_directly(room):
             if room.numel():
                 self._receive_into(_bytes_of(room.detach()), src, TENSOR_TAG)
             return room
@@ -109,6 +110,11 @@ class PGTransport(_pg_transport.PGTransport):
             room.copy_(received)
             return room
         return received.cpu().requires_grad_(note.requires_grad)
+
+    def _receives_directly(self, room: torch.Tensor) -> bool:
+        """Whether the backend can write into the tensor's memory: its bytes are the elements."""
+        plain = room.is_contiguous() and not room.is_conj() and not room.is_neg()
+        return plain and room.device == self._device
 
     def _send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
         self._pg.send([tensor.to(self._device)], dst, tag).wait(self._timeout)

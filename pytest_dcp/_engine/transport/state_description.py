@@ -184,11 +184,9 @@ def _placement(kind: str, what: Any, factor: int) -> Placement:
 
 
 def _rebuild_dtensor(note: DTensorNote, take: Take, template: Any) -> DTensor:
-    if isinstance(template, DTensor):
-        part = local_tensor(template)
-        if (part.dtype, part.shape) == (note.local.dtype, note.local.shape):
-            take(note.local, part)
-            return template
+    if isinstance(template, DTensor) and _has_layout_of(template, note):
+        take(note.local, local_tensor(template))
+        return template
     mesh = DeviceMesh(
         note.mesh.device_type,
         torch.tensor(note.mesh.ranks, dtype=torch.int).reshape(note.mesh.shape),
@@ -201,6 +199,16 @@ def _rebuild_dtensor(note: DTensorNote, take: Take, template: Any) -> DTensor:
         tensor_meta=TensorMeta(note.shape, note.stride, note.dtype),
     )
     return dtensor(take(note.local, None), spec)
+
+
+def _has_layout_of(template: DTensor, note: DTensorNote) -> bool:
+    """Whether the sender's part is the template's own. Meshes may differ: a replica has its own."""
+    part = local_tensor(template)
+    return (
+        (part.dtype, part.shape) == (note.local.dtype, note.local.shape)
+        and template.shape == note.shape
+        and [_placement_note(one) for one in template.placements] == note.placements
+    )
 
 
 def _describe_sharded(value: ShardedTensor, tensors: list[torch.Tensor]) -> ShardedTensorNote:
@@ -220,13 +228,25 @@ def _describe_sharded(value: ShardedTensor, tensors: list[torch.Tensor]) -> Shar
     )
 
 
+def _is_sharded_as(template: ShardedTensor, note: ShardedTensorNote) -> bool:
+    """Whether both are cut into the same shards, and this rank has some like the sender's."""
+    cuts = [
+        (list(one.shard_offsets), list(one.shard_sizes))
+        for one in template.metadata().shards_metadata
+    ]
+    parts = [shard.tensor for shard in template.local_shards()]
+    return (
+        template.size() == note.shape
+        and cuts == [(offsets, sizes) for offsets, sizes, _ in note.shards]
+        and [(p.dtype, p.shape) for p in parts] == [(n.dtype, n.shape) for n in note.local]
+    )
+
+
 def _rebuild_sharded(note: ShardedTensorNote, take: Take, template: Any) -> ShardedTensor:
-    if isinstance(template, ShardedTensor):
-        parts = [shard.tensor for shard in template.local_shards()]
-        if [(p.dtype, p.shape) for p in parts] == [(n.dtype, n.shape) for n in note.local]:
-            for one, part in zip(note.local, parts, strict=True):
-                take(one, part)
-            return template
+    if isinstance(template, ShardedTensor) and _is_sharded_as(template, note):
+        for one, shard in zip(note.local, template.local_shards(), strict=True):
+            take(one, shard.tensor)
+        return template
     everywhere = [ShardMetadata(*one) for one in note.shards]
     shards = [
         ShardOfTensor(take(one, None), everywhere[at])

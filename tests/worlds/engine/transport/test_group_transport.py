@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import _shard
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from pytest_dcp.checkpoint._pg_transport import PGTransport
 from support.states import numbered, same, spread
@@ -94,6 +94,34 @@ def test_a_dtensor_is_filled_in_place(device_mesh: DeviceMesh) -> None:
         assert torch.equal(here.to_local(), numbered(6, 2)[:2])
 
 
+@pytest.mark.parametrize("like", ["placements", "shape"])
+def test_a_dtensor_of_another_layout_is_not_filled(device_mesh: DeviceMesh, like: str) -> None:
+    """Its own part may have the same shape as the sender's, and hold other elements."""
+    sent = spread(numbered(2, 3), device_mesh, Replicate())
+    here = spread(torch.zeros(2, 3), device_mesh, Replicate())
+    if like == "shape":
+        here = spread(torch.zeros(6, 3), device_mesh, Shard(0))
+    else:
+        sent = DTensor.from_local(numbered(2, 3), device_mesh, [Partial()])
+    received = exchanged({"w": sent}, {"w": here})["w"]
+    assert received.placements == sent.placements
+    assert received.shape == sent.shape
+    assert torch.equal(received.to_local(), numbered(2, 3))
+    if dist.get_rank():
+        assert received is not here
+        assert not here.to_local().any()
+
+
+def test_a_tensor_with_a_lazy_conjugate_is_filled() -> None:
+    """Its memory holds the conjugates of its elements."""
+    here = torch.zeros(3, dtype=torch.complex64).conj()
+    values = torch.tensor([1 + 2j, 3j, 4], dtype=torch.complex64)
+    received = exchanged({"z": values}, {"z": here})["z"]
+    assert torch.equal(received, values)
+    if dist.get_rank():
+        assert received is here
+
+
 @pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_shards_of_a_sharded_tensor_arrive(in_place: bool) -> None:
@@ -106,6 +134,18 @@ def test_the_shards_of_a_sharded_tensor_arrive(in_place: bool) -> None:
     assert received.metadata().size == (6, 2)
     if in_place:
         assert received is made
+
+
+@pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
+def test_a_sharded_tensor_that_is_cut_otherwise_is_not_filled() -> None:
+    spec = ChunkShardingSpec(dim=0, placements=[f"rank:{rank}/cpu" for rank in range(3)])
+    sent = _shard.sharded_tensor.full(spec, (6, 2), fill_value=5.0)
+    here = _shard.sharded_tensor.full(spec, (5, 2), fill_value=1.0)
+    received = exchanged({"s": sent}, {"s": here})["s"]
+    assert received.metadata().size == (6, 2)
+    if dist.get_rank():
+        assert received is not here
+        assert all((shard.tensor == 1).all() for shard in here.local_shards())
 
 
 class Code:
