@@ -42,7 +42,6 @@ CAUSES = {"ended", "left", "unreached"}
 ALLOWED_METHODS = {
     "wire.py": CODECS,
     "operation_context.py": CAUSES,
-    "load.py": {"_planned"},
 }
 
 

@@ -31,7 +31,7 @@ from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.tracebacks import drop_inner_frames
 
 PathLike = str | os.PathLike[str]
-Mapped = Mapping[str, int]
+FileNumbers = Mapping[str, int]
 """The number of the file, from 1, that each tensor goes to."""
 
 
@@ -83,7 +83,7 @@ class ConsolidatedFolder:
             self.disk.remove(self.folder, name)
 
 
-def assign_files(fqns: Iterable[str], mapping: Mapped | None) -> dict[str, list[str]]:
+def assign_files(fqns: Iterable[str], mapping: FileNumbers | None) -> dict[str, list[str]]:
     """The files of some tensors: one, or the files of the mapping."""
     highest = max(mapping.values(), default=1) if mapping else 1
     files: dict[str, list[str]] = {}
@@ -138,16 +138,19 @@ def consolidate_safetensors_files_on_every_rank(
 def _consolidate_on_ranks(
     source: PathLike,
     target: PathLike,
-    mapping: Mapped,
+    mapping: FileNumbers,
     threads: int,
     group: dist.ProcessGroup | None,
     *,
     use_dist: bool,
 ) -> None:
     subject = Subject(os.path.abspath(target), os.path.realpath(target))
-    operation = "save" if not use_dist else "save consolidated"
     team = team_of(
-        group, use_dist=use_dist, coordinator_rank=0, operation=operation, subject=subject
+        group,
+        use_dist=use_dist,
+        coordinator_rank=0,
+        operation="save consolidated",
+        subject=subject,
     )
     disk: Disk = LocalDisk()
     with team.wait_for_turn():
@@ -185,7 +188,7 @@ def _consolidate_on_ranks(
         team.broadcast("commit", lambda: folder.commit(nbytes))
 
 
-def _check_mapping(fqns: Sequence[str], mapping: Mapped, source: PathLike) -> None:
+def _check_mapping(fqns: Sequence[str], mapping: FileNumbers, source: PathLike) -> None:
     there = set(fqns)
     if lacking := tuple(fqn for fqn in mapping if fqn not in there):
         raise CheckpointMismatchError(
@@ -201,7 +204,7 @@ def _check_mapping(fqns: Sequence[str], mapping: Mapped, source: PathLike) -> No
         )
 
 
-def _warn_of_left_out(fqns: Sequence[str], mapping: Mapped, source: PathLike) -> None:
+def _warn_of_left_out(fqns: Sequence[str], mapping: FileNumbers, source: PathLike) -> None:
     if left_out := [fqn for fqn in fqns if fqn not in mapping]:
         warnings.warn(
             f"{len(left_out)} tensors of {os.fspath(source)} are left out, since "
