@@ -21,8 +21,10 @@ import psutil
 if TYPE_CHECKING:
     from support.sample_session import SessionResult, Suite
 
-PROMPT = r"\(\s*P\s*d\s*b\s*\) "
-"""A debugger's; the ends of other ranks' lines may come between, all share the terminal."""
+_OTHERS = r"(?:rank \d is done|\s)*"
+PROMPT = rf"\({_OTHERS}P{_OTHERS}d{_OTHERS}b{_OTHERS}\) "
+"""A debugger's. Readline writes it in pieces, and all ranks share the terminal: lines that another
+rank of samples/debugged.py prints, or their ends, may come in between."""
 ANSWER_S = 60.0
 """Bounds a wait for something to happen that takes some five seconds on an idle machine."""
 GONE_S = 3.0
