@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 from pytest_dcp._engine import torch_twins as torch_twins
 from pytest_dcp._engine.coordinate import StepError
 from pytest_dcp._engine.io.progress_observer import Progress
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp._engine.torch_names import names_of_torch

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp._engine.background.process import Job, save_in_process, sendable
 from pytest_dcp._engine.coordinate import announce
 from pytest_dcp._engine.plan.hooks import overridden
-from pytest_dcp._engine.plan.replicas import ReplicaCheck
+from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, stage_state
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.save import Save, SaveRequest, planner_for, save_team

@@ -40,7 +40,7 @@ import torch
 
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
-from pytest_dcp._engine.plan.replicas import NOT_COMPARED
+from pytest_dcp._engine.plan.replica_comparison import NOT_COMPARED
 from pytest_dcp._engine.plan.shards import PLAIN
 
 PIECE_BYTES = 1 << 20

@@ -42,7 +42,7 @@ from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.capabilities import numbers_of, prepares_values, targets_of
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
-from pytest_dcp._engine.plan.match import together
+from pytest_dcp._engine.plan.match_keys import together
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 

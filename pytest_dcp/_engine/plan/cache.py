@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp._engine.plan.columns import WriteItems
-from pytest_dcp._engine.plan.replicas import Replicas
+from pytest_dcp._engine.plan.replica_comparison import Replicas
 from pytest_dcp.errors import PlanError
 
 

@@ -54,7 +54,7 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from typing_extensions import TypeIs
 
 from pytest_dcp._engine.plan.columns import ReadItems
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 
 # Of save planners.
 

@@ -17,7 +17,7 @@ The steps:
    have as many elements as the box. One pass of sums finds every gap.
 
 Assumes that the boxes of the index lie inside their tensors (`catalog_checks` checks this when
-reading it), and that the index has every wanted name with the same size (`match` checks this
+reading it), and that the index has every wanted name with the same size (`match_keys` checks this
 first). Guarantees that the rows write each element of each wanted box exactly once (except for the
 names in `partial`, whose gaps are not written), that they read nothing else, and that they are
 ordered by wanted box, then by stored box. Each rank plans alone, from its own state dict and the

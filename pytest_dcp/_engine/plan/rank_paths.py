@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pytest_dcp._engine.plan.containers import DESCRIPTION, DescribedPaths, paths_of_kind
 from pytest_dcp._engine.plan.containers import merge_descriptions as merge_descriptions
 from pytest_dcp._engine.plan.nested import Path
-from pytest_dcp._engine.plan.replicas import ranks_text
+from pytest_dcp._engine.plan.replica_comparison import ranks_text
 from pytest_dcp.errors import CheckpointMismatchError, PlanError
 
 SHOWN = 20

@@ -82,7 +82,7 @@ from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widen
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.names import Fqns
-from pytest_dcp._engine.plan.replicas import Replicas, groups_of_ranks
+from pytest_dcp._engine.plan.replica_comparison import Replicas, groups_of_ranks
 from pytest_dcp.errors import PlanError
 
 SHOWN = 20

@@ -19,7 +19,7 @@ from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys, stated_sizes
-from pytest_dcp._engine.plan.match import Dtype, LoadReport
+from pytest_dcp._engine.plan.match_keys import Dtype, LoadReport
 from pytest_dcp._engine.plan.materialise import empty_for_meta, materialise
 from pytest_dcp._engine.plan.nested import Path, flatten, set_element
 from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.describe import wanted_boxes
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys
 from pytest_dcp._engine.plan.load import read_items
-from pytest_dcp._engine.plan.match import LoadReport, match
+from pytest_dcp._engine.plan.match_keys import LoadReport, match
 from pytest_dcp._engine.plan.opaque import STORED_DTYPES
 from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp._engine.plan.select import Selection

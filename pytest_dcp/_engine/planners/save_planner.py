@@ -35,7 +35,7 @@ from pytest_dcp._engine.plan.index import Index, KeyTable, copy_metadata
 from pytest_dcp._engine.plan.nested import Path, as_saved, as_saved_path, flatten
 from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.rank_paths import merge_paths
-from pytest_dcp._engine.plan.replicas import ReplicaCheck, Replicas
+from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck, Replicas
 from pytest_dcp._engine.plan.save import GlobalPlan, concatenate_tables, global_plan
 from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pytest_dcp._engine.plan.replicas import ranks_text
+from pytest_dcp._engine.plan.replica_comparison import ranks_text
 from pytest_dcp._engine.state_dicts import fsdp1
 from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
 from pytest_dcp._engine.state_dicts.groups import PARAMS

@@ -18,7 +18,7 @@ from typing_extensions import deprecated
 from pytest_dcp._engine.coordinate import Team, team_of
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.progress_observer import Progress
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.select import Rename, Selection
 from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner

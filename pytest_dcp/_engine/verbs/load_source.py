@@ -19,7 +19,7 @@ from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.plan.capabilities import knows_saves, place_of
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import kept_whole
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.local_filesystem import save_of
 from pytest_dcp._engine.verbs.compare_ranks import Found

@@ -65,7 +65,7 @@ from pytest_dcp._engine.plan.capabilities import (
     report_of,
 )
 from pytest_dcp._engine.plan.hooks import require_plan
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
 from pytest_dcp._engine.verbs.load_source import LoadSource

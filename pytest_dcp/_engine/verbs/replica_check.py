@@ -1,4 +1,4 @@
-"""A save's comparison of replicas on several ranks: the steps that `plan.replicas` describes.
+"""A save's comparison of replicas on several ranks, in steps: see `plan.replica_comparison`.
 
 Where copies differ, two further steps find out where: the lowest rank of each group of equal
 copies sends the sums of the tensor's blocks (or an outline of the value), then the bytes of the
@@ -28,7 +28,7 @@ from pytest_dcp._engine.io.digests import (
 )
 from pytest_dcp._engine.io.tensor_memory import memory_of
 from pytest_dcp._engine.plan.columns import WriteItems
-from pytest_dcp._engine.plan.replicas import (
+from pytest_dcp._engine.plan.replica_comparison import (
     SHOWN,
     Checks,
     Differing,

@@ -23,7 +23,7 @@ from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_
 from pytest_dcp._engine.plan.capabilities import place_of
 from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
-from pytest_dcp._engine.plan.replicas import Checks, ReplicaCheck, Sums
+from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_dcp._engine.io.digests import block_sums, digest_of_value, outline, sum_of_tensor
-from pytest_dcp._engine.plan.replicas import (
+from pytest_dcp._engine.plan.replica_comparison import (
     NOT_COMPARED,
     SAMPLE_BYTES,
     Replicas,

@@ -26,7 +26,7 @@ from pytest_dcp._engine.plan.capabilities import (
     report_of,
     targets_of,
 )
-from pytest_dcp._engine.plan.match import LoadReport
+from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
 
 ENGINE = Path(pytest_dcp.__file__).parent / "_engine"

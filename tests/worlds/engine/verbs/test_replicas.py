@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.plan.replicas import SAMPLED_AT_LEAST
+from pytest_dcp._engine.plan.replica_comparison import SAMPLED_AT_LEAST
 from pytest_dcp.errors import CheckpointMismatchError, PlanError, ReplicaMismatchError
 from support.states import blank, numbered, same, spread, torch_dcp
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.plan.index import Index
-from pytest_dcp._engine.plan.match import kind_of, match
+from pytest_dcp._engine.plan.match_keys import kind_of, match
 from pytest_dcp.errors import CheckpointMismatchError
 from support.tilings import fewer
 
