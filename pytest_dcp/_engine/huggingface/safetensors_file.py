@@ -9,7 +9,7 @@ import torch
 
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.format.safetensors_header import NAMES, StoredTensor
-from pytest_dcp._engine.huggingface.folder import parts_of
+from pytest_dcp._engine.huggingface.stored_parts import parts_of
 from pytest_dcp._engine.io.disk import In
 from pytest_dcp._engine.io.read_safetensors import read_header
 from pytest_dcp.errors import CheckpointCorruptError

@@ -35,7 +35,6 @@ from pytest_dcp._engine.huggingface.file_layout import (
     with_data_at_start,
 )
 from pytest_dcp._engine.huggingface.folder import (
-    encode_index,
     files_in_force,
     is_replaceable,
     next_number,
@@ -57,6 +56,7 @@ from pytest_dcp._engine.huggingface.saves import (
     save_of,
     temporary_name,
 )
+from pytest_dcp._engine.huggingface.weight_index import encode_index
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.write_files import FileJob, Settings

@@ -25,8 +25,8 @@ from pytest_dcp._engine.format.memory_limit import (
     MemoryLimit,
     estimate_json_bytes,
 )
-from pytest_dcp._engine.huggingface.folder import decode_index
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME
+from pytest_dcp._engine.huggingface.weight_index import decode_index
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
