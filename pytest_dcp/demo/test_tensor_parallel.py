@@ -23,7 +23,7 @@ def full_state(model):
 
 
 @pytest.mark.world_size(2)
-def test_sharded_mlp_computes_what_the_plain_one_does(device_mesh):
+def test_sharded_mlp_computes_the_same_as_the_plain_one(device_mesh):
     # No broadcast: all ranks are seeded alike, so each builds the same weights and the same batch.
     plain = MLP()
     sharded = shard(copy.deepcopy(plain), device_mesh)

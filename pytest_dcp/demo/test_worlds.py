@@ -81,7 +81,7 @@ class TestWarmWorld:
     """One world serves the tests of a module: ranks start once, and build module fixtures once."""
 
     @pytest.mark.parametrize("index", [0, 7])
-    def test_ranks_keep_what_they_built(self, world, slow_table, index):
+    def test_ranks_keep_the_objects_they_built(self, world, slow_table, index):
         assert world.gather(slow_table[index].item()) == [index, index]
         assert built_by == [os.getpid()]
 

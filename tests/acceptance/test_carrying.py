@@ -51,7 +51,7 @@ def taken(session: SessionResult, item: str) -> list[object]:
 
 
 @pytest.mark.parametrize("launch", ["forked", "spawned"])
-def test_a_plugin_gets_what_its_like_gathered_in_each_rank(
+def test_a_plugin_gets_the_state_that_it_gathered_in_each_rank(
     request: pytest.FixtureRequest, launch: str
 ) -> None:
     session: SessionResult = request.getfixturevalue(launch)
@@ -67,7 +67,9 @@ def test_it_gets_it_once_for_each_test_also_of_a_warm_world_and_of_one_that_fail
     assert taken(forked, "test_ordinary") == []
 
 
-def test_what_cannot_be_pickled_is_an_error_that_names_the_plugin(forked: SessionResult) -> None:
+def test_a_state_that_cannot_be_pickled_is_an_error_that_names_the_plugin(
+    forked: SessionResult,
+) -> None:
     report = forked.bad("test_cannot_be_pickled")
     assert report.when == "teardown"
     assert re.search(

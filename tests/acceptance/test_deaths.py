@@ -154,7 +154,7 @@ def test_nothing_else_is_forgiven(session: SessionResult, case: Failed) -> None:
     assert re.search(case.also, report.text)
 
 
-def test_what_was_started_and_never_looked_at_fails_when_the_block_ends(
+def test_a_started_run_without_a_look_at_its_result_fails_when_the_block_ends(
     session: SessionResult,
 ) -> None:
     test = "test_worlds_without_a_look_at_the_result"

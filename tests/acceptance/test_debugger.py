@@ -96,7 +96,7 @@ def test_every_rank_leads_its_own_group_again_afterwards(stop: Stop) -> None:
     assert after == {rank: stop.pids[rank] for rank in RANKS}
 
 
-def test_what_ranks_print_after_the_debugger_is_captured_again(stop: Stop) -> None:
+def test_output_after_the_debugger_is_captured_again(stop: Stop) -> None:
     assert "is done" not in stop.result.output
 
 

@@ -82,7 +82,7 @@ def test_code_runs(block: Block, session: SessionResult) -> None:
 
 
 @pytest.mark.parametrize("block", _select("python", with_output=True))
-def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> None:
+def test_output_equals_that_of_pytest(block: Block, make_suite: MakeSuite) -> None:
     suite = make_suite({"test_it.py": block.source})
     result = suite.run("-p", "pytest_dcp", "test_it.py", env={"COLUMNS": "80"})
     missing = find_missing_lines(block.output or "", result.output)
@@ -90,7 +90,7 @@ def test_output_is_what_pytest_prints(block: Block, make_suite: MakeSuite) -> No
 
 
 @pytest.mark.parametrize("block", _select("sh"))
-def test_commands_name_what_there_is(block: Block) -> None:
+def test_commands_name_existing_modules(block: Block) -> None:
     """Not run here: `.ci/run` runs them, the tests among them."""
     modules = re.findall(r"-m (pytest_dcp[\w.]*)", block.source)
     for module in modules:
@@ -111,7 +111,7 @@ def _tox_environments() -> set[str]:
 
 
 @pytest.mark.parametrize("block", _select("tree"))
-def test_trees_name_what_there_is(block: Block) -> None:
+def test_trees_name_existing_paths(block: Block) -> None:
     paths = [line.split()[0] for line in block.source.splitlines() if not line.startswith(" ")]
     assert paths
     assert [path for path in paths if not (ROOT / path).exists()] == []

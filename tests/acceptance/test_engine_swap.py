@@ -122,7 +122,7 @@ class TestAProgram:
     def test_its_own_sitecustomize_is_still_run_in_children(self, found: dict[str, Any]) -> None:
         assert found["customized"] == "yes"
 
-    def test_hears_at_its_end_what_only_torchs_engine_has(
+    def test_the_end_of_a_run_names_the_parts_that_only_torchs_engine_has(
         self, ran: subprocess.CompletedProcess[str]
     ) -> None:
         (line,) = [line for line in ran.stderr.splitlines() if "engine has no" in line]

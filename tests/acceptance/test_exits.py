@@ -92,14 +92,14 @@ def test_log_handlers_are_flushed(forked: SessionResult) -> None:
     assert [path.read_text() for path in paths] == ["kept in memory\n"] * 2
 
 
-def test_what_c_code_prints_is_output_of_the_phase_that_printed_it(session: SessionResult) -> None:
+def test_output_of_c_code_is_in_the_phase_that_printed_it(session: SessionResult) -> None:
     phases = session.phases("TestExits::test_output_of_c")
     of_call, of_exit = (dict(phases[when].sections) for when in ("call", "teardown"))
     assert of_call == {"Captured stdout [ranks 0-1] call": "printed by C in the test\n"}
     assert of_exit["Captured stdout [ranks 0-1] teardown"] == "printed by C at the exit\n"
 
 
-def test_what_is_printed_at_exit_is_output_of_the_test(session: SessionResult) -> None:
+def test_output_at_exit_is_output_of_the_test(session: SessionResult) -> None:
     sections = dict(session.phases("TestExits::test_atexit")["teardown"].sections)
     printed = {
         f"Captured stdout [rank {n}] teardown": f"printed at the exit of {n}\n" for n in "01"

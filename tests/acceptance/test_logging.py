@@ -30,7 +30,7 @@ def pytest_unconfigure() -> None:
     note("left", handlers=[type(handler).__name__ for handler in handlers])
 """
 CLASSES = ("TestBefore", "TestWarm", "TestBetween", "TestFresh", "TestAfter")
-FAILS = "test_reports_what_it_logged"
+FAILS = "test_reports_its_own_logs"
 
 
 @pytest.fixture(scope="module", params=["-q", "--log-level=INFO", "-x"])
@@ -41,14 +41,14 @@ def session(make_suite: MakeSuite, request: pytest.FixtureRequest) -> SessionRes
     return suite.run(request.param, *chosen)
 
 
-def test_a_phase_catches_in_a_world_what_it_catches_without(session: SessionResult) -> None:
+def test_a_phase_catches_the_same_logs_in_a_world_as_without(session: SessionResult) -> None:
     bad = {r.nodeid for r in session.reports if r.category not in ("", "passed")}
     ran = {report.nodeid.split("::")[1] for report in session.reports}
     assert ran in ({*CLASSES}, {"TestWarm"})
     assert bad == {f"test_logging.py::{one}::{FAILS}" for one in ran}
 
 
-def test_a_report_shows_what_its_own_phase_logged(session: SessionResult) -> None:
+def test_a_report_shows_the_logs_of_its_own_phase(session: SessionResult) -> None:
     for report in session.reports:
         if report.nodeid.endswith(FAILS) and report.when == "call":
             (text,) = (text for title, text in report.sections if title.endswith("call"))

@@ -41,7 +41,7 @@ def test_a_report_is_no_part_of_the_test_s_time(session: SessionResult) -> None:
     assert report.headline == "rank 1: AssertionError: assert 1 == 0"
 
 
-def test_a_rank_that_dies_while_it_reports_has_said_what_it_raised(session: SessionResult) -> None:
+def test_the_error_of_a_rank_that_dies_while_it_reports_is_named(session: SessionResult) -> None:
     report = session.bad("test_dies_while_it_reports")
     assert report.headline == (
         "rank 1: exited with code 4 in call, without a verdict; it had raised ValueError: boom"

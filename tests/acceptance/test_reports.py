@@ -151,7 +151,7 @@ def test_output_of_fixtures_is_distinguished_by_phase(session: SessionResult) ->
     }
 
 
-def test_what_a_rank_printed_before_it_died_is_shown(session: SessionResult) -> None:
+def test_output_of_a_rank_before_its_death_is_shown(session: SessionResult) -> None:
     report = call_of(session, "test_last_words")
     assert captured(report, "stdout")["Captured stdout [rank 1] call"] == "last words of 1\n"
 
@@ -163,7 +163,7 @@ def test_what_a_rank_printed_before_it_died_is_shown(session: SessionResult) -> 
     ("rank", "where"),
     [(0, "in all_reduce, "), (1, "in barrier, "), (2, ""), (3, "in the world's exchange, ")],
 )
-def test_the_table_of_a_hang_has_what_each_rank_did(
+def test_the_table_of_a_hang_shows_where_each_rank_was(
     session: SessionResult, rank: int, where: str
 ) -> None:
     table = section_of(call_of(session, "test_hang").text, TABLE_TITLE)
@@ -328,7 +328,7 @@ def test_setup_show_has_each_fixture_once(one_failure: SessionResult) -> None:
 
 
 @pytest.mark.usefixtures("one_failure")
-def test_lf_runs_what_failed_last(selection: Suite) -> None:
+def test_lf_runs_the_last_failures(selection: Suite) -> None:
     again = selection.run("--lf", "--tb=no", cache=True)
     assert ran(again) == ["test_fails_first"]
     assert " FAILURES " not in again.output

@@ -171,7 +171,7 @@ def test_nothing_is_left_of_spawned_ranks(session: SessionResult) -> None:
 # The command line.
 
 
-def test_ranks_are_spawned_for_what_any_command_line_chooses(
+def test_ranks_are_spawned_for_the_tests_of_any_command_line(
     session: SessionResult, suite: Suite
 ) -> None:
     args = ("--last-failed", "-k", "fails or passes", "-m", "not fine", "../test_spawned.py")

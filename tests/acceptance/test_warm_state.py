@@ -44,12 +44,12 @@ def failed(session: SessionResult, start: str) -> dict[str, str]:
     }
 
 
-def test_what_a_test_changes_is_put_back_for_the_next(session: SessionResult) -> None:
+def test_changes_of_a_test_are_put_back_for_the_next(session: SessionResult) -> None:
     assert failed(session, "test_changes") == {}
     assert failed(session, "test_sees") == {}
 
 
-def test_what_an_example_changes_is_put_back_for_the_next(session: SessionResult) -> None:
+def test_changes_of_an_example_are_put_back_for_the_next(session: SessionResult) -> None:
     assert failed(session, "test_examples") == {}
 
 
@@ -58,21 +58,21 @@ def test_a_state_that_was_put_back_costs_no_world(session: SessionResult) -> Non
 
 
 @pytest.mark.parametrize("start", ["test_state", "TestLate", "test_after_the_class"])
-def test_what_a_fixture_of_wider_scope_changes_lasts_as_long_as_it_does(
+def test_changes_of_a_fixture_of_wider_scope_last_as_long_as_it_does(
     session: SessionResult, start: str
 ) -> None:
     assert failed(session, start) == {}
     assert any(f"::{start}" in report.nodeid for report in session.reports)
 
 
-def test_what_cannot_be_put_back_costs_a_world(session: SessionResult) -> None:
+def test_a_change_that_cannot_be_put_back_costs_a_world(session: SessionResult) -> None:
     assert failed(session, "test_after") == {}
     before = [note["pid"] for note in session.noted("before")]
     after = [note["pid"] for note in session.noted("after")]
     assert len({*before, *after}) == len(REPLACED) + 1
 
 
-def test_what_cannot_be_put_back_is_named(session: SessionResult) -> None:
+def test_a_change_that_cannot_be_put_back_is_named(session: SessionResult) -> None:
     told = [text for text in session.warnings if text.startswith("ChangedStateWarning")]
     assert len(told) == 2
     assert "test_interop_threads: has changed state that cannot be restored" in told[0]

@@ -97,7 +97,7 @@ def a_few_examples() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # examples of one process
 @pytest.mark.usefixtures("a_few_examples")
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_print_what_their_docstring_shows(
+def test_examples_print_the_output_in_their_docstring(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # examples save to relative folders

@@ -53,7 +53,7 @@ def test_every_public_name_is_there_once_and_is_listed(module: str) -> None:
     assert set(names) <= set(dir(found))
 
 
-def test_the_package_itself_has_what_fixtures_give() -> None:
+def test_the_package_itself_exports_the_classes_of_fixtures() -> None:
     assert set(WORLD.split()) <= set(public_names("pytest_dcp"))
     from pytest_dcp._harness.controller import worlds_fixture as worlds
     from pytest_dcp._harness.rank import world_fixture as lockstep_world

@@ -89,7 +89,7 @@ def test_a_file_is_the_packages_a_librarys_or_the_users(file: str | Path, owner:
     assert owner_of(str(file)) == owner
 
 
-def test_what_the_package_raises_on_purpose_is_explained(ours: Any) -> None:
+def test_errors_that_the_package_raises_on_purpose_are_explained(ours: Any) -> None:
     assert is_explained(raised(ours.refuse, ValueError))
     assert is_explained(raised(ours.refuse, AssertionError))
     assert is_explained(raised(ours.call, lambda: ours.refuse(TypeError)))
@@ -98,7 +98,7 @@ def test_what_the_package_raises_on_purpose_is_explained(ours: Any) -> None:
     assert is_explained(DcpError("ours, wherever it was raised"))
 
 
-def test_what_breaks_inside_or_outside_the_package_is_not_explained(ours: Any) -> None:
+def test_bugs_inside_or_outside_the_package_are_not_explained(ours: Any) -> None:
     for error in (
         raised(ours.slip),
         raised(ours.parse),
@@ -167,7 +167,7 @@ def test_a_boundary_leaves_the_callers_line_alone(ours: Any) -> None:
     assert [*drop_inner_frames(lambda: [1])()] == [1]
 
 
-def test_a_boundary_keeps_what_is_not_explained(ours: Any) -> None:
+def test_a_boundary_keeps_the_frames_of_an_unexplained_error(ours: Any) -> None:
     error = raised(drop_inner_frames(ours.slip))
     assert traceback.extract_tb(error.__traceback__)[-1].name == "slip"
 

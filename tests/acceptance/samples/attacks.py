@@ -497,7 +497,7 @@ def test_passes_in_the_end(rank: int, world: RankWorld) -> None:
     note("canary", found=CANARY.exists(), module="canary_module" in sys.modules)
 
 
-def test_stops_what_ranks_are_forked_from(rank: int) -> None:
+def test_stops_the_parent_of_the_ranks(rank: int) -> None:
     if rank == 1:
         os.kill(os.getppid(), signal.SIGSTOP)
         time.sleep(FOREVER_S)

@@ -65,7 +65,7 @@ class Phases:
         mine.debug("never heard")
         assert len(caplog.messages) == (request.config.getoption("log_level") == "INFO")
 
-    def test_reports_what_it_logged(self) -> None:
+    def test_reports_its_own_logs(self) -> None:
         mine.warning("shown")
         raise ValueError("boom")
 

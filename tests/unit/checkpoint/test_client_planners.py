@@ -117,7 +117,7 @@ class TestSizesThatDiffer:
             causes = [error for error, _ in caught.value.failures.values()]  # type: ignore[attr-defined]
             assert isinstance(causes[0], CheckpointMismatchError)
 
-    def test_bounds_of_its_own_read_what_both_have(self, saved: Path) -> None:
+    def test_bounds_of_its_own_read_the_overlap(self, saved: Path) -> None:
         class Bounds(dcp.DefaultLoadPlanner):
             def create_local_plan(self) -> LoadPlan:
                 assert self.metadata is not None

@@ -131,7 +131,7 @@ class TestReadDataOfItsOwn:
 
 
 class TestHooks:
-    def test_slices_of_its_own_are_what_is_read(self, saved: Path) -> None:
+    def test_slices_of_its_own_are_read(self, saved: Path) -> None:
         class Buffered(dcp.FileSystemReader):
             taken = 0
 
@@ -146,7 +146,7 @@ class TestHooks:
         lengths = [place.length for place in reader.storage_data.values()]
         assert reader.taken == sum(lengths) == report.bytes_read
 
-    def test_what_its_slices_damage_is_refused(self, saved: Path) -> None:
+    def test_damage_by_its_slices_is_refused(self, saved: Path) -> None:
         class Damaging(dcp.FileSystemReader):
             def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
                 data = bytearray(super()._slice_file(file, sinfo).read())
@@ -159,7 +159,7 @@ class TestHooks:
             dcp.load(blank(), storage_reader=Damaging(saved))
         assert "'b'" in str(caught.value)
 
-    def test_transforms_of_its_own_are_what_is_read(self, saved: Path) -> None:
+    def test_transforms_of_its_own_are_applied(self, saved: Path) -> None:
         class Seen:
             def __init__(self) -> None:
                 self.names: list[str] = []
@@ -421,7 +421,7 @@ class TestByHand:
         reader.read_data(LoadPlan(list(plan.items)), planner).wait()
         check_loaded(target)
 
-    def test_a_plan_of_what_has_no_place_is_refused_by_name(self, saved: Path) -> None:
+    def test_a_plan_of_an_entry_without_a_place_is_refused_by_name(self, saved: Path) -> None:
         planner, target = dcp.DefaultLoadPlanner(), blank()
         planner.set_up_planner(target, dcp.FileSystemReader(saved).read_metadata(), True)
         plan = planner.create_local_plan()

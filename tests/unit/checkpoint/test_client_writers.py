@@ -195,7 +195,7 @@ class TestPlanHooks:
         dcp.save(state(), storage_writer=Making(tmp_path / "deep" / "er"))
         check_loads(tmp_path / "deep" / "er")
 
-    def test_what_it_says_of_an_old_checkpoint_counts(self, tmp_path: Path) -> None:
+    def test_its_own_check_for_an_old_checkpoint_counts(self, tmp_path: Path) -> None:
         class Blind(dcp.FileSystemWriter):
             def _metadata_exists(self) -> bool:
                 return False
@@ -248,7 +248,7 @@ class TestFinish:
         assert meta.modules == ["copies=1"]
         assert b"pytest_dcp" not in (tmp_path / ".metadata").read_bytes()
 
-    def test_results_that_it_changes_are_what_is_committed(self, tmp_path: Path) -> None:
+    def test_results_that_it_changes_are_committed(self, tmp_path: Path) -> None:
         class Moving(dcp.FileSystemWriter):
             def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
                 results = super().write_data(plan, planner).value()
@@ -366,7 +366,7 @@ class TestByHand:
 
 class TestResultsBesideThePlan:
     @pytest.mark.parametrize("known", [True, False])
-    def test_what_a_writer_adds_is_kept_for_readers_of_its_own(
+    def test_a_writers_additions_are_kept_for_its_readers(
         self, tmp_path: Path, known: bool
     ) -> None:
         """As writers that keep a file of their own with the checkpoint, and look it up again."""

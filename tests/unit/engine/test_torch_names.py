@@ -51,7 +51,7 @@ def named(module: ModuleType) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
 
 
-def test_what_the_import_of_torchs_package_brings_the_import_of_ours_brings() -> None:
+def test_importing_our_package_brings_every_name_that_importing_torchs_brings() -> None:
     """In a process of its own, where nothing else has imported a part of either."""
     script = (
         "import importlib; theirs = vars(importlib.import_module('torch.distributed.checkpoint'));"
@@ -104,7 +104,7 @@ def test_names_from_elsewhere_are_ours_where_we_have_them() -> None:
 
 
 @pytest.mark.parametrize("module", ["", "utils", "filesystem"])
-def test_what_neither_has_is_no_attribute(module: str) -> None:
+def test_a_name_that_neither_has_is_no_attribute(module: str) -> None:
     _, ours = both(module)
     with pytest.raises(AttributeError, match=rf"{ours.__name__}.*no attribute 'no_such_name'"):
         ours.no_such_name  # noqa: B018 - asking is the test
@@ -149,7 +149,7 @@ def test_our_classes_count_as_torchs_of_the_same_name(module: str) -> None:
             assert found is value or issubclass(found, value), name
 
 
-def test_what_is_no_kind_of_background_save_is_refused(tmp_path: Any) -> None:
+def test_an_unknown_kind_of_background_save_is_refused(tmp_path: Any) -> None:
     kind: Any = "fibre"
     with pytest.raises(ValueError, match="'fibre' is not a valid AsyncCheckpointerType"):
         our_dcp.async_save(

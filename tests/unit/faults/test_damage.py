@@ -62,7 +62,7 @@ def test_swapped_sectors_are_in_each_others_place() -> None:
     assert swap_sectors(b"aabb", 1, 1, 2) == b"aabb"
 
 
-def test_what_is_not_there_cannot_be_damaged() -> None:
+def test_bytes_past_the_end_cannot_be_damaged() -> None:
     with pytest.raises(IndexError, match="byte 3 of 3 bytes"):
         flip_bit(b"abc", 3)
     with pytest.raises(IndexError, match="sector 1 of 3 bytes"):

@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Any, Any, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_names_what_differs(case: str) -> None:
+def test_names_the_differences(case: str) -> None:
     actual, expected, fqn, what = CASES[case]
     found = only(actual, expected)
     assert (found.fqn, found.what) == (fqn, what)

@@ -30,6 +30,6 @@ class Fickle(CheckpointMachine):
             self._save("b", StateSpec({"v": TensorSpec((2,), torch.float32)}), (Layout(),))
 
 
-def test_draws_do_not_depend_on_what_is_held() -> None:
+def test_draws_do_not_depend_on_the_held_state() -> None:
     steps = settings(max_examples=100, stateful_step_count=5, deadline=None, database=None)
     run_state_machine_as_test(Fickle, settings=steps)

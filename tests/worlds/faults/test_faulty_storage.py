@@ -105,7 +105,7 @@ def test_torch_s_writer_and_reader_fail_in_their_hooks(
     faulty_storage.assert_loads(STATE, load=torch_dcp.load)
 
 
-def test_plain_code_below_a_watched_folder_fails_and_what_is_outside_does_not(
+def test_plain_code_fails_below_a_watched_folder_and_not_outside(
     faulty_storage: FaultyStorage, checkpoint_dir: Path, tmp_path: Path
 ) -> None:
     fault = faulty_storage.inject(NoSpace(after_bytes=6), on="write", sticky=True)
@@ -333,7 +333,7 @@ def test_the_end_of_the_test_reports_faults_that_never_fired(
     assert os.open.__module__ != "pytest_dcp.faults.tap.os_calls"
 
 
-def test_what_an_assertion_of_content_says(
+def test_a_failed_assertion_of_content_names_the_difference(
     faulty_storage: FaultyStorage, checkpoint_dir: Path
 ) -> None:
     dcp.save({"model": {"w": torch.ones(2, 3)}, "e": 1}, checkpoint_id=checkpoint_dir)

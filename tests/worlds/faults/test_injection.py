@@ -70,7 +70,7 @@ class TestInWorlds:
         with pytest.raises(AssertionError, match="epoch: 1 expected, got 3"):
             faulty_storage.assert_loads(old)
 
-    def test_a_full_disk_at_the_commit_spares_what_is_written_before_it(
+    def test_a_full_disk_at_the_commit_spares_earlier_writes(
         self,
         faulty_storage: FaultyStorage,
         checkpoint_dir: Path,

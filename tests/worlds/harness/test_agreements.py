@@ -243,7 +243,7 @@ def unseen(folder: Path) -> None:
     subprocess.run(["/bin/sh", "-c", 'echo unseen > "$0"', folder / "unseen"], check=True)
 
 
-def test_what_only_the_leader_finds_out_fails_every_rank(
+def test_an_error_that_only_the_leader_finds_fails_every_rank(
     faulty_storage: FaultyStorage, checkpoint_dir: Path, rank: int
 ) -> None:
     work = unseen if rank == 1 else Path
@@ -283,7 +283,7 @@ def test_a_log_that_one_rank_cannot_write(
 
 
 @pytest.mark.parametrize("function", ["read_tree", "_read"])
-def test_what_one_rank_cannot_read_of_a_recording(
+def test_an_error_of_one_rank_reading_a_recording_reaches_all(
     faulty_storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch, rank: int, function: str
 ) -> None:
     def fails(*_: object) -> None:

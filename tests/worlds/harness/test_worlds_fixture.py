@@ -139,7 +139,7 @@ def test_runs_of_one_world_keep_their_processes(two: FunctionWorld) -> None:
     assert two.run(os.getpid) == pids
 
 
-def test_what_a_run_leaves_in_its_process_is_there_for_the_next(two: FunctionWorld) -> None:
+def test_the_process_state_of_a_run_is_kept_for_the_next(two: FunctionWorld) -> None:
     two.run(lambda: os.environ.update(LEFT_BY_A_RUN=str(dist.get_rank())))
     assert two.run(lambda: os.environ["LEFT_BY_A_RUN"]) == ["0", "1"]
     assert "LEFT_BY_A_RUN" not in os.environ
@@ -413,7 +413,7 @@ def test_an_xfail_in_some_ranks_only_is_a_failure(two: FunctionWorld) -> None:
 # Output.
 
 
-def test_what_ranks_print_is_the_tests_own_output_with_the_ranks_named(
+def test_output_of_ranks_is_the_tests_own_with_the_ranks_named(
     two: FunctionWorld, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def speak() -> None:

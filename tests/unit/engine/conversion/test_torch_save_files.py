@@ -64,7 +64,7 @@ def file(tmp_path: Path) -> Path:
 
 class TestToAFile:
     @pytest.mark.parametrize("mapped", [False, True])
-    def test_torch_loads_what_was_saved(self, folder: Path, file: Path, mapped: bool) -> None:
+    def test_torch_loads_the_saved_state(self, folder: Path, file: Path, mapped: bool) -> None:
         torch.manual_seed(0)
         expected = dcp.load_without_template(checkpoint_id=folder)
         dcp_to_torch_save(folder, file)
@@ -73,7 +73,9 @@ class TestToAFile:
         assert list(loaded) == list(state())
         assert loaded["optim"]["state"].keys() == {0}
 
-    def test_it_holds_what_torchs_own_conversion_gives(self, tmp_path: Path, file: Path) -> None:
+    def test_it_equals_the_result_of_torchs_own_conversion(
+        self, tmp_path: Path, file: Path
+    ) -> None:
         saved = {"a": {"w": torch.randn(3, 4), "n": 2}, "b": [torch.ones(2), torch.zeros(1)]}
         dcp.save(saved, checkpoint_id=tmp_path / "folder")
         dcp_to_torch_save(tmp_path / "folder", file)
@@ -170,7 +172,7 @@ class TestToAFolder:
         assert torch.equal(loaded["tail"], base[4:])
 
     @pytest.mark.parametrize("content", [torch.ones(2), [1, 2]], ids=["tensor", "list"])
-    def test_what_is_no_state_dict_is_refused(
+    def test_a_file_without_a_state_dict_is_refused(
         self, tmp_path: Path, file: Path, content: object
     ) -> None:
         torch.save(content, file)

@@ -52,7 +52,7 @@ def test_the_kind_is_the_first_word(name: str, kind: str) -> None:
         (("save", A), False, ("save", A), False),  # the same thread: a hook's
     ],
 )
-def test_what_waits_for_what(
+def test_which_operation_waits_for_which(
     earlier: tuple[str, Subject], background: bool, later: tuple[str, Subject], waits: bool
 ) -> None:
     order = CallOrder()
@@ -95,7 +95,7 @@ def test_only_calls_beside_another_threads_are_unordered() -> None:
     assert order.take("load", B).unordered
 
 
-def test_a_new_epoch_drops_what_was_called_before() -> None:
+def test_a_new_epoch_drops_earlier_calls() -> None:
     order = CallOrder()
     old = order.take("save", A)
     order.restart(1, ["why"])
@@ -107,7 +107,7 @@ def test_a_new_epoch_drops_what_was_called_before() -> None:
     assert order.causes == ["why"]
 
 
-def test_what_is_over_is_counted_without_gaps() -> None:
+def test_finished_operations_are_counted_without_gaps() -> None:
     order = CallOrder()
     places = [order.take("load", None) for _ in range(3)]
     assert order.finished_up_to() == 0

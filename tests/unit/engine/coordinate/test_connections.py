@@ -36,7 +36,7 @@ def heard(connection: Connection) -> list[FrameKind]:
     return kinds
 
 
-def test_what_follows_an_operation_waits_until_this_end_has_finished_it(ends: Ends) -> None:
+def test_a_later_message_waits_until_this_end_has_finished_the_operation(ends: Ends) -> None:
     here, there = ends
     say(there, VALUE)
     there.finish()
@@ -49,7 +49,7 @@ def test_what_follows_an_operation_waits_until_this_end_has_finished_it(ends: En
     assert heard(here) == [FrameKind.HELLO]
 
 
-def test_what_comes_of_an_operation_that_this_end_has_left_is_dropped(ends: Ends) -> None:
+def test_messages_of_an_operation_that_this_end_has_left_are_dropped(ends: Ends) -> None:
     here, there = ends
     here.finish()
     say(there, VALUE, VALUE)

@@ -80,7 +80,7 @@ WELL_FORMED = value_of()
         WELL_FORMED.replace(struct.pack("=H", 2) + struct.pack("!H", 4711), b"\x01\x00/tm"),
     ],
 )
-def test_what_gloo_does_not_write_is_unknown(value: bytes) -> None:
+def test_a_value_that_gloo_does_not_write_is_unknown(value: bytes) -> None:
     assert parse_listener(value, 2) is None
 
 

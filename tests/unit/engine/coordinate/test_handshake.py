@@ -41,7 +41,7 @@ def test_a_key_is_of_the_secret_and_of_the_shared_key() -> None:
     assert KEY[SHARED_KEY] not in repr(keys)
 
 
-def test_what_is_shown_proves_one_thing_only() -> None:
+def test_each_proof_proves_one_thing_only() -> None:
     key, nonce = GroupKey.of("s", KEY), new_nonce()
     shown = [key.proof(b"hello"), key.welcome(nonce), bytes.fromhex(key.check())]
     assert len(set(shown)) == len(shown)

@@ -144,7 +144,7 @@ def test_a_rank_has_no_more_connections_than_it_may(
         one.close()
 
 
-def test_a_hello_may_come_in_pieces_and_with_what_follows_it(listener: PeerListener) -> None:
+def test_a_hello_may_come_in_pieces_and_with_the_next_frame(listener: PeerListener) -> None:
     data = b"".join(hello(listener)) + b"".join(map(bytes, encode(Frame(FrameKind.PING))))
     with send(listener, [data[:10]]) as sock:
         time.sleep(0.02)
@@ -302,7 +302,7 @@ def test_an_address_survives_the_store() -> None:
         Address((7,), 1, "m", "s", "c").encode().encode(),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_address_is_refused(data: bytes) -> None:
+def test_bytes_that_are_no_address_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="expected a coordinator's address"):
         Address.decode(data)
 

@@ -49,7 +49,9 @@ def test_another_process_of_the_same_pid_is_not_the_rank() -> None:
 
 
 @pytest.mark.parametrize("other", [{"scope": "another machine"}, {"started": ""}])
-def test_nothing_is_said_of_what_cannot_be_seen(other: dict[str, str], child: Presence) -> None:
+def test_a_process_that_cannot_be_seen_is_not_called_ended(
+    other: dict[str, str], child: Presence
+) -> None:
     assert not replace(child, **other).has_ended()
 
 

@@ -25,7 +25,7 @@ def test_one_rank_is_its_own_coordinator() -> None:
         assert t.group is None
 
 
-def test_steps_give_what_the_functions_give() -> None:
+def test_steps_return_the_results_of_the_functions() -> None:
     kept = object()
     with alone() as t:
         assert t.reduce_scatter("a", lambda: 1, lambda all_: [v + 1 for v in all_]) == 2

@@ -155,7 +155,7 @@ def test_nothing_of_an_exceptions_class_runs_where_it_arrives() -> None:
         *(("builtins", "Gone"), (__name__, "Asked.inside"), ("", ""), ("builtins", "")),
     ],
 )
-def test_what_names_no_exception_that_is_loaded_here_arrives_as_text(
+def test_an_exception_whose_class_is_not_loaded_here_arrives_as_text(
     names: tuple[str, str],
 ) -> None:
     cause = Cause(1, "gone.Missing", "gone.Missing: text", (), CarriedError(*names, ("x",), {}))
@@ -171,7 +171,9 @@ def test_what_names_no_exception_that_is_loaded_here_arrives_as_text(
         CarriedError("builtins", "ValueError", (), {"__class__": 7}),
     ],
 )
-def test_what_its_class_cannot_be_made_of_arrives_as_text_or_harmless(error: CarriedError) -> None:
+def test_an_error_that_its_class_cannot_be_made_of_arrives_as_text_or_harmless(
+    error: CarriedError,
+) -> None:
     rebuilt, _ = Cause(1, "m.T", "m.T: text", (), error).rebuild()
     assert type(rebuilt) in (RemoteError, ValueError)
 
@@ -266,7 +268,7 @@ def of_ranks(*errors: BaseException) -> StepError:
         ([RankEndedError("rank 0 ended")], RankEndedError, {}),
     ],
 )
-def test_a_step_error_is_what_all_failed_ranks_raised(
+def test_a_step_error_has_the_class_that_all_failed_ranks_raised(
     errors: list[BaseException], cls: type[Exception], facts: dict[str, Any]
 ) -> None:
     error = of_ranks(*errors)

@@ -121,7 +121,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_tensors_entry_is_what_torch_save_writes(
+def test_a_tensors_entry_equals_the_bytes_of_torch_save(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     data = some_bytes(prod(shape) * dtype.itemsize)
@@ -129,7 +129,7 @@ def test_a_tensors_entry_is_what_torch_save_writes(
 
 
 @given(dtypes.filter(lambda dtype: dtype != torch.bool), shapes, st.data())
-def test_any_tensors_entry_is_what_torch_save_writes(
+def test_any_tensors_entry_equals_the_bytes_of_torch_save(
     dtype: torch.dtype, shape: tuple[int, ...], draw: st.DataObject
 ) -> None:
     nbytes = prod(shape) * dtype.itemsize
@@ -177,7 +177,7 @@ class Sink(io.RawIOBase):
 
 
 @pytest.mark.parametrize("nbytes", BIG)
-def test_an_entry_of_4_gib_is_what_torch_save_writes(nbytes: int) -> None:
+def test_an_entry_of_4_gib_equals_the_bytes_of_torch_save(nbytes: int) -> None:
     sink = Sink()
     # Never written to, the pages of zeros take no memory.
     zeros = torch.from_numpy(np.zeros(nbytes, np.uint8))
@@ -248,7 +248,7 @@ def test_the_records_of_a_huge_entry_are_found(nbytes: int) -> None:
     [None, 3, "x", {"step": 1, "lr": 1e-3}, [1, 2**70], b"\x00" * 5000, {"a": {"b": [True]}}],
     ids=lambda value: repr(value)[:20],
 )
-def test_a_values_entry_is_what_torch_save_writes(value: object) -> None:
+def test_a_values_entry_equals_the_bytes_of_torch_save(value: object) -> None:
     entry = value_entry(pickle.dumps(value, 2))
     assert entry == saved(value)
     assert loaded(entry) == value

@@ -129,7 +129,7 @@ class TestAttributes:
         assert metadata.more == [1]
 
 
-def test_what_save_returns_and_what_is_saved_again_has_them(tmp_path: Path) -> None:
+def test_the_result_of_save_and_metadata_saved_again_have_them(tmp_path: Path) -> None:
     planner = adding(dcp.DefaultSavePlanner, of_mine=[1, 2])
     made: Any = dcp.save(state(), checkpoint_id=tmp_path / "a", planner=planner)
     assert made.of_mine == [1, 2]
@@ -143,7 +143,7 @@ def test_what_save_returns_and_what_is_saved_again_has_them(tmp_path: Path) -> N
     assert (again.of_mine, again.more) == ([1, 2], {"x": 1})
 
 
-def test_what_cannot_be_pickled_is_named(tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_pickled_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaseException, match="pickle") as caught:
         save_with_ours(tmp_path, of_mine=lambda: None)
     assert "'of_mine'" in str(caught.value)
@@ -320,7 +320,7 @@ def test_load_plans_and_prefixes_are_read() -> None:
         ("megatron.core.x", "a b", False),
     ],
 )
-def test_what_an_attack_would_call_is_refused_as_ever(
+def test_a_global_that_an_attack_would_call_is_refused_as_ever(
     tmp_path: Path, module: str, name: str, stays: bool
 ) -> None:
     assert may_stay_unread(module, name) is stays
@@ -395,7 +395,7 @@ class TestStandIns:
         data = dcp.FileSystemReader(tmp_path).read_metadata().planner_data
         assert json.loads(json.dumps(data)) == {"w": ["w"], "m.b": ["m", "b"], "step": ["step"]}
 
-    def test_changed_metadata_are_what_is_loaded(self, tmp_path: Path) -> None:
+    def test_changed_metadata_are_loaded(self, tmp_path: Path) -> None:
         dcp.save(state(), checkpoint_id=tmp_path)
         reader, planner = dcp.FileSystemReader(tmp_path), dcp.DefaultLoadPlanner()
         metadata = reader.read_metadata()

@@ -224,7 +224,9 @@ OWN: list[Any] = [
 
 
 @pytest.mark.parametrize("value", OWN, ids=lambda value: type(value).__name__)
-def test_save_names_what_load_refuses_and_load_refuses_it(tmp_path: Path, value: Any) -> None:
+def test_save_names_the_values_that_load_refuses_and_load_refuses_them(
+    tmp_path: Path, value: Any
+) -> None:
     state = {"train": {"value": (value,)}, "fine": np.arange(2)}
     with pytest.warns(UserWarning, match=r"1 value\(s\).*refused by load") as caught:
         dcp.save(state, checkpoint_id=tmp_path)
@@ -265,7 +267,7 @@ def test_plain_and_inert_values_are_not_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [*INERT, *OWN], ids=lambda value: type(value).__name__)
-def test_what_is_taken_for_inert_without_a_trial_is_read(value: Any) -> None:
+def test_a_value_taken_for_inert_without_a_trial_is_read(value: Any) -> None:
     if inert(value):
         decode_value(encode_value(value))
 
@@ -331,7 +333,7 @@ def test_keys_of_one_hash_are_refused_before_they_take_quadratic_time() -> None:
     assert counter
 
 
-def test_what_a_maker_finds_wrong_is_damage_of_the_value() -> None:
+def test_a_value_that_its_maker_refuses_is_damaged() -> None:
     entry = encode_value((torch.arange(4),))
     data = bytes(pickle_of(entry)).replace(b"\x89ccollections", b"\x88ccollections")
     with pytest.raises(CheckpointCorruptError, match="cannot be made"):

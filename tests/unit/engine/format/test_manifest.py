@@ -68,7 +68,7 @@ def two_tensors() -> Catalog:
 
 
 @given(samples())
-def test_decodes_to_what_was_encoded(sample: Sample) -> None:
+def test_decodes_to_the_encoded_value(sample: Sample) -> None:
     data = manifest.encode(sample.catalog)
 
     assert len(data) % 8 == 0
@@ -147,7 +147,7 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
         {"version": 3},
     ],
 )
-def test_what_is_no_plain_value_comes_from_the_pickle(said: dict[str, Any]) -> None:
+def test_planner_data_that_is_not_plain_comes_from_the_pickle(said: dict[str, Any]) -> None:
     catalog = replace(replace(two_tensors(), planner_data=None), **said)
     found = decoded(manifest.encode(catalog), catalog.metadata())
 

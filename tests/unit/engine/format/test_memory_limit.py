@@ -80,7 +80,7 @@ def bomb(name: str, nbytes: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_json_takes_is_estimated_no_lower_than_it_is(name: str) -> None:
+def test_the_memory_of_json_is_not_underestimated(name: str) -> None:
     text = bomb(name, MIB)
     peak, _ = peak_of(lambda: json.loads(text))
     assert peak <= 1.1 * estimate_json_bytes(text)
@@ -202,7 +202,7 @@ def write_sparse_manifest(path: Path, honest: bytes, hole_bytes: int) -> tuple[i
     return start, length + hole_bytes
 
 
-def test_what_is_stored_is_counted_without_holes(tmp_path: Path) -> None:
+def test_stored_bytes_are_counted_without_holes(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         for at in (0, 8 * MIB, 64 * MIB):

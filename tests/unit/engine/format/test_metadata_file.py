@@ -44,7 +44,7 @@ def pickle_length(data: bytes) -> int:
 
 
 @given(samples())
-def test_decodes_to_what_was_encoded(sample: Sample) -> None:
+def test_decodes_to_the_encoded_value(sample: Sample) -> None:
     data = encoded(sample.catalog)
 
     assert same(metadata_file.decode(data), sample.catalog)
@@ -64,7 +64,7 @@ def test_pickle_and_manifest_say_the_same(sample: Sample) -> None:
 
 
 @given(samples())
-def test_reads_what_torch_pickled(sample: Sample) -> None:
+def test_reads_a_pickle_of_torch(sample: Sample) -> None:
     found = metadata_file.decode(pickle.dumps(sample.stock)).metadata()
 
     assert dict(found.state_dict_metadata) == sample.stock.state_dict_metadata
@@ -120,7 +120,7 @@ def test_a_file_cut_off_anywhere_is_refused() -> None:
             metadata_file.decode(data[:length])
 
 
-def test_a_pickle_of_ours_alone_says_what_it_lacks() -> None:
+def test_a_pickle_of_ours_alone_lacks_its_manifest() -> None:
     data = encoded(two_tensors())
 
     with pytest.raises(CheckpointCorruptError, match="since a manifest follows"):
@@ -154,7 +154,7 @@ def test_a_bit_changed_in_the_pickle_is_seen_by_verify_pickle_alone() -> None:
             metadata_file.verify_pickle(changed)
 
 
-def test_what_the_planner_said_is_not_read_from_a_damaged_pickle() -> None:
+def test_planner_data_is_not_read_from_a_damaged_pickle() -> None:
     catalog = Catalog(two_tensors().index, two_tensors().places, planner_data={"x": [1.5]})
     changed = bytearray(encoded(catalog))
     changed[changed.index(struct.pack(">d", 1.5))] ^= 1

@@ -89,7 +89,7 @@ def test_nothing_that_a_pickle_names_is_called(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_what_a_wrapper_carries_of_other_classes_is_left_out() -> None:
+def test_objects_of_other_classes_in_a_wrapper_are_left_out() -> None:
     value, target = two(1, 2), two(0, 0)
     value.more = Further()
     fill_opaque("w", target, saved(value))

@@ -62,7 +62,7 @@ def framed(header: Any, data: bytes = b"") -> bytes:
 
 
 @given(st.dictionaries(names, tensors(), max_size=5), st.dictionaries(names, names, max_size=2))
-def test_the_package_reads_what_is_encoded(
+def test_the_package_reads_an_encoded_header(
     values: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
     found = place_tensors((name, value.dtype, tuple(value.shape)) for name, value in values.items())
@@ -86,7 +86,7 @@ def _has_e8m0(values: dict[str, torch.Tensor]) -> bool:
 
 
 @given(st.dictionaries(names, tensors(), max_size=5), st.dictionaries(names, names, max_size=2))
-def test_what_the_package_writes_is_decoded(
+def test_a_header_of_the_package_is_decoded(
     values: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
     file = safetensors.torch.save(values, metadata or None)

@@ -77,7 +77,7 @@ def test_a_plain_tensor_cannot_take_a_wrapper(saved: Path) -> None:
     assert isinstance(caught.value, CheckpointMismatchError)
 
 
-def test_what_does_not_need_a_wrapper_is_loaded_beside_it(saved: Path) -> None:
+def test_a_tensor_beside_a_wrapper_is_loaded_without_it(saved: Path) -> None:
     target = {"b": torch.zeros(2)}
     dcp.load(target, checkpoint_id=saved)
     assert target["b"].tolist() == [1, 1]
@@ -139,7 +139,7 @@ def tagged(tmp_path: Path) -> Path:
     ("name", "here", "there"),
     [("tag", "zz", "'x'"), ("block", (1, 64), r"\(1, 32\)"), ("kind", torch.uint8, "torch.int8")],
 )
-def test_a_plain_attribute_of_a_wrapper_must_be_what_is_stored(
+def test_a_plain_attribute_of_a_wrapper_must_equal_the_stored_one(
     name: str, here: Any, there: str, tagged: Path
 ) -> None:
     target = scaled(0, **{**TAGS, name: here})

@@ -69,7 +69,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, at_the_end:
     assert torch.equal(loaded["a"], STATE["a"])
 
 
-def test_what_a_killed_save_left_is_removed_before_the_next_writes(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed_before_the_next_writes(tmp_path: Path) -> None:
     left = [tmp_path / f"model-0000{n}-of-00001.safetensors-0123abcd.tmp" for n in (1, 2)]
     for path in left:
         path.write_bytes(b"half")

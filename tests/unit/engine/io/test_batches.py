@@ -124,9 +124,7 @@ def _entry(size: int) -> TensorStorageMetadata:
 @pytest.mark.parametrize("maps", [True, False])
 @pytest.mark.parametrize("short", [0, 1, 3])
 @pytest.mark.parametrize("kind", [ReadKind.BLOCK, ReadKind.UNCHECKED])
-def test_what_comes_short_once_is_read_again_and_counted_once(
-    maps: bool, short: int, kind: ReadKind
-) -> None:
+def test_a_short_read_is_repeated_and_counted_once(maps: bool, short: int, kind: ReadKind) -> None:
     part = Part([SMALL + n % 7 for n in range(BATCH + AT_A_TIME + 3)])
     file = part.file(maps=maps, short=short)
     reader = part.reader(file, "auto" if kind is ReadKind.BLOCK else "off")
@@ -138,7 +136,7 @@ def test_what_comes_short_once_is_read_again_and_counted_once(
     assert ("rows" in file.calls) is not maps
 
 
-def test_what_has_no_sums_is_not_mapped_and_asked_for_by_one_call() -> None:
+def test_entries_without_sums_are_not_mapped_and_take_one_call() -> None:
     part = Part([SMALL] * BATCH, summed=False)
     file = part.file(maps=True)
     read_together(part.reader(file), part.copies, part.rows, ReadKind.UNCHECKED, WINDOW_BYTES)

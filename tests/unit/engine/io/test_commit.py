@@ -219,13 +219,13 @@ def test_a_put_that_fails_removes_nothing(step):
     assert "remove" not in {what for what, *_ in disk.done}
 
 
-def test_a_ranks_own_commit_removes_what_its_dead_saves_left():
+def test_a_ranks_own_commit_removes_leftovers_of_its_dead_saves():
     disk = FakeDisk({"__1.metadata": b"", "__1.metadata-ab.tmp": b"", "__0.metadata-ab.tmp": b""})
     sweep(disk, "folder", lambda name: [], rank=1)
     assert sorted(disk.files) == ["__0.metadata-ab.tmp", "__1.metadata"]
 
 
-def test_nothing_is_removed_where_it_cannot_be_known_what_is_needed():
+def test_nothing_is_removed_where_the_needed_files_are_unknown():
     def named(name: str):
         raise CheckpointCorruptError("torn")
 

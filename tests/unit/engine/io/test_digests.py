@@ -126,7 +126,7 @@ def test_values_that_differ_a_little_have_other_digests(one: Any, other: Any) ->
     assert digest_of_value(one) != digest_of_value(other)
 
 
-def test_what_cannot_be_walked_is_not_compared() -> None:
+def test_a_value_that_cannot_be_walked_is_not_compared() -> None:
     assert digest_of_value(threading.Lock()) == NOT_COMPARED
     assert digest_of_value((torch.ones(2, device="meta"),)) == NOT_COMPARED
 

@@ -324,7 +324,7 @@ def test_a_folder_that_is_itself_a_link_is_opened(tmp_path):
         assert file.size == 1
 
 
-def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
+def test_a_path_that_is_no_plain_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     (tmp_path / "device").symlink_to("/dev/null")

@@ -135,7 +135,7 @@ def content(disk: Any, folder: Path, name: str) -> bytes:
         return bytes(view)
 
 
-def test_what_is_kept_is_read_though_it_is_removed_or_replaced(files: Path) -> None:
+def test_kept_files_are_read_though_they_are_removed_or_replaced(files: Path) -> None:
     kept = OpenFiles(LocalDisk(), files)
     for n in range(2):
         kept.keep(f"f{n}")

@@ -73,7 +73,7 @@ def test_a_flat_tensor_is_seen_in_place(tensor):
 
 @given(st.data(), shapes(max_dims=3, max_side=4), st.sampled_from([torch.int64, torch.int8]))
 @fewer(3)
-def test_a_strided_view_of_a_buffer_is_what_numpy_sees(data, shape, dtype):
+def test_a_strided_view_of_a_buffer_equals_numpys(data, shape, dtype):
     stride = [data.draw(st.integers(0, 9)) for _ in shape]
     ends = [(n - 1) * step for n, step in zip(shape, stride, strict=True)]
     count = sum(ends) + 1 if all(shape) else 0

@@ -58,7 +58,7 @@ def put(disk: ObjectDisk, name: str, parts: Iterable[bytes]) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 2000])
-def test_what_is_written_is_read(disk: ObjectDisk, length: int) -> None:
+def test_written_objects_are_read(disk: ObjectDisk, length: int) -> None:
     put(disk, "f", [BYTES[: length // 2], BYTES[length // 2 : length]])
     assert disk.names("url://folder") == ["f"]
     assert disk.exists("url://folder", "f")
@@ -145,7 +145,7 @@ def test_metadata_are_put_whole_however_long_they_are(disk: ObjectDisk, fs: Coun
         assert fs.gets == []
 
 
-def test_removing_what_is_gone_is_nothing(disk: ObjectDisk) -> None:
+def test_removing_a_missing_object_does_nothing(disk: ObjectDisk) -> None:
     disk.remove("url://folder", "f")
     put(disk, "f", [b"x"])
     disk.remove("url://folder", "f")
@@ -168,7 +168,9 @@ def test_reads_near_each_other_are_fetched_ahead(disk: ObjectDisk, fs: Counting)
     assert len(fs.gets) <= 2
 
 
-def test_a_read_far_from_the_last_fetches_what_it_asks_for(disk: ObjectDisk, fs: Counting) -> None:
+def test_a_read_far_from_the_last_fetches_only_its_own_bytes(
+    disk: ObjectDisk, fs: Counting
+) -> None:
     put(disk, "f", [bytes(3 * GAP_BYTES)])
     with disk.open("url://folder", "f") as file:
         file.read_into(2 * GAP_BYTES, memoryview(bytearray(8)))
@@ -177,7 +179,7 @@ def test_a_read_far_from_the_last_fetches_what_it_asks_for(disk: ObjectDisk, fs:
 
 @pytest.mark.usefixtures("small")
 @given(rows=st.lists(st.tuples(st.integers(0, 2100), st.integers(0, 40)), max_size=20))
-def test_rows_are_what_the_file_has(rows: list[tuple[int, int]]) -> None:
+def test_rows_equal_the_bytes_of_the_file(rows: list[tuple[int, int]]) -> None:
     disk = ObjectDisk(Counting(), {"url://folder": "/folder"})
     put(disk, "f", [BYTES])
     views = [memoryview(bytearray(size)) for _, size in rows]

@@ -197,7 +197,7 @@ def test_damage_that_is_gone_when_it_is_read_again_is_still_reported():
 
 
 @pytest.mark.parametrize("verify", MODES)
-def test_a_window_is_checked_as_what_is_read(verify):
+def test_a_window_is_checked_as_a_read_is(verify):
     data = bytearray(data_of(48))
     data[20] ^= 4
     reader = reader_of(data_of(48), 16, verify, stored=bytes(data), maps=True)

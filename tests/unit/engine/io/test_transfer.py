@@ -142,7 +142,7 @@ def loaded(folder: Path, catalog: Catalog, items: ReadItems, targets, settings) 
 
 @given(stored_tensors(), st.data())
 @fewer(2)
-def test_what_is_written_comes_back_in_any_box_memory_and_dtype(tensors, data):
+def test_written_tensors_come_back_in_any_box_memory_and_dtype(tensors, data):
     draw = data.draw
     wanted, targets, bases = [], {}, {}
     for n, (full, _) in enumerate(tensors):

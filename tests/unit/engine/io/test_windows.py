@@ -154,7 +154,7 @@ def test_all_mapped_finds_a_single_page_that_is_not():
         assert ask(start, start + 63 * mmap.PAGESIZE)
 
 
-def test_what_was_opened_is_closed_and_windows_outlive_it(tmp_path, content):
+def test_opened_files_are_closed_and_windows_outlive_them(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     before = len(os.listdir("/proc/self/fd"))
     fd = os.open(tmp_path / "f", os.O_RDONLY)

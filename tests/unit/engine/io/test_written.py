@@ -253,7 +253,7 @@ def test_wrong_hints_are_corrected_by_the_offsets():
     assert places.start.tolist() == [0, 1]
 
 
-def test_what_was_not_written_has_no_place():
+def test_an_item_that_was_not_written_has_no_place():
     items = halves("w")
     _, index = concatenate_tables([WriteItems.of(items)])
     places = places_of(index, [results_of(items[1:], hints=False)])
@@ -262,7 +262,7 @@ def test_what_was_not_written_has_no_place():
 
 
 @pytest.mark.parametrize("form", [lambda part: part, list])
-def test_what_was_written_by_two_ranks_is_named(form):
+def test_an_item_that_two_ranks_wrote_is_named(form):
     items = halves("w")
     _, index = concatenate_tables([WriteItems.of(items)])
     parts = [results_of(items), results_of(items[1:], hints=False)]
@@ -270,7 +270,7 @@ def test_what_was_written_by_two_ranks_is_named(form):
         places_of(index, [form(part) for part in parts])
 
 
-def test_what_one_rank_wrote_twice_is_named():
+def test_an_item_that_one_rank_wrote_twice_is_named():
     _, index = concatenate_tables([WriteItems.of(halves("a") + halves("w"))])
     twice = [*halves("a"), halves("w")[1], halves("w")[1]]
     with pytest.raises(PlanError, match=r"'w'.*written twice"):
@@ -278,7 +278,7 @@ def test_what_one_rank_wrote_twice_is_named():
 
 
 @pytest.mark.parametrize("form", [lambda part: part, list])
-def test_what_the_metadata_lacks_is_named(form):
+def test_an_item_missing_in_the_metadata_is_named(form):
     _, index = concatenate_tables([WriteItems.of(halves("w"))])
     strangers = [
         [shard_item("other", (4,), ((0,), (4,)))],
@@ -289,12 +289,12 @@ def test_what_the_metadata_lacks_is_named(form):
             places_of(index, [form(results_of(items, hints=False))])
 
 
-def test_what_metadata_without_keys_lacks_is_named():
+def test_an_item_missing_in_metadata_without_keys_is_named():
     with pytest.raises(PlanError, match="not in the metadata"):
         places_of(Index.of({}), [results_of(halves("w"))])
 
 
-def test_what_no_rank_wrote_is_named():
+def test_an_item_that_no_rank_wrote_is_named():
     _, index = concatenate_tables([WriteItems.of(halves("a") + halves("w"))])
     results = results_of([*halves("a"), halves("w")[0]], hints=False)
     assert (places_of(index, [results]).file < 0).sum() == 1

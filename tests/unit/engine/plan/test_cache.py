@@ -95,7 +95,7 @@ def test_everything_that_a_plan_says_is_in_its_digest(change, lists):
     )
 
 
-def test_what_the_storage_said_is_in_the_digest():
+def test_storage_data_is_in_the_digest():
     plan = plan_of(state())
     assert digest_of(plan) != digest_of(replace(plan, storage_data="a"))
 

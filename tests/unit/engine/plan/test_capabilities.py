@@ -104,7 +104,7 @@ def test_repeating_depends_on_whether_targets_may_have_been_filled(
     assert may_repeat(planner, has_read=True) is repeatable
 
 
-def test_a_wrapper_has_what_it_wraps_except_its_disk() -> None:
+def test_a_wrapper_has_the_capabilities_of_its_storage_except_the_disk() -> None:
     class Filesystem:
         disk = "a disk"
 
@@ -141,7 +141,7 @@ def test_each_attribute_is_looked_up_only_here() -> None:
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
-def test_each_capability_is_listed_and_says_what_it_promises(name: str) -> None:
+def test_each_capability_is_listed_with_its_promise(name: str) -> None:
     assert f"`{name}`" in (capabilities.__doc__ or "")
     assert CAPABILITIES[name].__doc__
     uses = ("Used by", "Checked once for each save or load")

@@ -91,7 +91,9 @@ def test_containers_and_keys_come_back_as_they_were_saved(tmp_path: Path) -> Non
     assert found["optimizer"]["state"][0]["step"].item() == 1
 
 
-def test_torch_reads_what_we_describe_and_we_read_what_torch_does_not(tmp_path: Path) -> None:
+def test_torch_reads_our_descriptions_and_we_read_states_that_torch_does_not(
+    tmp_path: Path,
+) -> None:
     state = {"a": {0: torch.ones(1), 1: {}}, "b": OrderedDict(c=2)}
     dcp.save(state, checkpoint_id=tmp_path / "ours", no_dist=True)
     plain: dict[str, Any] = {}
@@ -161,7 +163,7 @@ contained = st.recursive(
 
 
 @given(st.dictionaries(key, contained, max_size=4))
-def test_what_is_flattened_and_described_is_rebuilt(state: dict[Any, Any]) -> None:
+def test_a_flattened_and_described_state_is_rebuilt(state: dict[Any, Any]) -> None:
     noted: list[tuple[Any, Any]] = []
     try:
         flat, paths = flatten(state, note=lambda *found: noted.append(found))
@@ -175,7 +177,7 @@ def test_what_is_flattened_and_described_is_rebuilt(state: dict[Any, Any]) -> No
     assert kinds(found) == kinds(state)
 
 
-def test_keys_of_one_name_are_refused_where_what_is_below_would_be_mixed() -> None:
+def test_keys_of_one_name_are_refused_where_their_contents_would_mix() -> None:
     with pytest.raises(ValueError, match=r"duplicated flatten key 'a\.0'"):
         flatten({"a": {0: {"x": 1}, "0": {"y": 2}}})
 

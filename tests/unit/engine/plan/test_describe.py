@@ -35,7 +35,7 @@ UNSAVABLE = {
 
 
 @pytest.mark.parametrize("kind", UNSAVABLE)
-def test_what_cannot_be_saved_is_named_wherever_it_stands(kind):
+def test_a_value_that_cannot_be_saved_is_named_at_any_position(kind):
     make, reason = UNSAVABLE[kind]
     others = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.uint8), "v": 3, "bad": make()}
     for order in permutations(others):

@@ -69,7 +69,7 @@ def test_looking_at_every_key_keeps_the_index(sample):
 
 @fewer(8)
 @given(samples())
-def test_the_columns_hold_what_the_objects_say(sample):
+def test_the_columns_equal_the_objects(sample):
     index = Index.of(sample.stock.state_dict_metadata)
     row = 0
     for at, (fqn, value) in enumerate(sample.stock.state_dict_metadata.items()):

@@ -60,7 +60,7 @@ def filled_by_boxes(full: torch.Tensor, boxes: tuple[LocalBox, ...], shape: torc
 @example(((10, 3), (2, 3), (_StridedShard(0, split_factor=3), Shard(0))))
 @example(((8, 8), (2, 2), (Shard(1), Shard(0))))
 @fewer(2)
-def test_the_boxes_of_every_rank_hold_what_torch_gives_the_rank(layout):
+def test_the_boxes_of_every_rank_equal_torchs_local_tensor(layout):
     shape, mesh, placements = layout
     full = numbered(shape)
     for rank in product(*map(range, mesh)):
@@ -118,7 +118,7 @@ def test_a_tensor_held_whole_is_one_box_from_the_origin(size):
 
 
 @pytest.mark.parametrize("placement", [Partial(), Partial("max")])
-def test_a_pending_reduction_is_refused_with_what_to_do(placement: Placement):
+def test_a_pending_reduction_is_refused_with_a_remedy(placement: Placement):
     with pytest.raises(ValueError, match="redistribute to Replicate"):
         local_boxes((4,), (2,), (0,), (placement,))
 

@@ -120,7 +120,7 @@ def test_a_lazy_dict_is_used_as_a_dict(use: str, looked: str) -> None:
         lazy.pop("no such key")
 
 
-def test_a_lazy_dict_makes_only_what_is_looked_at_and_keeps_it() -> None:
+def test_a_lazy_dict_makes_only_the_values_looked_at_and_keeps_them() -> None:
     lazy = Letters()
     assert len(lazy) == 3
     assert "b" in lazy
@@ -201,7 +201,7 @@ def test_a_lazy_list_is_used_as_a_list(use: str, looked: str) -> None:
         lazy[99]
 
 
-def test_a_lazy_list_makes_only_what_is_looked_at_and_keeps_it() -> None:
+def test_a_lazy_list_makes_only_the_values_looked_at_and_keeps_them() -> None:
     lazy = Numbers()
     assert len(lazy) == 3
     assert lazy[-1] is lazy[2]

@@ -110,7 +110,7 @@ def test_two_paths_to_one_name_are_both_named():
         flatten({1: 0, "1": 0})
 
 
-def test_lists_are_walked_only_for_what_is_inside():
+def test_lists_are_walked_only_where_they_hold_tensors():
     tensor = torch.ones(1)
     flat, paths = flatten({"l": [1, [tensor]], "m": [[{}], 2], "n": [1, (tensor,)], "o": []})
     assert list(flat) == ["l.0", "l.1.0", "m.1", "n", "o"]
@@ -153,7 +153,7 @@ def test_containers_that_are_missing_are_made_and_lists_grow_with_none():
     assert root == {"a": [2, None, {"b": 1}]}
 
 
-def test_the_default_stands_for_what_no_path_leads_to():
+def test_a_path_without_an_element_gives_the_default():
     root = {"a": [1, {"b": 2}]}
     assert get_element(root, ("a", 1, "b")) == 2
     for path in [("x",), ("a", 5), ("a", -1), ("a", 1, "c"), ("a", 0, "b"), ("a", 1, "b", "c")]:
@@ -168,7 +168,7 @@ def deep(levels: int, kind: type) -> object:
 
 
 @pytest.mark.parametrize("kind", [dict, list])
-def test_what_is_nested_too_deeply_is_refused_in_words(kind):
+def test_a_value_nested_too_deeply_is_refused_in_words(kind):
     assert len(flatten({"top": deep(50, kind)})[0]) == 1
     with pytest.raises(PlanError, match="nested more deeply than Python can walk, below 'top'"):
         flatten({"top": deep(100_000, kind)})

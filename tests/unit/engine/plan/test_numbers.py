@@ -85,7 +85,7 @@ def test_one_element_of_any_shape_and_numpys_numbers_are_filled(tmp_path: Path) 
         (torch.tensor(2**53 + 1), 0.5, "is a tensor of 9007199254740993 in the checkpoint"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_a_number_that_does_not_fit_is_refused_by_name(
     tmp_path: Path, saved: Any, template: Any, message: str
 ) -> None:
     with pytest.raises(CheckpointException, match=message) as caught:

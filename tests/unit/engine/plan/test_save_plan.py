@@ -231,7 +231,7 @@ def test_plans_are_concatenated_as_torch_concatenates_them(plans):
 
 
 @pytest.mark.parametrize("item", [value_item("v"), whole("v", (2,))])
-def test_what_is_not_sharded_is_not_concatenated_twice(item):
+def test_an_unsharded_value_is_not_concatenated_twice(item):
     with pytest.raises(PlanError, match=r"Planned more than once: v"):
         concatenate_tables(tables_of([[item], [item]]))
 

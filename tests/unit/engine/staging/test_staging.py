@@ -85,7 +85,7 @@ def test_a_copy_equals_the_state_and_shares_nothing_with_it(shared: bool) -> Non
     assert all(t.is_contiguous() and not t.requires_grad for t in tensors(copied))
 
 
-def test_only_what_a_view_shows_is_copied() -> None:
+def test_only_the_bytes_of_a_view_are_copied() -> None:
     copied = stage_state({"v": torch.zeros(1 << 22)[:1]}, Pool(shared=False))
     assert copied["v"].untyped_storage().nbytes() <= mmap.PAGESIZE
 
@@ -212,7 +212,7 @@ def without_values(kind: str) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", ["nested", "jagged", "meta", "wrapper"])
 @pytest.mark.parametrize("verb", ["save", "async_save"])
-def test_what_has_no_values_to_copy_is_named_as_a_save_names_it(
+def test_a_tensor_without_values_is_named_as_a_save_names_it(
     verb: str, kind: str, tmp_path: Path
 ) -> None:
     bad: Any = {
@@ -244,7 +244,7 @@ def test_nothing_is_copied_where_something_has_no_values(kind: str) -> None:
     stager.close()
 
 
-def test_what_an_arena_cannot_hold_is_copied_as_it_is() -> None:
+def test_a_tensor_that_an_arena_cannot_hold_is_copied_alone() -> None:
     sparse = torch.eye(3).to_sparse()
     copied = stage_state({"sparse": sparse, "dense": torch.ones(1)}, Pool(shared=True))
     sparse.zero_()
@@ -282,7 +282,7 @@ class TestShipping:
         assert ship_state({"v": [1]}).memory is None
         assert self.sent({"v": [1]}) == {"v": [1]}
 
-    def test_what_the_program_itself_defines_travels_by_value(self) -> None:
+    def test_a_class_of_the_program_itself_travels_by_value(self) -> None:
         class Local:
             def told(self) -> int:
                 return 3
@@ -307,7 +307,7 @@ def test_a_planner_travels_without_the_state_of_its_last_save(tmp_path: Path) ->
 
 
 class TestStagers:
-    def test_they_are_what_torchs_async_save_takes(self) -> None:
+    def test_torchs_async_save_takes_them(self) -> None:
         for stager in (BlockingAsyncStager(), DefaultStager()):
             assert isinstance(stager, AsyncStager)
             stager.close()

@@ -253,7 +253,7 @@ def test_everything_that_does_not_fit_a_model_is_named_at_once() -> None:
     same(model.state_dict(), before)
 
 
-def test_what_fits_is_loaded_unless_strict() -> None:
+def test_fitting_entries_are_loaded_unless_strict() -> None:
     model = Net()
     state = {"one.weight": torch.ones(4, 3), "more": torch.ones(1)}
     with pytest.raises(CheckpointMismatchError, match=r'Missing.*\n.*Unexpected.*"more"'):
@@ -729,7 +729,9 @@ def test_the_settings_that_are_loaded_say_which_entries_belong(
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("entry", [None, "exp_avg"])
-def test_what_is_missing_stays_as_it_is_unless_strict(entry: str | None, flat: bool) -> None:
+def test_missing_entries_leave_their_targets_unchanged_unless_strict(
+    entry: str | None, flat: bool
+) -> None:
     model, optimizer = trained()
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options_for(flat)))
     other = Net()
@@ -756,7 +758,7 @@ def test_a_missing_entry_of_an_unstepped_optimizer_begins_anew_unless_strict() -
     train(other, other_optimizer)
 
 
-def test_what_an_optimizer_keeps_for_all_parameters_is_missed() -> None:
+def test_a_missing_state_of_all_parameters_is_named() -> None:
     model, optimizer = trained(Odd)
     state: Any = get_optimizer_state_dict(model, optimizer)
     del state["state"]["calls"]
@@ -952,7 +954,7 @@ def test_an_optimizers_own_state_dict_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_own_state_dict_that_lacks_what_the_optimizer_has_of_a_parameter(strict: bool) -> None:
+def test_an_own_state_dict_that_lacks_the_states_of_a_parameter(strict: bool) -> None:
     _, optimizer = trained(lr=0.5)
     state: Any = copy.deepcopy(optimizer.state_dict())
     del state["state"][2]
@@ -977,7 +979,7 @@ def test_an_own_state_dict_that_lacks_what_the_optimizer_has_of_a_parameter(stri
     assert unstepped.two.bias in unstepped_optimizer.state
 
 
-def test_an_own_state_dict_that_lacks_what_the_optimizer_keeps_for_all() -> None:
+def test_an_own_state_dict_that_lacks_a_state_of_all_parameters() -> None:
     model, optimizer = trained(Odd)
     state: Any = copy.deepcopy(optimizer.state_dict())
     del state["state"]["calls"]

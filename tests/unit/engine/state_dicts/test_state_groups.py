@@ -50,7 +50,7 @@ def test_missing_and_unexpected_parameters_are_all_named() -> None:
     assert pairing.mismatch.groups == ()
 
 
-def test_what_is_ignored_counts_on_neither_side() -> None:
+def test_ignored_parameters_count_on_neither_side() -> None:
     pairing = pair_groups([["a", "frozen"]], [group("a", lr=1)], {"frozen"})
     assert pairing.mismatch.missing == ()
     assert pairing.partners[0] == group("a", lr=1)

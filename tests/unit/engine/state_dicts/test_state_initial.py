@@ -124,7 +124,7 @@ def test_parameters_are_stood_in_for_in_batches(monkeypatch: pytest.MonkeyPatch)
     assert [state["exp_avg"].numel() for state in states] == [5, 20, 1, 200, 3, 4]
 
 
-def test_an_optimizer_that_cannot_step_so_says_what_to_do() -> None:
+def test_an_optimizer_that_cannot_be_stepped_for_its_state_says_what_to_do() -> None:
     p = parameter()
     optimizer = torch.optim.LBFGS([p])
     with pytest.raises(CheckpointError, match=r"LBFGS has not been stepped.*step it once"):

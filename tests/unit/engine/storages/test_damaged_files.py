@@ -260,7 +260,7 @@ def test_swapped_files_are_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["metadata", "data"])
-def test_torchs_own_checkpoints_name_what_is_missing(tmp_path: Path, missing: str) -> None:
+def test_torchs_own_checkpoints_name_the_missing_file(tmp_path: Path, missing: str) -> None:
     torch_save({"w": torch.arange(5.0)}, checkpoint_id=tmp_path)
     (tmp_path / (".metadata" if missing == "metadata" else "__0_0.distcp")).unlink()
     target = {"w": torch.zeros(5)}

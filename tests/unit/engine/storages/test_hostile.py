@@ -250,7 +250,7 @@ def test_absurd_sizes_take_no_memory(tmp_path: Path, sizes: tuple[int, ...]) -> 
     assert forked(body, ROOM_BYTES) == ""
 
 
-def test_sizes_past_what_a_tensor_can_have_are_refused(tmp_path: Path) -> None:
+def test_sizes_that_no_tensor_can_have_are_refused(tmp_path: Path) -> None:
     for sizes in ((1 << 62,), (1 << 40, 1 << 40), (1 << 62, 0)):
         torchs(tmp_path, resized(*sizes))
         check_refused(lambda: load_without_template(checkpoint_id=tmp_path))

@@ -172,7 +172,7 @@ def test_leaves_bytes_behind_the_pickle_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_reads_what_torch_itself_saved(tmp_path: pathlib.Path) -> None:
+def test_reads_a_file_that_torch_itself_saved(tmp_path: pathlib.Path) -> None:
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     state = {
@@ -451,7 +451,7 @@ def test_describes_parameters() -> None:
     ],
     ids=["conjugate", "negative", "sparse", "list", "dict", "dtype", "meta"],
 )
-def test_leaves_what_is_more_than_a_tensor_to_the_caller(value: object) -> None:
+def test_leaves_values_other_than_tensors_to_the_caller(value: object) -> None:
     assert isinstance(refusal(read_tensor_pickle, data_pkl(value)), UnknownGlobalError)
 
 
@@ -731,7 +731,7 @@ def find_global(module: str, name: str) -> object | None:
 
 
 @given(PROGRAMS | damaged())
-def test_what_is_read_is_what_pickle_reads(data: bytes) -> None:
+def test_a_readable_pickle_gives_the_same_object_as_stock_pickle(data: bytes) -> None:
     """Stock pickle can safely read all that we allow, except persistent ids."""
     for read in (read_metadata, read_value):
         value = survives(read, data)

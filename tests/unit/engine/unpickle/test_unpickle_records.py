@@ -136,7 +136,7 @@ def test_numbers_that_are_wrong_are_refused_as_ever(number: int) -> None:
         read_metadata(pickle.dumps(metadata))
 
 
-def test_names_in_other_roles_mean_what_they_say() -> None:
+def test_names_in_other_roles_are_read_literally() -> None:
     """In one chunk 'offsets' and 'sizes' change places."""
     data = pickle.dumps(metadata_of(1, 6))
     plain = pickle.loads(data).state_dict_metadata["layers.0.weight"].chunks[4]
@@ -173,7 +173,7 @@ def test_a_name_that_is_put_elsewhere_meanwhile_is_seen() -> None:
         read_metadata(changed)
 
 
-def test_what_is_left_out_is_there_for_a_pickle_that_takes_it() -> None:
+def test_memo_entries_left_out_are_made_for_a_pickle_that_gets_them() -> None:
     data = pickle.dumps(metadata_of(1, 8))
     assert data.endswith(b"ub.")
     left_out = [n for n, value in enumerate(machine_of(data).memo[:255]) if value is LEFT_OUT]

@@ -69,7 +69,7 @@ def test_a_bar_in_a_block_shows_each_save_anew(tmp_path: Path) -> None:
     assert "2.1/2.1 MB" in last[1]
 
 
-def test_what_cannot_be_called_is_refused(tmp_path: Path) -> None:
+def test_an_argument_that_cannot_be_called_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="progress takes a function of a Progress; got True"):
         dcp.save({"w": torch.zeros(1)}, checkpoint_id=tmp_path, progress=True)  # type: ignore[arg-type]  # that is the mistake
 
@@ -81,7 +81,9 @@ def test_only_the_chosen_rank_shows_a_bar() -> None:
     assert "save" not in screen.file.getvalue()  # type: ignore[attr-defined]  # StringIO
 
 
-def test_a_missing_rich_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_rich_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = builtins.__import__
 
     def without_rich(name: str, *args: Any, **options: Any) -> Any:

@@ -133,7 +133,7 @@ def test_attributes_that_were_set_on_a_plan_arrive_with_it() -> None:
     assert wire.encode(SavePlan([])) != wire.encode(plan)
 
 
-def test_words_and_numbers_of_a_class_arrive_as_what_they_equal() -> None:
+def test_words_and_numbers_of_a_class_arrive_as_equal_plain_ones() -> None:
     copy = sent({Word("w"): Level.ONE})
     assert shape_of(copy) == shape_of({"w": 1})
 
@@ -156,14 +156,14 @@ class OwnPlan(SavePlan):
         (torch.ones(1), "a torch.Tensor"),
     ],
 )
-def test_what_is_no_plain_data_is_refused_by_name(value: Any, name: str) -> None:
+def test_a_value_that_is_no_plain_data_is_refused_by_name(value: Any, name: str) -> None:
     with pytest.raises(TypeError, match="cannot be sent to another rank") as caught:
         wire.encode(value)
     assert name in str(caught.value)
     assert "pickles_between_ranks" in str(caught.value)
 
 
-def test_what_is_nested_too_deeply_is_refused_in_words() -> None:
+def test_a_value_nested_too_deeply_is_refused_in_words() -> None:
     deep: Any = ()
     for _ in range(100_000):
         deep = (deep,)
@@ -232,7 +232,7 @@ def test_a_pickle_is_not_opened_in_any_place_of_a_value(capfd: pytest.CaptureFix
         ('["s",[["l",[]]]]', []),
     ],
 )
-def test_what_no_rank_sends_is_refused(head: str, segments: list[bytes]) -> None:
+def test_a_message_that_no_rank_sends_is_refused(head: str, segments: list[bytes]) -> None:
     with pytest.raises(ValueError):
         wire.decode([head.encode(), *segments])
     with pytest.raises(ValueError, match="got no bytes"):

@@ -102,7 +102,7 @@ def wrong_planner_where_nothing_is(state: dict[str, Any], checkpoint_id: Any) ->
     load(state, checkpoint_id)
 
 
-def test_a_loader_that_refuses_what_a_crash_left_is_right() -> None:
+def test_a_loader_may_refuse_the_folder_that_a_crash_left() -> None:
     found = [loads_one_of(state, None, NEW, load) for state in states()]
     assert set(found) == {"nothing", "new"}
 
@@ -169,7 +169,7 @@ def test_a_refusal_is_a_verdict(right: Callable[..., None]) -> None:
     assert set(found) == {"nothing", "new"}
 
 
-def test_what_a_function_in_c_says_of_bytes_is_a_verdict() -> None:
+def test_an_error_of_a_function_in_c_about_bytes_is_a_verdict() -> None:
     def unpickles(state: dict[str, Any], checkpoint_id: Any) -> None:
         state.update(pickle.loads((Path(checkpoint_id) / "state.pkl").read_bytes()))
 

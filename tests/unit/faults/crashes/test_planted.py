@@ -314,7 +314,9 @@ def test_a_right_saver_passes(search: str, faulty_storage: FaultyStorage, tmp_pa
         ("the index before the data", {"kill", "posix", "ext4-ordered", "nfs", "s3"}),
     ],
 )
-def test_each_file_system_forgives_what_it_promises(wrong: str, models: set[str]) -> None:
+def test_each_file_system_forgives_the_bugs_that_it_promises_to(
+    wrong: str, models: set[str]
+) -> None:
     found = {told.partition(":")[0] for told in crash_violations(PLANTED[wrong][1])}
     assert found == models
 

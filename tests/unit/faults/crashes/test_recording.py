@@ -99,7 +99,7 @@ def unseen_removal(folder: Path, unlink: Callable[[Any], None] = os.unlink) -> N
 
 
 @pytest.mark.parametrize("unseen", [behind, unseen_removal])
-def test_what_python_does_not_see_is_named(unseen: Callable[[Path], None]) -> None:
+def test_changes_that_python_does_not_see_are_named(unseen: Callable[[Path], None]) -> None:
     with pytest.raises(RecordingError, match=r"'f' was recorded as a file of 3 bytes"):
         recorded(unseen, old)
 
@@ -168,7 +168,7 @@ def test_threads_that_write_beside_each_other_are_replayed() -> None:
     assert len(states) == 200
 
 
-def test_a_lie_of_the_storage_is_seen_in_what_a_crash_leaves(
+def test_a_lie_of_the_storage_shows_in_the_folder_after_a_crash(
     faulty_storage: FaultyStorage, checkpoint_dir: Path
 ) -> None:
     """The recording shows the operations that reached the storage, not the results the program
@@ -212,7 +212,7 @@ def test_states_can_be_subtests(subtests: pytest.Subtests) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_what_every_rank_does_is_in_the_trace_of_each(
+def test_every_ranks_operations_are_in_the_trace_of_each(
     faulty_storage: FaultyStorage, checkpoint_dir: Path, rank: int
 ) -> None:
     for _ in range(2):

@@ -78,7 +78,7 @@ def test_after_both_syncs_nothing_can_be_lost() -> None:
     assert folders(found) == these({"f": b"ab"})
 
 
-def test_posix_tears_a_rename_and_what_it_renames() -> None:
+def test_posix_tears_a_rename_and_the_renamed_file() -> None:
     trace = one_after_another(COMMIT, {"f": b"old"})
     ended = [crash for crash in crashes(trace, "posix") if crash.returned]
     contents = (b"", b"\0\0\0", b"new")
@@ -130,7 +130,7 @@ def test_allocated_space_is_zeros_until_the_bytes_arrive() -> None:
     assert these({"f": b"\0\0\0\0"}, {"f": b"ab\0\0"}, {"f": b"ab"}, {"f": b"\0\0"}) < found
 
 
-def test_nfs_keeps_names_and_what_was_closed() -> None:
+def test_nfs_keeps_names_and_closed_files() -> None:
     steps = [op("create", "f", handle=1), *writes("f", b"ab", b"cd"), op("close", "f", handle=1)]
     found = list(crashes(one_after_another(steps), "nfs"))
     assert folders(crash for crash in found if crash.returned) == these({"f": b"abcd"})
@@ -163,7 +163,7 @@ def test_a_file_that_is_emptied_may_come_back() -> None:
     assert found == these({"f": b"old"}, {"f": b""}, {"f": b"n"}, {"f": b"nld"}, {"f": b"\0"})
 
 
-def test_a_sync_covers_what_was_done_before_it_and_not_what_came_after() -> None:
+def test_a_sync_covers_earlier_operations_and_no_later_ones() -> None:
     steps = [
         op("create", "f", handle=1), *writes("f", b"a"), op("sync", "f", handle=1),
         *writes("f", b"b", offset=1), op("open", ".", handle=2), op("sync_folder", ".", handle=2),
@@ -182,7 +182,7 @@ def test_syncing_another_folder_saves_no_name() -> None:
     assert folders(ended) == these({"d": None}, {"d": None, "d/f": b""})
 
 
-def test_what_goes_through_a_descriptor_finds_its_file_under_any_name() -> None:
+def test_a_descriptor_finds_its_file_under_any_name() -> None:
     steps = [
         op("create", "a", handle=1), op("rename", "a", to="b"), *writes("a", b"x"),
         op("create", "a", handle=2), *writes("a", b"y", handle=2),
@@ -192,7 +192,7 @@ def test_what_goes_through_a_descriptor_finds_its_file_under_any_name() -> None:
     assert last.tree == {"a": b"y", "b": b"x", "c": b"x", "s": TreeLink("c")}
 
 
-def test_folders_move_with_what_is_in_them() -> None:
+def test_folders_move_with_their_files() -> None:
     steps = [op("rename", "d", to="e"), op("create", "e/g", handle=1)]
     *_, last = crashes(one_after_another(steps, {"d": None, "d/f": b"x"}), "kill")
     assert last.tree == {"e": None, "e/f": b"x", "e/g": b""}
@@ -261,7 +261,7 @@ def test_of_two_renames_to_one_name_at_once_either_wins() -> None:
     assert these({"f": b"A"}, {"f": b"B"}, {"f": b"A", "b": b"B"}, {"f": b"B", "a": b"A"}) < found
 
 
-def test_a_sync_promises_nothing_for_what_ran_beside_it() -> None:
+def test_a_sync_promises_nothing_for_operations_that_overlap_it() -> None:
     def lost(start: int) -> bool:
         trace = Trace.of(
             [{}],

@@ -224,7 +224,7 @@ def test_every_bomb_goes_off_behind_a_list_of_allowed_names(good: Path, tmp_path
     assert forked(body, 256 << 20) == []
 
 
-def test_a_list_of_allowed_names_holds_what_is_code(
+def test_a_list_of_allowed_names_stops_code(
     cases: list[Hostile], canary: Path, tmp_path: Path
 ) -> None:
     some = [case for case in cases if "protocol 4, as .metadata" in case.name]

@@ -165,7 +165,7 @@ def test_classes_with_slots_and_abstract_bases_are_wrapped() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_wrapper_with_targets_saves_and_loads_what_the_plain_one_does(tmp_path: Path) -> None:
+def test_a_wrapper_with_targets_saves_and_loads_as_the_plain_one_does(tmp_path: Path) -> None:
     wrapping, noting = wrappers()
     wrapping.target({f"{role}.{name}" for role in HOOKS for name in HOOKS[role]})
     target: dict[str, Any] = {"w": torch.zeros(3), "epoch": 0}

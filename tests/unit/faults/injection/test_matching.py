@@ -81,7 +81,7 @@ def test_everything_that_is_wrong_is_reported_at_once() -> None:
     assert len(problems(Injection(ShortRead(), "rename", nth=0, rank=-3))) == 3
 
 
-def test_what_can_be_has_no_problems() -> None:
+def test_possible_injections_have_no_problems() -> None:
     for role, hooks in HOOKS.items():
         for hook in hooks:
             assert problems(Injection(Raise(), f"{role}.{hook}")) == []

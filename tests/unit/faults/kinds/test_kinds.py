@@ -146,7 +146,7 @@ def test_an_errno_names_the_file_as_the_system_does() -> None:
     assert (moved.value.filename, moved.value.filename2) == ("/r/a", "/r/b")
 
 
-def test_a_full_disk_takes_what_fits() -> None:
+def test_a_full_disk_takes_the_bytes_that_fit() -> None:
     assert NoSpace(100).before(moment(room_bytes=7)) == Shorten(7)
     with pytest.raises(OSError, match="No space"):
         NoSpace(100).before(moment(room_bytes=0))

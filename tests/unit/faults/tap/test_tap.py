@@ -206,7 +206,7 @@ def test_a_wrong_mode_is_the_same_error(tmp_path: Path, mode: str) -> None:
     assert not notes.done
 
 
-def test_what_is_elsewhere_is_not_seen(tmp_path: Path) -> None:
+def test_operations_outside_the_folder_are_not_seen(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with noted(tmp_path / "in") as notes:
         (tmp_path / "in2").mkdir()
@@ -314,7 +314,7 @@ def test_threads_are_distinguished_and_nothing_is_lost(tmp_path: Path) -> None:
 # ---- verdicts
 
 
-def test_what_before_raises_reaches_the_caller_and_nothing_is_done(tmp_path: Path) -> None:
+def test_an_error_of_before_reaches_the_caller_and_nothing_is_done(tmp_path: Path) -> None:
     def refuse(operation: Operation) -> None:
         raise OSError(28, "no room")
 
@@ -386,7 +386,7 @@ def test_replaced_bytes(tmp_path: Path) -> None:
     assert buffer == b"OTHER"
 
 
-def test_observers_see_what_an_alternative_does_and_others_do_not(tmp_path: Path) -> None:
+def test_only_observers_see_the_operations_of_an_alternative(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "new").write_bytes(b"new")
 
@@ -421,7 +421,7 @@ def test_observers_are_called_before_another_watcher_raises(tmp_path: Path) -> N
     assert observer.short == ["make_folder d"]
 
 
-def test_what_a_watcher_does_itself_is_not_watched(tmp_path: Path) -> None:
+def test_a_watchers_own_operations_are_not_watched(tmp_path: Path) -> None:
     class Writes(Notes):
         def before(self, operation: Operation) -> None:
             super().before(operation)

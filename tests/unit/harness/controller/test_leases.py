@@ -145,7 +145,7 @@ with pool(4, "0").acquire(LeaseRequest(3, 1), 10):
 # Exclusivity
 
 
-def test_what_one_process_holds_another_cannot_take(folder: Path, start: StartTaker) -> None:
+def test_a_process_cannot_take_the_slots_of_another(folder: Path, start: StartTaker) -> None:
     holder = start(HOLD)
     assert holder.hears() == "held"
     pool = LeasePool(folder, max_processes=4, visible_gpus=("0",))
@@ -403,7 +403,7 @@ with pool(2, "0").acquire(LeaseRequest(1, 1), 10) as lease:
 # Time
 
 
-def test_a_timeout_says_what_was_wanted_free_and_where(folder: Path) -> None:
+def test_a_timeout_names_the_wanted_and_free_slots_and_the_folder(folder: Path) -> None:
     pool = LeasePool(folder, max_processes=4, visible_gpus=("6", "7"))
     with pool.acquire(LeaseRequest(3, 1), 0):
         start_s = time.monotonic()
@@ -618,7 +618,7 @@ def put_socket(path: Path) -> None:
     "put", [put_link, Path.mkdir, put_socket], ids=["link", "folder", "socket"]
 )
 @pytest.mark.parametrize("name", ["turnstile.lock", "cpu-0.lock"])
-def test_what_is_no_lock_file_is_refused_by_name_and_left_alone(
+def test_a_path_that_is_no_lock_file_is_refused_by_name_and_left_alone(
     tmp_path: Path, put: Callable[[Path], None], name: str
 ) -> None:
     precious = tmp_path / "precious"

@@ -72,7 +72,7 @@ def test_a_record_is_read_as_it_was_written(written: list[Entry]) -> None:
 
 
 @given(entries, st.data())
-def test_a_record_that_was_cut_off_keeps_what_is_whole(
+def test_a_record_that_was_cut_off_keeps_its_whole_entries(
     written: list[Entry], data: st.DataObject
 ) -> None:
     whole = record(*written)
@@ -104,7 +104,7 @@ def test_intervals_of_text_strategies_are_read() -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_entry_ends_the_record_and_is_not_run(damage: bytes) -> None:
+def test_bytes_that_are_no_entry_end_the_record_and_are_not_run(damage: bytes) -> None:
     good = encode_line("one")
     assert decode(good + damage + good) == [ShownLine("one")]
 

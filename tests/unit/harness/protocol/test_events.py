@@ -362,7 +362,7 @@ def test_a_field_of_another_type_is_a_wire_error_that_names_the_value(data: st.D
         (Met, {"sizes": [None]}, "expected int, got None"),
     ],
 )
-def test_a_wrong_value_is_reported_with_what_was_expected(
+def test_a_wrong_value_is_reported_with_the_expected_one(
     cls: type[Any], body: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(WireError, match=expected):
@@ -393,7 +393,7 @@ def test_a_wrong_shape_inside_a_field_is_a_wire_error(field: str, value: object)
 @pytest.mark.parametrize(
     "data", [b"\0\0\0\x64\x20\0\0\0" + encode(Leave()), b"\0\0\0\1\0\0\0\0", b"\0" * 9]
 )
-def test_what_cannot_begin_a_message_is_refused_before_the_rest_of_it_comes(data: bytes) -> None:
+def test_bytes_that_begin_no_message_are_refused_before_the_rest_arrives(data: bytes) -> None:
     with pytest.raises(WireError, match="not the beginning of a message"):
         decoded(data)
 

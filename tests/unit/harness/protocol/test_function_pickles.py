@@ -94,7 +94,7 @@ WAYS: list[tuple[Callable[..., object], tuple[object, ...], str]] = [
 
 
 @pytest.mark.parametrize(("function", "args", "way"), WAYS, ids=[way for *_, way in WAYS])
-def test_what_cannot_be_pickled_is_named(
+def test_a_value_that_cannot_be_pickled_is_named(
     function: Callable[..., object], args: tuple[object, ...], way: str
 ) -> None:
     with pytest.raises(TypeError) as caught:

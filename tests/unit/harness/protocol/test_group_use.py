@@ -64,7 +64,7 @@ def test_as_many_collectives_of_other_kinds_are_named() -> None:
     assert out_of_step(long).endswith("in process group '0', before the last 1")
 
 
-def test_what_only_one_rank_has_called_in_python_is_not_compared() -> None:
+def test_calls_that_only_one_rank_made_in_python_are_not_compared() -> None:
     in_python, in_cpp = kinds_of("all_reduce"), kinds_of()
     assert out_of_step({0: {"0": in_python}, 1: {"0": in_cpp}}) == ""
 

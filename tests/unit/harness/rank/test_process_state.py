@@ -26,7 +26,7 @@ class Fake:
         return Facet(name, read, put_back if settable else None)
 
 
-def test_what_changed_since_the_mark_is_put_back() -> None:
+def test_changes_since_the_mark_are_put_back() -> None:
     fake = Fake(a=1, b=2)
     state = ProcessState([fake.facet("a"), fake.facet("b")])
     state.settle()
@@ -35,7 +35,7 @@ def test_what_changed_since_the_mark_is_put_back() -> None:
     assert fake.now == {"a": 1, "b": 2}
 
 
-def test_what_cannot_be_put_back_is_named() -> None:
+def test_a_change_that_cannot_be_put_back_is_named() -> None:
     fake = Fake(a=1, b=2)
     state = ProcessState([fake.facet("a", settable=False), fake.facet("b")])
     state.settle()
@@ -58,7 +58,7 @@ def test_an_error_of_putting_back_is_no_error_where_the_value_is_back() -> None:
     assert state.put_back() == ()
 
 
-def test_what_wider_fixtures_change_before_the_test_lasts() -> None:
+def test_changes_of_wider_fixtures_before_the_test_last() -> None:
     fake = Fake(a=1)
     state = ProcessState([fake.facet("a")])
     state.settle()
@@ -71,7 +71,7 @@ def test_what_wider_fixtures_change_before_the_test_lasts() -> None:
     assert fake.now["a"] == 2
 
 
-def test_what_a_late_wider_fixture_changes_lasts_and_nothing_else_does() -> None:
+def test_only_the_changes_of_a_late_wider_fixture_last() -> None:
     fake = Fake(env={"old": "1"}, b=1)
     state = ProcessState([fake.facet("env"), fake.facet("b")])
     state.settle()

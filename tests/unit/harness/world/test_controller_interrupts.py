@@ -35,7 +35,7 @@ def test_a_handler_raises_at_once_where_nothing_is_held() -> None:
         pytest.fail("not interrupted")
 
 
-def test_a_handler_waits_for_the_end_of_what_is_held() -> None:
+def test_a_handler_waits_for_the_end_of_the_held_block() -> None:
     interrupts = Interrupts()
     done = []
     with pytest.raises(Rang), interrupts.relayed():  # noqa: PT012 - where it raises
@@ -47,7 +47,7 @@ def test_a_handler_waits_for_the_end_of_what_is_held() -> None:
     assert done == ["inner"]
 
 
-def test_an_error_in_what_is_held_leaves_the_handler_for_the_next_wait() -> None:
+def test_an_error_in_the_held_block_leaves_the_handler_for_the_next_wait() -> None:
     interrupts = Interrupts()
     with interrupts.relayed():
         with pytest.raises(ValueError, match="of its own"), interrupts.held():  # noqa: PT012 - where it raises

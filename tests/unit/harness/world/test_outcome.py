@@ -281,7 +281,7 @@ def test_a_rank_that_says_failed_fails_the_world_even_without_a_recorded_failure
 
 
 @pytest.mark.parametrize("summary", ECHOES.values(), ids=ECHOES)
-def test_what_a_rank_says_when_its_peer_went_away_is_an_echo(summary: str) -> None:
+def test_an_error_about_a_lost_peer_is_an_echo(summary: str) -> None:
     assert is_echo(failure(0, summary))
 
 
@@ -294,12 +294,12 @@ def test_our_exchange_s_error_is_an_echo_by_its_flag_and_not_by_its_words() -> N
 
 
 @pytest.mark.parametrize("summary", CAUSES.values(), ids=CAUSES)
-def test_what_a_rank_says_of_itself_is_no_echo(summary: str) -> None:
+def test_an_error_of_the_rank_itself_is_no_echo(summary: str) -> None:
     assert not is_echo(failure(0, summary))
 
 
 @pytest.mark.parametrize("kind", ["crashed", "closed", "flooded", "timeout", "diverged"])
-def test_what_became_of_a_rank_itself_is_no_echo_in_any_words(kind: FailureKind) -> None:
+def test_a_ranks_own_end_is_no_echo_in_any_words(kind: FailureKind) -> None:
     assert not is_echo(failure(0, GLOO_CLOSED, kind=kind))
 
 

@@ -39,7 +39,7 @@ def test_the_first_process_that_sends_is_the_rank(end: RankEnd) -> None:
     assert end.pid == pid
 
 
-def test_what_another_process_sends_is_refused_by_its_name(end: RankEnd) -> None:
+def test_a_message_of_another_process_is_refused_and_names_the_process(end: RankEnd) -> None:
     end.theirs.sendall(b"mine")
     assert end.receive() == b"mine"
     pid = in_child(lambda: end.theirs.sendall(b"not mine"))

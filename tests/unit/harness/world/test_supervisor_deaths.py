@@ -99,7 +99,7 @@ def test_a_rank_that_prints_too_much_is_killed_at_once_and_named_with_the_size()
     assert "123456" in replay.summary(1)
 
 
-def test_what_a_killed_rank_still_says_and_does_changes_nothing() -> None:
+def test_later_messages_and_acts_of_a_killed_rank_change_nothing() -> None:
     replay = Replay.calling(2)
     late = T0 + 2 + DYING_S / 2
     replay.play(
@@ -159,7 +159,7 @@ def test_an_interrupt_takes_the_terminal_from_the_debugger() -> None:
     assert replay.supervisor.settled
 
 
-def test_when_what_started_the_ranks_is_gone_all_that_lived_are_lost_at_once() -> None:
+def test_all_living_ranks_are_lost_at_once_when_their_launcher_is_gone() -> None:
     replay = Replay.calling(5)
     replay.play(
         [

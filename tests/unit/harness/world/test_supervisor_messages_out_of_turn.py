@@ -43,7 +43,7 @@ OUT_OF_TURN: dict[str, tuple[list[Up], Up]] = {
 
 
 @pytest.mark.parametrize(("before", "message"), OUT_OF_TURN.values(), ids=OUT_OF_TURN)
-def test_a_rank_that_speaks_out_of_turn_is_killed_and_named_with_what_it_said(
+def test_a_rank_that_speaks_out_of_turn_is_killed_and_its_message_is_named(
     before: list[Up], message: Up
 ) -> None:
     replay = Replay.calling(2)

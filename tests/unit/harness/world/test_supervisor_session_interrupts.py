@@ -81,7 +81,7 @@ def test_a_rank_that_is_interrupted_at_an_exchange_gives_its_verdict() -> None:
     assert replay.ordered(Send) == []
 
 
-def test_what_failed_before_an_interrupt_stays_a_failure_and_the_peers_get_their_time() -> None:
+def test_a_failure_before_an_interrupt_stays_one_and_the_peers_get_their_time() -> None:
     replay = Replay.calling(2)
     replay.play(
         [

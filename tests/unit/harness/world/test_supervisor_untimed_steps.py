@@ -50,7 +50,7 @@ def test_a_boot_that_is_late_after_the_imports_failed() -> None:
     assert not replay.supervisor.prepared_too_long
 
 
-def test_a_rank_that_imports_without_end_is_killed_and_the_report_says_what_it_did() -> None:
+def test_a_rank_that_imports_without_end_is_killed_and_the_report_names_the_import() -> None:
     replay = booting()
     replay.play([(T0 + 1, Says(0, IMPORTING)), (T0 + 2, Says(1, READY))])
     assert replay.failures == [(0, "timeout"), (1, "timeout")]

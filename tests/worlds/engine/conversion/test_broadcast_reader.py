@@ -75,7 +75,7 @@ def test_each_rank_gets_its_part_in_any_layout(file: Path, device_mesh: DeviceMe
     ],
     ids=["missing", "shape", "value"],
 )
-def test_what_does_not_fit_is_named_on_every_rank(
+def test_a_state_that_does_not_fit_is_named_on_every_rank(
     file: Path, state: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(CheckpointException, match=text) as caught:

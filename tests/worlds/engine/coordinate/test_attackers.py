@@ -283,7 +283,7 @@ class Proxy(threading.Thread):
         ),
     ],
 )
-def test_what_is_changed_on_the_way_ends_the_connection_where_there_is_a_shared_key(
+def test_a_changed_message_ends_the_connection_where_there_is_a_shared_key(
     world: RankWorld, rank: int, attack: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCP_SHARED_KEY", KEY)

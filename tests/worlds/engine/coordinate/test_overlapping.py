@@ -252,7 +252,7 @@ def test_after_a_mixed_operation_the_next_one_succeeds(
     assert loaded(checkpoint_dir, rank) == 3
 
 
-def test_what_was_called_before_the_ranks_were_out_of_count_fails_and_the_next_succeeds(
+def test_calls_made_before_the_ranks_were_out_of_count_fail_and_the_next_succeeds(
     rank: int, world: RankWorld
 ) -> None:
     group = dist.new_group(timeout=timedelta(seconds=1.5))
@@ -313,7 +313,7 @@ WRONG_CALLS: dict[str, tuple[Callable[..., object], dict[str, Any], type[Excepti
 
 @pytest.mark.parametrize("wrong", [0, 1])
 @pytest.mark.parametrize("call", WRONG_CALLS)
-def test_what_one_rank_raises_before_it_meets_the_others_reaches_them(
+def test_an_error_of_one_rank_before_it_meets_the_others_reaches_them(
     rank: int, checkpoint_dir: Path, call: str, wrong: int
 ) -> None:
     verb, options, expected = WRONG_CALLS[call]

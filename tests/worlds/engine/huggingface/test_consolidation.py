@@ -111,7 +111,7 @@ def test_shards_of_torchs_writer_are_made_whole_as_torch_does_it(
         assert same(read_whole(checkpoint_dir / "ours"), read_whole(checkpoint_dir / "theirs"))
 
 
-def test_what_does_not_fit_is_named_and_changes_nothing(
+def test_shards_that_do_not_fit_are_named_and_nothing_changes(
     checkpoint_dir: Path, device_mesh: DeviceMesh
 ) -> None:
     save_shards(checkpoint_dir / "shards", device_mesh)

@@ -267,7 +267,7 @@ def test_ranks_beside_many_overwrites_load_one_save(
     ],
     ids=["value", "mapping", "dtype"],
 )
-def test_what_has_no_place_is_named_before_anything_is_replaced(
+def test_a_value_without_a_place_is_named_before_anything_is_replaced(
     tmp_path: Path, state: dict[str, Any], options: dict[str, Any], reason: str
 ) -> None:
     save(tmp_path, {"w": torch.zeros(2)})

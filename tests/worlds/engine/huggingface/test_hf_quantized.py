@@ -80,7 +80,7 @@ def boxes(size: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, .
 @pytest.mark.parametrize(
     ("fqn", "size"), [("m.weight", (70, 50)), ("x_blocks", (4, 6, 160)), ("plain", (3,))]
 )
-def test_every_box_of_a_quantised_tensor_is_what_torch_makes_of_it(
+def test_every_box_of_a_quantised_tensor_equals_torchs_dequantised_one(
     quantised: Path,
     fqn: str,
     size: tuple[int, ...],

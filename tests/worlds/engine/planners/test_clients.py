@@ -154,7 +154,7 @@ def test_a_save_in_three_calls_keeps_the_plans_of_all_ranks(
 
 
 @pytest.mark.world_size(2)
-def test_torch_alone_reads_what_was_saved_in_three_calls(
+def test_torch_alone_reads_a_checkpoint_saved_in_three_calls(
     rank: int, device_mesh: DeviceMesh, checkpoint_dir: Path
 ) -> None:
     save_in_three_calls({"w": sharded(device_mesh, 7)}, checkpoint_dir)
@@ -167,7 +167,7 @@ def test_torch_alone_reads_what_was_saved_in_three_calls(
 
 
 @pytest.mark.world_size(2)
-def test_what_a_planner_sets_on_the_metadata_is_what_every_rank_gets(
+def test_every_rank_gets_the_attributes_that_a_planner_sets_on_the_metadata(
     rank: int, device_mesh: DeviceMesh, checkpoint_dir: Path
 ) -> None:
     class Adding(dcp.DefaultSavePlanner):
@@ -188,7 +188,7 @@ def test_what_a_planner_sets_on_the_metadata_is_what_every_rank_gets(
 
 
 @pytest.mark.world_size(2)
-def test_a_tensor_that_has_grown_gets_what_was_stored(
+def test_a_tensor_that_has_grown_gets_the_stored_rows(
     rank: int, device_mesh: DeviceMesh, checkpoint_dir: Path
 ) -> None:
     """As an embedding whose vocabulary is padded for another number of ranks."""

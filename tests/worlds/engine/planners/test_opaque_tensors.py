@@ -54,7 +54,7 @@ def test_torchs_engine_reads_ours(make: Make, checkpoint_dir: Path, trusted: Any
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_ours_reads_what_torchs_engine_wrote(make: Make, checkpoint_dir: Path) -> None:
+def test_ours_reads_a_checkpoint_of_torchs_engine(make: Make, checkpoint_dir: Path) -> None:
     torch_dcp.save({"w": make(3), "x": torch.ones(2)}, checkpoint_id=checkpoint_dir)
     state = {"w": make(1), "x": torch.zeros(2)}
     dcp.load(state, checkpoint_id=checkpoint_dir)
@@ -91,7 +91,9 @@ def test_a_quantised_tensor_needs_no_template(
     assert inside(found["model"]["w"]) == inside(make(3))
 
 
-def test_what_torch_stored_quantised_is_refused_into_a_plain_tensor(checkpoint_dir: Path) -> None:
+def test_a_tensor_that_torch_stored_quantised_is_refused_into_a_plain_one(
+    checkpoint_dir: Path,
+) -> None:
     torch_dcp.save({"model": {"w": per_tensor(3)}}, checkpoint_id=checkpoint_dir)
     state = {"model": {"w": torch.zeros(6, dtype=torch.uint8)}}
     with pytest.raises(dcp.CheckpointException, match=r"'model\.w' is stored as torch\.quint8"):
@@ -177,7 +179,7 @@ def refused(rank: int, mesh: DeviceMesh) -> dict[str, tuple[Any, str]]:
     return values
 
 
-def test_what_no_checkpoint_holds_is_named_together(
+def test_values_that_no_checkpoint_holds_are_named_together(
     rank: int, device_mesh: DeviceMesh, checkpoint_dir: Path
 ) -> None:
     values = refused(rank, device_mesh)

@@ -120,7 +120,7 @@ def test_a_copy_in_the_background_keeps_the_parts(
     assert torch.equal(whole["w"], FULL)
 
 
-def test_the_whole_tensors_size_is_what_must_fit(rank: int, checkpoint_dir: Path) -> None:
+def test_the_size_of_the_whole_tensor_must_fit(rank: int, checkpoint_dir: Path) -> None:
     """Also where the local tensor happens to have the stored size."""
     dcp.save({"w": torch.ones(6, 7)}, checkpoint_id=checkpoint_dir)
     with pytest.raises(dcp.CheckpointException, match=r"Size mismatch.*\[6, 7\].*\[8, 6\]"):

@@ -142,7 +142,7 @@ def test_extra_state_arrives(extra: Any, rank: int) -> None:
     close(model.extra, extra)
 
 
-def test_what_does_not_fit_is_named_on_every_rank_before_anything_moves(rank: int) -> None:
+def test_a_misfit_is_named_on_every_rank_before_anything_moves(rank: int) -> None:
     model = WAYS["fsdp2"](Net(seed=7))
     before = copy.deepcopy(get_model_state_dict(model, options=FULL))
     state, _ = bare_states(rank)

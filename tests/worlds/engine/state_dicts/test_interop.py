@@ -40,7 +40,7 @@ def options_of(module: Any, kind: str) -> Any:
         *("fsdp2", "hsdp", "fsdp2_tp"),
     ],
 )
-def test_both_get_the_same_and_set_what_the_other_got(way: str) -> None:
+def test_both_get_equal_states_and_set_each_others(way: str) -> None:
     model = WAYS[way](Net())
     optimizer = adamw(model)
     train(model, optimizer, steps=2)

@@ -77,7 +77,7 @@ def test_frozen_parameters_go_round(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", SHARDING)
-def test_only_what_can_be_trained_is_asked_for(way: str) -> None:
+def test_only_trainable_parameters_are_asked_for(way: str) -> None:
     options = StateDictOptions(ignore_frozen_params=True, full_state_dict=True)
     model = WAYS[way](half_frozen(Net()))
     optimizer = adamw(model)

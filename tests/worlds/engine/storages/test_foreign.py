@@ -425,7 +425,7 @@ def test_any_number_of_files_is_read_by_torch(
     assert ours == len(list((checkpoint_dir / torch_dcp.__name__).glob("*.distcp")))
 
 
-def test_a_reader_of_torchs_says_what_is_missing(checkpoint_dir: Path) -> None:
+def test_a_reader_of_torchs_names_the_missing_file(checkpoint_dir: Path) -> None:
     dcp.save({"w": numbered(3)}, checkpoint_id=checkpoint_dir)
     for reader in (dcp.FileSystemReader, torch_dcp.FileSystemReader):
         with (

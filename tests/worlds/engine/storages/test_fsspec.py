@@ -125,7 +125,7 @@ class TestOneRank:
         assert 20 <= fetched <= 64 << 10
 
     @pytest.mark.parametrize("verify", ["auto", "off"])
-    def test_what_lies_between_small_tensors_is_fetched_once(
+    def test_bytes_between_small_tensors_are_fetched_once(
         self, store: Path, verify: Literal["auto", "off"]
     ) -> None:
         layers = {
@@ -140,7 +140,7 @@ class TestOneRank:
         fetched = sum(n for how, name, n in requests(store) if how == "get" and "__0_" in name)
         assert fetched <= 1.3 * sum(value.nbytes for value in layers.values())
 
-    def test_what_lies_together_is_fetched_together(self, store: Path) -> None:
+    def test_neighbouring_entries_are_fetched_together(self, store: Path) -> None:
         dcp.save(state(1), storage_writer=FsspecWriter(URL, root=str(store)))
         (store / "requests").write_text("")
         found(state(), storage_reader=FsspecReader(URL, root=str(store), thread_count=1))

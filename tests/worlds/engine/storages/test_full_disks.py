@@ -111,7 +111,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_recovers(
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_a_killed_save_left_makes_room_for_the_next(small_disk: Path, name: str) -> None:
+def test_leftovers_of_a_killed_save_make_room_for_the_next(small_disk: Path, name: str) -> None:
     folder, make = small_disk / "checkpoint", WRITERS[name]
     dcp.save(state_of(1.0, 15), storage_writer=make(folder), no_dist=True)
     left = data_name("__1_", 0, "dead01234567")

@@ -155,7 +155,7 @@ class Code:
         return exit, (3,)
 
 
-def test_what_is_no_plain_data_is_refused_before_anything_is_sent() -> None:
+def test_a_value_that_is_no_plain_data_is_refused_before_anything_is_sent() -> None:
     if dist.get_rank() == 0:
         with pytest.raises(TypeError, match=r"Code cannot be sent to another rank"):
             transport().send_checkpoint([1, 2], {"w": torch.ones(2), "code": Code()})

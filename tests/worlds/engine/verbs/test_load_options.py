@@ -97,7 +97,7 @@ class TestWithoutATemplate:
         ],
         ids=["value", "sub-tree", "two", "leaf", "element", "later element", "later elements"],
     )
-    def test_keys_are_names_and_what_is_below_them(
+    def test_keys_select_names_and_everything_below_them(
         self, checkpoint_dir: Path, engine: Any, keys: Any, expected: dict[str, Any]
     ) -> None:
         engine.save(nested(), checkpoint_id=checkpoint_dir)
@@ -124,7 +124,7 @@ class TestKeys:
         ],
         ids=["name", "glob", "list", "tuple", "mark", "all"],
     )
-    def test_only_what_a_pattern_fits_is_loaded(
+    def test_only_names_that_fit_a_pattern_are_loaded(
         self, checkpoint_dir: Path, keys: str | Sequence[str], chosen: set[str]
     ) -> None:
         state: dict[str, Any] = {
@@ -159,7 +159,7 @@ class TestKeys:
         assert list(caught.value.failures) == [0, 1]
         assert target["a"].sum() == 0
 
-    def test_what_is_not_chosen_need_not_be_in_the_checkpoint(self, checkpoint_dir: Path) -> None:
+    def test_keys_not_chosen_may_be_missing_in_the_checkpoint(self, checkpoint_dir: Path) -> None:
         dcp.save({"a": numbered(2)}, checkpoint_id=checkpoint_dir)
         target = {"a": torch.zeros(2), "new": torch.full((3,), 9.0), "b": "kept"}
         report = dcp.load(target, checkpoint_id=checkpoint_dir, keys="a")
@@ -277,7 +277,7 @@ class TestRename:
         with pytest.raises(CheckpointException, match=r"'old\.a'.* match nothing"):
             dcp.load(target, checkpoint_id=checkpoint_dir, keys="old.a", rename={"new.": "old."})
 
-    def test_what_the_other_name_lacks_is_missing(self, checkpoint_dir: Path) -> None:
+    def test_keys_missing_under_the_other_name_are_missing(self, checkpoint_dir: Path) -> None:
         dcp.save({"old": {"a": 1}}, checkpoint_id=checkpoint_dir)
         target = {"new": {"a": 0, "b": 8}}
         report = dcp.load(
@@ -456,7 +456,7 @@ class Settings:
 @pytest.mark.filterwarnings("ignore:1 value.s. of this save are refused by load:UserWarning")
 class TestWeightsOnly:
     @ENGINES
-    def test_a_class_of_the_users_is_refused_by_key_with_what_to_do(
+    def test_a_class_of_the_users_is_refused_by_key_with_a_remedy(
         self, checkpoint_dir: Path, engine: Any
     ) -> None:
         state: dict[str, Any] = {"train": {"cfg": [Settings(0.5), 2]}, "w": numbered(2)}
@@ -738,7 +738,7 @@ class TestReplacedMeanwhile:
         with pytest.raises(CheckpointException, match="Missing key in checkpoint state_dict: a"):
             dcp.load({"a": torch.zeros(4)}, storage_reader=reader)
 
-    def test_a_load_that_may_lack_keys_is_not_repeated_over_what_it_has_loaded(
+    def test_a_load_that_may_lack_keys_is_not_repeated_over_loaded_tensors(
         self, checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
@@ -1033,7 +1033,7 @@ def test_a_load_that_is_repeated_leaves_nothing_of_the_first_save(checkpoint_dir
         assert report.missing == ()
 
 
-def test_a_process_alone_loads_what_replaces_its_checkpoint(checkpoint_dir: Path) -> None:
+def test_a_process_alone_loads_the_checkpoint_that_replaces_its_own(checkpoint_dir: Path) -> None:
     with without_warnings():
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
         reader = Interrupted(checkpoint_dir, lambda: save_alone(NEW, checkpoint_dir))

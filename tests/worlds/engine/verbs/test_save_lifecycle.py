@@ -148,7 +148,7 @@ Pair = namedtuple("Pair", ["one", "other"])
 
 
 class TestInTheBackground:
-    def test_what_is_changed_after_the_return_is_saved_as_it_was(
+    def test_changes_after_the_return_are_not_saved(
         self, checkpoint_dir: Path, device_mesh: DeviceMesh
     ) -> None:
         mine = state(device_mesh) | {
@@ -398,7 +398,7 @@ class TestOneOverAnother:
         assert {p.name for p in checkpoint_dir.iterdir()} == names | {".metadata"}
         assert same(found(checkpoint_dir, state(device_mesh)), state(device_mesh, 3))
 
-    def test_what_dead_saves_left_is_removed_and_nothing_else(
+    def test_only_leftovers_of_dead_saves_are_removed(
         self, checkpoint_dir: Path, rank: int
     ) -> None:
         dead = [
@@ -467,7 +467,9 @@ class TestOneOverAnother:
         assert {p.name: p.read_bytes() for p in checkpoint_dir.iterdir()} == old
         assert same(found(checkpoint_dir, state(device_mesh)), state(device_mesh, 1))
 
-    def test_what_a_dead_save_left_is_no_checkpoint(self, checkpoint_dir: Path, rank: int) -> None:
+    def test_leftovers_of_a_dead_save_are_no_checkpoint(
+        self, checkpoint_dir: Path, rank: int
+    ) -> None:
         if rank == 0:
             (checkpoint_dir / "__0_0-deadbeef0123.distcp").write_text("dead")
         dist.barrier()

@@ -113,7 +113,9 @@ class TestArguments:
             assert len(str(caught.value).splitlines()) == 1
             dist.barrier()
 
-    def test_what_is_returned(self, checkpoint_dir: Path, device_mesh: DeviceMesh) -> None:
+    def test_returns_the_metadata_as_torch_does(
+        self, checkpoint_dir: Path, device_mesh: DeviceMesh
+    ) -> None:
         state = {"w": spread(numbered(5, 2), device_mesh, Shard(0)), "v": 3}
         ours = dcp.save(state, checkpoint_id=checkpoint_dir / "ours")
         torchs = torch_dcp.save(state, checkpoint_id=checkpoint_dir / "torchs")
@@ -234,7 +236,7 @@ class TestArguments:
         assert same(dict(target["m"]), dict(module.state_dict()))
         assert target["n"] == 1
 
-    def test_a_save_ends_at_what_it_expected(self, checkpoint_dir: Path) -> None:
+    def test_the_progress_of_a_save_ends_at_its_total(self, checkpoint_dir: Path) -> None:
         seen: list[Progress] = []
         dcp.save({"w": numbered(100)}, checkpoint_id=checkpoint_dir, progress=seen.append)
         assert all(p.done_bytes <= p.total_bytes for p in seen)
@@ -283,7 +285,7 @@ class TestArguments:
             engine.load(target, checkpoint_id=checkpoint_dir / which)
             assert same(target, state), (engine.__name__, which)
 
-    def test_what_another_rank_has_just_committed_is_no_older_checkpoint(
+    def test_a_commit_of_another_rank_moments_ago_is_no_older_checkpoint(
         self, checkpoint_dir: Path, rank: int
     ) -> None:
         if not rank:
