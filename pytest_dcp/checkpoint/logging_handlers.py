@@ -1,4 +1,4 @@
-"""The name of torch's logger, and its handler: torch's own objects."""
+"""The name of the logger of checkpoint calls, and its default handler: torch's own objects."""
 
 from pytest_dcp._engine.torch_names import names_of_torch
 

@@ -11,12 +11,18 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.torch_names import names_of_torch
-from pytest_dcp._engine.verbs.save import Save, SaveRequest, save, save_state_dict, save_team
-from pytest_dcp._engine.verbs.torch_arguments import resolve_stateful
+from pytest_dcp._engine.verbs.save import (
+    Save,
+    SaveRequest,
+    read_stateful,
+    save,
+    save_state_dict,
+    save_team,
+)
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
 
-_stateful_to_state_dict = resolve_stateful
+_stateful_to_state_dict = read_stateful
 """Torch's name for it, which other libraries import."""
 
 

@@ -67,6 +67,7 @@ from pytest_dcp._engine.plan.capabilities import (
 from pytest_dcp._engine.plan.hooks import require_plan
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
+from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
 from pytest_dcp._engine.verbs.load_source import LoadSource
 from pytest_dcp._engine.verbs.phase_timing import Phases
@@ -195,17 +196,24 @@ class Load:
     def _plan_alone(self, team: Team, lease: ExitStack | None) -> tuple[str | None, LoadPlan]:
         """The id of the save that this rank has found, and its local plan; its files are open."""
         self.state_dict = self.request.state()
-        found = self.source.find(team.rank, lease)
-        self.planner.set_up_planner(self.state_dict, found.metadata, team.is_coordinator)
-        self.source.set_up(found, team)
-        asked = require_plan(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
-        plan, self.all_open = self.source.accept(asked)
+        with self._events("local_step"):
+            found = self.source.find(team.rank, lease)
+            self.planner.set_up_planner(self.state_dict, found.metadata, team.is_coordinator)
+            self.source.set_up(found, team)
+            asked = require_plan(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
+            plan, self.all_open = self.source.accept(asked)
         return found.save_id, plan
+
+    def _events(self, step: str) -> CallEvents:
+        """Logs a step, by torch's name of it."""
+        where = getattr(self.request.reader, "checkpoint_id", None)
+        return CallEvents(step, {"checkpoint_id": where, "process_group": self.team.group})
 
     def _compare(self, told: Sequence[Planned]) -> bool:
         """On the coordinator: whether any rank may meet a misfit, once their facts agree."""
-        self.found = [one.found for one in told]
-        return check_together(told)
+        with self._events("global_step"):
+            self.found = [one.found for one in told]
+            return check_together(told)
 
     def _make_global_plan(self, told: list[Planned]) -> list[tuple[LoadPlan, bool]]:
         """On the coordinator: each rank's plan, by the hooks that see the plans of all."""
@@ -222,7 +230,8 @@ class Load:
 
     def _fill(self, plan: LoadPlan) -> None:
         final, self.final = self.final or self.planner.finish_plan(plan), None
-        self.source.read(final, self.planner)
+        with self._events("read_data"):
+            self.source.read(final, self.planner)
 
     # ---- again
 

@@ -26,6 +26,7 @@ from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
@@ -123,7 +124,7 @@ def save(
     with team.preparing():
         check_state_dict(state_dict)
         request = SaveRequest(
-            lambda: resolve_stateful(state_dict),
+            lambda: read_stateful(state_dict),
             writer_for(storage_writer, checkpoint_id),
             planner_for(planner, replicas),
             use_collectives=use_collectives,
@@ -131,6 +132,12 @@ def save(
             reset=reset_to(storage_writer, checkpoint_id),
         )
     return Save(team, request).run()
+
+
+def read_stateful(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with the state of each Stateful object in its place."""
+    with CallEvents("_stateful_to_state_dict", {}, log_exceptions=True):
+        return resolve_stateful(state_dict)
 
 
 def save_team(
@@ -271,6 +278,10 @@ class Save:
         """This rank's local plan."""
         self._reset_writer()
         state_dict = self.request.state()
+        with self._events("local_step"):
+            return self._make_local_plan(team, state_dict)
+
+    def _make_local_plan(self, team: Team, state_dict: dict[str, Any]) -> SavePlan:
         meta = self.writer.storage_meta()
         set_up: Any = self.planner.set_up_planner
         if accepts_parameter(set_up, "storage_meta"):
@@ -298,6 +309,11 @@ class Save:
         self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
         return self.local
 
+    def _events(self, step: str) -> CallEvents:
+        """Logs a step, by torch's name of it."""
+        where = getattr(self.writer, "checkpoint_id", None)
+        return CallEvents(step, {"checkpoint_id": where, "process_group": self.team.group})
+
     def _reset_writer(self) -> None:
         reset, self.reset = self.reset, None
         if reset is not None:
@@ -305,24 +321,27 @@ class Save:
 
     def _make_global_plan(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
         """On the coordinator: the items that each rank writes, and the pieces that it compares."""
-        joined, self.metadata = self.planner.create_global_plan(plans)
-        if isinstance(self.writer, FileSystemWriter):
-            self.writer.remove_leftovers()
-        self.told = self.writer.prepare_global_plan(joined)
+        with self._events("global_step"):
+            joined, self.metadata = self.planner.create_global_plan(plans)
+            if isinstance(self.writer, FileSystemWriter):
+                self.writer.remove_leftovers()
+            self.told = self.writer.prepare_global_plan(joined)
         sent = [compress_plan(plan, local) for plan, local in zip(self.told, plans, strict=True)]
         return list(zip(sent, self.comparison.choose_rows(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
-        # A planner that remembers plans must forget where the last save's files were.
-        final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
-        final = with_list(final, self.writer.write_data)
-        future = self.writer.write_data(final, self.planner)
-        future.wait()
-        results: Sequence[WriteResult] = future.value()
-        return results
+        with self._events("write_data"):
+            # A planner that remembers plans must forget where the last save's files were.
+            final = replace(self.planner.finish_plan(plan), storage_data=plan.storage_data)
+            final = with_list(final, self.writer.write_data)
+            future = self.writer.write_data(final, self.planner)
+            future.wait()
+            results: Sequence[WriteResult] = future.value()
+            return results
 
     def _finish(self, results: list[Any]) -> None:
-        self.writer.finish(metadata=self._whole(), results=results)
+        with self._events("finish_checkpoint"):
+            self.writer.finish(metadata=self._whole(), results=results)
 
     def _discard(self) -> None:
         """Remove this rank's files of a failed save; the save's own error takes precedence."""

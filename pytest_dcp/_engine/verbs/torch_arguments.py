@@ -20,6 +20,7 @@ from pytest_dcp._engine.coordinate import Subject
 from pytest_dcp._engine.plan.capabilities import place_of
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp.tracebacks import BOUNDARY
 
 P = ParamSpec("P")
@@ -151,7 +152,8 @@ def _parameters_of_method(function: FunctionType) -> tuple[inspect.Parameter, ..
 def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let the storage be the second positional argument, as it was before torch 2.2.
 
-    Errors are raised as by `drop_inner_frames`: one wrapper for both leaves one frame less.
+    The call is logged (`call_events`), and errors are raised as by `drop_inner_frames`: one wrapper
+    for all three leaves two frames less.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -167,7 +169,7 @@ def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     raise TypeError(f"{function.__name__}() got {name} twice")
                 kwargs[name] = args[1]
                 args = args[:1]  # type: ignore[assignment]  # one fewer, by intent
-            with BOUNDARY:
+            with BOUNDARY, CallEvents(function.__name__, kwargs, log_exceptions=True):
                 return function(*args, **kwargs)
 
         return called
