@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -13,18 +14,24 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from pytest_dcp._engine.background.process import Job, save_in_process, sendable
-from pytest_dcp._engine.coordinate import announce
+from pytest_dcp._engine.background.process import Job, State, save_in_process, sendable
+from pytest_dcp._engine.coordinate import Team, announce
 from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, stage_state
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp._engine.verbs.save import Save, SaveRequest, planner_for, save_team
+from pytest_dcp._engine.verbs.call_events import CallEvents
+from pytest_dcp._engine.verbs.save import (
+    Save,
+    SaveRequest,
+    planner_for,
+    read_stateful,
+    save_team,
+)
 from pytest_dcp._engine.verbs.torch_arguments import (
     alone,
     check_state_dict,
     reset_to,
-    resolve_stateful,
     writer_for,
 )
 from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
@@ -67,13 +74,76 @@ def async_save(
     >>> load_without_template(checkpoint_id="step-1")
     {'w': tensor([1., 1.])}
     """
-    no_dist = alone(no_dist, "save")
+    arguments = {
+        "checkpoint_id": checkpoint_id,
+        "storage_writer": storage_writer,
+        "planner": planner,
+        "process_group": process_group,
+    }
     in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
+    with CallEvents("async_save", arguments, log_exceptions=True):
+        no_dist = alone(no_dist, "save")
+        team = _background_team(
+            process_group, no_dist, storage_writer, checkpoint_id,
+            use_collectives=use_collectives, in_process=in_process,
+        )  # fmt: skip
+        with team.preparing():
+            check_state_dict(state_dict)
+            job = _prepare_job(
+                team, storage_writer, checkpoint_id, planner_for(planner, replicas),
+                use_collectives=use_collectives, in_process=in_process,
+            )  # fmt: skip
+            stager = async_stager or _own_stager(storage_writer)
+            _heed_stage(storage_writer, stager)
+            staging = _Staging(state_dict, stager, shared=in_process)
+        return staging.response(job(staging.state))
+
+
+def save_staged(
+    staged: Future[dict[str, Any]] | dict[str, Any],
+    *,
+    in_process: bool,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Future[Metadata]:
+    """Save a copy of a state in the background, or the future of a copy. Collective.
+
+    The copy must not change until the save's future is done.
+    """
+    no_dist = alone(no_dist, "save")
+    team = _background_team(
+        process_group, no_dist, storage_writer, checkpoint_id,
+        use_collectives=use_collectives, in_process=in_process,
+    )  # fmt: skip
+    with team.preparing():
+        if not isinstance(staged, Future):
+            check_state_dict(staged)
+        job = _prepare_job(
+            team, storage_writer, checkpoint_id, planner_for(planner, None),
+            use_collectives=use_collectives, in_process=in_process,
+        )  # fmt: skip
+    return job(lambda: read_stateful(staged.result() if isinstance(staged, Future) else staged))
+
+
+def _background_team(
+    group: dist.ProcessGroup | None,
+    no_dist: bool,
+    writer: StorageWriter | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+    *,
+    use_collectives: bool,
+    in_process: bool,
+) -> Team:
+    """The team of a background save that is called now."""
     team = save_team(
-        process_group,
+        group,
         no_dist,
         COORDINATOR,
-        storage_writer,
+        writer,
         checkpoint_id,
         use_collectives=use_collectives,
         operation="async_save" if in_process else "save",
@@ -81,29 +151,31 @@ def async_save(
     )
     if not no_dist:
         # The save begins after the copy; from here on the others see if this rank ends meanwhile.
-        announce(process_group, COORDINATOR)
-    with team.preparing():
-        check_state_dict(state_dict)
-        chosen = planner_for(planner, replicas)
-        writer = writer_for(storage_writer, checkpoint_id)
-        reset = reset_to(storage_writer, checkpoint_id)
-        stager = async_stager or _own_stager(storage_writer)
-        _heed_stage(storage_writer, stager)
-        how = sendable(writer, chosen) if in_process else b""
-        staging = _Staging(state_dict, stager, shared=in_process)
+        announce(group, COORDINATOR)
+    return team
+
+
+def _prepare_job(
+    team: Team,
+    storage_writer: StorageWriter | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+    planner: SavePlanner,
+    *,
+    use_collectives: bool,
+    in_process: bool,
+) -> Callable[[State], Future[Metadata]]:
+    """A function that starts the save of a staged state, in a thread or in the rank's process."""
+    writer = writer_for(storage_writer, checkpoint_id)
+    reset = reset_to(storage_writer, checkpoint_id)
     if in_process:
-        job = Job(team, staging.state, how, reset and checkpoint_id, use_collectives)
-        uploading = save_in_process(job)
-    else:
-        uploading = _save_in_thread(
-            Save(
-                team,
-                SaveRequest(
-                    staging.state, writer, chosen, use_collectives=use_collectives, reset=reset
-                ),
-            )
+        how = sendable(writer, planner)
+        to_set = checkpoint_id if reset else None
+        return lambda state: save_in_process(Job(team, state, how, to_set, use_collectives))
+    return lambda state: _save_in_thread(
+        Save(
+            team, SaveRequest(state, writer, planner, use_collectives=use_collectives, reset=reset)
         )
-    return staging.response(uploading)
+    )
 
 
 class _Staging:
@@ -117,11 +189,12 @@ class _Staging:
         self._copied: Any = None
         self._failure: Exception | None = None
         try:
-            plain = resolve_stateful(state_dict)
-            if stager is None:
-                self._copied = stage_state(plain, KEPT_SHARED if shared else KEPT)
-            else:
-                self._copied = stager.stage(plain)
+            plain = read_stateful(state_dict)
+            with CallEvents("stage_state_dict", {}, log_exceptions=True):
+                if stager is None:
+                    self._copied = stage_state(plain, KEPT_SHARED if shared else KEPT)
+                else:
+                    self._copied = stager.stage(plain)
         except Exception as error:  # noqa: BLE001 - raised by the save, so that all ranks receive it
             self._failure = error
 
@@ -174,8 +247,10 @@ def _save_in_thread(save: Save) -> Future[Metadata]:
     uploading.set_running_or_notify_cancel()
 
     def run() -> None:
+        arguments = {"storage_writer": save.writer, "process_group": save.team.group}
         try:
-            metadata = save.run()
+            with CallEvents("save", arguments, log_exceptions=True):
+                metadata = save.run()
         except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
             forget_frames(error)
             uploading.set_exception(error)
