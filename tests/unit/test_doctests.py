@@ -45,6 +45,7 @@ WITH_EXAMPLES = {
     "pytest_dcp.checkpoint",
     "pytest_dcp.checkpoint.state_dict",
     "pytest_dcp.errors",
+    "pytest_dcp.faults.crashes.crash_id",
     "pytest_dcp.faults.crashes.crash_points",
     "pytest_dcp.faults.crashes.crash_state",
     "pytest_dcp.faults.crashes.disk_model",

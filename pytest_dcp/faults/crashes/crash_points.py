@@ -51,11 +51,15 @@ class CrashPoint:
     returned: frozenset[int]
     """Ranks whose recorded block had ended."""
 
-    @property
-    def name(self) -> str:
-        """Identifies the moment within its trace."""
-        extra = ",".join(map(str, self.order[self.ended :]))
-        return f"{self.ended}+{extra}!{sorted(self.returned)}"
+
+@dataclass(frozen=True, slots=True)
+class TornWriteAt:
+    """An operation under way, partly done."""
+
+    operation: int
+    """Index into the trace's operations."""
+    part: int
+    """One of the model's `parts`: for a write, the number of bytes done."""
 
 
 def moments(trace: Trace) -> Iterator[CrashPoint]:

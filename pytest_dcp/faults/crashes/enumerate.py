@@ -20,9 +20,9 @@ that does not fit the budget is thinned evenly over all moments (`_evenly`), so 
 still includes the commit at the end of a long save. Candidates are cheap to list; their trees,
 which cost a copy of the folder's bytes, are made only as far as the budget goes.
 
-A crash's id hashes its model, moment and damage: positions in the trace, never bytes or clocks. So
-it names the same crash in every run that does the same operations in the same order, and `only`
-finds it again without regard to budgets.
+A crash's id (see `crash_id`) has no bytes, clocks or names of files. So it names the same crash in
+every run that does the same operations in the same order, and `only` finds it again without regard
+to budgets.
 
 Assumes that the trace has every operation below the roots, and that the clocks of all ranks are one
 (CLOCK_MONOTONIC of one machine). Guarantees that each yielded state is possible under the model:
@@ -60,19 +60,17 @@ ext4 keeps the two together:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pytest_dcp.faults.crashes.crash_points import CrashPoint, moments
+from pytest_dcp.faults.crashes.crash_id import OperationCode, crash_id, encode_operations
+from pytest_dcp.faults.crashes.crash_points import CrashPoint, TornWriteAt, moments
 from pytest_dcp.faults.crashes.disk_model import DiskModel
 from pytest_dcp.faults.crashes.losses import LOSSES, MODELS, RULES, LostSet, Model
 from pytest_dcp.faults.crashes.object_store_model import ObjectStore
 from pytest_dcp.faults.crashes.trace import Entry, Trace, Tree
 from pytest_dcp.faults.tap.operation import Operation
-
-ID_DIGITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +92,6 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class TornWriteAt:
-    """An operation under way, partly done."""
-
-    operation: int
-    part: int
-
-
-@dataclass(frozen=True, slots=True)
 class StateCandidate:
     """A crash whose folder has not been computed yet."""
 
@@ -109,10 +99,9 @@ class StateCandidate:
     storage: DiskModel | ObjectStore
     damage: LostSet | TornWriteAt
 
-    def id(self, model: Model) -> str:
+    def id(self, model: Model, codes: Sequence[OperationCode]) -> str:
         """The crash's id."""
-        text = f"{model} {self.moment.name} {self.damage}"
-        return f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]}"
+        return crash_id(model, self.moment, self.storage, self.damage, codes)
 
     def tree(self, operations: Sequence[Operation]) -> Tree:
         """The folder after the crash."""
@@ -138,6 +127,7 @@ def crashes(
     if model not in MODELS:
         raise ValueError(f"a model of crashes is one of {', '.join(MODELS)}; got {model!r}")
     storages = list(_storages(trace, model))
+    codes = encode_operations(trace.operations)
     seen: set[Found] = set()
     for level in range(len(LOSSES[model]) + 1):  # a level may be empty, and the next one not
         left = None if budget is None else budget - len(seen)
@@ -151,11 +141,11 @@ def crashes(
             for damage in _damages(trace, model, level, moment, storage)
         ]
         if only is not None:
-            candidates = [one for one in candidates if one.id(model) == only]
+            candidates = [one for one in candidates if one.id(model, codes) == only]
         found = _different(trace, _evenly(candidates, left), seen)
         chosen = sorted(itertools.islice(found, left), key=lambda pair: pair[0].moment.ended)
         for candidate, tree in chosen:
-            yield _crash(trace, model, candidate, tree)
+            yield _crash(trace, model, candidate, tree, codes)
 
 
 Found = tuple[frozenset[int], frozenset[tuple[str, Entry]]]
@@ -233,11 +223,17 @@ def _evenly(candidates: Sequence[StateCandidate], wanted: int | None) -> Iterato
         yield from candidates[start::step]
 
 
-def _crash(trace: Trace, model: Model, candidate: StateCandidate, tree: Tree) -> Crash:
+def _crash(
+    trace: Trace,
+    model: Model,
+    candidate: StateCandidate,
+    tree: Tree,
+    codes: Sequence[OperationCode],
+) -> Crash:
     moment = candidate.moment
     return Crash(
         model=model,
-        id=candidate.id(model),
+        id=candidate.id(model, codes),
         done=len(moment.order),
         returned=moment.returned,
         what=_what(trace.operations, candidate),

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp.faults.crashes.crash_points import CrashPoint, TornWriteAt
 from pytest_dcp.faults.crashes.disk_model import torn_at
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
+from pytest_dcp.faults.crashes.losses import LostSet
 from pytest_dcp.faults.crashes.trace import Trace, Tree, TreeLink
 from pytest_dcp.faults.tap.operation import Operation
 
@@ -348,6 +350,48 @@ def test_an_id_brings_the_same_crash_back_beyond_any_budget(model: Any) -> None:
         (again,) = crashes(a_trace(), model, budget=1, only=crash.id)
         assert again == crash
     assert list(crashes(a_trace(), model, only="posix-0")) == []
+
+
+def test_ids_stay_the_same_from_version_to_version() -> None:
+    """Change them only with a reason: people replay ids that an older log shows."""
+    steps = [op("create", "t"), *writes("t", b"new", handle=0), op("rename", "t", to="f")]
+    (lost,) = crashes(one_after_another(steps), "posix", only="posix-32adbee2f0")
+    assert lost.returned == {0}
+    assert lost.what.count("lost") == lost.what.count("its bytes lost: write t") == 1
+    (torn,) = crashes(one_after_another(steps), "kill", only="kill-f5e3adb3d1")
+    assert "1 bytes done of: write t" in torn.what
+
+
+def test_ids_do_not_depend_on_names_of_classes_files_or_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ids(file: str, data: bytes) -> list[str]:
+        steps = [op("create", file, handle=1), *writes(file, data), op("rename", file, to="f")]
+        return [crash.id for crash in crashes(one_after_another(steps), "posix")]
+
+    before = ids("t-1a2b", b"old")
+    for cls in (LostSet, TornWriteAt, CrashPoint):
+        monkeypatch.setattr(cls, "__repr__", lambda _: "renamed")
+    assert ids("t-3c4d", b"new") == before
+    assert len(set(before)) == len(before) > 5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [op("create", "t"), op("write", "t", offset=0, data=b"new", nbytes=3)],
+        [op("create", "u"), op("write", "t", offset=1, data=b"new", nbytes=3)],
+        [op("create", "t"), op("write", "t", offset=1, data=b"new", nbytes=3, rank=1)],
+        [op("create", "t"), op("truncate", "t", nbytes=3)],
+    ],
+    ids=["offset", "file", "rank", "kind"],
+)
+def test_an_id_finds_no_crash_of_other_operations(other: list[Operation]) -> None:
+    steps = [op("create", "t"), op("write", "t", offset=1, data=b"new", nbytes=3)]
+    (whole,) = [one for one in crashes(one_after_another(steps), "kill") if one.returned]
+    base = {"t": b""}
+    assert list(crashes(one_after_another(steps, base), "kill", only=whole.id))
+    assert list(crashes(one_after_another(other, base), "kill", only=whole.id)) == []
 
 
 def test_an_unknown_model_is_named() -> None:
