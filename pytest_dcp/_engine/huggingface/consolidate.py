@@ -16,7 +16,7 @@ import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.safetensors_header import StoredTensor, encode, place_tensors
-from pytest_dcp._engine.io.copy_plan import copies, slabs
+from pytest_dcp._engine.io.copy_plan import Targets, copies, slabs
 from pytest_dcp._engine.io.disk import Disk, Out
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
@@ -71,8 +71,8 @@ class Shards:
         if not len(items):
             return tensors
         rows = np.arange(len(items), dtype=np.int64)
-        nth = items.wanted_hint.tolist()
-        found = copies(items, rows, index, lambda row: tensors[nth[row]], {})
+        nth: list[int] = items.wanted_hint.tolist()
+        found = copies(items, Targets(rows, [tensors[n] for n in nth]), index, {})
         read_copies(self.disk, self.folder, self.catalog, items, found, ReadSettings(), observer)
         return tensors
 

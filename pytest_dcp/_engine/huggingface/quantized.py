@@ -27,12 +27,12 @@ from torch.futures import Future
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.huggingface.consolidate import Shards, Slab
 from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
-from pytest_dcp._engine.io.load_into_targets import LoadedBytes
 from pytest_dcp._engine.io.progress_observer import Observer, observer
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.storages.load_into_targets import LoadedBytes
 from pytest_dcp.errors import CheckpointCorruptError
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]

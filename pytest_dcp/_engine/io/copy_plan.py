@@ -17,8 +17,8 @@ Two ranks have saved rows of a 4x2 tensor `w`, and one of them `b`; this rank wa
 ...     "w": stored([4, 2], ([0, 0], [2, 2]), ([2, 0], [2, 2])), "b": stored([2], ([0], [2]))})
 >>> def plan(state):
 ...     items = read_items(wanted_boxes(state), index)
-...     rows = np.arange(len(items))
-...     return copies(items, rows, index, lambda row: state[items.fqns[row]], odd_strides={})
+...     targets = Targets(np.arange(len(items)), [state[fqn] for fqn in items.fqns])
+...     return copies(items, targets, index, odd_strides={})
 
 Whole rows are one run each: `w` takes two copies of 16 bytes, the second 16 bytes further on:
 
@@ -40,8 +40,8 @@ If `w` is transposed, no two elements are neighbours in both places: each is a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,6 +59,18 @@ from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.shards import require_memory
 from pytest_dcp.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """The memory that rows of the read items fill."""
+
+    rows: Ints
+    """Of the read items."""
+    tensors: Sequence[torch.Tensor]
+    """For each of these rows, the row's whole wanted box."""
+    narrowed: bool = False
+    """Whether the tensors are only the parts of the boxes that the rows fill."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,23 +127,16 @@ class _Memory:
 
 
 def copies(
-    items: ReadItems,
-    rows: Ints,
-    index: Index,
-    target: Callable[[int], torch.Tensor],
-    odd_strides: Mapping[int, Sequence[int]],
+    items: ReadItems, targets: Targets, index: Index, odd_strides: Mapping[int, Sequence[int]]
 ) -> Copies:
-    """The copies for these rows of the items; `target` gives the whole wanted box of a row.
+    """The copies that fill these targets.
 
     odd_strides: bytes between neighbours of the chunks that are not stored row-major.
     """
-    width = items.shape.shape[1]
-    fqns = items.fqns
-    # Get all targets before any address: getting one may move another's memory.
-    tensors = [target(row) for row in rows.tolist()]
-    memory = _Memory()
-    for row, tensor in zip(rows.tolist(), tensors, strict=True):
-        memory.add(require_memory(fqns[row], tensor))
+    rows, width = targets.rows, items.shape.shape[1]
+    if targets.narrowed:
+        items = replace(items, to_offset=np.zeros_like(items.to_offset))
+    memory = _memory_of(items, targets)
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
@@ -159,8 +164,16 @@ def copies(
         address=np.where(plain & same, moved, 0),
         nbytes=volumes(shape) * itemsize,
         flat=flat,
-        target=tensors,
+        target=targets.tensors,
     )
+
+
+def _memory_of(items: ReadItems, targets: Targets) -> _Memory:
+    # The table has all targets before any address is taken: getting one may move another's memory.
+    memory, fqns = _Memory(), items.fqns
+    for row, tensor in zip(targets.rows.tolist(), targets.tensors, strict=True):
+        memory.add(require_memory(fqns[row], tensor))
+    return memory
 
 
 def _odd(

@@ -19,18 +19,19 @@ from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
-from pytest_dcp._engine.io.load_into_targets import LoadedBytes, Work, prepare
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 from pytest_dcp._engine.io.plan_entries import files_of
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
+from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.storages import local_filesystem
+from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, prepare
 from pytest_dcp._engine.storages.local_filesystem import (
     FileSystem,
     MetadataPlace,
@@ -253,16 +254,15 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return self._work_of(catalog, plan, planner).run()
 
     def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
-        return prepare(
+        source = ItemSource(
             self._reading_disk(),
             self.path,
             catalog,
-            ReadItems.of(plan.items),
-            planner,
             ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory),
             self.transforms.extension_registry,
             observer("load"),
         )
+        return prepare(source, ReadItems.of(plan.items), planner)
 
     def _has_streams_of_its_own(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""

@@ -15,7 +15,7 @@ from pytest_dcp._engine.format.write_results import WriteResults, places_of
 from pytest_dcp._engine.io import checked_ranges as ranges
 from pytest_dcp._engine.io import read_copies as read
 from pytest_dcp._engine.io import write_files as write
-from pytest_dcp._engine.io.copy_plan import copies, runs, slabs, span_of, starts
+from pytest_dcp._engine.io.copy_plan import Targets, copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.entry_places import resolve_entry_places
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
@@ -135,7 +135,8 @@ def loaded(folder: Path, catalog: Catalog, items: ReadItems, targets, settings) 
     watcher = Observer("load")
     rows = np.arange(len(items))
     odd: dict = {}
-    plan = copies(items, rows, catalog.index, lambda row: targets[items.fqns[row]], odd)
+    table = Targets(rows, [targets[fqn] for fqn in items.fqns])
+    plan = copies(items, table, catalog.index, odd)
     read_copies(LocalDisk(), folder, catalog, items, plan, settings, watcher)
     return watcher
 

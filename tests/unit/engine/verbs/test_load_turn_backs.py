@@ -49,7 +49,7 @@ LAYERS = (
 )
 """The rooms from top to bottom, as the import contract has them."""
 LAYER_OF = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-MOST = 30
+MOST = 18
 
 TurnBack = tuple[str, str]
 """From which function, to which."""

@@ -1,0 +1,127 @@
+"""The items of one rank's plan, with the places of their bytes: reads them into given memory.
+
+    resolve  resolve_items          items -> rows of the catalog -> files and offsets
+    plan     copy_plan.copies       rows x targets -> copies
+    execute  read_copies, read_values   copies -> bytes in the targets; entries -> bytes
+
+Nothing here knows a planner. The targets come as a table (`Targets`); bytes of values and bytes
+counted leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.planner import ReadItem
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.io.checked_ranges import ByteCounts
+from pytest_dcp._engine.io.copy_plan import Targets, copies
+from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.entry_places import ResolvedCatalog, resolve_entry_places
+from pytest_dcp._engine.io.plan_entries import match_entries
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
+from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
+from pytest_dcp._engine.plan.boxes import Ints, volumes
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
+from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSource:
+    """Where items are read from, and how."""
+
+    disk: Disk
+    folder: Any
+    catalog: Catalog
+    settings: ReadSettings
+    registry: ExtensionRegistry
+    """Undoes the stream transforms of entries."""
+    observer: Observer
+
+
+@dataclass(frozen=True, slots=True)
+class StoredItems:
+    """The items of a plan and the places of their bytes; made by `resolve_items`."""
+
+    source: ItemSource
+    found: ResolvedCatalog
+    items: ReadItems
+    nbytes: Ints
+    """Of each row."""
+    tally: ByteCounts = field(default_factory=ByteCounts)
+    """Bytes read so far."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog in which every item has its place."""
+        return self.found.catalog
+
+    def read_into(self, targets: Targets) -> None:
+        """Fill the targets of these rows from the files."""
+        source = self.source
+        with collector_paused():
+            plan = copies(self.items, targets, self.catalog.index, self.found.odd_strides)
+        self.tally.add(
+            read_copies(
+                source.disk, source.folder, self.catalog, self.items, plan, source.settings,
+                source.observer,
+            )
+        )  # fmt: skip
+
+    def decode_tensor(self, row: int) -> torch.Tensor:
+        """The part that a row wants of a tensor whose entry passed through stream transforms."""
+        ((_, entry),) = self.read_entries(np.array([row]))
+        tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
+        item = self.items[row]
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def read_entries(self, rows: Ints) -> Iterator[tuple[int, bytes | memoryview]]:
+        """Each of these rows with its entry, any stream transforms undone."""
+        source, entries = self.source, self.items.entry[rows].tolist()
+        found, tally = read_values(
+            source.disk, source.folder, self.catalog, entries, source.settings, source.observer
+        )
+        self.tally.add(tally)
+        # One limit for all values: each may be small, and there may be thousands of them.
+        left = source.settings.memory.of(sum(map(len, found.values())))
+        for row, entry in zip(rows.tolist(), entries, strict=True):
+            plain = plain_entry(found[entry], self.catalog, entry, source.registry, left)
+            if entry in self.catalog.places.transforms:
+                left -= len(plain)
+            yield row, plain
+            del plain
+
+
+def resolve_items(source: ItemSource, items: ReadItems) -> StoredItems:
+    """The items with the places of their bytes.
+
+    Raises CheckpointCorruptError for an item that the catalog lacks, and for a damaged entry.
+    """
+    catalog = source.catalog
+    items = match_entries(items, catalog.index)
+    values = frozenset(items.entry[items.kind == READ_BYTES].tolist())
+    found = resolve_entry_places(source.disk, source.folder, catalog, items.entry, values)
+    return StoredItems(source, found, items, _sizes(items, found.catalog))
+
+
+def _sizes(items: ReadItems, catalog: Catalog) -> Ints:
+    """Bytes of each row."""
+    tensors = volumes(items.shape) * catalog.index.itemsize[catalog.index.key_of[items.entry]]
+    return np.where(items.kind == READ_BYTES, catalog.places.length[items.entry], tensors)
+
+
+def check_size(item: ReadItem, target: torch.Tensor) -> None:
+    """Raise ValueError, in torch's words, unless the target has the item's size."""
+    if target.size() != item.lengths:
+        raise ValueError(
+            f"req {item.storage_index} mismatch sizes {target.size()} vs {item.lengths}"
+        )

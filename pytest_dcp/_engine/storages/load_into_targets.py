@@ -1,0 +1,204 @@
+"""A load plan -> the planner's targets filled: resolve places -> judge -> plan copies -> execute.
+
+    prepare   resolve  io.stored_items      items -> rows of the catalog -> places
+                       io.plan_entries      rows by the way they reach their target
+              judge    Work.judge           values decoded, wrappers compared, numbers read: no
+                                            target has changed
+    Work.run  commit   the values and numbers that were judged go to the planner
+              targets  the planner's tensors, as a table of rows and memory
+              plan     io.copy_plan         tensors' rows x targets -> copies
+              execute  io.read_copies       copies -> bytes in the targets
+
+This module alone speaks with the planner: what it answers goes to `io` as values, so every call
+leads downwards.
+
+Everything that may not fit its target is read and checked before any target is filled, so a load
+that refuses something changes no target. Tensors are filled in place, many at a time if the planner
+gives its targets directly; the hooks of other planners are called item by item, in batches of
+bounded size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+from pytest_dcp._engine.format.opaque_values import Copy as WrapperCopy
+from pytest_dcp._engine.format.opaque_values import check_wrapper, fill_wrapper
+from pytest_dcp._engine.io.copy_plan import Targets
+from pytest_dcp._engine.io.plan_entries import sort_rows
+from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_size, resolve_items
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.capabilities import numbers_of, prepares_values, targets_of
+from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.match_keys import together
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+
+BATCH_BYTES = 64 << 20
+"""Bytes requested at a time from a planner with its own hooks: it may make a buffer for each
+item."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBytes:
+    """The result of carrying out a rank's plan."""
+
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    bytes_verified: int = 0
+
+
+def prepare(source: ItemSource, items: ReadItems, planner: LoadPlanner) -> Work:
+    """Read and check everything that may not fit; returns the work of filling the planner's
+    targets.
+
+    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of this
+    touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
+    CheckpointCorruptError naming file, entry and offset if the checkpoint is damaged.
+    """
+    work = Work(resolve_items(source, items), planner)
+    source.observer.expect(int(work.stored.nbytes.sum()))
+    work.judge()
+    return work
+
+
+class Work:
+    """One rank's plan and everything needed to carry it out; made by `prepare`."""
+
+    def __init__(self, stored: StoredItems, planner: LoadPlanner) -> None:
+        self.stored = stored
+        self.items = stored.items
+        self.planner = planner
+        self._puts: list[Callable[[], None]] = []
+        """Receivers of the values, and the function that commits the numbers."""
+        self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
+        """By row: the target, and what goes where within it."""
+        self.rows = sort_rows(self.items, stored.found, self._numbers())
+
+    def judge(self) -> None:
+        """Read and check everything that may not fit, without changing any target."""
+        misfits: list[CheckpointMismatchError] = []
+        self._prepare_values(self.rows.values, misfits)
+        self._prepare_wrapped(self.rows.wrapped, misfits)
+        self._prepare_numbers(self.rows.numbers, misfits)
+        if misfits:
+            raise together(misfits)
+
+    def run(self) -> LoadedBytes:
+        """Fill the targets."""
+        for put in self._puts:
+            put()
+        for row in self.rows.transformed.tolist():
+            self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
+        for row, (target, parts) in self._wrapped.items():
+            self._fill_wrapped(row, target, parts)
+        self._fill_tensors(self.rows.tensors)
+        tally = self.stored.tally
+        return LoadedBytes(int(self.stored.nbytes.sum()), tally.read, tally.verified)
+
+    def _numbers(self) -> NDArray[np.bool_]:
+        """Which rows are numbers for the planner but tensors in the checkpoint."""
+        names = numbers_of(self.planner)
+        if not names:
+            return np.zeros(len(self.items), dtype=bool)
+        return np.fromiter((fqn in names for fqn in self.items.fqns), np.bool_, len(self.items))
+
+    def _prepare_values(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        if not len(rows):
+            return
+        for row, entry in self.stored.read_entries(rows):
+            try:
+                self._puts.append(self._prepare_value(row, entry))
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            del entry  # otherwise it would stay until the next one exists
+
+    def _prepare_value(self, row: int, entry: bytes | memoryview) -> Callable[[], None]:
+        """A function that gives the planner the value of a row."""
+        planner = self.planner
+        if prepares_values(planner):
+            return planner.prepare_value(self.items.fqns[row], entry)
+        return lambda: planner.load_bytes(self.items[row], io.BytesIO(entry))
+
+    def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        """Compare the wrappers that torch pickled whole with the targets."""
+        for row in rows.tolist():
+            item = self.items[row]
+            index, entry = self.stored.catalog.index, int(self.items.entry[row])
+            if (self.items.shape[row] != index.shape[entry]).any():
+                raise CheckpointError(
+                    f"{item.dest_index.fqn!r} is stored as a wrapper of other tensors, which can "
+                    f"be loaded whole only, not a part of {tuple(item.lengths)}"
+                )
+            target = self.planner.resolve_tensor(item)
+            check_size(item, target)
+            try:
+                wrapper = self.stored.found.wrapped[entry]
+                parts = check_wrapper(item.dest_index.fqn, target, wrapper)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._wrapped[row] = target, parts
+
+    def _prepare_numbers(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
+        """Read items that the planner copies from temporary tensors."""
+        planner: Any = self.planner
+        places = self.stored.catalog.places
+        decoded = np.isin(self.items.entry[rows], list(places.transforms))
+        targets = self._fill_by_hooks(rows[~decoded])
+        targets |= {row: self._fill_transformed(row) for row in rows[decoded].tolist()}
+        for row, target in targets.items():
+            item = self.items[row]
+            try:
+                planner.check_read_number(item, target)
+            except CheckpointMismatchError as error:
+                misfits.append(error)
+            else:
+                self._puts.append(partial(planner.commit_tensor, item, target))
+
+    def _fill_transformed(self, row: int) -> torch.Tensor:
+        """Fill the target of a tensor whose entry passed through stream transforms; returns it."""
+        tensor = self.stored.decode_tensor(row)
+        target = self.planner.resolve_tensor(self.items[row]).detach()
+        check_size(self.items[row], target)
+        target.copy_(tensor)
+        return target
+
+    def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
+        item = self.items[row]
+        ((_, entry),) = self.stored.read_entries(np.array([row]))
+        try:
+            fill_wrapper(parts, entry)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=item.storage_index.fqn) from error
+        self.planner.commit_tensor(item, target)
+
+    def _fill_tensors(self, rows: Ints) -> None:
+        target = targets_of(self.planner, self.items)
+        if target is not None:
+            with collector_paused():
+                tensors = list(map(target, rows.tolist()))
+            self.stored.read_into(Targets(rows, tensors))
+            return
+        nbytes = self.stored.nbytes[rows]
+        done = nbytes.cumsum() - nbytes
+        for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
+            for row, filled in self._fill_by_hooks(batch).items():
+                self.planner.commit_tensor(self.items[row], filled)
+
+    def _fill_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
+        """Fill the targets that the planner's hooks give; returns them by row."""
+        targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
+        for row, target in targets.items():
+            check_size(self.items[row], target)
+        self.stored.read_into(Targets(rows, list(targets.values()), narrowed=True))
+        return targets
