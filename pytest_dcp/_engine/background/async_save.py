@@ -16,10 +16,9 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine.background.process import Job, State, save_in_process, sendable
 from pytest_dcp._engine.coordinate import Team, announce
-from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
-from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, BlockingAsyncStager, stage_state
-from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.plan.storage_capabilities import holds_copy, stages_at_will
+from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.save import (
     Save,
@@ -94,7 +93,8 @@ def async_save(
                 use_collectives=use_collectives, in_process=in_process,
             )  # fmt: skip
             stager = async_stager or _own_stager(storage_writer)
-            _heed_stage(storage_writer, stager)
+            if stager is None:
+                _skip_stage(storage_writer)
             staging = _Staging(state_dict, stager, shared=in_process)
         return staging.response(job(staging.state))
 
@@ -210,8 +210,9 @@ class _Staging:
     def response(self, uploading: Future[Metadata]) -> Future[Metadata] | AsyncSaveResponse:
         """The result of `async_save`."""
         stager, later = self._stager, self._copied
-        if isinstance(stager, BlockingAsyncStager):
-            stager.hold_for(uploading)
+        holder: Any = stager
+        if holds_copy(holder):
+            holder.hold_for(uploading)
         if isinstance(later, Future):
             staging: Future[None] = Future()
             later.add_done_callback(lambda done: _follow(done, staging))
@@ -222,23 +223,18 @@ class _Staging:
         return uploading
 
 
-STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execute")
-
-
 def _own_stager(writer: StorageWriter | None) -> AsyncStager | None:
     """The writer, if it stages in its own way."""
     own: Any = writer
-    if isinstance(own, FileSystemWriter):
-        changed = overridden(own, FileSystemWriter, STAGING_HOOKS)
-        synchronizes = own.should_synchronize_after_execute
-        return own if own.cache_staged_state_dict or changed or synchronizes else None
+    if stages_at_will(own) and not own.must_stage():
+        return None
     return own if isinstance(own, AsyncStager) else None
 
 
-def _heed_stage(writer: StorageWriter | None, stager: AsyncStager | None) -> None:
-    """The side effects of the writer's own `stage`, if the copying is done without it."""
-    if stager is None and isinstance(writer, FileSystemWriter):
-        writer.per_thread_copy_ahead = 0
+def _skip_stage(writer: Any) -> None:
+    """Prepare the writer for a state that is copied without its `stage`."""
+    if stages_at_will(writer):
+        writer.skip_stage()
 
 
 def _save_in_thread(save: Save) -> Future[Metadata]:

@@ -33,7 +33,7 @@ from pytest_dcp._engine.background.state_transfer import unpickle_state
 from pytest_dcp._engine.coordinate import team_of
 from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
-from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.plan.storage_capabilities import names_saves
 from pytest_dcp._engine.verbs.save import Save, SaveRequest
 from pytest_dcp._engine.verbs.save_messages import packed_metadata
 
@@ -130,7 +130,7 @@ class Upload:
     def run(self, line: Connection) -> Any:
         flat = _map_memory(recv_handle(line), self.nbytes) if self.nbytes else None
         writer, planner = unpickle_state(self.how)
-        if isinstance(writer, FileSystemWriter):
+        if names_saves(writer):
             # A new id, because every copy of the writer has the original's.
             writer.new_save_id()
         # The folders were compared by the ranks' own save.

@@ -1,4 +1,4 @@
-"""Optional extras of planners, storages and file systems beyond torch's hooks. Pure (no I/O).
+"""Optional extras of planners beyond torch's hooks. Pure (no I/O).
 
 For authors of planners and storages. torch's classes (`SavePlanner`, `LoadPlanner`,
 `StorageWriter`, `StorageReader`, `FileSystemBase`) are the contract, and an object that has their
@@ -11,6 +11,7 @@ is slower or refuses more, but is never wrong.
 Without a capability of a save planner:
 
 - `GivesData`: `resolve_data` is called for each item;
+- `ComparesReplicas`: copies of the same data on several ranks are not compared;
 
 of a load planner:
 
@@ -21,13 +22,12 @@ of a load planner:
 - `Repeats`: a load fails if another save replaces the checkpoint meanwhile;
 - `ReportsKeys`: `load` returns a report without keys;
 
-of a storage, a reader or a file system:
+of a planner or a storage:
 
-- `ChoosesPickles` (planners too): its objects travel in pickles between ranks if its class is
-  neither ours nor torch's;
-- `KnowsPlace`: messages name the object, and the folders of ranks are not compared;
-- `KnowsSaves`: saves can be distinguished only if there is metadata for all ranks;
-- `HasDisk`: the engine goes through its streams.
+- `ChoosesPickles`: its objects travel in pickles between ranks if its class is neither ours nor
+  torch's.
+
+`storage_capabilities` has those of storages, stagers and file systems.
 
 The functions check for capabilities. They look attributes up on the object, so a wrapper that
 forwards attributes by `__getattr__` has the capabilities of the object that it wraps.
@@ -45,7 +45,6 @@ forwards attributes by `__getattr__` has the capabilities of the object that it 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,8 +52,9 @@ import torch
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from typing_extensions import TypeIs
 
-from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
 from pytest_dcp._engine.plan.match_keys import LoadReport
+from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck, Replicas
 
 # Of save planners.
 
@@ -74,6 +74,34 @@ class GivesData(Protocol):
 def gives_data(planner: object) -> TypeIs[GivesData]:
     """Whether a save planner is a `GivesData`."""
     return hasattr(planner, "source")
+
+
+class ComparesReplicas(Protocol):
+    """A save planner whose local plan has rows for the state's own data, so that copies of it on
+    several ranks can be compared. Used by `save`.
+
+    Looked up on the class: a wrapper that forwards attributes may save other data.
+    """
+
+    replica_check: ReplicaCheck
+    """Which copies to compare."""
+    replicas: Replicas | None
+    """On the coordinator, once plans are joined: which rows are copies of each other."""
+    planned: Sequence[Sequence[WriteItem]]
+    """On the coordinator: the local plans' items that `replicas` was made from."""
+    offered: WriteItems
+    """The items of this rank's local plan, also where it sent a shorter plan."""
+
+    def lookup(self, items: WriteItems) -> Callable[[int], Any] | None:
+        """A function that gives the state's data of the n-th row: a box's memory, or a value.
+
+        None if the planner computes its data.
+        """
+
+
+def compares_replicas(planner: object) -> TypeIs[ComparesReplicas]:
+    """Whether a save planner's class is a `ComparesReplicas`."""
+    return hasattr(type(planner), "replica_check") and hasattr(type(planner), "lookup")
 
 
 # Of load planners.
@@ -198,7 +226,7 @@ def idle_renames_of(planner: object) -> dict[str, str]:
     return dict(getattr(planner, "idle_renames", {}))
 
 
-# Of planners and storages.
+# Of planners and storages alike.
 
 
 class ChoosesPickles(Protocol):
@@ -216,49 +244,3 @@ def pickle_choice_of(owner: object) -> bool | None:
     """The choice of a `ChoosesPickles`; None for any other object."""
     choice: bool | None = getattr(owner, "pickles_between_ranks", None)
     return choice
-
-
-class KnowsPlace(Protocol):
-    """A storage that says where its checkpoint is. Used by `save` and `load`.
-
-    Ranks that name different places are refused, and messages name the place.
-    """
-
-    checkpoint_id: str | os.PathLike[str]
-
-
-def place_of(storage: object) -> str | os.PathLike[str] | None:
-    """The place of a `KnowsPlace`; None for any other storage."""
-    place: str | os.PathLike[str] | None = getattr(storage, "checkpoint_id", None)
-    return place
-
-
-# Of readers and file systems.
-
-
-class KnowsSaves(Protocol):
-    """A reader that can tell one save from another. Used by `load`, after `read_metadata`."""
-
-    has_manifest: bool
-    """Whether all ranks' parts of the checkpoint carry the id of one save, so that ranks which
-    found different saves are refused."""
-
-
-def knows_saves(reader: object) -> bool:
-    """Whether a reader says so of itself."""
-    return bool(getattr(reader, "has_manifest", False))
-
-
-class HasDisk(Protocol):
-    """A file system that has a better way than its streams. Used by our storages.
-
-    Looked up on the class, not the object: a wrapper that forwards attributes must not be bypassed.
-    """
-
-    disk: Any
-    """A `Disk` (see `io.disk`): files by ranges, atomic publishing, syncs."""
-
-
-def has_disk(filesystem: object) -> TypeIs[HasDisk]:
-    """Whether a file system's class is a `HasDisk`."""
-    return hasattr(type(filesystem), "disk")

@@ -55,6 +55,7 @@ class DefaultSavePlanner(SavePlanner):
     """Plans a save: flattens the state dict, removes replicas, balances bytes, checks coverage."""
 
     mappings: dict[str, Path]
+    replica_check: ReplicaCheck = "sample"
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class DefaultSavePlanner(SavePlanner):
         """
         if replicas not in get_args(ReplicaCheck):
             raise ValueError(f"replicas must be 'sample', 'check' or 'off', got {replicas!r}")
-        self.replica_check: ReplicaCheck = replicas
+        self.replica_check = replicas
         self._entries: dict[str, bytes] = {}
         """Entries of values that were encoded before they are written."""
         self.replicas: Replicas | None = None

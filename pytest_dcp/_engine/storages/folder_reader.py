@@ -50,6 +50,10 @@ from pytest_dcp.errors import (
 class FileSystemReader(MetadataPlace, StorageReader):
     """Reads checkpoints from folders, by this engine or by torch 2.0 to 2.13."""
 
+    verify: Verify = "auto"
+    filled = LoadedBytes()
+    """What the last `read_data` read."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -76,7 +80,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.follow_links = follow_links
         self.fs: FileSystemBase = FileSystem(follow_links=follow_links)
         self.path = self.fs.init_path(path)
-        self.verify: Verify = checked_verify(verify)
+        self.verify = checked_verify(verify)
         self.thread_count = thread_count
         self.memory = MemoryLimit(max_decoded_bytes)
         self.transforms = StorageReaderTransforms(_extension_registry)
@@ -85,7 +89,6 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True
-        self.filled = LoadedBytes()
         self.has_manifest = False
         """Whether the metadata read last was written by this engine."""
         self._metadata: Metadata | None = None
@@ -131,6 +134,11 @@ class FileSystemReader(MetadataPlace, StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan unchanged."""
         return plan
+
+    @property
+    def ignores_plans(self) -> bool:
+        """Whether the plans of all ranks need not be gathered: unless a subclass wants them."""
+        return not is_overridden(self, FileSystemReader, "prepare_global_plan")
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Return the plans unchanged."""

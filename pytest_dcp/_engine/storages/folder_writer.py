@@ -46,7 +46,7 @@ from pytest_dcp._engine.io.write_files import (
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 from pytest_dcp._engine.plan.capabilities import gives_data
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
-from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.hooks import is_overridden, overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
@@ -66,6 +66,7 @@ logger = logging.getLogger("pytest_dcp.checkpoint")
 
 CURRENT_DCP_VERSION = "1.0.0"
 """torch 2.13's entry in the metadata."""
+STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execute")
 
 
 class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
@@ -356,8 +357,20 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state dict on the CPU, which can be written without copying again."""
-        self.per_thread_copy_ahead = 0
+        self.skip_stage()
         return super().stage(state_dict)
+
+    def must_stage(self) -> bool:
+        """Whether `async_save` must copy by `stage`: it is overridden, or an option asks for it."""
+        return (
+            self.cache_staged_state_dict
+            or overridden(self, FileSystemWriter, STAGING_HOOKS)
+            or self.should_synchronize_after_execute
+        )
+
+    def skip_stage(self) -> None:
+        """Prepare to write a state that is all in CPU memory: nothing is copied again."""
+        self.per_thread_copy_ahead = 0
 
     @property
     def metadata_path(self) -> str | os.PathLike[str]:

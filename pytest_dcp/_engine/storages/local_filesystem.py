@@ -22,8 +22,8 @@ from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk
-from pytest_dcp._engine.plan.capabilities import has_disk
 from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.storage_capabilities import has_disk
 from pytest_dcp.errors import CheckpointCorruptError
 
 
@@ -123,6 +123,8 @@ class MetadataPlace:
 
     fs: FileSystemBase
     path: str | os.PathLike[str]
+    shares_folder = True
+    """Every rank must name the same folder."""
 
     def _get_metadata_path(self, rank: int | None = None) -> str | os.PathLike[str]:
         """The metadata file of the whole checkpoint, or of one rank: torch's hook, for

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 from uuid import uuid4
 
+from pytest_dcp._engine.plan.storage_capabilities import place_of
 from pytest_dcp._torch_internals.call_logger import _dcp_logger, group_fields
 
 P = ParamSpec("P")
@@ -85,7 +86,7 @@ def describe_call(arguments: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint_id = arguments.get("checkpoint_id")
     storage = arguments.get("storage_writer") or arguments.get("storage_reader")
     if not checkpoint_id and storage:
-        checkpoint_id = getattr(storage, "checkpoint_id", None)
+        checkpoint_id = place_of(storage)
     fields: dict[str, Any] = {
         "checkpoint_id": None if checkpoint_id is None else str(checkpoint_id),
         "uuid": str(uuid4().int),

@@ -20,9 +20,10 @@ from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.progress_observer import Progress
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.select import Rename, Selection
+from pytest_dcp._engine.plan.storage_capabilities import verifies_bytes
 from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
-from pytest_dcp._engine.storages.folder_reader import FileSystemReader, checked_verify
+from pytest_dcp._engine.storages.folder_reader import checked_verify
 from pytest_dcp._engine.verbs.load_steps import Load, LoadRequest
 from pytest_dcp._engine.verbs.torch_arguments import (
     alone,
@@ -203,7 +204,7 @@ def _load_team(
 @contextmanager
 def verify_with(reader: StorageReader, verify: Verify | None) -> Iterator[None]:
     """Set how the reader verifies inside the block, if it is one of ours; then restore it."""
-    if verify is None or not isinstance(reader, FileSystemReader):
+    if verify is None or not verifies_bytes(reader):
         yield
         return
     before, reader.verify = reader.verify, checked_verify(verify)

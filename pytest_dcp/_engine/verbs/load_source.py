@@ -1,8 +1,9 @@
 """A storage reader as a load uses it.
 
-Every reader has torch's hooks, the older ones with fewer parameters. The engine's own reader does
-more: it holds a lease, keeps files open, and judges values before anything changes. A load calls
-readers only through this module, so the other modules need not know which kind it is.
+Every reader has torch's hooks, the older ones with fewer parameters. A reader with the capabilities
+of `plan.storage_capabilities` does more: it holds a lease, keeps files open, and judges values
+before anything changes. A load calls readers only through this module, so the other modules need
+not know which kind it is.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import Team
-from pytest_dcp._engine.plan.capabilities import knows_saves, place_of
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import kept_whole
 from pytest_dcp._engine.plan.match_keys import LoadReport
-from pytest_dcp._engine.storages.folder_reader import FileSystemReader
+from pytest_dcp._engine.plan.storage_capabilities import (
+    ignores_plans,
+    keeps_files,
+    knows_saves,
+    place_of,
+    prepares_data,
+    verifies_bytes,
+)
 from pytest_dcp._engine.storages.local_filesystem import save_of
 from pytest_dcp._engine.verbs.compare_ranks import Found
 from pytest_dcp._engine.verbs.torch_arguments import accepts_parameter
@@ -43,7 +50,7 @@ class LoadSource:
 
     def __init__(self, reader: StorageReader) -> None:
         self.reader = reader
-        self._own = reader if isinstance(reader, FileSystemReader) else None
+        self._files = reader if keeps_files(reader) else None
 
     @property
     def where(self) -> object:
@@ -53,17 +60,17 @@ class LoadSource:
     @property
     def plans_alone(self) -> bool:
         """Whether the reader does not want to see the plans of all ranks."""
-        return type(self.reader).prepare_global_plan is FileSystemReader.prepare_global_plan
+        return ignores_plans(self.reader)
 
     def find(self, rank: int, lease: ExitStack | None) -> FoundCheckpoint:
         """Read the metadata; files that are opened from now on stay open until `close`.
 
         lease: takes a lease that holds off the next save's commit; None: take no lease.
         """
-        if self._own is not None:
+        if self._files is not None:
             if lease is not None:
-                lease.enter_context(self._own.leased(rank))
-            self._own.keep_files()
+                lease.enter_context(self._files.leased(rank))
+            self._files.keep_files()
         metadata, of_all_ranks = self._read_metadata(rank)
         # torch's ranks each have an id when they save on their own; ours share one.
         comparable = of_all_ranks or knows_saves(self.reader)
@@ -76,7 +83,7 @@ class LoadSource:
             return self.reader.read_metadata(), True
         except Exception as whole:
             # A user's storage may report missing metadata with any error; ours raises this one.
-            gone = self._own is None or isinstance(whole, FileNotFoundError)
+            gone = self._files is None or isinstance(whole, FileNotFoundError)
             if not gone or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
                 raise
             try:
@@ -107,7 +114,7 @@ class LoadSource:
         """
         prepared = self.reader.prepare_local_plan(asked)
         plan = kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
-        return plan, self._own is not None and self._own.open_files(plan)
+        return plan, self._files is not None and self._files.open_files(plan)
 
     def found_in(self, save_id: str | None) -> Found:
         """This rank's results, to be compared with the others'."""
@@ -119,15 +126,15 @@ class LoadSource:
 
         takes_numbers: whether the planner takes numbers out of tensors.
         """
-        if self._own is None or not self._own.prepares():
+        if not prepares_data(self.reader) or not self.reader.prepares():
             return False
         # Only the files show which of torch's entries are wrappers of other tensors.
-        return not self._own.has_manifest or takes_numbers or has_values(plan.items)
+        return not knows_saves(self.reader) or takes_numbers or has_values(plan.items)
 
     def prepare(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read and judge everything that may not fit its target; `read` goes on from there."""
-        if self._own is not None and self._own.prepares():
-            self._own.prepare_data(plan, planner)
+        if prepares_data(self.reader) and self.reader.prepares():
+            self.reader.prepare_data(plan, planner)
 
     def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Fill the planner's targets."""
@@ -135,14 +142,14 @@ class LoadSource:
 
     def close(self) -> None:
         """Close the files that were kept open."""
-        if self._own is not None:
-            self._own.close_files()
+        if self._files is not None:
+            self._files.close_files()
 
     def with_byte_counts(self, report: LoadReport) -> LoadReport:
         """The report with the bytes that were read, where the reader counts them."""
-        if self._own is None:
+        if not verifies_bytes(self.reader):
             return report
-        filled = self._own.filled
+        filled = self.reader.filled
         return replace(
             report,
             bytes_needed=filled.bytes_needed,

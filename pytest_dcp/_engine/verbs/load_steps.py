@@ -67,6 +67,7 @@ from pytest_dcp._engine.plan.capabilities import (
 from pytest_dcp._engine.plan.hooks import require_plan
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
+from pytest_dcp._engine.plan.storage_capabilities import place_of
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
 from pytest_dcp._engine.verbs.load_source import LoadSource
@@ -206,7 +207,7 @@ class Load:
 
     def _events(self, step: str) -> CallEvents:
         """Logs a step, by torch's name of it."""
-        where = getattr(self.request.reader, "checkpoint_id", None)
+        where = place_of(self.request.reader)
         return CallEvents(step, {"checkpoint_id": where, "process_group": self.team.group})
 
     def _compare(self, told: Sequence[Planned]) -> bool:

@@ -27,6 +27,7 @@ from pytest_dcp._engine.io.digests import (
     sum_of_tensor,
 )
 from pytest_dcp._engine.io.tensor_memory import memory_of
+from pytest_dcp._engine.plan.capabilities import compares_replicas
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.replica_comparison import (
     SHOWN,
@@ -37,7 +38,6 @@ from pytest_dcp._engine.plan.replica_comparison import (
     first_difference,
     mismatch_error,
 )
-from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 
 Lookup = Callable[[int], Any]
 """The data of a row of the local plan: this rank's memory of a box, or a value."""
@@ -76,7 +76,7 @@ class Comparison:
     """
 
     def __init__(self, planner: SavePlanner) -> None:
-        self._planner = planner if isinstance(planner, DefaultSavePlanner) else None
+        self._planner = planner if compares_replicas(planner) else None
         self._checks: list[Checks] | None = None
 
     def choose_rows(self, plans: Sequence[SavePlan]) -> list[Checks | None]:

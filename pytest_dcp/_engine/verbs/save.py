@@ -20,12 +20,11 @@ from typing_extensions import deprecated
 
 from pytest_dcp._engine.coordinate import Team, team_of
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
-from pytest_dcp._engine.plan.capabilities import place_of
 from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
+from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
-from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
@@ -263,13 +262,13 @@ class Save:
             with self.phases.phase("commit"):
                 self._finish([results])
 
-        if isinstance(self.writer, FileSystemWriter):
+        if names_saves(self.writer):
             # One id for the parts of one save, so that a load can tell saves apart.
             self._reset_writer()
             self.writer.set_save_id(team.broadcast("plan", self.writer.new_save_id))
         results = team.agree("write", write)
         team.agree("commit", commit)
-        if isinstance(self.writer, FileSystemWriter):
+        if names_saves(self.writer):
             # A load would find an earlier collective checkpoint first.
             team.broadcast("retire", self.writer.remove_collective_metadata)
         return self._whole()
@@ -311,7 +310,7 @@ class Save:
 
     def _events(self, step: str) -> CallEvents:
         """Logs a step, by torch's name of it."""
-        where = getattr(self.writer, "checkpoint_id", None)
+        where = place_of(self.writer)
         return CallEvents(step, {"checkpoint_id": where, "process_group": self.team.group})
 
     def _reset_writer(self) -> None:
@@ -323,7 +322,7 @@ class Save:
         """On the coordinator: the items that each rank writes, and the pieces that it compares."""
         with self._events("global_step"):
             joined, self.metadata = self.planner.create_global_plan(plans)
-            if isinstance(self.writer, FileSystemWriter):
+            if cleans_up(self.writer):
                 self.writer.remove_leftovers()
             self.told = self.writer.prepare_global_plan(joined)
         sent = [compress_plan(plan, local) for plan, local in zip(self.told, plans, strict=True)]
@@ -345,7 +344,7 @@ class Save:
 
     def _discard(self) -> None:
         """Remove this rank's files of a failed save; the save's own error takes precedence."""
-        if isinstance(self.writer, FileSystemWriter):
+        if cleans_up(self.writer):
             try:
                 self.writer.discard()
             except (OSError, CheckpointError) as error:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from pytest_dcp._engine.coordinate import Subject
-from pytest_dcp._engine.plan.capabilities import place_of
+from pytest_dcp._engine.plan.storage_capabilities import place_of, shares_folder
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.call_events import CallEvents
@@ -49,11 +49,10 @@ def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], N
 
 
 def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id) -> Subject | None:
-    """The folder that an operation works on; None for a storage that is not ours. Never raises.
-
-    A user's storage may put ranks' files anywhere.
+    """The folder that an operation works on; None for a storage that may put ranks'
+    files anywhere. Never raises.
     """
-    if storage is not None and not isinstance(storage, FileSystemWriter | FileSystemReader):
+    if storage is not None and not shares_folder(storage):
         return None
     given = checkpoint_id or place_of(storage)
     try:
