@@ -26,6 +26,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.io.copy_plan",
     "pytest_dcp._engine.io.digests",
     "pytest_dcp._engine.io.entry_places",
+    "pytest_dcp._engine.io.folder",
     "pytest_dcp._engine.plan.boxes",
     "pytest_dcp._engine.plan.columns",
     "pytest_dcp._engine.plan.box_coverage",

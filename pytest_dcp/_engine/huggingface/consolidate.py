@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ import torch
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.safetensors_header import StoredTensor, encode, place_tensors
 from pytest_dcp._engine.io.copy_plan import Targets, copies, slabs
-from pytest_dcp._engine.io.disk import Disk, Out
+from pytest_dcp._engine.io.disk import Out
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
 from pytest_dcp._engine.io.tensor_memory import memory_of
@@ -49,10 +49,9 @@ class Slab:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """A sharded checkpoint on a disk."""
+    """A sharded checkpoint in a folder."""
 
-    disk: Disk
-    folder: Any
+    folder: Folder
     catalog: Catalog
 
     def read(self, wanted: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
@@ -73,13 +72,13 @@ class Shards:
         rows = np.arange(len(items), dtype=np.int64)
         nth: list[int] = items.wanted_hint.tolist()
         found = copies(items, Targets(rows, [tensors[n] for n in nth]), index, {})
-        read_copies(self.disk, self.folder, self.catalog, items, found, ReadSettings(), observer)
+        read_copies(self.folder, self.catalog, items, found, ReadSettings(), observer)
         return tensors
 
 
 def consolidate(
     shards: Shards,
-    folder: Any,
+    folder: Folder,
     files: Mapping[str, Sequence[str]],
     metadata: Mapping[str, str],
     *,
@@ -102,7 +101,7 @@ def consolidate(
 
 def _write(
     shards: Shards,
-    folder: Any,
+    folder: Folder,
     name: str,
     fqns: Sequence[str],
     metadata: Mapping[str, str],
@@ -111,7 +110,7 @@ def _write(
     sync: bool,
 ) -> int:
     tensors = full_tensors(shards.catalog.index, fqns)
-    with shards.disk.create(folder, name) as out:
+    with folder.create(name) as out:
         out.write([encode(tensors, metadata)])
         for batch in _batches(tensors):
             stop.check()

@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -25,7 +24,7 @@ from pytest_dcp._engine.huggingface.folder_commit import (
 )
 from pytest_dcp._engine.huggingface.saves import SAVE_KEY, data_name, temporary_name
 from pytest_dcp._engine.huggingface.weight_index import encode_index
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import new_id
 from pytest_dcp.errors import CheckpointMismatchError
@@ -41,15 +40,14 @@ class ConsolidatedFolder:
 
     def __init__(
         self,
-        disk: Disk,
-        folder: Any,
+        folder: Folder,
         files: Mapping[str, Sequence[str]],
         save_id: str,
         *,
         sync: bool,
     ) -> None:
         """files: their names, and the tensors of each."""
-        self.disk, self.folder, self.save_id, self.sync = disk, folder, save_id, sync
+        self.folder, self.save_id, self.sync = folder, save_id, sync
         self.files = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
         """By temporary name."""
 
@@ -70,18 +68,16 @@ class ConsolidatedFolder:
 
     def commit(self, nbytes: int) -> None:
         """Make the files, with this many bytes of tensors, the folder's checkpoint."""
-        with exclude_others(self.disk, self.folder):
-            finals = give_final_names(self.disk, self.folder, list(self.files), sync=self.sync)
+        with exclude_others(self.folder):
+            finals = give_final_names(self.folder, list(self.files), sync=self.sync)
             where = {fqn: finals[name] for name, fqns in self.files.items() for fqn in fqns}
             index = encode_index(where, nbytes, self.save_id)
-            publish_index(
-                self.disk, self.folder, index, finals.values(), self.save_id, sync=self.sync
-            )
+            publish_index(self.folder, index, finals.values(), self.save_id, sync=self.sync)
 
     def remove_unfinished(self) -> None:
         """Remove the files that were written and not committed."""
         for name in self.files:
-            self.disk.remove(self.folder, name)
+            self.folder.remove(name)
 
 
 def assign_files(fqns: Iterable[str], mapping: FileNumbers | None) -> dict[str, list[str]]:
@@ -153,27 +149,28 @@ def _consolidate_on_ranks(
         operation="save consolidated",
         subject=subject,
     )
-    disk: Disk = LocalDisk()
+    disk = LocalDisk()
+    shards_in, output = Folder(disk, Path(source)), Folder(disk, Path(target))
     with team.wait_for_turn():
 
         def begin() -> tuple[str, int]:
             if os.path.realpath(source) == os.path.realpath(target):
                 raise ValueError(f"{os.fspath(target)} is the shards' folder: give another one")
-            for folder in disk.make_folder(Path(target)):
-                disk.sync_folder(folder)
-            return new_id()[:12], next_number(disk, Path(target))
+            for above in output.make():
+                disk.sync_folder(above)
+            return new_id()[:12], next_number(output)
 
         save_id, number = team.broadcast("prepare", begin)
 
         def open_shards() -> tuple[Shards, ConsolidatedFolder]:
-            catalog = read_folder(disk, Path(source))
+            catalog = read_folder(shards_in)
             _check_mapping(catalog.index.fqns, mapping, source)
             named = [fqn for fqn in catalog.index.fqns if fqn in mapping]
             if team.is_coordinator:
                 _warn_of_left_out(catalog.index.fqns, mapping, source)
             files = assign_files(named, mapping)
-            folder = ConsolidatedFolder(disk, Path(target), files, save_id, sync=True)
-            return Shards(disk, Path(source), catalog), folder
+            folder = ConsolidatedFolder(output, files, save_id, sync=True)
+            return Shards(shards_in, catalog), folder
 
         shards, folder = team.agree("open", open_shards)
         try:

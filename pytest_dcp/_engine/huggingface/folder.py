@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch.distributed.checkpoint.metadata import StorageMeta
 
@@ -37,24 +36,24 @@ from pytest_dcp._engine.huggingface.saves import (
 )
 from pytest_dcp._engine.huggingface.stored_parts import as_mapped, catalog_of, parts_of
 from pytest_dcp._engine.huggingface.weight_index import WeightIndex, read_index
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.read_safetensors import read_header
 from pytest_dcp.errors import CheckpointCorruptError
 
 
-def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
+def read_folder(folder: Folder, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of the checkpoint in a folder.
 
     Raises FileNotFoundError if there is none, CheckpointCorruptError if it is not whole.
     """
-    index = read_index(disk, folder, limit)
+    index = read_index(folder, limit)
     if index is None:
-        names = [name for name in disk.names(folder) if name.endswith(SUFFIX)]
+        names = [name for name in folder.names() if name.endswith(SUFFIX)]
     else:
         names = sorted(set(index.weight_map.values()))
     if not names:
         raise FileNotFoundError(f"no {SUFFIX} files in {folder}")
-    headers: Mapping[str, Header] = {n: _header(disk, folder, n, limit) for n in names}
+    headers: Mapping[str, Header] = {n: _header(folder, n, limit) for n in names}
     if index is None:
         headers = files_of_newest_save(headers)
     _check_one_save(headers, index)
@@ -65,97 +64,97 @@ def read_folder(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> 
     return replace(catalog_of(parts), storage_meta=StorageMeta(save_id=save_id))
 
 
-def files_in_force(disk: Disk, folder: Any) -> set[str]:
+def files_in_force(folder: Folder) -> set[str]:
     """The files of the folder's checkpoint, and its index; no files if there is no checkpoint.
 
     Raises CheckpointCorruptError if that cannot be determined.
     """
-    index = read_index(disk, folder)
+    index = read_index(folder)
     if index is not None:
         return {INDEX_NAME, *index.weight_map.values()}
-    names = [name for name in disk.names(folder) if name.endswith(SUFFIX)]
-    return set(files_of_newest_save({name: _header(disk, folder, name) for name in names}))
+    names = [name for name in folder.names() if name.endswith(SUFFIX)]
+    return set(files_of_newest_save({name: _header(folder, name) for name in names}))
 
 
-def next_number(disk: Disk, folder: Any) -> int:
+def next_number(folder: Folder) -> int:
     """The number of the next save to the folder: one more than the highest number of any file."""
     numbers = [0]
-    for name in disk.names(folder):
+    for name in folder.names():
         if DATA_NAME.fullmatch(name):
             with contextlib.suppress(CheckpointCorruptError):
-                numbers.append(number_of(_header(disk, folder, name)))
+                numbers.append(number_of(_header(folder, name)))
     return max(numbers) + 1
 
 
-def leased_name(disk: Disk, folder: Any) -> str:
+def leased_name(folder: Folder) -> str:
     """The file that identifies the current checkpoint: a later save removes or replaces it."""
-    if disk.exists(folder, INDEX_NAME):
+    if folder.exists(INDEX_NAME):
         return INDEX_NAME
-    return min((name for name in disk.names(folder) if name.endswith(SUFFIX)), default=INDEX_NAME)
+    return min((name for name in folder.names() if name.endswith(SUFFIX)), default=INDEX_NAME)
 
 
-def look_of(disk: Disk, folder: Any) -> object:
+def look_of(folder: Folder) -> object:
     """The parts of the folder that any save changes: its names and its index."""
     try:
-        index = read_index(disk, folder)
+        index = read_index(folder)
     except (FileNotFoundError, CheckpointCorruptError):
         index = None
-    return disk.names(folder), None if index is None else index.save_id
+    return folder.names(), None if index is None else index.save_id
 
 
-def read_files(disk: Disk, folder: Any, names: Iterable[str], limit: MemoryLimit) -> Catalog:
+def read_files(folder: Folder, names: Iterable[str], limit: MemoryLimit) -> Catalog:
     """The catalog of these files. Raises CheckpointCorruptError for damaged ones."""
-    headers = {checked_path(name): _header(disk, folder, name, limit) for name in names}
+    headers = {checked_path(name): _header(folder, name, limit) for name in names}
     parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     return catalog_of(parts)
 
 
-def save_named_in(disk: Disk, folder: Any, names: Iterable[str]) -> str | None:
+def save_named_in(folder: Folder, names: Iterable[str]) -> str | None:
     """The id of the save that the files name; None if they name none, or do not exist."""
-    present = [name for name in names if disk.exists(folder, name)]
+    present = [name for name in names if folder.exists(name)]
     try:
-        saves = {_header(disk, folder, name).metadata.get(SAVE_KEY) for name in present}
+        saves = {_header(folder, name).metadata.get(SAVE_KEY) for name in present}
     except CheckpointCorruptError:  # The save that gave the file its name may still be writing it.
         return None
     return saves.pop() if len(saves) == 1 else None
 
 
-def is_replaceable(disk: Disk, folder: Any, name: str) -> bool:
+def is_replaceable(folder: Folder, name: str) -> bool:
     """Whether a file was written by this engine or torch's, under a name of theirs."""
     if not DATA_NAME.fullmatch(name):
         return False
     try:
-        metadata = _header(disk, folder, name).metadata
+        metadata = _header(folder, name).metadata
     except CheckpointCorruptError:
         return False
     return SAVE_KEY in metadata or SHARDING_KEY in metadata
 
 
-def remove_leftovers(disk: Disk, folder: Any) -> None:
+def remove_leftovers(folder: Folder) -> None:
     """Remove unfinished files of dead saves, so that a full disk has room for the next one."""
-    for name in disk.names(folder):
+    for name in folder.names():
         if LEFT_OVER.fullmatch(name):
-            disk.remove(folder, name)
+            folder.remove(name)
 
 
-def sweep(disk: Disk, folder: Any, keep: Iterable[str]) -> None:
+def sweep(folder: Folder, keep: Iterable[str]) -> None:
     """Remove leftovers of earlier saves: their files, complete or not, except the ones to keep.
 
     Does nothing if a file to keep does not exist: another program then uses its name for a file
     that may be one of these.
     """
-    kept, names = set(keep), disk.names(folder)
+    kept, names = set(keep), folder.names()
     if not kept.issubset(names):
         return
     for name in names:
         stale = name not in kept and DATA_NAME.fullmatch(name)
-        if LEFT_OVER.fullmatch(name) or (stale and is_replaceable(disk, folder, name)):
-            disk.remove(folder, name)
+        if LEFT_OVER.fullmatch(name) or (stale and is_replaceable(folder, name)):
+            folder.remove(name)
 
 
-def _header(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
+def _header(folder: Folder, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Header:
     try:
-        with disk.open(folder, name) as file:
+        with folder.open(name) as file:
             return read_header(file, name, limit)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(

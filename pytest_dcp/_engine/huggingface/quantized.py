@@ -209,7 +209,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def _dequantise(self, piece: Piece, watcher: Observer) -> torch.Tensor:
         if self._stored is None:
             raise ValueError("read_metadata must be called before read_data")
-        shards = Shards(self._reading_disk(), self.path, self._stored)
+        shards = Shards(self._folder(), self._stored)
         values, scale = shards.read([piece.values, piece.scale], watcher)
         if piece.skip is None:
             return matrix_values(values, scale, piece, self.block_size, self.target_dtype)

@@ -21,15 +21,14 @@ from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.huggingface.file_layout import with_data_at_start
 from pytest_dcp._engine.huggingface.folder import leased_name, look_of, read_files, read_folder
 from pytest_dcp._engine.huggingface.safetensors_file import SafetensorsFile
-from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.file_queue import FileQueue
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_streams import items_by_file
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.hooks import is_overridden, overridden
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.load_into_targets import LoadedBytes
-from pytest_dcp._engine.storages.local_filesystem import disk_of
 from pytest_dcp._engine.storages.local_filesystem import save_of as save_of_meta
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointReplacedError
 
@@ -75,29 +74,33 @@ class HuggingFaceStorageReader(FileSystemReader):
         return with_data_at_start(super()._catalog_of(metadata))
 
     def _read_catalog(self) -> Catalog:
-        return self._read_settled(self._reading_disk)
+        return self._read_settled(self._folder)
 
-    def _read_settled(self, disk: Callable[[], Disk]) -> Catalog:
+    def _read_settled(self, folder: Callable[[], Folder]) -> Catalog:
         """The folder's catalog; read again as long as saves change the folder meanwhile."""
         look: object = None
         while True:
             try:
-                return read_folder(disk(), self.path, self.memory)
+                return read_folder(folder(), self.memory)
             except (CheckpointCorruptError, FileNotFoundError, CheckpointReplacedError):
-                before, look = look, look_of(disk_of(self.fs), self.path)
+                before, look = look, look_of(self._unopened_folder())
                 if before == look:
                     raise
                 self._forget_files()
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
         """Hold off the next save's commit for some seconds, if the storage can do that."""
-        disk = disk_of(self.fs)
-        return disk.leased(self.path, leased_name(disk, self.path))
+        folder = self._unopened_folder()
+        return folder.leased(leased_name(folder))
+
+    def _unopened_folder(self) -> Folder:
+        """The folder as it is now, also where files of an earlier save are kept open."""
+        return Folder(self._disk(), self.path)
 
     def _is_replaced(self, metadata: Metadata) -> bool:
         meta = metadata.storage_meta or StorageMeta()
         try:
-            now = self._read_settled(lambda: disk_of(self.fs)).storage_meta
+            now = self._read_settled(self._unopened_folder).storage_meta
         except (CheckpointCorruptError, FileNotFoundError):
             return False
         return save_of_meta(now) != meta.save_id
@@ -161,7 +164,7 @@ class HuggingFaceStorageReader(FileSystemReader):
 
         file_queue: for each file its path and its items. result_queue: gets True for each file.
         """
-        disk = self._reading_disk()
+        folder = self._folder()
         own = file_queue if isinstance(file_queue, FileQueue) else None
         advance = observer("load").advance if own is None else own.advance
         while True:
@@ -170,7 +173,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             except queue.Empty:
                 return
             inside = os.path.relpath(path, self.path) if os.path.isabs(path) else path
-            with disk.open(self.path, checked_path(inside)) as file:
+            with folder.open(checked_path(inside)) as file:
                 opened = SafetensorsFile(file, inside, self.memory, advance)
                 for item in items:
                     self._process_read_request(opened, item, planner)
@@ -187,5 +190,5 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Read from the files that `storage_data` names, if nothing else is known."""
         names = {str(place.relative_path) for place in self.storage_data.values()}
         inside = {os.path.relpath(n, self.path) if os.path.isabs(n) else n for n in names}
-        catalog = read_files(self._reading_disk(), self.path, sorted(inside), self.memory)
+        catalog = read_files(self._folder(), sorted(inside), self.memory)
         return self._fill(catalog, plan, planner)

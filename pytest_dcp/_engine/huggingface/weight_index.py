@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.safetensors_header import parse_json
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME, SAVE_KEY
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAX_INDEX_BYTES = 100_000_000
@@ -37,11 +36,11 @@ class WeightIndex:
     """None in an index that the engine did not write."""
 
 
-def read_index(disk: Disk, folder: Any, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex | None:
+def read_index(folder: Folder, limit: MemoryLimit = DEFAULT_LIMIT) -> WeightIndex | None:
     """The folder's index, or None if there is none."""
-    if not disk.exists(folder, INDEX_NAME):
+    if not folder.exists(INDEX_NAME):
         return None
-    with disk.open(folder, INDEX_NAME) as file:
+    with folder.open(INDEX_NAME) as file:
         if file.size > MAX_INDEX_BYTES:
             raise CheckpointCorruptError(
                 f"expected an index of at most {MAX_INDEX_BYTES} bytes, got {file.size}",

@@ -57,7 +57,7 @@ from pytest_dcp._engine.huggingface.saves import (
     temporary_name,
 )
 from pytest_dcp._engine.huggingface.weight_index import encode_index
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.write_files import FileJob, Settings
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
@@ -131,7 +131,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                 "a folder of safetensors files is one checkpoint of all ranks: "
                 "save it with use_collectives=True"
             )
-        self._make_folder(self._disk())
+        self._make_folder()
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -150,7 +150,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         shared: dict[str, Any] = {
             "save_id": self.save_id[:12],
             "highest": self._layout.highest,
-            "number": next_number(self._disk(), self.path),
+            "number": next_number(self._folder()),
         }
         if self.fqn_to_index_mapping is not None:
             shared["fqn_to_index_mapping"] = self.fqn_to_index_mapping
@@ -168,20 +168,19 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         shared = {"files": sum(counts)}
         return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in told]
 
-    def _remove_leftovers(self, disk: Disk) -> None:
-        if any(map(LEFT_OVER.fullmatch, disk.names(self.path))):
-            with disk.locked(self.path):
-                remove_leftovers(disk, self.path)
+    def _remove_leftovers(self, folder: Folder) -> None:
+        if any(map(LEFT_OVER.fullmatch, folder.names())):
+            with folder.locked():
+                remove_leftovers(folder)
 
-    def _committed_files(self, disk: Disk, folder: Any) -> set[str]:
-        return files_in_force(disk, folder)
+    def _committed_files(self, folder: Folder) -> set[str]:
+        return files_in_force(folder)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors under temporary names; finished when it returns the future."""
         future: Future[list[WriteResult]] = Future()
-        disk = self._registering_disk()
         if not len(plan.items):
-            self._sync_parent_dirs(disk)
+            self._sync_parent_dirs()
             future.set_result([])
             return future
         said: Mapping[str, Any] = plan.storage_data or {}
@@ -196,8 +195,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         watcher.expect(int(table.size_bytes().sum()))
         settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
         written = write_safetensors(
-            disk,
-            self.path,
+            self._registering_folder(),
             jobs,
             source_of(planner, plan.items),
             settings,
@@ -205,7 +203,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             table,
             {SAVE_KEY: save_id or self.save_id[:12], **stated_save(said), **FORMAT},
         )
-        self._sync_parent_dirs(disk)
+        self._sync_parent_dirs()
         results: Any = WriteResults(plan.items, written)
         future.set_result(results)
         return future
@@ -249,57 +247,56 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         catalog = with_data_at_start(
             dataclasses.replace(catalog, places=whole_places_of(catalog.index, results))
         )
-        disk = self._registering_disk()
+        folder = self._registering_folder()
         # A planner that remembers plans may have given the ranks plans of an earlier save.
         whose = (save_of(name) for name in catalog.places.files if is_temporary(name))
         save_id: str | None = next(whose, self.save_id[:12])
         files = catalog.places.files
         if files and not any(map(is_temporary, files)):
             # For results made by hand: the files may be another program's, or may not exist yet.
-            save_id = save_named_in(disk, self.path, files)
-        with exclude_others(disk, self.path):
-            catalog = self._rename_files(disk, self.path, catalog)
+            save_id = save_named_in(folder, files)
+        with exclude_others(folder):
+            catalog = self._rename_files(folder, catalog)
             metadata.storage_data = catalog.metadata().storage_data
             files = catalog.places.files
             if self.save_distributed:
-                self._commit_shards(disk, files)
+                self._commit_shards(folder, files)
             else:
                 nbytes = int(catalog.places.data_nbytes.sum())
                 index = encode_index(files_of_tensors(catalog), nbytes, save_id)
-                publish_index(
-                    disk, self.path, index, files, self.save_id[:12], sync=self.sync_files
-                )
+                publish_index(folder, index, files, self.save_id[:12], sync=self.sync_files)
         if self.save_distributed and self.enable_consolidation:
-            self._consolidate(disk, catalog, save_id or self.save_id[:12])
+            self._consolidate(folder, catalog, save_id or self.save_id[:12])
 
-    def _commit_shards(self, disk: Disk, files: Iterable[str]) -> None:
+    def _commit_shards(self, folder: Folder, files: Iterable[str]) -> None:
         """The files have their final names: they are the checkpoint, unless an index names
         others."""
-        if disk.exists(self.path, INDEX_NAME):
-            disk.remove(self.path, INDEX_NAME)
+        if folder.exists(INDEX_NAME):
+            folder.remove(INDEX_NAME)
             if self.sync_files:
-                disk.sync_folder(self.path)
-        sweep(disk, self.path, files)
+                folder.sync()
+        sweep(folder, files)
 
     @property
     def metadata_path(self) -> str:
         """The name of the index."""
         return INDEX_NAME
 
-    def _consolidate(self, disk: Disk, catalog: Catalog, save_id: str) -> None:
-        target = self.fs.init_path(self.consolidated_output_path or self.path)
-        self._sync(disk, disk.make_folder(target))
+    def _consolidate(self, shards: Folder, catalog: Catalog, save_id: str) -> None:
+        path = self.fs.init_path(self.consolidated_output_path or self.path)
+        target = Folder(shards.disk, path)
+        self._sync(target.make())
         files = assign_files(catalog.index.fqns, self.fqn_to_index_mapping)
-        folder = ConsolidatedFolder(disk, target, files, save_id, sync=self.sync_files)
-        nbytes = folder.write(
-            Shards(disk, self.path, catalog),
-            folder.files,
-            number=next_number(disk, target),
+        output = ConsolidatedFolder(target, files, save_id, sync=self.sync_files)
+        nbytes = output.write(
+            Shards(shards, catalog),
+            output.files,
+            number=next_number(target),
             threads=self.thread_count_consolidation,
         )
-        folder.commit(nbytes)
+        output.commit(nbytes)
 
-    def _rename_files(self, disk: Disk, folder: Any, catalog: Catalog) -> Catalog:
+    def _rename_files(self, folder: Folder, catalog: Catalog) -> Catalog:
         """The catalog with the files' own names, which they now have.
 
         Only temporary names are replaced: other names were chosen by the caller, who may write the
@@ -307,7 +304,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """
         places = catalog.places
         temporary = [name for name in places.files if is_temporary(name)]
-        present = set(disk.names(folder))
+        present = set(folder.names())
         for name in temporary:
             if present and name not in present:
                 raise CheckpointCorruptError(
@@ -315,16 +312,16 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                     "to the same folder?",
                     file=name,
                 )
-        finals = give_final_names(disk, folder, temporary, sync=self.sync_files)
+        finals = give_final_names(folder, temporary, sync=self.sync_files)
         names = tuple(finals.get(name, name) for name in places.files)
         return dataclasses.replace(catalog, places=dataclasses.replace(places, files=names))
 
     def _refuse_strangers(self) -> None:
-        disk = self._disk()
+        folder = self._folder()
         strangers = [
             name
-            for name in disk.names(self.path)
-            if name.endswith(SUFFIX) and not is_replaceable(disk, self.path, name)
+            for name in folder.names()
+            if name.endswith(SUFFIX) and not is_replaceable(folder, name)
         ]
         if strangers:
             raise CheckpointExistsError(

@@ -51,18 +51,18 @@ Two ranks save; here the metadata are just the names of the data files:
 
 >>> from pathlib import Path
 >>> from pytest_dcp._engine.io.local_disk import LocalDisk
->>> disk, folder = LocalDisk(), Path("checkpoint")
->>> _ = disk.make_folder(folder)
+>>> folder = Folder(LocalDisk(), Path("checkpoint"))
+>>> _ = folder.make()
 >>> def write_data(save):
 ...     names = [data_name(f"__{rank}_", 0, save) for rank in (0, 1)]
 ...     for name in names:
-...         with disk.create(folder, name) as out:
+...         with folder.create(name) as out:
 ...             out.write([b"elements"])
 ...     return " ".join(names).encode()
 >>> def files_named(metadata):
-...     return (folder / metadata).read_text().split()
->>> publish(disk, folder, METADATA, [write_data("1a")], "1a", sync=True)
->>> sweep(disk, folder, files_named, rank=None)
+...     return (folder.path / metadata).read_text().split()
+>>> publish(folder, METADATA, [write_data("1a")], "1a", sync=True)
+>>> sweep(folder, files_named, rank=None)
 []
 
 The next save dies before its commit. The first one is still the folder's checkpoint:
@@ -73,10 +73,10 @@ The next save dies before its commit. The first one is still the folder's checkp
 
 The third replaces it, and sweeps the files of both:
 
->>> publish(disk, folder, METADATA, [write_data("3c")], "3c", sync=True)
->>> sweep(disk, folder, files_named, rank=None)
+>>> publish(folder, METADATA, [write_data("3c")], "3c", sync=True)
+>>> sweep(folder, files_named, rank=None)
 ['__0_0-1a.distcp', '__0_0-2b.distcp', '__1_0-1a.distcp', '__1_0-2b.distcp']
->>> disk.names(folder)
+>>> folder.names()
 ['.metadata', '__0_0-3c.distcp', '__1_0-3c.distcp']
 """
 
@@ -85,9 +85,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
-from pytest_dcp._engine.io.disk import Buffer, Disk
+from pytest_dcp._engine.io.disk import Buffer
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 METADATA = ".metadata"
@@ -113,8 +113,7 @@ def data_name(prefix: str, number: int, save: str) -> str:
 
 
 def publish(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     name: str,
     content: Sequence[Buffer],
     save: str,
@@ -128,29 +127,29 @@ def publish(
 
     Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
     """
-    temporary = f"{name}-{save}{TEMPORARY}" if disk.renames else name
+    temporary = f"{name}-{save}{TEMPORARY}" if folder.disk.renames else name
     if sync:
-        disk.sync_folder(folder)
+        folder.sync()
     try:
-        with disk.create(folder, temporary) as out:
+        with folder.create(temporary) as out:
             out.write(content)
             if sync:
                 out.sync()
-        if disk.renames:
-            with disk.between_leases(folder, name) if waits else nullcontext():
-                disk.replace(folder, temporary, name)
+        if folder.disk.renames:
+            with folder.between_leases(name) if waits else nullcontext():
+                folder.replace(temporary, name)
     except BaseException as error:
-        if not disk.renames:
+        if not folder.disk.renames:
             raise  # `name` is the checkpoint's own: it may still hold the old metadata
         # A failed save removes all it can.
         try:
-            disk.remove(folder, temporary)
+            folder.remove(temporary)
         except OSError as more:
             error.add_note(f"{temporary} is still there: {more!r}")
         raise
     if sync:
         try:
-            disk.sync_folder(folder)
+            folder.sync()
         except OSError as error:
             raise CheckpointError(
                 f"the new checkpoint is in place, but its folder {folder} could not be synced: "
@@ -158,9 +157,7 @@ def publish(
             ) from error
 
 
-def sweep(
-    disk: Disk, folder: Any, named: Callable[[str], Iterable[str]], *, rank: int | None
-) -> list[str]:
+def sweep(folder: Folder, named: Callable[[str], Iterable[str]], *, rank: int | None) -> list[str]:
     """Step 5: remove the stale files; returns their names.
 
     named: the data files that a metadata file names. rank: None after a commit of the whole
@@ -168,17 +165,16 @@ def sweep(
     part: then only its files are considered.
     """
     committed = (METADATA,) if rank is None else (METADATA, metadata_name(rank))
-    return _remove(disk, folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
+    return _remove(folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
 
 
-def remove_unnamed(disk: Disk, folder: Any, named: Callable[[str], Iterable[str]]) -> list[str]:
+def remove_unnamed(folder: Folder, named: Callable[[str], Iterable[str]]) -> list[str]:
     """Remove data files that no metadata of the folder names, left by dead saves; their names."""
-    return _remove(disk, folder, named, _is_metadata, is_leftover)
+    return _remove(folder, named, _is_metadata, is_leftover)
 
 
 def _remove(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     named: Callable[[str], Iterable[str]],
     counts: Callable[[str], bool],
     is_stale: Callable[[str], bool],
@@ -186,7 +182,7 @@ def _remove(
     """Remove the stale files that no metadata in force names; returns their names."""
     # Listed before any metadata is read: a file that appears later is not removed, even if no
     # metadata names it.
-    present = disk.names(folder)
+    present = folder.names()
     asked = {METADATA, *filter(counts, present)}
     keep = _all_named(named, asked)
     stale = [name for name in present if name not in keep and is_stale(name)]
@@ -194,7 +190,7 @@ def _remove(
     keep |= _all_named(named, set(filter(counts, map(_metadata_of, stale))) - asked)
     removed = [name for name in stale if name not in keep]
     for name in removed:
-        disk.remove(folder, name)
+        folder.remove(name)
     return removed
 
 

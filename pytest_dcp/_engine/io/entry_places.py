@@ -26,7 +26,7 @@ Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, o
 ...     start=np.array([0, 0]),
 ...     length=np.array([Path(name).stat().st_size for name in ("ours", "theirs")]))
 >>> both = np.array([0, 1])
->>> found = resolve_entry_places(LocalDisk(), Path(), Catalog(index, places), both)
+>>> found = resolve_entry_places(Folder(LocalDisk(), Path()), Catalog(index, places), both)
 >>> for name, start in zip(places.files, found.catalog.places.data_start.tolist()):
 ...     print(np.frombuffer(Path(name).read_bytes()[start : start + 8], np.float32))
 [0. 1.]
@@ -37,14 +37,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.entry_locator import locate, locate_wrapper
-from pytest_dcp._engine.io.disk import Disk, In
+from pytest_dcp._engine.io.disk import In
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.opaque import STORED_DTYPES
@@ -69,7 +69,7 @@ class ResolvedCatalog:
 
 
 def resolve_entry_places(
-    disk: Disk, folder: Any, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
+    folder: Folder, catalog: Catalog, entries: Ints, values: frozenset[int] = frozenset()
 ) -> ResolvedCatalog:
     """The catalog with the places of these chunks filled in; byte values are their whole entry.
 
@@ -85,7 +85,7 @@ def resolve_entry_places(
     for number in np.unique(places.file[order]).tolist():
         name = places.files[number]
         try:
-            with disk.open(folder, name) as file:
+            with folder.open(name) as file:
                 for row in order[places.file[order] == number].tolist():
                     data_start[row], data_nbytes[row] = _find(
                         file, catalog, row, found, whole=row in values

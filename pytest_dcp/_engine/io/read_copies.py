@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies, runs, slabs, span_of, starts
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.small_reads import (
     BATCH,
@@ -61,8 +60,7 @@ class ReadSettings:
 
 
 def read_copies(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     catalog: Catalog,
     items: ReadItems,
     copies: Copies,
@@ -86,7 +84,7 @@ def read_copies(
 
     def job(rows: Ints) -> Callable[[StopFlag], ByteCounts]:
         return lambda stop: _read_part(
-            disk, folder, catalog, items, copies, rows, settings, observer, stop
+            folder, catalog, items, copies, rows, settings, observer, stop
         )
 
     total = ByteCounts()
@@ -106,8 +104,7 @@ def _parts(order: Ints, file: NDArray[np.int32], nbytes: Ints, threads: int) -> 
 
 
 def _read_part(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     catalog: Catalog,
     items: ReadItems,
     copies: Copies,
@@ -118,7 +115,7 @@ def _read_part(
 ) -> ByteCounts:
     name = catalog.places.files[catalog.places.file[copies.entry[rows[0]]]]
     try:
-        with disk.open(folder, name) as file:
+        with folder.open(name) as file:
             reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
             boxes = _BoxReader(reader, items, copies, settings)
             for kind, some in split_by_read_kind(catalog, copies, rows, settings.verify):
@@ -266,8 +263,7 @@ class _BoxReader:
 
 
 def read_values(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     catalog: Catalog,
     entries: Sequence[int],
     settings: ReadSettings,
@@ -289,7 +285,7 @@ def read_values(
             raise CheckpointCorruptError("no file has this value", entry=fqn)
         name = places.files[number]
         try:
-            with disk.open(folder, name) as file:
+            with folder.open(name) as file:
                 nbytes = int(places.data_nbytes[rows].sum())
                 if nbytes > file.stored_bytes:
                     settings.memory.check(f"values in {name}", nbytes, file.stored_bytes)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.io.checked_ranges import ByteCounts
 from pytest_dcp._engine.io.copy_plan import Targets, copies
-from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.entry_places import ResolvedCatalog, resolve_entry_places
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.plan_entries import match_entries
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
@@ -37,8 +36,7 @@ from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 class ItemSource:
     """Where items are read from, and how."""
 
-    disk: Disk
-    folder: Any
+    folder: Folder
     catalog: Catalog
     settings: ReadSettings
     registry: ExtensionRegistry
@@ -70,7 +68,7 @@ class StoredItems:
             plan = copies(self.items, targets, self.catalog.index, self.found.odd_strides)
         self.tally.add(
             read_copies(
-                source.disk, source.folder, self.catalog, self.items, plan, source.settings,
+                source.folder, self.catalog, self.items, plan, source.settings,
                 source.observer,
             )
         )  # fmt: skip
@@ -88,7 +86,7 @@ class StoredItems:
         """Each of these rows with its entry, any stream transforms undone."""
         source, entries = self.source, self.items.entry[rows].tolist()
         found, tally = read_values(
-            source.disk, source.folder, self.catalog, entries, source.settings, source.observer
+            source.folder, self.catalog, entries, source.settings, source.observer
         )
         self.tally.add(tally)
         # One limit for all values: each may be small, and there may be thousands of them.
@@ -109,7 +107,7 @@ def resolve_items(source: ItemSource, items: ReadItems) -> StoredItems:
     catalog = source.catalog
     items = match_entries(items, catalog.index)
     values = frozenset(items.entry[items.kind == READ_BYTES].tolist())
-    found = resolve_entry_places(source.disk, source.folder, catalog, items.entry, values)
+    found = resolve_entry_places(source.folder, catalog, items.entry, values)
     return StoredItems(source, found, items, _sizes(items, found.catalog))
 
 

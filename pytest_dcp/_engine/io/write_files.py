@@ -21,7 +21,8 @@ from pytest_dcp._engine.format.catalog import BLOCK_BYTES
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.write_results import Written
-from pytest_dcp._engine.io.disk import Buffer, Disk, Out
+from pytest_dcp._engine.io.disk import Buffer, Out
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
@@ -95,8 +96,7 @@ class Rows:
 
 
 def write_files(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     jobs: Sequence[FileJob],
     source: Source,
     settings: Settings,
@@ -109,24 +109,21 @@ def write_files(
     """
 
     def job(number: int) -> Callable[[StopFlag], Rows]:
-        return lambda stop: _write_file(
-            disk, folder, jobs[number], source, settings, observer, stop
-        )
+        return lambda stop: _write_file(folder, jobs[number], source, settings, observer, stop)
 
     done = run_all([job(n) for n in range(len(jobs))], settings.threads)
     return written_rows(done, [job.name for job in jobs], settings)
 
 
 def _write_file(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     job: FileJob,
     source: Source,
     settings: Settings,
     observer: Observer,
     stop: StopFlag,
 ) -> Rows:
-    with disk.create(folder, job.name) as out:
+    with folder.create(job.name) as out:
         if settings.is_plain:
             out.reserve(job.nbytes)
         file = File(out, observer, stop, job.nbytes)

@@ -7,7 +7,6 @@ is made by `format.safetensors_header`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
@@ -22,7 +21,7 @@ from pytest_dcp._engine.format.safetensors_header import (
     unique_names,
 )
 from pytest_dcp._engine.format.write_results import Written
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
@@ -40,8 +39,7 @@ from pytest_dcp._engine.plan.columns import WriteItems
 
 
 def write_safetensors(
-    disk: Disk,
-    folder: Any,
+    folder: Folder,
     jobs: Sequence[FileJob],
     source: Source,
     settings: Settings,
@@ -66,7 +64,7 @@ def write_safetensors(
             name, rows = jobs[number].name, jobs[number].rows
             # The header comes first, so every row must be available; they are references.
             data = {row: source(row) for row in rows}
-            with disk.create(folder, name) as out:
+            with folder.create(name) as out:
                 file = File(out, observer, stop)
                 done = _put_file(file, data, table, metadata or {}, settings)
                 file.flush()

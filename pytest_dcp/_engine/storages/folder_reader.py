@@ -19,6 +19,7 @@ from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 from pytest_dcp._engine.io.plan_entries import files_of
@@ -112,8 +113,8 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
         Raises FileNotFoundError if there is none, CheckpointCorruptError if it is damaged.
         """
-        folder, name = self._metadata_place(kwargs.get("rank"))
-        catalog = read_catalog(local_filesystem.disk_of(self.fs), folder, name, self.memory)
+        folder, name = self._metadata_place(self._disk(), kwargs.get("rank"))
+        catalog = read_catalog(folder, name, self.memory)
         self.has_manifest = bool((catalog.places.data_start >= 0).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
@@ -146,18 +147,18 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
         """Hold off the next save's commit for some seconds, if the storage can do that."""
-        disk = local_filesystem.disk_of(self.fs)
-        folder, name = self._metadata_place(None)
-        if not disk.exists(folder, name):
-            folder, name = self._metadata_place(rank)
-        return disk.leased(folder, name)
+        disk = self._disk()
+        folder, name = self._metadata_place(disk, None)
+        if not folder.exists(name):
+            folder, name = self._metadata_place(disk, rank)
+        return folder.leased(name)
 
     def keep_files(self) -> None:
         """Keep files that are opened from now on open until `close_files`.
 
         Does nothing if a subclass reads in its own way.
         """
-        disk = local_filesystem.disk_of(self.fs)
+        disk = self._disk()
         self.close_files()
         if isinstance(disk, LocalDisk) and not self._reads_its_own_way():
             self._open_files = OpenFiles(disk, self.path)
@@ -194,9 +195,12 @@ class FileSystemReader(MetadataPlace, StorageReader):
         if self._open_files is not None:
             self.keep_files()
 
-    def _reading_disk(self) -> Disk:
-        """The disk, using the files kept open if there are any."""
-        return self._open_files or local_filesystem.disk_of(self.fs)
+    def _disk(self) -> Disk:
+        return local_filesystem.disk_of(self.fs)
+
+    def _folder(self) -> Folder:
+        """The folder, using the files kept open if there are any."""
+        return Folder(self._open_files or self._disk(), self.path)
 
     def _reads_its_own_way(self) -> bool:
         return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
@@ -263,8 +267,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
     def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
         source = ItemSource(
-            self._reading_disk(),
-            self.path,
+            self._folder(),
             catalog,
             ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory),
             self.transforms.extension_registry,
@@ -290,10 +293,10 @@ class FileSystemReader(MetadataPlace, StorageReader):
 
     def _is_replaced(self, metadata: Metadata) -> bool:
         """Whether the folder's checkpoint is from a different save than the metadata."""
-        disk = local_filesystem.disk_of(self.fs)
-        folder, name = self._metadata_place(None if self.use_collectives else self.rank)
+        disk = self._disk()
+        folder, name = self._metadata_place(disk, None if self.use_collectives else self.rank)
         try:
-            now = read_catalog(disk, folder, name, self.memory)
+            now = read_catalog(folder, name, self.memory)
         except FileNotFoundError:
             # A save with one metadata file was replaced by one with a file per rank, or the
             # reverse.

@@ -33,6 +33,7 @@ from pytest_dcp._engine.io.commit import (
     sweep,
 )
 from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
 from pytest_dcp._engine.io.transforms import StorageWriterTransforms, extensions_of, own_way_of
@@ -135,8 +136,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan, after making the folder and checking that it may be written to."""
-        disk = self._disk()
-        self._make_folder(disk)
+        self._make_folder()
         if self._metadata_exists():
             if not self.overwrite:
                 raise CheckpointExistsError(
@@ -168,22 +168,24 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         """
         if self._cleaned_for != self.save_id:
             self._cleaned_for = self.save_id
-            self._remove_leftovers(self._disk())
+            self._remove_leftovers(self._folder())
 
-    def _remove_leftovers(self, disk: Disk) -> None:
-        if self.use_collectives and any(map(is_leftover, disk.names(self.path))):
-            with disk.locked(self.path):
+    def _remove_leftovers(self, folder: Folder) -> None:
+        if self.use_collectives and any(map(is_leftover, folder.names())):
+            with folder.locked():
                 self._clean(remove_unnamed)
 
     def _metadata_exists(self) -> bool:
         """Whether the folder has a checkpoint that this save would replace: torch's hook."""
         disk = self._disk()
-        if disk.exists(*self._metadata_place(None)):
+        folder, name = self._metadata_place(disk, None)
+        if folder.exists(name):
             return True
         if self.use_collectives:
-            return any(RANK_METADATA.fullmatch(name) for name in disk.names(self.path))
+            return any(map(RANK_METADATA.fullmatch, self._folder().names()))
         # Only this rank's: other ranks may have just committed theirs.
-        return disk.exists(*self._metadata_place(self.rank))
+        folder, name = self._metadata_place(disk, self.rank)
+        return folder.exists(name)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items; finished when it returns the future."""
@@ -200,7 +202,7 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             FileJob(name(number), rows, int(data[rows].sum())) for number, rows in enumerate(groups)
         ]
         self._used = True
-        return _done(self._write_jobs(self.path, jobs, items, planner))
+        return _done(self._write_jobs(self._registering_folder(), jobs, items, planner))
 
     def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
         """The name of the n-th file, from the plan, or from this writer if the plan was made by
@@ -210,7 +212,11 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         return lambda number: data_name(prefix, number, save)
 
     def _write_jobs(
-        self, folder: Any, jobs: Sequence[FileJob], items: Sequence[WriteItem], planner: SavePlanner
+        self,
+        folder: Folder,
+        jobs: Sequence[FileJob],
+        items: Sequence[WriteItem],
+        planner: SavePlanner,
     ) -> WriteResults:
         """Write the items to these files; returns where each went."""
         watcher = observer("save")
@@ -222,12 +228,12 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             transforms=extensions_of(self.transforms),
             through=own_way_of(self.transforms, items),
         )
-        disk, source = self._registering_disk(), source_of(planner, items)
+        source = source_of(planner, items)
         if self.serialization_format == SerializationFormat.SAFETENSORS:
-            written = write_safetensors(disk, folder, jobs, source, settings, watcher, items)
+            written = write_safetensors(folder, jobs, source, settings, watcher, items)
         else:
-            written = write_files(disk, folder, jobs, source, settings, watcher)
-        self._sync_parent_dirs(disk)
+            written = write_files(folder, jobs, source, settings, watcher)
+        self._sync_parent_dirs()
         return WriteResults(items, written)
 
     def _write_data(
@@ -245,51 +251,53 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             path, name, items = file_queue.get_nowait()
             table = WriteItems.of(items)
             folder, own_name = split_path(path)
+            target = self._registering_folder(folder)
             nbytes = int(np.where(table.kind == BYTES, 0, table.size_bytes()).sum())
             job = FileJob(own_name, range(len(table)), nbytes)
-            part = self._write_jobs(folder, [job], items, planner)
+            part = self._write_jobs(target, [job], items, planner)
             named = dataclasses.replace(part.written, files=(name,))
             parts.append(WriteResults(part.items, named))
         return _done(join_results(parts))
 
-    def _make_folder(self, disk: Disk) -> None:
+    def _make_folder(self) -> None:
         """Make the folder; sync the folders that have new folders' names. See
         `_sync_parent_dirs`."""
-        above = disk.make_folder(self.path)
+        above = self._folder().make()
         self._parent_dirs_to_sync = above[:1]
-        self._sync(disk, above[1:])
+        self._sync(above[1:])
 
-    def _sync_parent_dirs(self, disk: Disk) -> None:
+    def _sync_parent_dirs(self) -> None:
         """Make the folder's name durable, after the files, whose sync has done most of the work."""
-        self._sync(disk, self._parent_dirs_to_sync)
+        self._sync(self._parent_dirs_to_sync)
 
-    def _sync(self, disk: Disk, folders: Sequence[Any]) -> None:
+    def _sync(self, paths: Sequence[Any]) -> None:
         """Sync these folders, if `sync_files` is set."""
         if self.sync_files:
-            for folder in folders:
-                disk.sync_folder(folder)
+            disk = self._disk()
+            for path in paths:
+                disk.sync_folder(path)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: from here on the folder's checkpoint is this save's."""
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_meta = self._meta()
         catalog = Catalog.of(copy_metadata(metadata, storage_data=None))
-        disk = self._registering_disk()
+        own = self._registering_folder()
         places, beside = places_and_more(catalog.index, results)
         if beside:
             # Their files are also part of the checkpoint, and are not swept.
-            present = set(disk.names(self.path)) - set(places.files)
+            present = set(own.names()) - set(places.files)
             named = {place.relative_path for place in beside.values()}
             places = dataclasses.replace(places, files=(*places.files, *sorted(present & named)))
         catalog = dataclasses.replace(catalog, places=places, beside=beside)
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
         alone = self.rank if not self.use_collectives else None
-        folder, name = self._metadata_place(alone)
+        folder, name = self._metadata_place(own.disk, alone)
         content = metadata_file.encode(catalog)
-        with disk.locked(self.path):
-            self._check_written(disk, catalog)
-            publish(disk, folder, name, content, self.save_id[:12], sync=self.sync_files)
+        with own.locked():
+            self._check_written(own, catalog)
+            publish(folder, name, content, self.save_id[:12], sync=self.sync_files)
             self._clean(partial(sweep, rank=alone))
 
     def _clean(self, remove: Callable[..., object]) -> None:
@@ -297,31 +305,33 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
             # It cannot be known which files other checkpoints of the folder name.
             return
-        disk = self._disk()
+        folder = self._folder()
         try:
-            remove(disk, self.path, lambda name: files_named(disk, self.path, name))
+            remove(folder, lambda name: files_named(folder, name))
         except (OSError, CheckpointCorruptError) as error:
             logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
 
     def discard(self) -> None:
         """Remove this rank's files of a save that failed, unless it was committed after all."""
         disk, made, self._made = self._disk(), self._made, {}
-        for folder in dict.fromkeys(folder for folder, _ in made):
-            with disk.locked(folder):
-                kept = self._committed_files(disk, folder)
-                for name in [name for place, name in made if place == folder]:
+        for path in dict.fromkeys(path for path, _ in made):
+            folder = Folder(disk, path)
+            with folder.locked():
+                kept = self._committed_files(folder)
+                for name in [name for place, name in made if place == path]:
                     if name not in kept:
-                        disk.remove(folder, name)
+                        folder.remove(name)
 
-    def _committed_files(self, disk: Disk, folder: Any) -> set[str]:
+    def _committed_files(self, folder: Folder) -> set[str]:
         """The files of the folder that a checkpoint consists of.
 
         Raises CheckpointCorruptError if that cannot be determined.
         """
         kept: set[str] = set()
-        for place, name in dict.fromkeys(map(self._metadata_place, (None, self.rank))):
-            if disk.exists(place, name):
-                kept |= {name, *files_named(disk, place, name)}
+        for rank in dict.fromkeys((None, self.rank)):
+            place, name = self._metadata_place(folder.disk, rank)
+            if place.exists(name):
+                kept |= {name, *files_named(place, name)}
         return kept
 
     def remove_collective_metadata(self) -> None:
@@ -329,14 +339,14 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
 
         Before that a reader finds the old checkpoint, after that the ranks' own.
         """
-        disk = self._disk()
-        if not disk.exists(self.path, metadata_name()):
+        folder, name = self._folder(), metadata_name()
+        if not folder.exists(name):
             return
-        with disk.locked(self.path):
-            with disk.between_leases(self.path, metadata_name()):
-                disk.remove(self.path, metadata_name())
+        with folder.locked():
+            with folder.between_leases(name):
+                folder.remove(name)
             if self.sync_files:
-                disk.sync_folder(self.path)
+                folder.sync()
             self._clean(remove_unnamed)
 
     def storage_meta(self) -> StorageMeta | None:
@@ -393,16 +403,20 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def _disk(self) -> Disk:
         return local_filesystem.disk_of(self.fs)
 
-    def _registering_disk(self) -> Disk:
-        """The disk for all files that a save makes: see `discard`."""
-        return RegisteringDisk(self._disk(), self._made)
+    def _folder(self) -> Folder:
+        return Folder(self._disk(), self.path)
 
-    def _check_written(self, disk: Disk, catalog: Catalog) -> None:
+    def _registering_folder(self, path: Any = None) -> Folder:
+        """This folder, or the one of this path, for all files that a save makes: see `discard`."""
+        disk = RegisteringDisk(self._disk(), self._made)
+        return Folder(disk, self.path if path is None else path)
+
+    def _check_written(self, folder: Folder, catalog: Catalog) -> None:
         """Raise unless every file that the metadata will name exists."""
-        present = set(disk.names(self.path))
+        present = set(folder.names())
         missing = [name for name in catalog.places.files if present and name not in present]
         # A store's listing may be out of date.
-        gone = [name for name in missing if not disk.exists(self.path, name)]
+        gone = [name for name in missing if not folder.exists(name)]
         if gone:
             raise CheckpointCorruptError(
                 "a data file of this save is gone before the commit: does another save write to "

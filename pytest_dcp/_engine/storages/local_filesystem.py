@@ -20,6 +20,7 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk
 from pytest_dcp._engine.plan.hooks import is_overridden
@@ -93,12 +94,12 @@ def save_of(meta: StorageMeta | None) -> str | None:
     return None if meta is None else meta.save_id
 
 
-def read_catalog(disk: Disk, folder: Any, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
+def read_catalog(folder: Folder, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of a metadata file.
 
     Raises FileNotFoundError, and CheckpointCorruptError naming the file.
     """
-    with disk.open(folder, name) as file:
+    with folder.open(name) as file:
 
         def part(offset: int, nbytes: int) -> memoryview:
             view = np.empty(nbytes, dtype=np.uint8).data
@@ -131,15 +132,16 @@ class MetadataPlace:
         subclasses."""
         return self.fs.concat_path(self.path, metadata_name(rank))
 
-    def _metadata_place(self, rank: int | None) -> tuple[Any, str]:
-        """The folder and the name of the metadata file, as a `Disk` takes them."""
+    def _metadata_place(self, disk: Disk, rank: int | None) -> tuple[Folder, str]:
+        """The folder and the name of the metadata file."""
         if is_overridden(self, MetadataPlace, "_get_metadata_path"):
-            return split_path(self._get_metadata_path(rank))
-        return self.path, metadata_name(rank)
+            path, name = split_path(self._get_metadata_path(rank))
+            return Folder(disk, path), name
+        return Folder(disk, self.path), metadata_name(rank)
 
 
-def files_named(disk: Disk, folder: Any, name: str) -> tuple[str, ...]:
-    return read_catalog(disk, folder, name).places.files
+def files_named(folder: Folder, name: str) -> tuple[str, ...]:
+    return read_catalog(folder, name).places.files
 
 
 def new_id() -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from pytest_dcp.faults.hostile.metadata import EDITS, HOSTILE_NAMES, Good, rename_files
 from pytest_dcp.faults.hostile.nodes import (
     Content,
+    EmptyFolder,
     Fifo,
-    Folder,
     Node,
     Socket,
     Sparse,
@@ -86,7 +86,7 @@ def _odd_nodes(good: Good) -> Iterator[Hostile]:
         nodes: list[tuple[str, str, Node]] = [
             ("a FIFO", waits, Fifo()),
             ("a socket", "is no file", Socket()),
-            ("a folder", "is no file", Folder()),
+            ("a folder", "is no file", EmptyFolder()),
             ("a link out of the folder", leaves, outside),
             ("a link to itself", "is no file", SymbolicLink(name)),
             ("a link to /dev/zero", endless, SymbolicLink("/dev/zero")),
@@ -119,7 +119,7 @@ def _odd_names(good: Good) -> Iterator[Hostile]:
         "a name through a linked folder": f"linked/{good.data_file}",
         "a name through the folder above": f"inner/../{good.data_file}",
     }
-    beside: dict[str, Node] = {"inner": Folder(), "linked": SymbolicLink(str(source))}
+    beside: dict[str, Node] = {"inner": EmptyFolder(), "linked": SymbolicLink(str(source))}
     for what, name in names.items():
         nodes = {**beside, ".metadata": Content(good.edit_pickle(rename_files(name)))}
         yield Hostile(what, "is read outside of the folder, or is no file", source, nodes)

@@ -82,7 +82,7 @@ class Socket(Node):
 
 
 @dataclass(frozen=True, slots=True)
-class Folder(Node):
+class EmptyFolder(Node):
     """An empty folder."""
 
     def make(self, path: Path) -> None:

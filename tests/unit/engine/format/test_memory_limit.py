@@ -27,6 +27,7 @@ from pytest_dcp._engine.format.memory_limit import (
 )
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME
 from pytest_dcp._engine.huggingface.weight_index import decode_index
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -221,7 +222,7 @@ def test_a_large_honest_metadata_is_read_within_the_limit(tmp_path: Path) -> Non
     state = {f"{n}": n for n in range(20_000)}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     size = (tmp_path / ".metadata").stat().st_size
-    peak, error = peak_of(lambda: read_catalog(LocalDisk(), tmp_path, ".metadata"))
+    peak, error = peak_of(lambda: read_catalog(Folder(LocalDisk(), tmp_path), ".metadata"))
     assert error is None
     assert peak <= 4 * size
 

@@ -5,6 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytest_dcp._engine.io.commit import data_name, metadata_name, publish, remove_unnamed, sweep
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 from support.tilings import fewer
 
@@ -77,14 +78,14 @@ PROTOCOL = [
 
 def test_a_commit_is_these_steps_in_this_order():
     disk = FakeDisk({".metadata": b"old"})
-    publish(disk, "folder", ".metadata", [b"ne", b"w"], SAVE, sync=True)
+    publish(Folder(disk, "folder"), ".metadata", [b"ne", b"w"], SAVE, sync=True)
     assert disk.done == PROTOCOL
     assert disk.files == {".metadata": b"new"}
 
 
 def test_without_sync_the_steps_are_the_same_but_nothing_is_waited_for():
     disk = FakeDisk({".metadata": b"old"})
-    publish(disk, "folder", ".metadata", [b"new"], SAVE, sync=False)
+    publish(Folder(disk, "folder"), ".metadata", [b"new"], SAVE, sync=False)
     assert disk.done == [step for step in PROTOCOL if "sync" not in step[0]]
     assert disk.files == {".metadata": b"new"}
 
@@ -93,14 +94,14 @@ def test_without_sync_the_steps_are_the_same_but_nothing_is_waited_for():
 def test_a_failure_before_the_rename_leaves_the_old_checkpoint_and_no_temporary(at):
     disk = FakeDisk({".metadata": b"old", "__0_0.distcp": b"data"}, fail_at=at)
     with pytest.raises(OSError, match="No space left"):
-        publish(disk, "folder", ".metadata", [b"new"], SAVE, sync=True)
+        publish(Folder(disk, "folder"), ".metadata", [b"new"], SAVE, sync=True)
     assert disk.files == {".metadata": b"old", "__0_0.distcp": b"data"}
 
 
 def test_a_failure_after_the_rename_leaves_the_new_checkpoint_and_no_temporary():
     disk = FakeDisk({".metadata": b"old"}, fail_at=6)
     with pytest.raises(CheckpointError, match=r"is in place.*No space left"):
-        publish(disk, "folder", ".metadata", [b"new"], SAVE, sync=True)
+        publish(Folder(disk, "folder"), ".metadata", [b"new"], SAVE, sync=True)
     assert disk.files == {".metadata": b"new"}
 
 
@@ -110,7 +111,7 @@ def test_the_first_failure_is_the_one_that_is_raised_when_removing_fails_too():
             raise OSError(5, "Input/output error")
 
     with pytest.raises(OSError, match="No space left"):
-        publish(Dead(fail_at=2), "folder", ".metadata", [b"new"], SAVE, sync=True)
+        publish(Folder(Dead(fail_at=2), "folder"), ".metadata", [b"new"], SAVE, sync=True)
 
 
 def test_names_say_the_rank_and_the_save():
@@ -154,7 +155,7 @@ def naming(disk: FakeDisk, kept: list[str]):
 @fewer(2)
 def test_a_whole_commit_removes_every_file_of_another_save_and_nothing_else(present, kept):
     disk = FakeDisk(dict.fromkeys(present, b""))
-    removed = sweep(disk, "folder", naming(disk, kept), rank=None)
+    removed = sweep(Folder(disk, "folder"), naming(disk, kept), rank=None)
     ours = set(kept) if ".metadata" in present else set()
     expected = {n for n in present if n in (*DATA, *RANKED, *LEFT)} - ours
     assert set(removed) == expected
@@ -165,7 +166,7 @@ def test_a_whole_commit_removes_every_file_of_another_save_and_nothing_else(pres
 @fewer(2)
 def test_a_ranks_own_commit_removes_its_own_old_data_alone(present, kept, rank):
     disk = FakeDisk(dict.fromkeys(present, b""))
-    sweep(disk, "folder", naming(disk, kept), rank=rank)
+    sweep(Folder(disk, "folder"), naming(disk, kept), rank=rank)
     safe = set(kept) if {".metadata", metadata_name(rank)} & set(present) else set()
     gone = {n for n in present if n in DATA and n.startswith(f"__{rank}_")} - safe
     left_over = {n for n in present if n in LEFT}
@@ -178,14 +179,14 @@ def test_a_ranks_own_commit_removes_its_own_old_data_alone(present, kept, rank):
 @fewer(2)
 def test_an_old_listing_never_costs_a_file_that_is_named(present, listed, kept, rank):
     disk = LaggingDisk(dict.fromkeys(present, b""), listed)
-    sweep(disk, "folder", naming(disk, kept), rank=rank)
+    sweep(Folder(disk, "folder"), naming(disk, kept), rank=rank)
     committed = {".metadata", metadata_name(rank)} & set(present)
     assert committed <= set(disk.files)
     assert not committed or set(kept) & set(present) <= set(disk.files)
     disk = LaggingDisk(dict.fromkeys(present, b""), listed)
     # Each rank's metadata names its own files only.
     remove_unnamed(
-        disk, "folder", lambda name: [n for n in naming(disk, kept)(name) if own(name, n)]
+        Folder(disk, "folder"), lambda name: [n for n in naming(disk, kept)(name) if own(name, n)]
     )
     for name in set(present) & {".metadata", *RANKED}:
         assert {n for n in kept if own(name, n)} & set(present) <= set(disk.files)
@@ -199,7 +200,7 @@ def own(metadata: str, data: str) -> bool:
 def test_a_store_without_a_rename_commits_by_one_put():
     disk = FakeDisk({".metadata": b"old"})
     disk.renames = False
-    publish(disk, "folder", ".metadata", [b"ne", b"w"], SAVE, sync=True)
+    publish(Folder(disk, "folder"), ".metadata", [b"ne", b"w"], SAVE, sync=True)
     assert disk.done == [
         ("sync_folder",),
         ("create", ".metadata"),
@@ -215,13 +216,13 @@ def test_a_put_that_fails_removes_nothing(step):
     disk = FakeDisk({".metadata": b"old"}, fail_at=step)
     disk.renames = False
     with pytest.raises(OSError, match="No space left"):
-        publish(disk, "folder", ".metadata", [b"new"], SAVE, sync=True)
+        publish(Folder(disk, "folder"), ".metadata", [b"new"], SAVE, sync=True)
     assert "remove" not in {what for what, *_ in disk.done}
 
 
 def test_a_ranks_own_commit_removes_leftovers_of_its_dead_saves():
     disk = FakeDisk({"__1.metadata": b"", "__1.metadata-ab.tmp": b"", "__0.metadata-ab.tmp": b""})
-    sweep(disk, "folder", lambda name: [], rank=1)
+    sweep(Folder(disk, "folder"), lambda name: [], rank=1)
     assert sorted(disk.files) == ["__0.metadata-ab.tmp", "__1.metadata"]
 
 
@@ -231,5 +232,5 @@ def test_nothing_is_removed_where_the_needed_files_are_unknown():
 
     disk = FakeDisk({".metadata": b"", "__0_0.distcp": b""})
     with pytest.raises(CheckpointCorruptError, match=r"'\.metadata'"):
-        sweep(disk, "folder", named, rank=None)
+        sweep(Folder(disk, "folder"), named, rank=None)
     assert set(disk.files) == {".metadata", "__0_0.distcp"}

@@ -17,6 +17,7 @@ from pytest_dcp._engine.io import read_copies as read
 from pytest_dcp._engine.io import write_files as write
 from pytest_dcp._engine.io.copy_plan import Targets, copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.entry_places import resolve_entry_places
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
@@ -92,8 +93,7 @@ def saved(folder: Path, tensors: list, files: int, threads: int) -> Catalog:
         FileJob(f"f{n}", rows) for n, rows in enumerate(balance_by_bytes(table.size_bytes(), files))
     ]
     written = write_files(
-        LocalDisk(),
-        folder,
+        Folder(LocalDisk(), folder),
         jobs,
         lambda row: part(items[row][0], items[row][1]),
         Settings(sync=False, threads=threads, copy_ahead_bytes=32),
@@ -137,7 +137,7 @@ def loaded(folder: Path, catalog: Catalog, items: ReadItems, targets, settings) 
     odd: dict = {}
     table = Targets(rows, [targets[fqn] for fqn in items.fqns])
     plan = copies(items, table, catalog.index, odd)
-    read_copies(LocalDisk(), folder, catalog, items, plan, settings, watcher)
+    read_copies(Folder(LocalDisk(), folder), catalog, items, plan, settings, watcher)
     return watcher
 
 
@@ -311,7 +311,9 @@ def test_a_missing_file_of_a_catalog_without_places_of_data_is_named(tmp_path):
     places = replace(catalog.places, data_start=unknown, data_nbytes=unknown)
     (tmp_path / "f0").unlink()
     with pytest.raises(CheckpointCorruptError, match="missing"):
-        resolve_entry_places(LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0]))
+        resolve_entry_places(
+            Folder(LocalDisk(), tmp_path), replace(catalog, places=places), np.array([0])
+        )
 
 
 def test_a_chunk_without_a_file_is_named(tmp_path):
@@ -328,7 +330,7 @@ def test_the_place_of_the_data_is_found_in_the_entry(tmp_path):
     unknown = np.array([-1])
     places = replace(catalog.places, data_start=unknown, data_nbytes=unknown)
     found = resolve_entry_places(
-        LocalDisk(), tmp_path, replace(catalog, places=places), np.array([0])
+        Folder(LocalDisk(), tmp_path), replace(catalog, places=places), np.array([0])
     )
     assert found.catalog.places.data_start == catalog.places.data_start
     assert found.catalog.places.data_nbytes == catalog.places.data_nbytes

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_safetensors import read_header
@@ -48,8 +49,8 @@ def written(
     folder: Path, values: list[Any], items: list[WriteItem] | None, jobs: list[FileJob]
 ) -> Written:
     return write_safetensors(
-        LocalDisk(), folder, jobs, values.__getitem__, Settings(threads=2, copy_ahead_bytes=1),
-        Observer("save"), items, {"save": "1"},
+        Folder(LocalDisk(), folder), jobs, values.__getitem__,
+        Settings(threads=2, copy_ahead_bytes=1), Observer("save"), items, {"save": "1"},
     )  # fmt: skip
 
 
@@ -111,6 +112,6 @@ def test_a_sparse_tensor_and_stream_transforms_are_refused(tmp_path: Path) -> No
         written(tmp_path, [torch.eye(2).to_sparse()], items, [FileJob("f", [0])])
     with pytest.raises(ValueError, match="transforms"):
         write_safetensors(
-            LocalDisk(), tmp_path, [], [].__getitem__, Settings(transforms=[object()]),  # type: ignore[list-item]  # any
+            Folder(LocalDisk(), tmp_path), [], [].__getitem__, Settings(transforms=[object()]),  # type: ignore[list-item]  # any
             Observer("save"), [],
         )  # fmt: skip

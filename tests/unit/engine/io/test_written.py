@@ -24,6 +24,7 @@ from pytest_dcp._engine.format.write_results import (
     whole_places_of,
 )
 from pytest_dcp._engine.io import write_files as write
+from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalOut
 from pytest_dcp._engine.io.progress_observer import Observer
@@ -73,7 +74,9 @@ def written_to(folder: Path, items: list, data: list, files: int = 1, threads: i
         for name, value in [("BLOCK_BYTES", BLOCK), ("PIECE_BYTES", 24), ("WRITE_BYTES", 100)]:
             patch.setattr(write, name, value)
         settings = Settings(sync=False, threads=threads, copy_ahead_bytes=20)
-        written = write_files(LocalDisk(), folder, jobs, data.__getitem__, settings, watcher)
+        written = write_files(
+            Folder(LocalDisk(), folder), jobs, data.__getitem__, settings, watcher
+        )
     return table, index, written, watcher
 
 
@@ -134,7 +137,9 @@ def test_writes_end_with_pages_though_a_planner_uses_memory_again(step, tmp_path
 
     job = FileJob("f", range(len(items)), 1 << 24 if step == 1 << 20 else 0)
     watcher = Observer("save")
-    written = write_files(LocalDisk(), tmp_path, [job], source, Settings(sync=False), watcher)
+    written = write_files(
+        Folder(LocalDisk(), tmp_path), [job], source, Settings(sync=False), watcher
+    )
     content = (tmp_path / "f").read_bytes()
     for row, count in enumerate(counts):
         low = int(written.data_start[row])
@@ -154,8 +159,7 @@ def test_the_end_of_a_large_value_does_not_hold_all_of_it(tmp_path):
     tracemalloc.start()
     try:
         write_files(
-            LocalDisk(),
-            tmp_path,
+            Folder(LocalDisk(), tmp_path),
             [job],
             lambda row: bytes(sizes[row]),
             Settings(sync=False),
@@ -340,4 +344,6 @@ def test_a_failing_source_is_raised_from_whichever_thread(tmp_path, threads):
 
     jobs = [FileJob(f"f{n}", [2 * n, 2 * n + 1]) for n in range(2)]
     with pytest.raises(ValueError, match="no such tensor"):
-        write_files(LocalDisk(), tmp_path, jobs, source, Settings(False, threads), Observer("save"))
+        write_files(
+            Folder(LocalDisk(), tmp_path), jobs, source, Settings(False, threads), Observer("save")
+        )

@@ -376,7 +376,7 @@ class OwnSteps(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         job = FileJob("mine.bin", range(len(plan.items)), 0)
         future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(self._write_jobs(self.path, [job], plan.items, planner))
+        future.set_result(self._write_jobs(self._registering_folder(), [job], plan.items, planner))
         return future
 
     def finish(self, metadata: Any, results: Any) -> None:
