@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +16,20 @@ from pytest_dcp._engine.torch_names import OURS, TORCH, our_module
 from pytest_dcp._swap.fallbacks import note_fallback
 from pytest_dcp._swap.replaced_names import replace_names
 
+_ENGINE = ("pytest_dcp._engine", OURS)
+"""The packages of our engine."""
+
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds torch's modules as before, and takes part in their loading."""
+    """Finds torch's modules and ours as before, and takes part in their loading.
+
+    torch's get our names only while none of ours is being loaded: that one would be incomplete.
+    A background process of a save, for instance, imports a module of our engine before torch's.
+    """
 
     def __init__(self) -> None:
+        self.loading_ours = 0
+        """How many of our modules are being loaded."""
         self.importing_ours = False
         """Whether our engine is being imported: its own imports of torch's modules are torch's."""
         self.has_ours = False
@@ -33,8 +43,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        """torch's own spec, with a loader that calls us afterwards."""
-        if fullname != TORCH and not fullname.startswith(f"{TORCH}."):
+        """The module's own spec, with a loader that calls us afterwards."""
+        if not _belongs_to(fullname, TORCH, *_ENGINE):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
@@ -47,11 +57,26 @@ class _Finder(importlib.abc.MetaPathFinder):
         A module that code imports by itself, and that we lack, is noted.
         """
         self.waiting.append(module)
-        if self.importing_ours or not (module.__name__ == TORCH or _is_whole(TORCH)):
+        if self.is_importing() or not (module.__name__ == TORCH or _is_whole(TORCH)):
             return
         self.swap_waiting()
         if our_module(module.__name__.removeprefix(TORCH)) is None:
             note_fallback(module.__name__)
+
+    @contextlib.contextmanager
+    def load_ours(self) -> Iterator[None]:
+        """Load one of our modules in the block; then swap those of torch's that waited for it."""
+        self.loading_ours += 1
+        try:
+            yield
+        finally:
+            self.loading_ours -= 1
+        if self.waiting and not self.is_importing() and _is_whole(TORCH):
+            self.swap_waiting()
+
+    def is_importing(self) -> bool:
+        """Whether some of our modules are incomplete."""
+        return self.importing_ours or self.loading_ours > 0
 
     def swap_waiting(self) -> None:
         """Give our names to the modules that wait, after importing all of ours."""
@@ -80,9 +105,13 @@ class _Loader(importlib.abc.Loader):
         return made
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then give it our names."""
-        self._loader.exec_module(module)
-        self._finder.take_loaded(module)
+        """Run the module; if it is torch's, give it our names then."""
+        if _belongs_to(module.__name__, TORCH):
+            self._loader.exec_module(module)
+            self._finder.take_loaded(module)
+        else:
+            with self._finder.load_ours():
+                self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -107,11 +136,15 @@ def install() -> None:
 
 
 def _loaded_modules() -> list[ModuleType]:
-    prefix = f"{TORCH}."
     return [
         module for name, module in list(sys.modules.items())
-        if (name == TORCH or name.startswith(prefix)) and isinstance(module, ModuleType)
+        if _belongs_to(name, TORCH) and isinstance(module, ModuleType)
     ]  # fmt: skip
+
+
+def _belongs_to(name: str, *packages: str) -> bool:
+    """Whether a module is one of the packages, or within one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def _import_ours() -> None:

@@ -157,6 +157,32 @@ def test_a_script_that_is_not_there_is_one_line(folder: Path) -> None:
     assert ran.stderr.splitlines()[-1].endswith("error: there is no file 'nothing.py'")
 
 
+IN_A_PROCESS = """
+import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+if __name__ == "__main__":
+    where, store = sys.argv[1:]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    saving = dcp.async_save({"w": torch.arange(3.0)}, checkpoint_id=where,
+                            async_checkpointer_type=AsyncCheckpointerType.PROCESS)
+    saving.result()
+    state = {"w": torch.zeros(3)}
+    dcp.load(state, checkpoint_id=where)
+    print(dcp.async_save.__module__, state["w"].tolist())
+    dist.destroy_process_group()
+"""
+
+
+def test_a_save_in_a_background_process_is_ours(folder: Path) -> None:
+    """The process imports our engine before torch's, not after it."""
+    (folder / "in_a_process.py").write_text(IN_A_PROCESS)
+    names = [str(folder / "in-a-process"), str(folder / "store")]
+    ran = run(folder, "-m", "pytest_dcp", "run", "in_a_process.py", *names)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "pytest_dcp._engine.background.async_save [0.0, 1.0, 2.0]"
+
+
 SUITE = """
 import importlib
 
