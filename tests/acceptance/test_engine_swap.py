@@ -136,18 +136,24 @@ class TestAProgram:
         assert ran.stdout.startswith("torch.")
 
 
-def test_the_ranks_of_torchrun_save_with_our_engine(folder: Path) -> None:
+def test_the_ranks_of_torchrun_and_their_children_save_with_our_engine(folder: Path) -> None:
     (folder / "ranks.py").write_text(
         "import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp\n"
-        "dist.init_process_group('gloo')\n"
-        "dcp.save({'w': torch.ones(2)}, checkpoint_id=sys.argv[1])\n"
-        "print(dcp.save.__module__)\n"
-        "dist.destroy_process_group()\n"
+        "import torch.multiprocessing as mp\n"
+        "def tell(rank, who):\n"
+        "    sys.stdout.write(f'{who}: {dcp.save.__module__}\\n')\n"
+        "if __name__ == '__main__':\n"
+        "    dist.init_process_group('gloo')\n"
+        "    dcp.save({'w': torch.ones(2)}, checkpoint_id=sys.argv[1])\n"
+        "    tell(0, 'rank')\n"
+        "    mp.spawn(tell, ('child',), nprocs=1)\n"
+        "    dist.destroy_process_group()\n"
     )
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ran = run(folder, *launch, "-m", "pytest_dcp", "run", "ranks.py", str(folder / "of-ranks"))
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["pytest_dcp._engine.verbs.save"] * 2
+    ours = "pytest_dcp._engine.verbs.save\n"
+    assert sorted(ran.stdout.splitlines(True)) == [f"child: {ours}"] * 2 + [f"rank: {ours}"] * 2
     assert (folder / "of-ranks" / ".metadata").exists()
 
 
