@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -102,37 +103,47 @@ def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
         raise error.at(offset=start) from None
 
 
-def read(
-    get: Callable[[int, int], memoryview],
-    size: int,
-    stored_bytes: int | None = None,
-    limit: MemoryLimit = DEFAULT_LIMIT,
-) -> Catalog:
-    """The catalog of a `.metadata` file of `size` bytes; `get(offset, nbytes)` reads some of them.
+def read_by_ranges(
+    size: int, stored_bytes: int | None = None, limit: MemoryLimit = DEFAULT_LIMIT
+) -> Generator[tuple[int, int], memoryview, Catalog]:
+    """A generator that returns the catalog of a `.metadata` file of `size` bytes.
 
-    Like `decode`, but does not read the pickle, which is most of the file, if there is a manifest.
-    Allocates memory only within `limit`. stored_bytes: the size of the file's blocks on disk; None:
-    its size.
+    It yields the offset and the length of each range that it needs, and must be sent the bytes:
+    fewer where the file ends early. Like `decode`, but does not need the pickle, which is most of
+    the file, if there is a manifest. Allocates memory only within `limit`. stored_bytes: the size
+    of the file's blocks on disk; None: its size.
     """
     stored = size if stored_bytes is None else stored_bytes
     at = size - _TRAILER_BYTES
-    tail = get(at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
+    tail = (yield at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
     if tail[: len(MAGIC)] != MAGIC:
         # Before memory is allocated for it: a sparse file of any size takes no room on disk.
-        _check_torchs(memoryview(bytes(get(0, MARK_WITHIN)) + bytes(tail)))
+        _check_torchs(memoryview(bytes((yield 0, MARK_WITHIN)) + bytes(tail)))
         limit.check("a pickle", size, stored)
-        return decode(get(0, size), limit)
+        return decode((yield 0, size), limit)
     trailer = _trailer_of(tail, at)
     start, length = trailer.manifest_start, trailer.pickle_length
     _check_parts(trailer, at)
     limit.check("a pickle and a manifest", size, stored)
-    _check_gap(get(length, start - length), length)
-    part = get(start, trailer.manifest_length)
+    _check_gap((yield length, start - length), length)
+    part = yield start, trailer.manifest_length
     _check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
-        return manifest.decode(part, lambda: _checked_pickle(get(0, length), trailer), limit)
+        try:
+            return manifest.decode(part, _want_pickle, limit)
+        except _PickleWantedError:
+            pickle = yield 0, length
+        return manifest.decode(part, lambda: _checked_pickle(pickle, trailer), limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
+
+
+class _PickleWantedError(Exception):
+    """The manifest could not hold everything: the rest is in the pickle."""
+
+
+def _want_pickle() -> NoReturn:
+    raise _PickleWantedError
 
 
 def verify_pickle(data: FileBytes) -> None:

@@ -100,13 +100,15 @@ def read_catalog(folder: Folder, name: str, limit: MemoryLimit = DEFAULT_LIMIT) 
     Raises FileNotFoundError, and CheckpointCorruptError naming the file.
     """
     with folder.open(name) as file:
-
-        def part(offset: int, nbytes: int) -> memoryview:
-            view = np.empty(nbytes, dtype=np.uint8).data
-            return view[: file.read_into(offset, view)]
-
+        reading = metadata_file.read_by_ranges(file.size, file.stored_bytes, limit)
         try:
-            return metadata_file.read(part, file.size, file.stored_bytes, limit)
+            offset, nbytes = next(reading)
+            while True:
+                view = np.empty(nbytes, dtype=np.uint8).data
+                offset, nbytes = reading.send(view[: file.read_into(offset, view)])
+        except StopIteration as end:
+            catalog: Catalog = end.value
+            return catalog
         except CheckpointCorruptError as error:
             raise error.at(file=name) from error
 
