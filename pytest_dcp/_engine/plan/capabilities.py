@@ -30,22 +30,14 @@ of a planner or a storage:
 `storage_capabilities` has those of storages, stagers and file systems.
 
 The functions check for capabilities. They look attributes up on the object, so a wrapper that
-forwards attributes by `__getattr__` has the capabilities of the object that it wraps.
-
-    >>> class Remembers:
-    ...     repeatable = True
-    ...     plans_again = False
-    ...     def begin_again(self):
-    ...         print("again")
-    >>> may_repeat(Remembers(), has_read=True), may_repeat(Remembers(), has_read=False)
-    (True, False)
-    >>> may_repeat(object(), has_read=True)
-    False
+forwards attributes by `__getattr__` has the capabilities of the object that it wraps. A load
+planner is asked by `planners.load_capabilities`, once: the answers are `LoadPlannerCapabilities`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -119,16 +111,11 @@ class GivesTargets(Protocol):
         """
 
 
-def targets_of(planner: object, items: ReadItems) -> Callable[[int], torch.Tensor] | None:
-    """The function of a `GivesTargets`; None for any other planner."""
-    direct: Callable[[ReadItems], Any] | None = getattr(planner, "targets", None)
-    return None if direct is None else direct(items)
-
-
 class PreparesValues(Protocol):
     """A load planner that checks a value before it takes it. Used by our readers.
 
-    So a value that does not fit is refused before any target changes.
+    So a value that does not fit is refused before any target changes. `takes_values` is asked once,
+    at the start of a load.
     """
 
     takes_values: bool
@@ -139,11 +126,6 @@ class PreparesValues(Protocol):
 
         Raises CheckpointMismatchError or CheckpointCorruptError.
         """
-
-
-def prepares_values(planner: object) -> TypeIs[PreparesValues]:
-    """Whether a load planner is a `PreparesValues` whose `takes_values` is set."""
-    return bool(getattr(planner, "takes_values", False))
 
 
 class TakesNumbers(Protocol):
@@ -160,31 +142,21 @@ class TakesNumbers(Protocol):
         """
 
 
-def numbers_of(planner: object) -> Container[str]:
-    """The names that a `TakesNumbers` takes; empty for any other planner."""
-    names: Container[str] = getattr(planner, "takes_numbers", ())
-    return names
-
-
 class PlansAlone(Protocol):
     """A load planner whose `create_global_plan` changes nothing. Used by `load`, on every rank.
 
-    Then plans are not sent. The value must be the same on all ranks.
+    Then plans are not sent. Asked once, at the start of a load; the value must be the same on all
+    ranks.
     """
 
     plans_alone: bool
 
 
-def plans_alone(planner: object) -> bool:
-    """Whether a load planner says so of itself."""
-    return bool(getattr(planner, "plans_alone", False))
-
-
 class Repeats(Protocol):
     """A load planner that can be used again if the checkpoint is replaced meanwhile.
 
-    Used by `load`, on every rank; the values must be the same on all ranks. Between two tries
-    `load` calls `begin_again`, then `set_up_planner` as for a new load.
+    Used by `load`, on every rank: asked once, at the start; the values must be the same on all
+    ranks. Between two tries `load` calls `begin_again`, then `set_up_planner` as for a new load.
     """
 
     plans_again: bool
@@ -194,14 +166,6 @@ class Repeats(Protocol):
 
     def begin_again(self) -> None:
         """Prepare for another try with the same state dict."""
-
-
-def may_repeat(planner: object, *, has_read: bool) -> bool:
-    """Whether a load planner is a `Repeats` that allows a further try.
-
-    has_read: whether targets may have been filled.
-    """
-    return bool(getattr(planner, "repeatable" if has_read else "plans_again", False))
 
 
 class ReportsKeys(Protocol):
@@ -215,15 +179,24 @@ class ReportsKeys(Protocol):
     ranks is an error."""
 
 
-def report_of(planner: object) -> LoadReport:
-    """The report of a `ReportsKeys`; an empty report for any other planner."""
-    report = getattr(planner, "report", None)
-    return report if isinstance(report, LoadReport) else LoadReport()
+@dataclass(frozen=True, slots=True)
+class LoadPlannerCapabilities:
+    """The capabilities of one load planner, as they were at the start of a load. Used by `load`,
+    which hands them to all stages.
+    """
 
+    plans_alone: bool
+    """Whether no rank's plan depends on another's: a `PlansAlone`."""
+    prepares_values: bool
+    """Whether `prepare_value` may be called instead of `load_bytes`: a `PreparesValues`."""
+    plans_again: bool
+    """Whether planning may begin again before anything was read: a `Repeats`."""
+    repeatable: bool
+    """Whether the load may begin again after targets were filled in part: a `Repeats`."""
 
-def idle_renames_of(planner: object) -> dict[str, str]:
-    """The idle renames of a `ReportsKeys`; empty for any other planner."""
-    return dict(getattr(planner, "idle_renames", {}))
+    def may_repeat(self, *, has_read: bool) -> bool:
+        """Whether a further try is allowed. has_read: whether targets may have been filled."""
+        return self.repeatable if has_read else self.plans_again
 
 
 # Of planners and storages alike.

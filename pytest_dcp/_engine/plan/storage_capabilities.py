@@ -55,6 +55,8 @@ from typing import Any, Literal, Protocol
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from typing_extensions import TypeIs
 
+from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
+
 # Of storage writers.
 
 
@@ -156,8 +158,12 @@ class PreparesData(Protocol):
     def prepares(self) -> bool:
         """Whether `read_data` continues from `prepare_data`."""
 
-    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+    def prepare_data(
+        self, plan: LoadPlan, planner: LoadPlanner, capabilities: LoadPlannerCapabilities
+    ) -> None:
         """Read the values that may not fit their target, and change nothing.
+
+        Called before each `read_data`. capabilities: of the planner, as the load began.
 
         Raises CheckpointMismatchError, naming every key, for values that do not fit.
         """

@@ -28,9 +28,11 @@ from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
 from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
+from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
+from pytest_dcp._engine.planners.load_capabilities import ask_load_planner
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, prepare
 from pytest_dcp._engine.storages.local_filesystem import (
@@ -215,18 +217,20 @@ class FileSystemReader(MetadataPlace, StorageReader):
         """Whether `read_data` continues from `prepare_data`: not if a subclass overrides it."""
         return not is_overridden(self, FileSystemReader, "read_data")
 
-    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+    def prepare_data(
+        self, plan: LoadPlan, planner: LoadPlanner, capabilities: LoadPlannerCapabilities
+    ) -> None:
         """Read and check values that may not fit their target, and change nothing; `read_data`
         continues.
+
+        capabilities: of the planner, as they were when the load began.
 
         Raises CheckpointMismatchError, naming every key, for values that do not fit.
         """
         if self._metadata is not None and not self._has_streams_of_its_own():
             with self._noticing_a_replacement():
-                self._prepared = (
-                    plan,
-                    self._work_of(self._catalog_of(self._metadata), plan, planner),
-                )
+                catalog = self._catalog_of(self._metadata)
+                self._prepared = plan, self._work_of(catalog, plan, planner, capabilities)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; finished when it returns the
@@ -263,9 +267,15 @@ class FileSystemReader(MetadataPlace, StorageReader):
         return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
-        return self._work_of(catalog, plan, planner).run()
+        return self._work_of(catalog, plan, planner, ask_load_planner(planner)).run()
 
-    def _work_of(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> Work:
+    def _work_of(
+        self,
+        catalog: Catalog,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        capabilities: LoadPlannerCapabilities,
+    ) -> Work:
         source = ItemSource(
             self._folder(),
             catalog,
@@ -273,7 +283,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
             self.transforms.extension_registry,
             observer("load"),
         )
-        return prepare(source, ReadItems.of(plan.items), planner)
+        return prepare(source, ReadItems.of(plan.items), planner, capabilities)
 
     def _has_streams_of_its_own(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""

@@ -37,10 +37,11 @@ from pytest_dcp._engine.io.copy_plan import Targets
 from pytest_dcp._engine.io.plan_entries import sort_rows
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_size, resolve_items
 from pytest_dcp._engine.plan.boxes import Ints
-from pytest_dcp._engine.plan.capabilities import numbers_of, prepares_values, targets_of
+from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.match_keys import together
+from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 
 BATCH_BYTES = 64 << 20
@@ -57,7 +58,12 @@ class LoadedBytes:
     bytes_verified: int = 0
 
 
-def prepare(source: ItemSource, items: ReadItems, planner: LoadPlanner) -> Work:
+def prepare(
+    source: ItemSource,
+    items: ReadItems,
+    planner: LoadPlanner,
+    capabilities: LoadPlannerCapabilities,
+) -> Work:
     """Read and check everything that may not fit; returns the work of filling the planner's
     targets.
 
@@ -65,7 +71,7 @@ def prepare(source: ItemSource, items: ReadItems, planner: LoadPlanner) -> Work:
     touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
     CheckpointCorruptError naming file, entry and offset if the checkpoint is damaged.
     """
-    work = Work(resolve_items(source, items), planner)
+    work = Work(resolve_items(source, items), planner, capabilities)
     source.observer.expect(int(work.stored.nbytes.sum()))
     work.judge()
     return work
@@ -74,10 +80,13 @@ def prepare(source: ItemSource, items: ReadItems, planner: LoadPlanner) -> Work:
 class Work:
     """One rank's plan and everything needed to carry it out; made by `prepare`."""
 
-    def __init__(self, stored: StoredItems, planner: LoadPlanner) -> None:
+    def __init__(
+        self, stored: StoredItems, planner: LoadPlanner, capabilities: LoadPlannerCapabilities
+    ) -> None:
         self.stored = stored
         self.items = stored.items
-        self.planner = planner
+        self.planner: Any = planner
+        self.capabilities = capabilities
         self._puts: list[Callable[[], None]] = []
         """Receivers of the values, and the function that commits the numbers."""
         self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
@@ -125,8 +134,9 @@ class Work:
     def _prepare_value(self, row: int, entry: bytes | memoryview) -> Callable[[], None]:
         """A function that gives the planner the value of a row."""
         planner = self.planner
-        if prepares_values(planner):
-            return planner.prepare_value(self.items.fqns[row], entry)
+        if self.capabilities.prepares_values:
+            prepared: Callable[[], None] = planner.prepare_value(self.items.fqns[row], entry)
+            return prepared
         return lambda: planner.load_bytes(self.items[row], io.BytesIO(entry))
 
     def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
@@ -151,7 +161,7 @@ class Work:
 
     def _prepare_numbers(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Read items that the planner copies from temporary tensors."""
-        planner: Any = self.planner
+        planner = self.planner
         places = self.stored.catalog.places
         decoded = np.isin(self.items.entry[rows], list(places.transforms))
         targets = self._fill_by_hooks(rows[~decoded])
@@ -168,7 +178,7 @@ class Work:
     def _fill_transformed(self, row: int) -> torch.Tensor:
         """Fill the target of a tensor whose entry passed through stream transforms; returns it."""
         tensor = self.stored.decode_tensor(row)
-        target = self.planner.resolve_tensor(self.items[row]).detach()
+        target: torch.Tensor = self.planner.resolve_tensor(self.items[row]).detach()
         check_size(self.items[row], target)
         target.copy_(tensor)
         return target

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import Team
+from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import kept_whole
 from pytest_dcp._engine.plan.match_keys import LoadReport
@@ -51,11 +52,13 @@ class LoadSource:
     def __init__(self, reader: StorageReader) -> None:
         self.reader = reader
         self._files = reader if keeps_files(reader) else None
+        self.place = place_of(reader)
+        """The folder, as the load began; None if the reader names none."""
 
     @property
     def where(self) -> object:
         """The folder, or the reader itself if it names none."""
-        return place_of(self.reader) or self.reader
+        return self.place or self.reader
 
     @property
     def plans_alone(self) -> bool:
@@ -118,8 +121,7 @@ class LoadSource:
 
     def found_in(self, save_id: str | None) -> Found:
         """This rank's results, to be compared with the others'."""
-        where = place_of(self.reader)
-        return save_id, None if where is None else os.fspath(where)
+        return save_id, None if self.place is None else os.fspath(self.place)
 
     def may_misfit(self, plan: LoadPlan, *, takes_numbers: bool) -> bool:
         """Whether the plan reads data that can only be checked against the target after reading.
@@ -131,10 +133,12 @@ class LoadSource:
         # Only the files show which of torch's entries are wrappers of other tensors.
         return not knows_saves(self.reader) or takes_numbers or has_values(plan.items)
 
-    def prepare(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+    def prepare(
+        self, plan: LoadPlan, planner: LoadPlanner, capabilities: LoadPlannerCapabilities
+    ) -> None:
         """Read and judge everything that may not fit its target; `read` goes on from there."""
         if prepares_data(self.reader) and self.reader.prepares():
-            self.reader.prepare_data(plan, planner)
+            self.reader.prepare_data(plan, planner, capabilities)
 
     def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Fill the planner's targets."""

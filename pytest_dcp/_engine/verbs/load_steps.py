@@ -16,10 +16,16 @@ One load goes through these modules from top to bottom:
           load_source      accept: the reader's say; open the files
           compare_ranks    on the coordinator: did all ranks find the same save?
     read  io.entry_places  resolve: items -> the place of their bytes in which file
-          load_into_targets  judge: decode values, read numbers, compare wrappers
+          storages.load_into_targets
+                           judge: decode values, read numbers, compare wrappers
+          planners         commit: values and numbers go into the state dict
+          planners         targets: the tensors to fill, as a table
           io.copy_plan     plan copies: items x memory of the targets -> copies, as columns
           io.read_copies   execute: bytes of files -> memory of the targets, checked
-          planners         commit: values and numbers go into the state dict
+
+Each calls downwards only: a room gets values from the rooms above it, and no functions to call
+back. What a planner can do is asked once, when the load begins (`planners.load_capabilities`).
+Only the team calls this module back, to run a rank's part of a step.
 
 The order of the hooks is torch's, since planners and readers of users count on it: read_metadata,
 set_up_planner, set_up_storage_reader, create_local_plan, prepare_local_plan, [create_global_plan,
@@ -57,17 +63,15 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import StepError, Team
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
-from pytest_dcp._engine.plan.capabilities import (
-    idle_renames_of,
-    may_repeat,
-    numbers_of,
-    plans_alone,
-    report_of,
-)
 from pytest_dcp._engine.plan.hooks import require_plan
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import ranks_known
-from pytest_dcp._engine.plan.storage_capabilities import place_of
+from pytest_dcp._engine.planners.load_capabilities import (
+    ask_load_planner,
+    idle_renames_of,
+    numbers_of,
+    report_of,
+)
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
 from pytest_dcp._engine.verbs.load_source import LoadSource
@@ -108,6 +112,7 @@ class Load:
         self.team = team
         self.request = request
         self.planner = request.planner
+        self.capabilities = ask_load_planner(request.planner)
         self.source = LoadSource(request.reader)
         team.pickles = allows_pickles(request.planner, request.reader)
         self.state_dict: dict[str, Any] = {}
@@ -141,7 +146,7 @@ class Load:
         seen another save.
         """
         planner: Any = self.planner
-        leased = not may_repeat(planner, has_read=False)
+        leased = not self.capabilities.may_repeat(has_read=False)
         while True:
             try:
                 self._plan_and_read(team, leased=leased)
@@ -175,7 +180,7 @@ class Load:
 
     def _plan_together(self, team: Team, lease: ExitStack | None) -> _RankPlan:
         """This rank's plan, after all ranks have planned and the coordinator has compared them."""
-        alone = self.source.plans_alone and plans_alone(self.planner)
+        alone = self.source.plans_alone and self.capabilities.plans_alone
         plans: list[LoadPlan] = []
 
         def plan() -> Planned:
@@ -207,8 +212,8 @@ class Load:
 
     def _events(self, step: str) -> CallEvents:
         """Logs a step, by torch's name of it."""
-        where = place_of(self.request.reader)
-        return CallEvents(step, {"checkpoint_id": where, "process_group": self.team.group})
+        arguments = {"checkpoint_id": self.source.place, "process_group": self.team.group}
+        return CallEvents(step, arguments)
 
     def _compare(self, told: Sequence[Planned]) -> bool:
         """On the coordinator: whether any rank may meet a misfit, once their facts agree."""
@@ -227,11 +232,14 @@ class Load:
 
     def _judge(self, plan: LoadPlan) -> None:
         self.final = self.planner.finish_plan(plan)
-        self.source.prepare(self.final, self.planner)
+        self.source.prepare(self.final, self.planner, self.capabilities)
 
     def _fill(self, plan: LoadPlan) -> None:
-        final, self.final = self.final or self.planner.finish_plan(plan), None
+        judged, self.final = self.final, None
+        final = judged or self.planner.finish_plan(plan)
         with self._events("read_data"):
+            if judged is None:
+                self.source.prepare(final, self.planner, self.capabilities)
             self.source.read(final, self.planner)
 
     # ---- again
@@ -239,7 +247,7 @@ class Load:
     def _may_repeat(self, error: StepError) -> bool:
         """Whether another try may succeed, and does no harm. The same on every rank."""
         causes = [cause for cause, _ in error.failures.values()]
-        return may_repeat(self.planner, has_read=error.step == "read") and all(
+        return self.capabilities.may_repeat(has_read=error.step == "read") and all(
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )
 

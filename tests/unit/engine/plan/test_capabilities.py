@@ -17,14 +17,7 @@ from pytest_dcp._engine.plan import capabilities, storage_capabilities
 from pytest_dcp._engine.plan.capabilities import (
     compares_replicas,
     gives_data,
-    idle_renames_of,
-    may_repeat,
-    numbers_of,
     pickle_choice_of,
-    plans_alone,
-    prepares_values,
-    report_of,
-    targets_of,
 )
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.storage_capabilities import (
@@ -40,6 +33,14 @@ from pytest_dcp._engine.plan.storage_capabilities import (
     shares_folder,
     stages_at_will,
     verifies_bytes,
+)
+from pytest_dcp._engine.planners import load_capabilities
+from pytest_dcp._engine.planners.load_capabilities import (
+    ask_load_planner,
+    idle_renames_of,
+    numbers_of,
+    report_of,
+    targets_of,
 )
 from pytest_dcp.checkpoint import (
     DefaultLoadPlanner,
@@ -86,11 +87,11 @@ def test_an_object_without_any_capability_takes_the_way_through_hooks() -> None:
     bare = object()
     assert not gives_data(bare)
     assert targets_of(bare, ITEMS) is None
-    assert not prepares_values(bare)
+    assert not ask_load_planner(bare).prepares_values
     assert list(numbers_of(bare)) == []  # type: ignore[call-overload]  # of what is known here
-    assert not plans_alone(bare)
-    assert not may_repeat(bare, has_read=False)
-    assert not may_repeat(bare, has_read=True)
+    assert not ask_load_planner(bare).plans_alone
+    assert not ask_load_planner(bare).may_repeat(has_read=False)
+    assert not ask_load_planner(bare).may_repeat(has_read=True)
     assert report_of(bare) == LoadReport()
     assert idle_renames_of(bare) == {}
     assert pickle_choice_of(bare) is None
@@ -104,9 +105,9 @@ def test_an_object_has_the_capabilities_whose_attributes_it_has() -> None:
     assert gives_data(Has(source=print))
     assert targets_of(Has(targets=lambda items: asked.append(items) or len), ITEMS) is len
     assert asked == [ITEMS]
-    assert prepares_values(Has(takes_values=True))
+    assert ask_load_planner(Has(takes_values=True)).prepares_values
     assert "n" in numbers_of(Has(takes_numbers={"n"}))
-    assert plans_alone(Has(plans_alone=True))
+    assert ask_load_planner(Has(plans_alone=True)).plans_alone
     report = LoadReport(missing=("a",))
     assert report_of(Has(report=report)) is report
     assert idle_renames_of(Has(idle_renames={"a.": "'a.' renames nothing"})) != {}
@@ -116,8 +117,8 @@ def test_an_object_has_the_capabilities_whose_attributes_it_has() -> None:
 
 
 def test_a_planner_may_say_no() -> None:
-    assert not prepares_values(Has(takes_values=False))
-    assert not plans_alone(Has(plans_alone=False))
+    assert not ask_load_planner(Has(takes_values=False)).prepares_values
+    assert not ask_load_planner(Has(plans_alone=False)).plans_alone
     assert targets_of(Has(targets=lambda items: None), ITEMS) is None
     assert report_of(Has(report="a text of the user's own")) == LoadReport()
 
@@ -127,15 +128,15 @@ def test_repeating_depends_on_whether_targets_may_have_been_filled(
     plans_again: bool, repeatable: bool
 ) -> None:
     planner = Has(plans_again=plans_again, repeatable=repeatable)
-    assert may_repeat(planner, has_read=False) is plans_again
-    assert may_repeat(planner, has_read=True) is repeatable
+    assert ask_load_planner(planner).may_repeat(has_read=False) is plans_again
+    assert ask_load_planner(planner).may_repeat(has_read=True) is repeatable
 
 
 def test_a_wrapper_has_the_capabilities_of_its_storage_except_the_disk() -> None:
     class Filesystem:
         disk = "a disk"
 
-    assert plans_alone(PassesOn(Has(plans_alone=True)))
+    assert ask_load_planner(PassesOn(Has(plans_alone=True))).plans_alone
     assert place_of(PassesOn(Has(checkpoint_id="here"))) == "here"
     assert has_disk(Filesystem())
     assert not has_disk(PassesOn(Filesystem()))
@@ -205,10 +206,10 @@ def test_our_own_classes_have_the_capabilities(tmp_path: Path) -> None:
     planner = DefaultLoadPlanner()
     assert gives_data(DefaultSavePlanner())
     assert compares_replicas(DefaultSavePlanner())
-    assert prepares_values(planner)
-    assert plans_alone(planner)
-    assert may_repeat(planner, has_read=False)
-    assert may_repeat(planner, has_read=True)
+    assert ask_load_planner(planner).prepares_values
+    assert ask_load_planner(planner).plans_alone
+    assert ask_load_planner(planner).may_repeat(has_read=False)
+    assert ask_load_planner(planner).may_repeat(has_read=True)
     assert place_of(FileSystemReader(tmp_path)) == tmp_path
 
 
@@ -216,7 +217,8 @@ def test_each_attribute_is_looked_up_only_here() -> None:
     """But by the classes that have it, on themselves."""
     attributes = {name for _, one in CAPABILITIES.values() for name in _members(one)}
     assert {"plans_alone", "repeatable", "targets", "source", "disk"} <= attributes
-    here = {f"{module.__name__.rpartition('.')[2]}.py" for module in MODULES}
+    modules = (*MODULES, load_capabilities)
+    here = {f"{module.__name__.rpartition('.')[2]}.py" for module in modules}
     found = []
     for path in ENGINE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -261,8 +263,8 @@ def test_each_capability_is_listed_with_its_promise(name: str) -> None:
 
 
 def test_the_examples_of_the_modules_run() -> None:
-    results = doctest.testmod(capabilities)
-    assert (results.attempted, results.failed) == (3, 0)
+    results = doctest.testmod(load_capabilities)
+    assert (results.attempted, results.failed) == (4, 0)
     results = doctest.testmod(storage_capabilities)
     assert (results.attempted, results.failed) == (3, 0)
 
