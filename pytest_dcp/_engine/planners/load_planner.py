@@ -121,19 +121,24 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self.state_dict, index.row_of, tuple(self._per_rank)
         )
         try:
-            plan, self.report = plan_reads(
+            planned = plan_reads(
                 self.state_dict,
                 index,
                 self.selection,
                 strict=not self.allow_partial_load,
-                on_load=self._materialise,
                 per_rank=self._per_rank,
-                on_number=self._make_room,
+                takes_numbers=True,
                 partial=resized_keys(self.metadata, self._saved_sizes),
             )
+            # Only now: a mismatch is refused before the state dict changes.
+            for fqn, room in planned.numbers.items():
+                self._numbers[fqn], self.state_dict[fqn] = room.kind, room.tensor
+            self._materialise(planned.without_memory)
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
-        return with_list_of_items(plan) if lists_wanted(self, DefaultLoadPlanner) else plan
+        self.report = planned.report
+        lists = lists_wanted(self, DefaultLoadPlanner)
+        return with_list_of_items(planned.plan) if lists else planned.plan
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """The plans, unchanged: no rank's load depends on another's."""
@@ -306,12 +311,6 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             )
         for fqn, made in {fqn: empty_for_meta(value) for fqn, value in values.items()}.items():
             self._put(fqn, made)
-
-    def _make_room(self, fqn: str, kind: type, stored: torch.Tensor) -> torch.Tensor:
-        """A tensor for a number that is to be loaded from a stored one."""
-        self._numbers[fqn] = kind
-        self.state_dict[fqn] = stored
-        return stored
 
     def _box(self, items: ReadItems, row: int) -> torch.Tensor:
         """The memory of the box that the row fills, in a tensor of which this rank has several."""

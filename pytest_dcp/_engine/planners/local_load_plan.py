@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.describe import wanted_boxes
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys
 from pytest_dcp._engine.plan.load import read_items
-from pytest_dcp._engine.plan.match_keys import LoadReport, match
+from pytest_dcp._engine.plan.match_keys import Dtype, LoadReport, match
 from pytest_dcp._engine.plan.opaque import STORED_DTYPES
 from pytest_dcp._engine.plan.per_rank import PerRank, is_of_other_ranks, resized_names
 from pytest_dcp._engine.plan.select import Selection
@@ -32,19 +32,42 @@ def create_default_local_load_plan(
     Raises CheckpointMismatchError naming every key that does not fit, and every missing one if
     `strict`.
     """
-    plan, _ = plan_reads(
+    planned = plan_reads(
         state_dict,
         index_of(metadata),
         Selection(),
         strict=strict,
         partial=resized_keys(metadata, {}),
     )
-    return with_list_of_items(plan)
+    return with_list_of_items(planned.plan)
 
 
 def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
     """The plans, unchanged: no rank's load depends on another's."""
     return all_plans
+
+
+@dataclass(frozen=True, slots=True)
+class NumberRoom:
+    """Memory for a number that is loaded from a stored tensor."""
+
+    kind: type
+    """The number's class."""
+    tensor: torch.Tensor
+    """Empty, like the stored one: it is filled, then the number is taken out of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedReads:
+    """What to read, and what the targets still need before they can be filled."""
+
+    plan: LoadPlan
+    report: LoadReport
+    """How the keys matched."""
+    without_memory: Mapping[str, Any]
+    """The meta tensors among the targets, which need memory."""
+    numbers: Mapping[str, NumberRoom] = field(default_factory=dict)
+    """Numbers that are loaded from tensors."""
 
 
 def plan_reads(
@@ -53,29 +76,23 @@ def plan_reads(
     selection: Selection,
     *,
     strict: bool,
-    on_load: Callable[[Mapping[str, torch.Tensor]], object] = lambda _: None,
     per_rank: Mapping[str, PerRank] | None = None,
-    on_number: Callable[[str, type, torch.Tensor], torch.Tensor] | None = None,
+    takes_numbers: bool = False,
     partial: Container[str] = (),
-) -> tuple[LoadPlan, LoadReport]:
-    """The plan and how the keys matched; `on_load` gives memory to the meta tensors among them.
+) -> PlannedReads:
+    """The plan, how the keys matched, and which targets need memory. Changes nothing.
 
-    `on_number` takes the name and class of a number that will be loaded from a tensor, and an empty
-    tensor like the stored one, and returns the tensor to fill; None: such a number is refused.
-    Stored names in `partial` may lack elements.
+    takes_numbers: whether stored tensors may be loaded into numbers; otherwise such a number is
+    refused. Stored names in `partial` may lack elements.
     """
     chosen = selection.choose(state_dict)
     stored_as = selection.stored_as(chosen)
     if per_rank:
         stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
-    numbers = on_number is not None
-    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=numbers)
+    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=takes_numbers)
     names = stored_as or {}
-    for fqn, (_, kind) in found.converted.items():
-        if on_number is not None and isinstance(kind, type):
-            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
-            room = torch.empty(stored.size, dtype=stored.properties.dtype)
-            found.loaded[fqn] = on_number(fqn, kind, room)
+    numbers = _rooms_for_numbers(found.converted, names, index) if takes_numbers else {}
+    found.loaded.update({fqn: room.tensor for fqn, room in numbers.items()})
     values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
     # A stored value replaces any value here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
@@ -83,12 +100,31 @@ def plan_reads(
     template = found.loaded | dict.fromkeys(replaced)
     lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
     items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
-    # Last: a mismatch is refused before the state dict changes.
-    on_load({fqn: value for fqn, value in found.loaded.items() if _is_meta(value)})
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
     )
-    return LoadPlan(items), LoadReport(found.missing, unexpected, found.converted)
+    return PlannedReads(
+        LoadPlan(items),
+        LoadReport(found.missing, unexpected, found.converted),
+        {fqn: value for fqn, value in found.loaded.items() if _is_meta(value)},
+        numbers,
+    )
+
+
+def _rooms_for_numbers(
+    converted: Mapping[str, tuple[Dtype, Dtype]], names: Mapping[str, str], index: Index
+) -> dict[str, NumberRoom]:
+    """Memory for each number that is stored as a tensor.
+
+    converted: by name the stored dtype, and the class of the number.
+    """
+    rooms = {}
+    for fqn, (_, kind) in converted.items():
+        if isinstance(kind, type):
+            stored: Any = index.value(index.row_of[names.get(fqn, fqn)])
+            empty = torch.empty(stored.size, dtype=stored.properties.dtype)
+            rooms[fqn] = NumberRoom(kind, empty)
+    return rooms
 
 
 def _stored_in_one(loaded: Mapping[str, Any], names: Mapping[str, str], index: Index) -> list[str]:
