@@ -39,6 +39,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.entry import tensor_frame
@@ -101,6 +102,7 @@ def resolve_entry_places(
 def _find(
     file: In, catalog: Catalog, row: int, found: ResolvedCatalog, *, whole: bool
 ) -> tuple[int, int]:
+    """Where the data of an entry begins, and its bytes."""
     index, places = catalog.index, catalog.places
     start, length = int(places.start[row]), int(places.length[row])
     key = int(index.key_of[row])
@@ -123,6 +125,19 @@ def _find(
     frame = tensor_frame(dtype, shape)
     if length == frame.length and _bytes(file, start, len(frame.head)) == frame.head:
         return start + len(frame.head), frame.data_nbytes
+    return _parse_entry(file, row, found, dtype, shape)
+
+
+def _parse_entry(
+    file: In, row: int, found: ResolvedCatalog, dtype: torch.dtype, shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """Where the data is in an entry that was not written by this engine: from its directory.
+
+    Notes strides that are not row-major, and wrappers of other tensors, in `found`.
+    """
+    index, places = found.catalog.index, found.catalog.places
+    start, length = int(places.start[row]), int(places.length[row])
+    name, fqn = places.files[places.file[row]], index.fqns[index.key_of[row]]
     try:
         record = locate(_reader(file, start), length)
     except UnknownGlobalError as error:
@@ -130,14 +145,14 @@ def _find(
         if wrapper is not None and (wrapper.dtype, wrapper.shape) == (dtype, shape):
             found.wrapped[row] = wrapper
             return start, length
-        raise error.at(file=name, entry=index.fqns[key], offset=start) from error
+        raise error.at(file=name, entry=fqn, offset=start) from error
     except CheckpointCorruptError as error:
-        raise error.at(file=name, entry=index.fqns[key], offset=start) from error
+        raise error.at(file=name, entry=fqn, offset=start) from error
     if record.dtype != dtype or record.shape != shape:
         raise CheckpointCorruptError(
             f"the entry holds {record.dtype} of shape {record.shape}, "
             f"the metadata says {dtype} of shape {shape}",
-            file=name, entry=index.fqns[key], offset=start,
+            file=name, entry=fqn, offset=start,
         )  # fmt: skip
     width = dtype.itemsize
     found.odd_strides[row] = tuple(step * width for step in record.stride)

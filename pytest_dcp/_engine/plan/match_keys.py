@@ -114,15 +114,10 @@ def match(
     row_of = index.row_of
     renamed = stored_as or {}
     names = {fqn: renamed.get(fqn, fqn) for fqn in state_dict}
+    missing, unexpected = _compare_names(names, index, renamed=bool(stored_as))
     loaded = dict(state_dict)
-    missing: list[str] = []
-    unexpected: tuple[str, ...] = ()
-    if stored_as or loaded.keys() != row_of.keys():
-        missing = [fqn for fqn in state_dict if names[fqn] not in row_of]
-        used = set(names.values())
-        unexpected = tuple(fqn for fqn in index.fqns if fqn not in used)
-        for fqn in missing:
-            del loaded[fqn]
+    for fqn in missing:
+        del loaded[fqn]
     problems: dict[str, str] = {}
     converted: dict[str, tuple[Dtype, Dtype]] = {}
     ndims = index.ndim.tolist()
@@ -147,6 +142,22 @@ def match(
     if problems or (missing and strict):
         raise _error(missing if strict else (), names, unexpected, problems, index)
     return Match(loaded, tuple(missing), unexpected, converted)
+
+
+def _compare_names(
+    names: Mapping[str, str], index: Index, *, renamed: bool
+) -> tuple[list[str], tuple[str, ...]]:
+    """The names that the index lacks, and the names of the index that are not asked for.
+
+    names: for each name here the checkpoint's. renamed: whether any differ.
+    """
+    if not renamed and names.keys() == index.row_of.keys():
+        return [], ()
+    used = set(names.values())
+    return (
+        [fqn for fqn, name in names.items() if name not in index.row_of],
+        tuple(fqn for fqn in index.fqns if fqn not in used),
+    )
 
 
 def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
