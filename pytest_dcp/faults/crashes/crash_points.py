@@ -5,10 +5,11 @@ operations, in different threads or ranks, may or may not have been done, in eit
 the down-sets of an interval order: all operations that had ended when some operation began, and any
 of the operations then under way.
 
-It is enough to stop where an operation begins. Between two beginnings no other sets are possible:
-an operation that ends in between was under way at the first of them. After the last operation
-follows one more moment, at which all ranks had returned. A return alone is not a moment: it counts
-from the next beginning on.
+It is enough to stop where an operation begins, and where a rank returns. In between no other sets
+are possible: an operation that ends was under way at the stop before. A return is a stop because it
+changes what must hold: if rank 1 returns from a save while rank 0 still renames the metadata, the
+folder without that rename has lost a save that rank 1 was told of. After the last of them comes one
+more moment, at which all ranks had returned.
 
 Two ranks each make a file, at the same time:
 
@@ -67,8 +68,8 @@ def moments(trace: Trace) -> Iterator[CrashPoint]:
     operations = trace.operations
     ended: list[int] = []
     seen: set[tuple[frozenset[int], tuple[int, ...], frozenset[int]]] = set()
-    for now in sorted(range(len(operations)), key=lambda n: (operations[n].started_ns, n)):
-        at = operations[now].started_ns
+    begun_ns = (operation.started_ns for operation in operations)
+    for at in sorted({*begun_ns, *trace.returned_ns.values()}):
         while len(ended) < len(operations) and operations[len(ended)].ended_ns <= at:
             ended.append(len(ended))
         # `order` numbers operations by their ends, so the ended ones are a prefix.
@@ -81,7 +82,9 @@ def moments(trace: Trace) -> Iterator[CrashPoint]:
                 left = tuple(n for n in flying if n not in some)
                 yield CrashPoint(len(ended), (*ended, *some), left, returned)
     everything = tuple(range(len(operations)))
-    yield CrashPoint(len(everything), everything, (), frozenset(trace.returned_ns))
+    returned = frozenset(trace.returned_ns)
+    if (frozenset(everything), (), returned) not in seen:
+        yield CrashPoint(len(everything), everything, (), returned)
 
 
 def _subsets(flying: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -304,6 +304,23 @@ def test_which_ranks_had_returned() -> None:
     assert found == [([], []), (["a"], []), (["a"], [1]), (["a", "b"], [1]), (["a", "b"], [0, 1])]
 
 
+def test_a_crash_where_one_rank_returned_while_another_still_works() -> None:
+    """Rank 1 returns while rank 0 renames, and no operation begins afterwards."""
+    trace = Trace.of(
+        [{"new": b""}],
+        [Operation("rename", "new", to="metadata", rank=0, started_ns=0, ended_ns=20)],
+        {0: 30, 1: 10},
+    )
+    found = [(sorted(crash.tree), sorted(crash.returned)) for crash in crashes(trace, "kill")]
+    assert found == [
+        (["new"], []),
+        (["metadata"], []),
+        (["new"], [1]),
+        (["metadata"], [1]),
+        (["metadata"], [0, 1]),
+    ]
+
+
 def test_many_operations_at_once_stay_bounded() -> None:
     trace = beside(*((n, n, 100 + n, f"d{n}") for n in range(16)))
     found = folders(crashes(trace, "kill"))
