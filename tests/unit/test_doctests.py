@@ -28,6 +28,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.io.entry_places",
     "pytest_dcp._engine.io.folder",
     "pytest_dcp._engine.plan.boxes",
+    "pytest_dcp._engine.plan.column_table",
     "pytest_dcp._engine.plan.columns",
     "pytest_dcp._engine.plan.box_coverage",
     "pytest_dcp._engine.plan.index",

@@ -45,7 +45,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from pytest_dcp._engine.plan.boxes import Ints, spans
+from pytest_dcp._engine.plan.boxes import Ints, row_bounds, spans
+from pytest_dcp._engine.plan.column_table import ColumnTable
 from pytest_dcp._engine.plan.columns import UNKNOWN
 from pytest_dcp._engine.plan.index import Index, KeyTable, copy_metadata, further_fields, index_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict
@@ -58,7 +59,7 @@ hashing."""
 
 
 @dataclass(frozen=True, eq=False)
-class EntryPlaces:
+class EntryPlaces(ColumnTable):
     """Where the chunks of an index are stored, one row per chunk, in the index's order."""
 
     files: tuple[str, ...]
@@ -274,7 +275,7 @@ def _with_known_data(
         bare,
         data_start=data_start,
         data_nbytes=data_nbytes,
-        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        first_sum=row_bounds(counts),
         sums=known.sums[sums],
         block_bytes=known.block_bytes,
     )

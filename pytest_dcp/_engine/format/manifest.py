@@ -139,8 +139,8 @@ def encode(catalog: Catalog) -> bytes:
     columns: dict[str, Any] = {
         "fqns": names.pack_names(index.fqns),
         "files": names.pack_names(places.files),
-        **{name: getattr(index, name) for name in _INDEX},
-        **{name: getattr(places, name) for name in _PLACES},
+        **{name: getattr(index, name) for name in Index.column_names()},
+        **{name: getattr(places, name) for name in EntryPlaces.column_names()},
     }
     header["transforms"], columns["transform_of"] = _transforms(places)
     header["said"], columns["path_forms"], columns["paths"] = _encode_extras(catalog)
@@ -185,10 +185,6 @@ def decode(
         raise CheckpointCorruptError(f"expected a manifest, got {error!r:.200}") from None
     check_catalog(catalog)
     return catalog
-
-
-_INDEX = ("property_of", "ndim", "size", "first", "offset", "shape")
-_PLACES = ("file", "start", "length", "data_start", "data_nbytes", "first_sum", "sums")
 
 
 # ---- writing
@@ -360,13 +356,13 @@ def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Me
     index = Index(
         fqns=fqns,
         properties=tuple(_properties(told) for told in header["properties"]),
-        **{name: columns[name] for name in _INDEX},
+        **{name: columns[name] for name in Index.column_names()},
     )
     places = EntryPlaces(
         files=files,
         block_bytes=header["block_bytes"],
         transforms=_transforms_of(header["transforms"], columns["transform_of"]),
-        **{name: columns[name] for name in _PLACES},
+        **{name: columns[name] for name in EntryPlaces.column_names()},
     )
     return Catalog(index, places, **_what_was_said(header["said"], fqns, columns, whole))
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
-from pytest_dcp._engine.plan.boxes import Ints, spans
+from pytest_dcp._engine.plan.boxes import Ints, row_bounds, spans
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.lazy_containers import LazyList
@@ -106,7 +106,7 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
         length=joined([w.length for w in some], np.int64),
         data_start=joined([w.data_start for w in some], np.int64),
         data_nbytes=joined([w.data_nbytes for w in some], np.int64),
-        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        first_sum=row_bounds(counts),
         sums=joined([w.sums for w in some], np.uint32),
         transforms=some[0].transforms if some else (),
         own_transforms=own,
@@ -145,7 +145,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPl
             transforms |= dict.fromkeys(rows.tolist(), written.transforms)
         transforms |= {int(rows[at]): of for at, of in written.own_transforms.items() if of}
         parts.append((rows, written.sums))
-    first_sum = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    first_sum = row_bounds(counts)
     sums = np.zeros(first_sum[-1], dtype=np.uint32)
     for rows, some_sums in parts:
         sums[np.repeat(first_sum[rows], counts[rows]) + spans(counts[rows])] = some_sums

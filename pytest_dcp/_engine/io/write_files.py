@@ -28,7 +28,7 @@ from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.transforms import Through
-from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.boxes import Ints, row_bounds
 from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
 
 Source = Callable[[int], torch.Tensor | bytes]
@@ -359,7 +359,7 @@ def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings)
         length=length,
         data_start=data_start,
         data_nbytes=data_nbytes,
-        first_sum=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+        first_sum=row_bounds(counts),
         sums=np.fromiter(chain.from_iterable(ordered), np.uint32),
         transforms=descriptors,
         own_transforms={at: of for rows in done for at, of in rows.descriptors.items()},

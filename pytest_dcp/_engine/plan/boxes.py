@@ -97,6 +97,18 @@ def intersect(
     return low, high - low, np.all(high > low, axis=1)
 
 
+def row_bounds(counts: Ints) -> Ints:
+    """(n + 1,) the first row of each group when n groups of these sizes follow each other, and the
+    end of the last.
+
+    >>> row_bounds(np.array([2, 0, 3])).tolist()
+    [0, 2, 2, 5]
+    """
+    bounds = np.zeros(len(counts) + 1, dtype=np.int64)
+    counts.cumsum(out=bounds[1:])
+    return bounds
+
+
 def spans(counts: Ints) -> Ints:
     """0..counts[0]-1, then 0..counts[1]-1, and so on: the position of each element in its group.
 

@@ -46,7 +46,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar, overload
 
 import numpy as np
@@ -67,6 +67,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows, volumes
+from pytest_dcp._engine.plan.column_table import AT_HOME, ColumnTable
 from pytest_dcp._engine.plan.names import Fqns, pack_names, unpack_names
 
 Item = TypeVar("Item", WriteItem, ReadItem)
@@ -84,10 +85,15 @@ UNKNOWN = -1
 """No hint, property or number of bytes; as `ndim`: no offset."""
 
 
-class ItemTable(Sequence[Item]):
-    """Rows that become items on demand. Immutable."""
+class ItemTable(ColumnTable, Sequence[Item]):
+    """Rows that become items on demand, one row in each column. Immutable."""
 
     __slots__ = ()
+
+    fqns: Fqns
+
+    def __len__(self) -> int:
+        return len(self.fqns)
 
     @overload
     def __getitem__(self, at: int) -> Item: ...
@@ -117,6 +123,10 @@ class ItemTable(Sequence[Item]):
     def item(self, row: int) -> Item:
         """The row as torch's object."""
         raise NotImplementedError
+
+    def columns_at(self, rows: Ints) -> dict[str, Any]:
+        """Each column in these rows, by name."""
+        return {name: getattr(self, name)[rows] for name in self.column_names()}
 
 
 def size_of(row: Ints, ndim: int) -> torch.Size:
@@ -153,11 +163,8 @@ class WriteItems(ItemTable[WriteItem]):
     """`MetadataIndex.index`: the box's position in the metadata's list; -1: none."""
     nbytes: Ints
     """Of a byte value, if the planner knows it; else -1."""
-    origin: Origin | None = None
+    origin: Origin | None = field(default=None, metadata=AT_HOME)
     """Where the rows were taken from; not pickled with the table."""
-
-    def __len__(self) -> int:
-        return len(self.fqns)
 
     def item(self, row: int) -> WriteItem:
         ndim = int(self.ndim[row])
@@ -186,19 +193,11 @@ class WriteItems(ItemTable[WriteItem]):
         fqns = self.fqns
         # The same tuple if nothing is left out: other code compares names by identity.
         everything = len(rows) == len(fqns) and bool((rows == np.arange(len(rows))).all())
-        return replace(
-            self,
-            fqns=fqns if everything else tuple(fqns[row] for row in rows.tolist()),
-            kind=self.kind[rows],
-            property_of=self.property_of[rows],
-            ndim=self.ndim[rows],
-            size=self.size[rows],
-            offset=self.offset[rows],
-            shape=self.shape[rows],
-            hint=self.hint[rows] if hint is None else hint,
-            nbytes=self.nbytes[rows],
-            origin=Origin(self, rows),
-        )
+        columns = self.columns_at(rows)
+        if hint is not None:
+            columns["hint"] = hint
+        chosen = fqns if everything else tuple(fqns[row] for row in rows.tolist())
+        return replace(self, fqns=chosen, origin=Origin(self, rows), **columns)
 
     def size_bytes(self) -> Ints:
         """Bytes of data of each row's box; for a byte value the known size, at least 1."""
@@ -240,7 +239,7 @@ class WriteItems(ItemTable[WriteItem]):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt_writes, (pack_names(self.fqns), columns_of(self))
+        return rebuilt_writes, (pack_names(self.fqns), self.sent_fields())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,11 +270,8 @@ class ReadItems(ItemTable[ReadItem]):
     """Of the copy."""
     entry: Ints
     """Row of the stored box in the index that the plan was made from; -1: not known."""
-    source: object = None
+    source: object = field(default=None, metadata=AT_HOME)
     """That index; None if it is not available. Not included when the table is pickled."""
-
-    def __len__(self) -> int:
-        return len(self.fqns)
 
     def item(self, row: int) -> ReadItem:
         fqn, stored_fqn = self.fqns[row], self.stored_fqns[row]
@@ -332,15 +328,14 @@ class ReadItems(ItemTable[ReadItem]):
 
     def take(self, rows: Ints) -> Self:
         """These rows in this order."""
-        columns = {name: column[rows] for name, column in columns_of(self).items()}
         fqns = tuple(self.fqns[row] for row in rows.tolist())
         renamed = self.stored_fqns is not self.fqns
         stored = tuple(self.stored_fqns[row] for row in rows.tolist()) if renamed else fqns
-        return replace(self, fqns=fqns, stored_fqns=stored, **columns)
+        return replace(self, fqns=fqns, stored_fqns=stored, **self.columns_at(rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = (pack_names(self.fqns), pack_names(self.stored_fqns))
-        return rebuilt_reads, (*names, columns_of(self))
+        return rebuilt_reads, (*names, self.sent_fields())
 
 
 def index_at(fqn: str, offset: Ints, ndim: int, hint: int) -> MetadataIndex:
@@ -358,16 +353,6 @@ def position(known: dict[Any, int], properties: TensorProperties) -> int:
     p = properties
     key = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
     return known.setdefault(key, len(known))
-
-
-_AT_HOME = ("origin", "source")
-"""Fields that are meaningful only in the process that has the table or index they refer to."""
-
-
-def columns_of(table: WriteItems | ReadItems) -> dict[str, Any]:
-    """Every field but the names."""
-    names = (f.name for f in fields(table) if "fqns" not in f.name and f.name not in _AT_HOME)
-    return {name: getattr(table, name) for name in names}
 
 
 def rebuilt_writes(names: bytes, columns: dict[str, Any]) -> WriteItems:

@@ -41,14 +41,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pytest_dcp._engine.plan.boxes import Ints, pad_rows
+from pytest_dcp._engine.plan.boxes import Ints, pad_rows, row_bounds
+from pytest_dcp._engine.plan.column_table import ColumnTable
 from pytest_dcp._engine.plan.columns import UNKNOWN, position, size_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict, LazyList
 from pytest_dcp._engine.plan.names import Fqns
 
 
 @dataclass(frozen=True, eq=False)
-class Index:
+class Index(ColumnTable):
     """n keys and their chunks. A byte value is one chunk of no dimensions."""
 
     fqns: Fqns
@@ -119,7 +120,7 @@ class Index:
             properties=tuple(TensorProperties(*key) for key in known),
             ndim=np.array([UNKNOWN if t is None else len(t.size) for t in tensors], dtype=np.int16),
             size=pad_rows([() if t is None else t.size for t in tensors], rank, 1),
-            first=np.concatenate([[0], counts.cumsum()]).astype(np.int64),
+            first=row_bounds(counts),
             offset=pad_rows([() if c is None else c.offsets for c in flat], rank, 0),
             shape=pad_rows([() if c is None else c.sizes for c in flat], rank, 1),
         )

@@ -78,7 +78,7 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from pytest_dcp._engine.plan.box_coverage import problems_of
-from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, strides_of, widen_table
+from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, row_bounds, strides_of, widen_table
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.names import Fqns
@@ -315,7 +315,7 @@ def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Int
 def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
     """The index of these rows (sorted by key and offset), and each key's first chunk."""
     counts = np.bincount(rows.key[chunk], minlength=len(rows.fqns))
-    first = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    first = row_bounds(counts)
     lead = chunk[first[:-1]] if len(chunk) else chunk
     index = Index(
         fqns=rows.fqns,

@@ -38,7 +38,6 @@ from pytest_dcp._engine.plan.capabilities import pickle_choice_of
 from pytest_dcp._engine.plan.columns import (
     ReadItems,
     WriteItems,
-    columns_of,
     rebuilt_reads,
     rebuilt_writes,
 )
@@ -82,12 +81,12 @@ _named_items(WriteItemType)
 _named_items(LoadItemType)
 convert(
     WriteItems,
-    lambda table: (pack_names(table.fqns), columns_of(table)),
+    lambda table: (pack_names(table.fqns), table.sent_fields()),
     lambda sent: rebuilt_writes(*sent),
 )
 convert(
     ReadItems,
-    lambda table: (pack_names(table.fqns), pack_names(table.stored_fqns), columns_of(table)),
+    lambda table: (pack_names(table.fqns), pack_names(table.stored_fqns), table.sent_fields()),
     lambda sent: rebuilt_reads(*sent),
 )
 
@@ -97,10 +96,9 @@ convert(
     lambda some: (some.items, some.written) if some.is_untouched() else list(some),
     lambda sent: WriteResults(*sent) if isinstance(sent, tuple) else sent,
 )
-_INDEX = ("property_of", "properties", "ndim", "size", "first", "offset", "shape")
 convert(
     Index,
-    lambda index: (pack_names(index.fqns), {name: getattr(index, name) for name in _INDEX}),
+    lambda index: (pack_names(index.fqns), index.sent_fields()),
     lambda sent: Index(fqns=unpack_names(sent[0]), **sent[1]),
 )
 convert(
