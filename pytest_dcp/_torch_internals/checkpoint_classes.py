@@ -17,6 +17,11 @@ with TORCH.explain_missing_names():
         StreamTransformExtension,
     )
 
+    # The base of ours, for the same reason as that of `_pg_transport`.
+    from torch.distributed.checkpoint._state_dict_stager import (
+        StateDictStager as StateDictStagerOfTorch,
+    )
+
     # Every `.metadata` file pickles objects of `_StorageInfo`, and plans carry `_StoragePrefix`:
     # torch must read ours, and we torch's. `_StorageWriterTransforms` is what a storage of torch
     # lets a subclass override.
@@ -32,6 +37,7 @@ with TORCH.explain_missing_names():
 __all__ = [
     "_MEM_FORMAT_ENCODING",
     "ExtensionRegistry",
+    "StateDictStagerOfTorch",
     "StreamTransformExtension",
     "_pg_transport",
     "_StorageInfo",

@@ -51,11 +51,11 @@ class Memory:
     def pin(self) -> None:
         """Lock the pages for asynchronous copies from a GPU, where CUDA can do that."""
         if not self.pinned:
-            self.pinned = _cuda("cudaHostRegister", self.address, self.nbytes, PORTABLE)
+            self.pinned = pin_pages(self.address, self.nbytes)
 
     def __del__(self) -> None:
         if getattr(self, "pinned", False):
-            _cuda("cudaHostUnregister", self.address)
+            unpin_pages(self.address)
         if getattr(self, "fd", -1) >= 0:
             os.close(self.fd)
 
@@ -65,6 +65,7 @@ class Arena:
 
     def __init__(self, memory: Memory, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         self.memory = memory
+        self._array = array
         self._bytes = torch.from_numpy(array)
 
     def rooms(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -81,6 +82,24 @@ class Arena:
             for row, part in zip(rows, torch.split(flat, sizes), strict=True):
                 rooms[row] = part if like[row].dim() == 1 else part.view(like[row].shape)
         return rooms
+
+    def storages(self, sizes: Sequence[int]) -> list[torch.UntypedStorage]:
+        """Storages of these sizes, in bytes; each is a storage of its own, with arbitrary bytes."""
+        made, start = [], 0
+        for nbytes in sizes:
+            if nbytes:
+                # Keeps the array alive, as a view by numpy need not.
+                part = torch.frombuffer(self._array, dtype=torch.uint8, count=nbytes, offset=start)
+            else:
+                part = torch.empty(0, dtype=torch.uint8)
+            made.append(part.untyped_storage())
+            start += _align(nbytes)
+        return made
+
+
+def bytes_of_storages(sizes: Sequence[int]) -> int:
+    """The size that an arena for storages of these sizes needs."""
+    return sum(map(_align, sizes))
 
 
 def needed_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -155,6 +174,14 @@ def shared_memory_of(tensor: torch.Tensor) -> Memory | None:
     return _shared.get(tensor.untyped_storage().data_ptr())
 
 
+def memory_around(address: int, nbytes: int) -> Memory | None:
+    """The shared memory that holds these bytes of this process, if any does."""
+    for memory in list(_shared.values()):
+        if memory.address <= address and address + nbytes <= memory.address + memory.nbytes:
+            return memory
+    return None
+
+
 def view_bytes(
     flat: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
 ) -> torch.Tensor:
@@ -165,6 +192,16 @@ def view_bytes(
 
 def _align(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def pin_pages(address: int, nbytes: int) -> bool:
+    """Lock pages for asynchronous copies from a GPU; whether CUDA could do it."""
+    return _cuda("cudaHostRegister", address, nbytes, PORTABLE)
+
+
+def unpin_pages(address: int) -> None:
+    """Unlock pages that `pin_pages` locked."""
+    _cuda("cudaHostUnregister", address)
 
 
 def _cuda(call: str, *args: int) -> bool:

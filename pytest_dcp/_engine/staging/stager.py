@@ -144,12 +144,14 @@ class DefaultStager(AsyncStager):
                 stream = torch.Stream(before.device)
                 stream.wait_stream(before)
                 stack.enter_context(stream)
-            return stage_state(
+            return self._copy_state(
                 state_dict,
-                self._pool,
                 pin=config.use_pinned_memory,
                 blocking=not config.use_non_blocking_copy,
             )
+
+    def _copy_state(self, state_dict: State, *, pin: bool, blocking: bool) -> State:
+        return stage_state(state_dict, self._pool, pin=pin, blocking=blocking)
 
 
 def stage_state(
@@ -258,9 +260,7 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         local = _copy_value(local_tensor(value), rooms)
         return dtensor(local, value._spec)
     if isinstance(value, ShardedTensor):
-        shards = [
-            Shard(_copy_value(s.tensor, rooms), _anywhere(s.metadata)) for s in value.local_shards()
-        ]
+        shards = [move_shard(s, _copy_value(s.tensor, rooms)) for s in value.local_shards()]
         return make_detached_sharded_tensor(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
         copied = next(rooms) if _fits(value) else _copied_alone(value)
@@ -293,9 +293,12 @@ def _copied_alone(value: Any) -> torch.Tensor:
     return made
 
 
-def _anywhere(metadata: ShardMetadata) -> ShardMetadata:
-    """The same part of a tensor, on any device: a Shard checks its tensor's device."""
-    return ShardMetadata(metadata.shard_offsets, metadata.shard_sizes, placement=None)
+def move_shard(shard: Shard, tensor: torch.Tensor) -> Shard:
+    """The same part of a sharded tensor, held by another tensor, which may be on any device."""
+    metadata = shard.metadata
+    # A Shard checks that its tensor is on the device of its placement.
+    anywhere = ShardMetadata(metadata.shard_offsets, metadata.shard_sizes, placement=None)
+    return Shard(tensor, anywhere)
 
 
 def dtensor(local: torch.Tensor, spec: Any) -> DTensor:
