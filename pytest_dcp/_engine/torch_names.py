@@ -62,7 +62,8 @@ def our_module(path: str) -> ModuleType | None:
 
     path: what follows the package in the module's name, such as ".metadata"; empty: the package.
     """
-    if path.count(".") > 1:  # Of a package that we do not have.
-        return None
+    package, _, _ = path.rpartition(".")
+    if package and importlib.util.find_spec(OURS + package) is None:
+        return None  # Of a package that we do not have.
     found = importlib.util.find_spec(OURS + path)
     return None if found is None else importlib.import_module(OURS + path)

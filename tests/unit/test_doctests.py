@@ -41,6 +41,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.plan.save",
     "pytest_dcp._engine.plan.select",
     "pytest_dcp._engine.plan.shards",
+    "pytest_dcp._engine.rank_files.builder",
     "pytest_dcp._engine.unpickle.machine",
     "pytest_dcp._engine.verbs.load",
     "pytest_dcp._engine.verbs.save",

@@ -52,7 +52,10 @@ def is_private_path(module: str) -> bool:
 
 
 def is_face_of(path: Path, module: str) -> bool:
-    return path.parent == ROOT / FACES and module == f"torch.distributed.checkpoint.{path.stem}"
+    if not path.is_relative_to(ROOT / FACES):
+        return False
+    inside = path.relative_to(ROOT / FACES).with_suffix("").parts
+    return module == ".".join(["torch.distributed.checkpoint", *inside])
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[ast.stmt, str, str, str]]:

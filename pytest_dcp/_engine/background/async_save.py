@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from pytest_dcp._engine.background.futures import wrap_future
 from pytest_dcp._engine.background.process import Job, State, save_in_process, sendable
 from pytest_dcp._engine.coordinate import Team, announce
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
@@ -214,10 +215,8 @@ class _Staging:
         if holds_copy(holder):
             holder.hold_for(uploading)
         if isinstance(later, Future):
-            staging: Future[None] = Future()
-            later.add_done_callback(lambda done: _follow(done, staging))
             # In torch's type the save returns nothing; ours returns the metadata, as `save` does.
-            return AsyncSaveResponse(staging, cast(Any, uploading))
+            return AsyncSaveResponse(wrap_future(later), cast(Any, uploading))
         if stager is not None and self._failure is None and stager.should_synchronize_after_execute:
             stager.synchronize_staging()
         return uploading
@@ -258,11 +257,3 @@ def _save_in_thread(save: Save) -> Future[Metadata]:
     # The thread ends with its only job.
     pool.shutdown(wait=False)
     return uploading
-
-
-def _follow(done: Future[Any], follower: Future[None]) -> None:
-    error = CancelledError() if done.cancelled() else done.exception()
-    if error is None:
-        follower.set_result(None)
-    else:
-        follower.set_exception(error)

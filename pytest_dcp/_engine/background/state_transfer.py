@@ -60,16 +60,16 @@ def ship_state(state: dict[str, Any]) -> Shipment:
 def pickle_state(value: Any, memory: Memory | None = None) -> bytes:
     """The pickle of a value for the background process."""
     stream = io.BytesIO()
-    _Packer(stream, memory).dump(value)
+    StatePickler(stream, memory).dump(value)
     return stream.getvalue()
 
 
 def unpickle_state(data: bytes, flat: torch.Tensor | None = None) -> Any:
     """The value, with tensors that view the shared memory. Only for data sent by a rank."""
-    return _Unpacker(io.BytesIO(data), flat).load()
+    return StateUnpickler(io.BytesIO(data), flat).load()
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+class StatePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
     def __init__(self, stream: io.BytesIO, memory: Memory | None) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self._memory = memory
@@ -100,7 +100,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
         return tensor_in_memory, (start, tensor.dtype, tuple(tensor.shape))
 
 
-class _Unpacker(pickle.Unpickler):
+class StateUnpickler(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO, flat: torch.Tensor | None) -> None:
         super().__init__(stream)
         self._flat = flat

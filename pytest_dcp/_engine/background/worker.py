@@ -22,7 +22,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
 """The process's name in the system, even while it ends; at most 15 bytes."""
+
+
+class Order(Protocol):
+    """What a rank asks of its process."""
+
+    def run(self, line: Connection) -> Any:
+        """Carry it out; return or raise the answer. Descriptors that follow come over `line`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +151,6 @@ class Upload:
         )
         return packed_metadata(Save(team, request).run())
 
-
-Order = Begin | Host | Join | Upload
 
 _store: list[TCPStore] = []
 """The store hosted here, if any."""
