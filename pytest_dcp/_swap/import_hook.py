@@ -153,7 +153,7 @@ def _import_ours() -> None:
     All at once: a module imported while one of torch's is being loaded would be incomplete.
     """
     ours = importlib.import_module(OURS)
-    for found in pkgutil.iter_modules(ours.__path__, f"{OURS}."):
+    for found in pkgutil.walk_packages(ours.__path__, f"{OURS}."):
         try:
             importlib.import_module(found.name)
         except ModuleNotFoundError as error:

@@ -41,7 +41,8 @@ def answer_of(method):
 
 
 if __name__ == "__main__":
-    import torch.distributed.checkpoint._experimental.types
+    dcp.__path__.append("newer")
+    import torch.distributed.checkpoint.of_newer_torch
 
     found = {
         name: value.__module__
@@ -75,12 +76,19 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
 
 
+def _add_newer_module(folder: Path) -> None:
+    """A module that ours lacks: we have all of torch's, so it is one of a torch to come."""
+    (folder / "newer").mkdir()
+    (folder / "newer" / "of_newer_torch.py").write_text("")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("program")
     (made / "program.py").write_text(PROGRAM)
     (made / "early.py").write_text(EARLY)
     (made / "sitecustomize.py").write_text(CUSTOMIZE)
+    _add_newer_module(made)
     return made
 
 
@@ -127,7 +135,7 @@ class TestAProgram:
     ) -> None:
         (line,) = [line for line in ran.stderr.splitlines() if "engine has no" in line]
         assert line == (
-            "pytest_dcp's engine has no torch.distributed.checkpoint._experimental: torch's own "
+            "pytest_dcp's engine has no torch.distributed.checkpoint.of_newer_torch: torch's own "
             "was imported"
         )
 
@@ -191,6 +199,7 @@ def test_a_save_in_a_background_process_is_ours(folder: Path) -> None:
 
 SUITE = """
 import importlib
+import pathlib
 
 import conftest
 import pytest
@@ -208,7 +217,10 @@ def test_alone():
 def test_in_ranks(checkpoint_dir, launch):
     assert dcp.save.__module__.startswith("pytest_dcp")
     dcp.save({"w": torch.ones(2)}, checkpoint_id=checkpoint_dir)
-    importlib.import_module("torch.distributed.checkpoint._experimental")
+    dcp.__path__.append(str(pathlib.Path(__file__).parent / "newer"))
+    importlib.import_module("torch.distributed.checkpoint.of_newer_torch")
+    found = importlib.import_module("torch.distributed.checkpoint._experimental.builder")
+    assert found.make_sync_checkpointer.__module__.startswith("pytest_dcp")
 """
 
 
@@ -217,6 +229,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("suite")
     (made / "test_it.py").write_text(SUITE)
     (made / "conftest.py").write_text(EARLY)
+    _add_newer_module(made)
     return made
 
 
@@ -228,7 +241,7 @@ def test_a_suite_is_given_our_engine(suite: Path, how: list[str]) -> None:
     assert ran.returncode == 0, ran.stdout
     assert "2 passed" in ran.stdout
     assert "engine: torch.distributed.checkpoint gives pytest_dcp.checkpoint" in ran.stdout
-    assert "engine has no torch.distributed.checkpoint._experimental: torch's own" in ran.stdout
+    assert "engine has no torch.distributed.checkpoint.of_newer_torch: torch's own" in ran.stdout
 
 
 def test_without_the_option_it_has_torchs(suite: Path) -> None:

@@ -7,8 +7,8 @@ that has a counterpart.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-import pkgutil
 import subprocess
 import sys
 from types import ModuleType
@@ -18,24 +18,18 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as our_dcp
-from pytest_dcp._engine.torch_names import OURS, TORCH
 from pytest_dcp.checkpoint import state_dict_loader, state_dict_saver
+from support.torch_surface import OURS, TORCH, modules_of_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 torch_dcp: Any = importlib.import_module(TORCH)
 
-WITHOUT = frozenset(
-    {
-        "_experimental",
-        "_state_dict_stager",
-    }
-)
-"""Modules that only torch has; as attributes of our package they are torch's own."""
 
-
-def modules() -> list[str]:
-    return [m.name for m in pkgutil.iter_modules(torch_dcp.__path__) if m.name not in WITHOUT]
+def test_we_have_every_module_of_torchs() -> None:
+    found = modules_of_torch()
+    assert len(found) >= 40
+    assert [one for one in found if importlib.util.find_spec(f"{OURS}.{one}") is None] == []
 
 
 def both(module: str) -> tuple[Any, Any]:
@@ -61,18 +55,18 @@ def test_importing_our_package_brings_every_name_that_importing_torchs_brings() 
     assert done.stdout.split() == ["True"]
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", modules_of_torch())
 def test_every_name_of_a_module_is_there(module: str) -> None:
     theirs, ours = both(module)
     assert [name for name in named(theirs) if not hasattr(ours, name)] == []
 
 
-@pytest.mark.parametrize("module", ["", *modules()])
+@pytest.mark.parametrize("module", ["", *modules_of_torch()])
 def test_a_class_that_we_have_never_comes_out_as_torchs(module: str) -> None:
     theirs, ours = both(module)
     for name, value in named(theirs).items():
         home = str(getattr(value, "__module__", None))
-        if not inspect.isclass(value) or home.removeprefix(f"{TORCH}.") not in modules():
+        if not inspect.isclass(value) or home.removeprefix(f"{TORCH}.") not in modules_of_torch():
             continue
         own = vars(importlib.import_module(home.replace(TORCH, OURS)))
         assert getattr(ours, name) is own.get(name, value), name
@@ -83,11 +77,12 @@ def test_modules_that_we_have_are_attributes_of_the_package(name: str) -> None:
     assert getattr(our_dcp, name) is importlib.import_module(f"{OURS}.{name}")
 
 
-def test_modules_that_only_torch_has_are_attributes_of_the_package() -> None:
-    found = WITHOUT & vars(torch_dcp).keys()
-    assert "_state_dict_stager" in found
-    for name in found:
-        assert getattr(our_dcp, name) is vars(torch_dcp)[name]
+def test_a_module_that_only_a_newer_torch_has_is_an_attribute_of_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    newer = ModuleType(f"{TORCH}.newer")
+    monkeypatch.setattr(torch_dcp, "newer", newer, raising=False)
+    assert our_dcp.newer is newer
 
 
 def test_names_from_elsewhere_are_ours_where_we_have_them() -> None:
@@ -136,7 +131,7 @@ def test_values_are_of_torchs_own_types(module: str) -> None:
         assert getattr(ours, name) is getattr(theirs, name)
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", modules_of_torch())
 def test_our_classes_count_as_torchs_of_the_same_name(module: str) -> None:
     theirs, ours = both(module)
     for name, value in named(theirs).items():
