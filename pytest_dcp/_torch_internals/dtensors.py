@@ -21,7 +21,6 @@ with TORCH.explain_missing_names():
     from torch.distributed.tensor.placement_types import _StridedShard
 
 TORCH.require_attributes(DTensor, "_local_tensor", "_spec")
-TORCH.require_attributes(DeviceMesh, "_pg_registry")
 
 __all__ = ["DTensorSpec", "TensorMeta", "_StridedShard", "forget_groups", "local_tensor", "spec_of"]
 
@@ -41,7 +40,8 @@ Each of the tensor's public attributes is a call through torch's dispatcher, as 
 def forget_groups(mesh: DeviceMesh) -> None:
     """Leave a mesh without process groups, in a process that has none.
 
-    Its own `__setstate__` looks for the groups and warns of each that is missing. Can go when a
-    mesh can be sent to such a process in public.
+    Its own `__setstate__` looks for the groups and warns of each that is missing; torch 2.10 has
+    neither, so the attribute is not required. Can go when a mesh can be sent to such a process in
+    public.
     """
     mesh._pg_registry = {}
