@@ -86,7 +86,7 @@ class LateMarkerError(DcpError):
 
 
 class UnsupportedVersionError(DcpError, ImportError):
-    """The installed torch or pytest lacks a private name that this package needs."""
+    """The installed torch, pytest or Hypothesis lacks a private name that this package needs."""
 
     def __init__(self, package: str, version: str, missing: str, supported: str) -> None:
         super().__init__(
@@ -94,11 +94,11 @@ class UnsupportedVersionError(DcpError, ImportError):
             f"{supported}; install one of these, or a newer pytest_dcp if there is one"
         )
         self.package = package
-        """torch or pytest."""
+        """torch, pytest or hypothesis."""
         self.version = version
         """Of the package that is installed."""
         self.missing = missing
-        """The name, from its package down."""
+        """The name, from its package down, or a parameter of a function."""
         self.supported = supported
         """The first and the last version that have all names."""
 

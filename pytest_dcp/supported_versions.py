@@ -1,6 +1,7 @@
 """Refuses a package that lacks a private name, in words, with the versions that have it.
 
-Used by the two doors to private names, `_torch_internals` and `_pytest_internals`.
+Used by the three doors to private names: `_torch_internals`, `_pytest_internals`, and
+`_harness.lockstep.hypothesis_internals`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Private names of torch and pytest: behind one door each, and refused in words when missing."""
+"""Private names of torch, pytest and Hypothesis: behind one door each, refused when missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pytest_dcp.errors import UnsupportedVersionError
 
 ROOT = Path(pytest_dcp.__file__).parent
 TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
-LIBRARIES = ("torch", "pytest", "_pytest")
+LIBRARIES = ("torch", "pytest", "_pytest", "hypothesis")
 TORCH_DOOR = "_torch_internals/"
 PYTEST_DOOR = "_pytest_internals.py"
 HYPOTHESIS_DOOR = "_harness/lockstep/hypothesis_"
@@ -48,7 +48,9 @@ def is_private(name: str) -> bool:
 
 
 def is_private_path(module: str) -> bool:
-    return module.split(".")[0] == "_pytest" or any(map(is_private, module.split(".")))
+    parts = module.split(".")
+    of_hypothesis = parts[0] == "hypothesis" and parts[1:2] in (["internal"], ["core"])
+    return of_hypothesis or any(map(is_private, parts))
 
 
 def is_face_of(path: Path, module: str) -> bool:
@@ -59,7 +61,7 @@ def is_face_of(path: Path, module: str) -> bool:
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[ast.stmt, str, str, str]]:
-    """Of torch and pytest: (statement, module, name in it or "", the local name)."""
+    """Of the libraries: (statement, module, name in it or "", the local name)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -106,7 +108,7 @@ def root_of(value: ast.expr) -> str:
 
 
 def private_uses(path: Path, tree: ast.AST, ours: set[str], theirs: set[str]) -> list[str]:
-    """Where a module uses a private name of torch or pytest, in words.
+    """Where a module uses a private name of torch, pytest or Hypothesis, in words.
 
     ours: names that the package has too. theirs: names that the doors use; of `self` only ours.
     """
@@ -114,10 +116,11 @@ def private_uses(path: Path, tree: ast.AST, ours: set[str], theirs: set[str]) ->
     roots = set()
     for node, module, name, local in imports_of(tree):
         roots.add(local)
-        if (is_private_path(module) or is_private(name)) and not is_face_of(path, module):
+        whole = f"{module}.{name}" if name else module
+        if is_private_path(whole) and not is_face_of(path, module):
             found.append(f"{node.lineno}: import of {module} {name}")
     for line, value, name in read_names(tree):
-        if not is_private(name) or name in STANDARD | OTHERS or "hypothesis" in name:
+        if not is_private(name) or name in STANDARD | OTHERS:
             continue
         of_self = isinstance(value, ast.Name) and value.id in ("self", "cls")
         if root_of(value) in roots or name not in ours or (name in theirs and not of_self):
@@ -125,7 +128,7 @@ def private_uses(path: Path, tree: ast.AST, ours: set[str], theirs: set[str]) ->
     return found
 
 
-def test_private_names_of_torch_and_pytest_are_used_behind_their_doors_only() -> None:
+def test_private_names_of_other_packages_are_used_behind_their_doors_only() -> None:
     ours = defined_names()
     theirs = {name for door in doors() for _, _, name in read_names(TREES[door])}
     found = {}
@@ -148,6 +151,10 @@ def test_private_names_of_torch_and_pytest_are_used_behind_their_doors_only() ->
         "import torch._dynamo.config",
         "from _pytest.nodes import Node",
         "def f():\n    from _pytest import nodes",
+        "from hypothesis import core",
+        "from hypothesis.internal.entropy import deterministic_PRNG",
+        "def f(test): return test._hypothesis_internal_use_settings",
+        "def f(test): return getattr(test, '_hypothesis_internal_use_seed', None)",
         "import torch\ntorch._C",
         "import torch.distributed as dist\ndist.distributed_c10d._world",
         "def f(tensor): return tensor._local_tensor",
@@ -167,6 +174,7 @@ def test_the_search_finds_each_kind_of_use(code: str) -> None:
         "from torch.distributed.checkpoint.filesystem import FileSystemWriter",
         "def f(thing): return thing._own, thing.__dict__",
         "import os\nos._exit(1)",
+        "from hypothesis.errors import StopTest",
         "class C:\n    def f(self): return self._theirs_too",
     ],
 )

@@ -19,6 +19,7 @@ from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import tear_down_survivors
 from pytest_dcp._harness.lockstep import fresh_folders
 from pytest_dcp._harness.lockstep.engine import Found, FoundError, run_properties
+from pytest_dcp._harness.lockstep.hypothesis_settings import set_settings, settings_of
 from pytest_dcp._harness.protocol.messages import Go, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.world.outcome import Outcome
@@ -97,8 +98,8 @@ def without_fixture_check(item: pytest.Item) -> Iterator[None]:
 
     The ranks check them. Can go when the plugin does not make fixtures in order to look at them.
     """
-    function: Any = getattr(item.obj, "__func__", item.obj)  # type: ignore[attr-defined]  # of a pytest.Function
-    own: Any = getattr(function, "_hypothesis_internal_use_settings", None)
+    test: Any = item.obj  # type: ignore[attr-defined]  # of a pytest.Function
+    own = settings_of(test)
     if own is None:
         yield
         return
@@ -106,11 +107,11 @@ def without_fixture_check(item: pytest.Item) -> Iterator[None]:
 
     checks = {HealthCheck.function_scoped_fixture, HealthCheck.differing_executors}
     quiet = settings(own, suppress_health_check=[*{*own.suppress_health_check, *checks}])
-    function._hypothesis_internal_use_settings = quiet
+    set_settings(test, quiet)
     try:
         yield
     finally:
-        function._hypothesis_internal_use_settings = own
+        set_settings(test, own)
 
 
 def longrepr_for(

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from pytest_dcp._harness.protocol.group_use import GroupUse
 
-CASE = "Failing test case:"
-"""How Hypothesis begins the line that has the example as code."""
+CASES = ("Failing test case:", "Falsifying example:")
+"""How Hypothesis begins the line that has the example as code; the second before 6.160."""
 Status = Literal["valid", "invalid", "overrun", "interesting"]
 """Hypothesis' own words: passed, rejected (by assume or a filter), too long, failed."""
 
@@ -232,6 +232,6 @@ def merged_lines(records: Mapping[int, Sequence[Entry]], first: int) -> list[str
     for rank, record in sorted(records.items()):
         for text in dict.fromkeys(entry.text for entry in record if isinstance(entry, ShownLine)):
             # The example is the same in all ranks, except for arguments such as `rank`.
-            if text not in lines and not (lines and text.startswith(CASE)):
+            if text not in lines and not (lines and text.startswith(CASES)):
                 others.setdefault(text, []).append(rank)
     return [*lines, *(f"{_ranks(ranks)}: {text}" for text, ranks in others.items())]

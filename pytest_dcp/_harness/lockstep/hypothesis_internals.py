@@ -17,10 +17,11 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from random import Random
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import hypothesis
 from hypothesis import core
+from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.conjecture.data import ConjectureData, DataObserver
 from hypothesis.internal.conjecture.data import Status as Ended
@@ -46,6 +47,17 @@ SETTINGS = (
     "report_multiple_bugs", "suppress_health_check", "deadline",
 )  # fmt: skip
 """Attributes of a test that its stand-in copies."""
+REASON_KEYS = ("gave up because", "invalid because")
+"""The event that says why an example was rejected; the second before Hypothesis 6.168."""
+PRINTS = next(
+    (
+        name
+        for name in ("print_test_case", "print_example")
+        if name in inspect.signature(core.StateForActualGivenExecution.execute_once).parameters
+    ),
+    "print_test_case",
+)
+"""The parameter by which an example prints itself; renamed in Hypothesis 6.167."""
 
 
 def missing_internals() -> str:
@@ -53,7 +65,7 @@ def missing_internals() -> str:
     versions.
     """
     wanted: list[tuple[Any, set[str]]] = [
-        (core.StateForActualGivenExecution.execute_once, {"data", "print_test_case", "is_final"}),
+        (core.StateForActualGivenExecution.execute_once, {"data", PRINTS, "is_final"}),
         (core.StateForActualGivenExecution.run_engine, {"self"}),
         (ConjectureData.__init__, {"random", "observer", "provider", "prefix", "max_choices"}),
         (providers.HypothesisProvider.span_end, {"discard"}),
@@ -63,9 +75,9 @@ def missing_internals() -> str:
     for function, names in wanted:
         missing = names - inspect.signature(function).parameters.keys()
         if missing:
-            return f"{function.__qualname__} takes no {', '.join(sorted(missing))}"
+            return f"parameter {', '.join(sorted(missing))} of {function.__qualname__}"
     if getattr(core, "deterministic_PRNG", None) is not deterministic_PRNG:
-        return "hypothesis.core has no deterministic_PRNG"
+        return "hypothesis.core.deterministic_PRNG"
     return ""
 
 
@@ -224,6 +236,11 @@ class Followed(core.StateForActualGivenExecution):
             type(self).meet()
         return result
 
+    def run_example(self, data: ConjectureData, *, final: bool) -> Any:
+        """Run the example of these data; a final one prints itself."""
+        __tracebackhide__ = True
+        return self.execute_once(data, is_final=final, **{PRINTS: final})
+
     def run_engine(self) -> None:
         """Follow the controller's engine."""
         __tracebackhide__ = True
@@ -268,6 +285,29 @@ def trim(error: BaseException) -> BaseException:
 
 def _is_ours(file: str) -> bool:
     return os.path.dirname(file) == os.path.dirname(__file__)
+
+
+def note_rejection(data: ConjectureData, error: UnsatisfiedAssumption) -> None:
+    """Write into the data why, and where, `assume` has rejected the example."""
+    data.events[REASON_KEYS[0]] = error.reason or ""
+    vars(data)["invalid_location"] = getattr(error, "location", None)
+
+
+def reason_of(data: ConjectureData) -> str:
+    """Why an example was rejected; empty without a reason."""
+    return str(next((data.events[key] for key in REASON_KEYS if key in data.events), ""))
+
+
+def place_of_rejection(data: ConjectureData) -> str | None:
+    """Where an example was rejected; None before Hypothesis 6.168, which does not say."""
+    place: str | None = getattr(data, "invalid_location", None)
+    return place
+
+
+def mark_rejected(data: ConjectureData, reason: str | None, place: str | None) -> NoReturn:
+    """End the engine's example as a rank's was rejected. Raises Hypothesis' `StopTest`."""
+    takes_place = "location" in inspect.signature(data.mark_invalid).parameters
+    data.mark_invalid(reason, **({"location": place} if takes_place else {}))
 
 
 def status_of(data: ConjectureData) -> Status:

@@ -18,6 +18,7 @@ from hypothesis.internal.conjecture.data import ConjectureData
 from hypothesis.reporting import report as say
 
 from pytest_dcp._harness.lockstep.example_messages import (
+    CASES,
     Attempt,
     Choice,
     Entry,
@@ -26,12 +27,12 @@ from pytest_dcp._harness.lockstep.example_messages import (
     SpanEnd,
     SpanStart,
 )
-from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with
+from pytest_dcp._harness.lockstep.hypothesis_internals import begin_examples_with, mark_rejected
 
 DEFAULT_DEADLINE = timedelta(milliseconds=200)
 """Hypothesis' default, per example. Too short for a first collective across processes."""
-STAND_IN_LINE = "Failing test case: <state machine>"
-"""The engine's message about a stand-in's own arguments."""
+STAND_IN_LINES = {case + end for case in CASES for end in ("", " <state machine>")}
+"""The engine's messages about a stand-in, whose arguments it does not print, in all versions."""
 EXPECTED = "Failed to reproduce exception. Expected:"
 """The engine's message, with our traceback, about a failure that did not reproduce."""
 
@@ -92,7 +93,9 @@ def _settings_of(prop: Property) -> settings:
 def for_the_user(error: Exception) -> Exception:
     """Hypothesis' exception, without its notes on the stand-in and the engine's frames."""
     notes: list[str] = getattr(error, "__notes__", [])
-    notes[:] = [note for note in notes if note != STAND_IN_LINE and not note.startswith(EXPECTED)]
+    notes[:] = [
+        note for note in notes if note not in STAND_IN_LINES and not note.startswith(EXPECTED)
+    ]
     for one in getattr(error, "exceptions", ()):
         one.__traceback__ = None
     return error.with_traceback(None)
@@ -132,4 +135,4 @@ def reject(data: ConjectureData, reply: Reply) -> NoReturn:
     """Mark the engine's data as rejected by a rank."""
     if reply.status == "overrun":
         data.mark_overrun()
-    data.mark_invalid(reply.reason or None, location=reply.location)
+    mark_rejected(data, reply.reason or None, reply.location)

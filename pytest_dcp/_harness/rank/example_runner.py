@@ -34,6 +34,7 @@ from pytest_dcp._harness.lockstep.example_messages import (
     encode_line,
     encode_span,
 )
+from pytest_dcp._harness.lockstep.hypothesis_settings import set_settings, settings_of
 from pytest_dcp._harness.protocol.messages import At, Done, Example, Go
 from pytest_dcp._harness.rank.exception_facts import class_of, is_echo, lines_of, outcome_of
 from pytest_dcp._harness.rank.process_facets import QUICK_FACETS
@@ -85,7 +86,8 @@ def check_fixtures(item: pytest.Item) -> None:
     Hypothesis' own check would not know that ours are made for this.
     """
     __tracebackhide__ = True
-    settings: Any = getattr(item.obj, "_hypothesis_internal_use_settings", None)  # type: ignore[attr-defined]
+    test: Any = item.obj  # type: ignore[attr-defined]  # of a pytest.Function
+    settings = settings_of(test)
     if settings is None:
         return
     health = hypothesis.HealthCheck.function_scoped_fixture
@@ -106,10 +108,8 @@ def check_fixtures(item: pytest.Item) -> None:
             "up once for all examples. Create fresh values inside the test, or say that they need "
             "not be with @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])"
         )
-    function: Any = getattr(item.obj, "__func__", item.obj)  # type: ignore[attr-defined]
-    function._hypothesis_internal_use_settings = hypothesis.settings(
-        settings, suppress_health_check=[*settings.suppress_health_check, health]
-    )
+    quiet = [*settings.suppress_health_check, health]
+    set_settings(test, hypothesis.settings(settings, suppress_health_check=quiet))
 
 
 class ExampleRecord:
@@ -234,8 +234,8 @@ class ExampleRunner:
             status,
             self.record.drawn,
             origin=inside.origin_of(error) if error is not None else "",
-            reason=str(data.events.get("gave up because", "")) if status == "invalid" else "",
-            location=data.invalid_location,
+            reason=inside.reason_of(data) if status == "invalid" else "",
+            location=inside.place_of_rejection(data),
             fatal=isinstance(error, FailedHealthCheck),
             reusable=not left and process_group_is_ours(self.rank),
             groups=counter.since(before),
@@ -270,9 +270,7 @@ class ExampleRunner:
         error: BaseException | None = None
         try:
             with inside.listen_to_reports(self.record.say):
-                result = state.execute_once(
-                    data, print_test_case=attempt.final, is_final=attempt.final
-                )
+                result = state.run_example(data, final=attempt.final)
                 self._end()
             if result is not None:
                 error = FailedHealthCheck(
@@ -280,8 +278,7 @@ class ExampleRunner:
                     f"{result!r}"
                 )
         except UnsatisfiedAssumption as exc:
-            data.events["gave up because"] = exc.reason or ""
-            data.invalid_location = exc.location
+            inside.note_rejection(data, exc)
             status = "invalid"
         except StopTest:
             status = inside.status_of(data)

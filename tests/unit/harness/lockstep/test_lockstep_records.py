@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.errors import StopTest
+from hypothesis.internal.conjecture.data import ConjectureData
 from hypothesis.internal.intervalsets import IntervalSet
 
 from pytest_dcp._harness.lockstep import hypothesis_internals
@@ -26,6 +30,7 @@ from pytest_dcp._harness.lockstep.example_messages import (
     encode_span,
     merged_lines,
 )
+from pytest_dcp.errors import UnsupportedVersionError
 
 choices = st.builds(
     Choice,
@@ -165,13 +170,63 @@ def test_lines_of_the_deciding_rank_come_first_and_others_once() -> None:
 
 
 def test_another_hypothesis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lockstep_versions.problem() == ""
+    assert lockstep_versions.problem() is None
 
     def execute_once(self: object, data: object) -> None: ...
 
     state = hypothesis_internals.core.StateForActualGivenExecution
     monkeypatch.setattr(state, "execute_once", execute_once)
-    assert re.search(
-        r"needs Hypothesis 6\.168 .* is not: .*execute_once takes no is_final, print_test_case$",
-        lockstep_versions.problem(),
+    assert re.match(
+        r"hypothesis 6\.\S+ has no parameter is_final, print_\w+ of \S+\.execute_once, which "
+        r"pytest_dcp needs: it supports hypothesis 6\.136 to 6\.\d+; install one of these",
+        str(lockstep_versions.problem()),
     )
+
+
+def test_a_hypothesis_without_a_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "pytest_dcp._harness.lockstep.hypothesis_internals"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys.modules["pytest_dcp._harness.lockstep"], "hypothesis_internals")
+    monkeypatch.setitem(sys.modules, "hypothesis.internal.conjecture.providers", None)
+    monkeypatch.delattr("hypothesis.internal.conjecture.providers")
+    assert re.match(
+        r"hypothesis 6\.\S+ has no hypothesis\.internal\.conjecture\.providers, which",
+        str(lockstep_versions.problem()),
+    )
+
+
+def test_a_refused_hypothesis_fails_each_property(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = hypothesis_internals.core.StateForActualGivenExecution
+    monkeypatch.setattr(state, "run_engine", state.run_engine)
+    lockstep_versions.refuse(lockstep_versions.HYPOTHESIS.refuse("a.name"))
+
+    @given(st.booleans())
+    def test_it(value: bool) -> None: ...
+
+    with pytest.raises(UnsupportedVersionError, match=r"^hypothesis 6\.\S+ has no a\.name, which"):
+        test_it()
+
+
+class RejectedBefore6168:
+    """An example's data in older versions, as far as a rejection goes."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, str] = {}
+
+    def mark_invalid(self, why: str | None = None) -> None:
+        self.events["invalid because"] = str(why)
+
+
+def test_a_rejection_has_its_reason_in_older_versions_too() -> None:
+    data: Any = RejectedBefore6168()
+    assert hypothesis_internals.place_of_rejection(data) is None
+    hypothesis_internals.mark_rejected(data, "too odd", "it.py:3")
+    assert hypothesis_internals.reason_of(data) == "too odd"
+
+
+def test_a_rejection_has_its_reason_and_place() -> None:
+    data = ConjectureData.for_choices([])
+    with pytest.raises(StopTest):
+        hypothesis_internals.mark_rejected(data, "too odd", "it.py:3")
+    assert hypothesis_internals.reason_of(data) == "too odd"
+    assert hypothesis_internals.place_of_rejection(data) in ("it.py:3", None)
