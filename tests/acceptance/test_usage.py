@@ -44,7 +44,7 @@ def test_the_plugin_registers_once_and_costs_an_unmarked_suite_nothing(
     make_suite: MakeSuite, args: list[str], env: dict[str, str]
 ) -> None:
     suite = make_suite({"conftest.py": "registration.py", "test_plain.py": PLAIN})
-    session = suite.run("-Werror", "--strict-markers", *args, env=env)
+    session = suite.run("-Werror", "--strict-markers", *args, env=env, new_interpreter=True)
     (seen,) = session.noted("registration")
     assert session.exit_code == pytest.ExitCode.OK
     assert seen["plugins"] == OURS
@@ -54,7 +54,7 @@ def test_the_plugin_registers_once_and_costs_an_unmarked_suite_nothing(
 
 def test_the_plugin_can_be_switched_off(make_suite: MakeSuite) -> None:
     suite = make_suite({"conftest.py": "registration.py", "test_foreign.py": "foreign_marker.py"})
-    session = suite.run("-p", "no:pytest_dcp")
+    session = suite.run("-p", "no:pytest_dcp", new_interpreter=True)
     (seen,) = session.noted("registration")
     assert session.exit_code == pytest.ExitCode.OK
     assert seen["plugins"] == []
@@ -65,7 +65,7 @@ def test_the_plugin_can_be_switched_off(make_suite: MakeSuite) -> None:
 def test_an_empty_marker_leaves_a_foreign_marker_alone(make_suite: MakeSuite) -> None:
     files = {"conftest.py": "registration.py", "test_foreign.py": "foreign_marker.py"}
     ini = "dcp_marker =\nmarkers = world_size: another plugin's"
-    session = make_suite(files, ini).run("--strict-markers")
+    session = make_suite(files, ini).run("--strict-markers", new_interpreter=True)
     (seen,) = session.noted("registration")
     assert session.exit_code == pytest.ExitCode.OK
     assert len(session.collected) == 3

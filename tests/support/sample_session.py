@@ -26,6 +26,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from support.session_server import TOKEN_LENGTH, ForkedSession, start_session, starts_alike
+
 SAMPLES = Path(__file__).parents[1] / "acceptance" / "samples"
 GONE_S = 2.0
 """Processes of a session must be gone this long after its end."""
@@ -139,16 +141,23 @@ class Suite:
         within_s: float = WITHIN_S,
         env: Mapping[str, str] = MappingProxyType({}),
         under: Sequence[str] = (),
+        new_interpreter: bool = False,
     ) -> SessionResult:
         """`pytest *args` in `cwd` below the folder; waits for its end.
 
         The session has its own TMPDIR, and its basetemp is elsewhere, so that any file left in
         TMPDIR is a leak. `env` is added to the environment, and `under` are the interpreter's
         arguments before pytest's.
+
+        The session is a fork of a process that has imported torch (see `session_server`), unless
+        `new_interpreter` asks for a program of its own, or `env` or `under` need one.
         """
         run = self.prepare(cwd=cwd, cache=cache, env=env)
         started = time.monotonic()
-        exit_code = run.wait([sys.executable, *under, "-m", "pytest", *args], within_s)
+        if new_interpreter or under or not starts_alike(env):
+            exit_code = run.wait([sys.executable, *under, "-m", "pytest", *args], within_s)
+        else:
+            exit_code = run.wait_for_fork(args, within_s)
         return run.result(exit_code, time.monotonic() - started)
 
     def prepare(
@@ -200,7 +209,7 @@ class _Run:
 
     @classmethod
     def prepare(cls, folder: Path, cwd: Path) -> _Run:
-        token = str(uuid.uuid4().int)
+        token = str(uuid.uuid4().int).zfill(TOKEN_LENGTH)
         private = folder / f"session-{token[:8]}"
         (private / "tmp").mkdir(parents=True)
         cwd.mkdir(parents=True, exist_ok=True)
@@ -222,6 +231,12 @@ class _Run:
     def basetemp(self) -> Path:
         return self.private / BASETEMP
 
+    def wait_for_fork(self, args: Sequence[str], within_s: float) -> int:
+        """The exit code of `pytest *args`, forked; AssertionError when it is late."""
+        with (self.private / "output").open("wb") as output:
+            process = start_session(args, self.cwd, self.env, output.fileno())
+        return self._wait(process, ["pytest", *args], within_s)
+
     def wait(self, command: Sequence[str], within_s: float) -> int:
         """The exit code of the command, run to its end; AssertionError when it is late."""
         with (self.private / "output").open("wb") as output:
@@ -234,15 +249,23 @@ class _Run:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            try:
-                return process.wait(within_s)
-            except subprocess.TimeoutExpired as exc:
-                shown = self.output()[-5000:]
-                raise AssertionError(f"{command} did not end in {within_s:g} s:\n{shown}") from exc
-            finally:
-                if process.poll() is None:
-                    self.kill_left()
-                    process.wait()
+        return self._wait(process, command, within_s)
+
+    def _wait(
+        self,
+        process: subprocess.Popen[bytes] | ForkedSession,
+        command: Sequence[str],
+        within_s: float,
+    ) -> int:
+        try:
+            return process.wait(within_s)
+        except subprocess.TimeoutExpired as exc:
+            shown = self.output()[-5000:]
+            raise AssertionError(f"{command} did not end in {within_s:g} s:\n{shown}") from exc
+        finally:
+            if process.poll() is None:
+                self.kill_left()
+                process.wait()
 
     def output(self) -> str:
         return (self.private / "output").read_text(errors="replace")
