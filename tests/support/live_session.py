@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
+import pty
+import termios
 import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pexpect
 import psutil
+from pexpect import fdpexpect
+
+from support.session_server import ForkedSession, start_session
 
 if TYPE_CHECKING:
     from support.sample_session import SessionResult, Suite
@@ -25,6 +29,7 @@ _OTHERS = r"(?:rank \d is done|\s)*"
 PROMPT = rf"\({_OTHERS}P{_OTHERS}d{_OTHERS}b{_OTHERS}\) "
 """A debugger's. Readline writes it in pieces, and all ranks share the terminal: lines that another
 rank of samples/debugged.py prints, or their ends, may come in between."""
+ROWS_AND_COLUMNS = (50, 200)
 ANSWER_S = 60.0
 """Bounds a wait for something to happen that takes some five seconds on an idle machine."""
 GONE_S = 3.0
@@ -40,22 +45,25 @@ class LiveSession:
         self._run = suite.prepare()
         self._output = (self._run.private / "output").open("w")
         self._started = time.monotonic()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of a fork beside any thread; another program follows at once here.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.terminal = pexpect.spawn(
-                sys.executable,
-                ["-m", "pytest", "--color=no", *args],
-                cwd=str(self._run.cwd),
-                env=self._run.env,
-                encoding="utf-8",
-                codec_errors="replace",
-                timeout=ANSWER_S,
-                dimensions=(50, 200),
-            )
+        self._session, here = self._start(["--color=no", *args])
+        self.terminal = fdpexpect.fdspawn(
+            here, timeout=ANSWER_S, encoding="utf-8", codec_errors="replace"
+        )
         self.terminal.delaybeforesend = None
         self.terminal.logfile_read = self._output
-        self.pid: int = self.terminal.pid
+        self.pid = self._session.pid
+
+    def _start(self, args: Sequence[str]) -> tuple[ForkedSession, int]:
+        """The session, and our end of its terminal."""
+        here, there = pty.openpty()
+        termios.tcsetwinsize(there, ROWS_AND_COLUMNS)
+        try:
+            return start_session(args, self._run.cwd, self._run.env, there, terminal=True), here
+        except BaseException:
+            os.close(here)
+            raise
+        finally:
+            os.close(there)
 
     # The terminal.
 
@@ -83,7 +91,7 @@ class LiveSession:
 
     def interrupt(self) -> None:
         """Ctrl-C."""
-        self.terminal.sendintr()
+        self.terminal.send("\x03")
 
     # The processes.
 
@@ -128,21 +136,20 @@ class LiveSession:
     def end(self, within_s: float = ANSWER_S) -> SessionResult:
         """Wait for the session's end; AssertionError when it is late."""
         deadline = time.monotonic() + within_s
-        while self.terminal.isalive():
+        while (code := self._session.poll()) is None:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no end in {within_s:g} s:\n{self.output()[-5000:]}")
             self._listen()
         elapsed_s = time.monotonic() - self._started
         self._listen()
-        status = self.terminal.exitstatus
-        code = -self.terminal.signalstatus if status is None else status
         self._output.flush()
         return self._run.result(code, elapsed_s)
 
     def close(self) -> None:
         """Kill all processes that are left."""
         self._run.kill_left()
-        self.terminal.close(force=True)
+        self._session.wait(GONE_S)
+        self.terminal.close()
         self._output.close()
 
 

@@ -13,15 +13,18 @@ A session that looks at the start of an interpreter (its options, what it import
 `starts_alike` refuses environments that an interpreter or a library reads only at its start, and
 `Suite.run` has `new_interpreter=True` for the rest.
 
-Messages are datagrams on socket pairs. On the server's, a request: JSON {args, cwd, env}, with the
-descriptors of the output and of the session's own socket. On the session's: its exit code, when it
-has ended. The server ends when its socket is closed, which the client does at its own exit.
+Messages are datagrams on socket pairs. On the server's, a request: JSON {args, cwd, env, terminal},
+with the descriptors of the output and of the session's own socket. On the session's: its process
+id, and its exit code when it has ended. The server ends when its socket is closed, which the client
+does at its own exit.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import fcntl
 import functools
 import gc
 import importlib
@@ -32,6 +35,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +72,7 @@ class ForkedSession:
 
     def __init__(self, ended: socket.socket) -> None:
         self._ended = ended
+        self.pid = int(self._receive())
         self.returncode: int | None = None
 
     def wait(self, within_s: float | None = None) -> int:
@@ -80,13 +85,10 @@ class ForkedSession:
         if self.returncode is None:
             self._ended.settimeout(within_s)
             try:
-                said = self._ended.recv(64)
+                self.returncode = int(self._receive())
             except TimeoutError:
                 raise subprocess.TimeoutExpired("pytest", within_s or 0.0) from None
             self._ended.close()
-            if not said:
-                raise AssertionError("the server of sessions ended before its session did")
-            self.returncode = int(said)
         return self.returncode
 
     def poll(self) -> int | None:
@@ -95,13 +97,23 @@ class ForkedSession:
             self.wait()
         return self.returncode
 
+    def _receive(self) -> bytes:
+        if not (said := self._ended.recv(64)):
+            raise AssertionError("the server of sessions ended before its session did")
+        return said
+
 
 def start_session(
-    args: Sequence[str], cwd: Path, env: Mapping[str, str], output: int
+    args: Sequence[str], cwd: Path, env: Mapping[str, str], output: int, *, terminal: bool = False
 ) -> ForkedSession:
-    """Start `pytest *args` in a fork of the server; `output` is the descriptor it writes to."""
+    """Start `pytest *args` in a fork of the server.
+
+    `output` is the descriptor that it writes to. With `terminal` that is a terminal, which also is
+    its input and controls it.
+    """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    request = json.dumps({"args": [*args], "cwd": str(cwd), "env": dict(env)}).encode()
+    said = {"args": [*args], "cwd": str(cwd), "env": dict(env), "terminal": terminal}
+    request = json.dumps(said).encode()
     with there:
         socket.send_fds(_server(), [request], [output, there.fileno()])
     return ForkedSession(here)
@@ -148,8 +160,9 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
         for pidfd in ended_by.keys() & ready:
             pid, ended = ended_by.pop(pidfd)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            with socket.socket(fileno=ended) as its:
-                its.send(str(code).encode())
+            with contextlib.suppress(BrokenPipeError):  # the client no longer waits for it
+                os.write(ended, str(code).encode())
+            os.close(ended)
             os.close(pidfd)
         if requests not in ready:
             continue
@@ -167,11 +180,15 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
             return {**json.loads(data), "output": output}
         os.close(output)
         ended_by[os.pidfd_open(pid)] = (pid, ended)
+        os.write(ended, str(pid).encode())
 
 
 def _become_session(request: dict[str, Any], inherited: Sequence[str]) -> None:
     """Turn this fork into `python -m pytest` as `request` describes it, except for running it."""
     os.setsid()
+    if request["terminal"]:
+        fcntl.ioctl(request["output"], termios.TIOCSCTTY, 0)
+        os.dup2(request["output"], 0)
     os.dup2(request["output"], 1)
     os.dup2(request["output"], 2)
     os.close(request["output"])
