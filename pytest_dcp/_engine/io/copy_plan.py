@@ -41,7 +41,7 @@ If `w` is transposed, no two elements are neighbours in both places: each is a s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,8 +69,6 @@ class Targets:
     """Of the read items."""
     tensors: Sequence[torch.Tensor]
     """For each of these rows, the row's whole wanted box."""
-    narrowed: bool = False
-    """Whether the tensors are only the parts of the boxes that the rows fill."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,8 +132,6 @@ def copies(
     odd_strides: bytes between neighbours of the chunks that are not stored row-major.
     """
     rows, width = targets.rows, items.shape.shape[1]
-    if targets.narrowed:
-        items = replace(items, to_offset=np.zeros_like(items.to_offset))
     memory = _memory_of(items, targets)
     entry, shape = items.entry[rows], items.shape[rows]
     dtypes = [p.dtype for p in index.properties]

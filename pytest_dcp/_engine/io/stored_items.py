@@ -11,7 +11,7 @@ counted leave.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -61,17 +61,20 @@ class StoredItems:
         """The catalog in which every item has its place."""
         return self.found.catalog
 
-    def read_into(self, targets: Targets) -> None:
-        """Fill the targets of these rows from the files."""
-        source = self.source
+    def read_into(self, targets: Targets, *, narrowed: bool = False) -> None:
+        """Fill the targets of these rows from the files.
+
+        narrowed: whether each tensor is only the part of the wanted box that its row fills.
+        """
+        source, items = self.source, self.items
+        if narrowed:
+            # For planning and reading alike: both place the copy within the target.
+            items = replace(items, to_offset=np.zeros_like(items.to_offset))
         with collector_paused():
-            plan = copies(self.items, targets, self.catalog.index, self.found.odd_strides)
+            plan = copies(items, targets, self.catalog.index, self.found.odd_strides)
         self.tally.add(
-            read_copies(
-                source.folder, self.catalog, self.items, plan, source.settings,
-                source.observer,
-            )
-        )  # fmt: skip
+            read_copies(source.folder, self.catalog, items, plan, source.settings, source.observer)
+        )
 
     def decode_tensor(self, row: int) -> torch.Tensor:
         """The part that a row wants of a tensor whose entry passed through stream transforms."""

@@ -210,5 +210,5 @@ class Work:
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
             check_size(self.items[row], target)
-        self.stored.read_into(Targets(rows, list(targets.values()), narrowed=True))
+        self.stored.read_into(Targets(rows, list(targets.values())), narrowed=True)
         return targets

@@ -478,3 +478,27 @@ def test_size_and_dtype_are_those_of_the_memory_that_hooks_tell_of(tmp_path: Pat
     assert plain["w"].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(BaseException, match="dtype mismatch"):
         dcp.load({"w": Wrapped(torch.zeros(5)), "b": torch.zeros(1)}, checkpoint_id=tmp_path)
+
+
+class HooksForTensors(dcp.DefaultLoadPlanner):
+    """Its own `resolve_tensor` makes the engine call the hooks for each part of a tensor."""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return super().resolve_tensor(read_item)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hooks_give_parts_of_a_target_that_is_converted_or_strided(
+    tmp_path: Path, dtype: torch.dtype, transposed: bool
+) -> None:
+    """The second part begins inside the target, but at the start of the tensor the hook gives."""
+    saved: Any = torch.arange(8.0).reshape(4, 2)
+    saved.global_shape = (4, 2)
+    saved.global_offsets = saved.local_offsets = [(0, 0), (2, 0)]
+    saved.local_sizes = [(2, 2), (2, 2)]
+    dcp.save({"w": saved}, checkpoint_id=tmp_path, no_dist=True)
+    target = torch.zeros(2, 4, dtype=dtype).T if transposed else torch.zeros(4, 2, dtype=dtype)
+    planner = HooksForTensors(allow_partial_load=True)
+    dcp.load({"w": target}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    assert target.tolist() == torch.arange(8.0).reshape(4, 2).tolist()

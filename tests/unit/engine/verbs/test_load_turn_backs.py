@@ -116,6 +116,15 @@ def mesh() -> Iterator[Any]:
         dist.destroy_process_group()
 
 
+def two_chunks() -> torch.Tensor:
+    """A tensor that is saved in two chunks of two rows each."""
+    tensor: Any = torch.arange(8.0).reshape(4, 2)
+    tensor.global_shape = (4, 2)
+    tensor.global_offsets = tensor.local_offsets = [(0, 0), (2, 0)]
+    tensor.local_sizes = [(2, 2), (2, 2)]
+    return tensor
+
+
 def stored_state(more: int) -> dict[str, Any]:
     layers = {f"layer{n}": torch.full((3,), float(n)) for n in range(more)}
     return {
@@ -125,6 +134,7 @@ def stored_state(more: int) -> dict[str, Any]:
             "plain": torch.arange(4.0),
             "strided": torch.arange(24.0).reshape(4, 6),
             "half": torch.arange(5.0),
+            "chunks": two_chunks(),
             "meta": torch.arange(3.0),
         },
         "optimizer": {"step": torch.tensor(3.0), "lr": 0.1, "names": ["a", "b"]},
@@ -142,6 +152,7 @@ def target_state(mesh: Any, more: int) -> dict[str, Any]:
             "plain": torch.zeros(4),
             "strided": torch.zeros(6, 4).T,
             "half": torch.zeros(5, dtype=torch.float16),
+            "chunks": torch.zeros(4, 2, dtype=torch.float64),
             "meta": torch.empty(3, device="meta"),
         },
         "optimizer": {"step": torch.zeros(()), "lr": 0.0, "names": ["", ""]},
@@ -162,6 +173,7 @@ def turn_backs_of_load(
     assert model["sharded"].to_local().tolist() == torch.arange(16.0, 32.0).reshape(4, 4).tolist()
     assert model["strided"].tolist() == torch.arange(24.0).reshape(4, 6).tolist()
     assert model["half"].tolist() == model["half"].float().tolist() == [0, 1, 2, 3, 4]
+    assert model["chunks"].tolist() == torch.arange(8.0).reshape(4, 2).tolist()
     assert model["meta"].tolist() == [0, 1, 2]
     assert all(model[f"layer{n}"].tolist() == [n] * 3 for n in range(more))
     assert state["optimizer"] == {"step": torch.tensor(3.0), "lr": 0.1, "names": ["a", "b"]}
