@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._torch_internals.modules import drop_step_hooks
@@ -163,4 +165,21 @@ class _FirstValues(dict[str, Any]):
 
 
 def _copy_value(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+    return _copy_tensor(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _copy_tensor(value: Any) -> torch.Tensor:
+    """A copy, on its device.
+
+    A wrapper subclass is rebuilt around copies of its inner tensors: torchao's states cannot be
+    cloned.
+    """
+    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+        copied: torch.Tensor = value.detach().clone()
+        return copied
+    names, context = value.__tensor_flatten__()
+    inner = {name: _copy_tensor(getattr(value, name)) for name in names}
+    made: torch.Tensor = type(value).__tensor_unflatten__(
+        inner, context, value.size(), value.stride()
+    )
+    return made

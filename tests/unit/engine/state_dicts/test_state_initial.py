@@ -11,6 +11,7 @@ import torch
 from pytest_dcp._engine.state_dicts import initial
 from pytest_dcp._engine.state_dicts.initial import initial_states
 from pytest_dcp.errors import CheckpointError
+from support.opaque_tensors import Scaled
 
 ALIKE: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.Adam, {"amsgrad": True}),
@@ -100,6 +101,36 @@ def test_an_optimizer_of_ones_own_says_its_first_values() -> None:
     assert torch.equal(p, before)
     assert (state["count"], state["name"], state["history"]) == (0, "new", [])
     assert torch.equal(state["nested"]["m"], torch.zeros(2, 3))
+
+
+class Uncloneable(Scaled):
+    """As torchao's states of 8 bits: they can be made and filled, but not cloned."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.clone:
+            raise NotImplementedError(str(func))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Quantising(Hoarder):
+    """Keeps a wrapper, and changes its inner tensors in its first step."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            made = Uncloneable(torch.zeros(p.shape, dtype=torch.int8), torch.ones(len(p)))
+            self.state[p]["average"] = made
+            made.values.fill_(7)
+
+
+def test_a_state_that_cannot_be_cloned_is_copied_by_its_inner_tensors() -> None:
+    p = parameter()
+    optimizer = Quantising([p])
+    (state,) = initial_states(optimizer, optimizer.param_groups[0], [p])
+    average = state["average"]
+    assert type(average) is Uncloneable
+    assert average.values.tolist() == [[0] * 3] * 2  # before the step changed it
+    assert average.block == 32
 
 
 def test_a_meta_parameter_has_meta_states() -> None:
