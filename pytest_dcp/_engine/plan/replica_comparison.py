@@ -225,7 +225,8 @@ def mismatch_error(
         lines.append(f"and {', '.join(map(repr, named[:20]))}{' ...' if len(named) > 20 else ''}")
     lines.append(
         "One copy of each is saved. Make them equal (broadcast them before the save), save a value "
-        "of each rank as PerRank(value), or pass replicas='off' to save any rank's copy."
+        "of each rank as PerRank(value), or pass replicas='off' to save any rank's copy (for code "
+        "that you cannot change: set DCP_REPLICAS=off)."
     )
     return ReplicaMismatchError("\n".join(lines), keys=fqns)
 

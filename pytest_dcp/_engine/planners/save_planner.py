@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -51,6 +52,20 @@ OF_ONE_SAVE = frozenset(
 """A planner's state for the save that it plans, or planned last."""
 
 
+REPLICAS = "DCP_REPLICAS"
+"""The environment variable that replaces `replicas=` for code that cannot be changed."""
+
+
+def _choose_check(replicas: ReplicaCheck | None, environ: Mapping[str, str]) -> ReplicaCheck:
+    """The given check, else the environment's, else a sample. Pure."""
+    given: str = environ.get(REPLICAS, "sample") if replicas is None else replicas
+    for check in get_args(ReplicaCheck):
+        if given == check:
+            return cast(ReplicaCheck, check)
+    name = "replicas" if replicas is not None else f"{REPLICAS} in the environment"
+    raise ValueError(f"{name} must be 'sample', 'check' or 'off', got {given!r}")
+
+
 class DefaultSavePlanner(SavePlanner):
     """Plans a save: flattens the state dict, removes replicas, balances bytes, checks coverage."""
 
@@ -65,17 +80,16 @@ class DefaultSavePlanner(SavePlanner):
         dedup_save_to_lowest_rank: bool = False,
         enable_plan_caching: bool = False,
         *,
-        replicas: ReplicaCheck = "sample",
+        replicas: ReplicaCheck | None = None,
     ) -> None:
         """As torch's, and:
 
         replicas: of data that several ranks hold one copy is saved; this says which copies to
             compare. "sample": every Python value and a small sample of the tensors; "check":
-            everything; "off". Copies that differ raise ReplicaMismatchError.
+            everything; "off". Copies that differ raise ReplicaMismatchError. None: as the
+            environment variable DCP_REPLICAS says; "sample" without it.
         """
-        if replicas not in get_args(ReplicaCheck):
-            raise ValueError(f"replicas must be 'sample', 'check' or 'off', got {replicas!r}")
-        self.replica_check = replicas
+        self.replica_check = _choose_check(replicas, os.environ)
         self._entries: dict[str, bytes] = {}
         """Entries of values that were encoded before they are written."""
         self.replicas: Replicas | None = None

@@ -165,7 +165,7 @@ def save_team(
 def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
     """The given planner, or a default one with this option; only the default one takes it."""
     if planner is None:
-        return DefaultSavePlanner(replicas=replicas or "sample")
+        return DefaultSavePlanner(replicas=replicas)
     if replicas is not None:
         raise ValueError(
             f"replicas= is for the default planner: give it to your {type(planner).__name__}"

@@ -198,6 +198,22 @@ def test_an_unknown_choice_is_refused() -> None:
         dcp.DefaultSavePlanner(replicas="always")  # type: ignore[arg-type]  # on purpose
 
 
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_the_environment_chooses_for_code_that_passes_nothing(
+    checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differing = {"buffer": torch.full((2,), float(rank))}
+    error = refused(lambda: dcp.save(differing, checkpoint_id=checkpoint_dir))
+    assert "set DCP_REPLICAS=off" in str(error)
+    monkeypatch.setenv("DCP_REPLICAS", "off")
+    dcp.save(differing, checkpoint_id=checkpoint_dir)
+    dcp.save(differing, checkpoint_id=checkpoint_dir, planner=dcp.DefaultSavePlanner())
+    refused(lambda: dcp.save(differing, checkpoint_id=checkpoint_dir, replicas="check"))
+    monkeypatch.setenv("DCP_REPLICAS", "never")
+    with pytest.raises(ValueError, match="DCP_REPLICAS in the environment must be 'sample'"):
+        dcp.DefaultSavePlanner()
+
+
 # ---- values per rank
 
 
