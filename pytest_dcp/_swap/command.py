@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.is_module and not os.path.exists(options.script):
         parser.error(f"there is no file {options.script!r}")
     notes = extend_environment(os.environ)
-    install()
+    if leftovers := install():
+        print(leftovers, file=sys.stderr)
     try:
         _run(options.script, options.arguments, is_module=options.is_module)
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pytest_dcp._engine.torch_names import OURS, TORCH, our_module
 from pytest_dcp._swap.fallbacks import note_fallback
+from pytest_dcp._swap.leftovers import describe_leftovers
 from pytest_dcp._swap.replaced_names import replace_names
 
 _ENGINE = ("pytest_dcp._engine", OURS)
@@ -36,6 +37,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         """Whether our engine has been imported."""
         self.waiting: list[ModuleType] = []
         """Modules of torch's that were imported meanwhile."""
+        self.replaced: list[type] = []
+        """The classes of torch's that ours have replaced."""
 
     def find_spec(
         self,
@@ -89,7 +92,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             self.has_ours = True
         waiting, self.waiting = self.waiting, []
         for module in waiting:
-            replace_names(module)
+            self.replaced += replace_names(module)
 
 
 class _Loader(importlib.abc.Loader):
@@ -120,19 +123,21 @@ class _Loader(importlib.abc.Loader):
 _installed: list[_Finder] = []
 
 
-def install() -> None:
+def install() -> str:
     """Make imports of torch's engine return ours, including earlier imports. Idempotent.
 
-    Imports neither torch nor our engine if torch's has not been imported.
+    Imports neither torch nor our engine if torch's has not been imported. Returns a sentence that
+    names what torch's engine has made before; empty if there is nothing.
     """
     if _installed:
-        return
+        return ""
     finder = _Finder()
     _installed.append(finder)
     sys.meta_path.insert(0, finder)
     if TORCH in sys.modules:
         finder.waiting.extend(_loaded_modules())
         finder.swap_waiting()
+    return describe_leftovers(finder.replaced) if finder.replaced else ""
 
 
 def _loaded_modules() -> list[ModuleType]:

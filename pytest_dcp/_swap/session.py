@@ -19,11 +19,12 @@ class EngineSession:
         self._before = {name: os.environ.get(name) for name in VARIABLES}
         self._notes = extend_environment(os.environ)
         """None in an xdist worker, whose controller reports for all."""
-        install()
+        self._leftovers = install()
 
-    def pytest_report_header(self) -> str:
+    def pytest_report_header(self) -> list[str]:
         """Report the engine in the header: results depend on it."""
-        return "engine: torch.distributed.checkpoint gives pytest_dcp.checkpoint"
+        lines = ["engine: torch.distributed.checkpoint gives pytest_dcp.checkpoint"]
+        return [*lines, f"engine: {self._leftovers}"] if self._leftovers else lines
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """List the imported modules that only torch's engine has."""

@@ -197,6 +197,64 @@ def test_a_save_in_a_background_process_is_ours(folder: Path) -> None:
     assert ran.stdout.strip() == "pytest_dcp._engine.background.async_save [0.0, 1.0, 2.0]"
 
 
+NAMES = """
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.filesystem as filesystem
+from torch.distributed.checkpoint import PerRank  # which torch lacks
+
+print(PerRank.__module__, hasattr(dcp, "nonsense"), hasattr(filesystem, "PerRank"))
+try:
+    dcp.sav
+except AttributeError as error:
+    print(error)
+from torch.distributed.checkpoint import nonsense
+"""
+
+
+def test_a_name_that_only_we_have_is_found_and_one_of_neither_is_named(folder: Path) -> None:
+    (folder / "names.py").write_text(NAMES)
+    ran = run(folder, "-m", "pytest_dcp", "run", "names.py")
+    found, text = ran.stdout.splitlines()
+    assert found.startswith("pytest_dcp.")
+    assert found.endswith(" False False")
+    assert text == (
+        "torch.distributed.checkpoint has no 'sav', neither in the installed torch nor in "
+        "pytest_dcp: correct the name, or install the torch that has it"
+    )
+    assert ran.returncode == 1
+    assert "cannot import name 'nonsense' from 'torch.distributed.checkpoint'" in ran.stderr
+
+
+USED = """
+import torch.distributed.checkpoint as dcp
+
+
+class Writer(dcp.FileSystemWriter):
+    pass
+
+
+used = [dcp.FileSystemReader("a"), dcp.FileSystemReader("b"), Writer("c")]
+"""
+
+
+IN_USE = (
+    "torch's engine was in use before pytest_dcp's took its place, and stays in use in "
+    "2 FileSystemReader, the class used.Writer: swap first, or import and make these later"
+)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_what_torchs_engine_has_made_before_the_swap_is_named(folder: Path, used: bool) -> None:
+    (folder / "used.py").write_text(USED if used else "import torch.distributed.checkpoint\n")
+    (folder / "test_it.py").write_text("def test_it():\n    pass\n")
+    ran = run(
+        folder, "-m", "pytest", "-p", "used", "-p", "pytest_dcp", "--dcp-engine", "test_it.py"
+    )
+    assert ran.returncode == 0, ran.stdout
+    told = [line for line in ran.stdout.splitlines() if "in use before" in line]
+    assert told == [f"engine: {IN_USE}"] * used
+
+
 SUITE = """
 import importlib
 import pathlib
