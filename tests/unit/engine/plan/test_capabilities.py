@@ -143,14 +143,14 @@ def test_a_wrapper_has_the_capabilities_of_its_storage_except_the_disk() -> None
 
 
 @pytest.mark.parametrize("asks", OF_WRITERS)
-def test_a_wrapper_of_a_writer_may_have_replaced_what_its_class_has_not(
+def test_a_wrapper_of_a_writer_gets_no_capability_by_forwarding(
     asks: Callable[[object], bool], tmp_path: Path
 ) -> None:
     assert not asks(PassesOn(FileSystemWriter(tmp_path)))
 
 
 @pytest.mark.parametrize("asks", OF_READERS)
-def test_a_wrapper_of_a_reader_may_have_replaced_what_its_class_has_not(
+def test_a_wrapper_of_a_reader_gets_no_capability_by_forwarding(
     asks: Callable[[object], bool], tmp_path: Path
 ) -> None:
     assert not asks(PassesOn(FileSystemReader(tmp_path)))
