@@ -19,17 +19,17 @@ from random import Random
 from typing import Any
 
 from pytest_dcp._engine.coordinate.admission import Admission
-from pytest_dcp._engine.coordinate.coordinator_state import (
+from pytest_dcp._engine.coordinate.coordinator_actions import (
     CombineValues,
     Conclude,
     CoordinatorAction,
-    CoordinatorState,
     PublishVerdict,
     SendAlert,
     SendPing,
     SendResult,
     SendVerdict,
 )
+from pytest_dcp._engine.coordinate.coordinator_state import CoordinatorState
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head, Mode
 from pytest_dcp._engine.coordinate.hello import Hello

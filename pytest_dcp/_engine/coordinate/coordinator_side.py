@@ -18,11 +18,10 @@ from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.absence import Absences
 from pytest_dcp._engine.coordinate.admission import Admission
 from pytest_dcp._engine.coordinate.connection import Connection
-from pytest_dcp._engine.coordinate.coordinator_state import (
+from pytest_dcp._engine.coordinate.coordinator_actions import (
     CombineValues,
     Conclude,
     CoordinatorAction,
-    CoordinatorState,
     PublishVerdict,
     ReadOn,
     SendAlert,
@@ -30,6 +29,7 @@ from pytest_dcp._engine.coordinate.coordinator_state import (
     SendResult,
     SendVerdict,
 )
+from pytest_dcp._engine.coordinate.coordinator_state import CoordinatorState
 from pytest_dcp._engine.coordinate.descriptors import exhaustion_error, make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, encode, encode_alert

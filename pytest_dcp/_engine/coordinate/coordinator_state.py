@@ -1,8 +1,8 @@
 """Decides what the coordinator of one operation does: (state, event, now) -> actions.
 
-Pure (no I/O): time is an argument, ranks identify connections, and actions are values that
-`CoordinatorSide` carries out. The peers' half is `peer_state`. The tests run both in a simulator of
-ranks, with random delays, deaths and stops.
+Pure (no I/O): time is an argument, ranks identify connections, and actions are values
+(`coordinator_actions`) that `CoordinatorSide` carries out. The peers' half is `peer_state`. The
+tests run both in a simulator of ranks, with random delays, deaths and stops.
 
 Theory of operation. A step is one exchange, and every rank is in the same one.
 
@@ -55,15 +55,24 @@ Assumes that each connection keeps its order and loses nothing while it lasts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from pytest_dcp._engine.coordinate.admission import Admission, admit, difference
+from pytest_dcp._engine.coordinate.coordinator_actions import (
+    CombineValues,
+    Conclude,
+    CoordinatorAction,
+    PublishVerdict,
+    ReadOn,
+    SendAlert,
+    SendPing,
+    SendResult,
+    SendVerdict,
+)
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head
 from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.payload import Payload
 from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
@@ -80,70 +89,6 @@ class Phase(Enum):
     COMBINING = auto()
     DELIVERING = auto()
     LEAVING = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class SendAlert:
-    """Tell peers that a rank failed."""
-
-    ranks: Sequence[int]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendResult:
-    """Give peers the result of the step, the same to all of them."""
-
-    ranks: Sequence[int]
-    payload: Payload
-
-
-@dataclass(frozen=True, slots=True)
-class SendVerdict:
-    """Give peers the verdict on the step."""
-
-    ranks: Sequence[int]
-    verdict: StepVerdict
-
-
-@dataclass(frozen=True, slots=True)
-class SendPing:
-    """Tell a peer that this rank is alive."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOn:
-    """Read the rest of a peer's messages: it may leave for good after a failure."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class PublishVerdict:
-    """Put a final verdict in the store, for peers that have not joined."""
-
-    verdict: StepVerdict
-
-
-@dataclass(frozen=True, slots=True)
-class CombineValues:
-    """Combine the payloads of all ranks, in rank order; the coordinator's own is empty."""
-
-    payloads: Sequence[Payload]
-
-
-@dataclass(frozen=True, slots=True)
-class Conclude:
-    """Wait at most `patience_s` for peers to take the answer, and end the step with an outcome."""
-
-    outcome: Result | StepVerdict
-    patience_s: float
-
-
-SendAction = SendAlert | SendResult | SendVerdict | SendPing
-CoordinatorAction = SendAction | ReadOn | PublishVerdict | CombineValues | Conclude
 
 
 class CoordinatorState:

@@ -14,7 +14,7 @@ import pytest
 from pytest_dcp._harness.controller.options import ReportRanks
 from pytest_dcp._harness.controller.report import merged_sections, shown_ranks
 from pytest_dcp._harness.protocol.messages import Done, Phase
-from pytest_dcp._harness.world.outcome import Outcome
+from pytest_dcp._harness.world.outcome import Outcome, ranks_text
 from pytest_dcp._harness.world.world import World
 from pytest_dcp._pytest_internals import report_sections
 
@@ -80,3 +80,16 @@ def _log_sections(said: Mapping[int, Done], *, quiet: bool) -> Iterable[tuple[in
         for when, name, text in _sections(done, quiet=quiet):
             if name == "log":
                 yield rank, when, name, text
+
+
+def merged_properties(outcome: Outcome) -> list[tuple[str, object]]:
+    """user_properties of all ranks: equal ones once, others with the rank's name."""
+    by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
+    for rank, done in sorted(outcome.done.items()):
+        for name, value in done.properties:
+            by_property.setdefault((name, repr(value)), (value, []))[1].append(rank)
+    size = len(outcome.done)
+    return [
+        (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
+        for (name, _), (value, ranks) in by_property.items()
+    ]

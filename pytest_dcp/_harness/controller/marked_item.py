@@ -20,7 +20,7 @@ import pytest
 
 from pytest_dcp._harness.controller import losing_fixtures, report
 from pytest_dcp._harness.controller.exit_warnings import warn_of_end
-from pytest_dcp._harness.controller.item_output import ItemOutput
+from pytest_dcp._harness.controller.item_output import ItemOutput, merged_properties
 from pytest_dcp._harness.controller.rank_warnings import warn_again, warn_of_changes
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.controller.warm_worlds import (
@@ -40,6 +40,7 @@ from pytest_dcp._harness.protocol.launcher import is_worth_preloading
 from pytest_dcp._harness.protocol.messages import Go, Phase, RunItem
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._harness.rank import carried_state
+from pytest_dcp._harness.world.cut_off import CutOff
 from pytest_dcp._harness.world.interrupt_clock import TORN_DOWN
 from pytest_dcp._harness.world.outcome import (
     Outcome,
@@ -47,9 +48,8 @@ from pytest_dcp._harness.world.outcome import (
     in_step,
     is_echo,
     lost_lines,
-    ranks_text,
 )
-from pytest_dcp._harness.world.world import CutOff, World
+from pytest_dcp._harness.world.world import World
 from pytest_dcp._pytest_internals import AbstractRaises, catch_warnings_for_item, xfailed_key
 from pytest_dcp.errors import WorldError
 
@@ -320,7 +320,7 @@ class MarkedItem:
         if new := [one for rank, one in outcome.lost.items() if rank not in self.lost]:
             self.item.add_report_section(when, "lost as asked", "\n".join(lost_lines(new)))
         self.lost = frozenset(outcome.lost)
-        self.item.user_properties += _properties(outcome)
+        self.item.user_properties += merged_properties(outcome)
         if when == "teardown":
             payloads = {rank: done.payload for rank, done in outcome.done.items() if done.payload}
             carried_state.deliver(self.item, payloads, self.spec.size)
@@ -396,16 +396,3 @@ def _place_of(item: pytest.Item) -> TestPlace:
     marked = item.stash.get(ITEM_KEY, None)
     index = marked.index if marked is not None else item.session.items.index(item)
     return TestPlace(index, item.nodeid)
-
-
-def _properties(outcome: Outcome) -> list[tuple[str, object]]:
-    """user_properties of all ranks: equal ones once, others with the rank's name."""
-    by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
-    for rank, done in sorted(outcome.done.items()):
-        for name, value in done.properties:
-            by_property.setdefault((name, repr(value)), (value, []))[1].append(rank)
-    size = len(outcome.done)
-    return [
-        (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
-        for (name, _), (value, ranks) in by_property.items()
-    ]

@@ -12,39 +12,33 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-import time
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_dcp._harness.protocol.group_use import PlainGroups, to_plain
 from pytest_dcp._harness.protocol.launcher import is_worth_preloading
 from pytest_dcp._harness.protocol.messages import (
     Done,
     Go,
     Phase,
-    RankOutcome,
     RecordedWarning,
     RunItem,
     SubReport,
 )
-from pytest_dcp._harness.rank import carried_state, coverage, log_capture
+from pytest_dcp._harness.rank import carried_state
 from pytest_dcp._harness.rank.captured_output import capture_sections, clip
 from pytest_dcp._harness.rank.debugger import RankDebugger
-from pytest_dcp._harness.rank.exception_facts import is_echo, lines_of, outcome_of
-from pytest_dcp._harness.rank.group_counter import Totals
+from pytest_dcp._harness.rank.phase_verdict import PhaseVerdicts
 from pytest_dcp._harness.rank.process_state import UNTOLD
 from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp._pytest_internals import (
     begin_request,
     catch_warnings_for_item,
     end_request,
-    evaluate_xfail_marks,
     fixtures_of,
-    report_sections,
     setup_state,
     widen_parametrised_fixture,
 )
@@ -52,20 +46,6 @@ from pytest_dcp.errors import DcpError
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.rank.state_keeper import StateKeeper
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """How much of an item's collected output was sent before a phase."""
-
-    sections: int
-    properties: int
-    xfail_marks: int
-
-    @classmethod
-    def of(cls, item: pytest.Item) -> _Seen:
-        marks = len(list(item.iter_markers("xfail")))
-        return cls(len(report_sections(item)), len(item.user_properties), marks)
 
 
 class RankPlugin:
@@ -78,9 +58,6 @@ class RankPlugin:
     """Whether Hypothesis' properties run in lockstep."""
     _torn_down: Done
     _item: pytest.Item
-    _seen: _Seen
-    _groups: Totals
-    """The counts before the item."""
 
     def __init__(self, session: pytest.Session, debugger: RankDebugger) -> None:
         self._debugger = debugger
@@ -89,12 +66,13 @@ class RankPlugin:
         self.warnings: list[RecordedWarning] = []
         self._carried = b""
         """Data gathered by plugins, for the answer to teardown."""
-        self._xfail_off = bool(getattr(self.config.option, "runxfail", False))
+        self._verdicts = PhaseVerdicts(self.config, debugger)
 
     def join(self, rank: Rank) -> None:
         """This process is that rank from here on."""
         self.rank = rank
         self._debugger.join(rank)
+        self._verdicts.join(rank)
 
     # Items.
 
@@ -122,12 +100,13 @@ class RankPlugin:
         nextitem = self._find(order.next_index, order.next_nodeid)
         if self.keeper is not None:
             self.keeper.open()
-        self.warnings, self._seen = [], _Seen.of(item)
+        self.warnings = []
+        self._verdicts.begin_phase(item)
         with self.capturing() as sections, self._recording_warnings(item):
             call = pytest.CallInfo.from_call(
                 lambda: self._tear_down_to(nextitem), when="teardown", reraise=None
             )
-        done = self._verdict(item, "teardown", call)
+        done = self._verdicts.judge(item, "teardown", call)
         printed = tuple(("teardown", name, text) for _, name, text in sections)
         done = replace(done, sections=(*done.sections, *printed))
         return self._conclude_item(done)
@@ -184,8 +163,7 @@ class RankPlugin:
         """The item's phases, each when the controller says so."""
         begin_request(item)
         self._item = item
-        counter = self.rank.counter
-        self._groups = counter.mark() if counter is not None else {}
+        self._verdicts.begin_item()
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive_order()
@@ -203,7 +181,7 @@ class RankPlugin:
 
     def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
         hook = getattr(item.ihook, f"pytest_runtest_{phase}")
-        self._seen = _Seen.of(item)
+        self._verdicts.begin_phase(item)
 
         def run_phase() -> None:
             __tracebackhide__ = True
@@ -215,66 +193,7 @@ class RankPlugin:
             when=phase,  # type: ignore[arg-type]  # the three phases of an item are pytest's own
             reraise=None,
         )
-        return self._verdict(item, phase, call)
-
-    def _verdict(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
-        """A phase's outcome, with pytest's own report of it."""
-        ended, seen = time.monotonic(), self._seen
-        self._say_what_is_reported(call, ended)
-        # A marker that the test added itself is known only here, so it is judged here.
-        added = len(list(item.iter_markers("xfail"))) > seen.xfail_marks
-        self.config.option.runxfail = self._xfail_off or not added
-        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        outcome, text = _judge(call, report)
-        error = call.excinfo.value if call.excinfo is not None else None
-        is_given_up = self.rank.channel.has_order
-        if (
-            outcome in ("failed", "interrupt")
-            and not is_given_up
-            and not self._is_expected(item, error)
-        ):
-            outcome, text = self._interact(item, call, report) or (outcome, text)
-        self._debugger.give_back()
-        debug_records, log_without_debug = log_capture.log_without_debug(self.config)
-        if phase == "teardown":  # the last message that a rank receives when its peers are lost
-            coverage.save()
-        return Done(
-            phase,
-            outcome,
-            ended,
-            call.duration,
-            is_echo=is_echo(error),
-            exception=(type(error).__module__, type(error).__qualname__) if error else None,
-            text=text,
-            report=None if outcome == "passed" else self._serialise(report),
-            xpassed=outcome == "passed" and hasattr(report, "wasxfail"),
-            returncode=getattr(error, "returncode", None) if outcome == "exit" else None,
-            sections=tuple(
-                (when, name, clip(content))
-                for when, name, content in report_sections(item)[seen.sections :]
-            ),
-            debug_records=debug_records,
-            log_without_debug=clip(log_without_debug),
-            properties=tuple(item.user_properties[seen.properties :]),
-            groups=self._group_uses() if phase in ("call", "teardown") else None,
-        )
-
-    def _interact(
-        self, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
-    ) -> tuple[RankOutcome, str] | None:
-        """Let the debugger have a failure; an outcome where that ends the session."""
-        try:
-            item.ihook.pytest_exception_interact(node=item, call=call, report=report)
-        except pytest.exit.Exception as left:  # `quit` in the debugger
-            return "exit", str(left.msg)
-        return None
-
-    def _group_uses(self) -> PlainGroups | None:
-        """The item's use of process groups so far, if the next one will use them."""
-        counter = self.rank.counter
-        if counter is None or self.rank.order.isolation != "module":
-            return None
-        return to_plain(counter.since(self._groups))
+        return self._verdicts.judge(item, phase, call)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
@@ -298,12 +217,6 @@ class RankPlugin:
             self._carried = carried_state.collect(item)
             if missed := [text for unmet in self.rank.unmet for text in unmet()]:
                 pytest.fail("\n".join(missed), pytrace=False)
-
-    def _say_what_is_reported(self, call: pytest.CallInfo[None], ended: float) -> None:
-        """A failure's report may take long to write: until then its text is known."""
-        error = call.excinfo.value if call.excinfo is not None else None
-        if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
-            self.rank.say_raised(error, ended)
 
     # Examples of a property; see `example_runner`.
 
@@ -333,7 +246,7 @@ class RankPlugin:
             raise error
 
         call = pytest.CallInfo.from_call(fail, when="call", reraise=None)
-        verdict = self._verdict(self._item, "call", call)
+        verdict = self._verdicts.judge(self._item, "call", call)
         return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._take_printed())
 
     def _take_printed(self) -> tuple[tuple[str, str, str], ...]:
@@ -348,18 +261,6 @@ class RankPlugin:
             handler.reset()
         parts = (("log", log), ("stdout", out), ("stderr", err))
         return tuple(("call", name, clip(text)) for name, text in parts if text)
-
-    def _is_expected(self, item: pytest.Item, error: BaseException | None) -> bool:
-        """Whether an xfail mark expects it: the controller judges that, but after the debugger."""
-        xfailed = None if self._xfail_off else evaluate_xfail_marks(item)
-        raises = xfailed.raises if xfailed is not None else ()
-        return raises is None or (isinstance(raises, type | tuple) and isinstance(error, raises))
-
-    def _serialise(self, report: pytest.TestReport) -> dict[str, Any]:
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        data["sections"], data["user_properties"], data["keywords"] = [], [], {}
-        serialised: dict[str, Any] = data
-        return serialised
 
     # Other hooks of the session.
 
@@ -390,28 +291,6 @@ class RankPlugin:
     def pytest_timeout_cancel_timer(self) -> bool:
         """See `pytest_timeout_set_timer`."""
         return True
-
-
-def _judge(call: pytest.CallInfo[None], report: pytest.TestReport) -> tuple[RankOutcome, str]:
-    """The rank's outcome of a phase, and its one line of text."""
-    error = call.excinfo.value if call.excinfo is not None else None
-    if isinstance(error, pytest.exit.Exception):
-        return "exit", str(error.msg)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupt", "KeyboardInterrupt"
-    if isinstance(error, pytest.xfail.Exception):
-        return "xfailed", str(error.msg)
-    if report.skipped:
-        if hasattr(report, "wasxfail"):
-            return "xfailed", str(report.wasxfail)
-        longrepr = report.longrepr
-        return "skipped", str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
-    if report.passed:
-        return "passed", str(getattr(report, "wasxfail", ""))
-    if isinstance(error, pytest.FixtureLookupError):
-        # Its own text is the request's; pytest shows this in its place.
-        return "failed", error.formatrepr().errorstring.partition("\n")[0]
-    return "failed", lines_of(error) if error is not None else str(report.longrepr)
 
 
 def _widen_world_size(item: pytest.Item) -> None:

@@ -24,7 +24,8 @@ COLLECTIVES = frozenset(
     )
 )  # fmt: skip
 RUNNER = re.compile(
-    r"/_pytest/|/pluggy/|/pytest_dcp/_harness/rank/(main|pytest_plugin)\.py$|/hypothesis/(core|stateful)\.py$"
+    r"/_pytest/|/pluggy/|/pytest_dcp/_harness/rank/(main|pytest_plugin|phase_verdict)\.py$|"
+    r"/hypothesis/(core|stateful)\.py$"
 )
 OURS = re.compile(r"/pytest_dcp/(_harness/|plugin\.py|api\.py|faults/fixtures\.py)")
 EXCHANGE = "the world's exchange"

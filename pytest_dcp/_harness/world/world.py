@@ -15,22 +15,16 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import RankLaunch
-from pytest_dcp._harness.protocol.messages import (
-    Done,
-    Down,
-    FaultAct,
-    FaultAsk,
-    Leave,
-    Phase,
-)
+from pytest_dcp._harness.protocol.messages import Done, Down, FaultAct, FaultAsk, Leave, Phase
 from pytest_dcp._harness.protocol.places import PREPARE_S
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
+from pytest_dcp._harness.world.cut_off import CutOff, end_phase, own_outcome
 from pytest_dcp._harness.world.explained_failures import explain_failure
 from pytest_dcp._harness.world.outcome import Outcome, combine
 from pytest_dcp._harness.world.rank_loop import RankLoop
@@ -42,8 +36,6 @@ BOOT_S = 120.0
 """For starting processes and joining the process group, when torch was imported."""
 LEAVE_S = 20.0
 """For a rank's exit once it was ordered to leave."""
-WORK_S = 0.005
-"""Processor time that counts as work: a hanging thread uses some 0.05 ms for each signal."""
 BRIEF_LOOK_S = 0.02
 """How often `run_until` calls `enough`."""
 
@@ -52,14 +44,6 @@ Verdicts = Mapping[int, Done]
 Failures = Sequence[RankFailure]
 
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class CutOff:
-    """How a phase ended that an interrupt of this process has cut off."""
-
-    phase: Phase
-    outcome: Outcome
 
 
 class World:
@@ -380,38 +364,14 @@ class World:
         if self.ended:
             return
         try:
-            with self._loop.interrupts.held():
-                self._loop.act(self._supervisor.cut_off(time.monotonic()))
-            seen_s: dict[int, float] = {}
-            while not self._supervisor.settled:
-                self._look_for_work(seen_s)
-                self._loop.step()
-            self._loop.run_until_settled()
+            end_phase(self._loop, self._supervisor)
             if self._is_awaited:
                 self._is_awaited = False
-                self.cut_off = CutOff(self._supervisor.phase, self._outcome_of_cut_off())
+                outcome = own_outcome(self._supervisor.done, self._explain_failures(), self.lost)
+                self.cut_off = CutOff(self._supervisor.phase, outcome)
         except BaseException:
             self.kill()
             raise
-
-    def _look_for_work(self, seen_s: dict[int, float]) -> None:
-        """Tell the supervisor which busy ranks' main threads have worked since the last look.
-
-        `seen_s` is the processor time that each had used then. Not their states: a thread that
-        hangs wakes up for each signal.
-        """
-        for rank in self._supervisor.busy:
-            used_s = linux.main_thread_cpu_s(self._loop.ranks[rank].pid)
-            if used_s >= seen_s.setdefault(rank, used_s) + WORK_S:
-                seen_s[rank] = used_s
-                self._supervisor.see_work(rank, time.monotonic())
-
-    def _outcome_of_cut_off(self) -> Outcome:
-        """The ranks' outcome, except for KeyboardInterrupts that this process sent them."""
-        done = self._supervisor.done
-        others = {rank: one for rank, one in done.items() if one.outcome != "interrupt"}
-        outcome = combine(0, others, self._explain_failures(), self.lost)
-        return replace(outcome, done=dict(done), session_end=None)
 
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""

@@ -39,7 +39,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pytest_dcp.faults.crashes.disk_model import ByteChange, DiskModel, NameChange, Rules
+from pytest_dcp.faults.crashes.disk_changes import ByteChange, NameChange
+from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.trace import Tree
 
 Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]

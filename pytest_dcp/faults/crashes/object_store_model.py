@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pytest_dcp.faults.crashes.disk_model import ByteChange
+from pytest_dcp.faults.crashes.disk_changes import ByteChange
 from pytest_dcp.faults.crashes.trace import Entry, Tree
 from pytest_dcp.faults.tap.operation import Operation
 

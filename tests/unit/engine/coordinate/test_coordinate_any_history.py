@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_dcp._engine.coordinate.admission import Admission
-from pytest_dcp._engine.coordinate.coordinator_state import (
+from pytest_dcp._engine.coordinate.coordinator_actions import (
     CoordinatorAction,
-    CoordinatorState,
     PublishVerdict,
 )
+from pytest_dcp._engine.coordinate.coordinator_state import CoordinatorState
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import FrameKind, Head
 from pytest_dcp._engine.coordinate.hello import Hello

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_dcp.faults.crashes.crash_points import CrashPoint, TornWriteAt
-from pytest_dcp.faults.crashes.disk_model import torn_at
+from pytest_dcp.faults.crashes.disk_changes import torn_at
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
 from pytest_dcp.faults.crashes.losses import LostSet
 from pytest_dcp.faults.crashes.trace import Trace, Tree, TreeLink

@@ -203,6 +203,14 @@ def test_frames_of_the_machinery_below_the_test_are_cut() -> None:
     ]
 
 
+@pytest.mark.parametrize("module", ["main", "pytest_plugin", "phase_verdict"])
+def test_frames_are_cut_at_the_ranks_own_modules(module: str) -> None:
+    trace = dump((TEST, "pytest_runtest_makereport"), (f"{HARNESS}/rank/{module}.py", "_report"))
+    assert trim_runner(current_thread(trace)).splitlines()[1:] == [
+        f'  File "{TEST}", line 2 in pytest_runtest_makereport'
+    ]
+
+
 def test_a_trace_without_machinery_stays_as_it_is() -> None:
     trace = 'Current thread 0x1 (most recent call first):\n  File "/a.py", line 2 in b'
     assert trim_runner(trace) == trace
