@@ -131,11 +131,7 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPl
     for part in chain.from_iterable(map(_columns_of, results)):
         written = part.written
         rows = _chunk_rows(index, part, lookup)
-        found, times = np.unique(rows, return_counts=True)
-        again = found[(times > 1) | (file[found] >= 0)]
-        if len(again):
-            twice = index_key(index, int(again[0]))
-            raise PlanError(f"{twice} was written twice: the global plan has it on two ranks")
+        _check_written_once(index, rows, file)
         numbers = [files.setdefault(name, len(files)) for name in written.files]
         file[rows] = np.array([*numbers, -1], dtype=np.int32)[written.file]
         start[rows], length[rows] = written.start, written.length
@@ -146,9 +142,6 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPl
         transforms |= {int(rows[at]): of for at, of in written.own_transforms.items() if of}
         parts.append((rows, written.sums))
     first_sum = row_bounds(counts)
-    sums = np.zeros(first_sum[-1], dtype=np.uint32)
-    for rows, some_sums in parts:
-        sums[np.repeat(first_sum[rows], counts[rows]) + spans(counts[rows])] = some_sums
     return EntryPlaces(
         files=tuple(files),
         file=file,
@@ -157,9 +150,31 @@ def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPl
         data_start=data_start,
         data_nbytes=data_nbytes,
         first_sum=first_sum,
-        sums=sums,
+        sums=_sums_in_order(first_sum, counts, parts),
         transforms=transforms,
     )
+
+
+def _check_written_once(index: Index, rows: Ints, file: NDArray[np.int32]) -> None:
+    """Raise PlanError if one of these chunks comes twice, or has been found in a file before."""
+    found, times = np.unique(rows, return_counts=True)
+    again = found[(times > 1) | (file[found] >= 0)]
+    if len(again):
+        twice = index_key(index, int(again[0]))
+        raise PlanError(f"{twice} was written twice: the global plan has it on two ranks")
+
+
+def _sums_in_order(
+    first_sum: Ints, counts: Ints, parts: Sequence[tuple[Ints, NDArray[np.uint32]]]
+) -> NDArray[np.uint32]:
+    """The sums of all parts, in the order of the index's chunks.
+
+    first_sum, counts: of each chunk. parts: chunks' rows, and their sums one after another.
+    """
+    sums = np.zeros(first_sum[-1], dtype=np.uint32)
+    for rows, some_sums in parts:
+        sums[np.repeat(first_sum[rows], counts[rows]) + spans(counts[rows])] = some_sums
+    return sums
 
 
 def whole_places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:

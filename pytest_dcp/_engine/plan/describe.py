@@ -59,9 +59,12 @@ class Wanted:
 
 
 class _Rows:
-    """Rows in the making."""
+    """Rows in the making, and the values that cannot have any."""
 
     def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.spoken: list[WriteItems] = []
+        """Tables of tensors that describe their own items."""
         self.rows: list[tuple[str, int, int, Sequence[int], Box]] = []
         """Name, kind, property, size of the full tensor, box."""
         self.known: dict[Any, int] = {}
@@ -74,31 +77,66 @@ class _Rows:
         shape = tensor.shape
         self.add(fqn, TENSOR, number, shape, (ORIGINS[len(shape)], shape))
 
-    def add_dtensor(self, fqn: str, value: DTensor, number: int, problems: list[str]) -> None:
+    def add_value(self, fqn: str) -> None:
+        self.add(fqn, BYTES, UNKNOWN, (), NOTHING)
+
+    def add_dtensor(self, fqn: str, value: DTensor, number: int) -> None:
         size = full(value).shape
         try:
             for box in self.layouts.sides_of(fqn, value):
                 self.add(fqn, SHARD, number, size, box)
         except PlanError as error:
-            problems.append(str(error))
+            self.problems.append(str(error))
 
-    def add_shards(self, fqn: str, value: ShardedTensor, problems: list[str]) -> None:
+    def add_shards(self, fqn: str, value: ShardedTensor) -> None:
         size = tuple(value.metadata().size)
         for box, memory in local_shards(value):
             if problem := unsavable(fqn, memory):
-                problems.append(problem)
+                self.problems.append(problem)
             else:
                 number = self.property_of(memory, memory)
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
 
-    def add_parts(self, fqn: str, value: Any, problems: list[str]) -> None:
+    def add_parts(self, fqn: str, value: Any) -> None:
         number = self.property_of(value, value)
         try:
             size = global_shape(fqn, value)
             for box in boxes_said(fqn, value):
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
         except PlanError as error:
-            problems.append(str(error))
+            self.problems.append(str(error))
+
+    def add_unusual(self, fqn: str, value: torch.Tensor) -> None:
+        """The rows of a tensor whose class or attributes may change what it stores."""
+        if is_opaque(value) and not value.is_meta:
+            self.add_value(fqn)
+        elif problem := unsavable(fqn, value):
+            self.problems.append(problem)
+        elif speaks_for_itself(value):
+            try:
+                self.spoken.append(WriteItems.of(spoken_items(fqn, value)))
+            except PlanError as error:
+                self.problems.append(str(error))
+        elif isinstance(value, ShardedTensor):
+            self.add_shards(fqn, value)
+        elif says_parts(value):
+            self.add_parts(fqn, value)
+        elif isinstance(value, DTensor):
+            self.add_dtensor(fqn, value, self.property_of(value, local_tensor(value)))
+        else:
+            self.add_tensor(fqn, value, self.property_of(value, value))
+
+    def new_property_of(self, fqn: str, value: Any, memory: torch.Tensor) -> int | None:
+        """The property of a tensor like no earlier one; None if it is stored as a value, or not at
+        all, which is recorded.
+        """
+        if is_opaque(value) and not value.is_meta:
+            self.add_value(fqn)
+        elif problem := unsavable(fqn, value):
+            self.problems.append(problem)
+        else:
+            return self.property_of(value, memory)
+        return None
 
     def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
         """The position of the properties of a tensor that is kept in this memory."""
@@ -116,6 +154,15 @@ class _Rows:
         return self.known.get((memory.dtype, layout, value.requires_grad))
 
     def items(self) -> WriteItems:
+        """The table of all rows; raises PlanError if there are problems."""
+        require_savable(self.problems)
+        table = self._table()
+        # Tables of items that tensors made themselves are rare, so they are joined item by item.
+        if not self.spoken:
+            return table
+        return WriteItems.of([item for some in (table, *self.spoken) for item in some])
+
+    def _table(self) -> WriteItems:
         fqns, kinds, numbers, sizes, boxes = (
             zip(*self.rows, strict=True) if self.rows else ((),) * 5
         )
@@ -148,54 +195,27 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     Raises PlanError naming every value that cannot be saved.
     """
     rows = _Rows()
-    problems: list[str] = []
-    spoken: list[WriteItems] = []
     for fqn, value in state_dict.items():
         kind = type(value)
         memory = local_tensor(value) if kind is DTensor else value
         if type(memory) in PLAIN and (kind is DTensor or not hasattr(value, BOXES)):
-            # The ordinary kinds of values, which need none of the checks below.
+            # The ordinary kinds of values, inline: a call per tensor would cost more than the rest.
             number = rows.known_property_of(value, memory)
-            if number is None:
-                if is_opaque(value) and not value.is_meta:
-                    rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
-                    continue
-                if problem := unsavable(fqn, value):
-                    problems.append(problem)
-                    continue
-                number = rows.property_of(value, memory)
+            if number is None and (number := rows.new_property_of(fqn, value, memory)) is None:
+                continue
             if kind is DTensor:
-                rows.add_dtensor(fqn, value, number, problems)
+                rows.add_dtensor(fqn, value, number)
             elif memory.is_nested:  # It looks like other tensors, but has no shape.
-                problems.append(f"{what_no_file_holds(fqn, value)}")
+                rows.problems.append(f"{what_no_file_holds(fqn, value)}")
             else:
                 rows.add_tensor(fqn, value, number)
-        elif not isinstance(value, torch.Tensor):
-            if isinstance(value, PerRank):
-                problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
-            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
-        elif is_opaque(value) and not value.is_meta:
-            rows.add(fqn, BYTES, UNKNOWN, (), NOTHING)
-        elif problem := unsavable(fqn, value):
-            problems.append(problem)
-        elif speaks_for_itself(value):
-            try:
-                spoken.append(WriteItems.of(spoken_items(fqn, value)))
-            except PlanError as error:
-                problems.append(str(error))
-        elif isinstance(value, ShardedTensor):
-            rows.add_shards(fqn, value, problems)
-        elif says_parts(value):
-            rows.add_parts(fqn, value, problems)
-        elif isinstance(value, DTensor):
-            rows.add_dtensor(fqn, value, rows.property_of(value, local_tensor(value)), problems)
+        elif isinstance(value, torch.Tensor):
+            rows.add_unusual(fqn, value)
         else:
-            rows.add_tensor(fqn, value, rows.property_of(value, value))
-    require_savable(problems)
-    # Tables of items that tensors made themselves are rare, so they are joined item by item.
-    if not spoken:
-        return rows.items()
-    return WriteItems.of([item for table in (rows.items(), *spoken) for item in table])
+            if isinstance(value, PerRank):
+                rows.problems.append(f"{fqn!r} is a PerRank: it needs flatten_state_dict=True")
+            rows.add_value(fqn)
+    return rows.items()
 
 
 def require_savable(problems: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -209,14 +209,7 @@ def loads_one_of(
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
-    if load is None:
-        from pytest_dcp.checkpoint import load as load_
-
-        load, keywords = load_, {"no_dist": True} | keywords
-    else:
-        check_signature(load, keywords)
-        if state.finished is not None:
-            state.finished.prove(load, new, keywords)
+    load, keywords = _choose_loader(state, new, load, keywords)
     said: list[str] = []
     refusal: BaseException | None = None
     with state.restored() as folder:
@@ -243,10 +236,30 @@ def loads_one_of(
             said.append(unlike)
     if old is None and refusal is not None and not state.returned:
         return "nothing"
+    broken = AssertionError(_describe_broken(state, said))
+    set_cause(broken, refusal)
+    raise broken
+
+
+def _choose_loader(
+    state: CrashState, new: State, load: Load | None, keywords: dict[str, Any]
+) -> tuple[Load, dict[str, Any]]:
+    """The loader to try and its keywords: `dcp.load`, or the caller's, tried on the finished folder
+    first.
+    """
+    if load is None:
+        from pytest_dcp.checkpoint import load as load_
+
+        return load_, {"no_dist": True} | keywords
+    check_signature(load, keywords)
+    if state.finished is not None:
+        state.finished.prove(load, new, keywords)
+    return load, keywords
+
+
+def _describe_broken(state: CrashState, said: Sequence[str]) -> str:
     wanted = "the new state alone, which had been saved" if state.returned else "old or new"
-    broken = AssertionError(
+    return (
         f"{state!r}: expected {wanted}; got {'; '.join(said)}\n"
         f"replay it with --dcp-fault-replay={state.id}"
     )
-    set_cause(broken, refusal)
-    raise broken

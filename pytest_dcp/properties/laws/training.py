@@ -67,42 +67,62 @@ def assert_training_resumes(
     seen: list[dict[str, Any]] = []
 
     def straight() -> Stages:
-        run = saved.start(fresh=False)
-        yield
-        run.train(0, steps)
-        state = run.state()
-        yield
-        seen.append(whole(state, saved.world_size))
-        save_state(dcp, saved, state, folder)
-        yield
-        run.train(steps, 2 * steps)
-        state = run.state()
-        yield
-        seen.append(whole(state, saved.world_size))
-        return ()
+        return _train_straight_on(saved, folder, steps, dcp, seen)
 
     def resumed() -> Stages:
-        run = loaded.start(fresh=True)
-        state = run.state()
-        yield
-        load_into(dcp, loaded, folder, state)
-        yield
-        run.take(state)
-        state = run.state()
-        yield
-        middle = whole(state, loaded.world_size)
-        run.train(steps, 2 * steps)
-        state = run.state()
-        yield
-        end = whole(state, loaded.world_size)
-        if rank():
-            return []
-        found = differences(middle, seen[0])
-        return found or (differences if exact else _far)(end, seen[1])
+        return _resume_training(loaded, folder, steps, dcp, seen, exact=exact)
 
     with expected_warnings():
         on_first_ranks(saved.world_size, "training and saving", straight)
         on_first_ranks(loaded.world_size, "loading and training on", resumed)
+
+
+def _train_straight_on(
+    saved: Trainable, folder: Folder, steps: int, dcp: Engine, seen: list[dict[str, Any]]
+) -> Stages:
+    """Train for 2 * steps and save in the middle; `seen` gets the states there and at the end."""
+    run = saved.start(fresh=False)
+    yield
+    run.train(0, steps)
+    state = run.state()
+    yield
+    seen.append(whole(state, saved.world_size))
+    save_state(dcp, saved, state, folder)
+    yield
+    run.train(steps, 2 * steps)
+    state = run.state()
+    yield
+    seen.append(whole(state, saved.world_size))
+    return ()
+
+
+def _resume_training(
+    loaded: Trainable,
+    folder: Folder,
+    steps: int,
+    dcp: Engine,
+    seen: list[dict[str, Any]],
+    *,
+    exact: bool,
+) -> Stages:
+    """Load into a fresh run and train on; returns the differences from the states in `seen`."""
+    run = loaded.start(fresh=True)
+    state = run.state()
+    yield
+    load_into(dcp, loaded, folder, state)
+    yield
+    run.take(state)
+    state = run.state()
+    yield
+    middle = whole(state, loaded.world_size)
+    run.train(steps, 2 * steps)
+    state = run.state()
+    yield
+    end = whole(state, loaded.world_size)
+    if rank():
+        return []
+    found = differences(middle, seen[0])
+    return found or (differences if exact else _far)(end, seen[1])
 
 
 def _far(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
