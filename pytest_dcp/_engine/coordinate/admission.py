@@ -36,18 +36,23 @@ def admit(
     mine: the coordinator's operation. left: the peer has left already. waited_s: since it arrived.
     """
     kind = kind_of(hello.operation)
+    # Numbers of different epochs cannot be compared: the ranks must begin a new one together.
     if hello.epoch != mine.epoch:
         return Admission.STALE if left else Admission.OUT_OF_COUNT
     if hello.number == mine.number and kind == mine.kind:
         return Admission.JOIN
+    # This rank has called it too: it runs in another thread, or comes after this one.
     if order.is_pending(kind, hello.epoch, hello.number):
         return Admission.LATER
     if left and hello.number < mine.number:
         return Admission.STALE
+    # Threads raced for their numbers, which then mean nothing: the kind has to do.
     if kind == mine.kind and (hello.unordered or mine.unordered):
         return Admission.JOIN
+    # Perhaps this rank's other thread is just about to call it.
     if hello.number == mine.number:
         return Admission.LATER if waited_s < RACE_S else Admission.ASTRAY
+    # The peer is ahead. If it has finished this number, it ran something else under it.
     if hello.number > mine.number:
         missed = hello.finished_up_to >= mine.number
         return Admission.OUT_OF_COUNT if missed else Admission.LATER

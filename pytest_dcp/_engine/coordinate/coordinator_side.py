@@ -134,11 +134,13 @@ class CoordinatorSide:
         state, every_s = self._state, min(TICK_S, self.context.ping_s)
         looked_s = time.monotonic()
         self._perform(state.collect(own, looked_s))
+        # Messages that came during the local work still wait in the connections.
         for peer in self._peers.values():
             self._hand_over(peer)
         while state.missing:
             for peer in self._pump(every_s):
                 self._hand_over(peer)
+            # Not after each message: looking asks the store and probes addresses.
             if time.monotonic() - looked_s > every_s / 2:
                 looked_s = time.monotonic()
                 self._look_around(looked_s)
@@ -217,6 +219,7 @@ class CoordinatorSide:
     def _deliver(self, patience_s: float) -> None:
         """Send queued bytes; a peer that does not take them counts as silent in the next step."""
         until_s = time.monotonic() + patience_s
+        # All sockets are filled as they empty, so a slow peer delays no other.
         for peer in self._peers.values():
             self._flush(peer)
         while self._writing:
@@ -233,8 +236,10 @@ class CoordinatorSide:
             return []
         newcomers = self._let_in()
         all_here = self._state.is_complete
+        # Connections in their handshake do not wake this selector: look again soon.
         if not all_here and self._peer_listener.has_unsignalled_peers():
             timeout_s = min(timeout_s, UNSIGNALLED_S)
+        # A newcomer's messages may have been read with its HELLO: no event will report them.
         wait_s = 0.0 if newcomers else timeout_s
         moved = list(newcomers)
         for key, _ in self._selector.select(wait_s):
@@ -260,9 +265,11 @@ class CoordinatorSide:
             connection.receive()
             waited_s = time.monotonic() - arrival.came_s
             answer = self._state.receive_hello(hello, left=connection.left, waited_s=waited_s)
+            # No rank of this group.
             if answer is None:
                 connection.close()
             elif isinstance(answer, StepVerdict):
+                # This rank left that operation: the peer gets the verdict that the others got.
                 connection.queue(self._peer_listener.welcome(hello))
                 connection.queue(answer.frame(START))
                 self._peer_listener.keep(hello.group, hello.rank, connection)
@@ -298,6 +305,7 @@ class CoordinatorSide:
         if self._selector is None or not peer.watched:
             return
         if peer.connection.over:
+            # Nothing more can come, and the selector would report the end again and again.
             self._selector.unregister(peer.connection)
             self._writing.discard(peer)
             peer.watched = False
@@ -343,6 +351,7 @@ class CoordinatorSide:
             self._perform(self._state.leave(head, cause, time.monotonic()))
             for peer in self._peers.values():
                 self._flush(peer)
+            # Stay for late peers: otherwise each would wait here until its timeout.
             while self._state.is_parting(time.monotonic(), sending=self._is_sending()):
                 self._pump(PARTING_S / 20)
             self._perform(self._state.end_parting())

@@ -153,6 +153,7 @@ class CoordinatorState:
         rank = hello.rank
         self.joined[rank] = None
         actions: list[CoordinatorAction] = []
+        # The failure came before this peer did.
         if self._alert_text is not None:
             actions.append(SendAlert((rank,), self._alert_text))
         if admission is Admission.OUT_OF_COUNT:
@@ -175,6 +176,7 @@ class CoordinatorState:
         context = self.context
         self.phase, self._since_s = Phase.COLLECTING, now
         self._local_results = {context.rank: own}
+        # A stuck rank has failed every later step already, so no step waits for it.
         self.missing = set(range(context.size)) - {context.rank} - self._stuck.keys()
         return self._alert(own.cause) if own.cause is not None and not own.echo else []
 
@@ -182,6 +184,7 @@ class CoordinatorState:
         self, rank: int, kind: FrameKind, head: Head, result: LocalResult | ValueError
     ) -> list[CoordinatorAction]:
         """A peer sends its result, or a ValueError says why that cannot be read."""
+        # A failure counts in any step: its sender has given up, wherever it was.
         if kind is not FrameKind.FAILED and head != self._head:
             text = f"is in step {head} where the coordinator is in {self._head}"
             return self._give_up(self.context.out_of_step(rank, text))
@@ -191,6 +194,7 @@ class CoordinatorState:
         self.missing.discard(rank)
         if result.cause is None:
             return []
+        # An echo repeats a failure of which the others have an alert.
         alert = [] if result.echo else self._alert(result.cause)
         return [ReadOn(rank), *alert]
 
@@ -205,6 +209,7 @@ class CoordinatorState:
         if rank in self._stuck:
             return []
         result = self._local_results.get(rank)
+        # It failed first and ended then: its own failure is the cause, not the lost connection.
         if result is not None and result.cause is not None and not result.echo:
             return self._give_up(result.cause)
         if self.phase is not Phase.COLLECTING:
@@ -232,6 +237,8 @@ class CoordinatorState:
             actions += self._give_up(self.context.ended(rank, self._head.name, how))
         if refusal is not None:
             actions += self._give_up(refusal)
+        # Silence counts from the beginning of this collection at the earliest: peers that had
+        # nothing to send while this rank worked were not silent.
         for rank in sorted(self.missing):
             if now - max(self._since_s, heard_s.get(rank, 0.0)) > self.context.timeout_s:
                 actions += self._give_up(self.context.silent(rank, self._head.name))
@@ -253,6 +260,7 @@ class CoordinatorState:
 
     def conclude(self) -> list[CoordinatorAction]:
         """All received messages are handled and no rank is missing: combine, or fail."""
+        # Not only failed results: a stuck rank fails the step even if its value is here.
         if causes := self._causes():
             return self._fail_step(causes)
         self.phase = Phase.COMBINING
@@ -267,6 +275,7 @@ class CoordinatorState:
             return self._fail_step(causes)
         self.phase = Phase.DELIVERING
         finish = Conclude(Result(value=reduced.own), self.context.timeout_s)
+        # One payload for all ranks is encoded once; own payloads need one frame each.
         if not reduced.apart:
             return [SendResult(tuple(self.joined), reduced.shared), finish]
         return [*(SendResult((rank,), reduced.payload(rank)) for rank in self.joined), finish]
@@ -318,8 +327,11 @@ class CoordinatorState:
         if verdict.epoch:
             self._order.restart(verdict.epoch, causes)
         actions: list[CoordinatorAction] = []
+        # For peers that cannot get it by a connection: absent ones, and ones whose connection broke
+        # before they could see that they had joined.
         if final and (self._garbled or not self.is_complete):
             actions.append(PublishVerdict(verdict))
+        # After a final verdict no step follows for which a peer must have taken it.
         patience_s = FINAL_S if final else self.context.timeout_s
         return [*actions, SendVerdict(tuple(self.joined), verdict), Conclude(verdict, patience_s)]
 

@@ -73,10 +73,12 @@ def parse_listener(value: bytes, size: int) -> GlooListener | None:
         return None
     (name_bytes,) = SIZE.unpack_from(value)
     at = SIZE.size + name_bytes
+    # The total length is a check in itself: it fits one length of the name and one group size.
     if name_bytes > MAX_NAME_BYTES or len(value) != at + SIZE.size + ADDRESS_BYTES + 8 * size:
         return None
     (address_bytes,) = SIZE.unpack_from(value, at)
     address = value[at + SIZE.size : at + SIZE.size + ADDRESS_BYTES]
+    # A listening address ends with the sequence number -1; another layout has other bytes there.
     if address_bytes != ADDRESS_BYTES or not address.endswith(NO_SEQUENCE):
         return None
     return _parse_sockaddr(address)
@@ -84,12 +86,14 @@ def parse_listener(value: bytes, size: int) -> GlooListener | None:
 
 def _parse_sockaddr(address: bytes) -> GlooListener | None:
     """Host and port of a sockaddr_in or sockaddr_in6; None for an address that cannot be tried."""
+    # As the kernel has them: the family in the machine's byte order, the port in the network's.
     family = int.from_bytes(address[:2], sys.byteorder)
     port = int.from_bytes(address[2:4], "big")
     host: ipaddress.IPv4Address | ipaddress.IPv6Address
     if family == AF_INET:
         host = ipaddress.IPv4Address(address[4:8])
     elif family == AF_INET6:
+        # Four bytes between port and address are the flow label.
         host = ipaddress.IPv6Address(address[8:24])
     else:
         return None

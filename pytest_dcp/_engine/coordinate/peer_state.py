@@ -190,6 +190,8 @@ class PeerState:
             return self._lose(context.silent(context.coordinator, step))
         if self._must_look(now):
             return LookForVerdict()
+        # Another operation's verdict began an epoch: this one, not yet begun, fails with its
+        # causes.
         if not self.is_welcome and self._order.is_dropped(context.place):
             return Finish(StepVerdict(step, self._order.causes, final=True))
         return None
@@ -218,6 +220,7 @@ class PeerState:
     def _must_look(self, now: float) -> bool:
         if self.is_welcome or now - self._looked_s < WORD_S:
             return False
+        # Only before the welcome: afterwards verdicts come over the connection.
         self._looked_s = now
         return True
 

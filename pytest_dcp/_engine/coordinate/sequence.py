@@ -99,6 +99,8 @@ class CallOrder:
         caller = threading.get_ident()
         with self._lock:
             self._number += 1
+            # Without the operation that this thread runs: its hook made this call, and would wait
+            # for itself.
             others = [place for place in self._pending if place.runner != caller]
             place = OperationPlace(kind, self.epoch, self._number, subject, background)
             place.unordered = any(other.caller != caller for other in others)
@@ -109,6 +111,7 @@ class CallOrder:
         return place
 
     def _must_wait(self, place: OperationPlace, earlier: OperationPlace) -> bool:
+        # A load leaves nothing behind that a later operation could miss or mix up.
         if earlier.kind != SAVE or place.kind not in (SAVE, LOAD):
             return False
         if place.kind == SAVE and not self._by_folder:

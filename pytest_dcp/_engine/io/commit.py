@@ -128,14 +128,18 @@ def publish(
     Without `sync` the steps are the same but nothing is waited for: a power cut may lose the save.
     """
     temporary = f"{name}-{save}{TEMPORARY}" if folder.disk.renames else name
+    # Writing a file syncs its bytes, not its name: without this, a power cut could remove data
+    # files that the new metadata names.
     if sync:
         folder.sync()
     try:
         with folder.create(temporary) as out:
             out.write(content)
+            # Before the rename: otherwise the new name could survive a power cut without its bytes.
             if sync:
                 out.sync()
         if folder.disk.renames:
+            # Readers of the old metadata first open their files, which the sweep then removes.
             with folder.between_leases(name) if waits else nullcontext():
                 folder.replace(temporary, name)
     except BaseException as error:
@@ -147,6 +151,7 @@ def publish(
         except OSError as more:
             error.add_note(f"{temporary} is still there: {more!r}")
         raise
+    # The rename is visible already, so a failure here does not undo the save, and says so.
     if sync:
         try:
             folder.sync()

@@ -147,6 +147,7 @@ def copies(
     to_stride = to_stride * itemsize[:, None]
     stored = [dtypes[n] for n in index.property_of[index.key_of[entry]].tolist()]
     same = np.array([a == b for a, b in zip(stored, memory.dtypes, strict=True)], dtype=bool)
+    # One run on both sides: it can be read straight into the target's memory.
     flat = plain & same & _row_major(shape, from_stride, itemsize)
     flat &= _row_major(shape, to_stride, itemsize)
     moved = address + (items.to_offset[rows] * to_stride).sum(axis=1, dtype=np.int64)
@@ -218,6 +219,7 @@ def runs(shape: Ints, from_stride: Ints, to_stride: Ints, itemsize: int) -> tupl
     nbytes = itemsize
     inner = 0
     for dim in range(len(shape) - 1, -1, -1):
+        # A dimension of length one has no neighbours, so its stride does not matter.
         alone = shape[dim] == 1
         if not alone and (from_stride[dim] != nbytes or to_stride[dim] != nbytes):
             break
@@ -260,6 +262,8 @@ def slabs(shape: Ints, stride: Ints, itemsize: int, limit: int) -> list[tuple[In
         dim = int(longer[0])
         inner = part.copy()
         inner[dim] = 1
+        # The span that is left for further rows along this dimension; at least one row is taken,
+        # and if that is too long, a later round cuts it further inside.
         room = limit - span_of(inner, stride, itemsize)
         step = max(1, room // max(int(stride[dim]), 1) + 1) if room > 0 else 1
         for start in range(0, int(part[dim]), step):

@@ -67,6 +67,7 @@ def _kinds(catalog: Catalog, copies: Copies, rows: Ints, verify: Verify) -> NDAr
     small = copies.flat[rows] & (nbytes <= min(places.block_bytes, BLOCK_BYTES))
     small &= copies.from_start[rows] + nbytes <= have
     kind = np.full(len(rows), ReadKind.ALONE, dtype=np.int8)
+    # A sum covers its block: a part of the block cannot be verified by itself.
     kind[small & checked & (sums == 1) & (nbytes == have)] = ReadKind.BLOCK
     kind[small & ~checked] = ReadKind.UNCHECKED
     return kind
@@ -89,6 +90,7 @@ def read_together(
         batch = rows[at : at + BATCH]
         entry, low = copies.entry[batch], copies.from_start[batch]
         place, nbytes = (places.data_start[entry] + low).tolist(), copies.nbytes[batch].tolist()
+        # Raw memory: `copies` has checked that each box is one run inside its target.
         views = list(map(memory_at, copies.address[batch].tolist(), nbytes))
         first_sum = places.first_sum[entry]
         sums = places.sums[first_sum].tolist() if kind is ReadKind.BLOCK else None
@@ -102,6 +104,7 @@ def read_together(
         for start in range(0, len(batch), step):
             some = slice(start, start + step)
             wanted = sum(nbytes[some])
+            # Another thread may have failed: then the load is over.
             reader.stop.check()
             if window is None:
                 got = reader.file.read_rows(place[some], views[some])

@@ -57,6 +57,7 @@ def problems_of(index: Index, *, complete: bool) -> list[str]:
         at = int(key[row])
         problems.append((at, f"key:{index.fqns[at]} has out of bounds chunk: "
                              f"tensor-size:{_size(index, at)} chunk: {chunk}"))  # fmt: skip
+    # Each further check assumes that the boxes have passed the ones before.
     bad = set(key[outside].tolist())
     for at, one, other in overlaps(index, bad):
         problems.append((at, f"key:{index.fqns[at]} has overlapping chunks: "
@@ -110,12 +111,15 @@ def _suspects(index: Index) -> NDArray[np.bool_]:
         return several
     # For each key, the dimensions along which any of its boxes is shorter than the tensor.
     partial = index.shape != index.size[index.key_of]
+    # Trailing keys without boxes start behind the last row, where reduceat does not go; `several`
+    # discards their result.
     cut = np.logical_or.reduceat(partial, np.minimum(index.first[:-1], chunks - 1), axis=0)
     one_dim = cut.sum(axis=1) <= 1
     dim = np.argmax(cut, axis=1)[index.key_of]
     row = np.arange(chunks)
     start: Ints = index.offset[row, dim]
     stop = start + index.shape[row, dim]
+    # Boxes that are not sorted look like a clash here, and are swept: slow, but right.
     meets = np.zeros(chunks, dtype=bool)
     meets[1:] = (stop[:-1] > start[1:]) & (index.key_of[1:] == index.key_of[:-1])
     clash = np.zeros(len(index), dtype=bool)

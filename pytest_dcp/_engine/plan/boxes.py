@@ -147,12 +147,14 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     if not offset.shape[1]:  # scalars: all boxes are the one element
         return [(int(rows[0]), int(rows[1]))]
     offset, shape = offset[rows], shape[rows]
+    # The more distinct starts, the fewer boxes lie side by side and must be compared.
     dim = int(np.argmax([len(np.unique(column)) for column in offset.T]))
     order = np.argsort(offset[:, dim], kind="stable")
     offset, shape, rows = offset[order], shape[order], rows[order]
     start = offset[:, dim]
     # For each box, how many later ones in this order start before it ends: only these can overlap
     # it.
+    # "left": a box that starts exactly where another ends does not overlap it.
     ahead = np.searchsorted(start, start + shape[:, dim], side="left") - np.arange(len(rows)) - 1
     found: list[tuple[int, int]] = []
     for part in _parts(ahead):

@@ -88,10 +88,12 @@ def read_items(
     key = np.array([index.row_of[fqn] for fqn in stored_fqns], dtype=np.int64)
     want_offset = widen_table(wanted.offset, width, 0)
     have_offset = widen_table(index.offset, width, 0)
+    # Before `_check_filled`, whose sums prove something only for disjoint chunks.
     _check_apart(index, key)
     wanted_boxes = want_offset, widen_table(wanted.shape, width, 1)
     stored_boxes = have_offset, widen_table(index.shape, width, 1)
     want, have, low, shape = _find_overlaps(wanted_boxes, stored_boxes, index.first, key)
+    # Only tensors can have gaps: a value is stored whole.
     tensors = wanted.ndim[want] >= 0
     _check_filled(wanted, want[tensors], shape[tensors], partial)
     fqns = tuple(names[row] for row in want.tolist())
@@ -125,6 +127,7 @@ def _find_overlaps(
     counts = np.diff(first)[key]
     parts = []
     for rows in _slabs(counts):
+        # Each wanted row beside every stored row of its name.
         want = np.repeat(rows, counts[rows])
         have = first[key[want]] + spans(counts[rows])
         low, shape, shared = intersect(
@@ -136,6 +139,7 @@ def _find_overlaps(
 
 def _slabs(counts: Ints) -> list[Ints]:
     """Wanted rows in runs of about `PAIRS_AT_ONCE` pairs; a single row may exceed that."""
+    # Cut between wanted rows only: the overlaps of one row stay together and in order.
     slab = (counts.cumsum() - counts) // PAIRS_AT_ONCE
     return np.split(np.arange(len(counts)), np.flatnonzero(np.diff(slab)) + 1)
 
@@ -144,6 +148,7 @@ def _concatenate_copies(
     parts: Sequence[tuple[Ints, Ints, Ints, Ints]], width: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
     none, nothing = np.zeros(0, dtype=np.int64), np.zeros((0, width), dtype=np.int64)
+    # Gives dtypes and width where there is no part at all.
     empty = (none, none, nothing, nothing)
     want, have, low, shape = (
         np.concatenate(columns) for columns in zip(*parts, empty, strict=True)

@@ -143,6 +143,7 @@ def global_plan(
     if problems:
         raise PlanError(_list_problems("Failed to validate global plan: ", problems))
     hint_of_row = np.full(len(rows.key), UNKNOWN, dtype=np.int64)
+    # A hint is the chunk's position among the chunks of its own key.
     hints = np.arange(len(starts)) - first_chunk[rows.key[order[starts]]]
     hint_of_row[keeper] = np.where(rows.kind[keeper] == BYTES, UNKNOWN, hints)
     lead = order[starts]
@@ -153,6 +154,7 @@ def global_plan(
         fqns=rows.fqns,
         key=rows.key[lead],
     )
+    # Sorted, since `keeper` is in the order of keys: each rank writes in its own order.
     kept = _shared_out(tables, np.sort(keeper), hint_of_row)
     return GlobalPlan(*kept, index, replicas)
 
@@ -165,6 +167,7 @@ def concatenate_tables(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], 
     """
     rows = _join_tables(tables)
     order = np.argsort(rows.key, kind="stable")
+    # The parts of a sharded tensor share a name; no value and no whole tensor may.
     twice = np.flatnonzero((np.diff(rows.key[order]) == 0) & (rows.kind[order][1:] != SHARD))
     if len(twice):
         names = sorted({rows.fqns[rows.key[order[at]]] for at in twice.tolist()})
@@ -187,6 +190,7 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
         if id(table.fqns) not in ids:
             numbers = [names.setdefault(fqn, len(names)) for fqn in table.fqns]
             ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)
+    # Each table numbers its properties itself. The last entry of a lookup serves UNKNOWN, -1.
     lookup = [
         np.array([*(position(known, p) for p in table.properties), UNKNOWN], dtype=np.int32)
         for table in tables
@@ -262,6 +266,7 @@ def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
     group = np.repeat(starts, np.diff(np.append(starts, len(order))))
     one, other = order[group], order
     first_of_key = np.full(len(rows.fqns), len(order), dtype=np.int64)
+    # Not the first in sorted order, but of the lowest rank: the message compares others with it.
     np.minimum.at(first_of_key, rows.key, np.arange(len(order)))
     lead = first_of_key[rows.key]
     dtypes = {p.dtype: n for n, p in enumerate(rows.properties)}
@@ -334,6 +339,7 @@ def _shared_out(
     tables: Sequence[WriteItems], kept: Ints, hint: Ints
 ) -> tuple[list[WriteItems], list[Ints]]:
     """Each rank's part of the kept rows, and which of its rows these are."""
+    # Assumes that `kept` ascends: then the rows of each rank are one stretch of it.
     ends = np.cumsum([len(table) for table in tables])
     parts = np.split(kept, np.searchsorted(kept, ends[:-1]))
     rows = [part - (end - len(t)) for part, end, t in zip(parts, ends, tables, strict=True)]

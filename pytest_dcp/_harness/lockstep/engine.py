@@ -203,6 +203,7 @@ class _Engine:
                 stand_in()
         except Exception as error:  # noqa: BLE001 - Hypothesis raises the exceptions made of the ranks' errors
             found = self._minimal(error)
+            # Not about the ranks' errors: a flaky test, or one of Hypothesis' own checks.
             if not found:
                 raise self._hypothesis.for_the_user(error) from None
         if found:
@@ -210,6 +211,8 @@ class _Engine:
 
     def _minimal(self, error: Exception) -> list[Found]:
         """The failures in Hypothesis' exception; empty if it is about something else."""
+        # Several bugs come as one plain group. A group that the test itself raised is of a
+        # subclass, see `_subclass`.
         errors = [error]
         if isinstance(error, ExceptionGroup) and type(error) is ExceptionGroup:
             errors = list(error.exceptions)
@@ -231,6 +234,7 @@ class _Engine:
             raise _EndedError(verdict.outcome)
         self._tell(data, verdict)
         if world_s:
+            # As drawing: the boot of a world is not the example's own time.
             data.draw_times["generate:a new world"] = world_s
         if (rank := verdict.rejected_by) is not None:
             self._hypothesis.reject(data, verdict.replies[rank])
@@ -268,6 +272,7 @@ class _Engine:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
         replies = {rank: reply_of(rank, done) for rank, done in outcome.done.items()}
         size = world.spec.size
+        # Equal records need to be decoded once only.
         ranks = (0,) if drew_the_same(outcome, replies, size) else range(size)
         return judge(outcome, replies, {rank: decode(world.draws(rank)) for rank in ranks})
 
@@ -280,6 +285,7 @@ class _Engine:
         """Begin the call again in a new world. Returns the seconds that it took."""
         started = time.perf_counter()
         outcome = self._company.renew()
+        # The call begins anew, so the properties that passed before come first: pass over them.
         for _ in range(self._passed):
             if find_property(outcome) is None:
                 break
@@ -313,6 +319,7 @@ class _Engine:
         __tracebackhide__ = True
         outcome = self._company.lead_with_unexpected(verdict.outcome)
         error = self._company.exception_for(outcome)
+        # Hypothesis tells bugs apart by type: one class for each lets it shrink them separately.
         kind = self._kinds.get(verdict.bug)
         if kind is None:
             kind = self._kinds[verdict.bug] = _subclass(type(error))
@@ -349,6 +356,7 @@ class EarlyDecision:
         if self._decided_at == float("inf"):
             return False
         ranks = range(self._world.spec.size)
+        # A rank at work may still raise the error that explains the others'.
         if any(self._world.at_work(rank) for rank in ranks if rank not in done):
             self._at_rest_since = float("inf")
         else:

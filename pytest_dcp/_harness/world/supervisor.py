@@ -196,6 +196,7 @@ class Supervisor:
     def hear(self, rank: int, message: Up, now: float) -> list[Action]:
         """A rank sent a message."""
         state = self.states[rank]
+        # Sent before our SIGKILL arrived. The failure was noted with the kill and must not change.
         if state in (S.KILLED, S.GONE):
             return []
         if isinstance(message, Announce):  # from any thread, at any time
@@ -204,6 +205,7 @@ class Supervisor:
         is_cut_off = self._timers.interruption.is_on
         if text := refusal(rank, message, state, self.phase, self.done, self.size, is_cut_off):
             return self._kill(rank, "closed", text, now)
+        # Assumes that `refusal` lets only messages pass that the table has for this state.
         self.states[rank] = TRANSITIONS[state, type(message)]
         match message:
             case At("interrupted"):
@@ -236,6 +238,7 @@ class Supervisor:
             case "kill":
                 deaths.wishes[rank] = Wish("kill", why, self._timers.clock(now))
                 return [*self._end(rank, now), *self._meet()]
+            # The first wish counts: a rank that is to be killed is not stopped as well.
             case "pause" if rank not in deaths.wishes:
                 deaths.wishes[rank] = Wish("pause", why, self._timers.clock(now))
                 return [StopRank(rank), *self._meet()]
@@ -270,17 +273,20 @@ class Supervisor:
     def see_exit(self, rank: int, status: int, now: float) -> list[Action]:
         """A rank's process ended; `status` is negative for a signal."""
         state = self.states[rank]
+        # Read first: leaving its place forgets the error.
         raised = self._timers.places.error_of(rank)
         self._timers.leave_place(rank, now)
         self._timers.forget_closed(rank)
         self._meeting.pop(rank, None)
         self.states[rank] = S.GONE
+        # One clock serves all killed ranks: it stops with the last of them.
         if S.KILLED not in self.states.values():
             self._timers.end_deaths()
         if state in HAS_TERMINAL:
             self._resume(now)
         as_asked = self.deaths.see_end(rank, exit_text(status))
         has_left = state is S.LEAVING and status == 0 and rank in self.done
+        # A killed rank's failure was noted with the kill; a rank that is gone was given up before.
         if as_asked or state in (S.KILLED, S.GONE) or has_left:
             return [*self._meet(), *self._answer_requests()]
         text = f"{exit_text(status)}{when_text(state, status, self.phase)}"
@@ -297,6 +303,7 @@ class Supervisor:
         if self.states[rank] not in (S.KILLED, S.GONE, S.LEAVING):
             if self.states[rank] in HAS_TERMINAL:  # it cannot give it back now
                 self._resume(now)
+            # No failure yet: the exit that follows names the cause, such as a signal.
             self._timers.close(rank, now, exiting=exiting)
         return []
 
@@ -348,6 +355,7 @@ class Supervisor:
     def tick(self, now: float) -> list[Action]:
         """Actions due by now."""
         timers = self._timers
+        # A user reads at the prompt: meanwhile no rank may be killed.
         if timers.paused:
             return []
         actions = self._interrupt(now)
@@ -356,6 +364,7 @@ class Supervisor:
             actions += self._kill(rank, "closed", text, now)
         timers.check_limits(now, busy=bool(self.busy))
         if timers.take_stacks_due(now):
+            # A stopped rank cannot write its stacks, and its peers are about to be killed.
             actions += [*self.dismiss(now), *self._ask_for_stacks(now)]
         if timers.take_kill_due(now):
             actions += self._reap(now)
@@ -377,6 +386,7 @@ class Supervisor:
         self.done[rank] = done
         if done.outcome == "failed":
             self._fail(rank, "failed", done.text, done.at_s, now, is_echo=done.is_echo)
+        # No failure, but peers may wait in a collective for this rank, which has left it.
         elif done.outcome in ("exit", "interrupt"):
             self._timers.end_soon(now)
 
@@ -389,6 +399,7 @@ class Supervisor:
         for rank, state in self.states.items():
             if state is S.KILLED:
                 self.states[rank] = S.GONE
+                # Even if its end was asked for: a process that outlives SIGKILL is a failure.
                 self.deaths.forgive(rank)
                 text = f"did not go away within {LOST_S:g} s of SIGKILL"
                 self._fail(rank, "lost", text, now, now)
@@ -399,8 +410,10 @@ class Supervisor:
             kind: FailureKind = "timeout" if timers.timed_out else "blocked"
             raised = timers.places.error_of(rank)
             if now < (until := timers.spared_until(rank, self.states[rank])):
+                # It writes its report, or ends its phase after an interrupt: look again then.
                 timers.spare(until)
             elif raised is not None and self.states[rank] in (S.RUNNING, S.MEETING):
+                # The error that it was about to report is the failure; the kill is a detail of it.
                 did = timers.describe_report(failing=raised.place == "failing")
                 text = f"{raised.text} (killed: {did})"
                 actions += self._kill(rank, "failed", text, now, raised)
@@ -430,6 +443,7 @@ class Supervisor:
     ) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
+        # From here on its end is our doing, and no longer the one that the test asked for.
         self.deaths.forgive(rank)
         actions = self._end(rank, now)
         at_s, detail = (now, "") if raised is None else (raised.at_s, raised.detail)
@@ -437,6 +451,7 @@ class Supervisor:
         return [*actions, *self._meet()]
 
     def _end(self, rank: int, now: float) -> list[Action]:
+        # Before anything is timed: while a rank has the terminal the clocks stand still.
         if self.states[rank] in HAS_TERMINAL:
             self._resume(now)
         self._timers.leave_place(rank, now)
@@ -452,6 +467,7 @@ class Supervisor:
         if answer.granted:
             self._timers.pause(now)
         else:
+            # Refused, and the answer says why: it goes on without a prompt.
             self.states[rank] = S.RUNNING
         return [Send(rank, answer)]
 
@@ -463,8 +479,10 @@ class Supervisor:
         """Answer the ranks that wait at an exchange, if all are there or never will be."""
         if not self._meeting:
             return []
+        # An exchange goes on without the ranks whose end was asked for: the test expects that.
         excused = self.deaths.wishes.keys() | self.deaths.lost.keys()
         how = {failure.rank: failure.summary for failure in self.failures}
+        # Ranks that will never come to this exchange.
         left = {
             rank: how.get(rank, f"ended {self.phase}")
             for rank, state in self.states.items()

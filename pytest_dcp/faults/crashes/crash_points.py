@@ -76,6 +76,7 @@ def moments(trace: Trace) -> Iterator[CrashPoint]:
         flying = [n for n in range(len(ended), len(operations)) if operations[n].started_ns <= at]
         returned = frozenset(rank for rank, end in trace.returned_ns.items() if end <= at)
         for some in _orders(_subsets(flying)):
+            # The same operations in one order are one moment, whichever beginning it was found at.
             key = (frozenset((*ended, *some)), some, returned)
             if key not in seen:
                 seen.add(key)
@@ -102,6 +103,7 @@ def _subsets(flying: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _orders(subsets: Iterator[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
     for subset in subsets:
+        # Forwards and backwards only: all orders are too many, and two show whether order matters.
         yield subset
         if len(subset) > 1:
             yield subset[::-1]

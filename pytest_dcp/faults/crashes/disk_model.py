@@ -115,6 +115,7 @@ class DiskModel:
     def of(cls, base: Tree, rules: Rules) -> DiskModel:
         """A storage on which the whole tree is stable."""
         machine = cls(rules)
+        # Sorted, a folder comes before its contents.
         for path in sorted(base):
             entry = base[path]
             folder, name = machine._parent(path)
@@ -151,6 +152,7 @@ class DiskModel:
         if node is None:
             node = self._new(b"")
             self._set(index, op, op.path, node)
+        # An existing file is truncated; an empty one does not change.
         elif self.contents.get(node):
             self._change(ByteChange(index, op.ended_ns, node, 0, None))
         self.handles[op.rank, op.handle] = node
@@ -166,6 +168,7 @@ class DiskModel:
 
     def link(self, index: int, op: Operation) -> None:
         to = str(op.to)
+        # A symbolic link: the tap records its target as data.
         if op.path == op.to:
             node = self._new(TreeLink((op.data or b"").decode()))
         elif op.path.startswith("/"):
@@ -176,13 +179,16 @@ class DiskModel:
 
     def rename(self, index: int, op: Operation) -> None:
         to = str(op.to)
+        # Moved out of the folder: for this tree it is a removal.
         if to.startswith("/"):
             self._set(index, op, op.path, None)
             return
         outside = op.path.startswith("/")
         node = self._came_in(index, op) if outside else self._there(op)
+        # Asked before the new name is set, which hides the file that had it.
         replaces = self.rules.rename_over_flushes and self.names.get(self._parent(to)) is not None
         self._set(index, op, to, node, needs_bytes=replaces)
+        # A change of its own, which POSIX may lose apart from the other.
         if not outside:
             self._set(index, op, op.path, None)
 
@@ -193,6 +199,7 @@ class DiskModel:
 
     def write(self, index: int, op: Operation) -> None:
         node = self._file(op)
+        # A stream's position is not recorded; assumes that it writes at the end.
         offset = len(self.contents[node]) if op.offset is None else op.offset
         self._change(ByteChange(index, op.ended_ns, node, offset, op.data or b""))
 
@@ -208,6 +215,7 @@ class DiskModel:
     def sync(self, index: int, op: Operation) -> None:
         self._settle_bytes(self._file(op), op)
         if self.rules.sync_commits_names:
+            # Names whose change was still under way may not be in this commit of the journal.
             self._settle_names(lambda change: change.ended_ns <= op.started_ns)
 
     def sync_folder(self, index: int, op: Operation) -> None:

@@ -105,6 +105,7 @@ class StateCandidate:
 
     def tree(self, operations: Sequence[Operation]) -> Tree:
         """The folder after the crash."""
+        # Done in part, it changes the storage itself: other candidates share that one.
         if isinstance(self.damage, TornWriteAt):
             torn = self.storage.copy()
             at = self.damage.operation
@@ -141,8 +142,10 @@ def crashes(
             for damage in _damages(trace, model, level, moment, storage)
         ]
         if only is not None:
+            # Before any tree is made: an id costs no copy of the folder.
             candidates = [one for one in candidates if one.id(model, codes) == only]
         found = _different(trace, _evenly(candidates, left), seen)
+        # Thinning took the moments in another order than readers expect.
         chosen = sorted(itertools.islice(found, left), key=lambda pair: pair[0].moment.ended)
         for candidate, tree in chosen:
             yield _crash(trace, model, candidate, tree, codes)
@@ -157,6 +160,7 @@ def _different(
 ) -> Iterator[tuple[StateCandidate, Tree]]:
     for candidate in candidates:
         tree = candidate.tree(trace.operations)
+        # Trees are compared, not damages: many different losses leave the same folder.
         found = (candidate.moment.returned, frozenset(tree.items()))
         if found not in seen:
             seen.add(found)
@@ -177,6 +181,7 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskMode
         waiting = in_order(start, trace.operations, waiting)
         storage = start.copy()
         under_way = moment.order[moment.ended :]
+        # Otherwise impossible: an operation needs a name that nothing before it has made.
         if not in_order(storage, trace.operations, [*under_way, *waiting]):
             yield moment, storage
 
@@ -197,6 +202,7 @@ def in_order(
                 storage.apply(index, operations[index])
             except LookupError:
                 again.append(index)
+        # No progress in a whole round: no order is possible.
         if len(again) == len(left):
             return left
         left = again
