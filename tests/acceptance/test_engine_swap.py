@@ -244,7 +244,7 @@ IN_USE = (
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_what_torchs_engine_has_made_before_the_swap_is_named(folder: Path, used: bool) -> None:
+def test_objects_of_torchs_engine_from_before_the_swap_are_named(folder: Path, used: bool) -> None:
     (folder / "used.py").write_text(USED if used else "import torch.distributed.checkpoint\n")
     (folder / "test_it.py").write_text("def test_it():\n    pass\n")
     ran = run(
