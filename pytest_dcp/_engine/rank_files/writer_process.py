@@ -99,9 +99,10 @@ class CheckpointProcess(CheckpointProcessOfTorch):
             return
         self._closed = True
         try:
+            ending = self._executor.submit(self._end)  # First: an interrupt may come any moment.
             for future in self._pending:
                 future.cancel()
-            self._executor.submit(self._end).result()
+            ending.result()
         finally:  # Also after an interrupt: what has begun ends first.
             self._executor.shutdown(wait=True)
             if self.process is not None:

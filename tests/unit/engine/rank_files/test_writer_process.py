@@ -180,36 +180,17 @@ def test_two_saves_of_an_async_checkpointer_follow_one_another(
 
 
 def test_closing_ends_the_write_under_way_and_cancels_the_others(tmp_path: Path) -> None:
+    """Also when an interrupt comes while it waits: it is raised after that."""
     made = started(tmp_path)
     under_way = made.write({"do": "wait"}, str(tmp_path / "1"))
     waiting = made.write({"n": 2}, str(tmp_path / "2"))
     while not under_way.running():
         time.sleep(0.01)
-    pid = made.process.process.pid  # type: ignore[union-attr]
-    closing = threading.Thread(target=made.close)
-    closing.start()
-    with pytest.raises(CancelledError):
-        waiting.result(WAIT_S)
-    (tmp_path / "go").touch()
-    closing.join(WAIT_S)
-    assert under_way.result(WAIT_S) is None
-    assert load(tmp_path / "1") == {"do": "wait"}
-    assert (tmp_path / "closed").exists()
-    assert not (tmp_path / "2").exists()
-    assert_gone(pid)
-    made.close()
-    with pytest.raises(RuntimeError, match="is closed"):
-        made.write({}, str(tmp_path))
-
-
-def test_an_interrupt_while_it_closes_comes_after_the_write(tmp_path: Path) -> None:
-    made = started(tmp_path)
-    writing = made.write({"do": "wait"}, str(tmp_path / "1"))
-    pid = made.process.process.pid  # type: ignore[union-attr]
+    pid = made.process.process.pid  # type: ignore[union-attr]  # it has been started
 
     def interrupt() -> None:
-        while not made._closed:
-            time.sleep(0.01)
+        with pytest.raises(CancelledError):  # So it is closing.
+            waiting.result(WAIT_S)
         os.kill(os.getpid(), signal.SIGINT)
         (tmp_path / "go").touch()
 
@@ -218,9 +199,14 @@ def test_an_interrupt_while_it_closes_comes_after_the_write(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         made.close()
     thread.join(WAIT_S)
-    assert writing.result(0) is None
+    assert under_way.result(0) is None
     assert load(tmp_path / "1") == {"do": "wait"}
+    assert (tmp_path / "closed").exists()
+    assert not (tmp_path / "2").exists()
     assert_gone(pid)
+    made.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        made.write({}, str(tmp_path))
 
 
 def test_a_process_that_is_killed_fails_its_writes_and_closes_in_peace(tmp_path: Path) -> None:
