@@ -321,6 +321,7 @@ def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
     """The index of these rows (sorted by key and offset), and each key's first chunk."""
     counts = np.bincount(rows.key[chunk], minlength=len(rows.fqns))
     first = row_bounds(counts)
+    # Assumes that the rows of a key agree on size and dtype, so that one speaks for all.
     lead = chunk[first[:-1]] if len(chunk) else chunk
     index = Index(
         fqns=rows.fqns,
