@@ -78,7 +78,7 @@ def test_torchs_checkpointer_and_ours_read_each_others_files(
     assert equal(target["nested"], state()["nested"])
 
 
-def test_a_state_dict_is_filled_in_place_and_missing_keys_are_told(tmp_path: Path) -> None:
+def test_a_state_dict_is_filled_in_place_and_missing_keys_are_reported(tmp_path: Path) -> None:
     checkpointer = make_sync_checkpointer()
     checkpointer.save(str(tmp_path), state())
     mine: dict[str, Any] = {

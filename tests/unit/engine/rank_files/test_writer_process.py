@@ -99,7 +99,7 @@ def process(folder: Path) -> Iterator[CheckpointProcess]:
     made.close()
 
 
-def test_it_writes_what_it_gets_and_ties_stay(
+def test_it_writes_the_received_state_and_ties_stay(
     process: CheckpointProcess, folder: Path, tmp_path: Path
 ) -> None:
     weight = torch.arange(6.0)

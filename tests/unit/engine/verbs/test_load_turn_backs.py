@@ -222,7 +222,7 @@ def test_a_load_turns_back_a_few_times_however_many_tensors_it_has(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_planner_is_asked_once_what_it_can_do(tmp_path: Path, mesh: Any) -> None:
+def test_a_planner_is_asked_once_for_each_capability(tmp_path: Path, mesh: Any) -> None:
     planner = AskedPlanner()
     turn_backs_of_load(tmp_path, mesh, lambda: planner)
     assert planner.asked == dict.fromkeys(
