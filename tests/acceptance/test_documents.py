@@ -110,6 +110,13 @@ def _tox_environments() -> set[str]:
     return names
 
 
+@pytest.mark.parametrize("name", ["versions.txt", "floors.txt"])
+def test_each_list_of_tests_names_what_there_is(name: str) -> None:
+    named = (ROOT / "tests" / name).read_text().split()
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("block", _select("tree"))
 def test_trees_name_existing_paths(block: Block) -> None:
     paths = [line.split()[0] for line in block.source.splitlines() if not line.startswith(" ")]
