@@ -170,6 +170,7 @@ class Connection:
             return
         if frame.kind is FrameKind.HANG_UP:
             self.hung_up = True
+        # The first goodbyes of the other end are for operations that this end left before.
         elif frame.kind is FrameKind.BYE and self._unfinished:
             self._unfinished -= 1
         elif frame.kind is FrameKind.BYE:
@@ -194,6 +195,7 @@ class Connection:
     def finish(self) -> None:
         """Leave the operation, so that the connection can serve the next one."""
         self.queue(Frame(FrameKind.BYE))
+        # Messages of an operation that this end leaves concern nothing any more.
         self.frames.clear()
         if self.left:
             self.left = False

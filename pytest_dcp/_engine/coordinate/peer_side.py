@@ -113,6 +113,7 @@ class PeerSide:
             else:
                 try:
                     return Link(Connection(connect(address)), address)
+                # Something listens there and its queue is full: neither gone nor out of reach.
                 except TimeoutError:
                     refused_s = unreached_s = until_s
                 except GONE as error:
@@ -120,6 +121,8 @@ class PeerSide:
                     if time.monotonic() > refused_s:
                         how = f"nothing answers at its address: {error}"
                         return context.ended(context.coordinator, step, how)
+                    # A restarted coordinator writes another address: do not believe the one read
+                    # before.
                     rendezvous.forget(group, context.coordinator)
                     time.sleep(REFUSED_S / 10)
                 except OSError as error:
@@ -137,6 +140,7 @@ class PeerSide:
         sent_over: Connection | None = None
         while True:
             connection = self._require_connection()
+            # After a reconnect the result goes out again: the old connection may have lost it.
             if sent_over is not connection:
                 sent_over = connection
                 connection.queue(own.frame(head))

@@ -202,7 +202,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(
     assert equal(CheckpointReader(RANK).read(str(tmp_path))[0], state())
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_of_its_rank(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_by_the_next_of_its_rank(tmp_path: Path) -> None:
     for name in (f".{FILE}.0a0b0c0d.tmp", ".checkpoint_1.pt.0a0b0c0d.tmp", "notes.tmp"):
         (tmp_path / name).write_text("left")
     CheckpointWriter(CheckpointWriterConfig(), RANK).write(str(tmp_path), state())
