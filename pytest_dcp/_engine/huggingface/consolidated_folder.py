@@ -152,15 +152,7 @@ def _consolidate_on_ranks(
     disk = LocalDisk()
     shards_in, output = Folder(disk, Path(source)), Folder(disk, Path(target))
     with team.wait_for_turn():
-
-        def begin() -> tuple[str, int]:
-            if os.path.realpath(source) == os.path.realpath(target):
-                raise ValueError(f"{os.fspath(target)} is the shards' folder: give another one")
-            for above in output.make():
-                disk.sync_folder(above)
-            return new_id()[:12], next_number(output)
-
-        save_id, number = team.broadcast("prepare", begin)
+        save_id, number = team.broadcast("prepare", lambda: _prepare_output(output, source, target))
 
         def open_shards() -> tuple[Shards, ConsolidatedFolder]:
             catalog = read_folder(shards_in)
@@ -184,6 +176,15 @@ def _consolidate_on_ranks(
             folder.remove_unfinished()
             raise
         team.broadcast("commit", lambda: folder.commit(nbytes))
+
+
+def _prepare_output(output: Folder, source: PathLike, target: PathLike) -> tuple[str, int]:
+    """Make the folder, if it does not exist; returns the save's id and number."""
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ValueError(f"{os.fspath(target)} is the shards' folder: give another one")
+    for above in output.make():
+        output.disk.sync_folder(above)
+    return new_id()[:12], next_number(output)
 
 
 def _check_mapping(fqns: Sequence[str], mapping: FileNumbers, source: PathLike) -> None:
