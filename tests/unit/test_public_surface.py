@@ -34,6 +34,8 @@ BESIDE = (
     "pytest_dcp.checkpoint.staging",
 )
 """Public modules beside them, whose names are not all in the package above."""
+UNLISTED = {"StateDictStager"}
+"""Names of modules whose `__all__` is empty, as torch's is."""
 LIGHT = {"pytest_dcp", "pytest_dcp.errors"}
 WORLD = """World Worlds FunctionWorld Running FaultyStorage announce_death LeftBehindWarning
 DcpError WorldError RankFailure LostRank pytest_plugins"""
@@ -123,7 +125,7 @@ def test_every_name_of_the_manual_can_be_imported_from_a_public_module() -> None
     methods = {name for name in manual_names() if hasattr(pytest_dcp.FaultyStorage, name)}
     mentioned = manual_names() & defined_names()
     assert len(mentioned) > 60
-    assert mentioned - exported - methods == set()
+    assert mentioned - exported - methods - UNLISTED == set()
 
 
 @pytest.mark.parametrize("page", FOR_USERS, ids=lambda page: page.stem)
@@ -132,6 +134,7 @@ def test_every_path_of_the_manual_leads_to_something_public(page: Path) -> None:
         r"\b(pytest_dcp(?:\.\w+)+)(?::([\w.]+))?", page.read_text()
     ):
         of_torch = {
+            "pytest_dcp.checkpoint._experimental",
             "pytest_dcp.checkpoint._fsspec_filesystem",
             "pytest_dcp.checkpoint._pg_transport",
         }
