@@ -111,7 +111,7 @@ def _tox_environments() -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["versions.txt", "floors.txt"])
-def test_each_list_of_tests_names_what_there_is(name: str) -> None:
+def test_each_list_of_tests_names_existing_tests(name: str) -> None:
     named = (ROOT / "tests" / name).read_text().split()
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []
