@@ -50,6 +50,14 @@ logger = logging.getLogger("pytest_dcp")
 Owner = Literal["package", "library", "user"]
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Add a line that tracebacks show below the error's text.
+
+    Python 3.10 keeps it where later versions do, and pytest shows it there; Python itself does not.
+    """
+    error.__dict__.setdefault("__notes__", []).append(note)
+
+
 def owner_of(file: str) -> Owner:
     """Whose code a file holds. Pure (no I/O)."""
     if file.startswith(TESTS):

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pytest_dcp.api import announce_failure
 from pytest_dcp.errors import LawError
-from pytest_dcp.tracebacks import set_cause
+from pytest_dcp.tracebacks import add_note, set_cause
 
 TEXT_LIMIT = 2_000
 """Characters shown of an exception. torch's checkpoint errors have a traceback per rank, and the
@@ -232,7 +232,7 @@ def _tell_of_error(error: BaseException | None) -> Iterator[None]:
     except Exception as failed:  # noqa: BLE001 - reported below: the first error is the cause
         in_vain = failed
     if in_vain is not None:
-        error.add_note(f"The other ranks did not receive this error: {_describe(in_vain)}")
+        add_note(error, f"The other ranks did not receive this error: {_describe(in_vain)}")
         raise error
 
 

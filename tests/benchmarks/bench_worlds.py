@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -101,7 +101,7 @@ def environment() -> dict[str, object]:
     """The machine and versions that the figures were measured on."""
     packages = ("torch", "pytest", "numpy")
     return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "cpus": len(os.sched_getaffinity(0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from pytest_dcp.tracebacks import (
     set_cause,
     without_ours,
 )
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup  # pytest needs it there
 
 PACKAGE = Path(pytest_dcp.__file__).parent
 SOURCE = """

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pytest_dcp._engine.coordinate.coordinator_side import CoordinatorSide
 from pytest_dcp._engine.coordinate.failure import (
@@ -39,6 +39,9 @@ from pytest_dcp._engine.coordinate.sequence import (
 )
 from pytest_dcp._engine.coordinate.side import Side
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
+
+if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
+    from typing_extensions import Self
 
 T = TypeVar("T")
 R = TypeVar("R")

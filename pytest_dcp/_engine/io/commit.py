@@ -89,6 +89,7 @@ from contextlib import nullcontext
 from pytest_dcp._engine.io.disk import Buffer
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.tracebacks import add_note
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
@@ -149,7 +150,7 @@ def publish(
         try:
             folder.remove(temporary)
         except OSError as more:
-            error.add_note(f"{temporary} is still there: {more!r}")
+            add_note(error, f"{temporary} is still there: {more!r}")
         raise
     # The rename is visible already, so a failure here does not undo the save, and says so.
     if sync:

@@ -47,7 +47,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -69,6 +69,9 @@ from torch.distributed.checkpoint.planner import (
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows, volumes
 from pytest_dcp._engine.plan.column_table import AT_HOME, ColumnTable
 from pytest_dcp._engine.plan.names import Fqns, pack_names, unpack_names
+
+if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
+    from typing_extensions import Self
 
 Item = TypeVar("Item", WriteItem, ReadItem)
 

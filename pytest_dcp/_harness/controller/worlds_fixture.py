@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import pytest
 
@@ -24,6 +24,9 @@ from pytest_dcp._harness.world.outcome import Outcome, SessionEnd, peers, ranks_
 from pytest_dcp._harness.world.stacks import from_root
 from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import WorldError
+
+if TYPE_CHECKING:  # Unpack is in `typing` from Python 3.11 on
+    from typing_extensions import Unpack
 
 P = ParamSpec("P")
 T = TypeVar("T")

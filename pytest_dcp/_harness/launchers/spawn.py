@@ -49,6 +49,10 @@ from pytest_dcp.errors import DcpError
 PROGRAM = "from pytest_dcp._harness.launchers.spawn import main; main()"
 GUARD = "from pytest_dcp._harness.launchers.orphan_guard import main; main()"
 WAIT_S = 10.0
+IN_OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+)
+"""Of Popen: the child leads a process group of its own."""
 
 
 class SpawnLauncher(Signals):
@@ -114,7 +118,7 @@ class SpawnLauncher(Signals):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                process_group=0,
+                **IN_OWN_GROUP,
                 cwd=self._session["cwd"],
                 env={**os.environ, **rank.environment(order)},
             )
@@ -133,7 +137,7 @@ class SpawnLauncher(Signals):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                process_group=0,
+                **IN_OWN_GROUP,
             )
 
     def _wait(self, order: RankLaunch, process: subprocess.Popen[bytes]) -> None:

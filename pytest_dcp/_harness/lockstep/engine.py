@@ -56,6 +56,7 @@ Rules that hold inside:
 from __future__ import annotations
 
 import pickle
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ from pytest_dcp._harness.protocol.messages import Done, Example, Go
 from pytest_dcp._harness.world.outcome import Outcome, combine, is_echo
 from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import RankFailure, WorldError
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup  # Hypothesis needs it there
 
 PATIENCE_S = 0.05
 """Time for the peers of a failed rank to end the example too, so that the world can be kept."""

@@ -32,7 +32,7 @@ from pytest_dcp.faults.crashes.recording import Desk, Folders, Recorded, recordi
 from pytest_dcp.faults.options import FAULT_BUDGETS
 from pytest_dcp.faults.state_differences import blank, differences
 from pytest_dcp.faults.tap.operation import Operation
-from pytest_dcp.tracebacks import set_cause
+from pytest_dcp.tracebacks import add_note, set_cause
 
 State = dict[str, Any]
 
@@ -223,7 +223,7 @@ def loads_one_of(
             except (Exception, CheckpointException) as error:
                 passes = old is None and not state.returned
                 if is_own_mistake(error) or (passes and not is_refusal(error, str(folder))):
-                    error.add_note(NO_VERDICT)
+                    add_note(error, NO_VERDICT)
                     raise
                 said.append(f"{type(error).__name__}: {error}")
                 refusal = error

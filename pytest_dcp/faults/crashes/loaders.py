@@ -30,6 +30,7 @@ from pytest_dcp.faults.crashes.enumerate import in_order
 from pytest_dcp.faults.crashes.trace import Trace
 from pytest_dcp.faults.state_differences import blank
 from pytest_dcp.tracebacks import (
+    add_note,
     is_raised_by_user,
     is_raised_on_purpose,
     owner_of,
@@ -134,9 +135,10 @@ class Finished:
             try:
                 load(blank(likeness), checkpoint_id=folder, **keywords)
             except BaseException as error:
-                error.add_note(
+                add_note(
+                    error,
                     "raised by load= in the folder as the finished save left it, so it says "
-                    "nothing about crashes"
+                    "nothing about crashes",
                 )
                 raise
         self._proven.append(load)

@@ -13,6 +13,7 @@ import errno
 import io
 import mmap
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ __all__ = ["Alternative", "Replace", "Shorten", "Skip", "Verdict", "Watcher", "w
 
 CAPABILITIES = (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks)
 """Sets of functions that callers look up to learn which arguments they support."""
+
+OWN_REFERENCES: Any = getattr(pathlib, "_normal_accessor", None)
+"""Functions of `os`, and `io.open`, to which pathlib of Python 3.10 has references of its own."""
 
 _put_back: list[tuple[Any, str, Any]] = []
 
@@ -65,10 +69,14 @@ def _install() -> None:
         for able in CAPABILITIES:
             if now in able:
                 able.add(stand_in)
+        if name != "open" and hasattr(OWN_REFERENCES, name):
+            _put(OWN_REFERENCES, name, stand_in)
     _put(mmap, "mmap", _refusing_mmap(mmap.mmap))
     open_files.real_open = builtins.open
     _put(io, "open", open_files.open)
     _put(builtins, "open", open_files.open)
+    if hasattr(OWN_REFERENCES, "open"):
+        _put(OWN_REFERENCES, "open", open_files.open)
 
 
 def _refusing_mmap(real: type[mmap.mmap]) -> type[mmap.mmap]:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 import pytest_dcp.checkpoint as checkpoint
 from pytest_dcp.errors import RecordingError
 from pytest_dcp.properties.laws.engine import WithStorage
+from pytest_dcp.tracebacks import add_note
 
 SWITCHES = ("shared", "keeps_files", "records")
 
@@ -91,7 +92,9 @@ class StorageTests:
         try:
             yield
         except RecordingError as error:
-            error.add_note("a storage whose files C code writes (sqlite, LMDB) has records = False")
+            add_note(
+                error, "a storage whose files C code writes (sqlite, LMDB) has records = False"
+            )
             raise
 
 

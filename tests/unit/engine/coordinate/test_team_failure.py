@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 import traceback
 from dataclasses import replace
@@ -38,6 +39,9 @@ from pytest_dcp.errors import (
     CheckpointFileMissingError,
     CheckpointMismatchError,
 )
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup  # pytest needs it there
 
 
 def raised(error: BaseException) -> BaseException:

@@ -210,7 +210,7 @@ ODD = {
     "in a set": lambda f: {f.define("Key")()},
     "a factory": lambda f: __import__("collections").defaultdict(f.define("Make"), a=1),
     "of the standard library": lambda _: SimpleNamespace(
-        at=datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC), lr=0.5
+        at=datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc), lr=0.5
     ),
 }
 

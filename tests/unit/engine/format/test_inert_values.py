@@ -35,7 +35,7 @@ from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-UTC = datetime.UTC
+UTC = datetime.timezone.utc
 INERT: list[Any] = [
     np.arange(6).reshape(2, 3),
     np.asfortranarray(np.arange(6.0).reshape(2, 3)),

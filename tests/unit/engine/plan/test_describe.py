@@ -12,17 +12,20 @@ from pytest_dcp.errors import PlanError
 
 
 def quantized() -> torch.Tensor:
-    with warnings.catch_warnings(action="ignore"):  # they will go
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they will go
         return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
 
 
 def masked() -> torch.Tensor:
-    with warnings.catch_warnings(action="ignore"):  # a prototype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
         return torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
 
 
 def nested() -> torch.Tensor:
-    with warnings.catch_warnings(action="ignore"):  # a prototype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 

@@ -197,7 +197,8 @@ def test_a_tensor_without_memory_is_named() -> None:
 def without_values(kind: str) -> torch.Tensor:
     """A tensor that no save can hold, and most copies fail of."""
     parts = [torch.ones(2), torch.ones(3)]
-    with warnings.catch_warnings(action="ignore"):  # nested tensors are a prototype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
         if kind == "nested":
             return torch.nested.nested_tensor(parts)
         if kind == "jagged":
