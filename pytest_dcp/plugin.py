@@ -7,6 +7,7 @@ Everything expensive is imported at the first marked test.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -136,6 +137,8 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     decided_markers.decide(session.items, options.marker)
     if session.config.option.collectonly or _in_a_rank() or not _needs_worlds(session.items):
         return (yield)
+    if sys.platform != "linux":
+        return (yield)  # `pytest_runtest_setup` refuses each test that needs a world
     from pytest_dcp._harness.controller import collection
 
     harness = collection.begin(session, options)
@@ -149,6 +152,17 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         raise
     harness.close()
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse tests that need a world where there can be none; the others run."""
+    if sys.platform != "linux" and _needs_worlds([item]):
+        pytest.fail(
+            f"worlds need Linux (memfds, parent-death signals, /proc), and this is {sys.platform}; "
+            "the checkpoint engine, pytest_dcp.checkpoint, works here without them",
+            pytrace=False,
+        )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.futures import wrap_future
 from pytest_dcp._engine.background.process import Job, State, save_in_process, sendable
 from pytest_dcp._engine.coordinate import Team, announce
@@ -34,6 +36,7 @@ from pytest_dcp._engine.verbs.torch_arguments import (
     reset_to,
     writer_for,
 )
+from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
 
 COORDINATOR = 0
@@ -98,6 +101,14 @@ def async_save(
                 _skip_stage(storage_writer)
             staging = _Staging(state_dict, stager, shared=in_process)
         return staging.response(job(staging.state))
+
+
+def _require_saver_processes() -> None:
+    if not operating_system.has_saver_processes():
+        raise SaverProcessError(
+            f"a save in a process needs Linux, this is {sys.platform}: "
+            "pass async_checkpointer_type=AsyncCheckpointerType.THREAD"
+        )
 
 
 def save_staged(
@@ -169,6 +180,7 @@ def _prepare_job(
     writer = writer_for(storage_writer, checkpoint_id)
     reset = reset_to(storage_writer, checkpoint_id)
     if in_process:
+        _require_saver_processes()
         how = sendable(writer, planner)
         to_set = checkpoint_id if reset else None
         return lambda state: save_in_process(Job(team, state, how, to_set, use_collectives))

@@ -64,6 +64,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.state_transfer import Shipment, pickle_state, ship_state
 from pytest_dcp._engine.background.worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
 from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
@@ -381,4 +382,4 @@ def _forget_in_child() -> None:
     _savers.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+operating_system.call_in_forked_children(_forget_in_child)

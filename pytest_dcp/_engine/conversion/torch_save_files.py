@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import contiguous_stride
 from pytest_dcp._engine.format.python_values import decode_value
@@ -126,22 +127,23 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
 def _replace_at_end(target: Path) -> Iterator[int]:
     """A new file's descriptor; at the end the file gets the name, or is removed on failure."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | operating_system.NEW_FILE, 0o666)
     try:
         try:
             yield fd
-            os.fsync(fd)
+            operating_system.sync_file(fd)
         finally:
             os.close(fd)
-        os.replace(temporary, target)
+        operating_system.replace_file(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if operating_system.can_open_folders():
+        folder = operating_system.open_folder(target.parent)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class _FilePlanner(_EmptyStateDictLoadPlanner):
@@ -170,7 +172,8 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         self._places = dict(zip(sizes, places, strict=True))
         os.ftruncate(self._fd, 0)
         # A write into a mapped file on a full disk would end the process: allocate it beforehand.
-        os.posix_fallocate(self._fd, 0, max(end, mmap.PAGESIZE))
+        # macOS and Windows cannot.
+        operating_system.extend_file(self._fd, max(end, mmap.PAGESIZE))
         self._mapped = mmap.mmap(self._fd, max(end, mmap.PAGESIZE))
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
@@ -216,6 +219,6 @@ def _write_all(fd: int, content: bytes | memoryview, offset: int) -> int:
     """Write all of it at the offset; return the number of bytes."""
     left = memoryview(content)
     while left:
-        done = os.pwrite(fd, left, offset)
+        done = operating_system.write_at(fd, left, offset)
         left, offset = left[done:], offset + done
     return len(content)

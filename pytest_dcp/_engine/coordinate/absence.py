@@ -67,6 +67,8 @@ class Absence:
         return self._probe.look()
 
     def _probe_of_gloo(self) -> Probe | None:
+        if not QuietProbe.is_possible():
+            return None
         own = rendezvous.gloo_listener_of(self._group, dist.get_rank(self._group))
         other = rendezvous.gloo_listener_of(self._group, self._rank)
         if own is None or other is None:

@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from itertools import islice
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameKind, FrameReader, encode
 from pytest_dcp._engine.coordinate.handshake import Seal
 from pytest_dcp._engine.coordinate.payload import Segment
@@ -112,7 +113,7 @@ class Connection:
         while self._out and self.ended is None:
             pieces = islice(self._out, MAX_PIECES)
             try:
-                sent = self.sock.sendmsg(pieces)
+                sent = operating_system.send_pieces(self.sock, list(pieces))
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -236,4 +237,4 @@ def _forget_in_child() -> None:
             line.sock.close()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+operating_system.call_in_forked_children(_forget_in_child)

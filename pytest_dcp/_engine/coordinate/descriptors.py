@@ -8,10 +8,9 @@ names it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import resource
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 
 BESIDE = 512
@@ -28,10 +27,10 @@ def make_room_for(connections: int) -> None:
     Raises CoordinationError when the hard limit is too low for them.
     """
     wanted = connections + BESIDE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        soft = _raise_soft_limit(max(soft, most))
+    soft, hard = operating_system.limits_of_open_files()
+    if 0 <= soft < wanted:
+        most = wanted if hard < 0 else min(wanted, hard)
+        soft = operating_system.raise_limit_of_open_files(max(soft, most))
         if soft < connections + FEW:
             raise CoordinationError(
                 f"{connections} ranks connect to the coordinator, and this process may have only "
@@ -41,11 +40,11 @@ def make_room_for(connections: int) -> None:
 
 def make_more_room() -> bool:
     """Double the soft limit, up to the hard one; return whether it is higher now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft == hard:
+    soft, hard = operating_system.limits_of_open_files()
+    if soft < 0 or soft == hard:
         return False
-    most = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
-    return _raise_soft_limit(most) > soft
+    most = 2 * soft if hard < 0 else min(2 * soft, hard)
+    return operating_system.raise_limit_of_open_files(most) > soft
 
 
 def exhaustion_error(error: OSError, connections: int) -> CoordinationError:
@@ -58,11 +57,3 @@ def _advice(connections: int) -> str:
         f"raise the hard limit with `ulimit -n {connections + BESIDE}` before Python starts, or "
         "in limits.conf, systemd's LimitNOFILE or docker's --ulimit nofile"
     )
-
-
-def _raise_soft_limit(to: int) -> int:
-    """The soft limit after the try to raise it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # not allowed in this process
-        resource.setrlimit(resource.RLIMIT_NOFILE, (to, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -27,6 +27,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.wire import Segment
 
 SHARED_KEY = "DCP_SHARED_KEY"
@@ -186,4 +187,4 @@ def _forget_in_child() -> None:
     _nonces = Nonces()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+operating_system.call_in_forked_children(_forget_in_child)

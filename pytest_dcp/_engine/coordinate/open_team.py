@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch.distributed as dist
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 from pytest_dcp._engine.coordinate.link import tie
@@ -69,7 +69,7 @@ def team_of(
 
 _alone = CallOrder(one_folder_at_a_time=True)
 """Operations of this process alone: saves to one folder are made one after another."""
-os.register_at_fork(after_in_child=_alone.forget_pending)
+operating_system.call_in_forked_children(_alone.forget_pending)
 
 
 def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> None:

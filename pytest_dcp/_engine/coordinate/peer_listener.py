@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, FrameKind
@@ -64,6 +65,8 @@ class PeerListener:
         self._selector = selectors.DefaultSelector()
         """Watches the listening socket, the handshaking and the idle connections."""
         self._selector.register(self._listener, selectors.EVENT_READ)
+        self._can_be_watched = hasattr(self._selector, "fileno")
+        """Whether the selector can be watched itself: not select, which Windows has."""
         self._handshaking: list[tuple[float, Connection]] = []
         """Connections without a proof, and the deadline of each."""
         self._waiting: list[Arrival] = []
@@ -90,7 +93,9 @@ class PeerListener:
 
     def fileno(self) -> int:
         """A descriptor for a selector: readable when a peer has arrived or gone."""
-        return self._selector.fileno()
+        if self._can_be_watched:
+            return self._selector.fileno()  # type: ignore[attr-defined,no-any-return]  # epoll's
+        return self._listener.fileno()
 
     def open(self, group: str, kind: str) -> None:
         """Note that an operation expects peers."""
@@ -105,6 +110,8 @@ class PeerListener:
 
     def has_unsignalled_peers(self) -> bool:
         """Whether peers may arrive without the descriptor becoming readable."""
+        if not self._can_be_watched:
+            return True
         return bool(self._handshaking) or self._active.total() > 1
 
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
@@ -326,7 +333,7 @@ def _forget_in_child() -> None:
         _peer_listener = None
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+operating_system.call_in_forked_children(_forget_in_child)
 
 
 def _listen(loopback: bool) -> socket.socket:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import select
 import time
 
 import torch.distributed as dist
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.connection import Connection
@@ -314,9 +314,7 @@ def _other_key(rank: int) -> CoordinationError:
 
 def _wait(connection: Connection, timeout_s: float) -> None:
     """Wait until bytes arrive, or queued bytes can be sent; or until the time is over."""
-    poll = select.poll()
     with contextlib.suppress(ValueError):  # closed: the caller sees it
-        poll.register(
-            connection.fileno(), select.POLLIN | (select.POLLOUT if connection.pending else 0)
+        operating_system.wait_for_socket(
+            connection.sock, max(0.001, timeout_s), to_read=True, to_write=connection.pending
         )
-        poll.poll(max(1.0, timeout_s * 1000))

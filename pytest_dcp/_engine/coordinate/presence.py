@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.machines import LOOPBACK, machine
 
 MAX_ERROR_BYTES = 1 << 20
@@ -89,21 +90,11 @@ class Presence:
             return False
         found = _stat_of(self.pid)
         if found is None:
-            return not _exists(self.pid)
+            return not operating_system.process_exists(self.pid)
         state, started = found
         if started != self.started:
             return True
         return state in "ZX" and _has_no_other_thread(self.pid)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _stat_of(pid: int) -> tuple[str, str] | None:
@@ -119,7 +110,7 @@ def _has_no_other_thread(pid: int) -> bool:
     try:
         return len(os.listdir(f"/proc/{pid}/task")) <= 1
     except OSError:
-        return not _exists(pid)
+        return not operating_system.process_exists(pid)
 
 
 def _scope() -> str:
@@ -127,7 +118,7 @@ def _scope() -> str:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return f"unknown {os.getpid()}"
-    return f"{machine()}/{namespace}/{os.geteuid()}"
+    return f"{machine()}/{namespace}/{operating_system.user_id()}"
 
 
 def _is_numeric(host: str) -> bool:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import select
 import socket
 import struct
 import time
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener
 
 REFUSED_S = 20.0
@@ -95,7 +95,7 @@ class Probe:
             return
         self._sock.setblocking(False)
         error = self._sock.connect_ex(self._where)
-        if error not in (0, errno.EINPROGRESS):
+        if error not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
             self.close()
             self._conclude(error, now)
 
@@ -104,9 +104,7 @@ class Probe:
 
     def _outcome(self, sock: socket.socket, now: float) -> int | None:
         """The error number of the attempt, 0 for a connection, None while it goes on."""
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT)
-        if not poll.poll(0):
+        if not operating_system.wait_for_socket(sock, 0.0, to_read=False, to_write=True):
             return errno.ETIMEDOUT if now > self._next_s else None
         if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return error
@@ -149,13 +147,16 @@ class QuietProbe(Probe):
         super().__init__(listener.host, listener.port)
         self._was_there = leads_there
 
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this system can delay an acknowledgement: only Linux can."""
+        return hasattr(socket, "TCP_QUICKACK")
+
     def _begin(self, now: float) -> None:
         super()._begin(now)
         if self._sock is None:
             return
-        poll = select.poll()
-        poll.register(self._sock, select.POLLOUT)
-        poll.poll(QUIET_S * 1000)
+        operating_system.wait_for_socket(self._sock, QUIET_S, to_read=False, to_write=True)
         outcome = self._outcome(self._sock, now)
         self.close()
         self._conclude(errno.ETIMEDOUT if outcome is None else outcome, now)

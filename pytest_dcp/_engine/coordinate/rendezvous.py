@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, decode, encode
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
@@ -269,7 +270,7 @@ def _forget_in_child() -> None:
     _inherited.update(group_registry().pg_map)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+operating_system.call_in_forked_children(_forget_in_child)
 
 
 def _store(group: dist.ProcessGroup) -> Store:

@@ -36,11 +36,12 @@ the right bytes without it too.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from pytest_dcp._engine import operating_system
 
 LEASE_S = 10.0
 """How long a commit waits for readers: they plan and open their files meanwhile."""
@@ -64,11 +65,11 @@ def _locked_file(path: Path) -> int | None:
     until_s = time.monotonic() + LEASE_S
     while True:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, operating_system.READ)
         except OSError:
             return None  # reading it will raise the error
         try:
-            locked = _lock(fd, fcntl.LOCK_SH, until_s)
+            locked = _lock(fd, until_s, shared=True)
             # If the lock had to wait for a commit, this may be the file that the commit replaced.
             if not locked or os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
@@ -85,13 +86,16 @@ def _locked_file(path: Path) -> int | None:
 @contextlib.contextmanager
 def wait_for_leases(folder: Path, name: str) -> Iterator[None]:
     """Inside, no reader can acquire this file; earlier readers have released it, or are late."""
+    if operating_system.open_files_hold_their_names():
+        yield  # the replacement itself waits for readers, and would wait for this file, too
+        return
     try:
-        fd = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(Path(folder) / name, operating_system.READ)
     except OSError:
         yield  # there is nothing to replace, or replacing it raises the error
         return
     try:
-        _lock(fd, fcntl.LOCK_EX, time.monotonic() + LEASE_S)
+        _lock(fd, time.monotonic() + LEASE_S, shared=False)
         yield
     finally:
         _close(fd)
@@ -103,19 +107,15 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def _lock(fd: int, how: int, until_s: float) -> bool:
+def _lock(fd: int, until_s: float, *, shared: bool) -> bool:
     """Whether the lock was acquired before the deadline; closing the descriptor releases it."""
     # Polled, since flock(2) has no timeout, and a signal to end its wait would be the program's.
     pause_s = FIRST_PAUSE_S
     while True:
         try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            return operating_system.lock_file(fd, shared=shared)
         except BlockingIOError:
             if time.monotonic() > until_s:
                 return False
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
-        except OSError:
-            return False  # a file system without such locks
-        else:
-            return True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import time
@@ -17,6 +16,7 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io.disk import In, Out
 from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
 from pytest_dcp._engine.io.local_file import LocalIn, LocalOut, kind_of, name_file
@@ -62,7 +62,10 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not operating_system.can_open_folders():
+            yield  # a commit is as safe as a rename
+            return
+        fd = operating_system.open_folder(folder)
         try:
             _lock(fd, folder)
             yield
@@ -80,7 +83,7 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def create(self, folder: Path, name: str) -> Iterator[Out]:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | operating_system.NEW_FILE
         path = Path(folder) / name
         fd = os.open(path, flags, 0o666)
         try:
@@ -104,13 +107,15 @@ class LocalDisk:
             os.close(fd)
 
     def replace(self, folder: Path, old: str, new: str) -> None:
-        (Path(folder) / old).replace(Path(folder) / new)
+        operating_system.replace_file(Path(folder) / old, Path(folder) / new)
 
     def remove(self, folder: Path, name: str) -> None:
-        (Path(folder) / name).unlink(missing_ok=True)
+        operating_system.remove_file(Path(folder) / name)
 
     def sync_folder(self, folder: Path) -> None:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not operating_system.can_open_folders():
+            return
+        fd = operating_system.open_folder(folder)
         try:
             os.fsync(fd)
         except OSError as error:
@@ -144,13 +149,13 @@ def _close(fd: int, path: Path) -> None:
 def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
     """A descriptor of a file inside the folder; any other kind of entry counts as damage."""
     # Without O_NONBLOCK a FIFO of that name would block the opening for ever.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = operating_system.READ
     path = os.path.join(folder, name)
     try:
-        if os.sep not in name and name not in ("", ".", ".."):
+        if operating_system.is_plain_entry(folder, name):
             # An entry of the folder itself that is not a link cannot be elsewhere.
             try:
-                return os.open(path, flags | os.O_NOFOLLOW)
+                return os.open(path, flags | operating_system.NO_LINK)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -159,7 +164,7 @@ def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
             return os.open(path, flags)
         _check_way_out(name, real, follow_links=follow_links)
         # O_NOCTTY: if another file has replaced it, it must not become this process's terminal.
-        return os.open(real, flags | os.O_NOFOLLOW | os.O_NOCTTY)
+        return os.open(real, flags | operating_system.NO_LINK | operating_system.NO_TERMINAL)
     except ValueError as error:
         raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
     except OSError as error:
@@ -195,15 +200,13 @@ def _lock(fd: int, folder: Path) -> None:
     deadline = time.monotonic() + LOCK_S
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Some network file systems cannot lock folders; there a commit is as safe as a rename.
+            operating_system.lock_file(fd, shared=False)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"another save has been committing to {folder} for {LOCK_S:.0f} s"
                 ) from None
             time.sleep(0.02)
-        except OSError:
-            # Some network file systems cannot lock folders; there a commit is as safe as a rename.
-            return
         else:
             return

@@ -13,6 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io.disk import Buffer
 from pytest_dcp._engine.io.mapped_windows import IOV_MAX, Windows
 
@@ -47,7 +48,8 @@ def kind_of_device(major: int, minor: int) -> str | None:
 
 
 def kind_of(status: os.stat_result) -> str | None:
-    return kind_of_device(os.major(status.st_dev), os.minor(status.st_dev))
+    numbers = operating_system.device_numbers(status.st_dev)
+    return None if numbers is None else kind_of_device(*numbers)
 
 
 class LocalOut:
@@ -66,16 +68,15 @@ class LocalOut:
             raise
 
     def reserve(self, nbytes: int) -> None:
-        if nbytes < RESERVE_FROM_BYTES or not hasattr(os, "posix_fallocate"):
+        if nbytes < RESERVE_FROM_BYTES:
             return
         if kind_of(os.fstat(self.fd)) in MEMORY_KINDS:
             return
         try:
-            os.posix_fallocate(self.fd, 0, nbytes)
+            operating_system.reserve(self.fd, nbytes)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
-                name_file(error, self.path)
-                raise
+            name_file(error, self.path)
+            raise
 
     def end_at(self, nbytes: int) -> None:
         try:
@@ -87,7 +88,7 @@ class LocalOut:
 
     def sync(self) -> None:
         try:
-            os.fsync(self.fd)
+            operating_system.sync_file(self.fd)
         except OSError as error:
             name_file(error, self.path)
             raise
@@ -95,7 +96,7 @@ class LocalOut:
     def _write_all(self, buffers: list[Buffer]) -> None:
         left = sum(map(len, buffers))
         while left:
-            done = os.writev(self.fd, buffers)
+            done = operating_system.write_call()(self.fd, buffers)
             if not done:
                 raise OSError(errno.EIO, "a write took no byte, and gave no reason")
             left -= done
@@ -136,9 +137,10 @@ class LocalIn:
 
     def read_into(self, offset: int, view: memoryview) -> int:
         try:
-            done = os.preadv(self.fd, (view,), offset)
+            preadv = operating_system.read_call()
+            done = preadv(self.fd, (view,), offset)
             while done < len(view):
-                more = os.preadv(self.fd, (view[done:],), offset + done)
+                more = preadv(self.fd, (view[done:],), offset + done)
                 if not more:
                     break
                 done += more
@@ -150,7 +152,7 @@ class LocalIn:
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
         # One system call for each row, without an interpreter step in between.
         try:
-            done = list(map(os.preadv, repeat(self.fd), zip(views), offsets))
+            done = list(map(operating_system.read_call(), repeat(self.fd), zip(views), offsets))
         except OSError as error:
             name_file(error, self.path)
             raise

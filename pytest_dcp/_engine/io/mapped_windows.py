@@ -9,13 +9,16 @@ for files that are never written again.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
+import sys
 from functools import cache
 
 import numpy as np
+
+if sys.platform == "linux":
+    import fcntl
 
 HUGE_PAGE_BYTES = 2 << 20
 """The size on x86-64 and, with pages of 4 KiB, arm64. If the page cache holds a file in pages of
@@ -55,7 +58,7 @@ class Windows:
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         """These bytes as memory, to be dropped soon; None if they cannot be mapped."""
         end = offset + nbytes
-        if not nbytes or end > self.size:
+        if not nbytes or end > self.size or sys.platform != "linux":
             return None
         # Mapped from huge page to huge page, as the cache may hold it.
         low = offset - offset % HUGE_PAGE_BYTES
@@ -65,6 +68,7 @@ class Windows:
             length = min(end + -end % HUGE_PAGE_BYTES, self.size) - low
             pages = mmap.mmap(self.fd, length, access=mmap.ACCESS_COPY, offset=low)
             if nbytes < TOUCHED_FROM_BYTES or not self._touch(pages, first, end - low):
+                # Linux only: elsewhere the window would not be safe.
                 pages.madvise(MADV_POPULATE_READ, first, end - low - first)
         except (OSError, ValueError):
             return None
@@ -102,7 +106,7 @@ class Windows:
 @cache
 def tells_what_is_mapped() -> bool:
     """Whether this system reports which pages are present, and has files in memory."""
-    if not hasattr(os, "memfd_create"):
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return False
     page = mmap.mmap(-1, mmap.PAGESIZE)
     page[0] = 1
@@ -129,5 +133,7 @@ def all_mapped(pagemap: int, start: int, end: int) -> bool:
     end += -end % mmap.PAGESIZE
     asked = (_PAGE_IS_PRESENT, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT)  # inverted, all, any, told
     scan = struct.pack("<12Q", 96, 0, start, end, 0, found.ctypes.data, 1, 0, *asked)
+    if sys.platform != "linux":
+        raise OSError("no PAGEMAP_SCAN")
     runs: int = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(scan))
     return not runs

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 from collections.abc import Iterator
 from typing import Any
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io.disk import Disk, In
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalIn
@@ -25,8 +25,8 @@ NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 def most_files() -> int:
     """How many files a load may keep open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (1 << 20) if soft == resource.RLIM_INFINITY else soft // 2
+    soft, _ = operating_system.limits_of_open_files()
+    return (1 << 20) if soft < 0 else soft // 2
 
 
 class OpenFiles(LocalDisk):

@@ -39,13 +39,15 @@ class Memory:
         self.nbytes = max(nbytes, mmap.PAGESIZE)
         self.fd = -1
         self.pinned = False
-        if shared:
+        if shared and hasattr(os, "memfd_create"):
             self.fd = os.memfd_create("pytest_dcp-staging", os.MFD_CLOEXEC)
             os.ftruncate(self.fd, self.nbytes)
             self.pages = mmap.mmap(self.fd, self.nbytes)
         else:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self.pages = mmap.mmap(-1, self.nbytes, flags=flags)
+            # Windows has neither these flags, nor fork, from which they keep the memory private.
+            private = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS")
+            how = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if private else {}
+            self.pages = mmap.mmap(-1, self.nbytes, **how)
         self.address: int = np.frombuffer(self.pages, dtype=np.uint8).ctypes.data
 
     def pin(self) -> None:
@@ -121,7 +123,7 @@ class Pool:
     """Memory of earlier states, for later ones. Safe to use from several threads."""
 
     def __init__(self, *, shared: bool) -> None:
-        """shared: other processes can map the memory, through its descriptor."""
+        """shared: other processes can map the memory, through its descriptor, on Linux."""
         self.shared = shared
         self.idle: list[Memory] = []
         """The stretch that was returned last is last."""
@@ -135,7 +137,7 @@ class Pool:
         array = np.frombuffer(memory.pages, dtype=np.uint8)
         # Tensors keep the array alive, so its finalizer reports their end.
         weakref.finalize(array, self._take_back, memory).atexit = False
-        if self.shared:
+        if memory.fd >= 0:
             _shared[memory.address] = memory
         return Arena(memory, array)
 

@@ -21,10 +21,12 @@ MADV_COLLAPSE = 25  # linux/mman.h, since 6.1
 OMP_PAUSE_HARD = 2  # omp.h
 PF_EXITING = 0x4  # linux/sched.h
 HUGE_PAGE_BYTES = 2 << 20
-ANY_CHANGE = os.WEXITED | os.WSTOPPED | os.WCONTINUED
-"""For waitid: a child ended, stopped or continued."""
-HALTS = {os.CLD_STOPPED: True, os.CLD_CONTINUED: False}
-"""si_code of waitid -> whether the child is stopped; other codes mean its end."""
+ANY_CHANGE = 0x4 | 0x2 | 0x8
+"""For waitid: a child ended, stopped or continued (WEXITED, WSTOPPED, WCONTINUED of linux/wait.h; a
+Python without waitid has no names for them, and must import this module all the same)."""
+HALTS = {5: True, 6: False}
+"""si_code of waitid, CLD_STOPPED or CLD_CONTINUED -> whether the child is stopped; other codes mean
+its end."""
 
 
 @functools.cache
