@@ -94,7 +94,7 @@ class PeerListener:
     def fileno(self) -> int:
         """A descriptor for a selector: readable when a peer has arrived or gone."""
         if self._can_be_watched:
-            return self._selector.fileno()  # type: ignore[attr-defined,no-any-return]  # epoll's
+            return self._selector.fileno()
         return self._listener.fileno()
 
     def open(self, group: str, kind: str) -> None:
