@@ -16,11 +16,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import uuid4
 
 from pytest_dcp._engine.plan.storage_capabilities import place_of
 from pytest_dcp._torch_internals.call_logger import _dcp_logger, group_fields
+
+if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
+    from typing_extensions import Self
 
 P = ParamSpec("P")
 R = TypeVar("R")

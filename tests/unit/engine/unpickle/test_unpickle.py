@@ -153,10 +153,11 @@ def test_reads_every_kind_of_checkpoint_id(checkpoint_id: Any) -> None:
 
 
 def test_reads_paths_that_python_3_13_wrote() -> None:
-    data = pickle.dumps(metadata_of(), 2)
+    # Python 3.13 itself writes the second name.
+    data = pickle.dumps(metadata_of(), 2).replace(b"cpathlib._local\n", b"cpathlib\n")
     renamed = data.replace(b"cpathlib\n", b"cpathlib._local\n")
     assert renamed != data
-    assert read_metadata(renamed) == metadata_of()
+    assert read_metadata(data) == read_metadata(renamed) == metadata_of()
 
 
 def test_reads_transform_descriptors_and_plain_planner_data() -> None:
