@@ -69,7 +69,7 @@ def test_options_have_torchs_fields_and_defaults() -> None:
 
 def test_aliases_are_torchs() -> None:
     for name in ("FQNS_T", "PrimitiveType", "DictValueType", "OptimizerStateType"):
-        assert str(getattr(ours, name)) == str(getattr(torchs, name))
+        assert getattr(ours, name) == getattr(torchs, name)
 
 
 def test_patched_models_and_optimizers_give_and_take_canonical_states() -> None:
