@@ -26,7 +26,6 @@ from pytest_dcp.properties.laws.round_trips import (
 from pytest_dcp.properties.laws.saves import assert_idempotent_save
 from pytest_dcp.properties.laws.torch_peer import assert_same_as_torch
 from pytest_dcp.properties.laws.training import Run, Trainable, assert_training_resumes
-from pytest_dcp.properties.layouts import Layout, arrangements, layouts, placements
 from pytest_dcp.properties.machine import CheckpointMachine
 from pytest_dcp.properties.meshes import MeshSpec, meshes
 from pytest_dcp.properties.modules import ModuleSpec, modules
@@ -34,6 +33,7 @@ from pytest_dcp.properties.optimizers import OptimizerSpec, optimizers
 from pytest_dcp.properties.parallel import ParallelPlan, any_plans, fsdp_plans, parallel_plans
 from pytest_dcp.properties.placed import Placed
 from pytest_dcp.properties.placed_modules import ModuleRun, PlacedModule
+from pytest_dcp.properties.placements import Layout, arrangements, layouts, placements
 from pytest_dcp.properties.state_dicts import (
     PlacedState,
     SameTensor,

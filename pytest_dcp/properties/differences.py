@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp.errors import LawError
 from pytest_dcp.properties.bits import Bits, bits_of
-from pytest_dcp.properties.layouts import Places, part_of, places_of
 from pytest_dcp.properties.placed import local_of
+from pytest_dcp.properties.placements import Places, part_of, places_of
 from pytest_dcp.properties.subworlds import rank
 
 

@@ -24,7 +24,7 @@ from pytest_dcp.properties.laws.crash import recorded_save
 from pytest_dcp.properties.laws.engine import Engine
 from pytest_dcp.properties.laws.round_trips import load_part
 from pytest_dcp.properties.laws.steps import enter, load, save
-from pytest_dcp.properties.layouts import Layout, arrangements
+from pytest_dcp.properties.placements import Layout, arrangements
 from pytest_dcp.properties.state_dicts import StateSpec, state_dicts
 from pytest_dcp.properties.subworlds import on_first_ranks, shared_folder
 

@@ -17,12 +17,12 @@ from pytest_dcp.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from pytest_dcp.properties.bits import memory_of
-from pytest_dcp.properties.layouts import part_of, places_of
 from pytest_dcp.properties.meshes import MeshSpec
 from pytest_dcp.properties.modules import ModuleSpec
 from pytest_dcp.properties.optimizers import OptimizerSpec
 from pytest_dcp.properties.parallel import PLAIN, ParallelPlan
 from pytest_dcp.properties.placed import local_of
+from pytest_dcp.properties.placements import part_of, places_of
 from pytest_dcp.properties.tensors import TensorSpec
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pytest_dcp.properties.layouts import Layout
 from pytest_dcp.properties.meshes import MeshSpec
+from pytest_dcp.properties.placements import Layout
 from pytest_dcp.properties.tensors import TensorSpec, tensor_specs
 
 

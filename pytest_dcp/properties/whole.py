@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp.properties.bits import Bits, bits_of, tensor_of
-from pytest_dcp.properties.layouts import Places, places_of
 from pytest_dcp.properties.placed import flat, local_of
+from pytest_dcp.properties.placements import Places, places_of
 from pytest_dcp.properties.subworlds import agree, first_ranks, rank
 
 Parts = dict[str, tuple[Places, Bits]]

@@ -120,13 +120,15 @@ def moved(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTANTS: dict[str, Mutant] = {
-    "chunks are rounded down": Mutant("plan.layout", "_chunk", lambda right: floor_chunk),
+    "chunks are rounded down": Mutant("plan.placement_boxes", "_chunk", lambda right: floor_chunk),
     "ranks are counted from the end": Mutant("plan.shards", "local_boxes", before(from_the_end)),
     "placements apply from the last to the first": Mutant(
         "plan.shards", "local_boxes", before(inner_first)
     ),
     "a strided shard is a plain one": Mutant(
-        "plan.layout", "shard_runs", before(lambda runs, ranks, rank, parts=1: (runs, ranks, rank))
+        "plan.placement_boxes",
+        "shard_runs",
+        before(lambda runs, ranks, rank, parts=1: (runs, ranks, rank)),
     ),
     "empty shards are left out": Mutant("plan.describe", "_Rows.add", without_empty),
     "shards at other offsets are taken for replicas": Mutant(

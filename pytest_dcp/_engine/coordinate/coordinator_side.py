@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pytest_dcp._engine.coordinate import rendezvous
-from pytest_dcp._engine.coordinate.absence import Absences
 from pytest_dcp._engine.coordinate.admission import Admission
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.coordinator_actions import (
@@ -46,6 +45,7 @@ from pytest_dcp._engine.coordinate.step_values import (
     Result,
     StepVerdict,
 )
+from pytest_dcp._engine.coordinate.unjoined_ranks import Absences
 
 TICK_S = 0.5
 UNSIGNALLED_S = 0.005

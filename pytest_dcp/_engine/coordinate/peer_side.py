@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
-from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head
@@ -36,6 +35,7 @@ from pytest_dcp._engine.coordinate.peer_state import (
 )
 from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import Combine, LocalResult, Result, StepVerdict
+from pytest_dcp._engine.coordinate.unjoined_ranks import Absence
 
 UNREACHED_S = 60.0
 """How long to retry while the network leads to none of the coordinator's addresses."""

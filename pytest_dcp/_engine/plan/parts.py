@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.plan.layout import LocalBox
+from pytest_dcp._engine.plan.placement_boxes import LocalBox
 from pytest_dcp.errors import PlanError
 
 BOXES = "global_offsets"

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from pytest_dcp._engine.plan.layout import LocalBox, local_boxes, whole_box
 from pytest_dcp._engine.plan.parts import boxes_said, says_parts
+from pytest_dcp._engine.plan.placement_boxes import LocalBox, local_boxes, whole_box
 from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp._torch_internals.tensors import FakeTensor

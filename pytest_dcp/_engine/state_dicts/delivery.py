@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pytest_dcp._engine.plan.layout import LocalBox, local_boxes
+from pytest_dcp._engine.plan.placement_boxes import LocalBox, local_boxes
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
 from pytest_dcp._engine.state_dicts.packing import BUCKET_BYTES, Spec, views
 from pytest_dcp._engine.state_dicts.parts import cut, whole

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.layout import LocalBox
+from pytest_dcp._engine.plan.placement_boxes import LocalBox
 from pytest_dcp._engine.plan.shards import boxes_of, local_shards, part_of
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import (

@@ -10,8 +10,8 @@ from torch.distributed.tensor import Replicate, Shard
 from pytest_dcp.properties.laws.crash import assert_overwrite_atomic
 from pytest_dcp.properties.laws.round_trips import assert_meta_load
 from pytest_dcp.properties.laws.steps import enter, load, save
-from pytest_dcp.properties.layouts import Layout
 from pytest_dcp.properties.meshes import MeshSpec
+from pytest_dcp.properties.placements import Layout
 from pytest_dcp.properties.state_dicts import StateSpec
 from pytest_dcp.properties.suite.base import StorageTests
 from pytest_dcp.properties.tensors import TensorSpec

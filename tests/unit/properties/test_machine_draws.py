@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 from pytest_dcp.properties import CheckpointMachine, StateSpec, TensorSpec
-from pytest_dcp.properties.layouts import Layout
+from pytest_dcp.properties.placements import Layout
 
 LUCK = random.SystemRandom()
 """Which of its threads a machine runs first: nothing that Hypothesis could seed."""

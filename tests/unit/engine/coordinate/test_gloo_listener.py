@@ -21,10 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pytest_dcp._engine.coordinate import probe as probe_module
 from pytest_dcp._engine.coordinate import rendezvous
-from pytest_dcp._engine.coordinate.absence import Absence
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
 from pytest_dcp._engine.coordinate.presence import Presence
 from pytest_dcp._engine.coordinate.probe import QuietProbe
+from pytest_dcp._engine.coordinate.unjoined_ranks import Absence
 
 HOST = "127.0.0.1"
 LIMIT_S = 10.0

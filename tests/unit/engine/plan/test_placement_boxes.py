@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from pytest_dcp._engine.plan.layout import LocalBox, local_boxes, shard_runs, whole_box
+from pytest_dcp._engine.plan.placement_boxes import LocalBox, local_boxes, shard_runs, whole_box
 from support.tilings import fewer, shapes
 
 meshes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
