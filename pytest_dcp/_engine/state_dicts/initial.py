@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._torch_internals.modules import drop_step_hooks
+from pytest_dcp._torch_internals.tensors import is_traceable_wrapper_subclass
 from pytest_dcp.errors import CheckpointError
 
 BATCH_BYTES = 64 << 20
