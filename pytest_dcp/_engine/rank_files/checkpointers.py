@@ -16,19 +16,10 @@ from pytest_dcp._torch_internals.rank_files import (
 )
 
 
-class SyncCheckpointer(Checkpointer):
-    """Saves and loads, each before it returns."""
+class _LoadingCheckpointer(Checkpointer):
+    """The half that both checkpointers share: a load is done when it returns."""
 
-    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
-        self._writer = writer
-        self._reader = reader
-
-    def save(self, path: str, state_dict: dict[str, Any], **kwargs: Any) -> None:
-        """Write this rank's state dict to the folder `path`; kwargs are for the writer.
-
-        Every rank calls it if there is a barrier.
-        """
-        self._writer.write(path, state_dict, **kwargs)
+    _reader: CheckpointReader
 
     def load(
         self,
@@ -43,14 +34,34 @@ class SyncCheckpointer(Checkpointer):
 
         strict: raise RuntimeError if the checkpoint lacks keys of `state_dict`.
         """
-        return _load(self._reader, path, state_dict, default_map_location, strict, kwargs)
+        loaded, missing = self._reader.read(
+            path=path, state_dict=state_dict, map_location=default_map_location, **kwargs
+        )
+        if strict and missing:
+            raise RuntimeError(f"Checkpoint at {path} is missing keys: {missing}")
+        return loaded
+
+
+class SyncCheckpointer(_LoadingCheckpointer):
+    """Saves and loads, each before it returns."""
+
+    def __init__(self, writer: CheckpointWriter, reader: CheckpointReader) -> None:
+        self._writer = writer
+        self._reader = reader
+
+    def save(self, path: str, state_dict: dict[str, Any], **kwargs: Any) -> None:
+        """Write this rank's state dict to the folder `path`; kwargs are for the writer.
+
+        Every rank calls it if there is a barrier.
+        """
+        self._writer.write(path, state_dict, **kwargs)
 
     def close(self) -> None:
         """Close the writer."""
         self._writer.close()
 
 
-class AsyncCheckpointer(Checkpointer):
+class AsyncCheckpointer(_LoadingCheckpointer):
     """Saves in the background, in a process; loads before it returns."""
 
     def __init__(
@@ -79,43 +90,12 @@ class AsyncCheckpointer(Checkpointer):
         self._write_future = written
         return wrap_future(staged), written
 
-    def load(
-        self,
-        path: str,
-        state_dict: dict[str, Any] | None = None,
-        *,
-        default_map_location: Any = None,
-        strict: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """This rank's state dict in the folder `path`; see `CheckpointReader.read`.
-
-        strict: raise RuntimeError if the checkpoint lacks keys of `state_dict`.
-        """
-        return _load(self._reader, path, state_dict, default_map_location, strict, kwargs)
-
     def close(self) -> None:
         """Close the stager and the process, after the save that is under way."""
         try:
             self._checkpoint_stager.close()
         finally:
             self._checkpoint_process.close()
-
-
-def _load(
-    reader: CheckpointReader,
-    path: str,
-    state_dict: dict[str, Any] | None,
-    map_location: Any,
-    strict: bool,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    loaded, missing = reader.read(
-        path=path, state_dict=state_dict, map_location=map_location, **options
-    )
-    if strict and missing:
-        raise RuntimeError(f"Checkpoint at {path} is missing keys: {missing}")
-    return loaded
 
 
 checkpointers_of_torch.SyncCheckpointer.register(SyncCheckpointer)

@@ -1,8 +1,9 @@
 """Reads one rank's file of `torch.save`, as a whole or into a state dict that is there.
 
 The file is mapped and decoded by the engine's own reader: records are checked by their checksums,
-and no code of the file runs. Only classes that it does not know go to `torch.load`, still with
-`weights_only`.
+memory is bounded, and no code of the file runs. `torch.load` reads a file only afterwards: with
+`weights_only=False`, for classes that our reader does not know, or for a `map_location` that asks
+where each storage was, which only it can answer.
 """
 
 from __future__ import annotations
@@ -92,33 +93,20 @@ def _read_file(file: Path, map_location: Any, *, share: bool, trust: bool) -> An
                 "expected a file of torch.save, got an empty one", file=os.fspath(file)
             )
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    if callable(map_location) or isinstance(map_location, dict):
-        return torch.load(_whole_of(mapped), map_location=map_location, weights_only=not trust)
+    by_storage = callable(map_location) or isinstance(map_location, dict)
     try:
-        stored = decode_value(memoryview(mapped), share=share)
-    except UntrustedPickleError as unknown:
-        return _load_by_torch(mapped, map_location, trust, unknown)
+        stored = decode_value(memoryview(mapped), share=share or by_storage)
+    except UntrustedPickleError:
+        if not trust:
+            raise
+        return torch.load(
+            io.BytesIO(mapped), map_location=map_location or "cpu", weights_only=False
+        )
     except CheckpointCorruptError as error:
         raise error.at(file=os.fspath(file)) from error
+    if by_storage:
+        return torch.load(io.BytesIO(mapped), map_location=map_location, weights_only=True)
     return stored if _is_cpu(map_location) else _move(stored, map_location)
-
-
-def _load_by_torch(
-    mapped: mmap.mmap, map_location: Any, trust: bool, unknown: UntrustedPickleError
-) -> Any:
-    """What `torch.load` makes of classes that the engine's reader does not know."""
-    try:
-        return torch.load(
-            _whole_of(mapped), map_location=map_location or "cpu", weights_only=not trust
-        )
-    except Exception as error:
-        if trust:
-            raise
-        raise unknown from error
-
-
-def _whole_of(mapped: mmap.mmap) -> io.BytesIO:
-    return io.BytesIO(mapped)
 
 
 def _is_cpu(map_location: Any) -> bool:

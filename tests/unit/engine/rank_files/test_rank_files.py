@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,20 @@ def test_a_file_that_is_missing_or_damaged_or_untrusted_is_refused(tmp_path: Pat
     assert not RunsCode.ran
     assert reader.read(str(tmp_path), weights_only=False)[0]["p"] == Path("x")
     assert RunsCode.ran
+
+
+@pytest.mark.parametrize("place", [None, "cpu", {"cpu": "cpu"}, lambda s, _: s])
+@pytest.mark.parametrize("first", [b"", b"ctorch._utils\n_rebuild_nested_tensor\n"])
+def test_a_file_that_asks_for_memory_it_does_not_have_is_refused(
+    first: bytes, place: Any, tmp_path: Path
+) -> None:
+    """`torch.load` with `weights_only` makes the 2 GB; a global of its own hands a file to it."""
+    many = b"cbuiltins\nbytearray\nJ" + (0x7F000000).to_bytes(4, "little") + b"\x85R"
+    with zipfile.ZipFile(tmp_path / FILE, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02](" + first + many + b"e.")
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises((CheckpointCorruptError, UntrustedPickleError)):
+        CheckpointReader(RANK).read(str(tmp_path), map_location=place)
 
 
 class RunsCode:
