@@ -17,19 +17,23 @@ FORK_S = 200
 """Until a fork is ended that does not end by itself."""
 
 
-def forked(body: Callable[[Callable[[str], None]], Any], room_bytes: int = 1 << 30) -> Any:
+def forked(
+    body: Callable[[Callable[[str], None]], Any],
+    room_bytes: int = 1 << 30,
+    limit_s: int = FORK_S,
+) -> Any:
     """Call the body in a fork; returns its result, by way of JSON.
 
     The body gets a function and calls it with the name of each part that it begins. It may add
-    `room_bytes` to the address space. Raises AssertionError with the last part that it began if it
-    fails or dies. Its tensors must stay below 32,768 elements: above, torch asks for threads that a
-    fork lacks.
+    `room_bytes` to the address space, and take `limit_s` seconds. Raises AssertionError with the
+    last part that it began if it fails or dies. Its tensors must stay below 32,768 elements: above,
+    torch asks for threads that a fork lacks.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _answer(body, writing, room_bytes)
+        _answer(body, writing, room_bytes, limit_s)
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as pipe:
@@ -44,10 +48,12 @@ def forked(body: Callable[[Callable[[str], None]], Any], room_bytes: int = 1 << 
     return answer["value"]
 
 
-def _answer(body: Callable[[Callable[[str], None]], Any], writing: int, room_bytes: int) -> None:
+def _answer(
+    body: Callable[[Callable[[str], None]], Any], writing: int, room_bytes: int, limit_s: int
+) -> None:
     gc.freeze()  # errors are in cycles: looking at all of torch for them takes longest
     try:
-        signal.alarm(FORK_S)
+        signal.alarm(limit_s)
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + room_bytes,) * 2)

@@ -41,7 +41,7 @@ Rules:
 
 After a death:
 
-    of a peer before it joined   its end is noticed (`unjoined_ranks`), else the timeout ends the wait
+    of a peer before it joined   noticed by `unjoined_ranks`, else the timeout ends the wait
     of a peer in its work        its connection ends: stuck, the others are alerted, final verdict
     of a peer after its result   the step may still succeed; the next one finds the peer stuck
     of a peer in the delivery    as before: the answer does not change

@@ -14,7 +14,7 @@ from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.faults import fuzzed_metadata
-from support.forks import forked, limited
+from support.forks import FORK_S, forked, limited
 from support.loads import ending, load, load_all, save
 
 SAVERS = ("ours", "torch")
@@ -23,6 +23,8 @@ INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000
 LOADED_EACH = 50
 """One in this many inputs is loaded, with its tensors and values."""
 ROOM_BYTES = 256 << 20
+ALL_S = max(FORK_S, INPUTS // 200)
+"""For all inputs of a test: five times what they take on an idle machine."""
 INPUT_S = 5
 """Of the processor, for one input of a few thousand bytes."""
 
@@ -82,7 +84,7 @@ def test_no_fuzzed_metadata_breaks_the_reader(files: dict[str, Path], saver: str
             slowest = max(slowest, time.process_time() - began)
         return {**endings, "slowest_ms": round(slowest * 1000)}
 
-    figures = forked(body, ROOM_BYTES)
+    figures = forked(body, ROOM_BYTES, ALL_S)
     print(f"{INPUTS} fuzzed metadata from {saver}: {figures}")
     assert figures["taken"] + figures["refused"] == INPUTS
     assert figures["taken"] > INPUTS // 50, "nothing gets as far as to the end"
@@ -108,7 +110,7 @@ def test_no_fuzzed_metadata_breaks_a_load(files: dict[str, Path], saver: str) ->
         return endings
 
     try:
-        print(f"loads of fuzzed metadata from {saver}: {forked(body, 2 * ROOM_BYTES)}")
+        print(f"loads of fuzzed metadata from {saver}: {forked(body, 2 * ROOM_BYTES, ALL_S)}")
     finally:
         files[saver].write_bytes(good)
 
