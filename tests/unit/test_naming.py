@@ -53,6 +53,14 @@ def is_participle(name: str) -> bool:
     return word in IRREGULAR or re.fullmatch(r"[a-z]{2,}(ed|ing)", word) is not None
 
 
+def test_no_two_test_modules_have_one_name() -> None:
+    # Their folders are no packages: the second of a name would not be collected.
+    paths = defaultdict(list)
+    for path in Path(__file__).parents[1].rglob("test_*.py"):
+        paths[path.name].append(path)
+    assert {name: found for name, found in paths.items() if len(found) > 1} == {}
+
+
 def test_no_two_classes_have_one_name() -> None:
     places = defaultdict(list)
     for path, tree in TREES.items():

@@ -51,7 +51,7 @@ def run_all(jobs: Sequence[Callable[[StopFlag], Result]], threads: int) -> list[
             stop.set()
             raise
 
-    with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp") as pool:
+    with ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="dcp-io") as pool:
         futures = [pool.submit(guarded, job) for job in jobs]
         try:
             # Waits for each; `first` holds the exception that was raised first.

@@ -10,7 +10,7 @@ from support.tilings import fewer
 
 
 def running() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("dcp")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("dcp-io")]
 
 
 @given(st.lists(st.integers(), max_size=6), st.integers(0, 4))
