@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.stream_transforms import ROOM_BYTES, read_at_most, tensor_in
+from pytest_dcp._engine.io.transformed_entries import ROOM_BYTES, read_at_most, tensor_in
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
 
 

@@ -25,7 +25,7 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.plan_entries import match_entries
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
-from pytest_dcp._engine.io.stream_transforms import plain_entry, tensor_of
+from pytest_dcp._engine.io.transformed_entries import plain_entry, tensor_of
 from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems

@@ -16,7 +16,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format.entry_locator import locate_wrapper
 from pytest_dcp._engine.format.opaque_values import check_wrapper
 from pytest_dcp._engine.format.opaque_values import fill_wrapper as fill_parts
-from pytest_dcp._engine.io.stream_transforms import tensor_in
+from pytest_dcp._engine.io.transformed_entries import tensor_in
 from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp.errors import CheckpointMismatchError
 
