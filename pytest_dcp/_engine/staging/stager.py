@@ -16,9 +16,9 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.containers import alike
 from pytest_dcp._engine.plan.describe import require_savable, unsavable
+from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp._engine.plan.per_rank import PerRank

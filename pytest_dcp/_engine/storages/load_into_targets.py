@@ -38,8 +38,8 @@ from pytest_dcp._engine.io.plan_entries import sort_rows
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_size, resolve_items
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
-from pytest_dcp._engine.plan.collector import collector_paused
 from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.plan.match_keys import together
 from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError

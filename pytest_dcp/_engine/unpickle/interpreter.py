@@ -10,7 +10,7 @@ import pickle
 import struct
 from typing import Any
 
-from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from pytest_dcp._engine.plan.collector import collector_paused
+from pytest_dcp._engine.plan.garbage_collection import collector_paused
 
 
 @pytest.fixture(autouse=True)
