@@ -16,7 +16,7 @@ checks every rule of the catalog. The arrays it returns are read-only views of t
 
 The columns, of n keys, c chunks and tensors of at most k dimensions:
 
-    fqns           bytes     the keys, joined as `names.pack_names` does
+    fqns           bytes     the keys, joined as `packed_names.pack_names` does
     property_of    n i4      positions in the header's properties; -1: a byte value
     ndim           n i2      dimensions; -1: a byte value
     size           n*k i8    the full tensors, padded with 1
@@ -87,7 +87,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
-from pytest_dcp._engine.plan import names
+from pytest_dcp._engine.plan import packed_names
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -137,8 +137,8 @@ def encode(catalog: Catalog) -> bytes:
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
     header["properties"] = [_property_names(p) for p in index.properties]
     columns: dict[str, Any] = {
-        "fqns": names.pack_names(index.fqns),
-        "files": names.pack_names(places.files),
+        "fqns": packed_names.pack_names(index.fqns),
+        "files": packed_names.pack_names(places.files),
         **{name: getattr(index, name) for name in Index.column_names()},
         **{name: getattr(places, name) for name in EntryPlaces.column_names()},
     }
@@ -347,8 +347,8 @@ def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memor
 
 
 def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Metadata]) -> Catalog:
-    fqns = names.unpack_names(columns["fqns"].tobytes())
-    files = names.unpack_names(columns["files"].tobytes())
+    fqns = packed_names.unpack_names(columns["fqns"].tobytes())
+    files = packed_names.unpack_names(columns["files"].tobytes())
     if len(fqns) != len(columns["ndim"]):
         raise ValueError(f"{len(fqns)} names for {len(columns['ndim'])} keys")
     if type(header["block_bytes"]) is not int:
@@ -387,7 +387,7 @@ def _transforms_of(
 
 def _what_was_said(
     said: Mapping[str, Sequence[Any]],
-    fqns: names.Fqns,
+    fqns: packed_names.Fqns,
     columns: Columns,
     whole: Callable[[], Metadata],
 ) -> dict[str, Any]:

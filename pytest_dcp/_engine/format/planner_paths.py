@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pytest_dcp._engine.plan.containers import DescribedPaths, description_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict
-from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp.errors import CheckpointCorruptError
 
 Path = tuple[str | int, ...]

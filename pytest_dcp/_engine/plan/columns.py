@@ -68,7 +68,7 @@ from torch.distributed.checkpoint.planner import (
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows, volumes
 from pytest_dcp._engine.plan.column_table import AT_HOME, ColumnTable
-from pytest_dcp._engine.plan.names import Fqns, pack_names, unpack_names
+from pytest_dcp._engine.plan.packed_names import Fqns, pack_names, unpack_names
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
     from typing_extensions import Self

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
-from pytest_dcp._engine.plan.names import Fqns
 from pytest_dcp._engine.plan.opaque import is_opaque, what_no_file_holds
+from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp._engine.plan.parts import BOXES, boxes_said, global_shape, says_parts
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import (

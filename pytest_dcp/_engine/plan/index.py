@@ -45,7 +45,7 @@ from pytest_dcp._engine.plan.boxes import Ints, pad_rows, row_bounds
 from pytest_dcp._engine.plan.column_table import ColumnTable
 from pytest_dcp._engine.plan.columns import UNKNOWN, position, size_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict, LazyList
-from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns
 
 
 @dataclass(frozen=True, eq=False)

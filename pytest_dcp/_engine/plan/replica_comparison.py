@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_dcp._engine.plan.boxes import Ints
-from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp.errors import ReplicaMismatchError
 
 ReplicaCheck = Literal["sample", "check", "off"]

@@ -81,7 +81,7 @@ from pytest_dcp._engine.plan.box_coverage import problems_of
 from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, row_bounds, strides_of, widen_table
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
 from pytest_dcp._engine.plan.index import Index
-from pytest_dcp._engine.plan.names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp._engine.plan.replica_comparison import Replicas, groups_of_ranks
 from pytest_dcp.errors import PlanError
 
@@ -186,7 +186,7 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
     known: dict[Any, int] = {}
     ids: dict[int, Ints] = {}
     for table in tables:
-        # Ranks that sent the same names share one tuple (see `names`), which is numbered once.
+        # Ranks that sent the same names share one tuple (see `packed_names`), which is numbered once.
         if id(table.fqns) not in ids:
             numbers = [names.setdefault(fqn, len(names)) for fqn in table.fqns]
             ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)

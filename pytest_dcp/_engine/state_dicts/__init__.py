@@ -2,7 +2,7 @@
 
 The state dict of a wrapped model has the wrappers in its names, and an optimizer's has numbers for
 names. Neither loads into the same model wrapped in another way. Here everything has a *canonical
-name*: the name that it would have if nothing wrapped the model (`names`). The calls are torch's;
+name*: the name that it would have if nothing wrapped the model (`canonical_names`). The calls are torch's;
 see `checkpoint.state_dict`.
 
 Reading a model (`model.read_model`): FSDP2 restores its sharded parameters (`scope`), FSDP1 is set

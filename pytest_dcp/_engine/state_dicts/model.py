@@ -14,9 +14,9 @@ from pytest_dcp._engine.plan.materialise import empty_for_meta
 from pytest_dcp._engine.state_dicts import fsdp1
 from pytest_dcp._engine.state_dicts.agreement import raise_on_all_ranks
 from pytest_dcp._engine.state_dicts.broadcast import broadcast_values, from_rank0, join_mismatches
+from pytest_dcp._engine.state_dicts.canonical_names import wrapped_as
 from pytest_dcp._engine.state_dicts.delivery import deliver_state
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
-from pytest_dcp._engine.state_dicts.names import wrapped_as
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from pytest_dcp._engine.state_dicts.names import Names
+from pytest_dcp._engine.state_dicts.canonical_names import Names
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
 
 PATCHED = "_pytest_dcp_patched"

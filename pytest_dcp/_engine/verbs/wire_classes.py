@@ -43,7 +43,7 @@ from pytest_dcp._engine.plan.columns import (
 )
 from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import ChunkList, Index, KeyTable
-from pytest_dcp._engine.plan.names import pack_names, unpack_names
+from pytest_dcp._engine.plan.packed_names import pack_names, unpack_names
 from pytest_dcp._engine.plan.replica_comparison import Checks, Differing
 from pytest_dcp._engine.storages.file_names import FileNames
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo, _StoragePrefix

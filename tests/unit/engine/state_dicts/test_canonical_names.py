@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     offload_wrapper,
 )
 
-from pytest_dcp._engine.state_dicts.names import Names, wrapped_as
+from pytest_dcp._engine.state_dicts.canonical_names import Names, wrapped_as
 
 
 def net() -> torch.nn.Sequential:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.plan.names import pack_names, unpack_names
+from pytest_dcp._engine.plan.packed_names import pack_names, unpack_names
 
 AWKWARD = ["", '"', '"a', "a\nb", "\n", "\r", "\u2028", "\0", '"\ud800', "\udfff", "é", "\\n"]
 names = st.one_of(
