@@ -19,7 +19,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.parts import parts_said, say_parts, says_parts
+from pytest_dcp._engine.plan.declared_parts import declarations_of, declare_parts, declares_parts
 from pytest_dcp._engine.staging.buffer_pool import Memory, shared_memory_of, view_bytes
 from pytest_dcp._engine.staging.stager import (
     KEPT_SHARED,
@@ -83,8 +83,8 @@ class StatePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle sh
                 make_detached_sharded_tensor,
                 (value.local_shards(), value.metadata(), value.sharding_spec()),
             )
-        elif isinstance(value, torch.Tensor) and says_parts(value):
-            reduced = say_parts, (value.detach(), parts_said(value))
+        elif isinstance(value, torch.Tensor) and declares_parts(value):
+            reduced = declare_parts, (value.detach(), declarations_of(value))
         elif isinstance(value, torch.Tensor):
             reduced = self._place_of(value)
         elif isinstance(value, DeviceMesh):

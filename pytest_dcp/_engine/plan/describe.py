@@ -19,9 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, TENSOR, UNKNOWN, WriteItems
+from pytest_dcp._engine.plan.declared_parts import (
+    BOXES,
+    declared_boxes,
+    declares_parts,
+    global_shape,
+)
 from pytest_dcp._engine.plan.opaque import is_opaque, what_no_file_holds
 from pytest_dcp._engine.plan.packed_names import Fqns
-from pytest_dcp._engine.plan.parts import BOXES, boxes_said, global_shape, says_parts
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import (
     PLAIN,
@@ -101,7 +106,7 @@ class _Rows:
         number = self.property_of(value, value)
         try:
             size = global_shape(fqn, value)
-            for box in boxes_said(fqn, value):
+            for box in declared_boxes(fqn, value):
                 self.add(fqn, SHARD, number, size, (box.offset, box.shape))
         except PlanError as error:
             self.problems.append(str(error))
@@ -119,7 +124,7 @@ class _Rows:
                 self.problems.append(str(error))
         elif isinstance(value, ShardedTensor):
             self.add_shards(fqn, value)
-        elif says_parts(value):
+        elif declares_parts(value):
             self.add_parts(fqn, value)
         elif isinstance(value, DTensor):
             self.add_dtensor(fqn, value, self.property_of(value, local_tensor(value)))
@@ -282,8 +287,8 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]
-    if says_parts(value):
-        return [(box.offset, box.shape) for box in boxes_said(fqn, value)]
+    if declares_parts(value):
+        return [(box.offset, box.shape) for box in declared_boxes(fqn, value)]
     if isinstance(value, DTensor):
         return layouts.sides_of(fqn, value)
     shape = value.shape

@@ -40,9 +40,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp._engine.plan.declared_parts import BOXES, declares_parts, global_shape
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.numbers import kind_of, takes_tensor_of
-from pytest_dcp._engine.plan.parts import BOXES, global_shape, says_parts
 from pytest_dcp._engine.plan.shards import PLAIN, full, speaks_for_itself, spoken_items
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
@@ -217,7 +217,7 @@ def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dt
         # Its own methods warn about its deprecation; its metadata does not.
         found = value.metadata()
         return found.size, found.tensor_properties.dtype
-    if says_parts(value):
+    if declares_parts(value):
         return global_shape(fqn, value), value.dtype
     return value.shape, value.dtype
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from pytest_dcp._engine.plan.parts import parts_said, say_parts
+from pytest_dcp._engine.plan.declared_parts import declarations_of, declare_parts
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
@@ -44,7 +44,7 @@ def empty_for_meta(value: torch.Tensor) -> torch.Tensor:
         raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
     if not isinstance(value, DTensor):
         made = torch.empty_like(value, device=current_device(group_device_type()))
-        return say_parts(made, parts_said(value))
+        return declare_parts(made, declarations_of(value))
     mesh = value.device_mesh
     local = torch.empty_like(local_tensor(value), device=current_device(mesh.device_type))
     # Shape and stride are given explicitly: they do not follow from an uneven shard.

@@ -186,7 +186,7 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
     known: dict[Any, int] = {}
     ids: dict[int, Ints] = {}
     for table in tables:
-        # Ranks that sent the same names share one tuple (see `packed_names`), which is numbered once.
+        # Ranks that sent the same names share one tuple (`packed_names`), which is numbered once.
         if id(table.fqns) not in ids:
             numbers = [names.setdefault(fqn, len(names)) for fqn in table.fqns]
             ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)

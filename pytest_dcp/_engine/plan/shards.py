@@ -1,8 +1,8 @@
 """The boxes of full tensors that this rank's state dict holds, and the memory of each.
 
-Plain tensors are one box, the whole, unless their attributes say otherwise (`plan.parts`). DTensor
-and ShardedTensor hold parts. Any other tensor class may describe its parts itself through the
-methods that torch's DTensor also has: `__create_write_items__(fqn, object)`,
+A plain tensor is one box, the whole, unless its attributes declare others (`declared_parts`).
+DTensor and ShardedTensor hold parts. Any other tensor class may describe its parts itself through
+the methods that torch's DTensor also has: `__create_write_items__(fqn, object)`,
 `__create_chunk_list__()` and `__get_tensor_shard__(index)`.
 
 A box has two positions: in the full tensor (`offset`), which the checkpoint stores, and in this
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from pytest_dcp._engine.plan.parts import boxes_said, says_parts
+from pytest_dcp._engine.plan.declared_parts import declared_boxes, declares_parts
 from pytest_dcp._engine.plan.placement_boxes import LocalBox, local_boxes, whole_box
 from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
@@ -213,7 +213,7 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
         parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]
     else:
         memory = local_tensor(value) if isinstance(value, DTensor) else value
-        find_boxes = boxes_said if says_parts(value) else boxes_of
+        find_boxes = declared_boxes if declares_parts(value) else boxes_of
         parts = [(box, part_of(memory, box)) for box in find_boxes(index.fqn, value)]
     if index.offset is None and len(parts) == 1:
         return parts[0][1]

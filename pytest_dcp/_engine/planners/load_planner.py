@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from pytest_dcp._engine.format.opaque_values import prepare_opaque, wrapper_in
 from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.declared_parts import BOXES
 from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, index_of, resized_keys, stated_sizes
 from pytest_dcp._engine.plan.match_keys import Dtype, LoadReport
@@ -24,7 +25,6 @@ from pytest_dcp._engine.plan.materialise import empty_for_meta, materialise
 from pytest_dcp._engine.plan.nested import Path, flatten, set_element
 from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of
 from pytest_dcp._engine.plan.opaque import is_opaque
-from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.select import Selection
 from pytest_dcp._engine.plan.shards import PLAIN

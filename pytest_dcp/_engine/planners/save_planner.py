@@ -30,11 +30,11 @@ from pytest_dcp._engine.plan.boxes import volumes
 from pytest_dcp._engine.plan.cache import PlanCache
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp._engine.plan.containers import DESCRIPTION, describe
+from pytest_dcp._engine.plan.declared_parts import BOXES
 from pytest_dcp._engine.plan.describe import write_items
 from pytest_dcp._engine.plan.hooks import is_overridden, lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, KeyTable, copy_metadata
 from pytest_dcp._engine.plan.nested import Path, as_saved, as_saved_path, flatten
-from pytest_dcp._engine.plan.parts import BOXES
 from pytest_dcp._engine.plan.rank_paths import merge_paths
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck, Replicas
 from pytest_dcp._engine.plan.save import GlobalPlan, concatenate_tables, global_plan

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.containers import alike
+from pytest_dcp._engine.plan.declared_parts import BOXES, declarations_of, declare_parts
 from pytest_dcp._engine.plan.describe import require_savable, unsavable
 from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.plan.opaque import is_opaque
-from pytest_dcp._engine.plan.parts import BOXES, parts_said, say_parts
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
@@ -264,7 +264,7 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         return make_detached_sharded_tensor(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
         copied = next(rooms) if _fits(value) else _copied_alone(value)
-        return say_parts(copied, parts_said(value)) if hasattr(value, BOXES) else copied
+        return declare_parts(copied, declarations_of(value)) if hasattr(value, BOXES) else copied
     if isinstance(value, PerRank):
         return PerRank(_copy_value(value.value, rooms))
     if isinstance(value, Mapping):

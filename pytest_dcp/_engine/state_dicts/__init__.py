@@ -2,8 +2,8 @@
 
 The state dict of a wrapped model has the wrappers in its names, and an optimizer's has numbers for
 names. Neither loads into the same model wrapped in another way. Here everything has a *canonical
-name*: the name that it would have if nothing wrapped the model (`canonical_names`). The calls are torch's;
-see `checkpoint.state_dict`.
+name*: the name that it would have if nothing wrapped the model (`canonical_names`). The calls are
+torch's; see `checkpoint.state_dict`.
 
 Reading a model (`model.read_model`): FSDP2 restores its sharded parameters (`scope`), FSDP1 is set
 to sharded states (`fsdp1`), the model's own `state_dict` runs with all its hooks, each key becomes

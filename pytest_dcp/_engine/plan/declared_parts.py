@@ -1,4 +1,4 @@
-"""Plain tensors whose attributes say which boxes of a larger tensor they hold.
+"""Plain tensors whose attributes declare which boxes of a larger tensor they hold.
 
 The attributes are those of torch 2.14's `CheckpointableTensor`: `global_shape`, and for each box an
 entry in `global_offsets`, `local_offsets` and `local_sizes`. The tensor may hold other elements
@@ -21,7 +21,7 @@ BOXES = "global_offsets"
 ATTRIBUTES = ("global_shape", BOXES, "local_offsets", "local_sizes")
 
 
-def says_parts(value: Any) -> bool:
+def declares_parts(value: Any) -> bool:
     """Whether the value is a tensor with all of the attributes and without its own hooks."""
     return (
         hasattr(value, BOXES)
@@ -31,14 +31,14 @@ def says_parts(value: Any) -> bool:
     )
 
 
-def parts_said(value: Any) -> dict[str, Any]:
+def declarations_of(value: Any) -> dict[str, Any]:
     """The attributes of a tensor that has them; {} for any other."""
-    return {name: getattr(value, name) for name in ATTRIBUTES} if says_parts(value) else {}
+    return {name: getattr(value, name) for name in ATTRIBUTES} if declares_parts(value) else {}
 
 
-def say_parts(tensor: torch.Tensor, said: dict[str, Any]) -> torch.Tensor:
+def declare_parts(tensor: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
     """The tensor, with the attributes of another of its shape."""
-    for name, value in said.items():
+    for name, value in attributes.items():
         setattr(tensor, name, value)
     return tensor
 
@@ -51,8 +51,8 @@ def global_shape(fqn: str, value: Any) -> torch.Size:
     return torch.Size(_integers(fqn, "global_shape", value.global_shape))
 
 
-def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
-    """The boxes that the value says it holds.
+def declared_boxes(fqn: str, value: Any) -> tuple[LocalBox, ...]:
+    """The boxes that the value declares to hold.
 
     Raises PlanError, naming the fqn, for attributes that are not sequences of integers, and for
     boxes that are not inside their tensors.
@@ -61,7 +61,7 @@ def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     lists = [_each(fqn, name, getattr(value, name)) for name in ATTRIBUTES[1:]]
     if len({len(of) for of in lists}) > 1:
         raise PlanError(
-            f"{fqn!r} says that it holds {len(lists[0])} part(s) of a tensor of size {shape}: its "
+            f"{fqn!r} declares {len(lists[0])} part(s) of a tensor of size {shape}: its "
             f"global_offsets, local_offsets and local_sizes must have the same length, got "
             f"{[len(of) for of in lists]}"
         )
@@ -79,16 +79,16 @@ def boxes_said(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     return tuple(boxes)
 
 
-def _each(fqn: str, name: str, told: Any) -> list[tuple[int, ...]]:
-    if isinstance(told, str) or not isinstance(told, Iterable):
-        raise PlanError(f"{fqn!r}: its {name} must be a sequence of integers a part, got {told!r}")
-    return [_integers(fqn, f"{name}[{n}]", one) for n, one in enumerate(told)]
+def _each(fqn: str, name: str, given: Any) -> list[tuple[int, ...]]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise PlanError(f"{fqn!r}: its {name} must be a sequence of integers a part, got {given!r}")
+    return [_integers(fqn, f"{name}[{n}]", one) for n, one in enumerate(given)]
 
 
-def _integers(fqn: str, name: str, told: Any) -> tuple[int, ...]:
+def _integers(fqn: str, name: str, given: Any) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(side) for side in told)
+        return tuple(operator.index(side) for side in given)
     except TypeError:
         raise PlanError(
-            f"{fqn!r}: its {name} must be a sequence of integers, got {told!r}"
+            f"{fqn!r}: its {name} must be a sequence of integers, got {given!r}"
         ) from None
