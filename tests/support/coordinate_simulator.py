@@ -34,6 +34,7 @@ from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head, Mode
 from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.peer_state import (
     ExplainEnd,
     Finish,
@@ -42,7 +43,6 @@ from pytest_dcp._engine.coordinate.peer_state import (
     PeerState,
     Reconnect,
 )
-from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
 
 TIMEOUT_S = 4.0

@@ -12,7 +12,7 @@ from pytest_dcp._engine.coordinate.failure import (
     ranks_text,
 )
 from pytest_dcp._engine.coordinate.open_team import announce, team_of
-from pytest_dcp._engine.coordinate.sequence import Subject
+from pytest_dcp._engine.coordinate.operation_order import Subject
 from pytest_dcp._engine.coordinate.team import Team
 
 __all__ = [

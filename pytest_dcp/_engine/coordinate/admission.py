@@ -6,7 +6,12 @@ from enum import Enum, auto
 
 from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace, Subject, kind_of
+from pytest_dcp._engine.coordinate.operation_order import (
+    CallOrder,
+    OperationPlace,
+    Subject,
+    kind_of,
+)
 
 RACE_S = 0.5
 """How long to assume that two kinds of operation with the same number are a race between two of the

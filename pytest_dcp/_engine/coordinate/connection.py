@@ -20,8 +20,8 @@ from collections import deque
 from itertools import islice
 
 from pytest_dcp._engine import operating_system
+from pytest_dcp._engine.coordinate.authentication import Seal
 from pytest_dcp._engine.coordinate.frame import Frame, FrameError, FrameKind, FrameReader, encode
-from pytest_dcp._engine.coordinate.handshake import Seal
 from pytest_dcp._engine.coordinate.payload import Segment
 
 READS_AT_ONCE = 4096

@@ -34,9 +34,9 @@ from pytest_dcp._engine.coordinate.failure import Cause, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head, encode, encode_alert
 from pytest_dcp._engine.coordinate.hello import Arrival
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.payload import Payload
 from pytest_dcp._engine.coordinate.peer_listener import PeerListener, peer_listener
-from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import (
     Combine,

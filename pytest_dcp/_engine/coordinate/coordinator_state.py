@@ -73,7 +73,7 @@ from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head
 from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.sequence import CallOrder
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.side import PARTING_S
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
 

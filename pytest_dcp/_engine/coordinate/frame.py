@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 
-from pytest_dcp._engine.coordinate.handshake import SEAL_BYTES, Seal
+from pytest_dcp._engine.coordinate.authentication import SEAL_BYTES, Seal
 from pytest_dcp._engine.coordinate.payload import Segment
 
 MAGIC = b"DCP1"

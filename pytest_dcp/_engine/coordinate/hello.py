@@ -1,7 +1,8 @@
 """Pure (no I/O): the coordinator's address, and the HELLO with a peer's identity and operation.
 
 The address is in the group's store. A peer connects there and sends one HELLO. If the peer proves
-that it knows the group's key (see handshake), the coordinator's listener makes it an `Arrival`.
+that it knows the group's key (see authentication), the coordinator's listener makes it an
+`Arrival`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 
+from pytest_dcp._engine.coordinate.authentication import GroupKey, new_nonce
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind
-from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
 
 MAX_ADDRESS_BYTES = 65536
 IDLE = ""
@@ -63,7 +64,7 @@ class Hello:
     """The group and its coordinator; a process may have several."""
     operation: str
     number: int
-    """Of the operation, see sequence."""
+    """Of the operation, see operation_order."""
     rank: int
     epoch: int = 0
     finished_up_to: int = 0

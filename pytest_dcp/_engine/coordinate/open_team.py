@@ -9,9 +9,9 @@ import torch.distributed as dist
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.failure import CoordinationError
-from pytest_dcp._engine.coordinate.link import tie
+from pytest_dcp._engine.coordinate.idle_connections import tie
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.sequence import CallOrder, Subject, kind_of
+from pytest_dcp._engine.coordinate.operation_order import CallOrder, Subject, kind_of
 from pytest_dcp._engine.coordinate.team import Team
 
 
@@ -29,8 +29,9 @@ def team_of(
 
     Call it where the operation is called, in program order: it takes the operation's place in the
     group's order. Before the first step, `wait_for_turn` waits for earlier operations (see
-    sequence). `coordinator_rank` is a rank of the group, as for torch. Without `process_group` the
-    team is of the default group. Without `use_dist` this rank is alone, and its own coordinator.
+    operation_order). `coordinator_rank` is a rank of the group, as for torch. Without
+    `process_group` the team is of the default group. Without `use_dist` this rank is alone, and its
+    own coordinator.
 
     operation: the operation, its kind first ("save", "load", "save step_100"): ranks that name
         different operations fail.

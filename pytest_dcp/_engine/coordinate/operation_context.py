@@ -14,7 +14,7 @@ from pytest_dcp._engine.coordinate.failure import (
     RankSilentError,
     capture,
 )
-from pytest_dcp._engine.coordinate.sequence import OperationPlace
+from pytest_dcp._engine.coordinate.operation_order import OperationPlace
 
 PINGS_PER_TIMEOUT = 4
 

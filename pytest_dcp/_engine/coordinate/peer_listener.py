@@ -1,8 +1,8 @@
 """Accepts the peers of this process's operations, with one listening socket per process.
 
 Peers connect and identify themselves; `arrivals` hands each to the operation that it asks for. A
-peer must first prove that it knows the group's key (see handshake), in one HELLO frame of at most
-`HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most `STRANGERS`
+peer must first prove that it knows the group's key (see authentication), in one HELLO frame of at
+most `HELLO_BYTES` and `FEW_SEGMENTS`, within `HELLO_S` after it was accepted. At most `STRANGERS`
 connections without this proof are open: the next one closes the oldest. A peer whose connection is
 closed this way connects again (see peer_side), so a flood of strangers delays an operation but does
 not fail it.
@@ -32,13 +32,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pytest_dcp._engine import operating_system
+from pytest_dcp._engine.coordinate.authentication import GroupKey, SeenNonces
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, FrameKind
-from pytest_dcp._engine.coordinate.handshake import GroupKey, SeenNonces
 from pytest_dcp._engine.coordinate.hello import IDLE, Address, Arrival, Hello
 from pytest_dcp._engine.coordinate.machines import hosts_of, local_only, machine
-from pytest_dcp._engine.coordinate.sequence import kind_of
+from pytest_dcp._engine.coordinate.operation_order import kind_of
 
 HELLO_BYTES = 32768
 """Room for the proof and twice the longest path."""

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
+from pytest_dcp._engine.coordinate.authentication import SHARED_KEY
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head
-from pytest_dcp._engine.coordinate.handshake import SHARED_KEY
 from pytest_dcp._engine.coordinate.hello import greet
-from pytest_dcp._engine.coordinate.link import GONE, Link, connect, keep, take_idle
+from pytest_dcp._engine.coordinate.idle_connections import GONE, Link, connect, keep, take_idle
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.payload import Payload
 from pytest_dcp._engine.coordinate.peer_state import (

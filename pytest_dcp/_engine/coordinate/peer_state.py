@@ -28,8 +28,8 @@ from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head, alert_text
 from pytest_dcp._engine.coordinate.hello import Hello
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.payload import Payload
-from pytest_dcp._engine.coordinate.sequence import CallOrder
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Result, StepVerdict
 
 AGAIN_S = 0.2

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from pytest_dcp._engine import operating_system
+from pytest_dcp._engine.coordinate.authentication import open_word, seal_word
 from pytest_dcp._engine.coordinate.failure import CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, decode, encode
 from pytest_dcp._engine.coordinate.gloo_listener import GlooListener, parse_listener
-from pytest_dcp._engine.coordinate.handshake import open_word, seal_word
 from pytest_dcp._engine.coordinate.hello import Address
 from pytest_dcp._engine.coordinate.machines import local_only
+from pytest_dcp._engine.coordinate.operation_order import CallOrder, OperationPlace
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.presence import Presence
-from pytest_dcp._engine.coordinate.sequence import CallOrder, OperationPlace
 from pytest_dcp._torch_internals.process_groups import backend_timeout_s, devices_of, group_registry
 
 if TYPE_CHECKING:
-    from pytest_dcp._engine.coordinate.link import Link
+    from pytest_dcp._engine.coordinate.idle_connections import Link
     from pytest_dcp._torch_internals.process_groups import Store
 
 POLL_S = (0.001, 0.1)

@@ -30,13 +30,13 @@ from pytest_dcp._engine.coordinate.failure import (
 )
 from pytest_dcp._engine.coordinate.frame import START, Head, Mode
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
-from pytest_dcp._engine.coordinate.payload import Payload, Segment, bundle, pack, unbundle, unpack
-from pytest_dcp._engine.coordinate.peer_side import PeerSide
-from pytest_dcp._engine.coordinate.sequence import (
+from pytest_dcp._engine.coordinate.operation_order import (
     CallOrder,
     OperationPlace,
     wait_for_turn,
 )
+from pytest_dcp._engine.coordinate.payload import Payload, Segment, bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.peer_side import PeerSide
 from pytest_dcp._engine.coordinate.side import Side
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
 

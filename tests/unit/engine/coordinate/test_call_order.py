@@ -9,7 +9,7 @@ import pytest
 
 from pytest_dcp._engine.coordinate.admission import RACE_S, Admission, admit
 from pytest_dcp._engine.coordinate.hello import Hello
-from pytest_dcp._engine.coordinate.sequence import (
+from pytest_dcp._engine.coordinate.operation_order import (
     CallOrder,
     OperationPlace,
     Subject,

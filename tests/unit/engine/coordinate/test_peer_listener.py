@@ -15,24 +15,24 @@ from typing import Any, NoReturn, TypeVar
 import pytest
 
 from pytest_dcp._engine.coordinate import connection as connection_module
-from pytest_dcp._engine.coordinate import link, peer_side
+from pytest_dcp._engine.coordinate import idle_connections, peer_side
 from pytest_dcp._engine.coordinate import peer_listener as peer_listener_module
+from pytest_dcp._engine.coordinate.authentication import GroupKey, new_nonce
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import make_room_for
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, encode
-from pytest_dcp._engine.coordinate.handshake import GroupKey, new_nonce
 from pytest_dcp._engine.coordinate.hello import IDLE, Address, Hello
-from pytest_dcp._engine.coordinate.link import Link, connect
+from pytest_dcp._engine.coordinate.idle_connections import Link, connect
 from pytest_dcp._engine.coordinate.machines import local_only
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.peer_listener import (
     HELLO_BYTES,
     HELLO_S,
     STRANGERS,
     PeerListener,
 )
-from pytest_dcp._engine.coordinate.sequence import CallOrder
 
 FIRST = Hello("group", "save", 1, 2)
 LIMIT_S = 10.0
@@ -364,7 +364,7 @@ def full_queue(listener: socket.socket) -> list[socket.socket]:
 def test_a_coordinator_with_a_full_queue_is_waited_for(
     listener: PeerListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "CONNECT_S", 0.3)
+    monkeypatch.setattr(idle_connections, "CONNECT_S", 0.3)
     place = CallOrder().take("save", None)
     group: Any = object()
     waiter = peer_side.PeerSide(OperationContext(1, 2, 0, "save", 60.0, group, place))

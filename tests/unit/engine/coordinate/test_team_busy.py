@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pytest_dcp._engine.coordinate import link, peer_listener, peer_side
+from pytest_dcp._engine.coordinate import idle_connections, peer_listener, peer_side
 from pytest_dcp._engine.coordinate.coordinator_side import FULL_S, CoordinatorSide
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError
 from pytest_dcp._engine.coordinate.hello import Address
-from pytest_dcp._engine.coordinate.link import Link, connect
+from pytest_dcp._engine.coordinate.idle_connections import Link, connect
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
+from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.peer_listener import PeerListener
-from pytest_dcp._engine.coordinate.sequence import CallOrder
 
 LIMIT_S = 10.0
 ADDRESS = Address(("10.0.0.1",), 29500, "another machine", "secret")
@@ -198,4 +198,4 @@ def test_the_try_of_an_address_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", create)
     with pytest.raises(TimeoutError):
         connect(ADDRESS)
-    assert waits == [link.CONNECT_S]
+    assert waits == [idle_connections.CONNECT_S]

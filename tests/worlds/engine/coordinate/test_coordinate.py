@@ -35,7 +35,7 @@ from pytest_dcp._engine.coordinate import (
     RemoteError,
     StepError,
     Team,
-    link,
+    idle_connections,
     rendezvous,
     team_of,
 )
@@ -589,7 +589,7 @@ def test_a_coordinator_with_a_full_queue_is_waited_for(
     world: RankWorld, group: dist.ProcessGroup, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One peer fits into its queue; the connections of the other are not answered."""
-    monkeypatch.setattr(link, "CONNECT_S", 0.2)
+    monkeypatch.setattr(idle_connections, "CONNECT_S", 0.2)
     if rank == 0:
         rendezvous.publish(group, 0)
         peer_listener()._listener.listen(0)

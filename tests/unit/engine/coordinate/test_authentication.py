@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.coordinate.connection import MOST_PINGS, MOST_WAITING, Connection
-from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
-from pytest_dcp._engine.coordinate.handshake import (
+from pytest_dcp._engine.coordinate.authentication import (
     SEAL_BYTES,
     SHARED_KEY,
     WINDOW,
@@ -26,6 +24,8 @@ from pytest_dcp._engine.coordinate.handshake import (
     seal_word,
     shared_key,
 )
+from pytest_dcp._engine.coordinate.connection import MOST_PINGS, MOST_WAITING, Connection
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
 
 KEY = {SHARED_KEY: "k" * 32}
 OTHER = {SHARED_KEY: "K" * 32}
