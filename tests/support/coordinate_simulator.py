@@ -465,7 +465,7 @@ def follow(me: Rank, context: OperationContext, steps: Sequence[Sequence[Work]])
     """A peer's side; plays the part of `PeerSide`."""
     world, coordinator = me.world, me.world.ranks[0]
     op = context.place.epoch, context.place.number
-    until_s = world.now + TIMEOUT_S + context.margin_s
+    until_s = world.now + TIMEOUT_S + context.signs.margin_s
     while not world.address:
         yield world.now + 0.1, False
         if coordinator.dead_s is not None or world.now > until_s:

@@ -131,7 +131,7 @@ class CoordinatorSide:
         return reduced
 
     def _collect(self, own: LocalResult) -> None:
-        state, every_s = self._state, min(TICK_S, self.context.ping_s)
+        state, every_s = self._state, min(TICK_S, self.context.signs.ping_s)
         looked_s = time.monotonic()
         self._perform(state.collect(own, looked_s))
         # Messages that came during the local work still wait in the connections.
@@ -225,7 +225,7 @@ class CoordinatorSide:
         while self._writing:
             if time.monotonic() > until_s:
                 break
-            self._pump(min(TICK_S, self.context.ping_s))
+            self._pump(min(TICK_S, self.context.signs.ping_s))
         self._state.note_undelivered(peer.rank for peer in self._writing)
 
     # Lines.

@@ -39,7 +39,7 @@ Rules:
 - Ranks whose numbers of the operation differ get a final verdict that begins an epoch. They restart
   their numbers there, so later operations match again.
 
-After a death:
+After a death (`liveness` lists the signs by which ranks notice it):
 
     of a peer before it joined   noticed by `unjoined_ranks`, else the timeout ends the wait
     of a peer in its work        its connection ends: stuck, the others are alerted, final verdict
@@ -237,10 +237,9 @@ class CoordinatorState:
             actions += self._give_up(self.context.ended(rank, self._head.name, how))
         if refusal is not None:
             actions += self._give_up(refusal)
-        # Silence counts from the beginning of this collection at the earliest: peers that had
-        # nothing to send while this rank worked were not silent.
+        signs = self.context.signs
         for rank in sorted(self.missing):
-            if now - max(self._since_s, heard_s.get(rank, 0.0)) > self.context.timeout_s:
+            if signs.is_silent(now, heard_s=heard_s.get(rank, 0.0), since_s=self._since_s):
                 actions += self._give_up(self.context.silent(rank, self._head.name))
         return [*actions, *self._drop_absent()]
 
@@ -255,8 +254,8 @@ class CoordinatorState:
 
     def ping(self, now: float, said_s: Mapping[int, float]) -> list[CoordinatorAction]:
         """Show peers that this rank is alive; said_s: when it last sent something to each."""
-        ping_s = self.context.ping_s
-        return [SendPing(rank) for rank, since_s in said_s.items() if now - since_s > ping_s]
+        must_ping = self.context.signs.must_ping
+        return [SendPing(rank) for rank, at_s in said_s.items() if must_ping(now, said_s=at_s)]
 
     def conclude(self) -> list[CoordinatorAction]:
         """All received messages are handled and no rank is missing: combine, or fail."""

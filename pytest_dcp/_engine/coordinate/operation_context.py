@@ -14,9 +14,8 @@ from pytest_dcp._engine.coordinate.failure import (
     RankSilentError,
     capture,
 )
+from pytest_dcp._engine.coordinate.liveness import SignsOfLife
 from pytest_dcp._engine.coordinate.operation_order import OperationPlace
-
-PINGS_PER_TIMEOUT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +37,9 @@ class OperationContext:
     """Whether all ranks must use the same folder."""
 
     @property
-    def margin_s(self) -> float:
-        """How much longer a peer waits than the coordinator, whose verdict says more."""
-        return min(5.0, 0.5 + 0.1 * self.timeout_s)
-
-    @property
-    def ping_s(self) -> float:
-        """How often a waiting coordinator, and a busy rank, shows that it is alive."""
-        return min(10.0, self.timeout_s / PINGS_PER_TIMEOUT)
+    def signs(self) -> SignsOfLife:
+        """When ranks of this operation must show that they are alive."""
+        return SignsOfLife(self.timeout_s)
 
     def name_of(self, rank: int) -> str:
         """`rank 2`, and whether it is the coordinator."""

@@ -71,7 +71,7 @@ class PeerSide:
         found: Link | Cause | None = take_idle(self._group, context.coordinator)
         if found is None:
             try:
-                until_s = time.monotonic() + context.timeout_s + context.margin_s
+                until_s = time.monotonic() + context.timeout_s + context.signs.margin_s
                 found = self._find(until_s, head.name)
             except RuntimeError as error:  # of the store
                 found = context.ended(context.coordinator, head.name, f"its store: {error}")
@@ -157,7 +157,7 @@ class PeerSide:
                 if (verdict := self._read_verdict()) is not None:
                     return state.obey(verdict)
             else:
-                _wait(connection, min(TICK_S, self.context.ping_s))
+                _wait(connection, min(TICK_S, self.context.signs.ping_s))
 
     def _hear(self, state: PeerState, connection: Connection) -> Finish | None:
         """Send queued frames, and receive."""
@@ -213,7 +213,8 @@ class PeerSide:
             return None
         state = self._require_state()
         connection.receive()
-        if not connection.pending and time.monotonic() - connection.said_s > self.context.ping_s:
+        must_ping = self.context.signs.must_ping(time.monotonic(), said_s=connection.said_s)
+        if must_ping and not connection.pending:
             connection.queue(Frame(FrameKind.PING))
         connection.flush()
         for frame in connection.frames:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.frame import START, FrameKind, Head, alert_text
 from pytest_dcp._engine.coordinate.hello import Hello
+from pytest_dcp._engine.coordinate.liveness import SignsOfLife
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.operation_order import CallOrder
 from pytest_dcp._engine.coordinate.payload import Payload
@@ -125,7 +126,7 @@ class PeerState:
 
     @property
     def _patience_s(self) -> float:
-        return self.context.timeout_s + self.context.margin_s
+        return self.context.timeout_s + self.context.signs.margin_s
 
     # Messages.
 
@@ -186,7 +187,8 @@ class PeerState:
             return self._lose(context.left(context.coordinator, step))
         if link.ended is not None:
             return ExplainEnd(link.ended)
-        if now - max(self._since_s, link.heard_s) > self._patience_s:
+        signs = SignsOfLife(self._patience_s)
+        if signs.is_silent(now, heard_s=link.heard_s, since_s=self._since_s):
             return self._lose(context.silent(context.coordinator, step))
         if self._must_look(now):
             return LookForVerdict()
