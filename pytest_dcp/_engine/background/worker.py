@@ -37,10 +37,14 @@ from pytest_dcp._engine.plan.storage_capabilities import names_saves
 from pytest_dcp._engine.verbs.save import Save, SaveRequest
 from pytest_dcp._engine.verbs.save_messages import packed_metadata
 
-PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; "
-    "from pytest_dcp._engine.background.worker import main; main()"
-)
+PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])["path"]
+from pytest_dcp.garbage_collection import torch_import
+with torch_import():
+    from pytest_dcp._engine.background.worker import main
+main()
+"""
 BEAT_S = 0.25
 BEAT = "beat"
 """Sent every `BEAT_S` until the answer; it is itself no answer to any order."""
@@ -177,7 +181,8 @@ def serve(line: Connection) -> None:
             answer = _answer(order, line)
         line.send(answer)
         del order, answer
-        # A cycle that keeps a state alive would keep its memory mapped.
+        # A cycle that keeps a state alive would keep its memory mapped. This takes a moment, as the
+        # objects of the imports are exempt.
         gc.collect()
 
 

@@ -33,9 +33,9 @@ from pytest_dcp._engine.format.catalog_checks import check_catalog
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.garbage_collection import collector_paused
 
 MAGIC = b"\x89DCPend\n"
 """Like PNG's: it is not text, and any conversion of line ends damages it."""

@@ -28,8 +28,8 @@ from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_va
 from pytest_dcp._engine.io.transformed_entries import plain_entry, tensor_of
 from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
+from pytest_dcp.garbage_collection import collector_paused
 
 
 @dataclass(frozen=True, slots=True)

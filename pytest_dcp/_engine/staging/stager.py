@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.containers import alike
 from pytest_dcp._engine.plan.declared_parts import BOXES, declarations_of, declare_parts
 from pytest_dcp._engine.plan.describe import require_savable, unsavable
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, require_memory
@@ -32,6 +31,7 @@ from pytest_dcp._torch_internals.sharded_tensors import (
     make_detached_sharded_tensor,
 )
 from pytest_dcp.errors import PlanError
+from pytest_dcp.garbage_collection import collector_paused
 
 State = dict[str, Any]
 

@@ -39,10 +39,10 @@ from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_si
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.plan.match_keys import together
 from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from pytest_dcp.garbage_collection import collector_paused
 
 BATCH_BYTES = 64 << 20
 """Bytes requested at a time from a planner with its own hooks: it may make a buffer for each

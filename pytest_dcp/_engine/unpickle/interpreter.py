@@ -10,7 +10,6 @@ import pickle
 import struct
 from typing import Any
 
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     PickleMachine,
@@ -18,6 +17,7 @@ from pytest_dcp._engine.unpickle.machine import (
 )
 from pytest_dcp._engine.unpickle.opcodes import MARKED, PLAIN, UINT32, refuse_opcode
 from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.garbage_collection import collector_paused
 
 
 def run(

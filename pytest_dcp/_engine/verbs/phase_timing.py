@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
+from pytest_dcp.garbage_collection import collector_paused
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
 

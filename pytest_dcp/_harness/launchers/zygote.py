@@ -77,6 +77,7 @@ from pytest_dcp._harness.protocol.launcher import (
     RankLaunch,
 )
 from pytest_dcp._harness.rank import interpreter_exit
+from pytest_dcp.garbage_collection import collector_paused
 
 CLOSE_S = 5.0
 TRACKER_LOOK_MS = 250
@@ -135,9 +136,10 @@ class Zygote:
 
     def warm_up(self) -> None:
         """Import the modules that ranks need, and make forking cheap."""
-        for name in PRELOAD:
-            self.say({"importing": name})
-            self.preload([name])
+        with collector_paused():
+            for name in PRELOAD:
+                self.say({"importing": name})
+                self.preload([name])
         import torch
 
         if "OMP_NUM_THREADS" not in os.environ:

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from pytest_dcp._engine.plan.garbage_collection import collector_paused
+from pytest_dcp.garbage_collection import collector_paused, torch_import
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,25 @@ def test_the_last_thread_to_leave_switches_it_on():
     leave.set()
     thread.join()
     assert gc.isenabled()
+
+
+def test_objects_of_an_import_are_never_looked_at_again():
+    frozen = gc.get_freeze_count()
+    try:
+        with torch_import():
+            assert not gc.isenabled()
+            made: list[object] = []
+            made.append(made)
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        assert not any(one is made for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_an_import_that_fails_leaves_the_collector_as_it_was():
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ImportError), torch_import():
+        raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
