@@ -21,6 +21,8 @@ import dis
 import functools
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from traceback import FrameSummary, StackSummary, TracebackException, walk_tb
 from types import FrameType, TracebackType
@@ -68,6 +70,26 @@ def owner_of(file: str) -> Owner:
         part in file for part in INSTALLED
     )
     return "library" if is_library else "user"
+
+
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the line of the first caller outside the package, at any depth.
+
+    In a thread that only the package and the standard library run in, the line is ours.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _is_between(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=2 if frame is None else level)
+
+
+def _is_between(file: str) -> bool:
+    """Whether a file's frames may lie between a warning and the line to name: ours, Python's."""
+    owner = owner_of(file)
+    return owner == "package" or (
+        owner == "library" and not any(part in file for part in INSTALLED)
+    )
 
 
 def is_explained(error: BaseException) -> bool:

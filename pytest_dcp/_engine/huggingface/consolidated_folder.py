@@ -7,7 +7,6 @@ temporary names; then one commit makes them the folder's checkpoint.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import new_id
 from pytest_dcp.errors import CheckpointMismatchError
-from pytest_dcp.tracebacks import drop_inner_frames
+from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
 
 PathLike = str | os.PathLike[str]
 FileNumbers = Mapping[str, int]
@@ -205,8 +204,7 @@ def _check_mapping(fqns: Sequence[str], mapping: FileNumbers, source: PathLike) 
 
 def _warn_of_left_out(fqns: Sequence[str], mapping: FileNumbers, source: PathLike) -> None:
     if left_out := [fqn for fqn in fqns if fqn not in mapping]:
-        warnings.warn(
+        warn_caller(
             f"{len(left_out)} tensors of {os.fspath(source)} are left out, since "
             f"fqn_to_index_mapping does not name them: {left_out[:SHOWN]}",
-            stacklevel=2,
         )

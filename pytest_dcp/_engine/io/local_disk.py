@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -21,6 +20,7 @@ from pytest_dcp._engine.io.disk import In, Out
 from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
 from pytest_dcp._engine.io.local_file import LocalIn, LocalOut, kind_of, name_file
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.tracebacks import warn_caller
 
 LOCK_S = 120.0
 """How long a commit waits for another save's: they take milliseconds."""
@@ -130,11 +130,10 @@ class LocalDisk:
 @lru_cache(maxsize=64)
 def _warn_of_unsynced(device: int, folder: Path, code: int) -> None:
     """Warn once per folder that its file system cannot give a guarantee that others give."""
-    warnings.warn(
+    warn_caller(
         f"{folder} is on a file system that cannot sync folders ({errno.errorcode[code]}, fsync): "
         "a save that has returned may be undone by a power cut, but not mixed with another. "
         "With sync_files=False a save waits for no sync at all, and does not say this.",
-        stacklevel=2,
     )
 
 

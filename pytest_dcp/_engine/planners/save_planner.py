@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
@@ -42,6 +41,7 @@ from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp._engine.planners.state_lookup import find_state_dict_object
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp.errors import PlanError
+from pytest_dcp.tracebacks import warn_caller
 
 logger = logging.getLogger(__name__)
 
@@ -338,11 +338,10 @@ def _encode_values(state: Mapping[str, Any], items: Sequence[WriteItem]) -> dict
             entries[fqn] = entry
     if refused:
         more = f"\n... and {len(refused) - 10} more" if len(refused) > 10 else ""
-        warnings.warn(
+        warn_caller(
             f"{len(refused)} value(s) of this save are refused by load unless it is given "
             "weights_only=False or the class is allowed with torch.serialization.add_safe_globals; "
             "save them as plain values instead:\n" + "\n".join(refused[:10]) + more,
-            stacklevel=2,
         )
     return entries
 

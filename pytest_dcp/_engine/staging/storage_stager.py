@@ -7,7 +7,6 @@ the first. `async_save` stages in another way (`stager`), which never overwrites
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
@@ -18,6 +17,7 @@ from pytest_dcp._engine.staging.buffer_pool import pin_pages, unpin_pages
 from pytest_dcp._engine.staging.deep_copy import DeepCopy, Memo
 from pytest_dcp._torch_internals.checkpoint_classes import StateDictStagerOfTorch
 from pytest_dcp._torch_internals.tensors import identity_of_storage
+from pytest_dcp.tracebacks import warn_caller
 
 _NOTHING: list[Any] = []
 
@@ -40,9 +40,8 @@ class StateDictStager(StateDictStagerOfTorch):
         pin_memory_min_bytes: storages smaller than this are not pinned.
         """
         if pin_memory and not torch.cuda.is_available():
-            warnings.warn(
+            warn_caller(
                 "pin_memory=True has no effect: pages can be pinned only where CUDA is available",
-                stacklevel=2,
             )
             pin_memory = False
         self.pin_memory = pin_memory

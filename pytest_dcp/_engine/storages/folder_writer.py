@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import queue
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -62,6 +61,7 @@ from pytest_dcp._engine.storages.local_filesystem import (
 )
 from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
+from pytest_dcp.tracebacks import warn_caller
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
@@ -142,10 +142,9 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
                 raise CheckpointExistsError(
                     f"Checkpoint already exists and self.overwrite=False: {self.path}"
                 )
-            warnings.warn(
+            warn_caller(
                 f"Detected an existing checkpoint in {self.path}, overwriting since "
                 "self.overwrite=True: it stays whole until the new one has replaced it.",
-                stacklevel=2,
             )
         if self.rank is not None and not self.use_collectives:
             plan = dataclasses.replace(plan, storage_data=names_of_rank(self.rank, self.save_id))

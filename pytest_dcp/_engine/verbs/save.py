@@ -7,7 +7,6 @@ Two steps, each taken by all ranks or by none: in "plan" the coordinator joins t
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +47,7 @@ from pytest_dcp._engine.verbs.torch_arguments import (
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError
-from pytest_dcp.tracebacks import drop_inner_frames
+from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
 
 
 @deprecated(
@@ -290,11 +289,10 @@ class Save:
                 is_coordinator=team.is_coordinator,
             )
         else:
-            warnings.warn(
+            warn_caller(
                 "The function definition for SavePlanner.set_up_planner has been updated to "
                 "include the storage_meta argument. Please update your implementation to include "
                 "this parameter.",
-                stacklevel=2,
             )
             set_up(state_dict, team.is_coordinator)
         if accepts_parameter(self.writer.set_up_storage_writer, "kwargs"):

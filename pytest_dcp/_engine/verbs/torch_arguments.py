@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial, wraps
 from pathlib import PurePath
@@ -21,7 +20,7 @@ from pytest_dcp._engine.plan.storage_capabilities import place_of, shares_folder
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.call_events import CallEvents
-from pytest_dcp.tracebacks import BOUNDARY
+from pytest_dcp.tracebacks import BOUNDARY, warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -159,10 +158,9 @@ def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             if len(args) == 2:
-                warnings.warn(
+                warn_caller(
                     f"The argument order of {function.__name__} has been changed. "
                     "Please check the document to avoid future breakages.",
-                    stacklevel=2,
                 )
                 if name in kwargs:
                     raise TypeError(f"{function.__name__}() got {name} twice")
@@ -180,9 +178,8 @@ def alone(no_dist: bool, verb: str) -> bool:
     """Whether this rank is alone; warns if it is."""
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
     if no_dist:
-        warnings.warn(
+        warn_caller(
             "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is "
             f"to {verb} in a single process.",
-            stacklevel=4,
         )
     return no_dist
