@@ -24,6 +24,8 @@ from pytest_dcp.faults import options as fault_options
 
 OPTIONS_KEY = pytest.StashKey[Options]()
 NOTES_KEY = pytest.StashKey[set[str]]()
+SHOWS_GROUPS_WITHOUT_FRAMES = pytest.version_tuple[:3] >= (9, 0, 3)
+"""Older versions fail with an IndexError, which ends the session. Can go with them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,7 +92,7 @@ def pytest_make_collect_report(
     report = yield
     # pytest keeps the error there until the report is made (pytest 9.2).
     excinfo = getattr(getattr(report, "call", None), "excinfo", None)
-    if report.failed and excinfo is not None and tracebacks.mark_frames(excinfo.value):
+    if report.failed and excinfo is not None and _mark_frames(excinfo.value):
         shown: Any = collector.repr_failure(excinfo)
         if hasattr(shown, "toterminal"):
             report.longrepr = shown
@@ -189,11 +191,20 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Leave out our unhelpful frames; fail the test if a marker came too late."""
     if call.excinfo is not None:
-        tracebacks.mark_frames(call.excinfo.value)
+        _mark_frames(call.excinfo.value)
     report = yield
     marker = item.config.stash[OPTIONS_KEY].marker
     decided_markers.fail_for_late_markers(item, call, report, marker)
     return report
+
+
+def _mark_frames(error: BaseException) -> bool:
+    return tracebacks.mark_frames(
+        error,
+        tracebacks.hides_frames
+        if SHOWS_GROUPS_WITHOUT_FRAMES
+        else tracebacks.hides_frames_except_of_groups,
+    )
 
 
 def _in_a_rank() -> bool:

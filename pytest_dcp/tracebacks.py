@@ -159,6 +159,16 @@ def hides_frames(excinfo: ExceptionInfo) -> bool:
     return _hides_frames_of(excinfo.value)
 
 
+def hides_frames_except_of_groups(excinfo: ExceptionInfo) -> bool:
+    """`hides_frames` for a pytest that fails to show a group of exceptions without frames."""
+    return not _is_group(excinfo.value) and hides_frames(excinfo)
+
+
+def _is_group(error: BaseException) -> bool:
+    # Python 3.10 has no such class of its own.
+    return isinstance(getattr(error, "exceptions", None), tuple)
+
+
 def is_raised_by_user(error: BaseException) -> bool:
     """Whether the innermost frame of an error is in the user's code."""
     return owner_of_innermost(error) in ("user", None)
@@ -203,15 +213,17 @@ def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
 __tracebackhide__ = hides_frames
 
 
-def mark_frames(error: BaseException) -> bool:
-    """Make pytest call `hides_frames` for each frame of the package, in the error and its causes.
+def mark_frames(
+    error: BaseException, hides: Callable[[ExceptionInfo], bool] = hides_frames
+) -> bool:
+    """Make pytest call `hides` for each frame of the package, in the error and its causes.
 
     The mark is set in the frame's module globals, so no module or function must set it itself, and
     none can be forgotten. Returns whether there is such a frame.
     """
     ours = [f for f in _frames_of(error) if owner_of(f.f_code.co_filename) == "package"]
     for frame in ours:
-        frame.f_globals.setdefault(HIDE, hides_frames)
+        frame.f_globals.setdefault(HIDE, hides)
     return bool(ours)
 
 

@@ -20,6 +20,7 @@ from pytest_dcp.tracebacks import (
     HIDE,
     drop_inner_frames,
     hides_frames,
+    hides_frames_except_of_groups,
     is_explained,
     is_explained_at,
     mark_frames,
@@ -143,6 +144,15 @@ def test_frames_of_causes_and_groups_are_marked_too(ours: Any) -> None:
     del ours.names[HIDE]
     mark_frames(ExceptionGroup("several", [raised(ours.refuse, ValueError)]))  # type: ignore[type-var]  # it is an Exception
     assert HIDE in ours.names
+
+
+def test_a_group_keeps_its_frames_where_pytest_cannot_show_it_without(ours: Any) -> None:
+    error = raised(ours.refuse, lambda text: ExceptionGroup(text, [ValueError("one")]))
+    mark_frames(error, hides_frames_except_of_groups)
+    info = pytest.ExceptionInfo.from_exception(error)
+    assert [str(entry.path) for entry in info.traceback.filter(info)][-1].endswith("made_up.py")
+    other = pytest.ExceptionInfo.from_exception(raised(ours.refuse, ValueError))
+    assert not any("made_up" in str(entry.path) for entry in other.traceback.filter(other))
 
 
 def test_frames_of_the_user_are_never_marked() -> None:
