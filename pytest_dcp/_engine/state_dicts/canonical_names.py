@@ -26,6 +26,9 @@ WRAPPED_AS = {
 }
 """Torch's wrappers and the child that each wraps."""
 
+KNOWN_TO_MODULE = nn.Module.__getattr__
+"""A class with this `__getattr__` does not forward attributes of its children."""
+
 _Place = tuple[nn.Module | None, str]
 """A module, or None if there is none, and its canonical prefix."""
 
@@ -38,11 +41,18 @@ class Names:
         self._model = model
         self._modifiers = modifiers
         self._places: dict[str, _Place] = {"": (model, "")}
+        self._canonical: dict[str, str] = {}
+        # Thousands of modules have few classes.
+        self._classes: dict[type, tuple[str | None, bool]] = {}
 
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter, a buffer or any key of the model's state dict."""
-        path, _, leaf = name.rpartition(".")
-        return self._place(path)[1] + leaf
+        known = self._canonical.get(name)
+        if known is None:
+            path, _, leaf = name.rpartition(".")
+            place = self._places.get(path) or self._place(path)
+            known = self._canonical[name] = place[1] + leaf
+        return known
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter by its canonical name; a tied one under each of its names."""
@@ -76,17 +86,30 @@ class Names:
     def _step(self, module: nn.Module | None, prefix: str, step: str) -> _Place:
         if module is None:  # A key that a hook has added.
             return None, f"{prefix}{step}."
-        inner = wrapped_as(type(module))
+        inner, renames = self._facts_of(type(module))
         while inner is not None:
             wrapped = module.get_submodule(inner)
             if step == inner:
                 return wrapped, prefix
             # This wrapper hides itself from state dicts: the step is the wrapped module's own.
-            module, inner = wrapped, wrapped_as(type(wrapped))
+            module = wrapped
+            inner, renames = self._facts_of(type(module))
+        if not renames and self._modifiers not in vars(module):
+            return child_of(module, step), f"{prefix}{step}."
         renamed: Mapping[str, str] = getattr(module, self._modifiers, dict)()
         if step in renamed.values():
             return module.get_submodule(step), prefix
         return child_of(module, renamed.get(step, step)), f"{prefix}{step}."
+
+    def _facts_of(self, kind: type[nn.Module]) -> tuple[str | None, bool]:
+        """The child that a class wraps, and whether its modules may have the modifiers."""
+        facts = self._classes.get(kind)
+        if facts is None:
+            # A module without the modifiers would raise and catch an error for each look-up.
+            forwards = kind.__getattr__ is not KNOWN_TO_MODULE
+            facts = wrapped_as(kind), forwards or hasattr(kind, self._modifiers)
+            self._classes[kind] = facts
+        return facts
 
 
 def wrapped_as(kind: type) -> str | None:

@@ -20,28 +20,24 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
-
-def within(model: nn.Module) -> list[FullyShardedDataParallel]:
-    """The parts of the model that are in FSDP1, the outermost first."""
-    return [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+from pytest_dcp._engine.state_dicts.scope import Scope
 
 
 @contextmanager
-def states(model: nn.Module) -> Iterator[None]:
-    """Make state dicts sharded, within the block; changes nothing without FSDP1.
+def states(scope: Scope) -> Iterator[None]:
+    """Make the model's state dicts sharded, within the block; changes nothing without FSDP1.
 
     Whole tensors are gathered from these, one at a time: FSDP1 itself would gather a whole module
     at once, and offloading it frees memory of a model that is on the CPU.
     """
-    modules = within(model)
-    if not modules:
+    if not scope.in_fsdp1:
         yield
         return
-    for module in modules:
+    for module in scope.in_fsdp1:
         # Before its first forward a model has no root yet, which optimizer states need.
         module.check_is_root()
     with FullyShardedDataParallel.state_dict_type(
-        model,
+        scope.model,
         StateDictType.SHARDED_STATE_DICT,
         ShardedStateDictConfig(offload_to_cpu=False),
         ShardedOptimStateDictConfig(offload_to_cpu=False),

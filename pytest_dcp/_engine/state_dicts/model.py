@@ -34,7 +34,7 @@ def read_model(scope: Scope) -> dict[str, Any]:
 
     Raises ValueError if two submodules share a name.
     """
-    with fsdp1.states(scope.model):
+    with fsdp1.states(scope):
         raw = own_method(scope.model, "state_dict")()
     state: dict[str, Any] = {}
     for key, value in raw.items():
@@ -74,7 +74,7 @@ class _Target:
 
     @classmethod
     def of(cls, scope: Scope) -> _Target:
-        wrapped = bool(fsdp1.within(scope.model))
+        wrapped = bool(scope.in_fsdp1)
         # Use the parameters themselves: loading them back into themselves copies nothing.
         raw = own_method(scope.model, "state_dict")(keep_vars=not wrapped)
         keys = {scope.names.canonical(key): key for key in raw}
@@ -130,7 +130,7 @@ def load_model(
     optional = optional or scope.takes_nothing()
     if not given and optional and not scope.options.broadcast_from_rank0:
         return _IncompatibleKeys([], [])
-    with fsdp1.states(scope.model):
+    with fsdp1.states(scope):
         if not scope.options.broadcast_from_rank0:
             return _load_here(_Target.of(scope), given)
         with raise_on_all_ranks("while the models' own tensors were named"):

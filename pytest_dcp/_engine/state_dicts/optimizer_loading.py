@@ -50,7 +50,7 @@ class OptimizerLoad:
     @torch.no_grad()
     def run(self) -> None:
         """Load it. Collective if the check was."""
-        with fsdp1.states(self.scope.model):
+        with fsdp1.states(self.scope):
             states = self._laid_out() if self.specs is None else self._receive(self.specs)
             states = {name: of for name, of in states.items() if not self._keeps_own(name)}
             lacking = {name: lack.entries for name, lack in self.lacks.items()}
@@ -99,7 +99,7 @@ def check_optimizers(
     """
     if not optimizers:
         return None
-    with fsdp1.states(scope.model):
+    with fsdp1.states(scope):
         from_rank0_only = scope.options.broadcast_from_rank0
         with (
             raise_on_all_ranks("while the optimizers were named")
@@ -170,7 +170,7 @@ def _by_parameter(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict
 
 
 def _targets(scope: Scope, optimizers: Sequence[Optimizer]) -> list[Target]:
-    if not fsdp1.within(scope.model):
+    if not scope.in_fsdp1:
         return [Target.of(scope, optimizer) for optimizer in optimizers]
     state = own_method(scope.model, "state_dict")()
     layouts = {scope.names.canonical(key): value for key, value in state.items()}
@@ -188,7 +188,7 @@ def _align_names(
     state = nest_optimizer_state(given, own, scope.parameters) if is_flat(given) else given
     owned = {name for names in own for name in names}
     first = scope.first_names()
-    other = {n: first[p] for n, p in scope.parameters.items() if n not in owned}
+    other = {n: first[id(p)] for n, p in scope.parameters.items() if n not in owned}
     groups = [
         {**group, PARAMS: [other.get(name, name) for name in group[PARAMS]]}
         for group in state.get(GROUPS, [])

@@ -7,7 +7,7 @@ was never stepped. So the keys do not depend on how far training has gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def group_names(scope: Scope, optimizer: Optimizer) -> list[list[str]]:
         f"parameter {n} of group {at}, of size {tuple(parameter.shape)}"
         for at, group in enumerate(optimizer.param_groups)
         for n, parameter in enumerate(group[PARAMS])
-        if parameter not in names
+        if id(parameter) not in names
     ]
     if strangers:
         raise CheckpointMismatchError(
@@ -64,15 +64,16 @@ def group_names(scope: Scope, optimizer: Optimizer) -> list[list[str]]:
             "make the optimizer after the model was wrapped, sharded or taken off the meta device",
             unexpected=tuple(strangers),
         )
-    return [[names[p] for p in group[PARAMS]] for group in optimizer.param_groups]
+    return [[names[id(p)] for p in group[PARAMS]] for group in optimizer.param_groups]
 
 
 def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
-    if fsdp1.within(scope.model):
+    if scope.in_fsdp1:
         packed = _complete(optimizer, own_method(optimizer, "state_dict")())
-        with fsdp1.states(scope.model):
+        with fsdp1.states(scope):
             named = fsdp1.name_own_state(scope.model, optimizer, packed)
-        return _rename_keys(named, scope.names.canonical)
+        keys = {*named[STATE], *_parameters_of(named)}
+        return _rename_keys(named, {key: scope.names.canonical(key) for key in keys})
     names = group_names(scope, optimizer)
     packed = _complete(optimizer, own_method(optimizer, "state_dict")())
     by_id = {
@@ -80,14 +81,15 @@ def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
         for group, of in zip(packed[GROUPS], names, strict=True)
         for at, name in zip(group[PARAMS], of, strict=True)
     }
-    return _rename_keys(packed, lambda at: by_id.get(at, at))
+    return _rename_keys(packed, by_id)
 
 
-def _rename_keys(state: Mapping[str, Any], name: Callable[[Any], Any]) -> dict[str, Any]:
+def _rename_keys(state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
+    """The state dict with new names for its parameters; a key without one stays."""
     return {
-        STATE: {name(key): value for key, value in state.get(STATE, {}).items()},
+        STATE: {names.get(key, key): value for key, value in state.get(STATE, {}).items()},
         GROUPS: [
-            {**group, PARAMS: [name(key) for key in group[PARAMS]]}
+            {**group, PARAMS: [names.get(key, key) for key in group[PARAMS]]}
             for group in state.get(GROUPS, [])
         ],
     }
@@ -115,6 +117,8 @@ def _complete(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked_for(scope: Scope, state: dict[str, Any]) -> dict[str, Any]:
+    if scope.asks_for_all():
+        return state
     keys = {name: scope.key_of(name) for name in _parameters_of(state)}
     asked_for = {name: key for name, key in keys.items() if key is not None}
     if len(set(asked_for.values())) < len(asked_for):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from pytest_dcp._engine.state_dicts.canonical_names import Names
 from pytest_dcp._engine.state_dicts.options import StateDictOptions
@@ -29,6 +29,8 @@ class Scope:
     """The parameters, by every canonical name."""
     frozen: frozenset[str]
     """The names that `ignore_frozen_params` leaves out."""
+    in_fsdp1: tuple[FullyShardedDataParallel, ...]
+    """The parts of the model that are in FSDP1, the outermost first."""
 
     @classmethod
     def of(
@@ -44,13 +46,16 @@ class Scope:
                 "full_state_dict must be True when broadcast_from_rank0 is True: rank 0 sends "
                 "whole tensors"
             )
-        _reshard(model)
+        # One walk: each module passes through a generator of every module above it.
+        modules = tuple(model.modules())
+        _reshard(modules)
         names = Names(model, options.dsd_fqn_modifiers)
         parameters = dict(names.parameters())
         skip = options.ignore_frozen_params
         frozen = [name for name, p in parameters.items() if skip and not p.requires_grad]
         prefixes = names.prefixes(submodules) if submodules else ()
-        return cls(model, names, options, prefixes, parameters, frozenset(frozen))
+        in_fsdp1 = tuple(m for m in modules if isinstance(m, FullyShardedDataParallel))
+        return cls(model, names, options, prefixes, parameters, frozenset(frozen), in_fsdp1)
 
     def takes_nothing(self) -> bool:
         """Whether an empty state dict leaves the model or the optimizers alone, as in torch.
@@ -61,12 +66,19 @@ class Scope:
         options = self.options
         return not options.strict or (options.cpu_offload and options.full_state_dict)
 
-    def first_names(self) -> dict[nn.Parameter, str]:
-        """The first canonical name of each parameter: the key of its optimizer states."""
-        names: dict[nn.Parameter, str] = {}
+    def first_names(self) -> dict[int, str]:
+        """The first canonical name of each parameter, by its id: the key of its optimizer states.
+
+        By id, because hashing a tensor calls a function in Python.
+        """
+        names: dict[int, str] = {}
         for name, parameter in self.parameters.items():
-            names.setdefault(parameter, name)
+            names.setdefault(id(parameter), name)
         return names
+
+    def asks_for_all(self) -> bool:
+        """Whether the call asks for every name, so that `key_of` changes none."""
+        return not self.prefixes and not self.frozen
 
     def key_of(self, name: str) -> str | None:
         """The key under which a canonical name is returned; None if it is not requested."""
@@ -88,11 +100,11 @@ def own_method(of: Any, name: str) -> Callable[..., Any]:
     return bound
 
 
-def _reshard(model: nn.Module) -> None:
+def _reshard(modules: Iterable[nn.Module]) -> None:
     """Restore the sharded parameters of FSDP2's modules, to which optimizers and names refer.
 
     After a forward without a backward the modules still hold the whole parameters.
     """
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()

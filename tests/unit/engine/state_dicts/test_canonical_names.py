@@ -66,6 +66,29 @@ def test_a_module_may_say_which_child_its_keys_leave_out() -> None:
     ]
 
 
+def test_one_module_or_a_forwarding_class_may_rename_too() -> None:
+    class Forwarding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+
+        def __getattr__(self, name: str) -> object:
+            if name == "_fqn_modifiers":
+                return lambda: {"weight": "inner", "bias": "inner"}
+            return super().__getattr__(name)
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 2)
+
+    model = torch.nn.Sequential(Forwarding(), Plain(), Plain())
+    model[2]._fqn_modifiers = lambda: {"weight": "inner", "bias": "inner"}
+    assert names_of(model) == [
+        "0.weight", "0.bias", "1.inner.weight", "1.inner.bias", "2.weight", "2.bias",
+    ]  # fmt: skip
+
+
 def test_an_unknown_key_is_unchanged() -> None:
     names = Names(checkpoint_wrapper(net()))
     assert names.canonical("gone.deeper.key") == "gone.deeper.key"
