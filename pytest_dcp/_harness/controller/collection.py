@@ -81,10 +81,10 @@ def read_specs(items: Sequence[pytest.Item], options: Options) -> list[WorldSpec
 
 
 def _refuse(config: pytest.Config, problems: Sequence[str]) -> NoReturn:
-    shown = [*problems[:MAX_PROBLEMS]]
-    if len(problems) > len(shown):
-        shown.append(f"... and {len(problems) - len(shown)} more")
-    text = "\n".join(shown)
+    lines = [*problems[:MAX_PROBLEMS]]
+    if len(problems) > len(lines):
+        lines.append(f"... and {len(problems) - len(lines)} more")
+    text = "\n".join(lines)
     if (output := getattr(config, "workeroutput", None)) is not None:
         output[USAGE_ERROR] = text  # xdist would call it a crash, and not say why
     raise pytest.UsageError(text)
@@ -149,8 +149,8 @@ def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
                 f"takes a size from 1 to {MAX_WORLD_SIZE}; the parametrization gave {size!r}"
             )
         return size, ""
-    if (given := _parameter(item)) is not None:
-        return 0, f"takes an int; the parametrization of world_size gave {given!r}"
+    if (value := _parameter(item)) is not None:
+        return 0, f"takes an int; the parametrization of world_size gave {value!r}"
     if not values.sizes:
         return 0, "takes a size, as in world_size(4), or a parametrization of `world_size`"
     if values.is_list:

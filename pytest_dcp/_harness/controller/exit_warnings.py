@@ -45,8 +45,8 @@ def _left_processes(world: World) -> Iterator[str]:
 
 
 def _left_threads(exited: Mapping[int, Done]) -> Iterator[str]:
-    said = [(name, rank) for rank, one in exited.items() for name in one.threads]
-    for name, ranks in _by_text(said).items():
+    names_and_ranks = [(name, rank) for rank, one in exited.items() for name in one.threads]
+    for name, ranks in _by_text(names_and_ranks).items():
         yield (
             f"{ranks_text(ranks)} left thread {name!r} running; it ended with the process. Join it "
             "in the test."
@@ -54,13 +54,15 @@ def _left_threads(exited: Mapping[int, Done]) -> Iterator[str]:
 
 
 def _errors(exited: Mapping[int, Done]) -> Iterator[str]:
-    said = [(str(error["text"]), rank) for rank, one in exited.items() for error in one.warnings]
-    for text, ranks in _by_text(said).items():
+    texts_and_ranks = [
+        (str(error["text"]), rank) for rank, one in exited.items() for error in one.warnings
+    ]
+    for text, ranks in _by_text(texts_and_ranks).items():
         yield f"{ranks_text(ranks)}: {text}"
 
 
-def _by_text(said: list[tuple[str, int]]) -> dict[str, list[int]]:
+def _by_text(texts_and_ranks: list[tuple[str, int]]) -> dict[str, list[int]]:
     ranks: dict[str, list[int]] = {}
-    for text, rank in sorted(said):
+    for text, rank in sorted(texts_and_ranks):
         ranks.setdefault(text, []).append(rank)
     return ranks

@@ -31,8 +31,8 @@ class ItemHooks:
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         """--pdb for failures that are not a rank's."""
         marked = node.stash.get(ITEM_KEY, None)
-        told = marked is not None and call.excinfo.value is marked.raised
-        if self._pdb_invoke is not None and not told:
+        is_from_ranks = marked is not None and call.excinfo.value is marked.raised
+        if self._pdb_invoke is not None and not is_from_ranks:
             self._pdb_invoke.pytest_exception_interact(node=node, call=call, report=report)
 
     def pytest_internalerror(self, excinfo: Any) -> None:
@@ -72,7 +72,7 @@ class ItemHooks:
 
     def _end_cut_off(self, marked: MarkedItem) -> None:
         """Have the item's ranks tear down; an interrupt meanwhile kills the idle ones, too."""
-        if marked.world is not None and marked.world.ended:  # by a second interrupt
+        if marked.world is not None and marked.world.is_over:  # by a second interrupt
             self._warm.kill_all()
         try:
             marked.end_cut_off()

@@ -37,25 +37,27 @@ class ItemOutput:
         quiet = _is_hang(outcome)
         if quiet:
             self._quieten_earlier()
-        shown = shown_ranks(outcome, self._size, self._which)
+        ranks = shown_ranks(outcome, self._size, self._which)
         parts: list[tuple[int, str, str, str]] = []
-        for rank in sorted(shown):
-            if (done := outcome.done.get(rank)) is not None:
-                parts += [(rank, *part) for part in _sections(done, quiet=quiet)]
-            elif not world.ended and rank not in lost:
+        for rank in sorted(ranks):
+            if (result := outcome.results.get(rank)) is not None:
+                parts += [(rank, *part) for part in _sections(result, quiet=quiet)]
+            elif not world.is_over and rank not in lost:
                 parts += [(rank, when, *part) for part in world.output(rank)]
         for part in merged_sections(parts):
             self._item.add_report_section(*part)
-        if not quiet and any(done.debug_records for done in outcome.done.values()):
-            self._noisy.append({rank: outcome.done[rank] for rank in shown & outcome.done.keys()})
+        if not quiet and any(result.debug_records for result in outcome.results.values()):
+            self._noisy.append(
+                {rank: outcome.results[rank] for rank in ranks & outcome.results.keys()}
+            )
 
     def _quieten_earlier(self) -> None:
         sections = report_sections(self._item)
-        for said in self._noisy:
-            loud = merged_sections(_log_sections(said, quiet=False))
+        for results in self._noisy:
+            loud = merged_sections(_log_sections(results, quiet=False))
             at = min((sections.index(part) for part in loud if part in sections), default=0)
             sections[:] = [part for part in sections if part not in loud]
-            sections[at:at] = merged_sections(_log_sections(said, quiet=True))
+            sections[at:at] = merged_sections(_log_sections(results, quiet=True))
         self._noisy.clear()
 
 
@@ -63,21 +65,25 @@ def _is_hang(outcome: Outcome) -> bool:
     return outcome.first is not None and outcome.first.failure.kind in ("timeout", "blocked")
 
 
-def _sections(done: Done, *, quiet: bool) -> Iterable[Section]:
+def _sections(result: Done, *, quiet: bool) -> Iterable[Section]:
     """A rank's sections of a phase."""
-    if not (quiet and done.debug_records):
-        return done.sections
-    left_out = f"[... {done.debug_records} DEBUG lines left out: --log-level=DEBUG shows them ...]"
-    text = "\n".join(filter(None, [done.log_without_debug, left_out]))
+    if not (quiet and result.debug_records):
+        return result.sections
+    left_out = (
+        f"[... {result.debug_records} DEBUG lines left out: --log-level=DEBUG shows them ...]"
+    )
+    text = "\n".join(filter(None, [result.log_without_debug, left_out]))
     return [
-        (when, name, text if (when, name) == (done.phase, "log") else content)
-        for when, name, content in done.sections
+        (when, name, text if (when, name) == (result.phase, "log") else content)
+        for when, name, content in result.sections
     ]
 
 
-def _log_sections(said: Mapping[int, Done], *, quiet: bool) -> Iterable[tuple[int, str, str, str]]:
-    for rank, done in sorted(said.items()):
-        for when, name, text in _sections(done, quiet=quiet):
+def _log_sections(
+    results: Mapping[int, Done], *, quiet: bool
+) -> Iterable[tuple[int, str, str, str]]:
+    for rank, result in sorted(results.items()):
+        for when, name, text in _sections(result, quiet=quiet):
             if name == "log":
                 yield rank, when, name, text
 
@@ -85,10 +91,10 @@ def _log_sections(said: Mapping[int, Done], *, quiet: bool) -> Iterable[tuple[in
 def merged_properties(outcome: Outcome) -> list[tuple[str, object]]:
     """user_properties of all ranks: equal ones once, others with the rank's name."""
     by_property: dict[tuple[str, str], tuple[object, list[int]]] = {}
-    for rank, done in sorted(outcome.done.items()):
-        for name, value in done.properties:
+    for rank, result in sorted(outcome.results.items()):
+        for name, value in result.properties:
             by_property.setdefault((name, repr(value)), (value, []))[1].append(rank)
-    size = len(outcome.done)
+    size = len(outcome.results)
     return [
         (name if len(ranks) == size else f"{name} [{ranks_text(ranks)}]", value)
         for (name, _), (value, ranks) in by_property.items()

@@ -56,8 +56,8 @@ def _nodeid_here(item: pytest.Item) -> str:
 
 
 def _skip_location(item: pytest.Item, outcome: Outcome) -> tuple[str, int, str]:
-    for done in outcome.done.values():
-        longrepr = (done.report or {}).get("longrepr")
+    for result in outcome.results.values():
+        longrepr = (result.report or {}).get("longrepr")
         if isinstance(longrepr, list | tuple) and len(longrepr) == 3:
             return str(longrepr[0]), int(longrepr[1]), str(longrepr[2])
     path, line, _ = item.reportinfo()

@@ -55,12 +55,12 @@ class LeaseTimeout(LeaseError):
 
     def __str__(self) -> str:
         facts = self.shortage
-        wanted = min(facts.request.processes, facts.max_processes)
+        processes = min(facts.request.processes, facts.max_processes)
         return (
             f"no lease for a world of {facts.request.processes} processes after "
             f"{facts.waited_s:.1f} s: it was waiting for {facts.waiting_for}. "
-            f"Wanted: {wanted} of the {facts.max_processes} CPU slots, {facts.request.gpus} of the "
-            f"{len(facts.visible_gpus)} GPUs {facts.visible_gpus!r}. "
+            f"Wanted: {processes} of the {facts.max_processes} CPU slots, {facts.request.gpus} of "
+            f"the {len(facts.visible_gpus)} GPUs {facts.visible_gpus!r}. "
             f"Free: {facts.free_processes} CPU slots, {facts.free_gpus} GPUs. "
             f"Other pytest processes hold the rest through locks in {str(facts.folder)!r}; "
             "`lslocks` lists them. Let them end, run fewer at once (pytest -n), or, if CPU slots "
@@ -71,14 +71,14 @@ class LeaseTimeout(LeaseError):
 class GpusUnavailable(LeaseError):
     """A world needs more GPUs than this process may ever use."""
 
-    def __init__(self, wanted: int, visible: tuple[str, ...]) -> None:
-        super().__init__(wanted, visible)
-        self.wanted = wanted
+    def __init__(self, count: int, visible: tuple[str, ...]) -> None:
+        super().__init__(count, visible)
+        self.count = count
         self.visible = visible
 
     def __str__(self) -> str:
         return (
-            f"expected {self.wanted} GPUs or more, got {len(self.visible)} visible to this "
+            f"expected {self.count} GPUs or more, got {len(self.visible)} visible to this "
             f"process: {self.visible!r}. Widen CUDA_VISIBLE_DEVICES, use a machine with more, or "
             "give the world fewer ranks"
         )

@@ -60,14 +60,14 @@ LEAST_PROCESSES = 8
 class Lease:
     """Slots that are ours until `release`, the end of the `with` block or of the process."""
 
-    def __init__(self, gpus: tuple[int, ...], held: ExitStack) -> None:
+    def __init__(self, gpus: tuple[int, ...], slot_stack: ExitStack) -> None:
         self.gpus = gpus
         """Indices into the outer CUDA_VISIBLE_DEVICES list, ascending."""
-        self._held = held
+        self._slot_stack = slot_stack
 
     def release(self) -> None:
         """Give the slots back; again, or in a forked child, do nothing."""
-        self._held.close()
+        self._slot_stack.close()
 
     def __enter__(self) -> Lease:
         return self
@@ -118,15 +118,17 @@ class LeasePool:
             self._open_slots()
         start_s = time.monotonic()
         deadline = start_s + deadline_s
-        with ExitStack() as held:
+        with ExitStack() as slot_stack:
             try:
-                gpus = self._gpus.collect(request.gpus, deadline, held)
-                self._cpus.collect(min(request.processes, self._max_processes), deadline, held)
+                gpus = self._gpus.collect(request.gpus, deadline, slot_stack)
+                self._cpus.collect(
+                    min(request.processes, self._max_processes), deadline, slot_stack
+                )
             except _OutOfTime as out:
                 waited_s = time.monotonic() - start_s
-                held.close()
+                slot_stack.close()
                 raise LeaseTimeout(self._shortage(request, out.waiting_for, waited_s)) from None
-            return Lease(gpus, held.pop_all())
+            return Lease(gpus, slot_stack.pop_all())
 
     def _open_slots(self) -> None:
         """New locks for this process: those from before a fork belong to the parent."""
@@ -175,19 +177,19 @@ class _Slot:
         """
         if not self._taken_here.acquire(blocking=False):
             return False
-        taken = False
+        is_ours = False
         try:
             self._lock.acquire(blocking=False)
-            taken = True
+            is_ours = True
         except Timeout:
             pass
         except OSError as exc:
             problem = f"has no usable lock file {self._path.name!r}: {exc.strerror or exc}"
             raise LeaseFolderRejected(self._path.parent, (problem,)) from exc
         finally:
-            if not taken:
+            if not is_ours:
                 self._taken_here.release()
-        return taken
+        return is_ours
 
     def release(self) -> None:
         """Free the slot; from any thread of the process that took it."""
@@ -205,25 +207,25 @@ class _Resource:
     turnstile: _Slot
     slots: tuple[_Slot, ...]
 
-    def collect(self, count: int, deadline: float, held: ExitStack) -> tuple[int, ...]:
-        """Indices of `count` slots, ascending, all taken until `held` closes.
+    def collect(self, count: int, deadline: float, slot_stack: ExitStack) -> tuple[int, ...]:
+        """Indices of `count` slots, ascending, all taken until `slot_stack` closes.
 
         `deadline` is in seconds of the monotonic clock. Raises `_OutOfTime` when it passes; slots
-        collected by then are in `held` too.
+        collected by then are in `slot_stack` too.
         """
         if count == 0:
             return ()
         if not any(self.turnstile.take() for _ in _tries(deadline, LONGEST_TURN_PAUSE_S)):
             raise _OutOfTime(f"its turn to collect {self.name}, behind another world")
-        taken: set[int] = set()
+        indices: set[int] = set()
         try:
             for _ in _tries(deadline, LONGEST_SLOT_PAUSE_S):
                 for index, slot in enumerate(self.slots):
-                    if index not in taken and slot.take():
-                        held.callback(slot.release)
-                        taken.add(index)
-                        if len(taken) == count:
-                            return tuple(sorted(taken))
+                    if index not in indices and slot.take():
+                        slot_stack.callback(slot.release)
+                        indices.add(index)
+                        if len(indices) == count:
+                            return tuple(sorted(indices))
         finally:
             self.turnstile.release()
         raise _OutOfTime(self.name)

@@ -139,14 +139,16 @@ class MarkedItem:
         self.found = None
         try:
             outcome = self.world.run("call", Go("call"))
-            if any(done.awaits for done in outcome.done.values()):
+            if any(result.awaits for result in outcome.results.values()):
                 outcome = self._run_properties(outcome)
         except BaseException:  # of this process: an interrupt, a timer
             self.failed = True
             raise
         outcome = in_step(outcome)
         self._conclude(self.world, outcome, "call")
-        self.unexpectedly = next((one.text for one in outcome.done.values() if one.xpassed), None)
+        self.unexpectedly = next(
+            (one.text for one in outcome.results.values() if one.xpassed), None
+        )
 
     def _run_properties(self, outcome: Outcome) -> Outcome:
         """Lead the ranks through the examples of the properties that they came to."""
@@ -163,15 +165,15 @@ class MarkedItem:
         """Tear the item down in every rank, and the world unless it is kept warm."""
         if self.world is None:
             return
-        world, kept, is_cut_off = self.world, False, False
+        world, is_kept, is_cut_off = self.world, False, False
         try:
             if (cut := world.cut_off) is not None:  # and the session goes on: by a timer
                 self._report_cut_off(world, cut)
             torn = join_outcomes(self.torn_before, combine(0, {}, world.find_deaths()))
             if world.survivors_idle:
-                kept, ended = self._tear_down_whole(world, keep=torn.kind == "passed")
-                torn = join_outcomes(torn, ended)
-            elif not world.ended:
+                is_kept, end_outcome = self._tear_down_whole(world, keep=torn.kind == "passed")
+                torn = join_outcomes(torn, end_outcome)
+            elif not world.is_over:
                 torn = join_outcomes(torn, tear_down_survivors(world))
             self._raise_for(torn)
         except SESSION_ENDS as end:
@@ -179,12 +181,12 @@ class MarkedItem:
             raise
         finally:
             if not is_cut_off:  # else `end_cut_off` follows
-                self._let_go(world, kept=kept)
+                self._let_go(world, is_kept=is_kept)
 
-    def _let_go(self, world: World, *, kept: bool) -> None:
+    def _let_go(self, world: World, *, is_kept: bool) -> None:
         """The item is over; so is its world, unless it is kept."""
         self.world = None
-        if not kept:
+        if not is_kept:
             world.kill()
         self._drop_checkpoint_dir()
         # Where warnings are errors, one must not take the place of a failure.
@@ -204,14 +206,14 @@ class MarkedItem:
         cut = world.cut_off
         try:
             if cut is None or cut.phase in TORN_DOWN:
-                ended = end_cut_off(world, hear)
+                end_outcome = end_cut_off(world, hear)
             else:
                 self._report_cut_off(world, cut)
-                ended = PASSED if world.ended else end_idle(world, HURRIED_S, hear)
+                end_outcome = PASSED if world.is_over else end_idle(world, HURRIED_S, hear)
         finally:
             world.kill()
             self._drop_checkpoint_dir()
-        self.report_late(world, ended)
+        self.report_late(world, end_outcome)
 
     def _report_cut_off(self, world: World, cut: CutOff) -> None:
         """Report the failures in a phase that was cut off, except those caused by the cut."""
@@ -239,8 +241,8 @@ class MarkedItem:
 
     def note_teardown(self, torn: Outcome) -> None:
         """Record, once, failures during the item's teardown in a world that is being replaced."""
-        known = {failure.summary for failure in self.torn_before.failures}
-        if any(failure.summary not in known for failure in torn.failures):
+        noted_summaries = {failure.summary for failure in self.torn_before.failures}
+        if any(failure.summary not in noted_summaries for failure in torn.failures):
             self.torn_before = join_outcomes(self.torn_before, torn)
 
     # Warm worlds.
@@ -322,7 +324,9 @@ class MarkedItem:
         self.lost = frozenset(outcome.lost)
         self.item.user_properties += merged_properties(outcome)
         if when == "teardown":
-            payloads = {rank: done.payload for rank, done in outcome.done.items() if done.payload}
+            payloads = {
+                rank: result.payload for rank, result in outcome.results.items() if result.payload
+            }
             carried_state.deliver(self.item, payloads, self.spec.size)
         self._log_subtests(world)
 
@@ -356,10 +360,10 @@ class MarkedItem:
 
     def _absorb_whole_item(self, outcome: Outcome) -> bool:
         """Warn again of what ranks warned of, once; whether the world can be kept."""
-        imported = {name for done in outcome.done.values() for name in done.imported}
+        imported = {name for result in outcome.results.values() for name in result.imported}
         self.harness.launcher().preload(sorted(filter(is_worth_preloading, imported)))
         warn_again(outcome)
-        return all(done.reusable for done in outcome.done.values())
+        return all(result.reusable for result in outcome.results.values())
 
     def _absorb_end(self, world: World) -> None:
         """Keep the output of ranks during their exit, and warn about errors in it."""

@@ -67,7 +67,7 @@ class ItemRanks:
     def renew(self) -> Outcome:
         """A new world for a broken one, where the item's call has begun."""
         marked = self._marked
-        if not self.world.ended:
+        if not self.world.is_over:
             marked.note_teardown(tear_down_survivors(self.world))
         seed = marked.harness.seed_of(marked.item.nodeid)
         marked.world, began = marked.harness.open(marked.spec, seed)
@@ -120,15 +120,15 @@ def longrepr_for(
     """The representation of a property that fails: its minimal examples, the ranks' tracebacks."""
     if error.seed is not None:
         rerun = f"{rerun} --hypothesis-seed={error.seed}"
-    shown = [_represent(found, config, location, rerun) for found in error.found]
-    first = shown[0]
+    reprs = [_represent(found, config, location, rerun) for found in error.found]
+    first = reprs[0]
     if first is None:
         return None
-    for number, one in enumerate(shown[1:], start=2):
+    for number, one in enumerate(reprs[1:], start=2):
         if one is not None:
             one.sections = [part for part in one.sections if part[0] != report.RERUN]
             at = len(first.sections) - 1
-            title = f"distinct failure {number} of {len(shown)}"
+            title = f"distinct failure {number} of {len(reprs)}"
             first.sections.insert(at, (title, str(one), "="))
     return first
 
@@ -138,9 +138,9 @@ def _represent(
 ) -> ExceptionRepr | None:
     if found.outcome.first is None:
         return None
-    shown = report.longrepr_for(found.outcome, found.outcome.first, config, location, rerun)
-    shown.sections.insert(0, (EXAMPLE, "\n".join(found.notes).strip(), "-"))
-    return shown
+    longrepr = report.longrepr_for(found.outcome, found.outcome.first, config, location, rerun)
+    longrepr.sections.insert(0, (EXAMPLE, "\n".join(found.notes).strip(), "-"))
+    return longrepr
 
 
 EXAMPLE = "minimal failing example"

@@ -19,11 +19,11 @@ class ChangedStateWarning(pytest.PytestWarning):
 
 def warn_again(outcome: Outcome) -> None:
     """Warn of what ranks have warned of, once for all ranks."""
-    told: dict[tuple[str, ...], RecordedWarning] = {}
-    for done in outcome.done.values():
-        for warning in done.warnings:
-            told.setdefault(tuple(map(str, warning.values())), warning)
-    for warning in told.values():
+    distinct: dict[tuple[str, ...], RecordedWarning] = {}
+    for result in outcome.results.values():
+        for warning in result.warnings:
+            distinct.setdefault(tuple(map(str, warning.values())), warning)
+    for warning in distinct.values():
         category = _warning_class(warning["category"])
         warnings.warn_explicit(warning["text"], category, warning["filename"], warning["lineno"])
 
@@ -31,14 +31,14 @@ def warn_again(outcome: Outcome) -> None:
 def warn_of_changes(nodeid: str, outcome: Outcome) -> None:
     """Warn of process state that cannot be restored, if that costs a new world."""
     by_name: dict[str, list[int]] = {}
-    for rank, done in sorted(outcome.done.items()):
-        for name in done.changed:
+    for rank, result in sorted(outcome.results.items()):
+        for name in result.changed:
             by_name.setdefault(name, []).append(rank)
     if by_name:
-        said = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
+        changes = "; ".join(f"{name} ({ranks_text(ranks)})" for name, ranks in by_name.items())
         warnings.warn(
             ChangedStateWarning(
-                f"{nodeid}: has changed state that cannot be restored: {said}. The next "
+                f"{nodeid}: has changed state that cannot be restored: {changes}. The next "
                 "test gets a new world. Put it back in the test, or give the test a world of "
                 'its own with isolation="test".'
             ),

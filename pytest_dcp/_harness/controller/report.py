@@ -85,9 +85,9 @@ def exception_of_end(end: SessionEnd, where: str, *, failed: bool = False) -> Ba
 
 
 def _error_of(group: Group, outcome: Outcome) -> BaseException:
-    done = outcome.done.get(group.failure.rank)
-    if group.failure.kind == "failed" and done is not None and done.exception is not None:
-        error = _like(done.exception, done.text.partition(": ")[2])
+    result = outcome.results.get(group.failure.rank)
+    if group.failure.kind == "failed" and result is not None and result.exception is not None:
+        error = _like(result.exception, result.text.partition(": ")[2])
         if error is not None:
             return error
     return WorldError(outcome.reason, outcome.failures)
@@ -122,7 +122,7 @@ def longrepr_for(
     outcome: Outcome, first: Group, config: pytest.Config, location: tuple[str, int], rerun: str
 ) -> ExceptionRepr:
     """The failure representation: headline, the traceback of the `first` cause, then its peers."""
-    repr_ = _own_repr(first, outcome.done.get(first.failure.rank), config)
+    repr_ = _own_repr(first, outcome.results.get(first.failure.rank), config)
     lines = [outcome.reason, *(f"  {line}" for line in peers(outcome))]
     if repr_ is None:
         limited = first.failure.kind in ("blocked", "timeout")
@@ -142,7 +142,7 @@ def longrepr_for(
         repr_.reprcrash.message = outcome.reason
     for group in outcome.groups[1:]:
         if not group.echo and group.failure.kind not in ("blocked", "timeout"):
-            text = _text_of(group, outcome.done.get(group.failure.rank), config)
+            text = _text_of(group, outcome.results.get(group.failure.rank), config)
             repr_.addsection(f"{ranks_text(group.ranks)} also failed", text)
     table = _table(outcome, str(config.rootpath))
     if table:
@@ -163,20 +163,26 @@ def heading_marks(outcome: Outcome) -> list[bool]:
 
 def own_longrepr(outcome: Outcome, config: pytest.Config) -> Any:
     """The representation that the first rank with one made itself; None when there is none."""
-    for done in outcome.done.values():
-        if done.outcome == outcome.kind and done.report is not None and "longrepr" in done.report:
-            data = dict(done.report)
+    for result in outcome.results.values():
+        if (
+            result.outcome == outcome.kind
+            and result.report is not None
+            and "longrepr" in result.report
+        ):
+            data = dict(result.report)
             return config.hook.pytest_report_from_serializable(config=config, data=data).longrepr
     return None
 
 
-def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> ExceptionChainRepr | None:
+def _own_repr(
+    group: Group, result: Done | None, config: pytest.Config
+) -> ExceptionChainRepr | None:
     """The traceback that the rank itself made, with its assertion introspection."""
-    if done is None or done.report is None or "longrepr" not in done.report:
+    if result is None or result.report is None or "longrepr" not in result.report:
         return None
     if group.failure.kind != "failed":
         return None
-    report = config.hook.pytest_report_from_serializable(config=config, data=dict(done.report))
+    report = config.hook.pytest_report_from_serializable(config=config, data=dict(result.report))
     longrepr = report.longrepr
     if isinstance(longrepr, ExceptionChainRepr):
         return longrepr
@@ -186,8 +192,8 @@ def _own_repr(group: Group, done: Done | None, config: pytest.Config) -> Excepti
     return ExceptionChainRepr([(entries, crash, None)])
 
 
-def _text_of(group: Group, done: Done | None, config: pytest.Config) -> str:
-    repr_ = _own_repr(group, done, config)
+def _text_of(group: Group, result: Done | None, config: pytest.Config) -> str:
+    repr_ = _own_repr(group, result, config)
     if repr_ is not None:
         return str(repr_)
     return from_root(group.failure.detail, str(config.rootpath)) or group.failure.summary

@@ -129,23 +129,23 @@ class WarmWorlds:
         try:
             if torn is not None:
                 hear(torn)
-            ended = end_idle(idle.world, limit_s, hear)
-            ended = ended if torn is None else join_outcomes(torn, ended)
+            end_outcome = end_idle(idle.world, limit_s, hear)
+            end_outcome = end_outcome if torn is None else join_outcomes(torn, end_outcome)
         except SESSION_ENDS:
             self._retire_cut_off(idle)
             raise
         finally:
             idle.world.kill()
-        idle.owner.report_late(idle.world, ended)
+        idle.owner.report_late(idle.world, end_outcome)
 
     def _retire_cut_off(self, idle: _Idle) -> None:
         """End a world whose teardown an interrupt has cut off, and report what went wrong."""
         hear = partial(idle.owner.absorb_late, idle.world)
         try:
-            ended = end_cut_off(idle.world, hear)
+            end_outcome = end_cut_off(idle.world, hear)
         finally:
             idle.world.kill()
-        idle.owner.report_late(idle.world, ended)
+        idle.owner.report_late(idle.world, end_outcome)
 
 
 def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
@@ -157,7 +157,7 @@ def end_cut_off(world: World, hear: Callable[[Outcome], None]) -> Outcome:
     cut = PASSED if world.cut_off is None else world.cut_off.outcome
     if world.cut_off is not None:
         hear(cut)
-    if world.ended:
+    if world.is_over:
         return cut
     return join_outcomes(cut, end_idle(world, min(world.spec.timeout_s, HURRIED_S), hear))
 
@@ -192,7 +192,7 @@ def tear_down_survivors(world: World) -> Outcome:
     reporting = {failure.rank for failure in failures}
     if torn.session_end is not None:
         reporting.add(torn.session_end.rank)
-    return combine(0, {rank: torn.done[rank] for rank in reporting}, failures)
+    return combine(0, {rank: torn.results[rank] for rank in reporting}, failures)
 
 
 def join_outcomes(*outcomes: Outcome) -> Outcome:
@@ -204,8 +204,8 @@ def join_outcomes(*outcomes: Outcome) -> Outcome:
     bad = [*failing, *(outcome for outcome in outcomes if outcome.kind != "passed")]
     one = bad[0] if bad else outcomes[-1]
     if len(failing) > 1:
-        done = {rank: one for outcome in failing[::-1] for rank, one in outcome.done.items()}
-        one = combine(0, done, [f for outcome in failing for f in outcome.failures])
+        results = {rank: one for outcome in failing[::-1] for rank, one in outcome.results.items()}
+        one = combine(0, results, [f for outcome in failing for f in outcome.failures])
     ends = (outcome.session_end for outcome in outcomes if outcome.session_end is not None)
     return replace(one, session_end=next(ends, None))
 

@@ -43,7 +43,7 @@ class FunctionWorld:
         self._world = world
         self._seed = seed
         self._running: Running[Any] | None = None
-        self._told: set[int] = set()
+        self._printed_ranks: set[int] = set()
         """Lost ranks whose last output was printed."""
 
     @property
@@ -100,7 +100,7 @@ class FunctionWorld:
     def _strike(self, act: FaultAct, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise ValueError(f"{act}(): rank must be from 0 to {self.size - 1}, got {rank!r}")
-        if self._world.ended:
+        if self._world.is_over:
             raise WorldError("this world has ended: a rank was lost, or its `with` block is over")
         self._world.apply_fault(act, rank, f"{act}({rank}) by the test")
 
@@ -113,8 +113,8 @@ class FunctionWorld:
             raise self._error(outcome, function)
         what = f"the result of {_name_of(function)}"
         return [
-            load_from_rank(outcome.done[rank].payload, rank, what)
-            if rank in outcome.done
+            load_from_rank(outcome.results[rank].payload, rank, what)
+            if rank in outcome.results
             else outcome.lost[rank]  # type: ignore[misc]  # plain T for callers that lose no rank
             for rank in range(self.size)
         ]
@@ -151,12 +151,12 @@ class FunctionWorld:
         """Print the ranks' output as the test's own, with the ranks before each line."""
         sections: list[tuple[int, str, str, str]] = []
         for rank in range(self.size):
-            done = outcome.done.get(rank)
-            if done is not None:
-                sections += [(rank, *part) for part in done.sections]
-            elif rank not in self._told:
+            result = outcome.results.get(rank)
+            if result is not None:
+                sections += [(rank, *part) for part in result.sections]
+            elif rank not in self._printed_ranks:
                 sections += [(rank, "call", *part) for part in self._world.output(rank)]
-        self._told.update(outcome.lost)
+        self._printed_ranks.update(outcome.lost)
         self._print(sections)
 
     def print_exit(self) -> None:
@@ -282,10 +282,10 @@ class WorldBlock:
             self._world.kill()
             raise
         __tracebackhide__ = True
-        left = self._world.close()
+        outcome = self._world.close()
         self._functions.print_exit()
-        if left.kind != "passed":
-            raise WorldError(left.reason, left.failures)
+        if outcome.kind != "passed":
+            raise WorldError(outcome.reason, outcome.failures)
         warn_of_end(self._worlds.nodeid, self._world)
 
 

@@ -206,14 +206,14 @@ class Zygote:
             return False  # the controller ended before it had read everything
         if not data:
             return False
-        asked = json.loads(data)
-        match asked["op"]:
+        request = json.loads(data)
+        match request["op"]:
             case "fork":
-                self.fork(RankLaunch.from_json(asked["order"]), RankFds(*fds))
+                self.fork(RankLaunch.from_json(request["order"]), RankFds(*fds))
             case "signal":
-                self.signal(asked["world"], asked["rank"], asked["signum"])
+                self.signal(request["world"], request["rank"], request["signum"])
             case "preload":
-                self.preload(asked["modules"])
+                self.preload(request["modules"])
                 self.freeze()
                 self.say({"ready": True})
         return True
@@ -281,8 +281,8 @@ class Zygote:
                 _signal_group(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            shown = [leaked[:200] for leaked in leaked_processes[:20]]
-            self.tell(self.ranks.pop(pid), {"status": code, "leaked_processes": shown})
+            commands = [leaked[:200] for leaked in leaked_processes[:20]]
+            self.tell(self.ranks.pop(pid), {"status": code, "leaked_processes": commands})
 
     def spare_trackers(self, rank_pid: int) -> bool:
         """Give an ended rank's resource trackers time to free its leftovers. Returns whether it has
@@ -338,10 +338,10 @@ class Zygote:
         """Report a rank's end or stop."""
         self.say({"world": order.world, "rank": order.rank, **what})
 
-    def say(self, said: dict[str, Any]) -> None:
+    def say(self, message: dict[str, Any]) -> None:
         """Send a message to the controller."""
         with contextlib.suppress(OSError):  # the controller is gone: end() follows
-            self.control.send(json.dumps(said).encode())
+            self.control.send(json.dumps(message).encode())
 
     def end(self) -> None:
         """Kill and reap everything; trackers after the ranks are gone, unless they end by then."""
@@ -350,8 +350,8 @@ class Zygote:
             linux.kill_group(pid)
         linux.await_trackers(linux.children())
         deadline = time.monotonic() + CLOSE_S
-        while (left := linux.children()) and time.monotonic() < deadline:
-            for pid in left:
+        while (pids := linux.children()) and time.monotonic() < deadline:
+            for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):

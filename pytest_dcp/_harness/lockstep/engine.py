@@ -168,8 +168,8 @@ def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
         engine = _Engine(company, prop, passed)
         try:
             engine.run()
-        except _EndedError as ended:
-            return ended.outcome
+        except _EndedError as end:
+            return end.outcome
         if engine.broken:  # by the last example: rejected, or a rank was lost on request
             engine.repair()
         passed += 1
@@ -272,9 +272,9 @@ class _Engine:
             self._busy_s = PATIENCE_S
         if any(failure.kind == "timeout" for failure in outcome.failures):
             self._hung = True
-        elif len(outcome.done) == world.spec.size:
+        elif len(outcome.results) == world.spec.size:
             self._slowest_s = max(self._slowest_s, time.monotonic() - started)
-        replies = {rank: reply_of(rank, done) for rank, done in outcome.done.items()}
+        replies = {rank: reply_of(rank, result) for rank, result in outcome.results.items()}
         size = world.spec.size
         # Equal records need to be decoded once only.
         ranks = (0,) if drew_the_same(outcome, replies, size) else range(size)
@@ -343,7 +343,7 @@ class EarlyDecision:
         self._decided_at = self._at_rest_since = float("inf")
         self._look_at = time.monotonic() + DRAWS_LOOK_S
 
-    def enough(self, done: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
+    def enough(self, results: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
         """For `World.run_until`."""
         now = time.monotonic()
         # The last run of a failure is reported, including the peers' ends.
@@ -351,7 +351,7 @@ class EarlyDecision:
             self._decided_at = min(self._decided_at, now)
         if now >= self._look_at:
             if (
-                any(reply_of(rank, one).rejects for rank, one in done.items())
+                any(reply_of(rank, result).rejects for rank, result in results.items())
                 or self._is_diverged()
             ):
                 self._decided_at = min(self._decided_at, now)
@@ -361,7 +361,7 @@ class EarlyDecision:
             return False
         ranks = range(self._world.spec.size)
         # A rank at work may still raise the error that explains the others'.
-        if any(self._world.at_work(rank) for rank in ranks if rank not in done):
+        if any(self._world.at_work(rank) for rank in ranks if rank not in results):
             self._at_rest_since = float("inf")
         else:
             self._at_rest_since = min(self._at_rest_since, now)
@@ -373,7 +373,7 @@ class EarlyDecision:
     def _is_diverged(self) -> bool:
         size = self._world.spec.size
         records = {rank: decode(self._world.draws(rank)) for rank in range(size)}
-        return bool(divergence(records, ended=False))
+        return bool(divergence(records, are_complete=False))
 
 
 def _subclass(base: type[BaseException]) -> type[BaseException]:

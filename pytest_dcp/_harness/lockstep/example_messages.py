@@ -198,10 +198,10 @@ def add_to_checksum(drawn: tuple[int, int], encoded: bytes) -> tuple[int, int]:
     return drawn[0] + 1, zlib.crc32(encoded, drawn[1])
 
 
-def divergence(records: Mapping[int, Sequence[Entry]], *, ended: bool) -> str:
+def divergence(records: Mapping[int, Sequence[Entry]], *, are_complete: bool) -> str:
     """Which ranks drew differently, and their draws, in one line; empty if all drew the same.
 
-    Unless all ranks have `ended` the example, one may have drawn less than another.
+    Unless the records `are_complete`, one rank may have drawn less than another so far.
     """
     drawn = {rank: [str(e) for e in r if isinstance(e, Choice)] for rank, r in records.items()}
     longest = max((len(choices) for choices in drawn.values()), default=0)
@@ -210,12 +210,12 @@ def divergence(records: Mapping[int, Sequence[Entry]], *, ended: bool) -> str:
         for rank, choices in sorted(drawn.items()):
             if index < len(choices):
                 at.setdefault(choices[index], []).append(rank)
-            elif ended:
+            elif are_complete:
                 at.setdefault("nothing more", []).append(rank)
         if len(at) > 1:
-            said = "; ".join(f"{_ranks(ranks)} drew {what}" for what, ranks in at.items())
+            draws = "; ".join(f"{_ranks(ranks)} drew {what}" for what, ranks in at.items())
             return (
-                f"ranks diverged at choice {index + 1} of an example: {said}. Strategies, and "
+                f"ranks diverged at choice {index + 1} of an example: {draws}. Strategies, and "
                 "data.draw() in the test, must ask for the same in every rank"
             )
     return ""

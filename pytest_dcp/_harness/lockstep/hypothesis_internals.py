@@ -64,7 +64,7 @@ def missing_internals() -> str:
     """Internals missing from the installed Hypothesis; empty if it is built like the known
     versions.
     """
-    wanted: list[tuple[Any, set[str]]] = [
+    parameters: list[tuple[Any, set[str]]] = [
         (core.StateForActualGivenExecution.execute_once, {"data", PRINTS, "is_final"}),
         (core.StateForActualGivenExecution.run_engine, {"self"}),
         (ConjectureData.__init__, {"random", "observer", "provider", "prefix", "max_choices"}),
@@ -72,7 +72,7 @@ def missing_internals() -> str:
         (DataObserver.draw_integer, {"value", "constraints", "was_forced"}),
         (function_digest, {"function"}),
     ]
-    for function, names in wanted:
+    for function, names in parameters:
         missing = names - inspect.signature(function).parameters.keys()
         if missing:
             return f"parameter {', '.join(sorted(missing))} of {function.__qualname__}"
@@ -108,13 +108,13 @@ def _seed_examples() -> Iterator[None]:
     Their states are restored at its end, including generators that an example registers.
     """
     with deterministic_PRNG():
-        known = set(RANDOMS_TO_MANAGE)
+        keys = set(RANDOMS_TO_MANAGE)
         late: dict[int, Any] = {}
 
         def begin() -> None:
             for key, one in list(RANDOMS_TO_MANAGE.items()):
-                if key not in known:
-                    known.add(key)
+                if key not in keys:
+                    keys.add(key)
                     late[key] = one.getstate()
                 one.seed(0)
 

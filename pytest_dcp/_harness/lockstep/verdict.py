@@ -95,10 +95,10 @@ def judge(
     outcome: Outcome, replies: Mapping[int, Reply], records: Mapping[int, Sequence[Entry]]
 ) -> ExampleVerdict:
     """The verdict on an example."""
-    ended = len(replies) > 1 and all(reply.status == "valid" for reply in replies.values())
+    is_complete = len(replies) > 1 and all(reply.status == "valid" for reply in replies.values())
     there = {rank: record for rank, record in records.items() if rank not in outcome.lost}
-    passed = ended and outcome.kind == "passed"
-    text = divergence(there, ended=passed)
+    passed = is_complete and outcome.kind == "passed"
+    text = divergence(there, are_complete=passed)
     if passed and not text and not outcome.lost and (text := _out_of_step(replies)):
         text = f"{text}: {OUT_OF_STEP}"
     if text:
@@ -110,17 +110,17 @@ def _out_of_step(replies: Mapping[int, Reply]) -> str:
     return out_of_step({rank: reply.groups for rank, reply in replies.items()})
 
 
-def reply_of(rank: int, done: Done) -> Reply:
+def reply_of(rank: int, result: Done) -> Reply:
     """A rank's reply about an example; a rank that ended the whole test takes precedence."""
-    if not done.payload:
-        return Reply("interesting", (0, 0), origin=done.text, fatal=True)
-    reply: Reply = _load_from(rank, done, Reply)
+    if not result.payload:
+        return Reply("interesting", (0, 0), origin=result.text, fatal=True)
+    reply: Reply = _load_from(rank, result, Reply)
     return reply
 
 
-def _load_from(rank: int, done: Done, kind: type[Any]) -> Any:
+def _load_from(rank: int, result: Done, kind: type[Any]) -> Any:
     what = f"a {kind.__name__.lower()}"
-    value = load_from_rank(done.payload, rank, what)
+    value = load_from_rank(result.payload, rank, what)
     if not isinstance(value, kind):
         raise WorldError(f"rank {rank} sent a {type(value).__qualname__} where {what} was expected")
     return value
@@ -131,22 +131,24 @@ def drew_the_same(outcome: Outcome, replies: Mapping[int, Reply], size: int) -> 
 
     A rank may have answered and then died, while its peers went on.
     """
-    said = {(reply.status, reply.drawn) for reply in replies.values()}
-    alike = len(replies) == size and len(said) == 1 and replies[0].status != "interesting"
+    statuses_and_draws = {(reply.status, reply.drawn) for reply in replies.values()}
+    alike = (
+        len(replies) == size and len(statuses_and_draws) == 1 and replies[0].status != "interesting"
+    )
     return alike and not outcome.failures
 
 
 def find_property(outcome: Outcome) -> Property | Outcome | None:
     """The property that all ranks wait for, None if no rank does; a failure if they differ."""
-    if outcome.kind != "passed" or not any(done.awaits for done in outcome.done.values()):
+    if outcome.kind != "passed" or not any(result.awaits for result in outcome.results.values()):
         return None
-    told = {rank: _property(rank, done) for rank, done in sorted(outcome.done.items())}
-    first = next(prop for prop in told.values() if prop is not None)
-    if all(same(prop, first) for prop in told.values()):
+    properties = {rank: _property(rank, result) for rank, result in sorted(outcome.results.items())}
+    first = next(prop for prop in properties.values() if prop is not None)
+    if all(same(prop, first) for prop in properties.values()):
         return first
     names = "; ".join(
         f"rank {rank}: {'ended the test' if prop is None else f'runs {prop.name}'}"
-        for rank, prop in told.items()
+        for rank, prop in properties.items()
     )
     return diverged_outcome(outcome, f"ranks are in different properties ({names})")
 
@@ -159,11 +161,11 @@ def same(one: Property | None, other: Property) -> bool:
 def diverged_outcome(outcome: Outcome, text: str) -> Outcome:
     """The outcome of ranks that left lockstep."""
     failure = RankFailure(0, "diverged", "call", 0.0, text)
-    return combine(0, outcome.done, [failure], outcome.lost)
+    return combine(0, outcome.results, [failure], outcome.lost)
 
 
-def _property(rank: int, done: Done) -> Property | None:
-    prop: Property | None = _load_from(rank, done, Property) if done.awaits else None
+def _property(rank: int, result: Done) -> Property | None:
+    prop: Property | None = _load_from(rank, result, Property) if result.awaits else None
     return prop
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ANY = -1
-"""In `received`: a receive that accepted the first message from any member."""
+"""In `receives`: a receive that accepted the first message from any member."""
 GROUPS_MADE = ""
 """The name under which a rank counts the process groups that it made."""
 
@@ -43,9 +43,9 @@ class GroupUse:
     collectives: int
     members: tuple[int, ...] = ()
     """Ranks of the world, ascending; empty for `GROUPS_MADE`."""
-    sent: Mapping[int, int] = field(default_factory=dict)
+    sends: Mapping[int, int] = field(default_factory=dict)
     """By receiver, as a rank of the world: number of messages."""
-    received: Mapping[int, int] = field(default_factory=dict)
+    receives: Mapping[int, int] = field(default_factory=dict)
     """By sender."""
     kinds: Kinds = NO_KINDS
 
@@ -62,8 +62,8 @@ def to_plain(uses: Mapping[str, GroupUse]) -> PlainGroups:
         name: (
             use.collectives,
             use.members,
-            (*use.sent.items(),),
-            (*use.received.items(),),
+            (*use.sends.items(),),
+            (*use.receives.items(),),
             (use.kinds.called, use.kinds.digest, use.kinds.last),
         )
         for name, use in uses.items()
@@ -76,11 +76,11 @@ def from_plain(plain: PlainGroups) -> dict[str, GroupUse]:
         name: GroupUse(
             collectives,
             tuple(members),
-            dict(sent),
-            dict(received),
+            dict(sends),
+            dict(receives),
             Kinds(kinds[0], kinds[1], tuple(kinds[2])),
         )
-        for name, (collectives, members, sent, received, kinds) in plain.items()
+        for name, (collectives, members, sends, receives, kinds) in plain.items()
     }
 
 
@@ -88,7 +88,7 @@ def are_equal(plains: Sequence[PlainGroups]) -> bool:
     """Whether all ranks report the same and no messages: in step, checked cheaply."""
     first = plains[0]
     return all(one == first for one in plains) and not any(
-        sent or received for _, _, sent, received, _ in first.values()
+        sends or receives for _, _, sends, receives, _ in first.values()
     )
 
 
@@ -111,10 +111,10 @@ def _collectives(name: str, uses: Mapping[int, GroupUse]) -> str:
         by_count.setdefault(use.collectives, []).append(rank)
     if len(by_count) < 2:
         return ""
-    said = ", ".join(f"{_ranks(ranks)} {count}" for count, ranks in by_count.items())
+    counts = ", ".join(f"{_ranks(ranks)} {count}" for count, ranks in by_count.items())
     if name == GROUPS_MADE:
-        return f"ranks made different numbers of process groups ({said})"
-    return f"ranks started different numbers of collectives in process group {name!r} ({said})"
+        return f"ranks made different numbers of process groups ({counts})"
+    return f"ranks started different numbers of collectives in process group {name!r} ({counts})"
 
 
 def _kinds(name: str, uses: Mapping[int, GroupUse]) -> str:
@@ -131,24 +131,24 @@ def _kinds(name: str, uses: Mapping[int, GroupUse]) -> str:
     text = f"ranks started different collectives in process group {name!r}"
     if len({kinds.last for kinds in by_kinds}) == 1:
         return f"{text}, before the last {len(next(iter(by_kinds)).last)}"
-    said = ", ".join(
+    names = ", ".join(
         f"{_ranks(ranks)} {'... ' * (kinds.called > len(kinds.last))}{', '.join(kinds.last)}"
         for kinds, ranks in by_kinds.items()
     )
-    return f"{text} ({said})"
+    return f"{text} ({names})"
 
 
 def _messages(name: str, uses: Mapping[int, GroupUse]) -> str:
     for receiver, use in sorted(uses.items()):
-        sent = {
-            sender: uses[sender].sent.get(receiver, 0) for sender in use.members if sender in uses
+        sends = {
+            sender: uses[sender].sends.get(receiver, 0) for sender in use.members if sender in uses
         }
-        if ANY in use.received:
-            pairs = [("its peers", sum(sent.values()), sum(use.received.values()))]
+        if ANY in use.receives:
+            pairs = [("its peers", sum(sends.values()), sum(use.receives.values()))]
         else:
             pairs = [
-                (f"rank {sender}", count, use.received.get(sender, 0))
-                for sender, count in sorted(sent.items())
+                (f"rank {sender}", count, use.receives.get(sender, 0))
+                for sender, count in sorted(sends.items())
             ]
         for sender_name, count, received in pairs:
             if count != received:

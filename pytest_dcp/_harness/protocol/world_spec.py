@@ -80,14 +80,14 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
             f"takes one positional argument, a size or a list of sizes; got {len(args)}: {args!r}"
         )
     is_list = bool(args) and isinstance(args[0], list | tuple)
-    given: Sequence[object] = ()
+    values: Sequence[object] = ()
     if args:
-        given = args[0] if isinstance(args[0], list | tuple) else (args[0],)
-        if is_list and not given:
+        values = args[0] if isinstance(args[0], list | tuple) else (args[0],)
+        if is_list and not values:
             problems.append("was given an empty list of sizes")
-    sizes = [size for size in given if _check_size(size, problems)]
+    sizes = [size for size in values if _check_size(size, problems)]
     if is_list and len(set(sizes)) != len(sizes):
-        problems.append(f"lists a size twice: {list(given)!r}")
+        problems.append(f"lists a size twice: {list(values)!r}")
     problems += [
         f"has no keyword {name!r}; it takes {', '.join(KEYWORDS)}"
         for name in kwargs
@@ -158,25 +158,25 @@ def resolve(
     values: MarkerValues, size: int, defaults: Defaults
 ) -> tuple[WorldSpec | None, tuple[str, ...]]:
     """The world of `size` ranks that a marker asks for, or None and the reason. Pure (no I/O)."""
-    given = values.keywords
+    keywords = values.keywords
     if values.problems:
         return None, values.problems
-    wanted = size
+    marker_size = size
     size = defaults.world_size or size
-    raw_mesh = given.get("mesh")
+    raw_mesh = keywords.get("mesh")
     mesh = tuple(raw_mesh) if isinstance(raw_mesh, list | tuple) else (size,)
     if math.prod(mesh) != size:
-        if size == wanted:
+        if size == marker_size:
             return None, (f"mesh={mesh!r} has {math.prod(mesh)} ranks, but the size is {size}",)
         return None, (
             f"mesh={mesh!r} has {math.prod(mesh)} ranks and cannot take the size {size} "
             f"that --dcp-world-size asks for",
         )
-    names = given.get("mesh_dim_names")
+    names = keywords.get("mesh_dim_names")
     backend, device = _resolve_device(
-        str(given.get("backend", "auto")), str(given.get("device", "auto")), defaults.backend
+        str(keywords.get("backend", "auto")), str(keywords.get("device", "auto")), defaults.backend
     )
-    timeout = given.get("timeout", defaults.timeout_s)
+    timeout = keywords.get("timeout", defaults.timeout_s)
     spec = WorldSpec(
         size=size,
         backend=backend,
@@ -184,7 +184,7 @@ def resolve(
         mesh=mesh,
         mesh_dim_names=tuple(map(str, names)) if isinstance(names, list | tuple) else None,
         timeout_s=_seconds(timeout),
-        isolation="module" if given.get("isolation") == "module" else "test",
+        isolation="module" if keywords.get("isolation") == "module" else "test",
     )
     return spec, ()
 

@@ -21,10 +21,10 @@ from pytest_dcp.api import announce_death
 class Point:
     """The `nth` entry of the function `at` in this process, from here until `disarm`."""
 
-    def __init__(self, at: str, nth: int, asked: str, signum: signal.Signals) -> None:
+    def __init__(self, at: str, nth: int, call: str, signum: signal.Signals) -> None:
         if nth < 1:
-            raise ValueError(f"{asked}: nth counts entries from 1; got {nth!r}")
-        self._asked = asked
+            raise ValueError(f"{call}: nth counts entries from 1; got {nth!r}")
+        self._call = call
         self._nth = nth
         self._signum = signum
         self._turns = itertools.count(1)
@@ -37,13 +37,13 @@ class Point:
         """The calls that did not happen; empty if all did."""
         if self._entered >= self._nth:
             return ""
-        return f"{self._asked}: entered {self._entered} times, expected {self._nth}"
+        return f"{self._call}: entered {self._entered} times, expected {self._nth}"
 
     def _enter(self) -> None:
         turn = next(self._turns)  # atomic: threads may enter together
         self._entered = max(turn, self._entered)
         if turn == self._nth:
-            announce_death(f"{self._asked}, entry {turn}")
+            announce_death(f"{self._call}, entry {turn}")
             signal.raise_signal(self._signum)  # to this thread: it goes no further
 
 

@@ -69,7 +69,7 @@ def _implementations(item: pytest.Item, hook: str) -> Iterator[tuple[str, Any]]:
     manager = item.config.pluginmanager
     for impl in getattr(item.ihook, hook).get_hookimpls():
 
-        def call(known: dict[str, object], impl: Any = impl) -> object:
-            return impl.function(*(known[name] for name in impl.argnames))
+        def call(arguments: dict[str, object], impl: Any = impl) -> object:
+            return impl.function(*(arguments[name] for name in impl.argnames))
 
         yield manager.get_name(impl.plugin) or impl.plugin_name, call

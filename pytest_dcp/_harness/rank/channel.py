@@ -85,10 +85,10 @@ class Channel:
                 pass
             return message
 
-    def answer(self, done: Done) -> Message:
+    def answer(self, result: Done) -> Message:
         """Answer inside a phase, and wait for the next order; neither is interrupted."""
         with self._interrupts.unheard():
-            self.send(done)
+            self.send(result)
             return self.receive_order()
 
     def put_back(self, message: Message) -> None:
@@ -104,7 +104,7 @@ class Channel:
         """Send a message and wait for its reply."""
         with self._lock:
             self.send(message)
-            got = self.receive()
-        if not isinstance(got, reply):
-            raise DcpError(f"expected {reply.__name__} from the controller, got {got!r}")
-        return got
+            answer = self.receive()
+        if not isinstance(answer, reply):
+            raise DcpError(f"expected {reply.__name__} from the controller, got {answer!r}")
+        return answer

@@ -49,27 +49,27 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def start(told: Mapping[str, Any]) -> None:
+def start(arguments: Mapping[str, Any]) -> None:
     """Measure this process according to `settings`, into a file of its own if necessary.
 
     Does nothing in a process that is measured already, for example by coverage.py's own patch for
     subprocesses.
     """
-    if told and _current() is None:
+    if arguments and _current() is None:
         from coverage import Coverage
 
         with warnings.catch_warnings():  # of modules that were imported before
             warnings.simplefilter("ignore")
-            Coverage(data_suffix=True, **told).start()
+            Coverage(data_suffix=True, **arguments).start()
 
 
 def detach(folder: Path) -> None:
     """Have this process and its forks measure into files of their own in `folder`, if need be."""
     measuring = _current()
     if measuring is not None and _has_one_file(measuring):
-        told = settings(folder)
+        arguments = settings(folder)
         measuring.stop()
-        start(told)
+        start(arguments)
 
 
 def save() -> None:

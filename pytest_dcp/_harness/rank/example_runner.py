@@ -69,7 +69,7 @@ class Reporter(Protocol):
     def begin_example(self) -> None:
         """Drop the output captured so far."""
 
-    def report_example(self, error: BaseException, done: Done) -> Done:
+    def report_example(self, error: BaseException, result: Done) -> Done:
         """The answer with pytest's own report of the failure."""
 
 
@@ -229,7 +229,7 @@ class ExampleRunner:
         if error is not None and outcome == "failed":
             # Its text may take long to make, and does not count in the example's time.
             self.rank.channel.send(At("reporting", type(error).__name__, time.monotonic()))
-        left = self._state.put_back()
+        leftovers = self._state.put_back()
         reply = Reply(
             status,
             self.record.drawn,
@@ -237,14 +237,14 @@ class ExampleRunner:
             reason=inside.reason_of(data) if status == "invalid" else "",
             location=inside.place_of_rejection(data),
             fatal=isinstance(error, FailedHealthCheck),
-            reusable=not left and process_group_is_ours(self.rank),
+            reusable=not leftovers and process_group_is_ours(self.rank),
             groups=counter.since(before),
             targets=data.target_observations,
             events=data.events,
             draw_times=data.draw_times,
             misaligned_at=data.misaligned_at,
         )
-        done = Done(
+        result = Done(
             "call",
             outcome,
             time.monotonic(),
@@ -254,9 +254,9 @@ class ExampleRunner:
             text=lines_of(error) if error is not None else "",
             payload=pickle.dumps(reply),
         )
-        if error is not None and (attempt.final or reply.fatal or done.outcome != "failed"):
-            done = self.reporter.report_example(error, done)
-        return done
+        if error is not None and (attempt.final or reply.fatal or result.outcome != "failed"):
+            result = self.reporter.report_example(error, result)
+        return result
 
     def _run(
         self, state: inside.Followed, attempt: Attempt

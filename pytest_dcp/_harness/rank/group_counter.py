@@ -59,8 +59,8 @@ class _Messages:
 
     apart: int = 0
     """The part of the group's sequence number that does not count collectives."""
-    sent: Counter[int] = field(default_factory=Counter)
-    received: Counter[int] = field(default_factory=Counter)
+    sends: Counter[int] = field(default_factory=Counter)
+    receives: Counter[int] = field(default_factory=Counter)
     called: int = 0
     """Collectives that Python called since the last mark."""
     digest: int = 0
@@ -128,8 +128,8 @@ class GroupCounter:
                 found[name] = GroupUse(
                     sequence_number(group) - messages.apart,
                     tuple(sorted(world.pg_group_ranks[group])),
-                    dict(messages.sent),
-                    dict(messages.received),
+                    dict(messages.sends),
+                    dict(messages.receives),
                     messages.kinds,
                 )
         return found
@@ -188,7 +188,7 @@ class GroupCounter:
 
 
 def _note_message(messages: _Messages, group: Any, name: str, args: Any) -> None:
-    counts = messages.sent if name == "send" else messages.received
+    counts = messages.sends if name == "send" else messages.receives
     counts[ANY if name == "recv_anysource" else _global_rank(group, args[1])] += 1
 
 
@@ -206,8 +206,8 @@ def _difference(now: GroupUse, before: GroupUse) -> GroupUse:
     return GroupUse(
         now.collectives - before.collectives,
         now.members,
-        _more(now.sent, before.sent),
-        _more(now.received, before.received),
+        _more(now.sends, before.sends),
+        _more(now.receives, before.receives),
         now.kinds,
     )
 

@@ -79,12 +79,12 @@ class JunitState:
             for kind, name, value in entries or ():
                 ranks.setdefault((kind, name, str(value)), []).append(rank)
                 values[kind, name, str(value)] = value
-        for (kind, name, text), said in ranks.items():
-            alike = len(set(said)) == len(states)
+        for (kind, name, text), recorders in ranks.items():
+            alike = len(set(recorders)) == len(states)
             value = values[kind, name, text]
             if kind == "property":
-                shown = name if alike else f"{name} [{ranks_text(sorted(set(said)))}]"
-                xml.add_global_property(shown, value)
+                title = name if alike else f"{name} [{ranks_text(sorted(set(recorders)))}]"
+                xml.add_global_property(title, value)
             else:
                 # Attributes of XML have plain names: of ranks that differ the lowest one counts.
                 reporter = xml.node_reporter(getattr(item, "id", item.nodeid))

@@ -37,10 +37,10 @@ def log_without_debug(config: pytest.Config) -> tuple[int, str]:
     handler: Any = getattr(plugin, "report_handler", None)
     if handler is None or getattr(plugin, "log_level", None) is not None:
         return 0, ""
-    kept = [record for record in handler.records if record.levelno >= logging.INFO]
-    if (left_out := len(handler.records) - len(kept)) == 0:
+    records = [record for record in handler.records if record.levelno >= logging.INFO]
+    if (left_out := len(handler.records) - len(records)) == 0:
         return 0, ""
-    return left_out, "\n".join(handler.format(record) for record in kept)
+    return left_out, "\n".join(handler.format(record) for record in records)
 
 
 class _Place:
@@ -116,8 +116,8 @@ class SteadyLogs:
 
     def __init__(self, config: pytest.Config) -> None:
         self._pytests: Any = getattr(pytest_logging, "catching_logs", None)
-        known = "attached_loggers" in getattr(self._pytests, "__slots__", ())  # pytest 9.2
-        plugin = config.pluginmanager.getplugin("logging-plugin") if known else None
+        is_supported = "attached_loggers" in getattr(self._pytests, "__slots__", ())  # pytest 9.2
+        plugin = config.pluginmanager.getplugin("logging-plugin") if is_supported else None
         handlers = [getattr(plugin, name) for name in HANDLERS if hasattr(plugin, name)]
         self._place = _Place(handlers)
         self._catchers = {handler: _Catcher(handler) for handler in handlers}

@@ -175,9 +175,9 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
                 runner.run(order)
             case CallFunction():
                 rank.reseed(order.seed)
-                done = _call(rank, order.payload)
+                result = _call(rank, order.payload)
                 coverage.save()  # a world whose test fails is killed
-                rank.channel.send(done)
+                rank.channel.send(result)
             case Leave():
                 _leave(rank)
                 return
@@ -237,13 +237,13 @@ def _call(rank: Rank, payload: bytes) -> Done:
         except BaseException as exc:  # noqa: BLE001 - reported to the controller, whatever it is
             outcome, error = outcome_of(exc), exc
         linux.flush_c_streams()
-    ended = time.monotonic()
+    end_s = time.monotonic()
     if error is not None and outcome == "failed":
-        rank.say_raised(error, ended)
+        rank.say_raised(error, end_s)
     return Done(
         "call",
         outcome,
-        ended,
+        end_s,
         time.perf_counter() - started,
         is_echo=is_echo(error),
         exception=class_of(error) if error is not None else None,

@@ -65,8 +65,8 @@ class PhaseVerdicts:
 
     def judge(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
         """A phase's outcome, with pytest's own report of it."""
-        ended, seen = time.monotonic(), self._seen
-        self._say_what_is_reported(call, ended)
+        end_s, seen = time.monotonic(), self._seen
+        self._say_what_is_reported(call, end_s)
         report, outcome, text = self._report(item, call)
         self._debugger.give_back()
         debug_records, log_without_debug = log_capture.log_without_debug(self.config)
@@ -76,7 +76,7 @@ class PhaseVerdicts:
         return Done(
             phase,
             outcome,
-            ended,
+            end_s,
             call.duration,
             is_echo=is_echo(error),
             exception=(type(error).__module__, type(error).__qualname__) if error else None,
@@ -118,8 +118,8 @@ class PhaseVerdicts:
         """Let the debugger have a failure; an outcome where that ends the session."""
         try:
             item.ihook.pytest_exception_interact(node=item, call=call, report=report)
-        except pytest.exit.Exception as left:  # `quit` in the debugger
-            return "exit", str(left.msg)
+        except pytest.exit.Exception as exit_:  # `quit` in the debugger
+            return "exit", str(exit_.msg)
         return None
 
     def _group_uses(self) -> PlainGroups | None:
@@ -129,11 +129,11 @@ class PhaseVerdicts:
             return None
         return to_plain(counter.since(self._groups))
 
-    def _say_what_is_reported(self, call: pytest.CallInfo[None], ended: float) -> None:
+    def _say_what_is_reported(self, call: pytest.CallInfo[None], end_s: float) -> None:
         """A failure's report may take long to write: until then its text is known."""
         error = _error_of(call)
         if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:
-            self.rank.say_raised(error, ended)
+            self.rank.say_raised(error, end_s)
 
     def _is_expected(self, item: pytest.Item, error: BaseException | None) -> bool:
         """Whether an xfail mark expects it: the controller judges that, but after the debugger."""

@@ -96,7 +96,7 @@ class ProcessState:
 
     def put_back(self) -> tuple[str, ...]:
         """Restore the state at the mark. Returns the names of changes that could not be undone."""
-        left = []
+        leftovers = []
         for facet, then in zip(self._facets, self._marked or (), strict=False):
             if not facet.has_changed(then):
                 continue
@@ -104,8 +104,8 @@ class ProcessState:
                 if facet.put_back is not None:
                     facet.put_back(then)
             if facet.has_changed(then):
-                left.append(facet.name)
-        return tuple(left)
+                leftovers.append(facet.name)
+        return tuple(leftovers)
 
     def _read(self) -> list[Any]:
         return [facet.read() for facet in self._facets]

@@ -106,10 +106,10 @@ class RankPlugin:
             call = pytest.CallInfo.from_call(
                 lambda: self._tear_down_to(nextitem), when="teardown", reraise=None
             )
-        done = self._verdicts.judge(item, "teardown", call)
+        result = self._verdicts.judge(item, "teardown", call)
         printed = tuple(("teardown", name, text) for _, name, text in sections)
-        done = replace(done, sections=(*done.sections, *printed))
-        return self._conclude_item(done)
+        result = replace(result, sections=(*result.sections, *printed))
+        return self._conclude_item(result)
 
     def _tear_down_to(self, nextitem: pytest.Item | None) -> None:
         try:
@@ -130,14 +130,14 @@ class RankPlugin:
             return items[index]
         return next((item for item in items if item.nodeid == nodeid), None)
 
-    def _conclude_item(self, done: Done) -> Done:
+    def _conclude_item(self, result: Done) -> Done:
         """The answer to teardown, with what is known of the whole item."""
         # Only the new names are looked at: touching an object here copies its page.
         new = itertools.islice(reversed(sys.modules), len(sys.modules) - self.rank.modules)
         imported = [name for name in new if is_worth_preloading(name)]
         imported.reverse()
         return replace(
-            done,
+            result,
             warnings=tuple(self.warnings),
             imported=tuple(imported),
             reusable=not self._lasting_changes() and _process_group_is_ours(self.rank),
@@ -147,7 +147,7 @@ class RankPlugin:
 
     def _lasting_changes(self) -> tuple[str, ...]:
         """Permanent changes by the item."""
-        return self.keeper.left if self.keeper is not None else ()
+        return self.keeper.leftovers if self.keeper is not None else ()
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[list[tuple[str, str, str]]]:
@@ -173,9 +173,9 @@ class RankPlugin:
                 nextitem = self._find(go.next_index, go.next_nodeid)
                 self._torn_down = self._phase(item, "teardown", nextitem=nextitem)
                 break
-            done = self._phase(item, go.phase)
+            result = self._phase(item, go.phase)
             if not self.rank.channel.has_order:  # else the call was given up: no one waits for it
-                self.rank.channel.send(done)
+                self.rank.channel.send(result)
         end_request(item)
         return True
 
@@ -238,7 +238,7 @@ class RankPlugin:
         """Forget output and logs of earlier examples."""
         self._take_printed()
 
-    def report_example(self, error: BaseException, done: Done) -> Done:
+    def report_example(self, error: BaseException, result: Done) -> Done:
         """The answer to an example, with pytest's own report of its failure."""
 
         def fail() -> None:
@@ -247,7 +247,9 @@ class RankPlugin:
 
         call = pytest.CallInfo.from_call(fail, when="call", reraise=None)
         verdict = self._verdicts.judge(self._item, "call", call)
-        return replace(verdict, at_s=done.at_s, payload=done.payload, sections=self._take_printed())
+        return replace(
+            verdict, at_s=result.at_s, payload=result.payload, sections=self._take_printed()
+        )
 
     def _take_printed(self) -> tuple[tuple[str, str, str], ...]:
         """Output captured since the last time, which pytest then will not show."""

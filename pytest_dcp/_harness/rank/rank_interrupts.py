@@ -30,7 +30,7 @@ class RankInterrupts:
     def __init__(self) -> None:
         self._main = threading.get_ident()
         self._is_heard = False
-        self._held = 0
+        self._block_depth = 0
         """How many messages are on their way; one inside another at times."""
         self._is_waiting = False
         self.came = False
@@ -46,7 +46,7 @@ class RankInterrupts:
         if not self._is_heard or self.came:
             return
         self.came = True
-        if self._held:
+        if self._block_depth:
             self._is_waiting = True
             return
         self._raise()
@@ -85,10 +85,10 @@ class RankInterrupts:
         if threading.get_ident() != self._main:  # signals are handled in the main thread
             yield
             return
-        self._held += 1
+        self._block_depth += 1
         try:
             yield
         finally:
-            self._held -= 1
-        if self._is_waiting and not self._held:
+            self._block_depth -= 1
+        if self._is_waiting and not self._block_depth:
             self._raise()

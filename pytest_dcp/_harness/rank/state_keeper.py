@@ -25,7 +25,7 @@ class StateKeeper:
         self._state = ProcessState(ALL_FACETS)
         self._scopes: list[Node] = []
         """The fixtures that were set up around the last test."""
-        self.left: tuple[str, ...] = ()
+        self.leftovers: tuple[str, ...] = ()
         """Permanent changes by the last test."""
 
     def open(self) -> None:
@@ -36,7 +36,7 @@ class StateKeeper:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Let fixtures of wider scope make the state that the test finds."""
         stack = self._setup.stack
-        self.left = ()
+        self.leftovers = ()
         if [*stack] == self._scopes:
             self._state.wait()
         else:  # some were torn down since
@@ -62,4 +62,4 @@ class StateKeeper:
             return (yield)
 
     def _put_back(self) -> None:
-        self.left = self._state.put_back()
+        self.leftovers = self._state.put_back()

@@ -67,14 +67,14 @@ LIBRARIES = ("/site-packages/", "/dist-packages/")
 _root = ""
 """The folder of the suite; set by `watch_suite`."""
 _owners: list[_Owner] = []
-_known = -1
+_module_count = -1
 """How many modules there were when `_owners` was made."""
 
 
 def watch_suite(root: Path) -> None:
     """Look at the modules below this folder, too."""
-    global _root, _known
-    _root, _known = f"{root}/", -1
+    global _root, _module_count
+    _root, _module_count = f"{root}/", -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +155,9 @@ def _put_back(then: _Names) -> None:
 
 
 def _current_owners() -> list[_Owner]:
-    global _owners, _known
-    if len(sys.modules) != _known:
-        _known = len(sys.modules)
+    global _owners, _module_count
+    if len(sys.modules) != _module_count:
+        _module_count = len(sys.modules)
         some = [_some_of(name, names) for name, names in FUNCTIONS.items() if name in sys.modules]
         modules = [sys.modules[name] for name in MODULES if name in sys.modules]
         suites = [module for module in [*sys.modules.values()] if _is_of_suite(module)]

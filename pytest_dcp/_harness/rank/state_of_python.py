@@ -59,10 +59,10 @@ def _raw(environ: Mapping[str, str]) -> Mapping[Any, Any]:
 def _put_back_environment(then: dict[Any, Any]) -> None:
     os.environ = _environ  # noqa: B003 - the object that was there, not a new one
     zone = os.environ.get("TZ")
-    wanted = {os.fsdecode(name): os.fsdecode(value) for name, value in then.items()}
-    for name in [name for name in os.environ if name not in (*wanted, CURRENT_TEST)]:
+    variables = {os.fsdecode(name): os.fsdecode(value) for name, value in then.items()}
+    for name in [name for name in os.environ if name not in (*variables, CURRENT_TEST)]:
         del os.environ[name]
-    for name, value in wanted.items():
+    for name, value in variables.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
     if os.environ.get("TZ") != zone:
@@ -179,8 +179,8 @@ class _Loggers(dict[str, Any]):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        known = settings.modules if isinstance(settings, _Loggers) else frozenset(sys.modules)
-        self.modules: frozenset[str] = known
+        modules = settings.modules if isinstance(settings, _Loggers) else frozenset(sys.modules)
+        self.modules: frozenset[str] = modules
         """Modules imported by then."""
 
 

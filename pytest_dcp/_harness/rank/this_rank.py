@@ -88,12 +88,12 @@ class Rank:
         Raises `DivergedError` when a peer asked for something else or will not come.
         """
         __tracebackhide__ = True
-        met = self.channel.ask(Exchange(operation, payload), Met)
-        if met.error:
-            error = DivergedError(met.error)
+        reply = self.channel.ask(Exchange(operation, payload), Met)
+        if reply.error:
+            error = DivergedError(reply.error)
             error.is_echo = True
             raise error
-        return met.values()
+        return reply.values()
 
     def say_raised(self, error: BaseException, at_s: float) -> None:
         """Tell the controller which exception this rank is about to report.

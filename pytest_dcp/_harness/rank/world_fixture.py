@@ -78,8 +78,8 @@ class RankWorld:
         data = self._rank.meet(f"broadcast(src={src})", payload)[src]
         if data is None:
             raise DivergedError(f"broadcast(src={src}): rank {src} was lost or stopped as asked")
-        sent: T = cloudpickle.loads(data)
-        return sent
+        result: T = cloudpickle.loads(data)
+        return result
 
     @contextlib.contextmanager
     def rank0_first(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ class Interrupts:
         self._depth = 0
         self._handlers: dict[int, Callable[[int, Any], object]] = {}
         self._is_holding = False
-        self._held: list[int] = []
+        self._postponed: list[int] = []
 
     @contextmanager
     def relayed(self) -> Iterator[None]:
@@ -65,8 +65,8 @@ class Interrupts:
             yield
         finally:
             self._is_holding = was_holding
-        while self._held and not self._is_holding:
-            self._relay(self._held.pop(0), sys._getframe())
+        while self._postponed and not self._is_holding:
+            self._relay(self._postponed.pop(0), sys._getframe())
 
     def _take(self) -> None:
         for signum in RELAYED:
@@ -92,6 +92,6 @@ class Interrupts:
 
     def _relay(self, signum: int, frame: Any) -> None:
         if self._is_holding:
-            self._held.append(signum)
+            self._postponed.append(signum)
         elif not (self.ignored and signum == signal.SIGINT) and signum in self._handlers:
             self._handlers[signum](signum, frame)

@@ -54,8 +54,8 @@ def _look_for_work(loop: RankLoop, supervisor: Supervisor, seen_s: dict[int, flo
 
 
 def own_outcome(
-    done: Mapping[int, Done], failures: Sequence[RankFailure], lost: Mapping[int, LostRank]
+    results: Mapping[int, Done], failures: Sequence[RankFailure], lost: Mapping[int, LostRank]
 ) -> Outcome:
     """The ranks' outcome, except for KeyboardInterrupts that this process sent them."""
-    others = {rank: one for rank, one in done.items() if one.outcome != "interrupt"}
-    return replace(combine(0, others, failures, lost), done=dict(done), session_end=None)
+    others = {rank: result for rank, result in results.items() if result.outcome != "interrupt"}
+    return replace(combine(0, others, failures, lost), results=dict(results), session_end=None)

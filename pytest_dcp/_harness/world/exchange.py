@@ -16,35 +16,37 @@ MAX_MEETING_BYTES = MAX_FRAME_BYTES // 2
 
 
 def answer(
-    there: Mapping[int, Exchange], size: int, excused: Collection[int], left: Mapping[int, str]
+    present: Mapping[int, Exchange], size: int, excused: Collection[int], absent: Mapping[int, str]
 ) -> Met | None:
-    """The answer for the ranks that are `there`; None while others may still come.
+    """The answer for the `present` ranks; None while others may still come.
 
-    `excused` ranks are not waited for, but take part if they are there; `left` maps the ranks that
+    `excused` ranks are not waited for, but take part if they are there; `absent` maps ranks that
     should have come, and will not, to the reason.
     """
-    if not there:
+    if not present:
         return None
     # Checked before waiting for ranks that may still come: if one is gone for good, waiting is
     # useless.
-    if error := _error(there, left):
+    if error := _error(present, absent):
         return Met(error=error)
-    if any(rank not in there and rank not in excused for rank in range(size)):
+    if any(rank not in present and rank not in excused for rank in range(size)):
         return None
-    payloads = [there[rank].payload for rank in sorted(there)]
+    payloads = [present[rank].payload for rank in sorted(present)]
     if (total := sum(map(len, payloads))) > MAX_MEETING_BYTES:
         return Met(
             error=f"the ranks' values have {total} bytes together, more than {MAX_MEETING_BYTES}"
         )
-    sizes = tuple(len(there[rank].payload) if rank in there else NOT_THERE for rank in range(size))
+    sizes = tuple(
+        len(present[rank].payload) if rank in present else NOT_THERE for rank in range(size)
+    )
     return Met(sizes=sizes, payload=b"".join(payloads))
 
 
-def _error(there: Mapping[int, Exchange], left: Mapping[int, str]) -> str:
-    asked = ", ".join(f"rank {rank}: {there[rank].operation}" for rank in sorted(there))
-    if len({exchange.operation for exchange in there.values()}) > 1:
-        return f"ranks asked the world for different things ({asked})"
-    if left:
-        gone = ", ".join(f"rank {rank} ({how})" for rank, how in left.items())
-        return f"the world's exchange cannot complete ({asked}): {gone} will not come"
+def _error(present: Mapping[int, Exchange], absent: Mapping[int, str]) -> str:
+    operations = ", ".join(f"rank {rank}: {present[rank].operation}" for rank in sorted(present))
+    if len({exchange.operation for exchange in present.values()}) > 1:
+        return f"ranks asked the world for different things ({operations})"
+    if absent:
+        reasons = ", ".join(f"rank {rank} ({how})" for rank, how in absent.items())
+        return f"the world's exchange cannot complete ({operations}): {reasons} will not come"
     return ""

@@ -14,19 +14,19 @@ NO_STACK = "and wrote no stack: stopped, or deep in C code"
 
 def explain_failure(
     failure: RankFailure,
-    done: Done | None,
+    result: Done | None,
     read_trace: Callable[[], str],
     *,
     limit_s: float,
     root: str,
 ) -> RankFailure:
-    """The failure with its details: `done` is the rank's answer, `read_trace` returns its stacks.
+    """The failure with its details: `result` is the rank's own, `read_trace` returns its stacks.
 
     For a rank that was killed at the time limit of `limit_s`, the text says where its stacks show
     it; files are named from the folder `root`.
     """
-    if failure.kind == "failed" and done is not None:
-        return replace(failure, detail=str((done.report or {}).get("text", "")))
+    if failure.kind == "failed" and result is not None:
+        return replace(failure, detail=str((result.report or {}).get("text", "")))
     if failure.detail:  # the rank had said it
         return failure
     trace = read_trace()

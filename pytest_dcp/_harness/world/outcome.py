@@ -77,7 +77,7 @@ class Outcome:
     """Of a skip, an xfail, an exit; the headline of a failure."""
     groups: tuple[Group, ...]
     """Failures, the first cause first, echoes last."""
-    done: Mapping[int, Done]
+    results: Mapping[int, Done]
     """Each rank's verdict, if it sent one."""
     lost: Mapping[int, LostRank] = field(default_factory=dict)
     """Ranks that ended because the test asked for it, in this phase or before."""
@@ -97,7 +97,7 @@ class Outcome:
 
 def combine(
     size: int,
-    done: Mapping[int, Done],
+    results: Mapping[int, Done],
     failures: Sequence[RankFailure],
     lost: Mapping[int, LostRank] = MappingProxyType({}),
 ) -> Outcome:
@@ -106,52 +106,52 @@ def combine(
     `lost` ranks owe no verdict. With a `size` of 0 no rank owes one: only failures count.
     """
     owing = [rank for rank in range(size) if rank not in lost]
-    return replace(_combine(size, owing, done, failures), lost=dict(lost))
+    return replace(_combine(size, owing, results, failures), lost=dict(lost))
 
 
 def _combine(
-    size: int, owing: Sequence[int], done: Mapping[int, Done], failures: Sequence[RankFailure]
+    size: int, owing: Sequence[int], results: Mapping[int, Done], failures: Sequence[RankFailure]
 ) -> Outcome:
-    end = _session_end(done)
-    known = {failure.rank for failure in failures}
+    end = _session_end(results)
+    failed_ranks = {failure.rank for failure in failures}
     failures = [
         *failures,
         *(
             RankFailure(
-                rank, "failed", answer.phase, answer.at_s, answer.text, is_echo=answer.is_echo
+                rank, "failed", result.phase, result.at_s, result.text, is_echo=result.is_echo
             )
-            for rank, answer in done.items()
-            if answer.outcome == "failed" and rank not in known
+            for rank, result in results.items()
+            if result.outcome == "failed" and rank not in failed_ranks
         ),
     ]
     if end is not None and all(is_echo(failure) for failure in failures):
-        return Outcome(end.kind, f"rank {end.rank}: {end.text}", (), done, session_end=end)
-    failures = failures or [*_divergence(size, owing, done)]
+        return Outcome(end.kind, f"rank {end.rank}: {end.text}", (), results, session_end=end)
+    failures = failures or [*_divergence(size, owing, results)]
     if failures:
         groups = _group(failures)
         reason = _mismatch(groups) + headline(groups[0])
-        return Outcome("failed", reason, groups, done, session_end=end)
+        return Outcome("failed", reason, groups, results, session_end=end)
     expected: tuple[OutcomeKind, ...] = ("skipped", "xfailed")
     for kind in expected:
-        for _rank, answer in sorted(done.items()):
-            if answer.outcome == kind:
-                return Outcome(kind, answer.text, (), done)
-    unknown = [rank for rank, answer in done.items() if answer.outcome != "passed"]
+        for _rank, result in sorted(results.items()):
+            if result.outcome == kind:
+                return Outcome(kind, result.text, (), results)
+    unknown = [rank for rank, result in results.items() if result.outcome != "passed"]
     if unknown:  # no word of ours: never a pass
-        text = f"said {done[unknown[0]].outcome!r}"
-        failure = RankFailure(unknown[0], "closed", done[unknown[0]].phase, 0.0, text)
+        text = f"said {results[unknown[0]].outcome!r}"
+        failure = RankFailure(unknown[0], "closed", results[unknown[0]].phase, 0.0, text)
         groups = _group([failure])
-        return Outcome("failed", headline(groups[0]), groups, done)
-    return Outcome("passed", "", (), done)
+        return Outcome("failed", headline(groups[0]), groups, results)
+    return Outcome("passed", "", (), results)
 
 
-def _session_end(done: Mapping[int, Done]) -> SessionEnd | None:
+def _session_end(results: Mapping[int, Done]) -> SessionEnd | None:
     """Of the lowest rank that interrupts the session, else of the lowest that exits."""
     kinds: tuple[Literal["interrupt", "exit"], ...] = ("interrupt", "exit")
     for kind in kinds:
-        for rank, answer in sorted(done.items()):
-            if answer.outcome == kind:
-                return SessionEnd(kind, rank, answer.text, answer.returncode)
+        for rank, result in sorted(results.items()):
+            if result.outcome == kind:
+                return SessionEnd(kind, rank, result.text, result.returncode)
     return None
 
 
@@ -161,7 +161,9 @@ def in_step(outcome: Outcome) -> Outcome:
     Only ranks that report their groups count. Outcomes that failed, lost a rank or ended the
     session are not checked: those worlds are not used again.
     """
-    groups = {rank: done.groups for rank, done in outcome.done.items() if done.groups is not None}
+    groups = {
+        rank: result.groups for rank, result in outcome.results.items() if result.groups is not None
+    }
     if outcome.failures or outcome.lost or outcome.session_end is not None:
         return outcome
     if not groups or group_use.are_equal([*groups.values()]):
@@ -171,40 +173,42 @@ def in_step(outcome: Outcome) -> Outcome:
     )
     if not text:
         return outcome
-    phase = next(iter(outcome.done.values())).phase
+    phase = next(iter(outcome.results.values())).phase
     failure = RankFailure(0, "diverged", phase, 0.0, f"{text}: {OUT_OF_STEP}")
-    return combine(0, outcome.done, [failure])
+    return combine(0, outcome.results, [failure])
 
 
-def _divergence(size: int, owing: Sequence[int], done: Mapping[int, Done]) -> Iterable[RankFailure]:
+def _divergence(
+    size: int, owing: Sequence[int], results: Mapping[int, Done]
+) -> Iterable[RankFailure]:
     """A failure when some ranks skipped and others did not, or when a verdict is missing."""
-    if size and not done and not owing:
+    if size and not results and not owing:
         yield RankFailure(0, "diverged", "", 0.0, "no rank is left to give a verdict")
         return
-    missing = [rank for rank in owing if rank not in done]
+    missing = [rank for rank in owing if rank not in results]
     if missing:
         text = f"no verdict came from {ranks_text(missing)}"
         yield RankFailure(missing[0], "diverged", "", 0.0, text)
         return
-    skipped = [rank for rank in sorted(done) if done[rank].outcome == "skipped"]
+    skipped = [rank for rank in sorted(results) if results[rank].outcome == "skipped"]
     rule = "a test is skipped only when every rank skips"
-    yield from _one_sided(skipped, set(skipped), done, rule)
-    xfailed = [rank for rank in sorted(done) if done[rank].outcome == "xfailed"]
-    agreeing = {*xfailed, *(rank for rank in done if done[rank].xpassed)}
+    yield from _one_sided(skipped, set(skipped), results, rule)
+    xfailed = [rank for rank in sorted(results) if results[rank].outcome == "xfailed"]
+    agreeing = {*xfailed, *(rank for rank in results if results[rank].xpassed)}
     rule = "a test is xfailed only when every rank expects the failure"
     if not skipped:
-        yield from _one_sided(xfailed, agreeing, done, rule)
+        yield from _one_sided(xfailed, agreeing, results, rule)
 
 
 def _one_sided(
-    ranks: Sequence[int], agreeing: Collection[int], done: Mapping[int, Done], rule: str
+    ranks: Sequence[int], agreeing: Collection[int], results: Mapping[int, Done], rule: str
 ) -> Iterable[RankFailure]:
     """A failure when some ranks ended like this and others do not agree with them."""
-    rest = [rank for rank in sorted(done) if rank not in agreeing]
+    rest = [rank for rank in sorted(results) if rank not in agreeing]
     if not ranks or not rest:
         return
-    first = done[ranks[0]]
-    how = sorted({done[rank].outcome for rank in rest})
+    first = results[ranks[0]]
+    how = sorted({results[rank].outcome for rank in rest})
     text = (
         f"{ranks_text(ranks)} {first.outcome} ({first.text}), but {ranks_text(rest)} "
         f"{' or '.join(how)}: {rule}"
@@ -216,8 +220,8 @@ def is_echo(failure: RankFailure) -> bool:
     """Whether another rank's failure caused this one: its exception or torch's text says so."""
     if failure.kind in ("blocked", "lost"):
         return True
-    is_told = failure.is_echo or ECHO.search(failure.summary) is not None
-    return failure.kind == "failed" and is_told
+    is_peer_error = failure.is_echo or ECHO.search(failure.summary) is not None
+    return failure.kind == "failed" and is_peer_error
 
 
 def _group(failures: Sequence[RankFailure]) -> tuple[Group, ...]:
@@ -269,12 +273,12 @@ def first_line(text: str) -> str:
     introduces it.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    shown = lines[:1]
+    heading = lines[:1]
     for line in lines[1:]:
-        if not shown[-1].endswith(":"):
+        if not heading[-1].endswith(":"):
             break
-        shown.append(line)
-    return " ".join(shown)
+        heading.append(line)
+    return " ".join(heading)
 
 
 def _mismatch(groups: Sequence[Group]) -> str:
@@ -320,13 +324,15 @@ def lost_lines(lost: Iterable[LostRank]) -> list[str]:
 
 def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
     """A line for the ranks that had ended the phase in which others hang, by how they ended it."""
-    ended: dict[str, list[int]] = {}
-    for rank, done in sorted(outcome.done.items()):
-        if done.phase == phase:
-            line = first_line(done.text)
-            how = done.outcome if done.outcome == "passed" else f"{done.outcome}: {line}"
-            ended.setdefault(how, []).append(rank)
-    return [f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ended.items()]
+    ranks_by_end: dict[str, list[int]] = {}
+    for rank, result in sorted(outcome.results.items()):
+        if result.phase == phase:
+            line = first_line(result.text)
+            how = result.outcome if result.outcome == "passed" else f"{result.outcome}: {line}"
+            ranks_by_end.setdefault(how, []).append(rank)
+    return [
+        f"{ranks_text(ranks)}: had ended {phase} ({how})" for how, ranks in ranks_by_end.items()
+    ]
 
 
 def _short(group: Group) -> str:

@@ -21,13 +21,13 @@ def refusal(
     message: Up,
     state: RankState,
     phase: Phase,
-    done: Mapping[int, Done],
+    results: Mapping[int, Done],
     size: int,
     is_cut_off: bool,
 ) -> str:
     """Why the rank cannot send this now; empty when it can.
 
-    `done` are this phase's answers; `is_cut_off` says that an interrupt ends the phase.
+    `results` are this phase's so far; `is_cut_off` says that an interrupt ends the phase.
     """
     in_turn = state is not RankState.MEETING or _may_be_said_at_an_exchange(message, is_cut_off)
     if (state, type(message)) not in TRANSITIONS or not in_turn:
@@ -35,7 +35,7 @@ def refusal(
     match message:
         case Done() if message.phase != phase:
             return f"ended {message.phase} while in {phase}: was the message written by hand?"
-        case Done() if state is RankState.LEAVING and rank in done:
+        case Done() if state is RankState.LEAVING and rank in results:
             return _out_of_turn(message, state.value)
         case At(place="preparing" | "ready") if phase not in PREPARED:
             return _out_of_turn(message, f"in {phase}")

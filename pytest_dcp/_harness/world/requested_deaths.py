@@ -52,9 +52,9 @@ class Deaths:
     _asking: dict[int, FaultAsk] = field(default_factory=dict)
     """By rank, the fault that it waits for."""
 
-    def survivors(self, gone: Iterable[int]) -> tuple[int, ...]:
+    def survivors(self, gone_ranks: Iterable[int]) -> tuple[int, ...]:
         """Ranks with a process that was not asked to end or stop, or that went on."""
-        out = self.wishes.keys() | self.lost.keys() | set(gone)
+        out = self.wishes.keys() | self.lost.keys() | set(gone_ranks)
         return tuple(rank for rank in range(self.size) if rank not in out)
 
     @property
@@ -114,27 +114,29 @@ class Deaths:
         """A rank waits until its requested fault has happened."""
         self._asking[asker] = message
 
-    def answers(self, gone: Iterable[int]) -> list[tuple[int, FaultAnswer]]:
-        """(requester, answer) of requesters that need not wait any longer; `gone` ranks have no
+    def answers(self, gone_ranks: Iterable[int]) -> list[tuple[int, FaultAnswer]]:
+        """(requester, answer) of requesters that need not wait any longer; `gone_ranks` have no
         process.
         """
-        gone = set(gone)
-        ready = [(asker, ask) for asker, ask in self._asking.items() if self.is_done(ask, gone)]
+        gone_ranks = set(gone_ranks)
+        ready = [
+            (asker, ask) for asker, ask in self._asking.items() if self.is_done(ask, gone_ranks)
+        ]
         for asker, _ in ready:
             del self._asking[asker]
-        return [(asker, self._answer(ask, gone)) for asker, ask in ready]
+        return [(asker, self._answer(ask, gone_ranks)) for asker, ask in ready]
 
-    def is_done(self, ask: FaultAsk, gone: Iterable[int]) -> bool:
+    def is_done(self, ask: FaultAsk, gone_ranks: Iterable[int]) -> bool:
         """Whether the requested fault has happened, or cannot happen any more."""
-        done: dict[FaultAct, bool] = {
+        has_happened: dict[FaultAct, bool] = {
             "kill": False,
             "pause": ask.rank not in self.owing,
             "resume": ask.rank not in self.wishes,
             "look": True,
         }
-        return ask.rank in gone or done[ask.act]
+        return ask.rank in gone_ranks or has_happened[ask.act]
 
-    def _answer(self, ask: FaultAsk, gone: set[int]) -> FaultAnswer:
-        if ask.act in ("pause", "resume") and ask.rank in gone:
+    def _answer(self, ask: FaultAsk, gone_ranks: set[int]) -> FaultAnswer:
+        if ask.act in ("pause", "resume") and ask.rank in gone_ranks:
             return FaultAnswer(error=f"rank {ask.rank} is gone: there is nothing to {ask.act}")
-        return FaultAnswer(survivors=self.survivors(gone))
+        return FaultAnswer(survivors=self.survivors(gone_ranks))

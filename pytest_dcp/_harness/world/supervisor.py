@@ -115,7 +115,7 @@ class Supervisor:
         self.terminal = terminal
         self.states = dict.fromkeys(range(size), S.RUNNING)
         self.phase: Phase = "boot"
-        self.done: dict[int, Done] = {}
+        self.results: dict[int, Done] = {}
         self.failures: list[RankFailure] = []
         self.deaths = Deaths(size)
         self._meeting: dict[int, Exchange] = {}
@@ -142,7 +142,7 @@ class Supervisor:
         return not self.failures and S.GONE not in self.states.values()
 
     @property
-    def gone(self) -> list[int]:
+    def gone_ranks(self) -> list[int]:
         """Ranks without a process."""
         return [rank for rank, state in self.states.items() if state is S.GONE]
 
@@ -184,7 +184,7 @@ class Supervisor:
     def begin(self, phase: Phase, orders: dict[int, Down], deadline: float) -> list[Action]:
         """Start a phase on the ranks of `orders`, which must be idle."""
         self.phase = phase
-        self.done = {}
+        self.results = {}
         self.failures = []
         self._meeting = {}
         self._timers.begin_phase(deadline)
@@ -203,7 +203,7 @@ class Supervisor:
             self.deaths.wishes[rank] = Wish("announced", message.reason, self._timers.clock(now))
             return self._meet()
         is_cut_off = self._timers.interruption.is_on
-        if text := refusal(rank, message, state, self.phase, self.done, self.size, is_cut_off):
+        if text := refusal(rank, message, state, self.phase, self.results, self.size, is_cut_off):
             return self._kill(rank, "closed", text, now)
         # Assumes that `refusal` lets only messages pass that the table has for this state.
         self.states[rank] = TRANSITIONS[state, type(message)]
@@ -285,7 +285,7 @@ class Supervisor:
         if state in HAS_TERMINAL:
             self._resume(now)
         as_asked = self.deaths.see_end(rank, exit_text(status))
-        has_left = state is S.LEAVING and status == 0 and rank in self.done
+        has_left = state is S.LEAVING and status == 0 and rank in self.results
         # A killed rank's failure was noted with the kill; a rank that is gone was given up before.
         if as_asked or state in (S.KILLED, S.GONE) or has_left:
             return [*self._meet(), *self._answer_requests()]
@@ -378,16 +378,16 @@ class Supervisor:
 
     # Inside.
 
-    def _take_answer(self, rank: int, done: Done, now: float) -> None:
+    def _take_answer(self, rank: int, result: Done, now: float) -> None:
         """A rank has ended the phase."""
         self._timers.leave_place(rank, now)
         self._meeting.pop(rank, None)
         self.deaths.silence(rank)
-        self.done[rank] = done
-        if done.outcome == "failed":
-            self._fail(rank, "failed", done.text, done.at_s, now, is_echo=done.is_echo)
+        self.results[rank] = result
+        if result.outcome == "failed":
+            self._fail(rank, "failed", result.text, result.at_s, now, is_echo=result.is_echo)
         # No failure, but peers may wait in a collective for this rank, which has left it.
-        elif done.outcome in ("exit", "interrupt"):
+        elif result.outcome in ("exit", "interrupt"):
             self._timers.end_soon(now)
 
     def _ask_for_stacks(self, now: float) -> list[Action]:
@@ -483,19 +483,19 @@ class Supervisor:
         excused = self.deaths.wishes.keys() | self.deaths.lost.keys()
         how = {failure.rank: failure.summary for failure in self.failures}
         # Ranks that will never come to this exchange.
-        left = {
+        absent = {
             rank: how.get(rank, f"ended {self.phase}")
             for rank, state in self.states.items()
             if state in (S.IDLE, S.GONE, S.KILLED, S.LEAVING) and rank not in excused
         }
-        met = exchange.answer(self._meeting, self.size, excused, left)
-        if met is None:
+        answer = exchange.answer(self._meeting, self.size, excused, absent)
+        if answer is None:
             return []
-        asked, self._meeting = list(self._meeting), {}
-        for rank in asked:
+        present, self._meeting = list(self._meeting), {}
+        for rank in present:
             self.states[rank] = TRANSITIONS[self.states[rank], Met]
-        return [Send(rank, met) for rank in asked]
+        return [Send(rank, answer) for rank in present]
 
     def _answer_requests(self) -> list[Action]:
         """Answers to the ranks whose asked-for fault has happened."""
-        return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone)]
+        return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone_ranks)]

@@ -39,7 +39,7 @@ LEAVE_S = 20.0
 BRIEF_LOOK_S = 0.02
 """How often `run_until` calls `enough`."""
 
-Verdicts = Mapping[int, Done]
+Results = Mapping[int, Done]
 """The ranks' answers, by rank."""
 Failures = Sequence[RankFailure]
 
@@ -61,9 +61,9 @@ class World:
         self.number = next(_numbers)
         self.spec = spec
         self.seed = seed
-        self.exited: Verdicts = {}
+        self.exited: Results = {}
         """Output and errors of ranks during their exit."""
-        self.ended = False
+        self.is_over = False
         self.cut_off: CutOff | None = None
         """Set when an interrupt came while this process waited for a phase's end."""
         self._is_awaited = False
@@ -143,13 +143,13 @@ class World:
     @property
     def all_ranks_idle(self) -> bool:
         """Whether all ranks are alive, idle and unharmed."""
-        return not self.ended and len(self._supervisor.idle) == self.spec.size
+        return not self.is_over and len(self._supervisor.idle) == self.spec.size
 
     @property
     def survivors_idle(self) -> bool:
         """Whether all ranks except those lost on request are alive, idle and unharmed."""
         idle, lost = len(self._supervisor.idle), len(self.lost)
-        return not self.ended and 0 < idle == self.spec.size - lost
+        return not self.is_over and 0 < idle == self.spec.size - lost
 
     @property
     def lost(self) -> Mapping[int, LostRank]:
@@ -159,7 +159,7 @@ class World:
     @property
     def survivors(self) -> tuple[int, ...]:
         """Ranks that are there and not stopped as asked, ascending."""
-        return self._supervisor.deaths.survivors(self._supervisor.gone)
+        return self._supervisor.deaths.survivors(self._supervisor.gone_ranks)
 
     def run(self, phase: Phase, order: Down) -> Outcome:
         """One phase on every rank; fails at once when a rank has died since the last."""
@@ -186,7 +186,7 @@ class World:
             return outcome
 
     def run_until(
-        self, phase: Phase, order: Down, enough: Callable[[Verdicts, Failures], bool]
+        self, phase: Phase, order: Down, enough: Callable[[Results, Failures], bool]
     ) -> Outcome:
         """Like `run`, but ends early when `enough` accepts the verdicts and failures so far.
 
@@ -197,13 +197,13 @@ class World:
             self.begin(phase, order)
             while not self._supervisor.settled:
                 self._loop.step(BRIEF_LOOK_S)
-                if enough(self._supervisor.done, self._supervisor.failures):
+                if enough(self._supervisor.results, self._supervisor.failures):
                     break
             else:
                 return self.finish()
             self._is_awaited = False
             return combine(
-                self.spec.size, self._supervisor.done, self._explain_failures(), self.lost
+                self.spec.size, self._supervisor.results, self._explain_failures(), self.lost
             )
 
     def apply_fault(self, act: FaultAct, rank: int, why: str) -> None:
@@ -213,17 +213,17 @@ class World:
         """
         with self._guarded():
             self._loop.drain()
-            gone = self._supervisor.gone
-            if act != "kill" and rank in gone:
+            gone_ranks = self._supervisor.gone_ranks
+            if act != "kill" and rank in gone_ranks:
                 raise WorldError(f"rank {rank} is gone: there is nothing to {act}")
             self._loop.act(self._supervisor.apply_fault(act, rank, why, time.monotonic()))
             ask = FaultAsk(act, rank)
-            while not self._supervisor.deaths.is_done(ask, self._supervisor.gone):
+            while not self._supervisor.deaths.is_done(ask, self._supervisor.gone_ranks):
                 self._loop.step()
 
     def find_deaths(self) -> Sequence[RankFailure]:
         """Failures since the last phase ended: of ranks that died while they had no order."""
-        if self.ended:
+        if self.is_over:
             return ()
         with self._guarded():
             known_count = len(self._supervisor.failures)
@@ -245,7 +245,7 @@ class World:
             deadline = time.monotonic() + within_s
             self._loop.act(self._supervisor.begin("teardown", orders, deadline))
             self._loop.run_until_settled()
-            outcome = combine(0, self._supervisor.done, self._explain_failures())
+            outcome = combine(0, self._supervisor.results, self._explain_failures())
             leaving: dict[int, Down] = dict.fromkeys(self._supervisor.idle, Leave())
             deadline = time.monotonic() + within_s
             self._loop.act(self._supervisor.begin("finish", leaving, deadline))
@@ -260,7 +260,7 @@ class World:
         Failures reported by an earlier phase are not repeated. See also `exited`.
         """
         with self._guarded():
-            if self.ended:
+            if self.is_over:
                 return combine(0, {}, ())
             reported_count = len(self._supervisor.failures)
             self._loop.drain()
@@ -271,14 +271,14 @@ class World:
                 self._loop.act(self._supervisor.begin("finish", orders, deadline))
                 reported_count = 0
                 self._loop.run_until_settled()
-                self.exited = dict(self._supervisor.done)
+                self.exited = dict(self._supervisor.results)
             outcome = combine(0, {}, self._explain_failures()[reported_count:])
             self.kill()
             return outcome
 
     def kill(self) -> None:
         """End everything now."""
-        if self.ended:
+        if self.is_over:
             return
         try:
             self._loop.drain()
@@ -361,13 +361,13 @@ class World:
 
     def _cut_phase_off(self) -> None:
         """Have the ranks end their phase, in bounded time. Another interrupt kills them at once."""
-        if self.ended:
+        if self.is_over:
             return
         try:
             end_phase(self._loop, self._supervisor)
             if self._is_awaited:
                 self._is_awaited = False
-                outcome = own_outcome(self._supervisor.done, self._explain_failures(), self.lost)
+                outcome = own_outcome(self._supervisor.results, self._explain_failures(), self.lost)
                 self.cut_off = CutOff(self._supervisor.phase, outcome)
         except BaseException:
             self.kill()
@@ -376,21 +376,23 @@ class World:
     def _settle(self) -> Outcome:
         """Loop until every rank has answered, died or been killed."""
         self._loop.run_until_settled()
-        return combine(self.spec.size, self._supervisor.done, self._explain_failures(), self.lost)
+        return combine(
+            self.spec.size, self._supervisor.results, self._explain_failures(), self.lost
+        )
 
     def _explain_failures(self) -> list[RankFailure]:
         """The supervisor's failures, with tracebacks and stacks from the ranks."""
         return [self._explain_failure(failure) for failure in self._supervisor.failures]
 
     def _explain_failure(self, failure: RankFailure) -> RankFailure:
-        done = self._supervisor.done.get(failure.rank)
+        result = self._supervisor.results.get(failure.rank)
         limit_s = PREPARE_S if self._supervisor.prepared_too_long else self._limit_s
         return explain_failure(
-            failure, done, lambda: self.trace(failure.rank), limit_s=limit_s, root=self.root
+            failure, result, lambda: self.trace(failure.rank), limit_s=limit_s, root=self.root
         )
 
     def _release(self) -> None:
-        self.ended = True
+        self.is_over = True
         self._loop.close()
         self._port.close()
         self._store.unlink(missing_ok=True)

@@ -130,12 +130,12 @@ def test_a_checksum_distinguishes_choices_and_counts_them() -> None:
 
 @given(entries)
 def test_ranks_that_drew_the_same_have_not_diverged(written: list[Entry]) -> None:
-    assert divergence({0: written, 1: list(written)}, ended=True) == ""
+    assert divergence({0: written, 1: list(written)}, are_complete=True) == ""
 
 
 def test_spans_and_lines_are_no_divergence() -> None:
     ranks = {0: [SpanStart(1), integer(5), SpanEnd(False)], 1: [ShownLine("rank 1"), integer(5)]}
-    assert divergence(ranks, ended=True) == ""
+    assert divergence(ranks, are_complete=True) == ""
 
 
 def test_the_first_other_choice_is_named_with_its_ranks() -> None:
@@ -144,7 +144,7 @@ def test_the_first_other_choice_is_named_with_its_ranks() -> None:
         1: [integer(1), integer(2, most=20)],
         2: [integer(1), integer(2)],
     }
-    said = divergence(ranks, ended=False)
+    said = divergence(ranks, are_complete=False)
     assert said.startswith(
         "ranks diverged at choice 2 of an example: "
         "ranks 0, 2 drew integer(min_value=0, max_value=10) = 2; "
@@ -154,7 +154,7 @@ def test_the_first_other_choice_is_named_with_its_ranks() -> None:
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_one_that_drew_less_has_diverged_only_when_all_have_ended(ended: bool) -> None:
-    said = divergence({0: [integer(1)], 1: []}, ended=ended)
+    said = divergence({0: [integer(1)], 1: []}, are_complete=ended)
     assert ("rank 1 drew nothing more" in said) is ended
 
 

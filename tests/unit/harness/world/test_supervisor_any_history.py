@@ -227,7 +227,7 @@ class Witness:
         lost = self.supervisor.deaths.lost
         assert lost.keys() <= self.asked
         for rank in self.ordered:
-            said = rank in self.supervisor.done or rank in failed
+            said = rank in self.supervisor.results or rank in failed
             assert said or rank in lost or rank in self.stopped
         for rank, state in self.doing.items():
             assert state in ("idle", "killed", "gone") or rank in self.stopped
@@ -334,10 +334,10 @@ def test_in_any_history_a_rank_that_was_killed_or_died_never_answers_again(
     answered: dict[int, Done] = {}
 
     def look(witness: Witness) -> None:
-        for rank, said in witness.supervisor.done.items():
+        for rank, said in witness.supervisor.results.items():
             assert witness.doing[rank] == "idle" or said is answered.get(rank)
         answered.clear()
-        answered.update(witness.supervisor.done)
+        answered.update(witness.supervisor.results)
 
     history.play(after_each=look)
 

@@ -56,7 +56,7 @@ def test_a_rank_that_dies_between_phases_fails_the_world_without_a_kill() -> Non
 def test_a_rank_that_answers_and_dies_in_the_same_moment_keeps_its_answer() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(1, PASSED)), (T0 + 1, Ends(1, 1)), (T0 + 1.5, Says(0, PASSED))])
-    assert replay.supervisor.done == {0: PASSED, 1: PASSED}
+    assert replay.supervisor.results == {0: PASSED, 1: PASSED}
     assert replay.failures == [(1, "crashed")]
 
 
@@ -115,7 +115,7 @@ def test_later_messages_and_acts_of_a_killed_rank_change_nothing() -> None:
         ]
     )
     assert replay.failures == [(1, "flooded")]
-    assert set(replay.supervisor.done) == {0}
+    assert set(replay.supervisor.results) == {0}
     assert replay.log == [(T0 + 2, KillRank(1))]
 
 

@@ -78,7 +78,7 @@ def test_a_rank_that_leaves_says_once_how_its_exit_went() -> None:
     last_word = Done("finish", "passed", T0 + 1, threads=("sleeper",))
     said = [(T0 + 1, Says(0, last_word)), (T0 + 1, Says(1, EXITED))]
     replay.play([*said, (T0 + 2, Ends(0, 0)), (T0 + 2, Ends(1, 0))])
-    assert replay.supervisor.done == {0: last_word, 1: EXITED}
+    assert replay.supervisor.results == {0: last_word, 1: EXITED}
     assert replay.supervisor.settled
     assert replay.failures == []
 

@@ -40,7 +40,7 @@ def test_a_peer_that_ends_within_the_grace_is_left_alone() -> None:
     replay.play([(T0 + 2, Says(1, FAILED)), (T0 + 2.75, Says(0, PASSED))])
     assert replay.log == []
     assert replay.failures == [(1, "failed")]
-    assert set(replay.supervisor.done) == {0, 1}
+    assert set(replay.supervisor.results) == {0, 1}
 
 
 def test_a_peer_that_ends_while_its_stacks_are_taken_is_left_alone() -> None:

@@ -61,7 +61,7 @@ def test_an_answer_to_another_order_is_no_answer(phase: Phase, outcome: RankOutc
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Says(1, done(phase, outcome))), (T0 + 1, Says(0, PASSED))])
     assert replay.failures == [(1, "closed")]
-    assert 1 not in replay.supervisor.done
+    assert 1 not in replay.supervisor.results
     assert replay.summary(1).startswith(f"ended {phase} while in call: ")
 
 

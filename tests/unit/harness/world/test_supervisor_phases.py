@@ -30,7 +30,7 @@ def test_a_phase_sends_its_order_to_every_rank_and_settles_when_all_are_done() -
     replay.begin([0, 1], order=Go("call"))
     assert replay.log == [(T0, Send(0, Go("call"))), (T0, Send(1, Go("call")))]
     replay.play([(T0 + 1, Says(1, PASSED)), (T0 + 2, Says(0, PASSED))])
-    assert replay.supervisor.done == {0: PASSED, 1: PASSED}
+    assert replay.supervisor.results == {0: PASSED, 1: PASSED}
     assert replay.failures == []
     assert replay.supervisor.all_ranks_alive
     assert replay.supervisor.wake_at() == math.inf
@@ -43,7 +43,7 @@ def test_phases_follow_each_other_and_the_second_forgets_the_first() -> None:
     assert replay.failures == [(0, "failed")]
     replay.begin([0, 1], "teardown")
     assert replay.supervisor.failures == []
-    assert replay.supervisor.done == {}
+    assert replay.supervisor.results == {}
     torn = done("teardown")
     replay.play([(T0 + 1.5, Says(0, torn)), (T0 + 9, Says(1, torn))])
     # The grace of the first phase's failure would have ended rank 1 at T0 + 2.

@@ -41,7 +41,7 @@ def test_a_death_that_was_announced_is_no_failure_and_its_peers_go_on(status: in
         ]
     )
     assert replay.failures == []
-    assert set(replay.supervisor.done) == {0, 2}
+    assert set(replay.supervisor.results) == {0, 2}
     assert replay.log == []
     assert replay.lost[1] == f"{exit_text(status)} as asked: NoSpace at write_data"
     assert replay.supervisor.idle == [0, 2]
@@ -257,7 +257,7 @@ def test_a_lost_rank_stays_lost_in_the_phases_that_follow() -> None:
     replay.begin(replay.supervisor.idle, "teardown")
     replay.play([(T0 + 3, Says(0, Exchange("barrier()"))), (T0 + 4, Says(0, done("teardown")))])
     assert replay.failures == []
-    assert set(replay.supervisor.done) == {0}
+    assert set(replay.supervisor.results) == {0}
     assert set(replay.lost) == {1}
 
 
