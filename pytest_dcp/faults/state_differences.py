@@ -59,8 +59,8 @@ def differences(actual: Any, expected: Any, where: str = "") -> Iterator[str]:
         yield from _tensors(actual, expected, where)
     elif isinstance(expected, Mapping):
         if not isinstance(actual, Mapping) or set(actual) != set(expected):
-            got = sorted(map(str, actual)) if isinstance(actual, Mapping) else actual
-            yield f"{where or 'state'}: keys {sorted(map(str, expected))} expected, got {got!r}"
+            summary = sorted(map(str, actual)) if isinstance(actual, Mapping) else actual
+            yield f"{where or 'state'}: keys {sorted(map(str, expected))} expected, got {summary!r}"
             return
         for key, value in expected.items():
             yield from differences(actual[key], value, f"{where}.{key}" if where else str(key))

@@ -66,8 +66,8 @@ def crash_id(
     """
     crash = {
         # The operations that ended before are the first ones of the trace: their number says all.
-        "ended": moment.ended,
-        "done besides": [codes[n] for n in moment.order[moment.ended :]],
+        "ended": moment.ended_count,
+        "done besides": [codes[n] for n in moment.order[moment.ended_count :]],
         "last": codes[moment.order[-1]] if moment.order else None,
         "returned": sorted(moment.returned),
         "damage": _encode_damage(storage, damage, codes),

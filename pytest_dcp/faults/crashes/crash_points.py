@@ -43,7 +43,7 @@ alone, and all but each one.
 class CrashPoint:
     """A moment at which everything may stop. Numbers are indices into the trace's operations."""
 
-    ended: int
+    ended_count: int
     """How many of the first operations of `order` had ended before."""
     order: tuple[int, ...]
     """All operations done by then, in an order in which they can have been done."""
@@ -66,39 +66,39 @@ class TornWriteAt:
 def moments(trace: Trace) -> Iterator[CrashPoint]:
     """Every moment of a trace, earliest first."""
     operations = trace.operations
-    ended: list[int] = []
+    prefix: list[int] = []
     seen: set[tuple[frozenset[int], tuple[int, ...], frozenset[int]]] = set()
     begun_ns = (operation.started_ns for operation in operations)
     for at in sorted({*begun_ns, *trace.returned_ns.values()}):
-        while len(ended) < len(operations) and operations[len(ended)].ended_ns <= at:
-            ended.append(len(ended))
+        while len(prefix) < len(operations) and operations[len(prefix)].ended_ns <= at:
+            prefix.append(len(prefix))
         # `order` numbers operations by their ends, so the ended ones are a prefix.
-        flying = [n for n in range(len(ended), len(operations)) if operations[n].started_ns <= at]
+        running = [n for n in range(len(prefix), len(operations)) if operations[n].started_ns <= at]
         returned = frozenset(rank for rank, end in trace.returned_ns.items() if end <= at)
-        for some in _orders(_subsets(flying)):
+        for some in _orders(_subsets(running)):
             # The same operations in one order are one moment, whichever beginning it was found at.
-            key = (frozenset((*ended, *some)), some, returned)
+            key = (frozenset((*prefix, *some)), some, returned)
             if key not in seen:
                 seen.add(key)
-                left = tuple(n for n in flying if n not in some)
-                yield CrashPoint(len(ended), (*ended, *some), left, returned)
+                under_way = tuple(n for n in running if n not in some)
+                yield CrashPoint(len(prefix), (*prefix, *some), under_way, returned)
     everything = tuple(range(len(operations)))
     returned = frozenset(trace.returned_ns)
     if (frozenset(everything), (), returned) not in seen:
         yield CrashPoint(len(everything), everything, (), returned)
 
 
-def _subsets(flying: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    if len(flying) <= MANY:
-        for count in range(len(flying) + 1):
-            yield from itertools.combinations(flying, count)
+def _subsets(running: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if len(running) <= MANY:
+        for count in range(len(running) + 1):
+            yield from itertools.combinations(running, count)
         return
     yield ()
-    for one in flying:
+    for one in running:
         yield (one,)
-    for one in flying:
-        yield tuple(n for n in flying if n != one)
-    yield tuple(flying)
+    for one in running:
+        yield tuple(n for n in running if n != one)
+    yield tuple(running)
 
 
 def _orders(subsets: Iterator[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:

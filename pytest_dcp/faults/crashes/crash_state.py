@@ -50,11 +50,11 @@ class Search:
         """Maximum number of states. Raises ValueError if the option is not a budget."""
         if budget is None:
             return self.budget
-        said = FAULT_BUDGETS.get(str(budget), str(budget))
-        if not said.isdecimal() or int(said) < 1:
+        text = FAULT_BUDGETS.get(str(budget), str(budget))
+        if not text.isdecimal() or int(text) < 1:
             names = ", ".join(FAULT_BUDGETS)
-            raise ValueError(f"a budget of crash states is {names} or a number; got {said!r}")
-        return int(said)
+            raise ValueError(f"a budget of crash states is {names} or a number; got {text!r}")
+        return int(text)
 
 
 class CrashState:
@@ -84,7 +84,7 @@ class CrashState:
     @property
     def done(self) -> int:
         """Operations done before the crash."""
-        return self._crash.done
+        return self._crash.operation_count
 
     @property
     def returned(self) -> frozenset[int]:
@@ -175,14 +175,14 @@ def recorded(
     ...     (folder / "state").read_text()
     ''
     """
-    made = Recording()
+    result = Recording()
     with tempfile.TemporaryDirectory(prefix="dcp-recorded-") as place:
         folder = Path(place, "folder")
         folder.mkdir()
         prepare(folder)
-        with recording(Folders([folder]), Desk(Path(place)), made):
+        with recording(Folders([folder]), Desk(Path(place)), result):
             workload(folder)
-    return made
+    return result
 
 
 def recording_dir(place: Path, rank: int) -> Desk:
@@ -210,7 +210,7 @@ def loads_one_of(
     from torch.distributed.checkpoint.api import CheckpointException
 
     load, keywords = _choose_loader(state, new, load, keywords)
-    said: list[str] = []
+    problems: list[str] = []
     refusal: BaseException | None = None
     with state.restored() as folder:
         for likeness in (new,) if old is None else (new, old):
@@ -225,7 +225,7 @@ def loads_one_of(
                 if is_own_mistake(error) or (passes and not is_refusal(error, str(folder))):
                     add_note(error, NO_VERDICT)
                     raise
-                said.append(f"{type(error).__name__}: {error}")
+                problems.append(f"{type(error).__name__}: {error}")
                 refusal = error
                 continue
             unlike = next(differences(actual, new), None)
@@ -233,10 +233,10 @@ def loads_one_of(
                 return "new"
             if old is not None and not state.returned and not any(differences(actual, old)):
                 return "old"
-            said.append(unlike)
+            problems.append(unlike)
     if old is None and refusal is not None and not state.returned:
         return "nothing"
-    broken = AssertionError(_describe_broken(state, said))
+    broken = AssertionError(_describe_broken(state, problems))
     set_cause(broken, refusal)
     raise broken
 
@@ -257,9 +257,9 @@ def _choose_loader(
     return load, keywords
 
 
-def _describe_broken(state: CrashState, said: Sequence[str]) -> str:
-    wanted = "the new state alone, which had been saved" if state.returned else "old or new"
+def _describe_broken(state: CrashState, problems: Sequence[str]) -> str:
+    expectation = "the new state alone, which had been saved" if state.returned else "old or new"
     return (
-        f"{state!r}: expected {wanted}; got {'; '.join(said)}\n"
+        f"{state!r}: expected {expectation}; got {'; '.join(problems)}\n"
         f"replay it with --dcp-fault-replay={state.id}"
     )

@@ -245,14 +245,14 @@ class DiskModel:
         self, names: Iterable[NameChange], changes: Sequence[tuple[ByteChange, bool]]
     ) -> Tree:
         """The tree if only these changes have reached the disk, in this order."""
-        kept = dict(self.stable_names)
+        stable_names = dict(self.stable_names)
         for change in names:
-            _apply_name(kept, change)
+            _apply_name(stable_names, change)
         contents = dict(self.stable_contents)
         for byte_change, arrived in changes:
             apply = byte_change.apply if arrived else byte_change.zero_fill
             contents[byte_change.node] = apply(contents.get(byte_change.node, b""))
-        return self._tree(kept, contents)
+        return self._tree(stable_names, contents)
 
     def _tree(self, names: Names, contents: Mapping[int, bytes]) -> Tree:
         inside: dict[int, list[tuple[str, int]]] = {}
@@ -307,35 +307,35 @@ class DiskModel:
 
     def _settle_bytes(self, node: int, op: Operation) -> None:
         """Make the changes of the file from before the operation stable."""
-        left = []
+        pending = []
         for change in self.byte_changes:
             if change.node == node and change.ended_ns <= op.started_ns:
                 before = self.stable_contents.get(node, b"")
                 self.stable_contents[node] = change.apply(before)
             else:
-                left.append(change)
-        self.byte_changes = left
+                pending.append(change)
+        self.byte_changes = pending
 
     def _settle_names(self, covered: Callable[[NameChange], bool]) -> None:
-        left = []
+        pending = []
         for change in self.name_changes:
             if covered(change):
                 _apply_name(self.stable_names, change)
                 if change.needs_bytes and change.node is not None:
                     self._settle_forced(change)
             else:
-                left.append(change)
-        self.name_changes = left
+                pending.append(change)
+        self.name_changes = pending
 
     def _settle_forced(self, rename: NameChange) -> None:
-        left = []
+        pending = []
         for change in self.byte_changes:
             if change.node == rename.node and change.operation < rename.operation:
                 before = self.stable_contents.get(change.node, b"")
                 self.stable_contents[change.node] = change.apply(before)
             else:
-                left.append(change)
-        self.byte_changes = left
+                pending.append(change)
+        self.byte_changes = pending
 
     def _parent(self, path: str) -> tuple[int, str]:
         head, _, name = path.rpartition("/")

@@ -82,7 +82,7 @@ class Crash:
     """Identifies the crash within its trace; the same in every run that does the same operations in
     the same order.
     """
-    done: int
+    operation_count: int
     """Operations done before."""
     returned: frozenset[int]
     """Ranks whose recorded block had ended."""
@@ -131,11 +131,11 @@ def crashes(
     codes = encode_operations(trace.operations)
     seen: set[Found] = set()
     for level in range(len(LOSSES[model]) + 1):  # a level may be empty, and the next one not
-        left = None if budget is None else budget - len(seen)
-        if left == 0:
+        remaining = None if budget is None else budget - len(seen)
+        if remaining == 0:
             return
         # A long trace has more moments than the budget allows crashes: drop the surplus.
-        every = 1 if only or not left or not level else -(-len(storages) // left)
+        every = 1 if only or not remaining or not level else -(-len(storages) // remaining)
         candidates = [
             StateCandidate(moment, storage, damage)
             for moment, storage in storages[::every]
@@ -144,9 +144,11 @@ def crashes(
         if only is not None:
             # Before any tree is made: an id costs no copy of the folder.
             candidates = [one for one in candidates if one.id(model, codes) == only]
-        found = _different(trace, _evenly(candidates, left), seen)
+        found = _different(trace, _evenly(candidates, remaining), seen)
         # Thinning took the moments in another order than readers expect.
-        chosen = sorted(itertools.islice(found, left), key=lambda pair: pair[0].moment.ended)
+        chosen = sorted(
+            itertools.islice(found, remaining), key=lambda pair: pair[0].moment.ended_count
+        )
         for candidate, tree in chosen:
             yield _crash(trace, model, candidate, tree, codes)
 
@@ -171,16 +173,16 @@ def _storages(trace: Trace, model: Model) -> Iterator[tuple[CrashPoint, DiskMode
     """The storage at each moment, once for each order in which it can have come about."""
     start: DiskModel | ObjectStore
     start = ObjectStore.of(trace.base) if model == "s3" else DiskModel.of(trace.base, RULES[model])
-    done = 0
+    applied_count = 0
     waiting: list[int] = []
     for moment in moments(trace):
-        waiting += moment.order[done : moment.ended]
-        done = max(done, moment.ended)
+        waiting += moment.order[applied_count : moment.ended_count]
+        applied_count = max(applied_count, moment.ended_count)
         # Operations that have ended stay in `start`; operations under way are applied to a copy. So
         # all moments together cost one pass over the trace, not one each.
         waiting = in_order(start, trace.operations, waiting)
         storage = start.copy()
-        under_way = moment.order[moment.ended :]
+        under_way = moment.order[moment.ended_count :]
         # Otherwise impossible: an operation needs a name that nothing before it has made.
         if not in_order(storage, trace.operations, [*under_way, *waiting]):
             yield moment, storage
@@ -194,18 +196,18 @@ def in_order(
 
     Of two overlapping operations, the first to end may need a name that the other created.
     """
-    left = list(indices)
-    while left:
-        again = []
-        for index in left:
+    pending = list(indices)
+    while pending:
+        impossible = []
+        for index in pending:
             try:
                 storage.apply(index, operations[index])
             except LookupError:
-                again.append(index)
+                impossible.append(index)
         # No progress in a whole round: no order is possible.
-        if len(again) == len(left):
-            return left
-        left = again
+        if len(impossible) == len(pending):
+            return pending
+        pending = impossible
     return []
 
 
@@ -222,9 +224,9 @@ def _damages(
             yield TornWriteAt(index, part)
 
 
-def _evenly(candidates: Sequence[StateCandidate], wanted: int | None) -> Iterator[StateCandidate]:
+def _evenly(candidates: Sequence[StateCandidate], count: int | None) -> Iterator[StateCandidate]:
     """All of them, ordered so that any prefix is spread evenly over the whole sequence."""
-    step = 1 if not wanted else max(1, -(-len(candidates) // wanted))
+    step = 1 if not count else max(1, -(-len(candidates) // count))
     for start in range(step):
         yield from candidates[start::step]
 
@@ -240,7 +242,7 @@ def _crash(
     return Crash(
         model=model,
         id=candidate.id(model, codes),
-        done=len(moment.order),
+        operation_count=len(moment.order),
         returned=moment.returned,
         what=_what(trace.operations, candidate),
         tree=tree,

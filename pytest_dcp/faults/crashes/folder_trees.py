@@ -58,9 +58,9 @@ def write_tree(tree: Tree, folder: Path) -> None:
         else:
             fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with os.fdopen(fd, "wb", 0) as file:
-                left = memoryview(entry)
-                while left:
-                    left = left[file.write(left) :]
+                rest = memoryview(entry)
+                while rest:
+                    rest = rest[file.write(rest) :]
 
 
 def new_folder(place: Path | None = None) -> Path:

@@ -100,22 +100,22 @@ def _posix_simple(machine: DiskModel) -> Losses:
 def _posix_runs(machine: DiskModel) -> Losses:
     """All changes from some operation on; all of one file; all but one."""
     names, changes = _all(machine)
-    done = sorted(_operations(machine.name_changes) | _operations(machine.byte_changes))
+    operations = sorted(_operations(machine.name_changes) | _operations(machine.byte_changes))
     for zeros in (False, True):
-        for since in _some(done[1:]):
+        for since in _some(operations[1:]):
             late = _since(machine.byte_changes, since)
             yield LostSet(_since(machine.name_changes, since), late, zeros)
             yield LostSet((), late, zeros)
         yield from (LostSet((), file, zeros) for file in _by_file(machine))
-        for kept in _some(names):
-            yield LostSet(tuple(n for n in names if n != kept), changes, zeros)
-        for kept in _some(changes):
-            yield LostSet(names, tuple(n for n in changes if n != kept), zeros)
-            yield LostSet((), tuple(n for n in changes if n != kept), zeros)
-    for since in _some(done[1:]):
+        for survivor in _some(names):
+            yield LostSet(tuple(n for n in names if n != survivor), changes, zeros)
+        for survivor in _some(changes):
+            yield LostSet(names, tuple(n for n in changes if n != survivor), zeros)
+            yield LostSet((), tuple(n for n in changes if n != survivor), zeros)
+    for since in _some(operations[1:]):
         yield LostSet(_since(machine.name_changes, since), ())
-    for kept in _some(names):
-        yield LostSet(tuple(n for n in names if n != kept), ())
+    for survivor in _some(names):
+        yield LostSet(tuple(n for n in names if n != survivor), ())
 
 
 def _posix_pairs(machine: DiskModel) -> Losses:

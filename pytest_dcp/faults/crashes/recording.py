@@ -50,22 +50,22 @@ class Desk:
         The ranks exchange whether a step failed before any of them continues: its exception is
         raised in the rank where it failed, and RecordingError in the others.
         """
-        failed: Exception | None = None
+        own_error: Exception | None = None
         try:
-            brought = OK + step()
+            message = OK + step()
         except Exception as error:  # noqa: BLE001 - raised again below
-            failed = error
+            own_error = error
             text = f"rank {self.rank}: {type(error).__name__}: {error}"
             # A fault of the recording itself is the same in all ranks: all raise it.
-            brought = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
-        with self.announce_failure(failed):
-            came = self.meet(what, brought)
-        if failed is not None:
-            raise failed
-        for said in came:
-            if said is not None and said.startswith(FAILED):
-                raise RecordingError(said.removeprefix(FAILED).decode())
-        return [None if said is None else said.removeprefix(OK) for said in came]
+            message = FAILED + (str(error) if isinstance(error, RecordingError) else text).encode()
+        with self.announce_failure(own_error):
+            replies = self.meet(what, message)
+        if own_error is not None:
+            raise own_error
+        for reply in replies:
+            if reply is not None and reply.startswith(FAILED):
+                raise RecordingError(reply.removeprefix(FAILED).decode())
+        return [None if reply is None else reply.removeprefix(OK) for reply in replies]
 
 
 OK, FAILED = b"+", b"-"
@@ -112,9 +112,9 @@ class Log:
     def append(self, entry: Operation | int) -> None:
         """Append an operation, or the time at which the block ended, with one write."""
         data = pickle.dumps(entry)
-        done = os.write(self._fd, data)
-        if done != len(data):
-            raise RecordingError(f"only {done} of {len(data)} bytes of a record could be written")
+        count = os.write(self._fd, data)
+        if count != len(data):
+            raise RecordingError(f"only {count} of {len(data)} bytes of a record could be written")
 
     def close(self) -> None:
         """Close the file."""
@@ -194,24 +194,24 @@ def _begin(place: RecordedPlace, desk: Desk, clean_up: ExitStack) -> tuple[Path,
 
     `clean_up` removes the folder in the process that made it, however the recording ends.
     """
-    came = desk.meet("record(): it begins", b"here")
-    leader = next(rank for rank, brought in enumerate(came) if brought)
-    leads = leader == (desk.rank if len(came) > 1 else 0)
+    replies = desk.meet("record(): it begins", b"here")
+    leader = next(rank for rank, data in enumerate(replies) if data)
+    leads = leader == (desk.rank if len(replies) > 1 else 0)
 
     def make() -> bytes:
         if not leads:
             return b""
         desk.place.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix="recording-", dir=desk.place)
+        folder = tempfile.mkdtemp(prefix="recording-", dir=desk.place)
         # Errors are ignored: after a failure other ranks may still write there.
-        clean_up.callback(shutil.rmtree, made, ignore_errors=True)
-        Path(made, "base").write_bytes(pickle.dumps(place.trees()))
-        return os.fsencode(made)
+        clean_up.callback(shutil.rmtree, folder, ignore_errors=True)
+        Path(folder, "base").write_bytes(pickle.dumps(place.trees()))
+        return os.fsencode(folder)
 
-    brought = desk.agree("record(): the folder as it was", make)[leader]
-    if brought is None:
+    data = desk.agree("record(): the folder as it was", make)[leader]
+    if data is None:
         raise RecordingError(f"rank {leader} died before it could tell what the folder holds")
-    return Path(os.fsdecode(brought)), leads
+    return Path(os.fsdecode(data)), leads
 
 
 def _read(bases: Sequence[Tree], folder: Path) -> Trace:
@@ -242,8 +242,8 @@ def check(trace: Trace, found: Sequence[Tree]) -> None:
     impossible = in_order(machine, trace.operations, range(len(trace.operations)))
     if impossible:
         raise RecordingError(f"{trace.operations[impossible[0]]} could not be replayed: {UNSEEN}")
-    made, there = machine.visible_tree(), Trace.of(found, (), {}).base
-    wrong = list(_differences(made, there))
+    replayed_tree, actual_tree = machine.visible_tree(), Trace.of(found, (), {}).base
+    wrong = list(_differences(replayed_tree, actual_tree))
     if wrong:
         raise RecordingError(f"{'; '.join(wrong[:10])}: {UNSEEN}")
 
@@ -255,9 +255,11 @@ UNSEEN = (
 )
 
 
-def _differences(made: Mapping[str, object], there: Mapping[str, object]) -> Iterator[str]:
-    for path in sorted(made.keys() | there.keys()):
-        one, other = made.get(path, AbsentEntry), there.get(path, AbsentEntry)
+def _differences(
+    replayed_tree: Mapping[str, object], actual_tree: Mapping[str, object]
+) -> Iterator[str]:
+    for path in sorted(replayed_tree.keys() | actual_tree.keys()):
+        one, other = replayed_tree.get(path, AbsentEntry), actual_tree.get(path, AbsentEntry)
         if one != other:
             yield f"{path!r} was recorded as {_describe(one)} and is {_describe(other)}"
 

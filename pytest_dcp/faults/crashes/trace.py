@@ -50,15 +50,15 @@ class Trace:
         tree.
         """
         bases = tuple(bases)
-        kept = [op for op in operations if op.kind not in LOOKING]
+        changes = [op for op in operations if op.kind not in LOOKING]
         if len(bases) == 1:
             tree = bases[0]
         else:
             tree = {}
             for n, base in enumerate(bases):
                 tree |= {str(n): None} | {f"{n}/{path}": entry for path, entry in base.items()}
-            kept = [_below_its_root(op) for op in kept]
-        ordered = sorted(kept, key=lambda op: (op.ended_ns, op.started_ns, op.rank))
+            changes = [_below_its_root(op) for op in changes]
+        ordered = sorted(changes, key=lambda op: (op.ended_ns, op.started_ns, op.rank))
         return cls(tree, tuple(ordered), dict(returned_ns))
 
 

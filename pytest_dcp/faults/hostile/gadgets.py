@@ -236,41 +236,41 @@ def _newobj_ex(canary: str, protocol: int, _: int) -> bytes:
 
 def _with_attribute(name: str, canary: str, protocol: int, *, slot: bool = False) -> bytes:
     """An object with the function as its attribute of that name."""
-    made = code_of(_PLAIN_OBJECT, protocol) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+    code = code_of(_PLAIN_OBJECT, protocol) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
     function = _parts(canary, protocol)[0]
     fields = pickle.EMPTY_DICT + text_code(name, protocol) + function + pickle.SETITEM
     state = tuple_code(pickle.NONE + fields, 2, protocol) if slot else fields
-    return made + state + pickle.BUILD
+    return code + state + pickle.BUILD
 
 
 def _build(canary: str, protocol: int, _: int, *, slot: bool = False) -> bytes:
-    made = _with_attribute("__setstate__", canary, protocol, slot=slot)
-    return made + text_code(canary, protocol) + pickle.BUILD
+    code = _with_attribute("__setstate__", canary, protocol, slot=slot)
+    return code + text_code(canary, protocol) + pickle.BUILD
 
 
 def _append(canary: str, protocol: int, _: int) -> bytes:
-    made = _with_attribute("append", canary, protocol)
-    return made + text_code(canary, protocol) + pickle.APPEND
+    code = _with_attribute("append", canary, protocol)
+    return code + text_code(canary, protocol) + pickle.APPEND
 
 
 def _appends(canary: str, protocol: int, _: int, *, name: str = "append") -> bytes:
     """The unpickler looks up `extend` first, and gets a list's."""
-    made = _with_attribute(name, canary, protocol)
-    return made + pickle.MARK + text_code(canary, protocol) + pickle.APPENDS
+    code = _with_attribute(name, canary, protocol)
+    return code + pickle.MARK + text_code(canary, protocol) + pickle.APPENDS
 
 
 def _additems(canary: str, protocol: int, _: int) -> bytes:
-    made = _with_attribute("add", canary, protocol)
-    return made + pickle.MARK + text_code(canary, protocol) + pickle.ADDITEMS
+    code = _with_attribute("add", canary, protocol)
+    return code + pickle.MARK + text_code(canary, protocol) + pickle.ADDITEMS
 
 
 def _ext(
     canary: str, protocol: int, _: int, *, module: str, name: str, number: int, fetch: bytes
 ) -> bytes:
     """The function is registered as an extension, and the extension's number then refers to it."""
-    known = PickledCall(Global("copyreg", "add_extension"), (module, name, number))
+    registration = PickledCall(Global("copyreg", "add_extension"), (module, name, number))
     path = _one(text_code(canary, protocol), protocol)
-    return code_of(known, protocol) + pickle.POP + fetch + path + pickle.REDUCE
+    return code_of(registration, protocol) + pickle.POP + fetch + path + pickle.REDUCE
 
 
 def _memo(canary: str, protocol: int, base: int, *, width: str) -> bytes:

@@ -118,12 +118,12 @@ def move_entry(metadata: Metadata, fqn: str, name: str, nbytes: int) -> None:
 
 def with_pickle(entry: bytes, pickled: bytes) -> bytes:
     """A zip archive of torch.save with its data.pkl replaced and its checksums recomputed."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(entry)) as old, zipfile.ZipFile(made, "w") as new:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(entry)) as old, zipfile.ZipFile(buffer, "w") as new:
         for record in old.infolist():
             data = pickled if record.filename.endswith("/data.pkl") else old.read(record)
             new.writestr(zipfile.ZipInfo(record.filename), data)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def place_of(metadata: Metadata, fqn: str) -> Any:

@@ -148,22 +148,22 @@ class FaultyStream(io.IOBase):
 
     def write(self, data: Any) -> int:
         """Write all bytes, like a buffered stream; a raw one may take only the first bytes."""
-        left, whole = memoryview(data).cast("B"), len(memoryview(data).cast("B"))
-        while left:
-            done: int = self._perform(
-                Operation("write", self._path, data=bytes(left), nbytes=len(left)),
+        rest, size = memoryview(data).cast("B"), len(memoryview(data).cast("B"))
+        while rest:
+            count: int = self._perform(
+                Operation("write", self._path, data=bytes(rest), nbytes=len(rest)),
                 self._write_and_count,
             )
-            left = left[done:]
+            rest = rest[count:]
             if isinstance(self._stream, io.RawIOBase):
                 break
-        return whole - len(left)
+        return size - len(rest)
 
     def _write_and_count(self, operation: Operation) -> tuple[int, int]:
         data = operation.data or b""
-        done = self._stream.write(data)
-        taken = len(data) if done is None else int(done)
-        return taken, taken
+        result = self._stream.write(data)
+        count = len(data) if result is None else int(result)
+        return count, count
 
     def read(self, size: int | None = -1) -> bytes:
         """Read at most `size` bytes, by default all remaining."""
@@ -172,8 +172,8 @@ class FaultyStream(io.IOBase):
             data = self._stream.read(operation.nbytes or size)
             return data, len(data)
 
-        asked = 0 if size is None or size < 0 else size
-        data: bytes = self._perform(Operation("read", self._path, nbytes=asked), act)
+        nbytes = 0 if size is None or size < 0 else size
+        data: bytes = self._perform(Operation("read", self._path, nbytes=nbytes), act)
         return data
 
     def readinto(self, buffer: Any) -> int:

@@ -115,7 +115,7 @@ def _hooks_by_name(kind: type) -> dict[str, Any]:
 
 def _slots(kind: type) -> Iterable[str]:
     for cls in kind.__mro__:
-        named = vars(cls).get("__slots__", ())
-        for slot in (named,) if isinstance(named, str) else named:
+        slots = vars(cls).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
             if slot not in ("__dict__", "__weakref__"):
                 yield slot

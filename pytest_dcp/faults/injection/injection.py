@@ -213,12 +213,12 @@ def _is_due(injection: Injection, tally: Tally) -> bool:
     return tally.matches == injection.nth
 
 
-def _is_thread(wanted: str | None, event: Event) -> bool:
-    if wanted is None:
+def _is_thread(pattern: str | None, event: Event) -> bool:
+    if pattern is None:
         return True
-    if wanted in ("main", "worker"):
-        return event.is_main == (wanted == "main")
-    return fnmatchcase(event.thread, wanted)
+    if pattern in ("main", "worker"):
+        return event.is_main == (pattern == "main")
+    return fnmatchcase(event.thread, pattern)
 
 
 def _nearest(on: str) -> str:

@@ -140,10 +140,10 @@ def fail(fail_conf: FailConf, key: str) -> None:
 
 def future(fail_conf: FailConf, key: str, result: Any) -> Future[Any]:
     """A future that is done, or has failed if this rank is listed under the key."""
-    done: Future[Any] = Future()
+    result_future: Future[Any] = Future()
     failure = fails_here(fail_conf, key)
     if failure is None:
-        done.set_result(result)
+        result_future.set_result(result)
     else:
-        done.set_exception(failure)
-    return done
+        result_future.set_exception(failure)
+    return result_future

@@ -309,10 +309,10 @@ def shorter(result: Any) -> Any:
     if isinstance(result, LoadPlan):
         return replace(result, items=list(result.items)[:-1])
     if isinstance(result, torch.futures.Future | Future):
-        done = type(result)()
+        future = type(result)()
         result.wait() if isinstance(result, torch.futures.Future) else result.result()
-        done.set_result(shorter(result.value() if hasattr(result, "value") else result.result()))
-        return done
+        future.set_result(shorter(result.value() if hasattr(result, "value") else result.result()))
+        return future
     if isinstance(result, tuple) and result:
         return (shorter(result[0]), *result[1:])
     if isinstance(result, dict):

@@ -267,22 +267,22 @@ class StaleListing(StorageFault):
     operations = ("list",)
 
     def before(self, moment: Moment) -> Verdict | None:
-        known = moment.names_before
-        return Alternative(lambda _, do: listing(do(), known.__contains__))
+        names = moment.names_before
+        return Alternative(lambda _, do: listing(do(), names.__contains__))
 
 
 class FewerEntries:
     """The result of `os.scandir` without some of its entries."""
 
-    def __init__(self, entries: Any, shown: Callable[[str], bool]) -> None:
+    def __init__(self, entries: Any, is_listed: Callable[[str], bool]) -> None:
         self._entries = entries
-        self._shown = shown
+        self._is_listed = is_listed
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return next(entry for entry in self._entries if self._shown(entry.name))
+        return next(entry for entry in self._entries if self._is_listed(entry.name))
 
     def __enter__(self) -> FewerEntries:
         return self
@@ -295,11 +295,11 @@ class FewerEntries:
         self._entries.close()
 
 
-def listing(result: Any, shown: Callable[[str], bool]) -> Any:
+def listing(result: Any, is_listed: Callable[[str], bool]) -> Any:
     """A listing of the selected names, in the form of `os.listdir`, `os.scandir` or a store."""
     if hasattr(result, "close"):
-        return FewerEntries(result, shown)
-    return [name for name in result if shown(os.path.basename(str(name).rstrip("/")))]
+        return FewerEntries(result, is_listed)
+    return [name for name in result if is_listed(os.path.basename(str(name).rstrip("/")))]
 
 
 class _Response(Fault):

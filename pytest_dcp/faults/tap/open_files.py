@@ -53,11 +53,11 @@ class WatchedFile(io.FileIO):
 
     def close(self) -> None:
         """Close the descriptor, if this object owns it."""
-        known = None if self.closed or not self.closefd else REGISTRY.descriptor(self.fileno())
-        if known is None:
+        descriptor = None if self.closed or not self.closefd else REGISTRY.descriptor(self.fileno())
+        if descriptor is None:
             super().close()
         else:
-            os_calls.close_known(self.fileno(), known, super().close)
+            os_calls.close_descriptor(self.fileno(), descriptor, super().close)
 
     def _must(self, able: bool, what: str) -> None:
         if not able:

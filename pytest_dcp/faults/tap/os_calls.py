@@ -31,12 +31,12 @@ real: Any = SimpleNamespace(**{name: getattr(os, name) for name in REPLACED if h
 """The original functions."""
 
 
-def _done(operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _perform(operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return REGISTRY.perform(operation, lambda op: (function(*args, **kwargs), op.nbytes))
 
 
-def _of(kind: OperationKind, known: Descriptor, **facts: Any) -> Operation:
-    return Operation(kind, known.path, handle=known.handle, **facts)
+def _operation_on(kind: OperationKind, descriptor: Descriptor, **facts: Any) -> Operation:
+    return Operation(kind, descriptor.path, handle=descriptor.handle, **facts)
 
 
 # ---- descriptors
@@ -54,25 +54,25 @@ def open(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None)
         REGISTRY.add_descriptor(fd, place, handle, appends=bool(flags & os.O_APPEND))
         return fd
 
-    fd: int = _done(Operation("create" if makes else "open", place, handle=handle), opened)
+    fd: int = _perform(Operation("create" if makes else "open", place, handle=handle), opened)
     return fd
 
 
 def close(fd: int) -> Any:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return real.close(fd)
-    return close_known(fd, known, lambda: real.close(fd))
+    return close_descriptor(fd, descriptor, lambda: real.close(fd))
 
 
-def close_known(fd: int, known: Descriptor, act: Callable[[], None]) -> Any:
+def close_descriptor(fd: int, descriptor: Descriptor, act: Callable[[], None]) -> Any:
     """Close a tracked descriptor by calling `act`."""
 
-    def let_go() -> None:
+    def drop_and_close() -> None:
         REGISTRY.drop_descriptor(fd)  # before: the number may be another file's at once
         act()
 
-    return _done(_of("close", known), let_go)
+    return _perform(_operation_on("close", descriptor), drop_and_close)
 
 
 def dup(fd: int) -> int:
@@ -91,30 +91,30 @@ def dup2(fd: int, fd2: int, inheritable: bool = True) -> int:
 
 
 def read(fd: int, n: int) -> bytes:
-    known = REGISTRY.descriptor(fd)
-    return real.read(fd, n) if known is None else _read(fd, known, n, None)
+    descriptor = REGISTRY.descriptor(fd)
+    return real.read(fd, n) if descriptor is None else _read(fd, descriptor, n, None)
 
 
 def pread(fd: int, n: int, offset: int) -> bytes:
-    known = REGISTRY.descriptor(fd)
-    return real.pread(fd, n, offset) if known is None else _read(fd, known, n, offset)
+    descriptor = REGISTRY.descriptor(fd)
+    return real.pread(fd, n, offset) if descriptor is None else _read(fd, descriptor, n, offset)
 
 
 def readv(fd: int, buffers: Sequence[Any]) -> int:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return int(real.readv(fd, buffers))
-    return _scatter(_read(fd, known, _total(buffers), None), buffers)
+    return _scatter(_read(fd, descriptor, _total(buffers), None), buffers)
 
 
 def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return int(real.preadv(fd, buffers, offset, flags))
-    return _scatter(_read(fd, known, _total(buffers), offset), buffers)
+    return _scatter(_read(fd, descriptor, _total(buffers), offset), buffers)
 
 
-def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
+def _read(fd: int, descriptor: Descriptor, n: int, offset: int | None) -> bytes:
     """Read at the offset, or at the descriptor's position, which then moves."""
 
     def act(operation: Operation) -> tuple[bytes, int]:
@@ -125,16 +125,16 @@ def _read(fd: int, known: Descriptor, n: int, offset: int | None) -> bytes:
         return data, len(data)
 
     at = os.lseek(fd, 0, os.SEEK_CUR) if offset is None else offset
-    data: bytes = REGISTRY.perform(_of("read", known, offset=at, nbytes=n), act)
+    data: bytes = REGISTRY.perform(_operation_on("read", descriptor, offset=at, nbytes=n), act)
     return data
 
 
 def _scatter(data: bytes, buffers: Sequence[Any]) -> int:
-    left = memoryview(data)
+    rest = memoryview(data)
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
-        view[: len(left)] = left[: len(view)]
-        left = left[len(view) :]
+        view[: len(rest)] = rest[: len(view)]
+        rest = rest[len(view) :]
     return len(data)
 
 
@@ -146,30 +146,34 @@ def _total(buffers: Sequence[Any]) -> int:
 
 
 def write(fd: int, data: Any) -> int:
-    known = REGISTRY.descriptor(fd)
-    return int(real.write(fd, data)) if known is None else _write(fd, known, [data], None)
+    descriptor = REGISTRY.descriptor(fd)
+    return int(real.write(fd, data)) if descriptor is None else _write(fd, descriptor, [data], None)
 
 
 def pwrite(fd: int, data: Any, offset: int) -> int:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return int(real.pwrite(fd, data, offset))
-    return _write(fd, known, [data], offset)
+    return _write(fd, descriptor, [data], offset)
 
 
 def writev(fd: int, buffers: Sequence[Any]) -> int:
-    known = REGISTRY.descriptor(fd)
-    return int(real.writev(fd, buffers)) if known is None else _write(fd, known, buffers, None)
+    descriptor = REGISTRY.descriptor(fd)
+    return (
+        int(real.writev(fd, buffers))
+        if descriptor is None
+        else _write(fd, descriptor, buffers, None)
+    )
 
 
 def pwritev(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return int(real.pwritev(fd, buffers, offset, flags))
-    return _write(fd, known, buffers, offset)
+    return _write(fd, descriptor, buffers, offset)
 
 
-def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | None) -> int:
+def _write(fd: int, descriptor: Descriptor, buffers: Sequence[Any], offset: int | None) -> int:
     """Write at the offset, or at the descriptor's position, which then moves. Returns the number of
     bytes.
     """
@@ -178,16 +182,16 @@ def _write(fd: int, known: Descriptor, buffers: Sequence[Any], offset: int | Non
 
     def act(operation: Operation) -> tuple[int, int]:
         stored = operation.data or b""
-        done = real.write(fd, stored) if own else real.pwrite(fd, stored, offset)
-        return done, done
+        count = real.write(fd, stored) if own else real.pwrite(fd, stored, offset)
+        return count, count
 
-    if known.appends:
+    if descriptor.appends:
         at = os.fstat(fd).st_size  # also of a pwrite: Linux appends whatever the offset says
     else:
         at = os.lseek(fd, 0, os.SEEK_CUR) if offset is None else offset
-    operation = _of("write", known, offset=at, data=data, nbytes=len(data))
+    operation = _operation_on("write", descriptor, offset=at, data=data, nbytes=len(data))
     claimed: int = REGISTRY.perform(operation, act)
-    if own and not known.appends:
+    if own and not descriptor.appends:
         # A lost or shortened write has moved the offset all the same.
         os.lseek(fd, at + claimed, os.SEEK_SET)
     return claimed
@@ -210,10 +214,10 @@ def copy_file_range(
 def _copy_range(src: int, dst: int, count: int, start: int | None, to: int | None) -> int:
     at = os.lseek(src, 0, os.SEEK_CUR) if start is None else start
     data = pread(src, min(count, 1 << 20), at)
-    done = write(dst, data) if to is None else pwrite(dst, data, to)
+    nbytes = write(dst, data) if to is None else pwrite(dst, data, to)
     if start is None:
-        os.lseek(src, at + done, os.SEEK_SET)
-    return done
+        os.lseek(src, at + nbytes, os.SEEK_SET)
+    return nbytes
 
 
 # ---- whole files
@@ -229,17 +233,23 @@ def fdatasync(fd: Any) -> Any:
 
 def _sync(fd: Any, function: Callable[[int], None]) -> Any:
     number = fd if isinstance(fd, int) else fd.fileno()
-    known = REGISTRY.descriptor(number)
-    if known is None:
+    descriptor = REGISTRY.descriptor(number)
+    if descriptor is None:
         return function(number)
-    return _done(_of("sync_folder" if known.is_folder else "sync", known), function, number)
+    return _perform(
+        _operation_on("sync_folder" if descriptor.is_folder else "sync", descriptor),
+        function,
+        number,
+    )
 
 
 def ftruncate(fd: int, length: int) -> Any:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return real.ftruncate(fd, length)
-    return _done(_of("truncate", known, nbytes=length), real.ftruncate, fd, length)
+    return _perform(
+        _operation_on("truncate", descriptor, nbytes=length), real.ftruncate, fd, length
+    )
 
 
 def truncate(path: Any, length: int) -> Any:
@@ -247,15 +257,15 @@ def truncate(path: Any, length: int) -> Any:
         return ftruncate(path, length)
     if (place := REGISTRY.place(path)) is None:
         return real.truncate(path, length)
-    return _done(Operation("truncate", place, nbytes=length), real.truncate, path, length)
+    return _perform(Operation("truncate", place, nbytes=length), real.truncate, path, length)
 
 
 def posix_fallocate(fd: int, offset: int, length: int) -> Any:
-    known = REGISTRY.descriptor(fd)
-    if known is None:
+    descriptor = REGISTRY.descriptor(fd)
+    if descriptor is None:
         return real.posix_fallocate(fd, offset, length)
-    operation = _of("allocate", known, offset=offset, nbytes=length)
-    return _done(operation, real.posix_fallocate, fd, offset, length)
+    operation = _operation_on("allocate", descriptor, offset=offset, nbytes=length)
+    return _perform(operation, real.posix_fallocate, fd, offset, length)
 
 
 # ---- names
@@ -286,7 +296,7 @@ def _move(
     operation = Operation("rename", source or os.path.realpath(src), to=to or os.path.realpath(dst))
     if source is None:
         operation = _from_outside(operation)
-    return _done(operation, act)
+    return _perform(operation, act)
 
 
 def link(
@@ -306,7 +316,7 @@ def link(
     operation = Operation("link", source or os.path.realpath(src), to=to)
     if source is None:
         operation = _from_outside(operation)
-    return _done(operation, real.link, src, dst, **facts)
+    return _perform(operation, real.link, src, dst, **facts)
 
 
 def _from_outside(operation: Operation) -> Operation:
@@ -322,7 +332,7 @@ def symlink(
     if (to := REGISTRY.place(dst, dir_fd)) is None:
         return real.symlink(src, dst, target_is_directory, dir_fd=dir_fd)
     operation = Operation("link", to, to=to, data=os.fsencode(src))
-    return _done(operation, real.symlink, src, dst, target_is_directory, dir_fd=dir_fd)
+    return _perform(operation, real.symlink, src, dst, target_is_directory, dir_fd=dir_fd)
 
 
 def unlink(path: Any, *, dir_fd: int | None = None) -> Any:
@@ -346,7 +356,7 @@ def _call_on_name(
 ) -> Any:
     if (place := REGISTRY.place(path, dir_fd)) is None:
         return function(path, *args, dir_fd=dir_fd)
-    return _done(Operation(kind, place), function, path, *args, dir_fd=dir_fd)
+    return _perform(Operation(kind, place), function, path, *args, dir_fd=dir_fd)
 
 
 def scandir(path: Any = ".") -> Any:
@@ -359,4 +369,4 @@ def listdir(path: Any = ".") -> Any:
 
 def _list(function: Callable[[Any], Any], path: Any) -> Any:
     place = REGISTRY.place("." if path is None else path)
-    return function(path) if place is None else _done(Operation("list", place), function, path)
+    return function(path) if place is None else _perform(Operation("list", place), function, path)

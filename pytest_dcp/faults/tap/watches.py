@@ -100,8 +100,8 @@ class Registry:
         If the last name is a link, it is followed only if otherwise the path is outside.
         """
         if isinstance(path, int):
-            known = self.descriptor(path)
-            return None if known is None else known.path
+            descriptor = self.descriptor(path)
+            return None if descriptor is None else descriptor.path
         try:
             name = os.fsdecode(path)
         except TypeError:
@@ -136,35 +136,35 @@ class Registry:
 
     def copy_descriptor(self, fd: int, copy: int) -> None:
         """Track `copy` like `fd`."""
-        known = self.descriptor(fd)
-        if known is None:
+        descriptor = self.descriptor(fd)
+        if descriptor is None:
             self._descriptors.pop(copy, None)
         else:
-            self._descriptors[copy] = known
+            self._descriptors[copy] = descriptor
 
     def drop_descriptor(self, fd: int) -> None:
         self._descriptors.pop(fd, None)
 
     def descriptor(self, fd: Any) -> Descriptor | None:
         """The entry of a descriptor; None if it is not below a watched root."""
-        if not isinstance(fd, int) or (known := self._descriptors.get(fd)) is None:
+        if not isinstance(fd, int) or (descriptor := self._descriptors.get(fd)) is None:
             return None
         try:
             status = os.fstat(fd)
         except OSError:
             self.drop_descriptor(fd)
             return None
-        if (status.st_dev, status.st_ino) != known.identity:
+        if (status.st_dev, status.st_ino) != descriptor.identity:
             # Code that Python does not see closed it, and another file got its number.
             self.drop_descriptor(fd)
             return None
-        return known
+        return descriptor
 
     def rename_paths(self, old: str, new: str) -> None:
         """Give open files their new names."""
-        for known in list(self._descriptors.values()):
-            if _is_below(known.path, old):
-                known.path = new + known.path[len(old) :]
+        for descriptor in list(self._descriptors.values()):
+            if _is_below(descriptor.path, old):
+                descriptor.path = new + descriptor.path[len(old) :]
 
     def perform(self, operation: Operation, act: Callable[[Operation], tuple[Any, int]]) -> Any:
         """Do one operation, calling all watchers that it concerns. Returns its result.
@@ -182,15 +182,15 @@ class Registry:
         def do(changed: Operation = operation) -> Any:
             result, nbytes = act(changed)
             data = changed.data[:nbytes] if changed.kind == "write" and changed.data else None
-            done = replace(
+            final_operation = replace(
                 changed,
                 nbytes=nbytes,
                 data=changed.data if data is None else data,
                 ended_ns=time.monotonic_ns(),
             )
             try:
-                self._tell([w for w in watches if w.observing], done)
-                self._tell(deciding, done)
+                self._tell([w for w in watches if w.observing], final_operation)
+                self._tell(deciding, final_operation)
             except BaseException:
                 self._drop(operation, result)  # the caller will not get it
                 raise
