@@ -56,8 +56,8 @@ def add_options(parser: pytest.Parser, options: Sequence[Option]) -> None:
             kwargs["choices"] = option.choices
         else:
             kwargs["metavar"] = option.name.rpartition("-")[2].upper()
-        shown = f" (default: {option.default})" if option.default else ""
-        group.addoption(f"--dcp-{option.name}", help=option.help + shown, **kwargs)
+        default_note = f" (default: {option.default})" if option.default else ""
+        group.addoption(f"--dcp-{option.name}", help=option.help + default_note, **kwargs)
         kind = _ini_type(option.takes)
         help_ = f"{option.help}; as --dcp-{option.name}"
         parser.addini(option.key, help_, type=kind, default=None)
@@ -79,7 +79,7 @@ class OptionReader:
         self.problems: list[str] = []
         self._options = {option.name: option for option in options}
         self._texts = {option.name: _text_of(config, option) for option in options}
-        self._given_as = {option.name: _given_as(config, option) for option in options}
+        self._source_names = {option.name: _source_name(config, option) for option in options}
         """By option, its name where its value was written."""
         for option in options:
             if option.choices and self._texts[option.name] not in option.choices:
@@ -94,7 +94,7 @@ class OptionReader:
 
     def refuse(self, name: str, takes: str) -> None:
         """Note that an option `takes` something else."""
-        self.problems.append(f"{self._given_as[name]} takes {takes}; got {self._texts[name]!r}")
+        self.problems.append(f"{self._source_names[name]} takes {takes}; got {self._texts[name]!r}")
 
     def text(self, name: str) -> str:
         """The value as it was written, without blanks around it; the default where none was."""
@@ -138,14 +138,14 @@ def check_together(*readings: Callable[[], object]) -> None:
 
 
 def _text_of(config: pytest.Config, option: Option) -> str:
-    given = config.getoption(option.key)
-    if given is None:
-        given = _ini_value(config, option.key)
-    text = option.default if given is None else str(given).strip()
+    value = config.getoption(option.key)
+    if value is None:
+        value = _ini_value(config, option.key)
+    text = option.default if value is None else str(value).strip()
     return text if text or option.may_be_empty else option.default
 
 
-def _given_as(config: pytest.Config, option: Option) -> str:
+def _source_name(config: pytest.Config, option: Option) -> str:
     """The option's name in the place that its value comes from: command line, or ini file."""
     return option.key if config.getoption(option.key) is None else f"--dcp-{option.name}"
 

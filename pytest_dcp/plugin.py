@@ -93,9 +93,9 @@ def pytest_make_collect_report(
     # pytest keeps the error there until the report is made (pytest 9.2).
     excinfo = getattr(getattr(report, "call", None), "excinfo", None)
     if report.failed and excinfo is not None and _mark_frames(excinfo.value):
-        shown: Any = collector.repr_failure(excinfo)
-        if hasattr(shown, "toterminal"):
-            report.longrepr = shown
+        longrepr: Any = collector.repr_failure(excinfo)
+        if hasattr(longrepr, "toterminal"):
+            report.longrepr = longrepr
     return report
 
 
@@ -239,9 +239,9 @@ def pytest_testnodedown(node: Any) -> None:
     if (wrong := output.get("dcp_usage_error")) is not None:
         raise pytest.UsageError(wrong)
     terminal = node.config.pluginmanager.getplugin("terminalreporter")
-    said = node.config.stash.setdefault(NOTES_KEY, set())
+    printed_notes = node.config.stash.setdefault(NOTES_KEY, set())
     for note in output.get("dcp_notes", ()):
-        if note not in said and terminal is not None:
-            said.add(note)
+        if note not in printed_notes and terminal is not None:
+            printed_notes.add(note)
             terminal.ensure_newline()
             terminal.write_line(note)

@@ -192,21 +192,21 @@ def _hides_frames_of(error: BaseException) -> bool:
     return is_explained(error) or is_raised_by_user(error)
 
 
-def format_shown(error: BaseException, traceback: TracebackType | None) -> str:
+def format_error(error: BaseException, traceback: TracebackType | None) -> str:
     """The text of an error and of its causes, without unhelpful frames."""
     text = TracebackException(type(error), error, traceback)
     todo: list[tuple[BaseException | None, TracebackException | None]] = [(error, text)]
     while todo:
-        shown, its_text = todo.pop()
-        if shown is None or its_text is None:
+        link, link_text = todo.pop()
+        if link is None or link_text is None:
             continue
         todo += [
-            (shown.__cause__, its_text.__cause__),
-            (shown.__context__, its_text.__context__),
+            (link.__cause__, link_text.__cause__),
+            (link.__context__, link_text.__context__),
         ]
-        if _hides_frames_of(shown):
-            frames = [f for f in its_text.stack if owner_of(f.filename) != "package"]
-            its_text.stack = StackSummary.from_list(frames)
+        if _hides_frames_of(link):
+            frames = [f for f in link_text.stack if owner_of(f.filename) != "package"]
+            link_text.stack = StackSummary.from_list(frames)
     return "".join(text.format())
 
 

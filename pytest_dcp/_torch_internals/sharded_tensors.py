@@ -59,20 +59,20 @@ def make_sharded_tensor_in_group(
     The public `sharded_tensor.init_from_local_shards` gathers the metadata from all ranks, which
     have it already.
     """
-    made: ShardedTensor = ShardedTensor._init_from_local_shards_and_global_metadata(
+    tensor: ShardedTensor = ShardedTensor._init_from_local_shards_and_global_metadata(
         list(shards), metadata, process_group=group
     )
-    return made
+    return tensor
 
 
 def make_detached_sharded_tensor(
     shards: Sequence[Shard], metadata: Any, spec: Any
 ) -> ShardedTensor:
     """A ShardedTensor of these shards that needs no process group: it can be saved, no more."""
-    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
+    base: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
         list(shards), metadata, sharding_spec=spec
     )
-    tensor: ShardedTensor = made
+    tensor: ShardedTensor = base
     return tensor
 
 

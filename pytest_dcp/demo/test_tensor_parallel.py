@@ -30,11 +30,11 @@ def test_sharded_mlp_computes_the_same_as_the_plain_one(device_mesh):
     assert sharded.up.weight.to_local().shape == (HIDDEN // 2, FEATURES)
 
     batch = torch.randn(4, FEATURES)
-    expected, got = plain(batch), sharded(batch)
-    torch.testing.assert_close(got, expected)
+    expected, actual = plain(batch), sharded(batch)
+    torch.testing.assert_close(actual, expected)
 
     expected.sum().backward()
-    got.sum().backward()
+    actual.sum().backward()
     torch.testing.assert_close(sharded.up.weight.grad.full_tensor(), plain.up.weight.grad)
 
 

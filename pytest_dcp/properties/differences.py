@@ -134,20 +134,20 @@ def _bits(fqn: str, actual: torch.Tensor, expected: torch.Tensor) -> Iterator[Di
         bits = _reshape_bits(bits_of(local_of(one)), local_of(one))
         whole = isinstance(other, DTensor) and not isinstance(one, DTensor)
         parts.append(part_of(bits, places) if whole else bits)
-    got, wanted = parts
-    if not got.size and not wanted.size:
+    actual_bits, expected_bits = parts
+    if not actual_bits.size and not expected_bits.size:
         return  # FSDP2 gives some empty parts fewer rows than the full tensor has
-    if got.shape != wanted.shape:
+    if actual_bits.shape != expected_bits.shape:
         sides = [str(part.shape[:-1]) for part in parts]
         yield Difference(fqn, rank(), "shape of the local part", sides[0], sides[1])
         return
-    wrong = np.argwhere((got != wanted).any(axis=-1))
+    wrong = np.argwhere((actual_bits != expected_bits).any(axis=-1))
     if len(wrong):
         at = tuple(int(n) for n in wrong[0])
         index = tuple(int(indices[n]) for indices, n in zip(places, at, strict=True))
-        shown = [_element(part[at], actual.dtype) for part in parts]
-        count, size = len(wrong), got[..., 0].size
-        yield Difference(fqn, rank(), "bits", shown[0], shown[1], index, count, size)
+        elements = [_element(part[at], actual.dtype) for part in parts]
+        count, size = len(wrong), actual_bits[..., 0].size
+        yield Difference(fqn, rank(), "bits", elements[0], elements[1], index, count, size)
 
 
 def _places(tensor: torch.Tensor) -> Places | None:

@@ -75,7 +75,7 @@ class CheckpointMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[str, StateSpec] = {}
+        self.saved_states: dict[str, StateSpec] = {}
 
     @initialize(state=_STATE)
     def begin(self, state: StateSpec) -> None:
@@ -104,8 +104,8 @@ class CheckpointMachine(RuleBasedStateMachine):
         """Save and be cut off: the folder holds the complete old or new checkpoint."""
         placed, folder = state.on(*ranks), self.root / place
         enter(placed)
-        left = list(recorded_save(self.dcp, placed, folder).crash_states(model, CRASHES))
-        crashed = left[which % len(left)]
+        states = list(recorded_save(self.dcp, placed, folder).crash_states(model, CRASHES))
+        crashed = states[which % len(states)]
 
         def put_back() -> None:
             _remove(folder)
@@ -113,10 +113,10 @@ class CheckpointMachine(RuleBasedStateMachine):
                 shutil.copytree(found, folder)
 
         on_first_ranks(1, "putting the folder into the state of a crash", put_back)
-        old = self.held.pop(place, None)
+        old = self.saved_states.pop(place, None)
         for candidate in [state] if crashed.returned else [state, old]:
             if candidate is not None and self._holds(folder, candidate):
-                self.held[place] = candidate
+                self.saved_states[place] = candidate
                 return
         if crashed.returned or old is not None:
             raise LawError(f"{crashed!r} leaves neither the old checkpoint nor the new one")
@@ -124,16 +124,16 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, ranks=_RANKS)
     def load(self, which: int, ranks: Layouts) -> None:
         """Load, in other layouts and with other ranks."""
-        place = _pick("place", self.held, which)
-        placed = self.held[place].on(*ranks)
+        place = _pick("place", self.saved_states, which)
+        placed = self.saved_states[place].on(*ranks)
         enter(placed)
         load(self.dcp, placed, self.root / place, f"loading {place}")
 
     @rule(which=_WHICH, which_key=_WHICH, ranks=_RANKS)
     def load_a_part(self, which: int, which_key: int, ranks: Layouts) -> None:
         """Load only some keys."""
-        place = _pick("place", self.held, which)
-        state = self.held[place]
+        place = _pick("place", self.saved_states, which)
+        state = self.saved_states[place]
         key = _pick("key", state.tree, which_key)
         placed = state.on(*ranks)
         enter(placed)
@@ -142,28 +142,28 @@ class CheckpointMachine(RuleBasedStateMachine):
     @rule(which=_WHICH, before=_RANKS, after=_RANKS)
     def reshard(self, which: int, before: Layouts, after: Layouts) -> None:
         """Load from one folder, and save to the other in another layout."""
-        place = _pick("place", self.held, which)
+        place = _pick("place", self.saved_states, which)
         other = next(one for one in PLACES if one != place)
-        state = self.held[place]
+        state = self.saved_states[place]
         one, two = state.on(*before), state.on(*after)
         enter(one, two)
         load(self.dcp, one, self.root / place, f"loading {place} to reshard it")
         save(self.dcp, two, self.root / other)
-        self.held[other] = state
+        self.saved_states[other] = state
 
     @rule(place=_PLACE)
     def prune(self, place: str) -> None:
         """Remove a folder, unless it is the last one or missing."""
-        if place not in self.held or len(self.held) == 1:
+        if place not in self.saved_states or len(self.saved_states) == 1:
             return
         on_first_ranks(1, "removing a folder", lambda: _remove(self.root / place))
-        del self.held[place]
+        del self.saved_states[place]
 
     def _save(self, place: str, state: StateSpec, ranks: Layouts) -> None:
         placed = state.on(*ranks)
         enter(placed)
         save(self.dcp, placed, self.root / place)
-        self.held[place] = state
+        self.saved_states[place] = state
 
     def _holds(self, folder: Path, state: StateSpec) -> bool:
         """Whether the folder holds the whole of this state."""

@@ -58,8 +58,10 @@ class ModuleSpec:
 
     def layers(self) -> dict[str, nn.Module]:
         """Layers, by name, that tensor parallelism can divide: linear layers and embeddings."""
-        named = self.build("meta").named_modules()
-        return {name: one for name, one in named if isinstance(one, nn.Linear | nn.Embedding)}
+        named_modules = self.build("meta").named_modules()
+        return {
+            name: one for name, one in named_modules if isinstance(one, nn.Linear | nn.Embedding)
+        }
 
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:

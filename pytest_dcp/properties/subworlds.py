@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Kept:
+class _WorldObjects:
     """Objects created in a world."""
 
     world: dist.ProcessGroup | None = None
@@ -40,15 +40,15 @@ class _Kept:
     groups: dict[int, dist.ProcessGroup | None] = field(default_factory=dict)
 
 
-_kept = _Kept()
+_objects = _WorldObjects()
 
 
-def _of_this_world() -> _Kept:
+def _of_this_world() -> _WorldObjects:
     """The objects of this world; a new default group means a new world."""
-    global _kept
-    if _kept.world is not dist.group.WORLD:
-        _kept = _Kept(dist.group.WORLD)
-    return _kept
+    global _objects
+    if _objects.world is not dist.group.WORLD:
+        _objects = _WorldObjects(dist.group.WORLD)
+    return _objects
 
 
 def device_type() -> str:
@@ -99,18 +99,18 @@ def check_room(count: int) -> None:
 
 def shared_folder() -> Path:
     """A new temporary folder, the same in every rank. Collective over all ranks of the world."""
-    made: list[str | OSError] = [""]
+    result: list[str | OSError] = [""]
     if rank() == 0:
         try:
-            made = [tempfile.mkdtemp(prefix="dcp-shared-")]
+            result = [tempfile.mkdtemp(prefix="dcp-shared-")]
         except OSError as error:
-            made = [error]
+            result = [error]
     if dist.is_initialized():
-        with _tell_of_error(made[0] if isinstance(made[0], OSError) else None):
-            dist.broadcast_object_list(made)
-    if isinstance(made[0], OSError):
-        raise made[0]
-    return Path(made[0])
+        with _tell_of_error(result[0] if isinstance(result[0], OSError) else None):
+            dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return Path(result[0])
 
 
 Found = Sequence[object] | None
@@ -181,9 +181,11 @@ def _gather_findings(found: _Findings) -> _Findings:
     bad, goes_on = map(bool, flags.tolist())
     if not bad:
         return _Findings(goes_on=goes_on)
-    said: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(said, (found.problems, found.skips))
-    problems, skips = ([one for some in part for one in some] for part in zip(*said, strict=True))
+    findings: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(findings, (found.problems, found.skips))
+    problems, skips = (
+        [one for some in part for one in some] for part in zip(*findings, strict=True)
+    )
     return _Findings([*dict.fromkeys(problems)], [*dict.fromkeys(skips)], goes_on)
 
 
@@ -196,23 +198,23 @@ def agree(what: str, group: dist.ProcessGroup | None, make: Callable[[], T]) -> 
     __tracebackhide__ = True
     if not dist.is_initialized():
         return make()
-    made, cause = None, None
+    result, cause = None, None
     try:
-        made = make()
+        result = make()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001  # raised again below
         cause = error
-    said: list[str | None] = [None] * dist.get_world_size(group)
+    errors: list[str | None] = [None] * dist.get_world_size(group)
     with _tell_of_error(cause):
-        dist.all_gather_object(said, None if cause is None else _describe(cause), group=group)
+        dist.all_gather_object(errors, None if cause is None else _describe(cause), group=group)
     if cause is not None:
         raise cause
-    for number, text in enumerate(said):
+    for number, text in enumerate(errors):
         if text is not None:
             where = dist.get_global_rank(group, number) if group is not None else number
             raise LawError(f"{what}: rank {where}: {text}")
-    return cast(T, made)
+    return cast(T, result)
 
 
 @contextmanager

@@ -24,27 +24,27 @@ def whole(state: dict[str, Any], count: int) -> dict[str, Any]:
     """
     entries = dict(flat(state))
     parts = agree("parts of the state", first_ranks(count), lambda: _parts(entries))
-    said: list[Parts] = [parts]
+    parts_by_rank: list[Parts] = [parts]
     if dist.is_initialized():
         gathered: Any = [None] * count if rank() == 0 else None
         dist.gather_object(parts, gathered, dst=0, group=first_ranks(count))
-        said = gathered
+        parts_by_rank = gathered
     if rank():
         return {}
-    return {fqn: _put_together(fqn, value, said) for fqn, value in entries.items()}
+    return {fqn: _assemble_value(fqn, value, parts_by_rank) for fqn, value in entries.items()}
 
 
 def _parts(entries: dict[str, Any]) -> Parts:
     return {fqn: _part(value) for fqn, value in entries.items() if isinstance(value, DTensor)}
 
 
-def _put_together(fqn: str, value: Any, said: list[Parts]) -> Any:
+def _assemble_value(fqn: str, value: Any, parts_by_rank: list[Parts]) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if not isinstance(value, DTensor):
         return value.detach().cpu().clone()
     bits = np.zeros((*value.shape, value.dtype.itemsize), dtype=np.uint8)
-    for parts in said:
+    for parts in parts_by_rank:
         places, part = parts[fqn]
         bits[np.ix_(*places)] = part
     return tensor_of(bits, value.dtype)

@@ -204,7 +204,7 @@ def test_an_explained_cause_is_the_context_alone(ours: Any) -> None:
 def test_a_text_leaves_out_the_same_frames(ours: Any) -> None:
     refused, slipped = raised(ours.refuse, ValueError), raised(ours.slip)
     refused.__cause__ = slipped
-    text = tracebacks.format_shown(refused, refused.__traceback__)
+    text = tracebacks.format_error(refused, refused.__traceback__)
     assert "in refuse" not in text
     assert "in slip" in text
     assert text.endswith("ValueError: refused\n")

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from pytest_dcp._harness.protocol.messages import RankOutcome
 from pytest_dcp.errors import DivergedError
-from pytest_dcp.tracebacks import format_shown
+from pytest_dcp.tracebacks import format_error
 
 TEXT_CHARS = 2000
 """Of an exception's text in headings and messages; its traceback has all of it."""
@@ -17,7 +17,7 @@ def traceback_text(error: BaseException, *, skip_file: str = "") -> str:
     tb: TracebackType | None = error.__traceback__
     while tb is not None and tb.tb_frame.f_code.co_filename == skip_file:
         tb = tb.tb_next
-    return format_shown(error, tb)
+    return format_error(error, tb)
 
 
 def outcome_of(error: BaseException) -> RankOutcome:

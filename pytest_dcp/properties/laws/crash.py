@@ -47,7 +47,7 @@ def assert_overwrite_atomic(
     first_ranks(1)
     if old is not None:
         save(dcp, old, folder)
-    made = recorded_save(dcp, new, folder)
+    record = recorded_save(dcp, new, folder)
 
     def finished() -> list[Difference]:
         # An engine that cannot load even this proves nothing by refusing a crashed folder.
@@ -59,7 +59,7 @@ def assert_overwrite_atomic(
     on_first_ranks(1, "loading the saved state", finished)
 
     def tried() -> list[str]:
-        states = (state for model in models for state in made.crash_states(model, budget))
+        states = (state for model in models for state in record.crash_states(model, budget))
         return [problem for state in states if (problem := _problem(state, old, new, dcp))]
 
     on_first_ranks(1, "loading after a crash", tried)
@@ -73,10 +73,10 @@ def recorded_save(dcp: Engine, placed: Placed, folder: Folder) -> Recording:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
     on_first_ranks(world_size(), "making the folder", make_folder)
-    made = Recording()
-    with recording(Folders([Path(folder)]), _desk(), made):
+    record = Recording()
+    with recording(Folders([Path(folder)]), _desk(), record):
         save(dcp, placed, folder)
-    return made
+    return record
 
 
 def _desk() -> Desk:
@@ -87,15 +87,15 @@ def _desk() -> Desk:
     return Desk(place, rank(), _meet)
 
 
-def _meet(what: str, brought: bytes) -> Sequence[bytes]:
-    came: list[Any] = [None] * world_size()
-    dist.all_gather_object(came, brought)
-    return came
+def _meet(what: str, message: bytes) -> Sequence[bytes]:
+    messages: list[Any] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    return messages
 
 
 def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) -> str | None:
     """The reason why a crash must not leave this state; None if it may."""
-    said = []
+    problems = []
     with state.restored() as folder:
         for name, placed in (("new", new), ("old", old)):
             if placed is None or (name == "old" and state.returned):
@@ -107,11 +107,13 @@ def _problem(state: CrashState, old: Placed | None, new: Placed, dcp: Engine) ->
             except (Exception, CheckpointException) as error:  # noqa: BLE001  # reported below
                 if old is None and not state.returned:
                     return None
-                said.append(f"as the {name} one: {type(error).__name__}: {error}"[:500])
+                problems.append(f"as the {name} one: {type(error).__name__}: {error}"[:500])
                 continue
             found = differences(target, placed.full())
             if not found:
                 return None
-            said.append(f"as the {name} one: {found[0]}")
-    wanted = "the new checkpoint" if state.returned or old is None else "the old or the new one"
-    return f"{state!r}: expected {wanted}: {'; '.join(said)}"
+            problems.append(f"as the {name} one: {found[0]}")
+    expectation = (
+        "the new checkpoint" if state.returned or old is None else "the old or the new one"
+    )
+    return f"{state!r}: expected {expectation}: {'; '.join(problems)}"

@@ -122,18 +122,20 @@ def _resume_training(
     if rank():
         return []
     found = differences(middle, seen[0])
-    return found or (differences if exact else _far)(end, seen[1])
+    return found or (differences if exact else _beyond_tolerance)(end, seen[1])
 
 
-def _far(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def _beyond_tolerance(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """Differences beyond the tolerance, between two states with the same names."""
     problems = []
-    for fqn, wanted in expected.items():
-        got = actual[fqn]
-        if not isinstance(wanted, torch.Tensor):
+    for fqn, expected_value in expected.items():
+        actual_value = actual[fqn]
+        if not isinstance(expected_value, torch.Tensor):
             continue
         try:
-            torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+            torch.testing.assert_close(
+                actual_value, expected_value, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True
+            )
         except AssertionError as error:
             problems.append(f"{fqn}: after training on: {error}")
     return problems

@@ -48,8 +48,8 @@ class ProtocolTests(StorageTests):
             planner = DefaultSavePlanner()
             planner.set_up_planner({name: torch.ones(2)}, is_coordinator=name == "a")
             plans.append(writer.prepare_local_plan(planner.create_local_plan()))
-        told = writer.prepare_global_plan(plans)
-        assert [[item.index.fqn for item in plan.items] for plan in told] == [["a"], ["b"]]
+        global_plans = writer.prepare_global_plan(plans)
+        assert [[item.index.fqn for item in plan.items] for plan in global_plans] == [["a"], ["b"]]
 
     def test_write_results(self, tmp_path: Path) -> None:
         """write_data returns one result per item."""
@@ -138,8 +138,8 @@ def _write_without_finish(
     _set_up(writer)
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([plan])
-    (told,) = writer.prepare_global_plan(plans)
-    final = replace(planner.finish_plan(told), storage_data=told.storage_data)
+    (global_plan,) = writer.prepare_global_plan(plans)
+    final = replace(planner.finish_plan(global_plan), storage_data=global_plan.storage_data)
     future = writer.write_data(final, planner)
     future.wait()
     return final, list(future.value()), metadata
