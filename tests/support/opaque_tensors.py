@@ -74,6 +74,9 @@ def per_channel(factor: int) -> torch.Tensor:
 
 def inside(value: Any) -> list[Any]:
     """All that a tensor holds, to compare."""
+    if isinstance(value, Blocks):
+        held = [value.codes.tolist(), value.scale.tolist(), value.table.tolist()]
+        return [*held, value.signed]
     if isinstance(value, Scaled):
         return [type(value).__name__, value.block, *inside(value.values), *inside(value.scale)]
     if not value.is_quantized:
@@ -84,3 +87,62 @@ def inside(value: Any) -> list[Any]:
     else:
         said = [value.q_per_channel_scales().tolist(), value.q_per_channel_zero_points().tolist()]
     return [value.dtype, scheme, value.int_repr().tolist(), said]
+
+
+class Blocks(torch.Tensor):
+    """Codes, a scale for each block of them in row-major order, and a table, as torchao's states.
+
+    Its rows can be cut where blocks end; a part shares codes and scales, and copies the table.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    table: torch.Tensor
+    signed: bool
+
+    @staticmethod
+    def __new__(cls, codes: Any, scale: Any, table: Any, signed: bool = True) -> Any:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, codes.size(), dtype=torch.float32
+        )
+
+    def __init__(self, codes: Any, scale: Any, table: Any, signed: bool = True) -> None:
+        self.codes, self.scale, self.table = codes, scale, table
+        self.signed = signed
+        self.block_size = codes.numel() // scale.numel()
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scale", "table"], [self.signed]
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, context: Any, size: Any, stride: Any) -> Any:
+        return cls(inner["codes"], inner["scale"], inner["table"], *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        it = args[0]
+        if func.overloadpacket in SAME:
+            return cls(it.codes, it.scale, it.table, it.signed)
+        if func is torch.ops.aten.is_pinned.default:
+            return False
+        if func is torch.ops.aten.copy_.default:
+            it.codes.copy_(args[1].codes)
+            it.scale.copy_(args[1].scale)
+            return it
+        if func is torch.ops.aten.slice.Tensor:
+            _, dim, start, end = args[:4]
+            row = it.codes[0].numel()
+            if dim or start * row % it.block_size or end * row % it.block_size:
+                raise ValueError("not at a block's end")
+            first, last = start * row // it.block_size, end * row // it.block_size
+            return cls(it.codes[start:end], it.scale[first:last], it.table.clone(), it.signed)
+        raise NotImplementedError(str(func))
+
+
+def blocks(
+    factor: int, *, first: int = 0, rows: int = 8, block: int = 8, signed: bool = True
+) -> Blocks:
+    """Rows of 4 elements, beginning with this row of the full tensor."""
+    codes = (torch.arange(4 * first, 4 * (first + rows)) * factor).to(torch.uint8)
+    scale = torch.arange(4 * first // block, 4 * (first + rows) // block).float() + factor
+    return Blocks(codes.reshape(rows, 4), scale, torch.tensor([0.25, 4.0]), signed)

@@ -43,7 +43,7 @@ def prepare_opaque(
 ) -> Callable[[], torch.Tensor]:
     """A function that gives the opaque tensor with the values of an entry that fits."""
     try:
-        stored, storage = _open_entry(entry)
+        stored, storage = open_wrapper(entry)
         if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
             return lambda: _tensor(stored, storage)
         copies = _copies(fqn, target, stored, same_class=True)
@@ -91,7 +91,7 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
     Raises CheckpointCorruptError for a damaged one.
     """
     try:
-        stored, storage = _open_entry(entry)
+        stored, storage = open_wrapper(entry)
     except UnknownGlobalError:
         return None
     return _tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
@@ -100,7 +100,7 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
 def wrapper_in(entry: bytes | memoryview) -> str | None:
     """The class and size of the wrapper subclass of an entry, in words; None for anything else."""
     try:
-        stored, _ = _open_entry(entry)
+        stored, _ = open_wrapper(entry)
     except CheckpointCorruptError:
         return None
     if not isinstance(stored, OpaqueWrapper):
@@ -108,7 +108,7 @@ def wrapper_in(entry: bytes | memoryview) -> str | None:
     return f"a {stored.kind} of size {tuple(stored.shape)}"
 
 
-def _open_entry(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
+def open_wrapper(entry: bytes | memoryview) -> tuple[OpaquePickle, Storage]:
     """An entry's description of its tensor, and a function that gives a storage's bytes by key."""
     read = records_of(entry)
     stored = read_opaque_pickle(read("data.pkl"))
@@ -131,14 +131,14 @@ def _copies(fqn: str, target: Any, stored: OpaquePickle, *, same_class: bool) ->
         return _inner_copies(fqn, target, stored, same_class=same_class)
     data = stored if isinstance(stored, TensorPickle) else stored.data
     if is_traceable_wrapper_subclass(target) or tuple(target.shape) != data.shape:
-        raise _mismatch(fqn, f"a tensor of size {data.shape}", _describe(target))
+        raise misfit(fqn, f"a tensor of size {data.shape}", describe_target(target))
     floats = data.dtype.is_floating_point and target.dtype.is_floating_point
     if data.dtype != target.dtype and not floats:
-        raise _mismatch(fqn, f"{data.dtype}", f"{target.dtype}")
+        raise misfit(fqn, f"{data.dtype}", f"{target.dtype}")
     if isinstance(stored, QuantisedPickle):
         _scales_of(stored)
         if stored.scheme != target.qscheme():
-            raise _mismatch(fqn, f"{stored.scheme}", f"{target.qscheme()}")
+            raise misfit(fqn, f"{stored.scheme}", f"{target.qscheme()}")
     return [(target, stored)]
 
 
@@ -148,16 +148,16 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
     other = stored.kind != kind if same_class else not names
     if other or tuple(target.shape) != stored.shape:
         there = f"a {stored.kind} of size {stored.shape}, a wrapper of {', '.join(stored.inner())},"
-        raise _mismatch(fqn, there, _describe(target))
+        raise misfit(fqn, there, describe_target(target))
     for name in stored.inner().keys() - set(names):
         # The class keeps it besides the attributes that are compared, or it is lost.
         if not isinstance(getattr(target, name, None), torch.Tensor):
-            raise _mismatch(f"{fqn}.{name}", "a tensor", "no tensor of this name")
+            raise misfit(f"{fqn}.{name}", "a tensor", "no tensor of this name")
     copies: list[Copy] = []
     for name in names:
         part = stored.state.get(name)
         if not isinstance(part, OpaquePickle):
-            raise _mismatch(f"{fqn}.{name}", "no tensor of this name", _describe(target))
+            raise misfit(f"{fqn}.{name}", "no tensor of this name", describe_target(target))
         inner = getattr(target, name)
         copies += _copies(f"{fqn}.{name}", inner, part, same_class=same_class)
     require_same_attributes(fqn, target, stored.state, names)
@@ -166,7 +166,7 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
 
 def _tensor(stored: Stored, storage: Storage) -> torch.Tensor:
     if isinstance(stored, TensorPickle):
-        return _plain(stored, storage, stored.dtype)
+        return storage_tensor(stored, storage)
     scales, zeros, *axis = _scales_of(stored)
     whole = _plain(stored.data, storage, _integers_of(stored.data.dtype)).contiguous()
     if not axis:
@@ -202,6 +202,14 @@ def _integers_of(dtype: torch.dtype) -> torch.dtype:
     return integers[dtype]
 
 
+def storage_tensor(stored: TensorPickle, storage: Storage) -> torch.Tensor:
+    """The tensor of plain elements that an entry describes, in memory of its own.
+
+    Raises CheckpointCorruptError for a damaged storage, or another dtype.
+    """
+    return _plain(stored, storage, stored.dtype)
+
+
 def _plain(stored: TensorPickle, storage: Storage, dtype: torch.dtype) -> torch.Tensor:
     data = storage(stored.storage_key)
     if len(data) != stored.storage_nbytes:
@@ -215,11 +223,13 @@ def _plain(stored: TensorPickle, storage: Storage, dtype: torch.dtype) -> torch.
     return flat.as_strided(stored.shape, stored.stride, stored.storage_offset)
 
 
-def _describe(target: Any) -> str:
+def describe_target(target: Any) -> str:
+    """A tensor's class and size, in words."""
     return f"a {type(target).__name__} of size {tuple(target.shape)}"
 
 
-def _mismatch(fqn: str, there: str, here: str) -> CheckpointMismatchError:
+def misfit(fqn: str, there: str, here: str) -> CheckpointMismatchError:
+    """The error for a key that is one thing in the checkpoint, and another here."""
     return CheckpointMismatchError(
         f"{fqn!r} is {there} in the checkpoint, and {here} here", mismatched=(fqn,)
     )

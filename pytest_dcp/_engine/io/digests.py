@@ -40,6 +40,7 @@ import torch
 
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
+from pytest_dcp._engine.plan.opaque import inner_tensors, is_wrapper
 from pytest_dcp._engine.plan.replica_comparison import NOT_COMPARED
 from pytest_dcp._engine.plan.shards import PLAIN
 
@@ -57,7 +58,12 @@ _LEAVES = frozenset({type(None), bool, int, float, str, bytes})
 
 
 def sum_of_tensor(tensor: torch.Tensor, start: int, nbytes: int) -> int:
-    """A sum of these bytes of the tensor's row-major data, never `NOT_COMPARED`."""
+    """A sum of these bytes of the tensor's row-major data, never `NOT_COMPARED`.
+
+    Of a wrapper of other tensors, a sum of all bytes in these.
+    """
+    if is_wrapper(tensor):
+        return sum_of_wrapper(tensor) + 1
     if is_flat(tensor):
         return crc32(memory_of(tensor)[start : start + nbytes]) + 1
     crc = 0
@@ -67,6 +73,18 @@ def sum_of_tensor(tensor: torch.Tensor, start: int, nbytes: int) -> int:
     for piece in pieces(tensor, PIECE_BYTES):
         crc = crc32(piece, crc)
     return crc + 1
+
+
+def sum_of_wrapper(wrapper: torch.Tensor) -> int:
+    """A sum of the inner tensors of a wrapper, all their bytes."""
+    crc = 0
+    for _, inner in inner_tensors(wrapper):
+        if is_wrapper(inner):
+            crc = crc32(struct.pack("<I", sum_of_wrapper(inner)), crc)
+        else:
+            for piece in pieces(inner.detach(), PIECE_BYTES):
+                crc = crc32(piece, crc)
+    return crc
 
 
 def _elements(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -203,6 +221,8 @@ def outline(value: Any) -> list[tuple[str, str, int]]:
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, str, int]]:
+    if isinstance(value, torch.Tensor) and is_wrapper(value):
+        value = dict(inner_tensors(value))
     if type(value) in PLAIN and value.layout is torch.strided and value.numel():
         value = value.detach().cpu().tolist()
     elif type(value) is np.ndarray and value.size:

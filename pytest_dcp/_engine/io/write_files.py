@@ -20,6 +20,7 @@ import torch
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
 from pytest_dcp._engine.format.write_results import Written
 from pytest_dcp._engine.io.disk import Buffer, Out
 from pytest_dcp._engine.io.folder import Folder
@@ -29,7 +30,9 @@ from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of, pieces
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.transforms import Through
 from pytest_dcp._engine.plan.boxes import Ints, row_bounds
+from pytest_dcp._engine.plan.columns import UNKNOWN
 from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
+from pytest_dcp.errors import PlanError
 
 Source = Callable[[int], torch.Tensor | bytes]
 """The data of a row: a tensor, or a value's entry."""
@@ -241,7 +244,10 @@ def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
 
 def _put_value(file: File, rows: Rows, row: int, entry: bytes) -> None:
     start = file.position
-    rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
+    if type(entry) is WrapperEntry:
+        rows.add(row, start, len(entry), UNKNOWN, UNKNOWN, [])
+    else:
+        rows.add(row, start, len(entry), start, len(entry), block_sums(entry))
     file.put(entry)
     file.settle()
 
@@ -250,6 +256,11 @@ def _put_transformed(
     file: File, rows: Rows, row: int, data: torch.Tensor | bytes, settings: Settings
 ) -> None:
     """Write the entry through the stream transforms; sums are of the bytes that are stored."""
+    if type(data) is WrapperEntry:
+        raise PlanError(
+            f"{data.fqn!r} is a DTensor of a wrapper of other tensors, which cannot pass through "
+            "stream transforms: save it without them"
+        )
     start = file.position
     tap = _Tap(file)
     stream: IO[bytes] = cast(IO[bytes], tap)

@@ -20,6 +20,7 @@ from pytest_dcp._engine.format.safetensors_header import (
     sharding_of,
     unique_names,
 )
+from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
 from pytest_dcp._engine.format.write_results import Written
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
@@ -36,6 +37,7 @@ from pytest_dcp._engine.io.write_files import (
     written_rows,
 )
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp.errors import PlanError
 
 
 def write_safetensors(
@@ -101,6 +103,11 @@ def _put_file(
 
 
 def _kind(name: str, data: torch.Tensor | bytes) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    if type(data) is WrapperEntry:
+        raise PlanError(
+            f"{data.fqn!r} is a DTensor of a wrapper of other tensors, which a safetensors file "
+            "cannot hold: save it in the usual format"
+        )
     if isinstance(data, bytes):
         return name, torch.uint8, (len(data),)
     if data.layout != torch.strided:

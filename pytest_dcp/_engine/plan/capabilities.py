@@ -18,6 +18,7 @@ of a load planner:
 - `GivesTargets`: `resolve_tensor` and `commit_tensor` are called for each item;
 - `PreparesValues`: `load_bytes` is called for each value, without a check before;
 - `TakesNumbers`: a stored tensor does not load into a Python number;
+- `HoldsWrappers`: a plain tensor for a wrapper of other tensors is refused in other words;
 - `PlansAlone`: the plans of all ranks are gathered for `create_global_plan`;
 - `Repeats`: a load fails if another save replaces the checkpoint meanwhile;
 - `ReportsKeys`: `load` returns a report without keys;
@@ -41,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from typing_extensions import TypeIs
 
@@ -140,6 +142,18 @@ class TakesNumbers(Protocol):
 
         Called before any target is filled.
         """
+
+
+class HoldsWrappers(Protocol):
+    """A load planner some of whose targets are wrappers of other tensors. Used by `load` and
+    readers.
+    """
+
+    wrapper_targets: Container[str]
+    """Names of these, and of DTensors of them; `lookup_tensor` gives the wrapper itself."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The rank's own memory of a wanted box, or the wrapper that stands for it."""
 
 
 class PlansAlone(Protocol):

@@ -165,7 +165,7 @@ class WriteItems(ItemTable[WriteItem]):
     hint: Ints
     """`MetadataIndex.index`: the box's position in the metadata's list; -1: none."""
     nbytes: Ints
-    """Of a byte value, if the planner knows it; else -1."""
+    """Of a byte value, if the planner knows it; of the inner tensors of a wrapper; else -1."""
     origin: Origin | None = field(default=None, metadata=AT_HOME)
     """Where the rows were taken from; not pickled with the table."""
 
@@ -203,12 +203,16 @@ class WriteItems(ItemTable[WriteItem]):
         return replace(self, fqns=chosen, origin=Origin(self, rows), **columns)
 
     def size_bytes(self) -> Ints:
-        """Bytes of data of each row's box; for a byte value the known size, at least 1."""
+        """Bytes of data of each row's box; for a byte value the known size, at least 1.
+
+        A wrapper's are those of its inner tensors, which may be fewer than its shape and dtype say.
+        """
         # A value's property is -1, which selects the last width: the `where` below drops that
         # result.
         width = np.array([p.dtype.itemsize for p in self.properties] or [1], dtype=np.int64)
         tensors = volumes(self.shape) * width[self.property_of]
-        return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), tensors)
+        known = np.where(self.nbytes < 0, tensors, self.nbytes)
+        return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), known)
 
     @classmethod
     def of(cls, items: Sequence[WriteItem]) -> WriteItems:

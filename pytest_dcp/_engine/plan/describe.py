@@ -25,7 +25,13 @@ from pytest_dcp._engine.plan.declared_parts import (
     declares_parts,
     global_shape,
 )
-from pytest_dcp._engine.plan.opaque import is_opaque, what_no_file_holds
+from pytest_dcp._engine.plan.opaque import (
+    inner_nbytes,
+    inner_problem,
+    is_opaque,
+    is_wrapper,
+    what_no_file_holds,
+)
 from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import (
@@ -37,10 +43,11 @@ from pytest_dcp._engine.plan.shards import (
     speaks_for_itself,
     spoken_chunks,
     spoken_items,
+    spokesman,
 )
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
-from pytest_dcp._torch_internals.tensors import FakeTensor, is_traceable_wrapper_subclass
+from pytest_dcp._torch_internals.tensors import FakeTensor
 from pytest_dcp.errors import PlanError
 
 Box = tuple[Sequence[int], Sequence[int]]
@@ -58,6 +65,8 @@ class Wanted:
     shape: Ints
     nth: Ints
     """The box's position among the rank's boxes of the same name."""
+    wrappers: frozenset[str] = frozenset()
+    """Names of wrappers of other tensors, and of DTensors of them."""
 
     def __len__(self) -> int:
         return len(self.fqns)
@@ -74,6 +83,8 @@ class _Rows:
         """Name, kind, property, size of the full tensor, box."""
         self.known: dict[Any, int] = {}
         self.layouts = Layouts()
+        self.wrappers: dict[int, int] = {}
+        """Rows that are wrappers of other tensors, and the bytes of these."""
 
     def add(self, fqn: str, kind: int, number: int, size: Sequence[int], box: Box) -> None:
         self.rows.append((fqn, kind, number, size, box))
@@ -92,6 +103,19 @@ class _Rows:
                 self.add(fqn, SHARD, number, size, box)
         except PlanError as error:
             self.problems.append(str(error))
+
+    def add_wrapper(self, fqn: str, value: DTensor, wrapper: torch.Tensor) -> None:
+        """The row of a DTensor whose local tensor is a wrapper, which is stored whole."""
+        first = len(self.rows)
+        self.add_dtensor(fqn, value, self.property_of(value, wrapper))
+        added = self.rows[first:]
+        if any(tuple(box[1]) != tuple(wrapper.shape) for *_, box in added):
+            self.problems.append(
+                f"{fqn!r} is a {type(wrapper).__name__} of size {tuple(wrapper.shape)} here, which "
+                f"stands for boxes of {[tuple(box[1]) for *_, box in added]}: a wrapper of other "
+                "tensors must be one box"
+            )
+        self.wrappers[first] = inner_nbytes(wrapper)
 
     def add_shards(self, fqn: str, value: ShardedTensor) -> None:
         size = tuple(value.metadata().size)
@@ -127,7 +151,11 @@ class _Rows:
         elif declares_parts(value):
             self.add_parts(fqn, value)
         elif isinstance(value, DTensor):
-            self.add_dtensor(fqn, value, self.property_of(value, local_tensor(value)))
+            memory = local_tensor(value)
+            if is_wrapper(memory):
+                self.add_wrapper(fqn, value, memory)
+            else:
+                self.add_dtensor(fqn, value, self.property_of(value, memory))
         else:
             self.add_tensor(fqn, value, self.property_of(value, value))
 
@@ -172,6 +200,9 @@ class _Rows:
             zip(*self.rows, strict=True) if self.rows else ((),) * 5
         )
         rank = max(map(len, sizes), default=0)
+        nbytes = np.full(len(fqns), UNKNOWN, dtype=np.int64)
+        for row, known in self.wrappers.items():
+            nbytes[row] = known
         kind = np.array(kinds, dtype=np.int8)
         ndim = np.fromiter(map(len, sizes), np.int16, len(sizes))
         count = len(fqns)
@@ -185,7 +216,7 @@ class _Rows:
             offset=pad_rows([box[0] for box in boxes], rank, 0),
             shape=pad_rows([box[1] for box in boxes], rank, 1),
             hint=np.full(count, UNKNOWN, dtype=np.int64),
-            nbytes=np.full(count, UNKNOWN, dtype=np.int64),
+            nbytes=nbytes,
         )
 
 
@@ -240,7 +271,9 @@ def unsavable(fqn: str, value: Any) -> str | None:
         return f"{fqn!r} is on the meta device, or fake, and has no values: materialise it first"
     if problem := what_no_file_holds(fqn, memory):
         return problem
-    if is_traceable_wrapper_subclass(memory) and not speaks_for_itself(value):
+    if is_wrapper(memory) and not speaks_for_itself(value):
+        if isinstance(value, DTensor):  # The wrapper is a part, stored as torch pickles it.
+            return inner_problem(fqn, memory, unsavable)
         return (
             f"{fqn!r} is a {type(memory).__name__}, a wrapper without memory of its own: "
             f"give the class {', '.join(SPEAKS_FOR_ITSELF)}, or save its inner tensors"
@@ -255,6 +288,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     """
     rows: list[tuple[str, Box, int, int]] = []
     layouts = Layouts()
+    wrappers: list[str] = []
     for fqn, value in state_dict.items():
         kind = type(value)
         found: Sequence[Box]
@@ -262,6 +296,8 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
             found = layouts.sides_of(fqn, value)
         elif kind in PLAIN or isinstance(value, torch.Tensor):
             found = _boxes_wanted(fqn, value, layouts)
+            if is_wrapper(spokesman(value)) and not speaks_for_itself(value):
+                wrappers.append(fqn)
         else:
             rows.append((fqn, NOTHING, UNKNOWN, 0))
             continue
@@ -275,6 +311,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         offset=pad_rows([box[0] for box in boxes], rank, 0),
         shape=pad_rows([box[1] for box in boxes], rank, 1),
         nth=np.array(nth, dtype=np.int64),
+        wrappers=frozenset(wrappers),
     )
 
 

@@ -2,11 +2,14 @@
 
 An opaque tensor is a wrapper subclass, whose values are in inner tensors (`__tensor_flatten__`: for
 example torchao's), or has a quantised dtype, which comes with scales. It is saved as a value, as
-torch pickles it, and loaded into a tensor of the same class, inner tensor by inner tensor.
+torch pickles it, and loaded into a tensor of the same class, inner tensor by inner tensor. As the
+local tensor of a DTensor, a wrapper is a part of the full tensor, and its entry is again what torch
+pickles; only the wrapper's own class knows how to cut it further.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +49,43 @@ def is_opaque(value: Any) -> bool:
         return False
     tensor: Any = value
     return bool(is_traceable_wrapper_subclass(tensor) or tensor.is_quantized)
+
+
+def is_wrapper(memory: Any) -> bool:
+    """Whether a local tensor is a wrapper of other tensors, not memory of its own."""
+    return type(memory) not in PLAIN_KINDS and bool(is_traceable_wrapper_subclass(memory))
+
+
+def inner_tensors(wrapper: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The inner tensors of a wrapper by name, in its own order."""
+    for name in wrapper.__tensor_flatten__()[0]:
+        yield name, getattr(wrapper, name)
+
+
+def inner_nbytes(wrapper: torch.Tensor) -> int:
+    """Bytes of the tensors within a wrapper, at any depth."""
+    return sum(
+        inner_nbytes(inner) if is_wrapper(inner) else inner.nbytes
+        for _, inner in inner_tensors(wrapper)
+    )
+
+
+def inner_problem(
+    fqn: str, wrapper: torch.Tensor, problem_of: Callable[[str, Any], str | None]
+) -> str | None:
+    """The first reason why a tensor within a wrapper cannot be saved, at any depth; None if none.
+
+    problem_of: the reason for a tensor that is no wrapper, from its name and itself.
+    """
+    for name, inner in inner_tensors(wrapper):
+        within = f"{fqn}.{name}"
+        if is_wrapper(inner):
+            problem = inner_problem(within, inner, problem_of)
+        else:
+            problem = problem_of(within, inner)
+        if problem is not None:
+            return problem
+    return None
 
 
 def what_no_file_holds(fqn: str, memory: Any) -> str | None:

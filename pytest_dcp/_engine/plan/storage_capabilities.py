@@ -15,6 +15,7 @@ of a storage reader:
 - `PreparesData`: values that do not fit are noticed while targets are being filled;
 - `VerifiesBytes`: `verify=` has no effect, and the report counts no bytes (`CountedBytes`);
 - `IgnoresPlans`: the plans of all ranks are gathered for `prepare_global_plan`;
+- `MayHoldWrappers`: wrappers of other tensors that do not fit are noticed while targets are filled;
 - `KnowsSaves`: saves can be distinguished only if there is metadata for all ranks;
 
 of both:
@@ -220,6 +221,18 @@ class IgnoresPlans(Protocol):
 def ignores_plans(reader: object) -> bool:
     """Whether a reader's class is an `IgnoresPlans` that says so."""
     return _class_has(reader, "ignores_plans") and bool(getattr(reader, "ignores_plans", False))
+
+
+class MayHoldWrappers(Protocol):
+    """A reader whose checkpoint has entries that must be parsed. Used by `load`."""
+
+    may_hold_wrappers: bool
+    """Whether some entries may be wrappers of other tensors, as the manifest shows."""
+
+
+def may_hold_wrappers(reader: object) -> bool:
+    """Whether a reader says so of its checkpoint. Looked up on the object."""
+    return bool(getattr(reader, "may_hold_wrappers", False))
 
 
 class KnowsSaves(Protocol):

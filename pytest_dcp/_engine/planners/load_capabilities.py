@@ -25,6 +25,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
@@ -51,6 +52,18 @@ def numbers_of(planner: object) -> Container[str]:
     """The names that a `TakesNumbers` takes; empty for any other planner."""
     names: Container[str] = getattr(planner, "takes_numbers", ())
     return names
+
+
+def wrappers_of(planner: object) -> Container[str]:
+    """The names that a `HoldsWrappers` holds; empty for any other planner."""
+    names: Container[str] = getattr(planner, "wrapper_targets", ())
+    return names
+
+
+def lookup_of(planner: object) -> Callable[[MetadataIndex], Any] | None:
+    """The function of a `HoldsWrappers`, which torch's default planner has, too; None otherwise."""
+    found: Callable[[MetadataIndex], Any] | None = getattr(planner, "lookup_tensor", None)
+    return found
 
 
 def report_of(planner: object) -> LoadReport:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pytest_dcp._engine.format.opaque_values import prepare_opaque, wrapper_in
 from pytest_dcp._engine.format.python_values import decode_value
+from pytest_dcp._engine.format.wrapper_parts import copy_box
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.declared_parts import BOXES
 from pytest_dcp._engine.plan.hooks import lists_wanted, overridden
@@ -24,10 +25,10 @@ from pytest_dcp._engine.plan.match_keys import Dtype, LoadReport
 from pytest_dcp._engine.plan.materialise import empty_for_meta, materialise
 from pytest_dcp._engine.plan.nested import Path, flatten, set_element
 from pytest_dcp._engine.plan.numbers import check_number, fill_tensor, number_of
-from pytest_dcp._engine.plan.opaque import is_opaque
+from pytest_dcp._engine.plan.opaque import is_opaque, is_wrapper
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.select import Selection
-from pytest_dcp._engine.plan.shards import PLAIN
+from pytest_dcp._engine.plan.shards import PLAIN, boxes_of
 from pytest_dcp._engine.plan.value_tensors import check_tensor, tensor_misfit
 from pytest_dcp._engine.planners.local_load_plan import (
     create_default_global_load_plan,
@@ -55,6 +56,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     mappings: dict[str, Path]
     _numbers: dict[str, type]
     """By name: the class of each number that is loaded from a tensor."""
+    _wrappers: frozenset[str]
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self._per_rank = {}
         self._numbers = {}
+        self._wrappers = frozenset()
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -136,7 +139,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self._materialise(planned.without_memory)
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
-        self.report = planned.report
+        self.report, self._wrappers = planned.report, planned.wrappers
         lists = lists_wanted(self, DefaultLoadPlanner)
         return with_list_of_items(planned.plan) if lists else planned.plan
 
@@ -167,6 +170,8 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         strict = not self.allow_partial_load
         if is_opaque(here):
             return partial(self._fill_opaque, fqn, here, prepare_opaque(fqn, here, entry))
+        if isinstance(here, DTensor) and is_wrapper(local_tensor(here)):
+            return copy_box(fqn, local_tensor(here), boxes_of(fqn, here), here.shape, entry)
         value = self._decode(fqn, entry, here)
         if not isinstance(here, torch.Tensor):
             return partial(self._put, fqn, value)
@@ -180,6 +185,11 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     def takes_numbers(self) -> Container[str]:
         """Names of numbers that are loaded from tensors, into memory of the planner's own."""
         return getattr(self, "_numbers", ())
+
+    @property
+    def wrapper_targets(self) -> Container[str]:
+        """Names of wrappers of other tensors, and of DTensors of them."""
+        return getattr(self, "_wrappers", ())
 
     def check_read_number(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Raise CheckpointMismatchError if the number that was read does not fit."""

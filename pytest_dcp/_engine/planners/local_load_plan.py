@@ -68,6 +68,8 @@ class PlannedReads:
     """The meta tensors among the targets, which need memory."""
     numbers: Mapping[str, NumberRoom] = field(default_factory=dict)
     """Numbers that are loaded from tensors."""
+    wrappers: frozenset[str] = frozenset()
+    """Names whose targets are wrappers of other tensors, or DTensors of them."""
 
 
 def plan_reads(
@@ -99,7 +101,8 @@ def plan_reads(
     replaced += _stored_in_one(found.loaded, names, index)
     template = found.loaded | dict.fromkeys(replaced)
     lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
-    items: Any = read_items(wanted_boxes(template), index, stored_as, partial=lacking)
+    wanted = wanted_boxes(template)
+    items: Any = read_items(wanted, index, stored_as, partial=lacking)
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
     )
@@ -108,6 +111,7 @@ def plan_reads(
         LoadReport(found.missing, unexpected, found.converted),
         {fqn: value for fqn, value in found.loaded.items() if _is_meta(value)},
         numbers,
+        wanted.wrappers,
     )
 
 

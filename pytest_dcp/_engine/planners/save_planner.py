@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.format.python_values import encode_value, plain, refusal_of
+from pytest_dcp._engine.format.wrapper_entry import encode_wrapper
 from pytest_dcp._engine.plan.boxes import volumes
 from pytest_dcp._engine.plan.cache import PlanCache
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
@@ -34,6 +35,7 @@ from pytest_dcp._engine.plan.describe import write_items
 from pytest_dcp._engine.plan.hooks import is_overridden, lists_wanted, overridden
 from pytest_dcp._engine.plan.index import Index, KeyTable, copy_metadata
 from pytest_dcp._engine.plan.nested import Path, as_saved, as_saved_path, flatten
+from pytest_dcp._engine.plan.opaque import is_wrapper
 from pytest_dcp._engine.plan.rank_paths import merge_paths
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck, Replicas
 from pytest_dcp._engine.plan.save import GlobalPlan, concatenate_tables, global_plan
@@ -225,9 +227,9 @@ class DefaultSavePlanner(SavePlanner):
             if values[row]:
                 return entries.pop(fqn, None) or _encode(fqn, value)
             memory = local_tensor(value) if type(value) is DTensor else value
-            whole = type(memory) in PLAIN and memory.numel() == numels[row]
-            found: torch.Tensor = memory if whole else find_state_dict_object(state, items.key(row))
-            return require_memory(fqn, found)
+            if type(memory) in PLAIN and memory.numel() == numels[row]:
+                return require_memory(fqn, memory)
+            return plain_data(fqn, find_state_dict_object(state, items.key(row)))
 
         return data
 
@@ -249,7 +251,7 @@ class DefaultSavePlanner(SavePlanner):
             if not isinstance(value, torch.Tensor):
                 return value
             found: torch.Tensor = find_state_dict_object(state, items.key(row))
-            return require_memory(items.fqns[row], found)
+            return found if is_wrapper(found) else require_memory(items.fqns[row], found)
 
         return data
 
@@ -364,4 +366,6 @@ def _encode(fqn: str, value: Any) -> bytes:
 
 def plain_data(fqn: str, data: torch.Tensor | io.BytesIO) -> torch.Tensor | bytes:
     """The result of a planner's `resolve_data`, in the form that the writer takes."""
-    return data.getvalue() if isinstance(data, io.BytesIO) else require_memory(fqn, data)
+    if isinstance(data, io.BytesIO):
+        return data.getvalue()
+    return encode_wrapper(fqn, data) if is_wrapper(data) else require_memory(fqn, data)

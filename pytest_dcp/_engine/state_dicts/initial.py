@@ -19,7 +19,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pytest_dcp._engine.plan.opaque import is_wrapper
 from pytest_dcp._engine.state_dicts.packing import Spec
+from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
 from pytest_dcp._torch_internals.modules import drop_step_hooks
 from pytest_dcp._torch_internals.tensors import is_traceable_wrapper_subclass
 from pytest_dcp.errors import CheckpointError
@@ -174,6 +176,9 @@ def _copy_tensor(value: Any) -> torch.Tensor:
     A wrapper subclass is rebuilt around copies of its inner tensors: torchao's states cannot be
     cloned.
     """
+    if isinstance(value, DTensor) and is_wrapper(local_tensor(value)):
+        local = _copy_tensor(local_tensor(value))
+        return DTensor(local, spec_of(value), requires_grad=False)  # type: ignore[no-untyped-call]
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         copied: torch.Tensor = value.detach().clone()
         return copied

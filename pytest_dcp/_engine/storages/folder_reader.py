@@ -94,6 +94,7 @@ class FileSystemReader(MetadataPlace, StorageReader):
         self.rank: int | None = None
         self.use_collectives = True
         self.has_manifest = False
+        self.may_hold_wrappers = False
         """Whether the metadata read last was written by this engine."""
         self._metadata: Metadata | None = None
         self._open_files: OpenFiles | None = None
@@ -118,7 +119,9 @@ class FileSystemReader(MetadataPlace, StorageReader):
         """
         folder, name = self._metadata_place(self._disk(), kwargs.get("rank"))
         catalog = read_catalog(folder, name, self.memory)
-        self.has_manifest = bool((catalog.places.data_start >= 0).any())
+        known = catalog.places.data_start >= 0
+        self.has_manifest = bool(known.any())
+        self.may_hold_wrappers = bool((~known & (catalog.places.file >= 0)).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta = copy.copy(meta)

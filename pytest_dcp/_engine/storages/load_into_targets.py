@@ -31,8 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from pytest_dcp._engine.format.opaque_values import Copy as WrapperCopy
-from pytest_dcp._engine.format.opaque_values import check_wrapper, fill_wrapper
+from pytest_dcp._engine.format.opaque_values import describe_target, misfit
 from pytest_dcp._engine.io.copy_plan import Targets
 from pytest_dcp._engine.io.plan_entries import sort_rows
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_size, resolve_items
@@ -40,8 +39,9 @@ from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.match_keys import together
-from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of, wrappers_of
+from pytest_dcp._engine.storages.wrapped_rows import Fill, judge_wrapper
+from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.garbage_collection import collector_paused
 
 BATCH_BYTES = 64 << 20
@@ -89,8 +89,8 @@ class Work:
         self.capabilities = capabilities
         self._puts: list[Callable[[], None]] = []
         """Receivers of the values, and the function that commits the numbers."""
-        self._wrapped: dict[int, tuple[torch.Tensor, list[WrapperCopy]]] = {}
-        """By row: the target, and what goes where within it."""
+        self._wrapped: dict[int, Fill] = {}
+        """By row."""
         self.rows = sort_rows(self.items, stored.found, self._numbers())
 
     def judge(self) -> None:
@@ -99,6 +99,7 @@ class Work:
         self._prepare_values(self.rows.values, misfits)
         self._prepare_wrapped(self.rows.wrapped, misfits)
         self._prepare_numbers(self.rows.numbers, misfits)
+        self._refuse_plain(misfits)
         if misfits:
             raise together(misfits)
 
@@ -108,8 +109,8 @@ class Work:
             put()
         for row in self.rows.transformed.tolist():
             self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
-        for row, (target, parts) in self._wrapped.items():
-            self._fill_wrapped(row, target, parts)
+        for row, fill in self._wrapped.items():
+            self.planner.commit_tensor(self.items[row], fill(self._entry_of(row)))
         self._fill_tensors(self.rows.tensors)
         tally = self.stored.tally
         return LoadedBytes(int(self.stored.nbytes.sum()), tally.read, tally.verified)
@@ -142,22 +143,31 @@ class Work:
     def _prepare_wrapped(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Compare the wrappers that torch pickled whole with the targets."""
         for row in rows.tolist():
-            item = self.items[row]
-            index, entry = self.stored.catalog.index, int(self.items.entry[row])
-            if (self.items.shape[row] != index.shape[entry]).any():
-                raise CheckpointError(
-                    f"{item.dest_index.fqn!r} is stored as a wrapper of other tensors, which can "
-                    f"be loaded whole only, not a part of {tuple(item.lengths)}"
-                )
-            target = self.planner.resolve_tensor(item)
-            check_size(item, target)
+            stored = self.stored.found.wrapped[int(self.items.entry[row])]
+            read = partial(self._entry_of, row)
             try:
-                wrapper = self.stored.found.wrapped[entry]
-                parts = check_wrapper(item.dest_index.fqn, target, wrapper)
+                self._wrapped[row] = judge_wrapper(self.planner, self.items[row], stored, read)
             except CheckpointMismatchError as error:
                 misfits.append(error)
-            else:
-                self._wrapped[row] = target, parts
+
+    def _refuse_plain(self, misfits: list[CheckpointMismatchError]) -> None:
+        """Refuse stored plain tensors whose target is a wrapper of other tensors."""
+        names = wrappers_of(self.planner)
+        if not names:
+            return
+        index = self.stored.catalog.index
+        for row in np.concatenate((self.rows.tensors, self.rows.transformed)).tolist():
+            fqn, entry = self.items.fqns[row], int(self.items.entry[row])
+            if fqn in names:
+                dtype = index.properties[index.property_of[index.key_of[entry]]].dtype
+                target = self.planner.lookup_tensor(self.items[row].dest_index)
+                box = f"at {tuple(self.items[row].storage_index.offset or ())}"
+                there = f"stored as plain elements of {dtype} {box}"
+                misfits.append(misfit(fqn, there, describe_target(target)))
+
+    def _entry_of(self, row: int) -> bytes | memoryview:
+        ((_, entry),) = self.stored.read_entries(np.array([row]))
+        return entry
 
     def _prepare_numbers(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Read items that the planner copies from temporary tensors."""
@@ -182,15 +192,6 @@ class Work:
         check_size(self.items[row], target)
         target.copy_(tensor)
         return target
-
-    def _fill_wrapped(self, row: int, target: torch.Tensor, parts: list[WrapperCopy]) -> None:
-        item = self.items[row]
-        ((_, entry),) = self.stored.read_entries(np.array([row]))
-        try:
-            fill_wrapper(parts, entry)
-        except CheckpointCorruptError as error:
-            raise error.at(entry=item.storage_index.fqn) from error
-        self.planner.commit_tensor(item, target)
 
     def _fill_tensors(self, rows: Ints) -> None:
         target = targets_of(self.planner, self.items)

@@ -25,6 +25,7 @@ from pytest_dcp._engine.plan.storage_capabilities import (
     ignores_plans,
     keeps_files,
     knows_saves,
+    may_hold_wrappers,
     place_of,
     prepares_data,
     verifies_bytes,
@@ -123,15 +124,17 @@ class LoadSource:
         """This rank's results, to be compared with the others'."""
         return save_id, None if self.place is None else os.fspath(self.place)
 
-    def may_misfit(self, plan: LoadPlan, *, takes_numbers: bool) -> bool:
+    def may_misfit(self, plan: LoadPlan, *, takes_others: bool) -> bool:
         """Whether the plan reads data that can only be checked against the target after reading.
 
-        takes_numbers: whether the planner takes numbers out of tensors.
+        takes_others: whether the planner takes numbers out of tensors, or fills wrappers of other
+            tensors.
         """
         if not prepares_data(self.reader) or not self.reader.prepares():
             return False
         # Only the files show which of torch's entries are wrappers of other tensors.
-        return not knows_saves(self.reader) or takes_numbers or has_values(plan.items)
+        unknown = not knows_saves(self.reader) or may_hold_wrappers(self.reader)
+        return unknown or takes_others or has_values(plan.items)
 
     def prepare(
         self, plan: LoadPlan, planner: LoadPlanner, capabilities: LoadPlannerCapabilities

@@ -71,6 +71,7 @@ from pytest_dcp._engine.planners.load_capabilities import (
     idle_renames_of,
     numbers_of,
     report_of,
+    wrappers_of,
 )
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
@@ -186,12 +187,12 @@ class Load:
         def plan() -> Planned:
             save_id, local = self._plan_alone(team, lease)
             plans.append(local)
-            numbers = bool(numbers_of(self.planner))
+            others = bool(numbers_of(self.planner) or wrappers_of(self.planner))
             return Planned(
                 None if alone else local,
                 self.source.found_in(save_id),
                 idle_renames_of(self.planner),
-                self.source.may_misfit(local, takes_numbers=numbers),
+                self.source.may_misfit(local, takes_others=others),
             )
 
         if alone:

@@ -29,6 +29,7 @@ from pytest_dcp._engine.io.digests import (
 from pytest_dcp._engine.io.tensor_memory import memory_of
 from pytest_dcp._engine.plan.capabilities import compares_replicas
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.opaque import is_wrapper
 from pytest_dcp._engine.plan.replica_comparison import (
     SHOWN,
     Checks,
@@ -60,7 +61,7 @@ class _Copy:
     leaves: list[Any]
     """Sums of a tensor's blocks, or the leaves of a value."""
     shape: tuple[int, ...] | None
-    """Of the box; None for a value."""
+    """Of the box; None for a value, and for a wrapper of other tensors."""
     offset: tuple[int, ...] = ()
     """Of the box in the full tensor."""
     dtype: torch.dtype = torch.uint8
@@ -183,7 +184,7 @@ def _own_row(one: Differing, rank: int) -> int | None:
 
 def _describe_copy(items: WriteItems, row: int, data: Any) -> _Copy:
     fqn = items.fqns[row]
-    if items.ndim[row] < 0:
+    if items.ndim[row] < 0 or is_wrapper(data):
         return _Copy(fqn, outline(data), None)
     ndim = int(items.ndim[row])
     offset = tuple(items.offset[row, :ndim].tolist())
@@ -198,7 +199,7 @@ def _first_leaf(copies: Sequence[_Copy | None]) -> int | None:
 
 
 def _block(data: Any, number: int) -> bytes | None:
-    if not isinstance(data, torch.Tensor):
+    if not isinstance(data, torch.Tensor) or is_wrapper(data):
         return None
     flat = data_of(data)
     return bytes(memory_of(flat)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])

@@ -23,6 +23,7 @@ CLIENTS = {
     "lightning_fabric": "lightning",
     "megatron_sharded": "megatron",
     "torchao_optimizer": "torchao",
+    "torchao_sharded": "torchao",
     "torchtitan_manager": "torchtitan",
     "torchtnt_saver": "torchtnt",
     "transformers_hf": "transformers",
