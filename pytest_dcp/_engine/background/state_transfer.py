@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.declared_parts import declarations_of, declare_parts, declares_parts
+from pytest_dcp._engine.plan.shards import hooks_of, with_hooks
 from pytest_dcp._engine.staging.buffer_pool import Memory, shared_memory_of, view_bytes
 from pytest_dcp._engine.staging.stager import (
     KEPT_SHARED,
@@ -77,7 +78,11 @@ class StatePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle sh
     def reducer_override(self, value: Any) -> Any:
         reduced: Reduced | None = None
         if isinstance(value, DTensor):
-            reduced = dtensor, (local_tensor(value), value._spec)
+            memory = local_tensor(value)
+            if hooks := hooks_of(memory):
+                reduced = dtensor_with_hooks, (memory.detach(), hooks, value._spec)
+            else:
+                reduced = dtensor, (memory, value._spec)
         elif isinstance(value, ShardedTensor):
             reduced = (
                 make_detached_sharded_tensor,
@@ -98,6 +103,11 @@ class StatePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle sh
             return None
         start = tensor.data_ptr() - self._memory.address if tensor.numel() else 0
         return tensor_in_memory, (start, tensor.dtype, tuple(tensor.shape))
+
+
+def dtensor_with_hooks(local: torch.Tensor, hooks: Mapping[str, Any], spec: Any) -> DTensor:
+    """A DTensor whose local tensor says itself where its parts lie."""
+    return dtensor(with_hooks(local, hooks), spec)
 
 
 class StateUnpickler(pickle.Unpickler):

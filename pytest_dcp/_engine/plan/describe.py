@@ -26,6 +26,7 @@ from pytest_dcp._engine.plan.declared_parts import (
     global_shape,
 )
 from pytest_dcp._engine.plan.opaque import (
+    HOOK,
     inner_nbytes,
     inner_problem,
     is_opaque,
@@ -43,7 +44,6 @@ from pytest_dcp._engine.plan.shards import (
     speaks_for_itself,
     spoken_chunks,
     spoken_items,
-    spokesman,
 )
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
@@ -67,6 +67,8 @@ class Wanted:
     """The box's position among the rank's boxes of the same name."""
     wrappers: frozenset[str] = frozenset()
     """Names of wrappers of other tensors, and of DTensors of them."""
+    spoken: frozenset[str] = frozenset()
+    """Names of tensors that describe their own parts."""
 
     def __len__(self) -> int:
         return len(self.fqns)
@@ -234,7 +236,11 @@ def write_items(state_dict: Mapping[str, Any]) -> WriteItems:
     for fqn, value in state_dict.items():
         kind = type(value)
         memory = local_tensor(value) if kind is DTensor else value
-        if type(memory) in PLAIN and (kind is DTensor or not hasattr(value, BOXES)):
+        if (
+            type(memory) in PLAIN
+            # A program may set the hook on the local tensor alone.
+            and not hasattr(memory, HOOK if kind is DTensor else BOXES)
+        ):
             # The ordinary kinds of values, inline: a call per tensor would cost more than the rest.
             number = rows.known_property_of(value, memory)
             if number is None and (number := rows.new_property_of(fqn, value, memory)) is None:
@@ -289,15 +295,19 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     rows: list[tuple[str, Box, int, int]] = []
     layouts = Layouts()
     wrappers: list[str] = []
+    spoken: list[str] = []
     for fqn, value in state_dict.items():
         kind = type(value)
         found: Sequence[Box]
-        if kind is DTensor and type(local_tensor(value)) in PLAIN:
+        memory = local_tensor(value) if kind is DTensor else value
+        if kind is DTensor and type(memory) in PLAIN and not hasattr(memory, HOOK):
             found = layouts.sides_of(fqn, value)
         elif kind in PLAIN or isinstance(value, torch.Tensor):
             found = _boxes_wanted(fqn, value, layouts)
-            if is_wrapper(spokesman(value)) and not speaks_for_itself(value):
-                wrappers.append(fqn)
+            if kind not in PLAIN:
+                unusual = spoken if speaks_for_itself(value) else wrappers
+                if unusual is spoken or is_wrapper(memory):
+                    unusual.append(fqn)
         else:
             rows.append((fqn, NOTHING, UNKNOWN, 0))
             continue
@@ -312,6 +322,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         shape=pad_rows([box[1] for box in boxes], rank, 1),
         nth=np.array(nth, dtype=np.int64),
         wrappers=frozenset(wrappers),
+        spoken=frozenset(spoken),
     )
 
 

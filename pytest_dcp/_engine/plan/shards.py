@@ -23,7 +23,7 @@ tensor([[4, 5],
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -58,6 +58,22 @@ def speaks_for_itself(value: Any) -> bool:
     return hasattr(spokesman(value), "__create_write_items__")
 
 
+def hooks_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """The methods that a program has set on this very object, and that say where its parts lie.
+
+    Not the one that gives a part's memory: of a copy it would give the original's.
+    """
+    return {name: vars(tensor)[name] for name in SPEAKS_FOR_ITSELF[:2] if name in vars(tensor)}
+
+
+def with_hooks(tensor: torch.Tensor, hooks: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor of the same memory, with these methods."""
+    alias = tensor.detach()
+    for name, hook in hooks.items():
+        setattr(alias, name, hook)
+    return alias
+
+
 def spokesman(value: Any) -> Any:
     """The object that describes the value's parts: itself, or the local tensor of a DTensor."""
     return local_tensor(value) if isinstance(value, DTensor) else value
@@ -81,7 +97,14 @@ def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
 
 
 def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
-    """The memory of a box of a value that describes its own parts; raises like `spoken_items`."""
+    """The memory of a box of a value that describes its own parts; raises like `spoken_items`.
+
+    The local tensor of a DTensor is its one box if it has no method for that, as in torch.
+    """
+    speaker = spokesman(value)
+    if speaker is not value and not hasattr(speaker, "__get_tensor_shard__"):
+        whole: torch.Tensor = speaker
+        return whole
     found: object = _ask_hook(fqn, value, "__get_tensor_shard__", index)
     if not isinstance(found, torch.Tensor):
         raise PlanError(f"{fqn!r}: its __get_tensor_shard__ must give a tensor, it gave {found!r}")
@@ -207,7 +230,9 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
 
     Raises ValueError if the rank holds no box there.
     """
-    if hasattr(spokesman(value), "__get_tensor_shard__"):
+    speaker = spokesman(value)
+    alone = speaker is not value and hasattr(speaker, "__create_write_items__")
+    if alone or hasattr(speaker, "__get_tensor_shard__"):
         return spoken_shard(index.fqn, value, index)
     if isinstance(value, ShardedTensor):
         parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]

@@ -57,6 +57,9 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     _numbers: dict[str, type]
     """By name: the class of each number that is loaded from a tensor."""
     _wrappers: frozenset[str]
+    """Names of wrappers of other tensors, and of DTensors of them."""
+    _spoken: frozenset[str]
+    """Names of tensors that describe their own parts."""
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self._per_rank = {}
         self._numbers = {}
-        self._wrappers = frozenset()
+        self._wrappers = self._spoken = frozenset()
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -139,7 +142,8 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self._materialise(planned.without_memory)
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
-        self.report, self._wrappers = planned.report, planned.wrappers
+        self.report = planned.report
+        self._wrappers, self._spoken = planned.wrappers, planned.spoken
         lists = lists_wanted(self, DefaultLoadPlanner)
         return with_list_of_items(planned.plan) if lists else planned.plan
 
@@ -269,13 +273,14 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         if overridden(self, DefaultLoadPlanner, hooks):
             return None
         firsts = (items.wanted_hint == 0).tolist()
-        fqns, state = items.fqns, self.state_dict
+        fqns, state, spoken = items.fqns, self.state_dict, getattr(self, "_spoken", ())
 
         def target(row: int) -> torch.Tensor:
             memory = value = state[fqns[row]]
             if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
                 memory = local_tensor(value)
-            if firsts[row] and type(memory) in PLAIN and not hasattr(value, BOXES):
+            plain = firsts[row] and type(memory) in PLAIN and not hasattr(value, BOXES)
+            if plain and fqns[row] not in spoken:
                 found: torch.Tensor = memory
                 return found
             return self._box(items, row)

@@ -70,6 +70,8 @@ class PlannedReads:
     """Numbers that are loaded from tensors."""
     wrappers: frozenset[str] = frozenset()
     """Names whose targets are wrappers of other tensors, or DTensors of them."""
+    spoken: frozenset[str] = frozenset()
+    """Names whose targets describe their own parts."""
 
 
 def plan_reads(
@@ -112,6 +114,7 @@ def plan_reads(
         {fqn: value for fqn, value in found.loaded.items() if _is_meta(value)},
         numbers,
         wanted.wrappers,
+        wanted.spoken,
     )
 
 

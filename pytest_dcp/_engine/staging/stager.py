@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.containers import alike
 from pytest_dcp._engine.plan.declared_parts import BOXES, declarations_of, declare_parts
 from pytest_dcp._engine.plan.describe import require_savable, unsavable
-from pytest_dcp._engine.plan.opaque import is_opaque
+from pytest_dcp._engine.plan.opaque import HOOK, is_opaque
 from pytest_dcp._engine.plan.per_rank import PerRank
-from pytest_dcp._engine.plan.shards import PLAIN, require_memory
+from pytest_dcp._engine.plan.shards import PLAIN, hooks_of, require_memory, with_hooks
 from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import (
@@ -257,7 +257,10 @@ def _named_tensors(
 def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
     """The value with the next of the rooms for each tensor, and copies of everything else."""
     if isinstance(value, DTensor):
-        local = _copy_value(local_tensor(value), rooms)
+        memory = local_tensor(value)
+        local = _copy_value(memory, rooms)
+        if hasattr(memory, HOOK) and (hooks := hooks_of(memory)):
+            local = with_hooks(local, hooks)
         return dtensor(local, value._spec)
     if isinstance(value, ShardedTensor):
         shards = [move_shard(s, _copy_value(s.tensor, rooms)) for s in value.local_shards()]

@@ -35,7 +35,13 @@ from torch.distributed.checkpoint.metadata import (
 from pytest_dcp._engine.plan.index import further_fields
 from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, Vocabulary, brief
 from pytest_dcp._engine.unpickle.metadata_records import chunks, entries
-from pytest_dcp._engine.unpickle.plain_values import PLAIN, brief_all, check_plain, size_of
+from pytest_dcp._engine.unpickle.plain_values import (
+    MAX_DIMS,
+    PLAIN,
+    brief_all,
+    check_plain,
+    size_of,
+)
 from pytest_dcp._engine.unpickle.plan_classes import (
     UNREAD,
     check_further,
@@ -257,9 +263,23 @@ def _check_chunks(chunks: list[Any], where: str) -> None:
             missing = f"the field {error.name}"
             raise _corrupt(f"{where}.chunks[{position}]", missing, None) from None
         if type(offsets) is not torch.Size or min(offsets, default=0) < 0:
-            _check_size(offsets, f"{where}.chunks[{position}].offsets")
+            _repair_size(chunk, "offsets", f"{where}.chunks[{position}]")
         if type(sizes) is not torch.Size or min(sizes, default=0) < 0:
-            _check_size(sizes, f"{where}.chunks[{position}].sizes")
+            _repair_size(chunk, "sizes", f"{where}.chunks[{position}]")
+
+
+def _repair_size(chunk: ChunkStorageMetadata, field: str, where: str) -> None:
+    """Make a torch.Size of a field that is a plain tuple of numbers.
+
+    torch's engine takes such chunks from a tensor that describes its own parts (Megatron-FSDP's),
+    and stores them as they are.
+    """
+    found: Any = getattr(chunk, field)
+    if type(found) is tuple and len(found) <= MAX_DIMS:
+        for number in found:
+            _check_count(number, f"{where}.{field}")
+        object.__setattr__(chunk, field, torch.Size(found))  # The class is frozen.
+    _check_size(getattr(chunk, field), f"{where}.{field}")
 
 
 def _check_properties(properties: Any, where: str) -> None:

@@ -21,6 +21,7 @@ RANKS = 2
 CLIENTS = {
     "accelerate_fsdp2": "accelerate",
     "lightning_fabric": "lightning",
+    "megatron_fsdp_uneven": "megatron_fsdp",
     "megatron_sharded": "megatron",
     "torchao_optimizer": "torchao",
     "torchao_sharded": "torchao",

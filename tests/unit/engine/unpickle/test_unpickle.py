@@ -227,6 +227,10 @@ def set_field(path: str, value: object) -> Callable[[Metadata], None]:
         ("properties.pin_memory", "", "['model.1.weight'].properties.pin_memory"),
         ("chunk.offsets", [0, 0], "['model.1.weight'].chunks[1].offsets"),
         ("chunk.sizes", torch.Size((1, -5)), "['model.1.weight'].chunks[1].sizes"),
+        ("chunk.offsets", (0, -1), "['model.1.weight'].chunks[1].offsets"),
+        ("chunk.sizes", (1, 1.5), "['model.1.weight'].chunks[1].sizes"),
+        ("chunk.sizes", (1 << 63,), "['model.1.weight'].chunks[1].sizes"),
+        ("chunk.sizes", (1,) * 65, "['model.1.weight'].chunks[1].sizes"),
         ("info.relative_path", b"x", "storage_data['model.1.weight'].relative_path"),
         ("info.offset", -1, "storage_data['model.1.weight'].offset"),
         ("info.offset", True, "storage_data['model.1.weight'].offset"),
@@ -244,6 +248,20 @@ def test_names_the_field_and_the_fqn_that_are_wrong(
     metadata = metadata_of()
     set_field(path, value)(metadata)
     assert expected in str(refusal(read_metadata, pickle.dumps(metadata)))
+
+
+def test_a_chunk_may_have_plain_tuples() -> None:
+    """torch's engine stores them so if a tensor describes its own parts that way."""
+    metadata = metadata_of()
+    expected = read_metadata(pickle.dumps(metadata))
+    for entry in metadata.state_dict_metadata.values():
+        for chunk in getattr(entry, "chunks", ()):
+            for field in ("offsets", "sizes"):
+                object.__setattr__(chunk, field, tuple(getattr(chunk, field)))
+    found = read_metadata(pickle.dumps(metadata))
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    chunk = found.state_dict_metadata["model.1.weight"].chunks[0]
+    assert (type(chunk.offsets), type(chunk.sizes)) == (torch.Size, torch.Size)
 
 
 @pytest.mark.parametrize("name", ["properties", "size", "chunks"])

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 from pytest_dcp.errors import PlanError
 
@@ -204,3 +208,61 @@ def test_hooks_that_give_something_else_are_named(checkpoint_dir: Path, gives: A
 def test_the_protocol_is_a_type() -> None:
     assert isinstance(part(0, two_bands(0)), dcp.CheckpointableTensor)
     assert not isinstance(torch.ones(2), dcp.CheckpointableTensor)
+
+
+def uneven(mesh: DeviceMesh, split: int, *, fill: bool = True) -> DTensor:
+    """Rows of FULL up to `split` on rank 0, the others on rank 1, which only the object says.
+
+    As Megatron-FSDP makes them.
+    """
+    first = split if dist.get_rank() else 0
+    local: Any = (FULL[split:] if dist.get_rank() else FULL[:split]).clone()
+    if not fill:
+        local.fill_(PADDING)
+    chunk = ChunkStorageMetadata(torch.Size([first, 0]), local.shape)
+
+    def create_write_items(fqn: str, value: Any) -> list[WriteItem]:
+        if not local.numel():
+            return []
+        data = TensorWriteData(chunk, TensorProperties(local.dtype), FULL.size())
+        index = MetadataIndex(fqn, chunk.offsets)
+        return [WriteItem(index, WriteItemType.SHARD, tensor_data=data)]
+
+    made = DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=FULL.shape, stride=FULL.stride()
+    )
+    said: Any = local_tensor(made)  # an alias of `local`
+    said.__create_write_items__ = create_write_items
+    said.__create_chunk_list__ = lambda: [chunk]
+    return made
+
+
+@pytest.mark.parametrize("split", [0, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("save", "load"), [(dcp, dcp), (dcp, torch_dcp), (torch_dcp, dcp)], ids=["us", "to", "from"]
+)
+def test_the_local_tensor_of_a_dtensor_says_where_it_lies(
+    save: Any, load: Any, split: int, device_mesh: DeviceMesh, checkpoint_dir: Path
+) -> None:
+    save.save({"w": uneven(device_mesh, split)}, checkpoint_id=checkpoint_dir)
+    target = uneven(device_mesh, 5, fill=False)
+    load.load({"w": target}, checkpoint_id=checkpoint_dir)
+    assert torch.equal(target.to_local(), uneven(device_mesh, 5).to_local())
+    whole = {"w": torch.zeros(8, 6)}
+    load.load(whole, checkpoint_id=checkpoint_dir)
+    assert torch.equal(whole["w"], FULL)
+
+
+@pytest.mark.parametrize("kind", list(AsyncCheckpointerType))
+def test_a_copy_in_the_background_keeps_where_it_lies(
+    kind: AsyncCheckpointerType, device_mesh: DeviceMesh, checkpoint_dir: Path
+) -> None:
+    value = uneven(device_mesh, 3)
+    done: Any = dcp.async_save(
+        {"w": value}, checkpoint_id=checkpoint_dir, async_checkpointer_type=kind
+    )
+    value.to_local().zero_()
+    done.result()
+    whole = {"w": torch.zeros(8, 6)}
+    dcp.load(whole, checkpoint_id=checkpoint_dir)
+    assert torch.equal(whole["w"], FULL)
