@@ -228,7 +228,7 @@ def pytest_report_from_serializable(
     if report is not None and "dcp_heading" in data:
         from pytest_dcp._harness.controller import headings
 
-        headings.put_in_colours(report)
+        headings.colour_headings(report)
     return report
 
 

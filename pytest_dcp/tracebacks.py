@@ -100,14 +100,14 @@ def is_explained(error: BaseException) -> bool:
         return True
     if isinstance(error, ASKED):
         files = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
-        return _is_asked_by_us(files)
+        return _is_called_by_package(files)
     return owner_of_innermost(error) == "package" and is_raised_on_purpose(error)
 
 
 def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool:
     """`is_explained` for an error whose stack arrived as text."""
     if isinstance(error, ASKED):
-        return _is_asked_by_us([frame.filename for frame in stack])
+        return _is_called_by_package([frame.filename for frame in stack])
     last = stack[-1] if stack else None
     return (
         last is not None
@@ -116,7 +116,7 @@ def is_explained_at(error: BaseException, stack: Sequence[FrameSummary]) -> bool
     )
 
 
-def _is_asked_by_us(files: Sequence[str]) -> bool:
+def _is_called_by_package(files: Sequence[str]) -> bool:
     """Whether the innermost frame outside of libraries is ours; files outermost first."""
     owners = (owner_of(file) for file in reversed(files))
     return next((owner for owner in owners if owner != "library"), "user") == "package"

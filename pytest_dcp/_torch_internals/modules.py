@@ -21,7 +21,7 @@ TORCH.require_attributes(
 )
 TORCH.require_attributes(Optimizer, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
-__all__ = ["_IncompatibleKeys", "child_of", "drop_step_hooks", "loads_in_its_own_way"]
+__all__ = ["_IncompatibleKeys", "child_of", "drop_step_hooks", "has_own_loading"]
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
@@ -34,7 +34,7 @@ def child_of(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)
 
 
-def loads_in_its_own_way(module: nn.Module) -> bool:
+def has_own_loading(module: nn.Module) -> bool:
     """Whether a module's loading of its own entries was changed, by hooks or by its class.
 
     Can go when torch has a public list of a module's hooks.

@@ -20,7 +20,7 @@ from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
-from pytest_dcp._torch_internals.modules import _IncompatibleKeys, loads_in_its_own_way
+from pytest_dcp._torch_internals.modules import _IncompatibleKeys, has_own_loading
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -161,8 +161,7 @@ def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
 def _knows_other_names(model: nn.Module) -> bool:
     """Whether loading may rename keys, so that only the model can say which ones it misses."""
     return any(
-        loads_in_its_own_way(module)
-        or type(module).load_state_dict is not nn.Module.load_state_dict
+        has_own_loading(module) or type(module).load_state_dict is not nn.Module.load_state_dict
         for module in model.modules()
         if wrapped_as(type(module)) is None
     )

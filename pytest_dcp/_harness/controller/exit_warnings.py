@@ -27,15 +27,15 @@ def warn_of_end(nodeid: str, world: World) -> None:
     Raises the first warning where warnings are errors.
     """
     __tracebackhide__ = True
-    for text in _left_processes(world):
+    for text in _describe_leaked_processes(world):
         warnings.warn(LeftBehindWarning(f"{nodeid}: {text}"), stacklevel=2)
-    for text in _left_threads(world.exited):
+    for text in _describe_running_threads(world.exited):
         warnings.warn(LeftBehindWarning(f"{nodeid}: {text}"), stacklevel=2)
-    for text in _errors(world.exited):
+    for text in _describe_exit_errors(world.exited):
         warnings.warn(pytest.PytestUnraisableExceptionWarning(f"{nodeid}: {text}"), stacklevel=2)
 
 
-def _left_processes(world: World) -> Iterator[str]:
+def _describe_leaked_processes(world: World) -> Iterator[str]:
     for rank, leaked in world.leaked_processes:
         if rank not in world.lost and not any(helper in leaked for helper in HELPERS):
             yield (
@@ -44,7 +44,7 @@ def _left_processes(world: World) -> Iterator[str]:
             )
 
 
-def _left_threads(exited: Mapping[int, Done]) -> Iterator[str]:
+def _describe_running_threads(exited: Mapping[int, Done]) -> Iterator[str]:
     names_and_ranks = [(name, rank) for rank, one in exited.items() for name in one.threads]
     for name, ranks in _by_text(names_and_ranks).items():
         yield (
@@ -53,7 +53,7 @@ def _left_threads(exited: Mapping[int, Done]) -> Iterator[str]:
         )
 
 
-def _errors(exited: Mapping[int, Done]) -> Iterator[str]:
+def _describe_exit_errors(exited: Mapping[int, Done]) -> Iterator[str]:
     texts_and_ranks = [
         (str(error["text"]), rank) for rank, one in exited.items() for error in one.warnings
     ]

@@ -28,7 +28,7 @@ class HeadingEntry(ReprEntryNative):
             tw.line(line.rstrip("\n"), red=is_cause, bold=number == 0, light=not is_cause)
 
 
-def put_in_colours(report: pytest.TestReport) -> None:
+def colour_headings(report: pytest.TestReport) -> None:
     """Let the heading of a world's failure write itself in colours."""
     marks = getattr(report, HEADING, None)
     if marks is None or not isinstance(report.longrepr, ExceptionChainRepr):

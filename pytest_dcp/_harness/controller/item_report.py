@@ -44,7 +44,7 @@ def amend_report(marked: MarkedItem, call: pytest.CallInfo[None], rep: pytest.Te
                 outcome, outcome.first, marked.item.config, location, "" if is_default else rerun
             )
         if not hasattr(marked.item.config, "workerinput"):
-            headings.put_in_colours(rep)
+            headings.colour_headings(rep)
 
 
 def _nodeid_here(item: pytest.Item) -> str:

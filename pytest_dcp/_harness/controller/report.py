@@ -87,13 +87,13 @@ def exception_of_end(end: SessionEnd, where: str, *, failed: bool = False) -> Ba
 def _error_of(group: Group, outcome: Outcome) -> BaseException:
     result = outcome.results.get(group.failure.rank)
     if group.failure.kind == "failed" and result is not None and result.exception is not None:
-        error = _like(result.exception, result.text.partition(": ")[2])
+        error = _rebuild_error(result.exception, result.text.partition(": ")[2])
         if error is not None:
             return error
     return WorldError(outcome.reason, outcome.failures)
 
 
-def _like(class_name: tuple[str, str], text: str) -> BaseException | None:
+def _rebuild_error(class_name: tuple[str, str], text: str) -> BaseException | None:
     """An exception of the named class, so that `xfail(raises=...)` sees the rank's own type.
 
     It is made without its `__init__`, whose arguments are unknown here; None when the class is not

@@ -58,19 +58,19 @@ def _log_merged(item: pytest.Item, alike: Sequence[tuple[int, dict[str, Any], An
         crash.message = f"{ranks_text(ranks)}: {crash.message}"
     if rep.failed:
         count_failed_subtest(item)
-    rep.context.kwargs.update(_as_said(item.config, data["_subtest.context"]["kwargs"]))
+    rep.context.kwargs.update(_wrap_reprs(item.config, data["_subtest.context"]["kwargs"]))
     with _capture_suspended(item.config):
         item.ihook.pytest_runtest_logreport(report=rep)
 
 
-def _as_said(config: pytest.Config, kwargs: Mapping[str, str]) -> dict[str, object]:
+def _wrap_reprs(config: pytest.Config, kwargs: Mapping[str, str]) -> dict[str, object]:
     """A subtest's values as the rank wrote them, ready to be shown, or to be sent by xdist."""
     if hasattr(config, "workerinput"):
         return dict(kwargs)
-    return {name: _Said(text) for name, text in kwargs.items()}
+    return {name: _ReprText(text) for name, text in kwargs.items()}
 
 
-class _Said:
+class _ReprText:
     """A value that is known only by its repr, which the rank made."""
 
     def __init__(self, text: object) -> None:

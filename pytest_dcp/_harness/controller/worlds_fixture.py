@@ -84,20 +84,20 @@ class FunctionWorld:
 
         A death that was asked for is no failure; `run` goes on with the survivors.
         """
-        self._strike("kill", rank)
+        self._apply_fault("kill", rank)
 
     def pause(self, rank: int) -> None:
         """SIGSTOP a rank and what it started; returns when it stands still.
 
         A rank that is not resumed is killed when the others have ended the call.
         """
-        self._strike("pause", rank)
+        self._apply_fault("pause", rank)
 
     def resume(self, rank: int) -> None:
         """SIGCONT a rank that was paused; returns when it goes on."""
-        self._strike("resume", rank)
+        self._apply_fault("resume", rank)
 
-    def _strike(self, act: FaultAct, rank: int) -> None:
+    def _apply_fault(self, act: FaultAct, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise ValueError(f"{act}(): rank must be from 0 to {self.size - 1}, got {rank!r}")
         if self._world.is_over:

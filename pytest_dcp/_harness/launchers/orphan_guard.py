@@ -36,14 +36,14 @@ def sweep(prefix: str, files: Collection[File] = ()) -> None:
     has the rank's files open.
     """
     deadline = time.monotonic() + SWEEP_S
-    while (found := _left_processes(prefix, files)) and time.monotonic() < deadline:
+    while (found := _find_processes(prefix, files)) and time.monotonic() < deadline:
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
 
 
-def _left_processes(prefix: str, files: Collection[File]) -> list[int]:
+def _find_processes(prefix: str, files: Collection[File]) -> list[int]:
     return [
         pid
         for pid in linux.processes()

@@ -249,17 +249,17 @@ def main() -> NoReturn:
     rank.run(order, fds, lambda this: _prepare(this, request["session"]))
 
 
-def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _Collecting:
+def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _CollectingRunner:
     """Import the modules needed to join the process group, before the clock starts."""
     one.channel.send(At("preparing", "importing torch"))
     # An import that fails here fails again later, where it is reported.
     with contextlib.suppress(Exception), torch_import():
         importlib.import_module("torch.distributed")
     one.channel.send(At("ready"))
-    return _Collecting(one, session)
+    return _CollectingRunner(one, session)
 
 
-class _Collecting:
+class _CollectingRunner:
     """Runs items by collecting them first, one pytest session per item."""
 
     def __init__(self, one: this_rank.Rank, session: dict[str, Any]) -> None:
@@ -273,11 +273,11 @@ class _Collecting:
         self.rank.channel.send(At("preparing", "collecting the test"))
         os.chdir(self.session["cwd"])
         config = make_config(list(self.session["args"]))
-        _alone(config, self.rank.order.basetemp)
+        _reset_session_options(config, self.rank.order.basetemp)
         if self.session["workerinput"] is not None:  # for xdist's fixtures, such as `worker_id`
             config.workerinput, config.workeroutput = self.session["workerinput"], {}
         config.args = [os.path.join(self.session["rootdir"], order.nodeid)]
-        serving = _Serving(self.rank, order)
+        serving = _ServingPlugin(self.rank, order)
         config.pluginmanager.register(serving, "pytest_dcp.serving")
         config.pluginmanager.register(captured_output.CStreams(), captured_output.C_STREAMS)
         capture = self.rank.capture
@@ -313,7 +313,7 @@ def _capture_output(fds: RankFds) -> Iterator[list[tuple[str, str, str]]]:
                 sections.append(("call", name, captured_output.clip(text)))
 
 
-def _alone(config: pytest.Config, basetemp: str) -> None:
+def _reset_session_options(config: pytest.Config, basetemp: str) -> None:
     """Undo options that distribute, repeat or report: this session is one rank's."""
     if getattr(config.option, "xmlpath", None):
         config.stash[junit_state.FAMILY_KEY] = config.getini("junit_family")
@@ -327,7 +327,7 @@ def _alone(config: pytest.Config, basetemp: str) -> None:
             setattr(config.option, name, value)
 
 
-class _Serving:
+class _ServingPlugin:
     """Takes over a spawned rank's session after its collection."""
 
     def __init__(self, one: this_rank.Rank, order: RunItem) -> None:

@@ -155,7 +155,7 @@ class _EndedError(BaseException):
         self.outcome = outcome
 
 
-def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
+def run_properties(ranks_of_item: ExampleRanks, outcome: Outcome) -> Outcome:
     """Serve the ranks' properties until the call is over; returns its outcome.
 
     `outcome` is that of the call's beginning. Raises `FoundError` for a property that fails, and
@@ -165,7 +165,7 @@ def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
     while (prop := find_property(outcome)) is not None:
         if isinstance(prop, Outcome):
             return prop
-        engine = _Engine(company, prop, passed)
+        engine = _Engine(ranks_of_item, prop, passed)
         try:
             engine.run()
         except _EndedError as end:
@@ -173,20 +173,20 @@ def run_properties(company: ExampleRanks, outcome: Outcome) -> Outcome:
         if engine.broken:  # by the last example: rejected, or a rank was lost on request
             engine.repair()
         passed += 1
-        company.world.restart_clock(company.limit_s)
-        outcome = company.world.run("call", Go("call"))
+        ranks_of_item.world.restart_clock(ranks_of_item.limit_s)
+        outcome = ranks_of_item.world.run("call", Go("call"))
     return outcome
 
 
 class _Engine:
     """One property of a test, from its first example to its last."""
 
-    def __init__(self, company: ExampleRanks, prop: Property, passed: int) -> None:
+    def __init__(self, ranks_of_item: ExampleRanks, prop: Property, passed: int) -> None:
         # Hypothesis is imported only where a test uses it.
         from pytest_dcp._harness.lockstep import hypothesis_stand_in
 
         self._hypothesis = hypothesis_stand_in
-        self._company = company
+        self._item_ranks = ranks_of_item
         self._property = prop
         self._passed = passed
         """Number of properties of the same test before this one."""
@@ -209,7 +209,7 @@ class _Engine:
             found = self._minimal(error)
             # Not about the ranks' errors: a flaky test, or one of Hypothesis' own checks.
             if not found:
-                raise self._hypothesis.for_the_user(error) from None
+                raise self._hypothesis.hide_stand_in(error) from None
         if found:
             raise FoundError(found, self._hypothesis.seed_of(stand_in))
 
@@ -225,7 +225,7 @@ class _Engine:
         return [Found(self._found[type(one)], self._notes(one)) for one in errors]
 
     def _notes(self, error: Exception) -> tuple[str, ...]:
-        return tuple(getattr(self._hypothesis.for_the_user(error), "__notes__", ()))
+        return tuple(getattr(self._hypothesis.hide_stand_in(error), "__notes__", ()))
 
     # One example.
 
@@ -233,10 +233,10 @@ class _Engine:
         """Have the ranks run the engine's next example, and report the result to the engine."""
         world_s = self._make_ready()
         verdict = self._attempt(self._hypothesis.attempt_of(data, final=final))
-        self.broken = not (self._company.world.survivors_idle and verdict.may_go_on)
+        self.broken = not (self._item_ranks.world.survivors_idle and verdict.can_continue)
         if verdict.is_last:
             raise _EndedError(verdict.outcome)
-        self._tell(data, verdict)
+        self._report_draws(data, verdict)
         if world_s:
             # As drawing: the boot of a world is not the example's own time.
             data.draw_times["generate:a new world"] = world_s
@@ -249,7 +249,7 @@ class _Engine:
 
     def _make_ready(self) -> float:
         """Provide a world that can run an example. Returns the seconds that it took."""
-        world = self._company.world
+        world = self._item_ranks.world
         if not self.broken and (died := world.find_deaths()):
             # Not a failure of the example: Hypothesis would shrink an example that has done
             # nothing.
@@ -259,15 +259,15 @@ class _Engine:
         return 0.0
 
     def _attempt(self, attempt: Attempt) -> ExampleVerdict:
-        world = self._company.world
+        world = self._item_ranks.world
         world.forget_draws()
-        self._company.fresh()
+        self._item_ranks.fresh()
         limit_s = self._limit_s(attempt)
         world.restart_clock(limit_s)
         order = Example(pickle.dumps(attempt))
         started = time.monotonic()
         early = EarlyDecision(world, attempt.final, min(self._busy_s, limit_s / BUSY_SHARE))
-        outcome = world.run_until("call", order, early.enough)
+        outcome = world.run_until("call", order, early.is_decided)
         if early.in_vain:  # they poll: do not compare again in this property
             self._busy_s = PATIENCE_S
         if any(failure.kind == "timeout" for failure in outcome.failures):
@@ -282,18 +282,18 @@ class _Engine:
 
     def _limit_s(self, attempt: Attempt) -> float:
         if attempt.final or not self._hung:
-            return self._company.limit_s
-        return min(self._company.limit_s, max(HANG_LEAST_S, HANG_FACTOR * self._slowest_s))
+            return self._item_ranks.limit_s
+        return min(self._item_ranks.limit_s, max(HANG_LEAST_S, HANG_FACTOR * self._slowest_s))
 
     def repair(self) -> float:
         """Begin the call again in a new world. Returns the seconds that it took."""
         started = time.perf_counter()
-        outcome = self._company.renew()
+        outcome = self._item_ranks.renew()
         # The call begins anew, so the properties that passed before come first: pass over them.
         for _ in range(self._passed):
             if find_property(outcome) is None:
                 break
-            outcome = self._company.world.run("call", Go("call"))
+            outcome = self._item_ranks.world.run("call", Go("call"))
         prop = find_property(outcome)
         if not isinstance(prop, Property) or not same(prop, self._property):
             if outcome.kind == "passed":
@@ -305,7 +305,7 @@ class _Engine:
 
     # Results for the engine.
 
-    def _tell(self, data: Any, verdict: ExampleVerdict) -> None:
+    def _report_draws(self, data: Any, verdict: ExampleVerdict) -> None:
         """Report the draws to the engine, and the test's observations from any rank."""
         rank = verdict.decisive
         self._hypothesis.mirror(data, verdict.records.get(rank, ()))
@@ -321,14 +321,14 @@ class _Engine:
     def _fail(self, verdict: ExampleVerdict) -> NoReturn:
         """Raise an exception of a type that identifies this bug."""
         __tracebackhide__ = True
-        outcome = self._company.lead_with_unexpected(verdict.outcome)
-        error = self._company.exception_for(outcome)
+        outcome = self._item_ranks.lead_with_unexpected(verdict.outcome)
+        error = self._item_ranks.exception_for(outcome)
         # Hypothesis tells bugs apart by type: one class for each lets it shrink them separately.
         kind = self._kinds.get(verdict.bug)
         if kind is None:
             kind = self._kinds[verdict.bug] = _subclass(type(error))
         self._found[kind] = outcome
-        raise _as(kind, error)
+        raise _recast_error(kind, error)
 
 
 class EarlyDecision:
@@ -343,7 +343,7 @@ class EarlyDecision:
         self._decided_at = self._at_rest_since = float("inf")
         self._look_at = time.monotonic() + DRAWS_LOOK_S
 
-    def enough(self, results: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
+    def is_decided(self, results: Mapping[int, Done], failures: Sequence[RankFailure]) -> bool:
         """For `World.run_until`."""
         now = time.monotonic()
         # The last run of a failure is reported, including the peers' ends.
@@ -384,7 +384,7 @@ def _subclass(base: type[BaseException]) -> type[BaseException]:
         return type("WorldError", (WorldError,), {"__module__": WorldError.__module__})
 
 
-def _as(kind: type[BaseException], error: BaseException) -> BaseException:
+def _recast_error(kind: type[BaseException], error: BaseException) -> BaseException:
     """The exception as one of `kind`, made without calling `__init__`, whose arguments
     are unknown.
     """

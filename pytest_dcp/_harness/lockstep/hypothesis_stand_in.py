@@ -38,7 +38,7 @@ EXPECTED = "Failed to reproduce exception. Expected:"
 
 __all__ = [
     "attempt_of",
-    "for_the_user",
+    "hide_stand_in",
     "mirror",
     "reject",
     "say",
@@ -90,7 +90,7 @@ def _settings_of(prop: Property) -> settings:
     return settings(**values, print_blob=True, backend="hypothesis")
 
 
-def for_the_user(error: Exception) -> Exception:
+def hide_stand_in(error: Exception) -> Exception:
     """Hypothesis' exception, without its notes on the stand-in and the engine's frames."""
     notes: list[str] = getattr(error, "__notes__", [])
     notes[:] = [

@@ -84,7 +84,7 @@ class ExampleVerdict:
         return reply.origin if reply is not None else self.outcome.reason
 
     @property
-    def may_go_on(self) -> bool:
+    def can_continue(self) -> bool:
         """Whether the ranks, all alive, can run another example."""
         if self.outcome.lost or not all(reply.reusable for reply in self.replies.values()):
             return False

@@ -40,14 +40,14 @@ def reader_for(annotation: Any) -> Read:
     raise TypeError(f"no reader for the annotation {annotation!r}")
 
 
-def _unlike(expected: str, value: Any) -> ValueError:
+def _value_error(expected: str, value: Any) -> ValueError:
     return ValueError(f"expected {expected}, got {value!r:.{SHOWN_CHARS}}")
 
 
 def _plain_reader(kind: type[Any]) -> Read:
     def read(value: Any) -> Any:
         if type(value) is not kind:  # a bool is no int
-            raise _unlike(kind.__name__, value)
+            raise _value_error(kind.__name__, value)
         return value
 
     return read
@@ -55,14 +55,14 @@ def _plain_reader(kind: type[Any]) -> Read:
 
 def _read_float(value: Any) -> Any:
     if type(value) not in (float, int) or value != value:
-        raise _unlike("a number", value)
+        raise _value_error("a number", value)
     return value
 
 
 def _literal_reader(choices: frozenset[str]) -> Read:
     def read(value: Any) -> Any:
         if type(value) is not str or value not in choices:
-            raise _unlike(f"one of {', '.join(sorted(choices))}", value)
+            raise _value_error(f"one of {', '.join(sorted(choices))}", value)
         return value
 
     return read
@@ -73,7 +73,7 @@ def _list_reader(inner: Any) -> Read:
 
     def read(value: Any) -> Any:
         if type(value) is not list:
-            raise _unlike("a list", value)
+            raise _value_error("a list", value)
         return tuple([read_one(one) for one in value])
 
     return read
@@ -84,7 +84,7 @@ def _row_reader(inner: tuple[Any, ...]) -> Read:
 
     def read(value: Any) -> Any:
         if type(value) is not list or len(value) != len(readers):
-            raise _unlike(f"a list of {len(readers)}", value)
+            raise _value_error(f"a list of {len(readers)}", value)
         return tuple([one(part) for one, part in zip(readers, value, strict=True)])
 
     return read
@@ -95,7 +95,7 @@ def _dict_reader(inner: Any) -> Read:
 
     def read(value: Any) -> Any:
         if type(value) is not dict:
-            raise _unlike("an object", value)
+            raise _value_error("an object", value)
         return value if inner is Any else {key: read_one(one) for key, one in value.items()}
 
     return read
@@ -106,7 +106,7 @@ def _typed_dict_reader(kind: Any) -> Read:
 
     def read(value: Any) -> Any:
         if type(value) is not dict or value.keys() != readers.keys():
-            raise _unlike(f"an object of {', '.join(readers)}", value)
+            raise _value_error(f"an object of {', '.join(readers)}", value)
         return {name: readers[name](part) for name, part in value.items()}
 
     return read

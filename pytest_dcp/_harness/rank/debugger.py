@@ -101,12 +101,12 @@ class RankDebugger:
             if not self._debugging and not self._ask_for_terminal(method):
                 return NoPdb()
             pdb = original(method, *args, **kwargs)
-            pdb.setup = self._asking_again(pdb.setup)
+            pdb.setup = self._wrap_setup(pdb.setup)
             return pdb
 
         set_init_pdb(ask_and_init)
 
-    def _asking_again(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_setup(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         """Pdb's `setup`, which begins each of its prompts: at a later breakpoint the terminal is
         gone."""
 

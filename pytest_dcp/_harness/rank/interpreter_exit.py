@@ -113,17 +113,17 @@ def run_exit() -> ExitReport:
 
 def _join_threads(deadline: float) -> list[str]:
     """Have executors end their workers, and join all threads but daemons; names of what is left."""
-    if not _threads_to_join():
+    if not _other_threads():
         return []
     # Executors join their workers without a limit, so that is not done in this thread.
     waker = threading.Thread(target=_end_executors, name="dcp-exit", daemon=True)
     waker.start()
-    for thread in [waker, *_threads_to_join()]:
+    for thread in [waker, *_other_threads()]:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return sorted(thread.name for thread in _threads_to_join())
+    return sorted(thread.name for thread in _other_threads())
 
 
-def _threads_to_join() -> list[threading.Thread]:
+def _other_threads() -> list[threading.Thread]:
     here = threading.current_thread()
     return [t for t in threading.enumerate() if not t.daemon and t is not here]
 

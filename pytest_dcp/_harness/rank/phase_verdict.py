@@ -66,7 +66,7 @@ class PhaseVerdicts:
     def judge(self, item: pytest.Item, phase: Phase, call: pytest.CallInfo[None]) -> Done:
         """A phase's outcome, with pytest's own report of it."""
         end_s, seen = time.monotonic(), self._seen
-        self._say_what_is_reported(call, end_s)
+        self._announce_error(call, end_s)
         report, outcome, text = self._report(item, call)
         self._debugger.give_back()
         debug_records, log_without_debug = log_capture.log_without_debug(self.config)
@@ -129,7 +129,7 @@ class PhaseVerdicts:
             return None
         return to_plain(counter.since(self._groups))
 
-    def _say_what_is_reported(self, call: pytest.CallInfo[None], end_s: float) -> None:
+    def _announce_error(self, call: pytest.CallInfo[None], end_s: float) -> None:
         """A failure's report may take long to write: until then its text is known."""
         error = _error_of(call)
         if error is not None and outcome_of(error) == "failed" and not self.rank.channel.has_order:

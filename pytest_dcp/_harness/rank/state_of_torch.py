@@ -72,10 +72,10 @@ def _read_settings() -> list[Any]:
     try:
         return [get() for get, _ in SETTINGS]
     except RuntimeError:
-        return [_quietly(get) for get, _ in SETTINGS]
+        return [_read_or_missing(get) for get, _ in SETTINGS]
 
 
-def _quietly(get: Callable[[], Any]) -> Any:
+def _read_or_missing(get: Callable[[], Any]) -> Any:
     try:
         return get()
     except RuntimeError:  # some combinations of settings cannot be read
@@ -84,12 +84,15 @@ def _quietly(get: Callable[[], Any]) -> Any:
 
 def _put_back_settings(then: Sequence[Any]) -> None:
     for (get, put), value in zip(SETTINGS, then, strict=True):
-        if value is not MISSING and _quietly(get) != value:
+        if value is not MISSING and _read_or_missing(get) != value:
             put(value)
 
 
 def _read_precisions() -> list[Any]:
-    return [_quietly(internals.read_matmul_precision), *internals.read_precisions(PRECISIONS)]
+    return [
+        _read_or_missing(internals.read_matmul_precision),
+        *internals.read_precisions(PRECISIONS),
+    ]
 
 
 def _put_back_precisions(then: Sequence[Any]) -> None:

@@ -53,7 +53,7 @@ def _look_for_work(loop: RankLoop, supervisor: Supervisor, seen_s: dict[int, flo
             supervisor.see_work(rank, time.monotonic())
 
 
-def own_outcome(
+def combine_without_interrupts(
     results: Mapping[int, Done], failures: Sequence[RankFailure], lost: Mapping[int, LostRank]
 ) -> Outcome:
     """The ranks' outcome, except for KeyboardInterrupts that this process sent them."""

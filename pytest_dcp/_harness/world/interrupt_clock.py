@@ -59,7 +59,7 @@ class Interruption:
         self._heeding.clear()
         self._worked_at.clear()
 
-    def heed(self, rank: int) -> None:
+    def see_interrupted(self, rank: int) -> None:
         """The rank has received the interrupt."""
         self._heeding.add(rank)
 

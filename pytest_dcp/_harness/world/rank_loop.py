@@ -89,7 +89,7 @@ class RankLoop:
     def step(self, within_s: float = LOOK_S) -> None:
         """Wait for one thing to happen, and handle it."""
         with self.interrupts.held():
-            if self._launcher.has_news(self._world) and self._hear_news():
+            if self._launcher.has_news(self._world) and self._handle_process_changes():
                 return
         now = time.monotonic()
         wake = min(self.supervisor.wake_at() - now, within_s)
@@ -101,9 +101,9 @@ class RankLoop:
         """Handle received data and due timers."""
         for key, _ in ready:
             if key.data < 0:
-                self._hear_news()
+                self._handle_process_changes()
             else:
-                self._hear(key.data)
+                self._read_messages(key.data)
         now = time.monotonic()
         self.act(self.supervisor.tick(now))
         if not self.supervisor.paused:
@@ -117,14 +117,14 @@ class RankLoop:
         """What happened between phases: a rank that died."""
         with self.interrupts.held():
             if self._launcher.has_news(self._world):
-                self._hear_news()
+                self._handle_process_changes()
             for key, _ in self._selector.select(0):
                 if key.data < 0:
-                    self._hear_news()
+                    self._handle_process_changes()
                 else:
-                    self._hear(key.data)
+                    self._read_messages(key.data)
 
-    def _hear_news(self) -> bool:
+    def _handle_process_changes(self) -> bool:
         """Handle ends and stops of processes; returns whether there were any.
 
         Call it when the launcher is readable, and when another world has read news for this one.
@@ -136,7 +136,7 @@ class RankLoop:
             return False
         for change in news:
             # The supervisor assumes that a rank's messages come before its exit.
-            self._hear_last_words(change.rank)
+            self._drain_socket(change.rank)
             now = time.monotonic()
             if isinstance(change, StopChange):
                 self.act(self.supervisor.see_stop_change(change.rank, now, stopped=change.stopped))
@@ -151,24 +151,24 @@ class RankLoop:
             self._selector.unregister(self._launcher.fileno())
         self.supervisor.abandon(str(lost), time.monotonic())
 
-    def _hear_last_words(self, rank: int) -> None:
+    def _drain_socket(self, rank: int) -> None:
         """A rank may have answered and died since the last look: the answer counts."""
         with contextlib.suppress(KeyError):
             sock = self.ranks[rank].socket
             self._selector.get_key(sock)
             sock.setblocking(False)
-            while self._hear(rank):
+            while self._read_messages(rank):
                 pass
             sock.settimeout(SEND_S)
 
-    def _hear(self, rank: int) -> bool:
+    def _read_messages(self, rank: int) -> bool:
         """Read a rank's messages; False if there is nothing (more)."""
         end = self.ranks[rank]
         now = time.monotonic()
         try:
             data = end.receive()
             if data:
-                self._take(rank, data, now)
+                self._handle_messages(rank, data, now)
                 return True
         except (BlockingIOError, TimeoutError):
             return False
@@ -184,7 +184,7 @@ class RankLoop:
         self.act(self.supervisor.see_close(rank, now, exiting=exiting))
         return False
 
-    def _take(self, rank: int, data: bytes, now: float) -> None:
+    def _handle_messages(self, rank: int, data: bytes, now: float) -> None:
         for message in self.ranks[rank].decoder.feed(data):
             if isinstance(message, SubReport):
                 self.sub_reports.append((rank, message.report))

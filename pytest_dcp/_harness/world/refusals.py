@@ -29,7 +29,7 @@ def refusal(
 
     `results` are this phase's so far; `is_cut_off` says that an interrupt ends the phase.
     """
-    in_turn = state is not RankState.MEETING or _may_be_said_at_an_exchange(message, is_cut_off)
+    in_turn = state is not RankState.MEETING or _is_allowed_at_exchange(message, is_cut_off)
     if (state, type(message)) not in TRANSITIONS or not in_turn:
         return _out_of_turn(message, state.value)
     match message:
@@ -44,7 +44,7 @@ def refusal(
     return ""
 
 
-def _may_be_said_at_an_exchange(message: Up, is_cut_off: bool) -> bool:
+def _is_allowed_at_exchange(message: Up, is_cut_off: bool) -> bool:
     """Of what a rank may say there at all: an interrupt reaches it while it waits."""
     match message:
         case At():

@@ -209,7 +209,7 @@ class Supervisor:
         self.states[rank] = TRANSITIONS[state, type(message)]
         match message:
             case At("interrupted"):
-                self._timers.interruption.heed(rank)
+                self._timers.interruption.see_interrupted(rank)
             case At():
                 self._timers.move_place(rank, message, now)
             case Done():
@@ -217,7 +217,7 @@ class Supervisor:
             case Exchange():
                 self._meeting[rank] = message
             case DebugAsk():
-                return self._debug_asked(rank, now)
+                return self._answer_debug_request(rank, now)
             case DebugDone():
                 self._resume(now)
             case FaultAsk():
@@ -373,7 +373,7 @@ class Supervisor:
             text = f"lives on after its end was asked for: {wish.why}"
             actions += self._kill(rank, "spared", text, now)
         if timers.take_lost_due(now):
-            self._lose_killed(now)
+            self._give_up_killed(now)
         return actions
 
     # Inside.
@@ -394,7 +394,7 @@ class Supervisor:
         spared_until = self._timers.spared_until
         return [Dump(rank) for rank in self.busy if now >= spared_until(rank, self.states[rank])]
 
-    def _lose_killed(self, now: float) -> None:
+    def _give_up_killed(self, now: float) -> None:
         """Give up the ranks that were killed and have not ended in time."""
         for rank, state in self.states.items():
             if state is S.KILLED:
@@ -462,7 +462,7 @@ class Supervisor:
         self._timers.await_death(now)
         return [KillRank(rank)]
 
-    def _debug_asked(self, rank: int, now: float) -> list[Action]:
+    def _answer_debug_request(self, rank: int, now: float) -> list[Action]:
         answer = self.terminal.answer(rank)
         if answer.granted:
             self._timers.pause(now)

@@ -24,7 +24,7 @@ from pytest_dcp._harness.protocol.launcher import RankLaunch
 from pytest_dcp._harness.protocol.messages import Done, Down, FaultAct, FaultAsk, Leave, Phase
 from pytest_dcp._harness.protocol.places import PREPARE_S
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
-from pytest_dcp._harness.world.cut_off import CutOff, end_phase, own_outcome
+from pytest_dcp._harness.world.cut_off import CutOff, combine_without_interrupts, end_phase
 from pytest_dcp._harness.world.explained_failures import explain_failure
 from pytest_dcp._harness.world.outcome import Outcome, combine
 from pytest_dcp._harness.world.rank_loop import RankLoop
@@ -37,7 +37,7 @@ BOOT_S = 120.0
 LEAVE_S = 20.0
 """For a rank's exit once it was ordered to leave."""
 BRIEF_LOOK_S = 0.02
-"""How often `run_until` calls `enough`."""
+"""How often `run_until` calls `is_decided`."""
 
 Results = Mapping[int, Done]
 """The ranks' answers, by rank."""
@@ -186,9 +186,9 @@ class World:
             return outcome
 
     def run_until(
-        self, phase: Phase, order: Down, enough: Callable[[Results, Failures], bool]
+        self, phase: Phase, order: Down, is_decided: Callable[[Results, Failures], bool]
     ) -> Outcome:
-        """Like `run`, but ends early when `enough` accepts the verdicts and failures so far.
+        """Like `run`, but ends early when `is_decided` accepts the verdicts and failures so far.
 
         It is called at every event, and periodically. A world that ended early cannot be used
         again: it is not `survivors_idle`.
@@ -197,7 +197,7 @@ class World:
             self.begin(phase, order)
             while not self._supervisor.settled:
                 self._loop.step(BRIEF_LOOK_S)
-                if enough(self._supervisor.results, self._supervisor.failures):
+                if is_decided(self._supervisor.results, self._supervisor.failures):
                     break
             else:
                 return self.finish()
@@ -367,7 +367,9 @@ class World:
             end_phase(self._loop, self._supervisor)
             if self._is_awaited:
                 self._is_awaited = False
-                outcome = own_outcome(self._supervisor.results, self._explain_failures(), self.lost)
+                outcome = combine_without_interrupts(
+                    self._supervisor.results, self._explain_failures(), self.lost
+                )
                 self.cut_off = CutOff(self._supervisor.phase, outcome)
         except BaseException:
             self.kill()

@@ -172,7 +172,7 @@ class DiskModel:
         if op.path == op.to:
             node = self._new(TreeLink((op.data or b"").decode()))
         elif op.path.startswith("/"):
-            node = self._came_in(index, op)
+            node = self._add_outside_file(index, op)
         else:
             node = self._there(op)
         self._set(index, op, to, node)
@@ -184,7 +184,7 @@ class DiskModel:
             self._set(index, op, op.path, None)
             return
         outside = op.path.startswith("/")
-        node = self._came_in(index, op) if outside else self._there(op)
+        node = self._add_outside_file(index, op) if outside else self._there(op)
         # Asked before the new name is set, which hides the file that had it.
         replaces = self.rules.rename_over_flushes and self.names.get(self._parent(to)) is not None
         self._set(index, op, to, node, needs_bytes=replaces)
@@ -284,7 +284,7 @@ class DiskModel:
             self.contents[node] = entry
         return node
 
-    def _came_in(self, index: int, op: Operation) -> int:
+    def _add_outside_file(self, index: int, op: Operation) -> int:
         """Bind the name of a file from outside, whose bytes no watcher saw being synced."""
         node = self._new(b"")
         self._change(ByteChange(index, op.ended_ns, node, 0, op.data or b""))

@@ -90,7 +90,7 @@ def is_refusal(error: BaseException, folder: str) -> bool:
         case "library":
             return not isinstance(error, MISTAKES)
         case "user":
-            return not is_raised_on_purpose(error) and _tells_of_bytes(error)
+            return not is_raised_on_purpose(error) and _may_report_damage(error)
     return False
 
 
@@ -100,7 +100,7 @@ def _is_mistake_of_user(error: BaseException, stack: StackSummary) -> bool:
     return isinstance(error, MISTAKES) and bool(last) and owner_of(last) == "user"
 
 
-def _tells_of_bytes(error: BaseException) -> bool:
+def _may_report_damage(error: BaseException) -> bool:
     """Whether a C function that the user called could have found its input to be damaged."""
     return isinstance(error, READ) or type(error).__module__ != "builtins"
 

@@ -58,14 +58,14 @@ MKDIR = Global("os", "mkdir")
 def calls(canary: str) -> dict[str, PickledCall]:
     """Calls that make the canary, by the functions they go through."""
     return {
-        **_of_the_system(canary),
-        **_of_code(canary),
-        **_of_files(canary),
-        **_by_detours(canary),
+        **_system_calls(canary),
+        **_code_calls(canary),
+        **_file_calls(canary),
+        **_indirect_calls(canary),
     }
 
 
-def _of_the_system(canary: str) -> dict[str, PickledCall]:
+def _system_calls(canary: str) -> dict[str, PickledCall]:
     shell = f": > {shlex.quote(canary)}"
     words = ("/bin/sh", "-c", shell)
     return {
@@ -84,7 +84,7 @@ def _of_the_system(canary: str) -> dict[str, PickledCall]:
     }
 
 
-def _of_code(canary: str) -> dict[str, PickledCall]:
+def _code_calls(canary: str) -> dict[str, PickledCall]:
     python = f"__import__('os').mkdir({canary!r})"
     compiled = PickledCall(
         Global("marshal", "loads"), (marshal.dumps(compile(python, "", "exec")),)
@@ -107,7 +107,7 @@ def _of_code(canary: str) -> dict[str, PickledCall]:
     }
 
 
-def _of_files(canary: str) -> dict[str, PickledCall]:
+def _file_calls(canary: str) -> dict[str, PickledCall]:
     openers = ("builtins.open", "_io.open", "_io.FileIO", "codecs.open", "zipfile.ZipFile")
     return {
         **{name: PickledCall(Global(*name.split(".")), (canary, "w")) for name in openers},
@@ -122,7 +122,7 @@ def _of_files(canary: str) -> dict[str, PickledCall]:
     }
 
 
-def _by_detours(canary: str) -> dict[str, PickledCall]:
+def _indirect_calls(canary: str) -> dict[str, PickledCall]:
     module = PickledCall(Global("importlib", "import_module"), ("os",))
     imported = PickledCall(Global("builtins", "__import__"), ("os",))
     lazily = PickledCall(Global("builtins", "map"), (MKDIR, (canary,)))
@@ -197,7 +197,7 @@ def _by_opcode(canary: str) -> list[Gadget]:
     for module, name in DOTTED:
         dotted = partial(_reduce_call, PickledCall(Global(module, name), (canary,)))
         found.append(Gadget(f"{module}:{name}", harm, dotted, (4, 5)))
-    found.append(Gadget("broken off", harm, partial(_broken_off, canary), is_whole=True))
+    found.append(Gadget("broken off", harm, partial(_cut_short, canary), is_whole=True))
     return found
 
 
@@ -326,7 +326,7 @@ def _deep(canary: str, protocol: int, _: int) -> bytes:
     return _call_twice(canary, protocol) + pickle.TUPLE1 * 50
 
 
-def _broken_off(canary: str, protocol: int, _: int) -> bytes:
+def _cut_short(canary: str, protocol: int, _: int) -> bytes:
     """No scanner that reads the whole pickle first reaches this point."""
     return _call_twice(canary, protocol) + b"\xff"
 

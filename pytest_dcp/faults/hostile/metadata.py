@@ -199,7 +199,7 @@ def _add_chunk(
     metadata.storage_data[MetadataIndex(fqn, chunk.offsets, number)] = place
 
 
-def _absurd(*size: int) -> Callable[[Metadata, str], None]:
+def _set_absurd_size(*size: int) -> Callable[[Metadata, str], None]:
     zeros = (0,) * len(size)
     change: Callable[[Metadata, str], None] = _tile((zeros, size), size=size)
     return change
@@ -251,7 +251,7 @@ def _change_dtype(dtype: torch.dtype) -> Callable[[Metadata, str], None]:
     return change
 
 
-def _of_other_things(field: str, value: object) -> Callable[[Metadata, str], None]:
+def _set_attribute(field: str, value: object) -> Callable[[Metadata, str], None]:
     def change(metadata: Metadata, fqn: str) -> None:
         owner, _, name = field.rpartition(".")
         entry = _entry(metadata, fqn)
@@ -281,14 +281,14 @@ EDITS = (
     ),
     Edit("a tensor without a place", _LOST, _remove_place),
     Edit("the entry of another key", _LOST, _swap_entry),
-    Edit("a tensor of 8 TiB", _MEMORY, _absurd(1 << 40)),
-    Edit("a tensor of 2**62 elements", _MEMORY, _absurd(1 << 62)),
-    Edit("sizes whose product wraps around", _MEMORY, _absurd(1 << 32, 1 << 32)),
-    Edit("sizes whose product wraps around to few", _OUTSIDE, _absurd(1 << 62, 4)),
-    Edit("sizes below 0", _CRASH, _absurd(-1, -24)),
-    Edit("10,000 dimensions", _MEMORY, _absurd(*[1] * 10_000)),
+    Edit("a tensor of 8 TiB", _MEMORY, _set_absurd_size(1 << 40)),
+    Edit("a tensor of 2**62 elements", _MEMORY, _set_absurd_size(1 << 62)),
+    Edit("sizes whose product wraps around", _MEMORY, _set_absurd_size(1 << 32, 1 << 32)),
+    Edit("sizes whose product wraps around to few", _OUTSIDE, _set_absurd_size(1 << 62, 4)),
+    Edit("sizes below 0", _CRASH, _set_absurd_size(-1, -24)),
+    Edit("10,000 dimensions", _MEMORY, _set_absurd_size(*[1] * 10_000)),
     Edit("a tensor longer than its chunks", _LOST, _grow_tensor),
-    Edit("a tensor without chunks", _LOST, _of_other_things("entry.chunks", [])),
+    Edit("a tensor without chunks", _LOST, _set_attribute("entry.chunks", [])),
     Edit("a chunk upon another", _LOST, _overlap_chunks),
     Edit("one chunk 20,000 times", _MEMORY, _many_chunks),
     Edit("a chunk beyond its tensor", _OUTSIDE, _shift_place(1)),
@@ -298,11 +298,11 @@ EDITS = (
     Edit("a wider dtype", _OUTSIDE, _change_dtype(torch.complex128)),
     Edit("a narrower dtype", _LOST, _change_dtype(torch.uint8)),
     Edit("a dtype that is a text", _CRASH, _change_dtype("float32")),  # type: ignore[arg-type]  # a lie
-    Edit("a size that is a tuple", _CRASH, _of_other_things("entry.size", (24,))),
-    Edit("a chunk's size that is a list", _CRASH, _of_other_things("chunk.sizes", [24])),
-    Edit("properties that are nothing", _CRASH, _of_other_things("entry.properties", None)),
-    Edit("keys that are nothing", _CRASH, _of_other_things("state_dict_metadata", None)),
-    Edit("places that are a list", _CRASH, _of_other_things("storage_data", [])),
+    Edit("a size that is a tuple", _CRASH, _set_attribute("entry.size", (24,))),
+    Edit("a chunk's size that is a list", _CRASH, _set_attribute("chunk.sizes", [24])),
+    Edit("properties that are nothing", _CRASH, _set_attribute("entry.properties", None)),
+    Edit("keys that are nothing", _CRASH, _set_attribute("state_dict_metadata", None)),
+    Edit("places that are a list", _CRASH, _set_attribute("storage_data", [])),
     Edit("a value beyond the file", _MEMORY, _place_entry(length=1 << 60), "value"),
     Edit("a value without a place", _LOST, _remove_place, "value"),
     Edit("a value whose entry is a tensor's part", _LOST, _place_entry(offset=64), "value"),

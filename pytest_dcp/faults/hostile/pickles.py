@@ -51,7 +51,7 @@ def malicious_pickles(
                 yield Hostile(name, gadget.harm, good.folder, nodes)
     for place in PARTS:
         for protocol in PART_PROTOCOLS:
-            head, tail, memoized = _around(good, place, protocol)
+            head, tail, memoized = _split_metadata(good, place, protocol)
             for gadget in found:
                 if protocol in gadget.protocols and not gadget.is_whole:
                     data = head + gadget.code(protocol, memoized) + tail
@@ -87,16 +87,16 @@ def _whole(good: Good) -> dict[str, Callable[[bytes], Nodes]]:
     }
     if good.has("value"):
         found["the pickle of a value"] = _as_entry(good, good.value)
-        found["the bare bytes of a value"] = partial(_instead, good, good.value)
+        found["the bare bytes of a value"] = partial(_replace_entry, good, good.value)
     return found
 
 
 def _as_entry(good: Good, fqn: str) -> Callable[[bytes], Nodes]:
     entry = good.entry(fqn)
-    return lambda data: _instead(good, fqn, with_pickle(entry, data))
+    return lambda data: _replace_entry(good, fqn, with_pickle(entry, data))
 
 
-def _instead(good: Good, fqn: str, entry: bytes) -> Nodes:
+def _replace_entry(good: Good, fqn: str, entry: bytes) -> Nodes:
     """Replace the key's first entry by another one, in its own file."""
     metadata = good.copy()
     move_entry(metadata, fqn, _FILE, len(entry))
@@ -109,7 +109,7 @@ PART_PROTOCOLS = (2, 4)
 """Protocols in which parts are written; the others have no distinct opcodes for them."""
 
 
-def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
+def _split_metadata(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
     """The metadata's pickle before and after one of its parts, and the size of its memo there."""
     metadata = good.copy()
     entries = metadata.state_dict_metadata
@@ -129,7 +129,7 @@ def _around(good: Good, place: str, protocol: int) -> tuple[bytes, bytes, int]:
 # ---- bombs
 
 
-def _again_and_again(module: str, name: str, args: bytes, each_bytes: int) -> bytes:
+def _repeat_call(module: str, name: str, args: bytes, each_bytes: int) -> bytes:
     """A list of the results of a repeated call, each of `each_bytes` bytes."""
     head = global_code(Global(module, name), 2) + b"q\0" + args + b"q\1" + b"]("
     return head + b"h\0h\1R" * (BOMB_BYTES // each_bytes + 1) + b"e"
@@ -151,9 +151,9 @@ BOMBS = {
     "a list of a range": (
         b"cbuiltins\nlist\ncbuiltins\nrange\n" + long_code(BOMB_BYTES) + b"\x85R\x85R"
     ),
-    "one text encoded again and again": _again_and_again("_codecs", "encode", _ENCODED, 1 << 17),
-    "one list as a size again and again": _again_and_again("torch", "Size", _LIST, 1 << 17),
-    "one list as a set again and again": _again_and_again("builtins", "set", _LIST, 1 << 19),
+    "one text encoded again and again": _repeat_call("_codecs", "encode", _ENCODED, 1 << 17),
+    "one list as a size again and again": _repeat_call("torch", "Size", _LIST, 1 << 17),
+    "one list as a set again and again": _repeat_call("builtins", "set", _LIST, 1 << 19),
     "a far memo entry": b"Nr\xff\xff\xff\x7f",
     "a far memo entry, in letters": b"Np2147483647\n",
     "a bytearray that is said to follow": b"\x96" + struct.pack("<Q", 1 << 36),

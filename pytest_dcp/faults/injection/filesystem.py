@@ -88,11 +88,11 @@ class FaultyFileSystem(FileSystemBase):
         """An operation `list`; only if the inner file system has it."""
         inner: Any = self._inner
 
-        def list_it() -> list[str]:
+        def list_names() -> list[str]:
             names: list[str] = inner.ls(path)
             return self._watcher.note(_spell_path(path), names)
 
-        listed: list[str] = self._do(Operation("list", _spell_path(path)), list_it)
+        listed: list[str] = self._do(Operation("list", _spell_path(path)), list_names)
         return listed
 
     @classmethod

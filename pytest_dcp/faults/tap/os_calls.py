@@ -295,7 +295,7 @@ def _move(
         return function(src, dst, src_dir_fd=src_fd, dst_dir_fd=dst_fd)
     operation = Operation("rename", source or os.path.realpath(src), to=to or os.path.realpath(dst))
     if source is None:
-        operation = _from_outside(operation)
+        operation = _add_file_bytes(operation)
     return _perform(operation, act)
 
 
@@ -315,11 +315,11 @@ def link(
         return real.link(src, dst, **facts)
     operation = Operation("link", source or os.path.realpath(src), to=to)
     if source is None:
-        operation = _from_outside(operation)
+        operation = _add_file_bytes(operation)
     return _perform(operation, real.link, src, dst, **facts)
 
 
-def _from_outside(operation: Operation) -> Operation:
+def _add_file_bytes(operation: Operation) -> Operation:
     """Add the bytes of a file that comes into the root, which no watcher saw being written."""
     path = Path(operation.path)
     data = path.read_bytes() if path.is_file() else None

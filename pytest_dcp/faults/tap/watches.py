@@ -202,7 +202,7 @@ class Registry:
             if operation.kind == "close":
                 do()  # a close that fails has released the descriptor all the same
             raise
-        return self._obey(verdict, operation, do)
+        return self._apply_verdict(verdict, operation, do)
 
     def _drop(self, operation: Operation, result: Any) -> None:
         """Release the result of an opening or a listing."""
@@ -212,11 +212,13 @@ class Registry:
         elif operation.kind == "list" and hasattr(result, "close"):
             result.close()
 
-    def _obey(self, verdict: Verdict | None, operation: Operation, do: Callable[..., Any]) -> Any:
+    def _apply_verdict(
+        self, verdict: Verdict | None, operation: Operation, do: Callable[..., Any]
+    ) -> Any:
         if verdict is None:
             return do()
         if isinstance(verdict, Alternative):
-            with self._in_mood("acting"):
+            with self._set_mood("acting"):
                 return verdict.act(operation, do)
         if isinstance(verdict, Skip) and operation.kind not in ("create", "open", "read", "list"):
             return operation.nbytes if operation.kind == "write" else None
@@ -234,7 +236,7 @@ class Registry:
 
     def _ask(self, watches: Sequence[Watch], operation: Operation) -> Verdict | None:
         verdict: Verdict | None = None
-        with self._in_mood("asking"):
+        with self._set_mood("asking"):
             for watch in watches:
                 seen = watch.restrict(operation)
                 if seen is not None:
@@ -243,7 +245,7 @@ class Registry:
 
     def _tell(self, watches: Sequence[Watch], operation: Operation) -> None:
         first: BaseException | None = None
-        with self._in_mood("asking"):
+        with self._set_mood("asking"):
             for watch in watches:
                 seen = watch.restrict(operation)
                 try:
@@ -255,7 +257,7 @@ class Registry:
             raise first
 
     @contextmanager
-    def _in_mood(self, mood: str) -> Iterator[None]:
+    def _set_mood(self, mood: str) -> Iterator[None]:
         before = getattr(self._busy, "mood", "")
         self._busy.mood = mood
         try:

@@ -119,11 +119,13 @@ class ErrorTests(StorageTests):
             for offset in range(0, len(content), STRIDE):
                 flipped = content[offset] ^ (1 << offset % 8)
                 path.write_bytes(content[:offset] + bytes([flipped]) + content[offset + 1 :])
-                wrong += [f"{path.name}:{offset}: {one}" for one in self._silently_wrong(tmp_path)]
+                wrong += [
+                    f"{path.name}:{offset}: {one}" for one in self._find_silent_errors(tmp_path)
+                ]
             path.write_bytes(content)
         assert not wrong
 
-    def _silently_wrong(self, folder: Path) -> list[str]:
+    def _find_silent_errors(self, folder: Path) -> list[str]:
         target = empty_state(OLD.build())
         try:
             with expected_warnings():

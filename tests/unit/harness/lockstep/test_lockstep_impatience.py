@@ -40,7 +40,7 @@ def given_up_after_s(
     monkeypatch.setattr(subject.time, "monotonic", lambda: world.now_s)
     impatience = subject.EarlyDecision(world, final=False, busy_s=busy_s)  # type: ignore[arg-type]
     for _ in range(1000):
-        if impatience.enough(REJECTED if rejected else {}, [] if rejected else FAILED):
+        if impatience.is_decided(REJECTED if rejected else {}, [] if rejected else FAILED):
             return world.now_s, impatience.in_vain
         world.now_s += STEP_S
     raise AssertionError("it is waited for ever")

@@ -53,7 +53,7 @@ def verdict_of(
 
 def test_all_ranks_passed() -> None:
     verdict = verdict_of({0: reply(), 1: reply()})
-    assert (verdict.outcome.kind, verdict.decisive, verdict.may_go_on) == ("passed", 0, True)
+    assert (verdict.outcome.kind, verdict.decisive, verdict.can_continue) == ("passed", 0, True)
     assert verdict.rejected_by is None
 
 
@@ -120,7 +120,7 @@ def test_ranks_that_failed_early_drew_less_and_have_not_diverged() -> None:
 def test_a_world_may_go_on_after_a_failure_when_its_collectives_match() -> None:
     def after(mine: int, theirs: int) -> bool:
         failure = reply("interesting", origin="E", groups={"0": GroupUse(mine)})
-        return verdict_of({0: failure, 1: reply(groups={"0": GroupUse(theirs)})}).may_go_on
+        return verdict_of({0: failure, 1: reply(groups={"0": GroupUse(theirs)})}).can_continue
 
     assert after(2, 2)
     assert not after(1, 2)
@@ -128,7 +128,7 @@ def test_a_world_may_go_on_after_a_failure_when_its_collectives_match() -> None:
 
 def test_an_example_that_leaves_the_ranks_out_of_step_has_failed() -> None:
     verdict = verdict_of({0: reply(groups={"0": GroupUse(1)}), 1: reply(groups={"0": GroupUse(2)})})
-    assert not verdict.may_go_on
+    assert not verdict.can_continue
     assert verdict.outcome.kind == "failed"
     said = "ranks started different numbers of collectives in process group '0' (rank 0: 1, rank 1"
     assert verdict.outcome.reason.startswith(said)
@@ -138,13 +138,13 @@ def test_an_example_that_leaves_the_ranks_out_of_step_has_failed() -> None:
 def test_a_rank_that_rejects_an_example_does_not_fail_it_by_being_out_of_step() -> None:
     ahead = reply(groups={"0": GroupUse(1)})
     verdict = verdict_of({0: reply("invalid", groups={"0": GroupUse(0)}), 1: ahead})
-    assert not verdict.may_go_on
+    assert not verdict.can_continue
     assert verdict.rejected_by == 0
 
 
 def test_a_rank_that_cannot_be_used_again_ends_its_world() -> None:
-    assert verdict_of({0: reply(), 1: reply()}).may_go_on
-    assert not verdict_of({0: reply(), 1: reply(reusable=False)}).may_go_on
+    assert verdict_of({0: reply(), 1: reply()}).can_continue
+    assert not verdict_of({0: reply(), 1: reply(reusable=False)}).can_continue
 
 
 def test_a_health_check_ends_it_all() -> None:
