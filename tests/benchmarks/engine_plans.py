@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.coordinate.payload import pack, unpack
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
 from pytest_dcp._engine.plan.columns import WriteItems

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pytest_dcp._engine import operating_system
-from pytest_dcp._engine.coordinate.wire import Segment
+from pytest_dcp._engine.coordinate.payload import Segment
 
 SHARED_KEY = "DCP_SHARED_KEY"
 SHORTEST_KEY = 16

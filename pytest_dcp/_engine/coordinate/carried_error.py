@@ -44,10 +44,10 @@ def carry(error: BaseException) -> CarriedError | None:
     try:
         _, args, *state = _builtin_of(cls).__reduce__(error)
         attributes = {name: value for name, value in dict(*state).items() if name != "args"}
-        sent = wire.encode((args, attributes))
+        sent = wire.pack((args, attributes))
         if sum(memoryview(segment).nbytes for segment in sent) > MAX_DATA_BYTES:
             return None
-        carried = CarriedError(cls.__module__, cls.__qualname__, *wire.decode(sent))
+        carried = CarriedError(cls.__module__, cls.__qualname__, *wire.unpack(sent))
         copy = rebuild(carried)
         same = type(copy) is cls and str(copy) == str(error)
     except KeyboardInterrupt:

@@ -1,35 +1,16 @@
-"""Pure (no I/O): a value <-> the segments of bytes that carry it between ranks.
+"""Payloads: the segments of bytes that one frame carries. Pure (no I/O).
 
-A value is packed into a payload of plain data (see `wire`). Packing copies nothing, and an unpacked
-value shares the memory of its segments.
+`wire` makes the payload of a value, and reads it. Segments are never copied: they alias the value's
+memory until they are sent, and a received value shares theirs.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
-from pytest_dcp._engine.coordinate import wire
-from pytest_dcp._engine.coordinate.wire import Payload, Segment
-
-__all__ = ["Payload", "Segment", "pack", "unpack", "bundle", "unbundle"]
-
-
-def pack(value: object, *, pickles: bool = False) -> list[Segment]:
-    """The payload of a value; it aliases the value's memory until it is sent.
-
-    pickles: whether to pickle objects that are not plain data; else they raise TypeError.
-    """
-    return wire.encode(value, pickles=pickles)
-
-
-def unpack(payload: Payload, *, pickles: bool = False) -> Any:
-    """The value of a payload; its arrays lie in the payload's segments.
-
-    pickles: whether pickles are opened. Raises ValueError for bytes that `pack` does not make.
-    """
-    return wire.decode(payload, pickles=pickles)
+Segment = bytes | bytearray | memoryview
+Payload = Sequence[Segment]
 
 
 def bundle(payloads: Sequence[Payload]) -> list[Segment]:

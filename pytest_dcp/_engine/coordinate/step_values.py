@@ -12,8 +12,9 @@ from typing import Any
 
 from pytest_dcp._engine.coordinate.failure import Cause, checked_cause
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head
-from pytest_dcp._engine.coordinate.payload import Payload, Segment, pack, unpack
+from pytest_dcp._engine.coordinate.payload import Payload, Segment
 from pytest_dcp._engine.coordinate.sent_classes import record
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,11 @@ from pytest_dcp._engine.coordinate.operation_order import (
     OperationPlace,
     wait_for_turn,
 )
-from pytest_dcp._engine.coordinate.payload import Payload, Segment, bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.payload import Payload, Segment, bundle, unbundle
 from pytest_dcp._engine.coordinate.peer_side import PeerSide
 from pytest_dcp._engine.coordinate.side import Side
 from pytest_dcp._engine.coordinate.step_values import LocalResult, Reduced, Result, StepVerdict
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
     from typing_extensions import Self

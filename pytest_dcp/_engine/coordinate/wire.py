@@ -28,7 +28,7 @@ import json
 import math
 import pathlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_dcp._engine.coordinate.payload import Payload, Segment
 from pytest_dcp._engine.coordinate.sent_classes import (
     CONVERSIONS,
     KINDS_BY_NAME,
@@ -49,8 +50,6 @@ from pytest_dcp._engine.format.memory_limit import (
     estimate_json_bytes,
 )
 
-Segment = bytes | bytearray | memoryview
-Payload = Sequence[Segment]
 Node = Any
 """A part of the head: a scalar of JSON, or a list of a tag and its arguments."""
 
@@ -69,7 +68,7 @@ MANY = 16
 """A dict of tuples with this many entries or more is sent as columns."""
 
 
-def encode(value: object, *, pickles: bool = False) -> list[Segment]:
+def pack(value: object, *, pickles: bool = False) -> list[Segment]:
     """The head of a value and its segments; they alias the value's memory until they are sent.
 
     pickles: whether objects of unknown classes may be sent as pickles.
@@ -87,12 +86,12 @@ def encode(value: object, *, pickles: bool = False) -> list[Segment]:
     return [text.encode("utf-8", "surrogatepass"), *encoder.segments]
 
 
-def decode(payload: Payload, *, pickles: bool = False) -> Any:
-    """The value of `encode`; its arrays lie in the segments.
+def unpack(payload: Payload, *, pickles: bool = False) -> Any:
+    """The value of `pack`; its arrays lie in the segments.
 
     pickles: whether to open pickles: they can run any code.
 
-    Raises ValueError for anything that `encode` does not make, and for pickles unless allowed.
+    Raises ValueError for anything that `pack` does not make, and for pickles unless allowed.
     """
     if not payload:
         raise ValueError("expected a value, got no bytes")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pytest_dcp._engine.coordinate.wire import decode, encode
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp._engine.transport.state_description import TensorNote, describe, rebuild
 from pytest_dcp._torch_internals.checkpoint_classes import _pg_transport
 
@@ -59,7 +59,7 @@ class PGTransport(_pg_transport.PGTransport):
         Raises TypeError, before anything is sent, for a value that is not plain data.
         """
         described, tensors = describe(state_dict)
-        segments = [memoryview(one).cast("B") for one in encode(described)]
+        segments = [memoryview(one).cast("B") for one in pack(described)]
         lengths = torch.tensor([len(segments), *map(len, segments)], dtype=torch.int64)
         count = torch.tensor([lengths.numel()], dtype=torch.int64)
         head = np.concatenate([np.frombuffer(one, np.uint8) for one in segments])
@@ -87,7 +87,7 @@ class PGTransport(_pg_transport.PGTransport):
                 f"got one of {sum(lengths)}"
             )
         head = self._receive(sum(lengths), torch.uint8, src_rank, HEAD_TAG)
-        described = decode(_cut(head, lengths))
+        described = unpack(_cut(head, lengths))
 
         def take(note: TensorNote, room: torch.Tensor | None) -> torch.Tensor:
             return self._take(note, room, src_rank)

@@ -25,7 +25,8 @@ from pytest_dcp._engine.coordinate.frame import (
     Mode,
     encode,
 )
-from pytest_dcp._engine.coordinate.payload import bundle, pack, unbundle, unpack
+from pytest_dcp._engine.coordinate.payload import bundle, unbundle
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 
 heads = st.builds(
     Head, st.integers(0, 2**32 - 1), st.sampled_from(Mode), st.text(max_size=20).filter(str.isascii)

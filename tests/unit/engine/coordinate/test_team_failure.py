@@ -32,7 +32,7 @@ from pytest_dcp._engine.coordinate.failure import (
     ranks_text,
     step_error,
 )
-from pytest_dcp._engine.coordinate.payload import pack, unpack
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,

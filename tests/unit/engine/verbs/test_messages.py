@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
-from pytest_dcp._engine.coordinate.wire import decode, encode
+from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.write_results import WriteResults, Written
 from pytest_dcp._engine.plan.columns import WriteItems
@@ -36,7 +36,7 @@ from support.tilings import fewer, shard_item, value_item
 
 
 def sent(message):
-    return decode([bytes(segment) for segment in encode(message)])
+    return unpack([bytes(segment) for segment in pack(message)])
 
 
 def plain(lazy):

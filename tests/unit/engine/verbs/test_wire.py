@@ -47,7 +47,7 @@ paths = st.dictionaries(
 
 def sent(value: Any, **how: Any) -> Any:
     """The value on another rank."""
-    return wire.decode([bytes(segment) for segment in wire.encode(value, **how)], **how)
+    return wire.unpack([bytes(segment) for segment in wire.pack(value, **how)], **how)
 
 
 def shape_of(value: Any) -> Any:
@@ -130,7 +130,7 @@ def test_attributes_that_were_set_on_a_plan_arrive_with_it() -> None:
     plan = SavePlan([])
     vars(plan)["more"] = {"a": 1}
     assert vars(sent(plan))["more"] == {"a": 1}
-    assert wire.encode(SavePlan([])) != wire.encode(plan)
+    assert wire.pack(SavePlan([])) != wire.pack(plan)
 
 
 def test_words_and_numbers_of_a_class_arrive_as_equal_plain_ones() -> None:
@@ -158,7 +158,7 @@ class OwnPlan(SavePlan):
 )
 def test_a_value_that_is_no_plain_data_is_refused_by_name(value: Any, name: str) -> None:
     with pytest.raises(TypeError, match="cannot be sent to another rank") as caught:
-        wire.encode(value)
+        wire.pack(value)
     assert name in str(caught.value)
     assert "pickles_between_ranks" in str(caught.value)
 
@@ -168,9 +168,9 @@ def test_a_value_nested_too_deeply_is_refused_in_words() -> None:
     for _ in range(100_000):
         deep = (deep,)
     with pytest.raises(TypeError, match="nested too deeply"):
-        wire.encode({"a": deep})
+        wire.pack({"a": deep})
     with pytest.raises(ValueError, match="value of another rank"):
-        wire.decode([b'["l",[' * 100_000])
+        wire.unpack([b'["l",[' * 100_000])
 
 
 def test_a_class_of_the_users_own_travels_as_a_pickle_where_that_is_allowed() -> None:
@@ -179,17 +179,17 @@ def test_a_class_of_the_users_own_travels_as_a_pickle_where_that_is_allowed() ->
     assert isinstance(copy, OwnPlan)
     assert copy.mine.tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="got a pickle, and opens none"):
-        wire.decode(wire.encode(plan, pickles=True))
+        wire.unpack(wire.pack(plan, pickles=True))
 
 
 def test_a_pickle_is_not_opened_in_any_place_of_a_value(capfd: pytest.CaptureFixture[str]) -> None:
     bomb = b"cbuiltins\nprint\n(S'ran'\ntR."
     for head in ('["p",0]', '["l",[1,["p",0]]]', '["d",["a"],[["p",0]]]', '["v","Index",["p",0]]'):
         with pytest.raises(ValueError, match="opens none"):
-            wire.decode([head.encode(), bomb])
+            wire.unpack([head.encode(), bomb])
     for payload in ([bomb], [b'["b"]', bomb], [pickle.dumps(print)]):
         try:
-            assert wire.decode(payload) == bomb
+            assert wire.unpack(payload) == bomb
         except ValueError:
             continue
     assert capfd.readouterr() == ("", "")
@@ -234,15 +234,15 @@ def test_a_pickle_is_not_opened_in_any_place_of_a_value(capfd: pytest.CaptureFix
 )
 def test_a_message_that_no_rank_sends_is_refused(head: str, segments: list[bytes]) -> None:
     with pytest.raises(ValueError):
-        wire.decode([head.encode(), *segments])
+        wire.unpack([head.encode(), *segments])
     with pytest.raises(ValueError, match="got no bytes"):
-        wire.decode([])
+        wire.unpack([])
 
 
 @given(st.binary(max_size=60), st.lists(st.binary(max_size=20), max_size=3))
 def test_garbage_is_a_value_error(head: bytes, segments: list[bytes]) -> None:
     try:
-        wire.decode([head, *segments])
+        wire.unpack([head, *segments])
     except ValueError:
         return
 
@@ -258,7 +258,7 @@ nodes = st.recursive(
 def test_any_text_of_json_is_a_value_or_a_value_error(node: Any, segments: list[bytes]) -> None:
     head = json.dumps(node, ensure_ascii=False).encode("utf-8", "surrogatepass")
     try:
-        wire.decode([head, *segments])
+        wire.unpack([head, *segments])
     except ValueError:
         return
 
@@ -289,7 +289,7 @@ def test_a_bomb_is_refused_before_it_takes_much(bomb: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):
-            wire.decode(BOMBS[bomb])
+            wire.unpack(BOMBS[bomb])
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
