@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.format import manifest, metadata_file
+from pytest_dcp._engine.format import manifest, metadata_file, metadata_trailer
 from pytest_dcp._engine.format.entry import value_entry
 from pytest_dcp._engine.huggingface.saves import INDEX_NAME
 
@@ -73,7 +73,7 @@ def _honest_parts(folder: Path) -> tuple[int, bytes]:
     dcp.save({"w": torch.ones(4)}, checkpoint_id=folder, no_dist=True)
     path = folder / ".metadata"
     data = path.read_bytes()
-    (folder / "old trailer").write_bytes(data[-metadata_file._TRAILER_BYTES :])
+    (folder / "old trailer").write_bytes(data[-metadata_trailer.TRAILER_BYTES :])
     trailer = metadata_file._trailer(memoryview(data))
     assert trailer is not None
     start = trailer.manifest_start
@@ -83,8 +83,8 @@ def _honest_parts(folder: Path) -> tuple[int, bytes]:
 
 def _trailer(path: Path, start: int, length: int, crc: int) -> bytes:
     """A valid trailer for another manifest, which replaces the honest one."""
-    old = metadata_file._trailer_of(memoryview((path.parent / "old trailer").read_bytes()), 0)
-    return metadata_file._Trailer(crc, start, length, old.pickle_length, old.pickle_crc).pack()
+    old = metadata_trailer.read_trailer(memoryview((path.parent / "old trailer").read_bytes()), 0)
+    return metadata_trailer.Trailer(crc, start, length, old.pickle_length, old.pickle_crc).pack()
 
 
 def make_compressed_value(folder: Path, _scale: float, mib: int) -> None:

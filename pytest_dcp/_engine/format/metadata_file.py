@@ -5,10 +5,9 @@ Enters and leaves: a catalog and the file's bytes:
     pickle    for torch; `pickle.load` stops at its end (see `metadata_pickle`)
     zeros     up to the next multiple of 64
     manifest  for the engine (see `manifest`)
-    trailer   48 bytes: magic, format version, CRC-32 of the manifest, the manifest's offset and
-              length, the pickle's length and CRC-32, CRC-32 of the trailer up to here
+    trailer   48 bytes: where both are, and their checksums (see `metadata_trailer`)
 
-All numbers are little-endian. Both parts are in one file, so one rename publishes both and they can
+Both parts are in one file, so one rename publishes both and they can
 never be from two saves. A file without a trailer is torch's: the engine's own reader reads its
 pickle. Two things distinguish it from a file of ours that lost its end: ours says within its first
 bytes that a manifest follows, and torch's ends with STOP.
@@ -20,9 +19,7 @@ those.
 from __future__ import annotations
 
 import mmap
-import struct
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -30,48 +27,33 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
-from pytest_dcp._engine.format.checksum import crc32
+from pytest_dcp._engine.format.checksum import check_crc, crc32
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
+from pytest_dcp._engine.format.metadata_trailer import (
+    ALIGNMENT,
+    MAGIC,
+    TRAILER_BYTES,
+    Trailer,
+    check_gap,
+    check_parts,
+    read_trailer,
+)
 from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.garbage_collection import collector_paused
 
-MAGIC = b"\x89DCPend\n"
-"""Like PNG's: it is not text, and any conversion of line ends damages it."""
-FORMAT_VERSION = 1
-_BODY = struct.Struct("<8sIIQQQI")
-_CRC = struct.Struct("<I")
-_TRAILER_BYTES = _BODY.size + _CRC.size
-_ALIGNMENT = 64
-"""Columns then start at multiples of 8 in memory when the file is mapped."""
 _STOP = ord(".")
 
 FileBytes = bytes | bytearray | memoryview | mmap.mmap
-
-
-@dataclass(frozen=True, slots=True)
-class _Trailer:
-    manifest_crc: int
-    manifest_start: int
-    manifest_length: int
-    pickle_length: int
-    pickle_crc: int
-
-    def pack(self) -> bytes:
-        body = _BODY.pack(
-            *(MAGIC, FORMAT_VERSION, self.manifest_crc, self.manifest_start),
-            *(self.manifest_length, self.pickle_length, self.pickle_crc),
-        )
-        return body + _CRC.pack(crc32(body))
 
 
 def encode(catalog: Catalog) -> list[bytes]:
     """The parts of the file, to be written one after the other."""
     columns = manifest.encode(catalog)
     stock = pickle_metadata(catalog)
-    gap = bytes(-len(stock) % _ALIGNMENT)
-    trailer = _Trailer(
+    gap = bytes(-len(stock) % ALIGNMENT)
+    trailer = Trailer(
         manifest_crc=crc32(columns),
         manifest_start=len(stock) + len(gap),
         manifest_length=len(columns),
@@ -96,7 +78,7 @@ def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
         return _decode_torchs(view)
     start = trailer.manifest_start
     part = view[start : start + trailer.manifest_length]
-    _check_crc("the manifest", part, trailer.manifest_crc, start)
+    check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
         return manifest.decode(part, lambda: _checked_pickle(view, trailer), limit)
     except CheckpointCorruptError as error:
@@ -114,20 +96,20 @@ def read_by_ranges(
     of the file's blocks on disk; None: its size.
     """
     stored = size if stored_bytes is None else stored_bytes
-    at = size - _TRAILER_BYTES
-    tail = (yield at, _TRAILER_BYTES) if at >= 0 else memoryview(b"")
+    at = size - TRAILER_BYTES
+    tail = (yield at, TRAILER_BYTES) if at >= 0 else memoryview(b"")
     if tail[: len(MAGIC)] != MAGIC:
         # Before memory is allocated for it: a sparse file of any size takes no room on disk.
         _check_torchs(memoryview(bytes((yield 0, MARK_WITHIN)) + bytes(tail)))
         limit.check("a pickle", size, stored)
         return decode((yield 0, size), limit)
-    trailer = _trailer_of(tail, at)
+    trailer = read_trailer(tail, at)
     start, length = trailer.manifest_start, trailer.pickle_length
-    _check_parts(trailer, at)
+    check_parts(trailer, at)
     limit.check("a pickle and a manifest", size, stored)
-    _check_gap((yield length, start - length), length)
+    check_gap((yield length, start - length), length)
     part = yield start, trailer.manifest_length
-    _check_crc("the manifest", part, trailer.manifest_crc, start)
+    check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
         try:
             return manifest.decode(part, _want_pickle, limit)
@@ -157,12 +139,12 @@ def verify_pickle(data: FileBytes) -> None:
     view = memoryview(data)
     trailer = _trailer(view)
     if trailer is not None:
-        _check_crc("the pickle", view[: trailer.pickle_length], trailer.pickle_crc, 0)
+        check_crc("the pickle", view[: trailer.pickle_length], trailer.pickle_crc, 0)
 
 
-def _checked_pickle(view: memoryview, trailer: _Trailer) -> Metadata:
+def _checked_pickle(view: memoryview, trailer: Trailer) -> Metadata:
     part = view[: trailer.pickle_length]
-    _check_crc("the pickle", part, trailer.pickle_crc, 0)
+    check_crc("the pickle", part, trailer.pickle_crc, 0)
     return read_metadata(part)
 
 
@@ -197,48 +179,17 @@ def _check_dimensions(metadata: Metadata) -> None:
                     )
 
 
-def _trailer(view: memoryview) -> _Trailer | None:
+def _trailer(view: memoryview) -> Trailer | None:
     """The trailer, or None for a file of torch."""
-    at = len(view) - _TRAILER_BYTES
+    at = len(view) - TRAILER_BYTES
     if at < 0 or view[at : at + len(MAGIC)] != MAGIC:
         _check_torchs(view)
         return None
-    trailer = _trailer_of(view[at:], at)
-    _check_parts(trailer, at)
+    trailer = read_trailer(view[at:], at)
+    check_parts(trailer, at)
     length, start = trailer.pickle_length, trailer.manifest_start
-    _check_gap(view[length:start], length)
+    check_gap(view[length:start], length)
     return trailer
-
-
-def _trailer_of(tail: memoryview, at: int) -> _Trailer:
-    """The trailer in the file's last bytes, which begin at `at`."""
-    body = tail[: _BODY.size]
-    _check_crc("the trailer", body, _CRC.unpack_from(tail, _BODY.size)[0], at)
-    _, version, *numbers = _BODY.unpack(body)
-    if version != FORMAT_VERSION:
-        raise CheckpointCorruptError(
-            f"expected format version {FORMAT_VERSION}, got {version}: read it with the version of "
-            "pytest-dcp that wrote it, or remove the file's end from the manifest on",
-            offset=at,
-        )
-    return _Trailer(*numbers)
-
-
-def _check_parts(trailer: _Trailer, at: int) -> None:
-    """Check that pickle, zeros, manifest and trailer make up the whole file."""
-    length, start = trailer.pickle_length, trailer.manifest_start
-    follow = start == length + -length % _ALIGNMENT and start + trailer.manifest_length == at
-    if not follow or start > at:
-        raise CheckpointCorruptError(
-            f"expected a pickle, zeros and a manifest that end at {at}, got a pickle of {length} "
-            f"bytes and a manifest of {trailer.manifest_length} at {start}",
-            offset=at,
-        )
-
-
-def _check_gap(gap: memoryview, start: int) -> None:
-    if any(gap):
-        raise CheckpointCorruptError("expected zeros between pickle and manifest", offset=start)
 
 
 def _check_torchs(view: memoryview) -> None:
@@ -253,14 +204,4 @@ def _check_torchs(view: memoryview) -> None:
             f"expected a .metadata file that ends with a pickle's STOP, got {bytes(view[-1:])!r}: "
             "the file was cut off or damaged",
             offset=max(len(view) - 1, 0),
-        )
-
-
-def _check_crc(what: str, part: memoryview, expected: int, start: int) -> None:
-    got = crc32(part)
-    if got != expected:
-        raise CheckpointCorruptError(
-            f"expected CRC-32 {expected:#010x} of {what} ({len(part)} bytes), got {got:#010x}: the "
-            "file is damaged",
-            offset=start,
         )

@@ -17,7 +17,7 @@ from isal.isal_zlib import crc32
 from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format import metadata_file, metadata_trailer
 from pytest_dcp._engine.format import safetensors_header as safetensors
 from pytest_dcp._engine.format.memory_limit import (
     BYTES_PER_STORED_BYTE,
@@ -189,8 +189,8 @@ def test_a_sparse_manifest_with_true_checksums_is_refused_unread(tmp_path: Path)
 
 def write_sparse_manifest(path: Path, honest: bytes, hole_bytes: int) -> tuple[int, int]:
     """Lengthen the manifest by a hole, and make the trailer true again; the manifest's place."""
-    body = metadata_file._BODY
-    at = len(honest) - metadata_file._TRAILER_BYTES
+    body = metadata_trailer.BODY
+    at = len(honest) - metadata_trailer.TRAILER_BYTES
     magic, version, crc, start, length, *rest = body.unpack_from(honest, at)
     zeros = bytes(64 * MIB)
     for _ in range(hole_bytes // len(zeros)):
