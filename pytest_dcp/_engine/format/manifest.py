@@ -6,10 +6,9 @@ Enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian
     order, each at the next multiple of 8, then, if the header says so, further attributes of the
     Metadata (see `further_fields`), and nothing after them.
 
-The header holds counts and small data: properties, transforms, and the data of the planner and the
-storage. It has no offsets: the counts determine where each column lies, so no header can claim
-another place. The default planner's paths are columns too (see `planner_paths`); for data that is
-not plain values the header says that only the pickle has it.
+The header holds counts and small data (see `manifest_header`). It has no offsets: the counts
+determine where each column lies, so no header can claim another place. The default planner's paths
+are columns too (see `planner_paths`).
 
 `decode` trusts nothing: it compares every count with the size of the buffer before it uses it, and
 checks every rule of the catalog. The arrays it returns are read-only views of the buffer.
@@ -38,6 +37,8 @@ catalog gives the same bytes.
 
 Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
 
+>>> import torch
+>>> from torch.distributed.checkpoint.metadata import TensorProperties
 >>> from pytest_dcp._engine.plan.boxes import pad_rows
 >>> index = Index(
 ...     fqns=("w",), property_of=np.array([0]), properties=(TensorProperties(torch.float32),),
@@ -71,21 +72,26 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import PosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.metadata import Metadata
 
-from pytest_dcp._engine.format import planner_paths
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
+from pytest_dcp._engine.format.manifest_header import (
+    decode_extras,
+    encode_extras,
+    name_properties,
+    number_transforms,
+    read_properties,
+    read_transforms,
+)
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
 from pytest_dcp._engine.plan import packed_names
 from pytest_dcp._engine.plan.index import Index
@@ -121,13 +127,6 @@ _COUNTS = (
     *("keys", "chunks", "rank", "sums", "transformed", "pathed"),
     *("fqn_bytes", "file_bytes", "path_bytes"),
 )
-_SAID = ("planner_data", "storage_meta", "version")
-_NONE, _IN_PICKLE, _PATHS, _VALUE = "none", "pickle", "paths", "value"
-
-_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-_LAYOUTS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)}
-_FORMATS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)}
-
 Columns = Mapping[str, NDArray[Any]]
 
 
@@ -135,15 +134,15 @@ def encode(catalog: Catalog) -> bytes:
     """The manifest of the catalog. Raises ValueError if its header would be too long."""
     index, places = catalog.index, catalog.places
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
-    header["properties"] = [_property_names(p) for p in index.properties]
+    header["properties"] = [name_properties(p) for p in index.properties]
     columns: dict[str, Any] = {
         "fqns": packed_names.pack_names(index.fqns),
         "files": packed_names.pack_names(places.files),
         **{name: getattr(index, name) for name in Index.column_names()},
         **{name: getattr(places, name) for name in EntryPlaces.column_names()},
     }
-    header["transforms"], columns["transform_of"] = _transforms(places)
-    header["said"], columns["path_forms"], columns["paths"] = _encode_extras(catalog)
+    header["transforms"], columns["transform_of"] = number_transforms(places)
+    header["said"], columns["path_forms"], columns["paths"] = encode_extras(catalog)
     more = catalog.further or catalog.beside
     further = encode_further(catalog.further, catalog.beside) if more else b""
     if further:
@@ -216,55 +215,6 @@ def _laid_out(columns: Mapping[str, Any]) -> list[bytes | memoryview]:
 
 def _pad(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
     return piece, bytes(-len(piece) % 8)
-
-
-def _property_names(properties: TensorProperties) -> list[Any]:
-    p = properties
-    return [str(p.dtype), str(p.layout), p.requires_grad, str(p.memory_format), p.pin_memory]
-
-
-def _transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.int32]]:
-    """The distinct descriptors, and for each chunk their position or -1; no column if there are
-    none."""
-    known: dict[tuple[str, ...], int] = {}
-    column = np.full(len(places.file) if places.transforms else 0, -1, dtype=np.int32)
-    for row, descriptors in places.transforms.items():
-        column[row] = known.setdefault(tuple(descriptors), len(known))
-    return [list(some) for some in known], column
-
-
-def _encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
-    """The data of planner and storage, each as [how, value], and the columns of the planner's
-    paths."""
-    packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
-    said = {
-        "planner_data": [_IN_PICKLE if packed is None else _PATHS],
-        "storage_meta": _told_storage(catalog.storage_meta),
-        "version": [_VALUE, catalog.version] if _is_text(catalog.version) else [_IN_PICKLE],
-    }
-    if catalog.planner_data is None:
-        said["planner_data"] = [_NONE]
-    return said, *(packed or (np.zeros(0, dtype=np.int32), b""))
-
-
-def _told_storage(meta: StorageMeta | None) -> list[Any]:
-    if meta is None:
-        return [_NONE]
-    told = dict(meta.__dict__) if type(meta) is StorageMeta else {}
-    folder = told.pop("checkpoint_id", None)
-    modules = told.get("modules")
-    known = told.keys() == {"save_id", "load_id", "modules"} and isinstance(modules, list)
-    plain = known and all(map(_is_text, (told["save_id"], told["load_id"], *told["modules"])))
-    kind = type(folder).__name__
-    text = None if folder is None else str(folder)
-    if not plain or type(folder) not in (type(None), str, PosixPath) or not _is_text(text):
-        return [_IN_PICKLE]
-    return [_VALUE, {**told, "checkpoint_id": [kind, text]}]
-
-
-def _is_text(value: object) -> bool:
-    """None, or a string that survives JSON (which joins the halves of a surrogate pair)."""
-    return value is None or (type(value) is str and json.loads(json.dumps(value)) == value)
 
 
 # ---- reading
@@ -355,84 +305,13 @@ def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Me
         raise TypeError(f"blocks of {header['block_bytes']!r:.80} bytes")
     index = Index(
         fqns=fqns,
-        properties=tuple(_properties(told) for told in header["properties"]),
+        properties=tuple(read_properties(fields) for fields in header["properties"]),
         **{name: columns[name] for name in Index.column_names()},
     )
     places = EntryPlaces(
         files=files,
         block_bytes=header["block_bytes"],
-        transforms=_transforms_of(header["transforms"], columns["transform_of"]),
+        transforms=read_transforms(header["transforms"], columns["transform_of"]),
         **{name: columns[name] for name in EntryPlaces.column_names()},
     )
-    return Catalog(index, places, **_what_was_said(header["said"], fqns, columns, whole))
-
-
-def _properties(told: Sequence[Any]) -> TensorProperties:
-    dtype, layout, requires_grad, memory_format, pin_memory = told
-    if type(requires_grad) is not bool or type(pin_memory) is not bool:
-        raise ValueError(f"properties {told!r:.200}")
-    return TensorProperties(
-        _DTYPES[dtype], _LAYOUTS[layout], requires_grad, _FORMATS[memory_format], pin_memory
-    )
-
-
-def _transforms_of(
-    told: Sequence[Sequence[str]], column: NDArray[np.int32]
-) -> dict[int, tuple[str, ...]]:
-    known = [tuple(_text(text) for text in some) for some in told]
-    rows = np.flatnonzero(column >= 0)
-    which = column[rows].tolist()
-    return {row: known[i] for row, i in zip(rows.tolist(), which, strict=True)}
-
-
-def _what_was_said(
-    said: Mapping[str, Sequence[Any]],
-    fqns: packed_names.Fqns,
-    columns: Columns,
-    whole: Callable[[], Metadata],
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    metadata: Metadata | None = None
-    for name in _SAID:
-        how, *value = said[name]
-        if how == _IN_PICKLE:
-            metadata = metadata or whole()
-            found[name] = getattr(metadata, name)
-        elif how == _NONE:
-            found[name] = None
-        elif how == _PATHS and name == "planner_data":
-            found[name] = planner_paths.unpack_paths(
-                fqns, columns["path_forms"], columns["paths"].tobytes()
-            )
-        elif how == _VALUE and name == "storage_meta":
-            found[name] = _storage_meta(*value)
-        elif how == _VALUE and name == "version":
-            found[name] = _text_or_none(*value)
-        else:
-            raise ValueError(f"{how!r:.80} for {name}")
-    return found
-
-
-def _storage_meta(told: Mapping[str, Any]) -> StorageMeta:
-    kind, folder = told["checkpoint_id"]
-    if (kind == "NoneType") is not (_text_or_none(folder) is None) or kind not in _FOLDERS:
-        raise ValueError(f"checkpoint_id {told['checkpoint_id']!r:.200}")
-    return StorageMeta(
-        checkpoint_id=None if folder is None else _FOLDERS[kind](folder),
-        save_id=_text_or_none(told["save_id"]),
-        load_id=_text_or_none(told["load_id"]),
-        modules=[_text(module) for module in told["modules"]],
-    )
-
-
-_FOLDERS: dict[str, Callable[[str], Any]] = {"NoneType": str, "str": str, "PosixPath": PosixPath}
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {value!r:.80}")
-    return value
-
-
-def _text_or_none(value: object) -> str | None:
-    return None if value is None else _text(value)
+    return Catalog(index, places, **decode_extras(header["said"], fqns, columns, whole))
