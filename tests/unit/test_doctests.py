@@ -20,6 +20,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 WITH_EXAMPLES = {
     "pytest_dcp._engine.background.async_save",
     "pytest_dcp._engine.coordinate.gloo_listener",
+    "pytest_dcp._engine.coordinate.liveness",
     "pytest_dcp._engine.format.catalog",
     "pytest_dcp._engine.format.manifest",
     "pytest_dcp._engine.io.commit",
