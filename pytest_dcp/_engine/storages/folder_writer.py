@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import queue
 from collections.abc import Callable, Sequence
@@ -25,16 +24,11 @@ from pytest_dcp._engine.format.write_results import WriteResults, join_results, 
 from pytest_dcp._engine.io.commit import (
     RANK_METADATA,
     data_name,
-    is_leftover,
-    metadata_name,
     publish,
-    remove_unnamed,
     sweep,
 )
-from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import observer
-from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
 from pytest_dcp._engine.io.transforms import StorageWriterTransforms, extensions_of, own_way_of
 from pytest_dcp._engine.io.write_files import (
     FileJob,
@@ -46,16 +40,14 @@ from pytest_dcp._engine.io.write_files import (
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 from pytest_dcp._engine.plan.capabilities import gives_data
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
-from pytest_dcp._engine.plan.hooks import is_overridden, overridden
+from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
-from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.file_names import names_of_rank
+from pytest_dcp._engine.storages.folder_cleanup import FolderCleanup
 from pytest_dcp._engine.storages.local_filesystem import (
     FileSystem,
-    MetadataPlace,
-    files_named,
     new_id,
     split_path,
 )
@@ -63,14 +55,12 @@ from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtens
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
 from pytest_dcp.tracebacks import warn_caller
 
-logger = logging.getLogger("pytest_dcp.checkpoint")
-
 CURRENT_DCP_VERSION = "1.0.0"
 """torch 2.13's entry in the metadata."""
 STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execute")
 
 
-class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
+class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
     """Writes a checkpoint to a folder, and makes it the folder's checkpoint atomically.
 
     The data files' names are unique to the save; an old checkpoint stays whole and loadable until
@@ -111,13 +101,11 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
         self.serialization_format = serialization_format
         self.save_id = new_id()
         self._used = False
-        self._made: Made = {}
-        """Files that this rank has created on the disk for this save."""
-        self._cleaned_for: str | None = None
-        """The save for which leftovers of dead saves have been removed."""
+        self._made = {}
+        self._cleaned_for = None
         self._parent_dirs_to_sync: Sequence[Any] = ()
         """The parents of the folder whose new names may not be synced yet."""
-        self.rank: int | None = None
+        self.rank = None
         self.use_collectives = True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -159,20 +147,6 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             else dataclasses.replace(plan, storage_data=names_of_rank(rank, self.save_id))
             for rank, plan in enumerate(plans)
         ]
-
-    def remove_leftovers(self) -> None:
-        """Remove leftovers of dead saves, so that a full disk has room for this one.
-
-        The engine calls it before anything is written, even if a subclass replaces other steps.
-        """
-        if self._cleaned_for != self.save_id:
-            self._cleaned_for = self.save_id
-            self._remove_leftovers(self._folder())
-
-    def _remove_leftovers(self, folder: Folder) -> None:
-        if self.use_collectives and any(map(is_leftover, folder.names())):
-            with folder.locked():
-                self._clean(remove_unnamed)
 
     def _metadata_exists(self) -> bool:
         """Whether the folder has a checkpoint that this save would replace: torch's hook."""
@@ -299,55 +273,6 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
             publish(folder, name, content, self.save_id[:12], sync=self.sync_files)
             self._clean(partial(sweep, rank=alone))
 
-    def _clean(self, remove: Callable[..., object]) -> None:
-        """Remove files of earlier saves; an error here does not fail the save."""
-        if is_overridden(self, FileSystemWriter, "_get_metadata_path"):
-            # It cannot be known which files other checkpoints of the folder name.
-            return
-        folder = self._folder()
-        try:
-            remove(folder, lambda name: files_named(folder, name))
-        except (OSError, CheckpointCorruptError) as error:
-            logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
-
-    def discard(self) -> None:
-        """Remove this rank's files of a save that failed, unless it was committed after all."""
-        disk, made, self._made = self._disk(), self._made, {}
-        for path in dict.fromkeys(path for path, _ in made):
-            folder = Folder(disk, path)
-            with folder.locked():
-                kept = self._committed_files(folder)
-                for name in [name for place, name in made if place == path]:
-                    if name not in kept:
-                        folder.remove(name)
-
-    def _committed_files(self, folder: Folder) -> set[str]:
-        """The files of the folder that a checkpoint consists of.
-
-        Raises CheckpointCorruptError if that cannot be determined.
-        """
-        kept: set[str] = set()
-        for rank in dict.fromkeys((None, self.rank)):
-            place, name = self._metadata_place(folder.disk, rank)
-            if place.exists(name):
-                kept |= {name, *files_named(place, name)}
-        return kept
-
-    def remove_collective_metadata(self) -> None:
-        """Remove the checkpoint of the whole, after every rank has committed its own part.
-
-        Before that a reader finds the old checkpoint, after that the ranks' own.
-        """
-        folder, name = self._folder(), metadata_name()
-        if not folder.exists(name):
-            return
-        with folder.locked():
-            with folder.between_leases(name):
-                folder.remove(name)
-            if self.sync_files:
-                folder.sync()
-            self._clean(remove_unnamed)
-
     def storage_meta(self) -> StorageMeta | None:
         """The place and id of the current save."""
         if self._used:
@@ -398,17 +323,6 @@ class FileSystemWriter(MetadataPlace, StorageWriter, BlockingAsyncStager):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether the id is one of a local folder."""
         return FileSystem.validate_checkpoint_id(checkpoint_id)
-
-    def _disk(self) -> Disk:
-        return local_filesystem.disk_of(self.fs)
-
-    def _folder(self) -> Folder:
-        return Folder(self._disk(), self.path)
-
-    def _registering_folder(self, path: Any = None) -> Folder:
-        """This folder, or the one of this path, for all files that a save makes: see `discard`."""
-        disk = RegisteringDisk(self._disk(), self._made)
-        return Folder(disk, self.path if path is None else path)
 
     def _check_written(self, folder: Folder, catalog: Catalog) -> None:
         """Raise unless every file that the metadata will name exists."""
