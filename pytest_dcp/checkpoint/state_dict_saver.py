@@ -11,14 +11,8 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.torch_names import names_of_torch
-from pytest_dcp._engine.verbs.save import (
-    Save,
-    SaveRequest,
-    read_stateful,
-    save,
-    save_state_dict,
-    save_team,
-)
+from pytest_dcp._engine.verbs.save import Save, read_stateful, save, save_state_dict
+from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 
 __all__ = ["save_state_dict", "save", "async_save", "AsyncCheckpointerType", "AsyncSaveResponse"]
 
@@ -36,9 +30,13 @@ def _save_state_dict(
     use_collectives: bool = True,
 ) -> Metadata:
     """As `save_state_dict`, without its warning (torch's name; other libraries import it)."""
-    team = save_team(
-        process_group, no_dist, coordinator_rank, storage_writer, use_collectives=use_collectives
-    )
+    team = SaveCall(
+        storage_writer,
+        process_group=process_group,
+        no_dist=no_dist,
+        coordinator_rank=coordinator_rank,
+        use_collectives=use_collectives,
+    ).open_team()
     chosen = planner or DefaultSavePlanner()
     request = SaveRequest(
         lambda: state_dict, storage_writer, chosen, use_collectives=use_collectives

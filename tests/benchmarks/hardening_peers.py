@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pytest_dcp._engine.coordinate import rendezvous, team_of
+from pytest_dcp._engine.coordinate import OperationCall, rendezvous, team_of
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
 from pytest_dcp._engine.coordinate.hello import Address, Hello, greet
@@ -133,7 +133,7 @@ def run_coordinator(peers: int, steps: int) -> None:
 def _run_operation(steps: int) -> tuple[float, float, float, int]:
     """Times in ms of the first step, and of the others by the clock and the processor."""
     taken = []
-    with team_of(None, use_dist=True, coordinator_rank=0, operation=OPERATION) as team:
+    with team_of(None, OperationCall(OPERATION), use_dist=True, coordinator_rank=0) as team:
         for step in range(steps + 1):
             began_s = time.perf_counter()
             team.agree(f"step {step}", lambda: None)

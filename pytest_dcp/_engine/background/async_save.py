@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -23,23 +24,11 @@ from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.plan.storage_capabilities import holds_copy, stages_at_will
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
 from pytest_dcp._engine.verbs.call_events import CallEvents
-from pytest_dcp._engine.verbs.save import (
-    Save,
-    SaveRequest,
-    planner_for,
-    read_stateful,
-    save_team,
-)
-from pytest_dcp._engine.verbs.torch_arguments import (
-    alone,
-    check_state_dict,
-    reset_to,
-    writer_for,
-)
+from pytest_dcp._engine.verbs.save import Save, planner_for, read_stateful
+from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
+from pytest_dcp._engine.verbs.torch_arguments import alone, check_state_dict
 from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
-
-COORDINATOR = 0
 
 
 @drop_inner_frames
@@ -85,17 +74,18 @@ def async_save(
     }
     in_process = AsyncCheckpointerType(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
     with CallEvents("async_save", arguments, log_exceptions=True):
-        no_dist = alone(no_dist, "save")
-        team = _background_team(
-            process_group, no_dist, storage_writer, checkpoint_id,
-            use_collectives=use_collectives, in_process=in_process,
-        )  # fmt: skip
+        call = SaveCall(
+            storage_writer,
+            checkpoint_id,
+            process_group,
+            alone(no_dist, "save"),
+            use_collectives=use_collectives,
+        )
+        team = _background_team(call, in_process=in_process)
         with team.preparing():
             check_state_dict(state_dict)
-            job = _prepare_job(
-                team, storage_writer, checkpoint_id, planner_for(planner, replicas),
-                use_collectives=use_collectives, in_process=in_process,
-            )  # fmt: skip
+            chosen = planner_for(planner, replicas)
+            job = _prepare_job(team, call, chosen, in_process=in_process)
             stager = async_stager or _own_stager(storage_writer)
             if stager is None:
                 _skip_stage(storage_writer)
@@ -113,81 +103,45 @@ def _require_saver_processes() -> None:
 
 def save_staged(
     staged: Future[dict[str, Any]] | dict[str, Any],
+    call: SaveCall,
+    planner: SavePlanner | None,
     *,
     in_process: bool,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
-    planner: SavePlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-    use_collectives: bool = True,
 ) -> Future[Metadata]:
     """Save a copy of a state in the background, or the future of a copy. Collective.
 
     The copy must not change until the save's future is done.
     """
-    no_dist = alone(no_dist, "save")
-    team = _background_team(
-        process_group, no_dist, storage_writer, checkpoint_id,
-        use_collectives=use_collectives, in_process=in_process,
-    )  # fmt: skip
+    call = replace(call, no_dist=alone(call.no_dist, "save"))
+    team = _background_team(call, in_process=in_process)
     with team.preparing():
         if not isinstance(staged, Future):
             check_state_dict(staged)
-        job = _prepare_job(
-            team, storage_writer, checkpoint_id, planner_for(planner, None),
-            use_collectives=use_collectives, in_process=in_process,
-        )  # fmt: skip
+        job = _prepare_job(team, call, planner_for(planner, None), in_process=in_process)
     return job(lambda: read_stateful(staged.result() if isinstance(staged, Future) else staged))
 
 
-def _background_team(
-    group: dist.ProcessGroup | None,
-    no_dist: bool,
-    writer: StorageWriter | None,
-    checkpoint_id: str | os.PathLike[str] | None,
-    *,
-    use_collectives: bool,
-    in_process: bool,
-) -> Team:
+def _background_team(call: SaveCall, *, in_process: bool) -> Team:
     """The team of a background save that is called now."""
-    team = save_team(
-        group,
-        no_dist,
-        COORDINATOR,
-        writer,
-        checkpoint_id,
-        use_collectives=use_collectives,
-        operation="async_save" if in_process else "save",
-        background=True,
-    )
-    if not no_dist:
+    team = call.open_team("async_save" if in_process else "save", background=True)
+    if not call.no_dist:
         # The save begins after the copy; from here on the others see if this rank ends meanwhile.
-        announce(group, COORDINATOR)
+        announce(call.process_group, call.coordinator_rank)
     return team
 
 
 def _prepare_job(
-    team: Team,
-    storage_writer: StorageWriter | None,
-    checkpoint_id: str | os.PathLike[str] | None,
-    planner: SavePlanner,
-    *,
-    use_collectives: bool,
-    in_process: bool,
+    team: Team, call: SaveCall, planner: SavePlanner, *, in_process: bool
 ) -> Callable[[State], Future[Metadata]]:
     """A function that starts the save of a staged state, in a thread or in the rank's process."""
-    writer = writer_for(storage_writer, checkpoint_id)
-    reset = reset_to(storage_writer, checkpoint_id)
+    writer, reset, together = call.writer(), call.reset(), call.use_collectives
     if in_process:
         _require_saver_processes()
         how = sendable(writer, planner)
-        to_set = checkpoint_id if reset else None
-        return lambda state: save_in_process(Job(team, state, how, to_set, use_collectives))
+        to_set = call.checkpoint_id if reset else None
+        return lambda state: save_in_process(Job(team, state, how, to_set, together))
     return lambda state: _save_in_thread(
-        Save(
-            team, SaveRequest(state, writer, planner, use_collectives=use_collectives, reset=reset)
-        )
+        Save(team, SaveRequest(state, writer, planner, use_collectives=together, reset=reset))
     )
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine.background.async_save import save_staged
+from pytest_dcp._engine.verbs.save_request import SaveCall
 from pytest_dcp._torch_internals.checkpoint_executors import (
     _AsyncCheckpointExecutor,
     _ProcessExecutor,
@@ -45,16 +46,15 @@ class _BackgroundExecutor(_AsyncCheckpointExecutor):
         The staged state must not change until the future is done. The future gets all failures,
         those of staging too, on every rank.
         """
-        return save_staged(
-            staging_future_or_state_dict,
-            in_process=self._in_process,
-            checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
-            planner=planner,
-            process_group=process_group,
-            no_dist=no_dist,
+        call = SaveCall(
+            storage_writer,
+            checkpoint_id,
+            process_group,
+            no_dist,
             use_collectives=use_collectives,
         )
+        staged = staging_future_or_state_dict
+        return save_staged(staged, call, planner, in_process=self._in_process)
 
 
 class _ThreadBasedAsyncCheckpointExecutor(_BackgroundExecutor):

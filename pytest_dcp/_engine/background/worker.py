@@ -30,12 +30,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from pytest_dcp._engine.background.state_transfer import unpickle_state
-from pytest_dcp._engine.coordinate import team_of
+from pytest_dcp._engine.coordinate import OperationCall, team_of
 from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.plan.storage_capabilities import names_saves
-from pytest_dcp._engine.verbs.save import Save, SaveRequest
+from pytest_dcp._engine.verbs.save import Save
 from pytest_dcp._engine.verbs.save_messages import packed_metadata
+from pytest_dcp._engine.verbs.save_request import SaveRequest
 
 PROGRAM = """
 import json, sys
@@ -145,7 +146,7 @@ class Upload:
             # A new id, because every copy of the writer has the original's.
             writer.new_save_id()
         # The folders were compared by the ranks' own save.
-        team = team_of(None, use_dist=not self.no_dist, coordinator_rank=0, operation="save")
+        team = team_of(None, OperationCall("save"), use_dist=not self.no_dist, coordinator_rank=0)
         request = SaveRequest(
             lambda: unpickle_state(self.state, flat),
             writer,

@@ -11,13 +11,14 @@ from pytest_dcp._engine.coordinate.failure import (
     StepError,
     ranks_text,
 )
-from pytest_dcp._engine.coordinate.open_team import announce, team_of
+from pytest_dcp._engine.coordinate.open_team import OperationCall, announce, team_of
 from pytest_dcp._engine.coordinate.operation_order import Subject
 from pytest_dcp._engine.coordinate.team import Team
 
 __all__ = [
     "Team",
     "team_of",
+    "OperationCall",
     "announce",
     "Subject",
     "ranks_text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -15,15 +16,26 @@ from pytest_dcp._engine.coordinate.operation_order import CallOrder, Subject, ki
 from pytest_dcp._engine.coordinate.team import Team
 
 
+@dataclass(frozen=True, slots=True)
+class OperationCall:
+    """One call of an operation."""
+
+    operation: str
+    """Its kind first ("save", "load", "save step_100"): ranks that name different ones fail."""
+    subject: Subject | None = None
+    """The folder."""
+    one_subject: bool = False
+    """Whether ranks with different folders fail."""
+    background: bool = False
+    """Whether it runs while the caller does something else."""
+
+
 def team_of(
     process_group: dist.ProcessGroup | None,
+    call: OperationCall,
     *,
     use_dist: bool,
     coordinator_rank: int,
-    operation: str,
-    subject: Subject | None = None,
-    one_subject: bool = False,
-    background: bool = False,
 ) -> Team:
     """This rank's team for one operation of a process group; local, nothing is sent yet.
 
@@ -33,15 +45,11 @@ def team_of(
     `process_group` the team is of the default group. Without `use_dist` this rank is alone, and its
     own coordinator.
 
-    operation: the operation, its kind first ("save", "load", "save step_100"): ranks that name
-        different operations fail.
-    subject: the folder; one_subject: whether ranks with different folders fail.
-    background: whether it runs while the caller does something else.
-
     Raises ValueError if this rank or the coordinator is not in the group.
     """
+    operation, background = call.operation, call.background
     if not use_dist:
-        place = _alone.take(kind_of(operation), subject, background=background)
+        place = _alone.take(kind_of(operation), call.subject, background=background)
         return Team(OperationContext(0, 1, 0, operation, float("inf"), None, place), _alone)
     group = process_group if process_group is not None else dist.group.WORLD
     if group is None:
@@ -60,10 +68,10 @@ def team_of(
     if size > 1:
         rendezvous.say_present(group, rank, coordinator_rank)
     order = rendezvous.meeting_of(group).order
-    place = order.take(kind_of(operation), subject, background=background)
+    place = order.take(kind_of(operation), call.subject, background=background)
     timeout_s = rendezvous.timeout_of(group)
     context = OperationContext(
-        rank, size, coordinator_rank, operation, timeout_s, group, place, one_subject
+        rank, size, coordinator_rank, operation, timeout_s, group, place, call.one_subject
     )
     return Team(context, order)
 

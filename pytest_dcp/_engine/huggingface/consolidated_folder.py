@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pytest_dcp._engine.coordinate import Subject, team_of
+from pytest_dcp._engine.coordinate import OperationCall, Subject, team_of
 from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
 from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, stated_save
 from pytest_dcp._engine.huggingface.folder import next_number, read_folder
@@ -143,10 +143,9 @@ def _consolidate_on_ranks(
     subject = Subject(os.path.abspath(target), os.path.realpath(target))
     team = team_of(
         group,
+        OperationCall("save consolidated", subject),
         use_dist=use_dist,
         coordinator_rank=0,
-        operation="save consolidated",
-        subject=subject,
     )
     disk = LocalDisk()
     shards_in, output = Folder(disk, Path(source)), Folder(disk, Path(target))

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from pytest_dcp._engine.coordinate import Team, team_of
+from pytest_dcp._engine.coordinate import OperationCall, Team, team_of
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.progress_observer import Progress
 from pytest_dcp._engine.plan.match_keys import LoadReport
@@ -194,10 +194,9 @@ def _load_team(
     """The team of a load that is called now. Ranks may have copies in folders of their own."""
     return team_of(
         group,
+        OperationCall("load", subject_of(reader, checkpoint_id)),
         use_dist=not no_dist,
         coordinator_rank=coordinator_rank,
-        operation="load",
-        subject=subject_of(reader, checkpoint_id),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from typing_extensions import deprecated
 
-from pytest_dcp._engine.coordinate import Team, team_of
+from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
 from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
@@ -35,15 +35,13 @@ from pytest_dcp._engine.verbs.save_messages import (
     packed_metadata,
     unpacked_metadata,
 )
+from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 from pytest_dcp._engine.verbs.torch_arguments import (
     accepts_parameter,
     alone,
     check_state_dict,
-    reset_to,
     resolve_stateful,
     second_argument,
-    subject_of,
-    writer_for,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError
@@ -65,7 +63,12 @@ def save_state_dict(
     planner: SavePlanner | None = None,
 ) -> Metadata:
     """Save a state dict of tensors and values: the older form of `save`, without Stateful."""
-    team = save_team(process_group, no_dist, coordinator_rank, storage_writer)
+    team = SaveCall(
+        storage_writer,
+        process_group=process_group,
+        no_dist=no_dist,
+        coordinator_rank=coordinator_rank,
+    ).open_team()
     with team.preparing():
         check_state_dict(state_dict)
     request = SaveRequest(
@@ -115,19 +118,23 @@ def save(
     >>> metadata.state_dict_metadata["model.weight"].size
     torch.Size([2, 2])
     """
-    no_dist = alone(no_dist, "save")
-    team = save_team(
-        process_group, no_dist, 0, storage_writer, checkpoint_id, use_collectives=use_collectives
+    call = SaveCall(
+        storage_writer,
+        checkpoint_id,
+        process_group,
+        alone(no_dist, "save"),
+        use_collectives=use_collectives,
     )
+    team = call.open_team()
     with team.preparing():
         check_state_dict(state_dict)
         request = SaveRequest(
             lambda: read_stateful(state_dict),
-            writer_for(storage_writer, checkpoint_id),
+            call.writer(),
             planner_for(planner, replicas),
             use_collectives=use_collectives,
             progress=progress,
-            reset=reset_to(storage_writer, checkpoint_id),
+            reset=call.reset(),
         )
     return Save(team, request).run()
 
@@ -136,29 +143,6 @@ def read_stateful(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with the state of each Stateful object in its place."""
     with CallEvents("_stateful_to_state_dict", {}, log_exceptions=True):
         return resolve_stateful(state_dict)
-
-
-def save_team(
-    group: dist.ProcessGroup | None,
-    no_dist: bool,
-    coordinator_rank: int,
-    writer: StorageWriter | None,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    *,
-    use_collectives: bool = True,
-    operation: str = "save",
-    background: bool = False,
-) -> Team:
-    """The team of a save that is called now. Ranks that commit alone may use their own folders."""
-    return team_of(
-        group,
-        use_dist=not no_dist,
-        coordinator_rank=coordinator_rank,
-        operation=operation,
-        subject=subject_of(writer, checkpoint_id),
-        one_subject=use_collectives,
-        background=background,
-    )
 
 
 def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> SavePlanner:
@@ -170,23 +154,6 @@ def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> S
             f"replicas= is for the default planner: give it to your {type(planner).__name__}"
         )
     return planner
-
-
-@dataclass(frozen=True, slots=True)
-class SaveRequest:
-    """What to save, and where to: the arguments of one save on this rank."""
-
-    state: Callable[[], dict[str, Any]]
-    """Gives the state dict; asked in the first step, so that its failure reaches every rank."""
-    writer: StorageWriter
-    planner: SavePlanner
-    use_collectives: bool = True
-    """False: each rank plans and commits its own part."""
-    progress: Callable[[Progress], None] | None = None
-    """Called now and then with this rank's progress."""
-    reset: Callable[[], object] | None = None
-    """Makes the writer ready; called in the first step, since an earlier save of the group may
-    still use the same writer."""
 
 
 class Save:

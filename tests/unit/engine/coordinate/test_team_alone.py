@@ -8,11 +8,11 @@ import weakref
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pytest_dcp._engine.coordinate import CoordinationError, StepError, Team, team_of
+from pytest_dcp._engine.coordinate import CoordinationError, OperationCall, StepError, Team, team_of
 
 
 def alone() -> Team:
-    return team_of(None, use_dist=False, coordinator_rank=3, operation="save")
+    return team_of(None, OperationCall("save"), use_dist=False, coordinator_rank=3)
 
 
 def boom() -> None:

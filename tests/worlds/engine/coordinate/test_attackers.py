@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.coordinate import StepError, Team, rendezvous, team_of
+from pytest_dcp._engine.coordinate import OperationCall, StepError, Team, rendezvous, team_of
 from pytest_dcp._engine.coordinate.hello import Address
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def bomb(checkpoint_dir: Path) -> Iterator[bytes]:
 
 
 def save_team() -> Team:
-    return team_of(None, use_dist=True, coordinator_rank=0, operation="save")
+    return team_of(None, OperationCall("save"), use_dist=True, coordinator_rank=0)
 
 
 def gather(rank: int) -> list[int]:

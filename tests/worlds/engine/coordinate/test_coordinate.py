@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pytest_dcp._engine.coordinate import (
+    OperationCall,
     OutOfStepError,
     PeerAborted,
     RankEndedError,
@@ -69,7 +70,7 @@ def new_group(timeout_s: float, ranks: list[int] | None = None) -> dist.ProcessG
 
 
 def team(group: dist.ProcessGroup | None, coordinator: int = 0, operation: str = "save") -> Team:
-    return team_of(group, use_dist=True, coordinator_rank=coordinator, operation=operation)
+    return team_of(group, OperationCall(operation), use_dist=True, coordinator_rank=coordinator)
 
 
 def raiser(error: BaseException) -> Callable[[], object]:

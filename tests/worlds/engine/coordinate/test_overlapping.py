@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.coordinate import OutOfStepError, StepError, Team, team_of
+from pytest_dcp._engine.coordinate import OperationCall, OutOfStepError, StepError, Team, team_of
 from pytest_dcp.checkpoint.api import CheckpointException
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from support.states import EXISTING, without_warnings
@@ -258,7 +258,7 @@ def test_calls_made_before_the_ranks_were_out_of_count_fail_and_the_next_succeed
     group = dist.new_group(timeout=timedelta(seconds=1.5))
 
     def team() -> Team:
-        return team_of(group, use_dist=True, coordinator_rank=0, operation="save")
+        return team_of(group, OperationCall("save"), use_dist=True, coordinator_rank=0)
 
     def met(one: Team) -> list[int]:
         with one.wait_for_turn():
