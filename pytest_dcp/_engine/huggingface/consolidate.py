@@ -19,7 +19,7 @@ from pytest_dcp._engine.io.copy_plan import Targets, copies, slabs
 from pytest_dcp._engine.io.disk import Out
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
+from pytest_dcp._engine.io.read_copies import CopyRequest, ReadSettings, read_copies
 from pytest_dcp._engine.io.tensor_memory import memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.boxes import pad_rows, strides_of
@@ -72,7 +72,8 @@ class Shards:
         rows = np.arange(len(items), dtype=np.int64)
         nth: list[int] = items.wanted_hint.tolist()
         found = copies(items, Targets(rows, [tensors[n] for n in nth]), index, {})
-        read_copies(self.folder, self.catalog, items, found, ReadSettings(), observer)
+        request = CopyRequest(self.folder, self.catalog, items, found, ReadSettings(), observer)
+        read_copies(request)
         return tensors
 
 
@@ -94,30 +95,30 @@ def consolidate(
     """
 
     def job(name: str, fqns: Sequence[str]) -> Callable[[StopFlag], int]:
-        return lambda stop: _write(shards, folder, name, fqns, metadata, stop, sync=sync)
+        tensors = full_tensors(shards.catalog.index, fqns)
+        return lambda stop: _write(shards, folder, _File(name, tensors, metadata), stop, sync=sync)
 
     return sum(run_all([job(*file) for file in files.items()], threads))
 
 
-def _write(
-    shards: Shards,
-    folder: Folder,
-    name: str,
-    fqns: Sequence[str],
-    metadata: Mapping[str, str],
-    stop: StopFlag,
-    *,
-    sync: bool,
-) -> int:
-    tensors = full_tensors(shards.catalog.index, fqns)
-    with folder.create(name) as out:
-        out.write([encode(tensors, metadata)])
-        for batch in _batches(tensors):
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file to be."""
+
+    name: str
+    tensors: Sequence[StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def _write(shards: Shards, folder: Folder, file: _File, stop: StopFlag, *, sync: bool) -> int:
+    with folder.create(file.name) as out:
+        out.write([encode(file.tensors, file.metadata)])
+        for batch in _batches(file.tensors):
             stop.check()
             _put(out, shards.read(batch, Observer("load")))
         if sync:
             out.sync()
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in file.tensors)
 
 
 def _put(out: Out, tensors: Sequence[torch.Tensor]) -> None:

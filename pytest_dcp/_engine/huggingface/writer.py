@@ -59,7 +59,7 @@ from pytest_dcp._engine.huggingface.saves import (
 from pytest_dcp._engine.huggingface.weight_index import encode_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import observer
-from pytest_dcp._engine.io.write_files import FileJob, Settings
+from pytest_dcp._engine.io.write_files import FileJob, Settings, WriteRequest
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.hooks import is_overridden
@@ -194,12 +194,10 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         watcher = observer("save")
         watcher.expect(int(table.size_bytes().sum()))
         settings = Settings(self.sync_files, self.thread_count, self.per_thread_copy_ahead)
+        source = source_of(planner, plan.items)
+        request = WriteRequest(self._registering_folder(), jobs, source, settings, watcher)
         written = write_safetensors(
-            self._registering_folder(),
-            jobs,
-            source_of(planner, plan.items),
-            settings,
-            watcher,
+            request,
             table,
             {SAVE_KEY: save_id or self.save_id[:12], **stated_save(said), **FORMAT},
         )

@@ -59,18 +59,25 @@ class ReadSettings:
     """The limit for values that are decompressed or lie in sparse files."""
 
 
-def read_copies(
-    folder: Folder,
-    catalog: Catalog,
-    items: ReadItems,
-    copies: Copies,
-    settings: ReadSettings,
-    observer: Observer,
-) -> ByteCounts:
+@dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """Copies from a checkpoint's files into memory."""
+
+    folder: Folder
+    catalog: Catalog
+    items: ReadItems
+    """The read items that the copies are for."""
+    copies: Copies
+    settings: ReadSettings
+    observer: Observer
+
+
+def read_copies(request: CopyRequest) -> ByteCounts:
     """Fill every copy's part of its target. Returns the bytes read and checked.
 
     Raises CheckpointCorruptError naming file, entry and offset.
     """
+    catalog, copies, threads = request.catalog, request.copies, request.settings.threads
     places = catalog.places
     file = places.file[copies.entry]
     nowhere = np.flatnonzero((file < 0) & (copies.nbytes > 0))
@@ -80,15 +87,13 @@ def read_copies(
     place = places.data_start[copies.entry] + copies.from_start
     order = np.lexsort((place, file))
     order = order[copies.nbytes[order] > 0]
-    parts = _parts(order, file, copies.nbytes, settings.threads)
+    parts = _parts(order, file, copies.nbytes, threads)
 
     def job(rows: Ints) -> Callable[[StopFlag], ByteCounts]:
-        return lambda stop: _read_part(
-            folder, catalog, items, copies, rows, settings, observer, stop
-        )
+        return lambda stop: _read_part(request, rows, stop)
 
     total = ByteCounts()
-    for tally in run_all([job(rows) for rows in parts], settings.threads):
+    for tally in run_all([job(rows) for rows in parts], threads):
         total.add(tally)
     return total
 
@@ -103,21 +108,13 @@ def _parts(order: Ints, file: NDArray[np.int32], nbytes: Ints, threads: int) -> 
     return np.split(order, np.flatnonzero(new) + 1)
 
 
-def _read_part(
-    folder: Folder,
-    catalog: Catalog,
-    items: ReadItems,
-    copies: Copies,
-    rows: Ints,
-    settings: ReadSettings,
-    observer: Observer,
-    stop: StopFlag,
-) -> ByteCounts:
+def _read_part(request: CopyRequest, rows: Ints, stop: StopFlag) -> ByteCounts:
+    catalog, copies, settings = request.catalog, request.copies, request.settings
     name = catalog.places.files[catalog.places.file[copies.entry[rows[0]]]]
     try:
-        with folder.open(name) as file:
-            reader = RangeReader(file, name, catalog, settings.verify, observer, stop)
-            boxes = _BoxReader(reader, items, copies, settings)
+        with request.folder.open(name) as file:
+            reader = RangeReader(file, name, catalog, settings.verify, request.observer, stop)
+            boxes = _BoxReader(reader, request.items, copies, settings)
             for kind, some in split_by_read_kind(catalog, copies, rows, settings.verify):
                 if kind is ReadKind.ALONE:
                     _read_boxes(reader, boxes, copies, some)

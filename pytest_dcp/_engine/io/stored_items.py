@@ -24,7 +24,7 @@ from pytest_dcp._engine.io.entry_places import ResolvedCatalog, resolve_entry_pl
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.plan_entries import match_entries
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies, read_values
+from pytest_dcp._engine.io.read_copies import CopyRequest, ReadSettings, read_copies, read_values
 from pytest_dcp._engine.io.transformed_entries import plain_entry, tensor_of
 from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
@@ -72,9 +72,9 @@ class StoredItems:
             items = replace(items, to_offset=np.zeros_like(items.to_offset))
         with collector_paused():
             plan = copies(items, targets, self.catalog.index, self.found.odd_strides)
-        self.tally.add(
-            read_copies(source.folder, self.catalog, items, plan, source.settings, source.observer)
-        )
+        folder, settings, observer = source.folder, source.settings, source.observer
+        request = CopyRequest(folder, self.catalog, items, plan, settings, observer)
+        self.tally.add(read_copies(request))
 
     def decode_tensor(self, row: int) -> torch.Tensor:
         """The part that a row wants of a tensor whose entry passed through stream transforms."""

@@ -98,13 +98,19 @@ class Rows:
         self.sums.append(sums)
 
 
-def write_files(
-    folder: Folder,
-    jobs: Sequence[FileJob],
-    source: Source,
-    settings: Settings,
-    observer: Observer,
-) -> Written:
+@dataclass(frozen=True, slots=True)
+class WriteRequest:
+    """Files to write, and where their contents come from."""
+
+    folder: Folder
+    jobs: Sequence[FileJob]
+    source: Source
+    """Gives the data of a row."""
+    settings: Settings
+    observer: Observer
+
+
+def write_files(request: WriteRequest) -> Written:
     """Write the files; returns where every row went. If `settings.sync`, the files are on stable
     storage.
 
@@ -112,24 +118,19 @@ def write_files(
     """
 
     def job(number: int) -> Callable[[StopFlag], Rows]:
-        return lambda stop: _write_file(folder, jobs[number], source, settings, observer, stop)
+        return lambda stop: _write_file(request, request.jobs[number], stop)
 
-    done = run_all([job(n) for n in range(len(jobs))], settings.threads)
-    return written_rows(done, [job.name for job in jobs], settings)
+    names = [job.name for job in request.jobs]
+    done = run_all([job(n) for n in range(len(names))], request.settings.threads)
+    return written_rows(done, names, request.settings)
 
 
-def _write_file(
-    folder: Folder,
-    job: FileJob,
-    source: Source,
-    settings: Settings,
-    observer: Observer,
-    stop: StopFlag,
-) -> Rows:
-    with folder.create(job.name) as out:
+def _write_file(request: WriteRequest, job: FileJob, stop: StopFlag) -> Rows:
+    source, settings = request.source, request.settings
+    with request.folder.create(job.name) as out:
         if settings.is_plain:
             out.reserve(job.nbytes)
-        file = File(out, observer, stop, job.nbytes)
+        file = File(out, request.observer, stop, job.nbytes)
         rows = Rows()
         for row in job.rows:
             data = source(row)

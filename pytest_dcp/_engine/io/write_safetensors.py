@@ -22,16 +22,13 @@ from pytest_dcp._engine.format.safetensors_header import (
 )
 from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
 from pytest_dcp._engine.format.write_results import Written
-from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.write_files import (
     File,
-    FileJob,
     Rows,
     Settings,
-    Source,
+    WriteRequest,
     block_sums,
     put_data,
     written_rows,
@@ -41,11 +38,7 @@ from pytest_dcp.errors import PlanError
 
 
 def write_safetensors(
-    folder: Folder,
-    jobs: Sequence[FileJob],
-    source: Source,
-    settings: Settings,
-    observer: Observer,
+    request: WriteRequest,
     items: Sequence[WriteItem],
     metadata: Mapping[str, str] | None = None,
 ) -> Written:
@@ -57,6 +50,7 @@ def write_safetensors(
 
     Raises TypeError naming a tensor that the format cannot hold.
     """
+    settings, jobs = request.settings, request.jobs
     if not settings.is_plain:
         raise ValueError("stream transforms do not go with safetensors files: drop one of the two")
     table = WriteItems.of(items)
@@ -65,9 +59,9 @@ def write_safetensors(
         def run(stop: StopFlag) -> Rows:
             name, rows = jobs[number].name, jobs[number].rows
             # The header comes first, so every row must be available; they are references.
-            data = {row: source(row) for row in rows}
-            with folder.create(name) as out:
-                file = File(out, observer, stop)
+            data = {row: request.source(row) for row in rows}
+            with request.folder.create(name) as out:
+                file = File(out, request.observer, stop)
                 done = _put_file(file, data, table, metadata or {}, settings)
                 file.flush()
                 if settings.sync:

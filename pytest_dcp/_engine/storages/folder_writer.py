@@ -34,6 +34,7 @@ from pytest_dcp._engine.io.write_files import (
     FileJob,
     Settings,
     Source,
+    WriteRequest,
     balance_by_bytes,
     write_files,
 )
@@ -201,11 +202,11 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
             transforms=extensions_of(self.transforms),
             through=own_way_of(self.transforms, items),
         )
-        source = source_of(planner, items)
+        request = WriteRequest(folder, jobs, source_of(planner, items), settings, watcher)
         if self.serialization_format == SerializationFormat.SAFETENSORS:
-            written = write_safetensors(folder, jobs, source, settings, watcher, items)
+            written = write_safetensors(request, items)
         else:
-            written = write_files(folder, jobs, source, settings, watcher)
+            written = write_files(request)
         self._sync_parent_dirs()
         return WriteResults(items, written)
 

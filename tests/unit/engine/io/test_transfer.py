@@ -20,8 +20,14 @@ from pytest_dcp._engine.io.entry_places import resolve_entry_places
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.read_copies import ReadSettings, read_copies
-from pytest_dcp._engine.io.write_files import FileJob, Settings, balance_by_bytes, write_files
+from pytest_dcp._engine.io.read_copies import CopyRequest, ReadSettings, read_copies
+from pytest_dcp._engine.io.write_files import (
+    FileJob,
+    Settings,
+    WriteRequest,
+    balance_by_bytes,
+    write_files,
+)
 from pytest_dcp._engine.plan.boxes import pad_rows
 from pytest_dcp._engine.plan.columns import ReadItems, WriteItems
 from pytest_dcp._engine.plan.describe import Wanted
@@ -93,11 +99,13 @@ def saved(folder: Path, tensors: list, files: int, threads: int) -> Catalog:
         FileJob(f"f{n}", rows) for n, rows in enumerate(balance_by_bytes(table.size_bytes(), files))
     ]
     written = write_files(
-        Folder(LocalDisk(), folder),
-        jobs,
-        lambda row: part(items[row][0], items[row][1]),
-        Settings(sync=False, threads=threads, copy_ahead_bytes=32),
-        Observer("save"),
+        WriteRequest(
+            Folder(LocalDisk(), folder),
+            jobs,
+            lambda row: part(items[row][0], items[row][1]),
+            Settings(sync=False, threads=threads, copy_ahead_bytes=32),
+            Observer("save"),
+        ),
     )
     places = places_of(index, [WriteResults(table, written)])
     return Catalog(index, replace(places, block_bytes=BLOCK))
@@ -137,7 +145,7 @@ def loaded(folder: Path, catalog: Catalog, items: ReadItems, targets, settings) 
     odd: dict = {}
     table = Targets(rows, [targets[fqn] for fqn in items.fqns])
     plan = copies(items, table, catalog.index, odd)
-    read_copies(Folder(LocalDisk(), folder), catalog, items, plan, settings, watcher)
+    read_copies(CopyRequest(Folder(LocalDisk(), folder), catalog, items, plan, settings, watcher))
     return watcher
 
 

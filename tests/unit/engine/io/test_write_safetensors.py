@@ -22,7 +22,7 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_safetensors import read_header
-from pytest_dcp._engine.io.write_files import FileJob, Settings
+from pytest_dcp._engine.io.write_files import FileJob, Settings, WriteRequest
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
 
 
@@ -48,10 +48,10 @@ def item(fqn: str, offset: tuple[int, ...], size: tuple[int, ...], value: Any) -
 def written(
     folder: Path, values: list[Any], items: list[WriteItem] | None, jobs: list[FileJob]
 ) -> Written:
-    return write_safetensors(
-        Folder(LocalDisk(), folder), jobs, values.__getitem__,
-        Settings(threads=2, copy_ahead_bytes=1), Observer("save"), items, {"save": "1"},
-    )  # fmt: skip
+    settings = Settings(threads=2, copy_ahead_bytes=1)
+    source = values.__getitem__
+    request = WriteRequest(Folder(LocalDisk(), folder), jobs, source, settings, Observer("save"))
+    return write_safetensors(request, items, {"save": "1"})
 
 
 def test_rows_are_where_the_places_say_with_their_sums(tmp_path: Path) -> None:
@@ -110,8 +110,7 @@ def test_a_sparse_tensor_and_stream_transforms_are_refused(tmp_path: Path) -> No
     items = [item("w", (0, 0), (2, 2), torch.eye(2))]
     with pytest.raises(TypeError, match=r"'w' is torch\.sparse_coo"):
         written(tmp_path, [torch.eye(2).to_sparse()], items, [FileJob("f", [0])])
+    settings = Settings(transforms=[object()])  # type: ignore[list-item]  # any
+    folder = Folder(LocalDisk(), tmp_path)
     with pytest.raises(ValueError, match="transforms"):
-        write_safetensors(
-            Folder(LocalDisk(), tmp_path), [], [].__getitem__, Settings(transforms=[object()]),  # type: ignore[list-item]  # any
-            Observer("save"), [],
-        )  # fmt: skip
+        write_safetensors(WriteRequest(folder, [], [].__getitem__, settings, Observer("save")), [])

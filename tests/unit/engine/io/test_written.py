@@ -31,6 +31,7 @@ from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.write_files import (
     FileJob,
     Settings,
+    WriteRequest,
     balance_by_bytes,
     block_sums,
     write_files,
@@ -75,7 +76,7 @@ def written_to(folder: Path, items: list, data: list, files: int = 1, threads: i
             patch.setattr(write, name, value)
         settings = Settings(sync=False, threads=threads, copy_ahead_bytes=20)
         written = write_files(
-            Folder(LocalDisk(), folder), jobs, data.__getitem__, settings, watcher
+            WriteRequest(Folder(LocalDisk(), folder), jobs, data.__getitem__, settings, watcher)
         )
     return table, index, written, watcher
 
@@ -138,7 +139,7 @@ def test_writes_end_with_pages_though_a_planner_uses_memory_again(step, tmp_path
     job = FileJob("f", range(len(items)), 1 << 24 if step == 1 << 20 else 0)
     watcher = Observer("save")
     written = write_files(
-        Folder(LocalDisk(), tmp_path), [job], source, Settings(sync=False), watcher
+        WriteRequest(Folder(LocalDisk(), tmp_path), [job], source, Settings(sync=False), watcher)
     )
     content = (tmp_path / "f").read_bytes()
     for row, count in enumerate(counts):
@@ -159,11 +160,13 @@ def test_the_end_of_a_large_value_does_not_hold_all_of_it(tmp_path):
     tracemalloc.start()
     try:
         write_files(
-            Folder(LocalDisk(), tmp_path),
-            [job],
-            lambda row: bytes(sizes[row]),
-            Settings(sync=False),
-            Observer("save"),
+            WriteRequest(
+                Folder(LocalDisk(), tmp_path),
+                [job],
+                lambda row: bytes(sizes[row]),
+                Settings(sync=False),
+                Observer("save"),
+            ),
         )
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -345,5 +348,11 @@ def test_a_failing_source_is_raised_from_whichever_thread(tmp_path, threads):
     jobs = [FileJob(f"f{n}", [2 * n, 2 * n + 1]) for n in range(2)]
     with pytest.raises(ValueError, match="no such tensor"):
         write_files(
-            Folder(LocalDisk(), tmp_path), jobs, source, Settings(False, threads), Observer("save")
+            WriteRequest(
+                Folder(LocalDisk(), tmp_path),
+                jobs,
+                source,
+                Settings(False, threads),
+                Observer("save"),
+            )
         )
