@@ -136,9 +136,11 @@ def match(
                 same = False
             if same and not hasattr(value, BOXES):
                 continue  # the ordinary kinds of values, which need none of the checks below.
-        problem = _misfit(fqn, value, sizes[row], stored[row], strict, converted, numbers)
-        if problem:
-            problems[fqn] = problem
+        fit = _fit(fqn, value, sizes[row], stored[row], strict, numbers)
+        if isinstance(fit, str):
+            problems[fqn] = fit
+        elif fit is not None:
+            converted[fqn] = fit
     if problems or (missing and strict):
         raise _error(missing if strict else (), names, unexpected, problems, index)
     return Match(loaded, tuple(missing), unexpected, converted)
@@ -173,16 +175,17 @@ def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchErr
     )
 
 
-def _misfit(
+def _fit(
     fqn: str,
     value: Any,
     size: tuple[int, ...],
     dtype: torch.dtype | None,
     strict: bool,
-    converted: dict[str, Any],
     numbers: bool,
-) -> str | None:
-    """Why a value cannot take the stored tensor, or None."""
+) -> str | tuple[Dtype, Dtype] | None:
+    """How a value takes the stored tensor: as it is (None), converted (the stored dtype and its
+    own), or not at all: then the reason.
+    """
     if not isinstance(value, torch.Tensor):
         kind = type(value)
         if (
@@ -191,8 +194,7 @@ def _misfit(
             and math.prod(size) == 1
             and takes_tensor_of(kind, dtype, strict=strict)
         ):
-            converted[fqn] = (dtype, kind)
-            return None
+            return dtype, kind
         return f"{fqn!r} is a tensor in the checkpoint, and {type(value).__name__} here"
     if not isinstance(value, ShardedTensor) and value.is_nested:
         return f"{fqn!r} is a nested tensor here: load its values() and offsets()"
@@ -201,10 +203,9 @@ def _misfit(
         return f"Size mismatch between saved {torch.Size(size)} and current: {here} for {fqn}"
     if dtype is None or now is None or dtype == now:
         return None
-    converted[fqn] = (dtype, now)
     if strict and kind_of(dtype) != kind_of(now):
         return f"dtype mismatch between saved {dtype} and current: {now} for {fqn}"
-    return None
+    return dtype, now
 
 
 def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:

@@ -31,6 +31,7 @@ from pytest_dcp._engine.plan.select import Selection
 from pytest_dcp._engine.plan.shards import PLAIN, boxes_of
 from pytest_dcp._engine.plan.value_tensors import check_tensor, tensor_misfit
 from pytest_dcp._engine.planners.local_load_plan import (
+    MatchRules,
     create_default_global_load_plan,
     plan_reads,
     with_list_of_items,
@@ -127,15 +128,13 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self.state_dict, index.row_of, tuple(self._per_rank)
         )
         try:
-            planned = plan_reads(
-                self.state_dict,
-                index,
-                self.selection,
+            rules = MatchRules(
                 strict=not self.allow_partial_load,
                 per_rank=self._per_rank,
                 takes_numbers=True,
                 partial=resized_keys(self.metadata, self._saved_sizes),
             )
+            planned = plan_reads(self.state_dict, index, self.selection, rules)
             # Only now: a mismatch is refused before the state dict changes.
             for fqn, room in planned.numbers.items():
                 self._numbers[fqn], self.state_dict[fqn] = room.kind, room.tensor

@@ -36,8 +36,7 @@ def create_default_local_load_plan(
         state_dict,
         index_of(metadata),
         Selection(),
-        strict=strict,
-        partial=resized_keys(metadata, {}),
+        MatchRules(strict, partial=resized_keys(metadata, {})),
     )
     return with_list_of_items(planned.plan)
 
@@ -58,6 +57,20 @@ class NumberRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchRules:
+    """Which differences between a state dict and a checkpoint a load accepts."""
+
+    strict: bool
+    """Whether missing keys, and other kinds of dtypes, are refused."""
+    per_rank: Mapping[str, PerRank] = field(default_factory=dict)
+    """The PerRank values of the state dict, by name."""
+    takes_numbers: bool = False
+    """Whether stored tensors may be loaded into numbers; otherwise such a number is refused."""
+    partial: Container[str] = ()
+    """Stored names that may lack elements."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedReads:
     """What to read, and what the targets still need before they can be filled."""
 
@@ -75,38 +88,32 @@ class PlannedReads:
 
 
 def plan_reads(
-    state_dict: Mapping[str, Any],
-    index: Index,
-    selection: Selection,
-    *,
-    strict: bool,
-    per_rank: Mapping[str, PerRank] | None = None,
-    takes_numbers: bool = False,
-    partial: Container[str] = (),
+    state_dict: Mapping[str, Any], index: Index, selection: Selection, rules: MatchRules
 ) -> PlannedReads:
-    """The plan, how the keys matched, and which targets need memory. Changes nothing.
-
-    takes_numbers: whether stored tensors may be loaded into numbers; otherwise such a number is
-    refused. Stored names in `partial` may lack elements.
-    """
+    """The plan, how the keys matched, and which targets need memory. Changes nothing."""
     chosen = selection.choose(state_dict)
     stored_as = selection.stored_as(chosen)
-    if per_rank:
-        stored_as = _choose_per_rank(chosen, stored_as, index, per_rank, strict=strict)
-    found = match(chosen, index, strict=strict, stored_as=stored_as, numbers=takes_numbers)
+    if rules.per_rank:
+        stored_as = _choose_per_rank(chosen, stored_as, index, rules)
+    numbers_too = rules.takes_numbers
+    found = match(chosen, index, strict=rules.strict, stored_as=stored_as, numbers=numbers_too)
     names = stored_as or {}
-    numbers = _rooms_for_numbers(found.converted, names, index) if takes_numbers else {}
+    numbers = _rooms_for_numbers(found.converted, names, index) if numbers_too else {}
     found.loaded.update({fqn: room.tensor for fqn, room in numbers.items()})
     values = {index.fqns[row] for row in np.flatnonzero(index.ndim < 0).tolist()}
     # A stored value replaces any value here.
     replaced = [fqn for fqn in found.loaded if names.get(fqn, fqn) in values] if values else []
     replaced += _stored_in_one(found.loaded, names, index)
     template = found.loaded | dict.fromkeys(replaced)
-    lacking = {fqn for fqn in found.loaded if names.get(fqn, fqn) in partial} if partial else ()
+    lacking = (
+        {fqn for fqn in found.loaded if names.get(fqn, fqn) in rules.partial}
+        if rules.partial
+        else ()
+    )
     wanted = wanted_boxes(template)
     items: Any = read_items(wanted, index, stored_as, partial=lacking)
     unexpected = tuple(
-        name for name in found.unexpected if not is_of_other_ranks(name, per_rank or ())
+        name for name in found.unexpected if not is_of_other_ranks(name, rules.per_rank)
     )
     return PlannedReads(
         LoadPlan(items),
@@ -157,23 +164,21 @@ def _choose_per_rank(
     chosen: dict[str, Any],
     stored_as: Mapping[str, str] | None,
     index: Index,
-    per_rank: Mapping[str, PerRank],
-    *,
-    strict: bool,
+    rules: MatchRules,
 ) -> dict[str, str]:
     """The checkpoint's names for these names, including names below a PerRank that another number
     of ranks saved.
 
-    Removes from `choose` the names that stay unchanged.
+    Removes from `chosen` the names that stay unchanged.
     """
     names = dict(stored_as or {})
     wanted = {
         fqn: (names.get(fqn, fqn), value)
-        for prefix, value in per_rank.items()
+        for prefix, value in rules.per_rank.items()
         for fqn in chosen
         if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
     }
-    for fqn, name in resized_names(wanted, index.fqns, strict=strict).items():
+    for fqn, name in resized_names(wanted, index.fqns, strict=rules.strict).items():
         if name is None:
             del chosen[fqn]
         else:
