@@ -7,7 +7,7 @@ hand: such a message must not pass for the answer to an order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pytest_dcp._harness.protocol.messages import At, Done, FaultAsk, Phase, Up
 from pytest_dcp._harness.world.rank_states import TRANSITIONS, RankState
@@ -16,26 +16,29 @@ PREPARED = frozenset({"boot", "setup"})
 """The phases that ranks prepare: a spawned one imports torch, then collects the test."""
 
 
-def refusal(
-    rank: int,
-    message: Up,
-    state: RankState,
-    phase: Phase,
-    results: Mapping[int, Done],
-    size: int,
-    is_cut_off: bool,
-) -> str:
-    """Why the rank cannot send this now; empty when it can.
+@dataclass(frozen=True, slots=True)
+class RankTurn:
+    """Where a rank is when its message comes."""
 
-    `results` are this phase's so far; `is_cut_off` says that an interrupt ends the phase.
-    """
-    in_turn = state is not RankState.MEETING or _is_allowed_at_exchange(message, is_cut_off)
+    state: RankState
+    phase: Phase
+    has_answered: bool
+    """Whether it has sent this phase's `Done`."""
+    is_cut_off: bool
+    """Whether an interrupt ends the phase."""
+
+
+def refusal(message: Up, turn: RankTurn, size: int) -> str:
+    """Why a rank of a world of `size` cannot send this now; empty when it can."""
+    state, phase = turn.state, turn.phase
+    at_exchange = state is RankState.MEETING
+    in_turn = not at_exchange or _is_allowed_at_exchange(message, turn.is_cut_off)
     if (state, type(message)) not in TRANSITIONS or not in_turn:
         return _out_of_turn(message, state.value)
     match message:
         case Done() if message.phase != phase:
             return f"ended {message.phase} while in {phase}: was the message written by hand?"
-        case Done() if state is RankState.LEAVING and rank in results:
+        case Done() if state is RankState.LEAVING and turn.has_answered:
             return _out_of_turn(message, state.value)
         case At(place="preparing" | "ready") if phase not in PREPARED:
             return _out_of_turn(message, f"in {phase}")

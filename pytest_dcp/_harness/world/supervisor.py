@@ -100,7 +100,7 @@ from pytest_dcp._harness.world.rank_states import (
     when_text,
 )
 from pytest_dcp._harness.world.rank_states import RankState as S
-from pytest_dcp._harness.world.refusals import refusal
+from pytest_dcp._harness.world.refusals import RankTurn, refusal
 from pytest_dcp._harness.world.requested_deaths import Deaths, Wish
 from pytest_dcp._harness.world.terminal import Terminal
 from pytest_dcp._harness.world.timers import LOST_S, Timers
@@ -203,7 +203,8 @@ class Supervisor:
             self.deaths.wishes[rank] = Wish("announced", message.reason, self._timers.clock(now))
             return self._meet()
         is_cut_off = self._timers.interruption.is_on
-        if text := refusal(rank, message, state, self.phase, self.results, self.size, is_cut_off):
+        turn = RankTurn(state, self.phase, rank in self.results, is_cut_off)
+        if text := refusal(message, turn, self.size):
             return self._kill(rank, "closed", text, now)
         # Assumes that `refusal` lets only messages pass that the table has for this state.
         self.states[rank] = TRANSITIONS[state, type(message)]
@@ -292,7 +293,7 @@ class Supervisor:
         text = f"{exit_text(status)}{when_text(state, status, self.phase)}"
         if raised is not None:
             text += f"; it had raised {raised.text}"
-        self._fail(rank, "crashed", text, now, now)
+        self._fail(RankFailure(rank, "crashed", self.phase, now, text), now)
         return [*self._meet(), *self._answer_requests()]
 
     def see_close(self, rank: int, now: float, *, exiting: bool = False) -> list[Action]:
@@ -385,7 +386,9 @@ class Supervisor:
         self.deaths.silence(rank)
         self.results[rank] = result
         if result.outcome == "failed":
-            self._fail(rank, "failed", result.text, result.at_s, now, is_echo=result.is_echo)
+            echo = result.is_echo
+            failure = RankFailure(rank, "failed", self.phase, result.at_s, result.text, "", echo)
+            self._fail(failure, now)
         # No failure, but peers may wait in a collective for this rank, which has left it.
         elif result.outcome in ("exit", "interrupt"):
             self._timers.end_soon(now)
@@ -402,7 +405,7 @@ class Supervisor:
                 # Even if its end was asked for: a process that outlives SIGKILL is a failure.
                 self.deaths.forgive(rank)
                 text = f"did not go away within {LOST_S:g} s of SIGKILL"
-                self._fail(rank, "lost", text, now, now)
+                self._fail(RankFailure(rank, "lost", self.phase, now, text), now)
 
     def _reap(self, now: float) -> list[Action]:
         timers, actions = self._timers, list[Action]()
@@ -423,18 +426,7 @@ class Supervisor:
                 actions += self._kill(rank, kind, text, now)
         return actions
 
-    def _fail(
-        self,
-        rank: int,
-        kind: FailureKind,
-        text: str,
-        at_s: float,
-        now: float,
-        detail: str = "",
-        *,
-        is_echo: bool = False,
-    ) -> None:
-        failure = RankFailure(rank, kind, self.phase, at_s, text, detail, is_echo)
+    def _fail(self, failure: RankFailure, now: float) -> None:
         self.failures.append(failure)
         self._timers.end_soon(now)
 
@@ -447,7 +439,7 @@ class Supervisor:
         self.deaths.forgive(rank)
         actions = self._end(rank, now)
         at_s, detail = (now, "") if raised is None else (raised.at_s, raised.detail)
-        self._fail(rank, kind, text, at_s, now, detail)
+        self._fail(RankFailure(rank, kind, self.phase, at_s, text, detail), now)
         return [*actions, *self._meet()]
 
     def _end(self, rank: int, now: float) -> list[Action]:

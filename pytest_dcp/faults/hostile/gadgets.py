@@ -265,10 +265,12 @@ def _additems(canary: str, protocol: int, _: int) -> bytes:
 
 
 def _ext(
-    canary: str, protocol: int, _: int, *, module: str, name: str, number: int, fetch: bytes
+    canary: str, protocol: int, _: int, *, function: Global, number: int, fetch: bytes
 ) -> bytes:
     """The function is registered as an extension, and the extension's number then refers to it."""
-    registration = PickledCall(Global("copyreg", "add_extension"), (module, name, number))
+    registration = PickledCall(
+        Global("copyreg", "add_extension"), (function.module, function.name, number)
+    )
     path = _one(text_code(canary, protocol), protocol)
     return code_of(registration, protocol) + pickle.POP + fetch + path + pickle.REDUCE
 
@@ -342,15 +344,17 @@ _TURNS: dict[str, tuple[Callable[[str, int, int], bytes], tuple[int, ...]]] = {
     "APPENDS to what has append": (_appends, PROTOCOLS),
     "ADDITEMS to what has add": (_additems, PROTOCOLS),
     "EXT1": (
-        partial(_ext, module="os", name="mkdir", number=0x71, fetch=b"\x82\x71"),
+        partial(_ext, function=Global("os", "mkdir"), number=0x71, fetch=b"\x82\x71"),
         PROTOCOLS,
     ),
     "EXT2": (
-        partial(_ext, module="posix", name="mkdir", number=0x7171, fetch=b"\x83\x71\x71"),
+        partial(_ext, function=Global("posix", "mkdir"), number=0x7171, fetch=b"\x83\x71\x71"),
         PROTOCOLS,
     ),
     "EXT4": (
-        partial(_ext, module="os", name="makedirs", number=0x717171, fetch=b"\x84\x71\x71\x71\0"),
+        partial(
+            _ext, function=Global("os", "makedirs"), number=0x717171, fetch=b"\x84\x71\x71\x71\0"
+        ),
         PROTOCOLS,
     ),
     "PUT and GET": (partial(_memo, width="text"), PROTOCOLS),
