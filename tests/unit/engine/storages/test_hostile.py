@@ -7,15 +7,12 @@ process run in a fork of it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import pickle
-import resource
-import signal
 import socket
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from pytest_dcp._engine.format.entry import value_entry
 from pytest_dcp._engine.verbs.load import load_without_template
 from pytest_dcp.checkpoint.filesystem import FileSystemReader
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from support.forks import forked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -41,33 +39,8 @@ ROOM_BYTES = 1 << 30
 FORK_S = 30
 
 
-def forked(body: Callable[[], None], room_bytes: int = 8 << 30) -> str:
-    """How a fork of this process that ran the body ended: "", a traceback, or a signal's name.
-
-    Tensors made in it stay below 32,768 elements: above, torch asks for threads that a fork lacks.
-    """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        text = ""
-        try:
-            signal.alarm(FORK_S)
-            with open("/proc/self/statm") as statm:
-                used = int(statm.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + room_bytes,) * 2)
-            body()
-        except BaseException:  # noqa: BLE001 - any error goes to the parent
-            text = traceback.format_exc()
-        with contextlib.suppress(BaseException):
-            os.write(writing, text.encode()[-4000:])
-        os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        text = pipe.read().decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return signal.Signals(os.WTERMSIG(status)).name
-    return text
+run_forked = partial(forked, limit_s=FORK_S)
+"""Run a body in a fork; an AssertionError has its traceback, or the signal that ended it."""
 
 
 def cause_of(load: Callable[[], object]) -> BaseException | None:
@@ -164,10 +137,10 @@ def test_names_that_are_no_file_of_the_folder_are_refused(tmp_path: Path, name: 
     (folder / "folder").mkdir()
     os.mkfifo(folder / "fifo")
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load(target(), checkpoint_id=folder))
 
-    assert forked(body) == ""
+    run_forked(body, room_bytes=8 << 30)
 
 
 @pytest.mark.parametrize("name", ["half \ud800", "n" * 300, "__0_0.distcp/x", "loop", "socket"])
@@ -198,10 +171,10 @@ def test_metadata_that_is_no_plain_file_is_refused(tmp_path: Path, kind: str) ->
     else:
         (folder / ".metadata").symlink_to(tmp_path / "outside")
 
-    def body() -> None:
+    def body(_: object) -> None:
         assert check_refused(lambda: dcp.load(target(), checkpoint_id=folder)).file == ".metadata"
 
-    assert forked(body) == ""
+    run_forked(body, room_bytes=8 << 30)
 
 
 # ---- numbers
@@ -220,10 +193,10 @@ def test_entries_that_are_not_where_they_should_be_are_refused(
 
     torchs(tmp_path, edit)
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load(target(), checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 def resized(*sizes: int) -> Callable[[Metadata], None]:
@@ -244,10 +217,10 @@ def resized(*sizes: int) -> Callable[[Metadata], None]:
 def test_absurd_sizes_take_no_memory(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     torchs(tmp_path, resized(*sizes))
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: load_without_template(checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 def test_sizes_that_no_tensor_can_have_are_refused(tmp_path: Path) -> None:
@@ -306,10 +279,10 @@ def test_dangling_paths_are_refused(tmp_path: Path, path: Any) -> None:
 
     torchs(tmp_path, edit)
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: load_without_template(checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 def test_deeply_nested_values_are_refused(tmp_path: Path) -> None:
@@ -325,10 +298,10 @@ def test_deeply_nested_values_are_refused(tmp_path: Path) -> None:
     torchs(tmp_path, edit)
     (tmp_path / "deep").write_bytes(value_entry(nested))
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load({"v": None}, checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 def value_of(folder: Path, entry: bytes) -> None:
@@ -351,10 +324,10 @@ def test_a_value_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
     """An entry of some 500 bytes that torch's own safe unpickler turns into gigabytes."""
     value_of(tmp_path, value_entry(pickled_bytearray(2 * ROOM_BYTES)))
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load({"v": None}, checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 def test_a_value_without_its_storage_is_refused(tmp_path: Path) -> None:
@@ -407,20 +380,20 @@ def test_an_entry_that_grows_without_end_is_refused(
     torchs(tmp_path, edit)
     (tmp_path / "bomb").write_bytes(bomb)
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load({fqn: target()[fqn]}, checkpoint_id=tmp_path))
 
-    assert forked(body, room_bytes) == ""
+    run_forked(body, room_bytes=room_bytes)
 
 
 def test_a_sparse_metadata_file_takes_no_memory(tmp_path: Path) -> None:
     torchs(tmp_path, lambda metadata: None)
     os.truncate(tmp_path / ".metadata", 1 << 41)
 
-    def body() -> None:
+    def body(_: object) -> None:
         check_refused(lambda: dcp.load(target(), checkpoint_id=tmp_path))
 
-    assert forked(body, ROOM_BYTES) == ""
+    run_forked(body, room_bytes=ROOM_BYTES)
 
 
 # ---- plans and targets
@@ -462,7 +435,7 @@ WRAPPING = [
 def check_contained(tmp_path: Path, changes: dict[str, Any]) -> None:
     dcp.save({"w": torch.arange(1.0, 9.0)}, checkpoint_id=tmp_path)
 
-    def body() -> None:
+    def body(_: object) -> None:
         around = torch.zeros(1024)
         state = {"w": around[512:520]}
         planner = Replanned(**changes)
@@ -470,7 +443,7 @@ def check_contained(tmp_path: Path, changes: dict[str, Any]) -> None:
         assert not around.any(), f"written at {around.nonzero().flatten().tolist()}"
         assert cause is not None, "no error"
 
-    assert forked(body) == ""
+    run_forked(body, room_bytes=8 << 30)
 
 
 @pytest.mark.parametrize("changes", WRONG, ids=str)
@@ -507,12 +480,12 @@ WITHOUT_MEMORY = {"none left": lambda: shrunk(0), "some left": lambda: shrunk(64
 def test_tensors_without_their_memory_are_named(tmp_path: Path, kind: str, verb: str) -> None:
     dcp.save({"w": torch.ones(8_000)}, checkpoint_id=tmp_path)
 
-    def body() -> None:
+    def body(_: object) -> None:
         state = {"w": WITHOUT_MEMORY[kind]()}
         with pytest.raises(dcp.CheckpointException, match="'w'"):
             getattr(dcp, verb)(state, checkpoint_id=tmp_path)
 
-    assert forked(body) == ""
+    run_forked(body, room_bytes=8 << 30)
 
 
 @pytest.mark.parametrize(
