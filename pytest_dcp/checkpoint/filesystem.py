@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as _StorageInfo
 from torch.distributed.checkpoint.filesystem import _StoragePrefix as _StoragePrefix
 
 from pytest_dcp._engine.io import commit, single_entries, transforms
+from pytest_dcp._engine.storages.folder_metadata import new_id
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import CURRENT_DCP_VERSION as CURRENT_DCP_VERSION
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp._engine.storages.local_filesystem import FileSystem, new_id
+from pytest_dcp._engine.storages.local_filesystem import FileSystem
 from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__ = [

@@ -25,7 +25,7 @@ from pytest_dcp._engine.huggingface.saves import SAVE_KEY, data_name, temporary_
 from pytest_dcp._engine.huggingface.weight_index import encode_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
-from pytest_dcp._engine.storages.local_filesystem import new_id
+from pytest_dcp._engine.storages.folder_metadata import new_id
 from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
 

@@ -27,9 +27,9 @@ from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_streams import items_by_file
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.hooks import is_overridden, overridden
+from pytest_dcp._engine.storages.folder_metadata import save_of as save_of_meta
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.load_into_targets import LoadedBytes
-from pytest_dcp._engine.storages.local_filesystem import save_of as save_of_meta
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointReplacedError
 
 

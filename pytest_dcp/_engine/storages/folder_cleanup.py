@@ -21,13 +21,13 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.storages import local_filesystem
-from pytest_dcp._engine.storages.local_filesystem import MetadataPlace, files_named
+from pytest_dcp._engine.storages.folder_metadata import FolderOfCheckpoint, files_named
 from pytest_dcp.errors import CheckpointCorruptError
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 
-class FolderCleanup(MetadataPlace):
+class FolderCleanup(FolderOfCheckpoint):
     """Removes files of the folder that a writer writes to."""
 
     sync_files: bool
@@ -59,7 +59,7 @@ class FolderCleanup(MetadataPlace):
 
     def _clean(self, remove: Callable[..., object]) -> None:
         """Remove files of earlier saves; an error here does not fail the save."""
-        if is_overridden(self, MetadataPlace, "_get_metadata_path"):
+        if is_overridden(self, FolderOfCheckpoint, "_get_metadata_path"):
             # It cannot be known which files other checkpoints of the folder name.
             return
         folder = self._folder()

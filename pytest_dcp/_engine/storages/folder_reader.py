@@ -35,14 +35,14 @@ from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.load_capabilities import ask_load_planner
 from pytest_dcp._engine.storages import local_filesystem
-from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, prepare
-from pytest_dcp._engine.storages.local_filesystem import (
-    FileSystem,
-    MetadataPlace,
+from pytest_dcp._engine.storages.folder_metadata import (
+    FolderOfCheckpoint,
     new_id,
     read_catalog,
     save_of,
 )
+from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, prepare
+from pytest_dcp._engine.storages.local_filesystem import FileSystem
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -51,7 +51,7 @@ from pytest_dcp.errors import (
 )
 
 
-class FileSystemReader(MetadataPlace, StorageReader):
+class FileSystemReader(FolderOfCheckpoint, StorageReader):
     """Reads checkpoints from folders, by this engine or by torch 2.0 to 2.13."""
 
     verify: Verify = "auto"
@@ -317,16 +317,6 @@ class FileSystemReader(MetadataPlace, StorageReader):
             other = metadata_name(0 if self.use_collectives else None)
             return disk.exists(self.path, other)
         return save_of(now.storage_meta) != save_of(metadata.storage_meta)
-
-    @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
-        """The folder."""
-        return self.path
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether the id is one of a local folder."""
-        return FileSystem.validate_checkpoint_id(checkpoint_id)
 
 
 def checked_verify(verify: str) -> Verify:

@@ -47,11 +47,8 @@ from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
 from pytest_dcp._engine.storages.file_names import names_of_rank
 from pytest_dcp._engine.storages.folder_cleanup import FolderCleanup
-from pytest_dcp._engine.storages.local_filesystem import (
-    FileSystem,
-    new_id,
-    split_path,
-)
+from pytest_dcp._engine.storages.folder_metadata import new_id, split_path
+from pytest_dcp._engine.storages.local_filesystem import FileSystem
 from pytest_dcp._torch_internals.checkpoint_classes import StreamTransformExtension
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointExistsError
 from pytest_dcp.tracebacks import warn_caller
@@ -314,16 +311,6 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
 
     def _meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
-
-    @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
-        """The folder."""
-        return self.path
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether the id is one of a local folder."""
-        return FileSystem.validate_checkpoint_id(checkpoint_id)
 
     def _check_written(self, folder: Folder, catalog: Catalog) -> None:
         """Raise unless every file that the metadata will name exists."""

@@ -30,7 +30,7 @@ from pytest_dcp._engine.plan.storage_capabilities import (
     prepares_data,
     verifies_bytes,
 )
-from pytest_dcp._engine.storages.local_filesystem import save_of
+from pytest_dcp._engine.storages.folder_metadata import save_of
 from pytest_dcp._engine.verbs.compare_ranks import Found
 from pytest_dcp._engine.verbs.torch_arguments import accepts_parameter
 from pytest_dcp.errors import CheckpointError

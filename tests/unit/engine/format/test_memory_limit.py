@@ -29,7 +29,7 @@ from pytest_dcp._engine.huggingface.saves import INDEX_NAME
 from pytest_dcp._engine.huggingface.weight_index import decode_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
-from pytest_dcp._engine.storages.local_filesystem import read_catalog
+from pytest_dcp._engine.storages.folder_metadata import read_catalog
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader
 from pytest_dcp.errors import CheckpointCorruptError
 
