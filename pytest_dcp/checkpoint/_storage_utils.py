@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from pytest_dcp._engine.torch_names import names_of_torch
-from pytest_dcp._engine.verbs.torch_arguments import reader_for, reset_to, writer_for
+from pytest_dcp._engine.verbs.storage_for_id import reader_for, reset_to, writer_for
 
 
 def _storage_setup(

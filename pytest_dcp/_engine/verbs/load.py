@@ -25,14 +25,13 @@ from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlan
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
 from pytest_dcp._engine.storages.folder_reader import checked_verify
 from pytest_dcp._engine.verbs.load_steps import Load, LoadRequest
+from pytest_dcp._engine.verbs.storage_for_id import reader_for, subject_of
 from pytest_dcp._engine.verbs.torch_arguments import (
     alone,
     check_state_dict,
     is_stateful,
-    reader_for,
     resolve_stateful,
     second_argument,
-    subject_of,
 )
 from pytest_dcp.tracebacks import drop_inner_frames
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine.coordinate import OperationCall, Team, team_of
 from pytest_dcp._engine.io.progress_observer import Progress
-from pytest_dcp._engine.verbs.torch_arguments import Id, reset_to, subject_of, writer_for
+from pytest_dcp._engine.verbs.storage_for_id import Id, reset_to, subject_of, writer_for
 
 
 @dataclass(frozen=True, slots=True)
