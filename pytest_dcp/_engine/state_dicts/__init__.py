@@ -11,8 +11,8 @@ canonical, and the tensors are delivered as the options say: sharded or gathered
 on the CPU (`delivery`).
 
 Reading optimizers (`optimizer_reading`): each parameter's states are put under its first canonical
-name. A parameter that was never stepped gets the initial states of its optimizer (`initial`), so
-the keys do not depend on how far training has gone.
+name. A parameter that was never stepped gets the initial states of its optimizer
+(`optimizer_initial_states`), so the keys do not depend on how far training has gone.
 
 Setting goes the other way, in two halves:
 

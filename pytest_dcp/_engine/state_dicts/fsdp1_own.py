@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.plan.replica_comparison import ranks_text
 from pytest_dcp._engine.state_dicts import fsdp1
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
-from pytest_dcp._engine.state_dicts.groups import PARAMS
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
 from pytest_dcp._engine.state_dicts.scope import own_method
 from pytest_dcp.errors import CheckpointMismatchError

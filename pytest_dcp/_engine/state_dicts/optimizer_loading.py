@@ -18,12 +18,17 @@ from torch.optim import Optimizer
 from pytest_dcp._engine.state_dicts import fsdp1
 from pytest_dcp._engine.state_dicts.agreement import raise_on_all_ranks
 from pytest_dcp._engine.state_dicts.broadcast import broadcast_values, from_rank0, join_mismatches
-from pytest_dcp._engine.state_dicts.entries import Lack, check_entries
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, is_flat, nest_optimizer_state
-from pytest_dcp._engine.state_dicts.groups import PARAMS, Group, pair_groups
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.optimizer_entries import Lack, check_entries
+from pytest_dcp._engine.state_dicts.optimizer_flattening import (
+    GROUPS,
+    STATE,
+    is_flat,
+    nest_optimizer_state,
+)
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS, Group, pair_groups
+from pytest_dcp._engine.state_dicts.optimizer_positions import is_positional, name_positions
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
-from pytest_dcp._engine.state_dicts.positional import is_positional, name_positions
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 
 RAW = "raw"

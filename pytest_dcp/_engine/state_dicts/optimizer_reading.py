@@ -15,9 +15,13 @@ from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts import fsdp1
 from pytest_dcp._engine.state_dicts.delivery import deliver_state
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE, flatten_optimizer_state
-from pytest_dcp._engine.state_dicts.groups import PARAMS
-from pytest_dcp._engine.state_dicts.initial import initial_states
+from pytest_dcp._engine.state_dicts.optimizer_flattening import (
+    GROUPS,
+    STATE,
+    flatten_optimizer_state,
+)
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
+from pytest_dcp._engine.state_dicts.optimizer_initial_states import initial_states
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pytest_dcp._engine.state_dicts import fsdp1
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
-from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
-from pytest_dcp._engine.state_dicts.initial import initial_states
+from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS, Group
+from pytest_dcp._engine.state_dicts.optimizer_initial_states import initial_states
 from pytest_dcp._engine.state_dicts.optimizer_reading import group_names
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of

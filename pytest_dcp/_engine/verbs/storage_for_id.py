@@ -1,4 +1,4 @@
-"""The storage for a checkpoint id: a folder, or a URL that fsspec opens; and its name among ranks."""
+"""The storage for a checkpoint id, a folder or a URL; and the id as ranks compare it."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pytest_dcp._engine.state_dicts.flat import GROUPS
-from pytest_dcp._engine.state_dicts.groups import PARAMS, Group
+from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS, Group
 
 
 def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]:

@@ -7,8 +7,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_dcp._engine.state_dicts.flat import flatten_optimizer_state, nest_optimizer_state
-from pytest_dcp._engine.state_dicts.groups import pair_groups
+from pytest_dcp._engine.state_dicts.optimizer_flattening import (
+    flatten_optimizer_state,
+    nest_optimizer_state,
+)
+from pytest_dcp._engine.state_dicts.optimizer_groups import pair_groups
 
 
 def group(*names: str, **settings: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.state_dicts.groups import PARAMS
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
 
 STATE = "state"
 GROUPS = "param_groups"

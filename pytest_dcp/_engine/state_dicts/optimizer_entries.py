@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
-from pytest_dcp._engine.state_dicts.groups import Group
-from pytest_dcp._engine.state_dicts.initial import initial_entries
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
+from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.optimizer_groups import Group
+from pytest_dcp._engine.state_dicts.optimizer_initial_states import initial_entries
+from pytest_dcp._engine.state_dicts.optimizer_settings import needed_settings
 from pytest_dcp._engine.state_dicts.optimizer_target import Target, settings_of
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._engine.state_dicts.parts import size_of
-from pytest_dcp._engine.state_dicts.settings import needed_settings
 
 ANEW = (
     "The state dict has no state of any parameter, as before an optimizer's first step, and this "

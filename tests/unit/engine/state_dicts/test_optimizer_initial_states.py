@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_dcp._engine.state_dicts import initial
-from pytest_dcp._engine.state_dicts.initial import initial_states
+from pytest_dcp._engine.state_dicts import optimizer_initial_states
+from pytest_dcp._engine.state_dicts.optimizer_initial_states import initial_states
 from pytest_dcp.errors import CheckpointError
 from support.opaque_tensors import Scaled
 
@@ -142,9 +142,11 @@ def test_a_meta_parameter_has_meta_states() -> None:
 
 
 def test_parameters_are_stood_in_for_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initial, "BATCH_BYTES", 100)
+    monkeypatch.setattr(optimizer_initial_states, "BATCH_BYTES", 100)
     parameters = [torch.nn.Parameter(torch.empty(n)) for n in (5, 20, 1, 200, 3, 4)]
-    assert [[p.numel() for p in batch] for batch in initial._batches(parameters)] == [
+    assert [
+        [p.numel() for p in batch] for batch in optimizer_initial_states._batches(parameters)
+    ] == [
         [5, 20],
         [1],
         [200],

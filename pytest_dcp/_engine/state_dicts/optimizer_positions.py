@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_dcp._engine.state_dicts.flat import GROUPS, STATE
 from pytest_dcp._engine.state_dicts.fsdp1_own import name_own
-from pytest_dcp._engine.state_dicts.groups import PARAMS
+from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
+from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
 from pytest_dcp.errors import CheckpointMismatchError
 
