@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pytest_dcp._engine.staging.storage_stager import StateDictStager as StateDictStager
+from pytest_dcp._engine.staging.state_dict_stager import StateDictStager as StateDictStager
 from pytest_dcp._engine.torch_names import names_of_torch
 
 __all__: list[str] = []

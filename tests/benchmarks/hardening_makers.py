@@ -22,7 +22,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import manifest, metadata_file, metadata_trailer
 from pytest_dcp._engine.format.entry import value_entry
-from pytest_dcp._engine.huggingface.saves import INDEX_NAME
+from pytest_dcp._engine.huggingface.file_names import INDEX_NAME
 
 MIB = 1 << 20
 NAMES = 1_000_000

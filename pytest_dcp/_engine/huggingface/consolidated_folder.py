@@ -15,13 +15,13 @@ import torch.distributed as dist
 from pytest_dcp._engine.coordinate import OperationCall, Subject, team_of
 from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
 from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, stated_save
+from pytest_dcp._engine.huggingface.file_names import SAVE_KEY, data_name, temporary_name
 from pytest_dcp._engine.huggingface.folder import next_number, read_folder
 from pytest_dcp._engine.huggingface.folder_commit import (
     exclude_others,
     give_final_names,
     publish_index,
 )
-from pytest_dcp._engine.huggingface.saves import SAVE_KEY, data_name, temporary_name
 from pytest_dcp._engine.huggingface.weight_index import encode_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk

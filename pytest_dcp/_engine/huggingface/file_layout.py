@@ -1,4 +1,4 @@
-"""Which file each tensor of a save goes to, and what each file is called. Pure (no I/O).
+"""Which file each tensor of a save goes to. Pure (no I/O).
 
 Enters: the ranks' tables of items, and the user's mapping of names to file numbers. Leaves: file
 numbers for each rank, names with the rows of each file, and errors for items that no file can hold.
@@ -14,7 +14,7 @@ import numpy as np
 from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp._engine.format.catalog import Catalog
-from pytest_dcp._engine.huggingface.saves import FILES_KEY, NUMBER_KEY, data_name
+from pytest_dcp._engine.huggingface.file_names import FILES_KEY, NUMBER_KEY, data_name
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp.errors import PlanError
 

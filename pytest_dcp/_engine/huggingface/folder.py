@@ -5,7 +5,7 @@ tensor to its file; a folder of shards has none. The engine also writes the id o
 file and the index, so that files of two saves are never taken for one checkpoint:
 
 - with an index, the files that it names are the checkpoint, and must be of its save;
-- without one, the files of the newest whole save are the checkpoint, see `saves`. If the files do
+- without one, the files of the newest whole save are the checkpoint (`file_names`). If the files do
   not say how many there are, all of them are, and must be of one save: one id, or no id and one way
   of naming;
 - no part of a tensor is in two files.
@@ -25,7 +25,7 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.safetensors_header import SHARDING_KEY, Header
-from pytest_dcp._engine.huggingface.saves import (
+from pytest_dcp._engine.huggingface.file_names import (
     DATA_NAME,
     INDEX_NAME,
     LEFT_OVER,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from pytest_dcp._engine.huggingface.file_names import INDEX_NAME, final_names
 from pytest_dcp._engine.huggingface.folder import leased_name, sweep
-from pytest_dcp._engine.huggingface.saves import INDEX_NAME, final_names
 from pytest_dcp._engine.io.commit import publish
 from pytest_dcp._engine.io.folder import Folder
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.safetensors_header import parse_json
-from pytest_dcp._engine.huggingface.saves import INDEX_NAME, SAVE_KEY
+from pytest_dcp._engine.huggingface.file_names import INDEX_NAME, SAVE_KEY
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp.errors import CheckpointCorruptError
 

@@ -1,8 +1,8 @@
 """Writes checkpoints as Hugging Face keeps them: safetensors files and their index.
 
 Names, arguments and files are those of `torch.distributed.checkpoint.hf_storage`. See `file_layout`
-for which tensor goes to which file, `folder` for which files are one checkpoint, and `saves` for
-how a save becomes it.
+for which tensor goes to which file, `folder` for which files are one checkpoint, and `file_names`
+for how a save becomes it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ from pytest_dcp._engine.huggingface.file_layout import (
     stated_save,
     with_data_at_start,
 )
+from pytest_dcp._engine.huggingface.file_names import (
+    INDEX_NAME,
+    LEFT_OVER,
+    SAVE_KEY,
+    SUFFIX,
+    is_temporary,
+    save_of,
+    temporary_name,
+)
 from pytest_dcp._engine.huggingface.folder import (
     files_in_force,
     is_replaceable,
@@ -46,15 +55,6 @@ from pytest_dcp._engine.huggingface.folder_commit import (
     exclude_others,
     give_final_names,
     publish_index,
-)
-from pytest_dcp._engine.huggingface.saves import (
-    INDEX_NAME,
-    LEFT_OVER,
-    SAVE_KEY,
-    SUFFIX,
-    is_temporary,
-    save_of,
-    temporary_name,
 )
 from pytest_dcp._engine.huggingface.weight_index import encode_index
 from pytest_dcp._engine.io.folder import Folder

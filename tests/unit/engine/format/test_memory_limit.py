@@ -25,7 +25,7 @@ from pytest_dcp._engine.format.memory_limit import (
     MemoryLimit,
     estimate_json_bytes,
 )
-from pytest_dcp._engine.huggingface.saves import INDEX_NAME
+from pytest_dcp._engine.huggingface.file_names import INDEX_NAME
 from pytest_dcp._engine.huggingface.weight_index import decode_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk

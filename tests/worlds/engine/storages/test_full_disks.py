@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.huggingface.saves import data_name as hf_data_name
-from pytest_dcp._engine.huggingface.saves import temporary_name
+from pytest_dcp._engine.huggingface.file_names import data_name as hf_data_name
+from pytest_dcp._engine.huggingface.file_names import temporary_name
 from pytest_dcp._engine.io.commit import data_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")
