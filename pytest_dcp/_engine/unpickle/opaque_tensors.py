@@ -14,13 +14,6 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.unpickle import (
-    StorageClass,
-    TensorPickle,
-    load_storage,
-    rebuild_tensor,
-    tensor_vocabulary,
-)
 from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
@@ -30,6 +23,13 @@ from pytest_dcp._engine.unpickle.machine import (
     brief,
 )
 from pytest_dcp._engine.unpickle.plain_values import PLAIN
+from pytest_dcp._engine.unpickle.tensor_pickles import (
+    StorageClass,
+    TensorPickle,
+    load_storage,
+    rebuild_tensor,
+    tensor_vocabulary,
+)
 from pytest_dcp._engine.unpickle.unread_fields import UnreadObject, may_stay_unread
 from pytest_dcp.errors import CheckpointCorruptError
 

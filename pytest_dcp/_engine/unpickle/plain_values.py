@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
     Callee,
     EncodedText,
@@ -238,6 +239,19 @@ _FACTORY_OF: dict[Callee, type] = {
     if name in {kind.__name__ for kind in _FACTORIES}
 }
 PLAIN = Vocabulary(globals=dict(_globals()), build={})
+
+
+def read_value(data: bytes | memoryview) -> object:
+    """The plain value a pickle describes: numbers, text, bytes, containers, torch's sizes and
+    dtypes.
+
+    Raises:
+        UnknownGlobalError: it holds something else, for example tensors. CheckpointCorruptError:
+        the pickle is malformed or made to exhaust its reader.
+    """
+    value: object = run(data, PLAIN)
+    check_plain(value, "the value")
+    return value
 
 
 def check_plain(

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
-from pytest_dcp._engine.unpickle import STORAGE_DTYPES, StorageClass, TensorPickle, describe_tensor
 from pytest_dcp._engine.unpickle.inert_classes import BUILD, KEYS, inert_globals
 from pytest_dcp._engine.unpickle.interpreter import run
 from pytest_dcp._engine.unpickle.machine import (
@@ -34,6 +33,12 @@ from pytest_dcp._engine.unpickle.machine import (
     brief,
 )
 from pytest_dcp._engine.unpickle.plain_values import MAX_LOGICAL_ITEMS, PLAIN, check_plain
+from pytest_dcp._engine.unpickle.tensor_pickles import (
+    STORAGE_DTYPES,
+    StorageClass,
+    TensorPickle,
+    describe_tensor,
+)
 from pytest_dcp._torch_internals.tensors import set_negative_bit
 from pytest_dcp.errors import CheckpointCorruptError
 
