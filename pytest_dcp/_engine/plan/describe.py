@@ -36,14 +36,14 @@ from pytest_dcp._engine.plan.opaque import (
 from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import (
+    DESCRIBING_HOOKS,
     PLAIN,
-    SPEAKS_FOR_ITSELF,
     Layouts,
+    describes_its_parts,
     full,
     local_shards,
-    speaks_for_itself,
-    spoken_chunks,
-    spoken_items,
+    own_chunks,
+    own_write_items,
 )
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
@@ -143,9 +143,9 @@ class _Rows:
             self.add_value(fqn)
         elif problem := unsavable(fqn, value):
             self.problems.append(problem)
-        elif speaks_for_itself(value):
+        elif describes_its_parts(value):
             try:
-                self.spoken.append(WriteItems.of(spoken_items(fqn, value)))
+                self.spoken.append(WriteItems.of(own_write_items(fqn, value)))
             except PlanError as error:
                 self.problems.append(str(error))
         elif isinstance(value, ShardedTensor):
@@ -277,12 +277,12 @@ def unsavable(fqn: str, value: Any) -> str | None:
         return f"{fqn!r} is on the meta device, or fake, and has no values: materialise it first"
     if problem := what_no_file_holds(fqn, memory):
         return problem
-    if is_wrapper(memory) and not speaks_for_itself(value):
+    if is_wrapper(memory) and not describes_its_parts(value):
         if isinstance(value, DTensor):  # The wrapper is a part, stored as torch pickles it.
             return inner_problem(fqn, memory, unsavable)
         return (
             f"{fqn!r} is a {type(memory).__name__}, a wrapper without memory of its own: "
-            f"give the class {', '.join(SPEAKS_FOR_ITSELF)}, or save its inner tensors"
+            f"give the class {', '.join(DESCRIBING_HOOKS)}, or save its inner tensors"
         )
     return None
 
@@ -305,7 +305,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         elif kind in PLAIN or isinstance(value, torch.Tensor):
             found = _boxes_wanted(fqn, value, layouts)
             if kind not in PLAIN:
-                unusual = spoken if speaks_for_itself(value) else wrappers
+                unusual = spoken if describes_its_parts(value) else wrappers
                 if unusual is spoken or is_wrapper(memory):
                     unusual.append(fqn)
         else:
@@ -330,8 +330,8 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if type(value) in PLAIN and not hasattr(value, BOXES):
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)
-    if speaks_for_itself(value):
-        chunks = spoken_chunks(fqn, value)
+    if describes_its_parts(value):
+        chunks = own_chunks(fqn, value)
         return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
     if isinstance(value, ShardedTensor):
         return [(box.offset, box.shape) for box, _ in local_shards(value)]

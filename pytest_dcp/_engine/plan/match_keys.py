@@ -43,7 +43,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.declared_parts import BOXES, declares_parts, global_shape
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.numbers import kind_of, takes_tensor_of
-from pytest_dcp._engine.plan.shards import PLAIN, full, speaks_for_itself, spoken_items
+from pytest_dcp._engine.plan.shards import PLAIN, describes_its_parts, full, own_write_items
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -210,8 +210,8 @@ def _fit(
 
 def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:
     """The full tensor's size, and the dtype of its memory; None if this rank has none."""
-    if speaks_for_itself(value):
-        told = [item.tensor_data for item in spoken_items(fqn, value)]
+    if describes_its_parts(value):
+        told = [item.tensor_data for item in own_write_items(fqn, value)]
         data = next((some for some in told if some is not None), None)
         return (value.shape, None) if data is None else (data.size, data.properties.dtype)
     if isinstance(value, ShardedTensor):

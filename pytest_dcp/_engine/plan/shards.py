@@ -1,7 +1,7 @@
 """The boxes of full tensors that this rank's state dict holds, and the memory of each.
 
 A plain tensor is one box, the whole, unless its attributes declare others (`declared_parts`).
-DTensor and ShardedTensor hold parts. Any other tensor class may describe its parts itself through
+DTensor and ShardedTensor hold parts. Any other tensor class may describe its own parts with
 the methods that torch's DTensor also has: `__create_write_items__(fqn, object)`,
 `__create_chunk_list__()` and `__get_tensor_shard__(index)`.
 
@@ -44,18 +44,18 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes whose objects are their own memory, even in subclasses."""
 
 Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""Offset and shape in the full tensor, of some boxes."""
-SPEAKS_FOR_ITSELF = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
+"""Offset and shape of boxes in the full tensor."""
+DESCRIBING_HOOKS = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
 
 
 def full(value: Any) -> Any:
-    """The first part with the shape and the dtype of the full tensor."""
+    """An object with the shape and the dtype of the full tensor."""
     return spec_of(value).tensor_meta if type(value) is DTensor else value
 
 
-def speaks_for_itself(value: Any) -> bool:
+def describes_its_parts(value: Any) -> bool:
     """Whether the value describes its own parts and is not a DTensor of plain tensors."""
-    return hasattr(spokesman(value), "__create_write_items__")
+    return hasattr(describer_of(value), "__create_write_items__")
 
 
 def hooks_of(tensor: torch.Tensor) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def hooks_of(tensor: torch.Tensor) -> dict[str, Any]:
 
     Not the one that gives a part's memory: of a copy it would give the original's.
     """
-    return {name: vars(tensor)[name] for name in SPEAKS_FOR_ITSELF[:2] if name in vars(tensor)}
+    return {name: vars(tensor)[name] for name in DESCRIBING_HOOKS[:2] if name in vars(tensor)}
 
 
 def with_hooks(tensor: torch.Tensor, hooks: Mapping[str, Any]) -> torch.Tensor:
@@ -74,36 +74,36 @@ def with_hooks(tensor: torch.Tensor, hooks: Mapping[str, Any]) -> torch.Tensor:
     return alias
 
 
-def spokesman(value: Any) -> Any:
+def describer_of(value: Any) -> Any:
     """The object that describes the value's parts: itself, or the local tensor of a DTensor."""
     return local_tensor(value) if isinstance(value, DTensor) else value
 
 
-def spoken_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
+def own_write_items(fqn: str, value: torch.Tensor) -> list[WriteItem]:
     """The write items of a value that describes its own parts, with the dtype of its memory.
 
-    The value may show a different dtype than that of its data. Raises PlanError, naming the fqn, if
-    its methods are missing or give something else.
+    The value may show another dtype than its data has. Raises PlanError, naming the fqn, if a
+    method is missing or returns something else.
     """
     found = _ask_hook(fqn, value, "__create_write_items__", fqn, value)
     items = _check_list(fqn, "__create_write_items__", found, WriteItem)
     return [item if item.tensor_data is None else _of_memory(fqn, value, item) for item in items]
 
 
-def spoken_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
-    """The boxes of a value that describes its own parts; raises like `spoken_items`."""
+def own_chunks(fqn: str, value: torch.Tensor) -> list[ChunkStorageMetadata]:
+    """The boxes of a value that describes its own parts; raises like `own_write_items`."""
     found = _ask_hook(fqn, value, "__create_chunk_list__")
     return _check_list(fqn, "__create_chunk_list__", found, ChunkStorageMetadata)
 
 
-def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
-    """The memory of a box of a value that describes its own parts; raises like `spoken_items`.
+def own_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
+    """The memory of a box of a value that describes its own parts; raises like `own_write_items`.
 
     The local tensor of a DTensor is its one box if it has no method for that, as in torch.
     """
-    speaker = spokesman(value)
-    if speaker is not value and not hasattr(speaker, "__get_tensor_shard__"):
-        whole: torch.Tensor = speaker
+    describer = describer_of(value)
+    if describer is not value and not hasattr(describer, "__get_tensor_shard__"):
+        whole: torch.Tensor = describer
         return whole
     found: object = _ask_hook(fqn, value, "__get_tensor_shard__", index)
     if not isinstance(found, torch.Tensor):
@@ -112,12 +112,12 @@ def spoken_shard(fqn: str, value: torch.Tensor, index: MetadataIndex) -> torch.T
 
 
 def _ask_hook(fqn: str, value: torch.Tensor, hook: str, *args: object) -> Any:
-    speaker = spokesman(value)
-    method = getattr(speaker, hook, None)
+    describer = describer_of(value)
+    method = getattr(describer, hook, None)
     if not callable(method):
         raise PlanError(
-            f"{fqn!r} is a {type(speaker).__name__}, which has no {hook}: a class that says itself "
-            f"how it is saved needs {', '.join(SPEAKS_FOR_ITSELF)}"
+            f"{fqn!r} is a {type(describer).__name__}, which has no {hook}: a class that "
+            f"describes how it is saved needs {', '.join(DESCRIBING_HOOKS)}"
         )
     return method(*args)
 
@@ -133,7 +133,7 @@ def _check_list(fqn: str, hook: str, found: object, kind: type[T]) -> list[T]:
 
 def _of_memory(fqn: str, value: torch.Tensor, item: WriteItem) -> WriteItem:
     data: Any = item.tensor_data
-    memory = spoken_shard(fqn, value, item.index)
+    memory = own_shard(fqn, value, item.index)
     if memory.dtype == data.properties.dtype:
         return item
     properties = replace(data.properties, dtype=memory.dtype)
@@ -230,10 +230,10 @@ def shard_at(value: torch.Tensor, index: MetadataIndex) -> torch.Tensor:
 
     Raises ValueError if the rank holds no box there.
     """
-    speaker = spokesman(value)
-    alone = speaker is not value and hasattr(speaker, "__create_write_items__")
-    if alone or hasattr(speaker, "__get_tensor_shard__"):
-        return spoken_shard(index.fqn, value, index)
+    describer = describer_of(value)
+    alone = describer is not value and hasattr(describer, "__create_write_items__")
+    if alone or hasattr(describer, "__get_tensor_shard__"):
+        return own_shard(index.fqn, value, index)
     if isinstance(value, ShardedTensor):
         parts = [(box, part_of(memory, box)) for box, memory in local_shards(value)]
     else:
