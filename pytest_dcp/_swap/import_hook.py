@@ -1,4 +1,4 @@
-"""Hooks the imports of torch's package: each of its modules gets our names after its import."""
+"""Hooks the imports of torch's package: each imported module gets our names."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _ENGINE = ("pytest_dcp._engine", OURS)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds torch's modules and ours as before, and takes part in their loading.
+    """Finds torch's modules and ours as before, and is called when they are loaded.
 
-    torch's get our names only while none of ours is being loaded: that one would be incomplete.
-    A background process of a save, for instance, imports a module of our engine before torch's.
+    torch's modules get our names only while no module of ours is being loaded, since that module
+    would be incomplete. A save's background process, for example, imports our engine first.
     """
 
     def __init__(self) -> None:
         self.loading_ours = 0
         """How many of our modules are being loaded."""
         self.importing_ours = False
-        """Whether our engine is being imported: its own imports of torch's modules are torch's."""
+        """Whether our engine is being imported; torch's modules then keep their names."""
         self.has_ours = False
         """Whether our engine has been imported."""
         self.waiting: list[ModuleType] = []
-        """Modules of torch's that were imported meanwhile."""
+        """torch's modules that were imported meanwhile."""
         self.replaced: list[type] = []
-        """The classes of torch's that ours have replaced."""
+        """torch's classes that ours have replaced."""
 
     def find_spec(
         self,
@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def take_loaded(self, module: ModuleType) -> None:
         """Give one of torch's modules our names, once the whole package is imported.
 
-        A module that code imports by itself, and that we lack, is noted.
+        Notes a module that code imports directly and that we do not have.
         """
         self.waiting.append(module)
         if self.is_importing() or not (module.__name__ == TORCH or _is_whole(TORCH)):
@@ -68,7 +68,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     @contextlib.contextmanager
     def load_ours(self) -> Iterator[None]:
-        """Load one of our modules in the block; then swap those of torch's that waited for it."""
+        """Load one of our modules in the block, then swap torch's modules that waited for it."""
         self.loading_ours += 1
         try:
             yield
@@ -82,7 +82,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return self.importing_ours or self.loading_ours > 0
 
     def swap_waiting(self) -> None:
-        """Give our names to the modules that wait, after importing all of ours."""
+        """Import all of our modules, then give our names to the modules that wait."""
         if not self.has_ours:
             self.importing_ours = True
             try:
@@ -96,7 +96,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, and a call afterwards."""
+    """A module's own loader, followed by a call to the finder."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader = loader
@@ -127,7 +127,7 @@ def install() -> str:
     """Make imports of torch's engine return ours, including earlier imports. Idempotent.
 
     Imports neither torch nor our engine if torch's has not been imported. Returns a sentence that
-    names what torch's engine has made before; empty if there is nothing.
+    names the objects that torch's engine has already made; empty if there are none.
     """
     if _installed:
         return ""
@@ -155,7 +155,7 @@ def _belongs_to(name: str, *packages: str) -> bool:
 def _import_ours() -> None:
     """Import each of our modules that has one of torch's names.
 
-    All at once: a module imported while one of torch's is being loaded would be incomplete.
+    All at once, because a module imported while torch loads one of its own would be incomplete.
     """
     ours = importlib.import_module(OURS)
     for found in pkgutil.walk_packages(ours.__path__, f"{OURS}."):

@@ -1,10 +1,10 @@
 """Checkpoint folders <-> the one file of `torch.save`.
 
-Neither direction holds the state in memory. The file is mapped: a load fills the tensors directly
-in the file, or a save writes them from it. Otherwise a process needs memory only for the values,
-and some bytes for each tensor.
+Neither direction holds the whole state in memory. The file is mapped: a load fills the tensors in
+the file itself, and a save writes them from there. Other memory is needed only for the values, and
+a few bytes for each tensor.
 
-The file appears under its name whole and synced, or not at all.
+The file gets its name when it is complete and synced; a failure leaves no file of that name.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def dcp_to_torch_save(
 ) -> None:
     """Convert a checkpoint folder to one file that `torch.load` reads. No process group is used.
 
-    Every tensor is whole in the file. The state is never in memory as a whole: the file is mapped,
-    and the tensors are loaded into it. A file of this name is replaced once the new one is whole.
+    The file has full tensors. They are loaded into the mapped file, so the whole state is never in
+    memory. An existing file of this name is replaced when the new one is complete.
 
     weights_only: False allows values of any class, and loading them can run code: only for
         checkpoints whose writer you trust.
@@ -71,7 +71,7 @@ def torch_save_to_dcp(
 ) -> None:
     """Convert the file of `torch.save` to a checkpoint folder. No process group is used.
 
-    The file is mapped; its tensors are never in memory as a whole.
+    The file is mapped, so the whole state is never in memory.
 
     weights_only: False allows values of any class, and loading them can run code: only for files
         whose writer you trust.
@@ -87,7 +87,7 @@ def torch_save_to_dcp(
 
 @contextlib.contextmanager
 def _without_single_process_warning() -> Iterator[None]:
-    """Without the warning that one process saves or loads: here it always does."""
+    """Suppress the warning about a single process: a conversion always runs in one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -103,7 +103,7 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
         if signature != ZIP_SIGNATURE:
             raise CheckpointCorruptError(
                 f"expected the zip archive that torch.save writes, got a file that begins with "
-                f"{signature!r}: one that torch before 1.6 wrote has to be loaded with torch.load "
+                f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
                 "and saved again",
                 file=os.fspath(path),
             )
@@ -125,7 +125,7 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
 
 @contextlib.contextmanager
 def _replace_at_end(target: Path) -> Iterator[int]:
-    """A new file's descriptor; at the end the file gets the name, or is removed on failure."""
+    """The descriptor of a new file. At the end it gets the name; after a failure it is removed."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | operating_system.NEW_FILE, 0o666)
     try:
@@ -161,7 +161,7 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Give every stored tensor its place in the file."""
+        """Assign every stored tensor a place in the file."""
         stored = metadata.state_dict_metadata if metadata is not None else {}
         sizes = {
             fqn: one.size.numel() * one.properties.dtype.itemsize
@@ -171,8 +171,8 @@ class _FilePlanner(_EmptyStateDictLoadPlanner):
         places, end = place_tensors(list(sizes.values()))
         self._places = dict(zip(sizes, places, strict=True))
         os.ftruncate(self._fd, 0)
-        # A write into a mapped file on a full disk would end the process: allocate it beforehand.
-        # macOS and Windows cannot.
+        # Writing into a mapped file on a full disk would kill the process: allocate space first.
+        # macOS and Windows cannot do that.
         operating_system.extend_file(self._fd, max(end, mmap.PAGESIZE))
         self._mapped = mmap.mmap(self._fd, max(end, mmap.PAGESIZE))
         super().set_up_planner(state_dict, metadata, is_coordinator)

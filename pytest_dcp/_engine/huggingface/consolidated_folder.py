@@ -1,7 +1,7 @@
 """Folders of whole tensors, made from folders of shards by the writer or by separate calls.
 
-One process, or the ranks of a group, each a share, write all files of a consolidation under
-temporary names; then one commit makes them the folder's checkpoint.
+One process writes all files, or each rank of a group writes its share. The files have temporary
+names until one commit makes them the folder's checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ConsolidatedFolder:
         *,
         sync: bool,
     ) -> None:
-        """files: their names, and the tensors of each."""
+        """files: the tensors of each file, by its name."""
         self.folder, self.save_id, self.sync = folder, save_id, sync
         self.files = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
         """By temporary name."""
@@ -66,7 +66,7 @@ class ConsolidatedFolder:
         )
 
     def commit(self, nbytes: int) -> None:
-        """Make the files, with this many bytes of tensors, the folder's checkpoint."""
+        """Make the files the folder's checkpoint. nbytes: of all tensors, for the index."""
         with exclude_others(self.folder):
             finals = give_final_names(self.folder, list(self.files), sync=self.sync)
             where = {fqn: finals[name] for name, fqns in self.files.items() for fqn in fqns}
@@ -74,13 +74,13 @@ class ConsolidatedFolder:
             publish_index(self.folder, index, finals.values(), self.save_id, sync=self.sync)
 
     def remove_unfinished(self) -> None:
-        """Remove the files that were written and not committed."""
+        """Remove written files that were not committed."""
         for name in self.files:
             self.folder.remove(name)
 
 
 def assign_files(fqns: Iterable[str], mapping: FileNumbers | None) -> dict[str, list[str]]:
-    """The files of some tensors: one, or the files of the mapping."""
+    """The tensors of each file, by its name; all in one file without a mapping."""
     highest = max(mapping.values(), default=1) if mapping else 1
     files: dict[str, list[str]] = {}
     for fqn in fqns:
@@ -98,8 +98,8 @@ def consolidate_safetensors_files(
 ) -> None:
     """Make files of whole tensors from a folder of shards, in this process.
 
-    fqn_to_index_mapping: the number of the file, from 1, for each tensor; tensors that it omits are
-    left out, with a warning. num_threads: each holds 32 MiB, and writes one file at a time.
+    fqn_to_index_mapping: the number of each tensor's file, from 1; other tensors are left out, with
+    a warning. num_threads: each writes one file at a time, and needs 32 MiB.
 
     Raises CheckpointMismatchError for tensors that the folder lacks, CheckpointCorruptError if its
     shards do not make a tensor whole. A failure leaves the output folder as it was.

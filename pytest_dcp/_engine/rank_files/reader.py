@@ -1,9 +1,9 @@
-"""Reads one rank's file of `torch.save`, as a whole or into a state dict that is there.
+"""Reads one rank's file of `torch.save`: all of it, or into an existing state dict.
 
-The file is mapped and decoded by the engine's own reader: records are checked by their checksums,
-memory is bounded, and no code of the file runs. `torch.load` reads a file only afterwards: with
-`weights_only=False`, for classes that our reader does not know, or for a `map_location` that asks
-where each storage was, which only it can answer.
+The file is mapped and decoded by the engine's own reader, which checks the records' checksums,
+bounds memory and runs no code of the file. Two files are then read by `torch.load`: those with
+classes that our reader does not know, if `weights_only=False` allows them, and any file if
+`map_location` asks where each storage was.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
 MANY = 10
-"""At most this many missing keys are listed in a warning."""
+"""Missing keys that a warning lists."""
 
 
 class CheckpointReader(CheckpointReaderOfTorch):
@@ -50,11 +50,11 @@ class CheckpointReader(CheckpointReaderOfTorch):
     ) -> tuple[dict[str, Any], list[str]]:
         """The rank's state dict in the folder `path`, and the keys that the file lacks.
 
-        state_dict: filled in place: its keys are read, its tensors keep their memory, and None
-            stands for whatever the file has. None: everything that the file has.
-        map_location: the device of new tensors, or what else `torch.load` takes; None: the CPU.
+        state_dict: filled in place: only its keys are read, its tensors keep their memory, and a
+            key with the value None gets the file's value. None: the file's whole state dict.
+        map_location: the device of new tensors, or another value for `torch.load`; None: the CPU.
         weights_only: False allows values of any class, and loading them can run code.
-        kwargs: further options of `torch.load`, which have no effect.
+        kwargs: further options of `torch.load`; they have no effect.
 
         Raises FileNotFoundError; CheckpointCorruptError for a damaged file; UntrustedPickleError
         for a class that `weights_only` does not allow; RuntimeError, naming the key, for a value of

@@ -1,16 +1,16 @@
-"""Writes one rank's state dict as one file of `torch.save`, which is there whole or not at all.
+"""Writes one rank's state dict as one file of `torch.save`, atomically.
 
-The order of one save, on each rank:
+A save, on each rank:
 
 1. The file is written under a temporary name, synced, and renamed to `checkpoint_{rank}.pt`; then
    the folder is synced.
 2. The hook's `pre_commit`.
-3. The barrier: every rank's file is there.
+3. The barrier: every rank's file exists.
 4. The hook's `post_commit`, which may publish the folder.
 
-A crash in 1 leaves the rank's earlier file, or none, and perhaps a temporary one, which the rank's
-next save into the folder removes. A crash later leaves files of which some may be of the earlier
-save: only `post_commit` may rely on all of them. So give each save a folder of its own, and let
+A crash in step 1 leaves the rank's earlier file, if any, and perhaps a temporary file, which the
+rank's next save into the folder removes. After a later crash, some files may be of the earlier
+save: only `post_commit` can rely on all of them. So give each save its own folder, and let
 `post_commit` mark it as complete.
 """
 
@@ -58,9 +58,9 @@ class CheckpointWriter(CheckpointWriterOfTorch):
         barrier: Barrier | None = None,
         commit_hook: WriterHook | None = None,
     ) -> None:
-        """barrier: waits for all ranks' files; None: a rank waits for no other.
+        """barrier: waits for all ranks' files; None: ranks do not wait for each other.
 
-        commit_hook: called before the barrier, and after it.
+        commit_hook: called before and after the barrier.
         """
         self._config = config
         self._rank_info = rank_info
@@ -82,13 +82,13 @@ class CheckpointWriter(CheckpointWriterOfTorch):
         return None
 
     def close(self) -> None:
-        """Nothing: no resource is kept between two writes."""
+        """Do nothing: no resource is kept between two writes."""
 
 
 def write_whole_file(folder: Path, name: str, value: Any) -> None:
-    """Replace a file by the value as `torch.save` writes it, durably; by no part of it.
+    """Replace a file by the value as `torch.save` writes it, durably and atomically.
 
-    Raises OSError if it cannot be written; then the earlier file is still there.
+    Raises OSError if it cannot be written; the earlier file then remains.
     """
     parents = DISK.make_folder(folder)
     _remove_leftovers(folder, name)
@@ -107,7 +107,7 @@ def write_whole_file(folder: Path, name: str, value: Any) -> None:
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove temporary files of this rank's earlier writers, which were killed."""
+    """Remove temporary files that killed writers of this rank left."""
     for found in DISK.names(folder):
         if found.startswith(f".{name}.") and found.endswith(".tmp"):
             logger.info("removing %s, which a killed writer left", folder / found)
@@ -127,4 +127,4 @@ class _Stream:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: each write goes to the system."""
+        """Do nothing: each write goes to the system at once."""

@@ -1,8 +1,8 @@
 """Which markers ask for an item's world, and whether they came in time. No torch at import.
 
 Enters: items, when collection has ended and again when the session starts to run them. Leaves: each
-item's `decided` markers. From then on a marker of ours that is new on an item cannot count any
-more: `plugin` fails the test, in the controller and in ranks, and does not run its body.
+item's `decided` markers. A marker that is added later comes too late: `plugin` fails the test, in
+the controller and in ranks, and does not run its body.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pytest
 from pytest_dcp.errors import LateMarkerError
 
 DECIDED_KEY = pytest.StashKey[tuple[pytest.Mark, ...]]()
-"""The markers that an item had when its world was decided; absent where it had none."""
+"""The markers that an item had when its world was decided; absent if it had none."""
 REPORTED_KEY = pytest.StashKey[tuple[pytest.Mark, ...]]()
 """Late markers that an earlier phase of the running test has reported."""
 
 
 def markers_of(item: pytest.Item, name: str) -> tuple[pytest.Mark, ...]:
-    """The item's markers of ours, the closest first; empty when `name` is.
+    """The item's markers called `name`, the closest first; empty if `name` is.
 
-    A marker of a module or class is meant for its test functions. Other items in there, such as
-    doctests, have only the markers that were put on them.
+    A marker of a module or class applies to its test functions. Other items, such as doctests, have
+    only the markers of their own.
     """
     if not name:
         return ()
@@ -34,20 +34,20 @@ def markers_of(item: pytest.Item, name: str) -> tuple[pytest.Mark, ...]:
 
 
 def decide(items: Iterable[pytest.Item], name: str) -> None:
-    """Note the markers that these items have now: those decide."""
+    """Note the markers that these items have now; later ones do not count."""
     for item in items:
         if marks := markers_of(item, name):
             item.stash[DECIDED_KEY] = marks
 
 
 def late_markers(item: pytest.Item, name: str) -> tuple[pytest.Mark, ...]:
-    """The item's markers that came after its world was decided."""
+    """The item's markers that were added after its world was decided."""
     decided = item.stash.get(DECIDED_KEY, ())
     return tuple(mark for mark in markers_of(item, name) if mark not in decided)
 
 
 def refuse_late_markers(item: pytest.Item, name: str) -> None:
-    """Raise `LateMarkerError` when the item has a marker that came too late."""
+    """Raise `LateMarkerError` if the item has a marker that was added too late."""
     if late := late_markers(item, name):
         raise LateMarkerError(_explain(late))
 
@@ -55,7 +55,7 @@ def refuse_late_markers(item: pytest.Item, name: str) -> None:
 def fail_for_late_markers(
     item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport, name: str
 ) -> None:
-    """Make a phase's report a failure when a late marker is new in it; no xfail excuses that."""
+    """Fail a phase's report, even with xfail, for a late marker that no earlier phase reported."""
     reported = () if call.when == "setup" else item.stash.get(REPORTED_KEY, ())
     late = late_markers(item, name)
     refused = call.excinfo is not None and isinstance(call.excinfo.value, LateMarkerError)
@@ -67,7 +67,7 @@ def fail_for_late_markers(
 def _fail(
     call: pytest.CallInfo[None], report: pytest.TestReport, text: str, *, refused: bool
 ) -> None:
-    """`text` is empty where a rank has refused the marker: then the report shows what it said."""
+    """text: empty if a rank has refused the marker; the report then shows the rank's error."""
     if report.failed and not refused:
         report.sections.append(("late marker", text))
         return
@@ -76,14 +76,14 @@ def _fail(
         report.longrepr = text
     if hasattr(report, "wasxfail"):
         del report.wasxfail
-    if call.excinfo is None:  # so that a rank sends the kind of the failure to the controller
+    if call.excinfo is None:  # a rank sends the failure's kind to the controller
         call.excinfo = pytest.ExceptionInfo.from_exc_info(_exc_info(LateMarkerError(text)))
 
 
 def _exc_info(
     error: LateMarkerError,
 ) -> tuple[type[LateMarkerError], LateMarkerError, TracebackType]:
-    """As of an exception that was raised here."""
+    """The triple of an exception raised here."""
     try:
         raise error
     except LateMarkerError as raised:

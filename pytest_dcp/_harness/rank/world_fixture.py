@@ -1,8 +1,8 @@
-"""A rank's view of its world: meetings of all ranks that carry Python values, and process faults.
+"""The `world` fixture in a rank: exchanges of Python values between all ranks, and process faults.
 
-Meetings go through the controller, not through torch's process group: they work even if the group
-is broken, name a rank that does not come, and end when it can no longer come. Ranks that were lost
-or stopped because the test asked for it are not waited for.
+Exchanges go through the controller, not through torch's process group. So they work even if the
+group is broken, and if a rank cannot come any more, they end and name it. They do not wait for
+ranks that the test itself killed or stopped.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ T = TypeVar("T")
 class RankWorld:
     """The value of the `world` fixture.
 
-    Meetings are collective: all ranks must call them. Process faults are not: any rank may ask for
-    one, of itself or of another.
+    Exchanges are collective: all ranks must call them. Process faults are not: any rank may request
+    one, for itself or another rank.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -43,13 +43,13 @@ class RankWorld:
 
     @property
     def seed(self) -> int:
-        """The seed that every rank was seeded with; not collective."""
+        """The seed of every rank's random generators. Not collective."""
         return self._rank.seed
 
     def barrier(self) -> None:
         """Return when every surviving rank has called it.
 
-        Raises `DivergedError` when a rank ended, or asked the world for something else.
+        Raises `DivergedError` if a rank ended, or called another method instead.
         """
         __tracebackhide__ = True
         self._rank.meet("barrier()")
@@ -57,7 +57,7 @@ class RankWorld:
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are pickled.
 
-        None for a rank that was lost or stopped because the test asked for it.
+        None for a rank that the test killed or stopped.
         """
         __tracebackhide__ = True
         import cloudpickle
@@ -66,9 +66,9 @@ class RankWorld:
         return [None if data is None else cloudpickle.loads(data) for data in values]  # type: ignore[misc]  # T alone for the tests that lose no rank: nearly all
 
     def broadcast(self, value: T, src: int = 0) -> T:
-        """The value passed by rank `src`; the others' values are ignored. Values are pickled.
+        """The value that rank `src` passes; the others' values are ignored. Values are pickled.
 
-        Raises `DivergedError` when that rank was lost or stopped because the test asked for it.
+        Raises `DivergedError` if the test killed or stopped that rank.
         """
         __tracebackhide__ = True
         import cloudpickle
@@ -85,7 +85,7 @@ class RankWorld:
     def rank0_first(self) -> Iterator[None]:
         """Run the block on rank 0, then on the others: for downloads and caches.
 
-        When rank 0 raises in it, the others raise `DivergedError`.
+        If rank 0 raises in it, the others raise `DivergedError`.
         """
         __tracebackhide__ = True
         if self.rank == 0:
@@ -103,11 +103,11 @@ class RankWorld:
         return self._ask("look", self.rank)
 
     def kill(self, rank: int, *, at: str | None = None, nth: int = 1) -> None:
-        """SIGKILL a rank and what it started; returns when it is gone. Not collective.
+        """SIGKILL a rank and its child processes; returns when it has ended. Not collective.
 
         With `at`, "package.module:Qualified.name", the rank dies at the `nth` entry of that
-        function, in whichever thread: then every rank makes the call, and it acts in the named one.
-        A death that was asked for is no failure of the test; one that does not come is.
+        function, in any thread: then every rank makes the call, and it acts in the named one.
+        A requested death does not fail the test; if it does not happen, the test fails.
         """
         self._check("kill", "rank", rank)
         if at is None:
@@ -116,7 +116,7 @@ class RankWorld:
             self._points.append(Point(at, nth, f"world.kill({rank}, at={at!r})", signal.SIGKILL))
 
     def pause(self, rank: int, *, at: str | None = None, nth: int = 1) -> None:
-        """SIGSTOP a rank and what it started; returns when it stands still. Not collective.
+        """SIGSTOP a rank and its child processes; returns when it has stopped. Not collective.
 
         `at` and `nth` as in `kill`. A rank that is not resumed is killed when the others have ended
         the phase, or at the time limit.
@@ -128,12 +128,12 @@ class RankWorld:
             self._points.append(Point(at, nth, f"world.pause({rank}, at={at!r})", signal.SIGSTOP))
 
     def resume(self, rank: int) -> None:
-        """SIGCONT a rank that was paused; returns when it goes on. Not collective."""
+        """SIGCONT a paused rank; returns when it runs again. Not collective."""
         self._check("resume", "rank", rank)
         self._ask("resume", rank)
 
     def disarm(self) -> list[str]:
-        """Forget the points in the code. Returns the requested events that did not happen."""
+        """Disarm the points in the code. Returns the requested events that did not happen."""
         points, self._points = self._points, []
         for point in reversed(points):
             point.disarm()

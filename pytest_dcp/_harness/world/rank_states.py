@@ -1,7 +1,7 @@
-"""A rank's life as a table of states, and what can be ordered for it. Pure (no I/O).
+"""A rank's life as a table of states, and the actions that can be taken on it. Pure (no I/O).
 
-Enters: nothing. Leaves: values: the states of a rank, which message leads from one to the next, and
-the actions that a supervisor decides on and a world carries out.
+Only values: the states, the message that leads from one to the next, and the actions that the
+supervisor decides and the world carries out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class RankState(enum.Enum):
     DEBUGGING_MEETING = "debugging at an exchange"
     """Has the terminal and waits for its peers: its user stepped over `world.barrier()`."""
     LEAVING = "leaving"
-    """Was ordered to end. `Done("finish")` follows when its exit has run, then the end itself."""
+    """Was ordered to end. It sends `Done("finish")` when its exit has run, and then it ends."""
     KILLED = "killed"
-    """Was sent SIGKILL, is not reaped yet."""
+    """Was sent SIGKILL, and is not reaped yet."""
     GONE = "gone"
 
 
@@ -51,7 +51,7 @@ TRANSITIONS: dict[tuple[RankState, type[object]], RankState] = {
     (S.RUNNING, Done): S.IDLE,
     (S.RUNNING, Exchange): S.MEETING,
     (S.MEETING, Met): S.RUNNING,
-    (S.MEETING, Done): S.IDLE,  # this and the next only of a rank that was interrupted
+    (S.MEETING, Done): S.IDLE,  # this and the next: only if the rank was interrupted
     (S.MEETING, At): S.MEETING,
     (S.RUNNING, DebugAsk): S.DEBUGGING,
     (S.DEBUGGING, DebugDone): S.RUNNING,
@@ -69,7 +69,7 @@ BUSY = frozenset({S.RUNNING, S.MEETING, S.LEAVING}) | HAS_TERMINAL
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send this to the rank."""
+    """Send a message to the rank."""
 
     rank: int
     message: Down
@@ -91,21 +91,21 @@ class Interrupt:
 
 @dataclass(frozen=True, slots=True)
 class KillRank:
-    """SIGKILL the rank and what it started."""
+    """SIGKILL the rank and the processes that it started."""
 
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class StopRank:
-    """SIGSTOP the rank and what it started."""
+    """SIGSTOP the rank and the processes that it started."""
 
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class Continue:
-    """SIGCONT the rank and what it started."""
+    """SIGCONT the rank and the processes that it started."""
 
     rank: int
 
@@ -114,7 +114,7 @@ Action = Send | Dump | Interrupt | KillRank | StopRank | Continue
 
 
 def exit_text(status: int) -> str:
-    """How a process ended, in words: a negative `status` is the signal that killed it."""
+    """How a process ended, in words; a negative `status` is a signal's number."""
     if status >= 0:
         return f"exited with code {status}"
     try:
@@ -125,7 +125,7 @@ def exit_text(status: int) -> str:
 
 
 def when_text(state: RankState, status: int, phase: Phase) -> str:
-    """When a rank ended that should not have."""
+    """When a rank ended unexpectedly, in words."""
     if state is RankState.LEAVING:
         return " before its exit had finished" if status == 0 else " after its verdict"
     if state is RankState.IDLE:

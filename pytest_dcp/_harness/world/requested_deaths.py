@@ -1,13 +1,13 @@
 """Deaths and stops of ranks that the test itself asked for. Pure (no I/O).
 
 Enters: requests, and the ends and stops of processes. Leaves: which ranks are stopped or lost as
-requested, and which requesters can receive their answer.
+requested, and which requesters get their answer.
 
-Rules that hold inside:
+Rules:
 
-- Only the requested event is forgiven: a rank that should stop, and dies before that, has crashed.
-- The requested event must happen: a rank that lives on is a failure.
-- A rank that continues after its stop has met the request.
+- Only the requested event is excused: a rank that was to be stopped, and dies first, has crashed.
+- The requested event must happen: it is a failure if the rank survives.
+- A rank that continues after its stop has fulfilled the request.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from pytest_dcp._harness.protocol.messages import FaultAct, FaultAnswer, FaultAs
 from pytest_dcp.errors import LostRank
 
 OWED_S = 5.0
-"""How long a rank may live on after its end was asked for or announced: the kernel needs
-milliseconds, a loaded machine may take its time."""
+"""How long a rank may survive after its end was requested or announced: the kernel needs
+milliseconds, a loaded machine longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """An end that was asked for."""
+    """A requested end."""
 
     kind: Literal["kill", "pause", "announced"]
-    """announced: by the rank itself, which is about to do it, whichever it is."""
+    """announced: the rank itself says that it is about to end or stop."""
     why: str
-    """Who asked, and where in the code."""
+    """The call that requested it."""
     since_s: float
-    """When, on the clock that deadlines go by."""
+    """When, on the clock of the deadlines."""
 
 
 @dataclass(slots=True)
 class Deaths:
-    """The book of one world."""
+    """The requested ends of one world's ranks."""
 
     size: int
     wishes: dict[int, Wish] = field(default_factory=dict)
-    """By rank, of ranks with a living process."""
+    """By rank; only of ranks whose process is alive."""
     stopped: set[int] = field(default_factory=set)
-    """Ranks that are stopped as asked."""
+    """Ranks that are stopped, as requested."""
     resuming: set[int] = field(default_factory=set)
-    """Ranks that are to go on, also when they are only about to stop."""
+    """Ranks that must continue, even if they have yet to stop."""
     lost: dict[int, LostRank] = field(default_factory=dict)
-    """Ranks that ended as asked."""
+    """Ranks that ended, as requested."""
     _asking: dict[int, FaultAsk] = field(default_factory=dict)
-    """By rank, the fault that it waits for."""
+    """By rank, the request whose answer it waits for."""
 
     def survivors(self, gone_ranks: Iterable[int]) -> tuple[int, ...]:
-        """Ranks with a process that was not asked to end or stop, or that went on."""
+        """Ranks with a process that no request is to end or stop, or that has continued."""
         out = self.wishes.keys() | self.lost.keys() | set(gone_ranks)
         return tuple(rank for rank in range(self.size) if rank not in out)
 
     @property
     def owing(self) -> list[int]:
-        """Ranks whose end was asked for, and that may still run; a kill is never declined."""
+        """Ranks that a request ends and that may still run. No rank can decline a kill."""
         return [
             rank
             for rank, wish in self.wishes.items()
@@ -67,11 +67,11 @@ class Deaths:
         ]
 
     def overdue(self, now: float) -> list[int]:
-        """Ranks that should be gone or stopped by now."""
+        """Ranks that should have ended or stopped by now."""
         return [rank for rank in self.owing if now >= self.wishes[rank].since_s + OWED_S]
 
     def due_at(self) -> float:
-        """When the next rank is overdue; inf for never."""
+        """When the next rank becomes overdue; inf: never."""
         return min((self.wishes[r].since_s + OWED_S for r in self.owing), default=float("inf"))
 
     def postpone(self, seconds: float) -> None:
@@ -89,13 +89,13 @@ class Deaths:
             self.forgive(rank)
 
     def forgive(self, rank: int) -> None:
-        """The rank has met the request."""
+        """The rank has fulfilled the request, or need not any more."""
         self.wishes.pop(rank, None)
         self.stopped.discard(rank)
         self.resuming.discard(rank)
 
     def see_end(self, rank: int, how: str) -> bool:
-        """A rank's process is gone; whether that was asked for. `how` is its end in words."""
+        """Record that a rank's process ended; returns whether that was requested. how: in words."""
         wish = self.wishes.get(rank)
         was_stopped = rank in self.stopped
         self.forgive(rank)
@@ -107,7 +107,7 @@ class Deaths:
         return True
 
     def silence(self, rank: int) -> None:
-        """The rank can no longer receive an answer."""
+        """Drop the rank's request: it can no longer receive an answer."""
         self._asking.pop(rank, None)
 
     def ask(self, asker: int, message: FaultAsk) -> None:
@@ -115,9 +115,7 @@ class Deaths:
         self._asking[asker] = message
 
     def answers(self, gone_ranks: Iterable[int]) -> list[tuple[int, FaultAnswer]]:
-        """(requester, answer) of requesters that need not wait any longer; `gone_ranks` have no
-        process.
-        """
+        """The answers that are due, each with its requester. gone_ranks: without a process."""
         gone_ranks = set(gone_ranks)
         ready = [
             (asker, ask) for asker, ask in self._asking.items() if self.is_done(ask, gone_ranks)
