@@ -14,8 +14,8 @@ from pytest_dcp._engine.coordinate.operation_order import (
 )
 
 RACE_S = 0.5
-"""How long to assume that two kinds of operation with the same number are a race between two of the
-user's threads: on every rank both threads call at about the same time."""
+"""How long two kinds of operation with the same number may be a race between two threads of the
+user: on every rank both threads call at about the same time."""
 
 
 class Admission(Enum):
@@ -30,7 +30,7 @@ class Admission(Enum):
     ASTRAY = auto()
     """It runs another operation instead of this one."""
     OUT_OF_COUNT = auto()
-    """The same, and the numbers of the two ranks do not match."""
+    """As ASTRAY, and the numbers of the two ranks do not match."""
 
 
 def admit(
@@ -51,10 +51,10 @@ def admit(
         return Admission.LATER
     if left and hello.number < mine.number:
         return Admission.STALE
-    # Threads raced for their numbers, which then mean nothing: the kind has to do.
+    # Threads raced for their numbers, so the numbers mean nothing: compare the kinds.
     if kind == mine.kind and (hello.unordered or mine.unordered):
         return Admission.JOIN
-    # Perhaps this rank's other thread is just about to call it.
+    # This rank's other thread may be about to call it.
     if hello.number == mine.number:
         return Admission.LATER if waited_s < RACE_S else Admission.ASTRAY
     # The peer is ahead. If it has finished this number, it ran something else under it.

@@ -1,8 +1,8 @@
-"""A state for the process that writes files: tensors that share a storage share it there, too.
+"""A state for the process that writes files, in which tied tensors stay tied.
 
-A file of `torch.save` holds whole storages, each once. So a state is staged storage by storage into
-one stretch of shared memory, and its pickle names, for each tensor, a part of the stretch and where
-in it the tensor lies. The process maps the stretch, and makes one storage of each part.
+A file of `torch.save` has each storage once. So a state is staged storage by storage into one block
+of shared memory. Its pickle has, for each tensor, the storage's part of the block and the tensor's
+place in that part. The process maps the block, and makes one storage of each part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytest_dcp._torch_internals.tensors import identity_of_storage
 
 
 class TiedStager(DefaultStager):
-    """Copies states as `copy.deepcopy` would, with all storages in one stretch of memory."""
+    """Copies states as `copy.deepcopy` would, with all storages in one block of memory."""
 
     def _copy_state(self, state_dict: Any, *, pin: bool, blocking: bool) -> Any:
         return stage_tied(state_dict, self._pool, pin=pin, blocking=blocking)
@@ -56,7 +56,7 @@ def stage_tied(state: Any, pool: Pool, *, pin: bool = True, blocking: bool = Fal
 
 
 def ship_tied(state: Any) -> Shipment:
-    """Prepare a state for sending; it is staged first unless it lies in shared memory already.
+    """Prepare a state for sending; stage it first unless it is in shared memory already.
 
     Raises TypeError, or the error from pickling a value.
     """
@@ -72,7 +72,7 @@ def ship_tied(state: Any) -> Shipment:
 
 
 def unpickle_tied(data: bytes, fd: int | None, nbytes: int) -> Any:
-    """The state, its tensors in the shared memory of the descriptor, which is closed."""
+    """The state, its tensors in the descriptor's shared memory; closes the descriptor."""
     mapped = None
     if fd is not None:
         try:
@@ -83,13 +83,13 @@ def unpickle_tied(data: bytes, fd: int | None, nbytes: int) -> Any:
 
 
 class _TiedPickler(StatePickler):
-    """Pickles tensors as places in the shared memory that the first of them lies in."""
+    """Pickles tensors as places in the shared memory of the first tensor."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, None)
         self.memory: Memory | None = None
         self.strays = False
-        """Whether a tensor lies elsewhere, so that its bytes are in the pickle."""
+        """Whether a tensor is not in that memory, so that its bytes are in the pickle."""
 
     def _place_of(self, tensor: torch.Tensor) -> tuple[Any, ...] | None:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
@@ -142,5 +142,5 @@ class _TiedUnpickler(pickle.Unpickler):
 
 
 def tensor_in_storage(*_: Any) -> torch.Tensor:
-    """Stands for a tensor of the shared memory in a pickle that `unpickle_tied` reads."""
+    """Represents a tensor in shared memory in the pickles that `unpickle_tied` reads."""
     raise TypeError("a state for the writing process is read by `unpickle_tied` only")

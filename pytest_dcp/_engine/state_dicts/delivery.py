@@ -1,7 +1,7 @@
-"""A state dict as the options want it: sharded or whole, on its device or the CPU, or on rank 0.
+"""A state dict as the options request it: sharded or full, on its device or the CPU, or on rank 0.
 
-Whole tensors are gathered in their order, small ones together in one message. No more than a
-bucket, or one tensor, is under way at a time.
+Full tensors are gathered in the state dict's order, small ones together in one message. At most one
+bucket, or one tensor, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 
 
 def deliver_state(state: dict[str, Any], options: StateDictOptions) -> dict[str, Any]:
-    """The state in the form that the options request. Collective if that is whole.
+    """The state in the form that the options request. Collective if tensors are gathered.
 
     {} if only rank 0 gets it and this is another rank.
     """
@@ -35,14 +35,14 @@ def deliver_state(state: dict[str, Any], options: StateDictOptions) -> dict[str,
     if not options.cpu_offload:
         return _change_tensors(state, lambda _: next(arriving))
     if dist.is_initialized() and dist.get_rank():
-        for _ in arriving:  # This rank's parts are needed, and nothing is kept.
+        for _ in arriving:  # The others need this rank's parts; it keeps nothing.
             pass
         return {}
     return _change_tensors(state, lambda _: next(arriving).cpu())
 
 
 def _change_tensors(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
-    """The state with each tensor in it changed, in order; containers are new."""
+    """A copy of the state's containers with each tensor changed, in order."""
     return {key: _map_value(value, change) for key, value in state.items()}
 
 
@@ -83,7 +83,7 @@ _Way = tuple[DeviceMesh, int]
 
 
 def _way_of(tensor: torch.Tensor) -> _Way | None:
-    """How a tensor is gathered together with others; None: by itself."""
+    """With which other tensors a tensor can be gathered; None: it is gathered alone."""
     if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
         return None
     sharded = [dim for dim, placement in enumerate(tensor.placements) if type(placement) is Shard]
@@ -108,7 +108,7 @@ def _whole_bucket(bucket: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
-    """The full tensors of DTensors, from one message of each rank."""
+    """The full tensors of DTensors, gathered with one message of each rank."""
     mesh, dim = way
     group = mesh.get_group(dim)
     boxes = [[_box_at(part, dim, at) for part in parts] for at in range(mesh.size(dim))]
@@ -134,7 +134,7 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _box_at(part: DTensor, dim: int, at: int) -> LocalBox:
-    """A rank's part of a tensor, by its place along the mesh's dimension."""
+    """The part of a tensor that the rank at position `at` of the mesh's dimension holds."""
     mesh = part.device_mesh
     coordinate = list(mesh.get_coordinate() or ())
     coordinate[dim] = at

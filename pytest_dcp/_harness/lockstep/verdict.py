@@ -29,7 +29,7 @@ class ExampleVerdict:
     """A failure if ranks drew differently or are out of step, even if no rank reported one."""
     replies: Mapping[int, Reply]
     records: Mapping[int, Sequence[Entry]]
-    """By rank, its draws; rank 0's alone if none failed and all drew the same."""
+    """By rank, its draws; only rank 0's if no rank failed and all drew the same."""
     diverged: bool
 
     @property
@@ -48,8 +48,7 @@ class ExampleVerdict:
 
     @property
     def failure(self) -> RankFailure | None:
-        """The failure that decides: that of the lowest rank, not the first, so that it is always
-        the same.
+        """The failure that decides: the lowest rank's. The earliest could differ from run to run.
 
         A rank without a reply does not count as a failure if another rejected the example.
         """
@@ -64,7 +63,7 @@ class ExampleVerdict:
     @property
     def decisive(self) -> int:
         """The rank whose record the engine receives."""
-        if self.diverged:  # replaying fewer choices would stop the other ranks early
+        if self.diverged:  # with fewer choices the other ranks would stop early
             return max(self.records, key=lambda rank: _choices(self.records[rank]))
         if self.failure is not None:
             return self.failure.rank
@@ -159,7 +158,7 @@ def same(one: Property | None, other: Property) -> bool:
 
 
 def diverged_outcome(outcome: Outcome, text: str) -> Outcome:
-    """The outcome of ranks that left lockstep."""
+    """The outcome for ranks that left lockstep."""
     failure = RankFailure(0, "diverged", "call", 0.0, text)
     return combine(0, outcome.results, [failure], outcome.lost)
 

@@ -2,10 +2,10 @@
 
 Precedence: fail > crash > timeout > exit > skip > xfail > pass. A test is skipped only when every
 rank skips, and xfailed by `pytest.xfail()` only when every rank calls it. A rank that ends the
-session does so even when another failed; then the failure is reported first. A rank that was lost
-because the test asked for it does not count: the others decide, and when none is left the test has
-failed. The first cause is distinguished from its echoes: a peer that lost its connection because
-another rank went away, or that was still waiting for it.
+session does so even if another failed; the failure is then reported first. A rank that the test
+itself killed does not count: the others decide, and if none is left the test has failed. The first
+cause is told apart from its echoes: peers that lost their connection because the rank ended, or
+that were still waiting for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ ECHO = re.compile(
     r"|application timeout caused pair closure)",
     re.DOTALL | re.IGNORECASE,
 )
-"""Messages of gloo, NCCL and c10d stores after a peer has ended: the only sign in their errors.
-"""
+"""Messages of gloo, NCCL and c10d stores after a peer has ended: the errors' only sign of it."""
 
 WAITING = re.compile(r", in (the world's exchange|\w+), at ")
 """How `stacks.doing` names a rank that was in a collective."""
@@ -45,16 +44,16 @@ OUT_OF_STEP = (
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that ended alike."""
+    """Ranks that failed in the same way."""
 
     ranks: tuple[int, ...]
     """Ascending."""
     failure: RankFailure
-    """Of the first of them in time."""
+    """The earliest one."""
     echo: bool
-    """Whether it only follows from the first cause."""
+    """Whether the first cause caused it."""
     members: tuple[RankFailure, ...]
-    """Every rank's own, in the order of time."""
+    """Every rank's own failure, by time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,9 @@ class Outcome:
     results: Mapping[int, Done]
     """Each rank's verdict, if it sent one."""
     lost: Mapping[int, LostRank] = field(default_factory=dict)
-    """Ranks that ended because the test asked for it, in this phase or before."""
+    """Ranks that the test itself ended, in this phase or before."""
     session_end: SessionEnd | None = None
-    """Set for an exit and an interrupt, and for a failure beside one of those."""
+    """Set for an exit or interrupt, and for a failure that occurred together with one."""
 
     @property
     def failures(self) -> tuple[RankFailure, ...]:
@@ -103,7 +102,7 @@ def combine(
 ) -> Outcome:
     """The outcome of a phase, from the ranks' verdicts and the failures noted by the supervisor.
 
-    `lost` ranks owe no verdict. With a `size` of 0 no rank owes one: only failures count.
+    `lost` ranks need not send a verdict. With a `size` of 0 no rank must: only failures count.
     """
     owing = [rank for rank in range(size) if rank not in lost]
     return replace(_combine(size, owing, results, failures), lost=dict(lost))
@@ -146,7 +145,7 @@ def _combine(
 
 
 def _session_end(results: Mapping[int, Done]) -> SessionEnd | None:
-    """Of the lowest rank that interrupts the session, else of the lowest that exits."""
+    """The lowest rank that interrupts the session, else the lowest that exits."""
     kinds: tuple[Literal["interrupt", "exit"], ...] = ("interrupt", "exit")
     for kind in kinds:
         for rank, result in sorted(results.items()):
@@ -156,7 +155,7 @@ def _session_end(results: Mapping[int, Done]) -> SessionEnd | None:
 
 
 def in_step(outcome: Outcome) -> Outcome:
-    """The outcome, failed where the ranks' process groups are out of step.
+    """The outcome; a failure if the ranks' process groups are out of step.
 
     Only ranks that report their groups count. Outcomes that failed, lost a rank or ended the
     session are not checked: those worlds are not used again.
@@ -203,7 +202,7 @@ def _divergence(
 def _one_sided(
     ranks: Sequence[int], agreeing: Collection[int], results: Mapping[int, Done], rule: str
 ) -> Iterable[RankFailure]:
-    """A failure when some ranks ended like this and others do not agree with them."""
+    """A failure if some ranks ended in this way and others in another."""
     rest = [rank for rank in sorted(results) if rank not in agreeing]
     if not ranks or not rest:
         return
@@ -247,7 +246,7 @@ def _consequence(failure: RankFailure) -> str:
 
 
 def _first_cause_first(failure: RankFailure) -> tuple[bool, bool, float]:
-    """By time; but ranks that reached the limit come last, those awaiting a peer at the end."""
+    """By time; ranks that timed out come after the others, and the ones awaiting a peer last."""
     late = failure.kind in ("timeout", "lost", "blocked")
     return late, late and WAITING.search(failure.summary) is not None, failure.at_s
 
@@ -269,9 +268,7 @@ def headline(group: Group) -> str:
 
 
 def first_line(text: str) -> str:
-    """The part of a text shown in a heading: its first line, and the next after a line that only
-    introduces it.
-    """
+    """The first line of a text, for a heading, and the next one if the first only introduces it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     heading = lines[:1]
     for line in lines[1:]:
@@ -282,7 +279,7 @@ def first_line(text: str) -> str:
 
 
 def _mismatch(groups: Sequence[Group]) -> str:
-    """Says so when every rank that hangs waits in a collective, and not all in the same one."""
+    """A remark for the case that every hanging rank waits in a collective, not all in the same."""
     waiting: dict[str, list[int]] = {}
     for group in groups:
         match = WAITING.search(group.failure.summary)
@@ -296,7 +293,7 @@ def _mismatch(groups: Sequence[Group]) -> str:
 
 
 def peers(outcome: Outcome) -> list[str]:
-    """A line for each other group of ranks: their failure, and how much later."""
+    """A line for each other group of ranks: its failure, and how much later it came."""
     first = outcome.first
     if first is None:
         return []
@@ -315,7 +312,7 @@ def peers(outcome: Outcome) -> list[str]:
 
 
 def lost_lines(lost: Iterable[LostRank]) -> list[str]:
-    """A line for each rank that was lost as asked."""
+    """A line for each rank that the test itself ended."""
     return [
         f"rank {lost_rank.rank}: {lost_rank.reason}"
         for lost_rank in sorted(lost, key=lambda lost_rank: lost_rank.rank)
@@ -323,7 +320,7 @@ def lost_lines(lost: Iterable[LostRank]) -> list[str]:
 
 
 def _ended_lines(outcome: Outcome, phase: str) -> Iterable[str]:
-    """A line for the ranks that had ended the phase in which others hang, by how they ended it."""
+    """Lines for the ranks that ended the phase in which others hang, grouped by their verdict."""
     ranks_by_end: dict[str, list[int]] = {}
     for rank, result in sorted(outcome.results.items()):
         if result.phase == phase:

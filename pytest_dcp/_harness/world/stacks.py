@@ -56,7 +56,7 @@ def main_thread(trace: str) -> list[StackFrame]:
 
 
 def trim_runner(trace: str) -> str:
-    """The stacks without the frames below the test, which run every test: pytest's and ours."""
+    """The stacks without the frames that run every test: pytest's and ours."""
     lines: list[str] = []
     thread: list[str] = []
     for line in [*trace.splitlines(), ""]:
@@ -69,7 +69,7 @@ def trim_runner(trace: str) -> str:
 
 
 def _without_runner(thread: list[str]) -> list[str]:
-    """One thread's frames, innermost first, up to the first of the runner's outside the user's."""
+    """One thread's frames, innermost first, without the runner's frames that called the user's."""
     frames = _up_to_entry([frame for line in thread if (frame := _frame(line))])
     first = next((i for i, frame in enumerate(frames) if _is_users(frame)), 0)
     runner = (i for i, frame in enumerate(frames) if i >= first and RUNNER.search(frame.file))
@@ -88,8 +88,8 @@ def _is_users(frame: StackFrame) -> bool:
 def _users_frame(frames: list[StackFrame]) -> StackFrame | None:
     """The innermost frame outside of libraries; in an installed suite, the test's own frame.
 
-    The tests of an installed package lie among the libraries, and are recognised by their position:
-    the runner called them.
+    Tests of an installed package are among the libraries; their frame is the one that the runner
+    called.
     """
     if user := next((frame for frame in frames if _is_users(frame)), None):
         return user
@@ -100,7 +100,7 @@ def _users_frame(frames: list[StackFrame]) -> StackFrame | None:
 
 
 def _up_to_entry(frames: list[StackFrame]) -> list[StackFrame]:
-    """The frames of a rank, without those of the start of its process."""
+    """The frames of a rank without the start of its process."""
     begins = (
         i
         for i, frame in enumerate(frames)
@@ -110,9 +110,9 @@ def _up_to_entry(frames: list[StackFrame]) -> list[StackFrame]:
 
 
 def from_root(text: str, root: str) -> str:
-    """The text of stacks or tracebacks with files below the folder `root` named as they lie in it.
+    """Stacks or tracebacks with the paths of files in the folder `root` relative to it.
 
-    For people only: code that analyses stacks recognises libraries by their whole paths.
+    For display only: code that analyses stacks recognises libraries by their full paths.
     """
     return text.replace(f'File "{root}/', 'File "') if root.strip("/") else text
 
@@ -120,7 +120,7 @@ def from_root(text: str, root: str) -> str:
 def describe_activity(trace: str, root: str = "") -> str:
     """A rank's activity: its collective, if it was in one, and the line of user code.
 
-    Files below the folder `root` are named as they lie in it.
+    Paths of files in the folder `root` are relative to it.
     """
     frames = main_thread(trace)
     if not frames:

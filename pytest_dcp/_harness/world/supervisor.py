@@ -2,11 +2,12 @@
 
 Pure (no I/O): time is an argument, and actions are values that `rank_loop.RankLoop` carries out.
 Enters: the ranks' messages and the ends of their processes. Leaves: replies, requests for stacks,
-kills, and in the end for every rank a `Done`, a `RankFailure`, or a `LostRank` when its end was
+kills, and at last a result of every rank: a `Done`, a `RankFailure`, or a `LostRank` if its end was
 requested.
 
 The life of a world is a series of phases: boot, then setup, call and teardown of each test item,
-and at last finish. In each phase every rank gets one order and owes one `Done`. A rank's states:
+and finally finish. In each phase every rank gets one order and must send one `Done`. A rank's
+states:
 
     launched -> RUNNING <--Go-- IDLE --Leave--> LEAVING --exit code 0--> GONE
                 RUNNING --Done-> IDLE           (says Done("finish") before it exits)
@@ -18,45 +19,45 @@ and at last finish. In each phase every rank gets one order and owes one `Done`.
 The messages (`rank_states.TRANSITIONS` and `refusals` have the exact table):
 
 - `Go`, `Leave`: from the supervisor to an idle rank, which begins a phase. The answer is `Done`.
-- `Exchange`: from a rank within a phase: "I wait for my peers." All get one `Met` in answer: when
-  every rank that may still come is there, or at once when one will never come.
-- `At`: from a rank within a phase, no answer: it prepares, reports an error, waits with an error.
-  Such a rank does not hang, and is judged by other clocks (see `places`).
-- `DebugAsk`, `DebugDone`: a rank wants the terminal, and gives it back. One rank gets it; while it
-  has it, all clocks stand still.
-- `FaultAsk`: a rank wants another killed, stopped or continued; the answer comes when that has
-  happened. `Announce`: a rank is about to end itself. No answer.
+- `Exchange`: from a rank within a phase: "I wait for my peers." All waiting ranks get one `Met`:
+  when every rank that may still come has come, or at once if one will never come.
+- `At`: from a rank within a phase: it prepares, reports an error, or waits with an error. No
+  answer. Such a rank does not hang, and other clocks apply to it (see `places`).
+- `DebugAsk`, `DebugDone`: a rank requests the terminal, and returns it. One rank at a time has it;
+  meanwhile all clocks stand still.
+- `FaultAsk`: a rank requests that another be killed, stopped or continued; the answer comes when
+  that has happened. `Announce`: a rank is about to end itself. No answer.
 
-A message that the rank cannot have sent in its state ends the rank: something else wrote to its
-socket.
+A message that the rank cannot have sent in its state ends the rank: other code wrote to its socket.
 
-The clocks, in the order in which they strike after a failure (see `timers`):
+The clocks, in the order in which they run out after a failure (see `timers`):
 
-1. A rank fails: it says so, it dies, or the phase's deadline comes. Its peers may be stuck in a
-   collective that will never end. After a failure they have `grace_s`, at the deadline nothing.
-2. The ranks that still owe an answer are asked for their stacks (`Dump`) and have `STACKS_S`.
+1. A rank fails: it reports an error, it dies, or the phase's deadline passes. Its peers may be
+   stuck in a collective that will never end. After a failure they get `grace_s`; after the
+   deadline, no time.
+2. The ranks that have not answered are asked for their stacks (`Dump`), and get `STACKS_S`.
 3. They are killed (`KillRank`), each with a failure that says where it was.
-4. The kernel has `LOST_S` to end a killed process. After that the supervisor treats it as gone.
+4. The kernel gets `LOST_S` to end a killed process. After that the supervisor gives it up.
 
 The meaning of a process's end depends on the rank's state:
 
-    asked for by the test       a LostRank, no failure; exchanges go on without it
-    KILLED                      nothing more: the failure was noted with the kill
-    LEAVING, Done, code 0       a good end
+    requested by the test       a LostRank, no failure; exchanges go on without it
+    KILLED                      nothing more: the failure was recorded with the kill
+    LEAVING, Done, code 0       a normal end
     LEAVING otherwise           crashed: its exit did not finish, or failed after its verdict
     IDLE                        crashed, after the phase
     inside a phase              crashed, in the phase, without a verdict
 
-A rank that should be stopped, and dies before that, has crashed too. If a process closes its socket
-and lives, the supervisor waits `CLOSED_S` for its exit, which names the real cause; then it kills
-the process.
+A rank that was to be stopped, and dies first, has crashed too. If a process closes its socket and
+lives, the supervisor waits `CLOSED_S` for its exit, which shows the real cause; then it kills the
+process.
 
 Further rules:
 
-- A rank that is stopped because the test asked for it does not delay the others. Once all others
-  have answered, no rank is left to continue it, and the supervisor ends it (`dismiss`).
-- A rank that leaves says that its exit ran to the end. Code 0 without that is a failure: a handler
-  or a thread may have called `os._exit(0)` before.
+- A rank that the test has stopped does not delay the others. Once all others have answered, no rank
+  is left to continue it, and the supervisor ends it (`dismiss`).
+- A leaving rank reports that its exit ran to the end. Exit code 0 without this report is a failure:
+  a handler or a thread may have called `os._exit(0)` earlier.
 - An interrupt of the session cuts a phase off: ranks get a bounded time to end it; see
   `interrupt_clock`.
 
@@ -125,7 +126,7 @@ class Supervisor:
 
     @property
     def busy(self) -> list[int]:
-        """Ranks that owe an answer, and can give one."""
+        """Ranks that must answer, and can."""
         stopped = self.deaths.stopped
         return [
             rank for rank, state in self.states.items() if state in BUSY and rank not in stopped
@@ -133,7 +134,7 @@ class Supervisor:
 
     @property
     def settled(self) -> bool:
-        """Whether every rank has answered, is gone, or is stopped as asked."""
+        """Whether every rank has answered, has ended, or is stopped as requested."""
         return not (self.busy or S.KILLED in self.states.values() or self.deaths.owing)
 
     @property
@@ -158,24 +159,24 @@ class Supervisor:
 
     @property
     def deadline(self) -> float:
-        """Of the phase; later by as long as a debugger had the terminal."""
+        """The phase's deadline, postponed by the time for which a debugger had the terminal."""
         return self._timers.deadline
 
     @property
     def prepared_too_long(self) -> bool:
-        """Whether ranks have reached the limit of what comes before the phase itself."""
+        """Whether ranks have used up the time to prepare the phase."""
         return self._timers.prepared_too_long
 
     def wake_at(self) -> float:
-        """When `tick` has something to do if nothing happens before; inf for never."""
+        """When `tick` must be called if no event comes first; inf: never."""
         return self._timers.wake_at(busy=bool(self.busy), deaths_due_at=self.deaths.due_at())
 
     # Events from the world.
 
     def boot(self, deadline: float, now: float = 0.0, preparing: str = "") -> None:
-        """All ranks were started; each owes a `Done("boot")` before `deadline`.
+        """All ranks were started; each must send `Done("boot")` before `deadline`.
 
-        `preparing` is what each does first, before that is timed; empty for nothing.
+        preparing: the step that each does first, with the clock stopped; empty: none.
         """
         self._timers.deadline = deadline
         if preparing:
@@ -196,7 +197,7 @@ class Supervisor:
     def hear(self, rank: int, message: Up, now: float) -> list[Action]:
         """A rank sent a message."""
         state = self.states[rank]
-        # Sent before our SIGKILL arrived. The failure was noted with the kill and must not change.
+        # Sent before our SIGKILL arrived: the failure recorded with the kill must not change.
         if state in (S.KILLED, S.GONE):
             return []
         if isinstance(message, Announce):  # from any thread, at any time
@@ -231,7 +232,7 @@ class Supervisor:
         return self._meet()
 
     def apply_fault(self, act: FaultAct, rank: int, why: str, now: float) -> list[Action]:
-        """Have a rank killed, stopped or continued, because the test asked for it."""
+        """Kill, stop or continue a rank at the test's request."""
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
         deaths = self.deaths
@@ -239,12 +240,12 @@ class Supervisor:
             case "kill":
                 deaths.wishes[rank] = Wish("kill", why, self._timers.clock(now))
                 return [*self._end(rank, now), *self._meet()]
-            # The first wish counts: a rank that is to be killed is not stopped as well.
+            # The first request counts: a rank that is to be killed is not stopped as well.
             case "pause" if rank not in deaths.wishes:
                 deaths.wishes[rank] = Wish("pause", why, self._timers.clock(now))
                 return [StopRank(rank), *self._meet()]
             case "resume" if rank in deaths.wishes:
-                # It may only be about to stop: then `halted` continues it as soon as it has.
+                # If it has not stopped yet, `see_stop_change` continues it as soon as it has.
                 deaths.resuming.add(rank)
                 return [Continue(rank)] if rank in deaths.stopped else []
         return []
@@ -258,7 +259,7 @@ class Supervisor:
         return [*again, *self._meet(), *self._answer_requests()]
 
     def dismiss(self, now: float) -> list[Action]:
-        """End the ranks that are stopped as asked: no rank is left to continue them."""
+        """End the ranks that the test stopped: no rank is left to continue them."""
         return [
             action
             for rank in sorted(self.deaths.stopped)
@@ -267,7 +268,7 @@ class Supervisor:
         ]
 
     def give_up(self, now: float) -> list[Action]:
-        """End the ranks that have not answered: they are no longer waited for."""
+        """End the ranks that have not answered: the world no longer waits for them."""
         text = f"still in {self.phase}"
         return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
 
@@ -402,7 +403,7 @@ class Supervisor:
         for rank, state in self.states.items():
             if state is S.KILLED:
                 self.states[rank] = S.GONE
-                # Even if its end was asked for: a process that outlives SIGKILL is a failure.
+                # Even if its end was requested: a process that outlives SIGKILL is a failure.
                 self.deaths.forgive(rank)
                 text = f"did not go away within {LOST_S:g} s of SIGKILL"
                 self._fail(RankFailure(rank, "lost", self.phase, now, text), now)
@@ -435,7 +436,7 @@ class Supervisor:
     ) -> list[Action]:
         if self.states[rank] in (S.KILLED, S.GONE):
             return []
-        # From here on its end is our doing, and no longer the one that the test asked for.
+        # From here on we end it, not the test's request.
         self.deaths.forgive(rank)
         actions = self._end(rank, now)
         at_s, detail = (now, "") if raised is None else (raised.at_s, raised.detail)
@@ -459,7 +460,7 @@ class Supervisor:
         if answer.granted:
             self._timers.pause(now)
         else:
-            # Refused, and the answer says why: it goes on without a prompt.
+            # Refused; the answer says why, and the rank goes on without a prompt.
             self.states[rank] = S.RUNNING
         return [Send(rank, answer)]
 
@@ -468,10 +469,10 @@ class Supervisor:
             self.deaths.postpone(self._timers.resume(now))
 
     def _meet(self) -> list[Action]:
-        """Answer the ranks that wait at an exchange, if all are there or never will be."""
+        """Answer the ranks at an exchange, once all have come or one will never come."""
         if not self._meeting:
             return []
-        # An exchange goes on without the ranks whose end was asked for: the test expects that.
+        # An exchange goes on without the ranks that the test ended: the test expects that.
         excused = self.deaths.wishes.keys() | self.deaths.lost.keys()
         how = {failure.rank: failure.summary for failure in self.failures}
         # Ranks that will never come to this exchange.
@@ -489,5 +490,5 @@ class Supervisor:
         return [Send(rank, answer) for rank in present]
 
     def _answer_requests(self) -> list[Action]:
-        """Answers to the ranks whose asked-for fault has happened."""
+        """Answers to the ranks whose requested fault has happened."""
         return [Send(rank, answer) for rank, answer in self.deaths.answers(self.gone_ranks)]
