@@ -9,7 +9,6 @@ from pytest_dcp._engine.coordinate.failure import (
     RankSilentError,
     RemoteError,
     StepError,
-    ranks_text,
 )
 from pytest_dcp._engine.coordinate.open_team import OperationCall, announce, team_of
 from pytest_dcp._engine.coordinate.operation_order import Subject
@@ -21,7 +20,6 @@ __all__ = [
     "OperationCall",
     "announce",
     "Subject",
-    "ranks_text",
     "StepError",
     "RemoteError",
     "CoordinationError",

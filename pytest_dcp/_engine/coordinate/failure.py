@@ -21,6 +21,7 @@ from pytest_dcp._engine.coordinate.carried_error import CarriedError, carry, is_
 from pytest_dcp._engine.coordinate.error_class import bare, combine_classes, facts_of, shared_class
 from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp.errors import CheckpointError, DcpError
+from pytest_dcp.rank_names import ranks_text
 from pytest_dcp.tracebacks import is_explained_at, set_cause, without_ours
 
 Wrapped = tuple[BaseException, traceback.StackSummary]
@@ -285,15 +286,3 @@ def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:
     for rank, wrapped in sorted(failures.items()):
         merged.setdefault(_traceback_text(wrapped), ([], wrapped))[0].append(rank)
     return [(ranks_text(ranks), wrapped) for ranks, wrapped in merged.values()]
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """`rank 2`, or `ranks 0-3,7` of ascending ranks."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

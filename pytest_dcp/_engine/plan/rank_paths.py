@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pytest_dcp._engine.plan.containers import DESCRIPTION, DescribedPaths, paths_of_kind
 from pytest_dcp._engine.plan.containers import merge_descriptions as merge_descriptions
 from pytest_dcp._engine.plan.nested import Path
-from pytest_dcp._engine.plan.replica_comparison import ranks_text
 from pytest_dcp.errors import CheckpointMismatchError, PlanError
+from pytest_dcp.rank_names import some_ranks_text
 
 SHOWN = 20
 RankPaths = Mapping[str, Path] | None
@@ -56,8 +56,8 @@ def _check_per_rank(data: Sequence[RankPaths], texts: Sequence[str | None]) -> N
         if other:
             own = [rank for rank, paths in enumerate(of_rank) if per_rank in paths]
             problems.append(
-                f"{_name(per_rank)!r} is a PerRank on {ranks_text(own)}, and another value on "
-                f"{ranks_text(other)}"
+                f"{_name(per_rank)!r} is a PerRank on {some_ranks_text(own)}, and another value on "
+                f"{some_ranks_text(other)}"
             )
     if problems:
         more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""

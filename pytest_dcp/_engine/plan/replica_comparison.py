@@ -28,7 +28,7 @@ Each rank sends a sum of its copy of `b`. If they differ, the ranks are in two c
 >>> differing = replicas.find_differing(checks, sums)
 >>> [(one.fqn, one.camps()) for one in differing]
 [('b', [[0], [1]])]
->>> ranks_text([0, 1, 2, 5])
+>>> some_ranks_text([0, 1, 2, 5])
 'ranks 0-2, 5'
 """
 
@@ -36,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -45,6 +44,7 @@ from numpy.typing import NDArray
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp.errors import ReplicaMismatchError
+from pytest_dcp.rank_names import some_ranks_text
 
 ReplicaCheck = Literal["sample", "check", "off"]
 """How much of the replicated data to compare: all values and a sample of the tensors, everything,
@@ -197,20 +197,10 @@ class ReplicaDifference:
     def __str__(self) -> str:
         at = f" first at {self.where}:" if self.where else ":"
         told = ", ".join(
-            f"{text} on {ranks_text(ranks)}"
+            f"{text} on {some_ranks_text(ranks)}"
             for ranks, text in zip(self.camps, self.shown, strict=True)
         )
         return f"{self.fqn!r} differs{at} {told}"
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """The ranks as an error names them: `rank 3`, `ranks 0-2, 5`."""
-    parts = []
-    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
-        numbers = [rank for _, rank in run]
-        parts.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
-    more = ", ..." if len(parts) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts[:8])}{more}"
 
 
 def mismatch_error(

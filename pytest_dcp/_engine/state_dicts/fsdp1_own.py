@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pytest_dcp._engine.plan.replica_comparison import ranks_text
 from pytest_dcp._engine.state_dicts import fsdp1
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
@@ -22,6 +21,7 @@ from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
 from pytest_dcp._engine.state_dicts.scope import own_method
 from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.rank_names import some_ranks_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +94,6 @@ def _torn(key: str, entries: Mapping[int, frozenset[str]]) -> str:
     whole = frozenset().union(*entries.values())
     lacking = [rank for rank, of in entries.items() if of != whole]
     lost = sorted(whole - frozenset.intersection(*entries.values()))
-    return f"{key!r}: {', '.join(map(repr, lost))} missing on {ranks_text(lacking)}, of its part"
+    return (
+        f"{key!r}: {', '.join(map(repr, lost))} missing on {some_ranks_text(lacking)}, of its part"
+    )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from pytest_dcp._engine.coordinate import ranks_text
 from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp.errors import CheckpointMismatchError, CheckpointReplacedError
+from pytest_dcp.rank_names import ranks_text
 
 Found = tuple[str | None, str | None]
 """The id of the save that a rank found, and the folder."""

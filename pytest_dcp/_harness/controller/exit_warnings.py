@@ -13,8 +13,8 @@ import pytest
 
 from pytest_dcp._harness.protocol.launcher import HELPERS
 from pytest_dcp._harness.protocol.messages import Done
-from pytest_dcp._harness.world.outcome import ranks_text
 from pytest_dcp._harness.world.world import World
+from pytest_dcp.rank_names import ranks_text
 
 
 class LeftBehindWarning(pytest.PytestWarning):

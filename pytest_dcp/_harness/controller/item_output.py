@@ -14,9 +14,10 @@ import pytest
 from pytest_dcp._harness.controller.options import ReportRanks
 from pytest_dcp._harness.controller.report import merged_sections, shown_ranks
 from pytest_dcp._harness.protocol.messages import Done, Phase
-from pytest_dcp._harness.world.outcome import Outcome, ranks_text
+from pytest_dcp._harness.world.outcome import Outcome
 from pytest_dcp._harness.world.world import World
 from pytest_dcp._pytest_internals import report_sections
+from pytest_dcp.rank_names import ranks_text
 
 Section = tuple[str, str, str]
 """(phase, `stdout` or another stream, text)"""

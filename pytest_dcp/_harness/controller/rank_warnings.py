@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pytest_dcp._harness.protocol.messages import RecordedWarning
-from pytest_dcp._harness.world.outcome import Outcome, ranks_text
+from pytest_dcp._harness.world.outcome import Outcome
+from pytest_dcp.rank_names import ranks_text
 
 
 class ChangedStateWarning(pytest.PytestWarning):

@@ -16,14 +16,7 @@ import pytest
 
 from pytest_dcp._harness.controller.options import ReportRanks
 from pytest_dcp._harness.protocol.messages import Done
-from pytest_dcp._harness.world.outcome import (
-    Group,
-    Outcome,
-    SessionEnd,
-    lead_with,
-    peers,
-    ranks_text,
-)
+from pytest_dcp._harness.world.outcome import Group, Outcome, SessionEnd, lead_with, peers
 from pytest_dcp._harness.world.stacks import describe_activity, from_root
 from pytest_dcp._pytest_internals import (
     ExceptionChainRepr,
@@ -33,6 +26,7 @@ from pytest_dcp._pytest_internals import (
     ReprTraceback,
 )
 from pytest_dcp.errors import WorldError
+from pytest_dcp.rank_names import ranks_text
 
 RERUN = "to rerun just this"
 HEADING = "dcp_heading"

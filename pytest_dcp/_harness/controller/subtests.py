@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.world.outcome import ranks_text
 from pytest_dcp._pytest_internals import count_failed_subtest
 from pytest_dcp.errors import WorldError
+from pytest_dcp.rank_names import ranks_text
 
 OUTCOMES = ("failed", "skipped", "passed")
 """The worst first."""

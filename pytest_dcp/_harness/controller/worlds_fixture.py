@@ -20,10 +20,11 @@ from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.protocol.function_pickles import dump_call, load_from_rank
 from pytest_dcp._harness.protocol.messages import CallFunction, FaultAct
 from pytest_dcp._harness.protocol.world_spec import WorldKeywords, WorldSpec, read_marker, resolve
-from pytest_dcp._harness.world.outcome import Outcome, SessionEnd, peers, ranks_text
+from pytest_dcp._harness.world.outcome import Outcome, SessionEnd, peers
 from pytest_dcp._harness.world.stacks import from_root
 from pytest_dcp._harness.world.world import World
 from pytest_dcp.errors import WorldError
+from pytest_dcp.rank_names import ranks_text
 
 if TYPE_CHECKING:  # Unpack is in `typing` from Python 3.11 on
     from typing_extensions import Unpack

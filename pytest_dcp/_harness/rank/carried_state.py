@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pytest_dcp._harness.protocol.function_pickles import dumps, load_from_rank
-from pytest_dcp._harness.world.outcome import ranks_text
 from pytest_dcp.errors import DcpError
+from pytest_dcp.rank_names import ranks_text
 
 
 class LostStateWarning(pytest.PytestWarning):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.world.outcome import ranks_text
 from pytest_dcp._pytest_internals import xml_key
+from pytest_dcp.rank_names import ranks_text
 
 NAME = "pytest_dcp.junit"
 FAMILY_KEY = pytest.StashKey[str]()

@@ -19,6 +19,7 @@ from typing import Literal
 from pytest_dcp._harness.protocol import group_use
 from pytest_dcp._harness.protocol.messages import Done
 from pytest_dcp.errors import LostRank, RankFailure
+from pytest_dcp.rank_names import ranks_text
 
 OutcomeKind = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
 
@@ -339,17 +340,3 @@ def _short(group: Group) -> str:
     if match is None or group.failure.is_echo:
         return first_line(summary)[:300]
     return f"{match[1]}: {match['cause']}"
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """Ranks for people: `rank 3`, `ranks 0-2,5`."""
-    ordered = sorted(ranks)
-    parts: list[str] = []
-    start = 0
-    for i, rank in enumerate(ordered):
-        if i + 1 < len(ordered) and ordered[i + 1] == rank + 1:
-            continue
-        low = ordered[start]
-        parts.append(str(low) if low == rank else f"{low}-{rank}")
-        start = i + 1
-    return f"rank{'s' * (len(ordered) != 1)} {','.join(parts)}"

@@ -24,14 +24,7 @@ from pytest_dcp._engine.coordinate import (
     StepError,
 )
 from pytest_dcp._engine.coordinate.carried_error import MAX_DATA_BYTES, CarriedError
-from pytest_dcp._engine.coordinate.failure import (
-    Cause,
-    capture,
-    checked_cause,
-    is_echo,
-    ranks_text,
-    step_error,
-)
+from pytest_dcp._engine.coordinate.failure import Cause, capture, checked_cause, is_echo, step_error
 from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -39,6 +32,7 @@ from pytest_dcp.errors import (
     CheckpointFileMissingError,
     CheckpointMismatchError,
 )
+from pytest_dcp.rank_names import ranks_text
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup  # pytest needs it there

@@ -19,9 +19,9 @@ from pytest_dcp._harness.world.outcome import (
     is_echo,
     lead_with,
     peers,
-    ranks_text,
 )
 from pytest_dcp.errors import FailureKind, LostRank, RankFailure
+from pytest_dcp.rank_names import ranks_text
 
 
 def done(outcome: RankOutcome = "passed", text: str = "", at_s: float = 1.0) -> Done:
