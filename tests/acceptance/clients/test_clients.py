@@ -21,10 +21,12 @@ RANKS = 2
 CLIENTS = {
     "accelerate_fsdp2": "accelerate",
     "lightning_fabric": "lightning",
+    "lightning_trainer": "lightning",
     "megatron_fsdp_uneven": "megatron_fsdp",
     "megatron_sharded": "megatron",
     "torchao_optimizer": "torchao",
     "torchao_sharded": "torchao",
+    "torchdata_loader": "torchdata",
     "torchtitan_manager": "torchtitan",
     "torchtnt_saver": "torchtnt",
     "transformers_hf": "transformers",
