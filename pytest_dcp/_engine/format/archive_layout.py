@@ -127,9 +127,11 @@ class ArchiveLayout:
         self.cursor += len(chunk)
 
 
-def combine_fingerprint(seed: int, crc: int) -> int:
+def combine_fingerprint(seed: int, *crcs: int) -> int:
     """c10::hash_combine, which folds each record's CRC into the fingerprint."""
-    return seed ^ ((crc + 0x9E37_79B9 + (seed << 6) + (seed >> 2)) & _MASK64)
+    for crc in crcs:
+        seed ^= (crc + 0x9E37_79B9 + (seed << 6) + (seed >> 2)) & _MASK64
+    return seed
 
 
 def add_constants(archive: ArchiveLayout) -> None:

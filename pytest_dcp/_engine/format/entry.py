@@ -112,7 +112,7 @@ class EntryFrame:
         if not self.data_nbytes:
             return self._parts[0]
         data_crc = crc.to_bytes(4, "little")
-        digest = combine_fingerprint(combine_fingerprint(self._seed, crc), _VERSION_CRC)
+        digest = combine_fingerprint(self._seed, crc, _VERSION_CRC)
         identity = b"%b%020d" % (_TENSOR_NAMES_HASH, digest)
         id_crc = crc32(identity).to_bytes(4, "little")
         a, b, c, d, e, f = self._parts

@@ -41,6 +41,7 @@ from pytest_dcp._engine.format.planner_paths import PathTable
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.nested import TEXT
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 
 MARK_OF_OURS = b"pytest_dcp: a manifest follows STOP"
@@ -128,7 +129,8 @@ class _Words:
         return self._memo[id(word)][0]
 
     def numbers(self, words: Iterable[object]) -> NDArray[np.uint32]:
-        return np.array([self.number(word) for word in words], dtype=np.uint32)
+        memo = self._memo
+        return np.array([memo[id(word)][0] for word in words], dtype=np.uint32)
 
     def __call__(self, word: object) -> bytes:
         """The opcode that fetches a class, a key or a transform."""
@@ -159,32 +161,37 @@ def _plain(planner_data: Any) -> Any:
         return dict(planner_data)
     if type(planner_data) is not dict:
         return planner_data
-    return {key: _plain_path(path) for key, path in planner_data.items()}
+    return {
+        key: path if type(path) is tuple and TEXT.issuperset(map(type, path)) else _plain_path(path)
+        for key, path in planner_data.items()
+    }
 
 
 def _plain_path(path: Any) -> Any:
-    if type(path) is not tuple or all(type(part) is str for part in path):
+    if type(path) is not tuple:
         return path
     return tuple(
         int(part) if isinstance(part, int) and type(part) is not bool else part for part in path
     )
 
 
-def _keys(words: _Words, index: Index) -> Iterator[_Piece]:
+def _keys(words: _Words, index: Index) -> list[_Piece]:
     """The items of `state_dict_metadata`."""
     kinds = index.ndim.astype(np.int64) + 1
     heads = _Shelf(kinds, lambda kind, rows: _key(words, index, kind - 1, rows))
     chunks = _Shelf(kinds[index.key_of], lambda kind, rows: _chunk(words, index, kind - 1, rows))
     first = index.first.tolist()
+    pieces: list[_Piece] = []
     for row, kind in enumerate(kinds.tolist()):
         if row % _BATCH == 0:
-            yield pickle.SETITEMS + pickle.MARK if row else pickle.MARK
-        yield heads.records(row, row + 1)
+            pieces.append(pickle.SETITEMS + pickle.MARK if row else pickle.MARK)
+        pieces.append(heads.records(row, row + 1))
         if kind:
-            yield chunks.records(first[row], first[row + 1])
-            yield pickle.APPENDS + _CLOSE
+            pieces.append(chunks.records(first[row], first[row + 1]))
+            pieces.append(pickle.APPENDS + _CLOSE)
     if first[1:]:
-        yield pickle.SETITEMS
+        pieces.append(pickle.SETITEMS)
+    return pieces
 
 
 def _entries(words: _Words, index: Index, places: EntryPlaces) -> Iterator[_Piece]:

@@ -116,7 +116,7 @@ def pack_paths(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], byt
     if type(planner_data) not in (dict, PathTable, DescribedPaths):
         return None
     paths = dict(planner_data)  # type: ignore[call-overload]  # one of the two mappings above
-    if not all(type(fqn) is str and _is_path(path) for fqn, path in paths.items()):
+    if not (_TEXT.issuperset(map(type, paths)) and all(map(_is_path, paths.values()))):
         return None
     known: dict[Form, int] = {}
     rows = np.full(len(fqns), _NO_PATH, dtype=np.int32)

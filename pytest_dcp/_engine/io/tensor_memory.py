@@ -36,7 +36,7 @@ def memory_at(address: int, nbytes: int) -> memoryview:
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a dense row-major CPU tensor, writable. The caller keeps the tensor alive."""
-    return memory_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+    return memory_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def is_flat(tensor: torch.Tensor) -> bool:

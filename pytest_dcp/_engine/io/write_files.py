@@ -127,14 +127,15 @@ def write_files(request: WriteRequest) -> Written:
 
 def _write_file(request: WriteRequest, job: FileJob, stop: StopFlag) -> Rows:
     source, settings = request.source, request.settings
+    plain = settings.is_plain
     with request.folder.create(job.name) as out:
-        if settings.is_plain:
+        if plain:
             out.reserve(job.nbytes)
         file = File(out, request.observer, stop, job.nbytes)
         rows = Rows()
         for row in job.rows:
             data = source(row)
-            if not settings.is_plain:
+            if not plain:
                 _put_transformed(file, rows, row, data, settings)
             elif isinstance(data, torch.Tensor):
                 _put_tensor(file, rows, row, data, settings)

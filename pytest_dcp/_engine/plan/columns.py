@@ -199,7 +199,7 @@ class WriteItems(ItemTable[WriteItem]):
         columns = self.columns_at(rows)
         if hint is not None:
             columns["hint"] = hint
-        chosen = fqns if everything else tuple(fqns[row] for row in rows.tolist())
+        chosen = fqns if everything else tuple(map(fqns.__getitem__, rows.tolist()))
         return replace(self, fqns=chosen, origin=Origin(self, rows), **columns)
 
     def size_bytes(self) -> Ints:

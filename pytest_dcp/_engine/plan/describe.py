@@ -40,7 +40,6 @@ from pytest_dcp._engine.plan.shards import (
     PLAIN,
     Layouts,
     describes_its_parts,
-    full,
     local_shards,
     own_chunks,
     own_write_items,
@@ -99,12 +98,13 @@ class _Rows:
         self.add(fqn, BYTES, UNKNOWN, (), NOTHING)
 
     def add_dtensor(self, fqn: str, value: DTensor, number: int) -> None:
-        size = full(value).shape
         try:
-            for box in self.layouts.sides_of(fqn, value):
-                self.add(fqn, SHARD, number, size, box)
+            held = self.layouts.boxes_of(fqn, value)
         except PlanError as error:
             self.problems.append(str(error))
+            return
+        for box in held.sides:
+            self.rows.append((fqn, SHARD, number, held.size, box))
 
     def add_wrapper(self, fqn: str, value: DTensor, wrapper: torch.Tensor) -> None:
         """The row of a DTensor whose local tensor is a wrapper, which is stored whole."""
@@ -301,7 +301,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         found: Sequence[Box]
         memory = local_tensor(value) if kind is DTensor else value
         if kind is DTensor and type(memory) in PLAIN and not hasattr(memory, HOOK):
-            found = layouts.sides_of(fqn, value)
+            found = layouts.boxes_of(fqn, value).sides
         elif kind in PLAIN or isinstance(value, torch.Tensor):
             found = _boxes_wanted(fqn, value, layouts)
             if kind not in PLAIN:
@@ -338,6 +338,6 @@ def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if declares_parts(value):
         return [(box.offset, box.shape) for box in declared_boxes(fqn, value)]
     if isinstance(value, DTensor):
-        return layouts.sides_of(fqn, value)
+        return layouts.boxes_of(fqn, value).sides
     shape = value.shape
     return ((ORIGINS[len(shape)], shape),)

@@ -96,11 +96,11 @@ def read_items(
     # Only tensors can have gaps: a value is stored whole.
     tensors = wanted.ndim[want] >= 0
     _check_filled(wanted, want[tensors], shape[tensors], partial)
-    fqns = tuple(names[row] for row in want.tolist())
+    fqns = tuple(map(names.__getitem__, want.tolist()))
     renamed = stored_fqns is not names
     return ReadItems(
         fqns=fqns,
-        stored_fqns=tuple(stored_fqns[row] for row in want.tolist()) if renamed else fqns,
+        stored_fqns=tuple(map(stored_fqns.__getitem__, want.tolist())) if renamed else fqns,
         kind=np.where(tensors, READ_TENSOR, READ_BYTES).astype(np.int8),
         ndim=wanted.ndim[want],
         wanted=want_offset[want],

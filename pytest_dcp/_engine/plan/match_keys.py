@@ -43,7 +43,8 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.declared_parts import BOXES, declares_parts, global_shape
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.numbers import kind_of, takes_tensor_of
-from pytest_dcp._engine.plan.shards import PLAIN, describes_its_parts, full, own_write_items
+from pytest_dcp._engine.plan.shards import PLAIN, describes_its_parts, own_write_items
+from pytest_dcp._torch_internals.dtensors import spec_of
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 from pytest_dcp.errors import CheckpointMismatchError
 
@@ -129,7 +130,7 @@ def match(
         if ndims[row] < 0:
             continue  # a value: it is checked when it is read
         if type(value) in USUAL:
-            here = full(value)
+            here: Any = spec_of(value).tensor_meta if type(value) is DTensor else value
             try:
                 same = here.shape == sizes[row] and here.dtype is stored[row]
             except RuntimeError:  # A nested tensor; checking every tensor for this would cost more.

@@ -79,6 +79,9 @@ def flatten(
         paths[fqn] = path
 
     for key, value in state_dict.items():
+        if isinstance(value, torch.Tensor):
+            visit((key,), value)  # the common case
+            continue
         try:
             _walk((key,), value, visit, note, plain_mappings_whole)
         except RecursionError:
@@ -153,16 +156,17 @@ def _grow(values: list[Any], position: int) -> None:
 def _walk(
     path: Path, value: Any, visit: Callable[[Path, Any], None], note: Note, whole: bool
 ) -> None:
-    if isinstance(value, torch.Tensor):
-        visit(path, value)  # the common case
-    elif isinstance(value, Mapping) and (not whole or _is_walked(value)):
+    if isinstance(value, Mapping) and (not whole or _is_walked(value)):
         if not is_plain(value):
             _check_keys(path, value)
             note(path, value)
             if isinstance(value, PerRank):
                 check_per_rank(".".join(map(str, path)), value.value)
         for key, inner in value.items():
-            _walk((*path, key), inner, visit, note, whole)
+            if isinstance(inner, torch.Tensor):
+                visit((*path, key), inner)
+            else:
+                _walk((*path, key), inner, visit, note, whole)
     elif isinstance(value, list) and _holds(value, whole):
         if type(value) is not list:
             note(path, value)

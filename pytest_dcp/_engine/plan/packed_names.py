@@ -15,8 +15,13 @@ Fqns = tuple[str, ...]
 
 def pack_names(fqns: Iterable[str]) -> bytes:
     """The names as bytes; surrogates and any other character survive."""
-    lines = (json.dumps(fqn, ensure_ascii=False) if _awkward(fqn) else fqn for fqn in fqns)
-    return "\n".join(lines).encode("utf-8", "surrogatepass")
+    fqns = tuple(fqns)
+    text = "\n".join(fqns)
+    if not _is_plain(fqns, text):
+        text = "\n".join(
+            json.dumps(fqn, ensure_ascii=False) if _awkward(fqn) else fqn for fqn in fqns
+        )
+    return text.encode("utf-8", "surrogatepass")
 
 
 @lru_cache(maxsize=256)
@@ -25,7 +30,15 @@ def unpack_names(block: bytes) -> Fqns:
     if not block:
         return ()
     lines = block.decode("utf-8", "surrogatepass").split("\n")
+    if not block.startswith(b'"') and b'\n"' not in block:
+        return tuple(lines)
     return tuple(json.loads(line) if line.startswith('"') else line for line in lines)
+
+
+def _is_plain(fqns: Fqns, text: str) -> bool:
+    """Whether no name is awkward: searches of the joined text, in place of a call for each."""
+    alone = text.count("\n") == len(fqns) - 1
+    return alone and "" not in fqns and not text.startswith('"') and '\n"' not in text
 
 
 def _awkward(fqn: str) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -43,14 +43,7 @@ T = TypeVar("T")
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Classes whose objects are their own memory, even in subclasses."""
 
-Sides = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""Offset and shape of boxes in the full tensor."""
 DESCRIBING_HOOKS = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__")
-
-
-def full(value: Any) -> Any:
-    """An object with the shape and the dtype of the full tensor."""
-    return spec_of(value).tensor_meta if type(value) is DTensor else value
 
 
 def describes_its_parts(value: Any) -> bool:
@@ -145,38 +138,47 @@ def in_mesh(tensor: DTensor) -> bool:
     return tensor.device_mesh.get_coordinate() is not None
 
 
+class HeldBoxes(NamedTuple):
+    """The boxes that this rank holds of a DTensor; none outside its mesh."""
+
+    size: torch.Size
+    """Of the full tensor."""
+    boxes: tuple[LocalBox, ...]
+    sides: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """Offset and shape of each box, in the full tensor."""
+
+
 class Layouts:
     """The boxes that this rank holds of DTensors; facts about a whole mesh are queried once."""
 
     def __init__(self) -> None:
         # By id, since a mesh's own hash is slow; the state dict keeps each mesh alive meanwhile.
         self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
-        self._boxes: dict[Any, tuple[tuple[LocalBox, ...], Sides]] = {}
+        self._held: dict[Any, HeldBoxes] = {}
 
-    def boxes_of(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
-        """The boxes of a DTensor; none outside its mesh.
+    def boxes_of(self, fqn: str, value: DTensor) -> HeldBoxes:
+        """The boxes of a DTensor.
 
         Raises PlanError, naming the fqn, for one with a pending reduction.
         """
-        return self._look_up(fqn, value)[0]
-
-    def sides_of(self, fqn: str, value: DTensor) -> Sides:
-        """Offset and shape of each of the boxes."""
-        return self._look_up(fqn, value)[1]
-
-    def _look_up(self, fqn: str, value: DTensor) -> tuple[tuple[LocalBox, ...], Sides]:
         spec = spec_of(value)
-        placements = spec.placements
-        if len(placements) == 1 and type(placements[0]) is Shard:
-            key: Any = (id(spec.mesh), placements[0].dim, full(value).shape)  # the commonest
+        described: Any = spec.tensor_meta if type(value) is DTensor else value
+        size = described.shape
+        placements: tuple[Any, ...] = spec.placements
+        # Mostly one placement, looked at inline: this runs once for each tensor.
+        kind = type(placements[0]) if len(placements) == 1 else None
+        if kind is Shard:
+            key: Any = (id(spec.mesh), placements[0].dim, size)
+        elif kind is Replicate:
+            key = (id(spec.mesh), kind, size)
         else:
-            key = (id(spec.mesh), *map(_kind_of, placements), full(value).shape)
-        known = self._boxes.get(key)
-        if known is None:
-            found = self._find(fqn, value)
-            known = found, tuple((box.offset, box.shape) for box in found)
-            self._boxes[key] = known
-        return known
+            key = (id(spec.mesh), *map(_kind_of, placements), size)
+        held = self._held.get(key)
+        if held is None:
+            boxes = self._find(fqn, value)
+            sides = tuple((box.offset, box.shape) for box in boxes)
+            held = self._held[key] = HeldBoxes(size, boxes, sides)
+        return held
 
     def _find(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
         mesh = value.device_mesh
@@ -204,7 +206,7 @@ def _kind_of(placement: Placement) -> Hashable:
 def boxes_of(fqn: str, value: torch.Tensor) -> tuple[LocalBox, ...]:
     """The boxes that this rank holds of one plain tensor or DTensor; see `Layouts`."""
     if isinstance(value, DTensor):
-        return Layouts().boxes_of(fqn, value)
+        return Layouts().boxes_of(fqn, value).boxes
     return (whole_box(value.shape),)
 
 

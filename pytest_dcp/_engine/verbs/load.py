@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -125,10 +126,10 @@ def load(
     for key, loaded in work.state_dict.items():
         # A planner may build the state that it loads; the caller then had no value there.
         value: Any = state_dict.get(key)
-        if is_stateful(value):
-            value.load_state_dict(loaded)
-        else:
+        if isinstance(value, torch.Tensor) or not is_stateful(value):
             state_dict[key] = loaded
+        else:
+            value.load_state_dict(loaded)
     return report
 
 
