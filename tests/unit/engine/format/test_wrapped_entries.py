@@ -83,16 +83,39 @@ def test_a_tensor_beside_a_wrapper_is_loaded_without_it(saved: Path) -> None:
     assert target["b"].tolist() == [1, 1]
 
 
-def test_a_part_of_a_wrapper_is_refused_by_name(saved: Path) -> None:
-    class Part(dcp.DefaultLoadPlanner):
-        def create_local_plan(self) -> Any:
-            assert self.metadata is not None
-            entry: Any = self.metadata.state_dict_metadata["w"]
-            entry.size = torch.Size([3])
-            return super().create_local_plan()
+class FirstThree(dcp.DefaultLoadPlanner):
+    """Takes a part of `w`, as a planner may that lets sizes differ."""
 
-    with pytest.raises(BaseException, match="'w' is stored as a wrapper"):
-        dcp.load({"w": two(0, 3)}, checkpoint_id=saved, planner=Part())
+    def create_local_plan(self) -> Any:
+        assert self.metadata is not None
+        entry: Any = self.metadata.state_dict_metadata["w"]
+        entry.size = torch.Size([3])
+        return super().create_local_plan()
+
+
+class Uncuttable(TwoTensor):
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> Any:
+        return Uncuttable(inner["a"], inner["b"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.slice.Tensor:
+            raise NotImplementedError("no slice")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_a_part_of_a_wrapper_is_cut_by_its_class(saved: Path) -> None:
+    target = two(0, 3)
+    dcp.load({"w": target}, checkpoint_id=saved, planner=FirstThree())
+    assert (target.a.tolist(), target.b.tolist()) == ([5, 6, 7], [-5, -4, -3])
+
+
+def test_a_part_of_a_wrapper_is_refused_by_name(saved: Path) -> None:
+    target = Uncuttable(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(CheckpointMismatchError, match=r"'w' is a Uncuttable of .*cannot cut"):
+        dcp.load({"w": target}, checkpoint_id=saved, planner=FirstThree())
+    assert not target.a.any()
 
 
 class Scaled(torch.Tensor):
