@@ -127,8 +127,8 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> Answer:
     Raises WorldFailed when a rank failed.
     """
     if options.ours_only:
-        kept = tuple(method for method in case.methods if method in engine_cases.OUR_OWN)
-        case = replace(case, methods=kept)
+        own_methods = tuple(method for method in case.methods if method in engine_cases.OUR_OWN)
+        case = replace(case, methods=own_methods)
     rounds, quick, profile = options.rounds, options.quick, options.profile
     if case.kind == "plan":
         job = partial(
@@ -172,8 +172,8 @@ def measure_all(
             except WorldFailed as failure:
                 yield case, None
                 outcome = f": FAILED: {failure}"
-            told = f"{number + 1}/{len(options.cases)}  {case.name}, {case.place}{outcome}"
-            console.print(told, markup=False)
+            line = f"{number + 1}/{len(options.cases)}  {case.name}, {case.place}{outcome}"
+            console.print(line, markup=False)
             later = [other.checkpoint for other in options.cases[number + 1 :]]
             if key is None or key not in later:
                 shutil.rmtree(folder)
@@ -186,10 +186,10 @@ def document(
     options: argparse.Namespace, where: dict[str, object], answers: Sequence[tuple[Case, Answer]]
 ) -> dict[str, object]:
     """The JSON document of a run. Pure (no I/O)."""
-    told = ("rounds", "quick", "full", "ours_only", "only", "place")
+    option_names = ("rounds", "quick", "full", "ours_only", "only", "place")
     return {
         "environment": where,
-        "options": {name: getattr(options, name) for name in told},
+        "options": {name: getattr(options, name) for name in option_names},
         "absent peers": engine_peers.absent(),
         "cases": [
             {

@@ -135,11 +135,13 @@ def _method(
     options = module.StateDictOptions(**case.options)
     if case.verb == "get":
         return partial(module.get_state_dict, model, optimizer, options=options)
-    wanted = dict(case.options)
+    get_options = dict(case.options)
     # Every rank has it, though only rank 0's is looked at: torch 2.13 hangs here if others have {}.
-    wanted.pop("broadcast_from_rank0", None)
-    got = module.get_state_dict(model, optimizer, options=module.StateDictOptions(**wanted))
-    states = copy.deepcopy(got)
+    get_options.pop("broadcast_from_rank0", None)
+    state_pair = module.get_state_dict(
+        model, optimizer, options=module.StateDictOptions(**get_options)
+    )
+    states = copy.deepcopy(state_pair)
 
     def load() -> object:
         return module.set_state_dict(
@@ -237,17 +239,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.show(console, "peak memory of broadcast_from_rank0, FSDP2", columns, rows)
     folder = options.out or Path(tempfile.mkdtemp(prefix="bench-state-dict-"))
     folder.mkdir(parents=True, exist_ok=True)
-    told = {
+    report = {
         "environment": where,
         "quick": options.quick,
         "parameters": parameters,
         "cases": [asdict(r) for r in results],
         "peaks": peaks,
     }
-    (folder / FILE_NAME).write_text(json.dumps(told, indent=2))
+    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
     console.print(f"{folder / FILE_NAME}")
     if options.guide:
-        figures.update(options.guide, told)
+        figures.update(options.guide, report)
     return 0
 
 

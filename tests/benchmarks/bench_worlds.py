@@ -88,10 +88,10 @@ def measure_rounds(options: argparse.Namespace, console: Console) -> Iterator[ta
         for case in cases:
             timing = methods.measure(case, options.worlds, options.spawn_tests)
             sample = table.Sample(number, case, timing)
-            told = table.medians([sample])[case]
+            median = table.medians([sample])[case]
             console.print(
                 f"round {number + 1}/{options.rounds}  {case.method}, {case.workload}, "
-                f"{case.size}: {told.ms:,.1f} ms",
+                f"{case.size}: {median.ms:,.1f} ms",
                 highlight=False,
             )
             yield sample

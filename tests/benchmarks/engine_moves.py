@@ -71,10 +71,10 @@ class Moves:
         ms = alternate(self.world, steps, self.rounds, after)
         notes: dict[str, object] = {}
         if self.profile and OURS in steps:
-            told = profiled(steps[OURS])
+            step_profile = profiled(steps[OURS])
             self.world.barrier()
             after(OURS)
-            notes["profile"] = told
+            notes["profile"] = step_profile
         return {"ms": ms, "notes": notes}
 
     # Loads.
@@ -309,8 +309,8 @@ def run(case: Case, world: World, folder: Path, rounds: int, quick: bool, profil
 def memory_notes(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """The notes of a memory case from what each method took. Pure (no I/O)."""
     notes = {MEMORY: found[OURS]["share"], "staging bytes": found[OURS]["staging"]}
-    for method, told in found.items():
-        notes[f"{method}: extra bytes"] = told["extra"]
-        notes[f"{method}: bytes of a rank's state"] = told["state"]
-        notes[f"{method}: share"] = told["share"]
+    for method, figures in found.items():
+        notes[f"{method}: extra bytes"] = figures["extra"]
+        notes[f"{method}: bytes of a rank's state"] = figures["state"]
+        notes[f"{method}: share"] = figures["share"]
     return notes

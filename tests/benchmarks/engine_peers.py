@@ -112,10 +112,10 @@ def raw_write(world: World, state: states.State, folder: Path, *, sync: bool, mo
     `more`: the size in bytes of one more file that rank 0 writes, as the metadata.
     """
     folder.mkdir(exist_ok=True)
-    kept = [
+    tensors = [
         states.local_of(tensor) for tensor in state.values() if world.rank == 0 or _sharded(tensor)
     ]
-    _write_file(folder / f"{world.rank}.raw", [memory(tensor) for tensor in kept], sync=sync)
+    _write_file(folder / f"{world.rank}.raw", [memory(tensor) for tensor in tensors], sync=sync)
     if world.rank == 0:
         _write_file(folder / "metadata.raw", [memoryview(bytes(more))], sync=sync)
 
@@ -128,9 +128,9 @@ def _write_file(path: Path, views: list[memoryview], *, sync: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE)
     try:
         for view in views:
-            done = 0
-            while done < len(view):
-                done += os.write(descriptor, view[done:])
+            offset = 0
+            while offset < len(view):
+                offset += os.write(descriptor, view[offset:])
         if sync:
             os.fsync(descriptor)
     finally:
@@ -167,12 +167,12 @@ def raw_reader(reads: list[Read], folder: Path) -> Callable[[], None]:
             for name, at, view in reads:
                 if name not in descriptors:
                     descriptors[name] = os.open(folder / name, os.O_RDONLY)
-                done = 0
-                while done < len(view):
-                    got = os.preadv(descriptors[name], [view[done:]], at + done)
-                    if not got:
-                        raise RuntimeError(f"{folder / name} ends {len(view) - done} bytes early")
-                    done += got
+                offset = 0
+                while offset < len(view):
+                    count = os.preadv(descriptors[name], [view[offset:]], at + offset)
+                    if not count:
+                        raise RuntimeError(f"{folder / name} ends {len(view) - offset} bytes early")
+                    offset += count
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)

@@ -102,9 +102,10 @@ class OurStep:
         pack(self.plan)
         plans = [unpack(payload) for payload in self.payloads]
         joined, self.metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
-        told = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
+        global_plans = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
         replies = [
-            pack(compress_plan(plan, local)) for plan, local in zip(told, plans, strict=True)
+            pack(compress_plan(plan, local))
+            for plan, local in zip(global_plans, plans, strict=True)
         ]
         expand_plan(unpack(replies[0]), self.plan)
 
@@ -122,8 +123,8 @@ class TorchStep:
         pickle.dumps(self.plan)
         plans = [pickle.loads(payload) for payload in self.payloads]
         joined, self.metadata = TorchSavePlanner().create_global_plan(plans)
-        told = filesystem.FileSystemWriter("unused").prepare_global_plan(joined)
-        replies = [pickle.dumps(plan) for plan in told]
+        global_plans = filesystem.FileSystemWriter("unused").prepare_global_plan(joined)
+        replies = [pickle.dumps(plan) for plan in global_plans]
         pickle.loads(replies[0])
 
 

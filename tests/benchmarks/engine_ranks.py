@@ -58,9 +58,9 @@ class World:
     def _reduced(self, value: float, how: Any) -> float:
         if self.mesh is None:
             return value
-        told = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(told, how)
-        return float(told.item())
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, how)
+        return float(tensor.item())
 
     def timed(self, step: Callable[[], object]) -> float:
         """How long the slowest rank took for the step, in ms. Collective.

@@ -63,9 +63,9 @@ def shapes(name: str, *, quick: bool) -> list[Shape]:
     return [Shape(f"layers.{n}.weight", *side) for n, side in enumerate(sides)]
 
 
-def size_bytes(wanted: Sequence[Shape]) -> int:
+def size_bytes(shapes: Sequence[Shape]) -> int:
     """Of the whole state."""
-    return sum(shape.size_bytes for shape in wanted)
+    return sum(shape.size_bytes for shape in shapes)
 
 
 def _placement(layout: str, number: int) -> Placement:
@@ -74,9 +74,9 @@ def _placement(layout: str, number: int) -> Placement:
     return Shard(1) if layout == SHARD_1 else Replicate()
 
 
-def empty(wanted: Sequence[Shape], layout: str, mesh: DeviceMesh | None) -> State:
+def empty(shapes: Sequence[Shape], layout: str, mesh: DeviceMesh | None) -> State:
     """This rank's part of the state, its pages touched. `mesh` is None where it is `unsharded`."""
-    return {shape.fqn: _empty(shape, layout, number, mesh) for number, shape in enumerate(wanted)}
+    return {shape.fqn: _empty(shape, layout, number, mesh) for number, shape in enumerate(shapes)}
 
 
 def _empty(shape: Shape, layout: str, number: int, mesh: DeviceMesh | None) -> torch.Tensor:

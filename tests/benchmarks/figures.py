@@ -87,13 +87,13 @@ def describe_run(document: Document) -> str:
     """When and on what the figures were measured, in a sentence."""
     where = document.get("environment", {})
     day = str(where.get("when", "an unknown day")).partition("T")[0]
-    said = [f"Measured on {day}"]
-    said += [f"torch {where['torch']}"] if "torch" in where else []
-    said += [f"Python {where['python']}"] if "python" in where else []
-    said += [f"{where['cpus']} cores"] if "cpus" in where else []
+    parts = [f"Measured on {day}"]
+    parts += [f"torch {where['torch']}"] if "torch" in where else []
+    parts += [f"Python {where['python']}"] if "python" in where else []
+    parts += [f"{where['cpus']} cores"] if "cpus" in where else []
     options = document.get("options", document)
     quick = " These are figures of `--quick`, which mean little." if options.get("quick") else ""
-    return f"{', '.join(said)}.{quick}"
+    return f"{', '.join(parts)}.{quick}"
 
 
 def _worlds(document: Document) -> dict[str, str]:
@@ -109,14 +109,17 @@ def _worlds(document: Document) -> dict[str, str]:
         "worlds": table.markdown(table.WORLD_COLUMNS, table.world_rows(found)),
         "worlds-targets": table.markdown(
             ("target", "measured", "met"),
-            [[text, measured, _met(word)] for text, measured, word in table.target_rows(judged)],
+            [
+                [text, measured, _yes_or_no(word)]
+                for text, measured, word in table.target_rows(judged)
+            ],
         ),
         "examples": table.markdown(table.EXAMPLE_COLUMNS, table.example_rows(found)),
         "plain": table.markdown(table.PLAIN_COLUMNS, table.plain_rows(found)),
     }
 
 
-def _met(word: str) -> str:
+def _yes_or_no(word: str) -> str:
     return {"pass": "yes", "MISS": "no"}.get(word, word)
 
 

@@ -121,10 +121,10 @@ def _measure(name: str, scale: float) -> Opened:
         stored = sum(_stored_bytes(path) for path in Path(folder).iterdir())
         began_s = time.perf_counter()
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 [*program, "open", name, folder], stdout=subprocess.PIPE, timeout=DEADLINE_S
             )
-            answer = json.loads(done.stdout) if not done.returncode else {}
+            answer = json.loads(process.stdout) if not process.returncode else {}
         except subprocess.TimeoutExpired:
             answer = {}
         seconds = time.perf_counter() - began_s

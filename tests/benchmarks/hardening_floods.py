@@ -84,10 +84,10 @@ def measure(*, quick: bool = False) -> list[Attacked]:
     if own:
         up = 'ip link set lo up && exec "$@"'
         program = ["unshare", "--net", "sh", "-c", up, "sh", *program]
-    done = subprocess.run(program, stdout=subprocess.PIPE, timeout=LIMIT_S, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the ranks exited with {done.returncode}, see above")
-    return [Attacked(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    process = subprocess.run(program, stdout=subprocess.PIPE, timeout=LIMIT_S, check=False)
+    if process.returncode:
+        raise RuntimeError(f"the ranks exited with {process.returncode}, see above")
+    return [Attacked(**row) for row in json.loads(process.stdout.splitlines()[-1])]
 
 
 def _can_make_networks() -> bool:
@@ -119,8 +119,8 @@ def hello(address: Address, group: str, operation: str, count: int) -> bytes:
         return hmac.new(key, text, hashlib.sha256).digest()
 
     nonce = f"{secrets.token_hex(16)}{count:016x}"
-    said = {"group": group, "operation": operation, "number": 1, "rank": 1, "nonce": nonce}
-    text = json.dumps(said).encode()
+    fields = {"group": group, "operation": operation, "number": 1, "rank": 1, "nonce": nonce}
+    text = json.dumps(fields).encode()
     key = mac(b"", b"group", address["secret"].encode())
     return frame(HELLO, [mac(key, b"hello", text), text])
 
@@ -135,11 +135,11 @@ def send_again(data: Callable[[], bytes], times: int, _: Address, where: tuple[s
 
 def hold(greeting: Callable[[Address], bytes], address: Address, where: tuple[str, int]) -> None:
     """Keep as many connections as one may, and replace the oldest again and again."""
-    held: deque[socket.socket] = deque(maxlen=HELD)
+    sockets: deque[socket.socket] = deque(maxlen=HELD)
     while True:
         with contextlib.suppress(OSError):
             sock = socket.create_connection(where)
-            held.append(sock)
+            sockets.append(sock)
             sock.sendall(greeting(address))
 
 
@@ -229,18 +229,18 @@ def save_beside(world: World, folder: str, pipes: list[int], saves: int) -> dict
     time.sleep(BEGIN_S)
     failed, attacked = 0.0, []
     for _ in range(saves):
-        met: list[Exception] = []
-        attacked.append(world.timed(partial(_note, save, met)))
-        failed += world.most(float(bool(met)))
+        errors: list[Exception] = []
+        attacked.append(world.timed(partial(_note, save, errors)))
+        failed += world.most(float(bool(errors)))
     return {"failed": int(failed), "quiet": quiet, "attacked": attacked}
 
 
-def _note(save: Callable[[], None], met: list[Exception]) -> None:
+def _note(save: Callable[[], None], errors: list[Exception]) -> None:
     try:
         save()
     except Exception as error:  # noqa: BLE001 - it is counted, and the next save tried
         print(f"a save failed: {error}", file=sys.stderr)
-        met.append(error)
+        errors.append(error)
 
 
 def run_attack(name: str, saves: int, own_network: bool) -> Attacked:
@@ -253,9 +253,19 @@ def run_attack(name: str, saves: int, own_network: bool) -> Attacked:
         found = run_world(partial(save_beside, folder=folder, pipes=pipes, saves=saves), RANKS)
     quiet_ms, attacked_ms = map(statistics.median, (found["quiet"], found["attacked"]))
     times = attacked_ms / quiet_ms
-    met = found["failed"] == 0 and times <= MOST_SLOWDOWN
+    is_met = found["failed"] == 0 and times <= MOST_SLOWDOWN
     return Attacked(
-        *(name, other_user, own_network, saves, found["failed"], quiet_ms, attacked_ms, times, met)
+        *(
+            name,
+            other_user,
+            own_network,
+            saves,
+            found["failed"],
+            quiet_ms,
+            attacked_ms,
+            times,
+            is_met,
+        )
     )
 
 

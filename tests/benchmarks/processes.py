@@ -49,14 +49,16 @@ def environment(scratch: Path) -> dict[str, str]:
     `pytest_dcp` is the installed one, or the checkout's where none is installed. Modules are kept
     compiled, as an installed package's are.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    variables = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     paths = [str(BENCHMARKS)]
     if importlib.util.find_spec("pytest_dcp") is None:
         paths.append(str(CHECKOUT))
-    if "PYTHONPATH" in kept:
-        paths.append(kept["PYTHONPATH"])
-    return kept | {
+    if "PYTHONPATH" in variables:
+        paths.append(variables["PYTHONPATH"])
+    return variables | {
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(scratch),
@@ -103,10 +105,10 @@ def _wait(process: subprocess.Popen[bytes]) -> str:
     try:
         pidfd = os.pidfd_open(process.pid)
         try:
-            ended, _, _ = select.select([pidfd], [], [], DEADLINE_S)
+            ready, _, _ = select.select([pidfd], [], [], DEADLINE_S)
         finally:
             os.close(pidfd)
-        if not ended:
+        if not ready:
             return f"did not end within {DEADLINE_S:g} s"
         code = process.wait()
     finally:

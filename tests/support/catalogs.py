@@ -185,32 +185,34 @@ def _places(rows: list[_Row], block_bytes: int) -> EntryPlaces:
     )
 
 
-def told(value: Any) -> Any:
+def describe_fields(value: Any) -> Any:
     """Everything that an object of torch's metadata holds: types, fields, items in their order."""
     if is_dataclass(value):
-        return type(value), {name: told(part) for name, part in value.__dict__.items()}
+        return type(value), {name: describe_fields(part) for name, part in value.__dict__.items()}
     if isinstance(value, dict):
-        return type(value), [(told(key), told(part)) for key, part in value.items()]
+        return type(value), [
+            (describe_fields(key), describe_fields(part)) for key, part in value.items()
+        ]
     if isinstance(value, (list, tuple)):
-        return type(value), [told(part) for part in value]
+        return type(value), [describe_fields(part) for part in value]
     return type(value), value
 
 
 def same(a: Catalog, b: Catalog) -> bool:
     """Whether two catalogs hold the same, column by column."""
-    said = (a.planner_data, a.storage_meta, a.version) == (
+    are_equal = (a.planner_data, a.storage_meta, a.version) == (
         b.planner_data,
         b.storage_meta,
         b.version,
     )
-    return said and all(
-        _equal(getattr(left, field.name), getattr(right, field.name))
-        for left, right in ((a.index, b.index), (a.places, b.places))
-        for field in fields(left)
+    return are_equal and all(
+        _equal(getattr(one, field.name), getattr(other, field.name))
+        for one, other in ((a.index, b.index), (a.places, b.places))
+        for field in fields(one)
     )
 
 
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and np.array_equal(left, right)
-    return bool(left == right)
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return bool(one == other)

@@ -106,12 +106,12 @@ def find_missing_lines(output: str, printed: str) -> list[str]:
     actual = [_normalise(line) for line in printed.splitlines()]
     start = 0
     for group in _split_at_elisions(output):
-        wanted = [_normalise(line) for line in group]
-        places = range(start, len(actual) - len(wanted) + 1)
-        found = next((at for at in places if actual[at : at + len(wanted)] == wanted), None)
+        expected = [_normalise(line) for line in group]
+        places = range(start, len(actual) - len(expected) + 1)
+        found = next((at for at in places if actual[at : at + len(expected)] == expected), None)
         if found is None:
             return [line for line in group if _normalise(line) not in actual[start:]] or group
-        start = found + len(wanted)
+        start = found + len(expected)
     return []
 
 

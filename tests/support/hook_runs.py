@@ -50,19 +50,19 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RankRun:
     """One rank's result of a run."""
 
     error: str
     """Class of the error; empty if the call returned."""
-    named: tuple[int, ...]
+    named_ranks: tuple[int, ...]
     """Ranks that the error names."""
     text: str
     right: bool
     """A load that returned: whether all values are those of the checkpoint."""
 
 
-def run(verb: Verb, storage: FaultyStorage, group: dist.ProcessGroup | None = None) -> Told:
+def run(verb: Verb, storage: FaultyStorage, group: dist.ProcessGroup | None = None) -> RankRun:
     """The verb, with everything wrapped; in a rank."""
     target = blank()
     try:
@@ -73,11 +73,11 @@ def run(verb: Verb, storage: FaultyStorage, group: dist.ProcessGroup | None = No
         else:
             _load(target, storage, group)
     except CheckpointException as error:
-        named = tuple(sorted(error.failures))
-        return Told("CheckpointException", named, str(error), right=False)
+        named_ranks = tuple(sorted(error.failures))
+        return RankRun("CheckpointException", named_ranks, str(error), right=False)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - which it is, is looked at
-        return Told(type(error).__name__, (), str(error), right=False)
-    return Told("", (), "", right=verb != "load" or equal(target, state(OLD)))
+        return RankRun(type(error).__name__, (), str(error), right=False)
+    return RankRun("", (), "", right=verb != "load" or equal(target, state(OLD)))
 
 
 def _save(storage: FaultyStorage, group: dist.ProcessGroup | None) -> None:
@@ -109,7 +109,7 @@ def _load(target: dict[str, Any], storage: FaultyStorage, group: dist.ProcessGro
     )
 
 
-def dead_or_told(storage: FaultyStorage, hook: str, timeout_s: float) -> Told:
+def run_or_die(storage: FaultyStorage, hook: str, timeout_s: float) -> RankRun:
     """`run` with a fault that came along with the storage, in a rank of a world of its own."""
     group = dist.new_group(timeout=timedelta(seconds=timeout_s)) if timeout_s else None
     warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
@@ -139,7 +139,7 @@ class Kept:
         """Which state the folder holds, whole, or None; then the old one is put back."""
         if {file.name: file.read_bytes() for file in self.folder.iterdir()} == self._files:
             return OLD
-        found = held(self.folder)
+        found = loadable_state(self.folder)
         for file in self.folder.iterdir():
             file.unlink()
         for name, data in self._files.items():
@@ -147,7 +147,7 @@ class Kept:
         return found
 
 
-def held(folder: Path) -> int | None:
+def loadable_state(folder: Path) -> int | None:
     """Which state the folder holds, whole; as this process alone sees it."""
     target = blank()
     try:
@@ -169,7 +169,7 @@ class Bench:
         self.fired = 0
         self._counts = folder / "counts"
         dcp.save(state(OLD), checkpoint_id=self.folder)
-        self._kept = Kept(self.folder) if world.rank == 0 else None
+        self._snapshot = Kept(self.folder) if world.rank == 0 else None
         self.world.barrier()
 
     def case(self, hook: str, fault: Fault, rank: int | None) -> Case:
@@ -179,13 +179,15 @@ class Bench:
         verb = verb_of(hook)
         with FaultyStorage(self.folder, counts) as storage:
             injected = storage.inject(fault, on=hook, rank=rank, must_fire=False)
-            told = self.world.gather(run(verb, storage))
+            runs = self.world.gather(run(verb, storage))
             fired = injected.fired_by_rank
         self.fired += bool(fired)
         holds: int | None = OLD
         if verb != "load":
-            holds = self.world.broadcast(self._kept.look() if self._kept is not None else None)
-        return Case(f"{fault!r} on {hook}, rank {rank}", tuple(sorted(fired)), told, holds)
+            holds = self.world.broadcast(
+                self._snapshot.look() if self._snapshot is not None else None
+            )
+        return Case(f"{fault!r} on {hook}, rank {rank}", tuple(sorted(fired)), runs, holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,21 +197,21 @@ class Case:
     name: str
     fired: tuple[int, ...]
     """Ranks in which the fault fired."""
-    told: list[Told]
+    runs: list[RankRun]
     holds: int | None
     """Which state the folder held afterwards, whole."""
 
     @property
     def raised(self) -> bool:
         """Whether every rank raised the error that names ranks."""
-        return all(one.error == "CheckpointException" for one in self.told)
+        return all(one.error == "CheckpointException" for one in self.runs)
 
     @property
     def agreed(self) -> bool:
         """Whether every rank got the same error, in the same words."""
-        return len({(one.error, one.named, one.text) for one in self.told}) == 1
+        return len({(one.error, one.named_ranks, one.text) for one in self.runs}) == 1
 
     @property
     def returned(self) -> bool:
         """Whether every rank returned, with the right values."""
-        return all(not one.error and one.right for one in self.told)
+        return all(not one.error and one.right for one in self.runs)

@@ -115,9 +115,9 @@ class LiveSession:
     ) -> None:
         """Wait for their ends; AssertionError when one is late."""
         deadline = time.monotonic() + within_s
-        while left := [process for process in processes if _runs(process)]:
+        while running := [process for process in processes if _runs(process)]:
             if time.monotonic() > deadline:
-                raise AssertionError(f"after {within_s:g} s there were still {left}")
+                raise AssertionError(f"after {within_s:g} s there were still {running}")
             self._listen()
 
     def _listen(self) -> None:

@@ -65,8 +65,8 @@ def ending(load: Any, folder: Path) -> str:
         if isinstance(cause, CheckpointMismatchError):
             return "another shape"
         if isinstance(cause, CheckpointCorruptError):
-            named = cause.file is not None or cause.entry is not None
-            return "refused" if named else f"neither file nor entry in: {cause}"
+            is_located = cause.file is not None or cause.entry is not None
+            return "refused" if is_located else f"neither file nor entry in: {cause}"
         return repr(cause)
     except Exception as error:  # noqa: BLE001 - none may leave a load
         return f"left the load: {error!r}"

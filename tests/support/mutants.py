@@ -110,11 +110,11 @@ def moved(right: Callable[..., Any]) -> Callable[..., Any]:
     """Tensors are loaded into copies, which take their places in the state dict."""
 
     def load(state_dict: dict[str, Any], **kwargs: Any) -> Any:
-        done = right(state_dict, **kwargs)
+        result = right(state_dict, **kwargs)
         for key, value in state_dict.items():
             if isinstance(value, torch.Tensor):
                 state_dict[key] = value.clone()
-        return done
+        return result
 
     return load
 

@@ -83,10 +83,10 @@ def inside(value: Any) -> list[Any]:
         return [value.dtype, value.tolist()]
     scheme = value.qscheme()
     if scheme is torch.per_tensor_affine:
-        said: list[Any] = [value.q_scale(), value.q_zero_point()]
+        scales: list[Any] = [value.q_scale(), value.q_zero_point()]
     else:
-        said = [value.q_per_channel_scales().tolist(), value.q_per_channel_zero_points().tolist()]
-    return [value.dtype, scheme, value.int_repr().tolist(), said]
+        scales = [value.q_per_channel_scales().tolist(), value.q_per_channel_zero_points().tolist()]
+    return [value.dtype, scheme, value.int_repr().tolist(), scales]
 
 
 class Blocks(torch.Tensor):

@@ -123,8 +123,8 @@ class SessionResult:
 
     def repeated(self) -> list[tuple[str, str]]:
         """(nodeid, phase) of reports that were made more than once."""
-        made = Counter((r.nodeid, r.when) for r in self.reports if not r.subtest)
-        return [key for key, times in made.items() if times > 1]
+        counts = Counter((r.nodeid, r.when) for r in self.reports if not r.subtest)
+        return [key for key, times in counts.items() if times > 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +260,8 @@ class _Run:
         try:
             return process.wait(within_s)
         except subprocess.TimeoutExpired as exc:
-            shown = self.output()[-5000:]
-            raise AssertionError(f"{command} did not end in {within_s:g} s:\n{shown}") from exc
+            output = self.output()[-5000:]
+            raise AssertionError(f"{command} did not end in {within_s:g} s:\n{output}") from exc
         finally:
             if process.poll() is None:
                 self.kill_left()
@@ -271,19 +271,19 @@ class _Run:
         return (self.private / "output").read_text(errors="replace")
 
     def kill_left(self) -> None:
-        for process in self.left():
+        for process in self.processes():
             process.kill()
 
-    def left(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Processes with the session's token."""
         return [process for process in psutil.process_iter() if _has_token(process, self.token)]
 
     def left_after(self, wait_s: float) -> tuple[str, ...]:
         """Command lines of what still runs after `wait_s`; it is killed."""
         deadline = time.monotonic() + wait_s
-        while self.left() and time.monotonic() < deadline:
+        while self.processes() and time.monotonic() < deadline:
             time.sleep(0.02)
-        commands = tuple(_command(process) for process in self.left())
+        commands = tuple(_command(process) for process in self.processes())
         self.kill_left()
         return commands
 

@@ -70,8 +70,8 @@ def starts_alike(env: Mapping[str, str]) -> bool:
 class ForkedSession:
     """A running session of the server, with the methods of `subprocess.Popen` that tests need."""
 
-    def __init__(self, ended: socket.socket) -> None:
-        self._ended = ended
+    def __init__(self, reports: socket.socket) -> None:
+        self._reports = reports
         self.pid = int(self._receive())
         self.returncode: int | None = None
 
@@ -83,24 +83,24 @@ class ForkedSession:
             AssertionError: the server ended first.
         """
         if self.returncode is None:
-            self._ended.settimeout(within_s)
+            self._reports.settimeout(within_s)
             try:
                 self.returncode = int(self._receive())
             except TimeoutError:
                 raise subprocess.TimeoutExpired("pytest", within_s or 0.0) from None
-            self._ended.close()
+            self._reports.close()
         return self.returncode
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
-        if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
+        if self.returncode is None and select.select([self._reports], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def _receive(self) -> bytes:
-        if not (said := self._ended.recv(64)):
+        if not (data := self._reports.recv(64)):
             raise AssertionError("the server of sessions ended before its session did")
-        return said
+        return data
 
 
 def start_session(
@@ -112,8 +112,8 @@ def start_session(
     its input and controls it.
     """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    said = {"args": [*args], "cwd": str(cwd), "env": dict(env), "terminal": terminal}
-    request = json.dumps(said).encode()
+    settings = {"args": [*args], "cwd": str(cwd), "env": dict(env), "terminal": terminal}
+    request = json.dumps(settings).encode()
     with there:
         socket.send_fds(_server(), [request], [output, there.fileno()])
     return ForkedSession(here)
@@ -158,29 +158,29 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
     while True:
         ready, _, _ = select.select([requests, *ended_by], [], [])
         for pidfd in ended_by.keys() & ready:
-            pid, ended = ended_by.pop(pidfd)
+            pid, report_fd = ended_by.pop(pidfd)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with contextlib.suppress(BrokenPipeError):  # the client no longer waits for it
-                os.write(ended, str(code).encode())
-            os.close(ended)
+                os.write(report_fd, str(code).encode())
+            os.close(report_fd)
             os.close(pidfd)
         if requests not in ready:
             continue
         data, fds, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 2)
         if not data:
             return None
-        output, ended = fds
+        output, report_fd = fds
         with warnings.catch_warnings():
             # Python 3.12 warns of a fork beside any thread, such as those of OpenBLAS.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            for fd in (*(fd for one in ended_by.items() for fd in (one[0], one[1][1])), ended):
+            for fd in (*(fd for one in ended_by.items() for fd in (one[0], one[1][1])), report_fd):
                 os.close(fd)
             return {**json.loads(data), "output": output}
         os.close(output)
-        ended_by[os.pidfd_open(pid)] = (pid, ended)
-        os.write(ended, str(pid).encode())
+        ended_by[os.pidfd_open(pid)] = (pid, report_fd)
+        os.write(report_fd, str(pid).encode())
 
 
 def _become_session(request: dict[str, Any], inherited: Sequence[str]) -> None:
@@ -208,8 +208,8 @@ def _show_token(token: str) -> None:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[ENV_START]), int(fields[ENV_END])
     before = ctypes.string_at(start, end - start)
-    shown = f"{TOKEN}=".encode()
-    at = start + before.index(shown + b"0" * TOKEN_LENGTH) + len(shown)
+    prefix = f"{TOKEN}=".encode()
+    at = start + before.index(prefix + b"0" * TOKEN_LENGTH) + len(prefix)
     ctypes.memmove(at, token.encode(), TOKEN_LENGTH)
 
 

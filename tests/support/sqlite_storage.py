@@ -97,12 +97,12 @@ class SqliteWriter(Placed, StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {one.index: one.storage_data for some in results for one in some}
-        kept = list(metadata.storage_data.values())
+        entry_ids = list(metadata.storage_data.values())
         with self.database.opened() as connection:
             connection.execute("delete from metadata")
             connection.execute("insert into metadata values (?)", (pickle.dumps(metadata),))
-            marks = ", ".join("?" * len(kept))
-            connection.execute(f"delete from entries where id not in ({marks})", kept)
+            marks = ", ".join("?" * len(entry_ids))
+            connection.execute(f"delete from entries where id not in ({marks})", entry_ids)
         with closing(sqlite3.connect(self.database.folder / FILE)) as connection:
             connection.execute("vacuum")
 

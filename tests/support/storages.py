@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 
-def done(value: Any = None) -> Future[Any]:
+def resolved_future(value: Any = None) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
@@ -74,7 +74,7 @@ class FolderWriter(StorageWriter):
                 size = data.numel() * data.element_size()
             results.append(WriteResult(item.index, size, name))
         (self.path / name).write_bytes(pickle.dumps(content))
-        return done(results)
+        return resolved_future(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self.calls.append("finish")
@@ -134,7 +134,7 @@ class FolderReader(StorageReader):
             assert target.shape == found.shape
             target.copy_(found)
             planner.commit_tensor(item, target)
-        return done()
+        return resolved_future()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -77,16 +77,16 @@ def check_raised(case: Case, hook: str) -> None:
         return
     # An exception such as SystemExit, which is no error of the work, is also raised in its own
     # rank.
-    own = {rank for rank, one in enumerate(case.told) if one.error == "SystemExit"}
+    own = {rank for rank, one in enumerate(case.runs) if one.error == "SystemExit"}
     assert own <= set(case.fired), case
     assert ("SystemExit" in case.name) == bool(own), case
-    others = [one for rank, one in enumerate(case.told) if rank not in own]
+    others = [one for rank, one in enumerate(case.runs) if rank not in own]
     assert {one.error for one in others} <= {"CheckpointException"}, case
     assert len({one.text for one in others}) <= 1, case
     for one in others:
         # If several fail, a rank that receives another's failure in time stops and is not named.
-        assert one.named, case
-        assert set(one.named) <= set(case.fired), case
+        assert one.named_ranks, case
+        assert set(one.named_ranks) <= set(case.fired), case
         assert one.text.startswith("step '"), case
         assert "injected" in one.text, case
     assert case.holds in ((OLD, NEW) if hook == "writer.finish" else (OLD,)), case
@@ -112,10 +112,10 @@ def test_a_hook_that_returns_something_else_is_an_error_on_every_rank_or_does_no
 def check_wrong(case: Case, hook: str) -> None:
     assert case.agreed, case
     if case.raised:
-        assert case.told[0].named, case
-        assert case.told[0].text.startswith("step '"), case
+        assert case.runs[0].named_ranks, case
+        assert case.runs[0].text.startswith("step '"), case
         assert case.holds == OLD, case
     elif hook in CHOICES:
-        assert not case.told[0].error, case
+        assert not case.runs[0].error, case
     else:
         check_returned(case, hook)

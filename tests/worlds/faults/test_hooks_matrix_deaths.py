@@ -18,7 +18,7 @@ import pytest
 
 from pytest_dcp import LostRank, WorldError
 from pytest_dcp.faults import Exit, Fault, FaultyStorage, Hang, Injected, Kill, Raise, Stop
-from support.hook_runs import OLD, Kept, Told, dead_or_told, save_old, verb_of
+from support.hook_runs import OLD, Kept, RankRun, run_or_die, save_old, verb_of
 
 if TYPE_CHECKING:
     from pytest_dcp._harness.controller.worlds_fixture import Running, Worlds
@@ -57,13 +57,13 @@ class Played:
 
     plan: Plan
     fired: tuple[int, ...]
-    results: list[Told | LostRank] | str
+    results: list[RankRun | LostRank] | str
     """One per rank, or the error of a world of which nothing is left."""
     holds: int | None
 
     @property
-    def survivors(self) -> list[Told]:
-        return [one for one in self.results if isinstance(one, Told)]
+    def survivors(self) -> list[RankRun]:
+        return [one for one in self.results if isinstance(one, RankRun)]
 
     @property
     def lost(self) -> list[int]:
@@ -107,11 +107,11 @@ class Stage:
         stack.callback(storage.close)
         injected = storage.inject(fault, on=plan.hook, rank=plan.rank, must_fire=False)
         world = stack.enter_context(self._worlds(size, timeout=60))
-        running = world.start(dead_or_told, storage, plan.hook, timeout_s)
+        running = world.start(run_or_die, storage, plan.hook, timeout_s)
         return injected, Kept(folder), running
 
 
-def result_of(running: Running) -> list[Told | LostRank] | str:
+def result_of(running: Running) -> list[RankRun | LostRank] | str:
     try:
         return running.result()
     except WorldError as error:
@@ -135,10 +135,10 @@ def wrong_in(played: Played, reason: str) -> str:
     return "".join(wrong_with(one, rank, reason) for one in played.survivors)
 
 
-def wrong_with(told: Told, rank: int, reason: str) -> str:
-    if told.error != "CheckpointException" or told.named != (rank,):
-        return f"told {told.error} of ranks {told.named}: {told.text[:200]}"
-    headline = told.text.partition("\n")[0]
+def wrong_with(run: RankRun, rank: int, reason: str) -> str:
+    if run.error != "CheckpointException" or run.named_ranks != (rank,):
+        return f"told {run.error} of ranks {run.named_ranks}: {run.text[:200]}"
+    headline = run.text.partition("\n")[0]
     if not headline.startswith("step '") or f"{reason}: rank {rank} " not in headline:
         return f"told {headline}"
     return ""

@@ -21,7 +21,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
-from support.catalogs import Sample, same, samples, told
+from support.catalogs import Sample, describe_fields, same, samples
 
 EXTREMES = [0, 1, -1, -2, 63, 1 << 31, 1 << 62, (1 << 63) - 1, -(1 << 63)]
 
@@ -152,7 +152,7 @@ def test_planner_data_that_is_not_plain_comes_from_the_pickle(said: dict[str, An
     found = decoded(manifest.encode(catalog), catalog.metadata())
 
     assert same(found, catalog)
-    assert told(found.planner_data) == told(catalog.planner_data)
+    assert describe_fields(found.planner_data) == describe_fields(catalog.planner_data)
 
 
 def test_transforms_beyond_the_known_are_refused() -> None:
@@ -341,9 +341,9 @@ def test_the_short_way_through_the_checks_lets_nothing_else_pass(
                 limits = np.iinfo(column.dtype)
                 for number in {n for n in (*EXTREMES, *near) if limits.min <= n <= limits.max}:
                     catalog = change(**{name: {at: number}})(sound())
-                    told = refused(catalog, noted)
-                    assert told == refused(catalog, lambda *_: False), (name, at, number)
-                    if told is None:
+                    reason = refused(catalog, noted)
+                    assert reason == refused(catalog, lambda *_: False), (name, at, number)
+                    if reason is None:
                         _assert_lawful(catalog)
     assert {True, False} <= set(usual)
     assert usual.count(True) > 50
@@ -590,12 +590,14 @@ def test_paths_that_do_not_fit_are_refused(case: str) -> None:
     text = text or own
     at = data.rindex(own)
     rows = at - 16  # three int32, padded to 16 bytes
-    told = b"".join(
+    data_of_case = b"".join(
         [data[:rows], struct.pack("<3i4x", form, form, form), text, bytes(-len(text) % 8)]
     )
 
     with pytest.raises(CheckpointCorruptError):
-        decoded(_with_header(told, lambda header: header["counts"].update(path_bytes=len(text))))
+        decoded(
+            _with_header(data_of_case, lambda header: header["counts"].update(path_bytes=len(text)))
+        )
 
 
 @pytest.mark.parametrize("name", ["x", "a/b", "__0_0.distcp", "..x", "a/...", "ü \n", ".metadata"])

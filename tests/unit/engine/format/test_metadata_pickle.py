@@ -20,7 +20,7 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
 from pytest_dcp._engine.plan.nested import Position
 from pytest_dcp._engine.unpickle import read_metadata
-from support.catalogs import Sample, samples, told
+from support.catalogs import Sample, describe_fields, samples
 
 
 def metadata(chunks: int, dims: int = 2, transform: bool = False) -> Metadata:
@@ -47,7 +47,7 @@ def metadata(chunks: int, dims: int = 2, transform: bool = False) -> Metadata:
 
 def reloaded(stock: Metadata) -> Any:
     """The metadata after a round trip through the stock pickler and unpickler."""
-    return told(pickle.loads(pickle.dumps(stock)))
+    return describe_fields(pickle.loads(pickle.dumps(stock)))
 
 
 @given(samples())
@@ -55,35 +55,35 @@ def test_unpickles_to_the_object_that_torch_would_have_pickled(sample: Sample) -
     loaded = pickle.loads(pickle_metadata(sample.catalog))
 
     assert loaded == sample.stock
-    assert told(loaded) == reloaded(sample.stock)
+    assert describe_fields(loaded) == reloaded(sample.stock)
 
 
 @given(samples())
 def test_every_unpickler_agrees(sample: Sample) -> None:
     data = pickle_metadata(sample.catalog)
 
-    assert told(pickle._loads(data)) == reloaded(sample.stock)  # type: ignore[attr-defined]  # in Python
-    assert told(read_metadata(data)) == reloaded(sample.stock)
+    assert describe_fields(pickle._loads(data)) == reloaded(sample.stock)  # type: ignore[attr-defined]  # in Python
+    assert describe_fields(read_metadata(data)) == reloaded(sample.stock)
     assert list(pickletools.genops(data))[-1][0].name == "STOP"
 
 
 def test_more_items_than_a_batch_or_a_block_keep_their_order() -> None:
     stock = metadata(chunks=7001)
 
-    assert told(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
+    assert describe_fields(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
 
 
 def test_more_keys_than_a_batch_keep_their_order() -> None:
     entries: dict[str, Any] = {f"k{i}": BytesStorageMetadata() for i in range(2001)}
     stock = Metadata(entries, None, {}, None, None)
 
-    assert told(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
+    assert describe_fields(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
 
 
 def test_many_dimensions_and_transforms_survive() -> None:
     stock = metadata(chunks=3, dims=7, transform=True)
 
-    assert told(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
+    assert describe_fields(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
 
 
 def test_says_within_its_first_bytes_that_a_manifest_follows() -> None:
@@ -97,7 +97,7 @@ def test_any_object_of_a_planner_is_pickled_as_it_is() -> None:
 
     loaded = pickle.loads(pickle_metadata(Catalog.of(stock)))
 
-    assert told(loaded) == reloaded(stock)
+    assert describe_fields(loaded) == reloaded(stock)
     assert loaded.planner_data["a"] is loaded.planner_data["b"]
 
 
@@ -107,7 +107,9 @@ def test_positions_in_lists_become_plain_ints() -> None:
 
     loaded = pickle.loads(pickle_metadata(Catalog.of(stock)))
 
-    assert told(loaded.planner_data) == told({"layers.0": ("layers", 0), "flag": (True,)})
+    assert describe_fields(loaded.planner_data) == describe_fields(
+        {"layers.0": ("layers", 0), "flag": (True,)}
+    )
 
 
 def test_equal_properties_are_not_one_object() -> None:
@@ -131,7 +133,7 @@ def test_numbers_beyond_32_bits_survive() -> None:
         info.offset = (1 << 31) - 1 + number
         info.length = (1 << 62) + number
 
-    assert told(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
+    assert describe_fields(pickle.loads(pickle_metadata(Catalog.of(stock)))) == reloaded(stock)
 
 
 def test_is_not_longer_than_the_stock_pickle() -> None:

@@ -31,7 +31,7 @@ from pytest_dcp._engine.verbs.save_messages import (
     packed_metadata,
     unpacked_metadata,
 )
-from support.catalogs import same, samples, told
+from support.catalogs import describe_fields, same, samples
 from support.tilings import fewer, shard_item, value_item
 
 
@@ -134,7 +134,9 @@ def test_metadata_comes_home_as_it_was(sample):
         sample.stock.storage_data,
         sample.stock.storage_meta,
     )
-    assert told(copy.state_dict_metadata) == told(expected.state_dict_metadata)
+    assert describe_fields(copy.state_dict_metadata) == describe_fields(
+        expected.state_dict_metadata
+    )
     assert copy.storage_data == expected.storage_data
 
 
