@@ -138,7 +138,7 @@ MUTANTS: dict[str, Mutant] = {
     "offsets in the index have their dimensions reversed": Mutant(
         "plan.save",
         "_index",
-        after(lambda made: (replace(made[0], offset=made[0].offset[:, ::-1].copy()), made[1])),
+        after(lambda rows: (replace(rows[0], offset=rows[0].offset[:, ::-1].copy()), rows[1])),
     ),
     "parts go to the start of the target": Mutant(
         "planners.local_load_plan",

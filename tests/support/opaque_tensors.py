@@ -75,8 +75,8 @@ def per_channel(factor: int) -> torch.Tensor:
 def inside(value: Any) -> list[Any]:
     """All that a tensor holds, to compare."""
     if isinstance(value, Blocks):
-        held = [value.codes.tolist(), value.scale.tolist(), value.table.tolist()]
-        return [*held, value.signed]
+        parts = [value.codes.tolist(), value.scale.tolist(), value.table.tolist()]
+        return [*parts, value.signed]
     if isinstance(value, Scaled):
         return [type(value).__name__, value.block, *inside(value.values), *inside(value.scale)]
     if not value.is_quantized:

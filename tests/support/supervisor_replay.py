@@ -143,7 +143,7 @@ class Replay:
         """A world whose ranks have come up and wait for orders."""
         replay = cls(size, **keywords)  # type: ignore[arg-type]  # passed on
         replay.supervisor.boot(T0 + 120.0)
-        replay.play([(T0, Says(rank, done("boot"))) for rank in range(size)])
+        replay.play([(T0, Says(rank, make_result("boot"))) for rank in range(size)])
         assert replay.supervisor.settled
         return replay
 
@@ -234,23 +234,23 @@ class Replay:
         return text
 
 
-def done(phase: Phase = "call", outcome: RankOutcome = "passed", at_s: float = T0) -> Done:
+def make_result(phase: Phase = "call", outcome: RankOutcome = "passed", at_s: float = T0) -> Done:
     return Done(phase, outcome, at_s, text="ValueError: 3" if outcome == "failed" else "")
 
 
-FAILED = done(outcome="failed", at_s=99.5)
-PASSED = done()
+FAILED = make_result(outcome="failed", at_s=99.5)
+PASSED = make_result()
 
 
-RAISED = done(outcome="interrupt")
+RAISED = make_result(outcome="interrupt")
 
 
 def error_to(replay: Replay, rank: int) -> str:
     """The error of the one `Met` that the rank got."""
-    (met,) = replay.sent(rank)
-    assert isinstance(met, Met)
-    assert met.values() == []
-    return met.error
+    (answer,) = replay.sent(rank)
+    assert isinstance(answer, Met)
+    assert answer.values() == []
+    return answer.error
 
 
 def debugged(start: float, end: float, rank: int = 0) -> list[tuple[float, Event]]:

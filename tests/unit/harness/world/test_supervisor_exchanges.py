@@ -19,8 +19,8 @@ from support.supervisor_replay import (
     Floods,
     Replay,
     Says,
-    done,
     error_to,
+    make_result,
 )
 
 
@@ -94,7 +94,7 @@ def test_who_comes_after_a_mismatch_waits_for_the_next_meeting() -> None:
 
 ABSENCES: dict[str, tuple[Event, str]] = {
     "passed": (Says(1, PASSED), "call"),
-    "skipped": (Says(1, done(outcome="skipped")), "call"),
+    "skipped": (Says(1, make_result(outcome="skipped")), "call"),
     "failed": (Says(1, FAILED), "ValueError: 3"),
     "died": (Ends(1, -signal.SIGSEGV), "SIGSEGV"),
     "was killed": (Floods(1, 77), "77 bytes"),

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pytest_dcp._harness.protocol.messages import Exchange
 from pytest_dcp._harness.world.rank_states import Dump, KillRank
 from pytest_dcp._harness.world.timers import STACKS_S
-from support.supervisor_replay import DYING_S, FAILED, GRACE_S, PASSED, T0, Replay, Says, done
+from support.supervisor_replay import (
+    DYING_S,
+    FAILED,
+    GRACE_S,
+    PASSED,
+    T0,
+    Replay,
+    Says,
+    make_result,
+)
 
 
 def test_after_a_failure_peers_get_the_grace_then_their_stacks_are_taken_then_they_are_killed() -> (
@@ -93,7 +102,7 @@ def test_a_limit_that_falls_into_the_grace_ends_it() -> None:
 def test_a_world_that_does_not_come_up_ends_at_the_limit_of_its_boot() -> None:
     replay = Replay(2)
     replay.supervisor.boot(T0 + 120.0)
-    replay.play([(T0 + 1, Says(0, done("boot")))])
+    replay.play([(T0 + 1, Says(0, make_result("boot")))])
     assert replay.failures == [(1, "timeout")]
     assert replay.ordered(KillRank) == [(T0 + 120.0 + STACKS_S, 1)]
 

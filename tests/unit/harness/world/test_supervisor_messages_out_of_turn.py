@@ -19,7 +19,7 @@ from pytest_dcp._harness.protocol.messages import (
     Up,
 )
 from pytest_dcp._harness.world.rank_states import KillRank
-from support.supervisor_replay import PASSED, RAISED, T0, Replay, Says, done
+from support.supervisor_replay import PASSED, RAISED, T0, Replay, Says, make_result
 
 OUT_OF_TURN: dict[str, tuple[list[Up], Up]] = {
     "an answer while idle": ([PASSED], PASSED),
@@ -59,7 +59,7 @@ def test_a_rank_that_speaks_out_of_turn_is_killed_and_its_message_is_named(
 @pytest.mark.parametrize("outcome", ["passed", "failed"])
 def test_an_answer_to_another_order_is_no_answer(phase: Phase, outcome: RankOutcome) -> None:
     replay = Replay.calling(2)
-    replay.play([(T0 + 1, Says(1, done(phase, outcome))), (T0 + 1, Says(0, PASSED))])
+    replay.play([(T0 + 1, Says(1, make_result(phase, outcome))), (T0 + 1, Says(0, PASSED))])
     assert replay.failures == [(1, "closed")]
     assert 1 not in replay.supervisor.results
     assert replay.summary(1).startswith(f"ended {phase} while in call: ")

@@ -22,8 +22,8 @@ from support.supervisor_replay import (
     Says,
     Strikes,
     debugged,
-    done,
     error_to,
+    make_result,
 )
 
 KILLED = -signal.SIGKILL
@@ -255,7 +255,9 @@ def test_a_lost_rank_stays_lost_in_the_phases_that_follow() -> None:
     replay = Replay.calling(2)
     replay.play([(T0 + 1, Strikes("kill", 1)), (T0 + 2, Says(0, PASSED))])
     replay.begin(replay.supervisor.idle, "teardown")
-    replay.play([(T0 + 3, Says(0, Exchange("barrier()"))), (T0 + 4, Says(0, done("teardown")))])
+    replay.play(
+        [(T0 + 3, Says(0, Exchange("barrier()"))), (T0 + 4, Says(0, make_result("teardown")))]
+    )
     assert replay.failures == []
     assert set(replay.supervisor.results) == {0}
     assert set(replay.lost) == {1}

@@ -17,7 +17,7 @@ from support.supervisor_replay import (
     Replay,
     Says,
     SeenAtWork,
-    done,
+    make_result,
 )
 
 HEEDS = At("interrupted")
@@ -66,7 +66,7 @@ def test_a_rank_at_work_has_longer_to_hear_an_interrupt() -> None:
 def test_ranks_that_tear_down_are_not_interrupted_but_have_a_limit(phase: Phase) -> None:
     replay = Replay.ready(2)
     replay.begin([0, 1], phase, order=Leave() if phase == "finish" else None)
-    replay.play([(T0 + 5, Interrupted()), (T0 + 8, Says(0, done(phase)))], until=T0 + 60)
+    replay.play([(T0 + 5, Interrupted()), (T0 + 8, Says(0, make_result(phase)))], until=T0 + 60)
     assert replay.ordered(Interrupt) == []
     assert (T0 + 5 + END_S + STACKS_S, 1) in replay.ordered(KillRank)
 
@@ -107,6 +107,6 @@ def test_the_phase_after_one_that_was_cut_off_runs_as_usual() -> None:
     replay = Replay.calling(1)
     replay.play([(T0 + 5, Interrupted()), (T0 + 5.5, Says(0, RAISED))])
     replay.begin([0], "teardown", limit_s=30.0)
-    replay.play([(replay.now + 20, Says(0, done("teardown")))])
+    replay.play([(replay.now + 20, Says(0, make_result("teardown")))])
     assert replay.failures == []
     assert replay.ordered(KillRank) == []

@@ -18,7 +18,7 @@ from support.supervisor_replay import (
     Replay,
     Says,
     debugged,
-    done,
+    make_result,
 )
 
 IMPORTING = At("preparing", "importing torch")
@@ -37,7 +37,7 @@ def test_the_limit_of_the_boot_counts_from_when_all_ranks_have_imported_torch() 
     replay = booting()
     slow = [(T0 + 50, Says(0, IMPORTING)), (T0 + 60, Says(1, IMPORTING))]
     ready = [(T0 + 70, Says(1, READY)), (T0 + 500, Says(0, READY))]
-    replay.play([*slow, *ready, *((T0 + 619, Says(rank, done("boot"))) for rank in (0, 1))])
+    replay.play([*slow, *ready, *((T0 + 619, Says(rank, make_result("boot"))) for rank in (0, 1))])
     assert (replay.failures, replay.ordered(Dump)) == ([], [])
 
 
@@ -71,7 +71,7 @@ def test_the_limit_of_a_phase_stands_still_while_a_rank_collects() -> None:
     replay.log.clear()
     collecting = At("preparing", "collecting the test")
     said = [(T0 + 1, Says(0, collecting)), (T0 + 301, Says(0, READY))]
-    replay.play([*said, (T0 + 302, Says(0, done("setup")))])
+    replay.play([*said, (T0 + 302, Says(0, make_result("setup")))])
     assert replay.failures == [(1, "timeout")]
     assert replay.ordered(Dump) == [(T0 + LIMIT_S + 300, 1)]
 
@@ -127,7 +127,7 @@ def test_a_rank_that_waits_for_its_peers_while_it_reports_is_one_that_waits() ->
         [
             (T0 + 1, Says(0, REPORTING)),
             (T0 + 1, Says(0, Exchange("barrier()"))),
-            (T0 + 1, Says(1, done(outcome="exit"))),
+            (T0 + 1, Says(1, make_result(outcome="exit"))),
         ]
     )
     assert isinstance(replay.sent(0)[0], Met)
