@@ -94,17 +94,17 @@ def write_at(fd: int, data: Any, offset: int) -> int:
 
 def _read_at(fd: int, buffers: Sequence[Any], offset: int) -> int:
     """Reads like preadv, which may return fewer bytes than asked for."""
-    done = 0
+    read_bytes = 0
     with _position:
         os.lseek(fd, offset, os.SEEK_SET)
         for buffer in buffers:
             view = memoryview(buffer).cast("B")
             data = os.read(fd, len(view))
             view[: len(data)] = data
-            done += len(data)
+            read_bytes += len(data)
             if len(data) < len(view):
                 break
-    return done
+    return read_bytes
 
 
 def _write_first(fd: int, buffers: Sequence[Any]) -> int:

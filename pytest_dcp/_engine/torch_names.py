@@ -37,13 +37,13 @@ def names_of_torch(ours: str) -> Callable[[str], Any]:
     return find
 
 
-def _counterpart(value: Any, name: str, asked: str) -> Any:
+def _counterpart(value: Any, name: str, importing_module: str) -> Any:
     """Our replacement for an object that torch's module has under this name."""
     if isinstance(value, ModuleType):
         inside, _, path = value.__name__.partition(TORCH)
         return value if inside or not path else our_module(path) or value
     home = getattr(value, "__module__", None)
-    if not isinstance(home, str) or not home.startswith(f"{TORCH}.") or home == asked:
+    if not isinstance(home, str) or not home.startswith(f"{TORCH}.") or home == importing_module:
         return value
     module = our_module(home.removeprefix(TORCH))
     return value if module is None else vars(module).get(name, value)

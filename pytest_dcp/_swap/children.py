@@ -33,13 +33,13 @@ def extend_environment(environment: MutableMapping[str, str]) -> Path | None:
     """
     environment[VARIABLE] = "1"
     package = str(Path(__file__).parents[2])
-    given = environment.get("PYTHONPATH", "")
-    paths = given.split(os.pathsep) if given else []
+    python_path = environment.get("PYTHONPATH", "")
+    paths = python_path.split(os.pathsep) if python_path else []
     installed = package in (*site.getsitepackages(), site.getusersitepackages())
     first = [SITE] if installed or package in paths else [SITE, package]
     environment["PYTHONPATH"] = os.pathsep.join([*first, *(p for p in paths if p != SITE)])
     if FOLDER_VARIABLE in environment:
         return None
-    made = tempfile.mkdtemp(prefix="pytest-dcp-engine-")
-    environment[FOLDER_VARIABLE] = made
-    return Path(made)
+    folder = tempfile.mkdtemp(prefix="pytest-dcp-engine-")
+    environment[FOLDER_VARIABLE] = folder
+    return Path(folder)

@@ -26,13 +26,13 @@ def describe_leftovers(replaced: Iterable[type]) -> str:
     heirs = sorted({name for cls in classes for name in _subclass_names(cls)})
     parts = {cls for cls in classes if any(base.__module__ in ROOMS for base in cls.__mro__[1:])}
     found = Counter(type(item).__name__ for item in gc.get_objects() if type(item) in parts)
-    named = [f"{count} {name}" for name, count in sorted(found.items())]
-    named += [f"the class {name}" for name in heirs]
-    if not named:
+    descriptions = [f"{count} {name}" for name, count in sorted(found.items())]
+    descriptions += [f"the class {name}" for name in heirs]
+    if not descriptions:
         return ""
     return (
         f"torch's engine was in use before pytest_dcp's took its place, and stays in use in "
-        f"{', '.join(named)}: swap first, or import and make these later"
+        f"{', '.join(descriptions)}: swap first, or import and make these later"
     )
 
 

@@ -17,8 +17,8 @@ def asks_for_engine(config: pytest.Config) -> bool:
     Raises `pytest.UsageError` for a word in the ini file that is neither yes nor no.
     """
     (option,) = OPTIONS
-    given = getattr(config.known_args_namespace, option.key, None)
-    text = str(given if given is not None else config.getini(option.key) or "").lower()
+    argument = getattr(config.known_args_namespace, option.key, None)
+    text = str(argument if argument is not None else config.getini(option.key) or "").lower()
     if text not in FLAGS:
         raise pytest.UsageError(f"{option.key} = {text!r} in the ini file: give true or false")
     return FLAGS[text]

@@ -151,11 +151,11 @@ class End:
 
     __slots__ = (
         "arrived",
-        "ended",
+        "end_reason",
         "frames",
+        "has_left",
         "heard_s",
         "last_s",
-        "left",
         "owner",
         "peer",
         "said_s",
@@ -167,25 +167,25 @@ class End:
         self.arrived: deque[Any] = deque()
         """Delivered, and not yet read."""
         self.frames: deque[tuple[FrameKind, Head, Any]] = deque()
-        self.left = False
-        self.ended: str | None = None
+        self.has_left = False
+        self.end_reason: str | None = None
         self.heard_s = self.said_s = self.last_s = now
 
     def receive(self, now: float) -> None:
         while self.arrived:
             item = self.arrived.popleft()
             if item == EOF:
-                self.ended = self.ended or "connection closed"
+                self.end_reason = self.end_reason or "connection closed"
                 return
             self.heard_s = now
             if item == BYE:
-                self.left = True
+                self.has_left = True
             elif item != PING:
                 self.frames.append(item)
 
     @property
     def over(self) -> bool:
-        return self.left or self.ended is not None
+        return self.has_left or self.end_reason is not None
 
 
 class Rank:
@@ -280,7 +280,7 @@ class Simulation:
 
     def send(self, end: End, item: Any) -> None:
         """To the other end, in the order of sending."""
-        if end.ended is None:
+        if end.end_reason is None:
             end.said_s = self.now
             other = end.peer
             other.last_s = max(other.last_s, self.now + self.delay())
@@ -379,7 +379,7 @@ def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Wor
         for arrival in list(world.arrivals):
             hello, end, came_s = arrival
             end.receive(world.now)
-            answer = state.receive_hello(hello, left=end.left, waited_s=world.now - came_s)
+            answer = state.receive_hello(hello, has_left=end.has_left, waited_s=world.now - came_s)
             if answer is Admission.LATER:
                 continue
             world.arrivals.remove(arrival)
@@ -399,7 +399,7 @@ def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Wor
                 kind, said, body = end.frames.popleft()
                 perform(state.hear(rank, kind, said, body))
             if end.over:
-                perform(state.lose(rank, left=end.left, ended=end.ended))
+                perform(state.lose(rank, has_left=end.has_left, end_reason=end.end_reason))
 
     def look() -> str | None:
         let_in()
@@ -407,7 +407,7 @@ def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Wor
             end.receive(world.now)
             failed = [body.cause for kind, _, body in end.frames if kind is FrameKind.FAILED]
             said = failed[0] if failed else None
-            text, actions = state.overhear(rank, said, over=end.over, ended=end.ended)
+            text, actions = state.overhear(rank, said, over=end.over, end_reason=end.end_reason)
             perform(actions)
             if text is not None:
                 return text
@@ -441,7 +441,9 @@ def coordinate(me: Rank, context: OperationContext, steps: Sequence[Sequence[Wor
                 looked_s = world.now
                 dead = {r: "killed" for r in state.absent if world.ranks[r].dead_s is not None}
                 heard_s = {rank: end.heard_s for rank, end in ends.items()}
-                perform(state.look_around(world.now, heard_s, ended=dead if op[1] % 2 else {}))
+                perform(
+                    state.look_around(world.now, heard_s, end_reasons=dead if op[1] % 2 else {})
+                )
                 perform(state.ping(world.now, {rank: end.said_s for rank, end in ends.items()}))
         actions = state.conclude()
         if isinstance(combine := actions[-1], CombineValues):
@@ -503,7 +505,7 @@ def follow(me: Rank, context: OperationContext, steps: Sequence[Sequence[Work]])
                 world.send(end, stated(head, own))
             end.receive(world.now)
             step = hear(state, end) or state.decide(
-                world.now, LinkState(end.heard_s, end.left, end.ended)
+                world.now, LinkState(end.heard_s, end.has_left, end.end_reason)
             )
             if isinstance(step, ExplainEnd):
                 step = state.end_step(step.how)
@@ -515,7 +517,7 @@ def follow(me: Rank, context: OperationContext, steps: Sequence[Sequence[Work]])
                     world.greet(end, state.make_hello("group", world.now))
             elif isinstance(step, LookForVerdict):
                 verdict = world.verdicts.get((context.place.epoch, context.place.number))
-                step = None if verdict is None else Finish(state.obey(verdict))
+                step = None if verdict is None else Finish(state.accept_verdict(verdict))
             elif step is None:
                 yield world.now + TICK_S, True
         if step.farewell is not None:

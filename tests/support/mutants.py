@@ -103,7 +103,7 @@ def without_empty(right: Callable[..., Any]) -> Callable[..., Any]:
 
 def first_dtype(right: Callable[..., Any]) -> Callable[..., Any]:
     """Every tensor has the dtype of the first."""
-    return lambda rows, value, memory: 0 if rows.known else right(rows, value, memory)
+    return lambda rows, value, memory: 0 if rows.property_numbers else right(rows, value, memory)
 
 
 def moved(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,9 +132,11 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "empty shards are left out": Mutant("plan.describe", "_Rows.add", without_empty),
     "shards at other offsets are taken for replicas": Mutant(
-        "plan.save", "_linear", after(np.zeros_like)
+        "plan.save", "_linear_offsets", after(np.zeros_like)
     ),
-    "the last chunk of all is dropped": Mutant("plan.save", "_keepers", after(lambda k: k[:-1])),
+    "the last chunk of all is dropped": Mutant(
+        "plan.save", "_choose_keepers", after(lambda k: k[:-1])
+    ),
     "offsets in the index have their dimensions reversed": Mutant(
         "plan.save",
         "_index",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest_dcp
@@ -39,6 +40,15 @@ CODECS = {"mapping", "ordered", "converted", "pickled"}
 """Methods of the wire's encoder and decoder, named as the values that they are for."""
 CAUSES = {"ended", "left", "unreached"}
 """Methods that make a `Cause` and are named after it."""
+VAGUE = frozenset(
+    (
+        "asked", "ended", "given", "gone", "got", "heard", "held", "kept", "known", "left", "made",
+        "met", "named", "said", "sent", "shown", "taken", "told", "wanted",
+    )
+)  # fmt: skip
+"""Names of variables, arguments and attributes that do not say what they hold."""
+NAMED_FOLDERS: tuple[str, ...] = ("_engine", "_swap", "checkpoint")
+"""Folders, or modules, in which no variable has such a name."""
 ALLOWED_METHODS = {
     "wire.py": CODECS,
     "operation_context.py": CAUSES,
@@ -104,6 +114,48 @@ def test_methods_that_act_are_verbs() -> None:
         if not is_state_or_block(method)
     ]
     assert found == []
+
+
+def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the name of each variable, argument, field and attribute that is set."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.MatchAs | ast.MatchStar | ast.ExceptHandler) and node.name:
+            yield node.lineno, node.name
+
+
+def test_no_variable_has_a_vague_name() -> None:
+    folders = [ROOT / name for name in NAMED_FOLDERS]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, tree in TREES.items()
+        if any(folder in (path, *path.parents) for folder in folders)
+        for line, name in bound_names(tree)
+        if name.strip("_") in VAGUE
+    ]
+    assert found == []
+
+
+def test_vague_variables_are_found_wherever_they_are_bound() -> None:
+    text = """
+class A:
+    kept: int
+
+def f(told, *, shown=1):
+    self._held = [said for said in told]
+    try:
+        match told:
+            case [*got]: pass
+    except OSError as gone: pass
+    return known(self.left)
+"""
+    names = [name for _, name in bound_names(ast.parse(text)) if name.strip("_") in VAGUE]
+    assert sorted(names) == ["_held", "gone", "got", "kept", "said", "shown", "told"]
 
 
 def test_participles_are_distinguished_from_other_words() -> None:

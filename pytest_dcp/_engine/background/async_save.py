@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.futures import wrap_future
-from pytest_dcp._engine.background.process import Job, State, save_in_process, sendable
+from pytest_dcp._engine.background.process import Job, State, pickle_for_process, save_in_process
 from pytest_dcp._engine.coordinate import Team, announce
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.plan.storage_capabilities import holds_copy, stages_at_will
@@ -26,7 +26,7 @@ from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.save import Save, planner_for, read_stateful
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
-from pytest_dcp._engine.verbs.torch_arguments import alone, check_state_dict
+from pytest_dcp._engine.verbs.torch_arguments import check_state_dict, resolve_no_dist
 from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
 
@@ -78,7 +78,7 @@ def async_save(
             storage_writer,
             checkpoint_id,
             process_group,
-            alone(no_dist, "save"),
+            resolve_no_dist(no_dist, "save"),
             use_collectives=use_collectives,
         )
         team = _background_team(call, in_process=in_process)
@@ -112,7 +112,7 @@ def save_staged(
 
     The copy must not change until the save's future is done.
     """
-    call = replace(call, no_dist=alone(call.no_dist, "save"))
+    call = replace(call, no_dist=resolve_no_dist(call.no_dist, "save"))
     team = _background_team(call, in_process=in_process)
     with team.preparing():
         if not isinstance(staged, Future):
@@ -137,7 +137,7 @@ def _prepare_job(
     writer, reset, together = call.writer(), call.reset(), call.use_collectives
     if in_process:
         _require_saver_processes()
-        how = sendable(writer, planner)
+        how = pickle_for_process(writer, planner)
         to_set = call.checkpoint_id if reset else None
         return lambda state: save_in_process(Job(team, state, how, to_set, together))
     return lambda state: _save_in_thread(
@@ -169,10 +169,10 @@ class _Staging:
         """The copy, once it is made; raises the error that prevented it."""
         if self._failure is not None:
             raise self._failure
-        made: dict[str, Any] = (
+        state: dict[str, Any] = (
             self._copied.result() if isinstance(self._copied, Future) else self._copied
         )
-        return made
+        return state
 
     def response(self, uploading: Future[Metadata]) -> Future[Metadata] | AsyncSaveResponse:
         """The result of `async_save`."""

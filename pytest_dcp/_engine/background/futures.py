@@ -13,14 +13,14 @@ def wrap_future(original_result: Any) -> Future[None]:
     """
     following: Future[None] = Future()
     if isinstance(original_result, Future):
-        original_result.add_done_callback(lambda done: _follow(done, following))
+        original_result.add_done_callback(lambda original: _follow(original, following))
     else:
         following.set_result(None)
     return following
 
 
-def _follow(done: Future[Any], following: Future[None]) -> None:
-    error = CancelledError() if done.cancelled() else done.exception()
+def _follow(original: Future[Any], following: Future[None]) -> None:
+    error = CancelledError() if original.cancelled() else original.exception()
     if error is None:
         following.set_result(None)
     else:

@@ -72,7 +72,7 @@ from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.rendezvous import timeout_of
-from pytest_dcp._engine.verbs.save_messages import unpacked_metadata
+from pytest_dcp._engine.verbs.save_messages import decode_metadata
 from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import forget_frames
 
@@ -106,7 +106,7 @@ def save_in_process(job: Job) -> Future[Metadata]:
     return _saver_of(job.team.group).submit(job)
 
 
-def sendable(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
+def pickle_for_process(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     """The writer and the planner for the background process.
 
     Raises a TypeError that names the object that cannot be sent.
@@ -129,14 +129,14 @@ class SaverProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            told = {
+            orders = {
                 "fd": theirs.fileno(),
                 "parent": os.getpid(),
                 "path": [path for path in sys.path if isinstance(path, str)],
                 "threads": torch.get_num_threads(),
             }
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(told)],
+                [sys.executable, "-c", PROGRAM, json.dumps(orders)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -281,30 +281,35 @@ class Saver:
                     job.checkpoint_id,
                 )
                 fd = shipment.memory.fd if shipment.memory else None
-                sent = team.agree("save", lambda: line.ask(upload, team.check, silence_s, fd))
+                encoded_metadata = team.agree(
+                    "save", lambda: line.ask(upload, team.check, silence_s, fd)
+                )
             except StepError as error:
                 # Its text says all that this one says; this one stays the context, for debuggers.
-                raise _plainly(error) from None
-        return unpacked_metadata(sent)
+                raise _without_passed_on_errors(error) from None
+        return decode_metadata(encoded_metadata)
 
     def _prepare_process(
         self, team: Team, job: Job, silence_s: float
     ) -> tuple[Shipment, SaverProcess]:
         """The state to send, and a process that has joined the others'."""
-        kept: list[Shipment] = []
+        shipments: list[Shipment] = []
 
         def prepare() -> tuple[str, str]:
-            kept.append(ship_state(job.state()))
+            shipments.append(ship_state(job.state()))
             alive = self._line is not None and self._line.is_alive()
             return self._meeting if alive else "", machine()
 
-        said = team.all_gather("prepare", prepare)
-        meetings, machines = {meeting for meeting, _ in said}, {where for _, where in said}
+        rank_values = team.all_gather("prepare", prepare)
+        meetings, machines = (
+            {meeting for meeting, _ in rank_values},
+            {where for _, where in rank_values},
+        )
         if len(meetings) != 1 or "" in meetings:
             self._begin(team, silence_s, one_machine=len(machines) == 1)
         if self._line is None:
             raise SaverProcessError("there is no background process: the group was destroyed")
-        return kept[0], self._line
+        return shipments[0], self._line
 
     def _begin(self, team: Team, silence_s: float, *, one_machine: bool) -> None:
         """Start the ranks' processes anew, and let them meet."""
@@ -337,7 +342,7 @@ def _start_process(team: Team) -> SaverProcess:
     return line
 
 
-def _plainly(error: StepError) -> StepError:
+def _without_passed_on_errors(error: StepError) -> StepError:
     """The failures of the processes' own save, instead of the ranks' errors that pass them on.
 
     The end of a process is reported by its own rank, which saw it.
@@ -349,7 +354,9 @@ def _plainly(error: StepError) -> StepError:
             failures.update(cause.failures)
             step = cause.step
     failures.update(
-        (rank, said) for rank, said in error.failures.items() if not isinstance(said[0], StepError)
+        (rank, failure)
+        for rank, failure in error.failures.items()
+        if not isinstance(failure[0], StepError)
     )
     return StepError(step, failures, "save")
 

@@ -35,7 +35,7 @@ from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.plan.storage_capabilities import names_saves
 from pytest_dcp._engine.verbs.save import Save
-from pytest_dcp._engine.verbs.save_messages import packed_metadata
+from pytest_dcp._engine.verbs.save_messages import encode_metadata
 from pytest_dcp._engine.verbs.save_request import SaveRequest
 
 PROGRAM = """
@@ -154,7 +154,7 @@ class Upload:
             use_collectives=self.use_collectives,
             reset=None if self.checkpoint_id is None else partial(writer.reset, self.checkpoint_id),
         )
-        return packed_metadata(Save(team, request).run())
+        return encode_metadata(Save(team, request).run())
 
 
 _store: list[TCPStore] = []
@@ -163,13 +163,13 @@ _store: list[TCPStore] = []
 
 def main() -> None:
     """The process's whole life."""
-    told = json.loads(sys.argv[1])
-    _end_with(told["parent"])
+    orders = json.loads(sys.argv[1])
+    _end_with(orders["parent"])
     # Ctrl-C in a terminal reaches all processes; the rank decides whether its saves go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(told["threads"])
+    torch.set_num_threads(orders["threads"])
     with contextlib.suppress(EOFError, OSError):
-        serve(Connection(told["fd"]))
+        serve(Connection(orders["fd"]))
     # Nothing is open, and what torch does at exit may wait for peers.
     os._exit(0)
 
@@ -196,10 +196,10 @@ def _answer(order: Order, line: Connection) -> Any:
 
 @contextlib.contextmanager
 def _send_heartbeats(line: Connection) -> Iterator[None]:
-    done = threading.Event()
+    stopped = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_S):
+        while not stopped.wait(BEAT_S):
             try:
                 line.send(BEAT)
             except OSError:
@@ -210,7 +210,7 @@ def _send_heartbeats(line: Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        stopped.set()
         thread.join()
 
 

@@ -103,10 +103,10 @@ class BroadcastingTorchSaveReader(StorageReader):
         for plan in global_plan:
             for item in plan.items:
                 end = tuple(map(sum, zip(item.storage_offsets, item.lengths, strict=True)))
-                known = shapes.setdefault(item.storage_index.fqn, end)
-                shapes[item.storage_index.fqn] = tuple(map(max, known, end))
-        sent: Sent = {fqn: self._describe(fqn, shapes[fqn]) for fqn in sorted(shapes)}
-        return [dataclasses.replace(plan, storage_data=sent) for plan in global_plan]
+                extent = shapes.setdefault(item.storage_index.fqn, end)
+                shapes[item.storage_index.fqn] = tuple(map(max, extent, end))
+        tensors: Sent = {fqn: self._describe(fqn, shapes[fqn]) for fqn in sorted(shapes)}
+        return [dataclasses.replace(plan, storage_data=tensors) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Receive every tensor, and copy the parts that the plan asks for."""
@@ -125,9 +125,9 @@ class BroadcastingTorchSaveReader(StorageReader):
                 target.detach().copy_(part)
                 planner.commit_tensor(item, target)
         self._flat = {}
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -137,9 +137,10 @@ class BroadcastingTorchSaveReader(StorageReader):
     def _describe(self, fqn: str, shape: tuple[int, ...]) -> tuple[torch.Size, torch.dtype]:
         stored = self._flat.get(fqn)
         if not isinstance(stored, torch.Tensor):
-            held = "nothing" if stored is None else f"a {type(stored).__name__}"
+            found = "nothing" if stored is None else f"a {type(stored).__name__}"
             raise CheckpointMismatchError(
-                f"{fqn!r}: expected a tensor in {self.checkpoint_id}, it holds {held} of this name",
+                f"{fqn!r}: expected a tensor in {self.checkpoint_id}, "
+                f"it holds {found} of this name",
                 missing=(fqn,),
             )
         if tuple(stored.shape) != shape:

@@ -217,8 +217,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
 
 def _write_all(fd: int, content: bytes | memoryview, offset: int) -> int:
     """Write all of it at the offset; return the number of bytes."""
-    left = memoryview(content)
-    while left:
-        done = operating_system.write_at(fd, left, offset)
-        left, offset = left[done:], offset + done
+    remaining = memoryview(content)
+    while remaining:
+        written_bytes = operating_system.write_at(fd, remaining, offset)
+        remaining, offset = remaining[written_bytes:], offset + written_bytes
     return len(content)

@@ -34,22 +34,23 @@ class Admission(Enum):
 
 
 def admit(
-    hello: Hello, mine: OperationPlace, order: CallOrder, *, left: bool, waited_s: float
+    hello: Hello, mine: OperationPlace, order: CallOrder, *, has_left: bool, waited_s: float
 ) -> Admission:
     """What to do with a peer that says hello.
 
-    mine: the coordinator's operation. left: the peer has left already. waited_s: since it arrived.
+    mine: the coordinator's operation. has_left: the peer has left already. waited_s: since it
+    arrived.
     """
     kind = kind_of(hello.operation)
     # Numbers of different epochs cannot be compared: the ranks must begin a new one together.
     if hello.epoch != mine.epoch:
-        return Admission.STALE if left else Admission.OUT_OF_COUNT
+        return Admission.STALE if has_left else Admission.OUT_OF_COUNT
     if hello.number == mine.number and kind == mine.kind:
         return Admission.JOIN
     # This rank has called it too: it runs in another thread, or comes after this one.
     if order.is_pending(kind, hello.epoch, hello.number):
         return Admission.LATER
-    if left and hello.number < mine.number:
+    if has_left and hello.number < mine.number:
         return Admission.STALE
     # Threads raced for their numbers, so the numbers mean nothing: compare the kinds.
     if kind == mine.kind and (hello.unordered or mine.unordered):

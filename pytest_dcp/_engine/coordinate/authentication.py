@@ -63,11 +63,11 @@ class Seal:
 
     def next(self, pieces: Iterable[Segment]) -> bytes:
         """The seal of the next frame, which consists of these pieces."""
-        made = hmac.new(self.key, self.count.to_bytes(8, "little"), hashlib.sha256)
+        mac = hmac.new(self.key, self.count.to_bytes(8, "little"), hashlib.sha256)
         self.count += 1
         for piece in pieces:
-            made.update(piece)
-        return made.digest()
+            mac.update(piece)
+        return mac.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,9 @@ class GroupKey:
         """A peer's proof in its HELLO."""
         return _mac(self.key, b"hello", hello)
 
-    def is_proof(self, shown: Segment, hello: bytes) -> bool:
+    def is_proof(self, received_proof: Segment, hello: bytes) -> bool:
         """Whether this is the proof of a rank of the group."""
-        return hmac.compare_digest(bytes(shown), self.proof(hello))
+        return hmac.compare_digest(bytes(received_proof), self.proof(hello))
 
     def welcome(self, nonce: str) -> bytes:
         """The coordinator's answer."""
@@ -125,11 +125,11 @@ def open_word(environ: Mapping[str, str], key: str, sealed: bytes) -> bytes:
 
 
 def _mac(key: bytes, *parts: bytes) -> bytes:
-    made = hmac.new(key, digestmod=hashlib.sha256)
+    mac = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
-        made.update(len(part).to_bytes(8, "little"))
-        made.update(part)
-    return made.digest()
+        mac.update(len(part).to_bytes(8, "little"))
+        mac.update(part)
+    return mac.digest()
 
 
 class Nonces:

@@ -44,10 +44,10 @@ def carry(error: BaseException) -> CarriedError | None:
     try:
         _, args, *state = _builtin_of(cls).__reduce__(error)
         attributes = {name: value for name, value in dict(*state).items() if name != "args"}
-        sent = wire.pack((args, attributes))
-        if sum(memoryview(segment).nbytes for segment in sent) > MAX_DATA_BYTES:
+        segments = wire.pack((args, attributes))
+        if sum(memoryview(segment).nbytes for segment in segments) > MAX_DATA_BYTES:
             return None
-        carried = CarriedError(cls.__module__, cls.__qualname__, *wire.unpack(sent))
+        carried = CarriedError(cls.__module__, cls.__qualname__, *wire.unpack(segments))
         copy = rebuild(carried)
         same = type(copy) is cls and str(copy) == str(error)
     except KeyboardInterrupt:
@@ -63,11 +63,11 @@ def rebuild(carried: CarriedError) -> BaseException | None:
     if cls is None:
         return None
     builtin = _builtin_of(cls)
-    made: BaseException = builtin.__new__(cls, *carried.args)
-    builtin.__init__(made, *carried.args)
+    error: BaseException = builtin.__new__(cls, *carried.args)
+    builtin.__init__(error, *carried.args)
     for name, value in carried.attributes.items():
-        _set(made, name, value)
-    return made
+        _set(error, name, value)
+    return error
 
 
 def is_whole(carried: object) -> bool:

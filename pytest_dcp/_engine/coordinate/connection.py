@@ -47,11 +47,11 @@ class Connection:
         self.reader = FrameReader()
         self.frames: deque[Frame] = deque()
         """Received frames that are not yet handled."""
-        self.left = False
+        self.has_left = False
         """Whether the other end has left the operation."""
         self.hung_up = False
         """Whether the other end has closed the connection on purpose."""
-        self.ended: str | None = None
+        self.end_reason: str | None = None
         """How the connection broke."""
         self.is_garbled = False
         """Whether it ended because the other end is not a rank of the group, or misbehaves."""
@@ -74,12 +74,12 @@ class Connection:
     @property
     def over(self) -> bool:
         """Whether no more frames of this operation can arrive."""
-        return self.left or self.closed
+        return self.has_left or self.closed
 
     @property
     def closed(self) -> bool:
         """Whether no more frames can arrive at all."""
-        return self.hung_up or self.ended is not None
+        return self.hung_up or self.end_reason is not None
 
     @property
     def pending(self) -> bool:
@@ -102,7 +102,7 @@ class Connection:
     def queue_encoded(self, pieces: list[Segment]) -> None:
         """Send the pieces of an encoded frame."""
         self.said_s = time.monotonic()
-        if self.ended is None:
+        if self.end_reason is None:
             if self._seal is not None:
                 pieces = [*pieces, self._seal.next(pieces)]
             views = (memoryview(piece) for piece in pieces)
@@ -110,29 +110,29 @@ class Connection:
 
     def flush(self) -> bool:
         """Send as much as the socket takes. Returns whether all is sent."""
-        while self._out and self.ended is None:
+        while self._out and self.end_reason is None:
             pieces = islice(self._out, MAX_PIECES)
             try:
-                sent = operating_system.send_pieces(self.sock, list(pieces))
+                sent_bytes = operating_system.send_pieces(self.sock, list(pieces))
             except BlockingIOError:
                 return False
             except OSError as error:
                 # Still read the bytes from before the break: they may give the reason.
                 self.receive()
-                self.ended = self.ended or _how(error)
+                self.end_reason = self.end_reason or _how(error)
                 break
-            self._drop(sent)
-        if self.ended is not None:
+            self._drop(sent_bytes)
+        if self.end_reason is not None:
             self._out.clear()
         return not self._out
 
-    def _drop(self, sent: int) -> None:
-        while sent and self._out:
+    def _drop(self, sent_bytes: int) -> None:
+        while sent_bytes and self._out:
             first = self._out[0]
-            if sent < len(first):
-                self._out[0] = first[sent:]
+            if sent_bytes < len(first):
+                self._out[0] = first[sent_bytes:]
                 return
-            sent -= len(first)
+            sent_bytes -= len(first)
             self._out.popleft()
 
     def receive(self, *, one: bool = False) -> None:
@@ -149,10 +149,10 @@ class Connection:
             except BlockingIOError:
                 return
             except OSError as error:
-                self.ended = _how(error)
+                self.end_reason = _how(error)
                 return
             if count == 0:
-                self.ended = "connection closed"
+                self.end_reason = "connection closed"
                 return
             self.heard_s = time.monotonic()
             self._take_bytes(count)
@@ -163,7 +163,7 @@ class Connection:
         try:
             frame = self.reader.take_bytes(count)
         except FrameError as error:
-            self.ended, self.is_garbled = f"it sent garbage: {error}", True
+            self.end_reason, self.is_garbled = f"it sent garbage: {error}", True
             return
         if frame is None or self._is_too_much(frame):
             return
@@ -175,7 +175,7 @@ class Connection:
         elif frame.kind is FrameKind.BYE and self._unfinished:
             self._unfinished -= 1
         elif frame.kind is FrameKind.BYE:
-            self.left = True
+            self.has_left = True
         elif not self._unfinished:
             self.frames.append(frame)
 
@@ -190,7 +190,7 @@ class Connection:
             full = self._pings > MOST_PINGS
         if full:
             what = "pings without end" if frame.kind is FrameKind.PING else "more than a step has"
-            self.ended, self.is_garbled = f"it sent garbage: {what}", True
+            self.end_reason, self.is_garbled = f"it sent garbage: {what}", True
         return full
 
     def finish(self) -> None:
@@ -198,8 +198,8 @@ class Connection:
         self.queue(Frame(FrameKind.BYE))
         # Messages of an operation that this end leaves concern nothing any more.
         self.frames.clear()
-        if self.left:
-            self.left = False
+        if self.has_left:
+            self.has_left = False
         else:
             self._unfinished += 1
         self.flush()

@@ -146,12 +146,14 @@ class CoordinatorSide:
                 self._look_around(looked_s)
 
     def _look_around(self, now: float) -> None:
-        ended: dict[int, str] = {}
+        end_reasons: dict[int, str] = {}
         if self._absences is not None:
-            ended = self._absences.find_ended(self._state.absent)
+            end_reasons = self._absences.find_ended(self._state.absent)
         heard_s = {rank: peer.connection.heard_s for rank, peer in self._peers.items()}
         refusal = self._read_refusal()
-        self._perform(self._state.look_around(now, heard_s, ended=ended, refusal=refusal))
+        self._perform(
+            self._state.look_around(now, heard_s, end_reasons=end_reasons, refusal=refusal)
+        )
         self._find_descriptors()
         self._ping(now)
 
@@ -185,8 +187,10 @@ class CoordinatorSide:
             self._perform(self._state.hear(rank, frame.kind, frame.head, _result_of(frame)))
         if connection.over:
             garbled = connection.is_garbled
-            left, ended = connection.left, connection.ended
-            self._perform(self._state.lose(rank, left=left, ended=ended, garbled=garbled))
+            has_left, end_reason = connection.has_left, connection.end_reason
+            self._perform(
+                self._state.lose(rank, has_left=has_left, end_reason=end_reason, garbled=garbled)
+            )
 
     def _perform(self, actions: Sequence[CoordinatorAction]) -> None:
         for action in actions:
@@ -234,7 +238,7 @@ class CoordinatorSide:
         """Wait for peers, at most this long. Returns the peers that joined, sent bytes or ended."""
         if self._selector is None or self._peer_listener is None:
             return []
-        newcomers = self._let_in()
+        newcomers = self._admit_peers()
         all_here = self._state.is_complete
         # Connections in their handshake do not wake this selector: look again soon.
         if not all_here and self._peer_listener.has_unsignalled_peers():
@@ -253,10 +257,10 @@ class CoordinatorSide:
                 moved.append(peer)
         return moved
 
-    def _let_in(self) -> list[Peer]:
+    def _admit_peers(self) -> list[Peer]:
         """Accept peers that have connected; peers of a later operation wait."""
         if self._peer_listener is None or self._state.is_complete:
-            self._close_door()
+            self._stop_accepting()
             return []
         later: list[Arrival] = []
         joined: list[Peer] = []
@@ -264,7 +268,9 @@ class CoordinatorSide:
             hello, connection = arrival.hello, arrival.connection
             connection.receive()
             waited_s = time.monotonic() - arrival.came_s
-            answer = self._state.receive_hello(hello, left=connection.left, waited_s=waited_s)
+            answer = self._state.receive_hello(
+                hello, has_left=connection.has_left, waited_s=waited_s
+            )
             # No rank of this group.
             if answer is None:
                 connection.close()
@@ -282,7 +288,7 @@ class CoordinatorSide:
         self._peer_listener.give_back(later)
         return joined
 
-    def _close_door(self) -> None:
+    def _stop_accepting(self) -> None:
         """Stop accepting: every peer has joined, and later ones belong to later operations."""
         if self._door_open and self._selector is not None and self._peer_listener is not None:
             self._door_open = False
@@ -301,7 +307,7 @@ class CoordinatorSide:
 
     def _flush(self, peer: Peer) -> None:
         """Send as much as possible, and register the selector for the events still needed."""
-        done = peer.connection.flush()
+        all_sent = peer.connection.flush()
         if self._selector is None or not peer.watched:
             return
         if peer.connection.over:
@@ -309,10 +315,10 @@ class CoordinatorSide:
             self._selector.unregister(peer.connection)
             self._writing.discard(peer)
             peer.watched = False
-        elif done and peer in self._writing:
+        elif all_sent and peer in self._writing:
             self._writing.remove(peer)
             self._selector.modify(peer.connection, selectors.EVENT_READ, peer)
-        elif not done and peer not in self._writing:
+        elif not all_sent and peer not in self._writing:
             self._writing.add(peer)
             self._selector.modify(
                 peer.connection, selectors.EVENT_READ | selectors.EVENT_WRITE, peer
@@ -324,9 +330,9 @@ class CoordinatorSide:
         """A failure that a peer reported, or the end of a peer; passes it on to the others."""
         self._pump(0)
         for rank, peer in self._peers.items():
-            said, connection = self._find_failure(peer), peer.connection
+            reported_cause, connection = self._find_failure(peer), peer.connection
             text, actions = self._state.overhear(
-                rank, said, over=connection.over, ended=connection.ended
+                rank, reported_cause, over=connection.over, end_reason=connection.end_reason
             )
             self._perform(actions)
             if text is not None:

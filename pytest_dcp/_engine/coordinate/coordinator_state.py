@@ -130,12 +130,12 @@ class CoordinatorState:
     # Peers arrive.
 
     def receive_hello(
-        self, hello: Hello, *, left: bool, waited_s: float
+        self, hello: Hello, *, has_left: bool, waited_s: float
     ) -> Admission | StepVerdict | None:
         """What to do with a peer that says hello: the verdict on an operation that is over, or None
         to turn away a rank outside of the group.
 
-        left: it has left already. waited_s: since it arrived.
+        has_left: it has left already. waited_s: since it arrived.
         """
         rank, context = hello.rank, self.context
         if not 0 <= rank < context.size or rank == context.rank:
@@ -143,10 +143,10 @@ class CoordinatorState:
         late: StepVerdict | None = self._order.find_verdict(hello.epoch, hello.number)
         if late is not None:
             return late
-        admission = admit(hello, context.place, self._order, left=left, waited_s=waited_s)
+        admission = admit(hello, context.place, self._order, has_left=has_left, waited_s=waited_s)
         # A rank's second connection is never for this operation, which already has one.
-        taken = rank in self.joined and admission is not Admission.STALE
-        return Admission.LATER if taken else admission
+        is_second = rank in self.joined and admission is not Admission.STALE
+        return Admission.LATER if is_second else admission
 
     def join(self, hello: Hello, admission: Admission) -> list[CoordinatorAction]:
         """Take a peer into the operation."""
@@ -199,7 +199,7 @@ class CoordinatorState:
         return [ReadOn(rank), *alert]
 
     def lose(
-        self, rank: int, *, left: bool, ended: str | None, garbled: bool = False
+        self, rank: int, *, has_left: bool, end_reason: str | None, garbled: bool = False
     ) -> list[CoordinatorAction]:
         """No more messages will come from a peer: it left, or its connection ended. May be
         repeated.
@@ -215,25 +215,25 @@ class CoordinatorState:
         if self.phase is not Phase.COLLECTING:
             return []  # It has sent a value: this step may still succeed, but not the next one.
         step = self._head.name
-        if left:
+        if has_left:
             return self._give_up(self.context.left(rank, step))
-        return self._give_up(self.context.ended(rank, step, ended or ""))
+        return self._give_up(self.context.ended(rank, step, end_reason or ""))
 
     def look_around(
         self,
         now: float,
         heard_s: Mapping[int, float],
         *,
-        ended: Mapping[int, str] | None = None,
+        end_reasons: Mapping[int, str] | None = None,
         refusal: Cause | None = None,
     ) -> list[CoordinatorAction]:
         """Give up missing ranks that cannot answer any more; called every half second or so.
 
-        heard_s: when each peer last sent something. ended: how absent ranks ended. refusal: why a
-        rank takes no part, from the store.
+        heard_s: when each peer last sent something. end_reasons: how absent ranks ended. refusal:
+        why a rank takes no part, from the store.
         """
         actions: list[CoordinatorAction] = []
-        for rank, how in (ended or {}).items():
+        for rank, how in (end_reasons or {}).items():
             actions += self._give_up(self.context.ended(rank, self._head.name, how))
         if refusal is not None:
             actions += self._give_up(refusal)
@@ -287,15 +287,16 @@ class CoordinatorState:
     # Failures.
 
     def overhear(
-        self, rank: int, said: Cause | None, *, over: bool, ended: str | None
+        self, rank: int, reported_cause: Cause | None, *, over: bool, end_reason: str | None
     ) -> tuple[str | None, list[CoordinatorAction]]:
         """While this rank works: the failure of a peer, in one line, and what to do about it.
 
-        said: the failure that the peer reported. over, ended: whether and how its connection ended.
+        reported_cause: the failure that the peer reported. over, end_reason: whether and how its
+        connection ended.
         """
-        cause = self._stuck.get(rank) or said
+        cause = self._stuck.get(rank) or reported_cause
         if cause is None and over:
-            cause = self.context.ended(rank, "its work", ended or "it left")
+            cause = self.context.ended(rank, "its work", end_reason or "it left")
         return (None, []) if cause is None else (cause.summary(), self._alert(cause))
 
     def _give_up(self, cause: Cause) -> list[CoordinatorAction]:
@@ -313,9 +314,11 @@ class CoordinatorState:
     def _causes(self) -> list[Cause]:
         """Why the step failed, one cause per rank; echoes only if there is no other cause."""
         stated = [result for result in self._local_results.values() if result.cause is not None]
-        told = [result.cause for result in stated if result.cause is not None and not result.echo]
+        own_causes = [
+            result.cause for result in stated if result.cause is not None and not result.echo
+        ]
         # Peers that gave up on this rank name it in their causes.
-        found = {cause.rank: cause for cause in told} | self._stuck
+        found = {cause.rank: cause for cause in own_causes} | self._stuck
         causes = [cause for _, cause in sorted(found.items())]
         return causes or [result.cause for result in stated if result.cause is not None]
 

@@ -26,10 +26,10 @@ def make_room_for(connections: int) -> None:
 
     Raises CoordinationError when the hard limit is too low for them.
     """
-    wanted = connections + BESIDE
+    needed = connections + BESIDE
     soft, hard = operating_system.limits_of_open_files()
-    if 0 <= soft < wanted:
-        most = wanted if hard < 0 else min(wanted, hard)
+    if 0 <= soft < needed:
+        most = needed if hard < 0 else min(needed, hard)
         soft = operating_system.raise_limit_of_open_files(max(soft, most))
         if soft < connections + FEW:
             raise CoordinationError(

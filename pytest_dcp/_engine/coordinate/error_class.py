@@ -23,19 +23,21 @@ loop; for a SyntaxError tracebacks show a line of a file instead of the text.
 """
 
 
-def shared_class(errors: Sequence[BaseException], known: type) -> type[Exception] | None:
-    """The most derived common class of all errors; None if `known` is already a subclass of it."""
+def shared_class(errors: Sequence[BaseException], current: type) -> type[Exception] | None:
+    """The most derived common class of all errors; None if `current` is
+    already a subclass of it.
+    """
     if not errors:
         return None
     for cls in type(errors[0]).__mro__:
-        if not issubclass(cls, Exception) or issubclass(known, cls) or issubclass(cls, LEFT_OUT):
+        if not issubclass(cls, Exception) or issubclass(current, cls) or issubclass(cls, LEFT_OUT):
             continue
         if all(isinstance(error, cls) for error in errors):
             return cls
     return None
 
 
-_made: dict[tuple[type, type], type[BaseException]] = {}
+_combined: dict[tuple[type, type], type[BaseException]] = {}
 
 
 def combine_classes(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
@@ -43,19 +45,19 @@ def combine_classes(base: type[BaseException], cause: type[Exception]) -> type[B
 
     `base` comes first, so its methods count. The same two give the same class.
     """
-    if (base, cause) not in _made:
-        _made[base, cause] = _combine(base, cause)
-    return _made[base, cause]
+    if (base, cause) not in _combined:
+        _combined[base, cause] = _combine(base, cause)
+    return _combined[base, cause]
 
 
 def _combine(base: type[BaseException], cause: type[Exception]) -> type[BaseException]:
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     try:
-        made = type(base.__name__, (base, cause), {**names, "made_for": cause})
-        bare(made)
+        combined = type(base.__name__, (base, cause), {**names, "made_for": cause})
+        bare(combined)
     except Exception:  # noqa: BLE001 - a class of the user's may refuse in any way
         return base
-    return made
+    return combined
 
 
 def bare(cls: type[BaseException]) -> Any:

@@ -85,11 +85,11 @@ class StepError(CheckpointException, CheckpointError):
     """The module from which users import it; tracebacks and pickles name it."""
 
     def __new__(cls, step: str, failures: Mapping[int, Wrapped], *_: object) -> StepError:
-        cause = shared_class([error for error, _ in failures.values()], known=cls)
+        cause = shared_class([error for error, _ in failures.values()], current=cls)
         if cause in (RemoteError, PeerAborted):
             cause = None  # these only represent another exception
-        made: StepError = bare(cls if cause is None else combine_classes(cls, cause))
-        return made
+        instance: StepError = bare(cls if cause is None else combine_classes(cls, cause))
+        return instance
 
     def __init__(
         self, step: str, failures: Mapping[int, Wrapped], operation: str = "operation"
@@ -114,15 +114,15 @@ class StepError(CheckpointException, CheckpointError):
 
     def __str__(self) -> str:
         merged = _merge_equal(self.failures)
-        named = "; ".join(
+        headlines = "; ".join(
             f"{ranks}: {_headline(wrapped[0])}" for ranks, wrapped in merged[:NAMED_ON_FIRST_LINE]
         )
         more = len(merged) - NAMED_ON_FIRST_LINE
         rest = f"; and {more} more" if more > 0 else ""
-        lines = [f"step {self.step!r} of {self.operation} failed on {named}{rest}"]
+        lines = [f"step {self.step!r} of {self.operation} failed on {headlines}{rest}"]
         alone = len(merged) == 1
         for nth, (ranks, wrapped) in enumerate(merged):
-            lines += _details(ranks, wrapped, named=nth < NAMED_ON_FIRST_LINE, alone=alone)
+            lines += _details(ranks, wrapped, on_first_line=nth < NAMED_ON_FIRST_LINE, alone=alone)
         return "\n".join(lines)
 
 
@@ -255,8 +255,10 @@ def _module_of(type_name: str) -> str:
     return type_name.removesuffix(type_name.rpartition(".")[2])
 
 
-def _details(ranks: str, wrapped: Wrapped, *, named: bool, alone: bool) -> list[str]:
-    """The lines about a failure after the first line; named: whether the first line names it.
+def _details(ranks: str, wrapped: Wrapped, *, on_first_line: bool, alone: bool) -> list[str]:
+    """The lines about a failure after the first line.
+
+    on_first_line: whether the first line names it.
 
     For an explained failure its further lines; for any other its traceback.
     """
@@ -264,7 +266,7 @@ def _details(ranks: str, wrapped: Wrapped, *, named: bool, alone: bool) -> list[
     if not _is_explained(error, stack):
         return [f"{ranks}: {_traceback_text(wrapped)}"]
     _, *more = _text_of(error).splitlines() or [""]
-    if not named:
+    if not on_first_line:
         return [f"{ranks}: {_headline(error)}", *more]
     return more if alone or not more else [f"{ranks}:", *more]
 
@@ -276,8 +278,8 @@ def _is_explained(error: BaseException, stack: Sequence[traceback.FrameSummary])
 
 def _traceback_text(wrapped: Wrapped) -> str:
     error, stack = wrapped
-    shown = traceback.StackSummary.from_list(without_ours(stack))
-    return f"Traceback (most recent call last):\n{''.join(shown.format())}{_text_of(error)}"
+    frames = traceback.StackSummary.from_list(without_ours(stack))
+    return f"Traceback (most recent call last):\n{''.join(frames.format())}{_text_of(error)}"
 
 
 def _merge_equal(failures: Mapping[int, Wrapped]) -> list[tuple[str, Wrapped]]:

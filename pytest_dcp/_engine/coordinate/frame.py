@@ -134,8 +134,8 @@ def encode_alert(text: str) -> list[Segment]:
 
 def alert_text(segments: Sequence[Segment]) -> str:
     """The text of an ALERT, from its segments."""
-    said = bytes(segments[0]) if segments else b""
-    return said[:MAX_ALERT_BYTES].decode("utf-8", "replace")
+    text = bytes(segments[0]) if segments else b""
+    return text[:MAX_ALERT_BYTES].decode("utf-8", "replace")
 
 
 def decode(data: bytes) -> Frame:
@@ -197,8 +197,8 @@ class FrameReader:
             return None
         body, self._body, self._at = memoryview(self._body), None, 0
         if self.seal is not None:
-            shown, body = bytes(body[-SEAL_BYTES:]), body[:-SEAL_BYTES]
-            if not hmac.compare_digest(shown, self.seal.next((self._header, body))):
+            received_seal, body = bytes(body[-SEAL_BYTES:]), body[:-SEAL_BYTES]
+            if not hmac.compare_digest(received_seal, self.seal.next((self._header, body))):
                 raise FrameError("a frame without the seal that a rank of the group gives it")
         return self._cut(body)
 

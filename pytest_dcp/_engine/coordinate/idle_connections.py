@@ -1,9 +1,9 @@
 """A peer's connections to its coordinators: one for each group, kept between operations.
 
 An operation takes the idle connection with `take_idle`, or makes one with `connect`, and gives it
-back with `keep`. If two operations run at once, the second makes its own connection, and the first
-one given back is kept. An idle connection only shows that this process lives: it breaks when the
-process ends, so the coordinator knows at once that this rank will not join.
+back with `keep_connection`. If two operations run at once, the second makes its own connection, and
+the first one given back is kept. An idle connection only shows that this process lives: it breaks
+when the process ends, so the coordinator knows at once that this rank will not join.
 """
 
 from __future__ import annotations
@@ -58,30 +58,32 @@ def take_idle(group: dist.ProcessGroup, coordinator: int) -> Link | None:
     return link
 
 
-def keep(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
+def keep_connection(group: dist.ProcessGroup, coordinator: int, link: Link) -> None:
     """Keep a connection for the next operation when this one is over."""
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
-        held = meeting.idle.get(coordinator)
-        if link.lasts and (held is None or not held.lasts):
+        current_link = meeting.idle.get(coordinator)
+        if link.lasts and (current_link is None or not current_link.lasts):
             meeting.idle[coordinator] = link
             return
     link.connection.hang_up()
 
 
-def tie(group: dist.ProcessGroup, coordinator: int, rank: int, address: Address) -> None:
+def open_liveness_connection(
+    group: dist.ProcessGroup, coordinator: int, rank: int, address: Address
+) -> None:
     """Make sure that the coordinator sees this process end, even before its first operation.
 
     Raises OSError if nothing answers there.
     """
     meeting = rendezvous.meeting_of(group)
     with meeting.tying:
-        held = meeting.idle.get(coordinator)
-        if held is not None:
-            held.connection.receive()
-            if held.lasts:
+        current_link = meeting.idle.get(coordinator)
+        if current_link is not None:
+            current_link.connection.receive()
+            if current_link.lasts:
                 return
-            held.connection.close()
+            current_link.connection.close()
         link = meeting.idle[coordinator] = Link(Connection(connect(address)), address)
         hello = Hello(rendezvous.group_key(group, coordinator), IDLE, 0, rank)
         greet(link.connection, hello, address.key())
@@ -98,21 +100,21 @@ def connect(address: Address) -> socket.socket:
 
     Raises CoordinationError if this process cannot open a socket.
     """
-    met: list[OSError] = []
-    for attempt in _attempts(address, met):
+    errors: list[OSError] = []
+    for attempt in _attempts(address, errors):
         try:
-            return _not_itself(attempt())
+            return _refuse_self_connection(attempt())
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise exhaustion_error(error, 1) from error
-            met.append(error)
-    telling: list[OSError] = [error for error in met if isinstance(error, TimeoutError)]
-    telling += [error for error in met if isinstance(error, GONE)]
-    raise (telling or met or [ConnectionRefusedError(f"no host in {address}")])[0]
+            errors.append(error)
+    telling: list[OSError] = [error for error in errors if isinstance(error, TimeoutError)]
+    telling += [error for error in errors if isinstance(error, GONE)]
+    raise (telling or errors or [ConnectionRefusedError(f"no host in {address}")])[0]
 
 
-def _attempts(address: Address, met: Sequence[OSError]) -> Iterator[Callable[[], socket.socket]]:
-    """Ways to connect, best first; `met` holds the errors of the earlier ones.
+def _attempts(address: Address, errors: Sequence[OSError]) -> Iterator[Callable[[], socket.socket]]:
+    """Ways to connect, best first; `errors` holds the errors of the earlier ones.
 
     If the machine is this one and its loopback refuses, its name is not resolved: a resolver could
     take any time.
@@ -120,7 +122,7 @@ def _attempts(address: Address, met: Sequence[OSError]) -> Iterator[Callable[[],
     own = ""
     if address.machine == machine():
         yield lambda: _on_this_machine(address.port)
-        own = socket.gethostname() if isinstance(met[0], ConnectionRefusedError) else ""
+        own = socket.gethostname() if isinstance(errors[0], ConnectionRefusedError) else ""
     for host in address.hosts:
         if host != own:
             yield partial(socket.create_connection, (host, address.port), CONNECT_S)
@@ -138,7 +140,7 @@ def _on_this_machine(port: int) -> socket.socket:
     return sock
 
 
-def _not_itself(sock: socket.socket) -> socket.socket:
+def _refuse_self_connection(sock: socket.socket) -> socket.socket:
     """The socket, unless nothing listens there and the kernel connected the socket to itself."""
     try:
         itself = sock.getsockname() == sock.getpeername()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.coordinate import rendezvous
 from pytest_dcp._engine.coordinate.failure import CoordinationError
-from pytest_dcp._engine.coordinate.idle_connections import tie
+from pytest_dcp._engine.coordinate.idle_connections import open_liveness_connection
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.operation_order import CallOrder, Subject, kind_of
 from pytest_dcp._engine.coordinate.team import Team
@@ -66,7 +66,7 @@ def team_of(
             f"got {coordinator_rank}"
         )
     if size > 1:
-        rendezvous.say_present(group, rank, coordinator_rank)
+        rendezvous.announce_presence(group, rank, coordinator_rank)
     order = rendezvous.meeting_of(group).order
     place = order.take(kind_of(operation), call.subject, background=background)
     timeout_s = rendezvous.timeout_of(group)
@@ -97,4 +97,4 @@ def announce(process_group: dist.ProcessGroup | None, coordinator_rank: int) -> 
         elif rank >= 0:
             address = rendezvous.look_up(group, coordinator_rank, until_s=0.0)
             if address is not None:
-                tie(group, coordinator_rank, rank, address)
+                open_liveness_connection(group, coordinator_rank, rank, address)

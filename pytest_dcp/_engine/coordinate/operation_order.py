@@ -86,7 +86,7 @@ class CallOrder:
         self.causes: Sequence[Any] = ()
         """Why the epoch began."""
         self._number = 0
-        self._left: dict[tuple[int, int], Any] = {}
+        self._verdicts: dict[tuple[int, int], Any] = {}
         """Verdicts on the last operations that this rank left before the others joined."""
         self._pending: list[OperationPlace] = []
         self._lock = threading.Lock()
@@ -149,13 +149,13 @@ class CallOrder:
     def note_left(self, place: OperationPlace, verdict: Any) -> None:
         """Keep the verdict on an operation that this rank left, for peers that join it later."""
         with self._lock:
-            self._left[place.epoch, place.number] = verdict
-            while len(self._left) > VERDICTS:
-                del self._left[next(iter(self._left))]
+            self._verdicts[place.epoch, place.number] = verdict
+            while len(self._verdicts) > VERDICTS:
+                del self._verdicts[next(iter(self._verdicts))]
 
     def find_verdict(self, epoch: int, number: int) -> Any | None:
         """The verdict on an operation that this rank left."""
-        return self._left.get((epoch, number))
+        return self._verdicts.get((epoch, number))
 
     def restart(self, epoch: int, causes: Sequence[Any]) -> None:
         """Begin an epoch, unless this or a later one has begun."""

@@ -71,7 +71,7 @@ class PeerListener:
         """Connections without a proof, and the deadline of each."""
         self._waiting: list[Arrival] = []
         self._idle: dict[Connection, Member] = {}
-        self._ended: dict[Member, str] = {}
+        self._end_reasons: dict[Member, str] = {}
         """How a member's last connection broke while it was idle."""
         self._active: Counter[tuple[str, str]] = Counter()
         self._full_s: float | None = None
@@ -117,19 +117,21 @@ class PeerListener:
     def arrivals(self, group: str, kind: str) -> list[Arrival]:
         """A group's peers that run this kind of operation, or a kind that does not run here."""
         with self._lock:
-            self._look()
+            self._handle_events()
             mine: list[Arrival] = []
             others: list[Arrival] = []
             for arrival in self._waiting:
-                asked = (arrival.hello.group, kind_of(arrival.hello.operation))
-                taken = asked[0] == group and (asked[1] == kind or not self._active[asked])
-                (mine if taken else others).append(arrival)
+                operation = (arrival.hello.group, kind_of(arrival.hello.operation))
+                is_mine = operation[0] == group and (
+                    operation[1] == kind or not self._active[operation]
+                )
+                (mine if is_mine else others).append(arrival)
             self._waiting = others
         return mine
 
     def broken_connection(self, group: str, rank: int) -> str | None:
         """How the process of a rank ended, as far as its idle connection shows."""
-        return self._ended.get((group, rank))
+        return self._end_reasons.get((group, rank))
 
     def full_for_s(self) -> float:
         """For how long a lack of descriptors has prevented accepting connections."""
@@ -157,12 +159,12 @@ class PeerListener:
             ]:
                 self._drop_idle(connection)
                 connection.hang_up()
-            for member in [member for member in self._ended if member[0] == group]:
-                del self._ended[member]
+            for member in [member for member in self._end_reasons if member[0] == group]:
+                del self._end_reasons[member]
 
-    def _look(self) -> None:
+    def _handle_events(self) -> None:
         """Read received bytes of idle connections; then accept and greet new ones."""
-        self._heed_listener()
+        self._watch_listener()
         knocks = False
         for key, _ in self._selector.select(0):
             if key.fileobj is self._listener:
@@ -174,7 +176,7 @@ class PeerListener:
         if self._handshaking:
             self._greet()
 
-    def _heed_listener(self) -> None:
+    def _watch_listener(self) -> None:
         if self._listener not in self._selector.get_map():
             self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -209,19 +211,19 @@ class PeerListener:
 
     def _greet(self) -> None:
         staying = []
-        held = self._count_held()
+        waiting_counts = self._count_waiting()
         for until_s, connection in self._handshaking:
             connection.receive(one=True)
             refused = bool(connection.frames)
             hello = self._read_hello(connection.frames.popleft()) if connection.frames else None
             if hello is not None and (seals := self._group_key.seals(hello.nonce)) is not None:
                 connection.seal(outgoing=seals[1], incoming=seals[0])
-            if hello is not None and held[hello.group, hello.rank] >= WAITING_OF_A_RANK:
+            if hello is not None and waiting_counts[hello.group, hello.rank] >= WAITING_OF_A_RANK:
                 self._close_stranger(connection)
             elif hello is not None:
-                held[hello.group, hello.rank] += 1
+                waiting_counts[hello.group, hello.rank] += 1
                 connection.reader.limit_bytes, connection.reader.only = MAX_BODY_BYTES, None
-                self._seat(hello, connection)
+                self._note_arrival(hello, connection)
             elif refused or connection.over or time.monotonic() > until_s:
                 self._close_stranger(connection)
             else:
@@ -233,9 +235,9 @@ class PeerListener:
             self._selector.unregister(connection)
             connection.close()
 
-    def _seat(self, hello: Hello, connection: Connection) -> None:
+    def _note_arrival(self, hello: Hello, connection: Connection) -> None:
         """Note that a peer is here, and for which operation."""
-        self._ended.pop((hello.group, hello.rank), None)
+        self._end_reasons.pop((hello.group, hello.rank), None)
         if hello.operation != IDLE:
             self._selector.unregister(connection)
             self._waiting.append(Arrival(hello, connection))
@@ -251,19 +253,19 @@ class PeerListener:
             hello = self._read_hello(connection.frames.popleft())
             if hello is not None and (hello.group, hello.rank) == member:
                 del self._idle[connection]
-                self._seat(hello, connection)
+                self._note_arrival(hello, connection)
                 return
-            connection.ended = "it sent something else than its next operation"
+            connection.end_reason = "it sent something else than its next operation"
         if connection.over:
             self._drop_idle(connection)
-            if connection.ended is not None:
-                self._ended[member] = connection.ended
+            if connection.end_reason is not None:
+                self._end_reasons[member] = connection.end_reason
             connection.close()
 
     def _add_idle(self, member: Member, connection: Connection) -> None:
         if connection.closed or connection.fileno() < 0:
-            if connection.ended is not None:
-                self._ended[member] = connection.ended
+            if connection.end_reason is not None:
+                self._end_reasons[member] = connection.end_reason
             connection.close()
             return
         self._idle[connection] = member
@@ -274,7 +276,7 @@ class PeerListener:
         del self._idle[connection]
         self._selector.unregister(connection)
 
-    def _count_held(self) -> Counter[Member]:
+    def _count_waiting(self) -> Counter[Member]:
         """How many connections of each rank wait here for an operation."""
         waiting = Counter((arrival.hello.group, arrival.hello.rank) for arrival in self._waiting)
         return waiting + Counter(self._idle.values())
@@ -283,8 +285,8 @@ class PeerListener:
         """The peer's HELLO; None if it does not prove that it is a rank of the group."""
         if frame.kind is not FrameKind.HELLO or len(frame.segments) != 2:
             return None
-        shown, text = frame.segments[0], bytes(frame.segments[1])
-        if not self._group_key.is_proof(shown, text):
+        received_proof, text = frame.segments[0], bytes(frame.segments[1])
+        if not self._group_key.is_proof(received_proof, text):
             return None
         try:
             facts = json.loads(text)

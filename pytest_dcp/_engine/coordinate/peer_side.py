@@ -20,7 +20,13 @@ from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.failure import Cause, CoordinationError, capture
 from pytest_dcp._engine.coordinate.frame import START, Frame, FrameKind, Head
 from pytest_dcp._engine.coordinate.hello import greet
-from pytest_dcp._engine.coordinate.idle_connections import GONE, Link, connect, keep, take_idle
+from pytest_dcp._engine.coordinate.idle_connections import (
+    GONE,
+    Link,
+    connect,
+    keep_connection,
+    take_idle,
+)
 from pytest_dcp._engine.coordinate.operation_context import OperationContext
 from pytest_dcp._engine.coordinate.payload import Payload
 from pytest_dcp._engine.coordinate.peer_state import (
@@ -55,7 +61,7 @@ class PeerSide:
         """The proof expected from the coordinator."""
         self._state: PeerState | None = None
         """From the first hello on."""
-        self._kept = False
+        self._keeps_connection = False
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -155,7 +161,7 @@ class PeerSide:
                 self._reconnect(state, step)
             elif isinstance(step, LookForVerdict):
                 if (verdict := self._read_verdict()) is not None:
-                    return state.obey(verdict)
+                    return state.accept_verdict(verdict)
             else:
                 _wait(connection, min(TICK_S, self.context.signs.ping_s))
 
@@ -174,7 +180,7 @@ class PeerSide:
     def _finish(self, head: Head, finish: Finish) -> Result | StepVerdict:
         connection = self._require_connection()
         if finish.distrust is not None:
-            connection.ended = finish.distrust
+            connection.end_reason = finish.distrust
         if finish.farewell is not None:
             connection.queue(finish.farewell.frame(head))
         return finish.outcome
@@ -209,7 +215,11 @@ class PeerSide:
 
     def trouble(self) -> str | None:
         """A failure that the coordinator reported, or its end; shows that this rank is alive."""
-        if self._link is None or self._kept or (connection := self._link.connection).fileno() < 0:
+        if (
+            self._link is None
+            or self._keeps_connection
+            or (connection := self._link.connection).fileno() < 0
+        ):
             return None
         state = self._require_state()
         connection.receive()
@@ -232,12 +242,13 @@ class PeerSide:
             if state.can_reconnect:
                 return None
         if connection.over:
-            return f"{self.context.name_of(self.context.coordinator)} {connection.ended or 'left'}"
+            name = self.context.name_of(self.context.coordinator)
+            return f"{name} {connection.end_reason or 'left'}"
         return None
 
     def _is_proof(self, welcome: Frame) -> bool:
-        shown = bytes(welcome.segments[0]) if welcome.segments else b""
-        return hmac.compare_digest(shown, self._answer)
+        received_proof = bytes(welcome.segments[0]) if welcome.segments else b""
+        return hmac.compare_digest(received_proof, self._answer)
 
     def leave(self, head: Head, cause: Cause) -> None:
         """Tell the coordinator why, and close."""
@@ -248,7 +259,7 @@ class PeerSide:
             with contextlib.suppress(RuntimeError, CoordinationError):
                 word = LocalResult(cause=cause).frame(START)
                 rendezvous.refuse(self._group, self.context.coordinator, self.context.place, word)
-        elif not self._kept and (connection := self._link.connection).fileno() >= 0:
+        elif not self._keeps_connection and (connection := self._link.connection).fileno() >= 0:
             connection.queue(
                 Frame(FrameKind.FAILED, head, LocalResult(cause=cause).frame(head).segments)
             )
@@ -267,14 +278,14 @@ class PeerSide:
 
     def close(self) -> None:
         """Say goodbye, and keep the connection for the next operation."""
-        if self._link is not None and not self._kept:
+        if self._link is not None and not self._keeps_connection:
             self._link.connection.finish()
             self._keep()
 
     def _keep(self) -> None:
         if self._link is not None:
-            self._kept = True
-            keep(self._group, self.context.coordinator, self._link)
+            self._keeps_connection = True
+            keep_connection(self._group, self.context.coordinator, self._link)
 
     def _require_state(self) -> PeerState:
         if self._state is None:
@@ -293,7 +304,10 @@ class PeerSide:
 
 def _state_of(connection: Connection) -> LinkState:
     return LinkState(
-        connection.heard_s, connection.left, connection.ended, garbled=connection.is_garbled
+        connection.heard_s,
+        connection.has_left,
+        connection.end_reason,
+        garbled=connection.is_garbled,
     )
 
 

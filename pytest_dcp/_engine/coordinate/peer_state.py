@@ -45,9 +45,9 @@ class LinkState:
 
     heard_s: float
     """When bytes last came."""
-    left: bool = False
+    has_left: bool = False
     """Whether the coordinator has left the operation."""
-    ended: str | None = None
+    end_reason: str | None = None
     """How the connection ended."""
     garbled: bool = False
     """Whether it ended because the other end misbehaves."""
@@ -144,7 +144,7 @@ class PeerState:
             verdict = self._verdict(context.out_of_step(context.coordinator, text))
             return Finish(verdict, distrust=f"it {text}")
         if isinstance(body, StepVerdict):
-            return Finish(self.obey(body))
+            return Finish(self.accept_verdict(body))
         if isinstance(body, ValueError):
             text = f"sent garbage: {body}"
             return Finish(self._verdict(context.out_of_step(context.coordinator, text)))
@@ -165,7 +165,7 @@ class PeerState:
             return None
         return alert_text(body)
 
-    def obey(self, verdict: StepVerdict) -> StepVerdict:
+    def accept_verdict(self, verdict: StepVerdict) -> StepVerdict:
         """Take the coordinator's verdict; it may begin an epoch."""
         if verdict.epoch:
             self._order.restart(verdict.epoch, verdict.causes)
@@ -183,10 +183,10 @@ class PeerState:
         if (reconnect := self._find_reconnect(now, link, self._since_s)) is not None:
             return reconnect
         context, step = self.context, self._head.name
-        if link.left:
+        if link.has_left:
             return self._lose(context.left(context.coordinator, step))
-        if link.ended is not None:
-            return ExplainEnd(link.ended)
+        if link.end_reason is not None:
+            return ExplainEnd(link.end_reason)
         signs = SignsOfLife(self._patience_s)
         if signs.is_silent(now, heard_s=link.heard_s, since_s=self._since_s):
             return self._lose(context.silent(context.coordinator, step))
@@ -214,7 +214,7 @@ class PeerState:
         return self._lose(context.ended(context.coordinator, self._head.name, how))
 
     def _find_reconnect(self, now: float, link: LinkState, since_s: float) -> Reconnect | None:
-        if self.is_welcome or link.ended is None or link.garbled or not self._reconnects:
+        if self.is_welcome or link.end_reason is None or link.garbled or not self._reconnects:
             return None
         late = now - since_s > self._patience_s
         return None if late else Reconnect(self._met_s + AGAIN_S)

@@ -79,10 +79,10 @@ class Presence:
 
     def how_ended(self) -> str | None:
         """The sign that the process has ended, or None. Never waits."""
-        said = _reported_error(self.error_file)
-        if said is None and not self.has_ended():
+        error_text = _reported_error(self.error_file)
+        if error_text is None and not self.has_ended():
             return None
-        return f"its process {self.pid} has ended" + (f": {said}" if said else "")
+        return f"its process {self.pid} has ended" + (f": {error_text}" if error_text else "")
 
     def has_ended(self) -> bool:
         """Whether the process is certainly gone, or a zombie."""
@@ -133,8 +133,8 @@ def _reported_error(path: str) -> str | None:
     """The first line of a failed worker's error file from torchrun; None without one."""
     try:
         with open(path, "rb") as file:
-            said = json.loads(file.read(MAX_ERROR_BYTES))["message"]
-        text = said["message"] if isinstance(said, dict) else said
+            message = json.loads(file.read(MAX_ERROR_BYTES))["message"]
+        text = message["message"] if isinstance(message, dict) else message
         return str(text).partition("\n")[0]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not whole yet
         return None

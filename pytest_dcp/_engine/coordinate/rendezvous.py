@@ -80,11 +80,13 @@ def meeting_of(group: dist.ProcessGroup) -> Meeting:
         if meeting is None:
             meeting = _meetings[group] = Meeting()
             # Not at exit: a connection that breaks without a message shows that the process ended.
-            weakref.finalize(group, _end, meeting, group.group_name, group.size()).atexit = False
+            weakref.finalize(
+                group, _forget_group, meeting, group.group_name, group.size()
+            ).atexit = False
         return meeting
 
 
-def _end(meeting: Meeting, name: str, size: int) -> None:
+def _forget_group(meeting: Meeting, name: str, size: int) -> None:
     """Close the idle connections of a group that is gone, on both sides."""
     for link in meeting.idle.values():
         link.connection.hang_up()
@@ -110,7 +112,7 @@ def timeout_of(group: dist.ProcessGroup) -> float:
     return float(dist.constants.default_pg_timeout.total_seconds())
 
 
-def say_present(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
+def announce_presence(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
     """Describe this process in the store, and publish a coordinator's address; once per group.
 
     If the ranks are on several machines, this process listens from now on, so that the others can
@@ -213,36 +215,36 @@ def post(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
 ) -> None:
     """Leave a verdict for peers that join an operation that the coordinator has given up."""
-    _leave_word(group, _word_key(coordinator_rank, place), word)
+    _write_word(group, _word_key(coordinator_rank, place), word)
 
 
 def read_verdict(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
 ) -> Frame | None:
     """The verdict in the store, if any; never waits. Raises ValueError for an invalid one."""
-    return _word_at(group, _word_key(coordinator_rank, place))
+    return _read_word(group, _word_key(coordinator_rank, place))
 
 
 def refuse(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace, word: Frame
 ) -> None:
     """Leave a verdict for a coordinator that has no address yet: this rank takes no part."""
-    _leave_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
+    _write_word(group, f"{_word_key(coordinator_rank, place)}/refused", word)
 
 
 def read_refusal(
     group: dist.ProcessGroup, coordinator_rank: int, place: OperationPlace
 ) -> Frame | None:
     """The verdict of a rank that takes no part, if any. Like `read_verdict`."""
-    return _word_at(group, f"{_word_key(coordinator_rank, place)}/refused")
+    return _read_word(group, f"{_word_key(coordinator_rank, place)}/refused")
 
 
-def _leave_word(group: dist.ProcessGroup, key: str, word: Frame) -> None:
+def _write_word(group: dist.ProcessGroup, key: str, word: Frame) -> None:
     sealed = seal_word(os.environ, key, b"".join(encode(word)))
     _store(group).set(key, base64.b64encode(sealed).decode())
 
 
-def _word_at(group: dist.ProcessGroup, key: str) -> Frame | None:
+def _read_word(group: dist.ProcessGroup, key: str) -> Frame | None:
     store = _store(group)
     if not store.check([key]):
         return None
@@ -274,8 +276,8 @@ operating_system.call_in_forked_children(_forget_in_child)
 
 
 def _store(group: dist.ProcessGroup) -> Store:
-    known = group_registry().pg_map.get(group)
-    store = known[1] if known is not None else group.get_group_store()
+    backend_and_store = group_registry().pg_map.get(group)
+    store = backend_and_store[1] if backend_and_store is not None else group.get_group_store()
     if store is None:
         raise CoordinationError(
             f"the process group {group.group_name!r} has no store to meet through: make it with "

@@ -27,18 +27,18 @@ class SentKind:
 
     def make(self, parts: list[Any]) -> Any:
         """The object of these parts."""
-        made: Any = object.__new__(self.cls)
+        instance: Any = object.__new__(self.cls)
         count = len(self.names)
         more = parts[count] if len(parts) == count + 1 and self.has_dict else {}
         if len(parts) not in (count, count + bool(more)):
             raise ValueError(f"expected {count} fields of a {self.cls.__name__}, got {len(parts)}")
         for name, part in zip(self.names, parts, strict=False):
-            object.__setattr__(made, name, part)
+            object.__setattr__(instance, name, part)
         for name, part in more.items():
             if type(name) is not str or name.startswith("__"):
                 raise ValueError(f"expected an attribute's name, got {name!r:.{SHOWN}}")
-            object.__setattr__(made, name, part)
-        return made
+            object.__setattr__(instance, name, part)
+        return instance
 
 
 SENT_KINDS: dict[type, tuple[str, SentKind]] = {}

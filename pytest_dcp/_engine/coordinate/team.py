@@ -118,8 +118,10 @@ class Team:
 
         def combine(value: T, payloads: Sequence[Payload]) -> Reduced:
             own = self._pack(value) if self.size > 1 else ()
-            sent = [own if rank == self.rank else payload for rank, payload in enumerate(payloads)]
-            return Reduced(self._values(value, payloads), bundle(sent))
+            rank_payloads = [
+                own if rank == self.rank else payload for rank, payload in enumerate(payloads)
+            ]
+            return Reduced(self._values(value, payloads), bundle(rank_payloads))
 
         def values(payload: Payload) -> list[T]:
             return [self._unpack(part) for part in unbundle(payload)]
@@ -128,13 +130,13 @@ class Team:
 
     def agree(self, step: str, local: Callable[[], T]) -> T:
         """This rank's local value, once every rank's local work has succeeded. It is not sent."""
-        kept: list[T] = []
+        values: list[T] = []
 
         def keep() -> None:
-            kept.append(local())
+            values.append(local())
 
         self._run(Mode.AGREE, step, keep, lambda _, __: Reduced(None), lambda _: None, sends=False)
-        return kept[0]
+        return values[0]
 
     def broadcast(self, step: str, local: Callable[[], T]) -> T:
         """The value of `local`, which only the coordinator runs. Waits for all ranks."""
@@ -145,8 +147,8 @@ class Team:
         def only_here() -> T | None:
             return local() if self.is_coordinator else None
 
-        got = self._run(Mode.BROADCAST, step, only_here, combine, self._unpack, sends=False)
-        return cast("T", got)
+        result = self._run(Mode.BROADCAST, step, only_here, combine, self._unpack, sends=False)
+        return cast("T", result)
 
     def barrier(self, step: str) -> None:
         """Return when all ranks have reached this step."""

@@ -113,7 +113,7 @@ class Absences:
     def find_ended(self, missing: Sequence[int]) -> dict[int, str]:
         """The missing ranks that are known to have ended, and how."""
         self._forget_others(missing)
-        ended = {
+        end_reasons = {
             rank: how
             for rank in missing
             if (how := self._peer_listener.broken_connection(self._key, rank)) is not None
@@ -123,11 +123,11 @@ class Absences:
         turn = [*missing[at:], *missing[:at]][:AT_ONCE]
         until_s = time.monotonic() + LOOK_S
         for rank in dict.fromkeys([*self._under_way(), *turn]):
-            if rank not in ended and (how := self._look(rank)) is not None:
-                ended[rank] = how
+            if rank not in end_reasons and (how := self._look(rank)) is not None:
+                end_reasons[rank] = how
             if time.monotonic() > until_s:
                 break
-        return ended
+        return end_reasons
 
     def _look(self, rank: int) -> str | None:
         if rank not in self._absent:

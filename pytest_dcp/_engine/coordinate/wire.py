@@ -133,8 +133,8 @@ class _Encoder:
         if write is not None:
             return write(self, value)
         if kind in SENT_KINDS:
-            name, known = SENT_KINDS[kind]
-            return ["o", name, self.nodes(known.parts(value))]
+            name, sent_class = SENT_KINDS[kind]
+            return ["o", name, self.nodes(sent_class.parts(value))]
         if kind in CONVERSIONS:
             name, to = CONVERSIONS[kind]
             return ["v", name, self.node(to(value))] if name else self.node(to(value))

@@ -34,12 +34,12 @@ class ArchiveLayout:
         self._central_nbytes = 0
         self._count = 0
         self._offset = 0
-        self._taken = 0
+        self._taken_until = 0
 
     def add(self, name: bytes, content: bytes) -> tuple[int, int]:
         """Emits a record; returns where its content and its descriptor's CRC start."""
         self.begin(name, len(content))
-        at = self.cursor - self._taken
+        at = self.cursor - self._taken_until
         self._emit(content)
         return at, self.end(name, len(content), crc32(content))
 
@@ -64,7 +64,7 @@ class ArchiveLayout:
 
     def end(self, name: bytes, nbytes: int, crc: int) -> int:
         """Emits a record's descriptor and notes its directory entry; returns the CRC's place."""
-        at = self.cursor - self._taken + 4
+        at = self.cursor - self._taken_until + 4
         offset = self._offset
         if nbytes:  # an empty record has no descriptor and does not count in the fingerprint
             self.seed = combine_fingerprint(self.seed, crc)
@@ -85,14 +85,14 @@ class ArchiveLayout:
 
     def take(self) -> bytes:
         """The bytes emitted since the last call."""
-        taken, self._chunks = b"".join(self._chunks), []
-        self._taken = self.cursor
-        return taken
+        emitted, self._chunks = b"".join(self._chunks), []
+        self._taken_until = self.cursor
+        return emitted
 
     def skip(self, nbytes: int) -> None:
         """Leaves room for content that the caller writes; take the emitted bytes first."""
         self.cursor += nbytes
-        self._taken = self.cursor
+        self._taken_until = self.cursor
 
     def finish(self) -> tuple[bytes, list[int]]:
         """The bytes emitted since `take`, the directory and the end records; and the offsets of its
@@ -118,7 +118,7 @@ class ArchiveLayout:
         ends += form.END.pack(
             form.END_SIGNATURE, 0, 0, count, count, nbytes, min(start, form.MAX32), 0
         )
-        base = start - self._taken
+        base = start - self._taken_until
         self._emit(ends)
         return self.take(), [base + at for at in self._central_crcs]
 

@@ -184,19 +184,19 @@ class EntryTable(LazyDict[MetadataIndex, _StorageInfo]):
 
     def origin_of(self, info: _StorageInfo) -> int | None:
         """The row that a place of this table was made from, unless the place has been changed."""
-        made, row = self._origins.get(id(info), (None, -1))
-        same = made is info and info == info_of(self.catalog.places, row)
+        original, row = self._origins.get(id(info), (None, -1))
+        same = original is info and info == info_of(self.catalog.places, row)
         return row if same else None
 
     def is_untouched(self) -> bool:
         """Whether these are still the catalog's places, under the catalog's keys."""
-        made = self.made_items()
-        if not made and not self.is_full:
+        items = self.made_items()
+        if not items and not self.is_full:
             return True  # without the keys, which take as long to make as a plan
         rows = self.catalog.row_of
         if self.is_full and len(self) != int((self.catalog.places.file >= 0).sum()):
             return False
-        return all(key in rows and self.origin_of(info) == rows[key] for key, info in made)
+        return all(key in rows and self.origin_of(info) == rows[key] for key, info in items)
 
 
 def info_of(places: EntryPlaces, row: int) -> _StorageInfo:
@@ -262,20 +262,23 @@ def _with_known_data(
     bare: EntryPlaces, infos: Sequence[_StorageInfo | None], table: EntryTable
 ) -> EntryPlaces:
     """The places, with the data's start and sums for entries that are still the table's own."""
-    known = table.catalog.places
+    old_places = table.catalog.places
     origin = [None if info is None else table.origin_of(info) for info in infos]
     row = np.array([-1 if at is None else at for at in origin], dtype=np.int64)
     here = np.flatnonzero(row >= 0)
     counts = np.zeros(len(row), dtype=np.int64)
-    counts[here] = np.diff(known.first_sum)[row[here]]
+    counts[here] = np.diff(old_places.first_sum)[row[here]]
     data_start, data_nbytes = bare.data_start.copy(), bare.data_nbytes.copy()
-    data_start[here], data_nbytes[here] = known.data_start[row[here]], known.data_nbytes[row[here]]
-    sums = np.repeat(known.first_sum[row[here]], counts[here]) + spans(counts[here])
+    data_start[here], data_nbytes[here] = (
+        old_places.data_start[row[here]],
+        old_places.data_nbytes[row[here]],
+    )
+    sums = np.repeat(old_places.first_sum[row[here]], counts[here]) + spans(counts[here])
     return replace(
         bare,
         data_start=data_start,
         data_nbytes=data_nbytes,
         first_sum=row_bounds(counts),
-        sums=known.sums[sums],
-        block_bytes=known.block_bytes,
+        sums=old_places.sums[sums],
+        block_bytes=old_places.block_bytes,
     )

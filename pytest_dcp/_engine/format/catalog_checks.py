@@ -71,7 +71,7 @@ def check_catalog(catalog: Catalog) -> None:
     least = int(index.ndim.min(initial=MAX_DIMS))
     for start in range(0, len(places.file), _SLAB):
         slab = _Slab(index, slice(start, start + _SLAB), least)
-        if _usual(slab, places):
+        if _is_ordinary(slab, places):
             continue
         nbytes = _check_chunks(slab)
         _check_entries(slab, places)
@@ -104,7 +104,7 @@ class _Slab:
         )
 
 
-def _usual(slab: _Slab, places: EntryPlaces) -> bool:
+def _is_ordinary(slab: _Slab, places: EntryPlaces) -> bool:
     """Whether the chunks are of the ordinary form: inside their tensor, in a file, with data.
 
     If so, they satisfy every rule; otherwise the rules are checked one by one, in twice as many
@@ -150,11 +150,15 @@ def _check_keys(index: Index) -> None:
     if len(index.row_of) != len(index):
         twice = next(fqn for row, fqn in enumerate(index.fqns) if index.row_of[fqn] != row)
         raise CheckpointCorruptError("expected each key once, got it twice", entry=twice)
-    ndim, known = index.ndim, len(index.properties)
+    ndim, property_count = index.ndim, len(index.properties)
     tensor = ndim >= 0
     _refuse_keys(index, (ndim < UNKNOWN) | (ndim > rank), f"-1 to {rank} dimensions")
     proper = np.where(tensor, index.property_of >= 0, index.property_of == UNKNOWN)
-    _refuse_keys(index, ~proper | (index.property_of >= known), f"one of {known} properties")
+    _refuse_keys(
+        index,
+        ~proper | (index.property_of >= property_count),
+        f"one of {property_count} properties",
+    )
     padding = np.arange(rank) >= np.maximum(ndim, 0)[:, None]
     _refuse_keys(index, (index.size < 0).any(axis=1), "sizes of 0 or more")
     _refuse_keys(index, (padding & (index.size != 1)).any(axis=1), "sizes padded with 1")
@@ -220,10 +224,10 @@ def _check_entries(slab: _Slab, places: EntryPlaces) -> None:
     file, start, length = (
         column[slab.rows] for column in (places.file, places.start, places.length)
     )
-    known = len(places.files)
+    file_count = len(places.files)
     least = file.min()
-    if least < UNKNOWN or file.max() >= known:
-        slab.refuse((file >= known) | (file < UNKNOWN), f"one of {known} files")
+    if least < UNKNOWN or file.max() >= file_count:
+        slab.refuse((file >= file_count) | (file < UNKNOWN), f"one of {file_count} files")
     if least >= 0:
         slab.refuse((start | length) < 0, "an entry of 0 or more bytes at 0 or more")
         slab.refuse(length > _MAX_INT64 - start, "an entry that ends below 2**63")
@@ -244,13 +248,13 @@ def _check_data(slab: _Slab, places: EntryPlaces, expected: Ints) -> None:
     unlike = nbytes != expected
     if not outside.any() and not unlike.any():
         return
-    known = start >= 0
+    has_data = start >= 0
     slab.refuse(
-        ~known & ((start != UNKNOWN) | (nbytes != UNKNOWN)),
+        ~has_data & ((start != UNKNOWN) | (nbytes != UNKNOWN)),
         "the data's start and length both -1 or neither",
     )
-    slab.refuse(known & outside, "data inside its entry")
-    tensors = known & (slab.index.ndim.take(slab.keys) >= 0)
+    slab.refuse(has_data & outside, "data inside its entry")
+    tensors = has_data & (slab.index.ndim.take(slab.keys) >= 0)
     for row in places.transforms:
         if slab.rows.start <= row < slab.rows.stop:
             # A transformed entry is stored, and summed, as one stream.

@@ -30,10 +30,10 @@ def check_crc(what: str, part: memoryview, expected: int, start: int) -> None:
 
     Raises CheckpointCorruptError with the offset if they differ.
     """
-    got = crc32(part)
-    if got != expected:
+    actual = crc32(part)
+    if actual != expected:
         raise CheckpointCorruptError(
-            f"expected CRC-32 {expected:#010x} of {what} ({len(part)} bytes), got {got:#010x}: the "
-            "file is damaged",
+            f"expected CRC-32 {expected:#010x} of {what} ({len(part)} bytes), got {actual:#010x}: "
+            "the file is damaged",
             offset=start,
         )

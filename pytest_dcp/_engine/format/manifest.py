@@ -154,7 +154,7 @@ def encode(catalog: Catalog) -> bytes:
             f"expected a manifest's header of at most {MAX_HEADER_BYTES} bytes, got {len(text)}: "
             "transforms, properties or the modules of storage_meta are too many"
         )
-    pieces = [_HEAD.pack(MAGIC, len(text)), *_pad(text), *_laid_out(columns)]
+    pieces = [_HEAD.pack(MAGIC, len(text)), *_pad(text), *_encode_columns(columns)]
     return b"".join([*pieces, *_pad(further)])
 
 
@@ -203,7 +203,7 @@ def _counts(columns: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _laid_out(columns: Mapping[str, Any]) -> list[bytes | memoryview]:
+def _encode_columns(columns: Mapping[str, Any]) -> list[bytes | memoryview]:
     pieces: list[bytes | memoryview] = []
     for name, dtype, _, _ in _COLUMNS:
         column = columns[name]

@@ -47,39 +47,41 @@ def number_transforms(places: EntryPlaces) -> tuple[list[list[str]], NDArray[np.
 
     If no chunk was transformed, the column is empty.
     """
-    known: dict[tuple[str, ...], int] = {}
+    positions: dict[tuple[str, ...], int] = {}
     column = np.full(len(places.file) if places.transforms else 0, -1, dtype=np.int32)
     for row, descriptors in places.transforms.items():
-        column[row] = known.setdefault(tuple(descriptors), len(known))
-    return [list(some) for some in known], column
+        column[row] = positions.setdefault(tuple(descriptors), len(positions))
+    return [list(some) for some in positions], column
 
 
 def encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], bytes]:
     """The data of planner and storage, and the two columns of the planner's paths."""
     packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
-    said = {
+    extras = {
         "planner_data": [_IN_PICKLE if packed is None else _PATHS],
         "storage_meta": _encode_storage_meta(catalog.storage_meta),
         "version": [_VALUE, catalog.version] if _is_text(catalog.version) else [_IN_PICKLE],
     }
     if catalog.planner_data is None:
-        said["planner_data"] = [_NONE]
-    return said, *(packed or (np.zeros(0, dtype=np.int32), b""))
+        extras["planner_data"] = [_NONE]
+    return extras, *(packed or (np.zeros(0, dtype=np.int32), b""))
 
 
 def _encode_storage_meta(meta: StorageMeta | None) -> list[Any]:
     if meta is None:
         return [_NONE]
-    given = dict(meta.__dict__) if type(meta) is StorageMeta else {}
-    folder = given.pop("checkpoint_id", None)
-    modules = given.get("modules")
-    known = given.keys() == {"save_id", "load_id", "modules"} and isinstance(modules, list)
-    plain = known and all(map(_is_text, (given["save_id"], given["load_id"], *given["modules"])))
+    fields = dict(meta.__dict__) if type(meta) is StorageMeta else {}
+    folder = fields.pop("checkpoint_id", None)
+    modules = fields.get("modules")
+    standard = fields.keys() == {"save_id", "load_id", "modules"} and isinstance(modules, list)
+    plain = standard and all(
+        map(_is_text, (fields["save_id"], fields["load_id"], *fields["modules"]))
+    )
     kind = type(folder).__name__
     text = None if folder is None else str(folder)
     if not plain or type(folder) not in (type(None), str, PosixPath) or not _is_text(text):
         return [_IN_PICKLE]
-    return [_VALUE, {**given, "checkpoint_id": [kind, text]}]
+    return [_VALUE, {**fields, "checkpoint_id": [kind, text]}]
 
 
 def _is_text(value: object) -> bool:
@@ -87,28 +89,28 @@ def _is_text(value: object) -> bool:
     return value is None or (type(value) is str and json.loads(json.dumps(value)) == value)
 
 
-def read_properties(given: Sequence[Any]) -> TensorProperties:
+def read_properties(fields: Sequence[Any]) -> TensorProperties:
     """The inverse of `name_properties`."""
-    dtype, layout, requires_grad, memory_format, pin_memory = given
+    dtype, layout, requires_grad, memory_format, pin_memory = fields
     if type(requires_grad) is not bool or type(pin_memory) is not bool:
-        raise ValueError(f"properties {given!r:.200}")
+        raise ValueError(f"properties {fields!r:.200}")
     return TensorProperties(
         _DTYPES[dtype], _LAYOUTS[layout], requires_grad, _FORMATS[memory_format], pin_memory
     )
 
 
 def read_transforms(
-    given: Sequence[Sequence[str]], column: NDArray[np.int32]
+    descriptor_lists: Sequence[Sequence[str]], column: NDArray[np.int32]
 ) -> dict[int, tuple[str, ...]]:
     """The inverse of `number_transforms`: the descriptors of each transformed chunk, by row."""
-    known = [tuple(_text(text) for text in some) for some in given]
+    descriptors = [tuple(_text(text) for text in some) for some in descriptor_lists]
     rows = np.flatnonzero(column >= 0)
     which = column[rows].tolist()
-    return {row: known[i] for row, i in zip(rows.tolist(), which, strict=True)}
+    return {row: descriptors[i] for row, i in zip(rows.tolist(), which, strict=True)}
 
 
 def decode_extras(
-    said: Mapping[str, Sequence[Any]],
+    extras: Mapping[str, Sequence[Any]],
     fqns: Fqns,
     columns: Mapping[str, NDArray[Any]],
     whole: Callable[[], Metadata],
@@ -120,7 +122,7 @@ def decode_extras(
     found: dict[str, Any] = {}
     metadata: Metadata | None = None
     for name in _SAID:
-        how, *value = said[name]
+        how, *value = extras[name]
         if how == _IN_PICKLE:
             metadata = metadata or whole()
             found[name] = getattr(metadata, name)
@@ -139,15 +141,15 @@ def decode_extras(
     return found
 
 
-def _decode_storage_meta(given: Mapping[str, Any]) -> StorageMeta:
-    kind, folder = given["checkpoint_id"]
+def _decode_storage_meta(fields: Mapping[str, Any]) -> StorageMeta:
+    kind, folder = fields["checkpoint_id"]
     if (kind == "NoneType") is not (_text_or_none(folder) is None) or kind not in _FOLDERS:
-        raise ValueError(f"checkpoint_id {given['checkpoint_id']!r:.200}")
+        raise ValueError(f"checkpoint_id {fields['checkpoint_id']!r:.200}")
     return StorageMeta(
         checkpoint_id=None if folder is None else _FOLDERS[kind](folder),
-        save_id=_text_or_none(given["save_id"]),
-        load_id=_text_or_none(given["load_id"]),
-        modules=[_text(module) for module in given["modules"]],
+        save_id=_text_or_none(fields["save_id"]),
+        load_id=_text_or_none(fields["load_id"]),
+        modules=[_text(module) for module in fields["modules"]],
     )
 
 

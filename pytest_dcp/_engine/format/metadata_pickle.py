@@ -115,7 +115,7 @@ class _Words:
         pickler = PlainPickler(buffer, _PROTOCOL)
         pickler.dump(fields)
         self._memo = pickler.memo.copy()
-        self._known = {word: self.number(word) for word in (*_CLASSES, *_KEYS, *transforms)}
+        self._word_numbers = {word: self.number(word) for word in (*_CLASSES, *_KEYS, *transforms)}
         self.head = _head(buffer.getvalue())
         number = self.number(beside).to_bytes(4, "little") if beside else b""
         self.beside = pickle.LONG_BINGET + number if beside else pickle.EMPTY_DICT
@@ -134,7 +134,7 @@ class _Words:
 
     def __call__(self, word: object) -> bytes:
         """The opcode that fetches a class, a key or a transform."""
-        number = self._known[word]
+        number = self._word_numbers[word]
         if number < 1 << 8:
             return pickle.BINGET + number.to_bytes(1, "little")
         return pickle.LONG_BINGET + number.to_bytes(4, "little")

@@ -118,19 +118,19 @@ def pack_paths(planner_data: object, fqns: Fqns) -> tuple[NDArray[np.int32], byt
     paths = dict(planner_data)  # type: ignore[call-overload]  # one of the two mappings above
     if not (_TEXT.issuperset(map(type, paths)) and all(map(_is_path, paths.values()))):
         return None
-    known: dict[Form, int] = {}
+    form_numbers: dict[Form, int] = {}
     rows = np.full(len(fqns), _NO_PATH, dtype=np.int32)
     for row, fqn in enumerate(fqns):
         form = form_of(fqn, paths[fqn]) if fqn in paths else None
         if form is not None:
-            rows[row] = known.setdefault(form, len(known))
+            rows[row] = form_numbers.setdefault(form, len(form_numbers))
             del paths[fqn]
     extra = [[fqn, [int(p) if isinstance(p, int) else p for p in paths[fqn]]] for fqn in paths]
-    told: dict[str, Any] = {"forms": list(known), "extra": extra}
+    document: dict[str, Any] = {"forms": list(form_numbers), "extra": extra}
     description = description_of(planner_data)
     if description is not None:
-        told["containers"] = description
-    text = json.dumps(told, separators=(",", ":"))
+        document["containers"] = description
+    text = json.dumps(document, separators=(",", ":"))
     if extra and json.loads(text)["extra"] != extra:  # JSON joins halves of surrogate pairs
         return None
     return rows, text.encode()
@@ -152,17 +152,17 @@ def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
         CheckpointCorruptError: a form does not fit its name, or the bytes are not paths.
     """
     try:
-        told = json.loads(text)
-        forms = tuple(_checked_form(form) for form in told["forms"])
-        extra = {fqn: _checked_path(fqn, path) for fqn, path in told["extra"]}
-        description = _checked_text(told.get("containers"))
+        document = json.loads(text)
+        forms = tuple(_checked_form(form) for form in document["forms"])
+        extra = {fqn: _checked_path(fqn, path) for fqn, path in document["extra"]}
+        description = _checked_text(document.get("containers"))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise CheckpointCorruptError(f"expected the planner's paths, got {error!r:.200}") from None
     if rows.size and not (rows.min() >= _NO_PATH and rows.max() < len(forms)):
         raise CheckpointCorruptError(f"expected forms of paths below {len(forms)}, got others")
     _check_forms(fqns, rows, forms)
     formed = {fqns[row] for row in np.flatnonzero(rows >= 0).tolist()} if extra else set()
-    if len(extra) != len(told["extra"]) or not extra.keys().isdisjoint(formed):
+    if len(extra) != len(document["extra"]) or not extra.keys().isdisjoint(formed):
         raise CheckpointCorruptError("expected one path a key of the planner, got two of some")
     return PathTable(fqns, rows, forms, extra, description)
 

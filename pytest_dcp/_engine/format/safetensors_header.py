@@ -257,12 +257,12 @@ def parse_json(
 def unique_names(names: Mapping[int, str]) -> dict[int, str]:
     """The names, each with a number appended if it is taken already: parts of one tensor share a
     name."""
-    taken = set(names.values())
+    all_names = set(names.values())
     seen: set[str] = set()
     unique: dict[int, str] = {}
     for row, name in names.items():
         nth, chosen = 1, name
-        while chosen in seen or (chosen != name and chosen in taken):
+        while chosen in seen or (chosen != name and chosen in all_names):
             nth, chosen = nth + 1, f"{name}#{nth}"
         seen.add(chosen)
         unique[row] = chosen

@@ -44,9 +44,9 @@ def encode_wrapper(fqn: str, wrapper: torch.Tensor) -> WrapperEntry:
 def _compact(tensor: Any) -> torch.Tensor:
     if is_traceable_wrapper_subclass(tensor):
         inner = {name: _compact(part) for name, part in inner_tensors(tensor)}
-        made: torch.Tensor = type(tensor).__tensor_unflatten__(
+        compacted: torch.Tensor = type(tensor).__tensor_unflatten__(
             inner, tensor.__tensor_flatten__()[1], tensor.size(), tensor.stride()
         )
-        return made
+        return compacted
     plain: torch.Tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

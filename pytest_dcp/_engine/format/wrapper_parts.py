@@ -81,15 +81,15 @@ def cut(fqn: str, wrapper: torch.Tensor, part: WrapperBox) -> torch.Tensor:
 
     Raises CheckpointMismatchError, naming the key, if the class refuses.
     """
-    made = wrapper
+    piece = wrapper
     try:
         for dim, (start, length) in enumerate(zip(part.offset, part.shape, strict=True)):
-            if (start, length) != (0, made.shape[dim]):
-                made = made.narrow(dim, start, length)
+            if (start, length) != (0, piece.shape[dim]):
+                piece = piece.narrow(dim, start, length)
     except Exception as error:
         # Its class may refuse as it likes.
         raise _uncuttable(fqn, wrapper, part, error) from error
-    return made
+    return piece
 
 
 def copy_part(
@@ -98,7 +98,7 @@ def copy_part(
     into: WrapperBox,
     stored: OpaqueWrapper,
     entry: bytes | memoryview,
-    taken: WrapperBox,
+    stored_box: WrapperBox,
 ) -> Callable[[], None]:
     """A function that copies a part of the entry's wrapper to a part of the target.
 
@@ -108,7 +108,7 @@ def copy_part(
     _, storage = open_wrapper(entry)
     with torch.no_grad():
         whole = _rebuild(fqn, target, stored, storage)
-        source, sink = cut(fqn, whole, taken), cut(fqn, target, into)
+        source, sink = cut(fqn, whole, stored_box), cut(fqn, target, into)
         require_same_attributes(fqn, sink, vars(source), dict(inner_tensors(source)))
         copies = _copies(fqn, target, sink, source)
 
@@ -169,15 +169,17 @@ def _rebuild(fqn: str, target: Any, stored: OpaqueWrapper, storage: Storage) -> 
     size = torch.Size(stored.shape)
     stride = torch.empty(size, device="meta").stride()
     try:
-        made: torch.Tensor = type(target).__tensor_unflatten__(
+        rebuilt: torch.Tensor = type(target).__tensor_unflatten__(
             inner, _resize_context(context, tuple(target.shape), size), size, stride
         )
     except Exception as error:
         raise _uncuttable(fqn, target, WrapperBox((0,) * len(size), size), error) from error
-    if made.shape != size:
-        raise misfit(fqn, f"of size {tuple(size)}", f"a class that made one of {tuple(made.shape)}")
-    require_same_attributes(fqn, made, stored.state, names)
-    return made
+    if rebuilt.shape != size:
+        raise misfit(
+            fqn, f"of size {tuple(size)}", f"a class that made one of {tuple(rebuilt.shape)}"
+        )
+    require_same_attributes(fqn, rebuilt, stored.state, names)
+    return rebuilt
 
 
 def _bounded_tensor(stored: TensorPickle, storage: Storage) -> torch.Tensor:

@@ -23,7 +23,7 @@ from pytest_dcp.errors import PlanError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Written:
+class WriteColumns:
     """Rows in the plan's order; the columns are those of `Places`."""
 
     files: tuple[str, ...]
@@ -49,7 +49,7 @@ class WriteResults(LazyList[WriteResult]):
 
     __slots__ = ("items", "written")
 
-    def __init__(self, items: Sequence[WriteItem], written: Written) -> None:
+    def __init__(self, items: Sequence[WriteItem], written: WriteColumns) -> None:
         super().__init__()
         self.items = items
         self.written = written
@@ -74,7 +74,7 @@ class WriteResults(LazyList[WriteResult]):
     def is_untouched(self) -> bool:
         """Whether the list and the objects in it are unchanged."""
         return len(self) == len(self.items) and all(
-            made == self.make_item(at) for at, made in self.made_items()
+            item == self.make_item(at) for at, item in self.made_items()
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
         for first, w in zip(firsts, some, strict=False)
         for row, of in w.own_transforms.items()
     }
-    written = Written(
+    written = WriteColumns(
         files=tuple(name for w in some for name in w.files),
         file=joined(files, np.int32).astype(np.int32),
         start=joined([w.start for w in some], np.int64),
@@ -196,12 +196,12 @@ def places_and_more(
     try:
         return whole_places_of(index, results), {}
     except PlanError:
-        known = {index_key(index, row) for row in range(len(index.offset))}
+        index_keys = {index_key(index, row) for row in range(len(index.offset))}
         every = [result for some in results for result in some]
-        more = {one.index: one.storage_data for one in every if one.index not in known}
+        more = {one.index: one.storage_data for one in every if one.index not in index_keys}
         if not more:
             raise
-    planned = [[one for one in some if one.index in known] for some in results]
+    planned = [[one for one in some if one.index in index_keys] for some in results]
     return whole_places_of(index, planned), more
 
 
@@ -242,7 +242,7 @@ def _of_objects(results: Sequence[WriteResult], descriptors: tuple[str, ...]) ->
     infos: list[_StorageInfo] = [result.storage_data for result in results]
     files: dict[str, int] = {}
     none = np.full(len(infos), -1, dtype=np.int64)
-    written = Written(
+    written = WriteColumns(
         file=np.array(
             [files.setdefault(i.relative_path, len(files)) for i in infos], dtype=np.int32
         ),

@@ -87,7 +87,7 @@ class Directory:
         """The record of that name; raises `CheckpointCorruptError` if there is none."""
         found = self.records.get(name)
         if found is None:
-            names = ", ".join(repr(known[:64]) for known in list(self.records)[:8])
+            names = ", ".join(repr(record_name[:64]) for record_name in list(self.records)[:8])
             raise corrupt(f"expected a record {name[:64]!r}, the entry holds {names}", 0)
         return found
 
@@ -147,10 +147,10 @@ def read_directory(source: Source, limit: int) -> Directory:
         raise corrupt(f"expected {count} records in the directory, found more", start + at)
     records = _in_order(found, start)
     folder = records[0].name.partition(b"/")[0] + b"/"
-    named = {_plain_name(record, folder): record for record in records}
-    if len(named) != count:
+    by_name = {_plain_name(record, folder): record for record in records}
+    if len(by_name) != count:
         raise corrupt("expected the name of each record once, one occurs twice", start)
-    return Directory(named, any(record.crc for record in records))
+    return Directory(by_name, any(record.crc for record in records))
 
 
 def content(source: Source, directory: Directory, name: str, limit: int) -> bytes | memoryview:
@@ -179,13 +179,15 @@ def content_offset(source: Source, record: ZipRecord) -> int:
     if (signature, flags, method, name) != (LOCAL_SIGNATURE, record.flags, 0, record.name):
         raise corrupt(f"expected the local header of {record.name[:64]!r}", at)
     later = bool(flags & FLAG_DESCRIPTOR)
-    for got, true in ((crc, record.crc), (packed, record.nbytes), (nbytes, record.nbytes)):
-        if got != min(true, MAX32) and not (later and got == 0):
+    for local_value, true in ((crc, record.crc), (packed, record.nbytes), (nbytes, record.nbytes)):
+        if local_value != min(true, MAX32) and not (later and local_value == 0):
             raise corrupt(f"the local header of {record.name[:64]!r} denies the directory", at)
     start: int = at + size + nname + nextra
-    left = record.end - start - record.nbytes
-    if left not in ((DESCRIPTOR.size, DESCRIPTOR64.size) if later else (0,)):
-        raise corrupt(f"expected {record.name[:64]!r} to fill its place, {left} are left", at)
+    unused_bytes = record.end - start - record.nbytes
+    if unused_bytes not in ((DESCRIPTOR.size, DESCRIPTOR64.size) if later else (0,)):
+        raise corrupt(
+            f"expected {record.name[:64]!r} to fill its place, {unused_bytes} are left", at
+        )
     if later:
         _check_descriptor(source, record, start + record.nbytes)
     return start
@@ -215,9 +217,9 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
     if locator_at >= 0 and source.get(locator_at, 4, "") == END64_LOCATOR_SIGNATURE:
         narrow = ((count, MAX16), (nbytes, MAX32), (start, MAX32))
         count, nbytes, start = wide = _find_directory64(source, locator_at)
-        for (got, absent), true in zip(narrow, wide, strict=True):
-            if got not in (true, absent):
-                raise corrupt(f"the two end records disagree: {got} and {true}", at)
+        for (narrow_value, absent), true in zip(narrow, wide, strict=True):
+            if narrow_value not in (true, absent):
+                raise corrupt(f"the two end records disagree: {narrow_value} and {true}", at)
         end = locator_at - END64.size
     if start + nbytes != end or not 0 < count * CENTRAL_HEADER.size <= nbytes:
         raise corrupt(

@@ -54,19 +54,19 @@ class Shards:
     folder: Folder
     catalog: Catalog
 
-    def read(self, wanted: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
-        """The slabs' values, in their order."""
+    def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
+        """The parts' values, in their order."""
         index = self.catalog.index
         rank = index.size.shape[1]
         boxes = Wanted(
-            fqns=tuple(slab.fqn for slab in wanted),
-            ndim=np.array([len(slab.shape) for slab in wanted], dtype=np.int16),
-            offset=pad_rows([slab.offset for slab in wanted], rank, 0),
-            shape=pad_rows([slab.shape for slab in wanted], rank, 1),
-            nth=np.arange(len(wanted), dtype=np.int64),
+            fqns=tuple(part.fqn for part in parts),
+            ndim=np.array([len(part.shape) for part in parts], dtype=np.int16),
+            offset=pad_rows([part.offset for part in parts], rank, 0),
+            shape=pad_rows([part.shape for part in parts], rank, 1),
+            nth=np.arange(len(parts), dtype=np.int64),
         )
         items = read_items(boxes, index)
-        tensors = [torch.empty(slab.shape, dtype=slab.dtype) for slab in wanted]
+        tensors = [torch.empty(part.shape, dtype=part.dtype) for part in parts]
         if not len(items):
             return tensors
         rows = np.arange(len(items), dtype=np.int64)
@@ -141,14 +141,14 @@ def full_tensors(index: Index, fqns: Sequence[str]) -> list[StoredTensor]:
 
 def _batches(tensors: Sequence[StoredTensor]) -> Iterator[list[Slab]]:
     batch: list[Slab] = []
-    held = 0
+    batch_bytes = 0
     for tensor in tensors:
         for slab in slabs_of(tensor, BATCH_BYTES):
-            if batch and held + slab.nbytes > BATCH_BYTES:
+            if batch and batch_bytes + slab.nbytes > BATCH_BYTES:
                 yield batch
-                batch, held = [], 0
+                batch, batch_bytes = [], 0
             batch.append(slab)
-            held += slab.nbytes
+            batch_bytes += slab.nbytes
     if batch:
         yield batch
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import OperationCall, Subject, team_of
 from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
-from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, stated_save
+from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, describe_save
 from pytest_dcp._engine.huggingface.file_names import SAVE_KEY, data_name, temporary_name
 from pytest_dcp._engine.huggingface.folder import next_number, read_folder
 from pytest_dcp._engine.huggingface.folder_commit import (
@@ -55,7 +55,7 @@ class ConsolidatedFolder:
 
         number: the save's number, see `next_number`.
         """
-        stated = stated_save({"files": len(self.files), "number": number})
+        stated = describe_save({"files": len(self.files), "number": number})
         return consolidate(
             shards,
             self.folder,
@@ -155,10 +155,10 @@ def _consolidate_on_ranks(
         def open_shards() -> tuple[Shards, ConsolidatedFolder]:
             catalog = read_folder(shards_in)
             _check_mapping(catalog.index.fqns, mapping, source)
-            named = [fqn for fqn in catalog.index.fqns if fqn in mapping]
+            mapped_fqns = [fqn for fqn in catalog.index.fqns if fqn in mapping]
             if team.is_coordinator:
                 _warn_of_left_out(catalog.index.fqns, mapping, source)
-            files = assign_files(named, mapping)
+            files = assign_files(mapped_fqns, mapping)
             folder = ConsolidatedFolder(output, files, save_id, sync=True)
             return Shards(shards_in, catalog), folder
 

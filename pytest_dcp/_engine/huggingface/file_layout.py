@@ -72,16 +72,16 @@ def layout_files(
 
 
 def name_files(
-    fqns: Sequence[str], said: Mapping[str, Any], split: Sequence[int] | None
+    fqns: Sequence[str], storage_data: Mapping[str, Any], split: Sequence[int] | None
 ) -> dict[str, list[int]]:
     """The names of a rank's files, and the rows of each. split: the number of each row's file.
 
     A tensor's second part on the rank goes to another file, with a shard number that no rank has:
     a file has one tensor of a name, and readers take the name for the tensor's.
     """
-    mapping: Mapping[str, int] | None = said.get("fqn_to_index_mapping")
-    shard: int | None = said.get("shard_index")
-    highest = said.get("highest") or max((mapping or {}).values(), default=1)
+    mapping: Mapping[str, int] | None = storage_data.get("fqn_to_index_mapping")
+    shard: int | None = storage_data.get("shard_index")
+    highest = storage_data.get("highest") or max((mapping or {}).values(), default=1)
     highest = max([highest, *(split or ())])
     seen: dict[str, int] = {}
     files: dict[str, list[int]] = {}
@@ -89,24 +89,24 @@ def name_files(
         nth = seen[fqn] = seen.get(fqn, -1) + 1
         own = 1 if mapping is None else mapping[fqn]
         number = own if split is None else split[row]
-        number = said.get("numbers", {}).get(number, number)
-        shard_number = None if shard is None else shard + nth * said.get("ranks", 1)
+        number = storage_data.get("numbers", {}).get(number, number)
+        shard_number = None if shard is None else shard + nth * storage_data.get("ranks", 1)
         files.setdefault(data_name(number, highest, shard_number), []).append(row)
     return files
 
 
 def count_files(plan: SavePlan, split: Sequence[int] | None) -> int:
     """How many files a rank writes. split: see `name_files`."""
-    table, said = WriteItems.of(plan.items), plan.storage_data
+    table, storage_data = WriteItems.of(plan.items), plan.storage_data
     if split is None and len(set(table.fqns)) == len(table.fqns):
-        return len(said["numbers"])
-    return len(name_files(table.fqns, said, split))
+        return len(storage_data["numbers"])
+    return len(name_files(table.fqns, storage_data, split))
 
 
-def stated_save(said: Mapping[str, Any]) -> dict[str, str]:
+def describe_save(storage_data: Mapping[str, Any]) -> dict[str, str]:
     """A file's description of its save, if known."""
     keys = {FILES_KEY: "files", NUMBER_KEY: "number"}
-    return {key: str(said[name]) for key, name in keys.items() if name in said}
+    return {key: str(storage_data[name]) for key, name in keys.items() if name in storage_data}
 
 
 def files_of_tensors(catalog: Catalog) -> dict[str, str]:

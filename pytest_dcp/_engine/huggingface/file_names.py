@@ -63,14 +63,14 @@ def save_of(temporary: str) -> str:
     return temporary.removesuffix(TEMPORARY).rpartition("-")[2]
 
 
-def final_names(temporary: Collection[str], taken: Collection[str]) -> dict[str, str]:
+def final_names(temporary: Collection[str], existing: Collection[str]) -> dict[str, str]:
     """Final names for temporary files, once their save is complete: names that no other file has.
 
     The usual names if none of them is taken, else all with the save's id in them.
     """
     usual = {name: name[: name.rindex(SUFFIX) + len(SUFFIX)] for name in temporary}
     found, n = usual, 0
-    while not set(taken).isdisjoint(found.values()):
+    while not set(existing).isdisjoint(found.values()):
         # A planner that remembers plans may give the same id twice.
         more = f"{n:x}" if n else ""
         found = {
@@ -135,7 +135,7 @@ def files_of_newest_save(headers: Mapping[str, Header]) -> Mapping[str, Header]:
     others = [save for save in saves if save.files is None]
     whole = sorted((save for save in counted if save.is_whole), key=lambda save: save.number)
     if not others and counted and not whole:
-        _refuse_half(counted[0])
+        _refuse_unfinished(counted[0])
     if len(others) == 1 and (not whole or others[0].is_foreign):
         # Whole tensors get an index: without one their save has not been committed.
         if not any(save.is_sharded for save in whole):
@@ -145,7 +145,7 @@ def files_of_newest_save(headers: Mapping[str, Header]) -> Mapping[str, Header]:
     return whole[-1].headers if alone and len(others) <= 1 else headers
 
 
-def _refuse_half(save: _Save) -> None:
+def _refuse_unfinished(save: _Save) -> None:
     raise CheckpointCorruptError(
         f"expected the {save.files} files of this save, got {len(save.headers)}, and no other save "
         "is whole: the save did not end, or files were removed",

@@ -34,7 +34,7 @@ from pytest_dcp._engine.huggingface.file_names import (
     files_of_newest_save,
     number_of,
 )
-from pytest_dcp._engine.huggingface.stored_parts import as_mapped, catalog_of, parts_of
+from pytest_dcp._engine.huggingface.stored_parts import catalog_of, parts_of, select_mapped_parts
 from pytest_dcp._engine.huggingface.weight_index import WeightIndex, read_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.read_safetensors import read_header
@@ -59,7 +59,7 @@ def read_folder(folder: Folder, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     _check_one_save(headers, index)
     parts = [part for name, header in headers.items() for part in parts_of(name, header, limit)]
     if index is not None:
-        parts = as_mapped(parts, index.weight_map)
+        parts = select_mapped_parts(parts, index.weight_map)
     save_id = next(iter(headers.values())).metadata.get(SAVE_KEY)
     return replace(catalog_of(parts), storage_meta=StorageMeta(save_id=save_id))
 
@@ -93,7 +93,7 @@ def leased_name(folder: Folder) -> str:
     return min((name for name in folder.names() if name.endswith(SUFFIX)), default=INDEX_NAME)
 
 
-def look_of(folder: Folder) -> object:
+def read_changing_parts(folder: Folder) -> object:
     """The parts of the folder that any save changes: its names and its index."""
     try:
         index = read_index(folder)
@@ -143,11 +143,11 @@ def sweep(folder: Folder, keep: Iterable[str]) -> None:
     Does nothing if a file to keep does not exist: another program then uses its name for a file
     that may be one of these.
     """
-    kept, names = set(keep), folder.names()
-    if not kept.issubset(names):
+    keep_names, names = set(keep), folder.names()
+    if not keep_names.issubset(names):
         return
     for name in names:
-        stale = name not in kept and DATA_NAME.fullmatch(name)
+        stale = name not in keep_names and DATA_NAME.fullmatch(name)
         if LEFT_OVER.fullmatch(name) or (stale and is_replaceable(folder, name)):
             folder.remove(name)
 

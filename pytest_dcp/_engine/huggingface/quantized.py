@@ -93,7 +93,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self._stored: Catalog | None = None
         self._scale_of: dict[str, str] = {}
 
-    def _reads_its_own_way(self) -> bool:
+    def _overrides_read_data(self) -> bool:
         return is_overridden(self, QuantizedHuggingFaceStorageReader, "read_data")
 
     def _read_catalog(self) -> Catalog:

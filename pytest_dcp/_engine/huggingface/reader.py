@@ -19,7 +19,12 @@ from torch.futures import Future
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.huggingface.file_layout import with_data_at_start
-from pytest_dcp._engine.huggingface.folder import leased_name, look_of, read_files, read_folder
+from pytest_dcp._engine.huggingface.folder import (
+    leased_name,
+    read_changing_parts,
+    read_files,
+    read_folder,
+)
 from pytest_dcp._engine.huggingface.safetensors_file import SafetensorsFile
 from pytest_dcp._engine.io.file_queue import FileQueue
 from pytest_dcp._engine.io.folder import Folder
@@ -83,7 +88,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             try:
                 return read_folder(folder(), self.memory)
             except (CheckpointCorruptError, FileNotFoundError, CheckpointReplacedError):
-                before, look = look, look_of(self._unopened_folder())
+                before, look = look, read_changing_parts(self._unopened_folder())
                 if before == look:
                     raise
                 self._forget_files()
@@ -142,16 +147,18 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Pass each item to the hook, reading files on several threads."""
         by_file = items_by_file(list(plan.items), self.storage_data)
         paths = ((self._full_path(name), items) for name, items in by_file.items())
-        files, done = FileQueue(paths, observer("load")), queue.Queue[Any]()
+        files, finished_files = FileQueue(paths, observer("load")), queue.Queue[Any]()
 
         def job(stop: StopFlag) -> None:
             files.stop = stop
-            self._read_files_from_queue(files, done, planner)
+            self._read_files_from_queue(files, finished_files, planner)
 
         threads = self.thread_count or 1
         run_all([job] * min(threads, len(by_file)), threads)
-        if done.qsize() != len(by_file):
-            raise CheckpointError(f"{done.qsize()} of {len(by_file)} files of the plan were read")
+        if finished_files.qsize() != len(by_file):
+            raise CheckpointError(
+                f"{finished_files.qsize()} of {len(by_file)} files of the plan were read"
+            )
         return LoadedBytes(files.bytes_read, files.bytes_read, 0)
 
     def _full_path(self, name: str) -> str:
@@ -179,10 +186,10 @@ class HuggingFaceStorageReader(FileSystemReader):
                     self._process_read_request(opened, item, planner)
             result_queue.put(True)
 
-    def _reads_its_own_way(self) -> bool:
+    def _overrides_read_data(self) -> bool:
         return is_overridden(self, HuggingFaceStorageReader, "read_data")
 
-    def _has_streams_of_its_own(self) -> bool:
+    def _overrides_streams(self) -> bool:
         """Never: the files hold tensors untransformed."""
         return False
 

@@ -81,10 +81,10 @@ def _part(file: str, header: Header, tensor: StoredTensor, shard: Any) -> Part:
     )
 
 
-def as_mapped(parts: Sequence[Part], weight_map: Mapping[str, str]) -> list[Part]:
+def select_mapped_parts(parts: Sequence[Part], weight_map: Mapping[str, str]) -> list[Part]:
     """The parts, except parts that the index has in another file."""
-    kept = [part for part in parts if weight_map.get(part.fqn, part.file) == part.file]
-    lost = weight_map.keys() - {part.fqn for part in kept}
+    mapped_parts = [part for part in parts if weight_map.get(part.fqn, part.file) == part.file]
+    lost = weight_map.keys() - {part.fqn for part in mapped_parts}
     if lost:
         fqn = min(lost)
         raise CheckpointCorruptError(
@@ -92,7 +92,7 @@ def as_mapped(parts: Sequence[Part], weight_map: Mapping[str, str]) -> list[Part
             file=weight_map[fqn],
             entry=fqn,
         )
-    return kept
+    return mapped_parts
 
 
 def catalog_of(parts: Sequence[Part]) -> Catalog:

@@ -28,10 +28,10 @@ from pytest_dcp._engine.huggingface.file_layout import (
     FolderLayout,
     check_items,
     count_files,
+    describe_save,
     files_of_tensors,
     layout_files,
     name_files,
-    stated_save,
     with_data_at_start,
 )
 from pytest_dcp._engine.huggingface.file_names import (
@@ -154,19 +154,19 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         }
         if self.fqn_to_index_mapping is not None:
             shared["fqn_to_index_mapping"] = self.fqn_to_index_mapping
-        told = []
+        rank_plans = []
         for rank, plan in enumerate(plans):
             own: dict[str, Any] = {"numbers": self._layout.numbers[rank]}
             if self.save_distributed:
                 own = {**own, "shard_index": rank + 1, "ranks": len(plans)}
-            told.append(dataclasses.replace(plan, storage_data=shared | own))
+            rank_plans.append(dataclasses.replace(plan, storage_data=shared | own))
         counts = [
             count_files(plan, self._split(plan.items, plan.storage_data))
-            for plan in told
+            for plan in rank_plans
             if len(plan.items)
         ]
         shared = {"files": sum(counts)}
-        return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in told]
+        return [dataclasses.replace(p, storage_data=p.storage_data | shared) for p in rank_plans]
 
     def _remove_leftovers(self, folder: Folder) -> None:
         if any(map(LEFT_OVER.fullmatch, folder.names())):
@@ -183,13 +183,15 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._sync_parent_dirs()
             future.set_result([])
             return future
-        said: Mapping[str, Any] = plan.storage_data or {}
+        storage_data: Mapping[str, Any] = plan.storage_data or {}
         table = WriteItems.of(plan.items)
-        save_id = said.get("save_id")
+        save_id = storage_data.get("save_id")
         # Only a plan of `prepare_global_plan` says how to tell a whole save from others.
         jobs = [
             FileJob(name if save_id is None else temporary_name(name, save_id), rows)
-            for name, rows in name_files(table.fqns, said, self._split(plan.items, said)).items()
+            for name, rows in name_files(
+                table.fqns, storage_data, self._split(plan.items, storage_data)
+            ).items()
         ]
         watcher = observer("save")
         watcher.expect(int(table.size_bytes().sum()))
@@ -199,7 +201,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         written = write_safetensors(
             request,
             table,
-            {SAVE_KEY: save_id or self.save_id[:12], **stated_save(said), **FORMAT},
+            {SAVE_KEY: save_id or self.save_id[:12], **describe_save(storage_data), **FORMAT},
         )
         self._sync_parent_dirs()
         results: Any = WriteResults(plan.items, written)
@@ -222,19 +224,21 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             files.setdefault(storage_plan[item.index.fqn], []).append(item)
         return files
 
-    def _split(self, items: Sequence[WriteItem], said: Mapping[str, Any]) -> list[int] | None:
+    def _split(
+        self, items: Sequence[WriteItem], storage_data: Mapping[str, Any]
+    ) -> list[int] | None:
         """The number of each item's file, if a subclass chooses it; None: from the mapping."""
         if not is_overridden(self, HuggingFaceStorageWriter, "_split_by_storage_plan"):
             return None
-        known = list(items)
-        split = self._split_by_storage_plan(said.get("fqn_to_index_mapping"), known)
+        item_list = list(items)
+        split = self._split_by_storage_plan(storage_data.get("fqn_to_index_mapping"), item_list)
         number = {item.index: at for at, some in split.items() for item in some}
-        if lost := [item.index.fqn for item in known if item.index not in number]:
+        if lost := [item.index.fqn for item in item_list if item.index not in number]:
             raise PlanError(
                 f"{len(lost)} item(s) are in no file of {type(self).__name__}."
                 f"_split_by_storage_plan: {lost[:SHOWN]}"
             )
-        return [number[item.index] for item in known]
+        return [number[item.index] for item in item_list]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Give the files their names, consolidate if asked to, write the index, remove the old."""

@@ -107,18 +107,20 @@ class RangeReader:
 
     def raw(self, entry: int, low: int, view: memoryview) -> None:
         """Fill the view without a check."""
-        got = self.file.read_into(int(self.catalog.places.data_start[entry]) + low, view)
-        if got != len(view):
-            self.fail(entry, low + got, f"the file ends here, {len(view) - got} bytes early")
-        self.tally.read += got
+        read_bytes = self.file.read_into(int(self.catalog.places.data_start[entry]) + low, view)
+        if read_bytes != len(view):
+            self.fail(
+                entry, low + read_bytes, f"the file ends here, {len(view) - read_bytes} bytes early"
+            )
+        self.tally.read += read_bytes
 
     def rows(self, entry: int, lows: Sequence[int], views: Sequence[memoryview]) -> None:
         """Fill each view from its byte of the entry's data, without a check."""
         start = int(self.catalog.places.data_start[entry])
-        got = self.file.read_rows([start + low for low in lows], views)
-        if got != sum(map(len, views)):
+        read_bytes = self.file.read_rows([start + low for low in lows], views)
+        if read_bytes != sum(map(len, views)):
             self.fail(entry, self.file.size - start, "the file ends here, too early")
-        self.tally.read += got
+        self.tally.read += read_bytes
 
     def fail(self, entry: int, low: int, reason: str) -> None:
         """Raise CheckpointCorruptError naming file, entry and the offset in the file."""

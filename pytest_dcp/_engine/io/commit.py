@@ -163,25 +163,27 @@ def publish(
             ) from error
 
 
-def sweep(folder: Folder, named: Callable[[str], Iterable[str]], *, rank: int | None) -> list[str]:
+def sweep(
+    folder: Folder, list_files: Callable[[str], Iterable[str]], *, rank: int | None
+) -> list[str]:
     """Step 5: remove the stale files; returns their names.
 
-    named: the data files that a metadata file names. rank: None after a commit of the whole
+    list_files: the data files that a metadata file names. rank: None after a commit of the whole
     checkpoint, which also replaces the ranks' separate saves; or the rank that committed its own
     part: then only its files are considered.
     """
     committed = (METADATA,) if rank is None else (METADATA, metadata_name(rank))
-    return _remove(folder, named, committed.__contains__, lambda name: _is_stale(name, rank))
+    return _remove(folder, list_files, committed.__contains__, lambda name: _is_stale(name, rank))
 
 
-def remove_unnamed(folder: Folder, named: Callable[[str], Iterable[str]]) -> list[str]:
+def remove_unnamed(folder: Folder, list_files: Callable[[str], Iterable[str]]) -> list[str]:
     """Remove data files that no metadata of the folder names, left by dead saves; their names."""
-    return _remove(folder, named, _is_metadata, is_leftover)
+    return _remove(folder, list_files, _is_metadata, is_leftover)
 
 
 def _remove(
     folder: Folder,
-    named: Callable[[str], Iterable[str]],
+    list_files: Callable[[str], Iterable[str]],
     counts: Callable[[str], bool],
     is_stale: Callable[[str], bool],
 ) -> list[str]:
@@ -189,11 +191,13 @@ def _remove(
     # Listed before any metadata is read: a file that appears later is not removed, even if no
     # metadata names it.
     present = folder.names()
-    asked = {METADATA, *filter(counts, present)}
-    keep = _all_named(named, asked)
+    metadata_files = {METADATA, *filter(counts, present)}
+    keep = _list_all_files(list_files, metadata_files)
     stale = [name for name in present if name not in keep and is_stale(name)]
     # Metadata that names one of these files may exist without being listed.
-    keep |= _all_named(named, set(filter(counts, map(_metadata_of, stale))) - asked)
+    keep |= _list_all_files(
+        list_files, set(filter(counts, map(_metadata_of, stale))) - metadata_files
+    )
     removed = [name for name in stale if name not in keep]
     for name in removed:
         folder.remove(name)
@@ -224,11 +228,13 @@ def _is_stale(name: str, rank: int | None) -> bool:
     return own is not None and own["rank"] == str(rank)
 
 
-def _all_named(named: Callable[[str], Iterable[str]], metadata: Iterable[str]) -> set[str]:
+def _list_all_files(
+    list_files: Callable[[str], Iterable[str]], metadata: Iterable[str]
+) -> set[str]:
     found: set[str] = set()
     for name in metadata:
         try:
-            found.update(named(name))
+            found.update(list_files(name))
         except FileNotFoundError:
             continue
         except CheckpointCorruptError as error:

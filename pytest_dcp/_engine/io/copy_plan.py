@@ -139,7 +139,7 @@ def copies(
     stored_shape = widen_table(index.shape[entry][:, :width], width, 1)
     _check_inside(items, rows, stored_shape, pad_rows(memory.shapes, width, 1))
     from_stride = strides_of(stored_shape) * itemsize[:, None]
-    for n, odd in _odd(entry, odd_strides):
+    for n, odd in _rows_with_odd_strides(entry, odd_strides):
         from_stride[n, : len(odd)] = odd
     to_stride = pad_rows(memory.strides, width, 0)
     address, plain = np.array(memory.addresses, dtype=np.int64), np.array(memory.plain, dtype=bool)
@@ -173,7 +173,7 @@ def _memory_of(items: ReadItems, targets: Targets) -> _Memory:
     return memory
 
 
-def _odd(
+def _rows_with_odd_strides(
     entry: Ints, odd_strides: Mapping[int, Sequence[int]]
 ) -> Iterator[tuple[int, Sequence[int]]]:
     if odd_strides:
@@ -252,12 +252,12 @@ def slabs(shape: Ints, stride: Ints, itemsize: int, limit: int) -> list[tuple[In
     if span_of(shape, stride, itemsize) <= limit:
         return [(np.zeros_like(shape), shape)]
     todo = [(np.zeros_like(shape), shape)]
-    done: list[tuple[Ints, Ints]] = []
+    small_boxes: list[tuple[Ints, Ints]] = []
     while todo:
         offset, part = todo.pop()
         longer = np.flatnonzero(part > 1)
         if not len(longer) or span_of(part, stride, itemsize) <= limit:
-            done.append((offset, part))
+            small_boxes.append((offset, part))
             continue
         dim = int(longer[0])
         inner = part.copy()
@@ -271,4 +271,4 @@ def slabs(shape: Ints, stride: Ints, itemsize: int, limit: int) -> list[tuple[In
             piece[dim] = min(step, int(part[dim]) - start)
             at[dim] += start
             todo.append((at, piece))
-    return sorted(done, key=lambda slab: int((slab[0] * stride).sum()))
+    return sorted(small_boxes, key=lambda slab: int((slab[0] * stride).sum()))

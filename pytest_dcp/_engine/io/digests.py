@@ -147,8 +147,8 @@ def _canonical(value: Any, above: tuple[int, ...]) -> bytes:
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if kind is np.ndarray and not value.dtype.hasobject:
-        said = f"{value.dtype.str}{value.dtype.fields}{value.shape}".encode()
-        return _frame_parts(b"array", [said, _hash(np.ascontiguousarray(value).tobytes())])
+        header = f"{value.dtype.str}{value.dtype.fields}{value.shape}".encode()
+        return _frame_parts(b"array", [header, _hash(np.ascontiguousarray(value).tobytes())])
     if isinstance(value, type | FunctionType):
         return f"global {value.__module__}.{value.__qualname__}".encode()
     return _digest_by_reduce(value, within)
@@ -170,11 +170,11 @@ def _sequence(name: bytes, value: Any, within: tuple[int, ...]) -> bytes:
 
 
 def _tensor(value: torch.Tensor) -> bytes:
-    said = f"{type(value).__qualname__}{value.dtype}{tuple(value.shape)}".encode()
+    header = f"{type(value).__qualname__}{value.dtype}{tuple(value.shape)}".encode()
     if type(value) not in PLAIN or value.layout is not torch.strided or value.is_meta:
         raise TypeError("a tensor that is not its values alone")
     return _frame_parts(
-        b"tensor", [said, struct.pack("<q", sum_of_tensor(value, 0, _nbytes(value)))]
+        b"tensor", [header, struct.pack("<q", sum_of_tensor(value, 0, _nbytes(value)))]
     )
 
 

@@ -94,14 +94,14 @@ class LocalOut:
             raise
 
     def _write_all(self, buffers: list[Buffer]) -> None:
-        left = sum(map(len, buffers))
-        while left:
-            done = operating_system.write_call()(self.fd, buffers)
-            if not done:
+        remaining_bytes = sum(map(len, buffers))
+        while remaining_bytes:
+            written_bytes = operating_system.write_call()(self.fd, buffers)
+            if not written_bytes:
                 raise OSError(errno.EIO, "a write took no byte, and gave no reason")
-            left -= done
-            if left:
-                buffers = _after(buffers, done)
+            remaining_bytes -= written_bytes
+            if remaining_bytes:
+                buffers = _drop_first_bytes(buffers, written_bytes)
 
 
 class LocalIn:
@@ -138,27 +138,29 @@ class LocalIn:
     def read_into(self, offset: int, view: memoryview) -> int:
         try:
             preadv = operating_system.read_call()
-            done = preadv(self.fd, (view,), offset)
-            while done < len(view):
-                more = preadv(self.fd, (view[done:],), offset + done)
+            read_bytes = preadv(self.fd, (view,), offset)
+            while read_bytes < len(view):
+                more = preadv(self.fd, (view[read_bytes:],), offset + read_bytes)
                 if not more:
                     break
-                done += more
+                read_bytes += more
         except OSError as error:
             name_file(error, self.path)
             raise
-        return done
+        return read_bytes
 
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
         # One system call for each row, without an interpreter step in between.
         try:
-            done = list(map(operating_system.read_call(), repeat(self.fd), zip(views), offsets))
+            read_counts = list(
+                map(operating_system.read_call(), repeat(self.fd), zip(views), offsets)
+            )
         except OSError as error:
             name_file(error, self.path)
             raise
-        asked = list(map(len, views))
-        if done == asked:
-            return sum(done)
+        view_lengths = list(map(len, views))
+        if read_counts == view_lengths:
+            return sum(read_counts)
         return sum(map(self.read_into, offsets, views))
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
@@ -175,10 +177,10 @@ class LocalIn:
         self._windows.close()
 
 
-def _after(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
-    """The buffers without their first `done` bytes."""
+def _drop_first_bytes(buffers: Sequence[Buffer], skipped_bytes: int) -> list[Buffer]:
+    """The buffers without their first `skipped_bytes` bytes."""
     for n, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [memoryview(buffer)[done:], *buffers[n + 1 :]]
-        done -= len(buffer)
+        if skipped_bytes < len(buffer):
+            return [memoryview(buffer)[skipped_bytes:], *buffers[n + 1 :]]
+        skipped_bytes -= len(buffer)
     return []

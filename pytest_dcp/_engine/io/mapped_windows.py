@@ -131,8 +131,9 @@ def all_mapped(pagemap: int, start: int, end: int) -> bool:
     """
     found = np.zeros(3, dtype=np.uint64)  # a struct page_region
     end += -end % mmap.PAGESIZE
-    asked = (_PAGE_IS_PRESENT, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT)  # inverted, all, any, told
-    scan = struct.pack("<12Q", 96, 0, start, end, 0, found.ctypes.data, 1, 0, *asked)
+    # Categories of pages: inverted, all, any, and the ones to report.
+    categories = (_PAGE_IS_PRESENT, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT)
+    scan = struct.pack("<12Q", 96, 0, start, end, 0, found.ctypes.data, 1, 0, *categories)
     if sys.platform != "linux":
         raise OSError("no PAGEMAP_SCAN")
     runs: int = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, bytearray(scan))

@@ -121,19 +121,19 @@ class ObjectOut:
         self.fs = fs
         self.path = path
         self._limit_bytes = limit_bytes
-        self._held: list[bytes] = []
+        self._buffers: list[bytes] = []
         self._nbytes = 0
         self._stream: Any = None
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         if self._stream is None:
             # The caller may use its memory again.
-            self._held += map(bytes, buffers)
+            self._buffers += map(bytes, buffers)
             self._nbytes += sum(map(len, buffers))
             if self._limit_bytes is None or self._nbytes <= self._limit_bytes:
                 return
             self._stream = self.fs.open(self.path, "wb")
-            buffers, self._held = self._held, []
+            buffers, self._buffers = self._buffers, []
         StreamOut(self._stream).write(buffers)
 
     def reserve(self, nbytes: int) -> None:
@@ -148,7 +148,7 @@ class ObjectOut:
     def put(self) -> None:
         """Make the file; returns once the store has it."""
         if self._stream is None:
-            self.fs.pipe_file(self.path, b"".join(self._held))
+            self.fs.pipe_file(self.path, b"".join(self._buffers))
         else:
             self._stream.close()
 
@@ -184,14 +184,14 @@ class ObjectIn:
     def read_into(self, offset: int, view: memoryview) -> int:
         if len(view) <= GAP_BYTES:
             return self._read_small(offset, view)
-        done = 0
-        while done < len(view):
-            data = self._get(offset + done, min(len(view) - done, GET_BYTES))
+        read_bytes = 0
+        while read_bytes < len(view):
+            data = self._get(offset + read_bytes, min(len(view) - read_bytes, GET_BYTES))
             if not data:
                 break
-            view[done : done + len(data)] = data
-            done += len(data)
-        return done
+            view[read_bytes : read_bytes + len(data)] = data
+            read_bytes += len(data)
+        return read_bytes
 
     def _read_small(self, offset: int, view: memoryview) -> int:
         """Like `read_into`; a second read near the last one also fetches the bytes after it."""
@@ -207,14 +207,14 @@ class ObjectIn:
         return len(part)
 
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
-        got = 0
+        read_bytes = 0
         for first, last, low, high in spans(offsets, [len(view) for view in views]):
             data = self._get(low, high - low)
             for offset, view in zip(offsets[first:last], views[first:last], strict=True):
                 part = data[offset - low : offset - low + len(view)]
                 view[: len(part)] = part
-                got += len(part)
-        return got
+                read_bytes += len(part)
+        return read_bytes
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         if offset + nbytes > self.size or not nbytes:

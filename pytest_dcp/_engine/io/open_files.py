@@ -71,9 +71,9 @@ class OpenFiles(LocalDisk):
     @contextlib.contextmanager
     def open(self, folder: Any, name: str) -> Iterator[In]:
         inside = os.fspath(folder) == os.fspath(self.folder)
-        kept = self.keep(name) if inside else None
-        if isinstance(kept, LocalIn):
-            again = kept.again()
+        shared_file = self.keep(name) if inside else None
+        if isinstance(shared_file, LocalIn):
+            again = shared_file.again()
             try:
                 yield again
             finally:

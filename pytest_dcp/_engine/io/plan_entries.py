@@ -92,14 +92,16 @@ def match_entries(items: ReadItems, index: Index) -> ReadItems:
 
 def _named_rightly(items: ReadItems, index: Index) -> NDArray[np.bool_]:
     """Whether each item's row is also that of its chunk in this index."""
-    known = (items.entry >= 0) & (items.entry < len(index.offset))
-    entry = np.where(known, items.entry, 0)
-    if not known.any():
-        return known
+    in_index = (items.entry >= 0) & (items.entry < len(index.offset))
+    entry = np.where(in_index, items.entry, 0)
+    if not in_index.any():
+        return in_index
     key = index.key_of[entry]
     stored = zip(key.tolist(), items.stored_fqns, strict=True)
-    named = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
+    same_fqn = np.fromiter((index.fqns[k] == fqn for k, fqn in stored), np.bool_, len(key))
     width = max(items.stored.shape[1], index.offset.shape[1])
     offset = widen_table(index.offset[entry], width, 0) == widen_table(items.stored, width, 0)
-    alike: NDArray[np.bool_] = known & named & (index.ndim[key] == items.ndim) & offset.all(axis=1)
+    alike: NDArray[np.bool_] = (
+        in_index & same_fqn & (index.ndim[key] == items.ndim) & offset.all(axis=1)
+    )
     return alike

@@ -102,8 +102,8 @@ def _parts(order: Ints, file: NDArray[np.int32], nbytes: Ints, threads: int) -> 
     """Sorted rows in parts of one file each; files are cut where a thread's share ends."""
     if not len(order):
         return []
-    done = nbytes[order].cumsum() - nbytes[order]
-    share = done * max(threads, 1) // max(int(nbytes[order].sum()), 1)
+    start_bytes = nbytes[order].cumsum() - nbytes[order]
+    share = start_bytes * max(threads, 1) // max(int(nbytes[order].sum()), 1)
     new = (np.diff(file[order]) != 0) | (np.diff(share) != 0)
     return np.split(order, np.flatnonzero(new) + 1)
 

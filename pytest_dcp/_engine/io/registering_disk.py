@@ -12,32 +12,32 @@ from typing import Any
 
 from pytest_dcp._engine.io.disk import Disk, In, Out
 
-Made = dict[tuple[Any, str], None]
+CreatedFiles = dict[tuple[Any, str], None]
 """Folder and name of each file, in the order in which they were made."""
 
 
 class RegisteringDisk:
     """Another disk, and a register of the files made through this one."""
 
-    def __init__(self, disk: Disk, made: Made) -> None:
+    def __init__(self, disk: Disk, created_files: CreatedFiles) -> None:
         self.disk = disk
-        self.made = made
+        self.created_files = created_files
         self.renames = disk.renames
 
     @contextmanager
     def create(self, folder: Any, name: str) -> Iterator[Out]:
         with self.disk.create(folder, name) as out:
-            self.made[folder, name] = None
+            self.created_files[folder, name] = None
             yield out
 
     def replace(self, folder: Any, old: str, new: str) -> None:
         self.disk.replace(folder, old, new)
-        self.made.pop((folder, old), None)
-        self.made[folder, new] = None
+        self.created_files.pop((folder, old), None)
+        self.created_files[folder, new] = None
 
     def remove(self, folder: Any, name: str) -> None:
         self.disk.remove(folder, name)
-        self.made.pop((folder, name), None)
+        self.created_files.pop((folder, name), None)
 
     def make_folder(self, folder: Any) -> Sequence[Any]:
         return self.disk.make_folder(folder)

@@ -103,19 +103,21 @@ def read_together(
         step = BATCH if sums is None and total * LOOSE >= span else AT_A_TIME
         for start in range(0, len(batch), step):
             some = slice(start, start + step)
-            wanted = sum(nbytes[some])
+            wanted_bytes = sum(nbytes[some])
             # Another thread may have failed: then the load is over.
             reader.stop.check()
             if window is None:
-                got = reader.file.read_rows(place[some], views[some])
+                read_bytes = reader.file.read_rows(place[some], views[some])
             else:
-                got = _copy_out(window, [where - place[0] for where in place[some]], views[some])
-            right = got == wanted
+                read_bytes = _copy_out(
+                    window, [where - place[0] for where in place[some]], views[some]
+                )
+            right = read_bytes == wanted_bytes
             if right and sums is not None:
                 right = list(map(crc32, views[some])) == sums[some]
             if right:
-                reader.tally.add(ByteCounts(wanted, wanted if sums is not None else 0))
-                reader.observer.advance(wanted)
+                reader.tally.add(ByteCounts(wanted_bytes, wanted_bytes if sums is not None else 0))
+                reader.observer.advance(wanted_bytes)
                 continue
             # Read again, one by one, to report which part is wrong.
             for part_entry, low_, view in zip(entry[some], low[some], views[some], strict=True):

@@ -93,11 +93,13 @@ class StoredItems:
         )
         self.tally.add(tally)
         # One limit for all values: each may be small, and there may be thousands of them.
-        left = source.settings.memory.of(sum(map(len, found.values())))
+        remaining_memory = source.settings.memory.of(sum(map(len, found.values())))
         for row, entry in zip(rows.tolist(), entries, strict=True):
-            plain = plain_entry(found[entry], self.catalog, entry, source.registry, left)
+            plain = plain_entry(
+                found[entry], self.catalog, entry, source.registry, remaining_memory
+            )
             if entry in self.catalog.places.transforms:
-                left -= len(plain)
+                remaining_memory -= len(plain)
             yield row, plain
             del plain
 

@@ -86,13 +86,13 @@ class StreamOut:
 
     def _write_all(self, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
-            left = memoryview(buffer)
-            while left:
+            remaining = memoryview(buffer)
+            while remaining:
                 # A raw stream may write only a part; a buffered one writes all and may return None.
-                done = self.stream.write(left)
-                if done == 0:
+                written_bytes = self.stream.write(remaining)
+                if written_bytes == 0:
                     raise OSError(errno.EIO, "a write took no byte, and gave no reason")
-                left = left[len(left) if done is None else done :]
+                remaining = remaining[len(remaining) if written_bytes is None else written_bytes :]
 
     def reserve(self, nbytes: int) -> None:
         """Does nothing: a stream has no call for it."""
@@ -128,14 +128,14 @@ class StreamIn:
     def read_into(self, offset: int, view: memoryview) -> int:
         with self.lock:
             self.stream.seek(offset)
-            done = 0
-            while done < len(view):
-                got = self.stream.read(len(view) - done)
-                if not got:
+            read_bytes = 0
+            while read_bytes < len(view):
+                data = self.stream.read(len(view) - read_bytes)
+                if not data:
                     break
-                view[done : done + len(got)] = got
-                done += len(got)
-        return done
+                view[read_bytes : read_bytes + len(data)] = data
+                read_bytes += len(data)
+        return read_bytes
 
     def read_rows(self, offsets: Sequence[int], views: Sequence[memoryview]) -> int:
         return sum(map(self.read_into, offsets, views))

@@ -59,8 +59,8 @@ def extensions_of(transforms: Any) -> Sequence[StreamTransformExtension]:
 def has_own_way(transforms: Any) -> bool:
     """Whether a user's class writes entries to their file."""
     own = getattr(type(transforms), "transform_save_stream", None)
-    known = (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream)
-    return own not in known
+    defaults = (StorageWriterTransforms.transform_save_stream, _OF_TORCH.transform_save_stream)
+    return own not in defaults
 
 
 def own_way_of(transforms: Any, items: Sequence[WriteItem]) -> Through | None:
@@ -104,10 +104,10 @@ class _EndOfEntry(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
-        left = view
-        while left:
-            done = self._raw.write(left)
-            left = left[len(left) if done is None else done :]
+        remaining = view
+        while remaining:
+            written_bytes = self._raw.write(remaining)
+            remaining = remaining[len(remaining) if written_bytes is None else written_bytes :]
         return len(view)
 
     def close(self) -> None:
@@ -143,14 +143,14 @@ class FileSlice(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._length - self._at))
+        wanted_bytes = max(0, min(len(view), self._length - self._at))
         self._base.seek(self._offset + self._at)
-        done = 0
-        while done < wanted:
-            part = self._base.read(wanted - done)
+        read_bytes = 0
+        while read_bytes < wanted_bytes:
+            part = self._base.read(wanted_bytes - read_bytes)
             if not part:
                 break
-            view[done : done + len(part)] = part
-            done += len(part)
-        self._at += done
-        return done
+            view[read_bytes : read_bytes + len(part)] = part
+            read_bytes += len(part)
+        self._at += read_bytes
+        return read_bytes

@@ -21,7 +21,7 @@ from pytest_dcp._engine.format.catalog import BLOCK_BYTES
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
-from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.format.write_results import WriteColumns
 from pytest_dcp._engine.io.disk import Buffer, Out
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
@@ -110,7 +110,7 @@ class WriteRequest:
     observer: Observer
 
 
-def write_files(request: WriteRequest) -> Written:
+def write_files(request: WriteRequest) -> WriteColumns:
     """Write the files; returns where every row went. If `settings.sync`, the files are on stable
     storage.
 
@@ -188,15 +188,15 @@ class File:
         if self._buffers:
             self._write(0)
 
-    def _write(self, kept: int) -> None:
+    def _write(self, tail_bytes: int) -> None:
         """Write the buffers, but for some bytes at the end of the last one."""
         self.stop.check()
         last = memoryview(self._buffers.pop())
-        cut = len(last) - kept
+        cut = len(last) - tail_bytes
         self.out.write([*self._buffers, last[:cut]])
-        self._written = self.position - kept
-        self._buffers = [last[cut:]] if kept else []
-        data, self._data = self._data, min(kept, self._data)
+        self._written = self.position - tail_bytes
+        self._buffers = [last[cut:]] if tail_bytes else []
+        data, self._data = self._data, min(tail_bytes, self._data)
         self.observer.advance(data - self._data)
 
 
@@ -354,18 +354,22 @@ def balance_by_bytes(size_bytes: Ints, bins: int) -> list[list[int]]:
     return [sorted(group) for group in groups if group]
 
 
-def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings) -> Written:
+def written_rows(
+    file_rows: Sequence[Rows], names: Sequence[str], settings: Settings
+) -> WriteColumns:
     """The rows of all files, in the plan's order."""
-    places = [place for rows in done for place in rows.places]
+    places = [place for rows in file_rows for place in rows.places]
     columns = np.array(places, dtype=np.int64).reshape(-1, 5).T
     order = np.argsort(columns[0])
     _, start, length, data_start, data_nbytes = columns[:, order]
-    sums = [block for rows in done for block in rows.sums]
+    sums = [block for rows in file_rows for block in rows.sums]
     ordered = [sums[i] for i in order.tolist()]
     counts = np.fromiter(map(len, ordered), np.int64, len(ordered))
     descriptors = tuple(t.get_descriptor() for t in reversed(settings.transforms))
-    file = np.repeat(np.arange(len(done), dtype=np.int32), [len(rows.places) for rows in done])
-    return Written(
+    file = np.repeat(
+        np.arange(len(file_rows), dtype=np.int32), [len(rows.places) for rows in file_rows]
+    )
+    return WriteColumns(
         files=tuple(names),
         file=file[order],
         start=start,
@@ -375,5 +379,5 @@ def written_rows(done: Sequence[Rows], names: Sequence[str], settings: Settings)
         first_sum=row_bounds(counts),
         sums=np.fromiter(chain.from_iterable(ordered), np.uint32),
         transforms=descriptors,
-        own_transforms={at: of for rows in done for at, of in rows.descriptors.items()},
+        own_transforms={at: of for rows in file_rows for at, of in rows.descriptors.items()},
     )

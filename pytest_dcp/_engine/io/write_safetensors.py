@@ -21,7 +21,7 @@ from pytest_dcp._engine.format.safetensors_header import (
     unique_names,
 )
 from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
-from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.format.write_results import WriteColumns
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.write_files import (
@@ -41,7 +41,7 @@ def write_safetensors(
     request: WriteRequest,
     items: Sequence[WriteItem],
     metadata: Mapping[str, str] | None = None,
-) -> Written:
+) -> WriteColumns:
     """Write the files; returns where every row went. Like `write_files`, but an entry is only the
     data.
 
@@ -62,16 +62,16 @@ def write_safetensors(
             data = {row: request.source(row) for row in rows}
             with request.folder.create(name) as out:
                 file = File(out, request.observer, stop)
-                done = _put_file(file, data, table, metadata or {}, settings)
+                file_rows = _put_file(file, data, table, metadata or {}, settings)
                 file.flush()
                 if settings.sync:
                     out.sync()
-            return done
+            return file_rows
 
         return run
 
-    done = run_all([job(number) for number in range(len(jobs))], settings.threads)
-    return written_rows(done, [job.name for job in jobs], settings)
+    file_rows = run_all([job(number) for number in range(len(jobs))], settings.threads)
+    return written_rows(file_rows, [job.name for job in jobs], settings)
 
 
 def _put_file(
@@ -88,12 +88,12 @@ def _put_file(
     tensors = place_tensors(kinds[row] for row in order)
     metadata = {SHARDING_KEY: sharding_of(table, names), **metadata}
     file.put(encode(tensors, metadata))
-    done = Rows()
+    written = Rows()
     for row, tensor in zip(order, tensors, strict=True):
         start = file.position
         sums = _put(file, data[row], settings)
-        done.add(row, start, tensor.nbytes, start, tensor.nbytes, sums)
-    return done
+        written.add(row, start, tensor.nbytes, start, tensor.nbytes, sums)
+    return written
 
 
 def _kind(name: str, data: torch.Tensor | bytes) -> tuple[str, torch.dtype, tuple[int, ...]]:

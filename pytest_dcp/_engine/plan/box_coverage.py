@@ -5,7 +5,7 @@ tensor's. The sum proves this only if the first two conditions hold, so a key th
 is left out of the next one.
 
 Finding overlaps is the expensive part. Most tensors are cut along one dimension, for which a single
-pass over neighbouring rows is enough (`_suspects`). Only the remaining tensors are swept
+pass over neighbouring rows is enough (`_find_suspects`). Only the remaining tensors are swept
 (`boxes.overlapping_pairs`), once for each distinct layout.
 
 Two ranks hold `w` by rows; the second begins a row too late, and both hold the whole of `b`:
@@ -64,19 +64,19 @@ def problems_of(index: Index, *, complete: bool) -> list[str]:
                              f"{index.chunk(one)} {index.chunk(other)}"))  # fmt: skip
         bad.add(at)
     if complete:
-        for at, held, whole in _gaps(index, bad):
+        for at, chunk_volume, whole in _gaps(index, bad):
             problems.append((at, f"key:{index.fqns[at]} invalid fill tensor-volume: "
-                                 f"{whole} chunks-volume: {held}"))  # fmt: skip
+                                 f"{whole} chunks-volume: {chunk_volume}"))  # fmt: skip
     return [text for _, text in sorted(problems, key=lambda problem: problem[0])]
 
 
 def _gaps(index: Index, bad: set[int]) -> list[tuple[int, int, int]]:
     """Keys whose boxes do not add up to the tensor: key, elements held, elements of the tensor."""
-    held = np.zeros(len(index), dtype=np.int64)
-    np.add.at(held, index.key_of, volumes(index.shape))
+    chunk_volume = np.zeros(len(index), dtype=np.int64)
+    np.add.at(chunk_volume, index.key_of, volumes(index.shape))
     whole = volumes(index.size)
-    wrong = np.flatnonzero((held != whole) & (index.ndim >= 0))
-    return [(int(at), int(held[at]), int(whole[at])) for at in wrong if int(at) not in bad]
+    wrong = np.flatnonzero((chunk_volume != whole) & (index.ndim >= 0))
+    return [(int(at), int(chunk_volume[at]), int(whole[at])) for at in wrong if int(at) not in bad]
 
 
 def overlaps(
@@ -85,7 +85,7 @@ def overlaps(
     """Keys with overlapping boxes, and one pair of overlapping rows for each."""
     found: list[tuple[int, int, int]] = []
     seen: dict[bytes, list[tuple[int, int]]] = {}
-    suspects = _suspects(index) if only is None else _suspects(index) & only
+    suspects = _find_suspects(index) if only is None else _find_suspects(index) & only
     for at in np.flatnonzero(suspects).tolist():
         if at in skip:
             continue
@@ -99,7 +99,7 @@ def overlaps(
     return found
 
 
-def _suspects(index: Index) -> NDArray[np.bool_]:
+def _find_suspects(index: Index) -> NDArray[np.bool_]:
     """Keys that may have overlapping boxes.
 
     If all boxes of a key are cut along one dimension only and are sorted by offset, it is enough

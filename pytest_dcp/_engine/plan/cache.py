@@ -37,7 +37,7 @@ class PlanCache:
     pending: bytes | None = None
     """Digest of the local plan of the current save, remembered once that save has its final
     plan."""
-    sent: bytes | None = None
+    accepted: bytes | None = None
     final: SavePlan | None = None
     """The final plan that this rank received."""
     all_plans: dict[int, tuple[bytes, SavePlan]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class PlanCache:
     def shorten_plan(self, plan: SavePlan) -> SavePlan:
         """The plan to send: this one, or a note that it is the same as last time."""
         self.pending = digest_of(plan)
-        if self.pending == self.sent and self.final is not None:
+        if self.pending == self.accepted and self.final is not None:
             return SavePlan([], planner_data=Unchanged(self.pending), usable=False)
         return plan
 
@@ -69,8 +69,8 @@ class PlanCache:
                 f"ranks {strangers} say that their plan is unchanged, but the coordinator does not "
                 "remember it: with enable_plan_caching every rank must keep and reuse its planner"
             )
-        known = [self.all_plans[rank] for rank in range(len(plans))]
-        return [plan for _, plan in known], tuple(digest for digest, _ in known)
+        remembered = [self.all_plans[rank] for rank in range(len(plans))]
+        return [plan for _, plan in remembered], tuple(digest for digest, _ in remembered)
 
     def recall_plan(self, plan: SavePlan) -> SavePlan:
         """The plan to carry out: the received one, or the remembered one."""
@@ -79,7 +79,7 @@ class PlanCache:
                 raise PlanError("the coordinator sent no plan, and none is remembered")
             # The file names are this save's own.
             return replace(self.final, storage_data=plan.storage_data)
-        self.sent, self.final = self.pending, plan
+        self.accepted, self.final = self.pending, plan
         return plan
 
 
@@ -87,10 +87,10 @@ def digest_of(plan: SavePlan) -> bytes:
     """A digest of the whole plan."""
     data = plan.planner_data
     paths = tuple(data.items()) if isinstance(data, Mapping) else data
-    said: Any = (WriteItems.of(plan.items), paths, plan.storage_data)
+    content: Any = (WriteItems.of(plan.items), paths, plan.storage_data)
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, 5)
     # Without a memo, equal plans give equal bytes even if they share different strings.
     pickler.fast = True
-    pickler.dump(said)
+    pickler.dump(content)
     return hashlib.blake2b(stream.getbuffer(), digest_size=16).digest()

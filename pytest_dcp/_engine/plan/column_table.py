@@ -51,5 +51,5 @@ class ColumnTable:
     def sent_fields(self) -> dict[str, Any]:
         """Every field to send, by name, but the names."""
         table: Any = self
-        sent = (f.name for f in fields(table) if f.type != "Fqns" and f.metadata != AT_HOME)
-        return {name: getattr(self, name) for name in sent}
+        field_names = (f.name for f in fields(table) if f.type != "Fqns" and f.metadata != AT_HOME)
+        return {name: getattr(self, name) for name in field_names}

@@ -174,8 +174,8 @@ class WriteItems(ItemTable[WriteItem]):
         kind = WRITE_KINDS[self.kind[row]]
         if self.kind[row] == BYTES:
             nbytes = int(self.nbytes[row])
-            known = None if nbytes < 0 else BytesIOWriteData(nbytes)
-            return WriteItem(self.key(row), kind, bytes_io_data=known)
+            bytes_data = None if nbytes < 0 else BytesIOWriteData(nbytes)
+            return WriteItem(self.key(row), kind, bytes_io_data=bytes_data)
         chunk = ChunkStorageMetadata(
             size_of(self.offset[row], ndim), size_of(self.shape[row], ndim)
         )
@@ -211,15 +211,15 @@ class WriteItems(ItemTable[WriteItem]):
         # result.
         width = np.array([p.dtype.itemsize for p in self.properties] or [1], dtype=np.int64)
         tensors = volumes(self.shape) * width[self.property_of]
-        known = np.where(self.nbytes < 0, tensors, self.nbytes)
-        return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), known)
+        tensor_bytes = np.where(self.nbytes < 0, tensors, self.nbytes)
+        return np.where(self.kind == BYTES, np.maximum(self.nbytes, 1), tensor_bytes)
 
     @classmethod
     def of(cls, items: Sequence[WriteItem]) -> WriteItems:
         """The table of any planner's items."""
         if isinstance(items, cls):
             return items
-        known: dict[Any, int] = {}
+        property_numbers: dict[Any, int] = {}
         data = [item.tensor_data for item in items]
         rank = max((len(d.size) for d in data if d is not None), default=0)
         offsets = [
@@ -230,10 +230,13 @@ class WriteItems(ItemTable[WriteItem]):
             fqns=tuple(item.index.fqn for item in items),
             kind=np.array([WRITE_KINDS.index(item.type) for item in items], dtype=np.int8),
             property_of=np.array(
-                [UNKNOWN if d is None else position(known, d.properties) for d in data],
+                [
+                    UNKNOWN if d is None else number_properties(property_numbers, d.properties)
+                    for d in data
+                ],
                 dtype=np.int32,
             ),
-            properties=tuple(TensorProperties(*key) for key in known),
+            properties=tuple(TensorProperties(*key) for key in property_numbers),
             ndim=np.array([UNKNOWN if o is None else len(o) for o in offsets], dtype=np.int16),
             size=pad_rows([() if d is None else d.size for d in data], rank, 1),
             offset=pad_rows([() if o is None else o for o in offsets], rank, 0),
@@ -262,7 +265,7 @@ class ReadItems(ItemTable[ReadItem]):
     kind: NDArray[np.int8]
     """Positions in READ_KINDS."""
     ndim: NDArray[np.int16]
-    wanted: Ints
+    wanted_offset: Ints
     """Offset of the wanted box in the full tensor (`dest_index.offset`)."""
     wanted_hint: Ints
     """The wanted box's position among this rank's boxes of the tensor; -1: none."""
@@ -289,7 +292,7 @@ class ReadItems(ItemTable[ReadItem]):
             return ReadItem(LoadItemType.BYTE_IO, key, zero, stored, zero, zero)
         return ReadItem(
             LoadItemType.TENSOR,
-            dest_index=index_at(fqn, self.wanted[row], ndim, self.wanted_hint[row]),
+            dest_index=index_at(fqn, self.wanted_offset[row], ndim, self.wanted_hint[row]),
             dest_offsets=size_of(self.to_offset[row], ndim),
             storage_index=index_at(stored_fqn, self.stored[row], ndim, self.stored_hint[row]),
             storage_offsets=size_of(self.from_offset[row], ndim),
@@ -323,7 +326,7 @@ class ReadItems(ItemTable[ReadItem]):
                 [len(i.lengths) if t else UNKNOWN for i, t in zip(items, tensors, strict=True)],
                 dtype=np.int16,
             ),
-            wanted=corner("dest_index"),
+            wanted_offset=corner("dest_index"),
             wanted_hint=np.array([hint_of(i.dest_index) for i in items], dtype=np.int64),
             to_offset=box("dest_offsets", 0),
             stored=corner("storage_index"),
@@ -355,11 +358,11 @@ def hint_of(index: MetadataIndex) -> int:
     return UNKNOWN if index.index is None else index.index
 
 
-def position(known: dict[Any, int], properties: TensorProperties) -> int:
+def number_properties(property_numbers: dict[Any, int], properties: TensorProperties) -> int:
     """The position of these properties among the known ones; new ones are added."""
     p = properties
     key = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
-    return known.setdefault(key, len(known))
+    return property_numbers.setdefault(key, len(property_numbers))
 
 
 def rebuilt_writes(names: bytes, columns: dict[str, Any]) -> WriteItems:

@@ -143,17 +143,17 @@ def merge_descriptions(texts: Iterable[str]) -> str | None:
     distinct = list(dict.fromkeys(texts))
     if len(distinct) < 2:
         return distinct[0] if distinct else None
-    known: dict[str, Entry] = {}
+    merged: dict[str, Entry] = {}
     for text in distinct:
         for entry in json.loads(text):
-            before = known.setdefault(json.dumps(entry["path"]), entry)
+            before = merged.setdefault(json.dumps(entry["path"]), entry)
             if before is entry:
                 continue
             if not entry.get("empty"):
                 before.pop("empty", None)
             if isinstance(before.get("keys"), list) and isinstance(entry.get("keys"), list):
                 before["keys"] += [pair for pair in entry["keys"] if pair not in before["keys"]]
-    return json.dumps(list(known.values()), separators=(",", ":"))
+    return json.dumps(list(merged.values()), separators=(",", ":"))
 
 
 def paths_of_kind(text: str, kind: str | None = None) -> frozenset[Path]:
@@ -202,7 +202,7 @@ class Description:
             if entry.get("empty") and path and included(path):
                 _put_empty(root, path, [] if entry["kind"] == "list" else {})
         refused: list[str] = []
-        made = self._rebuild(root, (), refused, trusted)
+        state_dict = self._rebuild(root, (), refused, trusted)
         if refused:
             raise CheckpointMismatchError(
                 f"{len(refused)} container(s) or key(s) cannot be given back as they were saved:\n"
@@ -210,7 +210,7 @@ class Description:
                 + "\nLoad into a state dict that has them, or only other keys, or pass "
                 "weights_only=False if you trust the checkpoint's writer"
             )
-        return made if isinstance(made, dict) else root
+        return state_dict if isinstance(state_dict, dict) else root
 
     def _rebuild(self, value: Any, path: Path, refused: list[str], trusted: bool) -> Any:
         entry = self._entries.get(path)
@@ -234,16 +234,16 @@ def _put_empty(root: Any, path: Path, empty: Any) -> None:
     container = root
     for depth, key in enumerate(path):
         deeper = path[depth + 1 :]
-        made: Any = empty if not deeper else [] if type(deeper[0]) is int else {}
+        element: Any = empty if not deeper else [] if type(deeper[0]) is int else {}
         if isinstance(container, list) and type(key) is int and key >= 0:
             if key > len(container):
                 return  # beyond the loaded items of the list
             if key == len(container):
                 container.append(None)
             if container[key] is None:
-                container[key] = made
+                container[key] = element
         elif isinstance(container, dict) and type(key) is str:
-            container.setdefault(key, made)
+            container.setdefault(key, element)
         else:
             raise CheckpointCorruptError(f"the container at {path!r:.200} is below a value")
         container = container[key]
@@ -253,14 +253,14 @@ def _key_names(
     entry: Entry | None, value: Mapping[str, Any], refused: list[str], path: Path
 ) -> dict[str, Any]:
     """The original keys, by the strings that represent them."""
-    told = (entry or {}).get("keys", [])
-    if told == "int":
+    stored_keys = (entry or {}).get("keys", [])
+    if stored_keys == "int":
         # A key that is not an int here is from a rank whose own keys were strings.
         return {key: int(key) if _is_int(key) else key for key in value}
-    known: dict[str, Any] = dict(told)
+    typed_keys: dict[str, Any] = dict(stored_keys)
     names: dict[str, Any] = {}
     for key in value:
-        typed = known.get(key)
+        typed = typed_keys.get(key)
         if typed is not None and typed[0] == _UNKNOWN:
             refused.append(f"{_name((*path, key))!r}: the key is a {typed[1]}")
         names[key] = key if typed is None or typed[0] == _UNKNOWN else _decode_key(typed)

@@ -48,7 +48,7 @@ def global_shape(fqn: str, value: Any) -> torch.Size:
 
     Raises PlanError, naming the fqn, if it is not a valid shape.
     """
-    return torch.Size(_integers(fqn, "global_shape", value.global_shape))
+    return torch.Size(_read_integers(fqn, "global_shape", value.global_shape))
 
 
 def declared_boxes(fqn: str, value: Any) -> tuple[LocalBox, ...]:
@@ -58,7 +58,7 @@ def declared_boxes(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     boxes that are not inside their tensors.
     """
     shape, local = tuple(global_shape(fqn, value)), tuple(value.shape)
-    lists = [_each(fqn, name, getattr(value, name)) for name in ATTRIBUTES[1:]]
+    lists = [_read_each_part(fqn, name, getattr(value, name)) for name in ATTRIBUTES[1:]]
     if len({len(of) for of in lists}) > 1:
         raise PlanError(
             f"{fqn!r} declares {len(lists[0])} part(s) of a tensor of size {shape}: its "
@@ -79,16 +79,18 @@ def declared_boxes(fqn: str, value: Any) -> tuple[LocalBox, ...]:
     return tuple(boxes)
 
 
-def _each(fqn: str, name: str, given: Any) -> list[tuple[int, ...]]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise PlanError(f"{fqn!r}: its {name} must be a sequence of integers a part, got {given!r}")
-    return [_integers(fqn, f"{name}[{n}]", one) for n, one in enumerate(given)]
+def _read_each_part(fqn: str, name: str, declared: Any) -> list[tuple[int, ...]]:
+    if isinstance(declared, str) or not isinstance(declared, Iterable):
+        raise PlanError(
+            f"{fqn!r}: its {name} must be a sequence of integers a part, got {declared!r}"
+        )
+    return [_read_integers(fqn, f"{name}[{n}]", one) for n, one in enumerate(declared)]
 
 
-def _integers(fqn: str, name: str, given: Any) -> tuple[int, ...]:
+def _read_integers(fqn: str, name: str, declared: Any) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(side) for side in given)
+        return tuple(operator.index(side) for side in declared)
     except TypeError:
         raise PlanError(
-            f"{fqn!r}: its {name} must be a sequence of integers, got {given!r}"
+            f"{fqn!r}: its {name} must be a sequence of integers, got {declared!r}"
         ) from None

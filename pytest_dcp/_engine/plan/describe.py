@@ -82,7 +82,7 @@ class _Rows:
         """Tables of tensors that describe their own items."""
         self.rows: list[tuple[str, int, int, Sequence[int], Box]] = []
         """Name, kind, property, size of the full tensor, box."""
-        self.known: dict[Any, int] = {}
+        self.property_numbers: dict[Any, int] = {}
         self.layouts = Layouts()
         self.wrappers: dict[int, int] = {}
         """Rows that are wrappers of other tensors, and the bytes of these."""
@@ -99,12 +99,12 @@ class _Rows:
 
     def add_dtensor(self, fqn: str, value: DTensor, number: int) -> None:
         try:
-            held = self.layouts.boxes_of(fqn, value)
+            local_boxes = self.layouts.boxes_of(fqn, value)
         except PlanError as error:
             self.problems.append(str(error))
             return
-        for box in held.sides:
-            self.rows.append((fqn, SHARD, number, held.size, box))
+        for box in local_boxes.sides:
+            self.rows.append((fqn, SHARD, number, local_boxes.size, box))
 
     def add_wrapper(self, fqn: str, value: DTensor, wrapper: torch.Tensor) -> None:
         """The row of a DTensor whose local tensor is a wrapper, which is stored whole."""
@@ -122,7 +122,7 @@ class _Rows:
     def add_shards(self, fqn: str, value: ShardedTensor) -> None:
         size = tuple(value.metadata().size)
         for box, memory in local_shards(value):
-            if problem := unsavable(fqn, memory):
+            if problem := find_save_problem(fqn, memory):
                 self.problems.append(problem)
             else:
                 number = self.property_of(memory, memory)
@@ -141,7 +141,7 @@ class _Rows:
         """The rows of a tensor whose class or attributes may change what it stores."""
         if is_opaque(value) and not value.is_meta:
             self.add_value(fqn)
-        elif problem := unsavable(fqn, value):
+        elif problem := find_save_problem(fqn, value):
             self.problems.append(problem)
         elif describes_its_parts(value):
             try:
@@ -167,7 +167,7 @@ class _Rows:
         """
         if is_opaque(value) and not value.is_meta:
             self.add_value(fqn)
-        elif problem := unsavable(fqn, value):
+        elif problem := find_save_problem(fqn, value):
             self.problems.append(problem)
         else:
             return self.property_of(value, memory)
@@ -176,7 +176,7 @@ class _Rows:
     def property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int:
         """The position of the properties of a tensor that is kept in this memory."""
         key = (memory.dtype, memory.layout, value.requires_grad)
-        return self.known.setdefault(key, len(self.known))
+        return self.property_numbers.setdefault(key, len(self.property_numbers))
 
     def known_property_of(self, value: torch.Tensor, memory: torch.Tensor) -> int | None:
         """Like `property_of`; None if no earlier tensor had these, or the memory is not on the CPU.
@@ -186,7 +186,7 @@ class _Rows:
         layout = memory.layout
         if layout is not torch.strided or not memory.is_cpu:
             return None
-        return self.known.get((memory.dtype, layout, value.requires_grad))
+        return self.property_numbers.get((memory.dtype, layout, value.requires_grad))
 
     def items(self) -> WriteItems:
         """The table of all rows; raises PlanError if there are problems."""
@@ -203,15 +203,15 @@ class _Rows:
         )
         rank = max(map(len, sizes), default=0)
         nbytes = np.full(len(fqns), UNKNOWN, dtype=np.int64)
-        for row, known in self.wrappers.items():
-            nbytes[row] = known
+        for row, inner_bytes in self.wrappers.items():
+            nbytes[row] = inner_bytes
         kind = np.array(kinds, dtype=np.int8)
         ndim = np.fromiter(map(len, sizes), np.int16, len(sizes))
         count = len(fqns)
         return WriteItems(
             fqns=fqns,
             kind=kind,
-            properties=tuple(TensorProperties(*key) for key in self.known),
+            properties=tuple(TensorProperties(*key) for key in self.property_numbers),
             property_of=np.array(numbers, dtype=np.int32),
             ndim=np.where(kind == BYTES, UNKNOWN, ndim).astype(np.int16),
             size=pad_rows(sizes, rank, 1),
@@ -266,7 +266,7 @@ def require_savable(problems: Sequence[str]) -> None:
         raise PlanError(f"{len(problems)} value(s) cannot be saved:\n" + "\n".join(problems))
 
 
-def unsavable(fqn: str, value: Any) -> str | None:
+def find_save_problem(fqn: str, value: Any) -> str | None:
     """Why a tensor has no bytes to save, or None."""
     if isinstance(value, ShardedTensor):
         return None
@@ -279,7 +279,7 @@ def unsavable(fqn: str, value: Any) -> str | None:
         return problem
     if is_wrapper(memory) and not describes_its_parts(value):
         if isinstance(value, DTensor):  # The wrapper is a part, stored as torch pickles it.
-            return inner_problem(fqn, memory, unsavable)
+            return inner_problem(fqn, memory, find_save_problem)
         return (
             f"{fqn!r} is a {type(memory).__name__}, a wrapper without memory of its own: "
             f"give the class {', '.join(DESCRIBING_HOOKS)}, or save its inner tensors"
@@ -303,7 +303,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         if kind is DTensor and type(memory) in PLAIN and not hasattr(memory, HOOK):
             found = layouts.boxes_of(fqn, value).sides
         elif kind in PLAIN or isinstance(value, torch.Tensor):
-            found = _boxes_wanted(fqn, value, layouts)
+            found = _list_wanted_boxes(fqn, value, layouts)
             if kind not in PLAIN:
                 unusual = spoken if describes_its_parts(value) else wrappers
                 if unusual is spoken or is_wrapper(memory):
@@ -326,7 +326,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     )
 
 
-def _boxes_wanted(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
+def _list_wanted_boxes(fqn: str, value: Any, layouts: Layouts) -> Sequence[Box]:
     if type(value) in PLAIN and not hasattr(value, BOXES):
         shape = value.shape
         return ((ORIGINS[len(shape)], shape),)

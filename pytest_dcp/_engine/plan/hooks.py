@@ -56,16 +56,16 @@ def require_plan(plan: Any, kind: type[Plan], hook: str) -> Plan:
     return plan
 
 
-def kept_whole(asked: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
+def require_complete(planned: Plan, answer: Any, kind: type[Plan], hook: str) -> Plan:
     """The plan that a storage's hook made from the planner's.
 
     Raises PlanError, naming the missing items: a storage decides how items are moved, and may
     divide them; the planner decides which items there are.
     """
     plan = require_plan(answer, kind, hook)
-    if plan.items is asked.items:
+    if plan.items is planned.items:
         return plan
-    lost = _elements(asked.items) - _elements(plan.items)
+    lost = _elements(planned.items) - _elements(plan.items)
     if lost:
         names = ", ".join(map(repr, sorted(lost)[:5]))
         raise PlanError(f"{hook} left out a part of {len(lost)} planned key(s): {names}")

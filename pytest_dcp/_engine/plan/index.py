@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from pytest_dcp._engine.plan.boxes import Ints, pad_rows, row_bounds
 from pytest_dcp._engine.plan.column_table import ColumnTable
-from pytest_dcp._engine.plan.columns import UNKNOWN, position, size_of
+from pytest_dcp._engine.plan.columns import UNKNOWN, number_properties, size_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict, LazyList
 from pytest_dcp._engine.plan.packed_names import Fqns
 
@@ -105,7 +105,7 @@ class Index(ColumnTable):
         """The columns of any mapping of torch's objects."""
         values = list(keys.values())
         tensors = [v if isinstance(v, TensorStorageMetadata) else None for v in values]
-        known: dict[Any, int] = {}
+        property_numbers: dict[Any, int] = {}
         chunks = [[None] if t is None else list(t.chunks) for t in tensors]
         # A value counts as one chunk without dimensions: entries of both kinds have one table.
         flat = [chunk for some in chunks for chunk in some]
@@ -114,10 +114,13 @@ class Index(ColumnTable):
         return cls(
             fqns=tuple(keys),
             property_of=np.array(
-                [UNKNOWN if t is None else position(known, t.properties) for t in tensors],
+                [
+                    UNKNOWN if t is None else number_properties(property_numbers, t.properties)
+                    for t in tensors
+                ],
                 dtype=np.int32,
             ),
-            properties=tuple(TensorProperties(*key) for key in known),
+            properties=tuple(TensorProperties(*key) for key in property_numbers),
             ndim=np.array([UNKNOWN if t is None else len(t.size) for t in tensors], dtype=np.int16),
             size=pad_rows([() if t is None else t.size for t in tensors], rank, 1),
             first=row_bounds(counts),
@@ -173,7 +176,7 @@ class KeyTable(LazyDict[str, STORAGE_TYPES]):
         index = self.source
         if self.is_full and list(self) != list(index.fqns):
             return None
-        return index if all(_as_made(index, *made) for made in self.made_items()) else None
+        return index if all(_is_unchanged(index, *pair) for pair in self.made_items()) else None
 
     def stated_size(self, fqn: str) -> torch.Size | None:
         """The size that the index has for a tensor, even if the table was changed since."""
@@ -231,7 +234,7 @@ def copy_metadata(metadata: Metadata, **changes: Any) -> Metadata:
     return copied
 
 
-def _as_made(index: Index, fqn: str, value: STORAGE_TYPES) -> bool:
+def _is_unchanged(index: Index, fqn: str, value: STORAGE_TYPES) -> bool:
     row = index.row_of[fqn]
     if not isinstance(value, TensorStorageMetadata):
         return isinstance(value, BytesStorageMetadata) and bool(index.ndim[row] < 0)

@@ -45,13 +45,13 @@ class LazyDict(dict[K, V]):
     def make_value(self, key: K) -> V:
         """The value of a key. Raises KeyError if there is none."""
 
-    def fill(self) -> None:
+    def make_all(self) -> None:
         """Make everything."""
         if self.is_full:
             return
-        made = {key: self[key] for key in self.lazy_keys()}
+        contents = {key: self[key] for key in self.lazy_keys()}
         super().clear()
-        super().update(made)
+        super().update(contents)
         self.is_full = True
 
     def made_items(self) -> Collection[tuple[K, V]]:
@@ -91,9 +91,9 @@ class LazyDict(dict[K, V]):
         return dict(self)
 
     def __eq__(self, other: object) -> bool:
-        self.fill()
+        self.make_all()
         if isinstance(other, LazyDict):
-            other.fill()
+            other.make_all()
         return super().__eq__(other)
 
     def __ne__(self, other: object) -> bool:
@@ -118,11 +118,11 @@ class LazyDict(dict[K, V]):
         return dict, (dict(self),)
 
     def __setitem__(self, key: K, value: V) -> None:
-        self.fill()
+        self.make_all()
         super().__setitem__(key, value)
 
     def __delitem__(self, key: K) -> None:
-        self.fill()
+        self.make_all()
         super().__delitem__(key)
 
     def clear(self) -> None:
@@ -130,31 +130,31 @@ class LazyDict(dict[K, V]):
         super().clear()
 
     def pop(self, key: Any, *default: Any) -> Any:
-        self.fill()
+        self.make_all()
         return super().pop(key, *default)
 
     def popitem(self) -> tuple[K, V]:
-        self.fill()
+        self.make_all()
         return super().popitem()
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        self.fill()
+        self.make_all()
         return super().setdefault(key, default)
 
     def update(self, *others: Any, **more: Any) -> None:
-        self.fill()
+        self.make_all()
         super().update(*others, **more)
 
 
 class LazyList(list[V]):
     """A list that makes its items on demand: subclasses say how many it has, and make them."""
 
-    __slots__ = ("_made", "is_full")
+    __slots__ = ("_item_at", "is_full")
 
     def __init__(self) -> None:
         super().__init__()
         self.is_full = False
-        self._made: dict[int, V] = {}
+        self._item_at: dict[int, V] = {}
 
     @abstractmethod
     def lazy_len(self) -> int:
@@ -164,21 +164,21 @@ class LazyList(list[V]):
     def make_item(self, at: int) -> V:
         """The item at this position, which is in range."""
 
-    def fill(self) -> None:
+    def make_all(self) -> None:
         """Make everything."""
         if not self.is_full:
-            made = list(self)
+            items = list(self)
             self.is_full = True
-            super().extend(made)
+            super().extend(items)
 
     def made_items(self) -> Iterable[tuple[int, V]]:
         """The items made so far, with their positions."""
-        return enumerate(super().__iter__()) if self.is_full else self._made.items()
+        return enumerate(super().__iter__()) if self.is_full else self._item_at.items()
 
     def _item(self, at: int) -> V:
-        if at not in self._made:
-            self._made.setdefault(at, self.make_item(at))
-        return self._made[at]
+        if at not in self._item_at:
+            self._item_at.setdefault(at, self.make_item(at))
+        return self._item_at[at]
 
     def __len__(self) -> int:
         return super().__len__() if self.is_full else self.lazy_len()
@@ -227,8 +227,8 @@ class LazyList(list[V]):
         return other[:] + self[:] if isinstance(other, list) else NotImplemented
 
     def __mul__(self, times: SupportsIndex) -> list[V]:
-        made: list[V] = self[:]
-        return made * times
+        items: list[V] = self[:]
+        return items * times
 
     __rmul__ = __mul__
 
@@ -239,8 +239,8 @@ class LazyList(list[V]):
         return list, (self[:],)
 
     def copy(self) -> list[V]:
-        made: list[V] = self[:]
-        return made
+        items: list[V] = self[:]
+        return items
 
     def count(self, item: V) -> int:
         return self.copy().count(item)
@@ -249,11 +249,11 @@ class LazyList(list[V]):
         return self.copy().index(item, *bounds)
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        self.fill()
+        self.make_all()
         super().__setitem__(at, value)
 
     def __delitem__(self, at: Any) -> None:
-        self.fill()
+        self.make_all()
         super().__delitem__(at)
 
     def __iadd__(self, other: Any) -> Any:
@@ -261,37 +261,37 @@ class LazyList(list[V]):
         return self
 
     def __imul__(self, times: SupportsIndex) -> Any:
-        self.fill()
+        self.make_all()
         return super().__imul__(times)
 
     def append(self, item: V) -> None:
-        self.fill()
+        self.make_all()
         super().append(item)
 
     def extend(self, items: Iterable[V]) -> None:
-        self.fill()
+        self.make_all()
         super().extend(items)
 
     def insert(self, at: SupportsIndex, item: V) -> None:
-        self.fill()
+        self.make_all()
         super().insert(at, item)
 
     def pop(self, at: SupportsIndex = -1) -> V:
-        self.fill()
+        self.make_all()
         return super().pop(at)
 
     def remove(self, item: V) -> None:
-        self.fill()
+        self.make_all()
         super().remove(item)
 
     def reverse(self) -> None:
-        self.fill()
+        self.make_all()
         super().reverse()
 
     def sort(self, **how: Any) -> None:
-        self.fill()
+        self.make_all()
         super().sort(**how)
 
     def clear(self) -> None:
-        self.fill()
+        self.make_all()
         super().clear()

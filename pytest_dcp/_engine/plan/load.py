@@ -68,7 +68,7 @@ PAIRS_AT_ONCE = 1 << 20
 
 
 def read_items(
-    wanted: Wanted,
+    boxes: Wanted,
     index: Index,
     stored_as: Mapping[str, str] | None = None,
     *,
@@ -82,29 +82,29 @@ def read_items(
     """
     # Values travel as boxes of no dimensions: padded to offset 0 and shape 1 they overlap
     # themselves once, so that they need no branch until the kinds are set below.
-    width = max(wanted.offset.shape[1], index.offset.shape[1])
-    names = wanted.fqns
+    width = max(boxes.offset.shape[1], index.offset.shape[1])
+    names = boxes.fqns
     stored_fqns = names if stored_as is None else tuple(stored_as.get(n, n) for n in names)
     key = np.array([index.row_of[fqn] for fqn in stored_fqns], dtype=np.int64)
-    want_offset = widen_table(wanted.offset, width, 0)
+    want_offset = widen_table(boxes.offset, width, 0)
     have_offset = widen_table(index.offset, width, 0)
     # Before `_check_filled`, whose sums prove something only for disjoint chunks.
     _check_apart(index, key)
-    wanted_boxes = want_offset, widen_table(wanted.shape, width, 1)
+    wanted_boxes = want_offset, widen_table(boxes.shape, width, 1)
     stored_boxes = have_offset, widen_table(index.shape, width, 1)
     want, have, low, shape = _find_overlaps(wanted_boxes, stored_boxes, index.first, key)
     # Only tensors can have gaps: a value is stored whole.
-    tensors = wanted.ndim[want] >= 0
-    _check_filled(wanted, want[tensors], shape[tensors], partial)
+    tensors = boxes.ndim[want] >= 0
+    _check_filled(boxes, want[tensors], shape[tensors], partial)
     fqns = tuple(map(names.__getitem__, want.tolist()))
     renamed = stored_fqns is not names
     return ReadItems(
         fqns=fqns,
         stored_fqns=tuple(map(stored_fqns.__getitem__, want.tolist())) if renamed else fqns,
         kind=np.where(tensors, READ_TENSOR, READ_BYTES).astype(np.int8),
-        ndim=wanted.ndim[want],
-        wanted=want_offset[want],
-        wanted_hint=np.where(tensors, wanted.nth[want], UNKNOWN),
+        ndim=boxes.ndim[want],
+        wanted_offset=want_offset[want],
+        wanted_hint=np.where(tensors, boxes.nth[want], UNKNOWN),
         to_offset=low - want_offset[want],
         stored=have_offset[have],
         stored_hint=np.where(tensors, have - index.first[key[want]], UNKNOWN),
@@ -116,14 +116,14 @@ def read_items(
 
 
 def _find_overlaps(
-    wanted: tuple[Ints, Ints], stored: tuple[Ints, Ints], first: Ints, key: Ints
+    wanted_boxes: tuple[Ints, Ints], stored: tuple[Ints, Ints], first: Ints, key: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """The rows of the wanted and the stored boxes that overlap; offset and shape of each overlap.
 
-    wanted, stored: offsets and shapes. first: the first stored row of each name, and their end;
-    key: the name of each wanted row.
+    wanted_boxes, stored: offsets and shapes. first: the first stored row of each name, and their
+    end; key: the name of each wanted row.
     """
-    (want_offset, want_shape), (have_offset, have_shape) = wanted, stored
+    (want_offset, want_shape), (have_offset, have_shape) = wanted_boxes, stored
     counts = np.diff(first)[key]
     parts = []
     for rows in _slabs(counts):
@@ -163,27 +163,27 @@ class Everything(Container[str]):
         return True
 
 
-def _check_filled(wanted: Wanted, want: Ints, shape: Ints, partial: Container[str]) -> None:
+def _check_filled(boxes: Wanted, want: Ints, shape: Ints, partial: Container[str]) -> None:
     """Raise unless the overlaps fill each wanted box exactly."""
-    filled = np.zeros(len(wanted), dtype=np.int64)
+    filled = np.zeros(len(boxes), dtype=np.int64)
     np.add.at(filled, want, volumes(shape))
-    asked = np.where(wanted.ndim >= 0, volumes(wanted.shape), 0)
-    gaps = (row for row in np.flatnonzero(filled != asked) if wanted.fqns[row] not in partial)
+    expected = np.where(boxes.ndim >= 0, volumes(boxes.shape), 0)
+    gaps = (row for row in np.flatnonzero(filled != expected) if boxes.fqns[row] not in partial)
     for row in islice(gaps, 1):
-        shown = tuple(wanted.shape[row, : wanted.ndim[row]].tolist())
-        offset = tuple(wanted.offset[row, : wanted.ndim[row]].tolist())
+        box_shape = tuple(boxes.shape[row, : boxes.ndim[row]].tolist())
+        offset = tuple(boxes.offset[row, : boxes.ndim[row]].tolist())
         raise CheckpointCorruptError(
-            f"{filled[row]} of {asked[row]} elements of the part of shape {shown} at offset "
+            f"{filled[row]} of {expected[row]} elements of the part of shape {box_shape} at offset "
             f"{offset} are stored: the stored chunks leave a gap",
-            entry=wanted.fqns[row],
+            entry=boxes.fqns[row],
         )
 
 
 def _check_apart(index: Index, key: Ints) -> None:
     """Raise if stored chunks of a wanted key overlap: a gap elsewhere would go unnoticed."""
-    asked = np.zeros(len(index), dtype=bool)
-    asked[key] = True
-    for at, one, other in overlaps(index, only=asked)[:1]:
+    is_read = np.zeros(len(index), dtype=bool)
+    is_read[key] = True
+    for at, one, other in overlaps(index, only=is_read)[:1]:
         raise CheckpointCorruptError(
             f"its stored chunks overlap: {index.chunk(one)} and {index.chunk(other)}",
             entry=index.fqns[at],

@@ -163,7 +163,7 @@ def _compare_names(
     )
 
 
-def together(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
+def merge_errors(errors: Sequence[CheckpointMismatchError]) -> CheckpointMismatchError:
     """One error with all of these messages; the error itself if there is only one."""
     if len(errors) == 1:
         return errors[0]
@@ -212,8 +212,8 @@ def _fit(
 def _size_and_dtype(fqn: str, value: torch.Tensor) -> tuple[torch.Size, torch.dtype | None]:
     """The full tensor's size, and the dtype of its memory; None if this rank has none."""
     if describes_its_parts(value):
-        told = [item.tensor_data for item in own_write_items(fqn, value)]
-        data = next((some for some in told if some is not None), None)
+        descriptions = [item.tensor_data for item in own_write_items(fqn, value)]
+        data = next((some for some in descriptions if some is not None), None)
         return (value.shape, None) if data is None else (data.size, data.properties.dtype)
     if isinstance(value, ShardedTensor):
         # Its own methods warn about its deprecation; its metadata does not.
@@ -250,19 +250,19 @@ def _error(
 
 def _with_nearest(fqn: str, stored_as: str, names: Iterable[str], stored: Collection[str]) -> str:
     """A missing name, with the nearest names in the checkpoint."""
-    said = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
+    subject = fqn if stored_as == fqn else f"{fqn}, looked for as {stored_as!r}"
     below = [name for name in stored if name.startswith(f"{stored_as}.")]
     if below:
         return (
-            f"{said} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; the "
-            "state dict has something else or an empty container there)"
+            f"{subject} (the checkpoint has {len(below)} name(s) below it, such as {below[0]!r}; "
+            "the state dict has something else or an empty container there)"
         )
     above = next((name for name in _names_above(stored_as) if name in stored), None)
     if above is not None:
-        return f"{said} (the checkpoint has {above!r} itself, with nothing below it)"
+        return f"{subject} (the checkpoint has {above!r} itself, with nothing below it)"
     pool = list(names)[:SUGGESTED_FROM]
     nearest = difflib.get_close_matches(stored_as, pool, n=1)
-    return f"{said} (nearest: {nearest[0]!r})" if nearest else said
+    return f"{subject} (nearest: {nearest[0]!r})" if nearest else subject
 
 
 def _names_above(name: str) -> list[str]:

@@ -43,8 +43,8 @@ def empty_for_meta(value: torch.Tensor) -> torch.Tensor:
     if isinstance(value, ShardedTensor):
         raise CheckpointMismatchError("a ShardedTensor on the meta device cannot be loaded to")
     if not isinstance(value, DTensor):
-        made = torch.empty_like(value, device=current_device(group_device_type()))
-        return declare_parts(made, declarations_of(value))
+        empty = torch.empty_like(value, device=current_device(group_device_type()))
+        return declare_parts(empty, declarations_of(value))
     mesh = value.device_mesh
     local = torch.empty_like(local_tensor(value), device=current_device(mesh.device_type))
     # Shape and stride are given explicitly: they do not follow from an uneven shard.

@@ -179,9 +179,9 @@ def _walk(
 def _check_keys(path: Path, mapping: Mapping[Any, Any]) -> None:
     """Raise ValueError if two keys of a mapping give the same string: their contents would be
     mixed."""
-    known: dict[str, Any] = {}
+    key_of_text: dict[str, Any] = {}
     for key in mapping:
-        other = known.setdefault(str(key), key)
+        other = key_of_text.setdefault(str(key), key)
         if other is not key:
             raise ValueError(
                 f"duplicated flatten key {'.'.join(map(str, (*path, key)))!r}: both "
@@ -220,7 +220,7 @@ class Room:
     """Puts values at paths from a file, with bounded list lengths."""
 
     def __init__(self, keys: int) -> None:
-        self._left = ROOM_AT_LEAST + ROOM_PER_KEY * keys
+        self._spare_items = ROOM_AT_LEAST + ROOM_PER_KEY * keys
 
     def check_path(self, fqn: str, path: Any) -> Path:
         """The path; raises CheckpointCorruptError, naming the key, if it is not a valid one."""
@@ -234,7 +234,7 @@ class Room:
             )
         for key in path:
             if type(key) is int:
-                if not 0 <= key < self._left:
+                if not 0 <= key < self._spare_items:
                     raise CheckpointCorruptError(f"its path has position {key}", entry=fqn)
             elif type(key) is not str:
                 raise CheckpointCorruptError(f"its path has a {type(key).__name__}", entry=fqn)
@@ -244,26 +244,26 @@ class Room:
         """Put the value there; raises CheckpointCorruptError if another value is in the way."""
         container = root
         for depth, key in enumerate(path):
-            wanted = list if isinstance(key, int) else dict
-            if container is not None and not isinstance(container, wanted):
+            container_type = list if isinstance(key, int) else dict
+            if container is not None and not isinstance(container, container_type):
                 raise CheckpointCorruptError(
                     f"its path {path!r} leads through another value at {path[:depth]!r}", entry=fqn
                 )
-            if wanted is list:
-                self._left -= max(0, key + 1 - len(container or ()))
+            if container_type is list:
+                self._spare_items -= max(0, key + 1 - len(container or ()))
             inner = _NOTHING if container is None else get_element(container, (key,), _NOTHING)
-            below, taken = depth < len(path) - 1, inner is not _NOTHING
+            below, exists = depth < len(path) - 1, inner is not _NOTHING
             # None is a hole in a list, and a value to be read in a mapping.
             if (
-                taken
+                exists
                 and (isinstance(inner, list | dict) is not below)
-                and (inner is not None or wanted is dict)
+                and (inner is not None or container_type is dict)
             ):
                 raise CheckpointCorruptError(
                     f"its path {path!r} leads through another value at {path[: depth + 1]!r}",
                     entry=fqn,
                 )
-            container = inner if taken else None
-        if self._left < 0:
+            container = inner if exists else None
+        if self._spare_items < 0:
             raise CheckpointCorruptError("its path needs longer lists than it has", entry=fqn)
         set_element(root, path, value)

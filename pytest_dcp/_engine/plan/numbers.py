@@ -76,19 +76,19 @@ def fill_tensor(target: torch.Tensor, number: Any) -> None:
 
 
 def _fits(number: Any, dtype: torch.dtype) -> bool:
-    kind, wanted = type(number).__name__, kind_of(dtype)
-    if kind != wanted and (kind, wanted) not in _WIDER:
+    kind, wanted_kind = type(number).__name__, kind_of(dtype)
+    if kind != wanted_kind and (kind, wanted_kind) not in _WIDER:
         return False
-    if kind == "int" and wanted == "int":
+    if kind == "int" and wanted_kind == "int":
         limits = torch.iinfo(dtype)
         return bool(limits.min <= number <= limits.max)
     try:
-        kept = torch.tensor(number).to(dtype).item()
+        converted = torch.tensor(number).to(dtype).item()
     except (RuntimeError, OverflowError, ValueError):
         return False
     if kind == "int":
-        return bool(kept == number)
-    return _is_finite(kept) or not _is_finite(number)
+        return bool(converted == number)
+    return _is_finite(converted) or not _is_finite(number)
 
 
 def _is_finite(number: Any) -> bool:

@@ -97,9 +97,9 @@ def ranks_known(rank: int, size: int) -> Iterator[None]:
 
 def _ranks() -> tuple[int, int]:
     """Rank and world size of the current operation, or of the default group."""
-    known = _within.get()
-    if known is not None:
-        return known
+    current = _within.get()
+    if current is not None:
+        return current
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -122,12 +122,12 @@ def check_per_rank(name: str, value: Any) -> None:
 
 
 def resized_names(
-    wanted: Mapping[str, tuple[str, PerRank]], stored: Iterable[str], *, strict: bool
+    per_rank_names: Mapping[str, tuple[str, PerRank]], stored: Iterable[str], *, strict: bool
 ) -> dict[str, str | None]:
     """Replacements for names of PerRank values that the checkpoint lacks.
 
-    wanted: by flat name, its name in the checkpoint and its PerRank. stored: the names in the
-    checkpoint. Names of a save by the same number of ranks are left out; None: the rank's value
+    per_rank_names: by flat name, its name in the checkpoint and its PerRank. stored: the names in
+    the checkpoint. Names of a save by the same number of ranks are left out; None: the rank's value
     stays as it is.
 
     Raises CheckpointMismatchError, naming every key, if `strict` and another number of ranks saved
@@ -138,7 +138,7 @@ def resized_names(
     own = rank_key(rank, size)
     found: dict[str, str | None] = {}
     refused: dict[str, str] = {}
-    for fqn, (name, per_rank) in wanted.items():
+    for fqn, (name, per_rank) in per_rank_names.items():
         prefix, key, rest = name.rpartition(own)
         saved = sizes.get(prefix)
         if not key or saved is None or saved == size:

@@ -120,11 +120,11 @@ def shard_runs(runs: Runs, ranks: int, rank: int, parts: int = 1) -> Runs:
     [(2, 4), (6, 8)]
     """
     length = sum(stop - start for start, stop in runs)
-    kept: Runs = []
+    own_runs: Runs = []
     for part in range(parts):
         low, high = _chunk(0, length, parts, part)
-        kept += _cut(runs, *_chunk(low, high, ranks, rank))
-    return kept
+        own_runs += _cut(runs, *_chunk(low, high, ranks, rank))
+    return own_runs
 
 
 def _chunk(low: int, high: int, chunks: int, which: int) -> tuple[int, int]:
@@ -136,14 +136,14 @@ def _chunk(low: int, high: int, chunks: int, which: int) -> tuple[int, int]:
 
 def _cut(runs: Runs, low: int, high: int) -> Runs:
     """The runs' elements number low to high - 1."""
-    kept: Runs = []
+    pieces: Runs = []
     position = 0
     for start, stop in runs:
         first, last = max(low - position, 0), min(high - position, stop - start)
         if first < last:
-            kept.append((start + first, start + last))
+            pieces.append((start + first, start + last))
         position += stop - start
-    return kept
+    return pieces
 
 
 def _join_runs(runs: Runs) -> Runs:

@@ -47,12 +47,14 @@ def _description(paths: RankPaths) -> str | None:
 
 def _check_per_rank(data: Sequence[RankPaths], texts: Sequence[str | None]) -> None:
     """Raise PlanError for a key that holds a PerRank on some ranks and something else on others."""
-    known = {text: paths_of_kind(text, "PerRank") for text in set(texts) if text is not None}
-    of_rank = [known.get(text, frozenset()) if text else frozenset() for text in texts]
+    paths_of_text = {
+        text: paths_of_kind(text, "PerRank") for text in set(texts) if text is not None
+    }
+    of_rank = [paths_of_text.get(text, frozenset()) if text else frozenset() for text in texts]
     problems = []
-    for per_rank in dict.fromkeys(path for paths in known.values() for path in paths):
+    for per_rank in dict.fromkeys(path for paths in paths_of_text.values() for path in paths):
         lacking = [rank for rank, paths in enumerate(of_rank) if per_rank not in paths]
-        other = [rank for rank in lacking if _holds(data[rank], texts[rank], per_rank)]
+        other = [rank for rank in lacking if _has_anything_at(data[rank], texts[rank], per_rank)]
         if other:
             own = [rank for rank, paths in enumerate(of_rank) if per_rank in paths]
             problems.append(
@@ -67,12 +69,12 @@ def _check_per_rank(data: Sequence[RankPaths], texts: Sequence[str | None]) -> N
         )
 
 
-def _holds(paths: RankPaths, text: str | None, wanted: Path) -> bool:
+def _has_anything_at(paths: RankPaths, text: str | None, target: Path) -> bool:
     """Whether a rank has anything at the path: a value, or a container, which may be empty."""
-    depth = len(wanted)
-    if paths and any(path[:depth] == wanted for path in paths.values()):
+    depth = len(target)
+    if paths and any(path[:depth] == target for path in paths.values()):
         return True
-    return text is not None and wanted in paths_of_kind(text)
+    return text is not None and target in paths_of_kind(text)
 
 
 def check_one_tree(paths: Mapping[str, Path]) -> None:
@@ -80,10 +82,12 @@ def check_one_tree(paths: Mapping[str, Path]) -> None:
 
     Considers only keys whose paths match their names: others come from a damaged checkpoint.
     """
-    taken = {path for fqn, path in paths.items() if _name(path) == fqn}
+    value_paths = {path for fqn, path in paths.items() if _name(path) == fqn}
     problems = []
-    for path in taken:
-        above = next((path[:depth] for depth in range(1, len(path)) if path[:depth] in taken), None)
+    for path in value_paths:
+        above = next(
+            (path[:depth] for depth in range(1, len(path)) if path[:depth] in value_paths), None
+        )
         if above is not None:
             problems.append(f"{_name(above)!r} is a value, and {_name(path)!r} is below it")
     if problems:

@@ -111,8 +111,8 @@ class Replicas:
             pieces = -(-self.nbytes[some] // SAMPLE_BYTES)
             start[some] = random.integers(0, np.maximum(pieces, 1)) * SAMPLE_BYTES
             length[some] = np.minimum(self.nbytes[some] - start[some], SAMPLE_BYTES)
-        wanted = values | tensors
-        rows = [np.flatnonzero(wanted[group]) for group in self.group]
+        is_checked = values | tensors
+        rows = [np.flatnonzero(is_checked[group]) for group in self.group]
         return [
             Checks(own, start[group[own]], length[group[own]])
             for own, group in zip(rows, self.group, strict=True)
@@ -131,17 +131,22 @@ class Replicas:
         rows = np.concatenate([checks[rank].rows for rank in ranks])
         rank_of = np.repeat(ranks, [len(checks[rank]) for rank in ranks])
         group = np.concatenate([self.group[rank][checks[rank].rows] for rank in ranks])
-        told = np.concatenate([cast("Sums", sums[rank]) for rank in ranks])
-        known = told != NOT_COMPARED
-        rows, rank_of, group, told = rows[known], rank_of[known], group[known], told[known]
+        all_sums = np.concatenate([cast("Sums", sums[rank]) for rank in ranks])
+        compared = all_sums != NOT_COMPARED
+        rows, rank_of, group, all_sums = (
+            rows[compared],
+            rank_of[compared],
+            group[compared],
+            all_sums[compared],
+        )
         first = np.zeros(len(self.count), dtype=np.uint64)
         # Backwards, so that the lowest rank's sum remains.
-        first[group[::-1]] = told[::-1]
-        odd = set(group[told != first[group]].tolist())
+        first[group[::-1]] = all_sums[::-1]
+        odd = set(group[all_sums != first[group]].tolist())
         found: dict[int, dict[int, tuple[int, int]]] = {}
         for at in np.flatnonzero(np.isin(group, list(odd))).tolist():
             members = found.setdefault(int(group[at]), {})
-            members[int(rank_of[at])] = (int(rows[at]), int(told[at]))
+            members[int(rank_of[at])] = (int(rows[at]), int(all_sums[at]))
         return [Differing(self.fqns[self.key[at]], members) for at, members in found.items()]
 
 
@@ -156,8 +161,8 @@ class Differing:
     def camps(self) -> list[list[int]]:
         """The ranks in groups of equal copies, the lowest rank's first."""
         by_sum: dict[int, list[int]] = {}
-        for rank, (_, told) in sorted(self.members.items()):
-            by_sum.setdefault(told, []).append(rank)
+        for rank, (_, checksum) in sorted(self.members.items()):
+            by_sum.setdefault(checksum, []).append(rank)
         return list(by_sum.values())
 
 
@@ -191,28 +196,30 @@ class ReplicaDifference:
     """Ranks with equal copies."""
     where: str
     """The first index, or the first place in a Python value; may be empty."""
-    shown: list[str]
+    texts: list[str]
     """Each camp's copy at that place."""
 
     def __str__(self) -> str:
         at = f" first at {self.where}:" if self.where else ":"
-        told = ", ".join(
+        copies = ", ".join(
             f"{text} on {some_ranks_text(ranks)}"
-            for ranks, text in zip(self.camps, self.shown, strict=True)
+            for ranks, text in zip(self.camps, self.texts, strict=True)
         )
-        return f"{self.fqn!r} differs{at} {told}"
+        return f"{self.fqn!r} differs{at} {copies}"
 
 
 def mismatch_error(
     differences: Sequence[ReplicaDifference], others: Iterable[str] = ()
 ) -> ReplicaMismatchError:
     """The error for these differences, and for other keys, which are only named."""
-    named = list(others)
-    fqns = tuple(dict.fromkeys([*(d.fqn for d in differences), *named]))
+    other_fqns = list(others)
+    fqns = tuple(dict.fromkeys([*(d.fqn for d in differences), *other_fqns]))
     lines = [f"{len(fqns)} key(s) that several ranks hold are not equal on them:"]
     lines += [str(difference) for difference in differences]
-    if named:
-        lines.append(f"and {', '.join(map(repr, named[:20]))}{' ...' if len(named) > 20 else ''}")
+    if other_fqns:
+        lines.append(
+            f"and {', '.join(map(repr, other_fqns[:20]))}{' ...' if len(other_fqns) > 20 else ''}"
+        )
     lines.append(
         "One copy of each is saved. Make them equal (broadcast them before the save), save a value "
         "of each rank as PerRank(value), or pass replicas='off' to save any rank's copy (for code "

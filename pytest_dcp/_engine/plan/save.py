@@ -12,20 +12,20 @@ The steps, in this order, since each relies on the ones before:
 
 1. `_join_tables` puts the rows of all ranks below each other and numbers the distinct names.
 2. `_check_bounds` refuses boxes outside their tensors. From here on an offset can stand for a
-   number: `_linear` maps the offsets within one tensor to distinct integers.
-3. `_by_key_and_offset` sorts the rows by name, offset and rank. Replicas are now neighbours, and
-   `_group_starts` marks where each group begins.
+   number: `_linear_offsets` maps the offsets within one tensor to distinct integers.
+3. `_sort_by_key_and_offset` sorts the rows by name, offset and rank. Replicas are now neighbours,
+   and `_group_starts` marks where each group begins.
 4. `_check_replicas` refuses ranks that disagree: on whether a name is a tensor or a value, on a
    tensor's size or dtype, on the shape of a box that two of them hold.
-5. `_keepers` chooses one row per group. Boxes without a replica are charged to their rank first.
-   Then the groups, largest first, each go to the rank with the fewest bytes so far among the
+5. `_choose_keepers` chooses one row per group. Boxes without a replica are charged to their rank
+   first. Then the groups, largest first, each go to the rank with the fewest bytes so far among the
    holders of the box (LPT, the longest-processing-time rule of Graham 1969: with free choice of the
    rank its fullest rank has at most 4/3 of the best possible; replicas restrict the choice, so here
    it is a heuristic). Ties go to the lowest rank.
 6. `_index` lists the kept boxes, and `box_coverage.problems_of` checks that they tile every tensor:
    no overlap and, where `complete`, no gap.
-7. `_shared_out` cuts the kept rows back into one table per rank, in each rank's own order. The hint
-   of a row is the position of its box in the index's list for that name, as torch's
+7. `_divide_among_ranks` cuts the kept rows back into one table per rank, in each rank's own order.
+   The hint of a row is the position of its box in the index's list for that name, as torch's
    `MetadataIndex.index`.
 
 Assumes that every rank's table describes the same save. Guarantees that every distinct box is
@@ -79,7 +79,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 
 from pytest_dcp._engine.plan.box_coverage import problems_of
 from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, row_bounds, strides_of, widen_table
-from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, position
+from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, number_properties
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.packed_names import Fqns
 from pytest_dcp._engine.plan.replica_comparison import Replicas, groups_of_ranks
@@ -103,7 +103,7 @@ class GlobalPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _All:
+class _RankRows:
     """Every rank's rows, one after the other."""
 
     fqns: Fqns
@@ -133,11 +133,11 @@ def global_plan(
     """
     rows = _join_tables(tables)
     _check_bounds(rows)
-    linear = _linear(rows)
-    order = _by_key_and_offset(rows, linear)
+    linear = _linear_offsets(rows)
+    order = _sort_by_key_and_offset(rows, linear)
     starts = _group_starts(rows.key[order], linear[order])
     _check_replicas(rows, order, starts)
-    keeper = _keepers(rows, order, starts, to_lowest_rank)
+    keeper = _choose_keepers(rows, order, starts, to_lowest_rank)
     index, first_chunk = _index(rows, order[starts])
     problems = problems_of(index, complete=complete)
     if problems:
@@ -155,8 +155,8 @@ def global_plan(
         key=rows.key[lead],
     )
     # Sorted, since `keeper` is in the order of keys: each rank writes in its own order.
-    kept = _shared_out(tables, np.sort(keeper), hint_of_row)
-    return GlobalPlan(*kept, index, replicas)
+    shares = _divide_among_ranks(tables, np.sort(keeper), hint_of_row)
+    return GlobalPlan(*shares, index, replicas)
 
 
 def concatenate_tables(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], Index]:
@@ -176,14 +176,14 @@ def concatenate_tables(tables: Sequence[WriteItems]) -> tuple[list[WriteItems], 
     hint = np.full(len(order), UNKNOWN, dtype=np.int64)
     hint[order] = np.arange(len(order)) - first[rows.key[order]]
     hint[rows.kind == BYTES] = UNKNOWN
-    shared, _ = _shared_out(tables, np.arange(len(order)), hint)
+    shared, _ = _divide_among_ranks(tables, np.arange(len(order)), hint)
     return shared, index
 
 
-def _join_tables(tables: Sequence[WriteItems]) -> _All:
+def _join_tables(tables: Sequence[WriteItems]) -> _RankRows:
     width = max((table.size.shape[1] for table in tables), default=0)
     names: dict[str, int] = {}
-    known: dict[Any, int] = {}
+    property_numbers: dict[Any, int] = {}
     ids: dict[int, Ints] = {}
     for table in tables:
         # Ranks that sent the same names share one tuple (`packed_names`), which is numbered once.
@@ -192,7 +192,10 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
             ids[id(table.fqns)] = np.array(numbers, dtype=np.int64)
     # Each table numbers its properties itself. The last entry of a lookup serves UNKNOWN, -1.
     lookup = [
-        np.array([*(position(known, p) for p in table.properties), UNKNOWN], dtype=np.int32)
+        np.array(
+            [*(number_properties(property_numbers, p) for p in table.properties), UNKNOWN],
+            dtype=np.int32,
+        )
         for table in tables
     ]
 
@@ -200,12 +203,12 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
         return np.concatenate([*columns, empty])
 
     none, nothing = np.zeros(0, dtype=np.int64), np.zeros((0, width), dtype=np.int64)
-    return _All(
+    return _RankRows(
         fqns=tuple(names),
         key=joined([ids[id(table.fqns)] for table in tables], none),
         rank=np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
         kind=joined([t.kind for t in tables], none.astype(np.int8)),
-        properties=tuple(TensorProperties(*key) for key in known),
+        properties=tuple(TensorProperties(*key) for key in property_numbers),
         property_of=joined(
             [of[t.property_of] for of, t in zip(lookup, tables, strict=True)],
             none.astype(np.int32),
@@ -218,14 +221,14 @@ def _join_tables(tables: Sequence[WriteItems]) -> _All:
     )
 
 
-def _linear(rows: _All) -> Ints:
+def _linear_offsets(rows: _RankRows) -> Ints:
     """A number for each row's offset, distinct within a tensor, even for boxes at its very end."""
     # Strides of size + 1, since an empty box may lie at the tensor's end, where offset == size.
     linear: Ints = (rows.offset * strides_of(rows.size + 1)).sum(axis=1, dtype=np.int64)
     return linear
 
 
-def _by_key_and_offset(rows: _All, linear: Ints) -> Ints:
+def _sort_by_key_and_offset(rows: _RankRows, linear: Ints) -> Ints:
     """The rows sorted by key, offset, rank."""
     # One sort of key * span + linear takes a third of lexsort's time (0.24 s against 0.67 s for a
     # million rows), where the product fits 63 bits. A negative `linear` has wrapped around. In both
@@ -245,7 +248,7 @@ def _group_starts(key: Ints, linear: Ints) -> Ints:
     return np.flatnonzero(new)
 
 
-def _check_bounds(rows: _All) -> None:
+def _check_bounds(rows: _RankRows) -> None:
     """Raise PlanError for boxes outside their tensors: later steps turn offsets into numbers."""
     outside = np.flatnonzero(out_of_bounds(rows.offset, rows.shape, rows.size) & (rows.ndim >= 0))
     problems = [
@@ -259,7 +262,7 @@ def _check_bounds(rows: _All) -> None:
         raise PlanError(_list_problems("Failed to validate global plan: ", problems))
 
 
-def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
+def _check_replicas(rows: _RankRows, order: Ints, starts: Ints) -> None:
     """Raise PlanError unless every row agrees with the first of its key, replicas on the shape."""
     # For each row, `lead` is the first row of the same key, `one` the first of the same key and
     # offset.
@@ -290,7 +293,7 @@ def _check_replicas(rows: _All, order: Ints, starts: Ints) -> None:
         raise PlanError(_list_problems("The ranks disagree: ", problems))
 
 
-def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
+def _choose_keepers(rows: _RankRows, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
     """The row that keeps each group's box: the replica on the rank with the fewest bytes."""
     count = np.diff(np.append(starts, len(order)))
     keeper = order[starts]
@@ -306,18 +309,18 @@ def _keepers(rows: _All, order: Ints, starts: Ints, to_lowest_rank: bool) -> Int
     shared = shared[np.argsort(-rows.nbytes[keeper[shared]], kind="stable")]
     # One by one, since each depends on the ones before; lists are faster than arrays for this.
     rank_of, nbytes = rows.rank[order].tolist(), rows.nbytes[order].tolist()
-    kept = []
+    chosen = []
     for first, many in zip(starts[shared].tolist(), count[shared].tolist(), strict=True):
         owners = rank_of[first : first + many]
         least = min(owners, key=load.__getitem__)
         at = first + owners.index(least)
         load[least] += nbytes[at]
-        kept.append(at)
-    keeper[shared] = order[np.array(kept, dtype=np.int64)]
+        chosen.append(at)
+    keeper[shared] = order[np.array(chosen, dtype=np.int64)]
     return keeper
 
 
-def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
+def _index(rows: _RankRows, chunk: Ints) -> tuple[Index, Ints]:
     """The index of these rows (sorted by key and offset), and each key's first chunk."""
     counts = np.bincount(rows.key[chunk], minlength=len(rows.fqns))
     first = row_bounds(counts)
@@ -336,13 +339,13 @@ def _index(rows: _All, chunk: Ints) -> tuple[Index, Ints]:
     return index, first
 
 
-def _shared_out(
-    tables: Sequence[WriteItems], kept: Ints, hint: Ints
+def _divide_among_ranks(
+    tables: Sequence[WriteItems], kept_rows: Ints, hint: Ints
 ) -> tuple[list[WriteItems], list[Ints]]:
     """Each rank's part of the kept rows, and which of its rows these are."""
-    # Assumes that `kept` ascends: then the rows of each rank are one stretch of it.
+    # Assumes that `kept_rows` ascends: then the rows of each rank are one stretch of it.
     ends = np.cumsum([len(table) for table in tables])
-    parts = np.split(kept, np.searchsorted(kept, ends[:-1]))
+    parts = np.split(kept_rows, np.searchsorted(kept_rows, ends[:-1]))
     rows = [part - (end - len(t)) for part, end, t in zip(parts, ends, tables, strict=True)]
     return [t.take(r, hint[p]) for t, r, p in zip(tables, rows, parts, strict=True)], rows
 

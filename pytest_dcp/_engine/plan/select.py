@@ -86,11 +86,11 @@ class Selection:
                 users[entry].append(fqn)
         idle = {}
         for mine, its_fqns in users.items():
-            given = [_rename(fqn, self.rename) for fqn in its_fqns]
-            is_overruled = not given and any(_fits(fqn, mine) for fqn in fqns)
+            renamed = [_rename(fqn, self.rename) for fqn in its_fqns]
+            is_overruled = not renamed and any(_fits(fqn, mine) for fqn in fqns)
             is_moved = any(fqn.startswith(moved) for fqn in its_fqns)
-            if not (is_overruled or is_moved or any(name in stored for name in given)):
-                idle[mine] = _reason(mine, self.rename[mine], given, fqns, stored)
+            if not (is_overruled or is_moved or any(name in stored for name in renamed)):
+                idle[mine] = _reason(mine, self.rename[mine], renamed, fqns, stored)
         return idle
 
 
@@ -108,12 +108,12 @@ def _entry_for(fqn: str, names: Mapping[str, str]) -> str | None:
 
 
 def _reason(
-    mine: str, theirs: str, given: Sequence[str], fqns: Iterable[str], stored: Iterable[str]
+    mine: str, theirs: str, renamed: Sequence[str], fqns: Iterable[str], stored: Iterable[str]
 ) -> str:
     """Why an entry of `rename` gives no name that the checkpoint has."""
     entry = f"rename={{{mine!r}: {theirs!r}}}"
-    if given:
-        return f"{entry}: the checkpoint has no {given[0]!r}"
+    if renamed:
+        return f"{entry}: the checkpoint has no {renamed[0]!r}"
     text = f"{entry}: the state dict has no {mine!r}"
     if any(_fits(fqn, theirs) for fqn in fqns) and any(_fits(name, mine) for name in stored):
         text += (

@@ -154,7 +154,7 @@ class Layouts:
     def __init__(self) -> None:
         # By id, since a mesh's own hash is slow; the state dict keeps each mesh alive meanwhile.
         self._meshes: dict[int, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
-        self._held: dict[Any, HeldBoxes] = {}
+        self._boxes_by_layout: dict[Any, HeldBoxes] = {}
 
     def boxes_of(self, fqn: str, value: DTensor) -> HeldBoxes:
         """The boxes of a DTensor.
@@ -173,12 +173,12 @@ class Layouts:
             key = (id(spec.mesh), kind, size)
         else:
             key = (id(spec.mesh), *map(_kind_of, placements), size)
-        held = self._held.get(key)
-        if held is None:
+        held_boxes = self._boxes_by_layout.get(key)
+        if held_boxes is None:
             boxes = self._find(fqn, value)
             sides = tuple((box.offset, box.shape) for box in boxes)
-            held = self._held[key] = HeldBoxes(size, boxes, sides)
-        return held
+            held_boxes = self._boxes_by_layout[key] = HeldBoxes(size, boxes, sides)
+        return held_boxes
 
     def _find(self, fqn: str, value: DTensor) -> tuple[LocalBox, ...]:
         mesh = value.device_mesh

@@ -34,14 +34,14 @@ def create_read_items_for_chunk_list(
     """
     rank = len(checkpoint_md.size)
     count = len(local_chunks)
-    wanted = Wanted(
+    targets = Wanted(
         fqns=(fqn,) * count,
         ndim=np.full(count, rank, dtype=np.int16),
         offset=pad_rows([tuple(chunk.offsets) for chunk in local_chunks], rank, 0),
         shape=pad_rows([tuple(chunk.sizes) for chunk in local_chunks], rank, 1),
         nth=np.arange(count, dtype=np.int64),
     )
-    return list(read_items(wanted, Index.of({fqn: checkpoint_md}), partial=Everything()))
+    return list(read_items(targets, Index.of({fqn: checkpoint_md}), partial=Everything()))
 
 
 def _create_write_items(fqn: str, object: Any) -> list[WriteItem]:

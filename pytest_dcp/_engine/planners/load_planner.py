@@ -232,9 +232,9 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
             self.original_state_dict[fqn] = value
         self.state_dict[fqn] = value
 
-    def _note_conversion(self, fqn: str, stored: Dtype, asked: Dtype) -> None:
+    def _note_conversion(self, fqn: str, stored: Dtype, target: Dtype) -> None:
         self.report = replace(
-            self.report, converted={**self.report.converted, fqn: (stored, asked)}
+            self.report, converted={**self.report.converted, fqn: (stored, target)}
         )
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
@@ -323,12 +323,12 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
                 "be loaded to",
                 mismatched=tuple(sharded),
             )
-        for fqn, made in {fqn: empty_for_meta(value) for fqn, value in values.items()}.items():
-            self._put(fqn, made)
+        for fqn, empty in {fqn: empty_for_meta(value) for fqn, value in values.items()}.items():
+            self._put(fqn, empty)
 
     def _box(self, items: ReadItems, row: int) -> torch.Tensor:
         """The memory of the box that the row fills, in a tensor of which this rank has several."""
-        offset = items.wanted[row, : items.ndim[row]].tolist()
+        offset = items.wanted_offset[row, : items.ndim[row]].tolist()
         return self.lookup_tensor(MetadataIndex(items.fqns[row], offset))
 
     def _flat(

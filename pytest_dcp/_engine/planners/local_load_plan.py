@@ -110,8 +110,8 @@ def plan_reads(
         if rules.partial
         else ()
     )
-    wanted = wanted_boxes(template)
-    items: Any = read_items(wanted, index, stored_as, partial=lacking)
+    boxes = wanted_boxes(template)
+    items: Any = read_items(boxes, index, stored_as, partial=lacking)
     unexpected = tuple(
         name for name in found.unexpected if not is_of_other_ranks(name, rules.per_rank)
     )
@@ -120,8 +120,8 @@ def plan_reads(
         LoadReport(found.missing, unexpected, found.converted),
         {fqn: value for fqn, value in found.loaded.items() if _is_meta(value)},
         numbers,
-        wanted.wrappers,
-        wanted.spoken,
+        boxes.wrappers,
+        boxes.spoken,
     )
 
 
@@ -172,13 +172,13 @@ def _choose_per_rank(
     Removes from `chosen` the names that stay unchanged.
     """
     names = dict(stored_as or {})
-    wanted = {
+    per_rank_names = {
         fqn: (names.get(fqn, fqn), value)
         for prefix, value in rules.per_rank.items()
         for fqn in chosen
         if fqn.startswith(prefix) and names.get(fqn, fqn) not in index.row_of
     }
-    for fqn, name in resized_names(wanted, index.fqns, strict=rules.strict).items():
+    for fqn, name in resized_names(per_rank_names, index.fqns, strict=rules.strict).items():
         if name is None:
             del chosen[fqn]
         else:

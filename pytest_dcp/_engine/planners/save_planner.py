@@ -60,12 +60,12 @@ REPLICAS = "DCP_REPLICAS"
 
 def _choose_check(replicas: ReplicaCheck | None, environ: Mapping[str, str]) -> ReplicaCheck:
     """The given check, else the environment's, else a sample. Pure."""
-    given: str = environ.get(REPLICAS, "sample") if replicas is None else replicas
+    choice: str = environ.get(REPLICAS, "sample") if replicas is None else replicas
     for check in get_args(ReplicaCheck):
-        if given == check:
+        if choice == check:
             return cast(ReplicaCheck, check)
     name = "replicas" if replicas is not None else f"{REPLICAS} in the environment"
-    raise ValueError(f"{name} must be 'sample', 'check' or 'off', got {given!r}")
+    raise ValueError(f"{name} must be 'sample', 'check' or 'off', got {choice!r}")
 
 
 class DefaultSavePlanner(SavePlanner):
@@ -152,8 +152,10 @@ class DefaultSavePlanner(SavePlanner):
             plans, self.metadata = self._create_global_plan(all_plans)
             self.global_plan = plans
             return plans, self.metadata
-        told, self.global_plan, self.metadata = self._create_global_plan_with_caching(all_plans)
-        return told, self.metadata
+        rank_plans, self.global_plan, self.metadata = self._create_global_plan_with_caching(
+            all_plans
+        )
+        return rank_plans, self.metadata
 
     def _create_global_plan_with_caching(
         self, all_plans: list[SavePlan]
@@ -167,8 +169,8 @@ class DefaultSavePlanner(SavePlanner):
         before = cache.answer
         if before is not None and before[0] == digests:
             _, plans, metadata, self.replicas = before
-            told = [SavePlan([], usable=False) for _ in full]
-            return told, plans, copy_metadata(metadata)
+            unusable = [SavePlan([], usable=False) for _ in full]
+            return unusable, plans, copy_metadata(metadata)
         plans, metadata = self._create_global_plan(full)
         cache.answer = (digests, plans, copy_metadata(metadata), self.replicas)
         return plans, plans, metadata

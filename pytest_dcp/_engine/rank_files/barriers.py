@@ -41,8 +41,8 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
             f"Unknown barrier type: {kind}. Available types: {list(BARRIER_REGISTRY)}: register "
             "others with register_barrier"
         )
-    made: Barrier = BARRIER_REGISTRY[kind](**barrier_config.barrier_args)
-    return made
+    barrier: Barrier = BARRIER_REGISTRY[kind](**barrier_config.barrier_args)
+    return barrier
 
 
 @register_barrier

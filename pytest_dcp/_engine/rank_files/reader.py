@@ -129,7 +129,7 @@ def _move_storage(storage: torch.UntypedStorage, device: Any) -> torch.UntypedSt
 
 def _fill(target: Any, stored: Any, key: str, missing: list[str]) -> Any:
     """The target with the stored values: its tensors filled, everything else replaced."""
-    given: Any = target  # mypy knows it as `object` after the check of its class.
+    typed_target: Any = target  # mypy knows it as `object` after the check of its class.
     kind = torch.Tensor if isinstance(stored, torch.Tensor) else type(stored)
     if target is not None and not isinstance(target, kind):
         raise RuntimeError(
@@ -137,7 +137,7 @@ def _fill(target: Any, stored: Any, key: str, missing: list[str]) -> Any:
             f"{type(stored).__name__}"
         )
     if isinstance(stored, torch.Tensor):
-        return _fill_tensor(given, stored, key)
+        return _fill_tensor(typed_target, stored, key)
     if isinstance(stored, dict):
         target = dict.fromkeys(stored) if target is None else target
         for name in list(target):
@@ -148,7 +148,7 @@ def _fill(target: Any, stored: Any, key: str, missing: list[str]) -> Any:
                 missing.append(below)
         return target
     if isinstance(stored, list):
-        targets = [*(given or ()), *[None] * len(stored)]
+        targets = [*(typed_target or ()), *[None] * len(stored)]
         return [_fill(targets[n], one, f"{key}[{n}]", missing) for n, one in enumerate(stored)]
     return stored
 

@@ -46,9 +46,9 @@ def stage_tied(state: Any, pool: Pool, *, pin: bool = True, blocking: bool = Fal
         arena.memory.pin()
     queued = bool(on_gpu) and arena.memory.pinned and not blocking
     copies = {}
-    for source, made in zip(sources, arena.storages(sizes), strict=True):
-        made.copy_(source, non_blocking=queued)
-        copies[identity_of_storage(source)] = made
+    for source, copied_storage in zip(sources, arena.storages(sizes), strict=True):
+        copied_storage.copy_(source, non_blocking=queued)
+        copies[identity_of_storage(source)] = copied_storage
     copying.settle(lambda storage: copies[identity_of_storage(storage)])
     for device in on_gpu if queued else ():
         torch.cuda.current_stream(device).synchronize()

@@ -59,7 +59,12 @@ class CheckpointProcess(CheckpointProcessOfTorch):
         Functions and arguments are sent as pickles; those of `__main__` by value.
         """
         keywords = {"rank_info": rank_info, **checkpoint_writer_init_args}
-        asked = (subprocess_init_fn, subprocess_init_args, checkpoint_writer_init_fn, keywords)
+        writer_recipe = (
+            subprocess_init_fn,
+            subprocess_init_args,
+            checkpoint_writer_init_fn,
+            keywords,
+        )
         self._config = config
         self._rank_info = rank_info
         self.process: SaverProcess | None = None  # type: ignore[assignment]  # another than torch's
@@ -68,7 +73,7 @@ class CheckpointProcess(CheckpointProcessOfTorch):
         self._closed = False
         self._end_at_exit: weakref.finalize[..., Any] | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-checkpoint-process")
-        self.process_creation_future = self._executor.submit(self._start, asked)
+        self.process_creation_future = self._executor.submit(self._start, writer_recipe)
 
     def write(
         self, state_dict: dict[str, Any] | Future[dict[str, Any]], path: str, **kwargs: Any
@@ -110,12 +115,12 @@ class CheckpointProcess(CheckpointProcessOfTorch):
 
     # ---- in the thread
 
-    def _start(self, asked: tuple[Any, ...]) -> None:
+    def _start(self, writer_recipe: tuple[Any, ...]) -> None:
         line = SaverProcess()
         timeout_s = self._config.subprocess_init_timeout_secs
         try:
             line.ask(Begin(), _nothing, START_S)
-            line.ask(MakeWriter(pickle_state(asked)), _deadline(timeout_s), SILENCE_S)
+            line.ask(MakeWriter(pickle_state(writer_recipe)), _deadline(timeout_s), SILENCE_S)
         except BaseException as error:
             line.end()
             if isinstance(error, _TooLate):

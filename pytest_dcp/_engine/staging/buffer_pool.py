@@ -70,7 +70,7 @@ class Arena:
         self._array = array
         self._bytes = torch.from_numpy(array)
 
-    def rooms(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def allocate_like(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of these dtypes and shapes, row-major, with arbitrary values.
 
         Tensors of one dtype lie together, so that one call cuts them all.
@@ -87,16 +87,16 @@ class Arena:
 
     def storages(self, sizes: Sequence[int]) -> list[torch.UntypedStorage]:
         """Storages of these sizes, in bytes; each is a storage of its own, with arbitrary bytes."""
-        made, start = [], 0
+        storages, start = [], 0
         for nbytes in sizes:
             if nbytes:
                 # Keeps the array alive, as a view by numpy need not.
                 part = torch.frombuffer(self._array, dtype=torch.uint8, count=nbytes, offset=start)
             else:
                 part = torch.empty(0, dtype=torch.uint8)
-            made.append(part.untyped_storage())
+            storages.append(part.untyped_storage())
             start += _align(nbytes)
-        return made
+        return storages
 
 
 def bytes_of_storages(sizes: Sequence[int]) -> int:

@@ -68,7 +68,7 @@ class DeepCopy:
         self.memo: Memo = {} if memo is None else memo
         self._device = device
         self._noted: list[StagedTensor] = []
-        self._kept: list[Any] = []
+        self._originals: list[Any] = []
         """Originals, kept alive so that their ids stay theirs."""
 
     def storages(self) -> Iterator[torch.UntypedStorage]:
@@ -94,23 +94,23 @@ class DeepCopy:
         kind = type(value)
         if kind in ATOMIC or issubclass(kind, type):
             return value
-        if (known := self.memo.get(id(value), self)) is not self:
-            return known
+        if (earlier_copy := self.memo.get(id(value), self)) is not self:
+            return earlier_copy
         copied = self._copy_new(value, kind)
         if copied is not value:
             self.memo[id(value)] = copied
-            self._kept.append(value)
+            self._originals.append(value)
         return copied
 
     def _copy_new(self, value: Any, kind: type) -> Any:
         if isinstance(value, torch.Tensor):
             return self._stage_tensor(value)
         if kind is dict:
-            made: dict[Any, Any] = {}
-            self.memo[id(value)] = made
+            dict_copy: dict[Any, Any] = {}
+            self.memo[id(value)] = dict_copy
             for key, inner in value.items():
-                made[self.copy(key)] = self.copy(inner)
-            return made
+                dict_copy[self.copy(key)] = self.copy(inner)
+            return dict_copy
         if kind is list:
             items: list[Any] = []
             self.memo[id(value)] = items
@@ -138,27 +138,27 @@ class DeepCopy:
             return value
         make, arguments, *rest = reduced
         state, items, pairs, *setter = (*rest, None, None, None)[: max(3, len(rest))]
-        made = make(*map(self.copy, arguments))
-        self.memo[id(value)] = made
+        copied = make(*map(self.copy, arguments))
+        self.memo[id(value)] = copied
         if state is not None:
-            self._set_state(made, self.copy(state), setter[0] if setter else None)
+            self._set_state(copied, self.copy(state), setter[0] if setter else None)
         for item in items or ():
-            made.append(self.copy(item))
+            copied.append(self.copy(item))
         for key, inner in pairs or ():
-            made[self.copy(key)] = self.copy(inner)
-        return made
+            copied[self.copy(key)] = self.copy(inner)
+        return copied
 
-    def _set_state(self, made: Any, state: Any, setter: Callable[[Any, Any], Any] | None) -> None:
+    def _set_state(self, copied: Any, state: Any, setter: Callable[[Any, Any], Any] | None) -> None:
         if setter is not None:
-            setter(made, state)
-        elif hasattr(made, "__setstate__"):
-            made.__setstate__(state)
+            setter(copied, state)
+        elif hasattr(copied, "__setstate__"):
+            copied.__setstate__(state)
         else:
             plain, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
             if plain:
-                made.__dict__.update(plain)
+                copied.__dict__.update(plain)
             for name, inner in (slots or {}).items():
-                setattr(made, name, inner)
+                setattr(copied, name, inner)
 
     def _stage_tensor(self, tensor: Any) -> torch.Tensor:
         """A tensor on the device, which has no memory yet where it can share some with others."""

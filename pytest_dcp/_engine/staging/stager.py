@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from pytest_dcp._engine.plan.containers import alike
 from pytest_dcp._engine.plan.declared_parts import BOXES, declarations_of, declare_parts
-from pytest_dcp._engine.plan.describe import require_savable, unsavable
+from pytest_dcp._engine.plan.describe import find_save_problem, require_savable
 from pytest_dcp._engine.plan.opaque import HOOK, is_opaque
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, hooks_of, require_memory, with_hooks
@@ -175,7 +175,7 @@ def stage_state(
         if on_gpu and pin:
             arena.memory.pin()
         queued = bool(on_gpu) and arena.memory.pinned and not blocking
-        rooms = arena.rooms(sources)
+        rooms = arena.allocate_like(sources)
         for room, source in zip(rooms, sources, strict=True):
             room.copy_(source, non_blocking=queued)
         copied: State = _copy_value(state_dict, iter(rooms))
@@ -223,8 +223,8 @@ def _sources(state_dict: State) -> list[tuple[str, torch.Tensor]]:
     cannot be copied at all.
     """
     problems: list[str] = []
-    named = _named_tensors(state_dict, "", problems)
-    found = [(name, require_memory(name, tensor)) for name, tensor in named]
+    tensors = _named_tensors(state_dict, "", problems)
+    found = [(name, require_memory(name, tensor)) for name, tensor in tensors]
     require_savable(problems)
     return found
 
@@ -245,7 +245,7 @@ def _named_tensors(
         if _fits(value):
             yield name, value
         elif problems is not None and (value.is_nested or value.is_meta):
-            problems.append(f"{unsavable(name, value)}")
+            problems.append(f"{find_save_problem(name, value)}")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _named_tensors(inner, f"{name}.{key}" if name else str(key), problems)
@@ -266,7 +266,7 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
         shards = [move_shard(s, _copy_value(s.tensor, rooms)) for s in value.local_shards()]
         return make_detached_sharded_tensor(shards, value.metadata(), value.sharding_spec())
     if isinstance(value, torch.Tensor):
-        copied = next(rooms) if _fits(value) else _copied_alone(value)
+        copied = next(rooms) if _fits(value) else _copy_with_attributes(value)
         return declare_parts(copied, declarations_of(value)) if hasattr(value, BOXES) else copied
     if isinstance(value, PerRank):
         return PerRank(_copy_value(value.value, rooms))
@@ -280,7 +280,7 @@ def _copy_value(value: Any, rooms: Iterator[torch.Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _copied_alone(value: Any) -> torch.Tensor:
+def _copy_with_attributes(value: Any) -> torch.Tensor:
     """A copy on the CPU of a tensor that has more than its values.
 
     A wrapper subclass is rebuilt around copies: its own `to` may do anything.
@@ -289,11 +289,11 @@ def _copied_alone(value: Any) -> torch.Tensor:
         copied: torch.Tensor = value.detach().to("cpu", copy=True)
         return copied
     names, context = value.__tensor_flatten__()
-    inner = {name: _copied_alone(getattr(value, name)) for name in names}
-    made: torch.Tensor = type(value).__tensor_unflatten__(
+    inner = {name: _copy_with_attributes(getattr(value, name)) for name in names}
+    wrapper: torch.Tensor = type(value).__tensor_unflatten__(
         inner, context, value.size(), value.stride()
     )
-    return made
+    return wrapper
 
 
 def move_shard(shard: Shard, tensor: torch.Tensor) -> Shard:

@@ -91,12 +91,12 @@ class StateDictStager(StateDictStagerOfTorch):
         return copied
 
     def _new_storage(self, nbytes: int) -> torch.UntypedStorage:
-        made = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
         if self.share_memory and nbytes:
-            made.share_memory_()
+            storage.share_memory_()
         if self.pin_memory and nbytes >= max(self.pin_memory_min_bytes, 1):
-            address = made.data_ptr()
+            address = storage.data_ptr()
             if pin_pages(address, nbytes):
                 # Not at exit: CUDA may be gone by then.
-                weakref.finalize(made, unpin_pages, address).atexit = False
-        return made
+                weakref.finalize(storage, unpin_pages, address).atexit = False
+        return storage

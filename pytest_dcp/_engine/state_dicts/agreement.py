@@ -38,9 +38,9 @@ class Agreement:
 
     def settle(self) -> None:
         """Raise on every rank if any rank has failed. Collective."""
-        said = None if self.failure is None else _text_of(self.failure)
+        failure_text = None if self.failure is None else _text_of(self.failure)
         every: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, said)
+        dist.all_gather_object(every, failure_text)
         if self.failure is not None:
             raise self.failure
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(every) if text is not None]

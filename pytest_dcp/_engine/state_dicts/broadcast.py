@@ -26,8 +26,8 @@ from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
 K = TypeVar("K", bound=Hashable)
 
 
-def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
-    """Send the values that `made` returns on rank 0 to every rank, with a Spec for each tensor.
+def broadcast_values(make_values: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
+    """Send the values that `make_values` returns on rank 0 to every rank: a Spec for each tensor.
 
     Raises ValueError, on every rank, for tensors of rank 0 that are not whole or have no values;
     and errors from pickling its values.
@@ -35,7 +35,7 @@ def broadcast_values(made: Callable[[], Mapping[K, Any]]) -> dict[K, Any]:
     message: list[Any] = [None, None]
     with raise_on_all_ranks("rank 0's state cannot be announced"):
         if dist.get_rank() == 0:
-            values = made()
+            values = make_values()
             specs = {
                 key: Spec(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
                 for key, value in values.items()
@@ -85,7 +85,7 @@ def from_rank0(
     sizes = [spec.packed_bytes for spec in tensors.values()]
     limit = max(0, *sizes, min(BUCKET_BYTES, sum(sizes)))
     with raise_on_all_ranks("no room for the state from rank 0"):
-        memory = torch.empty(limit, dtype=torch.uint8, device=_meeting_place(near))
+        memory = torch.empty(limit, dtype=torch.uint8, device=_choose_broadcast_device(near))
     sends = dist.get_rank() == 0
     receiving = Agreement("while rank 0's state was received")
     # One memory for all buckets, cut into the same views on every rank, so no names need be sent.
@@ -119,7 +119,7 @@ def _buckets(tensors: Mapping[K, Spec], limit: int) -> Iterator[dict[K, Spec]]:
         yield bucket
 
 
-def _meeting_place(near: Iterable[Any]) -> torch.device:
+def _choose_broadcast_device(near: Iterable[Any]) -> torch.device:
     """The device on which tensors are sent: that of the first target that the group serves."""
     served = {pair.split(":")[0] for pair in dist.get_backend_config().split(",")}
     kinds = (value.device.type for value in near if isinstance(value, torch.Tensor))

@@ -47,12 +47,12 @@ class Names:
 
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter, a buffer or any key of the model's state dict."""
-        known = self._canonical.get(name)
-        if known is None:
+        cached_name = self._canonical.get(name)
+        if cached_name is None:
             path, _, leaf = name.rpartition(".")
             place = self._places.get(path) or self._place(path)
-            known = self._canonical[name] = place[1] + leaf
-        return known
+            cached_name = self._canonical[name] = place[1] + leaf
+        return cached_name
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter by its canonical name; a tied one under each of its names."""
@@ -64,14 +64,14 @@ class Names:
 
         Raises ValueError for modules that are not the model's.
         """
-        wanted = set(modules)
+        requested = set(modules)
         found: dict[str, None] = {}
         seen = set()
         for path, module in self._model.named_modules(remove_duplicate=False):
-            if module in wanted:
+            if module in requested:
                 seen.add(module)
                 found[self._place(path)[1]] = None
-        if strangers := wanted - seen:
+        if strangers := requested - seen:
             kinds = sorted(type(module).__name__ for module in strangers)
             raise ValueError(f"{len(kinds)} of the submodules are not in the model: {kinds}")
         return tuple(found)

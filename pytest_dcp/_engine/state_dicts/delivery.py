@@ -102,12 +102,12 @@ def _whole_bucket(bucket: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for way, places in together.items():
         parts = [bucket[at] for at in places]
-        found |= zip(places, _gathered_together(way, parts), strict=True)
+        found |= zip(places, _gather_in_one_message(way, parts), strict=True)
     for at, tensor in enumerate(bucket):
         yield found[at] if at in found else whole(tensor)
 
 
-def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
+def _gather_in_one_message(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
     """The full tensors of DTensors, gathered with one message of each rank."""
     mesh, dim = way
     group = mesh.get_group(dim)
@@ -127,8 +127,8 @@ def _gathered_together(way: _Way, parts: Sequence[Any]) -> list[torch.Tensor]:
             view.copy_(local_tensor(part))
     dist.all_gather(list(memory), mine, group=group)
     full = [torch.empty(part.size(), dtype=part.dtype, device=device) for part in parts]
-    for row, of, held in zip(memory, specs, boxes, strict=True):
-        for target, box, view in zip(full, held, views(row, of), strict=True):
+    for row, of, row_boxes in zip(memory, specs, boxes, strict=True):
+        for target, box, view in zip(full, row_boxes, views(row, of), strict=True):
             cut(target, box).copy_(view)
     return full
 

@@ -56,9 +56,11 @@ def name_own_state(
     return state
 
 
-def pack_own_state(model: nn.Module, optimizer: Optimizer, named: dict[str, Any]) -> dict[str, Any]:
+def pack_own_state(
+    model: nn.Module, optimizer: Optimizer, state_by_name: dict[str, Any]
+) -> dict[str, Any]:
     """The input of `name_own_state`: the state that the optimizer itself loads."""
-    return FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, named)
+    return FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state_by_name)
 
 
 def _is_scalar(value: Any) -> bool:

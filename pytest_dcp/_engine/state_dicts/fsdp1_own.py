@@ -25,62 +25,66 @@ from pytest_dcp.rank_names import some_ranks_text
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _PartState:
     """One rank's part of a parameter of which it has elements."""
 
-    given: frozenset[str]
+    entries: frozenset[str]
     """The entries of the given state."""
     stepped: bool
     """Whether its optimizer has a state now."""
 
 
-def name_own(target: Target, given: Mapping[str, Any]) -> dict[str, Any]:
+def name_parameters(target: Target, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict, keyed by FSDP1's names of the original parameters.
 
     If no rank was given a state, the optimizer keeps its own, unless `strict`. Raises
     CheckpointMismatchError, on every rank, for missing states.
     """
     own = own_method(target.optimizer, "state_dict")()
-    numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
-    state = dict(given.get(STATE, {}))
-    mine = _held_states(target, [state.get(n, {}) for n in numbers], own)
+    numbers = [number for group in state_dict[GROUPS] for number in group[PARAMS]]
+    state = dict(state_dict.get(STATE, {}))
+    mine = _find_part_states(target, [state.get(n, {}) for n in numbers], own)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    if any(held.given for one in every for held in one.values()):
-        kept = _kept_states(target, every)
-        state |= {numbers[at]: own[STATE][at] for at in kept if at in own[STATE]}
+    if any(parts.entries for one in every for parts in one.values()):
+        unchanged = _find_unchanged_states(target, every)
+        state |= {numbers[at]: own[STATE][at] for at in unchanged if at in own[STATE]}
     try:
-        return fsdp1.name_own_state(target.scope.model, target.optimizer, {**given, STATE: state})
+        return fsdp1.name_own_state(
+            target.scope.model, target.optimizer, {**state_dict, STATE: state}
+        )
     except RuntimeError as error:  # It names the missing parameters of a flat one.
         raise CheckpointMismatchError(
             f"FSDP1 cannot read the state dict that the optimizers of the ranks made: {error}"
         ) from error
 
 
-def _held_states(target: Target, states: Sequence[Any], own: Mapping[str, Any]) -> dict[int, _Held]:
+def _find_part_states(
+    target: Target, states: Sequence[Any], own: Mapping[str, Any]
+) -> dict[int, _PartState]:
     parameters = [p for group in target.optimizer.param_groups for p in group[PARAMS]]
     return {
-        at: _Held(frozenset(states[at]), bool(own[STATE].get(at)))
+        at: _PartState(frozenset(states[at]), bool(own[STATE].get(at)))
         for at, parameter in enumerate(parameters)
         if parameter.numel()
     }
 
 
-def _kept_states(target: Target, every: Sequence[Mapping[int, _Held]]) -> list[int]:
+def _find_unchanged_states(target: Target, every: Sequence[Mapping[int, _PartState]]) -> list[int]:
     """The parameters that keep their states, since no rank was given one."""
     keys = _keys(target)
-    kept: list[int] = []
+    unchanged: list[int] = []
     torn: dict[str, str] = {}
-    for at in sorted({at for held in every for at in held}):
-        held = {rank: mine[at] for rank, mine in enumerate(every) if at in mine}
-        entries = {rank: of.given for rank, of in held.items()}
+    for at in sorted({at for parts in every for at in parts}):
+        parts = {rank: mine[at] for rank, mine in enumerate(every) if at in mine}
+        entries = {rank: of.entries for rank, of in parts.items()}
         if len(set(entries.values())) > 1:
-            torn[keys[at]] = _torn(keys[at], entries)
-        elif not any(entries.values()) and any(of.stepped for of in held.values()):
-            kept.append(at)
-    mismatch = Mismatch(missing=tuple(keys[at] for at in kept), misfits=torn)
+            torn[keys[at]] = _describe_torn(keys[at], entries)
+        elif not any(entries.values()) and any(of.stepped for of in parts.values()):
+            unchanged.append(at)
+    mismatch = Mismatch(missing=tuple(keys[at] for at in unchanged), misfits=torn)
     mismatch.require_none(type(target.optimizer).__name__, strict=target.scope.options.strict)
-    return kept
+    return unchanged
 
 
 def _keys(target: Target) -> list[str]:
@@ -90,7 +94,7 @@ def _keys(target: Target) -> list[str]:
     return [f"{STATE}.{names[at] if count == len(names) else at}" for at in range(count)]
 
 
-def _torn(key: str, entries: Mapping[int, frozenset[str]]) -> str:
+def _describe_torn(key: str, entries: Mapping[int, frozenset[str]]) -> str:
     whole = frozenset().union(*entries.values())
     lacking = [rank for rank, of in entries.items() if of != whole]
     lost = sorted(whole - frozenset.intersection(*entries.values()))

@@ -80,9 +80,9 @@ class Mismatch:
 def _names(kind: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
-    shown = ", ".join(f'"{name}"' for name in names[:SHOWN])
+    text = ", ".join(f'"{name}"' for name in names[:SHOWN])
     more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return [f"{kind} key(s) in state_dict: {shown}{more}."]
+    return [f"{kind} key(s) in state_dict: {text}{more}."]
 
 
 def _nearest(names: Sequence[str], pool: Sequence[str]) -> list[str]:

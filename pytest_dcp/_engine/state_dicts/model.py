@@ -18,7 +18,7 @@ from pytest_dcp._engine.state_dicts.canonical_names import wrapped_as
 from pytest_dcp._engine.state_dicts.delivery import deliver_state
 from pytest_dcp._engine.state_dicts.mismatch import Mismatch
 from pytest_dcp._engine.state_dicts.packing import Spec
-from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
+from pytest_dcp._engine.state_dicts.parts import copy_into, lay_out, size_of
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 from pytest_dcp._torch_internals.modules import _IncompatibleKeys, has_own_loading
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor
@@ -103,23 +103,23 @@ class _Target:
             tuple(map(canonical, result.unexpected_keys)),
         )
 
-    def compare(self, given: Mapping[str, Any]) -> Mismatch:
+    def compare(self, state_dict: Mapping[str, Any]) -> Mismatch:
         """The mismatches of a state dict, or of the specs of one."""
         misfits = {}
-        for name, value in given.items():
+        for name, value in state_dict.items():
             if name in self.own and (why := misfit(name, self.own[name], value)):
                 misfits[name] = why
         frozen = self.scope.frozen
         return Mismatch(
-            tuple(name for name in self.own if name not in given and name not in frozen),
-            tuple(name for name in given if name not in self.own),
+            tuple(name for name in self.own if name not in state_dict and name not in frozen),
+            tuple(name for name in state_dict if name not in self.own),
             misfits,
         )
 
 
 @torch.no_grad()
 def load_model(
-    scope: Scope, given: Mapping[str, Any], *, optional: bool = False
+    scope: Scope, state_dict: Mapping[str, Any], *, optional: bool = False
 ) -> _IncompatibleKeys:
     """Load a state dict under canonical names; returns the missing and unexpected keys.
 
@@ -128,34 +128,34 @@ def load_model(
     tensors change their layout. Raises CheckpointMismatchError naming every mismatch.
     """
     optional = optional or scope.takes_nothing()
-    if not given and optional and not scope.options.broadcast_from_rank0:
+    if not state_dict and optional and not scope.options.broadcast_from_rank0:
         return _IncompatibleKeys([], [])
     with fsdp1.states(scope):
         if not scope.options.broadcast_from_rank0:
-            return _load_here(_Target.of(scope), given)
+            return _load_here(_Target.of(scope), state_dict)
         with raise_on_all_ranks("while the models' own tensors were named"):
             target = _Target.of(scope)
-        return _load_from_rank0(target, given, optional)
+        return _load_from_rank0(target, state_dict, optional)
 
 
-def _load_here(target: _Target, given: Mapping[str, Any]) -> _IncompatibleKeys:
+def _load_here(target: _Target, state_dict: Mapping[str, Any]) -> _IncompatibleKeys:
     strict = target.scope.options.strict
-    mismatch = target.compare(given)
+    mismatch = target.compare(state_dict)
     # Sizes that differ are always an error; missing names only if no hook may rename them.
     if mismatch.misfits or target.wrapped or not _knows_other_names(target.scope.model):
         mismatch.require_none(target.kind, strict=strict)
     # One meta tensor is enough: load_state_dict can assign all values or copy all.
     assign = any(_is_meta(value) for value in target.own.values())
     values: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in state_dict.items():
         own: Any = target.own.get(name)
         if not _is_tensor(value) or not _is_tensor(own) or is_lazy(own):
             values[name] = value
         elif assign:
             values[name] = _fill_or_make(own, value)
         else:
-            values[name] = laid_out(value, own, keep=False)
-    return _handed_over(target, values, mismatch, assign=assign)
+            values[name] = lay_out(value, own, keep=False)
+    return _load_with_hooks(target, values, mismatch, assign=assign)
 
 
 def _knows_other_names(model: nn.Module) -> bool:
@@ -168,11 +168,11 @@ def _knows_other_names(model: nn.Module) -> bool:
 
 
 def _load_from_rank0(
-    target: _Target, given: Mapping[str, Any], optional: bool
+    target: _Target, state_dict: Mapping[str, Any], optional: bool
 ) -> _IncompatibleKeys:
     """Fill the model's own tensors from rank 0; holds at most one bucket at a time."""
     own = target.own
-    specs = broadcast_values(lambda: given)
+    specs = broadcast_values(lambda: state_dict)
     if optional and not specs:
         return _IncompatibleKeys([], [])
     with raise_on_all_ranks("while rank 0's state was compared with the models"):
@@ -186,18 +186,18 @@ def _load_from_rank0(
         if name in own:
             values[name] = _fill_or_make(own[name], full) if _is_tensor(own[name]) else full.clone()
 
-    from_rank0(given, specs, own.values(), take)
-    return _handed_over(target, values, mismatch, assign=assign)
+    from_rank0(state_dict, specs, own.values(), take)
+    return _load_with_hooks(target, values, mismatch, assign=assign)
 
 
 def _fill_or_make(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The model's own tensor, or a new one if that is on the meta device, with the value."""
     tensor = empty_for_meta(own) if _is_meta(own) else own
-    fill(tensor, value)
+    copy_into(tensor, value)
     return tensor
 
 
-def _handed_over(
+def _load_with_hooks(
     target: _Target, values: Mapping[str, Any], mismatch: Mismatch, *, assign: bool
 ) -> _IncompatibleKeys:
     """Load the values with the model's own `load_state_dict` and its hooks.

@@ -84,25 +84,31 @@ def check_entries(
     strange: list[str] = []
     for at, (names, partner) in enumerate(zip(target.groups, partners, strict=True)):
         specs = {n: _spec(target, n) for n in names if n in grouped and _is_trained(target, at, n)}
-        known = _entries_of(target, at, partner, specs.values())
+        entries_of_spec = _entries_of(target, at, partner, specs.values())
         for name, spec in specs.items():
-            given, made = states[name], known.get(spec)
-            if made is not None and given.keys() == made.keys():
+            stored_entries, new_entries = states[name], entries_of_spec.get(spec)
+            if new_entries is not None and stored_entries.keys() == new_entries.keys():
                 continue  # the common case, without the checks below
             current = target.current(name)
-            if made is None and not spec.shape.numel():
+            if new_entries is None and not spec.shape.numel():
                 continue
-            required = [k for k, v in (current if made is None else made).items() if v is not None]
-            missing = tuple(entry for entry in required if entry not in given)
-            if missing and (given or not if_held or target.holds(name)):
-                lacks[name] = Lack(missing, whole=not given)
-            if made is not None:
-                allowed = made.keys() | current.keys()
-                strange += [f"{STATE}.{name}.{entry}" for entry in given if entry not in allowed]
+            required = [
+                k
+                for k, v in (current if new_entries is None else new_entries).items()
+                if v is not None
+            ]
+            missing = tuple(entry for entry in required if entry not in stored_entries)
+            if missing and (stored_entries or not if_held or target.holds(name)):
+                lacks[name] = Lack(missing, whole=not stored_entries)
+            if new_entries is not None:
+                allowed = new_entries.keys() | current.keys()
+                strange += [
+                    f"{STATE}.{name}.{entry}" for entry in stored_entries if entry not in allowed
+                ]
     for key in target.common_keys():
         if key not in states:
             lacks[key] = Lack((), whole=True)
-    unset = _unset(target, partners, alien=bool(strange))
+    unset = _find_unset_keys(target, partners, alien=bool(strange))
     return EntryCheck(lacks, tuple(strange), unset, ANEW if unstepped and lacks else ())
 
 
@@ -130,7 +136,9 @@ def _spec(target: Target, name: str) -> Spec:
     return Spec(size_of(layout), layout.dtype)
 
 
-def _unset(target: Target, partners: Sequence[Group | None], *, alien: bool) -> tuple[str, ...]:
+def _find_unset_keys(
+    target: Target, partners: Sequence[Group | None], *, alien: bool
+) -> tuple[str, ...]:
     """Keys of groups without any setting, and of missing settings that every step needs.
 
     alien: the states are from another kind of optimizer. They show this, and its settings differ.
@@ -141,10 +149,10 @@ def _unset(target: Target, partners: Sequence[Group | None], *, alien: bool) -> 
         if not names or partner is None or not settings_of(group):
             continue
         key = f"{GROUPS}.{names[0]}"
-        given = settings_of(partner)
-        if not given:
+        settings = settings_of(partner)
+        if not settings:
             found.append(key)
         elif not alien:
-            needed = needed_settings(target.optimizer, group, given)
+            needed = needed_settings(target.optimizer, group, settings)
             found += [f"{key}.{setting}" for setting in needed]
     return tuple(found)

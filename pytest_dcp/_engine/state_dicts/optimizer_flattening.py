@@ -46,47 +46,47 @@ def nest_optimizer_state(
     names: every parameter of the model. A key is assigned to the longest name that it begins with;
     if no name matches, the parameter's name is the key without its last part.
     """
-    known = frozenset(names)
+    name_set = frozenset(names)
     states: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         kind, _, rest = key.partition(".")
         name, _, entry = rest.rpartition(".")
-        if name not in known:
-            name, entry = _split(rest, known)
+        if name not in name_set:
+            name, entry = _split(rest, name_set)
         (states if kind == STATE else settings).setdefault(name, {})[entry] = value
     for name in states:
         settings.setdefault(name, {})
-    made = [group for wanted in groups for group in _group_by_settings(wanted, settings)]
-    placed = {name for group in made for name in group[PARAMS]}
+    nested_groups = [group for members in groups for group in _group_by_settings(members, settings)]
+    placed = {name for group in nested_groups for name in group[PARAMS]}
     others = [{**of, PARAMS: [name]} for name, of in settings.items() if name not in placed]
-    return {STATE: states, GROUPS: made + others}
+    return {STATE: states, GROUPS: nested_groups + others}
 
 
-def _split(rest: str, known: Collection[str]) -> tuple[str, str]:
+def _split(rest: str, names: Collection[str]) -> tuple[str, str]:
     name, _, entry = rest.rpartition(".")
     shorter, tail = name, entry
-    while shorter and shorter not in known:
+    while shorter and shorter not in names:
         shorter, _, step = shorter.rpartition(".")
         tail = f"{step}.{tail}"
     return (shorter, tail) if shorter else (name, entry)
 
 
 def _group_by_settings(
-    wanted: Sequence[str], settings: Mapping[str, dict[str, Any]]
+    members: Sequence[str], settings: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The wanted group, or several if the settings of its parameters differ."""
-    made: list[tuple[dict[str, Any], list[str]]] = []
-    for name in wanted:
+    by_settings: list[tuple[dict[str, Any], list[str]]] = []
+    for name in members:
         if name not in settings:
             continue
         mine = settings[name]
-        names = next((names for others, names in made if _equal(others, mine)), None)
+        names = next((names for others, names in by_settings if _equal(others, mine)), None)
         if names is None:
-            made.append((mine, [name]))
+            by_settings.append((mine, [name]))
         else:
             names.append(name)
-    return [{**of, PARAMS: names} for of, names in made]
+    return [{**of, PARAMS: names} for of, names in by_settings]
 
 
 def _equal(one: Any, other: Any) -> bool:

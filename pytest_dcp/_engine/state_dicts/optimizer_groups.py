@@ -38,7 +38,7 @@ def pair_groups(
     ours = [[name for name in names if name not in ignored] for names in own]
     theirs = [[name for name in group[PARAMS] if name not in ignored] for group in stored]
     home = {name: at for at, names in enumerate(theirs) for name in names}
-    known = {name for names in ours for name in names}
+    own_names = {name for names in ours for name in names}
     empty = iter([group for group, names in zip(stored, theirs, strict=True) if not names])
     partners: list[Group | None] = []
     problems: list[str] = []
@@ -48,13 +48,13 @@ def pair_groups(
             continue
         homes = sorted({home[name] for name in names if name in home})
         mine = set(names)
-        rest = [n for h in homes for n in theirs[h] if n in known and n not in mine]
+        rest = [n for h in homes for n in theirs[h] if n in own_names and n not in mine]
         fits = len(homes) == 1 and not rest
         partners.append(stored[homes[0]] if fits else None)
         if homes and not fits:
             problems.append(_problem(at, names, homes, theirs, rest))
     missing = tuple(name for names in ours for name in names if name not in home)
-    unexpected = tuple(name for name in home if name not in known)
+    unexpected = tuple(name for name in home if name not in own_names)
     return Pairing(tuple(partners), Mismatch(missing, unexpected, groups=tuple(problems)))
 
 

@@ -184,7 +184,7 @@ def _copy_tensor(value: Any) -> torch.Tensor:
         return copied
     names, context = value.__tensor_flatten__()
     inner = {name: _copy_tensor(getattr(value, name)) for name in names}
-    made: torch.Tensor = type(value).__tensor_unflatten__(
+    wrapper: torch.Tensor = type(value).__tensor_unflatten__(
         inner, context, value.size(), value.stride()
     )
-    return made
+    return wrapper

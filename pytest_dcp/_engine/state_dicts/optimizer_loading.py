@@ -56,7 +56,7 @@ class OptimizerLoad:
     def run(self) -> None:
         """Load it. Collective if the check was."""
         with fsdp1.states(self.scope):
-            states = self._laid_out() if self.specs is None else self._receive(self.specs)
+            states = self._lay_out_states() if self.specs is None else self._receive(self.specs)
             states = {name: of for name, of in states.items() if not self._keeps_own(name)}
             lacking = {name: lack.entries for name, lack in self.lacks.items()}
             partners = iter(self.partners)
@@ -66,20 +66,20 @@ class OptimizerLoad:
     def _keeps_own(self, name: str) -> bool:
         return name in self.lacks and self.lacks[name].whole
 
-    def _laid_out(self) -> dict[str, Any]:
+    def _lay_out_states(self) -> dict[str, Any]:
         states = dict(self.state[STATE])
         seen: set[int] = set()
         for target in self.targets:
             for name in target.names() & states.keys():
-                mine = {e: target.laid_out(name, e, value) for e, value in states[name].items()}
+                mine = {e: target.lay_out(name, e, value) for e, value in states[name].items()}
                 states[name] = {e: _copy_if_shared(value, seen) for e, value in mine.items()}
         return states
 
     def _receive(self, specs: Mapping[Any, Any]) -> dict[str, Any]:
         """Rank 0's states, each tensor in the optimizer's own memory."""
-        states = _by_parameter(self.state[STATE], specs)
+        states = _join_entries(self.state[STATE], specs)
         owner = {name: target for target in self.targets for name in target.names()}
-        values = _by_entry(self.state[STATE]) if dist.get_rank() == 0 else {}
+        values = _split_into_entries(self.state[STATE]) if dist.get_rank() == 0 else {}
 
         def take(key: tuple[Any, Any], full: torch.Tensor) -> None:
             name, entry = key
@@ -92,7 +92,7 @@ class OptimizerLoad:
 
 @torch.no_grad()
 def check_optimizers(
-    scope: Scope, optimizers: Sequence[Optimizer], given: Mapping[str, Any]
+    scope: Scope, optimizers: Sequence[Optimizer], state_dict: Mapping[str, Any]
 ) -> OptimizerLoad | None:
     """Check that a state dict fits optimizers that together have its parameters; changes nothing.
 
@@ -112,11 +112,13 @@ def check_optimizers(
             else nullcontext()
         ):
             targets = _targets(scope, optimizers)
-            raw = is_positional(given)
-            state = _align_names(scope, name_positions(targets, given) if raw else given, targets)
+            raw = is_positional(state_dict)
+            state = _align_names(
+                scope, name_positions(targets, state_dict) if raw else state_dict, targets
+            )
         if scope.options.broadcast_from_rank0:
             return _check_from_rank0(scope, optimizers, targets, state, raw)
-        if not given and scope.takes_nothing():
+        if not state_dict and scope.takes_nothing():
             return None
         mismatch, partners, lacks = _compare(scope, targets, state, raw)
         mismatch.require_none(_kinds(optimizers), strict=scope.options.strict)
@@ -130,13 +132,13 @@ def _check_from_rank0(
 
     def made() -> dict[Any, Any]:
         empty = [name for name, of in state[STATE].items() if _is_state(of) and not of]
-        return {**_by_entry(state[STATE]), GROUPS: state[GROUPS], STATE: empty, RAW: raw}
+        return {**_split_into_entries(state[STATE]), GROUPS: state[GROUPS], STATE: empty, RAW: raw}
 
     specs = broadcast_values(made)
     groups, bare, raw = specs.pop(GROUPS), specs.pop(STATE), specs.pop(RAW)
     if not groups and not bare and not specs and scope.takes_nothing():
         return None
-    states = {name: {} for name in bare} | _by_parameter({}, specs)
+    states = {name: {} for name in bare} | _join_entries({}, specs)
     with raise_on_all_ranks("while rank 0's state was compared with the optimizers"):
         compared = _compare(scope, targets, {STATE: states, GROUPS: groups}, raw)
     mismatch, partners, lacks = compared
@@ -150,7 +152,7 @@ def _kinds(optimizers: Sequence[Optimizer]) -> str:
     return ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
 
 
-def _by_entry(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Any]:
+def _split_into_entries(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for name, of in states.items():
         found |= (
@@ -163,7 +165,7 @@ def _is_state(of: Any) -> bool:
     return isinstance(of, Mapping)
 
 
-def _by_parameter(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict[Any, Any]:
+def _join_entries(states: Mapping[Any, Any], entries: Mapping[Any, Any]) -> dict[Any, Any]:
     """The states without entries, and the states made of the entries."""
     found: dict[Any, Any] = {name: {} for name in states}
     for (name, entry), value in entries.items():
@@ -183,14 +185,18 @@ def _targets(scope: Scope, optimizers: Sequence[Optimizer]) -> list[Target]:
 
 
 def _align_names(
-    scope: Scope, given: Mapping[str, Any], targets: Sequence[Target]
+    scope: Scope, state_dict: Mapping[str, Any], targets: Sequence[Target]
 ) -> dict[str, Any]:
     """The state dict in its nested form, each parameter under the name that its optimizer uses.
 
     Every parameter of its groups has an entry in its states, {} if it lacks a state.
     """
     own = [names for target in targets for names in target.groups]
-    state = nest_optimizer_state(given, own, scope.parameters) if is_flat(given) else given
+    state = (
+        nest_optimizer_state(state_dict, own, scope.parameters)
+        if is_flat(state_dict)
+        else state_dict
+    )
     owned = {name for names in own for name in names}
     first = scope.first_names()
     other = {n: first[id(p)] for n, p in scope.parameters.items() if n not in owned}

@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_dcp._engine.state_dicts.fsdp1_own import name_own
+from pytest_dcp._engine.state_dicts.fsdp1_own import name_parameters
 from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS, STATE
 from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS
 from pytest_dcp._engine.state_dicts.optimizer_target import Target
 from pytest_dcp.errors import CheckpointMismatchError
 
 
-def is_positional(given: Mapping[str, Any]) -> bool:
+def is_positional(state_dict: Mapping[str, Any]) -> bool:
     """Whether the parameters of a state dict are numbers."""
-    listed = [key for group in given.get(GROUPS, ()) for key in group[PARAMS]]
+    listed = [key for group in state_dict.get(GROUPS, ()) for key in group[PARAMS]]
     return bool(listed) and all(isinstance(key, int) for key in listed)
 
 
-def name_positions(targets: Sequence[Target], given: Mapping[str, Any]) -> dict[str, Any]:
+def name_positions(targets: Sequence[Target], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict with the names of the parameters. Collective with FSDP1.
 
     Raises CheckpointMismatchError for more than one optimizer, and for groups of other sizes.
     """
-    sizes = [len(group[PARAMS]) for group in given[GROUPS]]
+    sizes = [len(group[PARAMS]) for group in state_dict[GROUPS]]
     if len(targets) != 1:
         raise CheckpointMismatchError(
             f"the state dict has numbers for its {sum(sizes)} parameters, as one optimizer's own "
@@ -53,14 +53,14 @@ def name_positions(targets: Sequence[Target], given: Mapping[str, Any]) -> dict[
                 "broadcast_from_rank0 cannot give the others. Save the state dict of "
                 "get_optimizer_state_dict with full_state_dict=True"
             )
-        named = name_own(target, given)
+        named_state = name_parameters(target, state_dict)
         canonical = target.scope.names.canonical
         return _rename_positions(
-            named, {theirs: canonical(theirs) for theirs in named[STATE]}, target
+            named_state, {theirs: canonical(theirs) for theirs in named_state[STATE]}, target
         )
-    numbers = [number for group in given[GROUPS] for number in group[PARAMS]]
+    numbers = [number for group in state_dict[GROUPS] for number in group[PARAMS]]
     names = [name for group in target.groups for name in group]
-    return _rename_positions(given, dict(zip(numbers, names, strict=True)), target)
+    return _rename_positions(state_dict, dict(zip(numbers, names, strict=True)), target)
 
 
 def _rename_positions(

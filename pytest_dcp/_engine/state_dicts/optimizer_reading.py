@@ -41,7 +41,7 @@ def read_optimizers(scope: Scope, optimizers: Sequence[Optimizer]) -> dict[str, 
             raise ValueError(f"{sorted(twice)} are in more than one of the optimizers")
         state[STATE].update(one[STATE])
         state[GROUPS] += one[GROUPS]
-    state = deliver_state(_asked_for(scope, state), scope.options)
+    state = deliver_state(_select_submodules(scope, state), scope.options)
     return (
         flatten_optimizer_state(state)
         if state and scope.options.flatten_optimizer_state_dict
@@ -75,9 +75,9 @@ def _read(scope: Scope, optimizer: Optimizer) -> dict[str, Any]:
     if scope.in_fsdp1:
         packed = _complete(optimizer, own_method(optimizer, "state_dict")())
         with fsdp1.states(scope):
-            named = fsdp1.name_own_state(scope.model, optimizer, packed)
-        keys = {*named[STATE], *_parameters_of(named)}
-        return _rename_keys(named, {key: scope.names.canonical(key) for key in keys})
+            state_by_name = fsdp1.name_own_state(scope.model, optimizer, packed)
+        keys = {*state_by_name[STATE], *_parameters_of(state_by_name)}
+        return _rename_keys(state_by_name, {key: scope.names.canonical(key) for key in keys})
     names = group_names(scope, optimizer)
     packed = _complete(optimizer, own_method(optimizer, "state_dict")())
     by_id = {
@@ -110,17 +110,17 @@ def _complete(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
             if at not in states and parameter.requires_grad and parameter.numel()
         }
         try:
-            made = initial_states(optimizer, group, list(absent.values()))
+            new_states = initial_states(optimizer, group, list(absent.values()))
         except CheckpointError:
             if not packed[STATE]:
                 raise
             # It was stepped and keeps one state for all its parameters elsewhere, as L-BFGS does.
             continue
-        states |= {at: state for at, state in zip(absent, made, strict=True) if state}
+        states |= {at: state for at, state in zip(absent, new_states, strict=True) if state}
     return {**packed, STATE: states}
 
 
-def _asked_for(scope: Scope, state: dict[str, Any]) -> dict[str, Any]:
+def _select_submodules(scope: Scope, state: dict[str, Any]) -> dict[str, Any]:
     if scope.asks_for_all():
         return state
     keys = {name: scope.key_of(name) for name in _parameters_of(state)}

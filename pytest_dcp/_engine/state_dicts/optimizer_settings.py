@@ -15,24 +15,24 @@ from pytest_dcp._engine.state_dicts.optimizer_flattening import GROUPS
 from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS, Group
 
 
-def needed_settings(optimizer: Optimizer, own: Group, given: Group) -> list[str]:
+def needed_settings(optimizer: Optimizer, own: Group, stored: Group) -> list[str]:
     """The settings of an optimizer's group that the given one lacks and that every step needs.
 
     Ignores settings added by other code, such as a scheduler's `initial_lr`.
     """
     defaults = getattr(optimizer, "defaults", {})
-    lacking = [name for name in own if name in defaults and name not in given and name != PARAMS]
+    lacking = [name for name in own if name in defaults and name not in stored and name != PARAMS]
     if not lacking:
         return []
-    filled = _filled_in(optimizer, given)
+    filled = _fill_in_defaults(optimizer, stored)
     return [name for name in lacking if name not in filled]
 
 
-def _filled_in(optimizer: Optimizer, given: Group) -> dict[str, Any]:
+def _fill_in_defaults(optimizer: Optimizer, stored: Group) -> dict[str, Any]:
     """The given settings plus the defaults that the optimizer fills in; all of its own if it
     cannot.
     """
-    group = {**given, PARAMS: []}
+    group = {**stored, PARAMS: []}
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__, defaults=dict(optimizer.defaults))
     try:

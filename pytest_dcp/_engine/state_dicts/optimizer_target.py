@@ -17,7 +17,7 @@ from pytest_dcp._engine.state_dicts.optimizer_groups import PARAMS, Group
 from pytest_dcp._engine.state_dicts.optimizer_initial_states import initial_states
 from pytest_dcp._engine.state_dicts.optimizer_reading import group_names
 from pytest_dcp._engine.state_dicts.packing import Spec
-from pytest_dcp._engine.state_dicts.parts import fill, laid_out, size_of
+from pytest_dcp._engine.state_dicts.parts import copy_into, lay_out, size_of
 from pytest_dcp._engine.state_dicts.scope import Scope, own_method
 from pytest_dcp.errors import CheckpointError, CheckpointMismatchError
 
@@ -40,7 +40,7 @@ class Target:
     fsdp_names: dict[str, str]
     """FSDP1's own names of the parameters; {} without FSDP1."""
     _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _held: list[frozenset[str]] = field(default_factory=list)
+    _names_with_state: list[frozenset[str]] = field(default_factory=list)
     """Under FSDP1, once computed: the names for which the optimizer has a state."""
 
     @classmethod
@@ -51,8 +51,10 @@ class Target:
         device, which would swallow their states.
         """
         groups = group_names(scope, optimizer)
-        held = list(chain.from_iterable(group[PARAMS] for group in optimizer.param_groups))
-        parameters = dict(zip(chain.from_iterable(groups), held, strict=True))
+        group_parameters = list(
+            chain.from_iterable(group[PARAMS] for group in optimizer.param_groups)
+        )
+        parameters = dict(zip(chain.from_iterable(groups), group_parameters, strict=True))
         if meta := [name for name, parameter in parameters.items() if parameter.is_meta]:
             raise CheckpointMismatchError(
                 f"parameters of {type(optimizer).__name__} are on the meta device: {meta[:20]}: "
@@ -67,10 +69,10 @@ class Target:
     ) -> Target:
         """The same within FSDP1. Collective."""
         settings = own_method(optimizer, "state_dict")()[GROUPS]
-        named = fsdp1.name_own_state(scope.model, optimizer, {STATE: {}, GROUPS: settings})
+        named_state = fsdp1.name_own_state(scope.model, optimizer, {STATE: {}, GROUPS: settings})
         canonical = scope.names.canonical
-        groups = [[canonical(name) for name in group[PARAMS]] for group in named[GROUPS]]
-        theirs = {canonical(name): name for group in named[GROUPS] for name in group[PARAMS]}
+        groups = [[canonical(name) for name in group[PARAMS]] for group in named_state[GROUPS]]
+        theirs = {canonical(name): name for group in named_state[GROUPS] for name in group[PARAMS]}
         return cls(scope, optimizer, groups, layouts, {}, theirs)
 
     def names(self) -> set[str]:
@@ -88,24 +90,24 @@ class Target:
             return None
         return f"state {entry!r} of {name!r}: expected size {tuple(here)}, got {tuple(size)}"
 
-    def laid_out(self, name: str, entry: str, value: Any) -> Any:
+    def lay_out(self, name: str, entry: str, value: Any) -> Any:
         """A state in the optimizer's own layout; values other than tensors are unchanged."""
         if not isinstance(value, torch.Tensor):
             return value
         like = self._layout(name, entry, size_of(value))
-        return value if like is None else laid_out(value, like, keep=True)
+        return value if like is None else lay_out(value, like, keep=True)
 
     def fill(self, name: str, entry: str, full: torch.Tensor) -> Any:
         """The same for a whole tensor that will be overwritten; fills an existing state."""
         current: Any = self.current(name).get(entry)
         if _size(current) == full.shape and current.dtype == full.dtype:
-            fill(current, full)
+            copy_into(current, full)
             return current
         like = self._layout(name, entry, full.shape)
         if like is None:
             # The optimizer moves it to the parameter's device, unless it keeps it on the CPU.
             return full.to("cpu", copy=True)
-        part = laid_out(full, like, keep=True)
+        part = lay_out(full, like, keep=True)
         return part.clone() if part is full else part
 
     def load(
@@ -129,9 +131,9 @@ class Target:
             # Torch's own labels of the parameters: keep this optimizer's, not the saved ones.
             group.update({k: v for k, v in own.items() if k == "param_names"})
         mine = self.names()
-        kept = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
-        state = {STATE: kept, GROUPS: groups}
-        pack = self._packed_by_fsdp1 if self.fsdp_names else self._pack
+        own_states = {key: value for key, value in states.items() if key in mine or self.keeps(key)}
+        state = {STATE: own_states, GROUPS: groups}
+        pack = self._pack_by_fsdp1 if self.fsdp_names else self._pack
         packed = pack(state, lacking)
         own_method(self.optimizer, "load_state_dict")(packed)
 
@@ -151,21 +153,21 @@ class Target:
                 states[ids[name]] = current
         for name in lacking.keys() & ids.keys() & state[STATE].keys():
             own = {entry: self._find_expected(name, entry) for entry in lacking[name]}
-            kept = {entry: value for entry, value in own.items() if value is not None}
-            states[ids[name]] = {**kept, **states[ids[name]]}
+            current_entries = {entry: value for entry, value in own.items() if value is not None}
+            states[ids[name]] = {**current_entries, **states[ids[name]]}
         states |= {key: self.optimizer.state[key] for key in self.common_keys() if key in lacking}
         groups = [{**g, PARAMS: [ids[name] for name in g[PARAMS]]} for g in state[GROUPS]]
         return {STATE: states, GROUPS: groups}
 
-    def _packed_by_fsdp1(
+    def _pack_by_fsdp1(
         self, state: dict[str, Any], lacking: Mapping[Any, Sequence[str]]
     ) -> dict[str, Any]:
         theirs = self.fsdp_names
         states = {theirs.get(key, key): of for key, of in state[STATE].items() if of != {}}
         if lacking or self.names() - state[STATE].keys():
-            current = self._named_by_fsdp1()
-            given = {theirs[name] for name in state[STATE].keys() & theirs.keys()}
-            states |= {name: of for name, of in current.items() if name not in given}
+            current = self._read_by_fsdp1()
+            replaced = {theirs[name] for name in state[STATE].keys() & theirs.keys()}
+            states |= {name: of for name, of in current.items() if name not in replaced}
             for name in lacking.keys() & state[STATE].keys():
                 states[theirs[name]] = {**current.get(theirs[name], {}), **state[STATE][name]}
         groups = [{**g, PARAMS: [theirs[name] for name in g[PARAMS]]} for g in state[GROUPS]]
@@ -182,13 +184,13 @@ class Target:
         """Whether the optimizer has a state of a parameter. Collective under FSDP1."""
         if not self.fsdp_names:
             return any(value is not None for value in self.current(name).values())
-        if not self._held:
-            states = self._named_by_fsdp1().items()
+        if not self._names_with_state:
+            states = self._read_by_fsdp1().items()
             canonical = self.scope.names.canonical
-            self._held.append(frozenset(canonical(key) for key, of in states if of))
-        return name in self._held[0]
+            self._names_with_state.append(frozenset(canonical(key) for key, of in states if of))
+        return name in self._names_with_state[0]
 
-    def _named_by_fsdp1(self) -> dict[str, Any]:
+    def _read_by_fsdp1(self) -> dict[str, Any]:
         """The optimizer's states of each parameter, by FSDP1's names. Collective."""
         own = own_method(self.optimizer, "state_dict")()
         states: dict[str, Any] = fsdp1.name_own_state(self.scope.model, self.optimizer, own)[STATE]

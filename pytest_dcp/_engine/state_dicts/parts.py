@@ -73,12 +73,12 @@ def size_of(tensor: torch.Tensor) -> torch.Size:
     return tensor.size()
 
 
-def fill(target: torch.Tensor, value: torch.Tensor) -> None:
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy the value, of the same size, into this rank's part of the target.
 
     Collective only if the value is sharded in another way than the target.
     """
-    if isinstance(target, DTensor) and isinstance(value, DTensor) and _alike(value, target):
+    if isinstance(target, DTensor) and isinstance(value, DTensor) and _is_alike(value, target):
         local_tensor(target).copy_(local_tensor(value))
         return
     full = whole(value)
@@ -86,7 +86,7 @@ def fill(target: torch.Tensor, value: torch.Tensor) -> None:
         part_of(memory, box).copy_(cut(full, box))
 
 
-def laid_out(value: torch.Tensor, like: torch.Tensor, *, keep: bool) -> torch.Tensor:
+def lay_out(value: torch.Tensor, like: torch.Tensor, *, keep: bool) -> torch.Tensor:
     """The value in the layout of `like`, which has its size; the same object if that is its layout.
 
     Collective only if the value is sharded in another way than `like`. With `keep` a part is not a
@@ -104,7 +104,7 @@ def laid_out(value: torch.Tensor, like: torch.Tensor, *, keep: bool) -> torch.Te
     return whole(value)
 
 
-def _alike(one: DTensor, other: DTensor) -> bool:
+def _is_alike(one: DTensor, other: DTensor) -> bool:
     return one.device_mesh == other.device_mesh and one.placements == other.placements
 
 

@@ -258,11 +258,11 @@ class _PartPlanner(DefaultLoadPlanner):
         shift = _shifts(here, self.offsets)
         found = read_items(replace(here, offset=here.offset + shift), index)
         # Read the boxes at their stored offsets, and fill them at this rank's own.
-        width = found.wanted.shape[1]
+        width = found.wanted_offset.shape[1]
         by_box = dict(zip(_boxes(here.fqns, here.nth), widen_table(shift, width, 0), strict=True))
         back = [by_box[box] for box in _boxes(found.fqns, found.wanted_hint)]
-        moved = np.array(back, dtype=np.int64).reshape(found.wanted.shape)
-        items: Any = list(replace(found, wanted=found.wanted - moved))
+        moved = np.array(back, dtype=np.int64).reshape(found.wanted_offset.shape)
+        items: Any = list(replace(found, wanted_offset=found.wanted_offset - moved))
         return LoadPlan(items)
 
 
@@ -271,10 +271,10 @@ def _boxes(fqns: Sequence[str], nth: Iterable[int]) -> list[tuple[str, int]]:
     return [(fqn, max(int(n), 0)) for fqn, n in zip(fqns, nth, strict=True)]
 
 
-def _shifts(wanted: Wanted, offsets: Mapping[str, Sequence[int]]) -> Any:
+def _shifts(boxes: Wanted, offsets: Mapping[str, Sequence[int]]) -> Any:
     """(n, k) how far each wanted box is moved."""
-    shift = np.zeros_like(wanted.offset)
-    for row, fqn in enumerate(wanted.fqns):
+    shift = np.zeros_like(boxes.offset)
+    for row, fqn in enumerate(boxes.fqns):
         if fqn in offsets:
-            shift[row, : wanted.ndim[row]] = offsets[fqn]
+            shift[row, : boxes.ndim[row]] = offsets[fqn]
     return shift

@@ -18,7 +18,7 @@ from typing import Any
 from pytest_dcp._engine.io.commit import is_leftover, metadata_name, remove_unnamed
 from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.io.registering_disk import Made, RegisteringDisk
+from pytest_dcp._engine.io.registering_disk import CreatedFiles, RegisteringDisk
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_metadata import FolderOfCheckpoint, files_named
@@ -38,7 +38,7 @@ class FolderCleanup(FolderOfCheckpoint):
     """This rank; None: not set yet."""
     use_collectives: bool
     """Whether all ranks commit together."""
-    _made: Made
+    _created_files: CreatedFiles
     """Files that this rank has created on the disk for this save."""
     _cleaned_for: str | None
     """The save for which leftovers of dead saves have been removed."""
@@ -70,13 +70,13 @@ class FolderCleanup(FolderOfCheckpoint):
 
     def discard(self) -> None:
         """Remove this rank's files of a save that failed, unless it was committed after all."""
-        disk, made, self._made = self._disk(), self._made, {}
-        for path in dict.fromkeys(path for path, _ in made):
+        disk, created_files, self._created_files = self._disk(), self._created_files, {}
+        for path in dict.fromkeys(path for path, _ in created_files):
             folder = Folder(disk, path)
             with folder.locked():
-                kept = self._committed_files(folder)
-                for name in [name for place, name in made if place == path]:
-                    if name not in kept:
+                committed = self._committed_files(folder)
+                for name in [name for place, name in created_files if place == path]:
+                    if name not in committed:
                         folder.remove(name)
 
     def _committed_files(self, folder: Folder) -> set[str]:
@@ -84,12 +84,12 @@ class FolderCleanup(FolderOfCheckpoint):
 
         Raises CheckpointCorruptError if that cannot be determined.
         """
-        kept: set[str] = set()
+        names: set[str] = set()
         for rank in dict.fromkeys((None, self.rank)):
             place, name = self._metadata_place(folder.disk, rank)
             if place.exists(name):
-                kept |= {name, *files_named(place, name)}
-        return kept
+                names |= {name, *files_named(place, name)}
+        return names
 
     def remove_collective_metadata(self) -> None:
         """Remove the checkpoint of the whole, after every rank has committed its own part.
@@ -114,5 +114,5 @@ class FolderCleanup(FolderOfCheckpoint):
 
     def _registering_folder(self, path: Any = None) -> Folder:
         """This folder, or the one of this path, for all files that a save makes: see `discard`."""
-        disk = RegisteringDisk(self._disk(), self._made)
+        disk = RegisteringDisk(self._disk(), self._created_files)
         return Folder(disk, self.path if path is None else path)

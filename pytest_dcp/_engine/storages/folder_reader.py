@@ -119,9 +119,9 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         """
         folder, name = self._metadata_place(self._disk(), kwargs.get("rank"))
         catalog = read_catalog(folder, name, self.memory)
-        known = catalog.places.data_start >= 0
-        self.has_manifest = bool(known.any())
-        self.may_hold_wrappers = bool((~known & (catalog.places.file >= 0)).any())
+        has_data = catalog.places.data_start >= 0
+        self.has_manifest = bool(has_data.any())
+        self.may_hold_wrappers = bool((~has_data & (catalog.places.file >= 0)).any())
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta = copy.copy(meta)
@@ -166,7 +166,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         """
         disk = self._disk()
         self.close_files()
-        if isinstance(disk, LocalDisk) and not self._reads_its_own_way():
+        if isinstance(disk, LocalDisk) and not self._overrides_read_data():
             self._open_files = OpenFiles(disk, self.path)
 
     def open_files(self, plan: LoadPlan) -> bool:
@@ -176,19 +176,19 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         CheckpointReplacedError if another save has removed one already. Any other file that cannot
         be opened is left to `read_data`.
         """
-        kept = self._open_files
-        if self._metadata is None or kept is None:
+        files = self._open_files
+        if self._metadata is None or files is None:
             return False
         for name in files_of(self._catalog_of(self._metadata), ReadItems.of(plan.items)):
             try:
-                kept.keep(name)
+                files.keep(name)
             except FileNotFoundError as error:
-                kept.complete = False
+                files.complete = False
                 if self._is_replaced(self._metadata):
                     raise self._replaced_error() from error
             except (OSError, CheckpointCorruptError):
-                kept.complete = False
-        return kept.complete
+                files.complete = False
+        return files.complete
 
     def close_files(self) -> None:
         """Close files kept open."""
@@ -208,8 +208,8 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         """The folder, using the files kept open if there are any."""
         return Folder(self._open_files or self._disk(), self.path)
 
-    def _reads_its_own_way(self) -> bool:
-        return self._has_streams_of_its_own() or is_overridden(self, FileSystemReader, "read_data")
+    def _overrides_read_data(self) -> bool:
+        return self._overrides_streams() or is_overridden(self, FileSystemReader, "read_data")
 
     def _replaced_error(self) -> CheckpointReplacedError:
         return CheckpointReplacedError(
@@ -231,7 +231,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
 
         Raises CheckpointMismatchError, naming every key, for values that do not fit.
         """
-        if self._metadata is not None and not self._has_streams_of_its_own():
+        if self._metadata is not None and not self._overrides_streams():
             with self._noticing_a_replacement():
                 catalog = self._catalog_of(self._metadata)
                 self._prepared = plan, self._work_of(catalog, plan, planner, capabilities)
@@ -243,7 +243,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         with self._noticing_a_replacement():
             if prepared is not None and prepared[0] is plan:
                 self.filled = prepared[1].run()
-            elif self._metadata is None or self._has_streams_of_its_own():
+            elif self._metadata is None or self._overrides_streams():
                 self.filled = self._read_streams(plan, planner)
             else:
                 self.filled = self._fill(self._catalog_of(self._metadata), plan, planner)
@@ -289,7 +289,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         )
         return prepare(source, ReadItems.of(plan.items), planner, capabilities)
 
-    def _has_streams_of_its_own(self) -> bool:
+    def _overrides_streams(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""
         return type(self.transforms) is not StorageReaderTransforms or is_overridden(
             self, FileSystemReader, "_slice_file"

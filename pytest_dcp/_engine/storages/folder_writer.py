@@ -99,7 +99,7 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
         self.serialization_format = serialization_format
         self.save_id = new_id()
         self._used = False
-        self._made = {}
+        self._created_files = {}
         self._cleaned_for = None
         self._parent_dirs_to_sync: Sequence[Any] = ()
         """The parents of the folder whose new names may not be synced yet."""
@@ -226,8 +226,8 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
             nbytes = int(np.where(table.kind == BYTES, 0, table.size_bytes()).sum())
             job = FileJob(own_name, range(len(table)), nbytes)
             part = self._write_jobs(target, [job], items, planner)
-            named = dataclasses.replace(part.written, files=(name,))
-            parts.append(WriteResults(part.items, named))
+            results = dataclasses.replace(part.written, files=(name,))
+            parts.append(WriteResults(part.items, results))
         return _done(join_results(parts))
 
     def _make_folder(self) -> None:
@@ -258,8 +258,10 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
         if beside:
             # Their files are also part of the checkpoint, and are not swept.
             present = set(own.names()) - set(places.files)
-            named = {place.relative_path for place in beside.values()}
-            places = dataclasses.replace(places, files=(*places.files, *sorted(present & named)))
+            beside_names = {place.relative_path for place in beside.values()}
+            places = dataclasses.replace(
+                places, files=(*places.files, *sorted(present & beside_names))
+            )
         catalog = dataclasses.replace(catalog, places=places, beside=beside)
         check_catalog(catalog)
         metadata.storage_data = catalog.metadata().storage_data
@@ -285,7 +287,7 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
 
     def set_save_id(self, save_id: str) -> None:
         """Set the id of the next save."""
-        self.save_id, self._used, self._made = save_id, False, {}
+        self.save_id, self._used, self._created_files = save_id, False, {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state dict on the CPU, which can be written without copying again."""
@@ -317,12 +319,12 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
         present = set(folder.names())
         missing = [name for name in catalog.places.files if present and name not in present]
         # A store's listing may be out of date.
-        gone = [name for name in missing if not folder.exists(name)]
-        if gone:
+        absent = [name for name in missing if not folder.exists(name)]
+        if absent:
             raise CheckpointCorruptError(
                 "a data file of this save is gone before the commit: does another save write to "
                 "the same folder?",
-                file=gone[0],
+                file=absent[0],
             )
 
 

@@ -38,7 +38,7 @@ from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_si
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
-from pytest_dcp._engine.plan.match_keys import together
+from pytest_dcp._engine.plan.match_keys import merge_errors
 from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of, wrappers_of
 from pytest_dcp._engine.storages.wrapped_rows import Fill, judge_wrapper
 from pytest_dcp.errors import CheckpointMismatchError
@@ -101,7 +101,7 @@ class Work:
         self._prepare_numbers(self.rows.numbers, misfits)
         self._refuse_plain(misfits)
         if misfits:
-            raise together(misfits)
+            raise merge_errors(misfits)
 
     def run(self) -> LoadedBytes:
         """Fill the targets."""
@@ -201,8 +201,8 @@ class Work:
             self.stored.read_into(Targets(rows, tensors))
             return
         nbytes = self.stored.nbytes[rows]
-        done = nbytes.cumsum() - nbytes
-        for batch in np.split(rows, np.flatnonzero(np.diff(done // BATCH_BYTES)) + 1):
+        start_bytes = nbytes.cumsum() - nbytes
+        for batch in np.split(rows, np.flatnonzero(np.diff(start_bytes // BATCH_BYTES)) + 1):
             for row, filled in self._fill_by_hooks(batch).items():
                 self.planner.commit_tensor(self.items[row], filled)
 

@@ -33,11 +33,11 @@ def judge_wrapper(
     key, if the wrapper does not fit or cannot be cut; CheckpointCorruptError for a damaged entry.
     """
     fqn = item.dest_index.fqn
-    taken = WrapperBox(tuple(item.storage_offsets), tuple(item.lengths))
+    stored_box = WrapperBox(tuple(item.storage_offsets), tuple(item.lengths))
     into = WrapperBox(tuple(item.dest_offsets), tuple(item.lengths))
     lookup = lookup_of(planner)
     target: torch.Tensor | None = None if lookup is None else lookup(item.dest_index)
-    if taken.is_whole(stored.shape) and (target is None or into.is_whole(target.shape)):
+    if stored_box.is_whole(stored.shape) and (target is None or into.is_whole(target.shape)):
         return _whole(planner, item, stored)
     if target is None:
         raise CheckpointError(
@@ -47,7 +47,7 @@ def judge_wrapper(
 
     def prepare(entry: Entry) -> Callable[[], None]:
         try:
-            return copy_part(fqn, target, into, stored, entry, taken)
+            return copy_part(fqn, target, into, stored, entry, stored_box)
         except CheckpointCorruptError as error:
             raise error.at(entry=item.storage_index.fqn) from error
 

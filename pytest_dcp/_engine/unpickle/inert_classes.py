@@ -40,8 +40,8 @@ _Args = tuple[Any, ...]
 
 
 def _refusal(expected: str, args: object) -> UnknownGlobalError:
-    shown = ", ".join(map(brief, args[:4])) if isinstance(args, tuple) else brief(args)
-    return UnknownGlobalError(f"expected {expected}, got ({shown})")
+    text = ", ".join(map(brief, args[:4])) if isinstance(args, tuple) else brief(args)
+    return UnknownGlobalError(f"expected {expected}, got ({text})")
 
 
 # ---- numpy
@@ -75,10 +75,10 @@ def _build_dtype(target: Any, state: object) -> None:
 
 def _unit(state: _Args) -> str:
     """The unit of a moment or a duration: state[8] is (None, (b'ns', 1, 1, 1))."""
-    told = state[8] if len(state) == 9 else None
-    unit = told[1] if type(told) is tuple and len(told) == 2 else None
+    metadata = state[8] if len(state) == 9 else None
+    unit = metadata[1] if type(metadata) is tuple and len(metadata) == 2 else None
     if type(unit) is not tuple or len(unit) != 4 or type(unit[0]) is not bytes:
-        raise _refusal("the unit of a moment", told)
+        raise _refusal("the unit of a moment", metadata)
     name, many = unit[0].decode("latin1"), unit[1]
     if name not in _MOMENT_UNITS or type(many) is not int or not 1 <= many < 1 << 31:
         raise _refusal("the unit of a moment", unit)
@@ -189,11 +189,11 @@ def _fraction(machine: PickleMachine, args: _Args) -> Any:
 
 
 def _timezone(_: PickleMachine, args: _Args) -> datetime.timezone:
-    named = len(args) == 1 or (len(args) == 2 and type(args[1]) is str)
-    if not named or type(args[0]) is not datetime.timedelta:
+    well_formed = len(args) == 1 or (len(args) == 2 and type(args[1]) is str)
+    if not well_formed or type(args[0]) is not datetime.timedelta:
         raise _refusal("a timezone of an offset", args)
-    made: datetime.timezone = _make(datetime.timezone, args)
-    return made
+    zone: datetime.timezone = _make(datetime.timezone, args)
+    return zone
 
 
 def _path(name: str) -> Callable[[PickleMachine, _Args], Any]:
@@ -215,9 +215,9 @@ def _counter(machine: PickleMachine, args: _Args) -> Counter[Any]:
     if len(args) > 1 or (args and type(args[0]) is not dict):
         raise _refusal("collections.Counter of a dict", args)
     machine.charge(len(args[0]) if args else 1)
-    made: Counter[Any] = Counter()
-    dict.update(made, args[0] if args else {})
-    return made
+    counter: Counter[Any] = Counter()
+    dict.update(counter, args[0] if args else {})
+    return counter
 
 
 def _deque(machine: PickleMachine, args: _Args) -> deque[Any]:

@@ -147,8 +147,8 @@ class PickleMachine:
     """One run over one pickle: its memo, its budget, and its record of large containers."""
 
     __slots__ = (
-        *("data", "hashes", "known", "memo", "patterns", "spare", "strings", "to_learn"),
-        *("unread", "vocabulary"),
+        *("data", "hashes", "memo", "patterns", "spare", "strings", "to_learn"),
+        *("results_by_opcodes", "unread", "vocabulary"),
     )
 
     def __init__(self, data: bytes | memoryview, vocabulary: Vocabulary) -> None:
@@ -164,7 +164,7 @@ class PickleMachine:
         """The shape of records in this pickle, by their kind."""
         self.to_learn = MOST_LEARNT
         """How many more patterns there may be."""
-        self.known: dict[bytes, Any] = {}
+        self.results_by_opcodes: dict[bytes, Any] = {}
         """By opcodes that make the same object anywhere, within records: their result."""
         self.unread: set[str] = set()
         """Names of the classes whose objects were not read."""

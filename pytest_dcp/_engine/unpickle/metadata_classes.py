@@ -364,5 +364,5 @@ def _check_count(value: Any, where: str) -> None:
         raise _corrupt(where, "an int from 0 to 2**63 - 1", value)
 
 
-def _corrupt(where: str, expected: str, got: object) -> CheckpointCorruptError:
-    return CheckpointCorruptError(f"{where}: expected {expected}, got {brief(got)}")
+def _corrupt(where: str, expected: str, value: object) -> CheckpointCorruptError:
+    return CheckpointCorruptError(f"{where}: expected {expected}, got {brief(value)}")

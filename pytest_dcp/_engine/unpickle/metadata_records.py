@@ -131,8 +131,11 @@ def _learn_pattern(
     if match is None:
         return None
     machine.to_learn -= 1
-    found = {name: got for name, got in match.groupdict().items() if got is not None}
-    if any(_got(machine, got) != _meaning(machine, kind, name) for name, got in found.items()):
+    found = {name: opcode for name, opcode in match.groupdict().items() if opcode is not None}
+    if any(
+        _memo_value(machine, opcode) != _meaning(machine, kind, name)
+        for name, opcode in found.items()
+    ):
         return None
     pattern = machine.patterns[kind] = _known_pattern(kind.template, found)
     return pattern
@@ -145,11 +148,11 @@ def _meaning(machine: PickleMachine, kind: _RecordKind, name: str) -> object:
 
 def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
     """Push the chunks that begin at `start`; returns the position after them."""
-    memo, known, new, end = machine.memo, machine.known, object.__new__, start
+    memo, results, new, end = machine.memo, machine.results_by_opcodes, object.__new__, start
     for match in _matches(machine, _CHUNKS, start):
         numbers, more = match.groups()
-        offsets = known.get(numbers) or _size(machine, numbers)
-        sizes = known.get(more) or _size(machine, more)
+        offsets = results.get(numbers) or _size(machine, numbers)
+        sizes = results.get(more) or _size(machine, more)
         machine.charge(len(offsets) + len(sizes))
         chunk = new(ChunkStorageMetadata)
         fields = chunk.__dict__
@@ -166,21 +169,21 @@ def entries(machine: PickleMachine, stack: list[Any], start: int) -> int:
     for match in _matches(machine, _ENTRIES, start):
         fqn, hint, numbers, size, path, offset, length, none = match.groups()
         key, place = new(MetadataIndex), new(_StorageInfo)
-        made = [key, LEFT_OUT]
+        memoized = [key, LEFT_OUT]
         fields = key.__dict__
-        fields["fqn"] = _text(machine, fqn, made)
+        fields["fqn"] = _text(machine, fqn, memoized)
         fields["index"] = _number(machine, hint)
-        fields["offset"] = _where(machine, numbers, size, made)
+        fields["offset"] = _where(machine, numbers, size, memoized)
         if not _is_key(fields):
             break
-        made += (place, LEFT_OUT)
+        memoized += (place, LEFT_OUT)
         fields = place.__dict__
-        fields["relative_path"] = _text(machine, path, made)
+        fields["relative_path"] = _text(machine, path, memoized)
         fields["offset"], fields["length"] = _number(machine, offset), _number(machine, length)
         if none is not None:
             fields["transform_descriptors"] = None
         stack += (key, place)
-        memo += made
+        memo += memoized
         end = match.end()
     return end
 
@@ -192,31 +195,33 @@ def _is_key(fields: Mapping[str, Any]) -> bool:
     return whole and hint >= 0 and min(offset, default=0) >= 0
 
 
-# Results of opcodes; `Machine.known` has earlier results, for which the same object is used.
+# Results of opcodes. `PickleMachine.results_by_opcodes` has earlier ones: the same object is used.
 
 
-def _got(machine: PickleMachine, opcode: bytes) -> Any:
+def _memo_value(machine: PickleMachine, opcode: bytes) -> Any:
     return machine.memo[int.from_bytes(opcode[1:], "little")]
 
 
-def _text(machine: PickleMachine, opcode: bytes, made: list[Any]) -> Any:
+def _text(machine: PickleMachine, opcode: bytes, memoized: list[Any]) -> Any:
     """A new string, which is memoized, or the one in the memo."""
     if opcode[0] != _SHORT_BINUNICODE:
-        return _got(machine, opcode)
-    text = machine.known.get(opcode)
+        return _memo_value(machine, opcode)
+    text = machine.results_by_opcodes.get(opcode)
     if text is None:
-        text = machine.known[opcode] = decoded_text(machine, opcode[2:-1])
-    made.append(text)
+        text = machine.results_by_opcodes[opcode] = decoded_text(machine, opcode[2:-1])
+    memoized.append(text)
     return text
 
 
-def _where(machine: PickleMachine, numbers: bytes | None, opcode: bytes, made: list[Any]) -> Any:
+def _where(
+    machine: PickleMachine, numbers: bytes | None, opcode: bytes, memoized: list[Any]
+) -> Any:
     """A new size, which is memoized, or the one in the memo."""
     if numbers is None:
-        return _got(machine, opcode)
-    size = machine.known.get(numbers) or _size(machine, numbers)
+        return _memo_value(machine, opcode)
+    size = machine.results_by_opcodes.get(numbers) or _size(machine, numbers)
     machine.charge(len(size))
-    made += (LEFT_OUT, LEFT_OUT, size)
+    memoized += (LEFT_OUT, LEFT_OUT, size)
     return size
 
 
@@ -227,17 +232,17 @@ def _size(machine: PickleMachine, numbers: bytes) -> torch.Size:
         behind = at + (_WIDTHS.get(numbers[at]) or 2 + numbers[at + 1])
         ints.append(_number(machine, numbers[at:behind]))
         at = behind
-    size = machine.known[numbers] = torch.Size(ints)
+    size = machine.results_by_opcodes[numbers] = torch.Size(ints)
     return size
 
 
 def _number(machine: PickleMachine, opcode: bytes) -> int:
-    number: int | None = machine.known.get(opcode)
+    number: int | None = machine.results_by_opcodes.get(opcode)
     if number is None:
         op = opcode[0]
         raw = opcode[2:] if op == _LONG1 else opcode[1:]
         number = int.from_bytes(raw, "little", signed=op in (_BININT, _LONG1))
-        machine.known[opcode] = number
+        machine.results_by_opcodes[opcode] = number
     return number
 
 

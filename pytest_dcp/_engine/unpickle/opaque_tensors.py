@@ -129,10 +129,10 @@ def _from_type(machine: PickleMachine, args: tuple[Any, ...]) -> object:
         state = {**_fields(state[0]), **_fields(state[1])}
     if make.call is None:
         raise UnknownGlobalError(f"expected a function that makes a tensor, got {make.name}")
-    made = make.call(machine, inner)
-    if type(made) is _Outside:
-        return OpaqueWrapper(made.kind, made.dtype, made.shape, _fields(state))
-    return made  # A subclass with memory of its own, or a parameter.
+    tensor = make.call(machine, inner)
+    if type(tensor) is _Outside:
+        return OpaqueWrapper(tensor.kind, tensor.dtype, tensor.shape, _fields(state))
+    return tensor  # A subclass with memory of its own, or a parameter.
 
 
 def _fields(state: object) -> dict[str, Any]:

@@ -171,10 +171,10 @@ def _proto(machine: PickleMachine, _: list[Any], pos: int) -> int:
 
 def _frame(machine: PickleMachine, _: list[Any], pos: int) -> int:
     length = _UINT64.unpack_from(machine.data, pos)[0]
-    left = len(machine.data) - pos - _UINT64.size
-    if length > left:
+    remaining_bytes = len(machine.data) - pos - _UINT64.size
+    if length > remaining_bytes:
         raise CheckpointCorruptError(
-            f"expected a frame within the {left} bytes left, got one of {length} bytes"
+            f"expected a frame within the {remaining_bytes} bytes left, got one of {length} bytes"
         )
     return pos + _UINT64.size
 

@@ -275,26 +275,26 @@ def check_plain(
         that
             makes more than `MAX_LOGICAL_ITEMS` items.
     """
-    known: dict[int, tuple[int, int]] = {}
+    container_sizes: dict[int, tuple[int, int]] = {}
     """By id of a container: depth and number of its items, or _OPEN while it is being walked."""
     limits = _Limits(_ATOMS | others, at_most, records)
     path = [_Visit((root,), 0, limits)]
     while True:
         visit = path[-1]
-        child = visit.advance(known, what)
+        child = visit.advance(container_sizes, what)
         if child is not None:
             if len(path) > MAX_DEPTH:
                 raise UntrustedPickleError(
                     f"expected at most {MAX_DEPTH} containers within each other in {what}, got more"
                 )
-            known[id(child)] = _OPEN
+            container_sizes[id(child)] = _OPEN
             path.append(_Visit(_children(child, records), id(child), limits))
             continue
         path.pop()
         if not path:
             return
-        known[visit.key] = (visit.depth + 1, visit.items)
-        path[-1].add(known[visit.key], what)
+        container_sizes[visit.key] = (visit.depth + 1, visit.items)
+        path[-1].add(container_sizes[visit.key], what)
 
 
 class _Limits(NamedTuple):
@@ -328,7 +328,7 @@ class _Visit:
                 f"expected at most {MAX_DEPTH} containers within each other in {what}, got more"
             )
 
-    def advance(self, known: dict[int, tuple[int, int]], what: str) -> Any:
+    def advance(self, container_sizes: dict[int, tuple[int, int]], what: str) -> Any:
         """The next child to walk into, or None at the end; counts the children in between."""
         atoms = self.limits.atoms
         for child in self.rest:
@@ -341,7 +341,7 @@ class _Visit:
                 continue
             if kind not in _CONTAINERS and kind not in self.limits.records:
                 raise UnknownGlobalError(f"expected plain values in {what}, got {brief(child)}")
-            part = known.get(id(child), _UNSEEN)
+            part = container_sizes.get(id(child), _UNSEEN)
             if part is _UNSEEN:
                 return child
             if part is _OPEN:
@@ -358,12 +358,12 @@ def _is_short_and_flat(value: Any) -> bool:
 
 def _children(container: Any, records: frozenset[type]) -> Iterable[Any]:
     """Keys and members are plain already, since `PickleMachine.check_keys` accepts nothing else."""
-    held: Iterable[Any] = container
+    children: Iterable[Any] = container
     if type(container) is SimpleNamespace or type(container) in records:
-        held = vars(container).values()
+        children = vars(container).values()
     elif type(container) in _DICTS:
-        held = container.values()
-    return held
+        children = container.values()
+    return children
 
 
 _CONTAINERS = _SETS | _SEQUENCES | _DICTS | {SimpleNamespace}

@@ -89,8 +89,10 @@ def enum_maker(cls: type[Any]) -> Callable[[PickleMachine, tuple[Any, ...]], obj
 
     def call(_: PickleMachine, args: tuple[Any, ...]) -> object:
         if len(args) != 1 or type(args[0]) is not int or args[0] not in values:
-            shown = f"{min(values)}..{max(values)}"
-            raise CheckpointCorruptError(f"expected {cls.__name__}({shown}), got {brief_all(args)}")
+            value_range = f"{min(values)}..{max(values)}"
+            raise CheckpointCorruptError(
+                f"expected {cls.__name__}({value_range}), got {brief_all(args)}"
+            )
         return cls(args[0])
 
     return call
@@ -126,5 +128,5 @@ def check_further(value: object, name: str) -> object:
     return value
 
 
-def _corrupt(where: str, expected: str, got: object) -> CheckpointCorruptError:
-    return CheckpointCorruptError(f"{where}: expected {expected}, got {brief(got)}")
+def _corrupt(where: str, expected: str, value: object) -> CheckpointCorruptError:
+    return CheckpointCorruptError(f"{where}: expected {expected}, got {brief(value)}")

@@ -61,9 +61,9 @@ def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bo
         CheckpointCorruptError: the pickle is malformed or made to exhaust its reader, or a tensor
             reaches beyond its storage.
     """
-    known, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
+    allowed_globals, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
     persistent = _Storages(storages, share).find
-    known_here = Vocabulary(known, build, KEYS, persistent, nested_keys=True)
+    known_here = Vocabulary(allowed_globals, build, KEYS, persistent, nested_keys=True)
     value = run(data, known_here, copy=len(data) < LARGE_PICKLE_BYTES)
     check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
     return value
@@ -77,16 +77,20 @@ def _vocabulary(
 
     allowed: classes and functions, or pairs of one and its full name, as torch keeps them.
     """
-    known = dict(PLAIN.globals) | dict(inert_globals()) | dict(_tensors())
+    allowed_globals = dict(PLAIN.globals) | dict(inert_globals()) | dict(_tensors())
     made_of = set()
     for one in allowed:
-        made, name = one if isinstance(one, tuple) else (one, None)
+        allowed_object, name = one if isinstance(one, tuple) else (one, None)
         module, _, inside = str(name).rpartition(".")
-        key = (made.__module__, made.__qualname__) if name is None else (module, inside)
-        known[key] = _callee(made)
-        if isinstance(made, type):
-            made_of.add(made)
-    return known, BUILD | dict.fromkeys(made_of, _build_allowed), _OTHERS | made_of
+        key = (
+            (allowed_object.__module__, allowed_object.__qualname__)
+            if name is None
+            else (module, inside)
+        )
+        allowed_globals[key] = _callee(allowed_object)
+        if isinstance(allowed_object, type):
+            made_of.add(allowed_object)
+    return allowed_globals, BUILD | dict.fromkeys(made_of, _build_allowed), _OTHERS | made_of
 
 
 _OTHERS = frozenset(
@@ -109,7 +113,7 @@ class _Storages:
     def __init__(self, read: Storages, share: bool) -> None:
         self._read = read
         self._share = share
-        self._known: dict[str, torch.UntypedStorage] = {}
+        self._storage_by_key: dict[str, torch.UntypedStorage] = {}
 
     def find(self, saved_id: object) -> _Stored:
         """Decodes a persistent id: ('storage', class, key, location, elements)."""
@@ -123,24 +127,24 @@ class _Storages:
         return _Stored(self, kind.dtype, key, numel * kind.dtype.itemsize)
 
     def bytes_of(self, key: str, nbytes: int) -> torch.UntypedStorage:
-        found = self._known.get(key)
+        found = self._storage_by_key.get(key)
         if found is None:
             content = self._read(key)
             raw = content if self._share else bytearray(content)
-            made = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
-            found = self._known[key] = made.untyped_storage()
+            tensor = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+            found = self._storage_by_key[key] = tensor.untyped_storage()
         if found.nbytes() != nbytes:
             raise CheckpointCorruptError(
                 f"expected a storage of {nbytes} bytes, got one of {found.nbytes()}"
             )
         return found
 
-    def tensor(self, told: TensorPickle) -> torch.Tensor:
+    def tensor(self, description: TensorPickle) -> torch.Tensor:
         """The described tensor, over its storage."""
-        memory = self.bytes_of(told.storage_key, told.storage_nbytes)
-        tensor = torch.empty(0, dtype=told.dtype)
-        tensor.set_(memory, told.storage_offset, told.shape, told.stride)
-        return tensor.requires_grad_(told.requires_grad)
+        memory = self.bytes_of(description.storage_key, description.storage_nbytes)
+        tensor = torch.empty(0, dtype=description.dtype)
+        tensor.set_(memory, description.storage_offset, description.shape, description.stride)
+        return tensor.requires_grad_(description.requires_grad)
 
 
 class _Stored:
@@ -227,14 +231,14 @@ def _sparse(_: PickleMachine, args: _Args) -> torch.Tensor:
 # ---- classes that the user has allowed
 
 
-def _callee(made: Any) -> Callee:
+def _callee(allowed_object: Any) -> Callee:
     def call(_: PickleMachine, args: _Args) -> Any:
-        return made(*args)
+        return allowed_object(*args)
 
     def new(_: PickleMachine, args: _Args) -> Any:
-        return made.__new__(made, *args)
+        return allowed_object.__new__(allowed_object, *args)
 
-    return Callee(getattr(made, "__qualname__", repr(made)), call, None, new)
+    return Callee(getattr(allowed_object, "__qualname__", repr(allowed_object)), call, None, new)
 
 
 def _build_allowed(target: Any, state: Any) -> None:

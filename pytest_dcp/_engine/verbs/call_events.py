@@ -122,8 +122,8 @@ def log_calls(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
-            shown = {**wrapper_kwargs, **kwargs}
-            with CallEvents(function.__name__, shown, log_exceptions=log_exceptions):
+            logged_kwargs = {**wrapper_kwargs, **kwargs}
+            with CallEvents(function.__name__, logged_kwargs, log_exceptions=log_exceptions):
                 return function(*args, **kwargs)
 
         return called

@@ -31,18 +31,18 @@ class Planned:
 record(Planned)
 
 
-def check_together(said: Sequence[Planned]) -> bool:
+def check_together(rank_values: Sequence[Planned]) -> bool:
     """Raise errors that only all ranks together show. Returns whether any rank may meet a
     misfit.
     """
-    check_one_save([one.found for one in said])
-    idle = [one.idle_renames for one in said]
+    check_one_save([one.found for one in rank_values])
+    idle = [one.idle_renames for one in rank_values]
     useless = set(idle[0]).intersection(*idle[1:])
     if useless:
         raise CheckpointMismatchError(
             "\n".join(reason for entry, reason in idle[0].items() if entry in useless)
         )
-    return any(one.may_misfit for one in said)
+    return any(one.may_misfit for one in rank_values)
 
 
 def check_one_save(found: Sequence[Found]) -> None:
@@ -55,21 +55,21 @@ def check_one_save(found: Sequence[Found]) -> None:
         return
     if len(set(folders)) > 1:
         raise CheckpointReplacedError(
-            f"the ranks found different saves, in different folders ({_by_rank(folders)}): every "
-            "rank must give the same checkpoint_id, and call the group's saves and loads in the "
-            "same order"
+            f"the ranks found different saves, in different folders ({_list_by_rank(folders)}): "
+            "every rank must give the same checkpoint_id, and call the group's saves and loads in "
+            "the same order"
         )
     raise CheckpointReplacedError(
         f"the ranks found different saves in {folders[0]}: the checkpoint was replaced meanwhile; "
-        f"load again ({_by_rank(saves)})"
+        f"load again ({_list_by_rank(saves)})"
     )
 
 
-def _by_rank(values: Sequence[str | None]) -> str:
+def _list_by_rank(values: Sequence[str | None]) -> str:
     """`rank 2: a, ranks 0-1: b`; at most three values."""
     ranks: dict[str | None, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     rarest = sorted(ranks.items(), key=lambda item: len(item[1]))
-    named = [f"{ranks_text(those)}: {value}" for value, those in rarest[:3]]
-    return ", ".join([*named, "..."] if len(rarest) > 3 else named)
+    groups = [f"{ranks_text(those)}: {value}" for value, those in rarest[:3]]
+    return ", ".join([*groups, "..."] if len(rarest) > 3 else groups)

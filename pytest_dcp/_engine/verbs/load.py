@@ -28,11 +28,11 @@ from pytest_dcp._engine.storages.folder_reader import checked_verify
 from pytest_dcp._engine.verbs.load_steps import Load, LoadRequest
 from pytest_dcp._engine.verbs.storage_for_id import reader_for, subject_of
 from pytest_dcp._engine.verbs.torch_arguments import (
-    alone,
+    allow_positional_storage,
     check_state_dict,
     is_stateful,
+    resolve_no_dist,
     resolve_stateful,
-    second_argument,
 )
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -60,7 +60,7 @@ def load_state_dict(
     Load(team, LoadRequest(lambda: state_dict, storage_reader, planner)).run()
 
 
-@second_argument("storage_reader")
+@allow_positional_storage("storage_reader")
 def load(
     state_dict: dict[str, Any],
     *,
@@ -106,7 +106,7 @@ def load(
     >>> report.unexpected, report.converted
     (('net.b',), {'model.w': (torch.float32, torch.float64)})
     """
-    no_dist = alone(no_dist, "load")
+    no_dist = resolve_no_dist(no_dist, "load")
     options = {} if verify is None else {"verify": verify}
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     with team.preparing():
@@ -172,7 +172,7 @@ def load_without_template(
     Raises CheckpointException, as `load`; its cause is a CheckpointMismatchError, naming them, for
     containers and keys of other classes than Python's own, unless `weights_only` is False.
     """
-    no_dist = alone(no_dist, "load")
+    no_dist = resolve_no_dist(no_dist, "load")
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     state_dict: dict[str, Any] = {}
     with team.preparing():

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import has_values
-from pytest_dcp._engine.plan.hooks import kept_whole
+from pytest_dcp._engine.plan.hooks import require_complete
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.storage_capabilities import (
     ignores_plans,
@@ -87,8 +87,8 @@ class LoadSource:
             return self.reader.read_metadata(), True
         except Exception as whole:
             # A user's storage may report missing metadata with any error; ours raises this one.
-            gone = self._files is None or isinstance(whole, FileNotFoundError)
-            if not gone or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
+            is_missing = self._files is None or isinstance(whole, FileNotFoundError)
+            if not is_missing or not accepts_parameter(self.reader.read_metadata, "rank", "kwargs"):
                 raise
             try:
                 return self.reader.read_metadata(rank=rank), False
@@ -111,13 +111,13 @@ class LoadSource:
         else:
             self.reader.set_up_storage_reader(found.metadata, team.is_coordinator)
 
-    def accept(self, asked: LoadPlan) -> tuple[LoadPlan, bool]:
+    def prepare_local_plan(self, local_plan: LoadPlan) -> tuple[LoadPlan, bool]:
         """The rank's plan as the reader wants it, and whether every file that it needs is open.
 
         If all are, the plan can be carried out despite other saves.
         """
-        prepared = self.reader.prepare_local_plan(asked)
-        plan = kept_whole(asked, prepared, LoadPlan, "the storage's prepare_local_plan")
+        prepared = self.reader.prepare_local_plan(local_plan)
+        plan = require_complete(local_plan, prepared, LoadPlan, "the storage's prepare_local_plan")
         return plan, self._files is not None and self._files.open_files(plan)
 
     def found_in(self, save_id: str | None) -> Found:

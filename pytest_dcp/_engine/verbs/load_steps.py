@@ -154,7 +154,7 @@ class Load:
             except StepError as error:
                 if not self._may_repeat(error):
                     raise
-                if not team.broadcast("retry", self._goes_on):
+                if not team.broadcast("retry", self._may_try_again):
                     raise
                 planner.begin_again()
                 leased = True
@@ -207,8 +207,10 @@ class Load:
             found = self.source.find(team.rank, lease)
             self.planner.set_up_planner(self.state_dict, found.metadata, team.is_coordinator)
             self.source.set_up(found, team)
-            asked = require_plan(self.planner.create_local_plan(), LoadPlan, "create_local_plan")
-            plan, self.all_open = self.source.accept(asked)
+            local_plan = require_plan(
+                self.planner.create_local_plan(), LoadPlan, "create_local_plan"
+            )
+            plan, self.all_open = self.source.prepare_local_plan(local_plan)
         return found.save_id, plan
 
     def _events(self, step: str) -> CallEvents:
@@ -216,18 +218,18 @@ class Load:
         arguments = {"checkpoint_id": self.source.place, "process_group": self.team.group}
         return CallEvents(step, arguments)
 
-    def _compare(self, told: Sequence[Planned]) -> bool:
+    def _compare(self, rank_values: Sequence[Planned]) -> bool:
         """On the coordinator: whether any rank may meet a misfit, once their facts agree."""
         with self._events("global_step"):
-            self.found = [one.found for one in told]
-            return check_together(told)
+            self.found = [one.found for one in rank_values]
+            return check_together(rank_values)
 
-    def _make_global_plan(self, told: list[Planned]) -> list[tuple[LoadPlan, bool]]:
+    def _make_global_plan(self, rank_values: list[Planned]) -> list[tuple[LoadPlan, bool]]:
         """On the coordinator: each rank's plan, by the hooks that see the plans of all."""
-        may_misfit = self._compare(told)
-        plans = [one.plan for one in told if one.plan is not None]
-        made = self.planner.create_global_plan(plans)
-        return [(plan, may_misfit) for plan in self.request.reader.prepare_global_plan(made)]
+        may_misfit = self._compare(rank_values)
+        plans = [one.plan for one in rank_values if one.plan is not None]
+        global_plan = self.planner.create_global_plan(plans)
+        return [(plan, may_misfit) for plan in self.request.reader.prepare_global_plan(global_plan)]
 
     # ---- read
 
@@ -252,7 +254,7 @@ class Load:
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )
 
-    def _goes_on(self) -> bool:
+    def _may_try_again(self) -> bool:
         """On the coordinator: whether there is time, and the last try has seen a new save."""
         now_s = time.monotonic()
         self.first_conflict_s = self.first_conflict_s or now_s

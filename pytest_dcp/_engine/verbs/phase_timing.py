@@ -30,7 +30,7 @@ class Phases:
             spent = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def log(self, done: str, where: object, nbytes: int, rank: int, more: str = "") -> None:
+    def log(self, verb: str, where: object, nbytes: int, rank: int, more: str = "") -> None:
         """Log at INFO the operation and the time of each phase."""
         if not logger.isEnabledFor(logging.INFO):
             return
@@ -38,5 +38,5 @@ class Phases:
         parts = ", ".join(f"{name} {spent * 1e3:.1f} ms" for name, spent in self.seconds.items())
         logger.info(
             "rank %d: %s %s: %.3f MB in %.1f ms (%s)%s",
-            rank, done, where, nbytes / 1e6, total * 1e3, parts, more,
+            rank, verb, where, nbytes / 1e6, total * 1e3, parts, more,
         )  # fmt: skip

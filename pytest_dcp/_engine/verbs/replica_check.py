@@ -48,7 +48,7 @@ Lookup = Callable[[int], Any]
 class Dispute:
     """Differences that the coordinator found; sent to every rank instead of the metadata."""
 
-    shown: list[Differing]
+    differences: list[Differing]
     others: list[str]
     """Flat names of further keys that differ."""
 
@@ -101,7 +101,7 @@ class Comparison:
 
         None for a planner that computes its data on request.
         """
-        found = None if checks is None else self._own(local)
+        found = None if checks is None else self._own_rows(local)
         if checks is None or found is None:
             return None
         _, lookup = found
@@ -124,10 +124,10 @@ class Comparison:
 
     def settle(self, team: Team, local: SavePlan, dispute: Dispute) -> None:
         """Raise, on every rank, an error that names each key, the ranks and the first index."""
-        items, lookup = self._own(local) or (WriteItems.of([]), _nothing)
+        items, lookup = self._own_rows(local) or (WriteItems.of([]), _nothing)
         _settle(team, dispute, items, lookup)
 
-    def _own(self, local: SavePlan) -> tuple[WriteItems, Lookup] | None:
+    def _own_rows(self, local: SavePlan) -> tuple[WriteItems, Lookup] | None:
         """The rows of this rank's local plan, and a function that returns their data."""
         if self._planner is None:
             return None
@@ -143,19 +143,19 @@ def _nothing(row: int) -> Any:
 
 def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> None:
     """Raise, on every rank, an error that names each key, the ranks and the first index."""
-    mine = [_own_row(one, team.rank) for one in dispute.shown]
+    mine = [_own_row(one, team.rank) for one in dispute.differences]
 
     def describe() -> list[_Copy | None]:
         return [None if row is None else _describe_copy(items, row, lookup(row)) for row in mine]
 
-    def compare(said: list[list[_Copy | None]]) -> list[int | None]:
-        told.extend(said)
+    def compare(rank_leaves: list[list[_Copy | None]]) -> list[int | None]:
+        rank_copies.extend(rank_leaves)
         return [
-            _first_leaf([said[camp[0]][n] for camp in one.camps()])
-            for n, one in enumerate(dispute.shown)
+            _first_leaf([rank_leaves[camp[0]][n] for camp in one.camps()])
+            for n, one in enumerate(dispute.differences)
         ]
 
-    told: list[list[_Copy | None]] = []
+    rank_copies: list[list[_Copy | None]] = []
     at = team.all_reduce("compare replicas", describe, compare)
 
     def blocks() -> list[bytes | None]:
@@ -164,12 +164,12 @@ def _settle(team: Team, dispute: Dispute, items: WriteItems, lookup: Lookup) -> 
             for row, leaf in zip(mine, at, strict=True)
         ]
 
-    def conclude(said: list[list[bytes | None]]) -> None:
+    def conclude(rank_blocks: list[list[bytes | None]]) -> None:
         found = []
-        for n, one in enumerate(dispute.shown):
+        for n, one in enumerate(dispute.differences):
             ranks = [camp[0] for camp in one.camps()]
-            copies = [told[rank][n] for rank in ranks]
-            found.append(_difference(one, copies, at[n], [said[rank][n] for rank in ranks]))
+            copies = [rank_copies[rank][n] for rank in ranks]
+            found.append(_difference(one, copies, at[n], [rank_blocks[rank][n] for rank in ranks]))
         raise mismatch_error(found, dispute.others)
 
     team.all_reduce("compare replicas", blocks, conclude)
@@ -227,20 +227,20 @@ def _difference_of_tensors(
     inside = np.unravel_index(element, copy.shape) if copy.shape else ()
     index = tuple(int(i) + n for i, n in zip(inside, copy.offset, strict=True))
     elements = [torch.frombuffer(bytearray(block), dtype=copy.dtype) for block in blocks]
-    shown = [repr(some[at].item()) for some in elements]
-    return ReplicaDifference(copy.fqn, one.camps(), f"index {index}" if index else "", shown)
+    texts = [repr(some[at].item()) for some in elements]
+    return ReplicaDifference(copy.fqn, one.camps(), f"index {index}" if index else "", texts)
 
 
 def _difference_of_values(
     one: Differing, fqn: str, copies: Sequence[_Copy | None], leaf: int | None
 ) -> ReplicaDifference:
-    where, shown = "", []
+    where, texts = "", []
     for copy in copies:
         leaves = copy.leaves if copy is not None else []
         if leaf is not None and leaf < len(leaves):
             path, text, _ = leaves[leaf]
             where = where or path
-            shown.append(text)
+            texts.append(text)
         else:
-            shown.append("another value" if leaf is None else "nothing there")
-    return ReplicaDifference(fqn, one.camps(), where, shown)
+            texts.append("another value" if leaf is None else "nothing there")
+    return ReplicaDifference(fqn, one.camps(), where, texts)

@@ -19,7 +19,7 @@ from typing_extensions import deprecated
 
 from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
-from pytest_dcp._engine.plan.hooks import kept_whole, require_plan, with_list
+from pytest_dcp._engine.plan.hooks import require_complete, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
 from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
@@ -30,18 +30,18 @@ from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
     compress_plan,
     compress_results,
+    decode_metadata,
+    encode_metadata,
     expand_plan,
     expand_results,
-    packed_metadata,
-    unpacked_metadata,
 )
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 from pytest_dcp._engine.verbs.torch_arguments import (
     accepts_parameter,
-    alone,
+    allow_positional_storage,
     check_state_dict,
+    resolve_no_dist,
     resolve_stateful,
-    second_argument,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointError
@@ -80,7 +80,7 @@ def save_state_dict(
     return Save(team, request).run()
 
 
-@second_argument("storage_writer")
+@allow_positional_storage("storage_writer")
 def save(
     state_dict: dict[str, Any],
     *,
@@ -122,7 +122,7 @@ def save(
         storage_writer,
         checkpoint_id,
         process_group,
-        alone(no_dist, "save"),
+        resolve_no_dist(no_dist, "save"),
         use_collectives=use_collectives,
     )
     team = call.open_team()
@@ -169,7 +169,7 @@ class Save:
         self.reset = request.reset
         self.phases = Phases()
         self.local: SavePlan | None = None
-        self.told: list[SavePlan] = []
+        self.rank_plans: list[SavePlan] = []
         self.comparison = Comparison(self.planner)
         self.metadata: Metadata | None = None
 
@@ -178,7 +178,9 @@ class Save:
         with self.team.wait_for_turn() as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.request.progress)
             with observe_with(watcher), ranks_known(team.rank, team.size):
-                together = self._together if self.use_collectives else self._each_alone
+                together = (
+                    self._save_together if self.use_collectives else self._save_without_coordination
+                )
                 try:
                     metadata = together(team)
                 except BaseException:
@@ -188,9 +190,9 @@ class Save:
             self.phases.log("saved", where, watcher.done_bytes, team.rank)
         return metadata
 
-    def _together(self, team: Team) -> Metadata:
+    def _save_together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
-            sent, checks = team.reduce_scatter(
+            compressed_plan, checks = team.reduce_scatter(
                 "plan", lambda: self._plan(team), self._make_global_plan
             )
         comparison = self.comparison
@@ -198,31 +200,32 @@ class Save:
         def write() -> tuple[Any, Sums | None]:
             with self.phases.phase("write"):
                 local = self._local_plan()
-                plan = expand_plan(sent, local)
+                plan = expand_plan(compressed_plan, local)
                 return compress_results(self._write(plan), plan), comparison.sums(local, checks)
 
-        def commit(said: list[tuple[Any, Sums | None]]) -> Any:
-            dispute = comparison.dispute([sums for _, sums in said])
+        def commit(rank_values: list[tuple[Any, Sums | None]]) -> Any:
+            dispute = comparison.dispute([sums for _, sums in rank_values])
             if dispute is not None:
                 return dispute
             results = [
-                expand_results(some, told) for (some, _), told in zip(said, self.told, strict=True)
+                expand_results(some, plan)
+                for (some, _), plan in zip(rank_values, self.rank_plans, strict=True)
             ]
             with self.phases.phase("commit", planning=True):
                 self._finish(results)
-            return self.metadata if team.size == 1 else packed_metadata(self._whole())
+            return self.metadata if team.size == 1 else encode_metadata(self._require_metadata())
 
         answer = team.all_reduce("write", write, commit)
         if isinstance(answer, Dispute):
             comparison.settle(team, self._local_plan(), answer)
-        return self._whole() if team.is_coordinator else unpacked_metadata(answer)
+        return self._require_metadata() if team.is_coordinator else decode_metadata(answer)
 
-    def _each_alone(self, team: Team) -> Metadata:
+    def _save_without_coordination(self, team: Team) -> Metadata:
         def write() -> Sequence[WriteResult]:
             with self.phases.phase("plan"):
-                (sent,) = self._make_global_plan([self._plan(team)])
+                (compressed,) = self._make_global_plan([self._plan(team)])
             with self.phases.phase("write"):
-                return self._write(expand_plan(sent[0], self._local_plan()))
+                return self._write(expand_plan(compressed[0], self._local_plan()))
 
         def commit() -> None:
             with self.phases.phase("commit"):
@@ -237,7 +240,7 @@ class Save:
         if names_saves(self.writer):
             # A load would find an earlier collective checkpoint first.
             team.broadcast("retire", self.writer.remove_collective_metadata)
-        return self._whole()
+        return self._require_metadata()
 
     def _plan(self, team: Team) -> SavePlan:
         """This rank's local plan."""
@@ -268,9 +271,13 @@ class Save:
             )
         else:
             self.writer.set_up_storage_writer(team.is_coordinator)
-        asked = require_plan(self.planner.create_local_plan(), SavePlan, "create_local_plan")
-        prepared = self.writer.prepare_local_plan(with_list(asked, self.writer.prepare_local_plan))
-        self.local = kept_whole(asked, prepared, SavePlan, "the storage's prepare_local_plan")
+        local_plan = require_plan(self.planner.create_local_plan(), SavePlan, "create_local_plan")
+        prepared = self.writer.prepare_local_plan(
+            with_list(local_plan, self.writer.prepare_local_plan)
+        )
+        self.local = require_complete(
+            local_plan, prepared, SavePlan, "the storage's prepare_local_plan"
+        )
         return self.local
 
     def _events(self, step: str) -> CallEvents:
@@ -289,9 +296,11 @@ class Save:
             joined, self.metadata = self.planner.create_global_plan(plans)
             if cleans_up(self.writer):
                 self.writer.remove_leftovers()
-            self.told = self.writer.prepare_global_plan(joined)
-        sent = [compress_plan(plan, local) for plan, local in zip(self.told, plans, strict=True)]
-        return list(zip(sent, self.comparison.choose_rows(plans), strict=True))
+            self.rank_plans = self.writer.prepare_global_plan(joined)
+        compressed = [
+            compress_plan(plan, local) for plan, local in zip(self.rank_plans, plans, strict=True)
+        ]
+        return list(zip(compressed, self.comparison.choose_rows(plans), strict=True))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         with self._events("write_data"):
@@ -305,7 +314,7 @@ class Save:
 
     def _finish(self, results: list[Any]) -> None:
         with self._events("finish_checkpoint"):
-            self.writer.finish(metadata=self._whole(), results=results)
+            self.writer.finish(metadata=self._require_metadata(), results=results)
 
     def _discard(self) -> None:
         """Remove this rank's files of a failed save; the save's own error takes precedence."""
@@ -315,7 +324,7 @@ class Save:
             except (OSError, CheckpointError) as error:
                 logger.warning("files of a failed save are still there: %r", error)
 
-    def _whole(self) -> Metadata:
+    def _require_metadata(self) -> Metadata:
         if self.metadata is None:
             raise ValueError("the planner's create_global_plan gave no metadata")
         return self.metadata

@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.format import manifest
 from pytest_dcp._engine.format.catalog import Catalog, EntryTable
-from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import WriteItems
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Homeward:
+class CompressedPlan:
     """A global plan for the rank whose local plan it was made from."""
 
     plan: SavePlan
@@ -34,7 +34,7 @@ class Homeward:
     """Whether it has the local plan's planner_data."""
 
 
-def compress_plan(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
+def compress_plan(plan: SavePlan, local: SavePlan) -> CompressedPlan | SavePlan:
     """Replace items that the receiver already has by their row numbers."""
     items: Any = plan.items
     own: Any = local.items
@@ -44,68 +44,68 @@ def compress_plan(plan: SavePlan, local: SavePlan) -> Homeward | SavePlan:
         return plan
     same = plan.planner_data is local.planner_data
     bare = replace(plan, items=[], planner_data=None if same else plan.planner_data)
-    return Homeward(bare, items.origin.rows, items.hint, same)
+    return CompressedPlan(bare, items.origin.rows, items.hint, same)
 
 
-def expand_plan(sent: Homeward | SavePlan, local: SavePlan) -> SavePlan:
+def expand_plan(compressed: CompressedPlan | SavePlan, local: SavePlan) -> SavePlan:
     """Undo `compress_plan`."""
-    if isinstance(sent, SavePlan):
-        return sent
-    items: Any = WriteItems.of(local.items).take(sent.rows, sent.hint)
-    data = local.planner_data if sent.same_data else sent.plan.planner_data
-    return replace(sent.plan, items=items, planner_data=data)
+    if isinstance(compressed, SavePlan):
+        return compressed
+    items: Any = WriteItems.of(local.items).take(compressed.rows, compressed.hint)
+    data = local.planner_data if compressed.same_data else compressed.plan.planner_data
+    return replace(compressed.plan, items=items, planner_data=data)
 
 
 def compress_results(
-    results: Sequence[WriteResult], told: SavePlan
-) -> Written | Sequence[WriteResult]:
+    results: Sequence[WriteResult], plan: SavePlan
+) -> WriteColumns | Sequence[WriteResult]:
     """A rank's write results: only the places, if they have the items of its plan."""
     whole = isinstance(results, WriteResults) and results.is_untouched()
-    if isinstance(results, WriteResults) and whole and results.items is told.items:
+    if isinstance(results, WriteResults) and whole and results.items is plan.items:
         return results.written
     return results
 
 
 def expand_results(
-    said: Written | Sequence[WriteResult], told: SavePlan | None
+    compressed: WriteColumns | Sequence[WriteResult], plan: SavePlan | None
 ) -> Sequence[WriteResult]:
     """Undo `compress_results`."""
-    if not isinstance(said, Written):
-        return said
-    if told is None:
+    if not isinstance(compressed, WriteColumns):
+        return compressed
+    if plan is None:
         raise ValueError("the coordinator has no plan for a rank that says where its items are")
-    return WriteResults(told.items, said)
+    return WriteResults(plan.items, compressed)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedMetadata:
+class EncodedMetadata:
     """Metadata as columns."""
 
     manifest: bytes
     """A catalog's bytes, without the data of planner and storage."""
-    said: tuple[Any, Any, Any, Mapping[str, Any]]
+    python_values: tuple[Any, Any, Any, Mapping[str, Any]]
     """planner_data, storage_meta, version, further attributes."""
 
 
-record(Homeward, PackedMetadata)
+record(CompressedPlan, EncodedMetadata)
 
 
-def packed_metadata(metadata: Metadata) -> PackedMetadata | Metadata:
+def encode_metadata(metadata: Metadata) -> EncodedMetadata | Metadata:
     """The metadata's columns, if it has any; else the metadata itself."""
     if not isinstance(metadata.storage_data, EntryTable):
         return metadata
     catalog = Catalog.of(metadata)
     bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
-    said = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
-    return PackedMetadata(manifest.encode(bare), said)
+    python_values = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
+    return EncodedMetadata(manifest.encode(bare), python_values)
 
 
-def unpacked_metadata(sent: PackedMetadata | Metadata) -> Metadata:
-    """Undo `packed_metadata`."""
-    if isinstance(sent, Metadata):
-        return sent
-    bare = manifest.decode(memoryview(sent.manifest), _no_pickle)
-    planner_data, storage_meta, version, further = sent.said
+def decode_metadata(encoded: EncodedMetadata | Metadata) -> Metadata:
+    """Undo `encode_metadata`."""
+    if isinstance(encoded, Metadata):
+        return encoded
+    bare = manifest.decode(memoryview(encoded.manifest), _no_pickle)
+    planner_data, storage_meta, version, further = encoded.python_values
     catalog = replace(
         bare,
         planner_data=planner_data,

@@ -22,13 +22,13 @@ def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWrite
     """The storage to write to. `reset_to` sets a given storage to the id later."""
     if storage is not None:
         return storage
-    given = _check_id(checkpoint_id, "storage_writer")
-    if not _is_url(given):
-        return FileSystemWriter(given)
+    path = _check_id(checkpoint_id, "storage_writer")
+    if not _is_url(path):
+        return FileSystemWriter(path)
     from pytest_dcp._engine.storages.fsspec import FsspecWriter
 
-    _check_protocol(given, FsspecWriter, "storage_writer")
-    return FsspecWriter(given)
+    _check_protocol(path, FsspecWriter, "storage_writer")
+    return FsspecWriter(path)
 
 
 def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], None] | None:
@@ -44,12 +44,12 @@ def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id)
     """
     if storage is not None and not shares_folder(storage):
         return None
-    given = checkpoint_id or place_of(storage)
+    place = checkpoint_id or place_of(storage)
     try:
-        if not given:
+        if not place:
             return None
-        name = os.fspath(given)
-        if _is_url(given):
+        name = os.fspath(place)
+        if _is_url(place):
             return Subject(name, name)
         return Subject(os.path.abspath(name), os.path.realpath(name))
     except (TypeError, ValueError, OSError):
@@ -62,13 +62,13 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
-    given = _check_id(checkpoint_id, "storage_reader")
-    if not _is_url(given):
-        return FileSystemReader(given, **options)
+    path = _check_id(checkpoint_id, "storage_reader")
+    if not _is_url(path):
+        return FileSystemReader(path, **options)
     from pytest_dcp._engine.storages.fsspec import FsspecReader
 
-    _check_protocol(given, FsspecReader, "storage_reader")
-    return FsspecReader(given, **options)
+    _check_protocol(path, FsspecReader, "storage_reader")
+    return FsspecReader(path, **options)
 
 
 def _check_id(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
@@ -79,8 +79,8 @@ def _check_id(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
         raise RuntimeError(
             f"`checkpoint_id` must be specified if {argument} is None: say which folder"
         )
-    given: str | os.PathLike[str] = checkpoint_id
-    return given
+    path: str | os.PathLike[str] = checkpoint_id
+    return path
 
 
 def _is_url(checkpoint_id: str | os.PathLike[str]) -> bool:

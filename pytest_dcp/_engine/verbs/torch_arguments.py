@@ -63,7 +63,7 @@ def _parameters_of_method(function: FunctionType) -> tuple[inspect.Parameter, ..
     return tuple(inspect.signature(function).parameters.values())[1:]
 
 
-def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def allow_positional_storage(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let the storage be the second positional argument, as it was before torch 2.2.
 
     The call is logged (`call_events`), and errors are raised as by `drop_inner_frames`: one wrapper
@@ -90,7 +90,7 @@ def second_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def alone(no_dist: bool, verb: str) -> bool:
+def resolve_no_dist(no_dist: bool, verb: str) -> bool:
     """Whether this rank is alone; warns if it is."""
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
     if no_dist:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp._engine.coordinate.sent_classes import convert, record
 from pytest_dcp._engine.format.catalog import EntryTable
 from pytest_dcp._engine.format.planner_paths import PathTable
-from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.cache import Unchanged
 from pytest_dcp._engine.plan.capabilities import pickle_choice_of
 from pytest_dcp._engine.plan.columns import (
@@ -57,10 +57,10 @@ def allows_pickles(*owners: object) -> bool:
     They may if the class of either is from neither torch nor the engine, unless its attribute
     `pickles_between_ranks` says otherwise. False on either one forbids pickles for both.
     """
-    said = [pickle_choice_of(owner) for owner in owners]
-    if False in said:
+    choices = [pickle_choice_of(owner) for owner in owners]
+    if False in choices:
         return False
-    return True in said or not all(map(_is_known, owners))
+    return True in choices or not all(map(_is_known, owners))
 
 
 def _is_known(owner: object) -> bool:
@@ -75,36 +75,36 @@ record(
     *(SavePlan, LoadPlan, WriteItem, ReadItem, TensorWriteData, BytesIOWriteData, WriteResult),
     *(Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata),
     *(BytesStorageMetadata, ChunkStorageMetadata, _StorageInfo, _StoragePrefix, FileNames),
-    *(Unchanged, Written, Checks, Differing),
+    *(Unchanged, WriteColumns, Checks, Differing),
 )
 _named_items(WriteItemType)
 _named_items(LoadItemType)
 convert(
     WriteItems,
     lambda table: (pack_names(table.fqns), table.sent_fields()),
-    lambda sent: rebuilt_writes(*sent),
+    lambda parts: rebuilt_writes(*parts),
 )
 convert(
     ReadItems,
     lambda table: (pack_names(table.fqns), pack_names(table.stored_fqns), table.sent_fields()),
-    lambda sent: rebuilt_reads(*sent),
+    lambda parts: rebuilt_reads(*parts),
 )
 
 
 convert(
     WriteResults,
     lambda some: (some.items, some.written) if some.is_untouched() else list(some),
-    lambda sent: WriteResults(*sent) if isinstance(sent, tuple) else sent,
+    lambda parts: WriteResults(*parts) if isinstance(parts, tuple) else parts,
 )
 convert(
     Index,
     lambda index: (pack_names(index.fqns), index.sent_fields()),
-    lambda sent: Index(fqns=unpack_names(sent[0]), **sent[1]),
+    lambda parts: Index(fqns=unpack_names(parts[0]), **parts[1]),
 )
 convert(
     KeyTable,
     lambda table: table.index() or dict(table),
-    lambda sent: KeyTable(sent) if isinstance(sent, Index) else sent,
+    lambda parts: KeyTable(parts) if isinstance(parts, Index) else parts,
 )
 convert(ChunkList, list)
 for _mapping in (DescribedPaths, EntryTable, PathTable):

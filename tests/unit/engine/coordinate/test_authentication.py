@@ -112,7 +112,7 @@ def test_sealed_frames_arrive(ends: tuple[socket.socket, Connection]) -> None:
         [b"one"],
         [b"two", b""],
     ]
-    assert line.ended is None
+    assert line.end_reason is None
     line.queue(FRAMES[0])
     line.flush()
     assert here.recv(1000) == sealed(FRAMES[:1], Seal(b"down"))[0]
@@ -146,7 +146,7 @@ def test_a_frame_that_no_rank_of_the_group_sent_ends_the_connection(
     line.receive()
     assert len(line.frames) == (1 if attack == "repeated" else 0)
     assert line.is_garbled
-    assert "sent garbage: a frame" in (line.ended or "")
+    assert "sent garbage: a frame" in (line.end_reason or "")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_rank_that_sends_without_end_is_heard_no_longer(frames: list[Frame], t
             here.sendall(b"".join(map(bytes, encode(frame))))
             line.receive()
         assert line.is_garbled
-        assert line.ended == f"it sent garbage: {text}"
+        assert line.end_reason == f"it sent garbage: {text}"
         assert len(line.frames) <= MOST_WAITING
 
 

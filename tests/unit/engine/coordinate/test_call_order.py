@@ -149,4 +149,4 @@ def test_a_peer_is_admitted_by_its_number_and_kind(
     order.take("load", None, background=True)
     order.finish(order.take("save", None))
     mine = order.take("save", None)
-    assert admit(hello, mine, order, left=left, waited_s=waited_s) is expected
+    assert admit(hello, mine, order, has_left=left, waited_s=waited_s) is expected

@@ -42,7 +42,7 @@ def test_a_later_message_waits_until_this_end_has_finished_the_operation(ends: E
     there.finish()
     say(there, HELLO)
     assert heard(here) == [FrameKind.VALUE]
-    assert here.left
+    assert here.has_left
     assert here.over
     here.finish()
     assert not here.over
@@ -79,7 +79,7 @@ def test_a_hang_up_is_no_end_of_a_process(ends: Ends) -> None:
     here.receive()
     assert here.closed
     assert here.hung_up
-    assert here.ended is None
+    assert here.end_reason is None
 
 
 def test_a_connection_that_breaks_is_one(ends: Ends) -> None:
@@ -89,4 +89,4 @@ def test_a_connection_that_breaks_is_one(ends: Ends) -> None:
     here.finish()
     here.receive()
     assert here.closed
-    assert here.ended == "connection closed"
+    assert here.end_reason == "connection closed"

@@ -86,7 +86,7 @@ class MeetsAnyOperation(CoordinatorState):
     """Peers of another operation take part in this one."""
 
     def receive_hello(
-        self, hello: Hello, *, left: bool, waited_s: float
+        self, hello: Hello, *, has_left: bool, waited_s: float
     ) -> Admission | StepVerdict | None:
         return Admission.JOIN
 
@@ -111,10 +111,10 @@ class WaitsForever(CoordinatorState):
         now: float,
         heard_s: Mapping[int, float],
         *,
-        ended: Mapping[int, str] | None = None,
+        end_reasons: Mapping[int, str] | None = None,
         refusal: Cause | None = None,
     ) -> list[CoordinatorAction]:
-        return super().look_around(self._since_s, heard_s, ended=ended, refusal=refusal)
+        return super().look_around(self._since_s, heard_s, end_reasons=end_reasons, refusal=refusal)
 
 
 class DoesNotWaitForBusyRanks(CoordinatorState):

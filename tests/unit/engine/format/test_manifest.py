@@ -318,10 +318,10 @@ def test_the_short_way_through_the_checks_lets_nothing_else_pass(
 ) -> None:
     """Every number of a usual catalog, replaced by others one at a time."""
     usual: list[bool] = []
-    real = checks._usual
+    real = checks._is_ordinary
 
     def refused(catalog: Catalog, shortly: Callable[..., bool]) -> str | None:
-        monkeypatch.setattr(checks, "_usual", shortly)
+        monkeypatch.setattr(checks, "_is_ordinary", shortly)
         try:
             check_catalog(catalog)
         except CheckpointCorruptError as error:

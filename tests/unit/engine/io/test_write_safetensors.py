@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pytest_dcp._engine.format.write_results import Written
+from pytest_dcp._engine.format.write_results import WriteColumns
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
@@ -47,7 +47,7 @@ def item(fqn: str, offset: tuple[int, ...], size: tuple[int, ...], value: Any) -
 
 def written(
     folder: Path, values: list[Any], items: list[WriteItem] | None, jobs: list[FileJob]
-) -> Written:
+) -> WriteColumns:
     settings = Settings(threads=2, copy_ahead_bytes=1)
     source = values.__getitem__
     request = WriteRequest(Folder(LocalDisk(), folder), jobs, source, settings, Observer("save"))

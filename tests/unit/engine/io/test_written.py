@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
 from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.format.write_results import (
+    WriteColumns,
     WriteResults,
-    Written,
     places_of,
     whole_places_of,
 )
@@ -234,7 +234,7 @@ def results_of(items: list[WriteItem], hints: bool = True) -> WriteResults:
     table = concatenate_tables([WriteItems.of(items)])[0][0] if hints else WriteItems.of(items)
     count = len(items)
     column = np.arange(count, dtype=np.int64)
-    written = Written(
+    written = WriteColumns(
         files=("f",),
         file=np.zeros(count, np.int32),
         start=column,

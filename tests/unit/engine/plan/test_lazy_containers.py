@@ -108,7 +108,7 @@ def test_a_lazy_dict_is_used_as_a_dict(use: str, looked: str) -> None:
         assert lazy == expected
     if use == "json":
         # Its C code takes a dict for empty whose own memory is: see `PathTable`.
-        lazy.fill()
+        lazy.make_all()
     assert DICT_USES[use](lazy) == DICT_USES[use](expected)
     assert dict(lazy) == expected
     assert list(lazy) == list(expected)
@@ -193,7 +193,7 @@ def test_a_lazy_list_is_used_as_a_list(use: str, looked: str) -> None:
     if looked == "at one":
         assert lazy[1] == [1]
     elif looked == "at all":
-        lazy.fill()
+        lazy.make_all()
     assert LIST_USES[use](lazy) == LIST_USES[use](expected)
     assert list(lazy) == expected
     assert len(lazy) == len(expected)

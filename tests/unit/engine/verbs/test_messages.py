@@ -18,18 +18,18 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp._engine.coordinate.wire import pack, unpack
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
-from pytest_dcp._engine.format.write_results import WriteResults, Written
+from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.verbs.save_messages import (
-    Homeward,
-    PackedMetadata,
+    CompressedPlan,
+    EncodedMetadata,
     compress_plan,
     compress_results,
+    decode_metadata,
+    encode_metadata,
     expand_plan,
     expand_results,
-    packed_metadata,
-    unpacked_metadata,
 )
 from support.catalogs import describe_fields, same, samples
 from support.tilings import fewer, shard_item, value_item
@@ -56,7 +56,7 @@ def test_a_global_plan_comes_home_as_row_numbers(rows, same_data):
     data = local.planner_data if same_data else {"other": ("b",)}
     plan = replace(local, items=items, planner_data=data, storage_data="files")
     message = compress_plan(plan, local)
-    assert isinstance(message, Homeward)
+    assert isinstance(message, CompressedPlan)
     assert message.plan.items == []
     back = expand_plan(sent(message), local)
     assert back.items == items
@@ -83,7 +83,7 @@ def test_a_rank_may_have_nothing_to_write():
 
 def results(plan: SavePlan) -> WriteResults:
     column = np.arange(len(plan.items), dtype=np.int64)
-    written = Written(
+    written = WriteColumns(
         files=("f", "g"),
         file=(column % 2).astype(np.int32),
         start=column,
@@ -100,7 +100,7 @@ def test_only_the_places_of_known_items_are_sent_back():
     told_plan = local_plan()
     wrote = results(told_plan)
     message = compress_results(wrote, told_plan)
-    assert isinstance(message, Written)
+    assert isinstance(message, WriteColumns)
     assert list(expand_results(sent(message), local_plan())) == list(wrote)
     with pytest.raises(ValueError, match="no plan"):
         expand_results(message, None)
@@ -118,9 +118,9 @@ def test_results_of_other_items_are_sent_in_full():
 @fewer(8)
 def test_metadata_comes_home_as_it_was(sample):
     metadata = sample.catalog.metadata()
-    message = packed_metadata(metadata)
-    assert isinstance(message, PackedMetadata)
-    back = unpacked_metadata(sent(message))
+    message = encode_metadata(metadata)
+    assert isinstance(message, EncodedMetadata)
+    back = decode_metadata(sent(message))
     assert same(Catalog.of(back), sample.catalog)
     copy = replace(
         back,
@@ -143,9 +143,9 @@ def test_metadata_comes_home_as_it_was(sample):
 @given(samples())
 @fewer(8)
 def test_metadata_of_other_storages_is_sent_as_it_is(sample):
-    message = packed_metadata(sample.stock)
+    message = encode_metadata(sample.stock)
     assert message is sample.stock
-    assert unpacked_metadata(message) is sample.stock
+    assert decode_metadata(message) is sample.stock
 
 
 @given(samples())
@@ -155,7 +155,7 @@ def test_an_edit_of_the_keys_is_sent_as_well(sample):
         return  # see the next test
     metadata = sample.catalog.metadata()
     metadata.state_dict_metadata["added by a planner"] = BytesStorageMetadata()
-    back = unpacked_metadata(sent(packed_metadata(metadata)))
+    back = decode_metadata(sent(encode_metadata(metadata)))
     assert dict(back.state_dict_metadata) == dict(metadata.state_dict_metadata)
     assert "added by a planner" in back.state_dict_metadata
 
@@ -172,7 +172,7 @@ def test_an_edit_of_the_keys_is_sent_where_some_chunks_have_no_file():
     metadata = Catalog(Index.of(keys), replace(places, start=start, length=start)).metadata()
     assert metadata.storage_data.get(MetadataIndex("a", (0,))) is None
     del metadata.state_dict_metadata["b"]
-    assert dict(unpacked_metadata(sent(packed_metadata(metadata))).state_dict_metadata) == {
+    assert dict(decode_metadata(sent(encode_metadata(metadata))).state_dict_metadata) == {
         "a": entry
     }
 

@@ -169,7 +169,7 @@ def test_a_rank_killed_before_its_first_operation_is_named(
 def test_a_rank_killed_within_its_first_call_is_named(
     tmp_path: Path, victim: int, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say = rendezvous.say_present
+    say = rendezvous.announce_presence
 
     def say_and_die(group: dist.ProcessGroup, rank: int, coordinator_rank: int) -> None:
         if rank == victim and step == "before it is present":
@@ -178,7 +178,7 @@ def test_a_rank_killed_within_its_first_call_is_named(
         if rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(rendezvous, "say_present", say_and_die)
+    monkeypatch.setattr(rendezvous, "announce_presence", say_and_die)
     with ranks_that(lambda rank: save_to(tmp_path), tmp_path) as ranks:
         ranks.begin()
         told = ranks.read_told([rank for rank in range(RANKS) if rank != victim])

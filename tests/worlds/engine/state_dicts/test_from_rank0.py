@@ -339,9 +339,9 @@ BROKEN = {
     "the model's third tensor": ("model._fill_or_make", 2),
     "the optimizers' names": ("optimizer_loading._targets", 0),
     "the comparison of the optimizers": ("optimizer_loading._compare", 0),
-    "what is announced of the optimizers": ("optimizer_loading._by_entry", 0),
+    "what is announced of the optimizers": ("optimizer_loading._split_into_entries", 0),
     "a state's memory": ("optimizer_target.Target.fill", 1),
-    "the message's memory": ("broadcast._meeting_place", 0),
+    "the message's memory": ("broadcast._choose_broadcast_device", 0),
     "the sending of the second tensor": ("broadcast._copy", 1),
 }
 

@@ -845,7 +845,7 @@ class TestReplacedMeanwhile:
                 replace()
                 return super().read_data(plan, planner)
 
-            def _reads_its_own_way(self) -> bool:
+            def _overrides_read_data(self) -> bool:
                 return False
 
         dcp.save(OLD, checkpoint_id=checkpoint_dir)
