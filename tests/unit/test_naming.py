@@ -47,8 +47,8 @@ VAGUE = frozenset(
     )
 )  # fmt: skip
 """Names of variables, arguments and attributes that do not say what they hold."""
-NAMED_FOLDERS: tuple[str, ...] = ("_engine", "_swap", "checkpoint")
-"""Folders, or modules, in which no variable has such a name."""
+NAMED_FOLDERS: tuple[str, ...] = ("",)
+"""Folders, or modules, in which no variable has such a name: all of the package."""
 ALLOWED_METHODS = {
     "wire.py": CODECS,
     "operation_context.py": CAUSES,
