@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,10 @@ from pytest_dcp.command_line import Option, OptionReader
 
 FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
 """Names of budgets: about a second, and about two minutes, for a small checkpoint."""
+
+CRASH_MODELS = ("kill", "posix", "ext4-ordered", "nfs", "s3")
+"""Beginnings of the ids of crash states; `crashes.losses` has the models themselves."""
+CRASH_ID = re.compile(rf"({'|'.join(CRASH_MODELS)})-[0-9a-f]{{10}}")
 
 OPTIONS = (
     Option(
@@ -37,5 +42,12 @@ def read_fault_options(config: pytest.Config) -> FaultOptions:
     """The session's options. Raises `pytest.UsageError` naming every wrong one."""
     reader = OptionReader(config, OPTIONS)
     budget = reader.number("fault-budget", low=1)
+    replay = reader.text("fault-replay")
+    if replay and not CRASH_ID.fullmatch(replay):
+        reader.refuse(
+            "fault-replay",
+            "the id that a failed crash state printed: a model (" + ", ".join(CRASH_MODELS) + "), "
+            "- and ten hexadecimal digits",
+        )
     reader.raise_problems()
-    return FaultOptions(int(budget or 0), reader.text("fault-replay"))
+    return FaultOptions(int(budget or 0), replay)

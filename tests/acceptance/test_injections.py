@@ -44,3 +44,12 @@ def test_a_test_that_failed_by_itself_is_not_blamed_twice(
     assert bad.when == "call"
     assert "boom" in bad.text
     assert session.outcomes(test) == {"call": "failed"}
+
+
+@pytest.mark.parametrize("crash", ["kill-0123456789", "posix-0123456789"])
+def test_a_test_that_tries_no_state_of_the_id_to_replay_is_skipped(
+    make_suite: MakeSuite, crash: str
+) -> None:
+    session = make_suite({"test_replayed.py": "replayed.py"}).run(f"--dcp-fault-replay={crash}")
+    for test in ("test_alone", "test_in_one_rank"):
+        assert session.outcomes(test)["teardown"] == "skipped"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pytest_dcp.command_line import add_options
-from pytest_dcp.faults.options import OPTIONS, FaultOptions, read_fault_options
+from pytest_dcp.faults.crashes.losses import MODELS
+from pytest_dcp.faults.options import CRASH_MODELS, OPTIONS, FaultOptions, read_fault_options
 from support.options import FakeConfig, FakeParser
 
 Texts = dict[str, str]
@@ -27,7 +28,7 @@ def test_the_documented_defaults() -> None:
         ("fault-budget", "pr", FaultOptions(1000, "")),
         ("fault-budget", "nightly", FaultOptions(100_000, "")),
         ("fault-budget", "77", FaultOptions(77, "")),
-        ("fault-replay", "posix-1f0c", FaultOptions(1000, "posix-1f0c")),
+        ("fault-replay", "ext4-ordered-407cce6c12", FaultOptions(1000, "ext4-ordered-407cce6c12")),
     ],
 )
 def test_an_option_arrives_from_the_command_line_and_from_the_ini_file(
@@ -50,6 +51,17 @@ def test_a_wrong_budget_is_refused_with_the_option_s_name_and_the_value(text: st
         told = str(refused.value)
         assert told.startswith(f"{given_as} takes pr, nightly or a whole number")
         assert repr(text) in told
+
+
+@pytest.mark.parametrize("text", ["foo", "posx-407cce6c12", "posix-407", "posix-407cce6c12 x"])
+def test_no_id_of_a_crash_state_is_refused(text: str) -> None:
+    with pytest.raises(pytest.UsageError, match=r"--dcp-fault-replay takes the id .*posix, ") as no:
+        read({"fault-replay": text})
+    assert str(no.value).endswith(f"got {text!r}")
+
+
+def test_ids_begin_with_the_names_of_the_models() -> None:
+    assert CRASH_MODELS == MODELS
 
 
 def test_a_toml_file_gives_the_budget_as_a_number() -> None:
