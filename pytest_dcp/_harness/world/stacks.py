@@ -27,7 +27,20 @@ RUNNER = re.compile(
     r"/_pytest/|/pluggy/|/pytest_dcp/_harness/rank/(main|pytest_plugin|phase_verdict)\.py$|"
     r"/hypothesis/(core|stateful)\.py$"
 )
-OURS = re.compile(r"/pytest_dcp/(_harness/|plugin\.py|api\.py|faults/fixtures\.py)")
+OURS = re.compile(
+    r"/pytest_dcp/((_\w+|checkpoint|faults)/|properties/(?!suite/)"
+    r"|(plugin|api|garbage_collection|tracebacks)\.py)"
+)
+"""Where the package is not among the libraries. Its demo and its test classes are the user's."""
+ENGINE = re.compile(r"/pytest_dcp/_engine/(verbs|background|state_dicts)/")
+VERBS = frozenset(
+    (
+        "save", "load", "async_save", "save_state_dict", "load_state_dict", "get_state_dict",
+        "get_model_state_dict", "get_optimizer_state_dict", "set_state_dict",
+        "set_model_state_dict", "set_optimizer_state_dict",
+    )
+)  # fmt: skip
+"""Functions of the engine that all ranks call together."""
 EXCHANGE = "the world's exchange"
 
 
@@ -131,10 +144,16 @@ def describe_activity(trace: str, root: str = "") -> str:
         file = user.file.removeprefix(f"{root}/") if root else user.file
         where = f"at {file}:{user.line} in {user.name}"
     inner = frames[: frames.index(user)] if user else frames
-    collective = next(
-        (f.name for f in reversed(inner) if f.name in COLLECTIVES and DISTRIBUTED.search(f.file)),
-        None,
-    )
+    collective = next((name for frame in reversed(inner) if (name := _collective(frame))), None)
     if collective is None and any(f.name == "meet" and OURS.search(f.file) for f in inner):
         collective = EXCHANGE
     return f"in {collective}, {where}" if collective else where
+
+
+def _collective(frame: StackFrame) -> str | None:
+    """The name of the collective function that a frame is of, as its caller knows it."""
+    if frame.name in COLLECTIVES and DISTRIBUTED.search(frame.file):
+        return frame.name
+    if frame.name in VERBS and ENGINE.search(frame.file):
+        return f"dcp.{frame.name}"
+    return None

@@ -73,6 +73,24 @@ def test_a_rank_in_a_library_is_named_by_the_user_s_line_that_called_it() -> Non
     assert describe_activity(trace) == f"at {TEST}:2 in f"
 
 
+@pytest.mark.parametrize("root", ["/src", SITE])
+@pytest.mark.parametrize("inside", [("_engine/coordinate/peer_side.py", "wait"), (C10D, "recv")])
+def test_a_rank_in_a_verb_of_the_engine_is_named_by_it(root: str, inside: tuple[str, str]) -> None:
+    file, name = inside
+    trace = dump(
+        (file if file == C10D else f"{root}/pytest_dcp/{file}", name),
+        (f"{root}/pytest_dcp/_engine/verbs/save.py", "save"),
+        (f"{root}/pytest_dcp/_engine/verbs/torch_arguments.py", "called"),
+        (TEST, "test_step"),
+    )
+    assert describe_activity(trace) == f"in dcp.save, at {TEST}:2 in test_step"
+
+
+def test_tests_in_a_checkout_named_as_the_package_are_the_users() -> None:
+    for file in ("/src/pytest_dcp/tests/test_a.py", "/src/pytest_dcp/pytest_dcp/demo/test_b.py"):
+        assert describe_activity(dump((file, "test_step"))) == f"at {file}:2 in test_step"
+
+
 def test_a_rank_in_a_collective_is_named_by_it_and_by_the_user_s_line() -> None:
     trace = dump((C10D, "all_reduce"), (LOGGER, "wrapper"), (TEST, "helper"), (TEST, "test_step"))
     assert describe_activity(trace) == f"in all_reduce, at {TEST}:2 in helper"
