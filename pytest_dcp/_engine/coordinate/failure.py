@@ -198,10 +198,7 @@ def step_error(
     """The exception that every rank raises for these causes; `raised` is this rank's own."""
     ordered = sorted(causes, key=lambda cause: cause.rank)
     error = StepError(step, {cause.rank: cause.rebuild() for cause in ordered}, operation)
-    if raised is not None and is_echo(raised):
-        error.__cause__ = raised  # Not in the text: this rank has not failed.
-    else:
-        set_cause(error, raised)
+    set_cause(error, raised)
     return error
 
 
